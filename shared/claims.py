@@ -1,0 +1,153 @@
+"""What a worker does with jobs: hold a lease, claim, write, hand back; and what anybody does about lost ones.
+
+Every call is fenced by the attempt number the claim gave, and may be sent twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from shared.jobs import Ending, Job
+from shared.log import chunk_data, join_tokens
+from shared.store import Redis, script
+
+
+class NoLease(Exception):
+    """The worker's lease has lapsed: it must renew before it may claim."""
+
+
+class Verdict(StrEnum):
+    """The answer to a write."""
+
+    OK = "ok"
+    CANCELLED = "cancelled"
+    """Written; and the job is to be stopped."""
+    EXPIRED = "expired"
+    """Written; and the job's time is over."""
+    FENCED = "fenced"
+    """Not written: the job is another's now, or has ended. Drop it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """What one engine step, or several, gave for one job.
+
+    Attributes:
+        n: number of the chunk event that carries `text`; the next free one of the job.
+        tokens: the ids that a later attempt prefills to go on behind `text`.
+        ending: set when the job ends with this.
+    """
+
+    job_id: str
+    attempt: int
+    n: int
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    ending: Ending | None = None
+
+    def merge(self, later: Append) -> Self:
+        """This and a later one of the same job as one event, numbered as this."""
+        return type(self)(
+            self.job_id, self.attempt, self.n, self.text + later.text, self.tokens + later.tokens, later.ending
+        )
+
+    def to_args(self) -> tuple[str | int, ...]:
+        """The script's six arguments for a row."""
+        return (
+            self.job_id,
+            self.attempt,
+            self.n,
+            chunk_data(self.text) if self.text else "",
+            join_tokens(self.tokens),
+            json.dumps(self.ending.to_fields()) if self.ending else "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A job that Redis says the worker holds."""
+
+    job_id: str
+    attempt: int
+    stop_as: Verdict | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The answer to a renewal: whether it had held until now, and what the worker holds."""
+
+    unbroken: bool
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that waits again and needs a ticket."""
+
+    model: str
+    job_id: str
+
+
+class Claims:
+    """One worker's side of the queue. Methods raise `redis.RedisError` when Redis is away."""
+
+    def __init__(self, client: Redis, worker: str) -> None:
+        self._worker = worker
+        self._claim = script(client, "claim")
+        self._append = script(client, "append")
+        self._renew = script(client, "renew")
+        self._release = script(client, "release")
+        self._retire = script(client, "retire")
+
+    def claim(self, model: str) -> Job | None:
+        """Take the next job of a model; None when none waits.
+
+        Raises:
+            NoLease: renew first.
+        """
+        reply = self._claim(args=[model, self._worker])
+        if reply == "no lease":
+            raise NoLease(self._worker)
+        return Job.from_record(dict(zip(reply[::2], reply[1::2], strict=True))) if reply else None
+
+    def append(self, rows: Sequence[Append]) -> list[Verdict]:
+        """Write all rows in one call; a verdict for each."""
+        return [Verdict(word) for word in self._append(args=[arg for row in rows for arg in row.to_args()])]
+
+    def renew(self, seconds: float) -> Lease:
+        """Prove to be alive for that much longer."""
+        unbroken, *rest = self._renew(args=[self._worker, seconds])
+        held = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+        return Lease(
+            unbroken=bool(unbroken),
+            held=tuple(Held(i, int(attempt), Verdict(stop) if stop else None) for i, attempt, stop in held),
+        )
+
+    def release(self, jobs: Iterable[tuple[str, int]]) -> list[Waiting]:
+        """Hand (job, attempt)s back, to be continued by whoever claims them next."""
+        flat = [part for job in jobs for part in job]
+        return _waiting(self._release(args=[self._worker, *flat])) if flat else []
+
+    def retire(self) -> list[Waiting]:
+        """Hand everything back and give the lease up: the last call of a worker."""
+        return _waiting(self._retire(args=[self._worker]))
+
+
+class Reaper:
+    """Takes back what lapsed leases held and expires what is over its time. Harmless when run by many at once."""
+
+    def __init__(self, client: Redis, max_attempts: int) -> None:
+        self._reap = script(client, "reap")
+        self._max_attempts = max_attempts
+
+    def reap(self) -> list[Waiting]:
+        """One pass; the jobs returned need tickets."""
+        return _waiting(self._reap(args=[self._max_attempts, 1000]))
+
+
+def _waiting(flat: list[str]) -> list[Waiting]:
+    return [Waiting(model, job_id) for model, job_id in zip(flat[::2], flat[1::2], strict=True)]

@@ -1,0 +1,51 @@
+"""Every Redis key there is, its type, its lifetime, and who writes it.
+
+A key is a prefix and, mostly, an id behind it. The scripts under `shared/scripts` see the same
+prefixes as the Lua table `K` (see `shared.store`), so that a name stands here and nowhere else.
+
+| key | type | holds | lives |
+| --- | --- | --- | --- |
+| `JOB` + job | hash | the record of a job (`shared.jobs.Job`) | retention after the end |
+| `LOG` + job | stream | its log; entry `n-0` is event n | as the record |
+| `LIVE` + job | channel | live copies of the log's entries | – |
+| `QUEUE` + model | zset | jobs that wait; score = class, then fair turn | while jobs wait |
+| `CLOCK` + model | hash | fair queueing: turn reached by the class and by each owner in it | while jobs wait |
+| `SPEED` + model | hash | `mean_s`, moving average of a job's running time | for ever |
+| `OWNER` + key id | zset | the jobs of an API key by creation time | pruned when listed |
+| `IDEM` + key id + `:` + key | string | job id of an Idempotency-Key | as the record |
+| `TIMERS` | zset | job → moment it expires | until it ends |
+| `LEASES` | zset | worker → moment its lease lapses | until it lapses |
+| `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
+| `WORKER` + worker | string | JSON of `shared.registry.WorkerInfo` | a few leases |
+| `MODELS` | hash | model → JSON of `shared.registry.ModelCard` | for ever |
+| `TOKENIZER` + digest | string | tokenizer.json of a model, for counting prompt tokens in the API | for ever |
+| `ENDED` | hash | `model:status` → jobs that ended so | for ever |
+| `RESCUE` + model | string | a ticket rescue is under way | 2 s |
+
+Celery keeps its own keys in the same database (queue `mlxq.<model>`, `_kombu.*`, `unacked*`), Flask-Limiter `LIMITS:*`.
+"""
+
+from typing import Final
+
+JOB: Final = "mlxq:job:"
+LOG: Final = "mlxq:log:"
+LIVE: Final = "mlxq:live:"
+QUEUE: Final = "mlxq:queue:"
+CLOCK: Final = "mlxq:clock:"
+SPEED: Final = "mlxq:speed:"
+OWNER: Final = "mlxq:owner:"
+IDEM: Final = "mlxq:idem:"
+TIMERS: Final = "mlxq:timers"
+LEASES: Final = "mlxq:leases"
+RUNNING: Final = "mlxq:running:"
+WORKER: Final = "mlxq:worker:"
+MODELS: Final = "mlxq:models"
+TOKENIZER: Final = "mlxq:tokenizer:"
+ENDED: Final = "mlxq:ended"
+RESCUE: Final = "mlxq:rescue:"
+
+LUA_TABLE: Final = (
+    "local K = {"
+    + ", ".join(f"{name} = '{value}'" for name, value in sorted(globals().items()) if name.isupper())
+    + "}\n"
+)

@@ -1,0 +1,99 @@
+"""A job's log: what its readers see, and what a new attempt continues from.
+
+Events are numbered from 1 without gaps; event n is entry `n-0` of a Redis Stream, and a copy goes to the job's
+channel the moment it is written. Channels may lose messages, the log does not: `web.hub` reads the one and
+falls back to the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shared import keys
+from shared.store import Redis
+
+
+class EventKind(StrEnum):
+    """What an event tells."""
+
+    QUEUED = "queued"
+    """The job waits; data has the `reason`: `accepted` or `requeued`."""
+    STARTED = "started"
+    """The first attempt began."""
+    RESUMED = "resumed"
+    """A further attempt goes on where the last one was cut."""
+    CHUNK = "chunk"
+    """Text; data is `{"text": "…"}`."""
+    DONE = "done"
+    """The job ended; always the last event, and there is one only. Data has the `status`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event. `data` is a JSON object, kept as text because most readers only pass it on."""
+
+    n: int
+    kind: EventKind
+    data: str
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The text of a chunk; empty for other kinds."""
+        return str(json.loads(self.data)["text"]) if self.kind is EventKind.CHUNK else ""
+
+    @classmethod
+    def from_live(cls, message: str) -> Event:
+        """Read a message of the job's channel (`n kind data`)."""
+        n, kind, data = message.split(" ", 2)
+        return cls(int(n), EventKind(kind), data)
+
+
+def chunk_data(text: str) -> str:
+    """The data of a chunk event."""
+    return json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What earlier attempts wrote."""
+
+    text: str
+    tokens: tuple[int, ...]
+    last_event: int
+
+
+class JobLog:
+    """Reads logs. They are written by the scripts alone."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
+        """The events after number `after`, in order."""
+        entries = self._client.xrange(keys.LOG + job_id, min=f"({after}-0", max="+", count=limit)
+        return [
+            Event(int(entry_id.split("-")[0]), EventKind(entry["e"]), entry["d"], _tokens(entry.get("t", "")))
+            for entry_id, entry in entries
+        ]
+
+    def written(self, job_id: str) -> Written:
+        """All text and tokens so far."""
+        events = self.read(job_id)
+        return Written(
+            text="".join(event.text for event in events),
+            tokens=tuple(token for event in events for token in event.tokens),
+            last_event=events[-1].n if events else 0,
+        )
+
+
+def _tokens(joined: str) -> tuple[int, ...]:
+    return tuple(map(int, joined.split(","))) if joined else ()
+
+
+def join_tokens(tokens: Iterable[int]) -> str:
+    """Token ids as an entry holds them."""
+    return ",".join(map(str, tokens))

@@ -1,0 +1,127 @@
+"""Who is there: the workers alive and the models they know, as they tell it themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from shared import keys
+from shared.store import Redis
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the API must know of a model without loading it.
+
+    Attributes:
+        context: most tokens of prompt and answer together.
+        chat_template: the Jinja template for messages; None when the model has none.
+        bos_token, eos_token: as templates use them; None when there is none.
+        tokenizer: digest under which the registry keeps the model's `tokenizer.json`; None when it has none.
+    """
+
+    id: str
+    kind: str
+    context: int
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    tokenizer: str | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker says of itself with each renewal of its lease. Times: seconds since the epoch.
+
+    Attributes:
+        node: its Celery node name, which answers pings.
+        state: `loading`, `ready` or `draining`; only a ready worker takes jobs.
+        slots, slots_used: rows of the batch, and those taken.
+        heartbeat_at: when this was written.
+        stats: counters and gauges for `/metrics` (tokens, steps, batch size, memory, …), all numbers.
+        about: facts that do not change (device, BLAS, GFLOP/s, versions), for `/health`.
+    """
+
+    id: str
+    node: str
+    host: str
+    pid: int
+    model: str
+    state: str
+    slots: int
+    slots_used: int
+    started_at: float
+    heartbeat_at: float
+    stats: dict[str, float]
+    about: dict[str, Any]
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+class Registry:
+    """Cards of models and workers in Redis. Methods raise `redis.RedisError` when Redis is away."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    def announce_model(self, card: ModelCard, tokenizer_json: str | None = None) -> None:
+        """Make a model known; it stays known while its workers restart."""
+        if tokenizer_json is not None and card.tokenizer is not None:
+            self._client.set(keys.TOKENIZER + card.tokenizer, tokenizer_json)
+        self._client.hset(keys.MODELS, card.id, card.to_json())
+
+    def models(self) -> dict[str, ModelCard]:
+        """All models ever announced."""
+        return {name: ModelCard.from_json(text) for name, text in self._client.hgetall(keys.MODELS).items()}
+
+    def tokenizer_json(self, digest: str) -> str | None:
+        """The text of a model's `tokenizer.json`."""
+        text = self._client.get(keys.TOKENIZER + digest)
+        return None if text is None else str(text)
+
+    def announce_worker(self, info: WorkerInfo, lifetime_s: float) -> None:
+        """Tell the state of a worker; it is forgotten when not told again in time."""
+        self._client.set(keys.WORKER + info.id, info.to_json(), px=round(lifetime_s * 1000))
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers alive, by id."""
+        names = sorted(self._client.scan_iter(match=keys.WORKER + "*", count=1000))
+        texts = self._client.mget(names) if names else []
+        return [WorkerInfo.from_json(text) for text in texts if text]
+
+    def waiting(self, model: str) -> int:
+        """How many jobs wait for a model."""
+        return int(self._client.zcard(keys.QUEUE + model))
+
+    def mean_job_s(self, model: str) -> float | None:
+        """Moving average of the running time of a model's jobs, in seconds."""
+        mean = self._client.hget(keys.SPEED + model, "mean_s")
+        return None if mean is None else float(mean)
+
+    def ended(self) -> dict[tuple[str, str], int]:
+        """How many jobs of a (model, status) have ended."""
+        counts = self._client.hgetall(keys.ENDED)
+        return {tuple(name.rsplit(":", 1)): int(n) for name, n in counts.items()}  # type: ignore[misc]
+
+
+def digest(text: str) -> str:
+    """The name under which a tokenizer is kept."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

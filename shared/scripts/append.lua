@@ -1,0 +1,33 @@
+-- What one engine step gave, for all its rows: text with its tokens, and ends.
+-- ARGV, six a row: id, attempt, number of the event, event data as JSON or '', tokens as 'a,b,c',
+--                  terminal fields as a JSON object with `status`, or ''
+-- An event whose number the log has already is passed over, so the call may be sent again.
+-- Returns a word a row: 'ok'; 'cancelled' or 'expired' when that is asked of the job; 'fenced' when the attempt is
+-- not the record's any more (or the job is not running): then nothing was written.
+local replies = {}
+for i = 1, #ARGV, 6 do
+  local id, attempt, n = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+  local status, current, seq, stop = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'attempt', 'seq', 'stop_as'))
+  local reply = 'fenced'
+  if status == 'running' and current == attempt then
+    reply = stop or 'ok'
+    if ARGV[i + 3] ~= '' and n > tonumber(seq) then
+      write_event(id, n, 'chunk', ARGV[i + 3], ARGV[i + 4])
+    end
+    if ARGV[i + 5] ~= '' then
+      local fields = {}
+      local ending = cjson.decode(ARGV[i + 5])
+      for name, value in pairs(ending) do
+        if name ~= 'status' then
+          fields[#fields + 1] = name
+          fields[#fields + 1] = value
+        end
+      end
+      finish(id, ending.status, fields)
+    end
+  elseif current == attempt and ARGV[i + 5] ~= '' and status and status ~= 'queued' then
+    reply = 'ok' -- the same end, sent again after its answer was lost
+  end
+  replies[#replies + 1] = reply
+end
+return replies

@@ -1,0 +1,36 @@
+-- Accepts a job: the record, its place in line, its first event. Sent twice, it answers the same.
+-- ARGV: id, owner, model, class, retention_s, idempotency key or '', fingerprint, most that may wait,
+--       start_within_s, deadline_s, then record fields as name, value, …
+-- Returns {'created' | 'exists', id} | {'reused', id} | {'full', number waiting}
+local id, owner, model, class, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local idem, fingerprint, most = ARGV[6], ARGV[7], tonumber(ARGV[8])
+
+if idem ~= '' then
+  local first = redis.call('GET', K.IDEM .. owner .. ':' .. idem)
+  local print = first and redis.call('HGET', K.JOB .. first, 'fingerprint')
+  if print then
+    return {print == fingerprint and 'exists' or 'reused', first}
+  end
+end
+if redis.call('EXISTS', K.JOB .. id) == 1 then
+  return {'exists', id}
+end
+local waiting = redis.call('ZCARD', K.QUEUE .. model)
+if waiting >= most then
+  return {'full', tostring(waiting)}
+end
+
+local at = now()
+local start_by, end_by = at + tonumber(ARGV[9]), at + tonumber(ARGV[10])
+redis.call('HSET', K.JOB .. id,
+  'id', id, 'owner', owner, 'model', model, 'class', class, 'status', 'queued', 'attempt', 0, 'losses', 0,
+  'retention_s', retention, 'idempotency_key', idem, 'fingerprint', fingerprint,
+  'created_at', stamp(at), 'end_by', stamp(end_by), unpack(ARGV, 11))
+wait_in_line(id, model, class, next_turn(model, class, owner))
+redis.call('ZADD', K.OWNER .. owner, stamp(at), id)
+redis.call('ZADD', K.TIMERS, stamp(math.min(start_by, end_by)), id)
+if idem ~= '' then
+  redis.call('SET', K.IDEM .. owner .. ':' .. idem, id)
+end
+emit(id, 'queued', '{"reason":"accepted"}')
+return {'created', id}

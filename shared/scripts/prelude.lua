@@ -1,0 +1,105 @@
+-- What the scripts share: the clock, the log, and the moves of a job between its states.
+-- A job is only ever changed by these functions.
+
+-- Scores of a waiting job: the class comes first, the fair turn inside it second. Turn 0 is the front.
+local CLASS_WIDTH = 1e12
+
+local function now()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+
+local function stamp(seconds)
+  return string.format('%.6f', seconds)
+end
+
+-- Writes event n of the job's log and hands a copy to whoever listens. `data` is JSON.
+local function write_event(id, n, event, data, tokens)
+  local entry = {'e', event, 'd', data}
+  if tokens ~= '' then
+    entry[5], entry[6] = 't', tokens
+  end
+  redis.call('XADD', K.LOG .. id, n .. '-0', unpack(entry))
+  redis.call('HSET', K.JOB .. id, 'seq', n)
+  redis.call('PUBLISH', K.LIVE .. id, n .. ' ' .. event .. ' ' .. data)
+end
+
+local function emit(id, event, data)
+  local last = tonumber(redis.call('HGET', K.JOB .. id, 'seq') or '0')
+  write_event(id, last + 1, event, data, '')
+end
+
+-- Puts a job at `turn` of its class. Turns are handed out by start-time fair queueing: an owner's next turn
+-- follows both the owner's last and the turn the class has reached, so one owner's hundred jobs and another's
+-- one alternate instead of queueing behind each other.
+local function wait_in_line(id, model, class, turn)
+  redis.call('ZADD', K.QUEUE .. model, tonumber(class) * CLASS_WIDTH + turn, id)
+end
+
+local function next_turn(model, class, owner)
+  local clock = K.CLOCK .. model
+  local reached = tonumber(redis.call('HGET', clock, class) or '0')
+  local last = tonumber(redis.call('HGET', clock, class .. ':' .. owner) or '0')
+  local turn = math.max(reached, last) + 1
+  redis.call('HSET', clock, class .. ':' .. owner, turn)
+  return turn
+end
+
+local function reach_turn(model, class, turn)
+  local reached = tonumber(redis.call('HGET', K.CLOCK .. model, class) or '0')
+  if turn > reached then -- a job sent back to the front has turn 0
+    redis.call('HSET', K.CLOCK .. model, class, turn)
+  end
+end
+
+local function leave_line(id, model)
+  redis.call('ZREM', K.QUEUE .. model, id)
+  if redis.call('EXISTS', K.QUEUE .. model) == 0 then
+    redis.call('DEL', K.CLOCK .. model)
+  end
+end
+
+-- The one way into a terminal state. `fields` is a flat list of record fields to set with it.
+local function finish(id, status, fields)
+  local job = K.JOB .. id
+  local at = now()
+  local model, worker, retention, owner, idem, started =
+    unpack(redis.call('HMGET', job, 'model', 'worker', 'retention_s', 'owner', 'idempotency_key', 'started_at'))
+  redis.call('HSET', job, 'status', status, 'finished_at', stamp(at), 'worker', '')
+  if #fields > 0 then
+    redis.call('HSET', job, unpack(fields))
+  end
+  leave_line(id, model)
+  redis.call('ZREM', K.TIMERS, id)
+  if worker and worker ~= '' then
+    redis.call('SREM', K.RUNNING .. worker, id)
+  end
+  emit(id, 'done', '{"status":"' .. status .. '"}')
+  redis.call('EXPIRE', job, retention)
+  redis.call('EXPIRE', K.LOG .. id, retention)
+  if idem and idem ~= '' then
+    redis.call('EXPIRE', K.IDEM .. owner .. ':' .. idem, retention)
+  end
+  redis.call('HINCRBY', K.ENDED, model .. ':' .. status, 1)
+  if status == 'succeeded' and started and started ~= '' then
+    local took = at - tonumber(started)
+    local mean = tonumber(redis.call('HGET', K.SPEED .. model, 'mean_s') or took)
+    redis.call('HSET', K.SPEED .. model, 'mean_s', stamp(0.9 * mean + 0.1 * took))
+  end
+end
+
+-- A running job goes back to the front of its class, and the next claim makes it the next attempt; one that was
+-- asked to stop meanwhile ends instead. Returns whether it waits again.
+local function requeue(id, worker)
+  local job = K.JOB .. id
+  local model, class, stop = unpack(redis.call('HMGET', job, 'model', 'class', 'stop_as'))
+  if stop then
+    finish(id, stop, {})
+    return false
+  end
+  redis.call('SREM', K.RUNNING .. worker, id)
+  redis.call('HSET', job, 'status', 'queued', 'worker', '')
+  wait_in_line(id, model, class, 0)
+  emit(id, 'queued', '{"reason":"requeued"}')
+  return true
+end

@@ -1,0 +1,18 @@
+-- A worker hands running jobs back, to continue elsewhere.
+-- ARGV: worker, then id, attempt a job
+-- Returns model, id for each job that waits again.
+local worker = ARGV[1]
+local back = {}
+for i = 2, #ARGV, 2 do
+  local id = ARGV[i]
+  local status, attempt, holder = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'attempt', 'worker'))
+  if status == 'running' and attempt == ARGV[i + 1] and holder == worker then
+    if requeue(id, worker) then
+      back[#back + 1] = redis.call('HGET', K.JOB .. id, 'model')
+      back[#back + 1] = id
+    end
+  else
+    redis.call('SREM', K.RUNNING .. worker, id)
+  end
+end
+return back

@@ -1,0 +1,126 @@
+"""Every setting of every process, read from the environment and `.env` (the environment wins).
+
+Names are the same in both places, and `.env.example` lists all of them with these defaults: a test
+holds the two together.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env"))
+
+
+class Settings(BaseSettings):
+    """One attribute a variable; times are seconds, sizes bytes."""
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True, frozen=True
+    )
+
+    # Where things are
+    data_dir: Path = Field(ROOT / "data", description="Everything that is written: queue, keys, logs, sockets")
+    model_path: Path = Field(ROOT / "models/SmolLM2-135M-Instruct", description="The MLX model folder to serve")
+    redis_url: str = Field("", description="Redis or Valkey to use; empty: one of our own, inside DATA_DIR")
+    broker_url: str = Field("", description="Celery's broker; empty: the same as REDIS_URL")
+
+    # The API
+    host: str = Field("127.0.0.1", description="Address the API and Flower listen on")
+    port: int = Field(8080, ge=1, le=65535, description="Port of the API")
+    web_workers: int = Field(1, ge=1, le=64, description="API processes")
+    mlxq_api_key: SecretStr = Field(SecretStr(""), description="Key of local use; written on the first run")
+    rate_limit: str = Field("100/minute", description="Requests allowed per key, unless the key says otherwise")
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body")
+    heartbeat_s: float = Field(15.0, gt=0, description="Idle streams get a comment this often")
+    max_wait_s: float = Field(60.0, gt=0, description="Longest wait of a long poll")
+
+    # Jobs
+    max_tokens: int = Field(512, ge=1, description="Tokens generated when a request does not say")
+    temperature: float = Field(0.0, ge=0, le=2, description="Temperature when a request does not say")
+    max_queue: int = Field(10_000, ge=1, description="Jobs that may wait per model; more are refused with 503")
+    start_within_s: float = Field(24 * 3600.0, gt=0, description="A job that waits longer expires; also the maximum")
+    deadline_s: float = Field(24 * 3600.0, gt=0, description="A job that takes longer in all expires; also the maximum")
+    retention_s: int = Field(24 * 3600, ge=1, description="Finished jobs and their logs are kept this long")
+    max_attempts: int = Field(3, ge=1, description="Workers a job may lose before it is failed")
+
+    # The workers
+    workers: int = Field(1, ge=1, le=64, description="Worker processes that scripts/serve starts")
+    slots: int = Field(32, ge=1, le=1024, description="Jobs decoded at once per worker")
+    prefill_step_tokens: int = Field(
+        0, ge=0, description="Prompt tokens per row processed between two decode steps; 0: chosen by device"
+    )
+    lease_s: float = Field(2.0, ge=0.2, description="A worker silent for longer loses its jobs to the others")
+    watchdog_s: float = Field(60.0, gt=0, description="An engine without progress for longer ends its process")
+    drain_s: float = Field(10.0, ge=0, description="Running jobs get this long at shutdown, then go back to the queue")
+    wired_limit: bool = Field(False, description="Let MLX wire model memory on a Mac")
+
+    # Operations
+    flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower")
+    flower_user: str = Field("admin", min_length=1, description="Flower's user")
+    flower_password: SecretStr = Field(SecretStr(""), description="Flower's password; written on the first run")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged")
+
+    @model_validator(mode="after")
+    def _paths_are_absolute(self) -> Self:
+        # Relative paths are meant from the repository, whatever directory a script is called from.
+        object.__setattr__(self, "data_dir", ROOT / self.data_dir.expanduser())
+        object.__setattr__(self, "model_path", ROOT / self.model_path.expanduser())
+        return self
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """Sockets, pid files and generated configuration."""
+        return self.data_dir / "run"
+
+    @cached_property
+    def embedded_redis(self) -> bool:
+        """Whether the queue lives in our own Valkey, on a Unix socket inside DATA_DIR."""
+        return not self.redis_url
+
+    @cached_property
+    def redis_socket(self) -> Path:
+        """Socket of the embedded Valkey."""
+        return self.run_dir / "valkey.sock"
+
+    @cached_property
+    def store_url(self) -> str:
+        """URL of the queue's Redis, in redis-py's form."""
+        return self.redis_url or f"unix://{self.redis_socket}"
+
+    @cached_property
+    def celery_url(self) -> str:
+        """URL of the broker, in kombu's form (a Unix socket is spelt `redis+socket://` there)."""
+        url = self.broker_url or self.store_url
+        return "redis+socket://" + url.removeprefix("unix://") if url.startswith("unix://") else url
+
+    @cached_property
+    def limiter_url(self) -> str:
+        """URL of the rate limiter's storage, in the form of the `limits` package."""
+        url = self.store_url
+        return "redis+unix://" + url.removeprefix("unix://") if url.startswith("unix://") else url
+
+    @cached_property
+    def model_id(self) -> str:
+        """The name requests use for the model of MODEL_PATH: its folder's name."""
+        return self.model_path.name
+
+    @cached_property
+    def keys_file(self) -> Path:
+        """Hashed API keys."""
+        return self.data_dir / "keys.json"
+
+
+def load_settings() -> Settings:
+    """Read the environment and `.env` now.
+
+    Raises:
+        pydantic.ValidationError: naming each variable that does not fit.
+    """
+    return Settings()

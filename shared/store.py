@@ -1,0 +1,52 @@
+"""The connection to Redis, and the Lua scripts that are all of the queue's logic.
+
+Every change of a job's state is one script, so it happens whole or not at all. A script's text is the
+table of key prefixes (`shared.keys`), then `prelude.lua`, then its own file.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.commands.core import Script
+from redis.retry import Retry
+
+from shared.keys import LUA_TABLE
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+Redis = redis.Redis
+
+
+def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, **options: Any) -> Redis:
+    """A client with a pool, text in and out.
+
+    Args:
+        url: in redis-py's form.
+        timeout_s: bound on connecting and on each call, in seconds.
+        retries: times a call is sent again when the connection breaks. The scripts are safe to send twice.
+    """
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+        health_check_interval=30,
+        **options,
+    )
+
+
+@cache
+def _source(name: str) -> str:
+    prelude, body = ((SCRIPTS / f"{part}.lua").read_text() for part in ("prelude", name))
+    return LUA_TABLE + prelude + body
+
+
+def script(client: Redis, name: str) -> Script:
+    """The script `shared/scripts/{name}.lua`, to be called with `args=[…]`."""
+    return client.register_script(_source(name))

@@ -1,0 +1,106 @@
+"""Celery: the app that API, workers and Flower share, and the tickets that go through it.
+
+A ticket says "there is work for model M" and names the job it was sent for, so that Flower shows something to
+look for; which job its worker gets is up to the claim. One too many finds nothing and ends. One that was lost is
+made up for by `TicketOffice.rescue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from celery import Celery
+from kombu import Queue
+
+from shared import keys
+from shared.claims import Waiting
+from shared.registry import Registry
+from shared.settings import Settings, load_settings
+from shared.store import Redis
+
+TASK = "mlxq.run"
+
+
+def queue_name(model: str) -> str:
+    """The Celery queue of a model."""
+    return f"mlxq.{model}"
+
+
+def make_app(settings: Settings) -> Celery:
+    """The Celery app. Results are off: a job's record holds them."""
+    app = Celery("mlxq", broker=settings.celery_url)
+    app.conf.update(
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        task_serializer="json",
+        accept_content=["json"],
+        task_create_missing_queues=True,
+        # Flower follows a ticket from `sent` to `succeeded`.
+        worker_send_task_events=True,
+        task_send_sent_event=True,
+        # A ticket is spent when it starts: what must not be lost is the job, and the claim keeps that.
+        task_acks_late=False,
+        # A full worker leaves tickets to the others instead of holding as many again as it has threads.
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={"socket_timeout": 5, "socket_connect_timeout": 5, "visibility_timeout": 3600},
+    )
+    return app
+
+
+class TicketOffice:
+    """Sends tickets."""
+
+    def __init__(self, app: Celery, client: Redis, registry: Registry) -> None:
+        self._app = app
+        self._client = client
+        self._registry = registry
+
+    def send(self, model: str, job_id: str, request_id: str = "") -> None:
+        """Tell the workers of a model that a job waits.
+
+        Raises:
+            kombu.exceptions.OperationalError: the broker is away. The job is safe: `rescue` will send it.
+        """
+        name = queue_name(model)
+        self._app.send_task(
+            TASK,
+            kwargs={"model": model, "job_id": job_id},
+            queue=Queue(name, routing_key=name),
+            headers={"request_id": request_id},
+            retry=False,
+        )
+
+    def send_all(self, waiting: Iterable[Waiting]) -> None:
+        """Send a ticket for each."""
+        for each in waiting:
+            self.send(each.model, each.job_id)
+
+    def rescue(self) -> int:
+        """Send tickets where jobs wait although their model's workers have free slots: some must have been lost.
+
+        Called every second or so by every process; once in two seconds and model it does something.
+
+        Returns:
+            The number sent.
+        """
+        free: dict[str, int] = {}
+        for worker in self._registry.workers():
+            if worker.state == "ready":
+                free[worker.model] = free.get(worker.model, 0) + worker.slots - worker.slots_used
+        return sum(self._rescue_model(model, slots) for model, slots in free.items() if slots > 0)
+
+    def _rescue_model(self, model: str, slots: int) -> int:
+        heads = self._client.zrange(keys.QUEUE + model, 0, slots - 1)
+        if not heads or not self._client.set(keys.RESCUE + model, 1, nx=True, ex=2):
+            return 0
+        self.send_all(Waiting(model, job_id) for job_id in heads)
+        return len(heads)
+
+
+app = make_app(load_settings())

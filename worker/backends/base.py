@@ -1,0 +1,113 @@
+"""What the engine needs of a model library. `fake` (no MLX), `text` (mlx-lm) and later `vision` provide it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.jobs import Generation, Sampling
+from shared.registry import ModelCard
+
+
+class PromptError(Exception):
+    """A request that this model cannot take; `code` is a `shared.errors.JobFailure` value."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class Detokenizer(Protocol):
+    """Turns one row's tokens into text, holding back what is not a whole character yet."""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; often empty."""
+        ...
+
+    def finish(self) -> str:
+        """What is still held back, once no token follows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence as a backend sees it.
+
+    Attributes:
+        uid: the engine's name for it, unique in this process.
+        prompt: token ids to prefill: the request's, then those that earlier attempts generated. Never empty.
+        generated: how many of them are generated: the first token sampled has position `generated`.
+        room: most tokens it may still generate.
+    """
+
+    uid: int
+    prompt: tuple[int, ...]
+    generated: int
+    room: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        tokens: (uid, token) of each row that decoded; a row's first follows its whole prompt.
+        prefilled: uids whose prompt is now in the cache (their first token comes with a later step or this one).
+        failed: (uid, error) of rows that raised; the backend has removed them already.
+        prompt_tokens: how many prompt tokens this step processed.
+    """
+
+    tokens: Sequence[tuple[int, int]] = ()
+    prefilled: Sequence[int] = ()
+    failed: Sequence[tuple[int, Exception]] = ()
+    prompt_tokens: int = 0
+
+
+class Backend(Protocol):
+    """A warm model. Only the engine thread calls it, but for `encode` and `detokenizer`, which any thread may."""
+
+    card: ModelCard
+    eos: frozenset[int]
+    about: dict[str, object]
+
+    def encode(self, generation: Generation) -> tuple[int, ...]:
+        """The request's prompt as token ids, through the chat template when it has messages.
+
+        Raises:
+            PromptError: the template refuses it, or it leaves no room in the context.
+        """
+        ...
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one, for one sequence."""
+        ...
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Add rows; they prefill in the following steps, in this order."""
+        ...
+
+    def step(self) -> StepResult:
+        """Decode one token for each row that has its prompt in the cache, and prefill a chunk of those that have not.
+
+        Raises:
+            Exception: the whole batch is lost; call `reset`.
+        """
+        ...
+
+    def remove(self, uids: Iterable[int]) -> None:
+        """Drop rows in whatever stage they are; their slots are free at once. Unknown uids are passed over."""
+        ...
+
+    def reset(self) -> None:
+        """Drop every row and start with an empty batch."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Gauges for `/metrics`, cheap to get: memory in bytes and the like."""
+        ...
+
+
+BackendLoader = Callable[[], Backend]
+"""Loads and warms the model. Runs on the engine thread."""
