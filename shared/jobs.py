@@ -273,11 +273,11 @@ class Jobs:
             raise NotFound("There is no such job.", code="job_not_found")
         return Job.from_record(record)
 
-    def list(self, owner: str, *, limit: int, before: float | None = None) -> list[Job]:
+    def recent(self, owner: str, *, limit: int, before: float | None = None) -> list[Job]:
         """An owner's jobs, newest first, created before a moment (seconds since the epoch)."""
         own = keys.OWNER + owner
         highest = "+inf" if before is None else f"({before!r}"
-        ids = self._client.zrange(own, highest, "-inf", byscore=True, desc=True, offset=0, num=limit)  # type: ignore[call-overload]
+        ids = self._client.zrange(own, highest, "-inf", byscore=True, desc=True, offset=0, num=limit)
         records = self._read(ids)
         gone = [job_id for job_id, record in zip(ids, records, strict=True) if not record]
         if gone:

@@ -119,7 +119,8 @@ class Registry:
     def ended(self) -> dict[tuple[str, str], int]:
         """How many jobs of a (model, status) have ended."""
         counts = self._client.hgetall(keys.ENDED)
-        return {tuple(name.rsplit(":", 1)): int(n) for name, n in counts.items()}  # type: ignore[misc]
+        split = ((name.rpartition(":"), int(n)) for name, n in counts.items())
+        return {(model, status): n for (model, _, status), n in split}
 
 
 def digest(text: str) -> str:

@@ -6,20 +6,22 @@ table of key prefixes (`shared.keys`), then `prelude.lua`, then its own file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import redis
 from redis.backoff import ExponentialBackoff
-from redis.commands.core import Script
 from redis.retry import Retry
 
 from shared.keys import LUA_TABLE
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
-Redis = redis.Redis
+Redis: TypeAlias = Any
+"""A client. redis-py's annotations cannot tell one that decodes its answers from one that does not, so that every
+call would need a cast; the functions here say what they return instead."""
 
 
 def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, **options: Any) -> Redis:
@@ -47,6 +49,7 @@ def _source(name: str) -> str:
     return LUA_TABLE + prelude + body
 
 
-def script(client: Redis, name: str) -> Script:
+def script(client: Redis, name: str) -> Callable[..., Any]:
     """The script `shared/scripts/{name}.lua`, to be called with `args=[…]`."""
-    return client.register_script(_source(name))
+    registered: Callable[..., Any] = client.register_script(_source(name))
+    return registered

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from celery import Celery
-from kombu import Queue
 
 from shared import keys
 from shared.claims import Waiting
@@ -67,11 +66,10 @@ class TicketOffice:
         Raises:
             kombu.exceptions.OperationalError: the broker is away. The job is safe: `rescue` will send it.
         """
-        name = queue_name(model)
         self._app.send_task(
             TASK,
             kwargs={"model": model, "job_id": job_id},
-            queue=Queue(name, routing_key=name),
+            queue=queue_name(model),
             headers={"request_id": request_id},
             retry=False,
         )
