@@ -25,8 +25,11 @@ for i = 1, #ARGV, 6 do
       end
       finish(id, ending.status, fields)
     end
-  elseif current == attempt and ARGV[i + 5] ~= '' and status and status ~= 'queued' then
-    reply = 'ok' -- the same end, sent again after its answer was lost
+  elseif current == attempt and status ~= 'queued' then
+    -- The job has ended: either by what is sent here, again because the answer was lost, or without us.
+    local again = ARGV[i + 5] == '' and n < tonumber(seq)
+      or ARGV[i + 5] ~= '' and cjson.decode(ARGV[i + 5]).status == status
+    reply = again and 'ok' or 'fenced'
   end
   replies[#replies + 1] = reply
 end

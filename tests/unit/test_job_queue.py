@@ -1,0 +1,276 @@
+"""The queue's scripts, one behaviour a test: accept, claim, write, stop, hand back, lapse."""
+
+import pytest
+
+from shared.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
+from shared.errors import Conflict, KeyReused, NotFound, Unavailable
+from shared.jobs import Ending, Generation, Job, Jobs, Priority, Sampling, Status, Submission
+from shared.log import EventKind, JobLog
+from shared.settings import Settings
+from shared.store import Redis
+
+MODEL = "m"
+SUCCESS = Ending(Status.SUCCEEDED, text="hello", finish_reason="stop", prompt_tokens=3, completion_tokens=2)
+
+
+def submission(owner: str = "a", **more: object) -> Submission:
+    return Submission(Generation(MODEL, 10, Sampling(0.0), prompt="hi"), owner, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def jobs(client: Redis) -> Jobs:
+    return Jobs(client, Settings(max_queue=50))
+
+
+@pytest.fixture
+def worker(client: Redis) -> Claims:
+    claims = Claims(client, "w1")
+    claims.renew(60)
+    return claims
+
+
+def lapse(client: Redis, worker: str) -> None:
+    """The worker's lease runs out now."""
+    client.zadd("mlxq:leases", {worker: 1.0})
+
+
+def taken(worker: Claims) -> Job:
+    job = worker.claim(MODEL)
+    assert job is not None
+    return job
+
+
+def kinds(client: Redis, job: Job) -> list[str]:
+    return [event.kind.value for event in JobLog(client).read(job.id)]
+
+
+def test_a_job_is_durable_with_its_first_event_once_created(client: Redis, jobs: Jobs) -> None:
+    job, new = jobs.create(submission(metadata={"k": "v"}, request_id="r1"))
+    assert new and job.status is Status.QUEUED and job.metadata == {"k": "v"} and job.request_id == "r1"
+    assert jobs.position(job) == 1
+    assert kinds(client, job) == ["queued"]
+
+
+def test_a_claim_starts_the_job_and_fences_its_number(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    claimed = taken(worker)
+    assert (claimed.id, claimed.attempt, claimed.status) == (job.id, 1, Status.RUNNING)
+    assert claimed.generation == job.generation
+    assert worker.claim(MODEL) is None
+    assert jobs.position(job) is None
+    assert kinds(client, job) == ["queued", "started"]
+
+
+def test_a_worker_without_a_lease_claims_nothing(client: Redis, jobs: Jobs) -> None:
+    jobs.create(submission())
+    with pytest.raises(NoLease):
+        Claims(client, "stranger").claim(MODEL)
+    assert jobs.recent("a", limit=1)[0].status is Status.QUEUED
+
+
+def test_writes_and_the_end_arrive_once_however_often_they_are_sent(
+    client: Redis, jobs: Jobs, worker: Claims
+) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    rows = [Append(job.id, 1, 3, "hel", (1, 2)), Append(job.id, 1, 4, "lo", (3,), SUCCESS)]
+    for _ in range(3):
+        assert worker.append(rows) == [Verdict.OK, Verdict.OK]
+    done = jobs.get(job.id, "a")
+    assert (done.status, done.text, done.finish_reason, done.completion_tokens) == (
+        Status.SUCCEEDED,
+        "hello",
+        "stop",
+        2,
+    )
+    assert kinds(client, job) == ["queued", "started", "chunk", "chunk", "done"]
+    assert JobLog(client).written(job.id).tokens == (1, 2, 3)
+
+
+def test_an_older_attempt_writes_nothing(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    lapse(client, "w1")
+    assert Reaper(client, 3).reap() == [Waiting(MODEL, job.id)]
+    assert worker.append([Append(job.id, 1, 4, "late", (1,))]) == [Verdict.FENCED]
+    worker.renew(60)
+    assert taken(worker).attempt == 2
+    assert worker.append([Append(job.id, 1, 4, "late", (1,), SUCCESS)]) == [Verdict.FENCED]
+    assert kinds(client, job) == ["queued", "started", "queued", "resumed"]
+
+
+def test_a_lost_job_goes_to_the_front_of_its_class(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    first, _ = jobs.create(submission())
+    jobs.create(submission("b"))
+    urgent, _ = jobs.create(submission(priority=Priority.HIGH))
+    assert taken(worker).id == urgent.id
+    assert taken(worker).id == first.id
+    lapse(client, "w1")
+    Reaper(client, 3).reap()
+    assert [jobs.position(jobs.get(job.id, "a")) for job in (urgent, first)] == [1, 2]
+
+
+def test_a_job_that_loses_its_workers_too_often_fails(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    for _ in range(3):
+        worker.renew(60)
+        taken(worker)
+        lapse(client, "w1")
+        Reaper(client, 3).reap()
+    lost = jobs.get(job.id, "a")
+    assert (lost.status, lost.error_code) == (Status.FAILED, "worker_lost")
+    assert kinds(client, job)[-1] == "done"
+
+
+def test_handing_back_counts_as_no_loss(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    for attempt in range(1, 6):
+        assert taken(worker).attempt == attempt
+        assert worker.release([(job.id, attempt)]) == [Waiting(MODEL, job.id)]
+    assert jobs.get(job.id, "a").status is Status.QUEUED
+
+
+def test_a_worker_that_retires_leaves_nothing_behind(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    taken(worker)
+    assert worker.retire() == [Waiting(MODEL, job.id)]
+    assert not client.exists("mlxq:running:w1") and client.zscore("mlxq:leases", "w1") is None
+
+
+def test_cancelling_a_waiting_job_ends_it(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    assert jobs.stop(job.id, "a").status is Status.CANCELLED
+    assert worker.claim(MODEL) is None
+    assert jobs.stop(job.id, "a").status is Status.CANCELLED, "asking again is no error"
+    assert kinds(client, job) == ["queued", "done"]
+
+
+def test_cancelling_a_running_job_asks_its_worker(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    assert jobs.stop(job.id, "a").status is Status.RUNNING
+    assert worker.append([Append(job.id, 1, 3, "he", (1,))]) == [Verdict.CANCELLED]
+    assert [held.stop_as for held in worker.renew(60).held] == [Verdict.CANCELLED]
+    worker.append([Append(job.id, 1, 4, ending=Ending(Status.CANCELLED, text="he"))])
+    assert jobs.get(job.id, "a").status is Status.CANCELLED
+    with pytest.raises(Conflict):
+        jobs.create(submission("b"))
+        other = taken(worker)
+        worker.append([Append(other.id, 1, 3, ending=SUCCESS)])
+        jobs.stop(other.id, "b")
+
+
+def test_a_job_asked_to_stop_is_not_taken_up_again(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    worker.append([Append(job.id, 1, 3, "he", (1,))])
+    jobs.stop(job.id, "a")
+    lapse(client, "w1")
+    assert Reaper(client, 3).reap() == []
+    ended = jobs.get(job.id, "a")
+    assert (ended.status, jobs.text(ended)) == (Status.CANCELLED, "he")
+
+
+def test_time_to_start_and_total_time_expire_a_job(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    waiting, _ = jobs.create(submission(start_within_s=1e-6))
+    Reaper(client, 3).reap()
+    assert jobs.get(waiting.id, "a").status is Status.EXPIRED
+    jobs.create(submission(deadline_s=0.05))
+    job = taken(worker)
+    client.zadd("mlxq:timers", {job.id: 1.0})
+    Reaper(client, 3).reap()
+    assert worker.append([Append(job.id, 1, 3, "he", (1,))]) == [Verdict.EXPIRED]
+
+
+def test_starting_ends_the_time_to_start(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission(start_within_s=0.5, deadline_s=1000))
+    job = taken(worker)
+    assert client.zscore("mlxq:timers", job.id) == pytest.approx(job.created_at + 1000, abs=1)
+
+
+def test_owners_take_turns(jobs: Jobs, worker: Claims) -> None:
+    for owner in "aaaaabbc":
+        jobs.create(submission(owner))
+    assert [taken(worker).owner for _ in range(8)] == list("abcabaaa")
+
+
+def test_a_newcomer_is_served_next_and_not_behind_all(jobs: Jobs, worker: Claims) -> None:
+    for _ in range(10):
+        jobs.create(submission("a"))
+    assert [taken(worker).owner for _ in range(4)] == ["a"] * 4
+    jobs.create(submission("b"))
+    assert [taken(worker).owner for _ in range(2)] in (["a", "b"], ["b", "a"])
+
+
+def test_an_owner_gains_nothing_by_having_waited_before(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission("a"))
+    taken(worker)
+    assert not client.exists("mlxq:clock:m"), "an empty line keeps no turns"
+
+
+def test_the_same_idempotency_key_gives_the_same_job(jobs: Jobs) -> None:
+    first, new = jobs.create(submission(idempotency_key="k", fingerprint="f"))
+    again, new_again = jobs.create(submission(idempotency_key="k", fingerprint="f"))
+    other, _ = jobs.create(submission("b", idempotency_key="k", fingerprint="g"))
+    assert (new, new_again) == (True, False)
+    assert first.id == again.id != other.id
+    with pytest.raises(KeyReused):
+        jobs.create(submission(idempotency_key="k", fingerprint="another"))
+
+
+def test_a_full_queue_refuses_and_keeps_nothing(client: Redis) -> None:
+    jobs = Jobs(client, Settings(max_queue=2))
+    for _ in range(2):
+        jobs.create(submission())
+    before = client.dbsize()
+    with pytest.raises(Unavailable) as refused:
+        jobs.create(submission("b", idempotency_key="k"))
+    assert refused.value.code == "queue_full" and client.dbsize() == before
+
+
+def test_another_owner_sees_no_job(jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    for call in (jobs.get, jobs.stop, jobs.forget):
+        with pytest.raises(NotFound):
+            call(job.id, "b")
+    assert jobs.get(job.id, "a").status is Status.QUEUED
+
+
+def test_only_an_ended_job_is_forgotten(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission(idempotency_key="k"))
+    with pytest.raises(Conflict):
+        jobs.forget(job.id, "a")
+    jobs.stop(job.id, "a")
+    jobs.forget(job.id, "a")
+    assert not [name for name in client.keys() if job.id in name or "idem" in name]
+    assert jobs.recent("a", limit=5) == []
+
+
+def test_what_has_ended_lives_as_long_as_its_retention(client: Redis) -> None:
+    jobs = Jobs(client, Settings(retention_s=77))
+    job, _ = jobs.create(submission(idempotency_key="k"))
+    assert client.ttl("mlxq:job:" + job.id) == -1
+    jobs.stop(job.id, "a")
+    for key in ("mlxq:job:" + job.id, "mlxq:log:" + job.id, "mlxq:idem:a:k"):
+        assert client.ttl(key) == 77
+
+
+def test_the_list_is_newest_first_and_pages(jobs: Jobs) -> None:
+    made = [jobs.create(submission())[0] for _ in range(5)]
+    page = jobs.recent("a", limit=2)
+    rest = jobs.recent("a", limit=9, before=page[-1].created_at)
+    assert [job.id for job in page + rest] == [job.id for job in reversed(made)]
+
+
+def test_live_copies_carry_what_the_log_has(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    listener = client.pubsub(ignore_subscribe_messages=True)
+    listener.subscribe("mlxq:live:" + job.id)
+    listener.get_message(timeout=1)
+    worker.append([Append(job.id, 1, 3, 'a "quoted"\nline', (1,))])
+    message = listener.get_message(timeout=1)
+    assert message is not None
+    assert message["data"].startswith("3 chunk ")
+    assert JobLog(client).read(job.id, after=2)[0].kind is EventKind.CHUNK
+    listener.close()
