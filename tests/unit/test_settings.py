@@ -1,0 +1,53 @@
+"""Settings: one list of variables, the same everywhere, and clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from scripts.commands import document_settings
+from shared.settings import ROOT, Settings
+
+
+def test_the_example_and_the_readme_have_every_variable_with_its_default() -> None:
+    assert document_settings.EXAMPLE.read_text() == document_settings.example()
+    assert document_settings.table() in document_settings.README.read_text()
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "env").write_text("PORT=1234\nSLOTS=7\nWORKERS=\n")
+    monkeypatch.setenv("PORT", "4321")
+    settings = Settings(_env_file=tmp_path / "env")
+    assert (settings.port, settings.slots, settings.workers) == (4321, 7, 1)
+
+
+def test_relative_paths_are_meant_from_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DATA_DIR", "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert Settings(_env_file=None).data_dir == ROOT / "elsewhere"
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("SLOTS", "many"), ("LEASE_S", "0"), ("LOG_LEVEL", "x")])
+def test_what_does_not_fit_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError, match=name.lower()):
+        Settings(_env_file=None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "store", "broker", "limiter"),
+    [
+        ({"DATA_DIR": "/d"}, "unix:///d/run/valkey.sock", "redis+socket:///d/run/valkey.sock", "redis+unix:///d/run/valkey.sock"),
+        ({"REDIS_URL": "redis://h:1/2"}, "redis://h:1/2", "redis://h:1/2", "redis://h:1/2"),
+        ({"REDIS_URL": "redis://h:1/2", "BROKER_URL": "redis://b"}, "redis://h:1/2", "redis://b", "redis://h:1/2"),
+    ],
+)  # fmt: skip
+def test_each_library_gets_the_url_in_its_own_form(
+    variables: dict[str, str], store: str, broker: str, limiter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(_env_file=None)
+    assert (settings.store_url, settings.celery_url, settings.limiter_url) == (store, broker, limiter)
