@@ -53,7 +53,7 @@ Results = dict[str, dict[str, list[Burst]]]
 
 def name_of(case: Case) -> str:
     """How a case is called in the table."""
-    return f"{case.model.name}, {case.clients} × {case.tokens}"
+    return f"{case.model.name}, {case.clients} x {case.tokens}"
 
 
 def measure(cases: Sequence[Case], contenders: Sequence[str], rounds: int, warmup: bool = True) -> Results:
@@ -63,7 +63,7 @@ def measure(cases: Sequence[Case], contenders: Sequence[str], rounds: int, warmu
     turns = [(r, model, name) for r in range(rounds) for model in models for name in contenders]
     for _, model, name in track(turns, "measuring", console=Console(stderr=True)):
         own = [case for case in cases if case.model == model]
-        with CONTENDERS[name](model, max(case.clients for case in own + [Case(model, 32, 0)])) as contender:
+        with CONTENDERS[name](model, max(32, *(case.clients for case in own))) as contender:
             if warmup:
                 contender.run(2, 8)
             for case in own:
@@ -73,7 +73,7 @@ def measure(cases: Sequence[Case], contenders: Sequence[str], rounds: int, warmu
 
 def median(bursts: Iterable[Burst], figure: str) -> float:
     """The median of a figure over rounds."""
-    return statistics.median(getattr(each, figure) for each in bursts)
+    return float(statistics.median(getattr(each, figure) for each in bursts))
 
 
 def table(results: Results) -> Table:
@@ -93,12 +93,12 @@ def table(results: Results) -> Table:
 
 def environment() -> dict[str, Any]:
     """Where the figures come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT)
     return {
         "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "celery", "redis", "gunicorn", "gevent")},
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip(),
     }
 
 
@@ -127,10 +127,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["load"] = {case: {who: [asdict(b) for b in bs] for who, bs in r.items()} for case, r in results.items()}
     if asked.only in (None, "hop"):
         report["queue_hop"] = queue_hop(cases[-1].model)
-        console.print("queue hop, accepted → in the engine, idle worker: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms".format(**report["queue_hop"]))
+        console.print(
+            "queue hop, accepted → in the engine, idle worker: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms".format(
+                **report["queue_hop"]
+            )
+        )
     if asked.only in (None, "streams"):
         report["idle_streams"] = idle_streams(500)
-        console.print("{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before".format(**report["idle_streams"]))
+        console.print(
+            "{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before".format(
+                **report["idle_streams"]
+            )
+        )
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -29,7 +29,10 @@ def test_relative_paths_are_meant_from_the_repository(monkeypatch: pytest.Monkey
     assert Settings(_env_file=None).data_dir == ROOT / "elsewhere"
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("SLOTS", "many"), ("LEASE_S", "0"), ("LOG_LEVEL", "x")])
+WRONG = [("PORT", "70000"), ("SLOTS", "many"), ("LEASE_S", "0"), ("LOG_LEVEL", "x")]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
 def test_what_does_not_fit_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError, match=name.lower()):

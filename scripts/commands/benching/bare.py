@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scripts.commands.benching.load import Burst, Sample, prompt
 from shared.blas import prefer_openblas
+
+from scripts.commands.benching.load import Burst, Sample, prompt
 
 
 def run(model: Any, tokenizer: Any, slots: int, clients: int, max_tokens: int, offset: int) -> Burst:
@@ -18,10 +19,8 @@ def run(model: Any, tokenizer: Any, slots: int, clients: int, max_tokens: int, o
     from mlx_lm.generate import BatchGenerator
 
     start = time.perf_counter()
-    prompts = [
-        tokenizer.apply_chat_template(prompt(offset + i), add_generation_prompt=True) for i in range(clients)
-    ]
-    generator = BatchGenerator(
+    prompts = [tokenizer.apply_chat_template(prompt(offset + i), add_generation_prompt=True) for i in range(clients)]
+    generator: Any = BatchGenerator(
         model, stop_tokens=[[token] for token in tokenizer.eos_token_ids], completion_batch_size=slots
     )
     moments: dict[int, list[float]] = {uid: [] for uid in generator.insert(prompts, [max_tokens] * clients)}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from scripts.commands.benching.load import Burst, Endpoint, burst
 from shared.settings import ROOT
@@ -74,12 +74,15 @@ class Inference:
     headers: dict[str, str]
 
     def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        """The request, greedy."""
         return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
 
     def chunk(self, event: dict[str, Any]) -> bool:
+        """Whether an event carries text."""
         return "text" in event
 
     def tokens(self, event: dict[str, Any]) -> int | None:
+        """The usage count, when the event has it."""
         return event["usage"]["completion_tokens"] if event.get("usage") else None
 
 
@@ -91,6 +94,7 @@ class ChatCompletions:
     headers: dict[str, str]
 
     def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+        """The request, greedy."""
         return {
             "messages": messages,
             "max_tokens": max_tokens,
@@ -100,9 +104,11 @@ class ChatCompletions:
         }
 
     def chunk(self, event: dict[str, Any]) -> bool:
+        """Whether an event carries text."""
         return bool(event.get("choices")) and bool(event["choices"][0]["delta"].get("content"))
 
     def tokens(self, event: dict[str, Any]) -> int | None:
+        """The usage count, when the event has it."""
         return event["usage"]["completion_tokens"] if event.get("usage") else None
 
 
@@ -164,15 +170,15 @@ def mlx_lm_server_wide(model: Path, slots: int) -> AbstractContextManager[Served
 class Bare:
     """mlx-lm's BatchGenerator in a process of its own, asked over its standard input."""
 
-    def __init__(self, child: subprocess.Popen[str]) -> None:
-        self._child = child
+    def __init__(self, questions: IO[str], answers: IO[str]) -> None:
+        self._questions = questions
+        self._answers = answers
 
     def run(self, clients: int, max_tokens: int) -> Burst:
         """One burst."""
-        assert self._child.stdin and self._child.stdout
-        self._child.stdin.write(json.dumps({"clients": clients, "max_tokens": max_tokens}) + "\n")
-        self._child.stdin.flush()
-        return Burst(**json.loads(self._child.stdout.readline()))
+        self._questions.write(json.dumps({"clients": clients, "max_tokens": max_tokens}) + "\n")
+        self._questions.flush()
+        return Burst(**json.loads(self._answers.readline()))
 
 
 @contextmanager
@@ -180,14 +186,17 @@ def bare(model: Path, slots: int) -> Iterator[Bare]:
     """The limit: the library alone, nobody served."""
     command = [sys.executable, "-m", "scripts.commands.benching.bare", str(model), str(slots)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as child:
-        try:
-            yield Bare(child)
-        finally:
-            assert child.stdin
-            child.stdin.close()
-            child.wait(60)
+        if child.stdin is None or child.stdout is None:
+            raise RuntimeError("no pipes to the process")
+        with child.stdin:
+            yield Bare(child.stdin, child.stdout)
 
 
 class Contender(Protocol):

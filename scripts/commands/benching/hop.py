@@ -7,13 +7,13 @@ import statistics
 import urllib.request
 from pathlib import Path
 
-from scripts.commands.benching.contenders import Inference, stack
-from scripts.commands.benching.load import quantile
+from scripts.commands.benching.contenders import stack
+from scripts.commands.benching.load import Endpoint, quantile
 
 JOBS = 100
 
 
-def _queue_s(endpoint: Inference) -> float:
+def _queue_s(endpoint: Endpoint) -> float:
     body = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
     request = urllib.request.Request(
         endpoint.url, json.dumps(body).encode(), {**endpoint.headers, "Content-Type": "application/json"}

@@ -73,8 +73,15 @@ def quantile(values: Sequence[float], q: float) -> float:
 class Endpoint(Protocol):
     """How to ask a server for a stream, and to read it."""
 
-    url: str
-    headers: dict[str, str]
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        ...
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with each."""
+        ...
 
     def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
         """The request."""
@@ -117,17 +124,12 @@ async def _burst(endpoint: Endpoint, clients: int, max_tokens: int, offset: int)
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=900)
     ) as session:
         start = time.perf_counter()
-        samples = await asyncio.gather(
-            *(_request(session, endpoint, offset + i, max_tokens) for i in range(clients))
-        )
+        samples = await asyncio.gather(*(_request(session, endpoint, offset + i, max_tokens) for i in range(clients)))
         return Burst.of(samples, time.perf_counter() - start)
 
 
 def burst(endpoint: Endpoint, clients: int, max_tokens: int, offset: int = 0) -> Burst:
-    """Send `clients` requests at once and wait for all.
-
-    Args:
-        offset: number of the first prompt, so that two bursts share none.
+    """Send `clients` requests at once, prompts numbered from `offset`, and wait for all.
 
     Raises:
         aiohttp.ClientError: a request failed.

