@@ -1,0 +1,95 @@
+"""The prompts file: one request a line, read without ever holding more than a line."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A line that can be sent."""
+
+    line: int
+    custom_id: str | None
+    body: dict[str, Any]
+    digest: str
+    """Names this request on this line: the Idempotency-Key, and what ties a result to its prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A line that cannot be sent."""
+
+    line: int
+    reason: str
+
+
+def read_prompts(path: Path, defaults: Mapping[str, Any], run: str = "") -> Iterator[Prompt | Malformed]:
+    """The file's lines in order, empty ones left out.
+
+    `defaults` are fields of every request that does not have them itself. `run` is part of every digest, so that
+    the same file can be done again under another name.
+    """
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            text = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+            if not text.strip():
+                continue
+            try:
+                yield _prompt(line, _fields(text), defaults, run)
+            except (ValueError, RecursionError) as error:
+                yield Malformed(line, _reason(error))
+
+
+def _prompt(line: int, fields: dict[str, Any], defaults: Mapping[str, Any], run: str) -> Prompt:
+    own_id = fields.pop("id", None)
+    custom_id = _name(fields.pop("custom_id", own_id))
+    if "prompt" not in fields and "messages" not in fields:
+        raise ValueError("needs `prompt` or `messages`")
+    body = {**defaults, **fields}
+    # The line number is in it: the same prompt on two lines is two jobs.
+    identity = json.dumps([run, line, custom_id, body], separators=(",", ":"))
+    return Prompt(line, custom_id, body, digest(identity))
+
+
+def digest(text: str) -> str:
+    """128 bits as hex digits."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _fields(raw: bytes) -> dict[str, Any]:
+    data = json.loads(raw.decode(), parse_constant=_refuse_constant)
+    if isinstance(data, str):
+        return {"prompt": data}
+    if not isinstance(data, dict):
+        raise ValueError("is neither a JSON object nor a string")
+    return data
+
+
+def _name(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("`custom_id` must be a string or a whole number")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case json.JSONDecodeError():
+            return f"is not JSON ({error.msg} at column {error.colno})"
+        case UnicodeDecodeError():
+            return "is not UTF-8"
+        case RecursionError():
+            return "is nested too deeply"
+    return str(error)

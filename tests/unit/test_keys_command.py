@@ -1,0 +1,66 @@
+"""scripts/keys: what is printed, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.commands import keys
+from web.keystore import KeyStore
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeyStore:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("RATE_LIMIT", "100/minute")
+    return KeyStore(tmp_path / "keys.json")
+
+
+def test_the_printed_key_is_the_whole_output_and_works(store: KeyStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert keys.main(["create", "laptop", "--scope", "admin", "--scope", "infer", "--rate-limit", "5/second"]) == 0
+    found = store.find(capsys.readouterr().out.strip())
+    assert found is not None
+    assert (found.name, found.scopes, found.rate_limit) == ("laptop", {"infer", "admin"}, "5/second")
+
+
+def test_a_key_infers_unless_told_otherwise(store: KeyStore) -> None:
+    keys.main(["create", "laptop"])
+    assert [key.scopes for key in store.list()] == [{"infer"}]
+
+
+def test_the_list_shows_limits_and_revocations_but_no_key(store: KeyStore, capsys: pytest.CaptureFixture[str]) -> None:
+    keys.main(["create", "old"])
+    keys.main(["create", "new", "--rate-limit", "7/hour"])
+    secrets = capsys.readouterr().out.split()
+    keys.main(["revoke", "old"])
+    capsys.readouterr()
+
+    assert keys.main(["list"]) == 0
+    heading, old, new = capsys.readouterr().out.splitlines()
+    assert heading.split() == list(keys.COLUMNS)
+    assert old.split()[1:4] == ["old", "infer", "100/minute"]
+    assert not old.endswith(" -")
+    assert new.split()[1:4] == ["new", "infer", "7/hour"]
+    assert new.endswith(" -")
+    assert not any(secret in old + new for secret in secrets)
+
+
+def test_a_key_is_revoked_by_its_id_too(store: KeyStore) -> None:
+    key = store.create("laptop", ["infer"])
+    assert keys.main(["revoke", key.split("_")[1]]) == 0
+    assert store.find(key) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["create", "taken"], ["create", "other", "--rate-limit", "a lot"], ["revoke", "nobody"]],
+)
+def test_what_cannot_be_done_is_one_line_on_stderr(
+    store: KeyStore, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    store.create("taken", ["infer"])
+    assert keys.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
