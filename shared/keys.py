@@ -17,6 +17,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `LEASES` | zset | worker → moment its lease lapses | until it lapses |
 | `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
 | `WORKER` + worker | string | JSON of `shared.registry.WorkerInfo` | a few leases |
+| `WORKERS` | zset | worker → its last heartbeat: the cards there may be | pruned when read |
 | `MODELS` | hash | model → JSON of `shared.registry.ModelCard` | for ever |
 | `TOKENIZER` + digest | string | tokenizer.json of a model, for counting prompt tokens in the API | for ever |
 | `ENDED` | hash | `model:status` → jobs that ended so | for ever |
@@ -39,6 +40,7 @@ TIMERS: Final = "mlxq:timers"
 LEASES: Final = "mlxq:leases"
 RUNNING: Final = "mlxq:running:"
 WORKER: Final = "mlxq:worker:"
+WORKERS: Final = "mlxq:workers"
 MODELS: Final = "mlxq:models"
 TOKENIZER: Final = "mlxq:tokenizer:"
 ENDED: Final = "mlxq:ended"

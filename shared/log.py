@@ -75,10 +75,12 @@ class JobLog:
     def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
         """The events after number `after`, in order."""
         entries = self._client.xrange(keys.LOG + job_id, min=f"({after}-0", max="+", count=limit)
-        return [
-            Event(int(entry_id.split("-")[0]), EventKind(entry["e"]), entry["d"], _tokens(entry.get("t", "")))
-            for entry_id, entry in entries
-        ]
+        return [_event(entry_id, entry) for entry_id, entry in entries]
+
+    def last(self, job_id: str) -> Event | None:
+        """The newest event; None when there is no log (any more)."""
+        newest = self._client.xrevrange(keys.LOG + job_id, count=1)
+        return _event(*newest[0]) if newest else None
 
     def written(self, job_id: str) -> Written:
         """All text and tokens so far."""
@@ -88,6 +90,11 @@ class JobLog:
             tokens=tuple(token for event in events for token in event.tokens),
             last_event=events[-1].n if events else 0,
         )
+
+
+def _event(entry_id: str, entry: dict[str, str]) -> Event:
+    n = int(entry_id.split("-")[0])
+    return Event(n, EventKind(entry["e"]), entry["d"], _tokens(entry.get("t", "")))
 
 
 def _tokens(joined: str) -> tuple[int, ...]:

@@ -99,13 +99,19 @@ class Registry:
 
     def announce_worker(self, info: WorkerInfo, lifetime_s: float) -> None:
         """Tell the state of a worker; it is forgotten when not told again in time."""
-        self._client.set(keys.WORKER + info.id, info.to_json(), px=round(lifetime_s * 1000))
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.set(keys.WORKER + info.id, info.to_json(), px=round(lifetime_s * 1000))
+            pipe.zadd(keys.WORKERS, {info.id: info.heartbeat_at})
+            pipe.execute()
 
     def workers(self) -> list[WorkerInfo]:
         """The workers alive, by id."""
-        names = sorted(self._client.scan_iter(match=keys.WORKER + "*", count=1000))
-        texts = self._client.mget(names) if names else []
-        return [WorkerInfo.from_json(text) for text in texts if text]
+        names = sorted(self._client.zrange(keys.WORKERS, 0, -1))
+        cards = self._client.mget([keys.WORKER + name for name in names]) if names else []
+        gone = [name for name, card in zip(names, cards, strict=True) if card is None]
+        if gone:
+            self._client.zrem(keys.WORKERS, *gone)
+        return [WorkerInfo.from_json(card) for card in cards if card is not None]
 
     def waiting(self, model: str) -> int:
         """How many jobs wait for a model."""

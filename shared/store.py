@@ -24,16 +24,21 @@ Redis: TypeAlias = Any
 call would need a cast; the functions here say what they return instead."""
 
 
-def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, **options: Any) -> Redis:
+def connect(
+    url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: int = 64, **options: Any
+) -> Redis:
     """A client with a pool, text in and out.
 
     Args:
         url: in redis-py's form.
         timeout_s: bound on connecting and on each call, in seconds.
         retries: times a call is sent again when the connection breaks. The scripts are safe to send twice.
+        connections: most calls under way at once; further ones wait their turn.
     """
-    return redis.Redis.from_url(
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=connections,
+        timeout=timeout_s,
         decode_responses=True,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
@@ -41,6 +46,7 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, **options: An
         health_check_interval=30,
         **options,
     )
+    return redis.Redis.from_pool(pool)
 
 
 @cache
