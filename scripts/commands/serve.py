@@ -1,0 +1,82 @@
+"""Everything on this machine, from nothing to ready and back: `scripts/serve`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+
+from scripts.commands.stack import config, env_file, leftovers, preflight
+from scripts.commands.stack.blas import ensure_openblas
+from scripts.commands.stack.failure import StartFailed
+from scripts.commands.stack.instance import sole_instance
+from scripts.commands.stack.model import ensure_model
+from scripts.commands.stack.screen import Screen, base_url
+from scripts.commands.stack.signals import StopRequested, StopSignals
+from scripts.commands.stack.stack import Stack
+from scripts.commands.stack.supervision import SupervisorGone
+from shared.settings import ENV_FILE, Settings
+from web.keystore import KeyStore, new_key
+
+
+def main() -> int:
+    """Serve until a signal comes.
+
+    Returns:
+        The exit status: 0 after an orderly end, 1 when it could not start or could not go on.
+    """
+    screen = Screen()
+    signals = StopSignals()
+    try:
+        settings = preflight.settings_or_fail()
+        preflight.prepare_data_dir(settings)
+        with sole_instance(settings.run_dir / "serve.lock", base_url(settings.host, settings.port)):
+            _serve(settings, screen, signals)
+    except StopRequested:
+        screen.say("stopped; start again with scripts/serve")
+        return 0
+    except StartFailed as failure:
+        screen.fail(str(failure))
+    except SupervisorGone:
+        screen.fail("supervisord is gone; everything it had started was ended")
+    return 1
+
+
+def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:
+    if ended := leftovers.end_all(settings.data_dir, patience_s=5):
+        screen.say(f"ended {ended} processes that an earlier start had left behind")
+    preflight.check_ports(settings)
+    preflight.check_redis(settings)
+    settings = _with_secrets(settings)
+    environment = config.child_environment(settings, leftovers.mark(settings.data_dir), ENV_FILE)
+    ensure_openblas(screen.say)
+    ensure_model(settings, environment, signals)
+    stack = Stack(settings, environment, screen, signals)
+    try:
+        stack.bring_up()
+        screen.ready(settings, ENV_FILE, key_in_environment=bool(os.environ.get("MLXQ_API_KEY")))
+        stack.watch()
+    finally:
+        stack.bring_down()
+
+
+def _with_secrets(settings: Settings) -> Settings:
+    """On the first run, write a key and a password to `.env`; have the key accepted whatever DATA_DIR it meets."""
+    wanted = {
+        "MLXQ_API_KEY": settings.mlxq_api_key.get_secret_value() or new_key(),
+        "FLOWER_PASSWORD": settings.flower_password.get_secret_value() or secrets.token_urlsafe(12),
+    }
+    missing = {name: value for name, value in wanted.items() if not getattr(settings, name.lower())}
+    try:
+        if missing:
+            env_file.add_missing(ENV_FILE, missing)
+            settings = preflight.settings_or_fail()
+        key = settings.mlxq_api_key.get_secret_value()
+        KeyStore(settings.keys_file).ensure(key, name="local", scopes=("infer", "admin"))
+    except OSError as error:
+        raise StartFailed(f"cannot write {error.filename}: {error.strerror}") from None
+    return settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What can be known to go wrong before anything is started, each as one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import redis
+from pydantic import ValidationError
+
+from scripts.commands.stack.failure import StartFailed
+from shared.settings import ENV_FILE, Settings, load_settings
+from shared.store import connect
+
+MIN_FREE_BYTES = 200 * 2**20
+_SOCKET_PATH_MAX = 103 if sys.platform == "darwin" else 107
+# Supervisor binds its socket under a temporary name: the path, a dot and its process id.
+_SOCKET_SUFFIX = len(".4194304")
+# They mean something in supervisor's configuration, which has no way to quote them.
+_BAD_PATH_CHARACTERS = set(";#\"'\n")
+
+
+def settings_or_fail() -> Settings:
+    """The settings; one line for each variable that does not fit."""
+    try:
+        return load_settings()
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg']}" for e in error.errors())
+        raise StartFailed("\n".join(lines)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartFailed(f"cannot read {ENV_FILE}: {error}") from None
+
+
+def prepare_data_dir(settings: Settings) -> None:
+    """Make the folders, and see that they can be written and hold a socket."""
+    folder = settings.data_dir
+    if bad := sorted(_BAD_PATH_CHARACTERS & set(str(folder))):
+        raise StartFailed(f"DATA_DIR {str(folder)!r} has a character that it may not have: {' '.join(map(repr, bad))}")
+    excess = len(os.fsencode(settings.redis_socket)) + _SOCKET_SUFFIX - _SOCKET_PATH_MAX
+    if excess > 0:
+        raise StartFailed(f"DATA_DIR {folder} is {excess} bytes too long: its sockets' paths have a limit")
+    try:
+        for each in (folder, settings.run_dir, settings.log_dir, folder / "valkey"):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_probe(folder)
+    except OSError as error:
+        raise StartFailed(f"cannot write to DATA_DIR {folder}: {os.strerror(error.errno or 0)}") from None
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise StartFailed(f"the disk of DATA_DIR {folder} is full: {free >> 20} MB free, needs {MIN_FREE_BYTES >> 20}")
+
+
+def _write_probe(folder: Path) -> None:
+    # A quota or a full file system shows only when blocks are really taken.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"\0" * 65536)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_ports(settings: Settings) -> None:
+    """See that both ports are free."""
+    if settings.port == settings.flower_port:
+        raise StartFailed(f"PORT and FLOWER_PORT are both {settings.port}")
+    for name, port in (("PORT", settings.port), ("FLOWER_PORT", settings.flower_port)):
+        _check_port(settings.host, name, port)
+
+
+def _check_port(host: str, name: str, port: int) -> None:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise StartFailed(f"HOST {host} is not an address of this machine") from None
+    with socket.socket(family, kind) as probe:
+        # As the servers do: connections of an earlier run that still time out do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartFailed(f"port {port} is taken; set {name} to another in {ENV_FILE.name}") from None
+            raise StartFailed(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from None
+
+
+def check_redis(settings: Settings) -> None:
+    """See that an external Redis answers."""
+    if settings.embedded_redis:
+        return
+    try:
+        with connect(settings.store_url, timeout_s=5, retries=0) as client:
+            client.ping()
+    except (redis.RedisError, ValueError, OSError) as error:
+        raise StartFailed(f"REDIS_URL cannot be reached: {error}") from None

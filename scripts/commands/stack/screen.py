@@ -1,0 +1,94 @@
+"""What `scripts/serve` shows: one screen on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from shared.settings import Settings
+
+
+class Progress(Protocol):
+    """A line that changes while something takes long."""
+
+    def update(self, status: str) -> None:
+        """Show this now."""
+
+
+class _Console(Console):
+    """A console whose reader may go away (`scripts/serve | head`) without ending the stack."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class Screen:
+    """The terminal. Without one, what takes long is said once, when it begins."""
+
+    def __init__(self) -> None:
+        self._out = _Console(highlight=False, soft_wrap=True)
+        self._err = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self._out.print(line, markup=False)
+
+    def silence(self) -> None:
+        """Nothing more is shown."""
+        self._out.quiet = self._err.quiet = True
+
+    def fail(self, reason: str) -> None:
+        """Why it ends, on stderr."""
+        for line in reason.splitlines():
+            self._err.print(f"scripts/serve: {line}", markup=False)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[Progress]:
+        """A spinner while the block runs."""
+        if not self._out.is_terminal:
+            self.say(f"{text} …")
+        with self._out.status(text) as status:
+            yield status
+
+    def ready(self, settings: Settings, env_file: Path, key_in_environment: bool) -> None:
+        """Everything a person needs now."""
+        base = base_url(settings.host, settings.port)
+        file = shlex.quote(_shown(env_file))
+        key = "$MLXQ_API_KEY" if key_in_environment else f"$(grep ^MLXQ_API_KEY= {file} | cut -d= -f2-)"
+        where = "in the environment" if key_in_environment else f"in {_shown(env_file)}"
+        workers = f"{settings.workers} worker{'s' if settings.workers > 1 else ''}"
+        queue = "of its own" if settings.embedded_redis else "at REDIS_URL"
+        self.say(f"""
+  {settings.model_id} is ready: {workers}, queue {queue}
+
+  API        {base}
+  API docs   {base}/docs
+  API key    MLXQ_API_KEY {where}
+  Flower     {base_url(settings.host, settings.flower_port)}  user {settings.flower_user}, \
+password FLOWER_PASSWORD in {_shown(env_file)}
+  Data       {_shown(settings.data_dir)}
+  Logs       {_shown(settings.log_dir)}
+
+  Try it:
+curl -s {base}/inference -H "X-API-Key: {key}" -H 'Content-Type: application/json' \
+-d '{{"prompt": "What is the capital of France?"}}'
+
+  Ctrl-C ends everything (or: kill {os.getpid()}); jobs that are not done stay in the queue.
+""")
+
+
+def base_url(host: str, port: int) -> str:
+    """The URL for a client on this machine, also when the server listens on every address."""
+    local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it works when pasted here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
