@@ -1,0 +1,168 @@
+"""compose.yaml against its official schema, and against the settings, the Dockerfile and the documents."""
+
+from __future__ import annotations
+
+import ast
+import re
+from fnmatch import fnmatch
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from check_jsonschema.builtin_schemas import get_builtin_schema
+
+from scripts.commands.container_health import CHECKS
+from scripts.commands.containers import COMPOSE_VARIABLES
+from scripts.commands.test_compose import SERVICES
+from shared.settings import ROOT, Settings
+
+TEXT = (ROOT / "compose.yaml").read_text()
+FILE: dict[str, Any] = yaml.safe_load(TEXT)
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+SETTINGS = {name.upper() for name in Settings.model_fields}
+SECRETS = {"MLXQ_API_KEY", "FLOWER_USER", "FLOWER_PASSWORD"}
+FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_PORT"}
+"""What a container's insides have the same for everybody."""
+MEANINGLESS = {
+    "BROKER_URL",  # the redis service is both
+    "WORKERS",  # docker compose up --scale mlx-server=N
+}
+
+each_service = pytest.mark.parametrize("service", FILE["services"].values(), ids=FILE["services"])
+each_of_ours = pytest.mark.parametrize("name", ["web", "mlx-server", "flower"])
+
+
+def test_follows_the_compose_specification() -> None:
+    schema = get_builtin_schema("vendor.compose-spec")
+    jsonschema.validators.validator_for(schema)(schema).validate(FILE)
+
+
+def test_says_nothing_that_docker_compose_1_does_not_know() -> None:
+    assert set(FILE) - {"services", "volumes"} == {key for key in FILE if key.startswith("x-")}
+    assert "start_interval" not in TEXT
+    assert "env_file" not in TEXT  # it would win over the environment
+
+
+def test_has_the_services_that_are_tried() -> None:
+    assert set(FILE["services"]) == set(SERVICES)
+
+
+def test_every_variable_is_known_and_documented() -> None:
+    used = set(re.findall(r"\$\{(\w+)", TEXT))
+    assert used - SETTINGS == COMPOSE_VARIABLES
+    documented = (ROOT / "docs/containers.md").read_text()
+    assert not {name for name in COMPOSE_VARIABLES if f"`{name}`" not in documented}
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    defaults = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", TEXT))
+    shared = defaults.keys() & SETTINGS
+    assert shared == {"HOST", "PORT", "FLOWER_PORT"}
+    assert {name: defaults[name] for name in shared} == {
+        name: str(Settings.model_fields[name.lower()].default) for name in shared
+    }
+
+
+@each_of_ours
+def test_every_setting_reaches_our_containers(name: str) -> None:
+    environment = FILE["services"][name]["environment"]
+    assert environment["REDIS_URL"] == "redis://redis:6379/0"
+    assert set(environment) - SECRETS - FIXED == SETTINGS - SECRETS - FIXED - MEANINGLESS
+    assert [key for key in set(environment) - SECRETS - FIXED if environment[key] is not None] == []
+
+
+def test_a_secret_goes_only_where_it_is_needed() -> None:
+    holders = {
+        secret: {name for name, service in FILE["services"].items() if secret in service.get("environment", {})}
+        for secret in SECRETS
+    }
+    assert holders == {"MLXQ_API_KEY": {"web"}, "FLOWER_USER": {"flower"}, "FLOWER_PASSWORD": {"flower"}}
+    assert not any("PASSWORD" in str(service.get("command")) for service in FILE["services"].values())
+
+
+@each_service
+def test_comes_back_and_tells_its_health(service: dict[str, Any]) -> None:
+    assert service["restart"] == "unless-stopped"
+    assert {"test", "interval", "timeout", "retries", "start_period"} == set(service["healthcheck"])
+    assert service["stop_grace_period"]
+    assert service["init"] is True  # a killed child ends the container, and with it the policy sees it
+
+
+@each_service
+def test_is_confined(service: dict[str, Any]) -> None:
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+@each_of_ours
+def test_starts_when_redis_is_healthy(name: str) -> None:
+    assert FILE["services"][name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+
+
+@each_of_ours
+def test_has_its_own_health_check(name: str) -> None:
+    *command, argument = FILE["services"][name]["healthcheck"]["test"]
+    assert command == ["CMD", "python", "-m", "scripts.commands.container_health"]
+    assert argument == name
+    assert name in CHECKS
+
+
+def test_listens_on_this_machine_alone_unless_told() -> None:
+    ports = {name: service.get("ports", []) for name, service in FILE["services"].items()}
+    assert ports == {
+        "redis": ["127.0.0.1:${REDIS_PORT:-6379}:6379"],
+        "web": ["${HOST:-127.0.0.1}:${PORT:-8080}:8080"],
+        "mlx-server": [],
+        "flower": ["${HOST:-127.0.0.1}:${FLOWER_PORT:-5555}:5555"],
+    }
+
+
+def test_redis_keeps_what_it_was_given() -> None:
+    redis = FILE["services"]["redis"]
+    command = redis["command"].split()
+    assert command[command.index("--appendonly") + 1] == "yes"
+    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
+    assert redis["volumes"] == [f"queue:{command[command.index('--dir') + 1]}"]
+
+
+def test_models_are_mounted_read_only() -> None:
+    assert FILE["services"]["mlx-server"]["volumes"] == ["${MODELS_DIR:-./models}:/app/models:ro"]
+
+
+@each_of_ours
+def test_is_built_from_the_dockerfile(name: str) -> None:
+    build = FILE["services"][name]["build"]
+    assert f"AS {build['target']}\n" in DOCKERFILE
+    default = re.search(r"^ARG PYTHON_IMAGE=(.*)$", DOCKERFILE, re.MULTILINE)
+    assert default
+    assert build["args"] == {"PYTHON_IMAGE": f"${{PYTHON_IMAGE:-{default[1]}}}"}
+
+
+@pytest.mark.parametrize("stage", ["web", "worker"])
+def test_images_do_not_run_as_root_and_install_pinned_packages(stage: str) -> None:
+    text = DOCKERFILE.partition(f"FROM base AS {stage}\n")[2].partition("\nFROM ")[0]
+    assert text.index("USER mlxq") < text.index("CMD")
+    assert f"--require-hashes -r requirements/{stage}.txt" in text
+
+
+def test_the_images_are_sent_what_they_copy() -> None:
+    copied = {path for path in re.findall(r"^COPY (\S+) ", DOCKERFILE, re.MULTILINE) if (ROOT / path).is_file()}
+    assert copied
+    assert not [path for path in copied if not any(fnmatch(path, pattern) for pattern in sent_to_the_engine())]
+    assert not [pattern for pattern in sent_to_the_engine() if not list(ROOT.glob(pattern))]
+
+
+def test_commands_import_nothing_that_the_images_lack() -> None:
+    sent = {path.removesuffix(".py").replace("/", ".") for path in sent_to_the_engine()}
+    commands = {name for name in sent if name.startswith("scripts.")}
+    assert set(re.findall(r"scripts\.commands\.\w+", TEXT)) <= commands
+    for name in commands:
+        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
+        imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {module for module in imported if module.startswith("scripts")} <= commands
+
+
+def sent_to_the_engine() -> set[str]:
+    return {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
