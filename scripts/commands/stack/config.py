@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import resource
 import shlex
@@ -78,7 +77,7 @@ def supervisord_conf(settings: Settings) -> str:
     """The text of supervisord.conf."""
     head = f"""\
 [unix_http_server]
-file = {_escaped(control_socket(settings))}
+file = {control_socket(settings)}
 chmod = 0700
 
 [rpcinterface:supervisor]
@@ -87,12 +86,12 @@ supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
 [supervisord]
 nodaemon = true
 silent = true
-user = {_escaped(getpass.getuser())}
-directory = {_escaped(ROOT)}
-logfile = {_escaped(settings.log_dir / "supervisord.log")}
+{"user = root" if os.getuid() == 0 else "# user: who started it"}
+directory = {ROOT}
+logfile = {settings.log_dir / "supervisord.log"}
 logfile_maxbytes = {_LOG_BYTES}
 logfile_backups = 3
-pidfile = {_escaped(settings.run_dir / "supervisord.pid")}
+pidfile = {settings.run_dir / "supervisord.pid"}
 minfds = {_max_files()}
 """
     sections = (_section(program, rank, settings) for rank, program in enumerate(programs(settings), start=1))
@@ -104,7 +103,7 @@ def _section(program: Program, rank: int, settings: Settings) -> str:
     environment = "MLXQ_WORKER_INDEX=%(process_num)d" if program.numbered else ""
     return f"""
 [program:{program.name}]
-command = {_escaped(shlex.join(program.command))}
+command = {shlex.join(program.command)}
 process_name = {name}
 numprocs = {program.processes}
 environment = {environment}
@@ -117,7 +116,7 @@ startretries = 3
 stopwaitsecs = {program.stop_wait_s}
 killasgroup = true
 redirect_stderr = true
-stdout_logfile = {_escaped(settings.log_dir)}/{name}.log
+stdout_logfile = {settings.log_dir}/{name}.log
 stdout_logfile_maxbytes = {_LOG_BYTES}
 stdout_logfile_backups = 3
 """
@@ -141,10 +140,6 @@ set-proc-title no
 """
 
 
-def _escaped(value: str | Path) -> str:
-    return str(value).replace("%", "%%")
-
-
 def _max_files() -> int:
     """A stream is an open file; login shells often allow 1024."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -152,8 +147,8 @@ def _max_files() -> int:
 
 
 def total_stop_s(settings: Settings) -> int:
-    """The longest that an orderly end can take."""
-    return sum(program.stop_wait_s for program in programs(settings))
+    """The longest that an orderly end can take: each program its time, and supervisord a second between two."""
+    return sum(program.stop_wait_s + 1 for program in programs(settings))
 
 
 def child_environment(settings: Settings, mark: str, env_file: Path) -> dict[str, str]:

@@ -14,15 +14,15 @@ import redis
 from pydantic import ValidationError
 
 from scripts.commands.stack.failure import StartFailed
-from shared.settings import ENV_FILE, Settings, load_settings
+from shared.settings import ENV_FILE, ROOT, Settings, load_settings
 from shared.store import connect
 
 MIN_FREE_BYTES = 200 * 2**20
 _SOCKET_PATH_MAX = 103 if sys.platform == "darwin" else 107
 # Supervisor binds its socket under a temporary name: the path, a dot and its process id.
 _SOCKET_SUFFIX = len(".4194304")
-# They mean something in supervisor's configuration, which has no way to quote them.
-_BAD_PATH_CHARACTERS = set(";#\"'\n")
+# They mean something in supervisor's configuration, which has no way of quoting them that holds everywhere.
+_BAD_PATH_CHARACTERS = set("%;#\"'\\\n")
 
 
 def settings_or_fail() -> Settings:
@@ -39,8 +39,9 @@ def settings_or_fail() -> Settings:
 def prepare_data_dir(settings: Settings) -> None:
     """Make the folders, and see that they can be written and hold a socket."""
     folder = settings.data_dir
-    if bad := sorted(_BAD_PATH_CHARACTERS & set(str(folder))):
-        raise StartFailed(f"DATA_DIR {str(folder)!r} has a character that it may not have: {' '.join(map(repr, bad))}")
+    for name, path in (("DATA_DIR", folder), ("this checkout's folder", ROOT)):
+        if bad := sorted(_BAD_PATH_CHARACTERS & set(str(path))):
+            raise StartFailed(f"{name} {str(path)!r} has characters that it may not have: {' '.join(map(repr, bad))}")
     excess = len(os.fsencode(settings.redis_socket)) + _SOCKET_SUFFIX - _SOCKET_PATH_MAX
     if excess > 0:
         raise StartFailed(f"DATA_DIR {folder} is {excess} bytes too long: its sockets' paths have a limit")

@@ -15,7 +15,7 @@ from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.logs import SupervisorLog, last_line
 from scripts.commands.stack.screen import Progress, Screen, base_url
 from scripts.commands.stack.signals import StopRequested, StopSignals
-from scripts.commands.stack.supervision import Child, Supervisor, SupervisorGone
+from scripts.commands.stack.supervision import Child, Supervisor
 from shared.settings import Settings
 from shared.store import connect
 

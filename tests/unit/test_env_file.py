@@ -1,0 +1,71 @@
+"""Writing `.env` without ever losing or leaking what is in it."""
+
+from __future__ import annotations
+
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+
+from scripts.commands.stack.env_file import add_missing
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_first_run_writes_it_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "conf" / ".env"
+    add_missing(path, {"MLXQ_API_KEY": "k", "FLOWER_PASSWORD": "p"})
+    assert dotenv_values(path) == {"MLXQ_API_KEY": "k", "FLOWER_PASSWORD": "p"}
+    assert mode(path) == 0o600
+
+
+def test_what_stands_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("# mine\nPORT=81\nexport MLXQ_API_KEY='old'")
+    add_missing(path, {"MLXQ_API_KEY": "new", "FLOWER_PASSWORD": "p"})
+    assert path.read_text() == "# mine\nPORT=81\nexport MLXQ_API_KEY='old'\nFLOWER_PASSWORD=p\n"
+
+
+def test_a_file_that_gets_a_secret_is_closed_to_others(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("PORT=81\n")
+    path.chmod(0o644)
+    add_missing(path, {"MLXQ_API_KEY": "k"})
+    assert mode(path) == 0o600
+
+
+@pytest.mark.parametrize("empty", ["MLXQ_API_KEY=", "MLXQ_API_KEY = ''", "export MLXQ_API_KEY="])
+def test_an_empty_value_is_filled_in(tmp_path: Path, empty: str) -> None:
+    path = tmp_path / ".env"
+    path.write_text(f"{empty}\nPORT=81\n")
+    add_missing(path, {"MLXQ_API_KEY": "k"})
+    assert path.read_text() == "PORT=81\nMLXQ_API_KEY=k\n"
+
+
+def test_nothing_missing_touches_nothing(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("MLXQ_API_KEY=k")
+    before = path.stat()
+    add_missing(path, {"MLXQ_API_KEY": "other"})
+    assert path.stat() == before
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / ".env"
+    real.write_text("PORT=81\n")
+    link.symlink_to(real)
+    add_missing(link, {"MLXQ_API_KEY": "k"})
+    assert link.is_symlink()
+    assert dotenv_values(real)["MLXQ_API_KEY"] == "k"
+
+
+def test_first_runs_at_once_agree_on_one_key(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: add_missing(path, {"MLXQ_API_KEY": f"k{n}"}), range(16)))
+    assert path.read_text().count("MLXQ_API_KEY=") == 1
+    assert [each.name for each in tmp_path.iterdir()] == [".env"]

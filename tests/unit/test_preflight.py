@@ -1,0 +1,113 @@
+"""Each thing that can be known to go wrong is one line that says what to change."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from scripts.commands.stack import leftovers, preflight
+from scripts.commands.stack.failure import StartFailed
+from scripts.commands.stack.instance import sole_instance
+from shared.settings import Settings
+
+
+def make(data_dir: Path, **values: Any) -> Settings:
+    return Settings(_env_file=None, data_dir=data_dir, **values)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def failure(check: Any, *arguments: Any) -> str:
+    with pytest.raises(StartFailed) as caught:
+        check(*arguments)
+    return str(caught.value)
+
+
+def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
+    settings = make(tmp_path / "data")
+    preflight.prepare_data_dir(settings)
+    for folder in (settings.data_dir, settings.run_dir, settings.log_dir):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_every_bad_setting_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "eighty")
+    monkeypatch.setenv("WORKERS", "0")
+    lines = failure(preflight.settings_or_fail).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["PORT", "WORKERS"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot write to DATA_DIR" in failure(preflight.prepare_data_dir, make(tmp_path / "file" / "data"))
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=12 * 2**20))
+    reason = failure(preflight.prepare_data_dir, make(tmp_path))
+    assert re.search(r"is full: 12 MB free, needs 200", reason)
+
+
+def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
+    assert "too long" in failure(preflight.prepare_data_dir, make(tmp_path / ("x" * 100)))
+
+
+@pytest.mark.parametrize("character", ["%", ";", "#", "'"])
+def test_a_path_that_supervisord_would_misread(tmp_path: Path, character: str) -> None:
+    assert repr(character) in failure(preflight.prepare_data_dir, make(tmp_path / f"a {character}b"))
+
+
+@pytest.mark.parametrize("name", ["PORT", "FLOWER_PORT"])
+def test_a_taken_port_is_named_with_its_variable(tmp_path: Path, taken_port: int, free_port: int, name: str) -> None:
+    ports = {"port": free_port, "flower_port": free_port + 1, name.lower(): taken_port}
+    assert f"port {taken_port} is taken; set {name} " in failure(preflight.check_ports, make(tmp_path, **ports))
+
+
+def test_the_same_port_twice(tmp_path: Path) -> None:
+    assert "both 8080" in failure(preflight.check_ports, make(tmp_path, flower_port=8080))
+
+
+def test_an_address_of_another_machine(tmp_path: Path, free_port: int) -> None:
+    settings = make(tmp_path, host="192.0.2.1", port=free_port)
+    assert "cannot listen on 192.0.2.1" in failure(preflight.check_ports, settings)
+
+
+def test_an_external_redis_that_does_not_answer(tmp_path: Path, free_port: int) -> None:
+    settings = make(tmp_path, redis_url=f"redis://127.0.0.1:{free_port}")
+    assert failure(preflight.check_redis, settings).startswith("REDIS_URL cannot be reached")
+
+
+def test_a_second_instance_learns_of_the_first(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / "serve.lock"
+    lock.parent.mkdir()
+    with sole_instance(lock, "http://here:1"):
+        reason = failure(sole_instance(lock, "http://there:2").__enter__)
+    assert re.search(r"already running in .* \(pid \d+, http://here:1\)", reason)
+    with sole_instance(lock, "http://there:2"):
+        pass  # free again
+
+
+def test_no_process_of_another_stack_is_ended(tmp_path: Path) -> None:
+    assert leftovers.end_all(tmp_path / "nobody", patience_s=0) == 0

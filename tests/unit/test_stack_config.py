@@ -1,0 +1,76 @@
+"""What supervisord reads is what we mean: its own parser says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervisor.options import ServerOptions
+
+from scripts.commands.stack import config
+from shared.settings import Settings
+
+
+def make(data_dir: Path, **values: Any) -> Settings:
+    return Settings(_env_file=None, data_dir=data_dir, **values)
+
+
+def parsed(settings: Settings) -> dict[str, Any]:
+    """The process groups by name, as supervisord would run them."""
+    for folder in (settings.run_dir, settings.log_dir):
+        folder.mkdir(parents=True)
+    config.write(settings)
+    options = ServerOptions()
+    options.realize(["-c", str(config.supervisord_conf_path(settings))])
+    return {group.name: group for group in sorted(options.process_group_configs)}
+
+
+def test_starts_in_order_and_stops_in_reverse(tmp_path: Path) -> None:
+    # Supervisord starts by rising priority and stops by falling, a group at a time.
+    assert list(parsed(make(tmp_path))) == ["valkey", "worker", "web", "flower"]
+
+
+def test_an_external_redis_leaves_valkey_out(tmp_path: Path) -> None:
+    settings = make(tmp_path, redis_url="redis://queue.example:6379")
+    assert list(parsed(settings)) == ["worker", "web", "flower"]
+    assert not config.valkey_conf_path(settings).exists()
+
+
+def test_each_worker_has_its_number_and_its_log(tmp_path: Path) -> None:
+    workers = parsed(make(tmp_path, workers=3))["worker"].process_configs
+    assert [worker.name for worker in workers] == ["worker-0", "worker-1", "worker-2"]
+    assert [worker.environment["MLXQ_WORKER_INDEX"] for worker in workers] == ["0", "1", "2"]
+    assert [Path(worker.stdout_logfile).name for worker in workers] == ["worker-0.log", "worker-1.log", "worker-2.log"]
+
+
+def test_a_worker_is_given_its_drain_before_it_is_killed(tmp_path: Path) -> None:
+    settings = make(tmp_path, drain_s=120)
+    [worker] = parsed(settings)["worker"].process_configs
+    assert worker.stopwaitsecs > 120
+    assert config.total_stop_s(settings) > 120
+
+
+def test_a_worker_without_model_is_not_started_again(tmp_path: Path) -> None:
+    [worker] = parsed(make(tmp_path))["worker"].process_configs
+    assert worker.exitcodes == [config.NO_MODEL]
+
+
+def test_a_path_with_spaces_survives(tmp_path: Path) -> None:
+    settings = make(tmp_path / "my data")
+    groups = parsed(settings)
+    [valkey], [web] = groups["valkey"].process_configs, groups["web"].process_configs
+    assert valkey.command.endswith(f"'{settings.run_dir}/valkey.conf'")
+    assert web.stdout_logfile == str(settings.log_dir / "web.log")
+
+
+def test_no_secret_is_in_a_command_or_a_file(tmp_path: Path) -> None:
+    settings = make(tmp_path, flower_password="hush", mlxq_api_key="quiet")
+    text = config.supervisord_conf(settings) + config.valkey_conf(settings)
+    assert "hush" not in text
+    assert "quiet" not in text
+
+
+@pytest.mark.parametrize("line", ["appendonly yes", "port 0", "maxmemory-policy noeviction", "set-proc-title no"])
+def test_valkey_is_durable_private_and_can_be_found(tmp_path: Path, line: str) -> None:
+    assert line in config.valkey_conf(make(tmp_path)).splitlines()
