@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env"))
+ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
 
 
 class Settings(BaseSettings):
@@ -52,6 +52,9 @@ class Settings(BaseSettings):
 
     # The workers
     workers: int = Field(1, ge=1, le=64, description="Worker processes that scripts/serve starts")
+    backend: Literal["auto", "fake"] = Field(
+        "auto", description="`auto`: what the model folder needs; `fake`: no model, made-up words, for tests"
+    )
     slots: int = Field(32, ge=1, le=1024, description="Jobs decoded at once per worker")
     prefill_step_tokens: int = Field(
         0, ge=0, description="Prompt tokens per row processed between two decode steps; 0: chosen by device"
@@ -78,6 +81,11 @@ class Settings(BaseSettings):
     def run_dir(self) -> Path:
         """Sockets, pid files and generated configuration."""
         return self.data_dir / "run"
+
+    @cached_property
+    def log_dir(self) -> Path:
+        """What supervisord and its children write, a file each."""
+        return self.data_dir / "logs"
 
     @cached_property
     def embedded_redis(self) -> bool:

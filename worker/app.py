@@ -1,0 +1,210 @@
+"""The worker process: `python -m worker.app`; `worker.app:app` is the Celery app for Celery's own commands.
+
+It starts in the order lease, publisher, engine (which loads and warms the model), Celery: nothing is consumed before
+it can be worked on. It stops the other way round: Celery stops consuming, the engine gives running jobs `DRAIN_S`,
+the publisher writes what they said, what is left goes back to the queue, the lease is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Final
+
+from kombu.exceptions import OperationalError
+from redis import RedisError
+
+from shared.claims import Claims, Reaper
+from shared.log import JobLog
+from shared.logging import configure
+from shared.registry import Registry, WorkerInfo
+from shared.settings import Settings, load_settings
+from shared.store import connect
+from shared.tickets import TicketOffice, app
+from worker.backends import choose_loader
+from worker.backends.base import Backend
+from worker.consumer import Consumer, node_name, stop_consuming
+from worker.engine import Engine
+from worker.lease import Claim, Housekeeper, LeaseKeeper, Times
+from worker.publisher import Publisher
+from worker.tasks import Runner, register
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG: Final = 78
+"""Exit status when the model does not load (EX_CONFIG): starting again would not help."""
+
+HOUSEKEEPING_S: Final = 1.0
+LAST_WRITES_S: Final = 3.0
+"""Beyond `DRAIN_S`, the time to write what was said, hand back and end; then the process is ended."""
+
+
+class Service:
+    """The parts of a worker process, and the order in which they start and stop."""
+
+    def __init__(self, settings: Settings, index: int) -> None:
+        self._settings = settings
+        self._started_at = time.time()
+        self._state = "loading"
+        self._model_announced = False
+        # A restarted worker is another worker: the old one's lease lapses, and that counts the loss.
+        self._id = f"{socket.gethostname()}-{index}-{secrets.token_hex(4)}"
+        self._node = node_name(settings, index)
+        self._error_file = settings.run_dir / f"worker-{index}.error"
+
+        client = connect(settings.store_url)
+        self._claims = Claims(client, self._id)
+        self._tickets = TicketOffice(app, client, Registry(client))
+        self._held: set[Claim] = set()
+        self._publisher = Publisher(self._claims, lambda *word: self._engine.heed(*word))  # noqa: PLW0108 - a cycle
+        self._engine = Engine(self._load, settings.slots, self._publisher.put)
+        # The lease keeper's calls must not take longer than the lease holds.
+        quick_client = connect(settings.store_url, timeout_s=settings.lease_s / 2, retries=1)
+        self._registry = Registry(quick_client)
+        self._keeper = LeaseKeeper(
+            Claims(quick_client, self._id),
+            self._engine,
+            self._held,
+            self._announce,
+            Times(settings.lease_s, settings.watchdog_s),
+        )
+        self._runner = Runner(
+            self._engine,
+            self._publisher,
+            self._claims,
+            JobLog(client),
+            self._tickets,
+            self._held,
+            self._keeper.wait_renewal,
+        )
+        self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, HOUSEKEEPING_S)
+
+    def run(self) -> int:
+        """Work until a signal ends it; the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._keeper.start()
+        self._publisher.start()
+        self._engine.start()
+        try:
+            backend = self._engine.loaded.result()
+        except Exception as error:  # noqa: BLE001 - a model library may raise anything
+            return self._load_failed(error)
+        self._error_file.unlink(missing_ok=True)
+        logger.info("model loaded", extra={"model": backend.card.id, **backend.about})
+        self._housekeeper.start()
+        register(app, self._runner)
+        consumer = Consumer(app, self._settings, self._node, self._on_ready)
+        consumer.start()
+        self._stop()
+        return consumer.status
+
+    def _load(self) -> Backend:
+        """Load the model, on the engine's thread."""
+        if self._settings.backend == "fake":
+            return choose_loader(self._settings)()
+        from shared.blas import prefer_openblas
+
+        blas = prefer_openblas()  # before anything imports MLX
+        backend = choose_loader(self._settings)()
+        from worker.blas_speed import measure_gflops
+
+        backend.about |= {"blas": blas, "gflops": measure_gflops()}
+        return backend
+
+    def _load_failed(self, error: Exception) -> int:
+        """Say why, to the log and to whoever started us."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"{self._settings.model_path} does not load: {lines[0]}"
+        logger.error(reason)
+        logger.debug("where it failed", exc_info=error)
+        self._error_file.parent.mkdir(parents=True, exist_ok=True)
+        self._error_file.write_text(reason + "\n")
+        self._keeper.stop()
+        return EXIT_CONFIG
+
+    def _on_ready(self) -> None:
+        if not self._runner.draining:
+            self._state = "ready"
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        """End: the first signal drains, a further one hands back at once."""
+        first = not self._runner.draining
+        self._runner.draining = True
+        self._state = "draining"
+        if not self._engine.loaded.done():
+            os._exit(os.EX_OK)  # no job is held yet, and the engine is deep inside the model library
+        self._engine.drain(self._settings.drain_s if first else 0.0)
+        if first:
+            self._keeper.end_within(self._settings.drain_s + LAST_WRITES_S)
+        stop_consuming()
+
+    def _stop(self) -> None:
+        """End the threads. Celery's have ended, so every job is settled."""
+        self._housekeeper.stop()
+        self._engine.close()
+        self._engine.join()
+        self._publisher.close()
+        self._publisher.join()
+        self._keeper.stop()
+        try:
+            self._tickets.send_all(self._claims.retire())
+        except (RedisError, OperationalError) as error:
+            logger.warning("the lease is left to lapse: %s", error)
+        logger.info("the worker has ended")
+
+    def _announce(self, unknown: bool) -> None:
+        """Tell who we are; and which model we have, when Redis does not know."""
+        self._registry.announce_worker(self._describe(), 3 * self._settings.lease_s)
+        backend = self._backend()
+        if backend is not None and (unknown or not self._model_announced):
+            tokenizer = self._settings.model_path / "tokenizer.json"
+            self._registry.announce_model(backend.card, tokenizer.read_text() if backend.card.tokenizer else None)
+            self._model_announced = True
+
+    def _backend(self) -> Backend | None:
+        loaded = self._engine.loaded
+        return loaded.result() if loaded.done() and loaded.exception() is None else None
+
+    def _describe(self) -> WorkerInfo:
+        backend, engine = self._backend(), self._engine
+        totals = engine.totals
+        stats = {
+            "steps": totals.steps,
+            "generated_tokens": totals.tokens,
+            "prompt_tokens": totals.prompt_tokens,
+            "batch_size": totals.last_batch,
+            "publisher_backlog": self._publisher.backlog,
+            "engine_idle_s": time.monotonic() - engine.progress_at if engine.busy else 0.0,
+        }
+        return WorkerInfo(
+            id=self._id,
+            node=self._node,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            model=self._settings.model_id,
+            state=self._state,
+            slots=self._settings.slots,
+            slots_used=len(self._held),
+            started_at=self._started_at,
+            heartbeat_at=time.time(),
+            stats=stats | (backend.stats() if backend else {}),
+            about=dict(backend.about) if backend else {},
+        )
+
+
+def main() -> int:
+    """Run one worker; the exit status."""
+    settings, index = load_settings(), int(os.environ.get("MLXQ_WORKER_INDEX", "0"))
+    configure(f"worker-{index}", settings.log_level)
+    return Service(settings, index).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A backend without a model: the same contract, deterministic words, and faults on demand.
+
+The next token is a function of the prompt, the seed, the position and the token before, so a continued row says
+what an undisturbed one says, or a test notices. Orders in the prompt:
+
+    !words=N        the end token comes after N words
+    !pause=S        each step takes S seconds longer while this row is in the batch
+    !row-fails=N    this row raises at its Nth token
+    !step-fails=N   the whole step raises while this row is at its Nth token
+    !die=N          the process is gone at its Nth token
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+from shared.errors import JobFailure
+from shared.jobs import Generation
+from shared.registry import ModelCard
+from shared.settings import Settings
+from worker.backends.base import PromptError, Row, StepResult
+
+EOS = 256
+FIRST_WORD = 257
+WORDS = (  # noqa: SIM905 - easier to read than a list of 49
+    "the a one two three small large river stone light morning evening paper water garden house road "
+    "stays goes comes sings falls opens closes turns holds gives takes under over beside after before "
+    "née naïve 東京 🙂 and or but then so still, again. never; ever: yes! no? perhaps"
+).split()
+
+_ORDER = re.compile(r"!(words|pause|row-fails|step-fails|die)=([\d.]+)")
+
+
+class FakeDetokenizer:
+    """Words as they are; the bytes of a prompt as UTF-8."""
+
+    def __init__(self) -> None:
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text of this token."""
+        return f" {WORDS[token - FIRST_WORD]}" if token >= FIRST_WORD else self._bytes.decode(bytes([token]))
+
+    def finish(self) -> str:
+        """A character cut short."""
+        return self._bytes.decode(b"", final=True)
+
+
+@dataclass(slots=True)
+class _FakeRow:
+    """A row, and the orders its prompt gives."""
+
+    row: Row
+    position: int
+    last: int
+    digest: int
+    orders: dict[str, float]
+
+    @classmethod
+    def of(cls, row: Row) -> _FakeRow:
+        prompt = row.prompt[: len(row.prompt) - row.generated]
+        text = bytes(token for token in prompt if token < EOS).decode(errors="replace")
+        return cls(
+            row=row,
+            position=row.generated,
+            last=row.prompt[-1],
+            digest=crc32(f"{row.sampling.seed}:{text}".encode()),
+            orders={name: float(value) for name, value in _ORDER.findall(text)},
+        )
+
+    def at(self, order: str) -> bool:
+        """Whether this is the token that an order names, counted from 1."""
+        return self.orders.get(order) == self.position + 1
+
+    def next(self) -> int:
+        """The next token."""
+        if self.orders.get("words") == self.position:
+            return EOS
+        chosen = (self.digest ^ (self.position * 0x9E3779B1) ^ (self.last * 0x85EBCA6B)) * 0xC2B2AE35
+        self.last = FIRST_WORD + (chosen >> 16) % len(WORDS)
+        self.position += 1
+        return self.last
+
+
+class FakeBackend:
+    """See `worker.backends.base.Backend`."""
+
+    def __init__(self, model: str = "fake", context: int = 4096) -> None:
+        self.card = ModelCard(id=model, kind="fake", context=context)
+        self.eos = frozenset({EOS})
+        self.about: dict[str, object] = {"device": "none"}
+        self._rows: dict[int, _FakeRow] = {}
+        self._unread: list[int] = []
+
+    def encode(self, generation: Generation) -> tuple[int, ...]:
+        """The bytes of the prompt, or of the messages one after another."""
+        text = generation.prompt
+        if text is None:
+            text = "\n".join(f"{each['role']}: {each['content']}" for each in generation.messages or ())
+        tokens = tuple(text.encode())
+        if not tokens or len(tokens) >= self.card.context:
+            raise PromptError(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
+        return tokens
+
+    def detokenizer(self) -> FakeDetokenizer:
+        """A fresh one."""
+        return FakeDetokenizer()
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Add rows."""
+        for row in rows:
+            self._rows[row.uid] = _FakeRow.of(row)
+            self._unread.append(row.uid)
+
+    def step(self) -> StepResult:
+        """One token for each row, after doing what the prompts order."""
+        prefilled, self._unread = self._unread, []
+        failed: list[tuple[int, Exception]] = []
+        tokens: list[tuple[int, int]] = []
+        pause = 0.0
+        for uid, row in self._rows.items():
+            if row.orders:
+                pause = max(pause, row.orders.get("pause", 0.0))
+                if row.at("die"):
+                    os._exit(9)
+                if row.at("step-fails"):
+                    raise RuntimeError("the step fails, as ordered")
+                if row.at("row-fails"):
+                    failed.append((uid, RuntimeError("the row fails, as ordered")))
+                    continue
+            tokens.append((uid, row.next()))
+        if pause:
+            time.sleep(pause)
+        prompt_tokens = sum(len(self._rows[uid].row.prompt) for uid in prefilled)
+        self.remove(uid for uid, _ in failed)
+        return StepResult(tokens, prefilled, failed, prompt_tokens)
+
+    def remove(self, uids: Iterable[int]) -> None:
+        """Drop rows."""
+        for uid in uids:
+            self._rows.pop(uid, None)
+            if uid in self._unread:
+                self._unread.remove(uid)
+
+    def reset(self) -> None:
+        """Drop every row."""
+        self._rows.clear()
+        self._unread.clear()
+
+    def stats(self) -> dict[str, float]:
+        """Nothing to tell."""
+        return {}
+
+
+def load(settings: Settings) -> FakeBackend:
+    """A fake under the name of the model that would be served."""
+    return FakeBackend(settings.model_id)

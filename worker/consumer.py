@@ -1,0 +1,72 @@
+"""Celery's part of the worker process: the consumer of tickets, with our signals and our logging."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from celery.apps.worker import Worker
+from celery.signals import setup_logging
+from celery.worker import WorkController, state
+
+from shared.settings import Settings
+from shared.tickets import queue_name
+
+
+class Consumer(Worker):
+    """A Celery worker with a thread for each slot, which leaves signals to `worker.app`.
+
+    Celery's own handlers print what is no JSON, give SIGINT an exit status of failure, and know a cold shutdown that
+    would not wait for jobs to be handed back.
+    """
+
+    def __init__(self, app: Celery, settings: Settings, node: str, on_ready: Callable[[], object]) -> None:
+        self._tell_ready = on_ready
+        super().__init__(
+            app=app,
+            hostname=node,
+            pool="threads",
+            concurrency=settings.slots,
+            queues=[queue_name(settings.model_id)],
+            task_events=True,
+            without_gossip=True,
+            without_mingle=True,
+            quiet=True,
+        )
+
+    @property
+    def status(self) -> int:
+        """Exit status, once it has ended."""
+        return int(self.exitcode or os.EX_OK)
+
+    def install_platform_tweaks(self, worker: WorkController) -> None:
+        """Install no signal handlers."""
+
+    def on_consumer_ready(self, consumer: Any) -> None:
+        """Celery consumes."""
+        super().on_consumer_ready(consumer)
+        self._tell_ready()
+
+
+def stop_consuming() -> None:
+    """Make `Consumer.start` return once its tasks have ended. May be called in a signal handler."""
+    state.should_stop = os.EX_OK  # type: ignore[assignment]  # the stubs know only its default
+
+
+def node_name(settings: Settings, index: int) -> str:
+    """The Celery node name: the same after a restart, another for each data folder and worker of a machine."""
+    stack = hashlib.sha256(str(settings.data_dir).encode()).hexdigest()[:6]
+    return f"mlxq-{index}-{stack}@{socket.gethostname()}"
+
+
+@setup_logging.connect
+def _keep_our_logging(**_: object) -> None:
+    """Celery sets logging up unless somebody listens to this signal."""
+    # It says of each ticket that it came and went; the job's own line, with its ids, says more.
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)

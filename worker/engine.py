@@ -1,0 +1,293 @@
+"""The loop that decodes: admit, step, collect. Its thread is the only one that touches the model library.
+
+Nothing here knows Redis. Task threads submit sequences, anybody may pass a word on (cancelled, expired, fenced),
+and what the rows say goes to the publisher.
+
+When the backend raises, its batch is lost, and which row was to blame is unknown. So the backend is reset and each
+row of the lost batch is tried alone until it gives a token. One that raises alone is to blame and ends `failed`;
+the others go on together, where they were. Every lost batch thus ends a row or moves all of them on by a token: it
+never fails a neighbour and never goes on for ever. Rows that raise alone one after another, with no token between
+them, are not to blame: the engine is broken, and its death hands them to another worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TypeAlias
+
+from shared.claims import Verdict
+from shared.errors import JobFailure
+from worker.backends.base import Backend, BackendLoader, StepResult
+from worker.sequence import Outcome, Said, Sequence
+from worker.vital import OnDeath, VitalThread, end_process
+
+logger = logging.getLogger(__name__)
+
+MOST_LONE_FAILURES = 3
+"""So many rows that raise alone in succession mean that the engine is at fault, not the rows."""
+
+
+class EngineBroken(Exception):
+    """Whatever it is given, the backend raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What Redis says of a job: to be stopped, or not ours any more."""
+
+    job_id: str
+    attempt: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    """Take nothing new; hand back what still runs at a moment (monotonic)."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    """End the thread."""
+
+
+_Message: TypeAlias = Sequence | _Word | _Drain | _Close
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the engine has done since it started."""
+
+    steps: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    last_batch: int = 0
+
+
+class Engine(VitalThread):
+    """Runs one continuous batch. `submit`, `heed`, `drain` and `close` may be called from any thread.
+
+    Attributes:
+        loaded: the warm backend, or why there is none.
+        progress_at: monotonic moment at which the loop last got on.
+    """
+
+    def __init__(
+        self,
+        load: BackendLoader,
+        slots: int,
+        publish: Callable[[list[Said]], object],
+        on_death: OnDeath = end_process,
+    ) -> None:
+        super().__init__("engine", on_death)
+        self.loaded: Future[Backend] = Future()
+        self.progress_at = time.monotonic()
+        self.totals = Totals()
+        self._load = load
+        self._slots = slots
+        self._publish = publish
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()  # its put is safe in a signal handler
+        self._waiting: deque[Sequence] = deque()
+        self._suspects: deque[Sequence] = deque()
+        self._rows: dict[int, Sequence] = {}
+        self._on_trial = False
+        self._lone_failures = 0
+        self._drain_until: float | None = None
+        self._open = True
+
+    @property
+    def slots_used(self) -> int:
+        """Rows in the batch."""
+        return len(self._rows)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has anything to get on with."""
+        return bool(self._rows or self._waiting or self._suspects)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Generate for this one as soon as a slot is free."""
+        self._inbox.put(sequence)
+
+    def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
+        """Pass on what Redis says of a job. For jobs that are not here, nothing happens."""
+        if verdict is not Verdict.OK:
+            self._inbox.put(_Word(job_id, attempt, verdict))
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new, give what runs that long to end, then hand it back."""
+        self._inbox.put(_Drain(time.monotonic() + seconds))
+
+    def close(self) -> None:
+        """End the thread after its current step. What it holds stays unsettled: drain first."""
+        self._inbox.put(_Close())
+
+    def work(self) -> None:
+        """Load the model, then step for as long as there is work, and sleep while there is none."""
+        try:
+            self.load()
+        except Exception as error:  # noqa: BLE001 - whoever waits for `loaded` gets it
+            self.loaded.set_exception(error)
+            return
+        while self._open:
+            if not self.busy:
+                self._receive(self._inbox.get())
+            self.step()
+
+    def load(self) -> None:
+        """Make the backend ready. On the engine's thread, as everything that touches it."""
+        self._backend = self._load()
+        self.loaded.set_result(self._backend)
+
+    def step(self) -> None:
+        """Hear what arrived, admit, decode one token a row, collect."""
+        while not self._inbox.empty():
+            self._receive(self._inbox.get())
+        try:
+            self._admit()
+            result = self._backend.step() if self._rows else None
+        except Exception as error:  # noqa: BLE001 - a model library may raise anything
+            self._batch_lost(error)
+        else:
+            if result is not None:
+                self._collect(result)
+        self._give_up_draining()
+        self.progress_at = time.monotonic()
+
+    def _receive(self, message: _Message) -> None:
+        self.progress_at = time.monotonic()  # or a long idle time would look like a stuck engine
+        match message:
+            case Sequence() if self._drain_until is None:
+                self._waiting.append(message)
+            case Sequence():
+                self._publish([message.hand_back()])
+            case _Word():
+                self._obey(message)
+            case _Drain(until):
+                self._drain_until = until
+                self._publish([sequence.hand_back() for sequence in self._waiting])
+                self._waiting.clear()
+            case _Close():
+                self._open = False
+
+    def _obey(self, word: _Word) -> None:
+        sequence = self._take_out(word.job_id, word.attempt)
+        if sequence is None:
+            return
+        if word.verdict is Verdict.FENCED:
+            sequence.settle(Outcome.FENCED)
+        else:
+            self._publish([sequence.stop(word.verdict)])
+
+    def _take_out(self, job_id: str, attempt: int) -> Sequence | None:
+        """Remove a sequence from wherever it is; a slot it had is free at once."""
+        for sequence in (*self._rows.values(), *self._waiting, *self._suspects):
+            if sequence.job.id == job_id and sequence.job.attempt == attempt:
+                break
+        else:
+            return None
+        if sequence.uid in self._rows:
+            self._remove([sequence.uid])
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._suspects.remove(sequence)
+        return sequence
+
+    def _admit(self) -> None:
+        """Fill the free slots; but while there are suspects, try one of them alone."""
+        if self._on_trial and self._rows:
+            return
+        trial = bool(self._suspects)
+        source, slots = (self._suspects, 1) if trial else (self._waiting, self._slots)
+        admitted = [source.popleft() for _ in range(min(slots - len(self._rows), len(source)))]
+        if not admitted:
+            return
+        self._on_trial = trial
+        for sequence in admitted:
+            sequence.admitted()
+            self._rows[sequence.uid] = sequence
+        self._backend.insert([sequence.row() for sequence in admitted])
+
+    def _collect(self, result: StepResult) -> None:
+        for uid in result.prefilled:
+            self._rows[uid].prefilled()
+        said = [_row_failed(self._rows.pop(uid), error) for uid, error in result.failed]
+        said += self._push(result.tokens)
+        self._remove([word.sequence.uid for word in said if word.outcome and word.sequence.uid in self._rows])
+        self._count(result)
+        if result.tokens:
+            self._acquit()
+        if said:
+            self._publish(said)
+
+    def _push(self, tokens: Iterable[tuple[int, int]]) -> list[Said]:
+        """Give the rows their tokens. One that raises ends alone."""
+        said = []
+        for uid, token in tokens:
+            sequence = self._rows[uid]
+            try:
+                word = sequence.push(token)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this row's
+                word = _row_failed(sequence, error)
+            if word is not None:
+                said.append(word)
+        return said
+
+    def _count(self, result: StepResult) -> None:
+        totals = self.totals
+        totals.steps += 1
+        totals.tokens += len(result.tokens)
+        totals.prompt_tokens += result.prompt_tokens
+        totals.last_batch = len(result.tokens)
+
+    def _batch_lost(self, error: Exception) -> None:
+        lost = list(self._rows.values())
+        logger.error("the backend raised with %d rows in its batch", len(lost), exc_info=error)
+        self._backend.reset()
+        self._rows.clear()
+        self._on_trial = False
+        if len(lost) > 1:
+            self._suspects.extend(lost)
+            return
+        self._lone_failures += 1
+        if self._lone_failures >= MOST_LONE_FAILURES:
+            raise EngineBroken(f"{self._lone_failures} rows in succession raised alone") from error
+        self._publish([row.fail(JobFailure.ENGINE, "The model failed while it worked on this job.") for row in lost])
+
+    def _acquit(self) -> None:
+        """Tokens came. A row on trial steps aside until the other suspects have been tried."""
+        self._lone_failures = 0
+        if self._on_trial:
+            self._on_trial = False
+            self._waiting.extendleft(self._rows.values())
+            self._remove(list(self._rows))
+
+    def _remove(self, uids: list[int]) -> None:
+        if uids:
+            self._backend.remove(uids)
+            for uid in uids:
+                del self._rows[uid]
+
+    def _give_up_draining(self) -> None:
+        if self._drain_until is None or time.monotonic() < self._drain_until or not self.busy:
+            return
+        left = [*self._rows.values(), *self._waiting, *self._suspects]
+        self._remove(list(self._rows))
+        self._waiting.clear()
+        self._suspects.clear()
+        self._publish([sequence.hand_back() for sequence in left])
+
+
+def _row_failed(sequence: Sequence, error: Exception) -> Said:
+    job = sequence.job
+    ids = {"job_id": job.id, "request_id": job.request_id}
+    logger.error("a row failed; its neighbours go on", exc_info=error, extra=ids)
+    return sequence.fail(JobFailure.ROW, "Generating this job's text failed.")

@@ -1,0 +1,189 @@
+"""The worker's proof of life, and the queue's housekeeping: two threads that look after Redis every so often.
+
+The lease must be renewed on time whatever else is slow; so the thread that renews it does only what a renewal
+asks for, and everything that may wait for the broker is the other's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kombu.exceptions import OperationalError
+from redis import RedisError
+
+from shared.claims import Claims, Held, Lease, Reaper, Verdict, Waiting
+from shared.tickets import TicketOffice
+from worker.vital import OnDeath, VitalThread, end_process
+
+logger = logging.getLogger(__name__)
+
+Claim = tuple[str, int]
+"""Job id and attempt."""
+
+
+class _Periodic(VitalThread):
+    """Does something every so often, and goes on when Redis or the broker is away."""
+
+    def __init__(self, name: str, every_s: float, on_death: OnDeath) -> None:
+        super().__init__(name, on_death)
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._away = False
+
+    def stop(self) -> None:
+        """End the thread after its current round, and wait for it."""
+        self._stop.set()
+        if self.is_alive():
+            self.join()
+
+    def work(self) -> None:
+        """A round every so often until stopped."""
+        while not self._stop.is_set():
+            started = time.monotonic()
+            self.round()
+            self._stop.wait(max(0.0, self._every_s - (time.monotonic() - started)))
+
+    def round(self) -> None:
+        """One round; says once that what it needs is away, and once that it is back."""
+        try:
+            self.do()
+        except (RedisError, OperationalError) as error:
+            if not self._away:
+                logger.warning("%s: Redis or the broker is away, trying on: %s", self.name, error)
+            self._away = True
+        else:
+            if self._away:
+                logger.info("%s: Redis and the broker are back", self.name)
+            self._away = False
+
+    def do(self) -> None:
+        """What there is to do."""
+        raise NotImplementedError
+
+
+class Watched(Protocol):
+    """What the lease keeper sees of the engine."""
+
+    progress_at: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has anything to get on with."""
+        ...
+
+    def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
+        """Pass on what Redis says of a job."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long the lease holds, and how long the engine may stand still, in seconds."""
+
+    lease_s: float
+    watchdog_s: float
+
+
+class LeaseKeeper(_Periodic):
+    """Renews the lease, passes stop words on, and settles what Redis and this process disagree on.
+
+    Args:
+        held: the claims that task threads work on; they change it.
+        announce: tells who we are; with True when Redis did not know us.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        engine: Watched,
+        held: set[Claim],
+        announce: Callable[[bool], object],
+        times: Times,
+        on_death: OnDeath = end_process,
+    ) -> None:
+        super().__init__("lease", times.lease_s / 3, on_death)
+        self._claims = claims
+        self._engine = engine
+        self._held = held
+        self._announce = announce
+        self._times = times
+        self._strangers: frozenset[Claim] = frozenset()
+        self._renewals = 0
+        self._renewed = threading.Condition()
+        self._end_by: float | None = None
+
+    def wait_renewal(self, timeout_s: float) -> bool:
+        """Wait for the next renewal; False when none came in time."""
+        with self._renewed:
+            seen = self._renewals
+            return self._renewed.wait_for(lambda: self._renewals > seen, timeout_s)
+
+    def end_within(self, seconds: float) -> None:
+        """The process is to be gone by then, or it is ended: a drain must not hang."""
+        self._end_by = time.monotonic() + seconds
+
+    def round(self) -> None:
+        """Look after the engine, which needs no Redis, then after the lease."""
+        self._watch()
+        super().round()
+
+    def do(self) -> None:
+        """Renew; then act on what Redis says we hold."""
+        before = frozenset(self._held)  # what is claimed during the renewal may be missing from its answer
+        lease = self._claims.renew(self._times.lease_s)
+        if not lease.unbroken:
+            self._fence(before, lease)
+        for job in lease.held:
+            if job.stop_as is not None:
+                self._engine.heed(job.job_id, job.attempt, job.stop_as)
+        with self._renewed:
+            self._renewals += 1
+            self._renewed.notify_all()
+        self._announce(not lease.unbroken)
+        self._give_back_strangers(lease.held)
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        still = now - self._engine.progress_at
+        if self._engine.busy and still > self._times.watchdog_s:
+            self._on_death(f"its engine has not got on for {still:.0f} s")
+        if self._end_by is not None and now > self._end_by:
+            self._on_death("it did not drain in time")
+
+    def _fence(self, before: Iterable[Claim], lease: Lease) -> None:
+        """The lease had lapsed: others may have our jobs."""
+        if self._renewals:
+            logger.warning("the lease had lapsed")
+        lost = set(before) - {(job.job_id, job.attempt) for job in lease.held}
+        for job_id, attempt in lost:
+            self._engine.heed(job_id, attempt, Verdict.FENCED)
+
+    def _give_back_strangers(self, held: Iterable[Held]) -> None:
+        """What Redis says we hold and nobody here knows of, twice in a row: a claim whose answer was lost."""
+        strangers = frozenset((job.job_id, job.attempt) for job in held) - self._held
+        lost, self._strangers = strangers & self._strangers, strangers
+        if lost:
+            logger.warning("handing back %d jobs whose claims were lost", len(lost))
+            self._claims.release(lost)  # the housekeepers send their tickets
+
+
+class Housekeeper(_Periodic):
+    """Takes back what dead workers held, and sends tickets where they are missing. Every process may run one."""
+
+    def __init__(self, reaper: Reaper, tickets: TicketOffice, every_s: float, on_death: OnDeath = end_process) -> None:
+        super().__init__("housekeeper", every_s, on_death)
+        self._reaper = reaper
+        self._tickets = tickets
+
+    def do(self) -> None:
+        """Reap, and send what tickets that takes."""
+        waiting: list[Waiting] = self._reaper.reap()
+        if waiting:
+            logger.info("%d jobs of lost workers wait again", len(waiting))
+            self._tickets.send_all(waiting)
+        self._tickets.rescue()

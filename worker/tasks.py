@@ -1,0 +1,150 @@
+"""The Celery task: claim a job, hand it to the engine, wait until its end is written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis import RedisError
+
+from shared.claims import Claims, NoLease
+from shared.errors import JobFailure
+from shared.jobs import Ending, Job
+from shared.log import JobLog
+from shared.logging import about
+from shared.tickets import TASK, TicketOffice
+from worker.backends.base import Backend, PromptError
+from worker.engine import Engine
+from worker.lease import Claim
+from worker.publisher import Publisher
+from worker.sequence import Outcome, Said, Sequence
+
+logger = logging.getLogger(__name__)
+
+RENEWALS_AWAITED = 3
+
+
+class Runner:
+    """What the task threads share.
+
+    Args:
+        held: the claims the threads work on, for others to read.
+        wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        publisher: Publisher,
+        claims: Claims,
+        log: JobLog,
+        tickets: TicketOffice,
+        held: set[Claim],
+        wait_renewal: Callable[[float], bool],
+    ) -> None:
+        self._engine = engine
+        self._publisher = publisher
+        self._claims = claims
+        self._log = log
+        self._tickets = tickets
+        self._wait_renewal = wait_renewal
+        self._held = held
+        self.draining = False
+
+    def run(self, model: str, ticket_for: str) -> None:
+        """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
+        job = None if self.draining else self._claim(model)
+        if job is None:
+            # A ticket too many, or one that came too late: what waits still gets another.
+            logger.debug("nothing to do for a ticket", extra={"job_id": ticket_for})
+            return
+        claim = (job.id, job.attempt)
+        self._held.add(claim)
+        try:
+            with about(request_id=job.request_id, job_id=job.id):
+                try:
+                    self._work_on(job)
+                except Exception:
+                    # The lease keeper will find a claim that nobody works on, and hand it back.
+                    logger.exception("the task failed")
+        finally:
+            self._held.discard(claim)
+
+    def _claim(self, model: str) -> Job | None:
+        for _ in range(RENEWALS_AWAITED):
+            try:
+                return self._claims.claim(model)
+            except NoLease:
+                self._wait_renewal(1.0)
+            except RedisError as error:
+                # If it was claimed and only the answer is lost, the lease keeper finds and releases it.
+                logger.warning("no claim: Redis is away: %s", error)
+                return None
+        logger.warning("no claim: the lease was not renewed")
+        return None
+
+    def _work_on(self, job: Job) -> None:
+        backend = self._engine.loaded.result()
+        sequence = Sequence(job, backend)
+        end = self._prepare(sequence, backend)
+        if end is None:
+            self._engine.submit(sequence)
+        else:
+            self._publisher.put([end])
+        match sequence.wait():
+            case Outcome.ENDED:
+                _log_end(job, sequence.ending)
+            case Outcome.HANDED_BACK:
+                self._hand_back(job)
+            case Outcome.FENCED:
+                logger.info("the job is not this worker's any more", extra={"attempt": job.attempt})
+
+    def _prepare(self, sequence: Sequence, backend: Backend) -> Said | None:
+        """Make a sequence ready for the engine; its end when it does not get that far."""
+        job = sequence.job
+        try:
+            end = sequence.replay(self._log.written(job.id)) if job.attempt > 1 else None
+            return end or sequence.begin(backend.encode(job.generation))
+        except PromptError as error:
+            return sequence.fail(JobFailure(error.code), str(error))
+        except RedisError as error:
+            logger.warning("handing the job back: its log cannot be read: %s", error)
+            return sequence.hand_back()
+        except Exception:
+            logger.exception("the job cannot be started")
+            return sequence.fail(JobFailure.ENGINE, "The worker could not start this job.")
+
+    def _hand_back(self, job: Job) -> None:
+        logger.info("handing the job back", extra={"attempt": job.attempt})
+        try:
+            self._tickets.send_all(self._claims.release([(job.id, job.attempt)]))
+        except RedisError as error:
+            logger.warning("not handed back yet: Redis is away: %s", error)  # the lease keeper will, or the reaper
+        except OperationalError as error:
+            logger.warning("no ticket sent: the broker is away: %s", error)  # the rescue will
+
+
+def _log_end(job: Job, ending: Ending | None) -> None:
+    """One line a job, with what it took."""
+    if ending is None:
+        return
+    facts = {
+        "status": ending.status.value,
+        "finish_reason": ending.finish_reason,
+        "error_code": ending.error_code,
+        "attempt": job.attempt,
+        "prompt_tokens": ending.prompt_tokens,
+        "completion_tokens": ending.completion_tokens,
+        **{name: round(seconds, 4) for name, seconds in ending.timings.items()},
+    }
+    logger.info("job ended", extra=facts)
+
+
+def register(app: Celery, runner: Runner) -> None:
+    """Make the task known to Celery."""
+
+    @app.task(name=TASK, ignore_result=True)
+    def run(model: str, job_id: str) -> None:
+        runner.run(model, job_id)

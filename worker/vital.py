@@ -1,0 +1,49 @@
+"""Threads that the process cannot do without: when one of them dies, so does the process, and says why.
+
+A worker that lives on with a dead engine or publisher would keep its lease and its jobs for ever. Ended, its lease
+lapses, its jobs continue elsewhere and its supervisor starts it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+EXIT_BROKEN = 70
+"""Exit status of a worker that found itself broken (EX_SOFTWARE)."""
+
+OnDeath = Callable[[str], object]
+"""Called with the reason; ends the process."""
+
+
+def end_process(reason: str) -> None:
+    """End this process now. No clean-up: what is stuck or broken cannot be asked to."""
+    logger.critical("the worker ends itself: %s", reason)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(EXIT_BROKEN)
+
+
+class VitalThread(threading.Thread):
+    """A thread whose failure ends the process."""
+
+    def __init__(self, name: str, on_death: OnDeath = end_process) -> None:
+        super().__init__(name=name, daemon=True)
+        self._on_death = on_death
+
+    def run(self) -> None:
+        """Work until done; announce anything that ends it otherwise."""
+        try:
+            self.work()
+        except BaseException as error:
+            logger.critical("thread %s died", self.name, exc_info=error)
+            self._on_death(f"its {self.name} thread died ({type(error).__name__})")
+
+    def work(self) -> None:
+        """What the thread does."""
+        raise NotImplementedError
