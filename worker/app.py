@@ -35,7 +35,7 @@ from worker.lease import Claim, Housekeeper, LeaseKeeper, Times
 from worker.publisher import Publisher
 from worker.tasks import Runner, register
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("worker.app")
 
 EXIT_CONFIG: Final = 78
 """Exit status when the model does not load (EX_CONFIG): starting again would not help."""
@@ -102,7 +102,7 @@ class Service:
         register(app, self._runner)
         consumer = Consumer(app, self._settings, self._node, self._on_ready)
         consumer.start()
-        self._stop()
+        self._wind_up()
         return consumer.status
 
     def _load(self) -> Backend:
@@ -145,7 +145,7 @@ class Service:
             self._keeper.end_within(self._settings.drain_s + LAST_WRITES_S)
         stop_consuming()
 
-    def _stop(self) -> None:
+    def _wind_up(self) -> None:
         """End the threads. Celery's have ended, so every job is settled."""
         self._housekeeper.stop()
         self._engine.close()

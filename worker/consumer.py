@@ -6,16 +6,21 @@ import hashlib
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
 from celery.apps.worker import Worker
+from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging
 from celery.worker import WorkController, state
 
 from shared.settings import Settings
 from shared.tickets import queue_name
+
+# It warns root of what pickled messages can do; ours are JSON.
+warnings.filterwarnings("ignore", category=SecurityWarning)
 
 
 class Consumer(Worker):
