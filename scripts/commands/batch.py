@@ -99,7 +99,7 @@ class Batch:
                 ask()
             except Unreachable:
                 say(f"{self._options.url} does not answer yet; waiting for it")
-                Patience(START_S, self._stop).call(ask)
+                Patience(min(START_S, self._options.patience), self._stop).call(ask)
         except GaveUp as error:
             raise CannotStart(f"no service at {self._options.url}: {error}") from error
         except Refused as error:

@@ -18,7 +18,9 @@ class NoKey(Exception):
 
 def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
     """Give a command `--url` and `--api-key-env`."""
-    parser.add_argument("--url", type=_url, default=service_url(settings), help="where the API is (%(default)s)")
+    parser.add_argument(
+        "--url", type=_url, default=local_url(settings.host, settings.port), help="where the API is (%(default)s)"
+    )
     parser.add_argument(
         "--api-key-env",
         metavar="NAME",
@@ -27,10 +29,10 @@ def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
     )
 
 
-def service_url(settings: Settings) -> str:
-    """Where the API of these settings is reached from this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+def local_url(host: str, port: int) -> str:
+    """How something that listens there is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def api_key(variable: str, settings: Settings) -> str:

@@ -1,0 +1,59 @@
+"""scripts/smoke: its lines, its exit status, and that it keeps the key to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from scripts.commands import smoke
+from scripts.commands.client import Refused, Unreachable
+from scripts.commands.smoking.probe import Wrong
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def check() -> None:
+        raise error
+
+    return check
+
+
+def test_a_check_that_passes_is_a_line_with_a_tick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert smoke.run("ready", lambda: None)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("✓ ready ")
+    assert line.endswith(" ms")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Wrong("no worker"), "no worker"),
+        (Unreachable("connection refused"), "connection refused"),
+        (Refused(503, "unavailable", "Redis is away."), "Redis is away."),
+        (KeyError("status"), "unexpected form"),
+    ],
+)
+def test_a_check_that_fails_says_why(capsys: pytest.CaptureFixture[str], error: Exception, said: str) -> None:
+    assert not smoke.run("ready", failing(error))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("✗ ready ")
+    assert said in line
+
+
+def test_a_service_that_is_away_fails_every_check_and_the_key_stays_unsaid(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWN_KEY", "mlxq_secret")
+    nowhere = "http://127.0.0.1:9"
+    assert smoke.main(["--url", nowhere, "--flower-url", nowhere, "--api-key-env", "OWN_KEY"]) == 1
+    printed = capsys.readouterr()
+    *lines, summary = printed.out.splitlines()
+    assert all(line.startswith("✗") for line in lines)
+    assert summary == f"0 of {len(lines)} checks passed"
+    assert "secret" not in printed.out + printed.err
+
+
+def test_without_a_key_nothing_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert smoke.main(["--api-key-env", "NO_SUCH_VARIABLE"]) == 2
+    assert "no API key" in capsys.readouterr().err
