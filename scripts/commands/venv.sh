@@ -55,7 +55,7 @@ venv_progress() { # PID LOG TOTAL
   [ -t 2 ] || return 0
   while kill -0 "$1" 2>/dev/null; do
     printf '\r\033[K  %s of %s  %s' "$(grep -c '^Collecting' "$2")" "$3" \
-      "$(grep -E '^(Collecting|Installing collected)' "$2" | tail -n 1 | cut -c 1-60)" >&2
+      "$(grep -E '^(Collecting|Installing collected)' "$2" | tail -n 1 | cut -d '(' -f 1 | cut -c 1-60)" >&2
     sleep 0.3
   done
   printf '\r\033[K' >&2
