@@ -282,6 +282,7 @@ class Jobs:
         gone = [job_id for job_id, record in zip(ids, records, strict=True) if not record]
         if gone:
             self._client.zrem(own, *gone)
+            return self.recent(owner, limit=limit, before=before)  # or the page would look like the last
         return [Job.from_record(record) for record in records if record]
 
     def stop(self, job_id: str, owner: str) -> Job:

@@ -1,0 +1,136 @@
+"""From a request to a job in line.
+
+The record is written before the ticket is sent: a job that was accepted is never lost, at worst it starts a second
+later.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+import redis
+from kombu.exceptions import OperationalError
+
+from shared.errors import Invalid
+from shared.jobs import Generation, Job, Jobs, Priority, Sampling, Submission
+from shared.registry import ModelCard
+from shared.settings import Settings
+from shared.tickets import TicketOffice
+from web.prompt_size import PromptSizer
+from web.roster import Roster
+from web.schemas import JobRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request comes from.
+
+    Attributes:
+        owner: id of the API key.
+        idempotency_key: as the caller chose it; empty for none.
+        fingerprint: hash of the request as it was sent.
+    """
+
+    owner: str
+    request_id: str = ""
+    idempotency_key: str = ""
+    fingerprint: str = ""
+
+
+class Admission:
+    """Checks requests and accepts jobs."""
+
+    def __init__(
+        self, settings: Settings, jobs: Jobs, roster: Roster, sizer: PromptSizer, tickets: TicketOffice
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._roster = roster
+        self._sizer = sizer
+        self._tickets = tickets
+
+    def admit(self, request: JobRequest, origin: Origin) -> tuple[Job, bool]:
+        """Accept a request as a job.
+
+        Returns:
+            The job, and whether it is new (not the answer to a repeated Idempotency-Key).
+
+        Raises:
+            Invalid: it cannot be run as it is; nothing was enqueued.
+            Unavailable: the queue is full.
+            redis.RedisError: Redis is away.
+        """
+        job, new = self._jobs.create(self.submission(request, origin))
+        if new:
+            self._send_ticket(job)
+        return job, new
+
+    def submission(self, request: JobRequest, origin: Origin) -> Submission:
+        """The request as the queue takes it, with every default filled in.
+
+        Raises:
+            Invalid: it cannot be run as it is.
+        """
+        model, card = self._resolve(request.model)
+        generation = self._generation(request, model, card)
+        if card is not None:
+            self._sizer.check(card, generation.prompt, generation.messages)
+        return Submission(
+            generation=generation,
+            owner=origin.owner,
+            priority=Priority[request.priority.upper()],
+            metadata=request.metadata,
+            request_id=origin.request_id,
+            idempotency_key=origin.idempotency_key,
+            fingerprint=origin.fingerprint,
+            start_within_s=_at_most("start_within_s", request.start_within_s, self._settings.start_within_s),
+            deadline_s=_at_most("deadline_s", request.deadline_s, self._settings.deadline_s),
+        )
+
+    def _resolve(self, asked: str | None) -> tuple[str, ModelCard | None]:
+        """A model's id and card; the default model has none before its first worker has come up."""
+        model = asked or self._settings.model_id
+        card = self._roster.now().models.get(model)
+        if card is None and model != self._settings.model_id:
+            raise Invalid("There is no such model.", code="model_not_found", field="model")
+        return model, card
+
+    def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Generation:
+        most = card.context if card else None
+        if request.max_tokens is not None and most is not None and request.max_tokens > most:
+            raise Invalid(f"The model's context is {most} tokens.", field="max_tokens")
+        temperature = self._settings.temperature if request.temperature is None else request.temperature
+        return Generation(
+            model=model,
+            max_tokens=request.max_tokens or min(self._settings.max_tokens, most or self._settings.max_tokens),
+            sampling=Sampling(
+                temperature=temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                min_p=request.min_p,
+                repetition_penalty=request.repetition_penalty,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                # Chosen now and kept, so that another attempt goes on as the first would have.
+                seed=secrets.randbits(63) if request.seed is None else request.seed,
+            ),
+            prompt=request.prompt,
+            messages=tuple(message.model_dump() for message in request.messages) if request.messages else None,
+            stop=tuple(request.stop),
+        )
+
+    def _send_ticket(self, job: Job) -> None:
+        try:
+            self._tickets.send(job.model, job.id, job.request_id)
+        except (OperationalError, redis.RedisError, OSError) as error:
+            log.warning("No ticket for %s yet, upkeep will send one: %s", job.id, error, extra={"job_id": job.id})
+
+
+def _at_most(field: str, asked: float | None, most: float) -> float | None:
+    if asked is not None and asked > most:
+        raise Invalid(f"At most {most:g} seconds.", field=field)
+    return asked

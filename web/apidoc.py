@@ -1,0 +1,185 @@
+"""The API's OpenAPI document: each route says what it takes and gives, and the document is made of that."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final, ParamSpec, TypeVar
+
+from flask import Flask
+from openapi_pydantic import (
+    Components,
+    Info,
+    MediaType,
+    OpenAPI,
+    Operation,
+    Parameter,
+    PathItem,
+    RequestBody,
+    Response,
+    Schema,
+    SecurityScheme,
+    Tag,
+)
+from openapi_pydantic.util import PydanticSchema, construct_open_api_with_schema_class
+from pydantic import BaseModel
+from werkzeug.routing import Rule
+
+from web.auth import OPEN
+from web.problems import MEDIA_TYPE
+from web.schemas import ProblemDetails
+from web.sse import FORMATS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ATTRIBUTE: Final = "openapi"
+_REFUSALS: Final = (401, 403, 429, 500, 503)
+"""What any route that needs a key may answer."""
+_ABOUT: Final = """Durable, streaming inference jobs for MLX models.
+
+Send an API key as `X-API-Key` or as a Bearer token. Every answer carries `X-Request-ID`, the caller's own when it is
+1 to 128 characters of `A-Z a-z 0-9 . _ -`. Errors are `application/problem+json` with a stable `code`.
+
+A stream has the events `queued`, `started`, `chunk`, `resumed` and, last and once, `done` with the whole job. The
+texts of all chunks together are the job's text. It can be read again from any event on."""
+
+
+def _parameter(name: str, where: str, about: str, **schema: Any) -> Parameter:
+    return Parameter(name=name, **{"in": where}, description=about, param_schema=Schema(**schema))
+
+
+WAIT: Final = _parameter("wait", "query", "Seconds to wait for the job's end", type="number", minimum=0)
+LIMIT: Final = _parameter("limit", "query", "Jobs a page", type="integer", minimum=1, maximum=100, default=20)
+BEFORE: Final = _parameter("before", "query", "`next` of the page before", type="string")
+STARTING_AFTER: Final = _parameter(
+    "starting_after", "query", "Number of the last event seen", type="integer", minimum=0, default=0
+)
+LAST_EVENT_ID: Final = _parameter(
+    "Last-Event-ID", "header", "The same, as browsers send it when they reconnect", type="integer", minimum=0
+)
+IDEMPOTENCY_KEY: Final = _parameter(
+    "Idempotency-Key", "header", "Sent again with the same key, the request makes no second job",
+    type="string", maxLength=255,
+)  # fmt: skip
+PREFER: Final = _parameter("Prefer", "header", "`wait=N`: answer when the job ends within N seconds", type="string")
+
+Content = type[BaseModel] | str | None
+"""A model, a media type, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a route says of itself; see `describe`."""
+
+    summary: str
+    body: type[BaseModel] | None
+    answers: Mapping[int, Content]
+    streams: bool
+    errors: tuple[int, ...]
+    parameters: tuple[Parameter, ...]
+
+
+def describe(
+    summary: str,
+    *,
+    body: type[BaseModel] | None = None,
+    answers: Mapping[int, Content],
+    streams: bool = False,
+    errors: tuple[int, ...] = (),
+    parameters: tuple[Parameter, ...] = (),
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Describe a view function for the document; its docstring is the long description.
+
+    Args:
+        answers: what it gives, by status.
+        streams: whether it can answer with a stream of events.
+        errors: statuses of its own refusals, beside those that every route knows.
+    """
+
+    def mark(view: Callable[P, R]) -> Callable[P, R]:
+        setattr(view, _ATTRIBUTE, Description(summary, body, answers, streams, errors, parameters))
+        return view
+
+    return mark
+
+
+def document(app: Flask) -> str:
+    """The document of all the application's routes, as JSON."""
+    paths: dict[str, PathItem] = {}
+    for rule in app.url_map.iter_rules():
+        item = paths.setdefault(re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), PathItem())
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
+            setattr(item, method.lower(), _operation(app, rule, method))
+    whole = OpenAPI(
+        openapi="3.1.0",
+        info=Info(title="mlxq", version="1", description=_ABOUT),
+        paths=paths,
+        tags=[Tag(name=name) for name in app.blueprints],
+        components=Components(
+            securitySchemes={
+                "ApiKey": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
+                "Bearer": SecurityScheme(type="http", scheme="bearer"),
+            }
+        ),
+    )
+    filled = construct_open_api_with_schema_class(whole)
+    return json.dumps(filled.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def _operation(app: Flask, rule: Rule, method: str) -> Operation:
+    view = app.view_functions[rule.endpoint]
+    about: Description = getattr(view, _ATTRIBUTE)
+    tag = rule.endpoint.split(".")[0]
+    return Operation(
+        operationId=f"{view.__name__}_{method.lower()}"
+        if len((rule.methods or set()) & {"GET", "POST"}) > 1
+        else view.__name__,
+        tags=[tag],
+        summary=about.summary,
+        description=inspect.getdoc(view),
+        parameters=[*_path_parameters(rule), *about.parameters] or None,
+        requestBody=_body(about.body),
+        responses=dict(_responses(about, secured=tag not in OPEN)),
+        security=None if tag in OPEN else [{"ApiKey": []}, {"Bearer": []}],
+    )
+
+
+def _path_parameters(rule: Rule) -> list[Parameter]:
+    return [
+        Parameter(name=name, **{"in": "path"}, required=True, param_schema=Schema(type="string"))
+        for name in sorted(rule.arguments)
+    ]
+
+
+def _body(model: type[BaseModel] | None) -> RequestBody | None:
+    if model is None:
+        return None
+    return RequestBody(required=True, content={"application/json": _media(model)})
+
+
+def _responses(about: Description, *, secured: bool) -> Iterator[tuple[str, Response]]:
+    for status in sorted({*about.errors, *(_REFUSALS if secured else (500,))} - set(about.answers)):
+        yield str(status), Response(description=HTTPStatus(status).phrase, content={MEDIA_TYPE: _media(ProblemDetails)})
+    for status, content in about.answers.items():
+        yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
+    if about.streams:
+        events = {media_type: _media(None) for media_type in FORMATS}
+        plain = about.answers.get(200)
+        yield "200", Response(description="The answer, or its events", content={**(_content(plain) or {}), **events})
+
+
+def _content(content: Content) -> dict[str, MediaType] | None:
+    if content is None:
+        return None
+    if isinstance(content, str):
+        return {content: _media(None)}
+    return {"application/json": _media(content)}
+
+
+def _media(model: type[BaseModel] | None) -> MediaType:
+    return MediaType(media_type_schema=PydanticSchema(schema_class=model) if model else Schema(type="string"))

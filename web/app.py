@@ -1,0 +1,40 @@
+"""The Flask application."""
+
+from __future__ import annotations
+
+from flask import Flask
+
+from shared.settings import Settings, load_settings
+from shared.store import Redis
+from web import auth, limits, problems
+from web.correlation import Correlation
+from web.keystore import KeyStore
+from web.routes import health, inference, jobs, metrics, models, openapi
+from web.services import EXTENSION, build
+
+
+def create_app(settings: Settings | None = None, client: Redis | None = None) -> Flask:
+    """Make the application; one per process, after the fork.
+
+    Args:
+        settings: default: the environment's.
+        client: Redis for everything, in tests.
+    """
+    settings = settings or load_settings()
+    services = build(settings, client)
+    keys = KeyStore(settings.keys_file)
+
+    app = Flask("web", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.wsgi_app = Correlation(app.wsgi_app)  # type: ignore[method-assign]
+    app.extensions[EXTENSION] = services
+
+    services.metrics.register(app)
+    # The limiter stands between the two halves of authentication, so that it counts refused requests as well.
+    app.before_request(lambda: auth.identify(keys))
+    limits.register(app, settings)
+    app.before_request(auth.require_key)
+    problems.register(app)
+    for module in (jobs, inference, models, health, metrics, openapi):
+        app.register_blueprint(module.routes)
+    return app

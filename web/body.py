@@ -1,0 +1,107 @@
+"""Reading a request: its body, and the headers and parameters that several routes know."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final, NoReturn, TypeVar
+
+from flask import request
+from pydantic import BaseModel
+
+from shared.errors import BadRequest, Invalid, UnsupportedMedia
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", re.IGNORECASE)
+
+
+def read_body(model: type[Model]) -> Model:
+    """The body as a model.
+
+    Raises:
+        UnsupportedMedia: it is not declared as JSON.
+        BadRequest: it is not JSON.
+        pydantic.ValidationError: it does not fit.
+    """
+    if not request.is_json:
+        raise UnsupportedMedia("Send the body as application/json.", field="Content-Type")
+    return model.model_validate(_parse(request.get_data(cache=True)))
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"The body is not UTF-8 (byte {error.start}).", code="invalid_utf8") from error
+    try:
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"The body is not JSON: {error.msg} ({where}).", code="invalid_json") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise BadRequest("The body holds a value that cannot be read.", code="invalid_json") from error
+    if not isinstance(data, dict):
+        raise BadRequest("The body is not a JSON object.", code="invalid_json")
+    return data
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise BadRequest(f"The body is not JSON: {name} is not a JSON number.", code="invalid_json")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRequest("The body has a name twice in one object.", code="invalid_json", field=twice)
+    return data
+
+
+def idempotency_key() -> str:
+    """The Idempotency-Key header; empty when there is none.
+
+    Raises:
+        Invalid: it is not 1 to 255 visible ASCII characters.
+    """
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return ""
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise Invalid("1 to 255 visible ASCII characters are needed.", field="Idempotency-Key")
+    return key
+
+
+def preferred_wait_s(most: float) -> float:
+    """N of `Prefer: wait=N` (RFC 7240), at most the service's longest wait. What cannot be met is ignored."""
+    match = _PREFER_WAIT.search(",".join(request.headers.getlist("Prefer")))
+    return min(float(match[1]), most) if match else 0.0
+
+
+def wait_s(most: float) -> float:
+    """The parameter `wait`, in seconds; 0 when absent.
+
+    Raises:
+        Invalid: not a number from 0 to the service's longest wait.
+    """
+    text = request.args.get("wait", "0")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= most:
+        raise Invalid(f"A number of seconds from 0 to {most:g} is needed.", field="wait")
+    return seconds
+
+
+def whole_number(name: str, text: str, least: int = 0, most: int = 2**53) -> int:
+    """A parameter or header as a number.
+
+    Raises:
+        Invalid: it is none, or out of range.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and least <= int(text) <= most):
+        raise Invalid(f"A whole number from {least} to {most} is needed.", field=name)
+    return int(text)

@@ -1,0 +1,120 @@
+"""A job's events from any cursor on: each once, in order, whatever pub/sub loses.
+
+The log is the truth and the hub only says sooner what is new. When a number is missing, when the hub has doubts,
+and with each heartbeat, the log is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+from typing import Final, Protocol
+
+import redis
+
+from shared.errors import Gone
+from shared.log import Event, EventKind, JobLog
+from web.hub import Signal, Subscription
+
+log = logging.getLogger(__name__)
+
+_PAGE: Final = 500
+
+
+class Live(Protocol):
+    """What is needed of `web.hub.Hub`."""
+
+    def subscribe(self, job_id: str) -> AbstractContextManager[Subscription]:
+        """A job's live events, after a first `RESYNC`."""
+        ...
+
+
+class Follower:
+    """Reads jobs' events as they come."""
+
+    def __init__(self, job_log: JobLog, live: Live, heartbeat_s: float) -> None:
+        self._log = job_log
+        self._live = live
+        self._heartbeat_s = heartbeat_s
+
+    def follow(self, job_id: str, cursor: int) -> Generator[Event | None]:
+        """The events after number `cursor`, until the job's end; None when a heartbeat is due.
+
+        It ends without a `done` event only when the process is about to end.
+
+        Raises:
+            Gone: the log was trimmed or has expired; now, or in mid-stream.
+            redis.RedisError: Redis is away now. Once it runs, the stream outlasts that.
+        """
+        return self._events(job_id, cursor, self._page(job_id, cursor))
+
+    def wait(self, job_id: str, timeout_s: float | None) -> None:
+        """Return when the job has ended, when time is over, or, with a timeout, when the process is about to end.
+
+        Raises:
+            redis.RedisError: Redis is away.
+        """
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        with self._live.subscribe(job_id) as live:
+            while (left_s := deadline - time.monotonic()) > 0:
+                item = live.get(min(left_s, self._heartbeat_s))
+                if isinstance(item, Event):
+                    if item.kind is EventKind.DONE:
+                        return
+                elif item is Signal.CLOSING:
+                    if timeout_s is not None:
+                        return
+                else:
+                    last = self._log.last(job_id)
+                    if last is None or last.kind is EventKind.DONE:
+                        return
+
+    def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[Event | None]:
+        cursor, ended = yield from _after(cursor, page)
+        if ended:
+            return
+        with self._live.subscribe(job_id) as live:
+            while not ended:
+                item = live.get(self._heartbeat_s)
+                if item is Signal.CLOSING:
+                    return
+                if item is None:
+                    yield None
+                if isinstance(item, Event) and item.n == cursor + 1:
+                    cursor, ended = yield from _after(cursor, [item])
+                elif not isinstance(item, Event) or item.n > cursor or item.kind is EventKind.DONE:
+                    cursor, ended = yield from self._missed(job_id, cursor)
+
+    def _missed(self, job_id: str, cursor: int) -> Generator[Event, None, tuple[int, bool]]:
+        ended, full = False, True
+        while full and not ended:
+            try:
+                page = self._page(job_id, cursor)
+            except redis.RedisError as error:
+                # Whatever comes next (an event, the hub's return, a heartbeat) leads here again.
+                log.warning("A stream cannot read its log yet: %s", error)
+                break
+            full = len(page) == _PAGE
+            cursor, ended = yield from _after(cursor, page)
+        return cursor, ended
+
+    def _page(self, job_id: str, cursor: int) -> list[Event]:
+        """The next events after the cursor; the last event alone when the cursor is past the end of an ended job."""
+        last = self._log.last(job_id)
+        if last is not None and last.n <= cursor:
+            return [last] if last.kind is EventKind.DONE else []
+        events = self._log.read(job_id, cursor, _PAGE)
+        if not events or events[0].n != cursor + 1:
+            raise Gone("The job's log does not reach back that far any more.")
+        return events
+
+
+def _after(cursor: int, events: list[Event]) -> Generator[Event, None, tuple[int, bool]]:
+    """Pass on what is new; the new cursor, and whether that was the end."""
+    for event in events:
+        if event.n > cursor:
+            cursor = event.n
+            yield event
+    return cursor, bool(events) and events[-1].kind is EventKind.DONE

@@ -1,0 +1,63 @@
+# ruff: noqa: ARG001, N999 -- names are gunicorn's
+"""How gunicorn runs the API: `gunicorn -c web/gunicorn.conf.py 'web.app:create_app()'`, from the repository."""
+
+import os
+import shutil
+from typing import Any
+
+import gevent
+from pydantic import ValidationError
+
+from shared.settings import load_settings
+from web.keystore import SCOPES, KeyStore
+
+try:
+    _settings = load_settings()
+except ValidationError as error:
+    raise SystemExit(f"The settings do not fit: {error}") from error
+
+# prometheus_client looks for it when it is imported, in every process.
+_metrics_dir = _settings.run_dir / "metrics"
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_dir)
+
+_host = f"[{_settings.host}]" if ":" in _settings.host else _settings.host
+bind = f"{_host}:{_settings.port}"
+workers = _settings.web_workers
+worker_class = "gevent"
+worker_connections = 4096  # each stream holds one
+backlog = 2048
+keepalive = 5  # idle connections hold up a graceful stop for as long
+timeout = 60
+graceful_timeout = max(1, round(_settings.drain_s))
+control_socket_disable = True
+logger_class = "web.access_log.JsonLogger"
+
+
+def on_starting(server: Any) -> None:
+    shutil.rmtree(_metrics_dir, ignore_errors=True)
+    _metrics_dir.mkdir(parents=True)
+    key = _settings.mlxq_api_key.get_secret_value()
+    if key:
+        try:
+            KeyStore(_settings.keys_file).ensure(key, "local", SCOPES)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"MLXQ_API_KEY cannot be used: {error}") from error
+
+
+def post_worker_init(worker: Any) -> None:
+    services = worker.wsgi.extensions["mlxq"]
+    services.upkeep.start(lambda: worker.alive)
+    gevent.spawn(_close_streams, worker, services.hub)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def _close_streams(worker: Any, hub: Any) -> None:
+    # gunicorn calls no hook when a graceful stop begins, and would cut the streams at its end.
+    while worker.alive:
+        gevent.sleep(0.1)
+    hub.close()

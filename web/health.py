@@ -1,0 +1,102 @@
+"""How the service is: which workers live, how fast they answer, and what is wrong."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import redis
+
+from shared.registry import Registry, WorkerInfo
+from shared.settings import Settings
+from shared.store import Redis
+from web.pulse import Pulse
+from web.schemas import HealthView, RedisView, WorkerView
+
+_ABSENT: Final = RedisView(reachable=False, response_s=None)
+_NEARLY_FULL: Final = 0.9
+
+
+class Doctor:
+    """Examines the service within a second, whatever is gone. Its client has short timeouts and no retries."""
+
+    def __init__(self, settings: Settings, probe: Redis, pulse: Pulse) -> None:
+        self._settings = settings
+        self._probe = probe
+        self._registry = Registry(probe)
+        self._pulse = pulse
+
+    def ready(self) -> bool:
+        """Whether a job submitted now would be run."""
+        try:
+            return any(worker.state == "ready" for worker in self._registry.workers())
+        except redis.RedisError:
+            return False
+
+    def examine(self) -> HealthView:
+        """The whole picture."""
+        try:
+            asked_at = time.monotonic()
+            self._probe.ping()
+            answered = RedisView(reachable=True, response_s=round(time.monotonic() - asked_at, 6))
+            workers = self._registry.workers()
+            models = {*self._registry.models(), self._settings.model_id}
+            queues = {model: self._registry.waiting(model) for model in sorted(models)}
+        except redis.RedisError:
+            return HealthView(status="down", reasons=["Redis does not answer."], redis=_ABSENT, workers=[], queues={})
+        views = self._workers(workers)
+        reasons = [*_worker_faults(views, self._settings.lease_s), *self._queue_faults(workers, queues)]
+        if not any(worker.state == "ready" for worker in workers):
+            return HealthView(
+                status="down",
+                reasons=["No worker is ready.", *reasons],
+                redis=answered,
+                workers=views,
+                queues=queues,
+            )
+        return HealthView(
+            status="degraded" if reasons else "ok",
+            reasons=reasons,
+            redis=answered,
+            workers=views,
+            queues=queues,
+        )
+
+    def _workers(self, workers: list[WorkerInfo]) -> list[WorkerView]:
+        response_s = self._pulse.read(len(workers))
+        now = time.time()
+        return [
+            WorkerView(
+                id=worker.id,
+                host=worker.host,
+                model=worker.model,
+                state=worker.state,
+                heartbeat_age_s=round(max(0.0, now - worker.heartbeat_at), 3),
+                response_s=response_s.get(worker.node),
+                slots=worker.slots,
+                slots_used=worker.slots_used,
+                uptime_s=round(now - worker.started_at, 3),
+                about=worker.about,
+            )
+            for worker in workers
+        ]
+
+    def _queue_faults(self, workers: list[WorkerInfo], queues: dict[str, int]) -> list[str]:
+        served = {worker.model for worker in workers if worker.state == "ready"}
+        full = self._settings.max_queue * _NEARLY_FULL
+        return [
+            *(
+                f"Jobs wait for {model}, which no ready worker has."
+                for model in queues
+                if queues[model] and model not in served
+            ),
+            *(f"The queue of {model} is nearly full." for model in queues if queues[model] >= full),
+        ]
+
+
+def _worker_faults(workers: list[WorkerView], lease_s: float) -> list[str]:
+    return [
+        *(f"Worker {worker.id} is {worker.state}." for worker in workers if worker.state != "ready"),
+        *(f"Worker {worker.id} does not answer pings." for worker in workers if worker.response_s is None),
+        *(f"Worker {worker.id} has been silent." for worker in workers if worker.heartbeat_age_s > lease_s),
+    ]

@@ -1,0 +1,68 @@
+"""Requests per key and time, counted in Redis; locally in each process while Redis is away."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import redis
+from flask import Flask, Response, g, request
+from flask_limiter import Limiter
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from shared.settings import Settings
+from web.auth import is_open
+
+ANONYMOUS: Final = "300/minute"
+"""Requests without a valid key, by address: generous for a client that is set up wrongly, slow for guessing."""
+
+# A limiter that waits is worse than one that counts locally.
+_STORAGE_OPTIONS: Final[dict[str, Any]] = {
+    "socket_timeout": 0.2,
+    "socket_connect_timeout": 0.2,
+    "retry": Retry(NoBackoff(), 0),
+}
+
+
+def register(app: Flask, settings: Settings) -> Limiter:
+    """Count and limit every request that needs a key."""
+    limiter = Limiter(
+        _whose,
+        # An application limit counts all routes together; a default limit would count each by itself.
+        application_limits=[lambda: _allowance(settings)],
+        strategy="sliding-window-counter",
+        storage_uri=settings.limiter_url,
+        storage_options=_STORAGE_OPTIONS,
+        in_memory_fallback_enabled=True,
+    )
+    limiter.request_filter(is_open)
+    limiter.init_app(app)
+    app.after_request(lambda response: _tell(limiter, response))
+    return limiter
+
+
+def _whose() -> str:
+    return f"key:{g.key.id}" if g.key else f"address:{request.remote_addr}"
+
+
+def _allowance(settings: Settings) -> str:
+    return (g.key.rate_limit or settings.rate_limit) if g.key else ANONYMOUS
+
+
+def _tell(limiter: Limiter, response: Response) -> Response:
+    """Add the headers. Flask-Limiter's own would put Retry-After on every answer, refused or not."""
+    limit = limiter.current_limit
+    if limit is None:
+        return response
+    try:
+        reset_at, remaining = limit.window
+    except redis.RedisError:
+        return response  # the next request counts locally
+    wait_s = max(1, round(reset_at - time.time() + 0.5))
+    response.headers["X-RateLimit-Limit"] = str(limit.limit.amount)
+    response.headers["X-RateLimit-Remaining"] = str(remaining)
+    response.headers["X-RateLimit-Reset"] = str(round(reset_at + 0.5))
+    if limit.breached:
+        response.headers["Retry-After"] = str(wait_s)
+    return response

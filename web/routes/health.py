@@ -1,0 +1,41 @@
+"""`/health` for people and monitors, `/livez` and `/readyz` for supervisors and balancers."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response
+from pydantic import BaseModel
+
+from web.apidoc import describe
+from web.schemas import HealthView, ProbeView
+from web.services import services
+
+routes = Blueprint("health", __name__)
+
+
+@routes.get("/health")
+@describe("How the service is", answers={200: HealthView, 503: HealthView})
+def health() -> Response:
+    """Each worker with the response time of a real ping. 503 when no job can be run at present."""
+    view = services().doctor.examine()
+    return _answer(view, ok=view.status != "down")
+
+
+@routes.get("/livez")
+@describe("Whether this process lives", answers={200: ProbeView})
+def livez() -> Response:
+    """Says nothing of Redis or the workers: restarting this process would not help them."""
+    return _answer(ProbeView(status="ok"), ok=True)
+
+
+@routes.get("/readyz")
+@describe("Whether a job would be run", answers={200: ProbeView, 503: ProbeView})
+def readyz() -> Response:
+    """200 when Redis answers and a worker is ready."""
+    ready = services().doctor.ready()
+    return _answer(ProbeView(status="ok" if ready else "unavailable"), ok=ready)
+
+
+def _answer(view: BaseModel, *, ok: bool) -> Response:
+    answer = Response(view.model_dump_json(), 200 if ok else 503, content_type="application/json")
+    answer.headers["Cache-Control"] = "no-store"
+    return answer

@@ -1,0 +1,102 @@
+"""`POST /inference`: prompt in, text out, on one connection. Behind it is a job like any other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import redis
+from flask import Blueprint, Response, request
+
+from shared.errors import Conflict, Internal, Invalid, JobFailure, MlxqError, Unavailable
+from shared.jobs import Job, Status
+from shared.log import Event
+from web import apidoc
+from web.apidoc import describe
+from web.body import read_body
+from web.connection import watching
+from web.schemas import InferenceRequest, InferenceView
+from web.services import Services, services
+from web.sse import Format, negotiate
+from web.streaming import stream
+from web.submitting import submit
+from web.views import answer
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+routes = Blueprint("inference", __name__)
+
+_CALLERS_FAULT = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
+
+
+@routes.post("/inference")
+@describe(
+    "Generate text",
+    body=InferenceRequest,
+    answers={200: InferenceView},
+    streams=True,
+    errors=(400, 406, 409, 413, 415, 422),
+    parameters=(apidoc.IDEMPOTENCY_KEY,),
+)
+def infer() -> Response:
+    """The answer, or with `"stream": true` a stream of events. A client that goes away cancels its job."""
+    wanted = read_body(InferenceRequest)
+    form = negotiate(request.accept_mimetypes) if wanted.stream else None
+    job, _ = submit(wanted)
+    reply = _stream(job, form) if form else _whole(job)
+    reply.headers["Location"] = f"/v1/jobs/{job.id}"
+    return reply
+
+
+def _whole(job: Job) -> Response:
+    parts = services()
+    with watching(request.environ, _canceller(parts, job)):
+        parts.follower.wait(job.id, None)
+    ended = parts.jobs.get(job.id, job.owner)
+    if ended.status is not Status.SUCCEEDED:
+        raise failure(ended)
+    return Response(answer(ended).model_dump_json(), content_type="application/json")
+
+
+def _stream(job: Job, form: Format) -> Response:
+    parts = services()
+    return stream(
+        _watched(parts.follower.follow(job.id, 0), request.environ, _canceller(parts, job)),
+        form,
+        lambda: parts.views.full(parts.jobs.get(job.id, job.owner)).model_dump_json(),
+        parts.metrics,
+    )
+
+
+def _watched(
+    events: Generator[Event | None], environ: WSGIEnvironment, gone: Callable[[], None]
+) -> Generator[Event | None]:
+    with closing(events), watching(environ, gone):
+        yield from events
+
+
+def _canceller(parts: Services, job: Job) -> Callable[[], None]:
+    def cancel() -> None:
+        try:
+            parts.jobs.stop(job.id, job.owner)
+            log.info("The client of %s went away: cancelled", job.id, extra={"job_id": job.id})
+        except (MlxqError, redis.RedisError) as error:
+            log.info("The client of %s went away: %s", job.id, error, extra={"job_id": job.id})
+
+    return cancel
+
+
+def failure(job: Job) -> MlxqError:
+    """The error that tells why a job gave no answer."""
+    code, message = job.error_code, job.error_message or "The job failed."
+    if job.status is Status.CANCELLED:
+        return Conflict("The job was cancelled.", code="job_cancelled")
+    if job.status is Status.EXPIRED:
+        return Unavailable("The job did not end within its time.", code="job_expired", retry_after=10)
+    if code in _CALLERS_FAULT:
+        return Invalid(message, code=code, field="messages" if job.generation.messages else "prompt")
+    return Internal(message, code=code)

@@ -1,0 +1,141 @@
+"""`/v1/jobs`: submit, look, list, cancel, forget, stream."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response, request
+from pydantic import BaseModel
+
+from shared.errors import Invalid
+from shared.jobs import Job
+from web import apidoc
+from web.apidoc import describe
+from web.auth import caller
+from web.body import preferred_wait_s, read_body, wait_s, whole_number
+from web.schemas import JobList, JobRequest, JobView
+from web.services import services
+from web.sse import negotiate
+from web.streaming import stream
+from web.submitting import submit
+
+routes = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
+
+_PAGE = 20
+_LARGEST_PAGE = 100
+
+
+@routes.post("")
+@describe(
+    "Submit a job",
+    body=JobRequest,
+    answers={202: JobView, 200: JobView},
+    errors=(400, 413, 415, 422),
+    parameters=(apidoc.IDEMPOTENCY_KEY, apidoc.PREFER),
+)
+def submit_job() -> Response:
+    """Accepted means durable: the job survives everything but its deadline.
+
+    202 while it is under way, 200 when it ended within `Prefer: wait`. Repeated with the same Idempotency-Key, it
+    gives the first job again, with the header `Idempotency-Replayed: true`.
+    """
+    job, new = submit(read_body(JobRequest))
+    patience_s = preferred_wait_s(services().settings.max_wait_s)
+    answer = _answer_job(_wait(job, patience_s))
+    answer.headers["Location"] = f"/v1/jobs/{job.id}"
+    if patience_s:
+        answer.headers["Preference-Applied"] = f"wait={patience_s:g}"
+    if not new:
+        answer.headers["Idempotency-Replayed"] = "true"
+    return answer
+
+
+@routes.get("/<job_id>")
+@describe("Get a job", answers={200: JobView}, errors=(404, 422), parameters=(apidoc.WAIT,))
+def get_job(job_id: str) -> Response:
+    """With `wait`, answer when the job has ended or the time is over."""
+    job = services().jobs.get(job_id, caller().id)
+    return _json(services().views.full(_wait(job, wait_s(services().settings.max_wait_s))))
+
+
+@routes.get("")
+@describe("List jobs", answers={200: JobList}, errors=(422,), parameters=(apidoc.LIMIT, apidoc.BEFORE))
+def list_jobs() -> Response:
+    """The caller's own, newest first."""
+    limit = whole_number("limit", request.args.get("limit", str(_PAGE)), 1, _LARGEST_PAGE)
+    jobs = services().jobs.recent(caller().id, limit=limit, before=_before())
+    following = repr(jobs[-1].created_at) if len(jobs) == limit else None
+    return _json(JobList(data=[services().views.brief(job) for job in jobs], next=following))
+
+
+@routes.post("/<job_id>/cancel")
+@describe("Cancel a job", answers={200: JobView, 202: JobView}, errors=(404, 409, 422), parameters=(apidoc.WAIT,))
+def cancel_job(job_id: str) -> Response:
+    """200 once it is over; 202 while its worker is being told. `wait` waits for that."""
+    patience_s = wait_s(services().settings.max_wait_s)
+    return _answer_job(_wait(services().jobs.stop(job_id, caller().id), patience_s))
+
+
+@routes.delete("/<job_id>")
+@describe("Delete a job", answers={204: None}, errors=(404, 409))
+def delete_job(job_id: str) -> Response:
+    """Forget a job that has ended, with its log."""
+    services().jobs.forget(job_id, caller().id)
+    return Response(status=204)
+
+
+@routes.get("/<job_id>/stream")
+@describe(
+    "Stream a job",
+    answers={},
+    streams=True,
+    errors=(404, 406, 410, 422),
+    parameters=(apidoc.LAST_EVENT_ID, apidoc.STARTING_AFTER),
+)
+def stream_job(job_id: str) -> Response:
+    """The job's events from any cursor on, live until its end, as often and by as many readers as wanted."""
+    form = negotiate(request.accept_mimetypes)
+    cursor = _cursor()
+    jobs, views, owner = services().jobs, services().views, caller().id
+    jobs.get(job_id, owner)
+    return stream(
+        services().follower.follow(job_id, cursor),
+        form,
+        lambda: views.full(jobs.get(job_id, owner)).model_dump_json(),
+        services().metrics,
+    )
+
+
+def _cursor() -> int:
+    """Last-Event-ID wins: a browser that reconnects sends it to the address it first opened."""
+    last = request.headers.get("Last-Event-ID")
+    if last:
+        return whole_number("Last-Event-ID", last)
+    return whole_number("starting_after", request.args.get("starting_after", "0"))
+
+
+def _before() -> float | None:
+    text = request.args.get("before")
+    if text is None:
+        return None
+    try:
+        moment = float(text)
+    except ValueError:
+        moment = -1.0
+    if not 0 <= moment < 1e11:
+        raise Invalid("Give the `next` of the page before.", field="before")
+    return moment
+
+
+def _wait(job: Job, patience_s: float) -> Job:
+    """The job, as it is when it has ended or patience is over."""
+    if job.status.terminal or not patience_s:
+        return job
+    services().follower.wait(job.id, patience_s)
+    return services().jobs.get(job.id, job.owner)
+
+
+def _answer_job(job: Job) -> Response:
+    return _json(services().views.full(job), 200 if job.status.terminal else 202)
+
+
+def _json(view: BaseModel, status: int = 200) -> Response:
+    return Response(view.model_dump_json(), status, content_type="application/json")

@@ -1,0 +1,70 @@
+"""`/openapi.json`, and `/docs`: a page that shows it, with all its assets from here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Final
+
+from flask import Blueprint, Response, current_app, send_from_directory
+
+from web.apidoc import describe, document
+
+routes = Blueprint("openapi", __name__)
+
+_PAGE: Final = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>mlxq API</title>
+<link rel="stylesheet" href="/docs/swagger-ui.css">
+<link rel="icon" type="image/png" href="/docs/favicon-32x32.png">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="/docs/swagger-ui-bundle.js"></script>
+<script src="/docs/start.js"></script>
+</body>
+</html>
+"""
+_START: Final = """SwaggerUIBundle({
+  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, persistAuthorization: true, tryItOutEnabled: true
+});
+"""
+_POLICY: Final = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+
+
+@routes.get("/openapi.json")
+@describe("This document", answers={200: "application/json"})
+def openapi() -> Response:
+    """OpenAPI 3.1, made from the models that validate requests."""
+    return Response(document(current_app), content_type="application/json")
+
+
+@routes.get("/docs")
+@describe("This document as a page", answers={200: "text/html"})
+def docs() -> Response:
+    """Swagger UI."""
+    return Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _POLICY})
+
+
+@routes.get("/docs/start.js")
+@describe("The page's start", answers={200: "text/javascript"})
+def docs_start() -> Response:
+    """A file of its own, so that the page's policy can forbid inline scripts."""
+    return Response(_START, mimetype="text/javascript")
+
+
+@routes.get("/docs/<asset>")
+@describe("The page's assets", answers={200: "application/octet-stream"}, errors=(404,))
+def docs_asset(asset: str) -> Response:
+    """A file of the Swagger UI distribution."""
+    return send_from_directory(_assets(), asset, max_age=3600)
+
+
+def _assets() -> Path:
+    spec = importlib.util.find_spec("flask_swagger_ui")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("flask-swagger-ui is not installed")
+    return Path(spec.origin).parent / "dist"

@@ -1,0 +1,264 @@
+"""What comes in and what goes out, as pydantic models: they validate, and OpenAPI is made from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from shared.jobs import Status
+
+MAX_STOPS = 16
+MAX_METADATA = 16
+
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Stop = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOPS),
+    # One string means a list of one. Told by a validator rather than a union: errors then name the element.
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+            ]
+        }
+    ),
+]
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(min_length=1, max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ],
+    Field(max_length=MAX_METADATA),
+]
+PriorityName = Literal["high", "normal", "batch"]
+
+
+class _Request(BaseModel):
+    """Strict: a number in quotes, NaN or a field nobody reads is a mistake worth telling."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Message(_Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class JobRequest(_Request):
+    """A generation request: `prompt`, or `messages` for the model's chat template."""
+
+    model: str | None = Field(None, min_length=1, max_length=256, description="Default: the service's model")
+    prompt: str | None = Field(None, min_length=1, description="Plain text to go on from")
+    messages: list[Message] | None = Field(
+        None, min_length=1, validate_default=True, description="A conversation to answer"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability")
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many likeliest tokens; 0: from all")
+    min_p: float = Field(0.0, ge=0, le=1, description="Least probability, relative to the likeliest token's")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, tokens seen before get less likely")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken from the logits of tokens generated before")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, times how often")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same text; default: random")
+    stop: Stop = Field([], description=f"Ends the text before any of these, at most {MAX_STOPS}")
+    priority: PriorityName = Field("normal", description="A higher class is always served first")
+    start_within_s: float | None = Field(None, gt=0, description="Expires when it waits longer")
+    deadline_s: float | None = Field(None, gt=0, description="Expires when it takes longer in all")
+    metadata: Metadata = Field({}, description="Kept with the job and given back")
+
+    @field_validator("messages")
+    @classmethod
+    def _one_prompt(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
+        if "prompt" in info.data and (info.data["prompt"] is None) == (messages is None):
+            raise PydanticCustomError("prompt_or_messages", "Exactly one of prompt and messages is needed")
+        if messages is not None and not any(message.content for message in messages):
+            raise PydanticCustomError("empty_messages", "No message holds any text")
+        return messages
+
+
+class InferenceRequest(JobRequest):
+    """A generation request to be answered on the same connection."""
+
+    stream: bool = Field(False, description="Send the text as it comes")
+
+
+class _Answer(BaseModel):
+    # Defaults are always written: a client may rely on every field being there.
+    model_config = ConfigDict(json_schema_mode="serialization", json_schema_serialization_defaults_required=True)  # type: ignore[typeddict-unknown-key]
+
+
+class Output(_Answer):
+    """The text so far, or in all."""
+
+    text: str
+    finish_reason: str | None = Field(description="`stop`, `length`, or null while it runs or when it was cut")
+
+
+class Usage(_Answer):
+    """Tokens, once they are counted."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+
+
+class Timings(_Answer):
+    """Seconds; each is there once it is known."""
+
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    first_token_s: float | None = None
+    total_s: float | None = None
+
+
+class JobError(_Answer):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class Urls(_Answer):
+    """Where to go on."""
+
+    self: str
+    stream: str
+    cancel: str
+
+
+class JobView(_Answer):
+    """A job as its owner sees it. Times are seconds since the epoch."""
+
+    id: str
+    object: Literal["job"] = "job"
+    status: Status
+    model: str
+    attempt: int = Field(description="How many workers have begun it")
+    priority: PriorityName
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    queue_position: int | None = Field(description="1 is next; null when it does not wait")
+    estimated_start_s: float | None = Field(description="Seconds from now; null when nobody can tell")
+    output: Output | None = Field(description="Null in lists while the job runs")
+    usage: Usage
+    timings: Timings
+    error: JobError | None
+    metadata: dict[str, str]
+    urls: Urls
+
+
+class JobList(_Answer):
+    """A page of the caller's jobs, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobView]
+    next: str | None = Field(description="Value of `before` for the next page; null on the last")
+
+
+class InferenceView(_Answer):
+    """An answer in one piece."""
+
+    id: str
+    model: str
+    text: str
+    finish_reason: str | None
+    usage: Usage
+    timings: Timings
+
+
+class ModelView(_Answer):
+    """A model that requests may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    kind: str | None = Field(description="`text`, …; null until a worker has told")
+    context: int | None = Field(description="Most tokens of prompt and answer together")
+    default: bool
+    state: Literal["ready", "loading", "draining", "absent"] = Field(description="Of its workers, the best")
+    workers: int
+    slots: int
+    slots_used: int
+    waiting: int
+
+
+class ModelList(_Answer):
+    """The models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelView]
+
+
+class WorkerView(_Answer):
+    """A worker, as it told and as it answered."""
+
+    id: str
+    host: str
+    model: str
+    state: str
+    heartbeat_age_s: float
+    response_s: float | None = Field(description="Of a Celery control ping; null when it did not answer")
+    slots: int
+    slots_used: int
+    uptime_s: float
+    about: dict[str, Any]
+
+
+class RedisView(_Answer):
+    """The queue's Redis."""
+
+    reachable: bool
+    response_s: float | None
+
+
+class HealthView(_Answer):
+    """How the service is. `down` means that no job can be run at present."""
+
+    status: Literal["ok", "degraded", "down"]
+    reasons: list[str]
+    redis: RedisView
+    workers: list[WorkerView]
+    queues: dict[str, int] = Field(description="Jobs that wait, by model")
+
+
+class ProbeView(_Answer):
+    """The answer of a probe."""
+
+    status: Literal["ok", "unavailable"]
+
+
+class Fault(_Answer):
+    """One of several things wrong with a request."""
+
+    field: str | None
+    code: str
+    detail: str
+
+
+class ProblemDetails(_Answer):
+    """An error (RFC 9457). `code` is stable; `detail` is for people."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    field: str | None = Field(None, description="The field or header at fault")
+    errors: list[Fault] | None = Field(None, description="All faults, when a body was checked")
+    request_id: str

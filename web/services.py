@@ -1,0 +1,83 @@
+"""Everything a process needs to serve requests, made once per process after the fork. Nothing connects before use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from flask import current_app
+
+from shared.claims import Reaper
+from shared.jobs import Jobs
+from shared.log import JobLog
+from shared.registry import Registry
+from shared.settings import Settings
+from shared.store import Redis, connect
+from shared.tickets import TicketOffice, make_app
+from web.admission import Admission
+from web.follow import Follower
+from web.health import Doctor
+from web.hub import Hub
+from web.metrics import Metrics
+from web.prompt_size import PromptSizer
+from web.pulse import Pulse
+from web.roster import Roster
+from web.upkeep import Upkeep
+from web.views import Views
+
+EXTENSION: Final = "mlxq"
+
+_CALL_TIMEOUT_S: Final = 2.0
+_PROBE_TIMEOUT_S: Final = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts, wired."""
+
+    settings: Settings
+    jobs: Jobs
+    roster: Roster
+    registry: Registry
+    admission: Admission
+    views: Views
+    hub: Hub
+    follower: Follower
+    doctor: Doctor
+    metrics: Metrics
+    upkeep: Upkeep
+
+
+def build(settings: Settings, client: Redis | None = None) -> Services:
+    """Wire the parts.
+
+    Args:
+        client: used for everything instead of connections of our own; for tests.
+    """
+    store = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=1)
+    probe = client or connect(settings.store_url, timeout_s=_PROBE_TIMEOUT_S, retries=0)
+    # RESP 2: there, a message on a channel is an ordinary answer.
+    live = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=0, protocol=2)
+    celery = make_app(settings)
+    registry = Registry(store)
+    jobs, job_log, roster, hub = Jobs(store, settings), JobLog(store), Roster(registry), Hub(live)
+    tickets = TicketOffice(celery, store, registry)
+    return Services(
+        settings=settings,
+        jobs=jobs,
+        roster=roster,
+        registry=registry,
+        admission=Admission(settings, jobs, roster, PromptSizer(registry), tickets),
+        views=Views(jobs, roster),
+        hub=hub,
+        follower=Follower(job_log, hub, settings.heartbeat_s),
+        doctor=Doctor(settings, probe, Pulse(celery)),
+        metrics=Metrics(Registry(probe)),
+        upkeep=Upkeep(Reaper(store, settings.max_attempts), tickets),
+    )
+
+
+def services() -> Services:
+    """Those of the application that serves the request."""
+    found: Services = current_app.extensions[EXTENSION]
+    return found

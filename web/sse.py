@@ -1,0 +1,70 @@
+"""A stream of events as bytes: Server-Sent Events, or JSON lines.
+
+An event's data is the JSON text the worker wrote: it is passed on, not parsed.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from werkzeug.datastructures import MIMEAccept
+
+from shared.errors import NotAcceptable
+from shared.log import EventKind
+
+_RETRY_MS: Final = 1000
+
+
+class Format(Protocol):
+    """How events are written."""
+
+    media_type: str
+    opening: bytes
+    heartbeat: bytes
+    farewell: bytes
+    """Before a stream ends although its job has not."""
+
+    def event(self, n: int, kind: EventKind, data: str) -> bytes:
+        """One event; `data` is JSON on one line."""
+        ...
+
+
+class EventStream:
+    """`text/event-stream`, as browsers' EventSource reads it."""
+
+    media_type = "text/event-stream"
+    opening = f"retry: {_RETRY_MS}\n\n".encode()
+    heartbeat = b": heartbeat\n\n"
+    farewell = f"retry: {_RETRY_MS}\n: the stream goes on elsewhere, reconnect with Last-Event-ID\n\n".encode()
+
+    def event(self, n: int, kind: EventKind, data: str) -> bytes:
+        """`id`, `event` and `data`."""
+        return f"id: {n}\nevent: {kind}\ndata: {data}\n\n".encode()
+
+
+class JsonLines:
+    """`application/x-ndjson`: the same events, one JSON object a line."""
+
+    media_type = "application/x-ndjson"
+    opening = b""
+    heartbeat = b'{"event":"heartbeat"}\n'
+    farewell = b'{"event":"reconnect"}\n'
+
+    def event(self, n: int, kind: EventKind, data: str) -> bytes:
+        """`id`, `event` and `data` as members."""
+        return f'{{"id":{n},"event":"{kind}","data":{data}}}\n'.encode()
+
+
+FORMATS: Final[dict[str, Format]] = {each.media_type: each for each in (EventStream(), JsonLines())}
+
+
+def negotiate(accept: MIMEAccept) -> Format:
+    """The format that fits an Accept header best; Server-Sent Events when all do.
+
+    Raises:
+        NotAcceptable: none fits.
+    """
+    best = accept.best_match(list(FORMATS), default="") if accept.provided else EventStream.media_type
+    if not best:
+        raise NotAcceptable(f"A stream is sent as {' or '.join(FORMATS)}.", field="Accept")
+    return FORMATS[best]

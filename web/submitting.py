@@ -1,0 +1,33 @@
+"""Accepting the job of the request being served: what the routes that take generation requests have in common."""
+
+from __future__ import annotations
+
+from flask import request
+
+from shared.jobs import Job, fingerprint
+from web.admission import Origin
+from web.auth import caller
+from web.body import idempotency_key
+from web.correlation import current_request_id
+from web.schemas import JobRequest
+from web.services import services
+
+
+def submit(wanted: JobRequest) -> tuple[Job, bool]:
+    """Accept a job for the caller; the job, and whether it is new.
+
+    Raises:
+        Invalid: it cannot be run as it is; nothing was enqueued.
+        Unavailable: the queue is full.
+    """
+    body = request.get_data(cache=True)
+    origin = Origin(
+        owner=caller().id,
+        request_id=current_request_id(),
+        idempotency_key=idempotency_key(),
+        fingerprint=fingerprint(request.path.encode() + b"\n" + body),
+    )
+    job, new = services().admission.admit(wanted, origin)
+    if new:
+        services().metrics.submitted.labels(job.model, job.priority.label).inc()
+    return job, new

@@ -1,0 +1,85 @@
+"""Jobs as their owners see them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from shared.jobs import Job, Jobs, Status
+from web.roster import Roster
+from web.schemas import (
+    InferenceView,
+    JobError,
+    JobView,
+    Output,
+    PriorityName,
+    Timings,
+    Urls,
+    Usage,
+)
+
+
+class Views:
+    """Makes views of jobs, with what only Redis knows: place in line, text so far."""
+
+    def __init__(self, jobs: Jobs, roster: Roster) -> None:
+        self._jobs = jobs
+        self._roster = roster
+
+    def full(self, job: Job) -> JobView:
+        """A job with its text so far."""
+        # A job that waits for its first attempt has none, and asking for it would cost a round trip a submit.
+        text = "" if job.status is Status.QUEUED and job.attempt == 0 else self._jobs.text(job)
+        return self._view(job, Output(text=text, finish_reason=job.finish_reason))
+
+    def brief(self, job: Job) -> JobView:
+        """A job as a list shows it: with its text only when it has ended."""
+        output = Output(text=job.text, finish_reason=job.finish_reason) if job.text is not None else None
+        return self._view(job, output)
+
+    def _view(self, job: Job, output: Output | None) -> JobView:
+        position = self._jobs.position(job) if job.status is Status.QUEUED else None
+        return JobView(
+            id=job.id,
+            status=job.status,
+            model=job.model,
+            attempt=job.attempt,
+            priority=cast("PriorityName", job.priority.label),
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+            queue_position=position,
+            estimated_start_s=self._roster.now().estimated_start_s(job.model, position) if position else None,
+            output=output,
+            usage=usage(job),
+            timings=Timings(**job.timings),
+            error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
+            metadata=job.metadata,
+            urls=urls(job.id),
+        )
+
+
+def answer(job: Job) -> InferenceView:
+    """A job that succeeded, as the answer to its request."""
+    return InferenceView(
+        id=job.id,
+        model=job.model,
+        text=job.text or "",
+        finish_reason=job.finish_reason,
+        usage=usage(job),
+        timings=Timings(**job.timings),
+    )
+
+
+def usage(job: Job) -> Usage:
+    """A job's token counts."""
+    return Usage(
+        prompt_tokens=job.prompt_tokens,
+        completion_tokens=job.completion_tokens,
+        cached_tokens=job.cached_tokens,
+    )
+
+
+def urls(job_id: str) -> Urls:
+    """Where a job is found."""
+    own = f"/v1/jobs/{job_id}"
+    return Urls(self=own, stream=f"{own}/stream", cancel=f"{own}/cancel")
