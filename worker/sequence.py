@@ -81,9 +81,8 @@ class Sequence:
         Raises:
             ReplayError: the log is not this model's.
         """
-        end = None
-        for token in written.tokens:
-            end = end or self.push(token)
+        words = (self.push(token) for token in written.tokens)
+        end = next((word for word in words if word is not None and word.ending), None)
         text = "".join(self._text)
         if not text.startswith(written.text) or (end is None and text != written.text):
             raise ReplayError(self.job.id)

