@@ -28,6 +28,7 @@ from web.keystore import new_key
 
 SERVICES: Final = ("redis", "mlx-server", "web", "flower")
 HEALTHY_WITHIN_S: Final = 300
+MANY_RESTARTS: Final = 5
 DONE_WITHIN_S: Final = 300
 DOWN_WITHIN_S: Final = 30
 MODEL: Final = ROOT / "models/SmolLM2-135M-Instruct"
@@ -80,6 +81,8 @@ class Trial:
     def _wait_healthy(self, service: str, restarts: int = 0) -> None:
         def healthy() -> bool:
             container = self._containers.inspect(service)
+            if container["RestartCount"] > restarts + MANY_RESTARTS:
+                raise Failed(f"{service} ends as often as it is started")
             health = container["State"]["Health"]["Status"]
             return bool(container["RestartCount"] >= restarts and health == "healthy")
 
@@ -103,6 +106,8 @@ class Trial:
         job = self._client.submit(REQUEST)
         if not within(DONE_WITHIN_S, lambda: len(self._client.job(job.id).text) > len(text) // 8):
             raise Failed(f"{job.id} does not start")
+        if self._client.job(job.id).status.terminal:
+            raise Failed(f"{job.id} has ended before it could be disturbed")
         # Everything but PID 1, from inside: `docker kill` would be an operator's wish to have the container stopped.
         self._containers.execute(service, "kill -9 -1")
         self._wait_healthy(service, restarts + 1)
