@@ -1,0 +1,172 @@
+"""The rows that decode: one forward pass and one choice of tokens a step, for all of them.
+
+The next step is always queued on the device before the tokens of the last one are read, so the device works while
+the host deals with those tokens. A row that ends therefore ran one step too many, unless its room told beforehand.
+
+This does what `mlx_lm.generate.GenerationBatch` does, on mlx-lm's models and caches, but for three things that cost
+more than a small model itself: it computes no log-probabilities, it samples all rows together, and rows that come
+and go do not copy the cache of those that stay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+
+from shared.jobs import Sampling
+from worker.backends import kv
+from worker.backends.base import Row
+from worker.penalties import WINDOW, BatchPenalties
+from worker.sampler import BatchSampler
+
+MOST_PADDING = 256
+"""Columns of the cache that no row needs, before they are cut off; the caches grow by as many."""
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A row of the batch.
+
+    Attributes:
+        position: of the token chosen next, in the whole answer.
+        before: the tokens before the one fed next, as far as penalties look.
+    """
+
+    row: Row
+    position: int
+    before: deque[int]
+
+    @classmethod
+    def of(cls, row: Row) -> _Slot:
+        return cls(row, row.generated, deque(row.prompt[:-1][-(WINDOW - 1) :], maxlen=WINDOW - 1))
+
+    @property
+    def chosen(self) -> int:
+        """Tokens chosen here so far; the newest may not be read yet."""
+        return self.position - self.row.generated
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return len(self.row.prompt) + self.chosen - 1
+
+
+class DecodeBatch:
+    """Rows that have their prompts in the cache."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._slots: list[_Slot | None] = []  # None: a place whose row has ended
+        self.clear()
+
+    def __len__(self) -> int:
+        return sum(slot is not None for slot in self._slots)
+
+    def clear(self) -> None:
+        """Drop every row and free the cache."""
+        self._slots = []
+        self._cache: kv.Layers = []
+        self._fed = mx.array([], dtype=mx.uint32)
+        self._dead_steps = 0
+        self._columns = 0
+        self._recompose()
+
+    def join(self, rows: Sequence[Row], cache: kv.Layers) -> None:
+        """Add rows; `cache` has all but the last token of their prompts, and belongs to the batch from now on."""
+        slots = [_Slot.of(row) for row in rows]
+        last = mx.array([row.prompt[-1] for row in rows], dtype=mx.uint32)
+        free = [place for place, slot in enumerate(self._slots) if slot is None][: len(rows)]
+        if len(free) == len(rows) and kv.overwrite(self._cache, free, cache):
+            for place, slot in zip(free, slots, strict=True):
+                self._slots[place] = slot
+            self._fed[mx.array(free)] = last
+        else:
+            self._append(slots, last, cache)
+        self._columns = max(self._columns, *(slot.length for slot in slots))
+        self._recompose()
+
+    def remove(self, uids: Collection[int]) -> None:
+        """Drop rows. Their places stay in the batch until others take them or they have cost as much as a copy."""
+        self._empty([place for place, slot in enumerate(self._slots) if slot is not None and slot.row.uid in uids])
+
+    def step(self) -> list[tuple[int, int]]:
+        """Queue the next token of every row, then read the last one.
+
+        Returns:
+            (uid, token) of each row that had one to read. A row that has had its room is dropped.
+        """
+        fed = self._fed
+        unread = [(place, slot, slot.chosen > 0) for place, slot in enumerate(self._slots) if slot is not None]
+        self._empty([place for place, slot, _ in unread if slot.chosen == slot.row.room])
+        self._tidy()
+        if self._slots:
+            self._queue()
+        if not any(new for _, _, new in unread):
+            return []  # nothing but prompts were fed, so there is nothing to wait for
+        tokens = cast(list[int], fed.tolist())
+        for place, slot, _ in unread:
+            slot.before.append(tokens[place])
+        return [(slot.row.uid, tokens[place]) for place, slot, new in unread if new]
+
+    def nbytes(self) -> int:
+        """Bytes of its cache."""
+        return kv.nbytes(self._cache)
+
+    def _append(self, slots: list[_Slot], last: mx.array, cache: kv.Layers) -> None:
+        if None in self._slots:
+            self._compact()
+        if self._slots:
+            kv.extend(self._cache, cache)
+        else:
+            self._cache = cache
+        self._slots.extend(slots)
+        self._fed = mx.concatenate([self._fed, last])
+
+    def _queue(self) -> None:
+        logits = self._model(self._fed[:, None], cache=self._cache)[:, -1]
+        logits = self._penalties(logits, self._fed, [slot.before if slot else () for slot in self._slots])
+        self._fed = self._sampler(logits, [slot.position if slot else 0 for slot in self._slots])
+        mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
+        self._columns += 1
+        for slot in filter(None, self._slots):
+            slot.position += 1
+
+    def _recompose(self) -> None:
+        samplings = [slot.row.sampling if slot else _GREEDY for slot in self._slots]
+        self._sampler = BatchSampler(samplings)
+        self._penalties = BatchPenalties(samplings)
+
+    def _empty(self, places: Sequence[int]) -> None:
+        if not places:
+            return
+        for place in places:
+            self._slots[place] = None
+        if any(self._slots):
+            self._recompose()
+        else:
+            self.clear()
+
+    def _tidy(self) -> None:
+        """Compact the batch once the places without a row have cost about as much as the copy will."""
+        live = [slot.length for slot in self._slots if slot is not None]
+        self._dead_steps += len(self._slots) - len(live)
+        if live and (self._dead_steps > len(live) or self._columns - max(live) > MOST_PADDING):
+            self._compact()
+            self._recompose()
+
+    def _compact(self) -> None:
+        live = [(place, slot) for place, slot in enumerate(self._slots) if slot is not None]
+        self._dead_steps = 0
+        if not live:
+            return
+        places = [place for place, _ in live]
+        kv.keep(self._cache, places)
+        self._fed = self._fed[mx.array(places)]
+        self._slots = [slot for _, slot in live]
+        self._columns = max(slot.length for _, slot in live)

@@ -1,0 +1,88 @@
+"""Key-value caches of several rows, one entry a layer, as mlx-lm's batch caches hold them.
+
+In such a cache all rows end at the same place and shorter ones are padded on the left, so a row can only be put
+beside others, or over one that has ended, when it is moved to that place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+Layers: TypeAlias = list[Any]
+
+
+def empty(model: Any, rows: int) -> Layers:
+    """A cache for so many rows, with nothing in it.
+
+    Raises:
+        AttributeError: the model's kind of cache cannot hold more than one row.
+    """
+    single = [make_prompt_cache(model) for _ in range(rows)]
+    return [layers[0].merge(list(layers)) for layers in zip(*single, strict=True)]
+
+
+def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
+    """Put tokens of each row through the model and queue that on the device; rows may differ in length."""
+    longest = max(map(len, tokens))
+    if longest == 0:
+        return
+    padding = [longest - len(row) for row in tokens]
+    if any(padding):
+        for layer in layers:
+            layer.prepare(lengths=[len(row) for row in tokens], right_padding=padding)
+    model(mx.array([[*row, *[0] * pad] for row, pad in zip(tokens, padding, strict=True)]), cache=layers)
+    if any(padding):
+        for layer in layers:
+            layer.finalize()
+    mx.async_eval(states(layers))  # type: ignore[no-untyped-call]
+
+
+def states(layers: Layers) -> list[Any]:
+    """What to evaluate to have the cache filled."""
+    return [layer.state for layer in layers]
+
+
+def extend(layers: Layers, others: Layers) -> None:
+    """Put other rows behind these. Copies both."""
+    for layer, other in zip(layers, others, strict=True):
+        layer.extend(other)
+
+
+def keep(layers: Layers, rows: Sequence[int]) -> None:
+    """Keep these rows (at least one) and cut the padding that no row needs any more. Copies them."""
+    for layer in layers:
+        layer.filter(list(rows))
+
+
+def overwrite(layers: Layers, rows: Sequence[int], others: Layers) -> bool:
+    """Put other rows in the places of these, without copying the rest.
+
+    Returns:
+        Whether it could be done: the rows must be plain attention caches, and not be longer than the batch is.
+    """
+    if not all(_fits(layer, other) for layer, other in zip(layers, others, strict=True)):
+        return False
+    places = mx.array(list(rows))
+    for layer, other in zip(layers, others, strict=True):
+        end, length = layer._idx, other._idx  # noqa: SLF001 - there is no public name for where the rows end
+        for i, row in enumerate(rows):
+            layer.keys[row : row + 1, :, end - length : end] = other.keys[i : i + 1, :, :length]
+            layer.values[row : row + 1, :, end - length : end] = other.values[i : i + 1, :, :length]
+        layer.offset[places] = other.offset
+        layer.left_padding[places] = other.left_padding + (end - length)
+    return True
+
+
+def _fits(layer: Any, other: Any) -> bool:
+    plain = type(layer) is BatchKVCache and type(other) is BatchKVCache
+    filled = plain and layer.keys is not None and other.keys is not None
+    return bool(filled and other._idx <= layer._idx)  # noqa: SLF001
+
+
+def nbytes(layers: Layers) -> int:
+    """Bytes that it occupies."""
+    return sum(layer.nbytes for layer in layers)

@@ -1,0 +1,211 @@
+"""Text generation with mlx-lm: the backend of language models.
+
+A row's way: `insert` checks it, `Prefill` puts its prompt into a cache chunk by chunk, `DecodeBatch` takes it in and
+decodes it beside the others. Each `step` queues one chunk and one decode step on the device, then reads the tokens of
+the step before.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+from jinja2 import TemplateError
+from mlx.utils import tree_flatten
+from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
+
+from shared.errors import JobFailure
+from shared.jobs import Generation, Sampling
+from shared.settings import Settings
+from worker.backends.base import Detokenizer, PromptError, Row, StepResult
+from worker.backends.decode import DecodeBatch
+from worker.backends.prefill import Prefill
+from worker.models import LoadedModel, load_model
+
+CHUNK_CPU = 64
+"""Prompt tokens between two decode steps. On a CPU a token is as cheap in a chunk of 64 as in any larger one."""
+CHUNK_GPU = 512
+"""A GPU is only busy with some hundreds of tokens at a time."""
+
+_CLEAR_EVERY = 512
+"""Steps between two returns of MLX's spare buffers, whose sizes fit the batch less and less as it changes."""
+
+
+def load(settings: Settings) -> TextBackend:
+    """Load and warm the model of MODEL_PATH.
+
+    Raises:
+        ModelError: it cannot be served.
+    """
+    if settings.wired_limit:
+        maybe_set_recommended_wired_limit()
+    backend = TextBackend(load_model(settings.model_path), settings.prefill_step_tokens or default_chunk())
+    backend.warm()
+    return backend
+
+
+def default_chunk() -> int:
+    """Prompt tokens per row and chunk that suit the device."""
+    return CHUNK_CPU if mx.default_device() == mx.cpu else CHUNK_GPU
+
+
+class TextDetokenizer:
+    """mlx-lm's streaming detokenizer, for one sequence."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def add(self, token: int) -> str:
+        """The text that this token completes."""
+        self._inner.add_token(token)
+        return str(self._inner.last_segment)
+
+    def finish(self) -> str:
+        """What was held back."""
+        self._inner.finalize()
+        return str(self._inner.last_segment)
+
+
+class TextBackend:
+    """See `worker.backends.base.Backend`."""
+
+    def __init__(self, loaded: LoadedModel, chunk: int) -> None:
+        self.card = loaded.card
+        self.eos = loaded.eos
+        self.about = _about(loaded)
+        self._tokenizer = loaded.tokenizer
+        # Encoding sets options inside the tokenizer, so it is not shared: not with detokenizers, which only read,
+        # and between the threads that encode only under the lock.
+        self._encoder = copy.deepcopy(loaded.tokenizer)
+        self._encoding = threading.Lock()
+        self._model = loaded.model
+        self._vocabulary = _vocabulary(loaded)
+        self._chunk = chunk
+        self._prefill = Prefill(self._model, chunk)
+        self._batch = DecodeBatch(self._model)
+        # A row counts as prefilled when its first token is there: before that its prompt is only queued.
+        self._joined: list[int] = []
+        self._refused: dict[int, Exception] = {}
+        self._steps = 0
+
+    def encode(self, generation: Generation) -> tuple[int, ...]:
+        """The prompt's tokens; see `Backend.encode`."""
+        with self._encoding:
+            tokens = self._chat(generation.messages) if generation.messages is not None else self._plain(generation)
+        if not tokens:
+            raise PromptError(JobFailure.TEMPLATE, "The prompt has no tokens.")
+        if len(tokens) + 1 > self.card.context:
+            detail = f"The prompt has {len(tokens)} tokens; the model takes {self.card.context} with the answer."
+            raise PromptError(JobFailure.CONTEXT_LENGTH, detail)
+        return tuple(tokens)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one."""
+        return TextDetokenizer(self._tokenizer.detokenizer)
+
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Add rows. One that the model could not take fails with the next step, alone."""
+        for row in rows:
+            fault = _fault(row, self._vocabulary)
+            if fault:
+                self._refused[row.uid] = ValueError(fault)
+            else:
+                self._prefill.add(row)
+
+    def step(self) -> StepResult:
+        """Queue a chunk of prompts and a decode step, then read what the last step chose."""
+        chunk = self._prefill.advance()
+        if chunk.rows:
+            self._batch.join(chunk.rows, chunk.cache)
+        prefilled, self._joined = self._joined, [row.uid for row in chunk.rows]
+        failed, self._refused = self._refused, {}
+        tokens = self._batch.step()
+        self._steps += 1
+        if self._steps % _CLEAR_EVERY == 0:
+            mx.clear_cache()
+        return StepResult(tokens, prefilled, list(failed.items()), chunk.tokens)
+
+    def remove(self, uids: Iterable[int]) -> None:
+        """Drop rows."""
+        gone = frozenset(uids)
+        self._prefill.remove(gone)
+        self._batch.remove(gone)
+        self._joined = [uid for uid in self._joined if uid not in gone]
+        self._refused = {uid: error for uid, error in self._refused.items() if uid not in gone}
+
+    def reset(self) -> None:
+        """Drop every row."""
+        self._prefill = Prefill(self._model, self._chunk)
+        self._batch.clear()
+        self._joined.clear()
+        self._refused.clear()
+
+    def stats(self) -> dict[str, float]:
+        """Memory in bytes: what MLX uses, keeps for later and used at most, and the cache of the rows."""
+        return {
+            "memory_active_bytes": mx.get_active_memory(),
+            "memory_spare_bytes": mx.get_cache_memory(),
+            "memory_peak_bytes": mx.get_peak_memory(),
+            "kv_bytes": self._prefill.nbytes() + self._batch.nbytes(),
+        }
+
+    def warm(self) -> None:
+        """Run a chunk and a few steps, so that the first job finds every kernel compiled."""
+        prompt = (0,) * (self._chunk + 1)
+        self.insert([Row(-1 - i, prompt, 0, 3, Sampling(temperature=float(i), top_p=0.9)) for i in range(2)])
+        while self._prefill or self._batch:
+            self.step()
+        self.reset()
+
+    def _plain(self, generation: Generation) -> list[int]:
+        prompt = generation.prompt or ""
+        bos = self._encoder.bos_token
+        # As mlx-lm does: a prompt that writes the first special token itself gets no second one.
+        return list(self._encoder.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
+
+    def _chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        if not self._encoder.has_chat_template:
+            raise PromptError(JobFailure.TEMPLATE, "This model has no chat template: send a prompt.")
+        try:
+            return list(self._encoder.apply_chat_template(list(messages), add_generation_prompt=True))
+        except Exception as error:
+            # A template is a program: it may raise anything. Only what the template itself says to its user is fit to be passed on.
+            said = f": {error}" if type(error) is TemplateError else "."
+            raise PromptError(JobFailure.TEMPLATE, f"The model's chat template refused the messages{said}") from error
+
+
+def _fault(row: Row, vocabulary: int) -> str | None:
+    """Why a row cannot go into a batch. What would raise, or read outside an array, must not get that far."""
+    if not row.prompt or row.room < 1:
+        return "the row has no prompt or no room"
+    if min(row.prompt) < 0 or max(row.prompt) >= vocabulary:
+        return "the prompt has a token that the model does not know"
+    if not all(map(math.isfinite, astuple(row.sampling))):
+        return "a sampling value is not a finite number"
+    return None
+
+
+def _vocabulary(loaded: LoadedModel) -> int:
+    """How many tokens the embedding has."""
+    config = loaded.config
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(loaded.tokenizer))
+
+
+def _about(loaded: LoadedModel) -> dict[str, object]:
+    parameters: list[tuple[str, mx.array]] = tree_flatten(loaded.model.parameters())
+    types = {str(array.dtype).removeprefix("mlx.core.") for _, array in parameters}
+    quantisation = loaded.config.get("quantization") or {}
+    return {
+        "device": str(mx.default_device()),
+        "dtype": "/".join(sorted(types)),
+        "quantisation_bits": quantisation.get("bits"),
+        "parameters": get_total_parameters(loaded.model),  # type: ignore[no-untyped-call]
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+    }

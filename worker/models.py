@@ -1,0 +1,106 @@
+"""A model folder, read: weights, tokenizer, and what the API must know of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.registry import ModelCard, digest
+
+FALLBACK_CONTEXT = 4096
+"""Tokens of context of a model that does not say."""
+
+_CONTEXT_NAMES = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
+_MOST_SANE = 100_000_000
+"""Tokenizers without a limit say 1e30."""
+
+
+class ModelError(Exception):
+    """A model that cannot be served; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        model: the mlx-lm model, weights evaluated.
+        tokenizer: mlx-lm's wrapper of the tokenizer.
+        config: `config.json` as mlx-lm understood it.
+        eos: ids of the tokens that end an answer, those of `generation_config.json` among them.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    card: ModelCard
+    eos: frozenset[int]
+
+
+def load_model(folder: Path) -> LoadedModel:
+    """Load an MLX model folder. To be called on the thread that will use the model.
+
+    Raises:
+        ModelError: there is no such folder, or something in it is missing or cannot be used.
+    """
+    check_folder(folder)
+    from mlx_lm import load
+
+    try:
+        model, tokenizer, config = load(str(folder), return_config=True)  # type: ignore[misc]
+    except Exception as error:  # a broken folder makes the libraries raise anything
+        raise ModelError(f"The model in {folder} cannot be loaded: {_first_line(error)}") from error
+    card = ModelCard(
+        id=folder.name,
+        kind="text",
+        context=_context(config, tokenizer),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        tokenizer=None if (text := tokenizer_json(folder)) is None else digest(text),
+    )
+    return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
+
+
+def check_folder(folder: Path) -> None:
+    """Look for what every model folder has, without reading the weights.
+
+    Raises:
+        ModelError: something is missing or cannot be read.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"There is no model folder {folder}: fetch one, or set MODEL_PATH.")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model folder: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"{folder / 'config.json'} names no model_type.")
+    if not any(folder.glob("model*.safetensors")):
+        raise ModelError(f"{folder} has no weights (model*.safetensors).")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise ModelError(f"{folder} has no tokenizer.")
+
+
+def tokenizer_json(folder: Path) -> str | None:
+    """The text of a model's `tokenizer.json`; None when it has none."""
+    file = folder / "tokenizer.json"
+    return file.read_text(encoding="utf-8") if file.exists() else None
+
+
+def _context(config: dict[str, Any], tokenizer: Any) -> int:
+    """Most tokens of prompt and answer: what the weights were made for, or less if the tokenizer says so."""
+    places = (config, config.get("text_config") or {})
+    said = [place[name] for place in places for name in _CONTEXT_NAMES if isinstance(place.get(name), int)]
+    limit = tokenizer.model_max_length
+    limits = [*said[:1], *([int(limit)] if limit and limit < _MOST_SANE else [])]
+    return min(limits, default=FALLBACK_CONTEXT)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
