@@ -1,0 +1,181 @@
+"""The lease keeper and the housekeeper, round by round."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from redis import ConnectionError as RedisAway
+
+from shared import keys
+from shared.claims import Claims, NoLease, Reaper, Verdict, Waiting
+from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
+from shared.settings import Settings
+from shared.store import Redis
+from worker.lease import Claim, Housekeeper, LeaseKeeper, Times
+
+
+class Engine:
+    """What a lease keeper sees of one."""
+
+    def __init__(self) -> None:
+        self.progress_at = time.monotonic()
+        self.busy = False
+        self.heard: list[tuple[str, int, Verdict]] = []
+
+    def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
+        self.heard.append((job_id, attempt, verdict))
+
+
+class Desk:
+    """A keeper, the claims it keeps, and what it did."""
+
+    def __init__(self, client: Redis, settings: Settings) -> None:
+        self.client = client
+        self.jobs = Jobs(client, settings)
+        self.claims = Claims(client, "w1")
+        self.engine = Engine()
+        self.held: set[Claim] = set()
+        self.announced: list[bool] = []
+        self.deaths: list[str] = []
+        self.keeper = LeaseKeeper(
+            self.claims, self.engine, self.held, self.announced.append, Times(60, 5), self.deaths.append
+        )
+
+    def submit(self) -> Job:
+        return self.jobs.create(Submission(Generation("fake", 4, Sampling(0.0), prompt="hello"), owner="me"))[0]
+
+    def claim(self, *, known: bool = True) -> Job:
+        self.submit()
+        job = self.claims.claim("fake")
+        assert job is not None
+        if known:
+            self.held.add((job.id, job.attempt))
+        return job
+
+    def status(self, job: Job) -> Status:
+        return self.jobs.get(job.id, "me").status
+
+    def lapse(self) -> None:
+        """The lease runs out unnoticed, and somebody reaps."""
+        self.client.zadd(keys.LEASES, {"w1": 1})
+        Reaper(self.client, 3).reap()
+
+
+@pytest.fixture
+def desk(client: Redis, settings: Settings) -> Desk:
+    return Desk(client, settings)
+
+
+def test_a_round_renews_and_tells_who_we_are(desk: Desk) -> None:
+    with pytest.raises(NoLease):
+        desk.claims.claim("fake")
+    desk.keeper.round()
+    desk.keeper.round()
+    assert desk.claims.claim("fake") is None
+    assert desk.announced == [True, False]
+
+
+def test_a_stop_word_reaches_the_engine(desk: Desk) -> None:
+    desk.keeper.round()
+    job = desk.claim()
+    desk.jobs.stop(job.id, "me")
+    desk.keeper.round()
+    assert desk.engine.heard == [(job.id, 1, Verdict.CANCELLED)]
+
+
+def test_a_claim_whose_answer_was_lost_goes_back_after_two_rounds(desk: Desk) -> None:
+    desk.keeper.round()
+    known, lost = desk.claim(), desk.claim(known=False)
+    desk.keeper.round()
+    assert desk.status(lost) is Status.RUNNING
+    desk.keeper.round()
+    assert (desk.status(lost), desk.status(known)) == (Status.QUEUED, Status.RUNNING)
+
+
+def test_a_claim_that_becomes_known_in_time_stays(desk: Desk) -> None:
+    desk.keeper.round()
+    job = desk.claim(known=False)
+    desk.keeper.round()
+    desk.held.add((job.id, job.attempt))
+    desk.keeper.round()
+    assert desk.status(job) is Status.RUNNING
+
+
+def test_after_a_lapse_the_jobs_that_are_others_are_dropped(desk: Desk) -> None:
+    desk.keeper.round()
+    lost = desk.claim()
+    desk.lapse()
+    desk.keeper.round()
+    assert desk.engine.heard == [(lost.id, 1, Verdict.FENCED)]
+    assert desk.announced == [True, True]
+
+
+def test_a_lapse_that_nobody_noticed_costs_nothing(desk: Desk) -> None:
+    desk.keeper.round()
+    job = desk.claim()
+    desk.client.zadd(keys.LEASES, {"w1": 1})
+    desk.keeper.round()
+    assert (desk.engine.heard, desk.status(job)) == ([], Status.RUNNING)
+
+
+def test_redis_away_is_borne(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(seconds: float) -> None:
+        raise RedisAway
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.claims, "renew", away)
+        desk.keeper.round()
+        desk.keeper.round()
+    desk.keeper.round()
+    assert (desk.announced, desk.deaths) == ([True], [])
+
+
+def test_who_waits_for_a_renewal_is_woken(desk: Desk) -> None:
+    assert not desk.keeper.wait_renewal(0.01)
+    desk.keeper.start()
+    assert desk.keeper.wait_renewal(5) or desk.announced
+    desk.keeper.stop()
+    assert not desk.keeper.is_alive()
+
+
+@pytest.mark.parametrize(("busy", "still_s", "dies"), [(True, 6, True), (True, 1, False), (False, 60, False)])
+def test_a_busy_engine_that_stands_still_ends_the_process(
+    desk: Desk, busy: bool, still_s: float, dies: bool
+) -> None:
+    desk.engine.busy = busy
+    desk.engine.progress_at -= still_s
+    desk.keeper.round()
+    assert bool(desk.deaths) is dies
+
+
+def test_a_drain_that_hangs_ends_the_process(desk: Desk) -> None:
+    desk.keeper.end_within(-1)
+    desk.keeper.round()
+    assert desk.deaths == ["it did not drain in time"]
+
+
+class Office:
+    """Takes note of tickets."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.rescues = 0
+
+    def send_all(self, waiting: list[Waiting]) -> None:
+        self.sent += [each.job_id for each in waiting]
+
+    def rescue(self) -> None:
+        self.rescues += 1
+
+
+def test_the_housekeeper_sends_tickets_for_what_a_dead_worker_held(desk: Desk) -> None:
+    office = Office()
+    housekeeper = Housekeeper(Reaper(desk.client, 3), office, 1, desk.deaths.append)  # type: ignore[arg-type]
+    desk.keeper.round()
+    job = desk.claim()
+    housekeeper.round()
+    assert (office.sent, office.rescues) == ([], 1)
+    desk.client.zadd(keys.LEASES, {"w1": 1})
+    housekeeper.round()
+    assert (office.sent, desk.status(job)) == ([job.id], Status.QUEUED)

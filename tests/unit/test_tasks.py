@@ -1,0 +1,172 @@
+"""The task: from a ticket to a job's end, with the engine and the publisher as they are and no Celery."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from redis import ConnectionError as RedisAway
+
+from shared.claims import Append, Claims, NoLease, Waiting
+from shared.errors import JobFailure
+from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
+from shared.log import JobLog
+from shared.settings import Settings
+from shared.store import Redis
+from worker.backends.fake import FakeBackend
+from worker.engine import Engine
+from worker.lease import Claim
+from worker.publisher import Publisher
+from worker.tasks import Runner
+
+
+class Office:
+    """Takes note of tickets."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def send_all(self, waiting: list[Waiting]) -> None:
+        self.sent += [each.job_id for each in waiting]
+
+
+class Desk:
+    """A runner with all it needs."""
+
+    def __init__(self, client: Redis, settings: Settings) -> None:
+        self.jobs = Jobs(client, settings)
+        self.claims = Claims(client, "w1")
+        self.log = JobLog(client)
+        self.office = Office()
+        self.held: set[Claim] = set()
+        self.publisher = Publisher(self.claims, lambda *word: self.engine.heed(*word))
+        self.engine = Engine(FakeBackend, 4, self.publisher.put)
+        self.runner = Runner(
+            self.engine, self.publisher, self.claims, self.log, self.office, self.held, self.renew  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def renew(self, seconds: float = 60) -> bool:
+        self.claims.renew(60)
+        return True
+
+    def submit(self, prompt: str = "hello", **more: Any) -> Job:
+        asked = Generation(**{"model": "fake", "max_tokens": 6, "sampling": Sampling(0.0), "prompt": prompt, **more})
+        return self.jobs.create(Submission(asked, owner="me", request_id="req-7"))[0]
+
+    def run(self, job: Job) -> Job:
+        self.runner.run("fake", job.id)
+        assert not self.held
+        return self.jobs.get(job.id, "me")
+
+
+@pytest.fixture
+def desk(client: Redis, settings: Settings) -> Iterator[Desk]:
+    desk = Desk(client, settings)
+    desk.publisher.start()
+    desk.engine.start()
+    yield desk
+    desk.engine.close()
+    desk.publisher.close()
+    desk.engine.join(5)
+    desk.publisher.join(5)
+    assert not desk.publisher.is_alive()
+
+
+def test_a_job_is_worked_on_and_its_one_line_has_both_ids(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "worker.tasks")
+    job = desk.run(desk.submit())
+    assert (job.status, job.finish_reason, job.completion_tokens) == (Status.SUCCEEDED, "length", 6)
+    assert job.text == desk.log.written(job.id).text
+    assert set(job.timings) == {"queue_s", "prefill_s", "first_token_s", "total_s"}
+    assert [record.getMessage() for record in caplog.records] == ["job ended"]
+
+
+def test_no_lease_yet_is_waited_out(desk: Desk) -> None:
+    with pytest.raises(NoLease):
+        desk.claims.claim("fake")
+    assert desk.run(desk.submit()).status is Status.SUCCEEDED
+
+
+def test_a_ticket_too_many_changes_nothing(desk: Desk) -> None:
+    job = desk.run(desk.submit())
+    assert desk.run(job) == job
+
+
+def test_a_draining_worker_leaves_jobs_alone(desk: Desk) -> None:
+    desk.runner.draining = True
+    assert desk.run(desk.submit()).status is Status.QUEUED
+
+
+def test_a_prompt_that_does_not_fit_fails_its_job(desk: Desk) -> None:
+    job = desk.run(desk.submit("x" * 5000))
+    assert (job.status, job.error_code) == (Status.FAILED, JobFailure.CONTEXT_LENGTH)
+    assert job.error_message == "The prompt has 5000 tokens."
+
+
+def test_an_unforeseen_error_fails_its_job_without_a_word_of_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBackend, "encode", lambda *_: 1 / 0)
+    job = desk.run(desk.submit())
+    assert (job.status, job.error_code) == (Status.FAILED, JobFailure.ENGINE)
+    assert job.error_message == "The worker could not start this job."
+
+
+def test_what_is_handed_back_gets_a_ticket(desk: Desk) -> None:
+    desk.engine.drain(0)
+    job = desk.run(desk.submit())
+    assert (job.status, desk.office.sent) == (Status.QUEUED, [job.id])
+
+
+def test_a_retry_continues_what_is_written(desk: Desk) -> None:
+    wanted = desk.run(desk.submit()).text
+    job = desk.submit()
+    desk.renew()
+    claimed = desk.claims.claim("fake")
+    assert claimed is not None
+    tokens = desk.log.read(desk.run(desk.submit()).id)[2].tokens
+    assert wanted is not None
+    first_word = wanted[: wanted.index(" ", 1)]
+    desk.claims.append([Append(job.id, 1, claimed.last_event + 1, first_word, tokens[:1])])
+    desk.claims.release([(job.id, 1)])
+    again = desk.run(job)
+    assert (again.attempt, again.text, again.completion_tokens) == (2, wanted, 6)
+    assert "".join(event.text for event in desk.log.read(job.id)) == wanted
+
+
+def test_a_log_that_cannot_be_read_sends_the_job_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(job_id: str) -> None:
+        raise RedisAway
+
+    job = desk.submit()
+    desk.renew()
+    desk.claims.claim("fake")
+    desk.claims.release([(job.id, 1)])
+    monkeypatch.setattr(desk.log, "written", away)
+    assert desk.run(job).status is Status.QUEUED
+
+
+def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(model: str) -> None:
+        raise RedisAway
+
+    monkeypatch.setattr(desk.claims, "claim", away)
+    assert desk.run(desk.submit()).status is Status.QUEUED
+
+
+def test_a_job_that_another_took_is_let_go(desk: Desk, eventually: Callable[..., None]) -> None:
+    other = Claims(desk.jobs._client, "w1")
+
+    def take(job_id: str, attempt: int) -> None:
+        other.release([(job_id, attempt)])
+
+    job = desk.submit("!pause=0.05", max_tokens=1000)
+    submit = desk.engine.submit
+
+    def submit_and_take(sequence: Any) -> None:
+        submit(sequence)
+        take(sequence.job.id, sequence.job.attempt)
+
+    desk.engine.submit = submit_and_take  # type: ignore[method-assign]
+    assert desk.run(job).status is Status.QUEUED
+    eventually(lambda: not desk.engine.busy)
