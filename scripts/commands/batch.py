@@ -26,7 +26,7 @@ from scripts.commands.batching.patience import GaveUp, Patience
 from scripts.commands.batching.progress import Display, Tally, say
 from scripts.commands.batching.prompts import Malformed, Prompt, read_prompts
 from scripts.commands.batching.results import NotOurs, Result, ResultFile, in_order
-from scripts.commands.batching.runner import Runner
+from scripts.commands.batching.runner import Pace, Runner
 from scripts.commands.client import Client, Refused, Unreachable
 from shared.jobs import Priority
 from shared.settings import Settings, load_settings
@@ -35,6 +35,8 @@ START_S = 30.0
 """A service that does not answer is waited for this long before the first prompt."""
 BUFFERED = 4096
 """Results kept back at most, with --in-order, until the ones before them have come."""
+WAIT_S = 30
+"""The API is asked to hold an answer back for at most this long, until the job has ended."""
 
 OK, FLAWED, NOT_STARTED, INTERRUPTED = 0, 1, 2, 130
 
@@ -54,9 +56,10 @@ class CannotStart(Exception):
 class Batch:
     """One run of one file."""
 
-    def __init__(self, options: argparse.Namespace, key: str) -> None:
+    def __init__(self, options: argparse.Namespace, settings: Settings) -> None:
         self._options = options
-        self._key = key
+        self._key = connection.api_key(options.api_key_env, settings)
+        self._wait_s = int(min(WAIT_S, settings.max_wait_s))
         self._stop = Event()
 
     def run(self) -> int:
@@ -107,12 +110,12 @@ class Batch:
 
     def _send(self, client: Client, results: ResultFile, tally: Tally) -> None:
         options = self._options
+        ahead = max(BUFFERED, options.concurrency) if options.in_order else 2 * options.concurrency
         with Display(tally) as display:
             patience = Patience(options.patience, self._stop, on_limited=lambda: display.note_once(LIMITED))
-            ahead = max(BUFFERED, options.concurrency) if options.in_order else 2 * options.concurrency
-            with Runner(client, patience, self._stop, concurrency=options.concurrency, ahead=ahead) as runner:
-                todo = plan.tasks(self._lines(), results, retry_failed=options.retry_failed)
-                arriving = runner.run(todo)
+            pace = Pace(options.concurrency, ahead, self._wait_s)
+            with Runner(client, patience, self._stop, pace) as runner:
+                arriving = runner.run(plan.tasks(self._lines(), results, retry_failed=options.retry_failed))
                 for result in in_order(arriving) if options.in_order else as_they_come(arriving):
                     results.append(result)
                     tally.add(result)
@@ -143,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings()
         options = _parser(settings).parse_args(arguments)
-        return Batch(options, connection.api_key(options.api_key_env, settings)).run()
+        return Batch(options, settings).run()
     except ValidationError as error:
         say("settings that do not fit: " + ", ".join(str(fault["loc"][0]).upper() for fault in error.errors()))
     except (CannotStart, connection.NoKey, OSError) as error:

@@ -14,8 +14,6 @@ from scripts.commands.batching.prompts import Prompt
 from scripts.commands.batching.results import Result
 from scripts.commands.client import Client, Refused, RemoteJob
 
-WAIT_S = 30
-"""How long the API is asked to hold an answer back until the job has ended."""
 POLL_S = 1.0
 """At most one question a job in this time, even when the API does not hold answers back."""
 
@@ -30,21 +28,31 @@ class Task:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much goes on at a time.
+
+    Attributes:
+        concurrency: jobs at once.
+        ahead: tasks begun at most before the results before them have been taken.
+        wait_s: how long the API is asked to hold an answer back until the job has ended.
+    """
+
+    concurrency: int
+    ahead: int
+    wait_s: int
+
+
 class Runner:
     """Threads that each take a task, hand it in, and wait for its end."""
 
-    def __init__(
-        self, client: Client, patience: Patience, stop: threading.Event, *, concurrency: int, ahead: int
-    ) -> None:
-        """Keep `concurrency` jobs going, and begin at most `ahead` tasks before results have been taken.
-
-        `stop` is the event that `patience` heeds; leaving the runner sets it.
-        """
+    def __init__(self, client: Client, patience: Patience, stop: threading.Event, pace: Pace) -> None:
+        """Work at a pace. `stop` is the event that `patience` heeds; leaving the runner sets it."""
         self._client = client
         self._patience = patience
         self._stop = stop
-        self._concurrency = concurrency
-        self._room = threading.Semaphore(ahead)
+        self._pace = pace
+        self._room = threading.Semaphore(pace.ahead)
         self._feed_lock = threading.Lock()
         self._outcomes: SimpleQueue[tuple[int, Result] | Exception | None] = SimpleQueue()
 
@@ -53,7 +61,7 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._room.release(self._concurrency)
+        self._room.release(self._pace.concurrency)
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[int, Result]]:
         """Each task's place (0, 1, 2…) and result, as they come.
@@ -63,10 +71,10 @@ class Runner:
             Refused: it does not accept the key (any more).
         """
         places = enumerate(tasks)
-        for _ in range(self._concurrency):
+        for _ in range(self._pace.concurrency):
             # Daemons: who interrupts the run does not wait for answers held back by the API.
             threading.Thread(target=self._work, args=(places,), daemon=True).start()
-        at_work = self._concurrency
+        at_work = self._pace.concurrency
         while at_work:
             match self._outcomes.get():
                 case None:
@@ -117,12 +125,12 @@ class Runner:
 
     def _submit(self, task: Task) -> RemoteJob:
         return self._patience.call(
-            lambda: self._client.submit(task.prompt.body, idempotency_key=task.key, wait_s=WAIT_S)
+            lambda: self._client.submit(task.prompt.body, idempotency_key=task.key, wait_s=self._pace.wait_s)
         )
 
     def _poll(self, job_id: str) -> RemoteJob:
         asked_at = time.monotonic()
-        job = self._patience.call(lambda: self._client.job(job_id, wait_s=WAIT_S))
+        job = self._patience.call(lambda: self._client.job(job_id, wait_s=self._pace.wait_s))
         if not job.status.terminal:
             self._stop.wait(max(0.0, asked_at + POLL_S - time.monotonic()))
         return job

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scripts.commands.client import RemoteJob
+from scripts.commands.client import Refused, RemoteJob
 from scripts.commands.smoking.probe import Probe, require, require_json, require_refusal
 from shared.jobs import Status
 from shared.log import EventKind
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 4096, "temperature": 1.0}
-"""Long enough to be cancelled on any machine."""
+CANCELS = 3
 
 
 def live(probe: Probe) -> None:
@@ -76,14 +76,10 @@ def ndjson(probe: Probe) -> None:
 
 
 def cancel(probe: Probe) -> None:
-    """A long job ends when it is cancelled, and its stream says so."""
-    job = probe.client.submit(ENDLESS)
-    for event in probe.client.events(job.id):
-        if event.kind is EventKind.CHUNK:
-            break
-    probe.client.cancel(job.id)
-    ended = probe.finish(job)
-    require(ended.status is Status.CANCELLED, f"ended {ended.status}")
+    """A long job that runs ends when it is cancelled."""
+    # More than once, because a quick engine may end a long job before it hears of us.
+    statuses = [_cancelled(probe) for _ in range(CANCELS)]
+    require(Status.CANCELLED in statuses, f"{CANCELS} jobs ended {', '.join(statuses)}")
 
 
 def inference(probe: Probe) -> None:
@@ -105,6 +101,17 @@ def openapi(probe: Probe) -> None:
     require(str(document["openapi"]).startswith("3.1"), f"OpenAPI {document['openapi']}")
     paths: Any = document["paths"]
     require("/v1/jobs" in paths, "/v1/jobs is not described")
+
+
+def _cancelled(probe: Probe) -> Status:
+    """How a job ends that is cancelled at its first token."""
+    job = probe.client.submit(ENDLESS)
+    next(event for event in probe.client.events(job.id) if event.kind in (EventKind.CHUNK, EventKind.DONE))
+    try:
+        probe.client.cancel(job.id)
+    except Refused as error:
+        require(error.code == "job_ended", str(error))
+    return probe.finish(job).status
 
 
 def _lines(probe: Probe, job_id: str, after: int) -> list[dict[str, Any]]:

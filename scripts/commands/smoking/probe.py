@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import httpx2
@@ -11,6 +12,7 @@ from shared.jobs import Status
 
 JOB_S = 60
 """A short job takes at most this long, a model on a slow machine included."""
+POLL_S = 5
 
 
 class Wrong(Exception):
@@ -29,8 +31,9 @@ class Probe:
 
     def finish(self, job: RemoteJob) -> RemoteJob:
         """Wait until a job has ended."""
-        if not job.status.terminal:
-            job = self.client.job(job.id, wait_s=JOB_S)
+        end = time.monotonic() + JOB_S
+        while not job.status.terminal and time.monotonic() < end:
+            job = self.client.job(job.id, wait_s=POLL_S)
         require(job.status.terminal, f"{job.id} is still {job.status} after {JOB_S} s")
         return job
 
