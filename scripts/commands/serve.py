@@ -75,6 +75,8 @@ def _with_secrets(settings: Settings) -> Settings:
         KeyStore(settings.keys_file).ensure(key, name="local", scopes=("infer", "admin"))
     except OSError as error:
         raise StartFailed(f"cannot write {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise StartFailed(f"MLXQ_API_KEY cannot be used: {error}") from None
     return settings
 
 

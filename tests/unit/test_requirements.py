@@ -11,7 +11,8 @@ from shared.settings import ROOT
 
 SETS = ("web", "worker", "stack", "dev")
 PIN = re.compile(
-    r"^(?P<name>[a-z0-9][a-z0-9._-]*)(?:\[[^]]*])?==(?P<version>\S+)(?P<rest>[^\n]*(?:\n    --hash\S+.*)*)",
+    r"^(?P<name>[a-z0-9][a-z0-9._-]*)(?:\[[^]]*])?==(?P<version>\S+)"
+    r"(?P<rest>[^\n]*(?:\n    --hash\S+.*)*)",
     re.MULTILINE,
 )
 

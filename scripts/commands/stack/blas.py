@@ -5,14 +5,13 @@ MLX's own wheel links the reference BLAS. The worker puts OpenBLAS in front of i
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 
-_LIBRARY = "libopenblas.so.0"
+from shared.blas import prefer_openblas
+
 _PACKAGE = "libopenblas0-pthread"
 _GAIN = "matrix products on this CPU would run 50 times as fast, generation at 2 to 6 times the speed"
 _INSTALL_S = 300
@@ -20,21 +19,17 @@ _INSTALL_S = 300
 
 def ensure_openblas(say: Callable[[str], None]) -> None:
     """See that OpenBLAS is there. Says in one line what it did or what to do, and never fails."""
-    if sys.platform != "linux" or _present():
+    if _is_fast():
         return
     if os.geteuid() == 0 and shutil.which("apt-get"):
         say(f"installing {_PACKAGE}: {_GAIN}")
         _install()
-    if not _present():
+    if not _is_fast():
         say(f"no OpenBLAS found: {_GAIN}; on Debian and Ubuntu: apt-get install {_PACKAGE}")
 
 
-def _present() -> bool:
-    try:
-        ctypes.CDLL(_LIBRARY)
-    except OSError:
-        return False
-    return True
+def _is_fast() -> bool:
+    return prefer_openblas().name != "reference"
 
 
 def _install() -> None:

