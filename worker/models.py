@@ -59,7 +59,7 @@ def load_model(folder: Path) -> LoadedModel:
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
-        tokenizer=None if (text := tokenizer_json(folder)) is None else digest(text),
+        tokenizer=digest(file.read_text(encoding="utf-8")) if (file := folder / "tokenizer.json").exists() else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
 
@@ -84,12 +84,6 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no weights (model*.safetensors).")
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise ModelError(f"{folder} has no tokenizer.")
-
-
-def tokenizer_json(folder: Path) -> str | None:
-    """The text of a model's `tokenizer.json`; None when it has none."""
-    file = folder / "tokenizer.json"
-    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def _context(config: dict[str, Any], tokenizer: Any) -> int:

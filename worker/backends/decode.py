@@ -109,7 +109,7 @@ class DecodeBatch:
             self._queue()
         if not any(new for _, _, new in unread):
             return []  # nothing but prompts were fed, so there is nothing to wait for
-        tokens = cast(list[int], fed.tolist())
+        tokens = cast("list[int]", fed.tolist())
         for place, slot, _ in unread:
             slot.before.append(tokens[place])
         return [(slot.row.uid, tokens[place]) for place, slot, new in unread if new]

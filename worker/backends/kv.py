@@ -15,12 +15,13 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 Layers: TypeAlias = list[Any]
 
 
-def empty(model: Any, rows: int) -> Layers:
-    """A cache for so many rows, with nothing in it.
+def batchable(model: Any) -> bool:
+    """Whether several rows of this model can share a cache."""
+    return all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
 
-    Raises:
-        AttributeError: the model's kind of cache cannot hold more than one row.
-    """
+
+def empty(model: Any, rows: int) -> Layers:
+    """A cache for so many rows, with nothing in it."""
     single = [make_prompt_cache(model) for _ in range(rows)]
     return [layers[0].merge(list(layers)) for layers in zip(*single, strict=True)]
 

@@ -23,10 +23,11 @@ from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
 from shared.settings import Settings
+from worker.backends import kv
 from worker.backends.base import Detokenizer, PromptError, Row, StepResult
 from worker.backends.decode import DecodeBatch
 from worker.backends.prefill import Prefill
-from worker.models import LoadedModel, load_model
+from worker.models import LoadedModel, ModelError, load_model
 
 CHUNK_CPU = 64
 """Prompt tokens between two decode steps. On a CPU a token is as cheap in a chunk of 64 as in any larger one."""
@@ -45,7 +46,10 @@ def load(settings: Settings) -> TextBackend:
     """
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
-    backend = TextBackend(load_model(settings.model_path), settings.prefill_step_tokens or default_chunk())
+    loaded = load_model(settings.model_path)
+    if not kv.batchable(loaded.model):
+        raise ModelError(f"{settings.model_path} cannot be served: mlx-lm has no batch cache for its kind of model.")
+    backend = TextBackend(loaded, settings.prefill_step_tokens or default_chunk())
     backend.warm()
     return backend
 
@@ -175,7 +179,7 @@ class TextBackend:
         try:
             return list(self._encoder.apply_chat_template(list(messages), add_generation_prompt=True))
         except Exception as error:
-            # A template is a program: it may raise anything. Only what the template itself says to its user is fit to be passed on.
+            # A template is a program and may raise anything; only what it says itself is fit to be passed on.
             said = f": {error}" if type(error) is TemplateError else "."
             raise PromptError(JobFailure.TEMPLATE, f"The model's chat template refused the messages{said}") from error
 
@@ -198,8 +202,8 @@ def _vocabulary(loaded: LoadedModel) -> int:
 
 
 def _about(loaded: LoadedModel) -> dict[str, object]:
-    parameters: list[tuple[str, mx.array]] = tree_flatten(loaded.model.parameters())
-    types = {str(array.dtype).removeprefix("mlx.core.") for _, array in parameters}
+    parameters = dict(tree_flatten(loaded.model.parameters())).values()
+    types = {str(array.dtype).removeprefix("mlx.core.") for array in parameters}
     quantisation = loaded.config.get("quantization") or {}
     return {
         "device": str(mx.default_device()),
