@@ -31,7 +31,8 @@ class Containers:
     def __init__(self, project: str, env_file: Path) -> None:
         self._project = project
         command = shlex.split(os.environ.get("COMPOSE", "docker compose"))
-        self._compose = (*command, "-p", project, "-f", str(ROOT / "compose.yaml"), "--env-file", str(env_file))
+        where = ("-f", str(ROOT / "compose.yaml"), "--env-file", str(env_file), "-p", project)
+        self._compose = (*command, "--ansi", "never", *where)
         self._env = clean_environment()
 
     def compose(self, *arguments: str) -> str:

@@ -36,6 +36,7 @@ REQUEST: Final = {
     "messages": [{"role": "user", "content": "Tell me a long story about a lighthouse."}],
     "max_tokens": 128,
     "temperature": 0,
+    "seed": 7,
 }
 
 
