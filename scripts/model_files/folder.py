@@ -1,0 +1,90 @@
+"""What makes a folder a model that can be served, and the one line that says what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Endings of files that can run code when they are loaded."""
+
+_INDEX = "model.safetensors.index.json"
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_LENGTH_BYTES = 8
+
+
+class ModelError(Exception):
+    """A model cannot be fetched or used; the text is one line for the user."""
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder holds everything a model needs, and no code.
+
+    Reads headers only, never the weights.
+
+    Raises:
+        ModelError: naming the first thing that is missing or refused.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder")
+    _check_config(folder)
+    for shard in _shards(folder):
+        _check_whole(folder / shard)
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
+
+
+def _check_config(folder: Path) -> None:
+    config = _read_object(folder / "config.json")
+    if not config.get("model_type"):
+        raise ModelError(f"{folder / 'config.json'} names no model_type")
+    if "model_file" in config:
+        raise ModelError(f"{folder} brings its own code ({config['model_file']}): refused")
+
+
+def _shards(folder: Path) -> Iterable[str]:
+    """Names of the weight files."""
+    if (folder / _INDEX).is_file():
+        named = _read_object(folder / _INDEX).get("weight_map")
+        if not isinstance(named, dict):
+            raise ModelError(f"{folder / _INDEX} has no weight_map")
+        return sorted(set(named.values()))
+    if shards := sorted(path.name for path in folder.glob("model*.safetensors")):
+        return shards
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+        raise ModelError(f"{folder} has its weights only as pickle files ({pickles[0]}), which can run code: refused")
+    raise ModelError(f"{folder} has no weights (model*.safetensors)")
+
+
+def _check_whole(path: Path) -> None:
+    """Compare a safetensors file's length with the one its header tells: a cut copy is found without loading it."""
+    if not path.is_file():
+        raise ModelError(f"{path.parent} lacks the weight file {path.name}")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        actual = path.stat().st_size
+        if not 0 < header_bytes <= actual - _LENGTH_BYTES:
+            raise ModelError(f"{path} is not a whole safetensors file")
+        header = _parse_object(file.read(header_bytes), path)
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    expected = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    if actual != expected:
+        raise ModelError(f"{path} has {actual:,} of {expected:,} bytes")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no {path.name}")
+    return _parse_object(path.read_bytes(), path)
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return content

