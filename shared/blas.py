@@ -3,7 +3,8 @@
 In front means: loaded into the process, symbols global, before MLX is. The loader then resolves MLX's BLAS calls
 to it, and nothing of MLX changes. float32 alone gains: the other types do not go through BLAS.
 
-What it gains (SmolLM2-135M in float32, two cores of an AMD EPYC, `worker.blas_speed` and mlx-lm's BatchGenerator):
+What it gains (SmolLM2-135M in float32, two cores of an AMD EPYC that others used too, best of two to four runs with
+OpenBLAS and of one without; `worker.blas_speed` and mlx-lm's BatchGenerator):
 
     ======================  =========  ========
     .                       reference  OpenBLAS
@@ -14,10 +15,9 @@ What it gains (SmolLM2-135M in float32, two cores of an AMD EPYC, `worker.blas_s
     decode, 32 rows, tok/s         -        200
     ======================  =========  ========
 
-Its threads spin between two products (`OPENBLAS_NUM_THREADS=1` takes a fifth less CPU time per token at 32 rows, and
-a third less at one), but they yield to whoever else wants the core, and with two of them decoding is a third faster.
-So the number stays OpenBLAS's own choice: one a core. Several workers on one machine should share the cores by that
-variable.
+Its threads spin between two products: `OPENBLAS_NUM_THREADS=1` takes a fifth less CPU time per token at 32 rows, a
+third less at one. But two of them decode 32 rows a fifth to a third faster than one, so the number stays OpenBLAS's
+own choice, one a core. Several workers on one machine should share the cores by that variable.
 """
 
 from __future__ import annotations
