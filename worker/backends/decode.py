@@ -102,17 +102,17 @@ class DecodeBatch:
             (uid, token) of each row that had one to read. A row that has had its room is dropped.
         """
         fed = self._fed
-        unread = [(place, slot, slot.chosen > 0) for place, slot in enumerate(self._slots) if slot is not None]
-        self._empty([place for place, slot, _ in unread if slot.chosen == slot.row.room])
+        unread = [(place, slot) for place, slot in enumerate(self._slots) if slot is not None and slot.chosen]
+        self._empty([place for place, slot in unread if slot.chosen == slot.row.room])
         self._tidy()
         if self._slots:
             self._queue()
-        if not any(new for _, _, new in unread):
-            return []  # nothing but prompts were fed, so there is nothing to wait for
+        if not unread:
+            return []
         tokens = cast("list[int]", fed.tolist())
-        for place, slot, _ in unread:
+        for place, slot in unread:
             slot.before.append(tokens[place])
-        return [(slot.row.uid, tokens[place]) for place, slot, new in unread if new]
+        return [(slot.row.uid, tokens[place]) for place, slot in unread]
 
     def nbytes(self) -> int:
         """Bytes of its cache."""
@@ -135,6 +135,8 @@ class DecodeBatch:
         mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
         self._columns += 1
         for slot in filter(None, self._slots):
+            if not slot.chosen:
+                slot.before.append(slot.row.prompt[-1])
             slot.position += 1
 
     def _recompose(self) -> None:
