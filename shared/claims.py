@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
 
 from shared.jobs import Ending, Job
 from shared.log import chunk_data, join_tokens
@@ -48,12 +47,6 @@ class Append:
     text: str = ""
     tokens: tuple[int, ...] = ()
     ending: Ending | None = None
-
-    def merge(self, later: Append) -> Self:
-        """This and a later one of the same job as one event, numbered as this."""
-        return type(self)(
-            self.job_id, self.attempt, self.n, self.text + later.text, self.tokens + later.tokens, later.ending
-        )
 
     def to_args(self) -> tuple[str | int, ...]:
         """The script's six arguments for a row."""

@@ -36,9 +36,11 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def valkey() -> Iterator[ValkeyServer]:
     """A server of this run's own. `client` empties it for each test."""
     # Not pytest's folders: a socket's path may have hardly more than 100 characters.
-    with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
-        with ValkeyServer(unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d") as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="mlxq-") as home,
+        ValkeyServer(unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d") as server,
+    ):
+        yield server
 
 
 @pytest.fixture

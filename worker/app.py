@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from types import FrameType
 from typing import Final
@@ -34,6 +33,7 @@ from worker.engine import Engine
 from worker.lease import Claim, Housekeeper, LeaseKeeper, Times
 from worker.publisher import Publisher
 from worker.tasks import Runner, register
+from worker.vital import leave
 
 logger = logging.getLogger("worker.app")
 
@@ -97,7 +97,7 @@ class Service:
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
             return self._load_failed(error)
         self._error_file.unlink(missing_ok=True)
-        logger.info("model loaded", extra={"model": backend.card.id, **backend.about})
+        logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
         self._housekeeper.start()
         register(app, self._runner)
         consumer = Consumer(app, self._settings, self._node, self._on_ready)
@@ -115,7 +115,9 @@ class Service:
         backend = choose_loader(self._settings)()
         from worker.blas_speed import measure_gflops
 
-        backend.about |= {"blas": blas, "gflops": measure_gflops()}
+        backend.about |= {"blas": blas.version or blas.name, "gflops": round(measure_gflops(), 1)}
+        if blas.reason:
+            backend.about["blas_note"] = blas.reason
         return backend
 
     def _load_failed(self, error: Exception) -> int:
@@ -132,6 +134,7 @@ class Service:
     def _on_ready(self) -> None:
         if not self._runner.draining:
             self._state = "ready"
+            self._keeper.hurry()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """End: the first signal drains, a further one hands back at once."""
@@ -207,4 +210,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

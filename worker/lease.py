@@ -32,21 +32,28 @@ class _Periodic(VitalThread):
     def __init__(self, name: str, every_s: float, on_death: OnDeath) -> None:
         super().__init__(name, on_death)
         self._every_s = every_s
-        self._ended = threading.Event()
+        self._ended = False
+        self._wake = threading.Event()
         self._away = False
 
     def stop(self) -> None:
         """End the thread after its current round, and wait for it."""
-        self._ended.set()
+        self._ended = True
+        self._wake.set()
         if self.is_alive():
             self.join()
 
+    def hurry(self) -> None:
+        """Do the next round now."""
+        self._wake.set()
+
     def work(self) -> None:
         """A round every so often until stopped."""
-        while not self._ended.is_set():
+        while not self._ended:
             started = time.monotonic()
             self.round()
-            self._ended.wait(max(0.0, self._every_s - (time.monotonic() - started)))
+            self._wake.wait(max(0.0, self._every_s - (time.monotonic() - started)))
+            self._wake.clear()
 
     def round(self) -> None:
         """One round; says once that what it needs is away, and once that it is back."""

@@ -8,10 +8,10 @@ is said meanwhile waits behind it, one event a job.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from itertools import chain
 from queue import SimpleQueue
+from time import sleep
 from typing import NamedTuple
 
 from redis import RedisError
@@ -112,7 +112,7 @@ class Publisher(VitalThread):
     def _pause(self, error: RedisError) -> None:
         if not self._failures:
             logger.warning("Redis does not take writes; they are kept and sent again: %s", error)
-        time.sleep(min(LONGEST_PAUSE_S, 0.05 * 2.0**self._failures))
+        sleep(min(LONGEST_PAUSE_S, 0.05 * 2.0**self._failures))
         self._failures = min(self._failures + 1, 10)
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +22,17 @@ OnDeath = Callable[[str], object]
 """Called with the reason; ends the process."""
 
 
-def end_process(reason: str) -> None:
-    """End this process now. No clean-up: what is stuck or broken cannot be asked to."""
-    logger.critical("the worker ends itself: %s", reason)
+def leave(status: int) -> NoReturn:
+    """End this process now: threads that are stuck and destructors of model libraries have no say in its status."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(EXIT_BROKEN)
+    os._exit(status)
+
+
+def end_process(reason: str) -> NoReturn:
+    """End this process because it is broken, and say why."""
+    logger.critical("the worker ends itself: %s", reason)
+    leave(EXIT_BROKEN)
 
 
 class VitalThread(threading.Thread):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ class Bench:
         self.engine = Engine(lambda: self.backend, slots, self.said.extend)
         self.engine.load()
 
-    def submit(self, prompt: str, **generation: object) -> Sequence:
+    def submit(self, prompt: str, **generation: Any) -> Sequence:
         sequence = sequence_for(claimed(prompt, **generation), self.backend)
         self.engine.submit(sequence)
         return sequence
@@ -46,7 +47,7 @@ def bench() -> Bench:
     return Bench()
 
 
-def alone(prompt: str, **generation: object) -> str:
+def alone(prompt: str, **generation: Any) -> str:
     backend = FakeBackend()
     return text_of(run_alone(sequence_for(claimed(prompt, **generation), backend), backend))
 

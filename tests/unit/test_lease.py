@@ -140,9 +140,7 @@ def test_who_waits_for_a_renewal_is_woken(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(("busy", "still_s", "dies"), [(True, 6, True), (True, 1, False), (False, 60, False)])
-def test_a_busy_engine_that_stands_still_ends_the_process(
-    desk: Desk, busy: bool, still_s: float, dies: bool
-) -> None:
+def test_a_busy_engine_that_stands_still_ends_the_process(desk: Desk, busy: bool, still_s: float, dies: bool) -> None:
     desk.engine.busy = busy
     desk.engine.progress_at -= still_s
     desk.keeper.round()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from worker.backends.fake import EOS, FakeBackend
 from worker.sequence import Outcome, ReplayError, Said, Sequence
 
-LONG = {"max_tokens": 40, "prompt": "a story"}
+LONG: dict[str, Any] = {"max_tokens": 40, "prompt": "a story"}
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def backend() -> FakeBackend:
     return FakeBackend()
 
 
-def whole_text(backend: FakeBackend, **generation: object) -> str:
+def whole_text(backend: FakeBackend, **generation: Any) -> str:
     sequence = sequence_for(claimed(**generation), backend)
     return text_of(run_alone(sequence, backend))
 

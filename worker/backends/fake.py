@@ -15,9 +15,9 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from time import sleep
 from zlib import crc32
 
 from shared.errors import JobFailure
@@ -136,7 +136,7 @@ class FakeBackend:
                     continue
             tokens.append((uid, row.next()))
         if pause:
-            time.sleep(pause)
+            sleep(pause)
         prompt_tokens = sum(len(self._rows[uid].row.prompt) for uid in prefilled)
         self.remove(uid for uid, _ in failed)
         return StepResult(tokens, prefilled, failed, prompt_tokens)

