@@ -17,6 +17,7 @@ import pytest
 
 from scripts.commands.stack import leftovers
 from shared.settings import ROOT
+from shared.store import connect
 from tests.plugins.stack import eventually, free_port
 
 TINY_MODEL = ROOT / "models/tiny-random-llama"
@@ -40,6 +41,7 @@ class Served:
             "DRAIN_S": "2",
             **overrides,
         }
+        self.store_url = f"unix://{self.data_dir}/run/valkey.sock"
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self) -> subprocess.Popen[str]:
@@ -104,8 +106,9 @@ def running() -> Iterator[Served]:
 
 @pytest.fixture
 def served() -> Iterator[Served]:
+    """A stack for one test, without MLX: what is started and ended does not depend on what it computes."""
     with tempfile.TemporaryDirectory(prefix="mlxq") as home:
-        served = Served(Path(home))
+        served = Served(Path(home), BACKEND="fake")
         try:
             yield served
         finally:
@@ -170,12 +173,16 @@ def test_a_second_signal_is_quick_and_leaves_no_process(served: Served) -> None:
 def test_what_a_killed_serve_left_behind_is_ended_by_the_next(served: Served) -> None:
     process = served.bring_up()
     old = {each.pid for each in served.processes()}
+    with connect(served.store_url) as queue:
+        queue.set("kept", "yes")
     process.kill()
     process.wait()
     assert {each.pid for each in served.processes()} == old
     served.bring_up()
     assert "left behind" in served.said()
     assert not old & {each.pid for each in served.processes()}
+    with connect(served.store_url) as queue:
+        assert queue.get("kept") == "yes"
 
 
 def test_a_taken_port_is_one_line(served: Served) -> None:
@@ -192,7 +199,7 @@ def test_a_model_that_does_not_load_is_one_line(served: Served) -> None:
     broken = served.env_file.with_name("broken-model")
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "no_such_model"}')
-    result = served.run(MODEL_PATH=str(broken))
+    result = served.run(MODEL_PATH=str(broken), BACKEND="auto")
     assert result.returncode == 1
     assert re.fullmatch(r"scripts/serve: worker-0 did not start: .+\n", result.stderr)
     assert served.processes() == []

@@ -52,7 +52,7 @@ class Screen:
     def waiting(self, text: str) -> Iterator[Progress]:
         """A spinner while the block runs."""
         if not self._out.is_terminal:
-            self.say(f"{text} …")
+            self.say(f"{text} ...")
         with self._out.status(text, refresh_per_second=5) as status:
             yield status
 
@@ -77,7 +77,7 @@ password FLOWER_PASSWORD in {_shown(env_file)}
 
   Try it:
 curl -s {base}/inference -H "X-API-Key: {key}" -H 'Content-Type: application/json' \
--d '{{"prompt": "What is the capital of France?"}}'
+-d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   Ctrl-C ends everything (or: kill {os.getpid()}); jobs that are not done stay in the queue.
 """)
