@@ -239,7 +239,7 @@ class Jobs:
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
         }
-        word, job_id = self._enqueue(
+        word, *flat = self._enqueue(
             args=[
                 new_job_id(),
                 submission.owner,
@@ -260,7 +260,7 @@ class Jobs:
             raise KeyReused(
                 "This Idempotency-Key was used for another request.", field="Idempotency-Key"
             )
-        return self.get(job_id, submission.owner), word == "created"
+        return Job.from_record(dict(zip(flat[::2], flat[1::2], strict=True))), word == "created"
 
     def get(self, job_id: str, owner: str) -> Job:
         """An owner's job.

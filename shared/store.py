@@ -17,6 +17,9 @@ from redis.retry import Retry
 
 from shared.keys import LUA_TABLE
 
+POOL_WAIT_S = 5.0
+"""Longest wait for a free connection. Longer than calls take: a burst is no outage."""
+
 SCRIPTS = Path(__file__).parent / "scripts"
 
 Redis: TypeAlias = Any
@@ -38,7 +41,7 @@ def connect(
     pool = redis.BlockingConnectionPool.from_url(
         url,
         max_connections=connections,
-        timeout=timeout_s,
+        timeout=POOL_WAIT_S,
         decode_responses=True,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,

@@ -42,6 +42,8 @@ class Follower:
     def follow(self, job_id: str, cursor: int) -> Generator[Event | None]:
         """The events after number `cursor`, until the job's end; None when a heartbeat is due.
 
+        With a cursor past the end only the end comes.
+
         It ends without a `done` event only when the process is about to end.
 
         Raises:
@@ -112,9 +114,9 @@ class Follower:
 
 
 def _after(cursor: int, events: list[Event]) -> Generator[Event, None, tuple[int, bool]]:
-    """Pass on what is new; the new cursor, and whether that was the end."""
+    """Pass on what is new, and the end in any case; the new cursor, and whether that was the end."""
     for event in events:
-        if event.n > cursor:
+        if event.n > cursor or event.kind is EventKind.DONE:
             cursor = event.n
             yield event
     return cursor, bool(events) and events[-1].kind is EventKind.DONE

@@ -8,33 +8,32 @@ from typing import Any, Final
 import redis
 from flask import Flask, Response, g, request
 from flask_limiter import Limiter
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from shared.settings import Settings
+from shared.store import connect
 from web.auth import is_open
 
 ANONYMOUS: Final = "300/minute"
 """Requests without a valid key, by address: generous for a client that is set up wrongly, slow for guessing."""
 
-# A limiter that waits is worse than one that counts locally.
-_STORAGE_OPTIONS: Final[dict[str, Any]] = {
-    "socket_timeout": 0.2,
-    "socket_connect_timeout": 0.2,
-    "retry": Retry(NoBackoff(), 0),
-}
+_TIMEOUT_S: Final = 1.0
+"""A limiter that waits is worse than one that counts locally."""
 
 
 def register(app: Flask, settings: Settings) -> Limiter:
     """Count and limit every request that needs a key."""
+    pool: Any = connect(settings.store_url, timeout_s=_TIMEOUT_S, retries=0).connection_pool
     limiter = Limiter(
         _whose,
         # An application limit counts all routes together; a default limit would count each by itself.
         application_limits=[lambda: _allowance(settings)],
         strategy="sliding-window-counter",
         storage_uri=settings.limiter_url,
-        storage_options=_STORAGE_OPTIONS,
+        storage_options={"connection_pool": pool},
         in_memory_fallback_enabled=True,
+        # Of requests that find Redis gone at the same moment the first switches to local counting, and for the
+        # others Flask-Limiter raises: they pass.
+        swallow_errors=True,
     )
     limiter.request_filter(is_open)
     limiter.init_app(app)

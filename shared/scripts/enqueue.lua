@@ -1,23 +1,29 @@
 -- Accepts a job: the record, its place in line, its first event. Sent twice, it answers the same.
 -- ARGV: id, owner, model, class, retention_s, idempotency key or '', fingerprint, most that may wait,
 --       start_within_s, deadline_s, then record fields as name, value, …
--- Returns {'created' | 'exists', id} | {'reused', id} | {'full', number waiting}
+-- Returns 'created' or 'exists', then the record as name, value, … ; 'reused' ; 'full'
 local id, owner, model, class, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local idem, fingerprint, most = ARGV[6], ARGV[7], tonumber(ARGV[8])
+
+local function answer(word, job)
+  return {word, unpack(redis.call('HGETALL', K.JOB .. job))}
+end
 
 if idem ~= '' then
   local first = redis.call('GET', K.IDEM .. owner .. ':' .. idem)
   local print = first and redis.call('HGET', K.JOB .. first, 'fingerprint')
   if print then
-    return {print == fingerprint and 'exists' or 'reused', first}
+    if print ~= fingerprint then
+      return {'reused'}
+    end
+    return answer('exists', first)
   end
 end
 if redis.call('EXISTS', K.JOB .. id) == 1 then
-  return {'exists', id}
+  return answer('exists', id)
 end
-local waiting = redis.call('ZCARD', K.QUEUE .. model)
-if waiting >= most then
-  return {'full', tostring(waiting)}
+if redis.call('ZCARD', K.QUEUE .. model) >= most then
+  return {'full'}
 end
 
 local at = now()
@@ -33,4 +39,4 @@ if idem ~= '' then
   redis.call('SET', K.IDEM .. owner .. ':' .. idem, id)
 end
 emit(id, 'queued', '{"reason":"accepted"}')
-return {'created', id}
+return answer('created', id)

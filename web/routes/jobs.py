@@ -85,17 +85,22 @@ def delete_job(job_id: str) -> Response:
 @routes.get("/<job_id>/stream")
 @describe(
     "Stream a job",
-    answers={},
+    answers={204: None},
     streams=True,
     errors=(404, 406, 410, 422),
     parameters=(apidoc.LAST_EVENT_ID, apidoc.STARTING_AFTER),
 )
 def stream_job(job_id: str) -> Response:
-    """The job's events from any cursor on, live until its end, as often and by as many readers as wanted."""
+    """The job's events from any cursor on, live until its end, as often and by as many readers as wanted.
+
+    204 when nothing follows any more, which tells a browser's EventSource not to reconnect.
+    """
     form = negotiate(request.accept_mimetypes)
     cursor = _cursor()
     jobs, views, owner = services().jobs, services().views, caller().id
-    jobs.get(job_id, owner)
+    job = jobs.get(job_id, owner)
+    if job.status.terminal and cursor >= job.last_event:
+        return Response(status=204)
     return stream(
         services().follower.follow(job_id, cursor),
         form,
