@@ -111,6 +111,9 @@ class Service:
             return choose_loader(self._settings)()
         from shared.blas import prefer_openblas
 
+        if self._settings.workers > 1:  # each takes its share of the cores, unless somebody has said otherwise
+            share = max(1, (os.cpu_count() or 1) // self._settings.workers)
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share))
         blas = prefer_openblas()  # before anything imports MLX
         backend = choose_loader(self._settings)()
         from worker.blas_speed import measure_gflops

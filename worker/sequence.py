@@ -191,14 +191,15 @@ class Sequence:
 class _Clock:
     """A job's timings. Redis stamped its creation and its first start; from the claim on, our own clock counts.
 
-    A first token that an earlier attempt gave has no time here: unknown is better than wrong.
+    A job is queued until the engine takes it into the batch. A first token that an earlier attempt gave has no time here: unknown is better than wrong.
     """
 
     def __init__(self, job: Job) -> None:
+        self._first_attempt = job.attempt <= 1
         self._queue_s = (job.started_at or job.created_at) - job.created_at
         self._claimed = time.monotonic()
         # A first attempt was claimed at its start. Of a later one only the wall clock knows how old the job is.
-        self._age = self._queue_s if job.attempt <= 1 else max(self._queue_s, time.time() - job.created_at)
+        self._age = self._queue_s if self._first_attempt else max(self._queue_s, time.time() - job.created_at)
         self._admitted: float | None = None
         self._prefilled: float | None = None
         self._first_token: float | None = None
@@ -220,8 +221,13 @@ class _Clock:
         if self._first_token is not None:
             self._tell_first_token = False
 
+    def _queued(self) -> float:
+        if self._first_attempt and self._admitted is not None:
+            return self._queue_s + self._admitted - self._claimed
+        return self._queue_s
+
     def timings(self) -> dict[str, float]:
-        timings = {"queue_s": self._queue_s, "total_s": self._age + time.monotonic() - self._claimed}
+        timings = {"queue_s": self._queued(), "total_s": self._age + time.monotonic() - self._claimed}
         if self._admitted is not None and self._prefilled is not None:
             timings["prefill_s"] = self._prefilled - self._admitted
         if self._first_token is not None and self._tell_first_token:
