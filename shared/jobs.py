@@ -257,9 +257,7 @@ class Jobs:
         if word == "full":
             raise Unavailable("Too many jobs wait for this model.", code="queue_full", retry_after=10)
         if word == "reused":
-            raise KeyReused(
-                "This Idempotency-Key was used for another request.", field="Idempotency-Key"
-            )
+            raise KeyReused("This Idempotency-Key was used for another request.", field="Idempotency-Key")
         return Job.from_record(dict(zip(flat[::2], flat[1::2], strict=True))), word == "created"
 
     def get(self, job_id: str, owner: str) -> Job:

@@ -93,7 +93,7 @@ class JobLog:
 
 
 def _event(entry_id: str, entry: dict[str, str]) -> Event:
-    n = int(entry_id.split("-")[0])
+    n = int(entry_id.removesuffix("-0"))
     return Event(n, EventKind(entry["e"]), entry["d"], _tokens(entry.get("t", "")))
 
 

@@ -27,9 +27,7 @@ Redis: TypeAlias = Any
 call would need a cast; the functions here say what they return instead."""
 
 
-def connect(
-    url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: int = 64, **options: Any
-) -> Redis:
+def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: int = 64, **options: Any) -> Redis:
     """A client with a pool, text in and out.
 
     Args:

@@ -191,7 +191,8 @@ class Sequence:
 class _Clock:
     """A job's timings. Redis stamped its creation and its first start; from the claim on, our own clock counts.
 
-    A job is queued until the engine takes it into the batch. A first token that an earlier attempt gave has no time here: unknown is better than wrong.
+    A job is queued until the engine takes it into the batch. A first token that an earlier attempt gave has no time
+    here: unknown is better than wrong.
     """
 
     def __init__(self, job: Job) -> None:
