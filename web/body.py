@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from flask import request
 from pydantic import BaseModel
 
-from shared.errors import BadRequest, Invalid, UnsupportedMedia
+from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -21,13 +21,22 @@ def read_body(model: type[Model]) -> Model:
     """The body as a model.
 
     Raises:
+        TooLarge: it is over the limit.
         UnsupportedMedia: it is not declared as JSON.
         BadRequest: it is not JSON.
         pydantic.ValidationError: it does not fit.
     """
     if not request.is_json:
         raise UnsupportedMedia("Send the body as application/json.", field="Content-Type")
-    return model.model_validate(_parse(request.get_data(cache=True)))
+    return model.model_validate(_parse(_whole()))
+
+
+def _whole() -> bytes:
+    body = request.get_data(cache=True)
+    # Of a body sent without its length, werkzeug reads as much as is allowed and does not tell that there is more.
+    if request.content_length is None and len(body) >= (request.max_content_length or len(body) + 1):
+        raise TooLarge("The body is larger than this service accepts.")
+    return body
 
 
 def _parse(body: bytes) -> dict[str, Any]:

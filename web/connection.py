@@ -32,7 +32,8 @@ def watching(environ: WSGIEnvironment, gone: Callable[[], None]) -> Iterator[Non
     try:
         yield
     finally:
-        watcher.kill(block=False)
+        # Until it is dead: gunicorn reads the next request from the same socket.
+        watcher.kill()
 
 
 def _watch(connection: Any, gone: Callable[[], None]) -> None:

