@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 from subprocess import PIPE, STDOUT
@@ -67,7 +68,16 @@ def clean_environment() -> dict[str, str]:
 
 
 def _output(*command: str, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=env, check=False, stdout=PIPE, stderr=STDOUT, text=True)
-    if done.returncode:
-        raise EngineError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}")
-    return done.stdout
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            # The whole group: a build that Compose has started would go on without it.
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+    if process.returncode:
+        raise EngineError(f"{' '.join(command)}: exit status {process.returncode}\n{output}")
+    return output

@@ -185,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("scripts/test-compose", description=__doc__)
     parser.add_argument("--keep-images", action="store_true", help="leave the built images, for a quicker next run")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     project = f"mlxq-test-{secrets.token_hex(4)}"
     variables = variables_of_this_run()
     with tempfile.TemporaryDirectory(prefix=f"{project}-") as folder:  # mode 700
