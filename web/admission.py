@@ -78,7 +78,7 @@ class Admission:
         model, card = self._resolve(request.model)
         generation = self._generation(request, model, card)
         if card is not None:
-            self._sizer.check(card, generation.prompt, generation.messages)
+            self._sizer.check(card, generation, request.prompt_field)
         return Submission(
             generation=generation,
             owner=origin.owner,
@@ -103,6 +103,8 @@ class Admission:
         most = card.context if card else None
         if request.max_tokens is not None and most is not None and request.max_tokens > most:
             raise Invalid(f"The model's context is {most} tokens.", field="max_tokens")
+        # Before its first worker has come up, a model is taken for one that knows conversations: most do.
+        messages = request.conversation(has_template=card is None or card.chat_template is not None)
         temperature = self._settings.temperature if request.temperature is None else request.temperature
         return Generation(
             model=model,
@@ -118,8 +120,8 @@ class Admission:
                 # Chosen now and kept, so that another attempt goes on as the first would have.
                 seed=secrets.randbits(63) if request.seed is None else request.seed,
             ),
-            prompt=request.prompt,
-            messages=tuple(message.model_dump() for message in request.messages) if request.messages else None,
+            prompt=None if messages else request.prompt,
+            messages=messages,
             stop=tuple(request.stop),
         )
 

@@ -20,6 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.errors import Invalid, JobFailure
+from shared.jobs import Generation
 from shared.registry import ModelCard, Registry
 
 _SPECIALS: Final = 8
@@ -48,15 +49,15 @@ class PromptSizer:
         self._registry = registry
         self._counters: dict[str, _Counter] = {}
 
-    def check(self, card: ModelCard, prompt: str | None, messages: Sequence[dict[str, Any]] | None) -> None:
-        """Refuse a prompt that leaves no room for an answer.
+    def check(self, card: ModelCard, generation: Generation, field: str) -> None:
+        """Refuse a prompt that leaves no room for an answer; it came in `field`.
 
         Raises:
             Invalid: it is too long, or the model's template refuses the messages.
             redis.RedisError: Redis is away.
         """
-        field = "prompt" if messages is None else "messages"
-        text = prompt if messages is None else render(card, messages)
+        messages = generation.messages
+        text = generation.prompt if messages is None else render(card, messages)
         # Without a text nobody here can tell: the worker will.
         if text is not None and not self._fits(card, text, add_special_tokens=messages is None):
             raise Invalid(

@@ -63,11 +63,11 @@ class JobRequest(_Request):
     """A generation request: `prompt`, or `messages` for the model's chat template."""
 
     model: str | None = Field(None, min_length=1, max_length=256, description="Default: the service's model")
-    prompt: str | None = Field(None, min_length=1, description="Plain text to go on from")
+    prompt: str | None = Field(None, min_length=1, description="Plain text, instead of messages")
     messages: list[Message] | None = Field(
         None, min_length=1, validate_default=True, description="A conversation to answer"
     )
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate")
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens to generate")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability")
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many likeliest tokens; 0: from all")
@@ -91,11 +91,28 @@ class JobRequest(_Request):
             raise PydanticCustomError("empty_messages", "No message holds any text")
         return messages
 
+    @property
+    def prompt_field(self) -> str:
+        """The field that the prompt came in."""
+        return "messages" if self.prompt is None else "prompt"
+
+    def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
+        """The messages for the model's chat template; None when the prompt goes to the model as it is."""
+        del has_template
+        return tuple(message.model_dump() for message in self.messages) if self.messages else None
+
 
 class InferenceRequest(JobRequest):
-    """A generation request to be answered on the same connection."""
+    """A generation request to be answered on the same connection; its prompt is a question to the model."""
 
     stream: bool = Field(False, description="Send the text as it comes")
+    raw: bool = Field(False, description="Go on from the prompt as it is, without the model's chat template")
+
+    def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
+        """As for a job, but a prompt is what a user says, unless it is raw or the model knows no conversations."""
+        if self.prompt is not None and has_template and not self.raw:
+            return ({"role": "user", "content": self.prompt},)
+        return super().conversation(has_template=has_template)
 
 
 class _Answer(BaseModel):

@@ -59,6 +59,15 @@ def test_the_capital_of_france(smollm2_stack: Stack) -> None:
     assert 0 <= body["timings"]["queue_s"] <= body["timings"]["first_token_s"] <= body["timings"]["total_s"]
 
 
+def test_a_prompt_to_inference_is_a_question_unless_it_is_raw(smollm2_stack: Stack) -> None:
+    question = {"prompt": "What is the capital of France?", "temperature": 0, "max_tokens": 32}
+    with smollm2_stack.client() as client:
+        asked = client.request("POST", "/inference", json=question, wait_s=60).json()
+        raw = client.request("POST", "/inference", json={**question, "raw": True}, wait_s=60).json()
+    assert "Paris" in asked["text"]
+    assert asked["usage"]["prompt_tokens"] > raw["usage"]["prompt_tokens"]
+
+
 @pytest.fixture(scope="module")
 def reference(smollm2_path: Path) -> Callable[[str, int], str]:
     """mlx-lm's own `generate`, greedy."""

@@ -47,18 +47,18 @@ def infer() -> Response:
     wanted = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if wanted.stream else None
     job, _ = submit(wanted)
-    reply = _stream(job, form) if form else _whole(job)
+    reply = _stream(job, form) if form else _whole(job, wanted.prompt_field)
     reply.headers["Location"] = f"/v1/jobs/{job.id}"
     return reply
 
 
-def _whole(job: Job) -> Response:
+def _whole(job: Job, prompt_field: str) -> Response:
     parts = services()
     with watching(request.environ, _canceller(parts, job)):
         parts.follower.wait(job.id, None)
     ended = parts.jobs.get(job.id, job.owner)
     if ended.status is not Status.SUCCEEDED:
-        raise failure(ended)
+        raise failure(ended, prompt_field)
     return Response(answer(ended).model_dump_json(), content_type="application/json")
 
 
@@ -90,13 +90,13 @@ def _canceller(parts: Services, job: Job) -> Callable[[], None]:
     return cancel
 
 
-def failure(job: Job) -> MlxqError:
-    """The error that tells why a job gave no answer."""
+def failure(job: Job, prompt_field: str) -> MlxqError:
+    """The error that tells why a job gave no answer; its prompt came in `prompt_field`."""
     code, message = job.error_code, job.error_message or "The job failed."
     if job.status is Status.CANCELLED:
         return Conflict("The job was cancelled.", code="job_cancelled")
     if job.status is Status.EXPIRED:
         return Unavailable("The job did not end within its time.", code="job_expired", retry_after=10)
     if code in _CALLERS_FAULT:
-        return Invalid(message, code=code, field="messages" if job.generation.messages else "prompt")
+        return Invalid(message, code=code, field=prompt_field)
     return Internal(message, code=code)
