@@ -1,7 +1,7 @@
 """Prompts on their way into the cache, a chunk between two decode steps.
 
-Prompts that fit one chunk go together, several at a time; a longer one goes alone, chunk by chunk. When both wait
-they take turns, so neither kind waits for more than one chunk of the other, and a short prompt never shares a cache
+Short prompts go together, whole, several at a time; a long one goes alone, chunk by chunk. When both wait they take
+turns, so neither kind waits for more than one chunk of the other, and a short prompt never shares a cache
 with a long one, which would pad it to that length.
 """
 
@@ -16,6 +16,9 @@ import mlx.core as mx
 
 from worker.backends import kv
 from worker.backends.base import Row
+
+SHORT_CHUNKS = 2
+"""A prompt of at most so many chunks is short: the whole of it disturbs less than the number of its chunks would."""
 
 MOST_TOGETHER = 8
 """Short prompts in one chunk. More would not make a token cheaper, and would delay the first answers."""
@@ -44,7 +47,7 @@ class Prefill:
 
     Args:
         model: an mlx-lm model.
-        chunk: prompt tokens per row that are processed at a time.
+        chunk: tokens of a long prompt that are processed at a time.
     """
 
     def __init__(self, model: Any, chunk: int) -> None:
@@ -61,7 +64,7 @@ class Prefill:
 
     def add(self, row: Row) -> None:
         """Take a row in."""
-        (self._short if _to_read(row) <= self._chunk else self._long).append(row)
+        (self._short if _to_read(row) <= SHORT_CHUNKS * self._chunk else self._long).append(row)
 
     def remove(self, uids: Collection[int]) -> None:
         """Drop rows."""
