@@ -41,9 +41,7 @@ def test_a_gone_client_cancels_its_inference(
     worker = pretend()
     worker.hold.set()
     marker = f"gone-{stream}"
-    connection = send(
-        web, "POST", "/inference", {"prompt": "hi", "stream": stream, "metadata": {"marker": marker}}
-    )
+    connection = send(web, "POST", "/inference", {"prompt": "hi", "stream": stream, "metadata": {"marker": marker}})
     eventually(lambda: newest(web).get("metadata") == {"marker": marker} and newest(web)["status"] == "running")
     job_id = str(newest(web)["id"])
     left_at = time.monotonic()

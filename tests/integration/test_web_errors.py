@@ -95,7 +95,7 @@ def test_routes_and_methods_that_do_not_exist(web: WebStack) -> None:
 
 @pytest.mark.parametrize("key", ["", "wrong", "mlxq_00000000_" + "a" * 43, "é"])
 def test_no_key_no_service(web: WebStack, key: str) -> None:
-    answer = web.http.post("/v1/jobs", json=prompt(), headers={"X-API-Key": key.encode()})
+    answer = web.http.post("/v1/jobs", json=prompt(), headers={b"X-API-Key": key.encode()})
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
     assert "WWW-Authenticate" in answer.headers
     nothing_enqueued(web)
@@ -110,7 +110,7 @@ def test_headers_and_parameters_that_do_not_fit(web: WebStack) -> None:
     refused("limit", limit="ten")
     refused("before", before="nan")
     for value in ("x" * 256, "two words", "é"):
-        answer = web.http.post("/v1/jobs", json=prompt(), headers={"Idempotency-Key": value.encode()})
+        answer = web.http.post("/v1/jobs", json=prompt(), headers={b"Idempotency-Key": value.encode()})
         assert (answer.status_code, answer.json()["field"]) == (422, "Idempotency-Key")
     nothing_enqueued(web)
 

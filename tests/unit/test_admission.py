@@ -1,0 +1,123 @@
+"""From requests to jobs: defaults, models, limits, tickets."""
+
+from __future__ import annotations
+
+import pytest
+from kombu.exceptions import OperationalError
+
+from shared.errors import Invalid, MlxqError
+from shared.jobs import Jobs, Priority
+from shared.registry import ModelCard, Registry
+from shared.settings import Settings
+from shared.store import Redis
+from web.admission import Admission, Origin
+from web.prompt_size import PromptSizer
+from web.roster import Roster
+from web.schemas import JobRequest
+
+CARD = ModelCard("small", "text", context=64)
+
+
+class Office:
+    """Takes tickets; or is closed."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str, str]] = []
+        self.closed = False
+
+    def send(self, model: str, job_id: str, request_id: str = "") -> None:
+        if self.closed:
+            raise OperationalError("away")
+        self.sent.append((model, job_id, request_id))
+
+
+@pytest.fixture
+def office() -> Office:
+    return Office()
+
+
+@pytest.fixture
+def admission(client: Redis, settings: Settings, office: Office) -> Admission:
+    registry = Registry(client)
+    registry.announce_model(CARD)
+    return Admission(settings, Jobs(client, settings), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+
+
+def wanted(**more: object) -> JobRequest:
+    return JobRequest.model_validate({"prompt": "hi", "model": "small", **more})
+
+
+def refusal(admission: Admission, request: JobRequest) -> MlxqError:
+    with pytest.raises(MlxqError) as caught:
+        admission.admit(request, Origin("me"))
+    return caught.value
+
+
+def test_a_job_is_recorded_before_its_ticket_is_sent(admission: Admission, office: Office, client: Redis) -> None:
+    job, new = admission.admit(wanted(), Origin("me", request_id="r1"))
+    assert new and office.sent == [("small", job.id, "r1")]
+    assert client.hget(f"mlxq:job:{job.id}", "owner") == "me"
+
+
+def test_a_broker_that_is_away_does_not_lose_the_job(admission: Admission, office: Office, client: Redis) -> None:
+    office.closed = True
+    job, _ = admission.admit(wanted(), Origin("me"))
+    assert client.zscore("mlxq:queue:small", job.id) is not None
+
+
+def test_a_repeated_request_sends_no_second_ticket(admission: Admission, office: Office) -> None:
+    origin = Origin("me", idempotency_key="k", fingerprint="f")
+    first, _ = admission.admit(wanted(), origin)
+    again, new = admission.admit(wanted(), origin)
+    assert (again.id, new, len(office.sent)) == (first.id, False, 1)
+
+
+def test_defaults_are_the_services(admission: Admission, settings: Settings) -> None:
+    generation = admission.submission(JobRequest.model_validate({"prompt": "hi"}), Origin("me")).generation
+    assert generation.model == settings.model_id
+    assert (generation.max_tokens, generation.sampling.temperature) == (settings.max_tokens, settings.temperature)
+
+
+def test_the_default_length_is_held_within_the_context(admission: Admission) -> None:
+    assert admission.submission(wanted(), Origin("me")).generation.max_tokens == CARD.context
+
+
+def test_a_seed_is_chosen_and_kept(admission: Admission) -> None:
+    seeds = {admission.submission(wanted(), Origin("me")).generation.sampling.seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert admission.submission(wanted(seed=0), Origin("me")).generation.sampling.seed == 0
+
+
+def test_what_was_asked_reaches_the_job(admission: Admission) -> None:
+    asked = wanted(priority="batch", deadline_s=5, start_within_s=3, metadata={"a": "b"}, stop="x", temperature=0)
+    submission = admission.submission(asked, Origin("me"))
+    assert (submission.priority, submission.deadline_s, submission.start_within_s) == (Priority.BATCH, 5, 3)
+    assert (submission.metadata, submission.generation.stop) == ({"a": "b"}, ("x",))
+    assert submission.generation.sampling.temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "field"),
+    [
+        ({"model": "nobody"}, "model_not_found", "model"),
+        ({"max_tokens": 65}, "invalid_request", "max_tokens"),
+        ({"deadline_s": 1e6}, "invalid_request", "deadline_s"),
+        ({"start_within_s": 1e6}, "invalid_request", "start_within_s"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_and_not_enqueued(
+    admission: Admission, client: Redis, more: dict[str, object], code: str, field: str
+) -> None:
+    error = refusal(admission, wanted(**more))
+    assert isinstance(error, Invalid) and (error.code, error.field) == (code, field)
+    assert client.keys("mlxq:job:*") == [] and client.keys("mlxq:queue:*") == []
+
+
+def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: Settings, office: Office) -> None:
+    registry = Registry(client)
+    full = settings.model_copy(update={"max_queue": 1})
+    admission = Admission(full, Jobs(client, full), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    request = JobRequest.model_validate({"prompt": "hi"})
+    admission.admit(request, Origin("me"))
+    error = refusal(admission, request)
+    assert (error.status, error.code) == (503, "queue_full") and error.retry_after

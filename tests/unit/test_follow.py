@@ -1,0 +1,150 @@
+"""Following a job: whatever pub/sub loses, repeats or delays, each event comes once and in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import Gone
+from shared.log import Event, EventKind
+from web.follow import Follower
+from web.hub import Signal, Subscription
+
+JOB = "job_1"
+
+
+def chain(length: int) -> list[Event]:
+    """A job's events: so many, the last of them its end."""
+    kinds = [EventKind.QUEUED, EventKind.STARTED, *[EventKind.CHUNK] * length][: length - 1]
+    return [Event(n, kind, "{}") for n, kind in enumerate([*kinds, EventKind.DONE], 1)]
+
+
+class Log:
+    """A log in memory that may be away for some reads."""
+
+    def __init__(self, events: list[Event], failures: int = 0) -> None:
+        self.events = events
+        self.failures = failures
+
+    def last(self, job_id: str) -> Event | None:
+        if self.failures:
+            self.failures -= 1
+            raise redis.ConnectionError
+        return self.events[-1] if self.events else None
+
+    def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
+        return [event for event in self.events if event.n > after][:limit]
+
+
+class Script:
+    """A subscription that gives what it was told to, and grows the log as the writer would."""
+
+    def __init__(self, log: Log, whole: list[Event], script: list[Event | Signal | None]) -> None:
+        self._log, self._whole, self._script = log, whole, script
+
+    def get(self, timeout_s: float) -> Event | Signal | None:
+        item = self._script.pop(0) if self._script else None  # in the end, only heartbeats
+        if isinstance(item, Event):
+            self._write(item.n)
+        elif item is None:
+            self._write(len(self._log.events) + 1)
+        return item
+
+    def _write(self, n: int) -> None:
+        if n > len(self._log.events):
+            self._log.events = self._whole[:n]
+
+
+class Live:
+    """A hub with one scripted subscription."""
+
+    def __init__(self, subscription: object) -> None:
+        self.subscription = subscription
+        self.opened = 0
+
+    @contextmanager
+    def subscribe(self, job_id: str) -> Iterator[Subscription]:
+        self.opened += 1
+        yield self.subscription  # type: ignore[misc]
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[int, int, int, list[Event | Signal | None]]:
+    length = draw(st.integers(2, 30))
+    written = draw(st.integers(1, length))
+    cursor = draw(st.integers(0, length))
+    items = st.one_of(st.sampled_from(chain(length)), st.just(Signal.RESYNC), st.none(), st.sampled_from(chain(length)))
+    return length, written, cursor, draw(st.lists(items, max_size=60))
+
+
+@given(histories(), st.integers(0, 5))
+def test_whatever_is_lost_each_event_comes_once_and_in_order(
+    history: tuple[int, int, int, list[Event | Signal | None]], failures: int
+) -> None:
+    length, written, cursor, script = history
+    whole = chain(length)
+    log = Log(whole[:written])
+    follower = Follower(log, Live(Script(log, whole, script)), 1.0)  # type: ignore[arg-type]
+    stream = follower.follow(JOB, cursor)
+    log.failures = failures
+    got = [event for event in stream if event is not None]
+    assert got == (whole[cursor:] or whole[-1:])
+
+
+def test_a_finished_job_needs_no_live_events() -> None:
+    live = Live(None)
+    follower = Follower(Log(chain(5)), live, 1.0)  # type: ignore[arg-type]
+    assert list(follower.follow(JOB, 2)) == chain(5)[2:]
+    assert live.opened == 0
+
+
+def test_a_long_log_is_read_in_pages() -> None:
+    log = Log(chain(1700))
+    follower = Follower(log, Live(Script(log, log.events, [Signal.RESYNC])), 1.0)  # type: ignore[arg-type]
+    assert list(follower.follow(JOB, 0)) == chain(1700)
+
+
+def test_a_log_that_is_gone_is_told_before_anything_is_sent() -> None:
+    with pytest.raises(Gone):
+        Follower(Log([]), Live(None), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
+    with pytest.raises(Gone):
+        Follower(Log(chain(9)[4:]), Live(None), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
+
+
+def test_the_end_of_the_process_ends_the_stream() -> None:
+    log = Log(chain(9)[:3])
+    follower = Follower(log, Live(Script(log, chain(9), [Signal.CLOSING])), 1.0)  # type: ignore[arg-type]
+    assert list(follower.follow(JOB, 0)) == chain(9)[:3]
+
+
+def test_waiting_ends_with_the_job_or_the_time() -> None:
+    log = Log(chain(3)[:1])
+    Follower(log, Live(Script(log, chain(3), [Signal.RESYNC, *chain(3)])), 1.0).wait(JOB, 60)  # type: ignore[arg-type]
+    asked_at = time.monotonic()
+    Follower(Log(chain(3)[:1]), Live(Subscription()), 1.0).wait(JOB, 0.05)  # type: ignore[arg-type]
+    assert time.monotonic() - asked_at < 5
+
+
+def test_an_answer_is_waited_for_even_while_the_process_ends() -> None:
+    log = Log(chain(3)[:1])
+    script: list[Event | Signal | None] = [Signal.CLOSING, None, None, None]
+    Follower(log, Live(Script(log, chain(3), script)), 1.0).wait(JOB, None)  # type: ignore[arg-type]
+    assert log.events[-1].kind is EventKind.DONE
+
+
+def test_a_slow_reader_loses_events_and_learns_of_it() -> None:
+    subscription = Subscription()
+    for event in chain(1000):
+        subscription.put(event)
+    subscription.put(Signal.CLOSING)
+    assert subscription.get(0) is Signal.RESYNC
+    rest = []
+    while (item := subscription.get(0)) is not None:
+        rest.append(item)
+    assert len(rest) < 300 and rest[-1] is Signal.CLOSING

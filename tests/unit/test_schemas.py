@@ -1,0 +1,67 @@
+"""What a request may be."""
+
+import pytest
+from pydantic import ValidationError
+
+from web.schemas import InferenceRequest, JobRequest
+
+TURN = {"role": "user", "content": "hi"}
+
+
+def faults(**body: object) -> list[tuple[int | str, ...]]:
+    with pytest.raises(ValidationError) as caught:
+        JobRequest.model_validate(body)
+    return [error["loc"] for error in caught.value.errors()]
+
+
+def test_defaults_leave_to_the_service_what_is_the_services() -> None:
+    request = JobRequest.model_validate({"prompt": "hi"})
+    assert (request.model, request.max_tokens, request.temperature, request.seed) == (None, None, None, None)
+    assert (request.top_p, request.stop, request.priority, request.metadata) == (1.0, [], "normal", {})
+
+
+@pytest.mark.parametrize(("stop", "means"), [("a", ["a"]), (["a", "b"], ["a", "b"]), ([], [])])
+def test_one_stop_is_a_list_of_one(stop: object, means: list[str]) -> None:
+    assert JobRequest.model_validate({"prompt": "hi", "stop": stop}).stop == means
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": [TURN]}, {"messages": []}])
+def test_exactly_one_of_prompt_and_messages(body: dict[str, object]) -> None:
+    assert faults(**body) == [("messages",)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ""), ("prompt", 1), ("prompt", "\ud800"), ("max_tokens", 0), ("max_tokens", True),
+        ("max_tokens", 1.5), ("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1),
+        ("top_k", -1), ("min_p", 2), ("repetition_penalty", 0), ("presence_penalty", 3), ("seed", -1),
+        ("seed", 2**63), ("stop", ["a"] * 17), ("stop", [""]), ("stop", 1), ("priority", "now"),
+        ("start_within_s", 0), ("deadline_s", float("inf")), ("metadata", {str(n): "" for n in range(17)}),
+        ("metadata", {"a": None}), ("unknown", 1),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_names_its_field(field: str, value: object) -> None:
+    assert {loc[0] for loc in faults(**{"prompt": "hi", field: value})} == {field}
+
+
+@pytest.mark.parametrize("turn", [{"role": "king", "content": "a"}, {"role": "user"}, {**TURN, "name": "x"}, "hi"])
+def test_a_message_is_a_role_and_content(turn: object) -> None:
+    assert faults(messages=[TURN, turn])[0][:2] == ("messages", 1)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert JobRequest.model_validate({"prompt": "hi", "temperature": 1}).temperature == 1.0
+
+
+def test_an_inference_request_may_stream() -> None:
+    assert InferenceRequest.model_validate({"prompt": "hi", "stream": True}).stream
+    assert faults(prompt="hi", stream=True) == [("stream",)]
+
+
+def test_a_prompt_to_inference_is_a_question_where_the_model_knows_conversations() -> None:
+    question = InferenceRequest.model_validate({"prompt": "hi"})
+    assert question.conversation(has_template=True) == (TURN,)
+    assert question.conversation(has_template=False) is None
+    assert InferenceRequest.model_validate({"prompt": "hi", "raw": True}).conversation(has_template=True) is None
+    assert JobRequest.model_validate({"prompt": "hi"}).conversation(has_template=True) is None
