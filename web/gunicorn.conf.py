@@ -2,6 +2,7 @@
 """How gunicorn runs the API: `gunicorn -c web/gunicorn.conf.py 'web.app:create_app()'`, from the repository."""
 
 import os
+import resource
 import shutil
 from typing import Any
 
@@ -24,7 +25,7 @@ _host = f"[{_settings.host}]" if ":" in _settings.host else _settings.host
 bind = f"{_host}:{_settings.port}"
 workers = _settings.web_workers
 worker_class = "gevent"
-worker_connections = 4096  # each stream holds one
+worker_connections = 4096  # each stream holds one, and a file descriptor
 backlog = 2048
 keepalive = 5  # idle connections hold up a graceful stop for as long
 timeout = 60
@@ -34,6 +35,7 @@ logger_class = "web.access_log.JsonLogger"
 
 
 def on_starting(server: Any) -> None:
+    _allow_open_files(worker_connections + 256)
     shutil.rmtree(_metrics_dir, ignore_errors=True)
     _metrics_dir.mkdir(parents=True)
     key = _settings.mlxq_api_key.get_secret_value()
@@ -54,6 +56,14 @@ def child_exit(server: Any, worker: Any) -> None:
     from prometheus_client.multiprocess import mark_process_dead
 
     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def _allow_open_files(wanted: int) -> None:
+    # Shells start with 256 (macOS) or 1024 allowed, and let us have more for the asking.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _close_streams(worker: Any, hub: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -154,7 +155,7 @@ class Hub:
                     log.warning("Live events are away, streams read the log: %s", error)
                 away = True
             self._drop()
-            threading.Event().wait(_RECONNECT_S)
+            time.sleep(_RECONNECT_S)
 
     def _open(self) -> None:
         connection = self._client.connection_pool.get_connection()

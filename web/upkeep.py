@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -47,7 +48,6 @@ class Upkeep:
             log.exception("Upkeep failed")
 
     def _run(self, alive: Callable[[], bool]) -> None:
-        pause = threading.Event()
         while alive():
             self.round()
-            pause.wait(_EVERY_S)
+            time.sleep(_EVERY_S)

@@ -166,7 +166,8 @@ class WebStack:
 
 def start_redis(home: Path) -> ValkeyServer:
     """The Valkey of a stack, on its socket; it keeps what it held before."""
-    server = ValkeyServer(unix_socket_path=home / "run/valkey.sock", data_dir=home / "db", persist=True)
+    # Port 0: the socket alone, so that two runs at once cannot want the same port.
+    server = ValkeyServer(port=0, unix_socket_path=home / "run/valkey.sock", data_dir=home / "db", persist=True)
     server.start()
     return server
 
