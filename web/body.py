@@ -90,19 +90,19 @@ def preferred_wait_s(most: float) -> float:
 
 
 def wait_s(most: float) -> float:
-    """The parameter `wait`, in seconds; 0 when absent.
+    """The parameter `wait`, in seconds, but at most the service's longest wait; 0 when absent.
 
     Raises:
-        Invalid: not a number from 0 to the service's longest wait.
+        Invalid: not a number, or below 0.
     """
     text = request.args.get("wait", "0")
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= most:
-        raise Invalid(f"A number of seconds from 0 to {most:g} is needed.", field="wait")
-    return seconds
+    if not seconds >= 0:  # NaN neither
+        raise Invalid("A number of seconds from 0 on is needed.", field="wait")
+    return min(seconds, most)
 
 
 def whole_number(name: str, text: str, least: int = 0, most: int = 2**53) -> int:

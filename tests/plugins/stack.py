@@ -143,7 +143,10 @@ def _make(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         home = Path(folder)
         with ValkeyServer(
-            unix_socket_path=home / "s", data_dir=home / "v", config={"appendonly": "yes", "appendfsync": "everysec"}
+            port=0,
+            unix_socket_path=home / "s",
+            data_dir=home / "v",
+            config={"appendonly": "yes", "appendfsync": "everysec"},
         ) as valkey:
             stack = Stack(home, valkey, model, variables)
             try:

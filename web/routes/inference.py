@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import redis
 from flask import Blueprint, Response, request
 
-from shared.errors import Conflict, Internal, Invalid, JobFailure, MlxqError, Unavailable
+from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError
 from shared.jobs import Job, Status
 from shared.log import Event
 from web import apidoc
@@ -39,7 +39,7 @@ _CALLERS_FAULT = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
     body=InferenceRequest,
     answers={200: InferenceView},
     streams=True,
-    errors=(400, 406, 409, 413, 415, 422),
+    errors=(400, 406, 409, 413, 415, 422, 504),
     parameters=(apidoc.IDEMPOTENCY_KEY,),
 )
 def infer() -> Response:
@@ -96,7 +96,7 @@ def failure(job: Job, prompt_field: str) -> MlxqError:
     if job.status is Status.CANCELLED:
         return Conflict("The job was cancelled.", code="job_cancelled")
     if job.status is Status.EXPIRED:
-        return Unavailable("The job did not end within its time.", code="job_expired", retry_after=10)
+        return Expired("The job did not end within its time.")
     if code in _CALLERS_FAULT:
         return Invalid(message, code=code, field=prompt_field)
     return Internal(message, code=code)
