@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.model_folder import ModelError, check_folder
 from shared.registry import ModelCard, digest
 
 FALLBACK_CONTEXT = 4096
@@ -15,10 +15,6 @@ FALLBACK_CONTEXT = 4096
 _CONTEXT_NAMES = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
 _MOST_SANE = 100_000_000
 """Tokenizers without a limit say 1e30."""
-
-
-class ModelError(Exception):
-    """A model that cannot be served; the message is one line for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +58,6 @@ def load_model(folder: Path) -> LoadedModel:
         tokenizer=digest(file.read_text(encoding="utf-8")) if (file := folder / "tokenizer.json").exists() else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
-
-
-def check_folder(folder: Path) -> None:
-    """Look for what every model folder has, without reading the weights.
-
-    Raises:
-        ModelError: something is missing or cannot be read.
-    """
-    if not folder.is_dir():
-        raise ModelError(f"There is no model folder {folder}: fetch one, or set MODEL_PATH.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {_first_line(error)}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{folder / 'config.json'} names no model_type.")
-    if not any(folder.glob("model*.safetensors")):
-        raise ModelError(f"{folder} has no weights (model*.safetensors).")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise ModelError(f"{folder} has no tokenizer.")
 
 
 def _context(config: dict[str, Any], tokenizer: Any) -> int:

@@ -17,10 +17,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
-from scripts.model_files.folder import ModelError, check_folder
 from scripts.model_files.manifest import Origin, check_replaceable, is_intact, read_origin, write_manifest
 from scripts.model_files.staging import locked, staged
 from scripts.model_files.weights import save_weights
+from shared.model_folder import ModelError, check_folder
 from shared.settings import ROOT
 
 _MODELS = ROOT / "models"

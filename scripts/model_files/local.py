@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from scripts.model_files.folder import PICKLES, check_folder
 from scripts.model_files.manifest import Origin, write_manifest
 from scripts.model_files.staging import replace, staged
+from shared.model_folder import PICKLES, check_folder
 
 _NOT_COPIED = [f"*{ending}" for ending in PICKLES] + ["*.py", ".*"]
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.model_files.folder import ModelError
+from shared.model_folder import ModelError
 
 NAME = "mlxq.json"
 _RECIPE = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from scripts.model_files.folder import ModelError
+from shared.model_folder import ModelError
 
 _GB = 1e9
 

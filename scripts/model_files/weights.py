@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from scripts.model_files.folder import ModelError
+from shared.model_folder import ModelError
 
 
 def save_weights(path: Path, weights: Mapping[str, mx.array]) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.model_files.folder import ModelError
 from scripts.model_files.manifest import check_sha256
 from scripts.model_files.progress import progress_bar
+from shared.model_folder import ModelError
 
 _POLL_S = 0.2
 _REASONS = {

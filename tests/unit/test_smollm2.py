@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from scripts.commands.make_tiny_model import tiny_config
-from scripts.model_files.folder import check_folder
 from scripts.model_files.gguf_tokenizer import tokenizer_config, tokenizer_json
 from scripts.model_files.smollm2 import Dtype, convert, hf_name, unpermute_rows
+from shared.model_folder import check_folder
 from tests.support.small_models import TEMPLATE, WORDS, gguf_metadata, gguf_weights, write_gguf
 
 

@@ -22,12 +22,13 @@ from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
 
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
+from shared.model_folder import ModelError
 from shared.settings import Settings
 from worker.backends import kv
 from worker.backends.base import Detokenizer, PromptError, Row, StepResult
 from worker.backends.decode import DecodeBatch
 from worker.backends.prefill import Prefill
-from worker.models import LoadedModel, ModelError, load_model
+from worker.models import LoadedModel, load_model
 
 CHUNK_CPU = 32
 """Prompt tokens between two decode steps. On a CPU this costs as much as one to two decode steps of 8 rows, and a token
