@@ -200,8 +200,8 @@ class Ending:
 
 
 def new_job_id() -> str:
-    """`job_` and 28 hex digits; ids sort by the millisecond they were made in."""
-    return f"job_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+    """`job_` and 28 hex digits; ids sort by the moment they were made, and so do jobs of the same turn."""
+    return f"job_{time.time_ns():016x}{secrets.token_hex(6)}"
 
 
 def fingerprint(body: bytes) -> str:
@@ -239,9 +239,10 @@ class Jobs:
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
         }
+        job_id = new_job_id()
         word, *flat = self._enqueue(
             args=[
-                new_job_id(),
+                job_id,
                 submission.owner,
                 generation.model,
                 int(submission.priority),
@@ -258,7 +259,8 @@ class Jobs:
             raise Unavailable("Too many jobs wait for this model.", code="queue_full", retry_after=10)
         if word == "reused":
             raise KeyReused("This Idempotency-Key was used for another request.", field="Idempotency-Key")
-        return Job.from_record(dict(zip(flat[::2], flat[1::2], strict=True))), word == "created"
+        job = Job.from_record(dict(zip(flat[::2], flat[1::2], strict=True)))
+        return job, job.id == job_id  # "exists" may also be the answer to this very call, sent again
 
     def get(self, job_id: str, owner: str) -> Job:
         """An owner's job.
@@ -275,13 +277,13 @@ class Jobs:
         """An owner's jobs, newest first, created before a moment (seconds since the epoch)."""
         own = keys.OWNER + owner
         highest = "+inf" if before is None else f"({before!r}"
-        ids = self._client.zrange(own, highest, "-inf", byscore=True, desc=True, offset=0, num=limit)
-        records = self._read(ids)
-        gone = [job_id for job_id, record in zip(ids, records, strict=True) if not record]
-        if gone:
-            self._client.zrem(own, *gone)
-            return self.recent(owner, limit=limit, before=before)  # or the page would look like the last
-        return [Job.from_record(record) for record in records if record]
+        while True:
+            ids = self._client.zrange(own, highest, "-inf", byscore=True, desc=True, offset=0, num=limit)
+            records = self._read(ids)
+            gone = [job_id for job_id, record in zip(ids, records, strict=True) if not record]
+            if not gone:
+                return [Job.from_record(record) for record in records]
+            self._client.zrem(own, *gone)  # and again, or the page would look like the last
 
     def stop(self, job_id: str, owner: str) -> Job:
         """Cancel a job: at once while it waits, at its worker's next step while it runs.

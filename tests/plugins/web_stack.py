@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from shared.claims import Append, Claims, NoLease, Verdict
 from shared.jobs import Ending, Job, Status
 from shared.registry import ModelCard, Registry, WorkerInfo
 from shared.store import Redis, connect
+from tests.support.waiting import free_port
 from web.keystore import KeyStore, new_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,12 +225,6 @@ def _wait_for(stack: WebStack) -> None:
         except httpx2.HTTPError:
             time.sleep(0.05)
     raise AssertionError(f"the API does not start: {stack.log.read_text()}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

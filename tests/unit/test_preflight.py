@@ -15,6 +15,7 @@ from scripts.commands.stack import leftovers, preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.instance import sole_instance
 from shared.settings import Settings
+from tests.support.waiting import free_port
 
 
 def make(data_dir: Path, **values: Any) -> Settings:
@@ -29,11 +30,9 @@ def taken_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(name="free_port")
+def _free_port() -> int:
+    return free_port()
 
 
 def failure(check: Any, *arguments: Any) -> str:
