@@ -14,6 +14,8 @@ from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
 Model = TypeVar("Model", bound=BaseModel)
 
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_MOST_NAMES: Final = 1000
+"""Names in one object. Each that nobody knows is an error of its own, and a body has room for a million."""
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", re.IGNORECASE)
 
 
@@ -61,11 +63,14 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MOST_NAMES:
+        raise BadRequest(f"The body has an object of more than {_MOST_NAMES} names.", code="invalid_json")
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadRequest("The body has a name twice in one object.", code="invalid_json", field=twice)
+        shown = twice.encode(errors="replace").decode()  # it may hold half a character
+        raise BadRequest("The body has a name twice in one object.", code="invalid_json", field=shown)
     return data
 
 

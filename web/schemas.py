@@ -65,7 +65,7 @@ class JobRequest(_Request):
     model: str | None = Field(None, min_length=1, max_length=256, description="Default: the service's model")
     prompt: str | None = Field(None, min_length=1, description="Plain text, instead of messages")
     messages: list[Message] | None = Field(
-        None, min_length=1, validate_default=True, description="A conversation to answer"
+        None, min_length=1, fail_fast=True, validate_default=True, description="A conversation to answer"
     )
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens to generate")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time")

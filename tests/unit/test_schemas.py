@@ -25,6 +25,10 @@ def test_one_stop_is_a_list_of_one(stop: object, means: list[str]) -> None:
     assert JobRequest.model_validate({"prompt": "hi", "stop": stop}).stop == means
 
 
+def test_many_bad_messages_are_one_error() -> None:
+    assert faults(messages=[TURN, *[1] * 1000]) == [("messages", 1)]
+
+
 @pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": [TURN]}, {"messages": []}])
 def test_exactly_one_of_prompt_and_messages(body: dict[str, object]) -> None:
     assert faults(**body) == [("messages",)]
