@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 
 from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError
 from shared.jobs import Job, Status
-from shared.log import Event
+from shared.log import Event, EventKind
 from web import apidoc
 from web.apidoc import describe
 from web.body import read_body
@@ -76,11 +76,23 @@ def _watched(
     events: Generator[Event | None], environ: WSGIEnvironment, gone: Callable[[], None]
 ) -> Generator[Event | None]:
     with closing(events), watching(environ, gone):
-        yield from events
+        for event in events:
+            try:
+                yield event
+            except GeneratorExit:
+                if event is None or event.kind is not EventKind.DONE:  # it could not be sent, which the watch may miss
+                    gone()
+                raise
 
 
 def _canceller(parts: Services, job: Job) -> Callable[[], None]:
+    told = False
+
     def cancel() -> None:
+        nonlocal told
+        if told:
+            return
+        told = True
         try:
             parts.jobs.stop(job.id, job.owner)
             log.info("The client of %s went away: cancelled", job.id, extra={"job_id": job.id})
