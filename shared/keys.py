@@ -11,7 +11,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `QUEUE` + model | zset | jobs that wait; score = class, then fair turn | while jobs wait |
 | `CLOCK` + model | hash | fair queueing: turn reached by the class and by each owner in it | while jobs wait |
 | `SPEED` + model | hash | `mean_s`, moving average of a job's running time | for ever |
-| `OWNER` + key id | zset | the jobs of an API key by creation time | pruned when listed |
+| `OWNER` + key id | zset | the jobs of an API key by creation time | pruned when listed or added to |
 | `IDEM` + key id + `:` + key | string | job id of an Idempotency-Key | as the record |
 | `TIMERS` | zset | job → moment it expires | until it ends |
 | `LEASES` | zset | worker → moment its lease lapses | until it lapses |

@@ -34,6 +34,11 @@ redis.call('HSET', K.JOB .. id,
   'created_at', stamp(at), 'end_by', stamp(end_by), unpack(ARGV, 11))
 wait_in_line(id, model, class, next_turn(model, class, owner))
 redis.call('ZADD', K.OWNER .. owner, stamp(at), id)
+for _, oldest in ipairs(redis.call('ZRANGE', K.OWNER .. owner, 0, 1)) do
+  if redis.call('EXISTS', K.JOB .. oldest) == 0 then -- two out for one in, or it would grow for owners who never list
+    redis.call('ZREM', K.OWNER .. owner, oldest)
+  end
+end
 redis.call('ZADD', K.TIMERS, stamp(math.min(start_by, end_by)), id)
 if idem ~= '' then
   redis.call('SET', K.IDEM .. owner .. ':' .. idem, id)

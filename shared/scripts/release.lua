@@ -11,7 +11,7 @@ for i = 2, #ARGV, 2 do
       back[#back + 1] = redis.call('HGET', K.JOB .. id, 'model')
       back[#back + 1] = id
     end
-  else
+  elseif holder ~= worker then -- or the worker has it again, as a later attempt
     redis.call('SREM', K.RUNNING .. worker, id)
   end
 end

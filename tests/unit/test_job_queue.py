@@ -256,6 +256,42 @@ def test_what_has_ended_lives_as_long_as_its_retention(client: Redis) -> None:
         assert client.ttl(key) == 77
 
 
+def test_an_acceptance_sent_again_is_still_a_new_job(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    enqueue = jobs._enqueue
+
+    def sent_again(args: list[object]) -> object:  # as redis-py does when the first answer is lost
+        enqueue(args=args)
+        return enqueue(args=args)
+
+    monkeypatch.setattr(jobs, "_enqueue", sent_again)
+    job, new = jobs.create(submission())
+    assert new and jobs.position(job) == 1
+
+
+def test_handing_an_old_attempt_back_leaves_the_new_one_to_be_found(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    taken(worker)
+    lapse(client, "w1")
+    Reaper(client, 3).reap()
+    worker.renew(60)
+    assert taken(worker).attempt == 2
+    assert worker.release([(job.id, 1)]) == []
+    lapse(client, "w1")
+    assert Reaper(client, 3).reap() == [Waiting(MODEL, job.id)]
+
+
+def test_a_list_of_jobs_long_gone_is_cleared_however_long_it_is(client: Redis, jobs: Jobs) -> None:
+    client.zadd("mlxq:owner:a", {f"job_{n}": n for n in range(1100)})
+    assert jobs.recent("a", limit=1) == []
+    assert client.zcard("mlxq:owner:a") == 0
+
+
+def test_the_list_of_an_owner_who_never_looks_does_not_grow(client: Redis, jobs: Jobs) -> None:
+    client.zadd("mlxq:owner:a", {f"job_{n}": n for n in range(10)})
+    made = {jobs.create(submission())[0].id for _ in range(6)}
+    assert set(client.zrange("mlxq:owner:a", 0, -1)) == made
+
+
 def test_the_list_is_newest_first_and_pages(jobs: Jobs) -> None:
     made = [jobs.create(submission())[0] for _ in range(5)]
     page = jobs.recent("a", limit=2)
