@@ -154,6 +154,8 @@ class Hub:
                 if not away:
                     log.warning("Live events are away, streams read the log: %s", error)
                 away = True
+            except Exception:  # a message that cannot be read, say: without the reader every stream would wait in vain
+                log.exception("Live events failed, streams read the log")
             self._drop()
             time.sleep(_RECONNECT_S)
 

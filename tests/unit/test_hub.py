@@ -71,6 +71,15 @@ def test_after_a_cut_connection_readers_look_at_the_log(hub: Hub, valkey_client:
         assert numbers(reader) == [7]
 
 
+def test_a_message_that_cannot_be_read_ends_no_reader(hub: Hub, valkey_client: Redis) -> None:
+    with hub.subscribe("a") as reader:
+        assert reader.get(5) is Signal.RESYNC
+        valkey_client.publish(keys.LIVE + "a", "of another version")
+        assert reader.get(5) is Signal.RESYNC
+        say(valkey_client, "a", 1)
+        assert numbers(reader) == [1]
+
+
 def test_closing_reaches_readers_of_now_and_later(hub: Hub) -> None:
     with hub.subscribe("a") as reader:
         assert reader.get(5) is Signal.RESYNC
