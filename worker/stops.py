@@ -47,7 +47,7 @@ class StopMatcher:
         return min(ends)[1] if ends else None
 
     def _undecided(self, text: str) -> int:
-        for length, beginnings in self._beginnings:
+        for length, beginnings in self._beginnings[max(0, len(self._beginnings) - len(text)) :]:
             if text.endswith(beginnings):
                 return length
         return 0
