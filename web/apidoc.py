@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -108,6 +109,7 @@ def describe(
     return mark
 
 
+@lru_cache(maxsize=1)
 def document(app: Flask) -> str:
     """The document of all the application's routes, as JSON."""
     paths: dict[str, PathItem] = {}

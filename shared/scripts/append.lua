@@ -3,13 +3,14 @@
 --                  terminal fields as a JSON object with `status`, or ''
 -- An event whose number the log has already is passed over, so the call may be sent again.
 -- Returns a word a row: 'ok'; 'cancelled' or 'expired' when that is asked of the job; 'fenced' when the attempt is
--- not the record's any more (or the job is not running): then nothing was written.
+-- not the record's any more (or the job is not running): then nothing was written. So too when events before this one
+-- are missing, because Redis came back without its last second: another attempt says them again.
 local replies = {}
 for i = 1, #ARGV, 6 do
   local id, attempt, n = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
   local status, current, seq, stop = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'attempt', 'seq', 'stop_as'))
   local reply = 'fenced'
-  if status == 'running' and current == attempt then
+  if status == 'running' and current == attempt and n <= tonumber(seq) + 1 then
     reply = stop or 'ok'
     if ARGV[i + 3] ~= '' and n > tonumber(seq) then
       write_event(id, n, 'chunk', ARGV[i + 3], ARGV[i + 4])

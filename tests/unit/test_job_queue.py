@@ -120,6 +120,26 @@ def test_a_job_that_loses_its_workers_too_often_fails(client: Redis, jobs: Jobs,
     assert kinds(client, job)[-1] == "done"
 
 
+def test_the_last_try_of_a_job_is_made_alone(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    made = [jobs.create(submission())[0].id for _ in range(2)]
+    for _ in range(2):
+        worker.renew(60)
+        assert {taken(worker).id for _ in made} == set(made)
+        lapse(client, "w1")
+        Reaper(client, 3).reap()
+    worker.renew(60)
+    killer = taken(worker)
+    assert killer.alone and worker.claim(MODEL) is None, "its neighbour has to wait"
+    lapse(client, "w1")
+    Reaper(client, 3).reap()
+    worker.renew(60)
+    neighbour = taken(worker)
+    assert {killer.id, neighbour.id} == set(made)
+    assert jobs.get(killer.id, "a").status is Status.FAILED
+    worker.append([Append(neighbour.id, neighbour.attempt, neighbour.last_event + 1, ending=SUCCESS)])
+    assert jobs.get(neighbour.id, "a").status is Status.SUCCEEDED
+
+
 def test_handing_back_counts_as_no_loss(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job, _ = jobs.create(submission())
     for attempt in range(1, 6):
@@ -254,6 +274,16 @@ def test_what_has_ended_lives_as_long_as_its_retention(client: Redis) -> None:
     jobs.stop(job.id, "a")
     for key in ("mlxq:job:" + job.id, "mlxq:log:" + job.id, "mlxq:idem:a:k"):
         assert client.ttl(key) == 77
+
+
+def test_a_log_that_lost_its_tail_gets_no_gap(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    worker.append([Append(job.id, 1, 3, "he", (1,))])
+    assert worker.append([Append(job.id, 1, 5, "o", (3,))]) == [Verdict.FENCED]
+    assert worker.append([Append(job.id, 1, 5, ending=SUCCESS)]) == [Verdict.FENCED]
+    worker.release([(job.id, 1)])
+    assert (taken(worker).attempt, JobLog(client).written(job.id).text) == (2, "he")
 
 
 def test_an_acceptance_sent_again_is_still_a_new_job(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
