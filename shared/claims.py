@@ -97,7 +97,7 @@ class Claims:
         self._retire = script(client, "retire")
 
     def claim(self, model: str) -> Job | None:
-        """Take the next job of a model; None when none waits.
+        """Take the next job of a model; None when none waits that this worker may have now.
 
         Raises:
             NoLease: renew first.
@@ -105,7 +105,9 @@ class Claims:
         reply = self._claim(args=[model, self._worker])
         if reply == "no lease":
             raise NoLease(self._worker)
-        return Job.from_record(dict(zip(reply[::2], reply[1::2], strict=True))) if reply else None
+        if not reply or reply == "alone":
+            return None
+        return Job.from_record(dict(zip(reply[::2], reply[1::2], strict=True)))
 
     def append(self, rows: Sequence[Append]) -> list[Verdict]:
         """Write all rows in one call; a verdict for each."""

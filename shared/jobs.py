@@ -121,6 +121,8 @@ class Job:
     status: Status
     attempt: int
     priority: Priority
+    alone: bool
+    """Whether it runs without neighbours, because its next lost worker is its last."""
     generation: Generation
     metadata: dict[str, str]
     request_id: str
@@ -154,6 +156,7 @@ class Job:
             status=Status(record["status"]),
             attempt=int(record["attempt"]),
             priority=Priority(int(record["class"])),
+            alone="alone" in record,
             generation=Generation.from_json(record["generation"]),
             metadata=json.loads(record["metadata"]),
             request_id=record["request_id"],

@@ -91,9 +91,10 @@ class TicketOffice:
         for worker in self._registry.workers():
             if worker.state == "ready":
                 free[worker.model] = free.get(worker.model, 0) + worker.slots - worker.slots_used
-        return sum(self._rescue_model(model, slots) for model, slots in free.items() if slots > 0)
+        return sum(self.rescue_model(model, slots) for model, slots in free.items() if slots > 0)
 
-    def _rescue_model(self, model: str, slots: int) -> int:
+    def rescue_model(self, model: str, slots: int) -> int:
+        """The same for one model; at most `slots` tickets."""
         heads = self._client.zrange(keys.QUEUE + model, 0, slots - 1)
         if not heads or not self._client.set(keys.RESCUE + model, 1, nx=True, ex=2):
             return 0

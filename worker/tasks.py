@@ -71,6 +71,8 @@ class Runner:
                     logger.exception("the task failed")
         finally:
             self._held.discard(claim)
+        if job.alone:
+            self._call_next(model)
 
     def _claim(self, model: str) -> Job | None:
         for _ in range(RENEWALS_AWAITED):
@@ -115,6 +117,13 @@ class Runner:
         except Exception:
             logger.exception("the job cannot be started")
             return sequence.fail(JobFailure.ENGINE, "The worker could not start this job.")
+
+    def _call_next(self, model: str) -> None:
+        """Send a ticket at once for one of those that had to wait until this worker was free again."""
+        try:
+            self._tickets.rescue_model(model, slots=1)
+        except (RedisError, OperationalError) as error:
+            logger.warning("no ticket sent: Redis or the broker is away: %s", error)  # the rescue will
 
     def _hand_back(self, job: Job) -> None:
         logger.info("handing the job back", extra={"attempt": job.attempt})

@@ -1,11 +1,17 @@
 -- The next job of a model for a worker, as a new attempt.
 -- ARGV: model, worker
--- Returns the record as name, value, … ; 'no lease' ; or nothing when no job waits.
+-- Returns the record as name, value, … ; 'no lease' ; 'alone' when the worker must first be done with what it holds;
+-- or nothing when no job waits.
 local model, worker = ARGV[1], ARGV[2]
 
 local lease = redis.call('ZSCORE', K.LEASES, worker)
 if not lease or tonumber(lease) <= now() then
   return 'no lease'
+end
+-- A job that one more loss would fail runs alone: if it kills the worker, it takes no neighbour with it.
+local held = redis.call('SMEMBERS', K.RUNNING .. worker)
+if #held == 1 and redis.call('HGET', K.JOB .. held[1], 'alone') then
+  return 'alone'
 end
 while true do
   local head = redis.call('ZRANGE', K.QUEUE .. model, 0, 0, 'WITHSCORES')
@@ -13,8 +19,11 @@ while true do
     return false
   end
   local id, job = head[1], K.JOB .. head[1]
-  local status, class, started, end_by = unpack(redis.call('HMGET', job, 'status', 'class', 'started_at', 'end_by'))
-  if status == 'queued' then
+  local status, class, started, end_by, alone =
+    unpack(redis.call('HMGET', job, 'status', 'class', 'started_at', 'end_by', 'alone'))
+  if status == 'queued' and alone and #held > 0 then
+    return 'alone'
+  elseif status == 'queued' then
     local at = now()
     reach_turn(model, class, tonumber(head[2]) - tonumber(class) * CLASS_WIDTH)
     leave_line(id, model)

@@ -15,6 +15,9 @@ for _, worker in ipairs(redis.call('ZRANGEBYSCORE', K.LEASES, '-inf', stamp(at))
         finish(id, 'failed', {'error_code', 'worker_lost', 'error_message',
           'The job was lost with its worker ' .. losses .. ' times.'})
       elseif requeue(id, worker) then
+        if losses == most_losses - 1 then
+          redis.call('HSET', job, 'alone', 1)
+        end
         back[#back + 1] = model
         back[#back + 1] = id
       end

@@ -176,10 +176,13 @@ def test_a_killed_workers_jobs_go_on_elsewhere_byte_for_byte(fleet: Fleet) -> No
 
 def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fleet) -> None:
     bad = fleet.submit("!die=20 !pause=0.02")
+    neighbours = [fleet.submit(f"!pause=0.02 neighbour {i}", 60) for i in range(3)]
     for _ in range(fleet.settings.max_attempts):
         assert fleet.spawn().wait(20) == 9
     fleet.start()
     ended = fleet.end(bad)
+    for job in neighbours:
+        fleet.check(job)
     assert (ended.status, ended.error_code) == (Status.FAILED, JobFailure.WORKER_LOST)
     assert ended.attempt == fleet.settings.max_attempts
 

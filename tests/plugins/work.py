@@ -23,6 +23,7 @@ def claimed(prompt: str = "hello", *, attempt: int = 1, last_event: int = 2, **g
         status=Status.RUNNING,
         attempt=attempt,
         priority=Priority.NORMAL,
+        alone=False,
         generation=asked,
         metadata={},
         request_id="req",

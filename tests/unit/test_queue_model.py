@@ -33,6 +33,10 @@ class Expected:
     text: str = ""
     events: list[str] = field(default_factory=lambda: ["queued"])
 
+    @property
+    def alone(self) -> bool:
+        return self.losses >= MAX_ATTEMPTS - 1
+
     def end(self, status: Status) -> None:
         self.status, self.holder = status, ""
         self.events.append("done")
@@ -88,12 +92,15 @@ class Queue(RuleBasedStateMachine):
         except NoLease:
             assert worker not in self.alive
             return Grip("none", 0, worker)
-        waiting = [i for i, e in self.expected.items() if e.status is Status.QUEUED]
+        waiting = {i: e for i, e in self.expected.items() if e.status is Status.QUEUED}
+        held = [e for e in self.expected.values() if e.holder == worker]
         if job is None:
-            assert not waiting
+            must_be_free = any(e.alone for e in held) or (held and any(e.alone for e in waiting.values()))
+            assert not waiting or must_be_free
             return Grip("none", 0, worker)
-        expected = self.expected[job.id]
-        assert job.id in waiting
+        expected = waiting[job.id]
+        assert not any(e.alone for e in held)
+        assert not (expected.alone and held)
         expected.events.append("resumed" if expected.attempt else "started")
         expected.status, expected.attempt, expected.holder = Status.RUNNING, expected.attempt + 1, worker
         assert job.attempt == expected.attempt
