@@ -1,0 +1,110 @@
+"""Each kind of cache that mlx-lm has, under rows that come and go: random weights, greedy, beside mlx-lm alone."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+from mlx_lm.generate import generate_step
+
+from shared.jobs import Sampling
+from worker.backends.base import Row
+from worker.backends.decode import DecodeBatch
+from worker.backends.prefill import Prefill
+
+VOCABULARY = 512
+TOKENS = 40
+WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": {
+        **WIDTHS,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": {  # two layers in three look back 32 tokens only
+        **WIDTHS,
+        "num_hidden_layers": 6,
+        "intermediate_size": 128,
+        "head_dim": 16,
+        "sliding_window": 32,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 16,
+    },
+    "gpt_oss": {  # mixture of experts, sliding windows and sinks
+        **WIDTHS,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 32,
+        "rope_theta": 10000,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "mamba2": {  # a state, no keys and values
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "head_dim": 32,
+        "state_size": 16,
+        "num_hidden_layers": 2,
+        "layer_norm_epsilon": 1e-5,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": False,
+        "time_step_limit": (0.0, 1e9),
+        "time_step_rank": "auto",
+    },
+}
+
+
+def make(name: str) -> Any:
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(1)
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **ARCHITECTURES[name]}))
+    # Wider weights give answers that differ from token to token.
+    model.update(tree_map(lambda array: array * 3 if array.ndim == 2 else array, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def alone(model: Any, prompt: list[int]) -> list[int]:
+    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
+
+
+def together(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """A row joins every third step; every second one leaves early."""
+    prefill, batch = Prefill(model, 32), DecodeBatch(model)
+    said: list[list[int]] = [[] for _ in prompts]
+    waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0)) for i, p in enumerate(prompts)]
+    step = 0
+    while waiting or prefill or batch:
+        if waiting and step % 3 == 0:
+            prefill.add(waiting.pop(0))
+        chunk = prefill.advance()
+        if chunk.rows:
+            batch.join(chunk.rows, chunk.cache)
+        for uid, token in batch.step():
+            said[uid].append(token)
+        step += 1
+    return said
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_batch_says_what_each_row_says_alone(name: str) -> None:
+    model, draw = make(name), random.Random(0)
+    prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
+    expected = [alone(model, prompt) for prompt in prompts]
+    assert all(len(set(answer)) > 10 for answer in expected), "answers that would hide a mistake"
+    for answer, said in zip(expected, together(model, prompts), strict=True):
+        assert len(said) >= TOKENS - 9
+        assert said == answer[: len(said)]
