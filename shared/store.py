@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import redis
+from redis import exceptions
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
@@ -21,6 +22,17 @@ POOL_WAIT_S = 5.0
 """Longest wait for a free connection. Longer than calls take: a burst is no outage."""
 
 SCRIPTS = Path(__file__).parent / "scripts"
+
+_PASSING = (
+    exceptions.ConnectionError,  # also while it loads its data
+    exceptions.TimeoutError,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+    exceptions.TryAgainError,
+    exceptions.ClusterDownError,
+)
+_PASSING_WORDS = ("MISCONF ", "BUSY ", "NOREPLICAS ")
+"""How errors begin that redis-py has no class for."""
 
 Redis: TypeAlias = Any
 """A client. redis-py's annotations cannot tell one that decodes its answers from one that does not, so that every
@@ -48,6 +60,14 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
         **options,
     )
     return redis.Redis.from_pool(pool)
+
+
+def passes(error: exceptions.RedisError) -> bool:
+    """Whether Redis is away or takes nothing for the time being, so that the same call will be answered later.
+
+    If not, the call itself is at fault, such as a script that raises, and sending it again changes nothing.
+    """
+    return isinstance(error, _PASSING) or str(error).startswith(_PASSING_WORDS)
 
 
 @cache
