@@ -6,8 +6,10 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 
 from tests.plugins.web_stack import PretendWorker, WebStack
@@ -16,14 +18,15 @@ Pretend = Callable[..., PretendWorker]
 Eventually = Callable[..., None]
 
 
-def send(web: WebStack, method: str, path: str, body: object = None) -> socket.socket:
+def send(web: WebStack, method: str, path: str, body: object = None, key: str = "") -> socket.socket:
     """A request on a bare socket, to be closed at will."""
     address = urlsplit(web.url)
     connection = socket.create_connection((address.hostname, address.port))
     content = json.dumps(body).encode() if body else b""
     head = (
         f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {web.key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        + (f"Idempotency-Key: {key}\r\n\r\n" if key else "\r\n")
     )
     connection.sendall(head.encode() + content)
     return connection
@@ -48,6 +51,38 @@ def test_a_gone_client_cancels_its_inference(
     connection.close()
     assert web.job(job_id, wait=10)["status"] == "cancelled"
     assert time.monotonic() - left_at < 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_may_come_again_outlasts_its_connection(
+    web: WebStack, pretend: Pretend, eventually: Eventually, stream: bool
+) -> None:
+    worker = pretend()
+    worker.hold.set()
+    key = f"again-{stream}"
+    body = {"prompt": "hi", "stream": stream, "max_tokens": 2, "metadata": {"marker": key}}
+    connection = send(web, "POST", "/inference", body, key)
+    eventually(lambda: newest(web).get("metadata") == {"marker": key} and newest(web)["status"] == "running")
+    job_id = str(newest(web)["id"])
+    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+
+    def again() -> httpx2.Response:
+        return web.http.post("/inference", content=json.dumps(body), headers=headers)
+
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(again)
+        connection.close()
+        gone = send(web, "POST", "/inference", {"prompt": "gone", "metadata": {"marker": f"after {key}"}})
+        eventually(lambda: newest(web).get("metadata") == {"marker": f"after {key}"})
+        next_id = str(newest(web)["id"])
+        gone.close()
+        # The API notices clients in the order they leave: by now it has noticed the first.
+        assert web.job(next_id, wait=10)["status"] == "cancelled"
+        worker.hold.clear()
+        assert second.result(30).status_code == 200
+    assert web.job(job_id)["status"] == "succeeded"
+    third = again()
+    assert (third.status_code, third.headers["Location"]) == (200, f"/v1/jobs/{job_id}")
 
 
 def test_a_gone_reader_does_not_end_the_job(web: WebStack, pretend: Pretend) -> None:

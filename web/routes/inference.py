@@ -15,7 +15,7 @@ from shared.jobs import Job, Status
 from shared.log import Event, EventKind
 from web import apidoc
 from web.apidoc import describe
-from web.body import read_body
+from web.body import idempotency_key, read_body
 from web.connection import watching
 from web.schemas import InferenceRequest, InferenceView
 from web.services import Services, services
@@ -43,18 +43,24 @@ _CALLERS_FAULT = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
     parameters=(apidoc.IDEMPOTENCY_KEY,),
 )
 def infer() -> Response:
-    """The answer, or with `"stream": true` a stream of events. A client that goes away cancels its job."""
+    """The answer, or with `"stream": true` a stream of events.
+
+    A client that goes away cancels its job, but not when it sent an Idempotency-Key: sent again, the request gets the
+    same job, which ends by its deadline.
+    """
     wanted = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if wanted.stream else None
     job, _ = submit(wanted)
-    reply = _stream(job, form) if form else _whole(job, wanted.prompt_field)
+    # Under an Idempotency-Key others may wait for the same job, now or later.
+    gone = _leave if idempotency_key() else _canceller(services(), job)
+    reply = _stream(job, form, gone) if form else _whole(job, wanted.prompt_field, gone)
     reply.headers["Location"] = f"/v1/jobs/{job.id}"
     return reply
 
 
-def _whole(job: Job, prompt_field: str) -> Response:
+def _whole(job: Job, prompt_field: str, gone: Callable[[], None]) -> Response:
     parts = services()
-    with watching(request.environ, _canceller(parts, job)):
+    with watching(request.environ, gone):
         parts.follower.wait(job.id, None)
     ended = parts.jobs.get(job.id, job.owner)
     if ended.status is not Status.SUCCEEDED:
@@ -62,10 +68,10 @@ def _whole(job: Job, prompt_field: str) -> Response:
     return Response(answer(ended).model_dump_json(), content_type="application/json")
 
 
-def _stream(job: Job, form: Format) -> Response:
+def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:
     parts = services()
     return stream(
-        _watched(parts.follower.follow(job.id, 0), request.environ, _canceller(parts, job)),
+        _watched(parts.follower.follow(job.id, 0), request.environ, gone),
         form,
         lambda: parts.views.full(parts.jobs.get(job.id, job.owner)).model_dump_json(),
         parts.metrics,
@@ -83,6 +89,10 @@ def _watched(
                 if event is None or event.kind is not EventKind.DONE:  # it could not be sent, which the watch may miss
                     gone()
                 raise
+
+
+def _leave() -> None:
+    """Let the job go on without its client."""
 
 
 def _canceller(parts: Services, job: Job) -> Callable[[], None]:
