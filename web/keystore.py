@@ -76,7 +76,9 @@ class KeyStore:
         self._keys: dict[str, ApiKey] = {}
 
     def ensure(self, key: str, name: str, scopes: Iterable[str]) -> ApiKey:
-        """Make a given key known, unless its id is known already.
+        """Make a given key known, unless its id is known already, and the only one of its name that is valid.
+
+        A key that was revoked stays so.
 
         Raises:
             ValueError: it does not have the form of a key, or its id belongs to another one.
@@ -87,8 +89,13 @@ class KeyStore:
         entry = ApiKey(match[1], name, _hash(key), _checked(scopes), None, time.time())
         with self._writing() as keys:
             known = keys.setdefault(entry.id, entry)
-        if known.hash != entry.hash:
-            raise ValueError(f"Another API key has the id {entry.id}")
+            if known.hash != entry.hash:
+                raise ValueError(f"Another API key has the id {entry.id}")
+            for other in [*keys.values()]:
+                if other.name == name and other.id != known.id and other.revoked_at is None:
+                    keys[other.id] = replace(other, revoked_at=entry.created_at)
+        if known.revoked_at is not None:
+            log.warning("The API key %s was revoked and stays so", known.id)
         return known
 
     def create(self, name: str, scopes: Iterable[str], rate_limit: str | None = None) -> str:

@@ -66,6 +66,25 @@ def test_ensure_makes_a_key_known_once(store: KeyStore) -> None:
         store.ensure("secret", "other", SCOPES)
 
 
+def test_a_key_that_is_replaced_is_valid_no_more(store: KeyStore) -> None:
+    old, new, others = new_key(), new_key(), store.create("alice", ["infer"])
+    store.ensure(old, "local", SCOPES)
+    store.ensure(new, "local", SCOPES)
+    assert store.find(old) is None and store.find(new) is not None and store.find(others) is not None
+    assert [entry.name for entry in store.list() if entry.revoked_at is None] == ["alice", "local"]
+
+    store.ensure(old, "local", SCOPES)
+    assert store.find(old) is None and store.find(new) is None
+
+
+def test_a_key_that_is_refused_revokes_none(store: KeyStore) -> None:
+    key, others = new_key(), store.create("alice", ["infer"])
+    store.ensure(key, "local", SCOPES)
+    with pytest.raises(ValueError, match="id"):
+        store.ensure(others[:14] + new_key()[14:], "local", SCOPES)
+    assert store.find(key) is not None
+
+
 def test_bad_scopes_limits_and_names_are_refused(store: KeyStore) -> None:
     store.create("alice", ["infer"])
     for arguments in (("bob", ["root"]), ("bob", []), ("bob", ["infer"], "often"), ("alice", ["infer"])):
