@@ -122,10 +122,15 @@ class Claims:
             held=tuple(Held(i, int(attempt), Verdict(stop) if stop else None) for i, attempt, stop in held),
         )
 
-    def release(self, jobs: Iterable[tuple[str, int]]) -> list[Waiting]:
-        """Hand (job, attempt)s back, to be continued by whoever claims them next."""
+    def release(self, jobs: Iterable[tuple[str, int]], *, max_attempts: int | None = None) -> list[Waiting]:
+        """Hand (job, attempt)s back, to be continued by whoever claims them next.
+
+        Args:
+            max_attempts: given, it counts as a loss: a job that was lost so often fails, as if its worker had died.
+        """
         flat = [part for job in jobs for part in job]
-        return _waiting(self._release(args=[self._worker, *flat])) if flat else []
+        most_losses = "" if max_attempts is None else max_attempts
+        return _waiting(self._release(args=[self._worker, most_losses, *flat])) if flat else []
 
     def retire(self) -> list[Waiting]:
         """Hand everything back and give the lease up: the last call of a worker."""

@@ -30,7 +30,7 @@ from worker.backends import choose_loader
 from worker.backends.base import Backend
 from worker.consumer import Consumer, node_name, stop_consuming
 from worker.engine import Engine
-from worker.lease import Claim, Housekeeper, LeaseKeeper, Times
+from worker.lease import Claim, Housekeeper, LeaseKeeper, Limits
 from worker.publisher import Publisher
 from worker.tasks import Runner, register
 from worker.vital import leave
@@ -72,7 +72,7 @@ class Service:
             self._engine,
             self._held,
             self._announce,
-            Times(settings.lease_s, settings.watchdog_s),
+            Limits(settings.lease_s, settings.watchdog_s, settings.max_attempts),
         )
         self._runner = Runner(
             self._engine,

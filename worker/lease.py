@@ -89,11 +89,12 @@ class Watched(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """How long the lease holds, and how long the engine may stand still, in seconds."""
+class Limits:
+    """How long the lease holds, how long the engine may stand still, and how often a job may be lost."""
 
     lease_s: float
     watchdog_s: float
+    max_attempts: int
 
 
 class LeaseKeeper(_Periodic):
@@ -110,15 +111,15 @@ class LeaseKeeper(_Periodic):
         engine: Watched,
         held: set[Claim],
         announce: Callable[[bool], object],
-        times: Times,
+        limits: Limits,
         on_death: OnDeath = end_process,
     ) -> None:
-        super().__init__("lease", times.lease_s / 3, on_death)
+        super().__init__("lease", limits.lease_s / 3, on_death)
         self._claims = claims
         self._engine = engine
         self._held = held
         self._announce = announce
-        self._times = times
+        self._limits = limits
         self._strangers: frozenset[Claim] = frozenset()
         self._renewals = 0
         self._renewed = threading.Condition()
@@ -142,7 +143,7 @@ class LeaseKeeper(_Periodic):
     def do(self) -> None:
         """Renew; then act on what Redis says we hold."""
         before = frozenset(self._held)  # what is claimed during the renewal may be missing from its answer
-        lease = self._claims.renew(self._times.lease_s)
+        lease = self._claims.renew(self._limits.lease_s)
         if not lease.unbroken:
             self._fence(before, lease)
         for job in lease.held:
@@ -157,7 +158,7 @@ class LeaseKeeper(_Periodic):
     def _watch(self) -> None:
         now = time.monotonic()
         still = now - self._engine.progress_at
-        if self._engine.busy and still > self._times.watchdog_s:
+        if self._engine.busy and still > self._limits.watchdog_s:
             self._on_death(f"its engine has not got on for {still:.0f} s")
         if self._end_by is not None and now > self._end_by:
             self._on_death("it did not drain in time")
@@ -171,12 +172,15 @@ class LeaseKeeper(_Periodic):
             self._engine.heed(job_id, attempt, Verdict.FENCED)
 
     def _give_back_strangers(self, held: Iterable[Held]) -> None:
-        """What Redis says we hold and nobody here knows of, twice in a row: a claim whose answer was lost."""
+        """What Redis says we hold and nobody here knows of, twice in a row.
+
+        The answer to its claim was lost or could not be read; so it counts as a loss, or that could go on for ever.
+        """
         strangers = frozenset((job.job_id, job.attempt) for job in held) - self._held
         lost, self._strangers = strangers & self._strangers, strangers
         if lost:
             logger.warning("handing back %d jobs whose claims were lost", len(lost))
-            self._claims.release(lost)  # the housekeepers send their tickets
+            self._claims.release(lost, max_attempts=self._limits.max_attempts)  # the housekeepers send their tickets
 
 
 class Housekeeper(_Periodic):

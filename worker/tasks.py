@@ -9,9 +9,9 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis import RedisError
 
-from shared.claims import Claims, NoLease
+from shared.claims import Append, Claims, NoLease
 from shared.errors import JobFailure
-from shared.jobs import Ending, Job
+from shared.jobs import Ending, Job, Status
 from shared.log import JobLog
 from shared.logging import about
 from shared.tickets import TASK, TicketOffice
@@ -24,6 +24,7 @@ from worker.sequence import Outcome, Said, Sequence
 logger = logging.getLogger(__name__)
 
 RENEWALS_AWAITED = 3
+_NOT_STARTED = "The worker could not start this job."
 
 
 class Runner:
@@ -67,8 +68,8 @@ class Runner:
                 try:
                     self._work_on(job)
                 except Exception:
-                    # The lease keeper will find a claim that nobody works on, and hand it back.
                     logger.exception("the task failed")
+                    self._fail(job)
         finally:
             self._held.discard(claim)
         if job.alone:
@@ -116,7 +117,17 @@ class Runner:
             return sequence.hand_back()
         except Exception:
             logger.exception("the job cannot be started")
-            return sequence.fail(JobFailure.ENGINE, "The worker could not start this job.")
+            return sequence.fail(JobFailure.ENGINE, _NOT_STARTED)
+
+    def _fail(self, job: Job) -> None:
+        """End a job that has no sequence to say so."""
+        try:
+            written = self._log.written(job.id)
+            ending = Ending(Status.FAILED, written.text, error_code=JobFailure.ENGINE, error_message=_NOT_STARTED)
+            self._claims.append([Append(job.id, job.attempt, written.last_event + 1, ending=ending)])
+        except Exception:
+            # The lease keeper will find a claim that nobody works on, and hand it back as lost.
+            logger.exception("the job's end is not written")
 
     def _call_next(self, model: str) -> None:
         """Send a ticket at once for one of those that had to wait until this worker was free again."""

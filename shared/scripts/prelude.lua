@@ -103,3 +103,22 @@ local function requeue(id, worker)
   emit(id, 'queued', '{"reason":"requeued"}')
   return true
 end
+
+-- A running job was lost by its worker: it waits again, or has failed when that was once too often. Returns whether it
+-- waits again.
+local function lose(id, worker, most_losses)
+  local job = K.JOB .. id
+  local losses = redis.call('HINCRBY', job, 'losses', 1)
+  if losses >= most_losses then
+    finish(id, 'failed', {'error_code', 'worker_lost', 'error_message',
+      'The job was lost by its workers ' .. losses .. ' times.'})
+    return false
+  end
+  if not requeue(id, worker) then
+    return false
+  end
+  if losses == most_losses - 1 then
+    redis.call('HSET', job, 'alone', 1)
+  end
+  return true
+end

@@ -7,20 +7,10 @@ local back = {}
 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', K.LEASES, '-inf', stamp(at))) do
   for _, id in ipairs(redis.call('SMEMBERS', K.RUNNING .. worker)) do
-    local job = K.JOB .. id
-    local status, holder, model = unpack(redis.call('HMGET', job, 'status', 'worker', 'model'))
-    if status == 'running' and holder == worker then
-      local losses = redis.call('HINCRBY', job, 'losses', 1)
-      if losses >= most_losses then
-        finish(id, 'failed', {'error_code', 'worker_lost', 'error_message',
-          'The job was lost with its worker ' .. losses .. ' times.'})
-      elseif requeue(id, worker) then
-        if losses == most_losses - 1 then
-          redis.call('HSET', job, 'alone', 1)
-        end
-        back[#back + 1] = model
-        back[#back + 1] = id
-      end
+    local status, holder, model = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'worker', 'model'))
+    if status == 'running' and holder == worker and lose(id, worker, most_losses) then
+      back[#back + 1] = model
+      back[#back + 1] = id
     end
   end
   redis.call('DEL', K.RUNNING .. worker, K.WORKER .. worker)

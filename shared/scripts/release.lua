@@ -1,13 +1,19 @@
 -- A worker hands running jobs back, to continue elsewhere.
--- ARGV: worker, then id, attempt a job
+-- ARGV: worker, losses a job may have when this counts as one or '', then id, attempt a job
 -- Returns model, id for each job that waits again.
-local worker = ARGV[1]
+local worker, most_losses = ARGV[1], tonumber(ARGV[2])
 local back = {}
-for i = 2, #ARGV, 2 do
+for i = 3, #ARGV, 2 do
   local id = ARGV[i]
   local status, attempt, holder = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'attempt', 'worker'))
   if status == 'running' and attempt == ARGV[i + 1] and holder == worker then
-    if requeue(id, worker) then
+    local waits
+    if most_losses then
+      waits = lose(id, worker, most_losses)
+    else
+      waits = requeue(id, worker)
+    end
+    if waits then
       back[#back + 1] = redis.call('HGET', K.JOB .. id, 'model')
       back[#back + 1] = id
     end

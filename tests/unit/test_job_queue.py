@@ -148,6 +148,16 @@ def test_handing_back_counts_as_no_loss(client: Redis, jobs: Jobs, worker: Claim
     assert jobs.get(job.id, "a").status is Status.QUEUED
 
 
+def test_handing_back_what_was_lost_counts_until_it_fails(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    for attempt in (1, 2):
+        assert not taken(worker).alone
+        assert worker.release([(job.id, attempt)], max_attempts=3) == [Waiting(MODEL, job.id)]
+    assert taken(worker).alone
+    assert worker.release([(job.id, 3)], max_attempts=3) == []
+    assert jobs.get(job.id, "a").error_code == "worker_lost"
+
+
 def test_a_worker_that_retires_leaves_nothing_behind(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job, _ = jobs.create(submission())
     taken(worker)

@@ -12,7 +12,7 @@ from shared.claims import Claims, NoLease, Reaper, Verdict, Waiting
 from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
 from shared.settings import Settings
 from shared.store import Redis
-from worker.lease import Claim, Housekeeper, LeaseKeeper, Times
+from worker.lease import Claim, Housekeeper, LeaseKeeper, Limits
 
 
 class Engine:
@@ -39,7 +39,7 @@ class Desk:
         self.announced: list[bool] = []
         self.deaths: list[str] = []
         self.keeper = LeaseKeeper(
-            self.claims, self.engine, self.held, self.announced.append, Times(60, 5), self.deaths.append
+            self.claims, self.engine, self.held, self.announced.append, Limits(60, 5, 3), self.deaths.append
         )
 
     def submit(self) -> Job:
@@ -91,6 +91,19 @@ def test_a_claim_whose_answer_was_lost_goes_back_after_two_rounds(desk: Desk) ->
     assert desk.status(lost) is Status.RUNNING
     desk.keeper.round()
     assert (desk.status(lost), desk.status(known)) == (Status.QUEUED, Status.RUNNING)
+
+
+def test_a_job_whose_record_cannot_be_read_ends(desk: Desk) -> None:
+    desk.keeper.round()
+    job = desk.submit()
+    desk.client.hset(keys.JOB + job.id, "metadata", "{")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="Expecting"):
+            desk.claims.claim("fake")
+        desk.keeper.round()
+        desk.keeper.round()
+    assert desk.client.hget(keys.JOB + job.id, "status") == Status.FAILED
+    assert desk.claims.claim("fake") is None
 
 
 def test_a_claim_that_becomes_known_in_time_stays(desk: Desk) -> None:

@@ -41,6 +41,13 @@ class Expected:
         self.status, self.holder = status, ""
         self.events.append("done")
 
+    def lose(self) -> None:
+        self.losses += 1
+        if self.losses >= MAX_ATTEMPTS:
+            self.end(Status.FAILED)
+        else:
+            self.wait_again()
+
     def wait_again(self) -> None:
         if self.stopping:
             self.end(Status.CANCELLED)
@@ -146,12 +153,12 @@ class Queue(RuleBasedStateMachine):
         elif expected.status is Status.RUNNING:
             expected.stopping = True
 
-    @rule(grip=grips)
-    def hand_back(self, grip: Grip) -> None:
-        self.claims[grip.worker].release([(grip.job_id, grip.attempt)])
+    @rule(grip=grips, lost=st.booleans())
+    def hand_back(self, grip: Grip, lost: bool) -> None:
+        self.claims[grip.worker].release([(grip.job_id, grip.attempt)], max_attempts=MAX_ATTEMPTS if lost else None)
         expected = self.expected.get(grip.job_id, Expected(""))
         if (expected.holder, expected.attempt) == (grip.worker, grip.attempt):
-            expected.wait_again()
+            expected.lose() if lost else expected.wait_again()
 
     @rule(worker=st.sampled_from(WORKERS))
     def lapse(self, worker: str) -> None:
@@ -161,11 +168,7 @@ class Queue(RuleBasedStateMachine):
         self.alive.discard(worker)
         for expected in self.expected.values():
             if expected.holder == worker:
-                expected.losses += 1
-                if expected.losses >= MAX_ATTEMPTS:
-                    expected.end(Status.FAILED)
-                else:
-                    expected.wait_again()
+                expected.lose()
 
     @rule(worker=st.sampled_from(WORKERS))
     def retire(self, worker: str) -> None:

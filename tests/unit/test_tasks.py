@@ -12,7 +12,7 @@ from redis import ConnectionError as RedisAway
 from shared.claims import Append, Claims, NoLease, Waiting
 from shared.errors import JobFailure
 from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
-from shared.log import JobLog
+from shared.log import EventKind, JobLog
 from shared.settings import Settings
 from shared.store import Redis
 from worker.backends.fake import FakeBackend
@@ -110,6 +110,13 @@ def test_an_unforeseen_error_fails_its_job_without_a_word_of_it(desk: Desk, monk
     job = desk.run(desk.submit())
     assert (job.status, job.error_code) == (Status.FAILED, JobFailure.ENGINE)
     assert job.error_message == "The worker could not start this job."
+
+
+def test_a_job_that_no_sequence_can_be_made_of_fails(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBackend, "detokenizer", lambda _: 1 / 0)
+    job = desk.run(desk.submit())
+    assert (job.status, job.error_code, job.attempt) == (Status.FAILED, JobFailure.ENGINE, 1)
+    assert desk.log.read(job.id)[-1].kind is EventKind.DONE
 
 
 def test_what_is_handed_back_gets_a_ticket(desk: Desk) -> None:
