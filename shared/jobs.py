@@ -19,6 +19,7 @@ from shared.errors import Conflict, KeyReused, NotFound, Unavailable
 from shared.log import JobLog
 from shared.settings import Settings
 from shared.store import Redis, script
+from shared.wire import known
 
 
 class Status(StrEnum):
@@ -87,9 +88,9 @@ class Generation:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote."""
-        data = json.loads(text)
-        data["sampling"] = Sampling(**data["sampling"])
+        """Read what `to_json` wrote, here or in another version."""
+        data = known(cls, json.loads(text))
+        data["sampling"] = Sampling(**known(Sampling, data["sampling"]))
         data["stop"] = tuple(data["stop"])
         data["messages"] = None if data["messages"] is None else tuple(data["messages"])
         return cls(**data)

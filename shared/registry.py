@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from shared import keys
 from shared.store import Redis
+from shared.wire import known
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote."""
-        return cls(**json.loads(text))
+        """Read what `to_json` wrote, here or in another version."""
+        return cls(**known(cls, json.loads(text)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ class WorkerInfo:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote."""
-        return cls(**json.loads(text))
+        """Read what `to_json` wrote, here or in another version."""
+        return cls(**known(cls, json.loads(text)))
 
 
 class Registry:
