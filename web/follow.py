@@ -16,6 +16,7 @@ import redis
 
 from shared.errors import Gone
 from shared.log import Event, EventKind, JobLog
+from shared.store import passes
 from web.hub import Signal, Subscription
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,10 @@ class Follower:
     def wait(self, job_id: str, timeout_s: float | None) -> None:
         """Return when the job has ended, when time is over, or, with a timeout, when the process is about to end.
 
+        It outlasts Redis being away.
+
         Raises:
-            redis.RedisError: Redis is away.
+            redis.RedisError: the log cannot be read, and trying again will not help.
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._live.subscribe(job_id) as live:
@@ -68,10 +71,19 @@ class Follower:
                 elif item is Signal.CLOSING:
                     if timeout_s is not None:
                         return
-                else:
-                    last = self._log.last(job_id)
-                    if last is None or last.kind is EventKind.DONE:
-                        return
+                elif self._ended(job_id):
+                    return
+
+    def _ended(self, job_id: str) -> bool:
+        try:
+            last = self._log.last(job_id)
+        except redis.RedisError as error:
+            if not passes(error):
+                raise
+            # As with a stream: whatever comes next leads here again.
+            log.warning("A wait cannot read its log yet: %s", error)
+            return False
+        return last is None or last.kind is EventKind.DONE
 
     def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[Event | None]:
         cursor, ended = yield from _after(cursor, page)

@@ -31,11 +31,12 @@ class Log:
     def __init__(self, events: list[Event], failures: int = 0) -> None:
         self.events = events
         self.failures = failures
+        self.error: redis.RedisError = redis.ConnectionError()
 
     def last(self, job_id: str) -> Event | None:
         if self.failures:
             self.failures -= 1
-            raise redis.ConnectionError
+            raise self.error
         return self.events[-1] if self.events else None
 
     def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
@@ -136,6 +137,20 @@ def test_an_answer_is_waited_for_even_while_the_process_ends() -> None:
     script: list[Event | Signal | None] = [Signal.CLOSING, None, None, None]
     Follower(log, Live(Script(log, chain(3), script)), 1.0).wait(JOB, None)  # type: ignore[arg-type]
     assert log.events[-1].kind is EventKind.DONE
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60])
+def test_waiting_outlasts_redis(timeout_s: float | None) -> None:
+    log = Log(chain(3)[:1], failures=3)
+    Follower(log, Live(Script(log, chain(3), [])), 1.0).wait(JOB, timeout_s)  # type: ignore[arg-type]
+    assert log.failures == 0 and log.events[-1].kind is EventKind.DONE
+
+
+def test_waiting_does_not_outlast_what_does_not_pass() -> None:
+    log = Log(chain(3)[:1], failures=1)
+    log.error = redis.ResponseError("WRONGTYPE")
+    with pytest.raises(redis.ResponseError):
+        Follower(log, Live(Script(log, chain(3), [])), 1.0).wait(JOB, None)  # type: ignore[arg-type]
 
 
 def test_a_slow_reader_loses_events_and_learns_of_it() -> None:
