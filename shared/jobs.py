@@ -320,8 +320,18 @@ class Jobs:
 
     def position(self, job: Job) -> int | None:
         """How many jobs are served before this one, plus one; None when it does not wait."""
-        rank = self._client.zrank(keys.QUEUE + job.model, job.id)
-        return None if rank is None else int(rank) + 1
+        return self.positions([job]).get(job.id)
+
+    def positions(self, jobs: Iterable[Job]) -> dict[str, int]:
+        """For each job that waits, by id: how many are served before it, plus one."""
+        waiting = [job for job in jobs if job.status is Status.QUEUED]
+        if not waiting:
+            return {}
+        with self._client.pipeline(transaction=False) as pipe:
+            for job in waiting:
+                pipe.zrank(keys.QUEUE + job.model, job.id)
+            ranks = pipe.execute()
+        return {job.id: rank + 1 for job, rank in zip(waiting, ranks, strict=True) if rank is not None}
 
     def _read(self, ids: Iterable[str]) -> list[dict[str, str]]:
         with self._client.pipeline(transaction=False) as pipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from shared.jobs import Job, Jobs, Status
@@ -29,15 +30,15 @@ class Views:
         """A job with its text so far."""
         # A job that waits for its first attempt has none, and asking for it would cost a round trip a submit.
         text = "" if job.status is Status.QUEUED and job.attempt == 0 else self._jobs.text(job)
-        return self._view(job, Output(text=text, finish_reason=job.finish_reason))
+        output = Output(text=text, finish_reason=job.finish_reason)
+        return self._view(job, output, self._jobs.position(job))
 
-    def brief(self, job: Job) -> JobView:
-        """A job as a list shows it: with its text only when it has ended."""
-        output = Output(text=job.text, finish_reason=job.finish_reason) if job.text is not None else None
-        return self._view(job, output)
+    def brief(self, jobs: Sequence[Job]) -> list[JobView]:
+        """Jobs as a list shows them: with their texts only when they have ended."""
+        positions = self._jobs.positions(jobs)
+        return [self._view(job, _output_in_all(job), positions.get(job.id)) for job in jobs]
 
-    def _view(self, job: Job, output: Output | None) -> JobView:
-        position = self._jobs.position(job) if job.status is Status.QUEUED else None
+    def _view(self, job: Job, output: Output | None, position: int | None) -> JobView:
         return JobView(
             id=job.id,
             status=job.status,
@@ -56,6 +57,10 @@ class Views:
             metadata=job.metadata,
             urls=urls(job.id),
         )
+
+
+def _output_in_all(job: Job) -> Output | None:
+    return None if job.text is None else Output(text=job.text, finish_reason=job.finish_reason)
 
 
 def answer(job: Job) -> InferenceView:

@@ -63,7 +63,7 @@ def list_jobs() -> Response:
     limit = whole_number("limit", request.args.get("limit", str(_PAGE)), 1, _LARGEST_PAGE)
     jobs = services().jobs.recent(caller().id, limit=limit, before=_before())
     following = repr(jobs[-1].created_at) if len(jobs) == limit else None
-    return _json(JobList(data=[services().views.brief(job) for job in jobs], next=following))
+    return _json(JobList(data=services().views.brief(jobs), next=following))
 
 
 @routes.post("/<job_id>/cancel")
