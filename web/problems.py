@@ -18,6 +18,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from shared import errors
 from shared.errors import MlxqError
+from shared.store import passes
 from web.correlation import current_request_id
 from web.schemas import Fault, ProblemDetails
 
@@ -56,7 +57,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(ValidationError, _invalid)
     app.register_error_handler(RateLimitExceeded, _rate_limited)
     app.register_error_handler(HTTPException, _http)
-    app.register_error_handler(redis.RedisError, _redis_away)
+    app.register_error_handler(redis.RedisError, _redis)
     app.register_error_handler(Exception, _internal)
 
 
@@ -114,7 +115,13 @@ def _http(error: HTTPException) -> Response:
     return answer
 
 
-def _redis_away(error: redis.RedisError) -> Response:
+def _redis(error: redis.RedisError) -> Response:
+    if not passes(error):  # a script that raises, say: a fault of ours
+        return _internal(error)
+    if isinstance(error, redis.exceptions.OutOfMemoryError):
+        log.error("Redis has no memory left: %s", error, extra={"path": request.path})
+        full = "The queue's memory is full. It empties as jobs end and are forgotten."
+        return problem(errors.Unavailable(full, code="queue_memory_full", retry_after=10))
     log.warning("Redis is away: %s", error, extra={"path": request.path})
     return problem(errors.Unavailable("The queue cannot be reached at the moment.", retry_after=1))
 

@@ -9,6 +9,9 @@ from flask.testing import FlaskClient
 
 from shared import errors
 from shared.errors import MlxqError
+from shared.jobs import Generation, Jobs, Sampling, Submission
+from shared.settings import Settings
+from shared.store import Redis
 from web import problems
 from web.correlation import Correlation
 
@@ -58,11 +61,54 @@ def test_a_fault_of_ours_is_logged_and_not_told(app: Flask, caplog: pytest.LogCa
     assert caplog.records[-1].exc_info is not None and "/secret/path" in caplog.text
 
 
-@pytest.mark.parametrize("error", [redis.ConnectionError("host:6379"), redis.TimeoutError(), redis.BusyLoadingError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis.ConnectionError("host:6379"),
+        redis.TimeoutError(),
+        redis.BusyLoadingError(),
+        redis.ReadOnlyError(),
+        redis.ResponseError("MISCONF Redis is configured to save snapshots"),
+        redis.ResponseError("BUSY Redis is busy running a script"),
+    ],
+)
 def test_redis_away_means_try_again(app: Flask, error: redis.RedisError) -> None:
     answer = raising(app, error).get("/")
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert answer.json["code"] == "unavailable" and "6379" not in answer.text  # type: ignore[index]
+
+
+def test_a_redis_without_memory_is_told_apart(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    answer = raising(app, redis.exceptions.OutOfMemoryError("used memory > 'maxmemory'")).get("/")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+    assert answer.json["code"] == "queue_memory_full" and "maxmemory" not in answer.text  # type: ignore[index]
+    assert caplog.records[-1].levelname == "ERROR"
+
+
+def test_a_fault_in_what_redis_was_asked_is_ours(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    answer = raising(app, redis.ResponseError("ERR user_script:12: attempt to index a nil value")).get("/")
+    assert (answer.status_code, answer.json["code"]) == (500, "internal")  # type: ignore[index]
+    assert "Retry-After" not in answer.headers and "user_script" not in answer.text
+    assert caplog.records[-1].exc_info is not None and "nil value" in caplog.text
+
+
+def test_a_redis_without_memory_refuses_a_job_with_that_code(
+    app: Flask, valkey_client: Redis, settings: Settings
+) -> None:
+    jobs = Jobs(valkey_client, settings)
+
+    @app.get("/")
+    def view() -> str:
+        jobs.create(Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+        return ""
+
+    before = valkey_client.config_get("maxmemory")["maxmemory"]
+    valkey_client.config_set("maxmemory", 1)
+    try:
+        answer = app.test_client().get("/")
+    finally:
+        valkey_client.config_set("maxmemory", before)
+    assert (answer.status_code, answer.json["code"]) == (503, "queue_memory_full")  # type: ignore[index]
 
 
 def test_a_request_id_is_made_when_none_fits(app: Flask) -> None:
