@@ -25,8 +25,13 @@ def queue_name(model: str) -> str:
     return f"mlxq.{model}"
 
 
-def make_app(settings: Settings) -> Celery:
-    """The Celery app. Results are off: a job's record holds them."""
+def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
+    """The Celery app. Results are off: a job's record holds them.
+
+    Args:
+        hasty: for who only sends. A broker that is away is told after a second, or at once when it refuses; kombu
+            would try again for six, whatever `retry` says.
+    """
     app = Celery("mlxq", broker=settings.celery_url)
     app.conf.update(
         task_ignore_result=True,
@@ -47,7 +52,12 @@ def make_app(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={"socket_timeout": 5, "socket_connect_timeout": 5, "visibility_timeout": 3600},
+        broker_transport_options={
+            "socket_timeout": 1 if hasty else 5,
+            "socket_connect_timeout": 1 if hasty else 5,
+            "visibility_timeout": 3600,
+            **({"max_retries": 0} if hasty else {}),
+        },
     )
     return app
 
@@ -60,19 +70,13 @@ class TicketOffice:
         self._client = client
         self._registry = registry
 
-    def send(self, model: str, job_id: str, request_id: str = "") -> None:
+    def send(self, model: str, job_id: str) -> None:
         """Tell the workers of a model that a job waits.
 
         Raises:
             kombu.exceptions.OperationalError: the broker is away. The job is safe: `rescue` will send it.
         """
-        self._app.send_task(
-            TASK,
-            kwargs={"model": model, "job_id": job_id},
-            queue=queue_name(model),
-            headers={"request_id": request_id},
-            retry=False,
-        )
+        self._app.send_task(TASK, kwargs={"model": model, "job_id": job_id}, queue=queue_name(model), retry=False)
 
     def send_all(self, waiting: Iterable[Waiting]) -> None:
         """Send a ticket for each."""

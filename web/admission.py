@@ -127,7 +127,7 @@ class Admission:
 
     def _send_ticket(self, job: Job) -> None:
         try:
-            self._tickets.send(job.model, job.id, job.request_id)
+            self._tickets.send(job.model, job.id)
         except (OperationalError, redis.RedisError, OSError) as error:
             log.warning("No ticket for %s yet, upkeep will send one: %s", job.id, error, extra={"job_id": job.id})
 

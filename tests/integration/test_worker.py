@@ -93,7 +93,7 @@ class Fleet:
         asked = Generation("fake", max_tokens, Sampling(0.0), prompt=prompt, **more)
         job, _ = self.jobs.create(Submission(asked, owner="me", request_id="req-1"))
         for _ in range(tickets):
-            self.tickets.send("fake", job.id, "req-1")
+            self.tickets.send("fake", job.id)
         return job
 
     def get(self, job: Job) -> Job:

@@ -22,13 +22,13 @@ class Office:
     """Takes tickets; or is closed."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[str, str, str]] = []
+        self.sent: list[tuple[str, str]] = []
         self.closed = False
 
-    def send(self, model: str, job_id: str, request_id: str = "") -> None:
+    def send(self, model: str, job_id: str) -> None:
         if self.closed:
             raise OperationalError("away")
-        self.sent.append((model, job_id, request_id))
+        self.sent.append((model, job_id))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def refusal(admission: Admission, request: JobRequest) -> MlxqError:
 
 def test_a_job_is_recorded_before_its_ticket_is_sent(admission: Admission, office: Office, client: Redis) -> None:
     job, new = admission.admit(wanted(), Origin("me", request_id="r1"))
-    assert new and office.sent == [("small", job.id, "r1")]
+    assert new and office.sent == [("small", job.id)]
     assert client.hget(f"mlxq:job:{job.id}", "owner") == "me"
 
 
