@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
+RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
+"""A rate as the `limits` package writes it."""
 
 
 class Settings(BaseSettings):
@@ -36,7 +38,7 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=1, le=65535, description="Port of the API")
     web_workers: int = Field(1, ge=1, le=64, description="API processes")
     mlxq_api_key: SecretStr = Field(SecretStr(""), description="Key of local use; written on the first run")
-    rate_limit: str = Field("100/minute", description="Requests allowed per key, unless the key says otherwise")
+    rate_limit: str = Field("100/minute", pattern=RATE, description="Requests a key may send, unless it says otherwise")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body")
     heartbeat_s: float = Field(15.0, gt=0, description="Idle streams get a comment this often")
     max_wait_s: float = Field(60.0, gt=0, description="Longest wait of a long poll")

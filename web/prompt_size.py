@@ -134,7 +134,7 @@ def _refuse(message: str) -> NoReturn:
     raise _Refused(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:  # noqa: FBT
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
     # Unlike Jinja's own, without escaping for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 

@@ -132,7 +132,7 @@ class Batch:
         if tally.failed:
             say("The failed ones have their error beside them; --retry-failed tries them again.")
         if tally.malformed:
-            say(f"{tally.malformed} malformed lines were skipped.")
+            say(f"Malformed lines skipped: {tally.malformed}.")
 
 
 def as_they_come(arriving: Iterator[tuple[int, Result]]) -> Iterator[Result]:
@@ -164,7 +164,9 @@ def _parser(settings: Settings) -> argparse.ArgumentParser:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", type=Path, help="file with one request a line")
+    parser.add_argument(
+        "prompts", type=Path, help="one request a line: the body of POST /v1/jobs, or a string as its prompt"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="file with one result a line")
     connection.add_options(parser, settings)
     parser.add_argument("--concurrency", type=_positive, default=64, help="jobs at once (%(default)s)")

@@ -38,7 +38,8 @@ def main() -> int:
     except StartFailed as failure:
         screen.fail(str(failure))
     except SupervisorGone:
-        screen.fail("supervisord is gone; everything it had started was ended")
+        why = preflight.full_disk(settings.data_dir) or "supervisord is gone"
+        screen.fail(f"{why}; everything was ended, and what was accepted is kept")
     return 1
 
 
@@ -47,7 +48,7 @@ def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:
         screen.say(f"ended {ended} processes that an earlier start had left behind")
     preflight.check_ports(settings)
     preflight.check_redis(settings)
-    settings = _with_secrets(settings)
+    settings = _with_secrets(settings, screen)
     environment = config.child_environment(settings, leftovers.mark(settings.data_dir), ENV_FILE)
     ensure_openblas(screen.say)
     ensure_model(settings, environment, signals)
@@ -60,7 +61,7 @@ def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:
         stack.bring_down()
 
 
-def _with_secrets(settings: Settings) -> Settings:
+def _with_secrets(settings: Settings, screen: Screen) -> Settings:
     """On the first run, write a key and a password to `.env`; have the key accepted whatever DATA_DIR it meets."""
     wanted = {
         "MLXQ_API_KEY": settings.mlxq_api_key.get_secret_value() or new_key(),
@@ -71,8 +72,10 @@ def _with_secrets(settings: Settings) -> Settings:
         if missing:
             env_file.add_missing(ENV_FILE, missing)
             settings = preflight.settings_or_fail()
-        key = settings.mlxq_api_key.get_secret_value()
-        KeyStore(settings.keys_file).ensure(key, name="local", scopes=("infer", "admin"))
+        key, store = settings.mlxq_api_key.get_secret_value(), KeyStore(settings.keys_file)
+        store.ensure(key, name="local", scopes=("infer", "admin"))
+        if store.find(key) is None:
+            screen.say("MLXQ_API_KEY is revoked: take its line out of the file, and the next start makes a new one")
     except OSError as error:
         raise StartFailed(f"cannot write {error.filename}: {error.strerror}") from None
     except ValueError as error:

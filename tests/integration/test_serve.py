@@ -18,7 +18,8 @@ import pytest
 from scripts.commands.stack import leftovers
 from shared.settings import ROOT
 from shared.store import connect
-from tests.plugins.stack import eventually, free_port
+from tests.support.small_models import make_folder
+from tests.support.waiting import eventually, free_port
 
 TINY_MODEL = ROOT / "models/tiny-random-llama"
 UP_WITHIN_S = 120
@@ -196,16 +197,23 @@ def test_a_taken_port_is_one_line(served: Served) -> None:
 
 
 def test_a_model_that_does_not_load_is_one_line(served: Served) -> None:
-    broken = served.env_file.with_name("broken-model")
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "no_such_model"}')
-    result = served.run(MODEL_PATH=str(broken), BACKEND="auto")
+    unknown = make_folder(served.env_file.with_name("unknown-model"))
+    (unknown / "config.json").write_text('{"model_type": "no_such_model"}')
+    result = served.run(MODEL_PATH=str(unknown), BACKEND="auto")
     assert result.returncode == 1
     assert re.fullmatch(r"scripts/serve: worker-0 did not start: .+\n", result.stderr)
     assert served.processes() == []
 
 
+def test_a_model_that_is_not_whole_is_one_line_before_anything_starts(served: Served) -> None:
+    broken = make_folder(served.env_file.with_name("broken-model"))
+    (broken / "model.safetensors").unlink()
+    result = served.run(MODEL_PATH=str(broken), BACKEND="auto")
+    assert result.returncode == 1
+    assert re.fullmatch(r"scripts/serve: MODEL_PATH cannot be served: .* has no weights .*\n", result.stderr)
+
+
 def test_a_missing_model_is_one_line(served: Served) -> None:
-    result = served.run(MODEL_PATH=str(served.data_dir / "nothing"))
+    result = served.run(MODEL_PATH=str(served.data_dir / "nothing"), BACKEND="auto")
     assert result.returncode == 1
     assert re.fullmatch(r"scripts/serve: MODEL_PATH .* holds no model .*\n", result.stderr)

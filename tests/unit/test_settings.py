@@ -29,7 +29,14 @@ def test_relative_paths_are_meant_from_the_repository(monkeypatch: pytest.Monkey
     assert Settings(_env_file=None).data_dir == ROOT / "elsewhere"
 
 
-WRONG = [("PORT", "70000"), ("SLOTS", "many"), ("LEASE_S", "0"), ("LOG_LEVEL", "x")]
+WRONG = [
+    ("RATE_LIMIT", "foo"),
+    ("RATE_LIMIT", "5/fortnight"),
+    ("PORT", "70000"),
+    ("SLOTS", "many"),
+    ("LEASE_S", "0"),
+    ("LOG_LEVEL", "x"),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.blas import prefer_openblas
-
 from scripts.commands.benching.load import Burst, Sample, prompt
+from shared.blas import prefer_openblas
 
 
 def run(model: Any, tokenizer: Any, slots: int, clients: int, max_tokens: int, offset: int) -> Burst:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.signals import StopSignals
+from shared.model_folder import ModelError, check_folder
 from shared.settings import ROOT, Settings
 
 
@@ -15,9 +16,12 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
     """Fetch the default model when it is not there.
 
     Raises:
-        StartFailed: another model is missing, or the fetch failed; its own lines have said why.
+        StartFailed: another model is missing or not whole, or the fetch failed; its own lines have said why.
     """
+    if settings.backend == "fake":
+        return
     if (settings.model_path / "config.json").is_file():
+        _check(settings)
         return
     if settings.model_path != Settings.model_fields["model_path"].default:
         raise StartFailed(f"MODEL_PATH {settings.model_path} holds no model (no config.json); see scripts/fetch_model")
@@ -30,3 +34,11 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
         fetch.wait()
     if fetch.returncode != 0:
         raise StartFailed("the default model could not be fetched")
+
+
+def _check(settings: Settings) -> None:
+    """See that the folder is whole before anything is started: the worker would find it out much later."""
+    try:
+        check_folder(settings.model_path)
+    except ModelError as error:
+        raise StartFailed(f"MODEL_PATH cannot be served: {error}") from None

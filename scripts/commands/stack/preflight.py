@@ -51,9 +51,14 @@ def prepare_data_dir(settings: Settings) -> None:
         _write_probe(folder)
     except OSError as error:
         raise StartFailed(f"cannot write to DATA_DIR {folder}: {os.strerror(error.errno or 0)}") from None
+    if full := full_disk(folder, MIN_FREE_BYTES):
+        raise StartFailed(full)
+
+
+def full_disk(folder: Path, needed: int = 2**20) -> str:
+    """The line that says so when the disk has fewer bytes free than needed; empty when it has them."""
     free = shutil.disk_usage(folder).free
-    if free < MIN_FREE_BYTES:
-        raise StartFailed(f"the disk of DATA_DIR {folder} is full: {free >> 20} MB free, needs {MIN_FREE_BYTES >> 20}")
+    return f"the disk of DATA_DIR {folder} is full: {free >> 20} MB free, needs {needed >> 20}" * (free < needed)
 
 
 def _write_probe(folder: Path) -> None:
@@ -84,7 +89,7 @@ def _check_port(host: str, name: str, port: int) -> None:
             probe.bind(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise StartFailed(f"port {port} is taken; set {name} to another in {ENV_FILE.name}") from None
+                raise StartFailed(f"port {port} is taken; set {name} to another in {ENV_FILE}") from None
             raise StartFailed(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from None
 
 

@@ -63,9 +63,10 @@ class Screen:
         key = "$MLXQ_API_KEY" if key_in_environment else f"$(grep ^MLXQ_API_KEY= {file} | cut -d= -f2-)"
         where = "in the environment" if key_in_environment else f"in {_shown(env_file)}"
         workers = f"{settings.workers} worker{'s' if settings.workers > 1 else ''}"
-        queue = "of its own" if settings.embedded_redis else "at REDIS_URL"
+        queue = "Valkey in DATA_DIR" if settings.embedded_redis else "REDIS_URL"
+        made_up = " (BACKEND=fake: words of no meaning)" if settings.backend == "fake" else ""
         self.say(f"""
-  {settings.model_id} is ready: {workers}, queue {queue}
+  {settings.model_id} is ready{made_up}: {workers}, queue in {queue}
 
   API        {base}
   API docs   {base}/docs

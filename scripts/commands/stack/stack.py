@@ -22,8 +22,10 @@ from shared.store import connect
 _POLL_S = 0.3
 _SOON_S = 15.0
 _START_S = 1800.0
+_DOWN_S = 5.0
+"""What supervisord has not started again for so long, it has given up."""
 _RETRY_S = 30.0
-"""What was given up is tried again this much later, for ever: it had been up once."""
+"""Then it is tried again every so often, for ever: it had been up once."""
 
 
 class Stack:
@@ -35,6 +37,7 @@ class Stack:
         self._settings = settings
         self._screen = screen
         self._signals = signals
+        self._down_since: dict[str, float] = {}
         self._retry_at: dict[str, float] = {}
         self._first_pids: dict[str, int] = {}
         for stale in settings.run_dir.glob("worker-*.error"):
@@ -55,11 +58,13 @@ class Stack:
         with self._screen.waiting("starting") as progress:
             self._wait_for_supervisor()
             for program in config.programs(self._settings):
+                progress.update(f"starting {program.name}")
+                if program.name == "flower":
+                    self._wait_for_api(progress)  # Flower asks the workers who they are, and asks once
                 self._supervisor.start(program.name)
                 if program.name == "valkey":
-                    progress.update("starting the queue")
                     self._wait_for_queue()
-            self._wait_until_ready(progress)
+            self._wait_for_flower()
             self._log.news()
 
     def watch(self) -> None:
@@ -111,12 +116,16 @@ class Stack:
         except redis.RedisError:  # not there yet, or still loading
             return False
 
-    def _wait_until_ready(self, progress: Progress) -> None:
+    def _wait_for_api(self, progress: Progress) -> None:
+        progress.update("loading the model, starting the API")
+        self._wait_for_answer(base_url(self._settings.host, self._settings.port) + "/readyz")
+
+    def _wait_for_flower(self) -> None:
+        self._wait_for_answer(base_url(self._settings.host, self._settings.flower_port) + "/healthcheck")
+
+    def _wait_for_answer(self, url: str) -> None:
         deadline = time.monotonic() + _START_S
-        api = base_url(self._settings.host, self._settings.port)
-        flower = base_url(self._settings.host, self._settings.flower_port)
-        progress.update("loading the model, starting the API and Flower")
-        while not (_answers(f"{api}/readyz") and _answers(f"{flower}/healthcheck")):
+        while not _answers(url):
             self._check_children(deadline)
             self._signals.pause(_POLL_S)
         self._check_children(deadline)
@@ -139,14 +148,18 @@ class Stack:
             self._screen.say(f"{time.strftime('%H:%M:%S')} {line}")
 
     def _revive(self) -> None:
+        now = time.monotonic()
         for child in self._supervisor.children():
             if not child.given_up:
+                self._down_since.pop(child.name, None)
                 self._retry_at.pop(child.name, None)
+            elif now - self._down_since.setdefault(child.name, now) < _DOWN_S:
+                continue  # supervisord is about to start it again
             elif child.name not in self._retry_at:
-                self._retry_at[child.name] = time.monotonic() + _RETRY_S
+                self._retry_at[child.name] = now + _RETRY_S
                 self._screen.say(f"{child.name} does not stay up: {self._reason(child)}; trying every {_RETRY_S:.0f} s")
-            elif time.monotonic() >= self._retry_at[child.name]:
-                self._retry_at[child.name] = time.monotonic() + _RETRY_S
+            elif now >= self._retry_at[child.name]:
+                self._retry_at[child.name] = now + _RETRY_S
                 self._supervisor.start_one(child)
 
 
