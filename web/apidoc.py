@@ -109,6 +109,12 @@ def describe(
     return mark
 
 
+def query_names(view: Callable[..., object]) -> frozenset[str]:
+    """The query parameters that a described view knows."""
+    about: Description = getattr(view, _ATTRIBUTE)
+    return frozenset(parameter.name for parameter in about.parameters if parameter.param_in == "query")
+
+
 @lru_cache(maxsize=1)
 def document(app: Flask) -> str:
     """The document of all the application's routes, as JSON."""

@@ -6,7 +6,7 @@ from flask import Flask
 
 from shared.settings import Settings, load_settings
 from shared.store import Redis
-from web import auth, limits, problems
+from web import auth, limits, parameters, problems
 from web.correlation import Correlation
 from web.keystore import KeyStore
 from web.routes import health, inference, jobs, metrics, models, openapi
@@ -25,6 +25,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     keys = KeyStore(settings.keys_file)
 
     app = Flask("web", static_folder=None)
+    app.url_map.merge_slashes = False  # its redirect would be a page, and an empty job id is no job
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.wsgi_app = Correlation(app.wsgi_app)  # type: ignore[method-assign]
     app.extensions[EXTENSION] = services
@@ -34,6 +35,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app.before_request(lambda: auth.identify(keys))
     limits.register(app, settings)
     app.before_request(auth.require_key)
+    app.before_request(parameters.refuse_unknown)
     problems.register(app)
     for module in (jobs, inference, models, health, metrics, openapi):
         app.register_blueprint(module.routes)

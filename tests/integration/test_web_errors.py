@@ -120,6 +120,16 @@ def test_a_request_id_that_is_not_well_formed_is_replaced(web: WebStack) -> None
         assert web.http.get("/livez", headers={"X-Request-ID": sent}).headers["X-Request-ID"] != sent
 
 
+def test_a_parameter_that_nobody_reads_is_refused(web: WebStack) -> None:
+    answer = web.http.get("/v1/jobs", params={"limit": "1", "status": "running"})
+    assert (answer.status_code, answer.json()["code"], answer.json()["field"]) == (422, "unknown_parameter", "status")
+    assert web.http.get("/livez", params={"at": "1"}).status_code == 200, "probes may carry what they like"
+
+
+def test_an_empty_job_id_is_no_job(web: WebStack) -> None:
+    assert web.http.get("/v1/jobs//stream").status_code == 404
+
+
 def test_cursors_that_are_none(web: WebStack) -> None:
     job = web.submit()
     for params, headers, field in (
