@@ -58,7 +58,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     probe = client or connect(settings.store_url, timeout_s=_PROBE_TIMEOUT_S, retries=0)
     # RESP 2: there, a message on a channel is an ordinary answer.
     live = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=0, protocol=2)
-    celery = make_app(settings)
+    celery = make_app(settings, hasty=True)
     registry = Registry(store)
     jobs, job_log, roster, hub = Jobs(store, settings), JobLog(store), Roster(registry), Hub(live)
     tickets = TicketOffice(celery, store, registry)

@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import redis
 from kombu.exceptions import OperationalError
 
-from shared.claims import Reaper
+from shared.claims import Reaper, Waiting
 from shared.tickets import TicketOffice
 
 log = logging.getLogger(__name__)
 
 _EVERY_S: Final = 1.0
+_PAUSE_S: Final = 3.0
+"""After tickets could not be sent, none are for so long: trying takes time, and jobs must be taken back meanwhile."""
 
 
 class Upkeep:
@@ -29,6 +31,7 @@ class Upkeep:
         self._reaper = reaper
         self._tickets = tickets
         self._away = False
+        self._send_from = float("-inf")
 
     def start(self, alive: Callable[[], bool]) -> None:
         """Make rounds in the background while `alive`."""
@@ -37,15 +40,30 @@ class Upkeep:
     def round(self) -> None:
         """One round; what cannot be done now is left to the next."""
         try:
-            self._tickets.send_all(self._reaper.reap())
-            self._tickets.rescue()
+            waiting = self._reaper.reap()
             self._away = False
-        except (redis.RedisError, OperationalError, OSError) as error:
+        except redis.RedisError as error:
             if not self._away:
                 log.warning("No upkeep while Redis is away: %s", error)
             self._away = True
         except Exception:
             log.exception("Upkeep failed")
+        else:
+            self._send(waiting)
+
+    def _send(self, waiting: Sequence[Waiting]) -> None:
+        """Send tickets; those that cannot be sent now are the rescue's when they can."""
+        if time.monotonic() < self._send_from:
+            return
+        try:
+            self._tickets.send_all(waiting)
+            self._tickets.rescue()
+        except (redis.RedisError, OperationalError, OSError) as error:
+            log.warning("No tickets for %g s, the broker is away: %s", _PAUSE_S, error)
+            self._send_from = time.monotonic() + _PAUSE_S
+        except Exception:
+            log.exception("Tickets cannot be sent")
+            self._send_from = time.monotonic() + _PAUSE_S
 
     def _run(self, alive: Callable[[], bool]) -> None:
         while alive():

@@ -14,6 +14,7 @@ import pytest
 
 from shared.registry import Registry
 from tests.plugins.web_stack import MODEL, ROOT, PretendWorker, WebStack, running_web
+from tests.support.waiting import free_port
 
 Pretend = Callable[..., PretendWorker]
 
@@ -90,6 +91,15 @@ def test_without_redis_the_service_says_so_at_once_and_recovers(eventually: Call
         job = web.submit(max_tokens=2)
         assert web.job(job["id"], wait=20)["status"] == "succeeded"
         worker.stop()
+
+
+def test_a_broker_that_is_away_delays_no_answer_and_no_upkeep() -> None:
+    with running_web(BROKER_URL=f"redis://127.0.0.1:{free_port()}/0") as web:
+        for _ in range(3):
+            asked_at = time.monotonic()
+            job = web.submit(max_tokens=2, start_within_s=0.2)
+            assert time.monotonic() - asked_at < 2
+        assert web.job(job["id"], wait=20)["status"] == "expired"
 
 
 def test_a_worker_that_only_loads_is_no_help(web: WebStack, pretend: Pretend) -> None:
