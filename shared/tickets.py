@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from shared import keys
 from shared.claims import Waiting
@@ -86,7 +87,8 @@ class TicketOffice:
     def rescue(self) -> int:
         """Send tickets where jobs wait although their model's workers have free slots: some must have been lost.
 
-        Called every second or so by every process; once in two seconds and model it does something.
+        Called every second or so by every process; once in two seconds and model it does something. Tickets that still
+        lie in the broker are counted, so that a worker which is slow to take them, or never does, is not sent more.
 
         Returns:
             The number sent.
@@ -102,8 +104,19 @@ class TicketOffice:
         heads = self._client.zrange(keys.QUEUE + model, 0, slots - 1)
         if not heads or not self._client.set(keys.RESCUE + model, 1, nx=True, ex=2):
             return 0
-        self.send_all(Waiting(model, job_id) for job_id in heads)
-        return len(heads)
+        missing = heads[self._on_their_way(model) :]
+        self.send_all(Waiting(model, job_id) for job_id in missing)
+        return len(missing)
+
+    def _on_their_way(self, model: str) -> int:
+        """Tickets that no worker has taken yet."""
+        with self._app.connection_or_acquire() as connection:
+            try:
+                return int(connection.default_channel.queue_declare(queue_name(model), passive=True).message_count)
+            except connection.channel_errors:  # there is no such queue, as on Redis when it is empty
+                return 0
+            except connection.connection_errors as error:
+                raise OperationalError(str(error)) from error
 
 
 app = make_app(load_settings())

