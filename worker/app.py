@@ -200,7 +200,7 @@ class Service:
             slots_used=len(self._held),
             started_at=self._started_at,
             heartbeat_at=time.time(),
-            stats=stats | (backend.stats() if backend else {}),
+            stats=stats | totals.gauges,
             about=dict(backend.about) if backend else {},
         )
 

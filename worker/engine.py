@@ -17,8 +17,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from queue import SimpleQueue
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
 from shared.claims import Verdict
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 MOST_LONE_FAILURES = 3
 """So many rows that raise alone in succession mean that the engine is at fault, not the rows."""
+
+
+GAUGES_S = 1.0
+"""Time between two readings of the backend's gauges."""
 
 
 class EngineBroken(Exception):
@@ -63,12 +68,13 @@ _Message: TypeAlias = Sequence | _Word | _Drain | _Close
 
 @dataclass(slots=True)
 class Totals:
-    """What the engine has done since it started."""
+    """What the engine has done since it started, and the backend's gauges as they were last read."""
 
     steps: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     last_batch: int = 0
+    gauges: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(VitalThread):
@@ -99,6 +105,7 @@ class Engine(VitalThread):
         self._rows: dict[int, Sequence] = {}
         self._on_trial = False
         self._lone_failures = 0
+        self._gauges_due = 0.0
         self._drain_until: float | None = None
         self._open = True
 
@@ -138,12 +145,13 @@ class Engine(VitalThread):
             return
         while self._open:
             if not self.busy:
-                self._receive(self._inbox.get())
+                self._sleep()
             self.step()
 
     def load(self) -> None:
         """Make the backend ready. On the engine's thread, as everything that touches it."""
         self._backend = self._load()
+        self._read_gauges()
         self.loaded.set_result(self._backend)
 
     def step(self) -> None:
@@ -160,6 +168,17 @@ class Engine(VitalThread):
                 self._collect(result)
         self._give_up_draining()
         self.progress_at = time.monotonic()
+        if self.progress_at >= self._gauges_due:
+            self._read_gauges()
+
+    def _sleep(self) -> None:
+        """Until a message comes, or the gauges are due."""
+        with suppress(Empty):
+            self._receive(self._inbox.get(timeout=max(0.0, self._gauges_due - time.monotonic())))
+
+    def _read_gauges(self) -> None:
+        self.totals.gauges = self._backend.stats()
+        self._gauges_due = time.monotonic() + GAUGES_S
 
     def _receive(self, message: _Message) -> None:
         self.progress_at = time.monotonic()  # or a long idle time would look like a stuck engine

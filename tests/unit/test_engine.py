@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -208,6 +209,33 @@ def test_an_idle_engine_wakes_for_work(bench: Bench, eventually: Callable[..., N
     engine.close()
     engine.join(5)
     assert not engine.is_alive()
+
+
+def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    readers: list[str] = []
+
+    def stats() -> dict[str, float]:
+        readers.append(threading.current_thread().name)
+        return {"readings": len(readers)}
+
+    monkeypatch.setattr("worker.engine.GAUGES_S", 0.01)
+    monkeypatch.setattr(bench.backend, "stats", stats)
+    engine = Engine(lambda: bench.backend, 4, bench.said.extend)
+    engine.start()
+    eventually(lambda: engine.totals.gauges.get("readings", 0) > 3)
+    engine.close()
+    engine.join(5)
+    assert set(readers) == {"engine"}
+
+
+def test_gauges_are_not_read_at_every_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[int] = []
+    monkeypatch.setattr(bench.backend, "stats", lambda: readings.append(1) or {})
+    bench.submit("row", max_tokens=50)
+    bench.run()
+    assert len(readings) < bench.engine.totals.steps / 2
 
 
 def test_a_model_that_does_not_load_is_told_to_who_waits() -> None:

@@ -89,8 +89,7 @@ class Prefill:
 
     def nbytes(self) -> int:
         """Bytes of cache that half-read prompts occupy."""
-        reading = self._reading  # once: asked from other threads, while ours may set it to None
-        return kv.nbytes(reading.cache) if reading is not None else 0
+        return kv.nbytes(self._reading.cache) if self._reading is not None else 0
 
     def _read_short(self) -> Chunk:
         rows = tuple(self._short.popleft() for _ in range(min(MOST_TOGETHER, len(self._short))))
