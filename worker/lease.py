@@ -17,6 +17,7 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 
 from shared.claims import Claims, Held, Lease, Reaper, Verdict, Waiting
+from shared.store import passes
 from shared.tickets import TicketOffice
 from worker.vital import OnDeath, VitalThread, end_process
 
@@ -56,10 +57,16 @@ class _Periodic(VitalThread):
             self._wake.clear()
 
     def round(self) -> None:
-        """One round; says once that what it needs is away, and once that it is back."""
+        """One round; says once that what it needs is away, and once that it is back.
+
+        Raises:
+            redis.RedisError: Redis is not away, but finds a fault in what we ask.
+        """
         try:
             self.do()
         except (RedisError, OperationalError) as error:
+            if isinstance(error, RedisError) and not passes(error):
+                raise
             if not self._away:
                 logger.warning("%s: Redis or the broker is away, trying on: %s", self.name, error)
             self._away = True
@@ -190,6 +197,13 @@ class Housekeeper(_Periodic):
         super().__init__("housekeeper", every_s, on_death)
         self._reaper = reaper
         self._tickets = tickets
+
+    def round(self) -> None:
+        """One round. Jobs can be worked on without it, so a fault in it does not end the process."""
+        try:
+            super().round()
+        except RedisError:
+            logger.exception("housekeeping failed")
 
     def do(self) -> None:
         """Reap, and send what tickets that takes."""

@@ -2,7 +2,7 @@
 
 While Redis is away nothing is lost and nothing is said twice. A batch whose answer did not come may have been
 written, so it is sent again as it was, under the same numbers, which the script passes over when it has them; what
-is said meanwhile waits behind it, one event a job.
+is said meanwhile waits behind it, one event a job. An error that will not pass ends the process: the jobs go elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 from redis import RedisError
 
 from shared.claims import Append, Claims, Verdict
+from shared.store import passes
 from worker.sequence import Outcome, Said, Sequence
 from worker.vital import OnDeath, VitalThread, end_process
 
@@ -81,6 +82,8 @@ class Publisher(VitalThread):
         try:
             verdicts = self._claims.append([row.append for row in self._batch])
         except RedisError as error:
+            if not passes(error):  # it would never be written, and the lease be held for nothing
+                raise
             self._pause(error)
             return
         batch, self._batch = self._batch, []

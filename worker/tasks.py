@@ -14,6 +14,7 @@ from shared.errors import JobFailure
 from shared.jobs import Ending, Job, Status
 from shared.log import JobLog
 from shared.logging import about
+from shared.store import passes
 from shared.tickets import TASK, TicketOffice
 from worker.backends.base import Backend, PromptError
 from worker.engine import Engine
@@ -82,6 +83,8 @@ class Runner:
             except NoLease:
                 self._wait_renewal(1.0)
             except RedisError as error:
+                if not passes(error):
+                    raise
                 # If it was claimed and only the answer is lost, the lease keeper finds and releases it.
                 logger.warning("no claim: Redis is away: %s", error)
                 return None
@@ -113,6 +116,8 @@ class Runner:
         except PromptError as error:
             return sequence.fail(JobFailure(error.code), str(error))
         except RedisError as error:
+            if not passes(error):
+                raise
             logger.warning("handing the job back: its log cannot be read: %s", error)
             return sequence.hand_back()
         except Exception:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from redis import ConnectionError as RedisAway
+from redis import ResponseError
 
 from shared import keys
 from shared.claims import Claims, NoLease, Reaper, Verdict, Waiting
@@ -60,6 +61,10 @@ class Desk:
         """The lease runs out unnoticed, and somebody reaps."""
         self.client.zadd(keys.LEASES, {"w1": 1})
         Reaper(self.client, 3).reap()
+
+
+def at_fault(*_: object) -> None:
+    raise ResponseError("ERR user_script:12: attempt to index a nil value")
 
 
 @pytest.fixture
@@ -142,6 +147,24 @@ def test_redis_away_is_borne(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
         desk.keeper.round()
     desk.keeper.round()
     assert (desk.announced, desk.deaths) == ([True], [])
+
+
+def test_a_renewal_that_is_at_fault_ends_the_process(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk.claims, "renew", at_fault)
+    desk.keeper.start()
+    desk.keeper.join(5)
+    assert desk.deaths == ["its lease thread died (ResponseError)"]
+
+
+def test_housekeeping_that_is_at_fault_is_told_and_goes_on(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    office = Office()
+    reaper = Reaper(desk.client, 3)
+    housekeeper = Housekeeper(reaper, office, 1, desk.deaths.append)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reaper, "reap", at_fault)
+        housekeeper.round()
+    housekeeper.round()
+    assert ("housekeeping failed" in caplog.text, desk.deaths, office.rescues) == (True, [], 1)
 
 
 def test_who_waits_for_a_renewal_is_woken(desk: Desk) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Rows
 
 import pytest
 from redis import ConnectionError as RedisAway
+from redis import OutOfMemoryError, ResponseError
 
 from shared.claims import Append, Claims, Verdict
 from shared.jobs import Generation, Jobs, Sampling, Status, Submission
@@ -31,6 +32,10 @@ class Line:
         trouble = self.troubles.pop(0) if self.troubles else ""
         if trouble == "lost":
             raise RedisAway("lost")
+        if trouble == "full":
+            raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+        if trouble == "faulty":
+            raise ResponseError("ERR user_script:12: attempt to index a nil value")
         verdicts = self._claims.append(rows)
         if trouble == "unanswered":
             raise RedisAway("unanswered")
@@ -105,7 +110,7 @@ def test_what_was_said_between_two_writes_is_one_event_and_one_call_for_all(desk
     desk.check(two)
 
 
-@pytest.mark.parametrize("trouble", ["lost", "unanswered"])
+@pytest.mark.parametrize("trouble", ["lost", "unanswered", "full"])
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_a_broken_write_loses_nothing_and_says_nothing_twice(desk: Desk, trouble: str, at: int) -> None:
     words = desk.words()
@@ -178,3 +183,14 @@ def test_closed_it_ends_when_all_is_written(desk: Desk) -> None:
     desk.publisher.join(5)
     assert not desk.publisher.is_alive()
     desk.check(words)
+
+
+def test_a_fault_that_no_repetition_heals_ends_the_process(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    deaths: list[str] = []
+    publisher = Publisher(desk.line, lambda *_: None, deaths.append)  # type: ignore[arg-type]
+    desk.line.troubles = ["faulty"]
+    publisher.put(desk.words())
+    publisher.start()
+    publisher.join(5)
+    assert deaths == ["its publisher thread died (ResponseError)"]
+    assert "user_script" in caplog.text and len(desk.line.calls) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from redis import ConnectionError as RedisAway
+from redis import ResponseError
 
 from shared.claims import Append, Claims, NoLease, Waiting
 from shared.errors import JobFailure
@@ -151,6 +152,18 @@ def test_a_log_that_cannot_be_read_sends_the_job_back(desk: Desk, monkeypatch: p
     desk.claims.release([(job.id, 1)])
     monkeypatch.setattr(desk.log, "written", away)
     assert desk.run(job).status is Status.QUEUED
+
+
+def test_a_log_that_is_at_fault_leaves_the_job_to_the_lease_keeper(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_fault(job_id: str) -> None:
+        raise ResponseError("WRONGTYPE")
+
+    job = desk.submit()
+    desk.renew()
+    desk.claims.claim("fake")
+    desk.claims.release([(job.id, 1)])
+    monkeypatch.setattr(desk.log, "written", at_fault)
+    assert desk.run(job).status is Status.RUNNING, "handed back here, it would count as no loss and come again"
 
 
 def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
