@@ -10,6 +10,7 @@ from flask import request
 from pydantic import BaseModel
 
 from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
+from web.aside import aside
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -30,7 +31,8 @@ def read_body(model: type[Model]) -> Model:
     """
     if not request.is_json:
         raise UnsupportedMedia("Send the body as application/json.", field="Content-Type")
-    return model.model_validate(_parse(_whole()))
+    body = _whole()
+    return aside(len(body), lambda: model.model_validate(_parse(body)))
 
 
 def _whole() -> bytes:

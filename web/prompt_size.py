@@ -1,8 +1,8 @@
 """How many tokens a prompt has, without MLX: so that one too long is refused before it waits in line.
 
 Most prompts need no tokenizer: a token stands for at least one byte, so what has fewer bytes than the context has
-tokens fits. Only the rest is counted, in a thread of its own, because counting is heavy and would hold every
-stream of the process.
+tokens fits; and what has more bytes than a context full of the longest token is too long. Only the rest is counted,
+beside the event loop.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, NoReturn
 
-import gevent
 from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,9 +21,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from shared.errors import Invalid, JobFailure
 from shared.jobs import Generation
 from shared.registry import ModelCard, Registry
+from web.aside import aside
 
 _SPECIALS: Final = 8
 """Tokens that a tokenizer may add of its own accord."""
+_TURN: Final = 256
+"""Bytes that take as long to render as a message does by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class _Counter:
     longest: int
 
     def count(self, text: str, *, add_special_tokens: bool) -> int:
-        return len(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Of all ways to encode, a batch alone lets go of the interpreter meanwhile.
+        encode = partial(self.tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
+        return len(aside(len(text), encode)[0])
 
 
 class PromptSizer:
@@ -56,27 +60,37 @@ class PromptSizer:
             Invalid: it is too long, or the model's template refuses the messages.
             redis.RedisError: Redis is away.
         """
-        messages = generation.messages
-        text = generation.prompt if messages is None else render(card, messages)
-        # Without a text nobody here can tell: the worker will.
-        if text is not None and not self._fits(card, text, add_special_tokens=messages is None):
+        if not self._fits(card, generation):
             raise Invalid(
                 f"The prompt is longer than the model's context of {card.context} tokens.",
                 code=JobFailure.CONTEXT_LENGTH,
                 field=field,
             )
 
-    def _fits(self, card: ModelCard, text: str, *, add_special_tokens: bool) -> bool:
+    def _fits(self, card: ModelCard, generation: Generation) -> bool:
+        text, messages = generation.prompt, generation.messages
+        if messages is not None:
+            size = sum(len(message["content"].encode()) for message in messages)
+            # A template adds to what was said. What it may drop, such as earlier thoughts, is not as much as this.
+            if self._hopeless(card, size):
+                return False
+            text = aside(size + _TURN * len(messages), lambda: render(card, messages))
+        if text is None:
+            return True  # nobody here can tell: the worker will
         size = len(text.encode())
         if size + _SPECIALS < card.context:
             return True
+        if self._hopeless(card, size):
+            return False
         counter = self._counter(card)
-        if counter is None:
-            return True
-        if size > card.context * counter.longest:
-            return False  # not even if it were the longest token again and again
-        counted = gevent.get_hub().threadpool.apply(counter.count, (text,), {"add_special_tokens": add_special_tokens})
-        return bool(counted < card.context)
+        return counter is None or counter.count(text, add_special_tokens=messages is None) < card.context
+
+    def _hopeless(self, card: ModelCard, size: int) -> bool:
+        """Whether so many bytes are too long even if they were the longest token again and again."""
+        if size <= card.context:
+            return False
+        counter = self._counter(card)
+        return counter is not None and size > card.context * counter.longest
 
     def _counter(self, card: ModelCard) -> _Counter | None:
         if card.tokenizer is None:
@@ -85,7 +99,7 @@ class PromptSizer:
             text = self._registry.tokenizer_json(card.tokenizer)
             if text is None:
                 return None
-            self._counters[card.tokenizer] = gevent.get_hub().threadpool.apply(_load, (text,))
+            self._counters[card.tokenizer] = aside(len(text), partial(_load, text))
         return self._counters[card.tokenizer]
 
 

@@ -20,6 +20,7 @@ from shared.jobs import Status
 
 MAX_STOPS = 16
 MAX_METADATA = 16
+MAX_MESSAGES = 10_000
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Stop = Annotated[
@@ -65,7 +66,12 @@ class JobRequest(_Request):
     model: str | None = Field(None, min_length=1, max_length=256, description="Default: the service's model")
     prompt: str | None = Field(None, min_length=1, description="Plain text, instead of messages")
     messages: list[Message] | None = Field(
-        None, min_length=1, fail_fast=True, validate_default=True, description="A conversation to answer"
+        None,
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        fail_fast=True,
+        validate_default=True,
+        description="A conversation to answer",
     )
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens to generate")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time")

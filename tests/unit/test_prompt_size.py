@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import gevent
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -67,6 +68,34 @@ def test_a_huge_prompt_is_not_even_counted(client: Redis, tokenizer_json: str) -
     sizer, card = known(client, tokenizer_json)
     with pytest.raises(Invalid):
         check(sizer, card, "x" * 10_000_000)
+
+
+def test_huge_messages_are_not_even_rendered(client: Redis, tokenizer_json: str) -> None:
+    sizer, card = known(client, tokenizer_json, chat_template="{{ raise_exception('rendered') }}")
+    with pytest.raises(Invalid) as caught:
+        check(sizer, card, messages=[{"role": "user", "content": "x" * 1000}] * 1000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_counting_lets_others_go_on(client: Redis, tokenizer_json: str) -> None:
+    registry = Registry(client)
+    card = ModelCard("m", "text", context=200_000, tokenizer=digest(tokenizer_json), chat_template=CHATML)
+    registry.announce_model(card, tokenizer_json)
+    long: list[dict[str, Any]] = [{"role": "user", "content": "word " * 150_000}]
+    sizer = PromptSizer(registry)
+    check(sizer, card, messages=long)  # the tokenizer is loaded once
+    turns = 0
+
+    def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            gevent.sleep(0.001)
+
+    greenlet = gevent.spawn(others)
+    check(sizer, card, messages=long)
+    greenlet.kill()
+    assert turns > 10
 
 
 @pytest.mark.parametrize("template", [None, "{% nonsense %}", "{{ messages[7].content.nothing }}"])

@@ -29,6 +29,11 @@ def test_many_bad_messages_are_one_error() -> None:
     assert faults(messages=[TURN, *[1] * 1000]) == [("messages", 1)]
 
 
+def test_a_conversation_has_an_end() -> None:
+    assert len(JobRequest.model_validate({"messages": [TURN] * 10_000}).messages or ()) == 10_000
+    assert faults(messages=[TURN] * 10_001) == [("messages",)]
+
+
 @pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": [TURN]}, {"messages": []}])
 def test_exactly_one_of_prompt_and_messages(body: dict[str, object]) -> None:
     assert faults(**body) == [("messages",)]

@@ -1,0 +1,39 @@
+"""Heavy work beside the event loop, so that it does not hold every stream of the process.
+
+A thread helps where its work lets go of the interpreter: Python code does every few milliseconds, and so does counting
+tokens as `web.prompt_size` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final, NoReturn, TypeVar
+
+import gevent
+
+T = TypeVar("T")
+
+LARGE: Final = 64 * 2**10
+"""Bytes from which work is worth a thread."""
+
+
+def aside(size: int, work: Callable[[], T]) -> T:
+    """What `work` gives, or raises; done in a thread when it is about so many bytes."""
+    if size < LARGE:
+        return work()
+    done: Callable[[], T] = gevent.get_hub().threadpool.apply(_tried, (work,))
+    return done()
+
+
+def _tried(work: Callable[[], T]) -> Callable[[], T]:
+    """What gives or raises what `work` did: gevent prints an exception that leaves the thread, whoever catches it."""
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 -- raised again by `aside`
+        return partial(_raise, error)
+    return lambda: result
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
