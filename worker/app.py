@@ -33,7 +33,7 @@ from worker.engine import Engine
 from worker.lease import Claim, Housekeeper, LeaseKeeper, Limits
 from worker.publisher import Publisher
 from worker.tasks import Runner, register
-from worker.vital import leave
+from worker.vital import EXIT_BROKEN, leave
 
 logger = logging.getLogger("worker.app")
 
@@ -129,8 +129,11 @@ class Service:
         reason = f"{self._settings.model_path} does not load: {lines[0]}"
         logger.error(reason)
         logger.debug("where it failed", exc_info=error)
-        self._error_file.parent.mkdir(parents=True, exist_ok=True)
-        self._error_file.write_text(reason + "\n")
+        try:
+            self._error_file.parent.mkdir(parents=True, exist_ok=True)
+            self._error_file.write_text(reason + "\n")
+        except OSError as unwritable:
+            logger.warning("it is not written to %s: %s", self._error_file, unwritable)
         self._keeper.stop()
         return EXIT_CONFIG
 
@@ -209,7 +212,12 @@ def main() -> int:
     """Run one worker; the exit status."""
     settings, index = load_settings(), int(os.environ.get("MLXQ_WORKER_INDEX", "0"))
     configure(f"worker-{index}", settings.log_level)
-    return Service(settings, index).run()
+    try:
+        return Service(settings, index).run()
+    except BaseException:
+        # Raised further it would end the interpreter, which MLX's threads do not survive in peace: they abort.
+        logger.critical("the worker ends itself", exc_info=True)
+        return EXIT_BROKEN
 
 
 if __name__ == "__main__":

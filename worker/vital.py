@@ -24,9 +24,11 @@ OnDeath = Callable[[str], object]
 
 def leave(status: int) -> NoReturn:
     """End this process now: threads that are stuck and destructors of model libraries have no say in its status."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(status)
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+    finally:  # even if nobody reads what we write
+        os._exit(status)
 
 
 def end_process(reason: str) -> NoReturn:

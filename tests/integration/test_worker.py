@@ -275,6 +275,13 @@ def test_a_model_that_does_not_load_is_one_clear_line(fleet: Fleet) -> None:
     assert not reason.exists()
 
 
+def test_a_model_that_does_not_load_where_nothing_can_be_written_ends_in_order(fleet: Fleet) -> None:
+    fleet.settings.run_dir.write_text("in the way of the folder")
+    worker = fleet.spawn(BACKEND="auto", MODEL_PATH=str(fleet.home / "missing"))
+    assert worker.wait(60) == 78
+    assert [line["level"] for line in fleet.lines(worker) if line["logger"] == "worker.app"] == ["ERROR", "WARNING"]
+
+
 def test_redis_may_come_late_and_go_in_between(fleet: Fleet) -> None:
     with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
         socket = Path(home) / "s"

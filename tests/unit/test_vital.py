@@ -1,0 +1,39 @@
+"""How a worker process ends: with its status, whatever is in the way."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from shared.settings import ROOT
+from worker import app
+from worker.vital import EXIT_BROKEN
+
+FULL = """
+import sys
+from worker.vital import leave
+sys.stdout = open("/dev/full", "w")
+print("this cannot be written")
+leave(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_a_log_that_cannot_be_written_does_not_change_the_status() -> None:
+    assert subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, check=False, timeout=60).returncode == 7
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unforeseen"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_is_raised_becomes_a_status_and_a_line(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(app, "configure", lambda *_: None)
+    monkeypatch.setattr(app.Service, "run", broken)
+    assert app.main() == EXIT_BROKEN
+    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
