@@ -8,6 +8,7 @@ os.environ["ENV_FILE"] = os.devnull  # before anything reads settings: nobody's 
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fakeredis
@@ -64,5 +65,5 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture(name="eventually")
 def _eventually() -> Callable[..., None]:
-    """Wait until a condition holds; fail when it does not in time."""
-    return eventually
+    """Wait until a condition holds; fail when it does not within 10 s, unless told otherwise."""
+    return partial(eventually, within_s=10.0)

@@ -21,9 +21,9 @@ def empty(web: WebStack) -> None:
     client.flushall()
     client.close()
     # What the API remembers of workers and models is up to half a second old.
-    end = time.monotonic() + 5
-    while web.http.get("/inference/models").json()["data"][0]["workers"] and time.monotonic() < end:
-        time.sleep(0.05)
+    eventually(
+        lambda: not web.http.get("/inference/models").json()["data"][0]["workers"], "the API forgets them", within_s=5
+    )
 
 
 def test_a_job_is_accepted_with_its_place_in_line_and_a_ticket(web: WebStack) -> None:
