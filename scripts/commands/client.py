@@ -8,7 +8,7 @@ ClientError
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -138,7 +138,7 @@ class Client:
         """Ask for a job's end."""
         return _job(self.request("POST", f"/v1/jobs/{job_id}/cancel"))
 
-    def events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
+    def events(self, job_id: str, *, after: int = 0) -> Generator[Event]:
         """A job's events behind the cursor, to the last one; a cut stream is taken up where it was cut."""
         fruitless = 0
         while True:

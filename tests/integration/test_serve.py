@@ -15,11 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers
 from shared.settings import ROOT
 from shared.store import connect
 from tests.support.small_models import make_folder
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import eventually
 
 TINY_MODEL = ROOT / "models/tiny-random-llama"
 UP_WITHIN_S = 120

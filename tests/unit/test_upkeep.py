@@ -11,12 +11,12 @@ import pytest
 import redis
 from kombu.exceptions import OperationalError
 
+from scripts.commands.ports import free_port
 from shared.claims import Waiting
 from shared.registry import Registry
 from shared.settings import Settings
 from shared.store import Redis
 from shared.tickets import TicketOffice, make_app
-from tests.support.waiting import free_port
 from web import upkeep
 from web.upkeep import Upkeep
 

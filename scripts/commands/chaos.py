@@ -1,0 +1,101 @@
+"""Breaks a stack on purpose, and checks that no job notices: `scripts/chaos --seed 1 --minutes 30`.
+
+Two workers, two API processes and a Valkey of their own run under a load of mixed jobs while a schedule drawn from the
+seed kills, pauses, cuts off and fills up. Every job is held against the text of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from scripts.commands.chaosing.checks import Ledger
+from scripts.commands.chaosing.customers import Customers
+from scripts.commands.chaosing.faults import Hand, Kind, schedule
+from scripts.commands.chaosing.fleet import Fleet, build
+from scripts.commands.chaosing.leaks import leaks
+from scripts.commands.chaosing.recovery import Recovery
+from scripts.commands.chaosing.report import Report
+from scripts.commands.chaosing.workload import prepare
+from shared.settings import ROOT
+
+_SLOTS = 32
+_NO_DISK = "needs root on Linux, for a disk of its own"
+
+
+def run(fleet: Fleet, seed: int, minutes: float, clients: int, requests: int) -> Report:
+    """Start the stack, break it for so long, let it come to rest, and judge."""
+    fleet.start()
+    asked = prepare(fleet.client, seed, requests)
+    before = set(fleet.redis.scan_iter("mlxq:job:*"))
+    for name in before:  # the undisturbed runs: not part of what is counted
+        fleet.client.request("DELETE", f"/v1/jobs/{name.removeprefix('mlxq:job:')}")
+    ledger, recovery = Ledger(), Recovery(fleet)
+    hand = Hand(fleet, recovery)
+    impossible = {Kind.DISK_FILLED: _NO_DISK} if fleet.disk is None else {}
+    customers = Customers(fleet.client, asked, ledger, seed, clients)
+    customers.start()
+    try:
+        hand.play(schedule(seed, minutes, [kind for kind in Kind if kind not in impossible]))
+        fleet.wait_whole()
+    finally:
+        customers.leave()
+    recovery.wait()
+    left = leaks(fleet, ledger)
+    exits = fleet.stop()
+    left += [f"{name} ended with status {status}" for name, status in exits.items() if status != 0]
+    return Report(seed, minutes, fleet.cables[0].kind, hand.struck, ledger, recovery, left, impossible)
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=1, help="of the requests and of the schedule (default 1)")
+    parser.add_argument("--minutes", type=float, default=5, help="how long things break (default 5)")
+    parser.add_argument("--clients", type=int, default=24, help="jobs under way at a time (default 24)")
+    parser.add_argument("--requests", type=int, default=60, help="different requests (default 60)")
+    parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-random-llama", help="MLX model folder")
+    parser.add_argument("--network", choices=("auto", "namespace", "proxy"), default="auto", help="how workers are cut")
+    parser.add_argument("--json", type=Path, help="write everything measured there")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with all logs; kept anyway on a failure")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print the table; 0 when every promise was kept, 1 when one was broken."""
+    asked = arguments(sys.argv[1:] if argv is None else argv)
+    errors = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
+    )
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    home = Path(tempfile.mkdtemp(prefix="mlxq-chaos-"))
+    kept = False
+    fleet = build(home, asked.model.resolve(), _SLOTS, asked.network)
+    try:
+        report = run(fleet, asked.seed, asked.minutes, asked.clients, asked.requests)
+        report.show(Console(width=None if sys.stdout.isatty() else 140))
+        if asked.json:
+            asked.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        kept = report.kept
+    finally:
+        fleet.close()
+        if kept and not asked.keep:
+            shutil.rmtree(home)
+        else:
+            errors.print(f"logs: {home}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""A small disk for Redis's files, which can be filled: a tmpfs of its own, where this machine lets us mount one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+_SIZE = "512m"
+_BLOCK = 2**20
+
+
+class Disk:
+    """A mounted folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Mount it.
+
+        Raises:
+            OSError: this machine does not let us.
+        """
+        self.folder = folder
+        self._ballast = folder / "ballast"
+        folder.mkdir(parents=True, exist_ok=True)
+        _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=700", "mlxq-chaos", str(folder))
+
+    def fill(self) -> None:
+        """Leave no byte free."""
+        block = b"\0" * _BLOCK
+        with self._ballast.open("ab", buffering=0) as file, suppress(OSError):
+            while file.write(block):
+                pass
+
+    def free(self) -> None:
+        """Give the space back."""
+        self._ballast.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Unmount it, with all that is on it."""
+        with suppress(OSError):
+            _run("umount", "--lazy", str(self.folder))
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"{command[0]}: {error.stderr.strip()}") from error
+
+
+def disks_work() -> bool:
+    """Whether this machine lets us mount one; only root may, on Linux."""
+    return os.geteuid() == 0 and Path("/proc/filesystems").exists()

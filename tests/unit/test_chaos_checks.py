@@ -1,0 +1,116 @@
+"""The judge of a chaos run finds every way in which a promise can be broken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from scripts.commands.chaosing.checks import Fault, Ledger, judge
+from scripts.commands.chaosing.report import summary
+from scripts.commands.chaosing.workload import Reference, Style
+from scripts.commands.client import RemoteJob
+from shared.jobs import Status
+from shared.log import Event, EventKind
+
+EXPECTED = Reference("Once upon a time", "stop", 7, 5)
+JOB = RemoteJob(
+    "job_1",
+    Status.SUCCEEDED,
+    EXPECTED.text,
+    "stop",
+    {"prompt_tokens": 7, "completion_tokens": 5, "cached_tokens": 3},
+    {},
+    None,
+)
+
+
+def told(*texts: str, kinds: str = "qs") -> list[Event]:
+    names = {"q": EventKind.QUEUED, "s": EventKind.STARTED, "r": EventKind.RESUMED}
+    events = [Event(0, names[kind], "{}") for kind in kinds]
+    events += [Event(0, EventKind.CHUNK, json.dumps({"text": text})) for text in texts]
+    return numbered([*events, Event(0, EventKind.DONE, "{}")])
+
+
+def numbered(events: list[Event]) -> list[Event]:
+    return [replace(event, n=i) for i, event in enumerate(events, start=1)]
+
+
+WHOLE = told("Once upon", " a time")
+
+
+def faults(
+    job: RemoteJob = JOB,
+    log: list[Event] = WHOLE,
+    read: list[Event] | None = None,
+    style: Style = Style.STREAMED,
+) -> set[Fault]:
+    return {finding.fault for finding in judge(job, log, log if read is None else read, style, EXPECTED)}
+
+
+def test_a_job_as_it_should_be_has_no_findings() -> None:
+    assert not faults()
+    assert not faults(read=[])
+    assert not faults(log=told("Once", " upon a time", kinds="qsqr"))
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "prompt", "completion"),
+    [
+        ("Once upon a tide", "stop", 7, 5),
+        (EXPECTED.text, "length", 7, 5),
+        (EXPECTED.text, "stop", 8, 5),
+        (EXPECTED.text, "stop", 7, 6),
+    ],
+)
+def test_another_text_end_or_count_is_wrong(text: str, finish_reason: str, prompt: int, completion: int) -> None:
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    job = replace(JOB, text=text, finish_reason=finish_reason, usage=usage)
+    assert faults(job, told(text)) == {Fault.WRONG}
+
+
+def test_a_log_that_tells_something_else_than_the_job_is_wrong() -> None:
+    assert faults(log=told("Once upon")) == {Fault.WRONG}
+
+
+def test_a_gap_in_the_log_or_in_what_was_read_is_wrong() -> None:
+    gap = [event for event in WHOLE if event.n != 2]
+    assert faults(log=gap) == {Fault.WRONG}
+    assert faults(read=gap) == {Fault.WRONG}
+    assert faults(read=[*WHOLE[1:3], WHOLE[0], *WHOLE[3:]]) == {Fault.WRONG}
+
+
+def test_what_is_there_twice_is_duplicated() -> None:
+    assert Fault.DUPLICATED in faults(read=[*WHOLE[:3], *WHOLE[2:]])
+    assert Fault.DUPLICATED in faults(log=told("Once upon", " a time", kinds="qsqs"))
+    assert Fault.DUPLICATED in faults(log=numbered([*WHOLE, WHOLE[-1]]))
+
+
+def test_a_log_without_its_end_is_wrong() -> None:
+    assert faults(log=WHOLE[:-1]) == {Fault.WRONG}
+
+
+@pytest.mark.parametrize(("status", "style"), [(Status.CANCELLED, Style.CANCELLED), (Status.EXPIRED, Style.EXPIRED)])
+def test_a_job_cut_off_as_it_was_asked_may_give_the_beginning_of_its_text(status: Status, style: Style) -> None:
+    cut = replace(JOB, status=status, text="Once", finish_reason=None, usage={})
+    assert not faults(cut, told("Once"), style=style)
+    assert faults(replace(cut, text="Twice"), told("Twice"), style=style) == {Fault.WRONG}
+    assert faults(cut, told("Once"), style=Style.POLLED) == {Fault.WRONG}
+
+
+def test_a_failed_job_is_wrong() -> None:
+    failed = replace(JOB, status=Status.FAILED, text="Once", error={"code": "worker_lost"})
+    assert faults(failed, told("Once")) == {Fault.WRONG}
+
+
+def test_the_ledger_counts_jobs_and_not_findings() -> None:
+    ledger = Ledger()
+    ledger.end(JOB, WHOLE, judge(replace(JOB, text="a", finish_reason="length"), WHOLE, [], Style.POLLED, EXPECTED))
+    assert (ledger.count(Fault.WRONG), ledger.count(Fault.LOST)) == (1, 0)
+    assert len(ledger.findings) > 1
+
+
+def test_a_summary_has_nearest_ranks() -> None:
+    assert summary([]) == {"count": 0}
+    assert summary([float(n) for n in range(100, 0, -1)]) == {"count": 100, "p50": 50, "p95": 95, "max": 100}
