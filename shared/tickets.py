@@ -48,6 +48,8 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
         # A full worker leaves tickets to the others instead of holding as many again as it has threads.
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
+        # Nor is there anything to be careful about when the broker comes back.
+        worker_enable_prefetch_count_reduction=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +16,44 @@ from celery.apps.worker import Worker
 from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging
 from celery.worker import WorkController, state
+from celery.worker.consumer import Consumer as BrokerConsumer
+from kombu import Connection
 
 from shared.settings import Settings
 from shared.tickets import queue_name
 
 # It warns root of what pickled messages can do; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
+
+
+RECONNECT_S = 0.5
+"""Between two tries to reach a broker that is away."""
+_TELL_AGAIN_S = 60.0
+
+
+class _Reconnecting(BrokerConsumer):
+    """Looks for a broker that is away all the time, and says so once a minute.
+
+    Celery would look less and less often, in the end every half minute: so long would jobs wait for it to notice.
+    """
+
+    def ensure_connected(self, conn: Any) -> Connection:  # Any: its stubs take whole seconds only
+        """The connection, once it stands."""
+        ensure, told_at = conn.ensure_connection, -_TELL_AGAIN_S
+
+        def look(tell: Callable[[Exception, float], object], *args: Any, **kwargs: Any) -> Connection:
+            def tell_rarely(error: Exception, interval: float) -> None:
+                nonlocal told_at
+                if time.monotonic() - told_at >= _TELL_AGAIN_S:
+                    told_at = time.monotonic()
+                    tell(error, interval)
+
+            pauses = {"interval_start": RECONNECT_S, "interval_step": 0, "interval_max": RECONNECT_S}
+            return ensure(tell_rarely, *args, **pauses, **kwargs)
+
+        conn.ensure_connection = look
+        connected: Connection = super().ensure_connected(conn)
+        return connected
 
 
 class Consumer(Worker):
@@ -38,6 +71,7 @@ class Consumer(Worker):
             pool="threads",
             concurrency=settings.slots,
             queues=[queue_name(settings.model_id)],
+            consumer=_Reconnecting,
             task_events=True,
             without_gossip=True,
             without_mingle=True,
