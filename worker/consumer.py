@@ -39,7 +39,8 @@ class _Reconnecting(BrokerConsumer):
 
     def ensure_connected(self, conn: Any) -> Connection:  # Any: its stubs take whole seconds only
         """The connection, once it stands."""
-        ensure, told_at = conn.ensure_connection, -_TELL_AGAIN_S
+        ensure: Callable[..., Connection] = conn.ensure_connection
+        told_at = -_TELL_AGAIN_S
 
         def look(tell: Callable[[Exception, float], object], *args: Any, **kwargs: Any) -> Connection:
             def tell_rarely(error: Exception, interval: float) -> None:
