@@ -32,20 +32,20 @@ _SLOTS = 32
 _NO_DISK = "needs root on Linux, for a disk of its own"
 
 
-def run(fleet: Fleet, seed: int, minutes: float, clients: int, requests: int) -> Report:
+def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
     """Start the stack, break it for so long, let it come to rest, and judge."""
     fleet.start()
-    asked = prepare(fleet.client, seed, requests)
+    requests = prepare(fleet.client, asked.seed, asked.requests)
     before = set(fleet.redis.scan_iter("mlxq:job:*"))
     for name in before:  # the undisturbed runs: not part of what is counted
         fleet.client.request("DELETE", f"/v1/jobs/{name.removeprefix('mlxq:job:')}")
     ledger, recovery = Ledger(), Recovery(fleet)
     hand = Hand(fleet, recovery)
     impossible = {Kind.DISK_FILLED: _NO_DISK} if fleet.disk is None else {}
-    customers = Customers(fleet.client, asked, ledger, seed, clients)
+    customers = Customers(fleet.client, requests, ledger, asked.seed, asked.clients)
     customers.start()
     try:
-        hand.play(schedule(seed, minutes, [kind for kind in Kind if kind not in impossible]))
+        hand.play(schedule(asked.seed, asked.minutes, [kind for kind in asked.only if kind not in impossible]))
         fleet.wait_whole()
     finally:
         customers.leave()
@@ -53,7 +53,7 @@ def run(fleet: Fleet, seed: int, minutes: float, clients: int, requests: int) ->
     left = leaks(fleet, ledger)
     exits = fleet.stop()
     left += [f"{name} ended with status {status}" for name, status in exits.items() if status != 0]
-    return Report(seed, minutes, fleet.cables[0].kind, hand.struck, ledger, recovery, left, impossible)
+    return Report(asked.seed, asked.minutes, fleet.cables[0].kind, hand.struck, ledger, recovery, left, impossible)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,11 +63,30 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5, help="how long things break (default 5)")
     parser.add_argument("--clients", type=int, default=24, help="jobs under way at a time (default 24)")
     parser.add_argument("--requests", type=int, default=60, help="different requests (default 60)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=_kind,
+        default=list(Kind),
+        metavar="FAULT",
+        help=f"some of the faults: {', '.join(map(_name, Kind))}",
+    )
     parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-random-llama", help="MLX model folder")
     parser.add_argument("--network", choices=("auto", "namespace", "proxy"), default="auto", help="how workers are cut")
     parser.add_argument("--json", type=Path, help="write everything measured there")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs; kept anyway on a failure")
     return parser.parse_args(argv)
+
+
+def _name(kind: Kind) -> str:
+    return kind.name.lower().replace("_", "-")
+
+
+def _kind(name: str) -> Kind:
+    for kind in Kind:
+        if _name(kind) == name:
+            return kind
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(map(_name, Kind))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = False
     fleet = build(home, asked.model.resolve(), _SLOTS, asked.network)
     try:
-        report = run(fleet, asked.seed, asked.minutes, asked.clients, asked.requests)
+        report = run(fleet, asked)
         report.show(Console(width=None if sys.stdout.isatty() else 140))
         if asked.json:
             asked.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")

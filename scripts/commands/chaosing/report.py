@@ -80,7 +80,8 @@ class Report:
                 table.add_row(kind.value, "0", self.impossible[kind])
                 continue
             hit, warm = self.recovery.seconds.get(kind, []), self.recovery.warm.get(kind, [])
-            table.add_row(kind.value, str(self.struck[kind]), *_cells(hit), *_cells(warm))
+            if self.struck[kind]:
+                table.add_row(kind.value, str(self.struck[kind]), *_cells(hit), *_cells(warm))
         return table
 
     def _jobs(self) -> Table:
