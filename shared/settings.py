@@ -7,12 +7,15 @@ holds the two together.
 from __future__ import annotations
 
 import os
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared import redis_url
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
@@ -24,14 +27,23 @@ class Settings(BaseSettings):
     """One attribute a variable; times are seconds, sizes bytes."""
 
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE, env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True, frozen=True
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        extra="ignore",
+        env_ignore_empty=True,
+        frozen=True,
+        hide_input_in_errors=True,  # it may be a password
     )
 
     # Where things are
     data_dir: Path = Field(ROOT / "data", description="Everything that is written: queue, keys, logs, sockets")
     model_path: Path = Field(ROOT / "models/SmolLM2-135M-Instruct", description="The MLX model folder to serve")
-    redis_url: str = Field("", description="Redis or Valkey to use; empty: one of our own, inside DATA_DIR")
-    broker_url: str = Field("", description="Celery's broker; empty: the same as REDIS_URL")
+    redis_url: str = Field(
+        "",
+        description="Redis or Valkey to use: `redis://`, `rediss://`, `unix://` or "
+        "`sentinel://host,host/0?master=NAME`; empty: one of our own, inside DATA_DIR",
+    )
+    broker_url: str = Field("", description="Celery's broker, in the same forms; empty: the same as REDIS_URL")
 
     # The API
     host: str = Field("127.0.0.1", description="Address the API and Flower listen on")
@@ -72,6 +84,16 @@ class Settings(BaseSettings):
     flower_password: SecretStr = Field(SecretStr(""), description="Flower's password; written on the first run")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged")
 
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_is_reachable_in_principle(cls, url: str) -> str:
+        return url and redis_url.check_store(url)
+
+    @field_validator("broker_url")
+    @classmethod
+    def _broker_is_reachable_in_principle(cls, url: str) -> str:
+        return url and redis_url.check_broker(url)
+
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:
         # Relative paths are meant from the repository, whatever directory a script is called from.
@@ -101,20 +123,13 @@ class Settings(BaseSettings):
 
     @cached_property
     def store_url(self) -> str:
-        """URL of the queue's Redis, in redis-py's form."""
+        """URL of the queue's Redis, for `shared.store.connect`."""
         return self.redis_url or f"unix://{self.redis_socket}"
 
     @cached_property
-    def celery_url(self) -> str:
-        """URL of the broker, in kombu's form (a Unix socket is spelt `redis+socket://` there)."""
-        url = self.broker_url or self.store_url
-        return "redis+socket://" + url.removeprefix("unix://") if url.startswith("unix://") else url
-
-    @cached_property
-    def limiter_url(self) -> str:
-        """URL of the rate limiter's storage, in the form of the `limits` package."""
-        url = self.store_url
-        return "redis+unix://" + url.removeprefix("unix://") if url.startswith("unix://") else url
+    def tickets_url(self) -> str:
+        """URL of the broker, for `shared.broker`."""
+        return self.broker_url or self.store_url
 
     @cached_property
     def model_id(self) -> str:
@@ -134,3 +149,19 @@ def load_settings() -> Settings:
         pydantic.ValidationError: naming each variable that does not fit.
     """
     return Settings()
+
+
+def load_or_exit() -> Settings:
+    """The same for a process that can only end when a variable does not fit: it says so, a line each."""
+    try:
+        return load_settings()
+    except ValidationError as error:
+        sys.exit(faults(error))
+
+
+def faults(error: ValidationError) -> str:
+    """A line for each variable that does not fit."""
+    return "\n".join(
+        f"{'.'.join(map(str, each['loc'])).upper() or 'settings'}: {each['msg'].removeprefix('Value error, ')}"
+        for each in error.errors()
+    )

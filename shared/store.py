@@ -17,6 +17,8 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from shared.keys import LUA_TABLE
+from shared.redis_url import is_sentinel, parse_sentinel
+from shared.sentinel import master_pool
 
 POOL_WAIT_S = 5.0
 """Longest wait for a free connection. Longer than calls take: a burst is no outage."""
@@ -43,23 +45,23 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
     """A client with a pool, text in and out.
 
     Args:
-        url: in redis-py's form.
+        url: in redis-py's form, or that of `shared.redis_url` for the master that sentinels know.
         timeout_s: bound on connecting and on each call, in seconds.
         retries: times a call is sent again when the connection breaks. The scripts are safe to send twice.
         connections: most calls under way at once; further ones wait their turn.
     """
-    pool = redis.BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=POOL_WAIT_S,
-        decode_responses=True,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
-        health_check_interval=30,
-        **options,
-    )
-    return redis.Redis.from_pool(pool)
+    options |= {
+        "max_connections": connections,
+        "timeout": POOL_WAIT_S,
+        "decode_responses": True,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+        "health_check_interval": 30,
+    }
+    if is_sentinel(url):
+        return redis.Redis.from_pool(master_pool(parse_sentinel(url), timeout_s, **options))
+    return redis.Redis.from_pool(redis.BlockingConnectionPool.from_url(url, **options))
 
 
 def passes(error: exceptions.RedisError) -> bool:

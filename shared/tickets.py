@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from shared import keys
+from shared import broker, keys
 from shared.claims import Waiting
 from shared.registry import Registry
-from shared.settings import Settings, load_settings
+from shared.settings import Settings, load_or_exit
 from shared.store import Redis
 
 TASK = "mlxq.run"
@@ -33,7 +33,7 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
         hasty: for who only sends. A broker that is away is told after a second, or at once when it refuses; kombu
             would try again for six, whatever `retry` says.
     """
-    app = Celery("mlxq", broker=settings.celery_url)
+    app = Celery("mlxq", broker=broker.kombu_url(settings.tickets_url), set_as_current=not hasty)
     app.conf.update(
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
@@ -56,8 +56,7 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            "socket_timeout": 1 if hasty else 5,
-            "socket_connect_timeout": 1 if hasty else 5,
+            **broker.transport_options(settings.tickets_url, timeout_s=1 if hasty else 5),
             "visibility_timeout": 3600,
             **({"max_retries": 0} if hasty else {}),
         },
@@ -121,4 +120,4 @@ class TicketOffice:
                 raise OperationalError(str(error)) from error
 
 
-app = make_app(load_settings())
+app = make_app(load_or_exit())

@@ -19,7 +19,12 @@ from shared.settings import Settings
 from shared.store import Redis, connect
 from tests.support.waiting import eventually
 
-pytest_plugins = ["tests.plugins.models", "tests.plugins.stack", "tests.plugins.web_stack"]
+pytest_plugins = [
+    "tests.plugins.models",
+    "tests.plugins.sentinels",
+    "tests.plugins.stack",
+    "tests.plugins.web_stack",
+]
 
 
 @pytest.fixture(autouse=True)

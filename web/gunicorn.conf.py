@@ -7,15 +7,11 @@ import shutil
 from typing import Any
 
 import gevent
-from pydantic import ValidationError
 
-from shared.settings import load_settings
+from shared.settings import load_or_exit
 from web.keystore import SCOPES, KeyStore
 
-try:
-    _settings = load_settings()
-except ValidationError as error:
-    raise SystemExit(f"The settings do not fit: {error}") from error
+_settings = load_or_exit()
 
 # prometheus_client looks for it when it is imported, in every process.
 _metrics_dir = _settings.run_dir / "metrics"

@@ -28,7 +28,7 @@ def register(app: Flask, settings: Settings) -> Limiter:
         # An application limit counts all routes together; a default limit would count each by itself.
         application_limits=[lambda: _allowance(settings)],
         strategy="sliding-window-counter",
-        storage_uri=settings.limiter_url,
+        storage_uri="redis://",  # the kind only: where it is, the pool knows
         storage_options={"connection_pool": pool},
         in_memory_fallback_enabled=True,
         # Of requests that find Redis gone at the same moment the first switches to local counting, and for the

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from shared.settings import load_settings
+from shared.settings import load_or_exit
 
 
 def main() -> None:
     """Become Flower. The password travels in the environment: a command line is seen by every user."""
-    settings = load_settings()
+    settings = load_or_exit()
     password = settings.flower_password.get_secret_value()
     if not password:
         sys.exit("FLOWER_PASSWORD is empty: set it in the environment or .env")

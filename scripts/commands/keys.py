@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from datetime import datetime
 
-from shared.settings import load_settings
+from shared.settings import load_or_exit
 from web.keystore import SCOPES, ApiKey, KeyStore
 
 COLUMNS = ("id", "name", "scopes", "limit", "created", "revoked")
@@ -15,7 +15,7 @@ COLUMNS = ("id", "name", "scopes", "limit", "created", "revoked")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    settings = load_settings()
+    settings = load_or_exit()
     options = _parser(settings.rate_limit).parse_args(arguments)
     store = KeyStore(settings.keys_file)
     try:

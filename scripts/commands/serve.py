@@ -48,6 +48,7 @@ def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:
         screen.say(f"ended {ended} processes that an earlier start had left behind")
     preflight.check_ports(settings)
     preflight.check_redis(settings)
+    preflight.check_broker(settings)
     settings = _with_secrets(settings, screen)
     environment = config.child_environment(settings, leftovers.mark(settings.data_dir), ENV_FILE)
     ensure_openblas(screen.say)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ START_WITHIN_S = 120
 
 
 class Stack:
-    """One valkey, one API process, as many workers as a test starts."""
+    """One API process, as many workers as a test starts."""
 
-    def __init__(self, home: Path, valkey: ValkeyServer, model: Path, variables: dict[str, str]) -> None:
+    def __init__(self, home: Path, redis_url: str, model: Path, variables: dict[str, str]) -> None:
         self.home = home
         self.key = new_key()
         port = free_port()
@@ -37,7 +38,7 @@ class Stack:
             "PYTHONPATH": str(ROOT),
             "ENV_FILE": str(home / "env"),
             "DATA_DIR": str(home / "data"),
-            "REDIS_URL": f"unix://{valkey.unix_socket_path}",
+            "REDIS_URL": redis_url,
             "MODEL_PATH": str(model),
             "PORT": str(port),
             "MLXQ_API_KEY": self.key,
@@ -60,13 +61,13 @@ class Stack:
         gunicorn = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py"]
         child = self._start("web", [*gunicorn, "web.app:create_app()"])
         with Client(self.url) as client:
-            eventually(lambda: self._answers(client, child), "the API answers", START_WITHIN_S)
+            eventually(lambda: self._answers(client, child, "web", "/livez"), "the API answers", START_WITHIN_S)
         return child
 
-    def _answers(self, client: Client, child: subprocess.Popen[bytes]) -> bool:
-        assert child.poll() is None, self.log("web")
+    def _answers(self, client: Client, child: subprocess.Popen[bytes], name: str, path: str) -> bool:
+        assert child.poll() is None, self.log(name)
         try:
-            return client.request("GET", "/livez").is_success
+            return client.request("GET", path).is_success
         except ClientError:
             return False
 
@@ -84,6 +85,16 @@ class Stack:
 
         eventually(ready, "the worker is ready", START_WITHIN_S)
         return child
+
+    def start_flower(self) -> subprocess.Popen[bytes]:
+        child = self._start("flower", [sys.executable, "-m", "scripts.commands.flower"])
+        with Client(self.flower_url) as client:
+            eventually(lambda: self._answers(client, child, "flower", "/healthcheck"), "Flower answers", START_WITHIN_S)
+        return child
+
+    @property
+    def flower_url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.flower_port}"
 
     def ready_workers(self) -> list[WorkerInfo]:
         return [worker for worker in self.registry.workers() if worker.state == "ready"]
@@ -118,6 +129,18 @@ class Stack:
         return child
 
 
+@contextmanager
+def fake_stack(redis_url: str, **variables: str) -> Iterator[Stack]:
+    """API alone, on a Redis of the caller's, for workers that only make words up."""
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
+        stack = Stack(Path(folder), redis_url, Path("fake"), {"BACKEND": "fake", **variables})
+        try:
+            stack.start_web()
+            yield stack
+        finally:
+            stack.close()
+
+
 StackMaker = Callable[..., Stack]
 
 
@@ -131,7 +154,7 @@ def _make(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
             data_dir=home / "v",
             config={"appendonly": "yes", "appendfsync": "everysec"},
         ) as valkey:
-            stack = Stack(home, valkey, model, variables)
+            stack = Stack(home, f"unix://{valkey.unix_socket_path}", model, variables)
             try:
                 yield stack
             finally:

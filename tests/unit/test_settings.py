@@ -36,6 +36,8 @@ WRONG = [
     ("SLOTS", "many"),
     ("LEASE_S", "0"),
     ("LOG_LEVEL", "x"),
+    ("REDIS_URL", "sentinel://h"),
+    ("BROKER_URL", "sentinel://h"),
 ]
 
 
@@ -47,17 +49,17 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: str, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("variables", "store", "broker", "limiter"),
+    ("variables", "store", "tickets"),
     [
-        ({"DATA_DIR": "/d"}, "unix:///d/run/valkey.sock", "redis+socket:///d/run/valkey.sock", "redis+unix:///d/run/valkey.sock"),
-        ({"REDIS_URL": "redis://h:1/2"}, "redis://h:1/2", "redis://h:1/2", "redis://h:1/2"),
-        ({"REDIS_URL": "redis://h:1/2", "BROKER_URL": "redis://b"}, "redis://h:1/2", "redis://b", "redis://h:1/2"),
+        ({"DATA_DIR": "/d"}, "unix:///d/run/valkey.sock", "unix:///d/run/valkey.sock"),
+        ({"REDIS_URL": "redis://h:1/2"}, "redis://h:1/2", "redis://h:1/2"),
+        ({"REDIS_URL": "redis://h:1/2", "BROKER_URL": "redis://b"}, "redis://h:1/2", "redis://b"),
     ],
-)  # fmt: skip
-def test_each_library_gets_the_url_in_its_own_form(
-    variables: dict[str, str], store: str, broker: str, limiter: str, monkeypatch: pytest.MonkeyPatch
+)
+def test_tickets_go_where_the_queue_is_unless_a_broker_is_named(
+    variables: dict[str, str], store: str, tickets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)
-    assert (settings.store_url, settings.celery_url, settings.limiter_url) == (store, broker, limiter)
+    assert (settings.store_url, settings.tickets_url) == (store, tickets)

@@ -14,7 +14,7 @@ import redis
 from pydantic import ValidationError
 
 from scripts.commands.stack.failure import StartFailed
-from shared.settings import ENV_FILE, ROOT, Settings, load_settings
+from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
 from shared.store import connect
 
 MIN_FREE_BYTES = 200 * 2**20
@@ -30,8 +30,7 @@ def settings_or_fail() -> Settings:
     try:
         return load_settings()
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc'])).upper() or 'settings'}: {e['msg']}" for e in error.errors())
-        raise StartFailed("\n".join(lines)) from None
+        raise StartFailed(faults(error)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise StartFailed(f"cannot read {ENV_FILE}: {error}") from None
 
@@ -102,3 +101,16 @@ def check_redis(settings: Settings) -> None:
             client.ping()
     except (redis.RedisError, ValueError, OSError) as error:
         raise StartFailed(f"REDIS_URL cannot be reached: {error}") from None
+
+
+def check_broker(settings: Settings) -> None:
+    """See that a broker of its own answers."""
+    if not settings.broker_url:
+        return
+    from shared.tickets import make_app  # it reads the settings, which are known to fit now
+
+    try:
+        with make_app(settings, hasty=True).connection_for_write() as connection:
+            connection.connect()
+    except Exception as error:  # noqa: BLE001 - each of kombu's transports has errors of its own
+        raise StartFailed(f"BROKER_URL cannot be reached: {error}") from None
