@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from kombu.transport import TRANSPORT_ALIASES
@@ -11,6 +11,8 @@ from redis.sentinel import SentinelConnectionPool
 
 from shared.redis_url import SENTINEL, SentinelUrl, is_sentinel, parse_sentinel
 from shared.sentinel import MasterConnection, Sentinels, asking_options
+
+SILENCE_S: Final = 5
 
 
 def kombu_url(url: str) -> str:
@@ -22,7 +24,12 @@ def kombu_url(url: str) -> str:
 
 def transport_options(url: str, timeout_s: float) -> dict[str, Any]:
     """What kombu has to be told beside the URL."""
-    options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        # A server that has fallen silent without closing a connection is left after about this long.
+        "health_check_interval": SILENCE_S,
+    }
     if is_sentinel(url):
         where = parse_sentinel(url)
         asking = asking_options(where, timeout_s)

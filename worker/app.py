@@ -25,7 +25,7 @@ from shared.logging import configure
 from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings, load_settings
 from shared.store import connect
-from shared.tickets import TicketOffice, app
+from shared.tickets import TicketOffice, app, make_app
 from worker.backends import choose_loader
 from worker.backends.base import Backend
 from worker.consumer import Consumer, node_name, stop_consuming
@@ -60,7 +60,7 @@ class Service:
 
         client = connect(settings.store_url)
         self._claims = Claims(client, self._id)
-        self._tickets = TicketOffice(app, client, Registry(client))
+        self._tickets = TicketOffice(make_app(settings, hasty=True), client, Registry(client))
         self._held: set[Claim] = set()
         self._publisher = Publisher(self._claims, lambda *word: self._engine.heed(*word))  # noqa: PLW0108 - a cycle
         self._engine = Engine(self._load, settings.slots, self._publisher.put)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -86,6 +87,19 @@ def test_jobs_streams_limits_and_flower_outlive_the_master(watched: Watched, sta
     assert worker.poll() is None and flower.poll() is None
     for name in ("web", "worker-0", "flower"):
         assert not any(secret in stack.log(name) for secret in (PASSWORD, SENTINEL_PASSWORD, LOGIN, SENTINEL_LOGIN))
+
+
+@pytest.mark.slow
+def test_a_master_that_falls_silent_is_left_by_api_and_workers(watched: Watched) -> None:
+    with fake_stack(watched.url) as stack, stack.client() as client:
+        stack.start_worker()
+        running = client.submit(body(SLOW, 100)).id
+        eventually(lambda: client.job(running).text, "it runs")
+        watched.master.process.send_signal(signal.SIGSTOP)  # its connections stay open, as when its machine is gone
+        later = eventually(lambda: taken(client, body("later", 30), "once"), "submissions are accepted").id
+        # The worker hears of no connection that breaks: it has to give the silent one up.
+        for job, text in ((running, undisturbed(SLOW, 100)), (later, undisturbed("later", 30))):
+            assert client.job(job, wait_s=30).text == text
 
 
 def test_a_client_follows_a_new_master_and_leaves_a_demoted_one(watched: Watched) -> None:

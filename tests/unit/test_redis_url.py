@@ -98,5 +98,5 @@ def test_kombu_gets_every_sentinel_and_shows_no_password() -> None:
 
 
 def test_a_plain_broker_gets_the_time_limits_alone() -> None:
-    limits = {"socket_timeout": 4, "socket_connect_timeout": 4}
+    limits = {"socket_timeout": 4, "socket_connect_timeout": 4, "health_check_interval": broker.SILENCE_S}
     assert broker.transport_options("redis://h", timeout_s=4) == limits
