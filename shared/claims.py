@@ -6,6 +6,7 @@ Every call is fenced by the attempt number the claim gave, and may be sent twice
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -132,21 +133,35 @@ class Claims:
         most_losses = "" if max_attempts is None else max_attempts
         return _waiting(self._release(args=[self._worker, most_losses, *flat])) if flat else []
 
-    def retire(self) -> list[Waiting]:
-        """Hand everything back and give the lease up: the last call of a worker."""
-        return _waiting(self._retire(args=[self._worker]))
+    def retire(self, *, max_attempts: int | None = None) -> list[Waiting]:
+        """Hand everything back and give the lease up: the last call of a worker. `max_attempts` as in `release`."""
+        return _waiting(self._retire(args=[self._worker, "" if max_attempts is None else max_attempts]))
+
+
+REAP_S = 1.0
+"""Longest time between two passes of a process: `reap.lua` takes twice as long without any for an outage."""
 
 
 class Reaper:
-    """Takes back what lapsed leases held and expires what is over its time. Harmless when run by many at once."""
+    """Takes back what lapsed leases held and expires what is over its time. Harmless when run by many at once.
+
+    Attributes:
+        rest_s: seconds until the next pass is due: when the first lease lapses, if that is soon.
+    """
 
     def __init__(self, client: Redis, max_attempts: int) -> None:
+        self.rest_s = REAP_S
         self._reap = script(client, "reap")
         self._max_attempts = max_attempts
 
     def reap(self) -> list[Waiting]:
         """One pass; the jobs returned need tickets."""
-        return _waiting(self._reap(args=[self._max_attempts, 1000]))
+        self.rest_s = REAP_S
+        lapses_s, *flat = self._reap(args=[self._max_attempts, 1000])
+        if lapses_s:
+            # All processes look forward to the same moment: the first to come does the work.
+            self.rest_s = min(REAP_S, max(0.05, float(lapses_s)) + random.uniform(0.002, 0.03))
+        return _waiting(flat)
 
 
 def _waiting(flat: list[str]) -> list[Waiting]:

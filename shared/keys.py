@@ -15,6 +15,8 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `IDEM` + key id + `:` + key | string | job id of an Idempotency-Key | as the record |
 | `TIMERS` | zset | job → moment it expires | until it ends |
 | `LEASES` | zset | worker → moment its lease lapses | until it lapses |
+| `GRACE` | hash | worker → seconds its lease gets once more when nobody could renew it | until it lapses |
+| `PASSED` | hash | `at`, `server`: when the reaper last passed by, and on which Redis (its run_id) | for ever |
 | `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
 | `WORKER` + worker | string | JSON of `shared.registry.WorkerInfo` | a few leases |
 | `WORKERS` | zset | worker → its last heartbeat: the cards there may be | pruned when read |
@@ -38,6 +40,8 @@ OWNER: Final = "mlxq:owner:"
 IDEM: Final = "mlxq:idem:"
 TIMERS: Final = "mlxq:timers"
 LEASES: Final = "mlxq:leases"
+GRACE: Final = "mlxq:grace"
+PASSED: Final = "mlxq:passed"
 RUNNING: Final = "mlxq:running:"
 WORKER: Final = "mlxq:worker:"
 WORKERS: Final = "mlxq:workers"

@@ -122,3 +122,18 @@ local function lose(id, worker, most_losses)
   end
   return true
 end
+
+-- A worker gives a running job up, as a loss when `most_losses` is given. Returns whether it waits again.
+local function hand_back(id, worker, most_losses)
+  if most_losses then
+    return lose(id, worker, most_losses)
+  end
+  return requeue(id, worker)
+end
+
+-- A worker has gone: its lease, its card, and what it held.
+local function forget_worker(worker)
+  redis.call('DEL', K.RUNNING .. worker, K.WORKER .. worker)
+  redis.call('ZREM', K.LEASES, worker)
+  redis.call('HDEL', K.GRACE, worker)
+end

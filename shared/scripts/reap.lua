@@ -1,9 +1,32 @@
 -- Takes the jobs of lapsed leases back and expires jobs whose time is over. Any process may call it at any time.
 -- ARGV: losses a job may have, most expired jobs a call
--- Returns model, id for each job that waits again.
+-- Returns the seconds until a lease may lapse next, or '' when there is none; then model, id for each job that waits
+-- again.
 local most_losses = tonumber(ARGV[1])
 local at = now()
-local back = {}
+local back = {''}
+
+-- A lease runs only while somebody could renew it. When this is another server than at the last pass, restarted or
+-- failed over to, or when nobody passed by for long, as while Redis was out of reach or the machine slept, then every
+-- lease gets its full time once more. A worker has that only once until it renews, so one that died is taken back.
+local MISSED_S = 2 -- passes come each second
+local NOTED_S = 0.5 -- and not each of them needs to be noted
+local described = redis.pcall('INFO', 'server')
+local server = type(described) == 'string' and string.match(described, 'run_id:(%w+)') or ''
+local passed_at, passed_on = unpack(redis.call('HMGET', K.PASSED, 'at', 'server'))
+local since = at - (tonumber(passed_at or at) or at)
+if passed_on and (passed_on ~= server or since > MISSED_S) then
+  for _, worker in ipairs(redis.call('ZRANGE', K.LEASES, 0, -1)) do
+    local seconds = redis.call('HGET', K.GRACE, worker)
+    if seconds then
+      redis.call('ZADD', K.LEASES, stamp(at + tonumber(seconds)), worker)
+      redis.call('HDEL', K.GRACE, worker)
+    end
+  end
+end
+if passed_on ~= server or math.abs(since) > NOTED_S then
+  redis.call('HSET', K.PASSED, 'at', stamp(at), 'server', server)
+end
 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', K.LEASES, '-inf', stamp(at))) do
   for _, id in ipairs(redis.call('SMEMBERS', K.RUNNING .. worker)) do
@@ -13,8 +36,7 @@ for _, worker in ipairs(redis.call('ZRANGEBYSCORE', K.LEASES, '-inf', stamp(at))
       back[#back + 1] = id
     end
   end
-  redis.call('DEL', K.RUNNING .. worker, K.WORKER .. worker)
-  redis.call('ZREM', K.LEASES, worker)
+  forget_worker(worker)
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.TIMERS, '-inf', stamp(at), 'LIMIT', 0, ARGV[2])) do
@@ -25,5 +47,10 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.TIMERS, '-inf', stamp(at), 'LI
     redis.call('HSETNX', K.JOB .. id, 'stop_as', 'expired')
   end
   redis.call('ZREM', K.TIMERS, id)
+end
+
+local lapses = redis.call('ZRANGE', K.LEASES, 0, 0, 'WITHSCORES')[2]
+if lapses then
+  back[1] = stamp(tonumber(lapses) - at)
 end
 return back

@@ -7,13 +7,7 @@ for i = 3, #ARGV, 2 do
   local id = ARGV[i]
   local status, attempt, holder = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'attempt', 'worker'))
   if status == 'running' and attempt == ARGV[i + 1] and holder == worker then
-    local waits
-    if most_losses then
-      waits = lose(id, worker, most_losses)
-    else
-      waits = requeue(id, worker)
-    end
-    if waits then
+    if hand_back(id, worker, most_losses) then
       back[#back + 1] = redis.call('HGET', K.JOB .. id, 'model')
       back[#back + 1] = id
     end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import fakeredis
@@ -77,6 +78,7 @@ class Queue(RuleBasedStateMachine):
         self.reaper = Reaper(self.redis, MAX_ATTEMPTS)
         self.log = JobLog(self.redis)
         self.alive: set[str] = set()
+        self.graced: set[str] = set()
         self.expected: dict[str, Expected] = {}
 
     @rule(target=jobs_made, owner=st.sampled_from("ab"))
@@ -90,6 +92,7 @@ class Queue(RuleBasedStateMachine):
         lease = self.claims[worker].renew(3600)
         assert lease.unbroken == (worker in self.alive)
         self.alive.add(worker)
+        self.graced.add(worker)
         assert {held.job_id for held in lease.held} == {i for i, e in self.expected.items() if e.holder == worker}
 
     @rule(target=grips, worker=st.sampled_from(WORKERS))
@@ -162,21 +165,45 @@ class Queue(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS))
     def lapse(self, worker: str) -> None:
+        self.pass_by()
+        self.run_out(worker)
+        self.reaper.reap()
+        self.lost(worker)
+
+    @rule()
+    def outage(self) -> None:
+        """Redis comes back after all leases have run out: who renewed before gets another full one, but once."""
+        for worker in WORKERS:
+            self.run_out(worker)
+        self.redis.hset("mlxq:passed", mapping={"server": "before", "at": time.time() - 60})
+        self.reaper.reap()
+        for worker in set(WORKERS) - self.graced:
+            self.lost(worker)
+        self.graced.clear()
+
+    def pass_by(self) -> None:
+        """The reaper has been here just now, on this server."""
+        self.redis.hset("mlxq:passed", mapping={"server": "", "at": time.time()})
+
+    def run_out(self, worker: str) -> None:
         if worker in self.alive:
             self.redis.zadd("mlxq:leases", {worker: 1.0})
-        self.reaper.reap()
+
+    def lost(self, worker: str) -> None:
         self.alive.discard(worker)
+        self.graced.discard(worker)
         for expected in self.expected.values():
             if expected.holder == worker:
                 expected.lose()
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def retire(self, worker: str) -> None:
-        self.claims[worker].retire()
+    @rule(worker=st.sampled_from(WORKERS), lost=st.booleans())
+    def retire(self, worker: str, lost: bool) -> None:
+        self.claims[worker].retire(max_attempts=MAX_ATTEMPTS if lost else None)
         self.alive.discard(worker)
+        self.graced.discard(worker)
         for expected in self.expected.values():
             if expected.holder == worker:
-                expected.wait_again()
+                expected.lose() if lost else expected.wait_again()
 
     @invariant()
     def records_and_logs_are_as_expected(self) -> None:
@@ -190,6 +217,8 @@ class Queue(RuleBasedStateMachine):
 
     @invariant()
     def nothing_leaks(self) -> None:
+        assert set(self.redis.zrange("mlxq:leases", 0, -1)) == self.alive
+        assert set(self.redis.hkeys("mlxq:grace")) == self.graced
         waiting = {i for i, e in self.expected.items() if e.status is Status.QUEUED}
         assert set(self.redis.zrange("mlxq:queue:m", 0, -1)) == waiting
         held = {w: {i for i, e in self.expected.items() if e.holder == w} for w in WORKERS}
