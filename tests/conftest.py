@@ -20,6 +20,7 @@ from shared.store import Redis, connect
 from tests.support.waiting import eventually
 
 pytest_plugins = [
+    "tests.plugins.fleet",
     "tests.plugins.models",
     "tests.plugins.sentinels",
     "tests.plugins.stack",

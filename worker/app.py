@@ -13,8 +13,10 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Hashable
+from functools import partial
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from kombu.exceptions import OperationalError
 from redis import RedisError
@@ -30,19 +32,21 @@ from worker.backends import choose_loader
 from worker.backends.base import Backend
 from worker.consumer import Consumer, node_name, stop_consuming
 from worker.engine import Engine
-from worker.lease import Claim, Housekeeper, LeaseKeeper, Limits
+from worker.lease import Claim, Housekeeper, LeaseKeeper
 from worker.publisher import Publisher
 from worker.tasks import Runner, register
-from worker.vital import EXIT_BROKEN, leave
+from worker.vital import EXIT_BROKEN, depart, end_process, leave
+from worker.watchdog import Sign, Signs, Watchdog
 
 logger = logging.getLogger("worker.app")
 
 EXIT_CONFIG: Final = 78
 """Exit status when the model does not load (EX_CONFIG): starting again would not help."""
 
-HOUSEKEEPING_S: Final = 1.0
 LAST_WRITES_S: Final = 3.0
 """Beyond `DRAIN_S`, the time to write what was said, hand back and end; then the process is ended."""
+PUBLISHER_S: Final = 60.0
+"""A write may take so long: while Redis is out of reach, several connections are tried."""
 
 
 class Service:
@@ -53,6 +57,7 @@ class Service:
         self._started_at = time.time()
         self._state = "loading"
         self._model_announced = False
+        self._ending = False
         # A restarted worker is another worker: the old one's lease lapses, and that counts the loss.
         self._id = f"{socket.gethostname()}-{index}-{secrets.token_hex(4)}"
         self._node = node_name(settings, index)
@@ -62,17 +67,22 @@ class Service:
         self._claims = Claims(client, self._id)
         self._tickets = TicketOffice(make_app(settings, hasty=True), client, Registry(client))
         self._held: set[Claim] = set()
-        self._publisher = Publisher(self._claims, lambda *word: self._engine.heed(*word))  # noqa: PLW0108 - a cycle
-        self._engine = Engine(self._load, settings.slots, self._publisher.put)
-        # The lease keeper's calls must not take longer than the lease holds.
-        quick_client = connect(settings.store_url, timeout_s=settings.lease_s / 2, retries=1)
+        self._publisher = Publisher(self._claims, lambda *word: self._engine.heed(*word), self._die)  # noqa: PLW0108
+        self._engine = Engine(self._load, settings.slots, self._publisher.put, self._die)
+        self._watchdog = Watchdog(self._under_way, self._on_stuck, self._on_late, self._die)
+        # The lease keeper's calls must not take longer than the lease holds, tried twice and with the pause between.
+        quick_client = connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1)
+        self._quick_claims = Claims(quick_client, self._id)
         self._registry = Registry(quick_client)
         self._keeper = LeaseKeeper(
-            Claims(quick_client, self._id),
-            self._engine,
+            self._quick_claims,
+            self._engine.heed,
             self._held,
             self._announce,
-            Limits(settings.lease_s, settings.watchdog_s, settings.max_attempts),
+            settings.lease_s,
+            settings.max_attempts,
+            lambda: self._watchdog.tripped or self._ending,
+            self._die,
         )
         self._runner = Runner(
             self._engine,
@@ -83,7 +93,7 @@ class Service:
             self._held,
             self._keeper.wait_renewal,
         )
-        self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, HOUSEKEEPING_S)
+        self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
 
     def run(self) -> int:
         """Work until a signal ends it; the exit status."""
@@ -92,6 +102,7 @@ class Service:
         self._keeper.start()
         self._publisher.start()
         self._engine.start()
+        self._watchdog.start()
         try:
             backend = self._engine.loaded.result()
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
@@ -149,9 +160,9 @@ class Service:
         self._state = "draining"
         if not self._engine.loaded.done():
             os._exit(os.EX_OK)  # no job is held yet, and the engine is deep inside the model library
-        self._engine.drain(self._settings.drain_s if first else 0.0)
-        if first:
-            self._keeper.end_within(self._settings.drain_s + LAST_WRITES_S)
+        seconds = self._settings.drain_s if first else 0.0
+        self._engine.drain(seconds)
+        self._watchdog.end_within(seconds + LAST_WRITES_S)
         stop_consuming()
 
     def _wind_up(self) -> None:
@@ -162,11 +173,48 @@ class Service:
         self._publisher.close()
         self._publisher.join()
         self._keeper.stop()
+        self._give_up()
+        logger.info("the worker has ended")
+
+    def _under_way(self) -> Signs:
+        patience_s = self._settings.watchdog_s
+        signs: dict[Hashable, Sign] = {claim: Sign(0, patience_s) for claim in tuple(self._runner.preparing)}
+        if self._engine.loaded.done() and not self._engine.idle:
+            signs["engine"] = Sign(self._engine.progress_at, patience_s)
+        if self._publisher.backlog:
+            signs["publisher"] = Sign(self._publisher.attempts, max(patience_s, PUBLISHER_S))
+        return signs
+
+    def _on_stuck(self, stuck: list[Hashable]) -> None:
+        """End. A prompt that cannot be read fails its job, and no other is to blame; else, nobody knows."""
+        culprits = [job for claim, job in tuple(self._runner.preparing.items()) if claim in stuck]
+        what = ", ".join(sorted({"start of a job" if isinstance(key, tuple) else str(key) for key in stuck}))
+        self._ending = True
+        self._runner.draining = True
+        end_process(
+            f"its {what} has not got on for too long",
+            *(partial(self._runner.fail, job) for job in culprits),
+            partial(self._give_up, None if culprits else self._settings.max_attempts),
+        )
+
+    def _on_late(self) -> None:
+        """End a drain that takes too long, as in the middle of a long step: what is left goes on elsewhere."""
+        self._ending = True
+        late = partial(logger.warning, "the drain's time is over: what still runs is left to others")
+        depart(os.EX_OK, late, self._give_up)
+
+    def _die(self, reason: str) -> NoReturn:
+        """End because a thread has died."""
+        self._ending = True
+        self._runner.draining = True
+        end_process(reason, partial(self._give_up, self._settings.max_attempts))
+
+    def _give_up(self, max_attempts: int | None = None) -> None:
+        """Let others have what we hold at once, instead of when the lease lapses."""
         try:
-            self._tickets.send_all(self._claims.retire())
+            self._tickets.send_all(self._quick_claims.retire(max_attempts=max_attempts))
         except (RedisError, OperationalError) as error:
             logger.warning("the lease is left to lapse: %s", error)
-        logger.info("the worker has ended")
 
     def _announce(self, unknown: bool) -> None:
         """Tell who we are; and which model we have, when Redis does not know."""

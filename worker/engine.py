@@ -82,7 +82,7 @@ class Engine(VitalThread):
 
     Attributes:
         loaded: the warm backend, or why there is none.
-        progress_at: monotonic moment at which the loop last got on.
+        progress_at: monotonic moment at which something was last gained: a token, a piece of a prompt, a row less.
     """
 
     def __init__(
@@ -118,6 +118,11 @@ class Engine(VitalThread):
     def busy(self) -> bool:
         """Whether it has anything to get on with."""
         return bool(self._rows or self._waiting or self._suspects)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is asked of it either."""
+        return not self.busy and self._inbox.empty()
 
     def submit(self, sequence: Sequence) -> None:
         """Generate for this one as soon as a slot is free."""
@@ -167,8 +172,7 @@ class Engine(VitalThread):
             if result is not None:
                 self._collect(result)
         self._give_up_draining()
-        self.progress_at = time.monotonic()
-        if self.progress_at >= self._gauges_due:
+        if time.monotonic() >= self._gauges_due:
             self._read_gauges()
 
     def _sleep(self) -> None:
@@ -180,8 +184,12 @@ class Engine(VitalThread):
         self.totals.gauges = self._backend.stats()
         self._gauges_due = time.monotonic() + GAUGES_S
 
+    def _got_on(self) -> None:
+        self.progress_at = time.monotonic()
+
     def _receive(self, message: _Message) -> None:
-        self.progress_at = time.monotonic()  # or a long idle time would look like a stuck engine
+        if not self.busy:
+            self._got_on()  # or a long idle time would look like a stuck engine
         match message:
             case Sequence() if self._drain_until is None:
                 self._waiting.append(message)
@@ -200,6 +208,7 @@ class Engine(VitalThread):
         sequence = self._take_out(word.job_id, word.attempt)
         if sequence is None:
             return
+        self._got_on()
         if word.verdict is Verdict.FENCED:
             sequence.settle(Outcome.FENCED)
         else:
@@ -266,8 +275,11 @@ class Engine(VitalThread):
         totals.tokens += len(result.tokens)
         totals.prompt_tokens += result.prompt_tokens
         totals.last_batch = len(result.tokens)
+        if result.tokens or result.prompt_tokens or result.prefilled or result.failed:
+            self._got_on()  # a step that gives nothing is no progress, however often it returns
 
     def _batch_lost(self, error: Exception) -> None:
+        self._got_on()
         lost = list(self._rows.values())
         logger.error("the backend raised with %d rows in its batch", len(lost), exc_info=error)
         self._backend.reset()
@@ -298,6 +310,7 @@ class Engine(VitalThread):
     def _give_up_draining(self) -> None:
         if self._drain_until is None or time.monotonic() < self._drain_until or not self.busy:
             return
+        self._got_on()
         left = [*self._rows.values(), *self._waiting, *self._suspects]
         self._remove(list(self._rows))
         self._waiting.clear()

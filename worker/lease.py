@@ -10,13 +10,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 from kombu.exceptions import OperationalError
 from redis import RedisError
 
-from shared.claims import Claims, Held, Lease, Reaper, Verdict, Waiting
+from shared.claims import REAP_S, Claims, Held, Lease, Reaper, Verdict, Waiting
 from shared.store import passes
 from shared.tickets import TicketOffice
 from worker.vital import OnDeath, VitalThread, end_process
@@ -80,57 +78,43 @@ class _Periodic(VitalThread):
         raise NotImplementedError
 
 
-class Watched(Protocol):
-    """What the lease keeper sees of the engine."""
-
-    progress_at: float
-
-    @property
-    def busy(self) -> bool:
-        """Whether it has anything to get on with."""
-        ...
-
-    def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
-        """Pass on what Redis says of a job."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long the lease holds, how long the engine may stand still, and how often a job may be lost."""
-
-    lease_s: float
-    watchdog_s: float
-    max_attempts: int
+Heed = Callable[[str, int, Verdict], object]
+"""Told what Redis says of a job: id, attempt, verdict."""
 
 
 class LeaseKeeper(_Periodic):
     """Renews the lease, passes stop words on, and settles what Redis and this process disagree on.
 
     Args:
+        heed: the engine's; told what Redis says of jobs.
         held: the claims that task threads work on; they change it.
         announce: tells who we are; with True when Redis did not know us.
+        max_attempts: how often a job may be lost.
+        given_up: whether the lease is to lapse, because this process cannot go on.
     """
 
     def __init__(
         self,
         claims: Claims,
-        engine: Watched,
+        heed: Heed,
         held: set[Claim],
         announce: Callable[[bool], object],
-        limits: Limits,
+        lease_s: float,
+        max_attempts: int,
+        given_up: Callable[[], bool] = lambda: False,
         on_death: OnDeath = end_process,
     ) -> None:
-        super().__init__("lease", limits.lease_s / 3, on_death)
+        super().__init__("lease", lease_s / 3, on_death)
         self._claims = claims
-        self._engine = engine
+        self._heed = heed
         self._held = held
         self._announce = announce
-        self._limits = limits
+        self._lease_s = lease_s
+        self._max_attempts = max_attempts
+        self._given_up = given_up
         self._strangers: frozenset[Claim] = frozenset()
         self._renewals = 0
         self._renewed = threading.Condition()
-        self._end_by: float | None = None
 
     def wait_renewal(self, timeout_s: float) -> bool:
         """Wait for the next renewal; False when none came in time."""
@@ -138,37 +122,22 @@ class LeaseKeeper(_Periodic):
             seen = self._renewals
             return self._renewed.wait_for(lambda: self._renewals > seen, timeout_s)
 
-    def end_within(self, seconds: float) -> None:
-        """The process is to be gone by then, or it is ended: a drain must not hang."""
-        self._end_by = time.monotonic() + seconds
-
-    def round(self) -> None:
-        """Look after the engine, which needs no Redis, then after the lease."""
-        self._watch()
-        super().round()
-
     def do(self) -> None:
         """Renew; then act on what Redis says we hold."""
+        if self._given_up():
+            return
         before = frozenset(self._held)  # what is claimed during the renewal may be missing from its answer
-        lease = self._claims.renew(self._limits.lease_s)
+        lease = self._claims.renew(self._lease_s)
         if not lease.unbroken:
             self._fence(before, lease)
         for job in lease.held:
             if job.stop_as is not None:
-                self._engine.heed(job.job_id, job.attempt, job.stop_as)
+                self._heed(job.job_id, job.attempt, job.stop_as)
         with self._renewed:
             self._renewals += 1
             self._renewed.notify_all()
         self._announce(not lease.unbroken)
         self._give_back_strangers(lease.held)
-
-    def _watch(self) -> None:
-        now = time.monotonic()
-        still = now - self._engine.progress_at
-        if self._engine.busy and still > self._limits.watchdog_s:
-            self._on_death(f"its engine has not got on for {still:.0f} s")
-        if self._end_by is not None and now > self._end_by:
-            self._on_death("it did not drain in time")
 
     def _fence(self, before: Iterable[Claim], lease: Lease) -> None:
         """The lease had lapsed: others may have our jobs."""
@@ -176,7 +145,7 @@ class LeaseKeeper(_Periodic):
             logger.warning("the lease had lapsed")
         lost = set(before) - {(job.job_id, job.attempt) for job in lease.held}
         for job_id, attempt in lost:
-            self._engine.heed(job_id, attempt, Verdict.FENCED)
+            self._heed(job_id, attempt, Verdict.FENCED)
 
     def _give_back_strangers(self, held: Iterable[Held]) -> None:
         """What Redis says we hold and nobody here knows of, twice in a row.
@@ -187,14 +156,14 @@ class LeaseKeeper(_Periodic):
         lost, self._strangers = strangers & self._strangers, strangers
         if lost:
             logger.warning("handing back %d jobs whose claims were lost", len(lost))
-            self._claims.release(lost, max_attempts=self._limits.max_attempts)  # the housekeepers send their tickets
+            self._claims.release(lost, max_attempts=self._max_attempts)  # the housekeepers send their tickets
 
 
 class Housekeeper(_Periodic):
     """Takes back what dead workers held, and sends tickets where they are missing. Every process may run one."""
 
-    def __init__(self, reaper: Reaper, tickets: TicketOffice, every_s: float, on_death: OnDeath = end_process) -> None:
-        super().__init__("housekeeper", every_s, on_death)
+    def __init__(self, reaper: Reaper, tickets: TicketOffice, on_death: OnDeath = end_process) -> None:
+        super().__init__("housekeeper", REAP_S, on_death)
         self._reaper = reaper
         self._tickets = tickets
 
@@ -207,7 +176,9 @@ class Housekeeper(_Periodic):
 
     def do(self) -> None:
         """Reap, and send what tickets that takes."""
+        self._every_s = REAP_S
         waiting: list[Waiting] = self._reaper.reap()
+        self._every_s = self._reaper.rest_s
         if waiting:
             logger.info("%d jobs of lost workers wait again", len(waiting))
             self._tickets.send_all(waiting)

@@ -38,10 +38,15 @@ class _Row(NamedTuple):
 
 
 class Publisher(VitalThread):
-    """Writes what is `put`, settles the sequences that said their last, passes verdicts on."""
+    """Writes what is `put`, settles the sequences that said their last, passes verdicts on.
+
+    Attributes:
+        attempts: calls made so far, answered or not.
+    """
 
     def __init__(self, claims: Claims, heed: Heed, on_death: OnDeath = end_process) -> None:
         super().__init__("publisher", on_death)
+        self.attempts = 0
         self._claims = claims
         self._heed = heed
         self._inbox: SimpleQueue[list[Said] | None] = SimpleQueue()
@@ -79,6 +84,7 @@ class Publisher(VitalThread):
             self._unsent = {}
         if not self._batch:
             return
+        self.attempts += 1
         try:
             verdicts = self._claims.append([row.append for row in self._batch])
         except RedisError as error:

@@ -34,6 +34,10 @@ class Runner:
     Args:
         held: the claims the threads work on, for others to read.
         wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
+
+    Attributes:
+        draining: whether no more jobs are claimed.
+        preparing: the jobs that are on their way into the engine.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Runner:
         self._wait_renewal = wait_renewal
         self._held = held
         self.draining = False
+        self.preparing: dict[Claim, Job] = {}
 
     def run(self, model: str, ticket_for: str) -> None:
         """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
@@ -70,7 +75,7 @@ class Runner:
                     self._work_on(job)
                 except Exception:
                     logger.exception("the task failed")
-                    self._fail(job)
+                    self.fail(job)
         finally:
             self._held.discard(claim)
         if job.alone:
@@ -93,8 +98,13 @@ class Runner:
 
     def _work_on(self, job: Job) -> None:
         backend = self._engine.loaded.result()
-        sequence = Sequence(job, backend)
-        end = self._prepare(sequence, backend)
+        claim = (job.id, job.attempt)
+        self.preparing[claim] = job
+        try:
+            sequence = Sequence(job, backend)
+            end = self._prepare(sequence, backend)
+        finally:
+            del self.preparing[claim]
         if end is None:
             self._engine.submit(sequence)
         else:
@@ -124,7 +134,7 @@ class Runner:
             logger.exception("the job cannot be started")
             return sequence.fail(JobFailure.ENGINE, _NOT_STARTED)
 
-    def _fail(self, job: Job) -> None:
+    def fail(self, job: Job) -> None:
         """End a job that has no sequence to say so."""
         try:
             written = self._log.written(job.id)

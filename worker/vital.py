@@ -1,7 +1,7 @@
 """Threads that the process cannot do without: when one of them dies, so does the process, and says why.
 
-A worker that lives on with a dead engine or publisher would keep its lease and its jobs for ever. Ended, its lease
-lapses, its jobs continue elsewhere and its supervisor starts it again.
+A worker that lives on with a dead engine or publisher would keep its lease and its jobs for ever. Ended, its jobs
+continue elsewhere and its supervisor starts it again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ logger = logging.getLogger(__name__)
 EXIT_BROKEN = 70
 """Exit status of a worker that found itself broken (EX_SOFTWARE)."""
 
+LAST_ACTS_S = 2.0
+"""What is done and said at the end has so long; whatever hangs then, the process ends."""
+
 OnDeath = Callable[[str], object]
 """Called with the reason; ends the process."""
+
+LastAct = Callable[[], object]
 
 
 def leave(status: int) -> NoReturn:
@@ -31,10 +36,22 @@ def leave(status: int) -> NoReturn:
         os._exit(status)
 
 
-def end_process(reason: str) -> NoReturn:
+def depart(status: int, *last_acts: LastAct) -> NoReturn:
+    """Do the last there is to do, and end this process within `LAST_ACTS_S` in any case."""
+    timer = threading.Timer(LAST_ACTS_S, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    for act in last_acts:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - nothing may keep it from ending
+            logger.warning("left undone at the end: %s", error)
+    leave(status)
+
+
+def end_process(reason: str, *last_acts: LastAct) -> NoReturn:
     """End this process because it is broken, and say why."""
-    logger.critical("the worker ends itself: %s", reason)
-    leave(EXIT_BROKEN)
+    depart(EXIT_BROKEN, lambda: logger.critical("the worker ends itself: %s", reason), *last_acts)
 
 
 class VitalThread(threading.Thread):

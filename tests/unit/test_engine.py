@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -256,3 +257,26 @@ def test_the_engines_death_is_announced(bench: Bench) -> None:
     engine.start()
     engine.join(5)
     assert deaths == ["its engine thread died (ZeroDivisionError)"]
+
+
+def test_a_step_that_gives_nothing_is_no_progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr("worker.engine.time.monotonic", lambda: float(next(clock)))
+    row = bench.submit("!stall=3", max_tokens=9)
+    seen = []
+    for _ in range(8):
+        bench.engine.step()
+        seen.append(bench.engine.progress_at)
+    assert [before < after for before, after in itertools.pairwise(seen)] == [True] + [False] * 6
+    bench.engine.heed("job_other", 1, Verdict.CANCELLED)
+    bench.engine.step()
+    assert bench.engine.progress_at == seen[-1]
+    bench.engine.heed(row.job.id, 1, Verdict.CANCELLED)
+    bench.engine.step()
+    assert bench.engine.progress_at > seen[-1]
+
+
+def test_what_is_asked_of_a_stuck_engine_counts_as_under_way(bench: Bench) -> None:
+    assert bench.engine.idle
+    bench.submit("row")
+    assert (bench.engine.idle, bench.engine.busy) == (False, False)

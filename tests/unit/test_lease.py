@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import pytest
 from redis import ConnectionError as RedisAway
@@ -13,19 +13,7 @@ from shared.claims import Claims, NoLease, Reaper, Verdict, Waiting
 from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
 from shared.settings import Settings
 from shared.store import Redis
-from worker.lease import Claim, Housekeeper, LeaseKeeper, Limits
-
-
-class Engine:
-    """What a lease keeper sees of one."""
-
-    def __init__(self) -> None:
-        self.progress_at = time.monotonic()
-        self.busy = False
-        self.heard: list[tuple[str, int, Verdict]] = []
-
-    def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
-        self.heard.append((job_id, attempt, verdict))
+from worker.lease import Claim, Housekeeper, LeaseKeeper
 
 
 class Desk:
@@ -35,12 +23,20 @@ class Desk:
         self.client = client
         self.jobs = Jobs(client, settings)
         self.claims = Claims(client, "w1")
-        self.engine = Engine()
+        self.heard: list[tuple[str, int, Verdict]] = []
         self.held: set[Claim] = set()
         self.announced: list[bool] = []
         self.deaths: list[str] = []
+        self.given_up = False
         self.keeper = LeaseKeeper(
-            self.claims, self.engine, self.held, self.announced.append, Limits(60, 5, 3), self.deaths.append
+            self.claims,
+            lambda *word: self.heard.append(word),
+            self.held,
+            self.announced.append,
+            60,
+            3,
+            lambda: self.given_up,
+            self.deaths.append,
         )
 
     def submit(self) -> Job:
@@ -86,7 +82,7 @@ def test_a_stop_word_reaches_the_engine(desk: Desk) -> None:
     job = desk.claim()
     desk.jobs.stop(job.id, "me")
     desk.keeper.round()
-    assert desk.engine.heard == [(job.id, 1, Verdict.CANCELLED)]
+    assert desk.heard == [(job.id, 1, Verdict.CANCELLED)]
 
 
 def test_a_claim_whose_answer_was_lost_goes_back_after_two_rounds(desk: Desk) -> None:
@@ -125,7 +121,7 @@ def test_after_a_lapse_the_jobs_that_are_others_are_dropped(desk: Desk) -> None:
     lost = desk.claim()
     desk.lapse()
     desk.keeper.round()
-    assert desk.engine.heard == [(lost.id, 1, Verdict.FENCED)]
+    assert desk.heard == [(lost.id, 1, Verdict.FENCED)]
     assert desk.announced == [True, True]
 
 
@@ -134,7 +130,7 @@ def test_a_lapse_that_nobody_noticed_costs_nothing(desk: Desk) -> None:
     job = desk.claim()
     desk.client.zadd(keys.LEASES, {"w1": 1})
     desk.keeper.round()
-    assert (desk.engine.heard, desk.status(job)) == ([], Status.RUNNING)
+    assert (desk.heard, desk.status(job)) == ([], Status.RUNNING)
 
 
 def test_redis_away_is_borne(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +155,7 @@ def test_a_renewal_that_is_at_fault_ends_the_process(desk: Desk, monkeypatch: py
 def test_housekeeping_that_is_at_fault_is_told_and_goes_on(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     office = Office()
     reaper = Reaper(desk.client, 3)
-    housekeeper = Housekeeper(reaper, office, 1, desk.deaths.append)  # type: ignore[arg-type]
+    housekeeper = Housekeeper(reaper, office, desk.deaths.append)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reaper, "reap", at_fault)
         housekeeper.round()
@@ -175,18 +171,12 @@ def test_who_waits_for_a_renewal_is_woken(desk: Desk) -> None:
     assert not desk.keeper.is_alive()
 
 
-@pytest.mark.parametrize(("busy", "still_s", "dies"), [(True, 6, True), (True, 1, False), (False, 60, False)])
-def test_a_busy_engine_that_stands_still_ends_the_process(desk: Desk, busy: bool, still_s: float, dies: bool) -> None:
-    desk.engine.busy = busy
-    desk.engine.progress_at -= still_s
+def test_a_process_that_cannot_go_on_lets_its_lease_lapse(desk: Desk) -> None:
     desk.keeper.round()
-    assert bool(desk.deaths) is dies
-
-
-def test_a_drain_that_hangs_ends_the_process(desk: Desk) -> None:
-    desk.keeper.end_within(-1)
+    renewed = desk.client.zscore(keys.LEASES, "w1")
+    desk.given_up = True
     desk.keeper.round()
-    assert desk.deaths == ["it did not drain in time"]
+    assert (desk.client.zscore(keys.LEASES, "w1"), desk.announced) == (renewed, [True])
 
 
 class Office:
@@ -205,7 +195,7 @@ class Office:
 
 def test_the_housekeeper_sends_tickets_for_what_a_dead_worker_held(desk: Desk) -> None:
     office = Office()
-    housekeeper = Housekeeper(Reaper(desk.client, 3), office, 1, desk.deaths.append)  # type: ignore[arg-type]
+    housekeeper = Housekeeper(Reaper(desk.client, 3), office, desk.deaths.append)  # type: ignore[arg-type]
     desk.keeper.round()
     job = desk.claim()
     housekeeper.round()
@@ -213,3 +203,22 @@ def test_the_housekeeper_sends_tickets_for_what_a_dead_worker_held(desk: Desk) -
     desk.client.zadd(keys.LEASES, {"w1": 1})
     housekeeper.round()
     assert (office.sent, desk.status(job)) == ([job.id], Status.QUEUED)
+
+
+def test_the_housekeeper_comes_when_the_next_lease_may_lapse(desk: Desk, eventually: Callable[..., None]) -> None:
+    reaper, passes = Reaper(desk.client, 3), 0
+    reap = reaper.reap
+
+    def count() -> list[Waiting]:
+        nonlocal passes
+        passes += 1
+        waiting = reap()
+        reaper.rest_s = 0.01
+        return waiting
+
+    reaper.reap = count  # type: ignore[method-assign]
+    housekeeper = Housekeeper(reaper, Office(), desk.deaths.append)  # type: ignore[arg-type]
+    housekeeper.start()
+    eventually(lambda: passes > 20)
+    housekeeper.stop()
+    assert desk.deaths == []

@@ -26,6 +26,37 @@ def test_a_log_that_cannot_be_written_does_not_change_the_status() -> None:
     assert subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, check=False, timeout=60).returncode == 7
 
 
+HANGING = """
+import logging, threading
+from worker import vital
+vital.LAST_ACTS_S = 0.2
+lock = threading.Lock()
+lock.acquire()
+class Stuck(logging.Handler):
+    def emit(self, record):
+        lock.acquire()  # as when nobody reads what we write
+logging.getLogger().addHandler(Stuck())
+vital.end_process("it hangs", lock.acquire)
+"""
+
+ACTS = """
+from worker.vital import depart
+def fails():
+    raise OSError("Redis is away")
+depart(7, fails, lambda: print("done", flush=True))
+"""
+
+
+def test_whatever_hangs_at_the_end_the_process_ends() -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGING], cwd=ROOT, check=False, timeout=60)
+    assert ended.returncode == EXIT_BROKEN
+
+
+def test_a_last_act_that_fails_keeps_nobody_from_the_next() -> None:
+    ended = subprocess.run([sys.executable, "-c", ACTS], cwd=ROOT, check=False, timeout=60, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (7, b"done\n")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("unforeseen"), SystemExit(3), KeyboardInterrupt()])
 def test_whatever_is_raised_becomes_a_status_and_a_line(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

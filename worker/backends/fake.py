@@ -5,6 +5,8 @@ what an undisturbed one says, or a test notices. Orders in the prompt:
 
     !words=N        the end token comes after N words
     !pause=S        each step takes S seconds longer while this row is in the batch
+    !encode=S       reading the prompt takes S seconds
+    !stall=N        from its Nth token on this row gets nothing
     !row-fails=N    this row raises at its Nth token
     !step-fails=N   the whole step raises while this row is at its Nth token
     !die=N          the process is gone at its Nth token
@@ -13,6 +15,7 @@ what an undisturbed one says, or a test notices. Orders in the prompt:
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -34,7 +37,11 @@ WORDS = (  # noqa: SIM905 - easier to read than a list of 49
     "née naïve 東京 🙂 and or but then so still, again. never; ever: yes! no? perhaps"
 ).split()
 
-_ORDER = re.compile(r"!(words|pause|row-fails|step-fails|die)=([\d.]+)")
+_ORDER = re.compile(r"!(words|pause|encode|stall|row-fails|step-fails|die)=([\d.]+)")
+
+
+def _orders(prompt: str) -> dict[str, float]:
+    return {name: float(value) for name, value in _ORDER.findall(prompt)}
 
 
 class FakeDetokenizer:
@@ -71,7 +78,7 @@ class _FakeRow:
             position=row.generated,
             last=row.prompt[-1],
             digest=crc32(f"{row.sampling.seed}:{text}".encode()),
-            orders={name: float(value) for name, value in _ORDER.findall(text)},
+            orders=_orders(text),
         )
 
     def at(self, order: str) -> bool:
@@ -103,6 +110,7 @@ class FakeBackend:
         text = generation.prompt
         if text is None:
             text = "\n".join(f"{each['role']}: {each['content']}" for each in generation.messages or ())
+        sleep(_orders(text).get("encode", 0.0))
         tokens = tuple(text.encode())
         if not tokens or len(tokens) >= self.card.context:
             raise PromptError(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
@@ -133,6 +141,8 @@ class FakeBackend:
                     raise RuntimeError("the step fails, as ordered")
                 if row.at("row-fails"):
                     failed.append((uid, RuntimeError("the row fails, as ordered")))
+                    continue
+                if row.orders.get("stall", math.inf) <= row.position + 1:
                     continue
             tokens.append((uid, row.next()))
         if pause:
