@@ -115,6 +115,11 @@ class Fleet:
         assert [event.n for event in events] == list(range(1, len(events) + 1))
         assert [event.kind for event in events].count(EventKind.DONE) == 1
 
+    def stop(self, process: subprocess.Popen[bytes], within_s: float = 20) -> int:
+        """End a worker in order; its exit status."""
+        process.terminate()
+        return process.wait(within_s)
+
     def close(self) -> None:
         for process in self.processes:
             process.kill()

