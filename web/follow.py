@@ -53,8 +53,8 @@ class Follower:
         """
         return self._events(job_id, cursor, self._page(job_id, cursor))
 
-    def wait(self, job_id: str, timeout_s: float | None) -> None:
-        """Return when the job has ended, when time is over, or, with a timeout, when the process is about to end.
+    def wait(self, job_id: str, timeout_s: float | None, linger_s: float = 0.0) -> None:
+        """Return when the job has ended, when time is over, or `linger_s` after the process is about to end.
 
         It outlasts Redis being away.
 
@@ -69,8 +69,7 @@ class Follower:
                     if item.kind is EventKind.DONE:
                         return
                 elif item is Signal.CLOSING:
-                    if timeout_s is not None:
-                        return
+                    deadline = min(deadline, time.monotonic() + linger_s)
                 elif self._ended(job_id):
                     return
 

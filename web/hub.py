@@ -105,6 +105,11 @@ class Hub:
         finally:
             self._leave(name, subscription)
 
+    @property
+    def closing(self) -> bool:
+        """Whether the process is about to end."""
+        return self._closing
+
     def close(self) -> None:
         """Tell every reader, those to come too, that the process is about to end."""
         with self._lock:

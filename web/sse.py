@@ -21,8 +21,10 @@ class Format(Protocol):
     media_type: str
     opening: bytes
     heartbeat: bytes
-    farewell: bytes
-    """Before a stream ends although its job has not."""
+
+    def farewell(self, where: str) -> bytes:
+        """Said before a stream ends although its job has not; `where` it goes on."""
+        ...
 
     def event(self, n: int, kind: EventKind, data: str) -> bytes:
         """One event; `data` is JSON on one line."""
@@ -35,7 +37,10 @@ class EventStream:
     media_type = "text/event-stream"
     opening = f"retry: {_RETRY_MS}\n\n".encode()
     heartbeat = b": heartbeat\n\n"
-    farewell = f"retry: {_RETRY_MS}\n: the stream goes on elsewhere, reconnect with Last-Event-ID\n\n".encode()
+
+    def farewell(self, where: str) -> bytes:
+        """A reconnection time, and a comment for whoever reads along."""
+        return f"retry: {_RETRY_MS}\n: the job goes on, reconnect to {where} with Last-Event-ID\n\n".encode()
 
     def event(self, n: int, kind: EventKind, data: str) -> bytes:
         """`id`, `event` and `data`."""
@@ -48,7 +53,10 @@ class JsonLines:
     media_type = "application/x-ndjson"
     opening = b""
     heartbeat = b'{"event":"heartbeat"}\n'
-    farewell = b'{"event":"reconnect"}\n'
+
+    def farewell(self, where: str) -> bytes:
+        """An event without a number."""
+        return f'{{"event":"reconnect","stream":"{where}"}}\n'.encode()
 
     def event(self, n: int, kind: EventKind, data: str) -> bytes:
         """`id`, `event` and `data` as members."""

@@ -1,4 +1,4 @@
-"""What nobody asks for and somebody must do each second: take back lost jobs, expire old ones, send lost tickets.
+"""What nobody asks for and somebody must do all the time: take back lost jobs, expire old ones, send lost tickets.
 
 Every API process does it; the scripts see to it that many at once do no harm.
 """
@@ -19,7 +19,6 @@ from shared.tickets import TicketOffice
 
 log = logging.getLogger(__name__)
 
-_EVERY_S: Final = 1.0
 _PAUSE_S: Final = 3.0
 """After tickets could not be sent, none are for so long: trying takes time, and jobs must be taken back meanwhile."""
 
@@ -68,4 +67,4 @@ class Upkeep:
     def _run(self, alive: Callable[[], bool]) -> None:
         while alive():
             self.round()
-            time.sleep(_EVERY_S)
+            time.sleep(self._reaper.rest_s)

@@ -24,8 +24,9 @@ ANSWER_S = 15.0
 """An answer takes at most this long, beside the time it was asked to wait."""
 SILENCE_S = 60.0
 """A stream, which has heartbeats, is broken when nothing comes for longer."""
-RECONNECTS = 5
-"""A stream is given up after as many connections in a row that brought no event."""
+RECONNECTS = 10
+"""A stream is given up after as many connections in a row that brought no event; an API that restarts takes less."""
+LONGEST_PAUSE_S = 3.0
 
 
 class ClientError(Exception):
@@ -154,13 +155,13 @@ class Client:
             fruitless += 1
             if fruitless > RECONNECTS:
                 raise Unreachable(f"the stream of {job_id} ends again and again before the job does")
-            time.sleep(0.1 * 2**fruitless)
+            time.sleep(min(LONGEST_PAUSE_S, 0.1 * 2**fruitless))
 
     def _listen(self, job_id: str, after: int) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         with self.stream("GET", f"/v1/jobs/{job_id}/stream", headers=headers) as response:
             for event in httpx2.EventSource(response, max_event_size=None):
-                if event.id:
+                if event.data:  # a `retry` alone is no event, though the reader here makes one of it
                     yield Event(int(event.id), EventKind(event.event), event.data)
 
     @contextmanager

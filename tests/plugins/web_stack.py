@@ -133,6 +133,7 @@ class WebStack:
     process: subprocess.Popen[bytes]
     log: Path
     http: httpx2.Client = field(repr=False)
+    launch: Callable[[], subprocess.Popen[bytes]] = field(repr=False)
 
     @property
     def redis_url(self) -> str:
@@ -156,6 +157,13 @@ class WebStack:
         assert answer.status_code == 200, answer.text
         view: dict[str, Any] = answer.json()
         return view
+
+    def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the API process and start another in its place."""
+        self.process.send_signal(number)
+        self.process.wait(20)
+        self.process = self.launch()
+        _wait_for(self)
 
     def stop_redis(self) -> None:
         self.server.stop()
@@ -193,25 +201,28 @@ def running_web(**environment: str) -> Iterator[WebStack]:
         }
         log = home / "web.log"
         server = start_redis(home)
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"],
-                cwd=ROOT, env=stack_environment, stdout=output, stderr=output,
-            )  # fmt: skip
+
+        def launch() -> subprocess.Popen[bytes]:
+            with log.open("ab") as output:
+                return subprocess.Popen(
+                    [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"],
+                    cwd=ROOT, env=stack_environment, stdout=output, stderr=output,
+                )  # fmt: skip
+
         url = f"http://127.0.0.1:{port}"
         http = httpx2.Client(base_url=url, headers={"X-API-Key": key}, timeout=30)
-        stack = WebStack(home, url, key, server, process, log, http)
+        stack = WebStack(home, url, key, server, launch(), log, http, launch)
         try:
             _wait_for(stack)
             yield stack
         finally:
             http.close()
-            process.send_signal(signal.SIGTERM)
+            stack.process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
+                stack.process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                stack.process.kill()
+                stack.process.wait()
             stack.server.stop()
             print(log.read_text())  # pytest shows it beside a failure
 

@@ -135,8 +135,16 @@ def test_waiting_ends_with_the_job_or_the_time() -> None:
 def test_an_answer_is_waited_for_even_while_the_process_ends() -> None:
     log = Log(chain(3)[:1])
     script: list[Event | Signal | None] = [Signal.CLOSING, None, None, None]
-    Follower(log, Live(Script(log, chain(3), script)), 1.0).wait(JOB, None)  # type: ignore[arg-type]
+    Follower(log, Live(Script(log, chain(3), script)), 1.0).wait(JOB, None, linger_s=60)  # type: ignore[arg-type]
     assert log.events[-1].kind is EventKind.DONE
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60])
+def test_waiting_ends_with_the_process(timeout_s: float | None) -> None:
+    log, live = Log(chain(3)[:1]), Subscription()
+    live.put(Signal.CLOSING)
+    Follower(log, Live(live), 60).wait(JOB, timeout_s, linger_s=0.01)  # type: ignore[arg-type]
+    assert log.events[-1].kind is not EventKind.DONE
 
 
 @pytest.mark.parametrize("timeout_s", [None, 60])

@@ -28,7 +28,7 @@ def test_any_text_stays_on_one_line(text: str, n: int) -> None:
 def test_what_is_no_event_is_a_comment_or_json() -> None:
     assert EventStream.opening == b"retry: 1000\n\n"
     assert EventStream.heartbeat.startswith(b":")
-    for line in (JsonLines.heartbeat, JsonLines.farewell):
+    for line in (JsonLines.heartbeat, JsonLines().farewell("/v1/jobs/j/stream")):
         assert "event" in json.loads(line)
 
 

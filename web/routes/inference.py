@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import redis
 from flask import Blueprint, Response, request
 
-from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError
+from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, Unavailable
 from shared.jobs import Job, Status
 from shared.log import Event, EventKind
 from web import apidoc
 from web.apidoc import describe
 from web.body import idempotency_key, read_body
 from web.connection import watching
+from web.problems import problem
 from web.schemas import InferenceRequest, InferenceView
 from web.services import Services, services
 from web.sse import Format, negotiate
@@ -47,6 +48,9 @@ def infer() -> Response:
 
     A client that goes away cancels its job, but not when it sent an Idempotency-Key: sent again, the request gets the
     same job, which ends by its deadline.
+
+    When this API process is stopped, nobody's job is cancelled: a stream ends with a hint where it goes on, and who
+    waits for a whole answer gets 503 `restarting`. `Location` names the job.
     """
     wanted = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if wanted.stream else None
@@ -61,8 +65,10 @@ def infer() -> Response:
 def _whole(job: Job, prompt_field: str, gone: Callable[[], None]) -> Response:
     parts = services()
     with watching(request.environ, gone):
-        parts.follower.wait(job.id, None)
+        parts.follower.wait(job.id, None, linger_s=parts.settings.drain_s / 2)
     ended = parts.jobs.get(job.id, job.owner)
+    if not ended.status.terminal:
+        return problem(Unavailable("This process ends; the job goes on at Location.", code="restarting", retry_after=1))
     if ended.status is not Status.SUCCEEDED:
         raise failure(ended, prompt_field)
     return Response(answer(ended).model_dump_json(), content_type="application/json")
@@ -73,6 +79,7 @@ def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:
     return stream(
         _watched(parts.follower.follow(job.id, 0), request.environ, gone),
         form,
+        job.id,
         lambda: parts.views.full(parts.jobs.get(job.id, job.owner)).model_dump_json(),
         parts.metrics,
     )
@@ -100,7 +107,7 @@ def _canceller(parts: Services, job: Job) -> Callable[[], None]:
 
     def cancel() -> None:
         nonlocal told
-        if told:
+        if told or parts.hub.closing:  # then it is not the client who ends the connection
             return
         told = True
         try:

@@ -104,6 +104,7 @@ def stream_job(job_id: str) -> Response:
     return stream(
         services().follower.follow(job_id, cursor),
         form,
+        job_id,
         lambda: views.full(jobs.get(job_id, owner)).model_dump_json(),
         services().metrics,
     )

@@ -1,0 +1,192 @@
+"""The API process is stopped or killed: streams end with a hint, jobs go on, readers miss nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import pytest
+
+from scripts.commands.client import Client
+from shared.log import EventKind
+from tests.plugins.web_stack import PretendWorker, WebStack, running_web
+from tests.support.waiting import eventually
+
+DRAIN_S = 3
+
+
+@pytest.fixture
+def web() -> Iterator[WebStack]:
+    """One for each test: it is stopped."""
+    with running_web(DRAIN_S=str(DRAIN_S)) as stack:
+        yield stack
+
+
+@contextmanager
+def worker(web: WebStack, **options: Any) -> Iterator[PretendWorker]:
+    started = PretendWorker(web.redis_url, **options)
+    started.announce()
+    started.start()
+    yield started
+    started.stop()
+
+
+class EventSource:
+    """A browser's, as the standard has it: reconnects by itself, after `retry`, with the last id; 204 is the end."""
+
+    def __init__(self, web: WebStack, path: str) -> None:
+        self._url, self._key = web.url + path, web.key
+        self._last_id, self._retry_s = "", 3.0
+        self.connections = 0
+        self.events: list[tuple[str, str, str]] = []
+
+    def read(self) -> None:
+        while self._connect():
+            time.sleep(self._retry_s)
+
+    def _connect(self) -> bool:
+        headers = {"X-API-Key": self._key, "Accept": "text/event-stream", "Cache-Control": "no-store"}
+        if self._last_id:
+            headers["Last-Event-ID"] = self._last_id
+        try:
+            with httpx2.stream("GET", self._url, headers=headers, timeout=30) as answer:
+                if answer.status_code != 200:
+                    return False
+                self.connections += 1
+                self._parse(answer)
+        except httpx2.HTTPError:
+            pass
+        return True
+
+    def _parse(self, answer: httpx2.Response) -> None:
+        fields: dict[str, str] = {}
+        rest = ""
+        for part in answer.iter_text():
+            *lines, rest = (rest + part).split("\n")
+            for line in lines:
+                name, _, value = line.partition(":")
+                fields[name] = value.removeprefix(" ")
+                if line == "":
+                    self._dispatch(fields)
+                    fields = {}
+
+    def _dispatch(self, fields: dict[str, str]) -> None:
+        self._last_id = fields.get("id", self._last_id)
+        if "retry" in fields:
+            self._retry_s = int(fields["retry"]) / 1000
+        if "data" in fields:
+            self.events.append((self._last_id, fields.get("event", "message"), fields["data"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_event_source_goes_on_at_the_next_process_without_a_gap(web: WebStack, number: signal.Signals) -> None:
+    with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool:
+        job = web.submit(max_tokens=250)
+        source = EventSource(web, job["urls"]["stream"])
+        reading = pool.submit(source.read)
+        eventually(lambda: len(source.events) > 10)
+        web.restart(number)
+        reading.result(60)
+    ids = [int(last_id) for last_id, _, _ in source.events]
+    assert ids == list(range(1, len(ids) + 1))
+    kinds = [kind for _, kind, _ in source.events]
+    assert (kinds.count("done"), kinds[-1], source.connections) == (1, "done", 2)
+    text = "".join(json.loads(data)["text"] for _, kind, data in source.events if kind == "chunk")
+    assert text == json.loads(source.events[-1][2])["output"]["text"]
+
+
+def test_the_client_of_our_commands_goes_on_by_itself(web: WebStack) -> None:
+    with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool, Client(web.url, web.key) as client:
+        job = web.submit(max_tokens=250)
+        reading = pool.submit(lambda: [event.n for event in client.events(job["id"])])
+        eventually(lambda: "w20" in web.job(job["id"])["output"]["text"])
+        web.restart()
+        numbers = reading.result(60)
+        last = client.events(job["id"], after=numbers[-1] - 1)
+        assert [event.kind for event in last] == [EventKind.DONE]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def streamed(web: WebStack, method: str, path: str, accept: str, **request: Any) -> str:
+    headers = {"X-API-Key": web.key, "Accept": accept}
+    with httpx2.stream(method, web.url + path, headers=headers, timeout=30, **request) as answer:
+        assert answer.status_code == 200
+        return answer.headers.get("Location", path.removesuffix("/stream")) + "\n" + "".join(answer.iter_text())
+
+
+def location_in(text: str) -> str:
+    return text.split("\n", 1)[0]
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_every_kind_of_answer_ends_in_time_and_every_job_goes_on(web: WebStack, idle: bool) -> None:
+    endless: dict[str, Any] = {"prompt": "hi", "max_tokens": 3000}
+    with worker(web, pause_s=0.01) as pretend, ThreadPoolExecutor(8) as pool:
+        job = web.submit(max_tokens=3000)
+        path, sse, lines = job["urls"]["stream"], "text/event-stream", "application/x-ndjson"
+        streams = [
+            pool.submit(streamed, web, "GET", path, sse),
+            pool.submit(streamed, web, "POST", "/inference", sse, json={**endless, "stream": True}),
+            pool.submit(streamed, web, "GET", path, lines),
+            pool.submit(streamed, web, "POST", "/inference", lines, json={**endless, "stream": True}),
+        ]
+        poll = pool.submit(web.job, job["id"], 25)
+        key = {"X-API-Key": web.key}
+        whole = pool.submit(httpx2.post, web.url + "/inference", json=endless, headers=key, timeout=30)
+        eventually(lambda: running(web) == 4)
+        if idle:
+            pretend.hold.set()
+        asked_at = time.monotonic()
+        web.process.send_signal(signal.SIGTERM)
+        told = [stream.result(20) for stream in streams]
+        answer = whole.result(20)
+        assert poll.result(20)["status"] == "running"
+        assert web.process.wait(20) == 0
+        assert time.monotonic() - asked_at < DRAIN_S + 3
+
+        for text in told[:2]:
+            location = text.split("\n", 1)[0]
+            assert text.endswith(
+                f"retry: 1000\n: the job goes on, reconnect to {location}/stream with Last-Event-ID\n\n"
+            )
+        for text in told[2:]:
+            hint = json.loads(text.splitlines()[-1])
+            assert hint == {"event": "reconnect", "stream": f"{location_in(text)}/stream"}
+        assert (answer.status_code, answer.json()["code"]) == (503, "restarting")
+        pretend.hold.clear()
+        web.restart()
+        for location in [answer.headers["Location"], *map(location_in, told)]:
+            assert web.http.get(location).json()["status"] == "running", "nobody's job is cancelled"
+
+
+def running(web: WebStack) -> int:
+    return sum(each["status"] == "running" for each in web.http.get("/v1/jobs").json()["data"])
+
+
+def test_an_answer_that_comes_soon_is_waited_for(web: WebStack, eventually: Callable[..., None]) -> None:
+    with worker(web) as pretend, ThreadPoolExecutor(1) as pool:
+        pretend.hold.set()
+        headers = {"X-API-Key": web.key}
+        body = {"prompt": "hi", "max_tokens": 3}
+        whole = pool.submit(httpx2.post, web.url + "/inference", json=body, headers=headers, timeout=30)
+        eventually(lambda: running(web) == 1)
+        web.process.send_signal(signal.SIGTERM)
+        eventually(lambda: refuses(web))
+        pretend.hold.clear()
+        answer = whole.result(20)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
+
+
+def refuses(web: WebStack) -> bool:
+    """Whether no new connection is taken any more."""
+    try:
+        httpx2.get(web.url + "/livez", timeout=1)
+    except httpx2.HTTPError:
+        return True
+    return False
