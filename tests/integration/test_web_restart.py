@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,6 +19,7 @@ import pytest
 
 from scripts.commands.client import Client
 from shared.log import EventKind
+from shared.settings import ROOT
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually
 
@@ -111,6 +116,25 @@ def test_the_client_of_our_commands_goes_on_by_itself(web: WebStack) -> None:
         last = client.events(job["id"], after=numbers[-1] - 1)
         assert [event.kind for event in last] == [EventKind.DONE]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_a_batch_goes_on_by_itself(web: WebStack, tmp_path: Path) -> None:
+    prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"prompt {n}", "max_tokens": 40}) + "\n" for n in range(60)))
+    command = [sys.executable, "-m", "scripts.commands.batch", str(prompts), "-o", str(results)]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "ENV_FILE": os.devnull, "MLXQ_API_KEY": web.key}
+    with (
+        worker(web, slots=4, pause_s=0.01),
+        subprocess.Popen([*command, "--url", web.url], env=env, stderr=subprocess.PIPE, text=True) as batch,
+    ):
+        eventually(lambda: results.exists() and results.read_text().count("\n") > 5)
+        web.restart()
+        assert batch.poll() is None
+        _, said = batch.communicate(timeout=60)
+    assert batch.returncode == 0, said
+    assert sorted(json.loads(line)["line"] for line in results.read_text().splitlines()) == list(range(1, 61))
+    jobs = web.http.get("/v1/jobs", params={"limit": 100}).json()["data"]
+    assert [job["status"] for job in jobs] == ["succeeded"] * 60, "each was handed in once"
 
 
 def streamed(web: WebStack, method: str, path: str, accept: str, **request: Any) -> str:
