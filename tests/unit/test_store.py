@@ -12,10 +12,10 @@ from redis import ConnectionError as RedisAway
 from redis import DataError, RedisError, ResponseError
 from redis import TimeoutError as NoAnswer
 
+from scripts.commands.ports import free_port
 from shared.settings import Settings
 from shared.store import Redis, connect, passes
 from shared.tickets import make_app
-from tests.support.waiting import free_port
 
 
 @pytest.mark.parametrize(
