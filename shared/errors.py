@@ -153,5 +153,7 @@ class JobFailure(StrEnum):
     """The model's chat template refused the messages."""
     ROW = "generation_error"
     """Its row of the batch raised (sampler, detokeniser); its neighbours went on."""
+    MEMORY = "out_of_memory"
+    """Its prompt and answer do not fit the worker's memory."""
     ENGINE = "engine_error"
     """The engine raised while working on it."""

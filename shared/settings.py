@@ -10,7 +10,7 @@ import os
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     slots: int = Field(32, ge=1, le=1024, description="Jobs decoded at once per worker")
     prefill_step_tokens: int = Field(
         0, ge=0, description="Prompt tokens per row processed between two decode steps; 0: chosen by device"
+    )
+    memory_limit_bytes: int = Field(
+        0, ge=0, description="Memory for a worker's model and caches; jobs wait for it; 0: chosen by device"
+    )
+    prefix_cache_bytes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="Of that, for prefixes that later jobs of a key reuse; 0: none; `auto`: a quarter"
     )
     lease_s: float = Field(2.0, ge=0.2, description="A worker silent for longer loses its jobs to the others")
     watchdog_s: float = Field(60.0, gt=0, description="An engine without progress for longer ends its process")

@@ -6,7 +6,8 @@ and what the rows say goes to the publisher.
 When the backend raises, its batch is lost, and which row was to blame is unknown. So the backend is reset and each
 row of the lost batch is tried alone until it gives a token. One that raises alone is to blame and ends `failed`;
 the others go on together, where they were. Every lost batch thus ends a row or moves all of them on by a token: it
-never fails a neighbour and never goes on for ever. Rows that raise alone one after another, with no token between
+never fails a neighbour and never goes on for ever. A batch that is lost for want of memory goes on in halves; then
+every row that ends makes place for one more than before. Rows that raise alone one after another, with no token between
 them, are not to blame: the engine is broken, and its death hands them to another worker.
 """
 
@@ -24,7 +25,7 @@ from typing import TypeAlias
 
 from shared.claims import Verdict
 from shared.errors import JobFailure
-from worker.backends.base import Backend, BackendLoader, StepResult
+from worker.backends.base import Backend, BackendLoader, Fit, OutOfMemory, StepResult
 from worker.sequence import Outcome, Said, Sequence
 from worker.vital import OnDeath, VitalThread, end_process
 
@@ -97,7 +98,7 @@ class Engine(VitalThread):
         self.progress_at = time.monotonic()
         self.totals = Totals()
         self._load = load
-        self._slots = slots
+        self._slots = self._most_rows = slots
         self._publish = publish
         self._inbox: SimpleQueue[_Message] = SimpleQueue()  # its put is safe in a signal handler
         self._waiting: deque[Sequence] = deque()
@@ -234,22 +235,32 @@ class Engine(VitalThread):
         if self._on_trial and self._rows:
             return
         trial = bool(self._suspects)
-        source, slots = (self._suspects, 1) if trial else (self._waiting, self._slots)
-        admitted = [source.popleft() for _ in range(min(slots - len(self._rows), len(source)))]
-        if not admitted:
-            return
-        self._on_trial = trial
-        for sequence in admitted:
+        source, most = (self._suspects, 1) if trial else (self._waiting, self._most_rows)
+        while len(self._rows) < most and (sequence := self._next(source)):
+            self._on_trial = trial
             sequence.admitted()
             self._rows[sequence.uid] = sequence
-        self._backend.insert([sequence.row() for sequence in admitted])
+            self._backend.insert([sequence.row()])
+
+    def _next(self, source: deque[Sequence]) -> Sequence | None:
+        """The first in line, if there is memory for it: nobody overtakes it. One that would not fit alone ends here."""
+        while source:
+            fit = self._backend.fits(source[0].longest)
+            if fit is Fit.LATER:
+                break
+            sequence = source.popleft()
+            if fit is Fit.NOW:
+                return sequence
+            self._publish([_row_failed(sequence, OutOfMemory(f"{sequence.longest} tokens do not fit"))])
+        return None
 
     def _collect(self, result: StepResult) -> None:
-        for uid in result.prefilled:
-            self._rows[uid].prefilled()
+        for uid, reused in result.prefilled.items():
+            self._rows[uid].prefilled(reused)
         said = [_row_failed(self._rows.pop(uid), error) for uid, error in result.failed]
         said += self._push(result.tokens)
         self._remove([word.sequence.uid for word in said if word.outcome and word.sequence.uid in self._rows])
+        self._most_rows = min(self._slots, self._most_rows + sum(word.outcome is not None for word in said))
         self._count(result)
         if result.tokens:
             self._acquit()
@@ -281,12 +292,20 @@ class Engine(VitalThread):
     def _batch_lost(self, error: Exception) -> None:
         self._got_on()
         lost = list(self._rows.values())
+        exhausted = isinstance(error, OutOfMemory)
         logger.error("the backend raised with %d rows in its batch", len(lost), exc_info=error)
         self._backend.reset()
         self._rows.clear()
         self._on_trial = False
         if len(lost) > 1:
-            self._suspects.extend(lost)
+            if exhausted:  # nobody is to blame: there were too many of them
+                self._most_rows = len(lost) // 2
+                self._waiting.extendleft(reversed(lost))
+            else:
+                self._suspects.extend(lost)
+            return
+        if exhausted:
+            self._publish([_row_failed(row, error) for row in lost])
             return
         self._lone_failures += 1
         if self._lone_failures >= MOST_LONE_FAILURES:
@@ -322,4 +341,6 @@ def _row_failed(sequence: Sequence, error: Exception) -> Said:
     job = sequence.job
     ids = {"job_id": job.id, "request_id": job.request_id}
     logger.error("a row failed; its neighbours go on", exc_info=error, extra=ids)
+    if isinstance(error, OutOfMemory):
+        return sequence.fail(JobFailure.MEMORY, "The worker has too little memory for this prompt and its answer.")
     return sequence.fail(JobFailure.ROW, "Generating this job's text failed.")

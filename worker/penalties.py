@@ -43,7 +43,7 @@ class BatchPenalties:
         Args:
             logits: [rows, vocabulary].
             last: [rows] the newest token of each row; it need not be evaluated.
-            before: the tokens before that, oldest first, at most `WINDOW - 1` of each row.
+            before: the tokens before that, oldest first.
 
         Returns:
             [rows, vocabulary]; rows without penalties as they came.
@@ -65,4 +65,5 @@ class BatchPenalties:
 
 
 def _padded(tokens: Sequence[int]) -> list[int]:
-    return [_NONE] * (WINDOW - 1 - len(tokens)) + list(tokens)
+    """The last of them, as many as the window has beside the newest token."""
+    return [_NONE] * (WINDOW - 1 - len(tokens)) + list(tokens[-(WINDOW - 1) :])

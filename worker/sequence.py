@@ -72,6 +72,7 @@ class Sequence:
         self._stops = StopMatcher(job.generation.stop)
         self._text: list[str] = []
         self._unsaid: list[int] = []
+        self._reused: int | None = None
         self._clock = _Clock(job)
         self._settled = threading.Event()
 
@@ -96,6 +97,11 @@ class Sequence:
         self._limit = min(self._limit, self._context - len(prompt))
         return self._end("length") if len(self.generated) >= self._limit else None
 
+    @property
+    def longest(self) -> int:
+        """How many tokens it may grow to, with its prompt."""
+        return len(self.prompt) + self._limit
+
     def row(self) -> Row:
         """What the backend must know to go on from here."""
         generated = len(self.generated)
@@ -105,14 +111,17 @@ class Sequence:
             generated=generated,
             room=self._limit - generated,
             sampling=self.job.generation.sampling,
+            owner=self.job.owner,
         )
 
     def admitted(self) -> None:
         """It has a slot; its prefill begins."""
         self._clock.admitted()
 
-    def prefilled(self) -> None:
-        """Its prompt is in the cache."""
+    def prefilled(self, reused: int = 0) -> None:
+        """Its prompt is in the cache, and so many of its tokens were there before."""
+        if self._reused is None:  # what it finds when it begins again here, it has left there itself
+            self._reused = reused
         self._clock.prefilled()
 
     def push(self, token: int) -> Said | None:
@@ -181,6 +190,7 @@ class Sequence:
             finish_reason=reason,
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.generated) + unseen,
+            cached_tokens=min(self._reused or 0, len(self.prompt)),
             timings=self._clock.timings(),
             error_code=code,
             error_message=message,

@@ -172,6 +172,7 @@ def _log_end(job: Job, ending: Ending | None) -> None:
         "attempt": job.attempt,
         "prompt_tokens": ending.prompt_tokens,
         "completion_tokens": ending.completion_tokens,
+        "cached_tokens": ending.cached_tokens,
         **{name: round(seconds, 4) for name, seconds in ending.timings.items()},
     }
     logger.info("job ended", extra=facts)

@@ -15,6 +15,7 @@ from shared.jobs import Sampling
 from worker.backends.base import Row
 from worker.backends.decode import DecodeBatch
 from worker.backends.prefill import Prefill
+from worker.backends.prefix_cache import PrefixCache
 
 VOCABULARY = 512
 TOKENS = 40
@@ -83,7 +84,8 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
 
 def together(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """A row joins every third step; every second one leaves early."""
-    prefill, batch = Prefill(model, 32), DecodeBatch(model)
+    prefixes = PrefixCache(model, 0)
+    prefill, batch = Prefill(model, 32, prefixes), DecodeBatch(model, prefixes)
     said: list[list[int]] = [[] for _ in prompts]
     waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0)) for i, p in enumerate(prompts)]
     step = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Protocol
 
 from shared.jobs import Generation, Sampling
@@ -16,6 +17,20 @@ class PromptError(Exception):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+class OutOfMemory(Exception):
+    """The device has no memory left for what was asked of it."""
+
+
+class Fit(Enum):
+    """Whether there is memory for one more row."""
+
+    NOW = auto()
+    LATER = auto()
+    """When others have ended."""
+    NEVER = auto()
+    """It would not fit even alone."""
 
 
 class Detokenizer(Protocol):
@@ -39,6 +54,7 @@ class Row:
         prompt: token ids to prefill: the request's, then those that earlier attempts generated. Never empty.
         generated: how many of them are generated: the first token sampled has position `generated`.
         room: most tokens it may still generate.
+        owner: whose prefixes it may reuse and adds to; None: nobody's.
     """
 
     uid: int
@@ -46,6 +62,7 @@ class Row:
     generated: int
     room: int
     sampling: Sampling
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +71,14 @@ class StepResult:
 
     Attributes:
         tokens: (uid, token) of each row that decoded; a row's first follows its whole prompt.
-        prefilled: uids whose prompt is now in the cache (their first token comes with a later step or this one).
+        prefilled: uids whose prompt is now in the cache (their first token comes with a later step or this one), and
+            how many of its tokens an earlier row had left there.
         failed: (uid, error) of rows that raised; the backend has removed them already.
         prompt_tokens: how many prompt tokens this step processed.
     """
 
     tokens: Sequence[tuple[int, int]] = ()
-    prefilled: Sequence[int] = ()
+    prefilled: Mapping[int, int] = field(default_factory=dict)
     failed: Sequence[tuple[int, Exception]] = ()
     prompt_tokens: int = 0
 
@@ -84,6 +102,10 @@ class Backend(Protocol):
         """A fresh one, for one sequence."""
         ...
 
+    def fits(self, tokens: int) -> Fit:
+        """Whether there is memory for a row that may grow to so many tokens, beside those inserted."""
+        ...
+
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows; they prefill in the following steps, in this order."""
         ...
@@ -92,6 +114,7 @@ class Backend(Protocol):
         """Decode one token for each row that has its prompt in the cache, and prefill a chunk of those that have not.
 
         Raises:
+            OutOfMemory: the whole batch is lost, because it is too large; call `reset`.
             Exception: the whole batch is lost; call `reset`.
         """
         ...
@@ -101,7 +124,7 @@ class Backend(Protocol):
         ...
 
     def reset(self) -> None:
-        """Drop every row and start with an empty batch."""
+        """Drop every row and all that was kept of earlier ones, and start with an empty batch."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -10,7 +10,6 @@ and go do not copy the cache of those that stay.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +19,8 @@ import mlx.core as mx
 from shared.jobs import Sampling
 from worker.backends import kv
 from worker.backends.base import Row
-from worker.penalties import WINDOW, BatchPenalties
+from worker.backends.prefix_cache import PrefixCache
+from worker.penalties import BatchPenalties
 from worker.sampler import BatchSampler
 
 MOST_PADDING = 256
@@ -35,16 +35,16 @@ class _Slot:
 
     Attributes:
         position: of the token chosen next, in the whole answer.
-        before: the tokens before the one fed next, as far as penalties look.
+        cached: the tokens in the cache: all but the one fed next.
     """
 
     row: Row
     position: int
-    before: deque[int]
+    cached: list[int]
 
     @classmethod
     def of(cls, row: Row) -> _Slot:
-        return cls(row, row.generated, deque(row.prompt[:-1][-(WINDOW - 1) :], maxlen=WINDOW - 1))
+        return cls(row, row.generated, list(row.prompt[:-1]))
 
     @property
     def chosen(self) -> int:
@@ -54,14 +54,20 @@ class _Slot:
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return len(self.row.prompt) + self.chosen - 1
+        return len(self.cached)
 
 
 class DecodeBatch:
-    """Rows that have their prompts in the cache."""
+    """Rows that have their prompts in the cache.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: an mlx-lm model.
+        prefixes: keeps what rows have in the cache when they leave.
+    """
+
+    def __init__(self, model: Any, prefixes: PrefixCache) -> None:
         self._model = model
+        self._prefixes = prefixes
         self._slots: list[_Slot | None] = []  # None: a place whose row has ended
         self.clear()
 
@@ -111,7 +117,7 @@ class DecodeBatch:
             return []
         tokens = cast("list[int]", fed.tolist())
         for place, slot in unread:
-            slot.before.append(tokens[place])
+            slot.cached.append(tokens[place])
         return [(slot.row.uid, tokens[place]) for place, slot in unread]
 
     def nbytes(self) -> int:
@@ -130,13 +136,13 @@ class DecodeBatch:
 
     def _queue(self) -> None:
         logits = self._model(self._fed[:, None], cache=self._cache)[:, -1]
-        logits = self._penalties(logits, self._fed, [slot.before if slot else () for slot in self._slots])
+        logits = self._penalties(logits, self._fed, [slot.cached if slot else () for slot in self._slots])
         self._fed = self._sampler(logits, [slot.position if slot else 0 for slot in self._slots])
         mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
         self._columns += 1
         for slot in filter(None, self._slots):
             if not slot.chosen:
-                slot.before.append(slot.row.prompt[-1])
+                slot.cached.append(slot.row.prompt[-1])
             slot.position += 1
 
     def _recompose(self) -> None:
@@ -148,6 +154,8 @@ class DecodeBatch:
         if not places:
             return
         for place in places:
+            if slot := self._slots[place]:
+                self._prefixes.store(slot.row.owner, slot.cached, self._cache, place)
             self._slots[place] = None
         if any(self._slots):
             self._recompose()

@@ -9,6 +9,7 @@ what an undisturbed one says, or a test notices. Orders in the prompt:
     !stall=N        from its Nth token on this row gets nothing
     !row-fails=N    this row raises at its Nth token
     !step-fails=N   the whole step raises while this row is at its Nth token
+    !no-memory=N    the whole step raises for want of memory while this row is at its Nth token
     !die=N          the process is gone at its Nth token
 """
 
@@ -27,7 +28,7 @@ from shared.errors import JobFailure
 from shared.jobs import Generation
 from shared.registry import ModelCard
 from shared.settings import Settings
-from worker.backends.base import PromptError, Row, StepResult
+from worker.backends.base import Fit, OutOfMemory, PromptError, Row, StepResult
 
 EOS = 256
 FIRST_WORD = 257
@@ -37,7 +38,7 @@ WORDS = (  # noqa: SIM905 - easier to read than a list of 49
     "née naïve 東京 🙂 and or but then so still, again. never; ever: yes! no? perhaps"
 ).split()
 
-_ORDER = re.compile(r"!(words|pause|encode|stall|row-fails|step-fails|die)=([\d.]+)")
+_ORDER = re.compile(r"!(words|pause|encode|stall|row-fails|step-fails|no-memory|die)=([\d.]+)")
 
 
 def _orders(prompt: str) -> dict[str, float]:
@@ -96,9 +97,14 @@ class _FakeRow:
 
 
 class FakeBackend:
-    """See `worker.backends.base.Backend`."""
+    """See `worker.backends.base.Backend`.
 
-    def __init__(self, model: str = "fake", context: int = 4096) -> None:
+    Args:
+        memory: tokens that its rows may grow to in all.
+    """
+
+    def __init__(self, model: str = "fake", context: int = 4096, memory: int = 1_000_000_000) -> None:
+        self._memory = memory
         self.card = ModelCard(id=model, kind="fake", context=context)
         self.eos = frozenset({EOS})
         self.about: dict[str, object] = {"device": "none"}
@@ -120,6 +126,13 @@ class FakeBackend:
         """A fresh one."""
         return FakeDetokenizer()
 
+    def fits(self, tokens: int) -> Fit:
+        """Whether there is memory for another row."""
+        if tokens > self._memory:
+            return Fit.NEVER
+        taken = sum(len(each.row.prompt) + each.row.room for each in self._rows.values())
+        return Fit.NOW if tokens + taken <= self._memory else Fit.LATER
+
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows."""
         for row in rows:
@@ -139,6 +152,8 @@ class FakeBackend:
                     os._exit(9)
                 if row.at("step-fails"):
                     raise RuntimeError("the step fails, as ordered")
+                if row.at("no-memory"):
+                    raise OutOfMemory("there is no memory, as ordered")
                 if row.at("row-fails"):
                     failed.append((uid, RuntimeError("the row fails, as ordered")))
                     continue
@@ -149,7 +164,7 @@ class FakeBackend:
             sleep(pause)
         prompt_tokens = sum(len(self._rows[uid].row.prompt) for uid in prefilled)
         self.remove(uid for uid, _ in failed)
-        return StepResult(tokens, prefilled, failed, prompt_tokens)
+        return StepResult(tokens, dict.fromkeys(prefilled, 0), failed, prompt_tokens)
 
     def remove(self, uids: Iterable[int]) -> None:
         """Drop rows."""

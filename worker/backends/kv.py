@@ -6,24 +6,38 @@ beside others, or over one that has ended, when it is moved to that place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, CacheList, make_prompt_cache
 
 Layers: TypeAlias = list[Any]
 
 
 def batchable(model: Any) -> bool:
     """Whether several rows of this model can share a cache."""
-    return all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+    return all(hasattr(layer, "merge") for layer in single(model))
+
+
+def single(model: Any) -> Layers:
+    """A cache for one row, not yet a batch, with nothing in it."""
+    return list(make_prompt_cache(model))
 
 
 def empty(model: Any, rows: int) -> Layers:
     """A cache for so many rows, with nothing in it."""
-    single = [make_prompt_cache(model) for _ in range(rows)]
-    return [layers[0].merge(list(layers)) for layers in zip(*single, strict=True)]
+    return merge([single(model) for _ in range(rows)])
+
+
+def merge(singles: Sequence[Layers]) -> Layers:
+    """A cache of several rows out of caches of one row each. Copies them."""
+    return [layers[0].merge(list(layers)) for layers in zip(*singles, strict=True)]
+
+
+def flat(layers: Iterable[Any]) -> Layers:
+    """The caches themselves, where a layer has several."""
+    return [part for layer in layers for part in (flat(layer.caches) if isinstance(layer, CacheList) else [layer])]
 
 
 def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:

@@ -25,9 +25,19 @@ from shared.jobs import Generation, Sampling
 from shared.model_folder import ModelError
 from shared.settings import Settings
 from worker.backends import kv
-from worker.backends.base import Detokenizer, PromptError, Row, StepResult
+from worker.backends.base import Detokenizer, Fit, PromptError, Row, StepResult
 from worker.backends.decode import DecodeBatch
+from worker.backends.memory import (
+    SHARE_OF_PREFIXES,
+    UNLIMITED,
+    Budget,
+    Footprint,
+    Memory,
+    device_limit,
+    exhaustion_told,
+)
 from worker.backends.prefill import Prefill
+from worker.backends.prefix_cache import PrefixCache
 from worker.models import LoadedModel, load_model
 
 CHUNK_CPU = 32
@@ -51,9 +61,21 @@ def load(settings: Settings) -> TextBackend:
     loaded = load_model(settings.model_path)
     if not kv.batchable(loaded.model):
         raise ModelError(f"{settings.model_path} cannot be served: mlx-lm has no batch cache for its kind of model.")
-    backend = TextBackend(loaded, settings.prefill_step_tokens or default_chunk())
+    memory = _memory(settings)
+    mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
+    backend = TextBackend(loaded, settings.prefill_step_tokens or default_chunk(), memory)
+    if backend.fits(1) is Fit.NEVER:
+        raise ModelError(f"{settings.model_path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
     backend.warm()
     return backend
+
+
+def _memory(settings: Settings) -> Memory:
+    """What the model, which is loaded, leaves of the memory that MEMORY_LIMIT_BYTES or the device allows."""
+    limit = settings.memory_limit_bytes or device_limit(settings.workers)
+    left = max(0, limit - mx.get_active_memory())
+    asked = settings.prefix_cache_bytes
+    return Memory(left, int(SHARE_OF_PREFIXES * left) if asked == "auto" else asked)
 
 
 def default_chunk() -> int:
@@ -81,7 +103,7 @@ class TextDetokenizer:
 class TextBackend:
     """See `worker.backends.base.Backend`."""
 
-    def __init__(self, loaded: LoadedModel, chunk: int) -> None:
+    def __init__(self, loaded: LoadedModel, chunk: int, memory: Memory = UNLIMITED) -> None:
         self.card = loaded.card
         self.eos = loaded.eos
         self.about = _about(loaded)
@@ -93,10 +115,13 @@ class TextBackend:
         self._model = loaded.model
         self._vocabulary = _vocabulary(loaded)
         self._chunk = chunk
-        self._prefill = Prefill(self._model, chunk)
-        self._batch = DecodeBatch(self._model)
+        self._budget = Budget(memory.most_bytes, Footprint.of(self._model))
+        self._lengths: dict[int, int] = {}  # of the rows inserted, as long as they may grow
+        self._prefixes = PrefixCache(self._model, memory.prefix_bytes)
+        self._prefill = Prefill(self._model, chunk, self._prefixes)
+        self._batch = DecodeBatch(self._model, self._prefixes)
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
-        self._joined: list[int] = []
+        self._joined: dict[int, int] = {}
         self._refused: dict[int, Exception] = {}
         self._steps = 0
 
@@ -115,6 +140,10 @@ class TextBackend:
         """A fresh one."""
         return TextDetokenizer(self._tokenizer.detokenizer)
 
+    def fits(self, tokens: int) -> Fit:
+        """Whether there is memory for another row; prefixes give way."""
+        return self._budget.fits(tokens, list(self._lengths.values()))
+
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows. One that the model could not take fails with the next step, alone."""
         for row in rows:
@@ -123,15 +152,23 @@ class TextBackend:
                 self._refused[row.uid] = ValueError(fault)
             else:
                 self._prefill.add(row)
+                self._lengths[row.uid] = len(row.prompt) + row.room
+        self._give_way()
 
     def step(self) -> StepResult:
         """Queue a chunk of prompts and a decode step, then read what the last step chose."""
-        chunk = self._prefill.advance()
-        if chunk.rows:
-            self._batch.join(chunk.rows, chunk.cache)
-        prefilled, self._joined = self._joined, [row.uid for row in chunk.rows]
+        with exhaustion_told():
+            chunk = self._prefill.advance()
+            if chunk.rows:
+                self._batch.join(chunk.rows, chunk.cache)
+            tokens = self._batch.step()
+        prefilled, self._joined = (
+            self._joined,
+            {row.uid: reused for row, reused in zip(chunk.rows, chunk.reused, strict=True)},
+        )
         failed, self._refused = self._refused, {}
-        tokens = self._batch.step()
+        failed |= {row.uid: error for row, error in chunk.failed}
+        self._forget(failed)
         self._steps += 1
         if self._steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -140,14 +177,17 @@ class TextBackend:
     def remove(self, uids: Iterable[int]) -> None:
         """Drop rows."""
         gone = frozenset(uids)
+        self._forget(gone)
         self._prefill.remove(gone)
         self._batch.remove(gone)
-        self._joined = [uid for uid in self._joined if uid not in gone]
+        self._joined = {uid: reused for uid, reused in self._joined.items() if uid not in gone}
         self._refused = {uid: error for uid, error in self._refused.items() if uid not in gone}
 
     def reset(self) -> None:
-        """Drop every row."""
-        self._prefill = Prefill(self._model, self._chunk)
+        """Drop every row and every prefix: what made the batch fail may be in them."""
+        self._forget(list(self._lengths))
+        self._prefixes.clear()
+        self._prefill = Prefill(self._model, self._chunk, self._prefixes)
         self._batch.clear()
         self._joined.clear()
         self._refused.clear()
@@ -159,6 +199,7 @@ class TextBackend:
             "memory_spare_bytes": mx.get_cache_memory(),
             "memory_peak_bytes": mx.get_peak_memory(),
             "kv_bytes": self._prefill.nbytes() + self._batch.nbytes(),
+            **self._prefixes.stats(),
         }
 
     def warm(self) -> None:
@@ -168,6 +209,15 @@ class TextBackend:
         while self._prefill or self._batch:
             self.step()
         self.reset()
+
+    def _forget(self, uids: Iterable[int]) -> None:
+        for uid in uids:
+            self._lengths.pop(uid, None)
+        self._give_way()
+
+    def _give_way(self) -> None:
+        """Leave to the prefixes what the rows will not need."""
+        self._prefixes.allow(self._budget.most_bytes - self._budget.needed(list(self._lengths.values())))
 
     def _plain(self, generation: Generation) -> list[int]:
         prompt = generation.prompt or ""
