@@ -12,10 +12,12 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
 from shared.jobs import Sampling
+from worker.backends import kv
 from worker.backends.base import Row
 from worker.backends.decode import DecodeBatch
+from worker.backends.memory import Footprint
 from worker.backends.prefill import Prefill
-from worker.backends.prefix_cache import PrefixCache
+from worker.backends.prefix_cache import LEAST_TOKENS, PrefixCache
 
 VOCABULARY = 512
 TOKENS = 40
@@ -82,12 +84,11 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
 
 
-def together(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache) -> list[list[int]]:
     """A row joins every third step; every second one leaves early."""
-    prefixes = PrefixCache(model, 0)
     prefill, batch = Prefill(model, 32, prefixes), DecodeBatch(model, prefixes)
     said: list[list[int]] = [[] for _ in prompts]
-    waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0)) for i, p in enumerate(prompts)]
+    waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0), "me") for i, p in enumerate(prompts)]
     step = 0
     while waiting or prefill or batch:
         if waiting and step % 3 == 0:
@@ -107,6 +108,35 @@ def test_a_batch_says_what_each_row_says_alone(name: str) -> None:
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
     expected = [alone(model, prompt) for prompt in prompts]
     assert all(len(set(answer)) > 10 for answer in expected), "answers that would hide a mistake"
-    for answer, said in zip(expected, together(model, prompts), strict=True):
+    for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0)), strict=True):
         assert len(said) >= TOKENS - 9
         assert said == answer[: len(said)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_batch_goes_on_with_what_earlier_rows_left(name: str) -> None:
+    """The same prompts again, then each with its answer and more behind it, as conversations go on."""
+    model, draw, prefixes = make(name), random.Random(1), PrefixCache(make(name), 2**28)
+    prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
+    first = together(model, prompts, prefixes)
+    assert together(model, prompts, prefixes) == first
+    assert reused(prefixes) == sum(len(prompt) - 1 for prompt in prompts if len(prompt) > LEAST_TOKENS)
+    longer = [[*prompt, *said, 1, 2, 3] for prompt, said in zip(prompts, first, strict=True)]
+    before = reused(prefixes)
+    for prompt, said in zip(longer, together(model, longer, prefixes), strict=True):
+        assert said == alone(model, prompt)[: len(said)]
+    assert reused(prefixes) - before == sum(len(prompt) - 4 for prompt in longer)
+
+
+def reused(prefixes: PrefixCache) -> float:
+    return prefixes.stats()["prefix_cache_tokens_total"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [20, 300, 700])
+def test_what_a_row_needs_is_known_beforehand(name: str, tokens: int) -> None:
+    model = make(name)
+    layers = kv.empty(model, 3)
+    for _ in range(0, tokens, 20):
+        kv.feed(model, layers, [[1] * 20] * 3)
+    assert kv.nbytes(layers) <= 3 * Footprint.of(model).bytes(tokens) <= 3 * kv.nbytes(layers)

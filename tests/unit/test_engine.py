@@ -14,6 +14,7 @@ from shared.claims import Verdict
 from shared.errors import JobFailure
 from shared.jobs import Ending, Status
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from worker.backends.base import OutOfMemory
 from worker.backends.fake import FakeBackend
 from worker.engine import Engine, EngineBroken
 from worker.sequence import Outcome, Said, Sequence
@@ -22,8 +23,8 @@ from worker.sequence import Outcome, Said, Sequence
 class Bench:
     """An engine that a test steps by hand, and what it said."""
 
-    def __init__(self, slots: int = 4) -> None:
-        self.backend = FakeBackend()
+    def __init__(self, slots: int = 4, **backend: Any) -> None:
+        self.backend = FakeBackend(**backend)
         self.said: list[Said] = []
         self.engine = Engine(lambda: self.backend, slots, self.said.extend)
         self.engine.load()
@@ -153,18 +154,77 @@ def test_a_lost_batch_fails_the_row_to_blame_and_no_other(bench: Bench) -> None:
 
 
 def test_an_error_that_hits_no_row_alone_fails_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say, memory that suffices for three rows and not for four."""
+    """Say, something that the fourth row makes too long."""
     step = bench.backend.step
 
     def narrow() -> object:
         if len(bench.backend._rows) > 3:
-            raise MemoryError
+            raise RuntimeError
         return step()
 
     monkeypatch.setattr(bench.backend, "step", narrow)
     rows = [bench.submit(f"row {i}", max_tokens=4) for i in range(4)]
     bench.run()
     assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=4) for i in range(4)]
+
+
+def test_jobs_wait_for_memory_in_the_order_in_which_they_came() -> None:
+    bench = Bench(memory=60)
+    large = [bench.submit("x" * 20, max_tokens=8) for _ in range(2)]
+    larger = bench.submit("y" * 40, max_tokens=8)
+    small = bench.submit("z", max_tokens=8)
+    bench.engine.step()
+    assert bench.engine.slots_used == 2
+    for _ in range(7):
+        bench.engine.step()
+        assert not small.generated
+    bench.run()
+    assert [word.sequence for word in bench.said if word.ending] == [*large, larger, small]
+    assert all(bench.ending(row).status is Status.SUCCEEDED for row in (*large, larger, small))
+
+
+def test_a_job_that_memory_never_suffices_for_fails_at_once_and_alone() -> None:
+    bench = Bench(memory=60)
+    before = bench.submit("before", max_tokens=8)
+    never = [bench.submit("x" * 20, max_tokens=41) for _ in range(5)]
+    after = bench.submit("after", max_tokens=8)
+    bench.engine.step()
+    for row in never:
+        ending = bench.ending(row)
+        assert (ending.status, ending.error_code) == (Status.FAILED, JobFailure.MEMORY)
+    bench.run()
+    assert [bench.ending(row).text for row in (before, after)] == [alone(p, max_tokens=8) for p in ("before", "after")]
+
+
+def test_want_of_memory_of_one_row_after_another_is_no_broken_engine(bench: Bench) -> None:
+    for i in range(5):
+        row = bench.submit(f"!no-memory=1 {i}")
+        bench.run()
+        assert bench.ending(row).error_code == JobFailure.MEMORY
+    good = bench.submit("good")
+    bench.run()
+    assert bench.ending(good).text == alone("good")
+
+
+def test_a_batch_that_is_too_large_goes_on_in_halves_and_grows_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(slots=8)
+    step, sizes = bench.backend.step, []
+
+    def narrow() -> object:
+        sizes.append(len(bench.backend._rows))
+        if len(sizes) == 3:
+            raise OutOfMemory
+        return step()
+
+    monkeypatch.setattr(bench.backend, "step", narrow)
+    rows = [bench.submit(f"row {i}", max_tokens=5) for i in range(20)]
+    bench.run()
+    assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=5) for i in range(20)]
+    assert sizes[2] == 8
+    assert sizes[3] == 4
+    assert max(sizes[4:]) == 8
 
 
 def test_a_backend_that_always_raises_ends_the_engine_not_the_queue(

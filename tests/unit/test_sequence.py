@@ -109,6 +109,33 @@ def test_a_retry_goes_on_byte_for_byte_wherever_the_first_attempt_was_cut(
         assert "first_token_s" not in ending.timings or not tokens
 
 
+def test_what_was_reused_of_the_prompt_is_told_once_and_never_more_than_there_is() -> None:
+    sequence = sequence_for(claimed("hello", max_tokens=2))
+    for reused in (3, 4):  # the second time it finds what it has left itself
+        sequence.prefilled(reused)
+    ending = run_alone(sequence, FakeBackend())[-1].ending
+    assert ending is not None
+    assert (ending.prompt_tokens, ending.cached_tokens) == (5, 3)
+    continued = sequence_for(claimed("hello", max_tokens=2))
+    continued.prefilled(20)  # of prompt and answer together
+    assert continued.stop(Verdict.CANCELLED).ending.cached_tokens == 5  # type: ignore[union-attr]
+
+
+def test_a_continued_job_counts_the_tokens_of_its_log_once(backend: FakeBackend) -> None:
+    first = run_alone(sequence_for(claimed(**LONG), backend), backend)
+    written = Written(text_of(first[:4]), tuple(token for word in first[:4] for token in word.tokens), last_event=6)
+    retry = Sequence(claimed(**LONG, attempt=2), backend)
+    retry.replay(written)
+    retry.begin(backend.encode(retry.job.generation))
+    ending, undisturbed = run_alone(retry, backend)[-1].ending, first[-1].ending
+    assert ending is not None
+    assert undisturbed is not None
+    assert (ending.prompt_tokens, ending.completion_tokens) == (
+        undisturbed.prompt_tokens,
+        undisturbed.completion_tokens,
+    )
+
+
 def test_a_replay_that_is_all_there_is_ends_without_the_engine(backend: FakeBackend) -> None:
     sequence = sequence_for(claimed(**LONG), backend)
     first = run_alone(sequence, backend)

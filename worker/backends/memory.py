@@ -91,7 +91,8 @@ class Footprint:
     def bytes(self, tokens: int) -> int:
         """What a row takes when the longest of its batch has so many tokens."""
         columns = -(-tokens // COLUMNS) * COLUMNS
-        return self.fixed + sum(each * min(columns, most or columns) for each, most in self.growing)
+        # A sliding window holds the chunk that is read beside its own tokens.
+        return self.fixed + sum(each * min(columns, most + COLUMNS if most else columns) for each, most in self.growing)
 
 
 @dataclass(frozen=True, slots=True)
