@@ -202,3 +202,36 @@ def test_prefixes_give_way_to_rows_and_rows_wait_for_rows(tiny: LoadedModel) -> 
     uid = rows.insert(prompt_of(3000)[::-1], 50)
     assert 0 < backend.stats()["prefix_cache_bytes"] < kept
     backend.remove([uid])
+
+
+@pytest.mark.slow
+def test_a_real_conversation_reads_only_what_is_new(smollm2_path: Path) -> None:
+    model = load_model(smollm2_path)
+    backend, forgetful = TextBackend(model, 32, Memory(2**32, 2**30)), TextBackend(model, 32)
+    said: list[dict[str, str]] = [{"role": "system", "content": SYSTEM}]
+    known = 0
+    for question in ("What is the capital of France?", "And of Spain?", "Which of them is larger?"):
+        said.append({"role": "user", "content": question})
+        asked = Generation("smollm2", 60, GREEDY, messages=tuple(said))
+        turn = replace(claimed(question), generation=asked)
+        (ending,), (undisturbed,) = answer(backend, [turn]), answer(forgetful, [turn])
+        assert facts([ending]) == facts([undisturbed])
+        assert ending.cached_tokens >= known
+        said.append({"role": "assistant", "content": ending.text})
+        known = ending.prompt_tokens + ending.completion_tokens - 1
+    assert "Paris" in said[2]["content"]
+
+
+def test_of_a_long_shared_prefix_only_what_differs_is_read_in_one_step(backend: TextBackend) -> None:
+    shared = prompt_of(2000)
+    read = []
+    for i in range(2):
+        backend.insert([Row(i, (*shared, *range(100 + i, 120 + i)), 0, 1, GREEDY, "me")])
+        steps = []
+        while not steps or not steps[-1].tokens:
+            steps.append(backend.step())
+        backend.remove([i])
+        read.append(sum(step.prompt_tokens for step in steps))
+    assert read == [2019, 19]
+    assert steps[-1].prefilled == {1: 2000}
+    assert len(steps) <= 3
