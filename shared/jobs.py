@@ -15,6 +15,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, Self
 
 from shared import keys
+from shared.attempts import Attempt, history
 from shared.errors import Conflict, KeyReused, NotFound, Unavailable
 from shared.log import JobLog
 from shared.settings import Settings
@@ -139,6 +140,8 @@ class Job:
     timings: dict[str, float]
     error_code: str | None
     error_message: str | None
+    history: tuple[Attempt, ...] = ()
+    """The newest attempts, oldest first."""
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -173,6 +176,7 @@ class Job:
             timings={name: float(record[name]) for name in TIMINGS if name in record},
             error_code=record.get("error_code"),
             error_message=record.get("error_message"),
+            history=history(record),
         )
 
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from shared.attempts import AttemptEnd
 from shared.jobs import Status
 
 MAX_STOPS = 16
@@ -157,6 +158,19 @@ class JobError(_Answer):
     message: str
 
 
+class AttemptView(_Answer):
+    """One worker's try at a job. Times are seconds since the epoch."""
+
+    attempt: int
+    worker: str = Field(description="Tells workers apart; not a name that leads anywhere")
+    started_at: float
+    ended_at: float | None = Field(description="Null while it is under way")
+    outcome: AttemptEnd | None = Field(
+        description="`worker_lost`: it was lost with its worker; `handed_back` by a worker that had to stop; `ended`: "
+        "the job ended with it; null while it is under way"
+    )
+
+
 class Urls(_Answer):
     """Where to go on."""
 
@@ -172,7 +186,8 @@ class JobView(_Answer):
     object: Literal["job"] = "job"
     status: Status
     model: str
-    attempt: int = Field(description="How many workers have begun it")
+    attempt: int = Field(description="How often a worker has begun it")
+    history: list[AttemptView] = Field(description="What became of its attempts; of more than 20, the newest")
     priority: PriorityName
     created_at: float
     started_at: float | None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import cast
 
+from shared.attempts import Attempt
 from shared.jobs import Job, Jobs, Status
 from web.roster import Roster
 from web.schemas import (
+    AttemptView,
     InferenceView,
     JobError,
     JobView,
@@ -44,6 +47,7 @@ class Views:
             status=job.status,
             model=job.model,
             attempt=job.attempt,
+            history=[_attempt(each) for each in job.history],
             priority=cast("PriorityName", job.priority.label),
             created_at=job.created_at,
             started_at=job.started_at,
@@ -61,6 +65,17 @@ class Views:
 
 def _output_in_all(job: Job) -> Output | None:
     return None if job.text is None else Output(text=job.text, finish_reason=job.finish_reason)
+
+
+def _attempt(attempt: Attempt) -> AttemptView:
+    return AttemptView(
+        attempt=attempt.number,
+        # A worker's id has the name of its host, which is not the callers' business.
+        worker=hashlib.blake2b(attempt.worker.encode(), digest_size=4).hexdigest(),
+        started_at=attempt.started_at,
+        ended_at=attempt.ended_at,
+        outcome=attempt.how,
+    )
 
 
 def answer(job: Job) -> InferenceView:

@@ -16,15 +16,10 @@ for i = 1, #ARGV, 6 do
       write_event(id, n, 'chunk', ARGV[i + 3], ARGV[i + 4])
     end
     if ARGV[i + 5] ~= '' then
-      local fields = {}
-      local ending = cjson.decode(ARGV[i + 5])
-      for name, value in pairs(ending) do
-        if name ~= 'status' then
-          fields[#fields + 1] = name
-          fields[#fields + 1] = value
-        end
-      end
-      finish(id, ending.status, fields)
+      local fields = cjson.decode(ARGV[i + 5])
+      local ending = fields.status
+      fields.status = nil
+      finish(id, ending, fields)
     end
   elseif current == attempt and status ~= 'queued' then
     -- The job has ended: either by what is sent here, again because the answer was lost, or without us.

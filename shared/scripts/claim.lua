@@ -28,7 +28,7 @@ while true do
     reach_turn(model, class, tonumber(head[2]) - tonumber(class) * CLASS_WIDTH)
     leave_line(id, model)
     local attempt = redis.call('HINCRBY', job, 'attempt', 1)
-    redis.call('HSET', job, 'status', 'running', 'worker', worker)
+    redis.call('HSET', job, 'status', 'running', 'worker', worker, 'claimed_at', stamp(at))
     redis.call('SADD', K.RUNNING .. worker, id)
     redis.call('ZADD', K.TIMERS, end_by, id)
     if started then

@@ -3,6 +3,8 @@
 
 -- Scores of a waiting job: the class comes first, the fair turn inside it second. Turn 0 is the front.
 local CLASS_WIDTH = 1e12
+-- A record tells of so many attempts, the newest. Only one that is handed back again and again has more.
+local ATTEMPTS_KEPT = 20
 
 local function now()
   local time = redis.call('TIME')
@@ -59,20 +61,32 @@ local function leave_line(id, model)
   end
 end
 
--- The one way into a terminal state. `fields` is a flat list of record fields to set with it.
+-- The attempt under way is over, and the history says how that came: 'worker_lost', 'handed_back' or 'ended'.
+local function end_attempt(id, worker, how)
+  local job = K.JOB .. id
+  local n, began, started = unpack(redis.call('HMGET', job, 'attempt', 'claimed_at', 'started_at'))
+  local entry = {worker = worker, started_at = began or started, ended_at = stamp(now()), how = how}
+  redis.call('HSET', job, 'worker', '', 'attempt:' .. n, cjson.encode(entry))
+  redis.call('HDEL', job, 'attempt:' .. tonumber(n) - ATTEMPTS_KEPT)
+  redis.call('SREM', K.RUNNING .. worker, id)
+end
+
+-- The one way into a terminal state. `fields` are record fields to set with it, by name.
 local function finish(id, status, fields)
   local job = K.JOB .. id
   local at = now()
   local model, worker, retention, owner, idem, started =
     unpack(redis.call('HMGET', job, 'model', 'worker', 'retention_s', 'owner', 'idempotency_key', 'started_at'))
-  redis.call('HSET', job, 'status', status, 'finished_at', stamp(at), 'worker', '')
-  if #fields > 0 then
-    redis.call('HSET', job, unpack(fields))
+  local set = {'status', status, 'finished_at', stamp(at)}
+  for name, value in pairs(fields) do
+    set[#set + 1] = name
+    set[#set + 1] = value
   end
+  redis.call('HSET', job, unpack(set))
   leave_line(id, model)
   redis.call('ZREM', K.TIMERS, id)
   if worker and worker ~= '' then
-    redis.call('SREM', K.RUNNING .. worker, id)
+    end_attempt(id, worker, 'ended')
   end
   emit(id, 'done', '{"status":"' .. status .. '"}')
   redis.call('EXPIRE', job, retention)
@@ -89,19 +103,34 @@ local function finish(id, status, fields)
 end
 
 -- A running job goes back to the front of its class, and the next claim makes it the next attempt; one that was
--- asked to stop meanwhile ends instead. Returns whether it waits again.
-local function requeue(id, worker)
+-- asked to stop meanwhile ends instead. `how` its attempt ended is why it waits. Returns whether it waits again.
+local function requeue(id, worker, how)
   local job = K.JOB .. id
   local model, class, stop = unpack(redis.call('HMGET', job, 'model', 'class', 'stop_as'))
+  end_attempt(id, worker, how)
   if stop then
     finish(id, stop, {})
     return false
   end
-  redis.call('SREM', K.RUNNING .. worker, id)
-  redis.call('HSET', job, 'status', 'queued', 'worker', '')
+  redis.call('HSET', job, 'status', 'queued')
   wait_in_line(id, model, class, 0)
-  emit(id, 'queued', '{"reason":"requeued"}')
+  emit(id, 'queued', '{"reason":"' .. how .. '"}')
   return true
+end
+
+-- What the history has of losses, as a sentence's end.
+local function losses_told(id)
+  local job = K.JOB .. id
+  local newest = tonumber(redis.call('HGET', job, 'attempt'))
+  local told = {}
+  for n = math.max(1, newest - ATTEMPTS_KEPT + 1), newest do
+    local entry = redis.call('HGET', job, 'attempt:' .. n)
+    local attempt = entry and cjson.decode(entry)
+    if attempt and attempt.how == 'worker_lost' then
+      told[#told + 1] = string.format('attempt %d after %.1f s', n, attempt.ended_at - attempt.started_at)
+    end
+  end
+  return table.concat(told, ', ')
 end
 
 -- A running job was lost by its worker: it waits again, or has failed when that was once too often. Returns whether it
@@ -110,11 +139,12 @@ local function lose(id, worker, most_losses)
   local job = K.JOB .. id
   local losses = redis.call('HINCRBY', job, 'losses', 1)
   if losses >= most_losses then
-    finish(id, 'failed', {'error_code', 'worker_lost', 'error_message',
-      'The job was lost by its workers ' .. losses .. ' times.'})
+    end_attempt(id, worker, 'worker_lost')
+    finish(id, 'failed', {error_code = 'worker_lost', error_message = string.format(
+      'The job was lost with its worker %d %s: %s.', losses, losses == 1 and 'time' or 'times', losses_told(id))})
     return false
   end
-  if not requeue(id, worker) then
+  if not requeue(id, worker, 'worker_lost') then
     return false
   end
   if losses == most_losses - 1 then
@@ -128,7 +158,7 @@ local function hand_back(id, worker, most_losses)
   if most_losses then
     return lose(id, worker, most_losses)
   end
-  return requeue(id, worker)
+  return requeue(id, worker, 'handed_back')
 end
 
 -- A worker has gone: its lease, its card, and what it held.

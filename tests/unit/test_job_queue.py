@@ -1,7 +1,10 @@
 """The queue's scripts, one behaviour a test: accept, claim, write, stop, hand back, lapse."""
 
+import json
+
 import pytest
 
+from shared.attempts import AttemptEnd
 from shared.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
 from shared.errors import Conflict, KeyReused, NotFound, Unavailable
 from shared.jobs import Ending, Generation, Job, Jobs, Priority, Sampling, Status, Submission
@@ -118,6 +121,66 @@ def test_a_job_that_loses_its_workers_too_often_fails(client: Redis, jobs: Jobs,
     lost = jobs.get(job.id, "a")
     assert (lost.status, lost.error_code) == (Status.FAILED, "worker_lost")
     assert kinds(client, job)[-1] == "done"
+
+
+def test_the_history_tells_what_became_of_each_attempt(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    assert job.history == ()
+    taken(worker)
+    lapse(client, "w1")
+    Reaper(client, 3).reap()
+    other = Claims(client, "w2")
+    other.renew(60)
+    other.release([(job.id, taken(other).attempt)])
+    third = taken(other)
+    assert [(each.number, each.worker, each.how) for each in third.history] == [
+        (1, "w1", AttemptEnd.WORKER_LOST),
+        (2, "w2", AttemptEnd.HANDED_BACK),
+        (3, "w2", None),
+    ]
+    other.append([Append(job.id, 3, third.last_event + 1, ending=SUCCESS)])
+    *_, last = history = jobs.get(job.id, "a").history
+    assert (last.number, last.how) == (3, AttemptEnd.ENDED)
+    moments = [moment for each in history for moment in (each.started_at, each.ended_at)]
+    assert moments == sorted(moments, key=float), "one attempt after the other"
+    reasons = [json.loads(event.data) for event in JobLog(client).read(job.id) if event.kind is EventKind.QUEUED]
+    assert reasons == [{"reason": "accepted"}, {"reason": "worker_lost"}, {"reason": "handed_back"}]
+
+
+def test_a_job_lost_too_often_says_how_often_and_when(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    for attempt in range(1, 5):
+        worker.renew(60)
+        taken(worker)
+        if attempt == 2:
+            worker.release([(job.id, attempt)])  # no loss
+        else:
+            client.hset("mlxq:job:" + job.id, "claimed_at", float(client.time()[0]) - attempt)
+            lapse(client, "w1")
+            Reaper(client, 3).reap()
+    lost = jobs.get(job.id, "a")
+    said = lost.error_message or ""
+    assert said.startswith("The job was lost with its worker 3 times: attempt 1 after 1.")
+    assert ", attempt 3 after 3." in said and ", attempt 4 after 4." in said and "attempt 2" not in said
+    assert [each.how for each in lost.history] == ["worker_lost", "handed_back", "worker_lost", "worker_lost"]
+
+
+def test_the_history_of_an_endless_to_and_fro_has_an_end(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job, _ = jobs.create(submission())
+    for attempt in range(1, 31):
+        taken(worker)
+        worker.release([(job.id, attempt)])
+    assert [each.number for each in jobs.get(job.id, "a").history] == list(range(11, 31))
+    assert len([name for name in client.hkeys("mlxq:job:" + job.id) if name.startswith("attempt:")]) == 20
+
+
+def test_an_attempt_of_an_older_record_began_with_the_job(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    client.hdel("mlxq:job:" + job.id, "claimed_at")
+    assert [each.started_at for each in jobs.get(job.id, "a").history] == [job.started_at]
+    worker.release([(job.id, 1)])
+    assert [each.started_at for each in jobs.get(job.id, "a").history] == [job.started_at]
 
 
 def test_the_last_try_of_a_job_is_made_alone(client: Redis, jobs: Jobs, worker: Claims) -> None:

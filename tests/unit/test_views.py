@@ -66,6 +66,26 @@ def test_a_list_tells_the_places_in_line_of_those_that_wait(client: Redis, jobs:
     assert [view.queue_position for view in shown] == [3, 2, 1, None]
 
 
+def test_the_history_names_no_host(client: Redis, jobs: Jobs) -> None:
+    job = submit(jobs)
+    for name in ("host-0-a", "host-0-b", "host-0-a"):
+        claims = Claims(client, name)
+        claims.renew(30)
+        claims.claim(MODEL)
+        if name.endswith("b"):
+            claims.release([(job.id, 2)])
+        else:
+            claims.retire()
+    Claims(client, "host-0-b").renew(30)
+    Claims(client, "host-0-b").claim(MODEL)
+    view = Views(jobs, Roster(Registry(client))).full(jobs.get(job.id, "me"))
+    workers = [each.worker for each in view.history]
+    assert workers == [workers[0], workers[1], workers[0], workers[1]] and workers[0] != workers[1]
+    assert "host" not in view.model_dump_json()
+    assert [each.outcome for each in view.history] == [*["handed_back"] * 3, None]
+    assert view.history[-1].ended_at is None
+
+
 def test_places_in_line_are_one_question_however_many_jobs(
     valkey_client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
