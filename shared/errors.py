@@ -18,7 +18,7 @@ MlxqError                 has `code`, `status` (HTTP), `title`, and perhaps `fie
 ├── Unavailable           503  Redis away, queue full: try again after `retry_after` seconds
 └── Expired               504  a job that was waited for did not end within its time
 
-How a job can fail (`Job.error_code`) is `JobFailure`.
+How a job can fail is `JobFailure`, how its time can be over `Expiry`: both are codes in a job's `error`.
 """
 
 from __future__ import annotations
@@ -157,3 +157,12 @@ class JobFailure(StrEnum):
     """Its prompt and answer do not fit the worker's memory."""
     ENGINE = "engine_error"
     """The engine raised while working on it."""
+
+
+class Expiry(StrEnum):
+    """Why a job ended `expired`: the stable code in its `error`."""
+
+    START = "start_timeout"
+    """It never started: nothing was done of it. The limit is `start_within_s`, or `deadline_s` where that is less."""
+    DEADLINE = "deadline_exceeded"
+    """It had started, and was not done by its deadline, whether it ran then or waited again: its text is cut off."""

@@ -37,7 +37,7 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
     """Its owner asked for the end; the text so far is kept."""
     EXPIRED = "expired"
-    """It did not start, or not end, within its time; the text so far is kept."""
+    """It did not start, or not end, within its time; `error` says which, and the text so far is kept."""
 
     @property
     def terminal(self) -> bool:
@@ -185,10 +185,10 @@ TIMINGS = ("queue_s", "prefill_s", "first_token_s", "total_s")
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a worker ends a job."""
+    """How a worker ends a job. Without a text, the job's text and tokens are what its log has."""
 
     status: Status
-    text: str
+    text: str | None = None
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0

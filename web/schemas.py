@@ -152,9 +152,13 @@ class Timings(_Answer):
 
 
 class JobError(_Answer):
-    """Why a job failed."""
+    """Why a job failed or expired."""
 
-    code: str
+    code: str = Field(
+        description="Stable. Of an expired job: `start_timeout` when it never started, `deadline_exceeded` when it was "
+        "cut off. Of a failed one: `worker_lost`, `context_length_exceeded`, `template_error`, `generation_error`, "
+        "`engine_error`"
+    )
     message: str
 
 

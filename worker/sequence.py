@@ -71,6 +71,7 @@ class Sequence:
         self._detokenizer = backend.detokenizer()
         self._stops = StopMatcher(job.generation.stop)
         self._text: list[str] = []
+        self._text_known = job.attempt <= 1  # what earlier attempts wrote is not, before it is replayed
         self._unsaid: list[int] = []
         self._reused: int | None = None
         self._clock = _Clock(job)
@@ -87,6 +88,7 @@ class Sequence:
         text = "".join(self._text)
         if not text.startswith(written.text) or (end is None and text != written.text):
             raise ReplayError(self.job.id)
+        self._text_known = True
         self._unsaid.clear()
         self._clock.forget_first_token()
         return end and end._replace(text=text[len(written.text) :], tokens=())
@@ -148,7 +150,7 @@ class Sequence:
 
     def fail(self, failure: JobFailure, message: str) -> Said:
         """End it as failed, with the text so far."""
-        return self._finish(Status.FAILED, code=failure, message=message)
+        return self._finish(Status.FAILED, code=failure, message=message, text_known=self._text_known)
 
     def hand_back(self) -> Said:
         """Leave it to another attempt."""
@@ -182,11 +184,12 @@ class Sequence:
         unseen: int = 0,
         code: JobFailure | None = None,
         message: str | None = None,
+        text_known: bool = True,
     ) -> Said:
         self._text.append(text)
         self.ending = Ending(
             status=status,
-            text="".join(self._text),
+            text="".join(self._text) if text_known else None,
             finish_reason=reason,
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.generated) + unseen,

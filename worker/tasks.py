@@ -137,9 +137,8 @@ class Runner:
     def fail(self, job: Job) -> None:
         """End a job that has no sequence to say so."""
         try:
-            written = self._log.written(job.id)
-            ending = Ending(Status.FAILED, written.text, error_code=JobFailure.ENGINE, error_message=_NOT_STARTED)
-            self._claims.append([Append(job.id, job.attempt, written.last_event + 1, ending=ending)])
+            ending = Ending(Status.FAILED, error_code=JobFailure.ENGINE, error_message=_NOT_STARTED)
+            self._claims.append([Append(job.id, job.attempt, job.last_event + 1, ending=ending)])
         except Exception:
             # The lease keeper will find a claim that nobody works on, and hand it back as lost.
             logger.exception("the job's end is not written")

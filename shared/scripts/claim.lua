@@ -1,4 +1,4 @@
--- The next job of a model for a worker, as a new attempt.
+-- The next job of a model for a worker, as a new attempt. Those before it whose time is over end here.
 -- ARGV: model, worker
 -- Returns the record as name, value, … ; 'no lease' ; 'alone' when the worker must first be done with what it holds;
 -- or nothing when no job waits.
@@ -21,7 +21,10 @@ while true do
   local id, job = head[1], K.JOB .. head[1]
   local status, class, started, end_by, alone =
     unpack(redis.call('HMGET', job, 'status', 'class', 'started_at', 'end_by', 'alone'))
-  if status == 'queued' and alone and #held > 0 then
+  local due = redis.call('ZSCORE', K.TIMERS, id)
+  if status == 'queued' and due and tonumber(due) <= now() then
+    finish(id, 'expired', {})
+  elseif status == 'queued' and alone and #held > 0 then
     return 'alone'
   elseif status == 'queued' then
     local at = now()
@@ -38,6 +41,7 @@ while true do
       emit(id, 'started', '{"attempt":' .. attempt .. '}')
     end
     return redis.call('HGETALL', job)
+  else
+    leave_line(id, model) -- a record that has gone
   end
-  leave_line(id, model) -- a record that has gone
 end

@@ -71,12 +71,50 @@ local function end_attempt(id, worker, how)
   redis.call('SREM', K.RUNNING .. worker, id)
 end
 
--- The one way into a terminal state. `fields` are record fields to set with it, by name.
+-- The text of a job's log and its number of tokens; nothing when events are missing in it.
+local function written(id)
+  local entries = redis.call('XRANGE', K.LOG .. id, '-', '+')
+  if #entries ~= tonumber(redis.call('HGET', K.JOB .. id, 'seq')) then
+    return nil
+  end
+  local text, tokens = {}, 0
+  for _, entry in ipairs(entries) do
+    local _, event, _, data, _, ids = unpack(entry[2]) -- as write_event puts them
+    if event == 'chunk' then
+      text[#text + 1] = cjson.decode(data).text
+    end
+    if ids then
+      tokens = tokens + select(2, ids:gsub(',', '')) + 1
+    end
+  end
+  return table.concat(text), tokens
+end
+
+-- Why an expired job is, as code and sentence. The code says what became of it: nothing ever, or something that was
+-- cut off. The sentence names the limit: before the first start, the earlier one of two.
+local function out_of_time(id)
+  local created, started, end_by = unpack(redis.call('HMGET', K.JOB .. id, 'created_at', 'started_at', 'end_by'))
+  local due = started and end_by or redis.call('ZSCORE', K.TIMERS, id) or end_by
+  local limit = tonumber(due) < tonumber(end_by) and 'start_within_s' or 'deadline_s'
+  local seconds = string.format('%.3f', due - created):gsub('%.?0+$', '')
+  local verb = started and 'end' or 'start'
+  return started and 'deadline_exceeded' or 'start_timeout',
+    string.format('The job did not %s within %s s (%s).', verb, seconds, limit)
+end
+
+-- The one way into a terminal state. `fields` are record fields to set with it, by name; without a text among them,
+-- the text is what the log has.
 local function finish(id, status, fields)
   local job = K.JOB .. id
   local at = now()
   local model, worker, retention, owner, idem, started =
     unpack(redis.call('HMGET', job, 'model', 'worker', 'retention_s', 'owner', 'idempotency_key', 'started_at'))
+  if not fields.text then
+    fields.text, fields.completion_tokens = written(id)
+  end
+  if status == 'expired' then
+    fields.error_code, fields.error_message = out_of_time(id)
+  end
   local set = {'status', status, 'finished_at', stamp(at)}
   for name, value in pairs(fields) do
     set[#set + 1] = name

@@ -1,5 +1,6 @@
 """Jobs over HTTP: submit, look, wait, list, cancel, forget, repeat."""
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -157,6 +158,35 @@ def test_inference_answers_in_one_piece(web: WebStack, pretend: Pretend) -> None
     body = answer.json()
     assert (body["text"], body["finish_reason"], body["model"]) == ("w0 é🙂\nw1 w2 ", "length", MODEL)
     assert answer.headers["Location"] == f"/v1/jobs/{body['id']}"
+
+
+def test_a_job_that_never_started_and_one_that_was_cut_off_are_told_apart(web: WebStack, pretend: Pretend) -> None:
+    never = web.job(web.submit(start_within_s=0.1)["id"], wait=20)
+    asked = {"prompt": "hi", "start_within_s": 0.1}
+    refused = web.http.post("/inference", json=asked)
+    worker = pretend()
+    worker.hold.set()
+    cut = web.submit(max_tokens=5, deadline_s=0.3)
+    eventually(lambda: web.job(cut["id"])["started_at"], "it starts")
+    with web.http.stream("GET", cut["urls"]["stream"]) as answer:
+        done = [line for line in answer.iter_lines() if line.startswith("data: ")][-1]
+
+    assert (never["status"], never["error"]["code"], never["started_at"]) == ("expired", "start_timeout", None)
+    assert never["error"]["message"] == "The job did not start within 0.1 s (start_within_s)."
+    assert (refused.status_code, refused.json()["code"]) == (504, "start_timeout")
+    assert refused.json()["detail"] == never["error"]["message"]
+    cut = web.job(cut["id"], wait=20)
+    assert (cut["status"], cut["error"]["code"]) == ("expired", "deadline_exceeded")
+    assert json.loads(done.removeprefix("data: ")) == cut
+
+
+def test_inference_tells_that_its_job_was_cut_off(web: WebStack, pretend: Pretend) -> None:
+    worker = pretend(pause_s=0.02)
+    answer = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 1000, "deadline_s": 0.3})
+    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+    (job,) = web.http.get("/v1/jobs").json()["data"]
+    assert job["output"]["text"].startswith("w0 ") and not worker.hold.is_set()
+    assert [(each["attempt"], each["outcome"]) for each in job["history"]] == [(1, "ended")]
 
 
 def test_models_tell_who_serves_them(web: WebStack, pretend: Pretend, eventually: Callable[..., None]) -> None:

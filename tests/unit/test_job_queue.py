@@ -6,7 +6,7 @@ import pytest
 
 from shared.attempts import AttemptEnd
 from shared.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
-from shared.errors import Conflict, KeyReused, NotFound, Unavailable
+from shared.errors import Conflict, Expiry, JobFailure, KeyReused, NotFound, Unavailable
 from shared.jobs import Ending, Generation, Job, Jobs, Priority, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
 from shared.settings import Settings
@@ -265,15 +265,98 @@ def test_a_job_asked_to_stop_is_not_taken_up_again(client: Redis, jobs: Jobs, wo
     assert (ended.status, jobs.text(ended)) == (Status.CANCELLED, "he")
 
 
-def test_time_to_start_and_total_time_expire_a_job(client: Redis, jobs: Jobs, worker: Claims) -> None:
-    waiting, _ = jobs.create(submission(start_within_s=1e-6))
-    Reaper(client, 3).reap()
-    assert jobs.get(waiting.id, "a").status is Status.EXPIRED
-    jobs.create(submission(deadline_s=0.05))
+def over(client: Redis, job: Job, seconds: float) -> None:
+    """Moves a job so far into the past that so many seconds of its life are over; its place in line stays."""
+    for name in ("created_at", "end_by"):
+        moment = float(client.hget("mlxq:job:" + job.id, name))
+        client.hset("mlxq:job:" + job.id, name, f"{moment - seconds:.6f}")
+    client.zincrby("mlxq:timers", -seconds, job.id)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"start_within_s": 5}, "5 s (start_within_s)"),
+        ({"start_within_s": 0.25, "deadline_s": 600}, "0.25 s (start_within_s)"),
+        ({"start_within_s": 600, "deadline_s": 100}, "100 s (deadline_s)"),
+    ],
+)
+@pytest.mark.parametrize("by", ["reaper", "claim"])
+def test_a_job_that_never_starts_in_its_time_expires(
+    client: Redis, jobs: Jobs, worker: Claims, limits: dict[str, float], said: str, by: str
+) -> None:
+    job, _ = jobs.create(submission(**limits))
+    following, _ = jobs.create(submission())
+    over(client, job, 200)
+    if by == "reaper":
+        assert Reaper(client, 3).reap() == []
+    assert taken(worker).id == following.id, "nothing starts after its time, however late the reaper comes"
+    ended = jobs.get(job.id, "a")
+    assert (ended.status, ended.error_code, ended.started_at) == (Status.EXPIRED, Expiry.START, None)
+    assert ended.error_message == f"The job did not start within {said}."
+    assert (ended.text, ended.completion_tokens, ended.history) == ("", 0, ())
+
+
+def test_a_running_job_is_cut_off_at_its_deadline(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission(start_within_s=5, deadline_s=90))
     job = taken(worker)
-    client.zadd("mlxq:timers", {job.id: 1.0})
+    over(client, job, 60)
     Reaper(client, 3).reap()
-    assert worker.append([Append(job.id, 1, 3, "he", (1,))]) == [Verdict.EXPIRED]
+    assert worker.append([Append(job.id, 1, 3, "he", (1,))]) == [Verdict.OK], "the time to start is another's matter"
+    over(client, job, 60)
+    Reaper(client, 3).reap()
+    assert worker.append([Append(job.id, 1, 4, "l", (2,))]) == [Verdict.EXPIRED]
+    worker.append([Append(job.id, 1, 5, ending=Ending(Status.EXPIRED, "hel", completion_tokens=2))])
+    ended = jobs.get(job.id, "a")
+    assert (ended.status, ended.error_code) == (Status.EXPIRED, Expiry.DEADLINE)
+    assert ended.error_message == "The job did not end within 90 s (deadline_s)."
+    assert (ended.text, ended.completion_tokens) == ("hel", 2)
+
+
+@pytest.mark.parametrize("by", ["reaper", "claim"])
+def test_once_started_only_the_deadline_counts(client: Redis, jobs: Jobs, worker: Claims, by: str) -> None:
+    job, _ = jobs.create(submission(start_within_s=5, deadline_s=90))
+    taken(worker)
+    worker.append([Append(job.id, 1, 3, "né🙂\n", (1, 2, 3)), Append(job.id, 1, 4, "!", (4,))])
+    worker.release([(job.id, 1)])
+    over(client, job, 60)
+    Reaper(client, 3).reap()
+    assert jobs.get(job.id, "a").status is Status.QUEUED
+    over(client, job, 60)
+    if by == "reaper":
+        Reaper(client, 3).reap()
+    assert worker.claim(MODEL) is None
+    ended = jobs.get(job.id, "a")
+    assert (ended.status, ended.error_code) == (Status.EXPIRED, Expiry.DEADLINE)
+    assert (ended.text, ended.completion_tokens) == ("né🙂\n!", 4)
+
+
+def test_a_job_that_ends_without_its_worker_keeps_its_text(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    poison, _ = jobs.create(submission())
+    cancelled, _ = jobs.create(submission())
+    for attempt in range(1, 4):
+        worker.renew(60)
+        for _ in range(2 if attempt == 1 else 1):
+            job = taken(worker)
+            worker.append([Append(job.id, attempt, job.last_event + 1, f"{attempt}é ", (attempt, attempt))])
+        lapse(client, "w1")
+        Reaper(client, 3).reap()
+        if attempt == 1:
+            jobs.stop(cancelled.id, "a")
+    lost, stopped = jobs.get(poison.id, "a"), jobs.get(cancelled.id, "a")
+    assert (lost.error_code, lost.text, lost.completion_tokens) == (JobFailure.WORKER_LOST, "1é 2é 3é ", 6)
+    assert (stopped.status, stopped.text, stopped.completion_tokens) == (Status.CANCELLED, "1é ", 2)
+
+
+def test_a_text_with_a_hole_is_not_kept_as_the_jobs_text(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    worker.append([Append(job.id, 1, 3, "he", (1,)), Append(job.id, 1, 4, "llo", (2,))])
+    client.xdel("mlxq:log:" + job.id, "3-0")
+    worker.release([(job.id, 1)])
+    jobs.stop(job.id, "a")
+    ended = jobs.get(job.id, "a")
+    assert (ended.status, ended.text, ended.completion_tokens) == (Status.CANCELLED, None, None)
 
 
 def test_starting_ends_the_time_to_start(client: Redis, jobs: Jobs, worker: Claims) -> None:

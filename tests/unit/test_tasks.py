@@ -86,6 +86,18 @@ def test_a_job_is_worked_on_and_its_one_line_has_both_ids(desk: Desk, caplog: py
     assert [record.getMessage() for record in caplog.records] == ["job ended"]
 
 
+def test_a_retry_that_cannot_be_started_keeps_what_was_written(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = desk.submit()
+    desk.renew()
+    claimed = desk.claims.claim("fake")
+    assert claimed is not None
+    desk.claims.append([Append(job.id, 1, claimed.last_event + 1, "of another model", (300, 301))])
+    desk.claims.release([(job.id, 1)])
+    ended = desk.run(job)
+    assert (ended.status, ended.error_code) == (Status.FAILED, JobFailure.ENGINE)
+    assert (ended.text, ended.completion_tokens) == ("of another model", 2)
+
+
 def test_no_lease_yet_is_waited_out(desk: Desk) -> None:
     with pytest.raises(NoLease):
         desk.claims.claim("fake")
@@ -180,8 +192,11 @@ def test_a_log_that_cannot_be_read_sends_the_job_back(desk: Desk, monkeypatch: p
     assert desk.run(job).status is Status.QUEUED
 
 
-def test_a_log_that_is_at_fault_leaves_the_job_to_the_lease_keeper(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_fault(job_id: str) -> None:
+@pytest.mark.parametrize("writes_too", [False, True])
+def test_a_log_that_is_at_fault_fails_its_job_or_leaves_it_to_the_lease_keeper(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, writes_too: bool
+) -> None:
+    def at_fault(*_: object) -> None:
         raise ResponseError("WRONGTYPE")
 
     job = desk.submit()
@@ -189,7 +204,11 @@ def test_a_log_that_is_at_fault_leaves_the_job_to_the_lease_keeper(desk: Desk, m
     desk.claims.claim("fake")
     desk.claims.release([(job.id, 1)])
     monkeypatch.setattr(desk.log, "written", at_fault)
-    assert desk.run(job).status is Status.RUNNING, "handed back here, it would count as no loss and come again"
+    if writes_too:
+        monkeypatch.setattr(desk.claims, "append", at_fault)
+        assert desk.run(job).status is Status.RUNNING, "handed back here, it would count as no loss and come again"
+    else:
+        assert desk.run(job).error_code == JobFailure.ENGINE
 
 
 def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

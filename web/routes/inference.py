@@ -125,7 +125,7 @@ def failure(job: Job, prompt_field: str) -> MlxqError:
     if job.status is Status.CANCELLED:
         return Conflict("The job was cancelled.", code="job_cancelled")
     if job.status is Status.EXPIRED:
-        return Expired("The job did not end within its time.")
+        return Expired(job.error_message or "The job did not end within its time.", code=code)
     if code in _CALLERS_FAULT:
         return Invalid(message, code=code, field=prompt_field)
     return Internal(message, code=code)
