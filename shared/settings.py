@@ -10,9 +10,9 @@ import os
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared import redis_url
@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
 RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
 """A rate as the `limits` package writes it."""
+
+_IN_ORDER: Final = {
+    "max_start_within_s": ("start_within_s", "max_start_within_s"),
+    "max_deadline_s": ("deadline_s", "max_deadline_s"),
+    "log_retention_s": ("log_retention_s", "retention_s"),
+}
+"""For the later of two variables: which of them must not be more than which."""
 
 
 class Settings(BaseSettings):
@@ -59,9 +66,22 @@ class Settings(BaseSettings):
     max_tokens: int = Field(512, ge=1, description="Tokens generated when a request does not say")
     temperature: float = Field(0.0, ge=0, le=2, description="Temperature when a request does not say")
     max_queue: int = Field(10_000, ge=1, description="Jobs that may wait per model; more are refused with 503")
-    start_within_s: float = Field(24 * 3600.0, gt=0, description="A job that waits longer expires; also the maximum")
-    deadline_s: float = Field(24 * 3600.0, gt=0, description="A job that takes longer in all expires; also the maximum")
-    retention_s: int = Field(24 * 3600, ge=1, description="Finished jobs and their logs are kept this long")
+    start_within_s: float = Field(
+        24 * 3600.0, gt=0, description="A job that has not started by then expires, when its request does not say"
+    )
+    max_start_within_s: float = Field(
+        7 * 24 * 3600.0, gt=0, description="Most that a request may ask for as start_within_s", validate_default=True
+    )
+    deadline_s: float = Field(
+        24 * 3600.0, gt=0, description="A job that takes longer in all expires, when its request does not say"
+    )
+    max_deadline_s: float = Field(
+        7 * 24 * 3600.0, gt=0, description="Most that a request may ask for as deadline_s", validate_default=True
+    )
+    retention_s: int = Field(24 * 3600, ge=1, description="Finished jobs are kept this long, with their texts")
+    log_retention_s: int | None = Field(
+        None, ge=1, description="Their logs, from which streams are read; empty: as long. At most RETENTION_S"
+    )
     max_attempts: int = Field(3, ge=1, description="Workers a job may lose before it is failed")
 
     # The workers
@@ -99,6 +119,16 @@ class Settings(BaseSettings):
     @classmethod
     def _broker_is_reachable_in_principle(cls, url: str) -> str:
         return url and redis_url.check_broker(url)
+
+    @field_validator("max_start_within_s", "max_deadline_s", "log_retention_s")
+    @classmethod
+    def _in_order(cls, value: float | None, info: ValidationInfo) -> float | None:
+        field = str(info.field_name)
+        names = _IN_ORDER[field]
+        small, large = ({**info.data, field: value}.get(name) for name in names)
+        if small is not None and large is not None and small > large:
+            raise ValueError(f"{names[0].upper()} ({small:.15g}) is more than {names[1].upper()} ({large:.15g})")
+        return value
 
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:

@@ -87,8 +87,8 @@ class Admission:
             request_id=origin.request_id,
             idempotency_key=origin.idempotency_key,
             fingerprint=origin.fingerprint,
-            start_within_s=_at_most("start_within_s", request.start_within_s, self._settings.start_within_s),
-            deadline_s=_at_most("deadline_s", request.deadline_s, self._settings.deadline_s),
+            start_within_s=_at_most("start_within_s", request.start_within_s, self._settings.max_start_within_s),
+            deadline_s=_at_most("deadline_s", request.deadline_s, self._settings.max_deadline_s),
         )
 
     def _resolve(self, asked: str | None) -> tuple[str, ModelCard | None]:
@@ -134,5 +134,5 @@ class Admission:
 
 def _at_most(field: str, asked: float | None, most: float) -> float | None:
     if asked is not None and asked > most:
-        raise Invalid(f"At most {most:g} seconds.", field=field)
+        raise Invalid(f"{field} can be at most {most:.15g} seconds.", field=field)
     return asked

@@ -85,8 +85,10 @@ class JobRequest(_Request):
     seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same text; default: random")
     stop: Stop = Field([], description=f"Ends the text before any of these, at most {MAX_STOPS}")
     priority: PriorityName = Field("normal", description="A higher class is always served first")
-    start_within_s: float | None = Field(None, gt=0, description="Expires when it waits longer")
-    deadline_s: float | None = Field(None, gt=0, description="Expires when it takes longer in all")
+    start_within_s: float | None = Field(
+        None, gt=0, description="Expires when it has not started by then; once it has, only the deadline counts"
+    )
+    deadline_s: float | None = Field(None, gt=0, description="Expires when it takes longer in all, waiting included")
     metadata: Metadata = Field({}, description="Kept with the job and given back")
 
     @field_validator("messages")

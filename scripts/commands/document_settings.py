@@ -48,6 +48,8 @@ def _shown(default: object) -> str:
             return default.get_secret_value()
         case Path():
             return str(default.relative_to(ROOT))
+        case None:
+            return ""
         case bool():
             return str(default).lower()
         case float():

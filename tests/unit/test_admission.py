@@ -113,6 +113,28 @@ def test_what_cannot_be_run_is_refused_and_not_enqueued(
     assert client.keys("mlxq:job:*") == [] and client.keys("mlxq:queue:*") == []
 
 
+def test_a_request_may_ask_for_more_than_the_default_and_not_for_more_than_the_maximum(
+    client: Redis, settings: Settings, office: Office
+) -> None:
+    registry = Registry(client)
+    limits = {"start_within_s": 10, "max_start_within_s": 20, "deadline_s": 30, "max_deadline_s": 2592000}
+    settings = settings.model_copy(update=limits)
+    jobs = Jobs(client, settings)
+    admission = Admission(settings, jobs, Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+
+    def times(**more: object) -> tuple[float, float]:
+        job, _ = admission.admit(JobRequest.model_validate({"prompt": "hi", **more}), Origin("me"))
+        moments = client.zscore("mlxq:timers", job.id), float(client.hget("mlxq:job:" + job.id, "end_by"))
+        return tuple(round(moment - job.created_at, 3) for moment in moments)  # type: ignore[return-value]
+
+    assert times() == (10, 30)
+    assert times(start_within_s=20, deadline_s=2592000) == (20, 2592000)
+    assert times(deadline_s=5) == (5, 5)
+    for field, most in (("start_within_s", "20"), ("deadline_s", "2592000")):
+        error = refusal(admission, JobRequest.model_validate({"prompt": "hi", field: float(most) + 0.5}))
+        assert (error.status, error.field, error.detail) == (422, field, f"{field} can be at most {most} seconds.")
+
+
 def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: Settings, office: Office) -> None:
     registry = Registry(client)
     full = settings.model_copy(update={"max_queue": 1})

@@ -49,6 +49,39 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: str, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"DEADLINE_S": "604801"}, "DEADLINE_S (604801) is more than MAX_DEADLINE_S (604800)"),
+        ({"MAX_DEADLINE_S": "60"}, "DEADLINE_S (86400) is more than MAX_DEADLINE_S (60)"),
+        ({"MAX_START_WITHIN_S": "0.5"}, "START_WITHIN_S (86400) is more than MAX_START_WITHIN_S (0.5)"),
+        ({"LOG_RETENTION_S": "60", "RETENTION_S": "59"}, "LOG_RETENTION_S (60) is more than RETENTION_S (59)"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused_by_name(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as refused:
+        Settings(_env_file=None)
+    (error,) = refused.value.errors()
+    assert error["msg"] == f"Value error, {said}"
+    assert str(error["loc"][0]).upper() in said
+
+
+def test_limits_may_be_equal_and_one_that_is_wrong_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    equal = {"DEADLINE_S": "60", "MAX_DEADLINE_S": "60", "RETENTION_S": "60", "LOG_RETENTION_S": "60"}
+    for name, value in equal.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(_env_file=None)
+    assert (settings.max_deadline_s, settings.log_retention_s) == (60, 60)
+    monkeypatch.setenv("DEADLINE_S", "soon")
+    with pytest.raises(ValidationError) as refused:
+        Settings(_env_file=None)
+    assert [error["loc"] for error in refused.value.errors()] == [("deadline_s",)]
+
+
+@pytest.mark.parametrize(
     ("variables", "store", "tickets"),
     [
         ({"DATA_DIR": "/d"}, "unix:///d/run/valkey.sock", "unix:///d/run/valkey.sock"),
