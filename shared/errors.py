@@ -91,7 +91,7 @@ class Conflict(MlxqError):
 
 
 class Gone(MlxqError):
-    """A log that was trimmed or has expired."""
+    """A log that has expired (`log_expired`), or that was trimmed, so that events are missing (`log_trimmed`)."""
 
     status, code, title = 410, "gone", "Gone"
 
@@ -157,6 +157,8 @@ class JobFailure(StrEnum):
     """Its prompt and answer do not fit the worker's memory."""
     ENGINE = "engine_error"
     """The engine raised while working on it."""
+    LOG_LOST = "log_lost"
+    """It was to be continued, and what was generated before is not all in its log any more."""
 
 
 class Expiry(StrEnum):

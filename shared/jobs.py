@@ -246,6 +246,7 @@ class Jobs:
             "generation": generation.to_json(),
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
+            "log_retention_s": str(limits.log_retention_s or limits.retention_s),
         }
         job_id = new_job_id()
         word, *flat = self._enqueue(
@@ -319,8 +320,12 @@ class Jobs:
             raise Conflict("The job has not ended; cancel it first.", code="job_active")
 
     def text(self, job: Job) -> str:
-        """The text generated so far, or in all."""
-        return job.text if job.text is not None else self._log.written(job.id).text
+        """The text generated so far, or in all.
+
+        Raises:
+            Gone: only the job's log has it, and that was trimmed.
+        """
+        return job.text if job.text is not None else self._log.written(job.id, job.last_event).text
 
     def position(self, job: Job) -> int | None:
         """How many jobs are served before this one, plus one; None when it does not wait."""

@@ -6,7 +6,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | key | type | holds | lives |
 | --- | --- | --- | --- |
 | `JOB` + job | hash | the record of a job (`shared.jobs.Job`) | retention after the end |
-| `LOG` + job | stream | its log; entry `n-0` is event n | as the record |
+| `LOG` + job | stream | its log; entry `n-0` is event n | log retention after the end |
 | `LIVE` + job | channel | live copies of the log's entries | – |
 | `QUEUE` + model | zset | jobs that wait; score = class, then fair turn | while jobs wait |
 | `CLOCK` + model | hash | fair queueing: turn reached by the class and by each owner in it | while jobs wait |

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shared import keys
+from shared.errors import Gone
 from shared.store import Redis
 
 
@@ -67,24 +68,49 @@ class Written:
 
 
 class JobLog:
-    """Reads logs. They are written by the scripts alone."""
+    """Reads logs. They are written by the scripts alone.
+
+    A log may expire, and somebody may trim it: what is missing is told by `Gone`, never passed over.
+    """
 
     def __init__(self, client: Redis) -> None:
         self._client = client
 
     def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
-        """The events after number `after`, in order."""
+        """The events after number `after`, in order: none where the log ends before or is not there.
+
+        Raises:
+            Gone: there are later ones, but not all that lie between.
+        """
         entries = self._client.xrange(keys.LOG + job_id, min=f"({after}-0", max="+", count=limit)
-        return [_event(entry_id, entry) for entry_id, entry in entries]
+        events = [_event(entry_id, entry) for entry_id, entry in entries]
+        for expected, event in enumerate(events, after + 1):
+            if event.n != expected:
+                raise Gone(f"The job's log was trimmed: event {expected} is missing.", code="log_trimmed")
+        return events
 
     def last(self, job_id: str) -> Event | None:
         """The newest event; None when there is no log (any more)."""
         newest = self._client.xrevrange(keys.LOG + job_id, count=1)
         return _event(*newest[0]) if newest else None
 
-    def written(self, job_id: str) -> Written:
-        """All text and tokens so far."""
+    def ended(self, job_id: str) -> bool:
+        """Whether the job has ended, or is forgotten. Its record tells, which outlives its log."""
+        known, finished_at = self._client.hmget(keys.JOB + job_id, "id", "finished_at")
+        return known is None or finished_at is not None
+
+    def written(self, job_id: str, last_event: int = 0) -> Written:
+        """All text and tokens so far.
+
+        Args:
+            last_event: number of an event that is known to have been written.
+
+        Raises:
+            Gone: events are missing, at least up to that one.
+        """
         events = self.read(job_id)
+        if len(events) < last_event:
+            raise Gone(f"The job's log was trimmed: event {last_event} is missing.", code="log_trimmed")
         return Written(
             text="".join(event.text for event in events),
             tokens=tuple(token for event in events for token in event.tokens),

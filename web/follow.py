@@ -59,7 +59,7 @@ class Follower:
         It outlasts Redis being away.
 
         Raises:
-            redis.RedisError: the log cannot be read, and trying again will not help.
+            redis.RedisError: the job cannot be read, and trying again will not help.
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._live.subscribe(job_id) as live:
@@ -75,14 +75,13 @@ class Follower:
 
     def _ended(self, job_id: str) -> bool:
         try:
-            last = self._log.last(job_id)
+            return self._log.ended(job_id)
         except redis.RedisError as error:
             if not passes(error):
                 raise
             # As with a stream: whatever comes next leads here again.
-            log.warning("A wait cannot read its log yet: %s", error)
+            log.warning("A wait cannot read how its job is yet: %s", error)
             return False
-        return last is None or last.kind is EventKind.DONE
 
     def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[Event | None]:
         cursor, ended = yield from _after(cursor, page)
@@ -118,9 +117,9 @@ class Follower:
         last = self._log.last(job_id)
         if last is not None and last.n <= cursor:
             return [last] if last.kind is EventKind.DONE else []
-        events = self._log.read(job_id, cursor, _PAGE)
-        if not events or events[0].n != cursor + 1:
-            raise Gone("The job's log does not reach back that far any more.")
+        events = self._log.read(job_id, cursor, _PAGE) if last is not None else []
+        if not events:
+            raise Gone("The job's log is not kept any more.", code="log_expired")
         return events
 
 

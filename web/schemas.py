@@ -159,7 +159,7 @@ class JobError(_Answer):
     code: str = Field(
         description="Stable. Of an expired job: `start_timeout` when it never started, `deadline_exceeded` when it was "
         "cut off. Of a failed one: `worker_lost`, `context_length_exceeded`, `template_error`, `generation_error`, "
-        "`engine_error`"
+        "`engine_error`, `log_lost`"
     )
     message: str
 
@@ -200,7 +200,9 @@ class JobView(_Answer):
     finished_at: float | None
     queue_position: int | None = Field(description="1 is next; null when it does not wait")
     estimated_start_s: float | None = Field(description="Seconds from now; null when nobody can tell")
-    output: Output | None = Field(description="Null in lists while the job runs")
+    output: Output | None = Field(
+        description="Null in lists while the job runs, and where a part of the text is lost with the job's log"
+    )
     usage: Usage
     timings: Timings
     error: JobError | None

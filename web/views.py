@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from shared.attempts import Attempt
+from shared.errors import Gone
 from shared.jobs import Job, Jobs, Status
 from web.roster import Roster
 from web.schemas import (
@@ -31,15 +32,21 @@ class Views:
 
     def full(self, job: Job) -> JobView:
         """A job with its text so far."""
-        # A job that waits for its first attempt has none, and asking for it would cost a round trip a submit.
-        text = "" if job.status is Status.QUEUED and job.attempt == 0 else self._jobs.text(job)
-        output = Output(text=text, finish_reason=job.finish_reason)
-        return self._view(job, output, self._jobs.position(job))
+        return self._view(job, self._output(job), self._jobs.position(job))
 
     def brief(self, jobs: Sequence[Job]) -> list[JobView]:
         """Jobs as a list shows them: with their texts only when they have ended."""
         positions = self._jobs.positions(jobs)
         return [self._view(job, _output_in_all(job), positions.get(job.id)) for job in jobs]
+
+    def _output(self, job: Job) -> Output | None:
+        # A job that waits for its first attempt has none, and asking for it would cost a round trip a submit.
+        if job.status is Status.QUEUED and job.attempt == 0:
+            return Output(text="", finish_reason=None)
+        try:
+            return Output(text=self._jobs.text(job), finish_reason=job.finish_reason)
+        except Gone:  # a text with a hole in it would be taken for the whole
+            return None
 
     def _view(self, job: Job, output: Output | None, position: int | None) -> JobView:
         return JobView(

@@ -10,7 +10,7 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 
 from shared.claims import Append, Claims, NoLease
-from shared.errors import JobFailure
+from shared.errors import Gone, JobFailure
 from shared.jobs import Ending, Job, Status
 from shared.log import JobLog
 from shared.logging import about
@@ -121,10 +121,13 @@ class Runner:
         """Make a sequence ready for the engine; its end when it does not get that far."""
         job = sequence.job
         try:
-            end = sequence.replay(self._log.written(job.id)) if job.attempt > 1 else None
+            end = sequence.replay(self._log.written(job.id, job.last_event)) if job.attempt > 1 else None
             return end or sequence.begin(backend.encode(job.generation))
         except PromptError as error:
             return sequence.fail(JobFailure(error.code), str(error))
+        except Gone as error:
+            logger.error("the job cannot be continued: %s", error)
+            return sequence.fail(JobFailure.LOG_LOST, "What was generated before is not all in the job's log any more.")
         except RedisError as error:
             if not passes(error):
                 raise

@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Self
 
 import httpx2
@@ -27,6 +28,8 @@ SILENCE_S = 60.0
 RECONNECTS = 10
 """A stream is given up after as many connections in a row that brought no event; an API that restarts takes less."""
 LONGEST_PAUSE_S = 3.0
+END_POLL_S = 20
+"""A job whose stream is gone is asked for again and again; the API holds each answer back for so long."""
 
 
 class ClientError(Exception):
@@ -140,7 +143,11 @@ class Client:
         return _job(self.request("POST", f"/v1/jobs/{job_id}/cancel"))
 
     def events(self, job_id: str, *, after: int = 0) -> Generator[Event]:
-        """A job's events behind the cursor, to the last one; a cut stream is taken up where it was cut."""
+        """A job's events behind the cursor, to the last one; a cut stream is taken up where it was cut.
+
+        Where the job's log does not reach back that far any more, only the end comes, under the number 0: its data is
+        the whole job, and the job's text all that is left of the chunks.
+        """
         fruitless = 0
         while True:
             try:
@@ -159,10 +166,21 @@ class Client:
 
     def _listen(self, job_id: str, after: int) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        with self.stream("GET", f"/v1/jobs/{job_id}/stream", headers=headers) as response:
-            for event in httpx2.EventSource(response, max_event_size=None):
-                if event.data:  # a `retry` alone is no event, though the reader here makes one of it
-                    yield Event(int(event.id), EventKind(event.event), event.data)
+        try:
+            with self.stream("GET", f"/v1/jobs/{job_id}/stream", headers=headers) as response:
+                for event in httpx2.EventSource(response, max_event_size=None):
+                    if event.data:  # a `retry` alone is no event, though the reader here makes one of it
+                        yield Event(int(event.id), EventKind(event.event), event.data)
+        except Refused as error:
+            if error.status != HTTPStatus.GONE:
+                raise
+            yield self._end(job_id)
+
+    def _end(self, job_id: str) -> Event:
+        while True:
+            response = self.request("GET", f"/v1/jobs/{job_id}?wait={END_POLL_S}", wait_s=END_POLL_S)
+            if _job(response).status.terminal:
+                return Event(0, EventKind.DONE, response.text)
 
     @contextmanager
     def stream(

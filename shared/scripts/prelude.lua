@@ -107,8 +107,8 @@ end
 local function finish(id, status, fields)
   local job = K.JOB .. id
   local at = now()
-  local model, worker, retention, owner, idem, started =
-    unpack(redis.call('HMGET', job, 'model', 'worker', 'retention_s', 'owner', 'idempotency_key', 'started_at'))
+  local model, worker, retention, log_retention, owner, idem, started = unpack(redis.call('HMGET', job,
+    'model', 'worker', 'retention_s', 'log_retention_s', 'owner', 'idempotency_key', 'started_at'))
   if not fields.text then
     fields.text, fields.completion_tokens = written(id)
   end
@@ -128,7 +128,7 @@ local function finish(id, status, fields)
   end
   emit(id, 'done', '{"status":"' .. status .. '"}')
   redis.call('EXPIRE', job, retention)
-  redis.call('EXPIRE', K.LOG .. id, retention)
+  redis.call('EXPIRE', K.LOG .. id, log_retention or retention)
   if idem and idem ~= '' then
     redis.call('EXPIRE', K.IDEM .. owner .. ':' .. idem, retention)
   end

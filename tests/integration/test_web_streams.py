@@ -12,8 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
+import pytest
 
+from scripts.commands.client import Client
+from shared.log import EventKind
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
+from tests.support.waiting import eventually
 
 Pretend = Callable[..., PretendWorker]
 Event = tuple[int, str, dict[str, Any]]
@@ -144,6 +148,87 @@ def test_a_stream_goes_on_after_its_live_connection_was_cut(web: WebStack, prete
             check_whole(events)
             assert text_of(events) == events[-1][2]["output"]["text"]
     client.close()
+
+
+def gone(web: WebStack, job: dict[str, Any], cursor: int) -> str:
+    """The code with which reading from a cursor is refused."""
+    answer = web.http.get(job["urls"]["stream"], params={"starting_after": cursor})
+    assert answer.status_code == 410
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    return str(answer.json()["code"])
+
+
+def test_a_log_that_has_expired_is_410_and_the_job_keeps_its_text() -> None:
+    with running_web(RETENTION_S="600", LOG_RETENTION_S="2") as web:
+        worker = PretendWorker(web.redis_url)
+        worker.start()
+        job = web.submit(max_tokens=5)
+        assert web.job(job["id"], wait=20)["status"] == "succeeded"
+        events = read_stream(web, job["id"])
+        check_whole(events)
+        client = web.client()
+        eventually(lambda: not client.exists(f"mlxq:log:{job['id']}"), "the log expires")
+        assert [gone(web, job, cursor) for cursor in (0, 3, len(events) - 1)] == ["log_expired"] * 3
+        assert web.http.get(job["urls"]["stream"], params={"starting_after": len(events)}).status_code == 204
+        assert web.job(job["id"])["output"]["text"] == text_of(events)
+        assert 500 < client.ttl(f"mlxq:job:{job['id']}") <= 600
+        with Client(web.url, web.key) as reader:
+            (end,) = reader.events(job["id"], after=3)
+        assert (end.n, end.kind) == (0, EventKind.DONE)
+        assert json.loads(end.data)["output"]["text"] == text_of(events)
+        client.close()
+        worker.stop()
+
+
+def test_a_trimmed_log_is_410_before_what_is_left_and_readable_from_there(web: WebStack, pretend: Pretend) -> None:
+    pretend()
+    job = web.submit(max_tokens=10)
+    web.job(job["id"], wait=20)
+    whole = read_stream(web, job["id"])
+    client = web.client()
+    client.xtrim(f"mlxq:log:{job['id']}", minid="6-0", approximate=False)
+    client.xdel(f"mlxq:log:{job['id']}", "9-0")
+    client.close()
+    assert {gone(web, job, cursor) for cursor in (0, 1, 4, 5, 8)} == {"log_trimmed"}
+    for cursor in range(9, len(whole)):
+        assert read_stream(web, job["id"], params={"starting_after": cursor}) == whole[cursor:]
+    assert web.job(job["id"])["output"]["text"] == text_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("accept", "farewell"), [("text/event-stream", "reconnect with"), ("application/x-ndjson", '"reconnect"')]
+)
+def test_a_log_that_goes_in_mid_stream_ends_the_stream_and_is_then_410(
+    web: WebStack, pretend: Pretend, accept: str, farewell: str
+) -> None:
+    worker = pretend()
+    worker.hold.set()
+    job = web.submit(max_tokens=5)
+    eventually(lambda: web.job(job["id"])["status"] == "running", "it starts")
+    client = web.client()
+    got: list[str] = []
+    with web.http.stream("GET", job["urls"]["stream"], headers={"Accept": accept}) as answer:
+        for line in raw_lines(answer):
+            got.append(line)
+            if "started" in line:
+                client.delete(f"mlxq:log:{job['id']}")
+                client.client_kill_filter(_type="pubsub")
+    client.close()
+    assert any(farewell in line for line in got[-3:])
+    assert not any("done" in line for line in got)
+    assert gone(web, job, 2) == "log_expired"
+    assert web.job(job["id"])["output"] is None, "half a text is not shown as the text so far"
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(web.job, job["id"], 20)
+        with Client(web.url, web.key) as reader:
+            reading = pool.submit(lambda: list(reader.events(job["id"], after=1)))
+            assert not waiting.done()
+            worker.hold.clear()
+            ended = waiting.result(20)
+            (end,) = reading.result(20)
+    assert (ended["status"], ended["output"]["text"]) == ("succeeded", "w0 é🙂\nw1 w2 w3 w4 ")
+    assert json.loads(end.data) == ended
+    assert gone(web, job, 0) == "log_trimmed"
 
 
 def test_idle_streams_get_heartbeats_and_a_hint_when_the_server_stops() -> None:

@@ -39,8 +39,15 @@ class Log:
             raise self.error
         return self.events[-1] if self.events else None
 
+    def ended(self, job_id: str) -> bool:
+        last = self.last(job_id)
+        return last is not None and last.kind is EventKind.DONE
+
     def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
-        return [event for event in self.events if event.n > after][:limit]
+        events = [event for event in self.events if event.n > after][:limit]
+        if events and events[0].n != after + 1:
+            raise Gone("trimmed")
+        return events
 
 
 class Script:
@@ -116,6 +123,15 @@ def test_a_log_that_is_gone_is_told_before_anything_is_sent() -> None:
         Follower(Log([]), Live(None), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
     with pytest.raises(Gone):
         Follower(Log(chain(9)[4:]), Live(None), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
+
+
+def test_a_log_that_goes_in_mid_stream_is_told() -> None:
+    log = Log(chain(9)[:3])
+    stream = Follower(log, Live(Script(log, chain(9), [Signal.RESYNC])), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
+    assert [next(stream) for _ in range(3)] == chain(9)[:3]
+    log.events = []
+    with pytest.raises(Gone):
+        next(stream)
 
 
 def test_the_end_of_the_process_ends_the_stream() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from shared.attempts import AttemptEnd
 from shared.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
-from shared.errors import Conflict, Expiry, JobFailure, KeyReused, NotFound, Unavailable
+from shared.errors import Conflict, Expiry, Gone, JobFailure, KeyReused, NotFound, Unavailable
 from shared.jobs import Ending, Generation, Job, Jobs, Priority, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
 from shared.settings import Settings
@@ -421,6 +421,45 @@ def test_only_an_ended_job_is_forgotten(client: Redis, jobs: Jobs, worker: Claim
     jobs.forget(job.id, "a")
     assert not [name for name in client.keys("*") if job.id in name or "idem" in name]
     assert jobs.recent("a", limit=5) == []
+
+
+@pytest.mark.parametrize("missing", [1, 3, 4, 5])
+def test_a_log_with_a_gap_is_not_read_over_it(client: Redis, jobs: Jobs, worker: Claims, missing: int) -> None:
+    jobs.create(submission())
+    job = taken(worker)
+    worker.append([Append(job.id, 1, n, str(n), (n,)) for n in (3, 4, 5)])
+    log = JobLog(client)
+    assert log.written(job.id, 5).text == "345"
+    client.xdel("mlxq:log:" + job.id, f"{missing}-0")
+    with pytest.raises(Gone, match=f"event {missing} "):
+        log.written(job.id, 5)
+    with pytest.raises(Gone):
+        jobs.text(jobs.get(job.id, "a"))
+    assert [event.n for event in log.read(job.id, after=missing)] == list(range(missing + 1, 6))
+    client.delete("mlxq:log:" + job.id)
+    with pytest.raises(Gone):
+        log.written(job.id, 5)
+
+
+def test_a_job_has_ended_whatever_became_of_its_log(client: Redis, jobs: Jobs) -> None:
+    job, _ = jobs.create(submission())
+    log = JobLog(client)
+    client.delete("mlxq:log:" + job.id)
+    assert not log.ended(job.id)
+    jobs.stop(job.id, "a")
+    client.delete("mlxq:log:" + job.id)
+    assert log.ended(job.id)
+    jobs.forget(job.id, "a")
+    assert log.ended(job.id)
+
+
+@pytest.mark.parametrize(("log_retention_s", "lives_s"), [(None, 77), (33, 33)])
+def test_a_log_may_be_kept_for_less_long_than_its_job(client: Redis, log_retention_s: int | None, lives_s: int) -> None:
+    jobs = Jobs(client, Settings(retention_s=77, log_retention_s=log_retention_s))
+    job, _ = jobs.create(submission(idempotency_key="k"))
+    jobs.stop(job.id, "a")
+    assert client.ttl("mlxq:log:" + job.id) == lives_s
+    assert {client.ttl(key) for key in ("mlxq:job:" + job.id, "mlxq:idem:a:k")} == {77}
 
 
 def test_what_has_ended_lives_as_long_as_its_retention(client: Redis) -> None:

@@ -181,7 +181,7 @@ def test_a_retry_continues_what_is_written(desk: Desk) -> None:
 
 
 def test_a_log_that_cannot_be_read_sends_the_job_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(job_id: str) -> None:
+    def away(*_: object) -> None:
         raise RedisAway
 
     job = desk.submit()
@@ -209,6 +209,21 @@ def test_a_log_that_is_at_fault_fails_its_job_or_leaves_it_to_the_lease_keeper(
         assert desk.run(job).status is Status.RUNNING, "handed back here, it would count as no loss and come again"
     else:
         assert desk.run(job).error_code == JobFailure.ENGINE
+
+
+@pytest.mark.parametrize("missing", [("1-0",), ("3-0",), ("4-0", "5-0"), ("1-0", "2-0", "3-0", "4-0", "5-0")])
+def test_a_job_whose_log_has_a_gap_is_not_continued(desk: Desk, client: Redis, missing: tuple[str, ...]) -> None:
+    job = desk.submit()
+    desk.renew()
+    claimed = desk.claims.claim("fake")
+    assert claimed is not None
+    rows = [Append(job.id, 1, n, f"word {n}", (300 + n,)) for n in (3, 4)]
+    desk.claims.append(rows)
+    desk.claims.release([(job.id, 1)])
+    client.xdel("mlxq:log:" + job.id, *missing)
+    ended = desk.run(job)
+    assert (ended.status, ended.error_code, ended.attempt) == (Status.FAILED, JobFailure.LOG_LOST, 2)
+    assert (ended.text, ended.completion_tokens) == (None, None), "half a text is not given out as the whole"
 
 
 def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

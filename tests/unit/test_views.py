@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shared.claims import Claims
+from shared.claims import Append, Claims
 from shared.jobs import Generation, Job, Jobs, Sampling, Submission
 from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
@@ -64,6 +64,19 @@ def test_a_list_tells_the_places_in_line_of_those_that_wait(client: Redis, jobs:
     claims.claim(MODEL)
     shown = Views(jobs, Roster(Registry(client))).brief(jobs.recent("me", limit=10))
     assert [view.queue_position for view in shown] == [3, 2, 1, None]
+
+
+def test_a_job_is_shown_without_its_text_when_a_part_of_that_is_lost(client: Redis, jobs: Jobs) -> None:
+    job = submit(jobs)
+    claims = Claims(client, "w")
+    claims.renew(30)
+    claims.claim(MODEL)
+    claims.append([Append(job.id, 1, n, f"{n} ", (n,)) for n in (3, 4)])
+    views = Views(jobs, Roster(Registry(client)))
+    whole = views.full(jobs.get(job.id, "me")).output
+    assert whole and whole.text == "3 4 "
+    client.xtrim("mlxq:log:" + job.id, maxlen=1, approximate=False)
+    assert views.full(jobs.get(job.id, "me")).output is None
 
 
 def test_the_history_names_no_host(client: Redis, jobs: Jobs) -> None:
