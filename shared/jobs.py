@@ -110,7 +110,7 @@ class Submission:
     start_within_s: float | None = None
     deadline_s: float | None = None
     fingerprint: str = ""
-    """Hash of the request as it was sent: tells a repeated request from another one under the same key."""
+    """Hash of what the request means: tells a repeated request from another one under the same key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +212,9 @@ def new_job_id() -> str:
     return f"job_{time.time_ns():016x}{secrets.token_hex(6)}"
 
 
-def fingerprint(body: bytes) -> str:
-    """A short hash that tells one request body from another."""
-    return hashlib.blake2b(body, digest_size=16).hexdigest()
+def fingerprint(request: bytes) -> str:
+    """A short hash that tells one request from another."""
+    return hashlib.blake2b(request, digest_size=16).hexdigest()
 
 
 class Jobs:

@@ -32,7 +32,7 @@ class Origin:
     Attributes:
         owner: id of the API key.
         idempotency_key: as the caller chose it; empty for none.
-        fingerprint: hash of the request as it was sent.
+        fingerprint: hash of what the request means; empty without a key.
     """
 
     owner: str

@@ -64,7 +64,7 @@ LAST_EVENT_ID: Final = _parameter(
     "Last-Event-ID", "header", "The same, as browsers send it when they reconnect", type="integer", minimum=0
 )
 IDEMPOTENCY_KEY: Final = _parameter(
-    "Idempotency-Key", "header", "Sent again with the same key, the request makes no second job",
+    "Idempotency-Key", "header", "Sent again with the same key, the request makes no second job; another is refused",
     type="string", maxLength=255,
 )  # fmt: skip
 PREFER: Final = _parameter("Prefer", "header", "`wait=N`: answer when the job ends within N seconds", type="string")

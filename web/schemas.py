@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -104,6 +105,10 @@ class JobRequest(_Request):
     def prompt_field(self) -> str:
         """The field that the prompt came in."""
         return "messages" if self.prompt is None else "prompt"
+
+    def meaning(self) -> str:
+        """The request as a line that is the same for all ways to write it: sorted, and without what is default."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
 
     def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
         """The messages for the model's chat template; None when the prompt goes to the model as it is."""

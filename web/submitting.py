@@ -6,6 +6,7 @@ from flask import request
 
 from shared.jobs import Job, fingerprint
 from web.admission import Origin
+from web.aside import aside
 from web.auth import caller
 from web.body import idempotency_key
 from web.correlation import current_request_id
@@ -20,14 +21,20 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
         Invalid: it cannot be run as it is; nothing was enqueued.
         Unavailable: the queue is full.
     """
-    body = request.get_data(cache=True)
+    key = idempotency_key()
     origin = Origin(
         owner=caller().id,
         request_id=current_request_id(),
-        idempotency_key=idempotency_key(),
-        fingerprint=fingerprint(request.path.encode() + b"\n" + body),
+        idempotency_key=key,
+        fingerprint=_fingerprint(wanted) if key else "",
     )
     job, new = services().admission.admit(wanted, origin)
     if new:
         services().metrics.submitted.labels(job.model, job.priority.label).inc()
     return job, new
+
+
+def _fingerprint(wanted: JobRequest) -> str:
+    """Of what is asked and where, not of the bytes: who tries again may write the same JSON differently."""
+    path, size = request.path, len(request.get_data(cache=True))
+    return aside(size, lambda: fingerprint(f"{path}\n{wanted.meaning()}".encode()))

@@ -4,11 +4,15 @@ import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from shared.claims import Append, Claims
+from shared.jobs import Ending, Status
+from shared.store import Redis
 from shared.tickets import queue_name
-from tests.plugins.web_stack import MODEL, PretendWorker, WebStack
+from tests.plugins.web_stack import MODEL, PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually
 from web.keystore import new_key
 
@@ -81,6 +85,97 @@ def test_a_repeated_request_makes_no_second_job(web: WebStack) -> None:
     assert (status, replayed, again["id"]) == (202, "true", first["id"])
     status, _, refused = post({"prompt": "other"})
     assert (status, refused["code"], refused["field"]) == (422, "idempotency_key_reused", "Idempotency-Key")
+    elsewhere = web.http.post("/inference", json={"prompt": "hi"}, headers={"Idempotency-Key": "one"})
+    assert (elsewhere.status_code, elsewhere.json()["code"]) == (422, "idempotency_key_reused")
+    assert [job["id"] for job in web.http.get("/v1/jobs").json()["data"]] == [first["id"]]
+
+
+def keyed(web: WebStack, content: str, key: str = "mine", **headers: str) -> tuple[int, str, bool]:
+    """Status, id and whether it was told to be a repetition."""
+    more = {"Content-Type": "application/json", "Idempotency-Key": key, **headers}
+    answer = web.http.post("/v1/jobs", content=content, headers=more)
+    return answer.status_code, answer.json()["id"], answer.headers.get("Idempotency-Replayed") == "true"
+
+
+def test_a_request_that_is_written_differently_is_still_the_same(web: WebStack) -> None:
+    _, first, _ = keyed(web, '{"prompt": "é", "max_tokens": 3, "metadata": {"a": "1", "b": "2"}}')
+    for same in (
+        '{"metadata":{"b":"2","a":"1"},"max_tokens":3,"prompt":"é"}',
+        '{"prompt": "\\u00e9", "max_tokens": 3, "metadata": {"a": "1", "b": "2"}, "top_p": 1.0, "seed": null}\n\n',
+    ):
+        assert keyed(web, same) == (202, first, True)
+
+
+def test_a_large_request_is_recognised_too(web: WebStack) -> None:
+    large = json.dumps({"messages": [{"role": "user", "content": "hi " * 50_000}]})
+    _, first, _ = keyed(web, large)
+    assert keyed(web, " " + large) == (202, first, True)
+
+
+def test_each_api_key_has_idempotency_keys_of_its_own(web: WebStack) -> None:
+    other = web.keys.create(f"other-{new_key()}", ["infer"])
+    _, mine, _ = keyed(web, '{"prompt": "hi"}')
+    status, theirs, replayed = keyed(web, '{"prompt": "ho"}', **{"X-API-Key": other})
+    assert (status, replayed) == (202, False) and theirs != mine
+    assert keyed(web, '{"prompt": "ho"}', **{"X-API-Key": other}) == (202, theirs, True)
+    assert keyed(web, '{"prompt": "hi"}') == (202, mine, True)
+
+
+def test_many_at_once_under_one_key_make_one_job(web: WebStack) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: keyed(web, '{"prompt": "hi"}'), range(48)))
+    assert len({job for _, job, _ in answers}) == 1
+    assert [replayed for _, _, replayed in answers].count(False) == 1
+    client = web.client()
+    assert (client.llen(queue_name(MODEL)), client.zcard(f"mlxq:queue:{MODEL}")) == (1, 1)
+    client.close()
+
+
+def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack) -> None:
+    client = web.client()
+    worker = Claims(client, "w9")
+    worker.renew(60)
+
+    def end(job: str, ending: Ending) -> None:
+        claimed = worker.claim(MODEL)
+        assert claimed is not None and claimed.id == job
+        assert keyed(web, asked, ending.status) == (202, job, True), "also while it runs"
+        worker.append([Append(job, 1, claimed.last_event + 1, ending=ending)])
+
+    for status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED):
+        limit = 0.1 if status is Status.EXPIRED else 600
+        asked = json.dumps({"prompt": status, "start_within_s": limit})
+        _, job, _ = keyed(web, asked, status)
+        assert client.ttl(idempotency_key := keyed_in_redis(client, status)) == -1
+        match status:
+            case Status.CANCELLED:
+                web.http.post(f"/v1/jobs/{job}/cancel")
+            case Status.EXPIRED:
+                web.job(job, wait=20)
+            case _:
+                end(job, Ending(status, "text", error_code="engine_error" if status is Status.FAILED else None))
+        assert web.job(job)["status"] == status
+        assert keyed(web, asked, status) == (200, job, True)
+        assert client.expiretime(idempotency_key) == client.expiretime(f"mlxq:job:{job}") > 0
+        assert web.http.delete(f"/v1/jobs/{job}").status_code == 204
+        code, following, replayed = keyed(web, json.dumps({"prompt": "quite another"}), status)
+        assert (code, replayed) == (202, False) and following != job
+        web.http.post(f"/v1/jobs/{following}/cancel")
+    client.close()
+
+
+def keyed_in_redis(client: Redis, key: str) -> str:
+    (name,) = client.keys(f"mlxq:idem:*:{key}")
+    return str(name)
+
+
+def test_a_key_is_free_again_when_its_jobs_retention_is_over() -> None:
+    with running_web(RETENTION_S="1") as web:
+        _, job, _ = keyed(web, '{"prompt": "hi"}')
+        web.http.post(f"/v1/jobs/{job}/cancel")
+        eventually(lambda: web.http.get(f"/v1/jobs/{job}").status_code == 404, "the job is forgotten")
+        status, following, replayed = keyed(web, '{"prompt": "another"}')
+        assert (status, replayed) == (202, False) and following != job
 
 
 def test_the_list_pages_through_the_callers_own_jobs(web: WebStack) -> None:

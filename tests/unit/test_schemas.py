@@ -63,6 +63,23 @@ def test_whole_numbers_are_numbers() -> None:
     assert JobRequest.model_validate({"prompt": "hi", "temperature": 1}).temperature == 1.0
 
 
+SAME = [
+    {"prompt": "hi", "temperature": 1, "metadata": {"a": "1", "b": "2"}, "stop": "x"},
+    {"metadata": {"b": "2", "a": "1"}, "stop": ["x"], "prompt": "hi", "temperature": 1.0},
+    {"prompt": "hi", "temperature": 1.0, "metadata": {"a": "1", "b": "2"}, "stop": "x", "top_p": 1, "model": None},
+]
+
+
+def test_requests_that_ask_for_the_same_mean_the_same() -> None:
+    meanings = {JobRequest.model_validate(body).meaning() for body in SAME}
+    assert len(meanings) == 1
+    for other in ({"prompt": "ho"}, {"temperature": 0.9}, {"metadata": {}}, {"stop": "y"}, {"seed": 0}, {"top_p": 0.5}):
+        assert JobRequest.model_validate({**SAME[0], **other}).meaning() not in meanings
+    turns = [TURN, {**TURN, "content": "ho"}]
+    there, back = (JobRequest.model_validate({"messages": each}).meaning() for each in (turns, turns[::-1]))
+    assert there != back
+
+
 def test_an_inference_request_may_stream() -> None:
     assert InferenceRequest.model_validate({"prompt": "hi", "stream": True}).stream
     assert faults(prompt="hi", stream=True) == [("stream",)]

@@ -34,8 +34,12 @@ _LARGEST_PAGE = 100
 def submit_job() -> Response:
     """Accepted means durable: the job survives everything but its deadline.
 
-    202 while it is under way, 200 when it ended within `Prefer: wait`. Repeated with the same Idempotency-Key, it
-    gives the first job again, with the header `Idempotency-Replayed: true`.
+    202 while it is under way, 200 when it ended within `Prefer: wait`.
+
+    Repeated with the same Idempotency-Key, it gives the first job again, however that went, with the header
+    `Idempotency-Replayed: true`. Another request under the key is refused with 422, `idempotency_key_reused`. Requests
+    are the same when they ask for the same: spaces, the order of names and defaults that are spelt out do not count.
+    The key is the API key's own; it is kept until the job is deleted or its retention is over.
     """
     job, new = submit(read_body(JobRequest))
     patience_s = preferred_wait_s(services().settings.max_wait_s)
