@@ -1,17 +1,24 @@
-"""The scripts against a model in Python: whatever workers, owners and the reaper do in whatever order."""
+"""The scripts against a model in Python: whatever workers, owners, clocks and the reaper do in whatever order.
+
+Every call that may be sent twice, because its first answer was lost, is: what it does and says is the same.
+"""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import fakeredis
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from shared.attempts import AttemptEnd
 from shared.claims import Append, Claims, NoLease, Reaper, Verdict
-from shared.errors import Conflict
+from shared.errors import Conflict, KeyReused, NotFound
 from shared.jobs import Ending, Generation, Jobs, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
 from shared.settings import Settings
@@ -19,6 +26,7 @@ from shared.settings import Settings
 MODEL = "m"
 WORKERS = ("w1", "w2")
 MAX_ATTEMPTS = 3
+LONG_AGO = 1.0
 
 
 @dataclass
@@ -26,50 +34,102 @@ class Expected:
     """What a job must look like."""
 
     owner: str
+    key: str = ""
+    fingerprint: str = ""
     status: Status = Status.QUEUED
+    code: str | None = None
     attempt: int = 0
     losses: int = 0
     holder: str = ""
-    stopping: bool = False
+    stop_as: Status | None = None
+    time_is_up: bool = False
+    """For what its timer stands for: the time to start before the first start, the deadline."""
+    timer: bool = True
     text: str = ""
+    tokens: int = 0
     events: list[str] = field(default_factory=lambda: ["queued"])
+    history: list[tuple[int, str, AttemptEnd | None]] = field(default_factory=list)
 
     @property
     def alone(self) -> bool:
         return self.losses >= MAX_ATTEMPTS - 1
 
-    def end(self, status: Status) -> None:
-        self.status, self.holder = status, ""
+    @property
+    def due(self) -> bool:
+        return self.timer and self.time_is_up
+
+    def is_held_by(self, grip: Grip) -> bool:
+        return self.status is Status.RUNNING and (self.attempt, self.holder) == (grip.attempt, grip.worker)
+
+    def start(self, worker: str) -> None:
+        self.events.append("resumed" if self.attempt else "started")
+        self.status, self.attempt, self.holder = Status.RUNNING, self.attempt + 1, worker
+        self.history.append((self.attempt, worker, None))
+
+    def end_attempt(self, how: AttemptEnd) -> None:
+        if self.holder:
+            self.history[-1] = (self.attempt, self.holder, how)
+            self.holder = ""
+
+    def end(self, status: Status, code: str | None = None) -> None:
+        self.end_attempt(AttemptEnd.ENDED)
+        if status is Status.EXPIRED:
+            code = "deadline_exceeded" if self.attempt else "start_timeout"
+        self.status, self.code, self.timer = status, code, False
         self.events.append("done")
 
     def lose(self) -> None:
         self.losses += 1
         if self.losses >= MAX_ATTEMPTS:
-            self.end(Status.FAILED)
+            self.end_attempt(AttemptEnd.WORKER_LOST)
+            self.end(Status.FAILED, "worker_lost")
         else:
-            self.wait_again()
+            self.wait_again(AttemptEnd.WORKER_LOST)
 
-    def wait_again(self) -> None:
-        if self.stopping:
-            self.end(Status.CANCELLED)
+    def wait_again(self, how: AttemptEnd) -> None:
+        self.end_attempt(how)
+        if self.stop_as:
+            self.end(self.stop_as)
         else:
-            self.status, self.holder = Status.QUEUED, ""
+            self.status = Status.QUEUED
             self.events.append("queued")
 
 
 @dataclass(frozen=True)
 class Grip:
-    """What a worker believes to hold; it may be wrong."""
+    """What a worker believes to hold; it may be wrong, and it may not know of it."""
 
     job_id: str
     attempt: int
     worker: str
 
 
-class Queue(RuleBasedStateMachine):
-    jobs_made = Bundle("jobs_made")
-    grips = Bundle("grips")
+def one_of(choose: Callable[[Queue], Sequence[Any]]) -> st.SearchStrategy[Any]:
+    """One of what the queue under test has now."""
+    return st.runner().flatmap(lambda queue: st.sampled_from(choose(queue)))
 
+
+workers = st.sampled_from(WORKERS)
+twice = st.booleans()
+jobs = one_of(lambda queue: [*queue.expected] * 3 + queue.made)  # also forgotten ones
+grips = one_of(lambda queue: queue.right_grips() or queue.grips) | one_of(lambda queue: queue.grips)
+
+
+@contextmanager
+def sent(caller: object, script: str, again: bool) -> Iterator[None]:
+    """The script's calls are sent twice, as when the first answer is lost; the second answer counts."""
+    send = getattr(caller, script)
+
+    def send_twice(args: list[object]) -> object:
+        send(args=args)
+        return send(args=args)
+
+    setattr(caller, script, send_twice if again else send)
+    yield
+    setattr(caller, script, send)
+
+
+class Queue(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.redis = fakeredis.FakeRedis(decode_responses=True)
@@ -77,155 +137,268 @@ class Queue(RuleBasedStateMachine):
         self.claims = {name: Claims(self.redis, name) for name in WORKERS}
         self.reaper = Reaper(self.redis, MAX_ATTEMPTS)
         self.log = JobLog(self.redis)
-        self.alive: set[str] = set()
-        self.graced: set[str] = set()
+        self.leases: dict[str, bool] = {}
+        """Whether it holds still; a lapsed one is there until it is reaped or renewed."""
         self.expected: dict[str, Expected] = {}
+        self.made: list[str] = []
+        self.grips: list[Grip] = [Grip("none", 0, WORKERS[0])]
 
-    @rule(target=jobs_made, owner=st.sampled_from("ab"))
-    def submit(self, owner: str) -> str:
-        job, _ = self.jobs.create(Submission(Generation(MODEL, 9, Sampling(0.0), prompt="p"), owner))
-        self.expected[job.id] = Expected(owner)
-        return job.id
+    @initialize()
+    def begin(self) -> None:
+        for worker in WORKERS:
+            self.claims[worker].renew(3600)
+            self.leases[worker] = True
+        for owner in "ab":
+            self.accept(owner, "", "x")
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def renew(self, worker: str) -> None:
-        lease = self.claims[worker].renew(3600)
-        assert lease.unbroken == (worker in self.alive)
-        self.alive.add(worker)
-        self.graced.add(worker)
-        assert {held.job_id for held in lease.held} == {i for i, e in self.expected.items() if e.holder == worker}
+    def right_grips(self) -> list[Grip]:
+        return [Grip(i, job.attempt, job.holder) for i, job in self.of(Status.RUNNING).items()]
 
-    @rule(target=grips, worker=st.sampled_from(WORKERS))
-    def claim(self, worker: str) -> Grip:
+    def of(self, status: Status) -> dict[str, Expected]:
+        return {job_id: job for job_id, job in self.expected.items() if job.status is status}
+
+    def held_by(self, worker: str) -> dict[str, Expected]:
+        return {job_id: job for job_id, job in self.expected.items() if job.holder == worker}
+
+    def known(self, grip: Grip) -> Expected:
+        return self.expected.get(grip.job_id, Expected("", timer=False))
+
+    # Owners
+
+    @rule(owner=st.sampled_from("ab"), key=st.sampled_from(["", "k"]), body=st.sampled_from("xy"), twice=twice)
+    def submit(self, owner: str, key: str, body: str, twice: bool) -> None:
+        with sent(self.jobs, "_enqueue", twice):
+            self.accept(owner, key, body)
+
+    def accept(self, owner: str, key: str, body: str) -> None:
+        first = [i for i, job in self.expected.items() if key and (job.owner, job.key) == (owner, key)]
+        asked = Generation(MODEL, 9, Sampling(0.0), prompt=body)
+        submission = Submission(asked, owner, idempotency_key=key, fingerprint=body)
+        if first and self.expected[first[0]].fingerprint != body:
+            with pytest.raises(KeyReused):
+                self.jobs.create(submission)
+            return
+        job, new = self.jobs.create(submission)
+        assert new == (not first)
+        assert job.id in (first or {job.id} - self.expected.keys())
+        self.expected.setdefault(job.id, Expected(owner, key, body))
+        self.made.append(job.id)
+
+    @rule(job_id=jobs, twice=twice)
+    def cancel(self, job_id: str, twice: bool) -> None:
+        expected = self.expected.get(job_id)
+        with sent(self.jobs, "_stop", twice):
+            if expected is None:
+                with pytest.raises(NotFound):
+                    self.jobs.stop(job_id, "a")
+            elif expected.status.terminal and expected.status is not Status.CANCELLED:
+                with pytest.raises(Conflict):
+                    self.jobs.stop(job_id, expected.owner)
+            else:
+                self.jobs.stop(job_id, expected.owner)
+                if expected.status is Status.QUEUED:
+                    expected.end(Status.CANCELLED)
+                elif expected.status is Status.RUNNING:
+                    expected.stop_as = expected.stop_as or Status.CANCELLED
+
+    @rule(job_id=jobs, twice=twice)
+    def forget(self, job_id: str, twice: bool) -> None:
+        expected = self.expected.get(job_id)
+        with sent(self.jobs, "_forget", twice):
+            if expected is None:
+                with pytest.raises(NotFound):
+                    self.jobs.forget(job_id, "a")
+            elif not expected.status.terminal:
+                with pytest.raises(Conflict):
+                    self.jobs.forget(job_id, expected.owner)
+            else:
+                self.jobs.forget(job_id, expected.owner)
+                del self.expected[job_id]
+
+    # Clocks
+
+    @rule(job_id=jobs)
+    def time_to_start_is_up(self, job_id: str) -> None:
+        expected = self.expected.get(job_id)
+        if expected and expected.status is Status.QUEUED and not expected.attempt:
+            self.redis.zadd("mlxq:timers", {job_id: LONG_AGO})
+            expected.time_is_up = True
+
+    @rule(job_id=jobs)
+    def deadline_is_over(self, job_id: str) -> None:
+        expected = self.expected.get(job_id)
+        if expected and not expected.status.terminal:
+            self.redis.hset("mlxq:job:" + job_id, "end_by", LONG_AGO)
+            self.redis.zadd("mlxq:timers", {job_id: LONG_AGO}, xx=True)
+            expected.time_is_up = True
+
+    @rule(worker=workers)
+    def lapse(self, worker: str) -> None:
+        if worker in self.leases:
+            self.redis.zadd("mlxq:leases", {worker: LONG_AGO})
+            self.leases[worker] = False
+
+    @rule(twice=twice)
+    def reap(self, twice: bool) -> None:
+        with sent(self.reaper, "_reap", twice):
+            self.reaper.reap()
+        for worker in [name for name, holds in self.leases.items() if not holds]:
+            del self.leases[worker]
+            for expected in self.held_by(worker).values():
+                expected.lose()
+        for expected in [job for job in self.expected.values() if job.due]:
+            if expected.status is Status.QUEUED:
+                expected.end(Status.EXPIRED)
+            else:
+                expected.stop_as = expected.stop_as or Status.EXPIRED
+                expected.timer = False
+
+    # Workers
+
+    @rule(worker=workers, twice=twice)
+    def renew(self, worker: str, twice: bool) -> None:
+        with sent(self.claims[worker], "_renew", twice):
+            lease = self.claims[worker].renew(3600)
+        assert lease.unbroken == (twice or worker in self.leases)
+        self.leases[worker] = True
+        told = {held.job_id: (held.attempt, held.stop_as) for held in lease.held}
+        assert told == {i: (job.attempt, job.stop_as) for i, job in self.held_by(worker).items()}
+
+    @rule(worker=workers, answer_lost=st.booleans())
+    def claim(self, worker: str, answer_lost: bool) -> None:
+        """Sent again, a claim takes another job: of the first the worker does not know until it renews."""
+        for _ in range(1 + answer_lost):
+            self.take(worker)
+
+    def take(self, worker: str) -> None:
         try:
             job = self.claims[worker].claim(MODEL)
         except NoLease:
-            assert worker not in self.alive
-            return Grip("none", 0, worker)
-        waiting = {i: e for i, e in self.expected.items() if e.status is Status.QUEUED}
-        held = [e for e in self.expected.values() if e.holder == worker]
+            assert not self.leases.get(worker)
+            return
+        assert self.leases[worker]
+        self.expire_those_before()
+        waiting, held = self.of(Status.QUEUED), self.held_by(worker).values()
         if job is None:
             must_be_free = any(e.alone for e in held) or (held and any(e.alone for e in waiting.values()))
             assert not waiting or must_be_free
-            return Grip("none", 0, worker)
+            return
         expected = waiting[job.id]
         assert not any(e.alone for e in held)
         assert not (expected.alone and held)
-        expected.events.append("resumed" if expected.attempt else "started")
-        expected.status, expected.attempt, expected.holder = Status.RUNNING, expected.attempt + 1, worker
+        assert not expected.due
+        expected.start(worker)
         assert job.attempt == expected.attempt
-        return Grip(job.id, job.attempt, worker)
+        self.grips.append(Grip(job.id, job.attempt, worker))
 
-    @rule(grip=grips, text=st.text(min_size=1, max_size=3), twice=st.booleans())
-    def write(self, grip: Grip, text: str, twice: bool) -> None:
-        expected = self.expected.get(grip.job_id, Expected(""))
-        holds = expected.status is Status.RUNNING and expected.attempt == grip.attempt
-        row = Append(grip.job_id, grip.attempt, len(expected.events) + 1, text, (1,))
-        for _ in range(1 + twice):
+    def expire_those_before(self) -> None:
+        """A claim ends those that stand before what it takes and whose time is up; how many these are is the line's."""
+        for job_id, expected in self.of(Status.QUEUED).items():
+            if expected.due and self.jobs.get(job_id, expected.owner).status is Status.EXPIRED:
+                expected.end(Status.EXPIRED)
+
+    @rule(grip=grips, text=st.text(min_size=1, max_size=3), count=st.integers(1, 3), twice=twice)
+    def write(self, grip: Grip, text: str, count: int, twice: bool) -> None:
+        expected = self.known(grip)
+        holds = expected.is_held_by(grip)
+        row = Append(grip.job_id, grip.attempt, len(expected.events) + 1, text, (1,) * count)
+        with sent(self.claims[grip.worker], "_append", twice):
             (verdict,) = self.claims[grip.worker].append([row])
-            assert (verdict is not Verdict.FENCED) == holds
-            assert (verdict is Verdict.CANCELLED) == (holds and expected.stopping)
+        assert verdict == (Verdict(expected.stop_as or "ok") if holds else Verdict.FENCED)
         if holds:
             expected.text += text
+            expected.tokens += count
             expected.events.append("chunk")
 
-    @rule(grip=consumes(grips), twice=st.booleans())
-    def end(self, grip: Grip, twice: bool) -> None:
-        expected = self.expected.get(grip.job_id, Expected(""))
-        holds = expected.status is Status.RUNNING and expected.attempt == grip.attempt
-        already = expected.status is Status.SUCCEEDED and expected.attempt == grip.attempt
-        ending = Ending(Status.SUCCEEDED, text=expected.text, finish_reason="stop")
+    @rule(
+        grip=grips,
+        status=st.sampled_from([status for status in Status if status.terminal]),
+        knows_text=st.booleans(),
+        twice=twice,
+    )
+    def end(self, grip: Grip, status: Status, knows_text: bool, twice: bool) -> None:
+        expected = self.known(grip)
+        holds = expected.is_held_by(grip)
+        already = expected.status is status and expected.attempt == grip.attempt
+        code = "engine_error" if status is Status.FAILED else None
+        ending = Ending(
+            status, expected.text if knows_text else None, completion_tokens=expected.tokens, error_code=code
+        )
         row = Append(grip.job_id, grip.attempt, len(expected.events) + 1, ending=ending)
-        for _ in range(1 + twice):
+        with sent(self.claims[grip.worker], "_append", twice):
             (verdict,) = self.claims[grip.worker].append([row])
-            assert (verdict is not Verdict.FENCED) == (holds or already)
         if holds:
-            expected.end(Status.SUCCEEDED)
+            assert verdict == (Verdict.OK if twice else Verdict(expected.stop_as or "ok"))
+            expected.end(status, code)
+        else:
+            assert verdict is (Verdict.OK if already else Verdict.FENCED)
 
-    @rule(job_id=jobs_made)
-    def cancel(self, job_id: str) -> None:
-        expected = self.expected[job_id]
-        try:
-            self.jobs.stop(job_id, expected.owner)
-        except Conflict:
-            assert expected.status.terminal
-            assert expected.status is not Status.CANCELLED
-            return
-        if expected.status is Status.QUEUED:
-            expected.end(Status.CANCELLED)
-        elif expected.status is Status.RUNNING:
-            expected.stopping = True
+    @rule(grip=grips, lost=st.booleans(), twice=twice)
+    def hand_back(self, grip: Grip, lost: bool, twice: bool) -> None:
+        """Also what the worker was told that it holds and does not know of: that counts as lost."""
+        claims = self.claims[grip.worker]
+        with sent(claims, "_release", twice):
+            claims.release([(grip.job_id, grip.attempt)], max_attempts=MAX_ATTEMPTS if lost else None)
+        expected = self.known(grip)
+        if expected.is_held_by(grip):
+            expected.lose() if lost else expected.wait_again(AttemptEnd.HANDED_BACK)
 
-    @rule(grip=grips, lost=st.booleans())
-    def hand_back(self, grip: Grip, lost: bool) -> None:
-        self.claims[grip.worker].release([(grip.job_id, grip.attempt)], max_attempts=MAX_ATTEMPTS if lost else None)
-        expected = self.expected.get(grip.job_id, Expected(""))
-        if (expected.holder, expected.attempt) == (grip.worker, grip.attempt):
-            expected.lose() if lost else expected.wait_again()
+    @rule(worker=workers, twice=twice)
+    def retire(self, worker: str, twice: bool) -> None:
+        with sent(self.claims[worker], "_retire", twice):
+            self.claims[worker].retire()
+        self.leases.pop(worker, None)
+        for expected in self.held_by(worker).values():
+            expected.wait_again(AttemptEnd.HANDED_BACK)
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def lapse(self, worker: str) -> None:
-        self.pass_by()
-        self.run_out(worker)
-        self.reaper.reap()
-        self.lost(worker)
-
-    @rule()
-    def outage(self) -> None:
-        """Redis comes back after all leases have run out: who renewed before gets another full one, but once."""
-        for worker in WORKERS:
-            self.run_out(worker)
-        self.redis.hset("mlxq:passed", mapping={"server": "before", "at": time.time() - 60})
-        self.reaper.reap()
-        for worker in set(WORKERS) - self.graced:
-            self.lost(worker)
-        self.graced.clear()
-
-    def pass_by(self) -> None:
-        """The reaper has been here just now, on this server."""
-        self.redis.hset("mlxq:passed", mapping={"server": "", "at": time.time()})
-
-    def run_out(self, worker: str) -> None:
-        if worker in self.alive:
-            self.redis.zadd("mlxq:leases", {worker: 1.0})
-
-    def lost(self, worker: str) -> None:
-        self.alive.discard(worker)
-        self.graced.discard(worker)
-        for expected in self.expected.values():
-            if expected.holder == worker:
-                expected.lose()
-
-    @rule(worker=st.sampled_from(WORKERS), lost=st.booleans())
-    def retire(self, worker: str, lost: bool) -> None:
-        self.claims[worker].retire(max_attempts=MAX_ATTEMPTS if lost else None)
-        self.alive.discard(worker)
-        self.graced.discard(worker)
-        for expected in self.expected.values():
-            if expected.holder == worker:
-                expected.lose() if lost else expected.wait_again()
+    # What always holds
 
     @invariant()
-    def records_and_logs_are_as_expected(self) -> None:
+    def records_are_as_expected(self) -> None:
         for job_id, expected in self.expected.items():
             job = self.jobs.get(job_id, expected.owner)
-            assert (job.status, job.attempt, self.jobs.text(job)) == (expected.status, expected.attempt, expected.text)
+            assert (job.status, job.error_code, job.attempt) == (expected.status, expected.code, expected.attempt)
+            assert [(each.number, each.worker, each.how) for each in job.history] == expected.history[-20:]
+            assert [each.ended_at is None for each in job.history] == [
+                how is None for *_, how in expected.history[-20:]
+            ]
+            assert (job.started_at is None) == (expected.attempt == 0)
+            assert (job.finished_at is None) != expected.status.terminal == self.log.ended(job_id)
+            assert self.jobs.text(job) == expected.text
+            if expected.status.terminal:
+                assert (job.text, job.completion_tokens) == (expected.text, expected.tokens)
+
+    @invariant()
+    def logs_are_as_expected(self) -> None:
+        for job_id, expected in self.expected.items():
             events = self.log.read(job_id)
             assert [event.kind.value for event in events] == expected.events
-            assert [event.n for event in events] == list(range(1, len(events) + 1)) and job.last_event == len(events)
-            assert job.status.terminal == (events[-1].kind is EventKind.DONE)
+            assert [event.n for event in events] == list(range(1, len(events) + 1))
+            last_event = self.jobs.get(job_id, expected.owner).last_event
+            assert self.log.written(job_id, last_event).text == expected.text
+            assert last_event == len(events)
+            assert expected.status.terminal == (events[-1].kind is EventKind.DONE)
 
     @invariant()
     def nothing_leaks(self) -> None:
-        assert set(self.redis.zrange("mlxq:leases", 0, -1)) == self.alive
-        assert set(self.redis.hkeys("mlxq:grace")) == self.graced
-        waiting = {i for i, e in self.expected.items() if e.status is Status.QUEUED}
+        waiting = self.of(Status.QUEUED).keys()
         assert set(self.redis.zrange("mlxq:queue:m", 0, -1)) == waiting
-        held = {w: {i for i, e in self.expected.items() if e.holder == w} for w in WORKERS}
-        assert {w: self.redis.smembers(f"mlxq:running:{w}") for w in WORKERS} == held
-        ended = {i for i, e in self.expected.items() if e.status.terminal}
-        assert set(self.redis.zrange("mlxq:timers", 0, -1)) == self.expected.keys() - ended
+        assert {w: self.redis.smembers(f"mlxq:running:{w}") for w in WORKERS} == {
+            w: {*self.held_by(w)} for w in WORKERS
+        }
+        assert set(self.redis.zrange("mlxq:timers", 0, -1)) == {i for i, job in self.expected.items() if job.timer}
+        assert set(self.redis.zrange("mlxq:leases", 0, -1)) == self.leases.keys()
         assert waiting or not self.redis.exists("mlxq:clock:m")
+
+    @invariant()
+    def all_of_a_job_lives_equally_long(self) -> None:
+        lives: dict[str, bool] = {}
+        for job_id, expected in self.expected.items():
+            own = ["mlxq:job:" + job_id, "mlxq:log:" + job_id]
+            own += [f"mlxq:idem:{expected.owner}:{expected.key}"] if expected.key else []
+            lives |= dict.fromkeys(own, not expected.status.terminal)
+        there = [name for kind in ("job", "log", "idem") for name in self.redis.keys(f"mlxq:{kind}:*")]
+        assert {name: self.redis.ttl(name) == -1 for name in there} == lives
 
 
 Queue.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
