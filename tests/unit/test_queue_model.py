@@ -5,6 +5,7 @@ Every call that may be sent twice, because its first answer was lost, is: what i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,6 +142,8 @@ class Queue(RuleBasedStateMachine):
         self.log = JobLog(self.redis)
         self.leases: dict[str, bool] = {}
         """Whether it holds still; a lapsed one is there until it is reaped or renewed."""
+        self.graced: set[str] = set()
+        """Whose lease gets its full time once more after an outage."""
         self.expected: dict[str, Expected] = {}
         self.made: list[str] = []
         self.grips: list[Grip] = [Grip("none", 0, WORKERS[0])]
@@ -252,9 +255,24 @@ class Queue(RuleBasedStateMachine):
             self.take_back()
 
     def take_back(self) -> None:
+        self.redis.hset("mlxq:passed", "at", time.time())  # slow as this run may be, it is no outage
         self.reaper.reap()
+        self.reaped()
+
+    @rule(twice=twice)
+    def outage(self, twice: bool) -> None:
+        """Redis comes back as another server, or was long out of reach: the next pass renews all leases, but once."""
+        self.redis.hset("mlxq:passed", mapping={"server": "another", "at": time.time() - 60})
+        for worker in self.graced & self.leases.keys():
+            self.leases[worker] = True
+        self.graced.clear()
+        with sent(self.reaper, "_reap", twice):
+            self.reaper.reap()
+        self.reaped()
+
+    def reaped(self) -> None:
         for worker in [name for name, holds in self.leases.items() if not holds]:
-            del self.leases[worker]
+            self.end_lease(worker)
             for expected in self.held_by(worker).values():
                 expected.lose()
         for expected in [job for job in self.expected.values() if job.due]:
@@ -275,6 +293,7 @@ class Queue(RuleBasedStateMachine):
         lease = self.claims[worker].renew(3600)
         assert lease.unbroken == (twice or worker in self.leases)
         self.leases[worker] = True
+        self.graced.add(worker)
         told = {held.job_id: (held.attempt, held.stop_as) for held in lease.held}
         assert told == {i: (job.attempt, job.stop_as) for i, job in self.held_by(worker).items()}
 
@@ -367,13 +386,17 @@ class Queue(RuleBasedStateMachine):
         if expected.is_held_by(grip):
             expected.lose() if lost else expected.wait_again(AttemptEnd.HANDED_BACK)
 
-    @rule(worker=workers, twice=twice)
-    def retire(self, worker: str, twice: bool) -> None:
+    @rule(worker=workers, lost=st.booleans(), twice=twice)
+    def retire(self, worker: str, lost: bool, twice: bool) -> None:
         with sent(self.claims[worker], "_retire", twice):
-            self.claims[worker].retire()
-        self.leases.pop(worker, None)
+            self.claims[worker].retire(max_attempts=MAX_ATTEMPTS if lost else None)
+        self.end_lease(worker)
         for expected in self.held_by(worker).values():
-            expected.wait_again(AttemptEnd.HANDED_BACK)
+            expected.lose() if lost else expected.wait_again(AttemptEnd.HANDED_BACK)
+
+    def end_lease(self, worker: str) -> None:
+        self.leases.pop(worker, None)
+        self.graced.discard(worker)
 
     # What always holds
 
