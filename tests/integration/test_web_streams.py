@@ -196,7 +196,7 @@ def test_a_trimmed_log_is_410_before_what_is_left_and_readable_from_there(web: W
 
 
 @pytest.mark.parametrize(
-    ("accept", "farewell"), [("text/event-stream", "reconnect with"), ("application/x-ndjson", '"reconnect"')]
+    ("accept", "farewell"), [("text/event-stream", "reconnect to"), ("application/x-ndjson", '"reconnect"')]
 )
 def test_a_log_that_goes_in_mid_stream_ends_the_stream_and_is_then_410(
     web: WebStack, pretend: Pretend, accept: str, farewell: str
