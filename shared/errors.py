@@ -16,6 +16,7 @@ MlxqError                 has `code`, `status` (HTTP), `title`, and perhaps `fie
 ├── RateLimited           429
 ├── Internal              500
 ├── Unavailable           503  Redis away, queue full: try again after `retry_after` seconds
+│   └── NotDurable        503  Redis does not prove that the job is on its disk
 └── Expired               504  a job that was waited for did not end within its time
 
 How a job can fail is `JobFailure`, how its time can be over `Expiry`: both are codes in a job's `error`.
@@ -134,6 +135,12 @@ class Unavailable(MlxqError):
     """Something the service needs is away; trying again later makes sense."""
 
     status, code, title = 503, "unavailable", "Service unavailable"
+
+
+class NotDurable(Unavailable):
+    """Redis does not prove that it keeps the job: sent again with its Idempotency-Key, it will be the same job."""
+
+    code = "not_durable"
 
 
 class Expired(MlxqError):

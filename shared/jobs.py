@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from shared import keys
 from shared.attempts import Attempt, history
+from shared.durability import ProvenScript
 from shared.errors import Conflict, KeyReused, NotFound, Unavailable
 from shared.log import JobLog
 from shared.settings import Settings
@@ -227,7 +228,7 @@ class Jobs:
         self._client = client
         self._settings = settings
         self._log = JobLog(client)
-        self._enqueue = script(client, "enqueue")
+        self._enqueue = ProvenScript(client, "enqueue") if settings.durable else script(client, "enqueue")
         self._stop = script(client, "stop")
         self._forget = script(client, "forget")
 
@@ -240,6 +241,7 @@ class Jobs:
         Raises:
             KeyReused: the Idempotency-Key came before, with another body.
             Unavailable: the queue is full.
+            NotDurable: Redis does not prove that it keeps the job.
         """
         limits, generation = self._settings, submission.generation
         record = {

@@ -25,7 +25,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `ENDED` | hash | `model:status` → jobs that ended so | for ever |
 | `RESCUE` + model | string | a ticket rescue is under way | 2 s |
 
-Celery keeps its own keys in the same database (queue `mlxq.<model>`, `_kombu.*`, `unacked*`), Flask-Limiter `LIMITS:*`.
+Celery keeps its own keys in the same database (queue `mlxq.<model>`, `_kombu.*`), Flask-Limiter `LIMITS:*`.
 """
 
 from typing import Final

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from shared import keys
-from shared.store import Redis
+from shared.store import Redis, script
 from shared.wire import known
 
 
@@ -82,12 +82,12 @@ class Registry:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._introduce = script(client, "introduce")
+        self._announce = script(client, "announce")
 
     def announce_model(self, card: ModelCard, tokenizer_json: str | None = None) -> None:
         """Make a model known; it stays known while its workers restart."""
-        if tokenizer_json is not None and card.tokenizer is not None:
-            self._client.set(keys.TOKENIZER + card.tokenizer, tokenizer_json)
-        self._client.hset(keys.MODELS, card.id, card.to_json())
+        self._introduce(args=[card.id, card.to_json(), card.tokenizer or "", tokenizer_json or ""])
 
     def models(self) -> dict[str, ModelCard]:
         """All models ever announced."""
@@ -100,10 +100,7 @@ class Registry:
 
     def announce_worker(self, info: WorkerInfo, lifetime_s: float) -> None:
         """Tell the state of a worker; it is forgotten when not told again in time."""
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.set(keys.WORKER + info.id, info.to_json(), px=round(lifetime_s * 1000))
-            pipe.zadd(keys.WORKERS, {info.id: info.heartbeat_at})
-            pipe.execute()
+        self._announce(args=[info.id, info.to_json(), round(lifetime_s * 1000), info.heartbeat_at])
 
     def workers(self) -> list[WorkerInfo]:
         """The workers alive, by id."""

@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     # Jobs
     max_tokens: int = Field(512, ge=1, description="Tokens generated when a request does not say")
     temperature: float = Field(0.0, ge=0, le=2, description="Temperature when a request does not say")
+    durable: bool = Field(True, description="Accept a job only when Redis proves it to be on disk; false: trust Redis")
     max_queue: int = Field(10_000, ge=1, description="Jobs that may wait per model; more are refused with 503")
     start_within_s: float = Field(
         24 * 3600.0, gt=0, description="A job that has not started by then expires, when its request does not say"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import redis
 from redis import exceptions
@@ -72,13 +72,32 @@ def passes(error: exceptions.RedisError) -> bool:
     return isinstance(error, _PASSING) or str(error).startswith(_PASSING_WORDS)
 
 
+ACCEPTANCE: Final = "enqueue"
+"""The one script that is refused when Redis's memory is full: whatever else is written lets jobs end."""
+
+
 @cache
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """The whole text of a script."""
+    flags = "" if name == ACCEPTANCE else "#!lua flags=allow-oom\n"
     prelude, body = ((SCRIPTS / f"{part}.lua").read_text() for part in ("prelude", name))
-    return LUA_TABLE + prelude + body
+    return flags + LUA_TABLE + prelude + body
+
+
+def has_memory(client: Redis) -> bool:
+    """Whether Redis has memory for what needs some.
+
+    Raises:
+        redis.RedisError: Redis is away.
+    """
+    try:
+        client.eval("#!lua\nreturn 1", 0)  # with its first line, and no flag there, it is refused beforehand
+    except exceptions.OutOfMemoryError:
+        return False
+    return True
 
 
 def script(client: Redis, name: str) -> Callable[..., Any]:
     """The script `shared/scripts/{name}.lua`, to be called with `args=[…]`."""
-    registered: Callable[..., Any] = client.register_script(_source(name))
+    registered: Callable[..., Any] = client.register_script(source(name))
     return registered

@@ -55,9 +55,11 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # a broker without memory is not for ever, either
         broker_transport_options={
             **broker.transport_options(settings.tickets_url, timeout_s=1 if hasty else 5),
-            "visibility_timeout": 3600,
+            # The same for one that a worker has taken: kombu would keep it in Redis, which may have no memory for it.
+            "ack_emulation": False,
             **({"max_retries": 0} if hasty else {}),
         },
     )

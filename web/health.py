@@ -7,9 +7,10 @@ from typing import Final
 
 import redis
 
+from shared.durability import why_unproven
 from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
-from shared.store import Redis
+from shared.store import Redis, has_memory
 from web.pulse import Pulse
 from web.schemas import HealthView, RedisView, WorkerView
 
@@ -42,10 +43,11 @@ class Doctor:
             workers = self._registry.workers()
             models = {*self._registry.models(), self._settings.model_id}
             queues = {model: self._registry.waiting(model) for model in sorted(models)}
+            store_faults = [*self._durability_faults(), *self._memory_faults()]
         except redis.RedisError:
             return HealthView(status="down", reasons=["Redis does not answer."], redis=_ABSENT, workers=[], queues={})
         views = self._workers(workers)
-        reasons = [*_worker_faults(views, self._settings.lease_s), *self._queue_faults(workers, queues)]
+        reasons = [*store_faults, *_worker_faults(views, self._settings.lease_s), *self._queue_faults(workers, queues)]
         if not any(worker.state == "ready" for worker in workers):
             return HealthView(
                 status="down",
@@ -61,6 +63,15 @@ class Doctor:
             workers=views,
             queues=queues,
         )
+
+    def _memory_faults(self) -> list[str]:
+        return [] if has_memory(self._probe) else ["Redis has no memory left, so no job is accepted."]
+
+    def _durability_faults(self) -> list[str]:
+        if not self._settings.durable:
+            return ["Jobs are accepted without proof that Redis keeps them (DURABLE=false)."]
+        why = why_unproven(self._probe)
+        return [why] if why else []
 
     def _workers(self, workers: list[WorkerInfo]) -> list[WorkerView]:
         response_s = self._pulse.read(len(workers))

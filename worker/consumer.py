@@ -9,36 +9,47 @@ import socket
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from celery import Celery
 from celery.apps.worker import Worker
-from celery.exceptions import SecurityWarning
+from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
 from celery.signals import setup_logging
 from celery.worker import WorkController, state
 from celery.worker.consumer import Consumer as BrokerConsumer
 from kombu import Connection
+from redis import ResponseError
 
 from shared.settings import Settings
 from shared.tickets import queue_name
 
 # It warns root of what pickled messages can do; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
+# Whenever a connection is lost it says that tasks run on, which is what they are to do.
+warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
-
-RECONNECT_S = 0.5
+RECONNECT_S: Final = 0.5
 """Between two tries to reach a broker that is away."""
-_TELL_AGAIN_S = 60.0
+REFUSED_PAUSE_S: Final = 2.0
+"""Before another try with a broker that answers but refuses: one without memory stays so for a while."""
+_TELL_AGAIN_S: Final = 60.0
 
 
-class _Reconnecting(BrokerConsumer):
-    """Looks for a broker that is away all the time, and says so once a minute.
+class TicketConsumer(BrokerConsumer):
+    """Celery's consumer, patient with a broker that is away or refuses.
 
-    Celery would look less and less often, in the end every half minute: so long would jobs wait for it to notice.
+    Celery itself would look for one that is away less and less often, in the end every half minute: so long would jobs
+    wait for it to notice.
     """
 
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Connect anew."""
+        super().on_connection_error_after_connected(exc)
+        if isinstance(exc, ResponseError):
+            time.sleep(REFUSED_PAUSE_S)
+
     def ensure_connected(self, conn: Any) -> Connection:  # Any: its stubs take whole seconds only
-        """The connection, once it stands."""
+        """The connection, once it stands; that it does not is told once a minute."""
         ensure: Callable[..., Connection] = conn.ensure_connection
         told_at = -_TELL_AGAIN_S
 
@@ -69,10 +80,10 @@ class Consumer(Worker):
         super().__init__(
             app=app,
             hostname=node,
+            consumer_cls=TicketConsumer,
             pool="threads",
             concurrency=settings.slots,
             queues=[queue_name(settings.model_id)],
-            consumer=_Reconnecting,
             task_events=True,
             without_gossip=True,
             without_mingle=True,

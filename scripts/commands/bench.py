@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from scripts.commands.benching import durability
 from scripts.commands.benching.contenders import CONTENDERS
 from scripts.commands.benching.hop import queue_hop
 from scripts.commands.benching.load import Burst
@@ -110,7 +111,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="with --model")
     parser.add_argument("--tokens", type=int, default=48, help="with --model: tokens each")
     parser.add_argument("--who", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--only", choices=("load", "hop", "streams"), help="one of the three parts")
+    parser.add_argument("--only", choices=("load", "hop", "streams", "durability"), help="one of the parts")
     parser.add_argument("--json", type=Path, help="write everything measured there")
     return parser.parse_args(argv)
 
@@ -139,6 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 **report["idle_streams"]
             )
         )
+    if asked.only in (None, "durability"):
+        costs = durability.durability(asked.rounds)
+        console.print(durability.table(costs))
+        report["durability"] = {way: {what: asdict(calls) for what, calls in c.items()} for way, c in costs.items()}
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

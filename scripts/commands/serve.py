@@ -38,8 +38,7 @@ def main() -> int:
     except StartFailed as failure:
         screen.fail(str(failure))
     except SupervisorGone:
-        why = preflight.full_disk(settings.data_dir) or "supervisord is gone"
-        screen.fail(f"{why}; everything was ended, and what was accepted is kept")
+        screen.fail("supervisord is gone; everything was ended, and what was accepted is kept")
     return 1
 
 

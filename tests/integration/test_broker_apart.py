@@ -14,7 +14,7 @@ from scripts.commands.client import Client, ClientError, Refused
 from shared.jobs import Status
 from shared.log import EventKind
 from shared.tickets import queue_name
-from tests.plugins.stack import Stack, fake_stack
+from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed
 from tests.support.servers import Server
 from tests.support.waiting import eventually
@@ -37,7 +37,7 @@ def apart() -> Iterator[Apart]:
         tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder,
         closing(Server(Path(folder) / "q", "a", "appendonly yes", "appendfsync always")) as queue,
         closing(Server(Path(folder) / "b", "b")) as broker,
-        fake_stack(
+        fake_stack_on(
             f"redis://:a@127.0.0.1:{queue.port}/0", BROKER_URL=f"redis://:b@127.0.0.1:{broker.port}/1", SLOTS="2"
         ) as stack,
     ):

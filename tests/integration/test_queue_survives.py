@@ -52,8 +52,8 @@ def test_jobs_of_a_killed_worker_go_on_in_another_to_the_same_text(tiny_stack: S
         jobs = [client.submit(body(n, tokens)).id for n in range(4)]
         streams = [client.events(job) for job in jobs]
         seen = [[next(stream) for _ in range(10)] for stream in streams]
+        tiny_stack.stop(first, signal.SIGKILL)  # at once: starting a worker takes longer than these jobs
         tiny_stack.start_worker()
-        tiny_stack.stop(first, signal.SIGKILL)
         for events, stream in zip(seen, streams, strict=True):
             events.extend(stream)
         assert ["".join(event.text for event in events) for events in seen] == undisturbed

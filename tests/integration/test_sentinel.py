@@ -21,7 +21,7 @@ from shared.log import EventKind
 from shared.settings import ROOT
 from shared.store import connect, passes
 from tests.plugins.sentinels import LOGIN, NAME, PASSWORD, SENTINEL_LOGIN, SENTINEL_PASSWORD, Watched
-from tests.plugins.stack import Stack, fake_stack
+from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed
 from tests.support.waiting import eventually
 
@@ -52,7 +52,7 @@ def flower_page(stack: Stack, page: str) -> str:
 def stack(watched: Watched) -> Iterator[Stack]:
     watched.sentinels[0].kill()  # the first that everybody asks; two are enough to agree
     flower = {"FLOWER_PORT": str(free_port()), "FLOWER_PASSWORD": FLOWER_PASSWORD}
-    with fake_stack(watched.url, RATE_LIMIT="1000/minute", **flower) as stack:
+    with fake_stack_on(watched.url, RATE_LIMIT="1000/minute", **flower) as stack:
         yield stack
 
 
@@ -92,7 +92,7 @@ def test_jobs_streams_limits_and_flower_outlive_the_master(watched: Watched, sta
 
 @pytest.mark.slow
 def test_a_master_that_falls_silent_is_left_by_api_and_workers(watched: Watched) -> None:
-    with fake_stack(watched.url) as stack, stack.client() as client:
+    with fake_stack_on(watched.url) as stack, stack.client() as client:
         stack.start_worker()
         running = client.submit(body(SLOW, 100)).id
         eventually(lambda: client.job(running).text, "it runs")

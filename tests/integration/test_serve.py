@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.commands.client import Client, Refused
 from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers
+from shared.jobs import Status
 from shared.settings import ROOT
 from shared.store import connect
 from tests.support.small_models import make_folder
@@ -79,6 +82,11 @@ class Served:
     def said(self) -> str:
         """What the last start printed."""
         return self._output().read_text()
+
+    def client(self) -> Client:
+        """With the key that the first start has made."""
+        [key] = re.findall(r"^MLXQ_API_KEY=(.*)$", self.env_file.read_text(), flags=re.MULTILINE)
+        return Client(f"http://127.0.0.1:{self.environment['PORT']}", key)
 
     def processes(self, part: str = "") -> list[psutil.Process]:
         """The stack's processes, or those with this in their command line."""
@@ -170,6 +178,52 @@ def test_a_second_signal_is_quick_and_leaves_no_process(served: Served) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     assert served.processes() == []
+
+
+@pytest.fixture
+def small_disk(served: Served) -> Iterator[Path]:
+    """A file system of its own for DATA_DIR."""
+    served.data_dir.mkdir()
+    served.environment["RATE_LIMIT"] = "1000000/minute"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(served.data_dir)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs to mount a file system, which root on Linux may")
+    try:
+        yield served.data_dir
+    finally:
+        served.clean_up()
+        subprocess.run(["umount", str(served.data_dir)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_acceptance_and_loses_nothing(served: Served, small_disk: Path) -> None:
+    served.bring_up()
+    accepted, refused = [], []
+    ballast = small_disk / "ballast"
+
+    def submit() -> bool:
+        try:
+            accepted.append(client.submit({"prompt": "!pause=0.01 hello", "max_tokens": 5 if accepted else 200}).id)
+        except Refused as refusal:
+            refused.append(refusal.status)
+        return bool(refused)
+
+    with served.client() as client:
+        submit()
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        eventually(submit, "a job is refused")
+        eventually(lambda: "is full" in served.said(), "it is said")
+        eventually(lambda: "gave up: valkey" in served.said(), "the queue is down")
+        submit()
+        assert set(refused) == {503}
+        ballast.unlink()
+        before = len(accepted)
+        eventually(lambda: submit() and len(accepted) > before, "jobs are accepted again", UP_WITHIN_S)
+        assert "has space again" in served.said()
+        for job in accepted:
+            eventually(lambda i=job: client.job(i, wait_s=10).status is Status.SUCCEEDED, "it ends", UP_WITHIN_S)
 
 
 def test_what_a_killed_serve_left_behind_is_ended_by_the_next(served: Served) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import pytest
 
 from shared.claims import Append, Claims
@@ -317,3 +318,12 @@ def test_metrics_count_jobs_and_workers(web: WebStack, pretend: Pretend) -> None
     assert f'mlxq_worker_slots{{model="{MODEL}",worker="w1"}} 128.0' in page
     assert f'mlxq_worker_tokens_total{{model="{MODEL}",worker="w1"}} 1.0' in page
     assert "mlxq_redis_up 1.0" in page
+
+
+def test_metrics_of_several_processes_add_up() -> None:
+    with running_web(WEB_WORKERS="2") as several:
+        for _ in range(20):
+            with httpx2.Client(base_url=several.url, headers=several.http.headers) as one_connection:
+                assert one_connection.post("/v1/jobs", json={"prompt": "hi"}).status_code == 202
+        page = several.http.get("/metrics").text
+    assert f'mlxq_jobs_submitted_total{{model="{MODEL}",priority="normal"}} 20.0' in page

@@ -19,6 +19,7 @@ from scripts.commands.ports import free_port
 from shared.registry import Registry, WorkerInfo
 from shared.settings import ROOT, Settings
 from shared.store import connect
+from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
 from web.keystore import new_key
 
@@ -28,8 +29,11 @@ START_WITHIN_S = 120
 class Stack:
     """One API process, as many workers as a test starts."""
 
-    def __init__(self, home: Path, redis_url: str, model: Path, variables: dict[str, str]) -> None:
+    def __init__(
+        self, home: Path, redis_url: str, model: Path, variables: dict[str, str], valkey: ValkeyServer | None = None
+    ) -> None:
         self.home = home
+        self.valkey = valkey
         self.key = new_key()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -73,14 +77,12 @@ class Stack:
 
     def start_worker(self, **variables: str) -> subprocess.Popen[bytes]:
         """A further worker, ready to take jobs when this returns."""
-        index, self._workers = self._workers, self._workers + 1
+        name = f"worker-{self._workers}"
         before = {worker.pid for worker in self.ready_workers()}
-        child = self._start(
-            f"worker-{index}", [sys.executable, "-m", "worker.app"], {"MLXQ_WORKER_INDEX": str(index), **variables}
-        )
+        child = self.spawn_worker(**variables)
 
         def ready() -> bool:
-            assert child.poll() is None, self.log(f"worker-{index}")
+            assert child.poll() is None, self.log(name)
             return any(worker.pid == child.pid for worker in self.ready_workers() if worker.pid not in before)
 
         eventually(ready, "the worker is ready", START_WITHIN_S)
@@ -95,6 +97,13 @@ class Stack:
     @property
     def flower_url(self) -> str:
         return f"http://127.0.0.1:{self.settings.flower_port}"
+
+    def spawn_worker(self, **variables: str) -> subprocess.Popen[bytes]:
+        """A further worker, which may or may not come up."""
+        index, self._workers = self._workers, self._workers + 1
+        return self._start(
+            f"worker-{index}", [sys.executable, "-m", "worker.app"], {"MLXQ_WORKER_INDEX": str(index), **variables}
+        )
 
     def ready_workers(self) -> list[WorkerInfo]:
         return [worker for worker in self.registry.workers() if worker.state == "ready"]
@@ -130,7 +139,7 @@ class Stack:
 
 
 @contextmanager
-def fake_stack(redis_url: str, **variables: str) -> Iterator[Stack]:
+def fake_stack_on(redis_url: str, **variables: str) -> Iterator[Stack]:
     """API alone, on a Redis of the caller's, for workers that only make words up."""
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         stack = Stack(Path(folder), redis_url, Path("fake"), {"BACKEND": "fake", **variables})
@@ -152,9 +161,9 @@ def _make(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
             port=0,
             unix_socket_path=home / "s",
             data_dir=home / "v",
-            config={"appendonly": "yes", "appendfsync": "everysec"},
+            config=DURABLE,
         ) as valkey:
-            stack = Stack(home, f"unix://{valkey.unix_socket_path}", model, variables)
+            stack = Stack(home, f"unix://{valkey.unix_socket_path}", model, variables, valkey)
             try:
                 yield stack
             finally:
@@ -167,6 +176,14 @@ def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
     for stack in _make(smollm2_path, {"SLOTS": "16"}):
         stack.start_web()
         stack.start_worker()
+        yield stack
+
+
+@pytest.fixture
+def fake_stack() -> Iterator[Stack]:
+    """API alone, for made-up words; a test starts the workers it wants."""
+    for stack in _make(Path("fake"), {"BACKEND": "fake"}):
+        stack.start_web()
         yield stack
 
 

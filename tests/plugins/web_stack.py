@@ -24,6 +24,7 @@ from shared.claims import Append, Claims, NoLease, Verdict
 from shared.jobs import Ending, Job, Status
 from shared.registry import ModelCard, Registry, WorkerInfo
 from shared.store import Redis, connect
+from tests.support.valkey import DURABLE
 from web.keystore import KeyStore, new_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,24 +166,29 @@ class WebStack:
         self.process = self.launch()
         _wait_for(self)
 
+    def kill_redis(self) -> None:
+        self.server.terminate()
+
     def stop_redis(self) -> None:
         self.server.stop()
 
     def start_redis(self) -> None:
-        self.server = start_redis(self.home)
+        self.server.start()
 
 
-def start_redis(home: Path) -> ValkeyServer:
+def start_redis(home: Path, config: dict[str, str] = DURABLE) -> ValkeyServer:
     """The Valkey of a stack, on its socket; it keeps what it held before."""
     # Port 0: the socket alone, so that two runs at once cannot want the same port.
-    server = ValkeyServer(port=0, unix_socket_path=home / "run/valkey.sock", data_dir=home / "db", persist=True)
+    server = ValkeyServer(
+        port=0, unix_socket_path=home / "run/valkey.sock", data_dir=home / "db", persist=True, config=config
+    )
     server.start()
     return server
 
 
 @contextmanager
-def running_web(**environment: str) -> Iterator[WebStack]:
-    """Start the API and its Valkey; end both."""
+def running_web(redis: dict[str, str] = DURABLE, **environment: str) -> Iterator[WebStack]:
+    """Start the API and its Valkey, so configured; end both."""
     # Not pytest's folders: a socket's path may have hardly more than 100 characters.
     with tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
@@ -200,7 +206,7 @@ def running_web(**environment: str) -> Iterator[WebStack]:
             **environment,
         }
         log = home / "web.log"
-        server = start_redis(home)
+        server = start_redis(home, redis)
 
         def launch() -> subprocess.Popen[bytes]:
             with log.open("ab") as output:

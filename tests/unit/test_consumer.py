@@ -10,7 +10,7 @@ from kombu import Connection
 from scripts.commands.ports import free_port
 from shared.settings import Settings
 from shared.tickets import make_app
-from worker.consumer import RECONNECT_S, _Reconnecting
+from worker.consumer import RECONNECT_S, TicketConsumer
 
 
 class _EnoughError(Exception):
@@ -28,7 +28,7 @@ def test_a_broker_that_is_away_is_looked_for_often_and_told_of_once(
             raise _EnoughError
 
     monkeypatch.setattr("kombu.utils.functional.sleep", sleep)
-    consumer = _Reconnecting.__new__(_Reconnecting)
+    consumer = TicketConsumer.__new__(TicketConsumer)
     consumer.app = make_app(settings)
     consumer.broker_connection_retry_attempt = 0
     consumer.first_connection_attempt = True

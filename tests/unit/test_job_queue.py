@@ -22,7 +22,7 @@ def submission(owner: str = "a", **more: object) -> Submission:
 
 @pytest.fixture
 def jobs(client: Redis) -> Jobs:
-    return Jobs(client, Settings(max_queue=50))
+    return Jobs(client, Settings(max_queue=50, durable=False))
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ def test_the_same_idempotency_key_gives_the_same_job(jobs: Jobs) -> None:
 
 
 def test_a_full_queue_refuses_and_keeps_nothing(client: Redis) -> None:
-    jobs = Jobs(client, Settings(max_queue=2))
+    jobs = Jobs(client, Settings(max_queue=2, durable=False))
     for _ in range(2):
         jobs.create(submission())
     before = client.dbsize()
@@ -455,7 +455,7 @@ def test_a_job_has_ended_whatever_became_of_its_log(client: Redis, jobs: Jobs) -
 
 @pytest.mark.parametrize(("log_retention_s", "lives_s"), [(None, 77), (33, 33)])
 def test_a_log_may_be_kept_for_less_long_than_its_job(client: Redis, log_retention_s: int | None, lives_s: int) -> None:
-    jobs = Jobs(client, Settings(retention_s=77, log_retention_s=log_retention_s))
+    jobs = Jobs(client, Settings(retention_s=77, log_retention_s=log_retention_s, durable=False))
     job, _ = jobs.create(submission(idempotency_key="k"))
     jobs.stop(job.id, "a")
     assert client.ttl("mlxq:log:" + job.id) == lives_s
@@ -463,7 +463,7 @@ def test_a_log_may_be_kept_for_less_long_than_its_job(client: Redis, log_retenti
 
 
 def test_what_has_ended_lives_as_long_as_its_retention(client: Redis) -> None:
-    jobs = Jobs(client, Settings(retention_s=77))
+    jobs = Jobs(client, Settings(retention_s=77, durable=False))
     job, _ = jobs.create(submission(idempotency_key="k"))
     assert client.ttl("mlxq:job:" + job.id) == -1
     jobs.stop(job.id, "a")

@@ -7,19 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-import fakeredis
 import pytest
 from flask import Flask
 from openapi_pydantic import parse_obj
 
 from shared.settings import Settings
+from tests.support.fake_redis import FakeRedis
 from web.app import create_app
 from web.schemas import JobRequest
 
 
 @pytest.fixture
 def app(tmp_path: Path) -> Flask:
-    return create_app(Settings(data_dir=tmp_path), fakeredis.FakeRedis(decode_responses=True))
+    return create_app(Settings(data_dir=tmp_path), FakeRedis())
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from scripts.commands.stack import leftovers, preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.instance import sole_instance
 from shared.settings import Settings
+from shared.store import Redis
 
 
 def make(data_dir: Path, **values: Any) -> Settings:
@@ -128,3 +129,15 @@ def test_a_second_instance_learns_of_the_first(tmp_path: Path) -> None:
 
 def test_no_process_of_another_stack_is_ended(tmp_path: Path) -> None:
     assert leftovers.end_all(tmp_path / "nobody", patience_s=0) == 0
+
+
+def test_an_external_redis_that_would_lose_jobs(tmp_path: Path, valkey: ValkeyServer, valkey_client: Redis) -> None:
+    settings = make(tmp_path, redis_url=f"unix://{valkey.unix_socket_path}")
+    preflight.check_redis(settings)
+    valkey_client.config_set("appendfsync", "no")
+    try:
+        reason = failure(preflight.check_redis, settings)
+        assert re.fullmatch(r"REDIS_URL: .* \(appendfsync no\). To accept them all the same: DURABLE=false", reason)
+        preflight.check_redis(make(tmp_path, redis_url=settings.redis_url, durable=False))
+    finally:
+        valkey_client.config_set("appendfsync", "always")

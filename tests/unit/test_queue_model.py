@@ -136,7 +136,7 @@ class Queue(RuleBasedStateMachine):
         super().__init__()
         self.redis = client
         self.redis.flushall()
-        self.jobs = Jobs(self.redis, Settings(_env_file=None, start_within_s=3600))
+        self.jobs = Jobs(self.redis, Settings(_env_file=None, start_within_s=3600, durable=False))
         self.claims = {name: Claims(self.redis, name) for name in WORKERS}
         self.reaper = Reaper(self.redis, MAX_ATTEMPTS)
         self.log = JobLog(self.redis)

@@ -47,7 +47,8 @@ def idle_streams(streams: int) -> dict[str, Any]:
     key = "mlxq_00000000_" + "k" * 43
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         home, port = Path(folder), free_port()
-        valkey = exits.enter_context(ValkeyServer(port=0, unix_socket_path=home / "s", data_dir=home / "v"))
+        log = {"appendonly": "yes", "appendfsync": "always"}
+        valkey = exits.enter_context(ValkeyServer(port=0, unix_socket_path=home / "s", data_dir=home / "v", config=log))
         env = {
             "ENV_FILE": str(home / "env"),
             "DATA_DIR": str(home / "data"),

@@ -125,9 +125,9 @@ port 0
 unixsocket "{settings.redis_socket}"
 unixsocketperm 700
 dir "{settings.data_dir / "valkey"}"
-# Every write is in the append-only file before it is answered, and on the disk within a second.
+# Every write is on the disk before it is answered.
 appendonly yes
-appendfsync everysec
+appendfsync always
 save ""
 # A queue that is full says so; it does not throw jobs away.
 maxmemory-policy noeviction

@@ -14,6 +14,7 @@ import redis
 from pydantic import ValidationError
 
 from scripts.commands.stack.failure import StartFailed
+from shared.durability import why_unproven
 from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
 from shared.store import connect
 
@@ -54,7 +55,7 @@ def prepare_data_dir(settings: Settings) -> None:
         raise StartFailed(full)
 
 
-def full_disk(folder: Path, needed: int = 2**20) -> str:
+def full_disk(folder: Path, needed: int) -> str:
     """The line that says so when the disk has fewer bytes free than needed; empty when it has them."""
     free = shutil.disk_usage(folder).free
     return f"the disk of DATA_DIR {folder} is full: {free >> 20} MB free, needs {needed >> 20}" * (free < needed)
@@ -93,14 +94,17 @@ def _check_port(host: str, name: str, port: int) -> None:
 
 
 def check_redis(settings: Settings) -> None:
-    """See that an external Redis answers."""
+    """See that an external Redis answers, and keeps what it accepts."""
     if settings.embedded_redis:
         return
     try:
         with connect(settings.store_url, timeout_s=5, retries=0) as client:
             client.ping()
+            unproven = why_unproven(client) if settings.durable else ""
     except (redis.RedisError, ValueError, OSError) as error:
         raise StartFailed(f"REDIS_URL cannot be reached: {error}") from None
+    if unproven:
+        raise StartFailed(f"REDIS_URL: {unproven} To accept them all the same: DURABLE=false")
 
 
 def check_broker(settings: Settings) -> None:

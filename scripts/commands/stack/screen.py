@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -36,8 +36,9 @@ class Screen:
         self._err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
-        """One line that stays."""
-        self._out.print(line, markup=False)
+        """One line that stays, unless the disk that it goes to is full."""
+        with suppress(OSError):
+            self._out.print(line, markup=False)
 
     def silence(self) -> None:
         """Nothing more is shown."""

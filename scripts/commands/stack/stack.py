@@ -13,6 +13,7 @@ import redis
 from scripts.commands.stack import config, leftovers
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.logs import SupervisorLog, last_line
+from scripts.commands.stack.preflight import full_disk
 from scripts.commands.stack.screen import Progress, Screen, base_url
 from scripts.commands.stack.signals import StopRequested, StopSignals
 from scripts.commands.stack.supervision import Child, Supervisor
@@ -26,6 +27,9 @@ _DOWN_S = 5.0
 """What supervisord has not started again for so long, it has given up."""
 _RETRY_S = 30.0
 """Then it is tried again every so often, for ever: it had been up once."""
+_FULL_BYTES = 2**20
+_ROOM_BYTES = 32 * 2**20
+"""A disk that had less than the one has space again when it has the other."""
 
 
 class Stack:
@@ -40,13 +44,13 @@ class Stack:
         self._down_since: dict[str, float] = {}
         self._retry_at: dict[str, float] = {}
         self._first_pids: dict[str, int] = {}
+        self._full = False
         for stale in settings.run_dir.glob("worker-*.error"):
             stale.unlink()
         config.write(settings)
         self._log = SupervisorLog(settings.log_dir / "supervisord.log")
-        self._errors = settings.log_dir / "supervisord.err"
         self._supervisor = Supervisor(
-            config.supervisord_conf_path(settings), config.control_socket(settings), self._errors, environment
+            config.supervisord_conf_path(settings), config.control_socket(settings), environment
         )
 
     def bring_up(self) -> None:
@@ -72,6 +76,7 @@ class Stack:
         while True:
             self._signals.pause(1.0)
             self._say_news()
+            self._watch_disk()
             self._revive()
 
     def bring_down(self) -> None:
@@ -100,7 +105,7 @@ class Stack:
         deadline = time.monotonic() + _SOON_S
         while not self._supervisor.listening:
             if not self._supervisor.alive or time.monotonic() > deadline:
-                raise StartFailed(f"supervisord did not start: {last_line(self._errors)}")
+                raise StartFailed(f"supervisord did not start: {self._supervisor.last_words}")
             self._signals.pause(0.05)
 
     def _wait_for_queue(self) -> None:
@@ -146,6 +151,16 @@ class Stack:
     def _say_news(self) -> None:
         for line in self._log.news():
             self._screen.say(f"{time.strftime('%H:%M:%S')} {line}")
+
+    def _watch_disk(self) -> None:
+        """Valkey ends rather than answer what it cannot write. Once there is space, nothing waits for its next turn."""
+        full = full_disk(self._settings.data_dir, _ROOM_BYTES if self._full else _FULL_BYTES)
+        if full and not self._full:
+            self._screen.say(f"{full}; no job is accepted until there is space, and what was accepted is kept")
+        elif self._full and not full:
+            self._screen.say("the disk has space again")
+            self._retry_at = dict.fromkeys(self._retry_at, time.monotonic())
+        self._full = bool(full)
 
     def _revive(self) -> None:
         now = time.monotonic()

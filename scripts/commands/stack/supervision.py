@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import xmlrpc.client
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,18 +49,23 @@ class Child:
 class Supervisor:
     """One supervisord. It runs in a session of its own, so that a Ctrl-C reaches serve and not the children."""
 
-    def __init__(self, conf: Path, control: Path, errors: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, conf: Path, control: Path, environment: Mapping[str, str]) -> None:
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
         control.unlink(missing_ok=True)
-        with errors.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,
-            )
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            # Not a file: it says here that its disk is full, and would end if it could not.
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._said: deque[str] = deque(maxlen=1)
+        self._listener = threading.Thread(target=self._listen, name="supervisord", daemon=True)
+        self._listener.start()
         self._control = control
         # The transport has no time limit of its own, and a supervisord that hangs must not hang us.
         socket.setdefaulttimeout(_CALL_S)
@@ -73,7 +80,15 @@ class Supervisor:
     @property
     def listening(self) -> bool:
         """Whether it can be spoken to."""
-        return self._control.exists()
+        with socket.socket(socket.AF_UNIX) as probe:  # the file is there a moment before anybody listens
+            return probe.connect_ex(str(self._control)) == 0
+
+    @property
+    def last_words(self) -> str:
+        """What it said last, which is nothing unless something is wrong."""
+        if not self.alive:
+            self._listener.join(1.0)  # until what it said at its end has come
+        return "".join(self._said)
 
     def start(self, program: str) -> None:
         """Start all processes of a program that do not run."""
@@ -95,6 +110,10 @@ class Supervisor:
     def shutdown(self) -> None:
         """Ask for the orderly end: supervisord stops the programs, last started first, then itself."""
         self._process.terminate()
+
+    def _listen(self) -> None:
+        for line in self._process.stderr or ():
+            self._said.extend([line.strip()] * bool(line.strip()))
 
     def _call(self, method: str, *arguments: object) -> Any:
         try:

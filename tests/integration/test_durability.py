@@ -1,0 +1,212 @@
+"""What was answered with 202 survives the SIGKILL of Redis; what is not proven to survive it is not answered so."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from redis import ConnectionError as RedisAway
+
+from scripts.commands.client import Client, ClientError
+from shared.errors import NotDurable
+from shared.jobs import Generation, Jobs, Sampling, Status, Submission
+from shared.log import EventKind, JobLog
+from shared.settings import Settings
+from shared.store import Redis, connect
+from tests.plugins.stack import Stack
+from tests.plugins.web_stack import PretendWorker, WebStack, running_web
+from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from tests.support.valkey import DURABLE
+from tests.support.waiting import eventually
+from worker.backends.fake import FakeBackend
+
+EVERYSEC = {**DURABLE, "appendfsync": "everysec"}
+UNKNOWN_WAITAOF = {"rename-command": 'WAITAOF ""'}
+"""As a Redis older than 7.2."""
+
+
+class Load:
+    """Threads that submit job after job, each with an Idempotency-Key that it repeats until it is answered."""
+
+    def __init__(self, url: str, key: str, body: Callable[[str], dict[str, Any]]) -> None:
+        self._client = Client(url, key, connections=64)
+        self._body = body
+        self._ended = threading.Event()
+        self.accepted: dict[str, str] = {}
+        """Idempotency-Key → id of the job."""
+        self.refused: set[int | None] = set()
+
+    @contextmanager
+    def running(self, threads: int, each: int) -> Iterator[None]:
+        with self._client, ThreadPoolExecutor(threads) as pool:
+            futures = [pool.submit(self._send, f"{name}-{n}") for n in range(each) for name in range(threads)]
+            try:
+                yield
+                for future in futures:
+                    future.result(120)
+            finally:
+                self._ended.set()
+
+    def _send(self, key: str) -> None:
+        while not self._ended.is_set():
+            try:
+                self.accepted[key] = self._client.submit(self._body(key), idempotency_key=key).id
+                return
+            except ClientError as error:
+                self.refused.add(getattr(error, "status", None))
+                self._ended.wait(0.02)
+
+
+def prompt(key: str) -> str:
+    """What the fake backend says something to, slowly enough to be interrupted."""
+    return f"!pause=0.01 {key}"
+
+
+def jobs_of(redis: Redis) -> set[str]:
+    return {name.removeprefix("mlxq:job:") for name in redis.scan_iter("mlxq:job:*", count=1000)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redis", [DURABLE, EVERYSEC], ids=["always", "everysec"])
+def test_what_was_accepted_survives_a_killed_redis(redis: dict[str, str]) -> None:
+    with running_web(redis) as web:
+        load = Load(web.url, web.key, lambda key: {"prompt": key, "max_tokens": 1})
+        with load.running(threads=8, each=60):
+            for part in (0.25, 0.5, 0.75):
+                eventually(lambda p=part: len(load.accepted) >= 480 * p + random.uniform(0, 40), within_s=60)
+                web.kill_redis()
+                before = set(load.accepted.values())
+                web.start_redis()
+                with web.client() as client:
+                    assert before <= jobs_of(client)
+        assert len(load.accepted) == 480
+        assert load.refused <= {503}
+        with web.client() as client:
+            assert jobs_of(client) == set(load.accepted.values()), "a repeated submission is the same job"
+
+
+@pytest.mark.slow
+def test_a_killed_redis_under_load_loses_nothing_and_runs_nothing_twice(
+    fake_stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    workers = [fake_stack.start_worker(LEASE_S="5", SLOTS="4") for _ in range(2)]
+    load = Load(fake_stack.url, fake_stack.key, lambda key: {"prompt": prompt(key), "max_tokens": 20, "seed": 7})
+    with load.running(threads=4, each=30):
+        for part in (0.25, 0.5, 0.75):
+            eventually(lambda p=part: len(load.accepted) >= 120 * p and fake_stack.slots_used(), within_s=60)
+            fake_stack.valkey.terminate()
+            fake_stack.valkey.start()
+    log, backend = JobLog(fake_stack.redis), FakeBackend()
+    with fake_stack.client() as client:
+        for key, job_id in load.accepted.items():
+            job = eventually(lambda i=job_id: (j := client.job(i, wait_s=10)).status.terminal and j, within_s=60)
+            events = log.read(job_id)
+            undisturbed = run_alone(sequence_for(claimed(prompt(key), max_tokens=20, seed=7), backend), backend)
+            assert (job.status, job.text) == (Status.SUCCEEDED, text_of(undisturbed))
+            assert "".join(event.text for event in events) == job.text
+            assert [event.n for event in events] == list(range(1, len(events) + 1))
+            kinds = [event.kind for event in events]
+            assert (kinds.count(EventKind.STARTED), kinds.count(EventKind.DONE)) == (1, 1)
+    assert jobs_of(fake_stack.redis) == set(load.accepted.values())
+    assert [worker.poll() for worker in workers] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("redis", "reason"),
+    [
+        ({"appendonly": "no"}, "appendonly no"),
+        ({**DURABLE, "appendfsync": "no"}, "appendfsync no"),
+        ({**EVERYSEC, **UNKNOWN_WAITAOF}, "older than 7.2"),
+        ({**DURABLE, **UNKNOWN_WAITAOF, "rename-command ": 'CONFIG ""'}, "older than 7.2"),
+    ],
+    ids=["no log", "no fsync", "old", "old and managed"],
+)
+def test_a_redis_that_can_prove_nothing_is_given_nothing(redis: dict[str, str], reason: str) -> None:
+    with running_web(redis) as web:
+        with ready(web):
+            view = web.http.get("/health").json()
+            assert view["status"] == "degraded" and reason in view["reasons"][0]
+        answer = web.http.post("/v1/jobs", json={"prompt": "hi"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_durable")
+        assert reason in answer.json()["detail"] and answer.headers["Retry-After"] == "10"
+        with web.client() as client:
+            assert jobs_of(client) == set()
+
+
+@pytest.mark.parametrize(
+    "redis", [DURABLE | UNKNOWN_WAITAOF, DURABLE | {"rename-command": 'CONFIG ""'}], ids=["old", "managed"]
+)
+def test_an_old_and_a_managed_redis_may_do(redis: dict[str, str]) -> None:
+    with running_web(redis) as web, ready(web):
+        web.submit()
+        assert not any("lost" in reason for reason in web.http.get("/health").json()["reasons"])
+
+
+def test_who_does_without_the_proof_says_so() -> None:
+    with running_web({"appendonly": "no"}, DURABLE="false") as web, ready(web):
+        web.submit()
+        view = web.http.get("/health").json()
+        assert view["status"] == "degraded" and "DURABLE=false" in view["reasons"][0]
+
+
+def test_a_proof_that_does_not_come_is_a_503_and_the_same_job_later() -> None:
+    with running_web() as web, web.client() as client:
+        web.submit()  # the process knows what proof there is
+        client.config_set("appendfsync", "no")
+
+        def submit() -> tuple[int, Any]:
+            answer = web.http.post("/v1/jobs", json={"prompt": "once"}, headers={"Idempotency-Key": "k"})
+            return answer.status_code, answer.json()
+
+        status, problem = submit()
+        assert (status, problem["code"]) == (503, "not_durable")
+        client.config_set("appendfsync", "always")
+        status, job = submit()
+        assert status == 202 and len(jobs_of(client)) == 2
+        assert client.hget("mlxq:job:" + job["id"], "idempotency_key") == "k"
+
+
+def test_an_answer_given_again_is_proven_again(valkey_client: Redis) -> None:
+    jobs = Jobs(valkey_client, Settings())
+    asked = Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me", idempotency_key="k")
+    job, _ = jobs.create(asked)
+    try:
+        valkey_client.config_set("appendfsync", "no")
+        with pytest.raises(NotDurable):
+            jobs.create(asked)  # it may be another connection than the one that wrote the record
+    finally:
+        valkey_client.config_set("appendfsync", "always")
+    assert jobs.create(asked) == (job, False)
+    assert valkey_client.ttl("mlxq:job:" + job.id) == -1
+
+
+def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
+    jobs = Jobs(valkey_client, Settings())
+    asked = Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me")
+    jobs.create(asked)
+    valkey_client.script_flush()
+    job, new = jobs.create(asked)
+    assert new and jobs.get(job.id, "me") == job
+
+
+def test_a_redis_that_is_away_is_no_matter_of_proof(valkey_client: Redis) -> None:
+    with connect("unix:///nowhere/s", retries=0) as nobody, pytest.raises(RedisAway):
+        Jobs(nobody, Settings()).create(Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+
+
+@contextmanager
+def ready(web: WebStack) -> Iterator[None]:
+    """A worker is there."""
+    worker = PretendWorker(web.redis_url)
+    worker.announce()
+    worker.start()
+    try:
+        yield
+    finally:
+        worker.stop()

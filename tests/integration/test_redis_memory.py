@@ -1,0 +1,131 @@
+"""Redis without memory (`noeviction`): nothing new is accepted, what was accepted goes on and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from scripts.commands.client import Client, Refused
+from shared.jobs import Status
+from shared.log import JobLog
+from shared.store import Redis
+from shared.tickets import queue_name
+from tests.plugins.stack import Stack
+from tests.plugins.web_stack import running_web
+from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from tests.support.waiting import eventually
+from web.keystore import new_key
+from worker.backends.fake import FakeBackend
+
+TOKENS = 100
+LEASE_S = 1
+
+
+@contextmanager
+def memory_full(redis: Redis) -> Iterator[None]:
+    """Redis has more than it may hold, by far: what it frees in between makes no difference."""
+    redis.config_set("maxmemory", redis.info("memory")["used_memory"] // 2)
+    try:
+        yield
+    finally:
+        redis.config_set("maxmemory", 0)
+
+
+def body(n: int) -> dict[str, Any]:
+    return {"prompt": prompt(n), "max_tokens": TOKENS, "seed": n}
+
+
+def prompt(n: int) -> str:
+    return f"!pause=0.02 number {n}"
+
+
+def check(stack: Stack, client: Client, n: int, job_id: str) -> None:
+    """The job ends with the text of an undisturbed run, told without a gap."""
+    job = eventually(lambda: (j := client.job(job_id, wait_s=10)).status.terminal and j)
+    backend = FakeBackend()
+    asked = claimed(prompt(n), max_tokens=TOKENS, seed=n)
+    assert (job.status, job.text) == (Status.SUCCEEDED, text_of(run_alone(sequence_for(asked, backend), backend)))
+    events = JobLog(stack.redis).read(job_id)
+    assert "".join(event.text for event in events) == job.text
+    assert [event.n for event in events] == list(range(1, len(events) + 1))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+
+
+def refused(client: Client, n: int) -> None:
+    with pytest.raises(Refused) as caught:
+        client.submit(body(n))
+    assert (caught.value.status, caught.value.code) == (503, "queue_memory_full")
+    assert caught.value.retry_after
+
+
+@pytest.mark.slow
+def test_jobs_go_on_and_start_while_nothing_new_is_accepted(fake_stack: Stack) -> None:
+    worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+    [before] = fake_stack.ready_workers()
+    with fake_stack.client() as client:
+        jobs = [client.submit(body(n), idempotency_key=f"k{n}").id for n in range(10)]
+        eventually(lambda: fake_stack.slots_used() == 4, "all slots are taken")
+        with memory_full(fake_stack.redis):
+            refused(client, 99)
+            assert client.submit(body(0), idempotency_key="k0").id == jobs[0], "what was accepted stays so"
+            client.cancel(jobs[3])
+            client.cancel(jobs[9])
+            for n in (0, 1, 2, 4, 5, 6, 7, 8):
+                check(fake_stack, client, n, jobs[n])
+            assert [client.job(jobs[n], wait_s=10).status for n in (3, 9)] == [Status.CANCELLED] * 2
+            client.request("DELETE", f"/v1/jobs/{jobs[3]}")
+            view = client.request("GET", "/health").json()
+            assert view["status"] == "degraded" and "no memory left" in view["reasons"][0]
+            [now] = fake_stack.ready_workers()
+            assert now.id == before.id and now.heartbeat_at > before.heartbeat_at + 3 * LEASE_S
+            refused(client, 99)
+        check(fake_stack, client, 10, client.submit(body(10)).id)
+    assert worker.poll() is None
+    assert "CRITICAL" not in fake_stack.log("worker-0")
+
+
+@pytest.mark.slow
+def test_jobs_whose_tickets_are_lost_meanwhile_start_when_there_is_memory(fake_stack: Stack) -> None:
+    with fake_stack.client() as client:
+        jobs = [client.submit(body(n)).id for n in range(3)]
+        with memory_full(fake_stack.redis):
+            fake_stack.redis.delete(queue_name(fake_stack.model))
+            fake_stack.spawn_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+            eventually(fake_stack.registry.workers, "it is seen, although it cannot begin")
+            eventually(lambda: fake_stack.log("worker-0").count("OutOfMemoryError") > 1, "it tries, and tries again")
+        for n, job in enumerate(jobs):
+            check(fake_stack, client, n, job)
+    assert fake_stack.processes[-1].poll() is None, "the worker that was started without memory"
+    assert "CRITICAL" not in fake_stack.log("worker-0")
+
+
+@pytest.mark.slow
+def test_jobs_of_a_worker_that_is_killed_meanwhile_are_kept(fake_stack: Stack) -> None:
+    worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+    with fake_stack.client() as client:
+        jobs = [client.submit(body(n)).id for n in range(3)]
+        eventually(lambda: fake_stack.slots_used() == 3)
+        with memory_full(fake_stack.redis):
+            worker.kill()
+            eventually(lambda: {client.job(job).status for job in jobs} == {Status.QUEUED}, "they wait again")
+            fake_stack.spawn_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+        for n, job in enumerate(jobs):
+            check(fake_stack, client, n, job)
+
+
+def test_requests_are_limited_all_the_same() -> None:
+    with running_web(RATE_LIMIT="5/minute") as web, web.client() as client:
+        headers = {"X-API-Key": web.keys.create(new_key(), ["infer"])}
+        with memory_full(client):
+            statuses = [web.http.get("/v1/jobs", headers=headers).status_code for _ in range(6)]
+            assert statuses == [200] * 5 + [429]
+            answer = web.http.post("/v1/jobs", json={"prompt": "hi"})
+            assert (answer.status_code, answer.json()["code"]) == (503, "queue_memory_full")
+        assert web.http.post("/v1/jobs", json={"prompt": "hi"}).status_code == 202
