@@ -102,3 +102,9 @@ def test_the_limit_is_chosen_by_device(
 
 def test_this_machine_has_some() -> None:
     assert 2**20 < memory.available_memory() < 2**50
+
+
+def test_a_machine_without_control_groups_has_what_it_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_free_of_groups", list)
+    monkeypatch.setattr(memory, "_free_of_machine", lambda: 7)
+    assert memory.available_memory() == 7

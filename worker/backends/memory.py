@@ -126,7 +126,7 @@ def device_limit(workers: int) -> int:
 
 def available_memory() -> int:
     """Bytes that this process may still take: what the machine has free, or what its control group leaves it."""
-    return min(_free_of_machine(), *_free_of_groups())
+    return min([_free_of_machine(), *_free_of_groups()])
 
 
 def _free_of_machine() -> int:
