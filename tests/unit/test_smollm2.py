@@ -10,7 +10,6 @@ import mlx.core as mx
 import pytest
 from tokenizers import Tokenizer
 
-from scripts.commands.make_tiny_model import tiny_config
 from scripts.model_files.gguf_tokenizer import tokenizer_config, tokenizer_json
 from scripts.model_files.smollm2 import Dtype, convert, hf_name, unpermute_rows
 from shared.model_folder import check_folder
@@ -85,10 +84,3 @@ def test_tokenizer_config_names_tokens_and_template() -> None:
 def test_other_tokenizers_are_refused() -> None:
     with pytest.raises(ValueError, match="gpt2/qwen2"):
         tokenizer_json(gguf_metadata() | {"tokenizer.ggml.pre": "qwen2"})
-
-
-def test_tiny_config_keeps_the_vocabulary_and_drops_the_packing() -> None:
-    tiny = tiny_config({"vocab_size": 9, "hidden_size": 576, "quantization": {}, "quantization_config": {}})
-
-    assert (tiny["vocab_size"], tiny["hidden_size"]) == (9, 64)
-    assert not {"quantization", "quantization_config"} & set(tiny)

@@ -1,126 +1,110 @@
-"""Who is measured: this stack, mlx_lm.server, and the bare library. Each is started for its turn and ended after it."""
+"""Who is measured: this stack, the libraries' own servers, and the bare library.
+
+Each is started for its turn and ended after it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
-from scripts.commands.benching.load import Burst, Endpoint, burst
+import psutil
+
+from scripts.commands.benching.endpoints import ChatCompletions, Endpoint, Own
+from scripts.commands.benching.load import send
+from scripts.commands.benching.plans import Plan
+from scripts.commands.benching.processes import NotUp, answers, process, wait_for, wait_until
+from scripts.commands.benching.samples import Outcome
 from scripts.commands.ports import free_port
+from scripts.commands.stack import leftovers
 from shared.settings import ROOT
 
-START_WITHIN_S = 180
+RESTART_WITHIN_S = 120.0
 
 
-@contextmanager
-def process(command: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a group of its own, ended with SIGTERM, and SIGKILL after a while."""
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            command, stdout=out, stderr=out, cwd=ROOT, env={**os.environ, **(env or {})}, start_new_session=True
-        )
-        try:
-            yield child
-        finally:
-            child.terminate()
-            try:
-                child.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+class Running(Protocol):
+    """A contender that has been started."""
 
+    pid: int
+    """Of the process that all its others descend from."""
 
-def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until `url` answers 200.
-
-    Raises:
-        RuntimeError: the process ended, or it took too long; with the tail of its log.
-    """
-    end = time.monotonic() + START_WITHIN_S
-    while time.monotonic() < end and child.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError(f"{url} did not come up:\n" + log.read_text(errors="replace")[-2000:])
-
-
-@dataclass(frozen=True)
-class Inference:
-    """Our own `POST /inference` as a stream."""
-
-    url: str
-    headers: dict[str, str]
-
-    def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
-        """The request, greedy."""
-        return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-
-    def chunk(self, event: dict[str, Any]) -> bool:
-        """Whether an event carries text."""
-        return "text" in event
-
-    def tokens(self, event: dict[str, Any]) -> int | None:
-        """The usage count, when the event has it."""
-        return event["usage"]["completion_tokens"] if event.get("usage") else None
-
-
-@dataclass(frozen=True)
-class ChatCompletions:
-    """OpenAI's chat completions, as mlx_lm.server serves them."""
-
-    url: str
-    headers: dict[str, str]
-
-    def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
-        """The request, greedy."""
-        return {
-            "messages": messages,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-
-    def chunk(self, event: dict[str, Any]) -> bool:
-        """Whether an event carries text."""
-        return bool(event.get("choices")) and bool(event["choices"][0]["delta"].get("content"))
-
-    def tokens(self, event: dict[str, Any]) -> int | None:
-        """The usage count, when the event has it."""
-        return event["usage"]["completion_tokens"] if event.get("usage") else None
+    def run(self, plan: Plan) -> Outcome:
+        """Do a plan."""
+        ...
 
 
 class Served:
-    """A contender behind HTTP."""
+    """A server, asked over HTTP."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, pid: int, endpoint: Endpoint) -> None:
+        self.pid = pid
         self.endpoint = endpoint
-        self._sent = 0
 
-    def run(self, clients: int, max_tokens: int) -> Burst:
-        """One burst of prompts that it has not seen."""
-        result = burst(self.endpoint, clients, max_tokens, self._sent)
-        self._sent += clients
-        return result
+    def run(self, plan: Plan) -> Outcome:
+        """Send its requests."""
+        return send(self.endpoint, plan)
+
+
+class OwnStack(Served):
+    """This project, as `scripts/serve` runs it."""
+
+    endpoint: Own
+
+    def __init__(self, pid: int, endpoint: Own, data_dir: Path) -> None:
+        super().__init__(pid, endpoint)
+        self._data_dir = data_dir
+
+    def restart_worker(self) -> None:
+        """End the workers in an orderly way, and wait until their successors are ready.
+
+        Raises:
+            NotUp: they do not come back.
+        """
+        before = self.workers()
+        for worker in before:
+            worker.terminate()
+        psutil.wait_procs(before, timeout=RESTART_WITHIN_S)
+        end = time.monotonic() + RESTART_WITHIN_S
+        while not (self.workers() and answers(f"{self.endpoint.url}/readyz")):
+            if time.monotonic() > end:
+                raise NotUp("the worker did not come back")
+            time.sleep(0.1)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that hold the model."""
+        return [each for each in leftovers.find(self._data_dir) if "worker.app" in " ".join(each.cmdline())]
+
+
+class Bare:
+    """mlx-lm's BatchGenerator in a process of its own, asked over its standard input."""
+
+    def __init__(self, pid: int, questions: IO[str], answers: IO[str]) -> None:
+        self.pid = pid
+        self._questions = questions
+        self._answers = answers
+
+    def run(self, plan: Plan) -> Outcome:
+        """Hand it in and read what it gave."""
+        self._questions.write(json.dumps(asdict(plan)) + "\n")
+        self._questions.flush()
+        if not (answer := self._answers.readline()):
+            raise NotUp("the library's process ended")
+        return Outcome.from_json(json.loads(answer))
 
 
 @contextmanager
-def stack(model: Path, slots: int) -> Iterator[Served]:
+def own_stack(model: Path, slots: int, *, always_jobs: bool = False) -> Iterator[OwnStack]:
     """This project, as `scripts/serve` starts it, in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         home, port = Path(folder), free_port()
@@ -134,44 +118,52 @@ def stack(model: Path, slots: int) -> Iterator[Served]:
             "RATE_LIMIT": "1000000/minute",
         }
         child = exits.enter_context(process([str(ROOT / "scripts/serve")], home / "log", env))
-        wait_for(f"http://127.0.0.1:{port}/readyz", child, home / "log")
+        url = f"http://127.0.0.1:{port}"
+        # Not /readyz: what it starts last would take its time from the first measurement.
+        wait_until(lambda: " is ready" in (home / "log").read_text(errors="replace"), child, home / "log")
         found = re.search(r"^MLXQ_API_KEY=(\S+)", (home / "env").read_text(), re.MULTILINE)
         if found is None:
-            raise RuntimeError("scripts/serve wrote no API key")
-        yield Served(Inference(f"http://127.0.0.1:{port}/inference", {"X-API-Key": found[1]}))
+            raise NotUp("scripts/serve wrote no API key")
+        yield OwnStack(child.pid, Own(url, {"X-API-Key": found[1]}, always_jobs), home / "data")
+
+
+def own_stack_jobs(model: Path, slots: int) -> AbstractContextManager[OwnStack]:
+    """The same, with every request as a job that is submitted first and read then."""
+    return own_stack(model, slots, always_jobs=True)
 
 
 @contextmanager
-def mlx_lm_server(model: Path, slots: int, extra: list[str] | None = None) -> Iterator[Served]:
+def mlx_lm_server(model: Path, slots: int, extra: tuple[str, ...] = ()) -> Iterator[Served]:
     """mlx-lm's own server with the same BLAS as ours, otherwise as it comes (32 rows, prompts eight at a time)."""
     del slots
-    with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
-        log, port = Path(folder) / "log", free_port()
-        start = "from shared.blas import prefer_openblas; prefer_openblas(); from mlx_lm.server import main; main()"
-        command = [sys.executable, "-c", start, "--model", str(model), "--port", str(port), "--log-level", "WARNING"]
-        command += extra or []
-        child = exits.enter_context(process(command, log, {"PYTHONPATH": str(ROOT)}))
-        wait_for(f"http://127.0.0.1:{port}/v1/models", child, log)
-        yield Served(ChatCompletions(f"http://127.0.0.1:{port}/v1/chat/completions", {}))
+    options = ["--model", str(model), "--log-level", "WARNING", *extra]
+    with _library_server(sys.executable, "mlx_lm.server", options, "/v1/models") as (pid, url):
+        yield Served(pid, ChatCompletions(url))
 
 
 def mlx_lm_server_wide(model: Path, slots: int) -> AbstractContextManager[Served]:
     """The same with as many rows as ours."""
-    return mlx_lm_server(model, slots, ["--decode-concurrency", str(slots)])
+    return mlx_lm_server(model, slots, ("--decode-concurrency", str(slots)))
 
 
-class Bare:
-    """mlx-lm's BatchGenerator in a process of its own, asked over its standard input."""
+@contextmanager
+def mlx_vlm_server(model: Path, slots: int) -> Iterator[Served]:
+    """mlx-vlm's own server with the same BLAS as ours, otherwise as it comes (as many rows as there are requests)."""
+    del slots
+    options = ["--model", str(model), "--host", "127.0.0.1", "--log-level", "WARNING"]
+    with _library_server(vlm_python(), "mlx_vlm.server", options, "/health") as (pid, url):
+        yield Served(pid, ChatCompletions(url, model=str(model)))
 
-    def __init__(self, questions: IO[str], answers: IO[str]) -> None:
-        self._questions = questions
-        self._answers = answers
 
-    def run(self, clients: int, max_tokens: int) -> Burst:
-        """One burst."""
-        self._questions.write(json.dumps({"clients": clients, "max_tokens": max_tokens}) + "\n")
-        self._questions.flush()
-        return Burst(**json.loads(self._answers.readline()))
+@contextmanager
+def _library_server(python: str, module: str, options: list[str], health: str) -> Iterator[tuple[int, str]]:
+    with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
+        log, port = Path(folder) / "log", free_port()
+        start = f"from shared.blas import prefer_openblas; prefer_openblas(); from {module} import main; main()"
+        command = [python, "-c", start, *options, "--port", str(port)]
+        child = exits.enter_context(process(command, log, {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}))
+        wait_for(f"http://127.0.0.1:{port}{health}", child, log)
+        yield child.pid, f"http://127.0.0.1:{port}"
 
 
 @contextmanager
@@ -182,27 +174,57 @@ def bare(model: Path, slots: int) -> Iterator[Bare]:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as child:
         if child.stdin is None or child.stdout is None:
-            raise RuntimeError("no pipes to the process")
+            raise NotUp("no pipes to the process")
         with child.stdin:
-            yield Bare(child.stdin, child.stdout)
+            if not child.stdout.readline():
+                raise NotUp("the library's process did not start")
+            yield Bare(child.pid, child.stdin, child.stdout)
 
 
-class Contender(Protocol):
-    """Something that answers bursts."""
-
-    def run(self, clients: int, max_tokens: int) -> Burst:
-        """One burst of `clients` requests."""
-        ...
+def vlm_python() -> str:
+    """The interpreter that has mlx-vlm: MLX_VLM_PYTHON, or this one."""
+    return os.environ.get("MLX_VLM_PYTHON", sys.executable)
 
 
-CONTENDERS: dict[str, Callable[[Path, int], AbstractContextManager[Contender]]] = {
-    "mlxq": stack,
-    "mlx_lm.server": mlx_lm_server,
-    "mlx_lm.server, same slots": mlx_lm_server_wide,
-    "BatchGenerator alone": bare,
+def _without_vlm() -> str:
+    if "MLX_VLM_PYTHON" in os.environ or importlib.util.find_spec("mlx_vlm"):
+        return ""
+    return "mlx-vlm is not installed; MLX_VLM_PYTHON=/path/to/python names an environment that has it"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Somebody to be measured.
+
+    Attributes:
+        scenarios: those it takes part in; None: all.
+        missing: why it cannot take part here; empty when it can.
+    """
+
+    name: str
+    start: Callable[[Path, int], AbstractContextManager[Running]]
+    scenarios: tuple[str, ...] | None = None
+    missing: Callable[[], str] = str
+
+
+OWN = "mlxq"
+PEER = "mlx_lm.server"
+BARE = "BatchGenerator"
+
+CONTENDERS = {
+    each.name: each
+    for each in (
+        Contender(OWN, own_stack),
+        Contender(f"{OWN}, /v1/jobs", own_stack_jobs, ("closed",)),
+        Contender(PEER, mlx_lm_server),
+        Contender(f"{PEER}, same slots", mlx_lm_server_wide, ("closed",)),
+        Contender("mlx_vlm.server", mlx_vlm_server, missing=_without_vlm),
+        Contender(BARE, bare),
+    )
 }

@@ -7,16 +7,17 @@ import statistics
 import urllib.request
 from pathlib import Path
 
-from scripts.commands.benching.contenders import stack
-from scripts.commands.benching.load import Endpoint, quantile
+from scripts.commands.benching.contenders import own_stack
+from scripts.commands.benching.endpoints import Own
+from scripts.commands.benching.samples import quantile
 
 JOBS = 100
 
 
-def _queue_s(endpoint: Endpoint) -> float:
+def _queue_s(endpoint: Own) -> float:
     body = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
     request = urllib.request.Request(
-        endpoint.url, json.dumps(body).encode(), {**endpoint.headers, "Content-Type": "application/json"}
+        f"{endpoint.url}/inference", json.dumps(body).encode(), {**endpoint.headers, "Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         return float(json.load(answer)["timings"]["queue_s"])
@@ -24,7 +25,7 @@ def _queue_s(endpoint: Endpoint) -> float:
 
 def queue_hop(model: Path) -> dict[str, float]:
     """`timings.queue_s` of jobs sent one after another, in milliseconds."""
-    with stack(model, 32) as served:
+    with own_stack(model, 32) as served:
         for _ in range(10):
             _queue_s(served.endpoint)
         waits = [_queue_s(served.endpoint) * 1000 for _ in range(JOBS)]

@@ -1,137 +1,92 @@
-"""The load: N clients that each send one chat request at the same moment and read its stream to the end."""
+"""The load: sends the requests of a plan over HTTP and reads each stream to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import aiohttp
 
-TOPICS = (
-    "the capital of France", "how bread rises", "why the sky is blue", "the rules of chess", "how a bicycle stays up",
-    "the life of a star", "what a prime number is", "how rivers shape land", "the history of tea", "why cats purr",
-    "how vaccines work", "the phases of the moon", "what makes glass clear", "how bees find home", "the use of zero",
-    "how clouds form",
-)  # fmt: skip
+from scripts.commands.benching.endpoints import Endpoint
+from scripts.commands.benching.plans import Ask, Client, Json, Plan
+from scripts.commands.benching.samples import Outcome, Sample
+
+ANSWER_S = 900
+"""An answer that takes longer is lost."""
 
 
-def prompt(index: int) -> list[dict[str, str]]:
-    """The messages of client `index`: short, and different for each."""
-    topic = TOPICS[index % len(TOPICS)]
-    return [{"role": "user", "content": f"Question {index}: explain {topic} in a few sentences."}]
+class Load:
+    """One plan under way."""
+
+    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+        self._endpoint = endpoint
+        self._session = session
+        self._start = time.perf_counter()
+        self._samples: list[Sample] = []
+
+    async def run(self, plan: Plan) -> Outcome:
+        """Send everything; a request that fails is a sample that says so."""
+        tasks = [asyncio.create_task(self._client(i, client)) for i, client in enumerate(plan.clients)]
+        awaited = [task for task, client in zip(tasks, plan.clients, strict=True) if not client.background]
+        try:
+            await asyncio.gather(*awaited)
+            wall_s = self._now()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return Outcome(self._samples, wall_s)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    async def _client(self, index: int, client: Client) -> None:
+        for ask in client.asks:
+            if (early_s := ask.at_s - self._now()) > 0:
+                await asyncio.sleep(early_s)
+            # Of a request with a time of its own, that time counts, however late it is sent.
+            sample = Sample(index, ask.kind, ask.at_s or self._now())
+            self._samples.append(sample)
+            await self._ask(ask, sample)
+
+    async def _ask(self, ask: Ask, sample: Sample) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_S), self._endpoint.stream(self._session, ask) as response:
+                response.raise_for_status()
+                await self._listen(response, sample)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            sample.error = str(error) or type(error).__name__
+
+    async def _listen(self, response: aiohttp.ClientResponse, sample: Sample) -> None:
+        async for event in _events(response):
+            reading = self._endpoint.read(event)
+            if reading.text:
+                sample.chunks.append(self._now())
+            sample.tokens = reading.tokens or sample.tokens
+            sample.error = reading.error or sample.error
+        if not sample.error and not (sample.chunks and sample.tokens):
+            sample.error = "the stream ended without an answer"
+        if not sample.error:
+            sample.ended_s = self._now()
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One request: seconds to the first token, moments of all chunks (seconds since the start), tokens."""
-
-    first_token_s: float
-    chunks: tuple[float, ...]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Burst:
-    """What N simultaneous requests gave."""
-
-    clients: int
-    tokens_per_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    gap_p50_s: float
-    gap_p99_s: float
-    tokens: int
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], wall_s: float) -> Burst:
-        """Sum the samples of one burst up."""
-        first = [sample.first_token_s for sample in samples]
-        gaps = [b - a for s in samples for a, b in zip(s.chunks, s.chunks[1:], strict=False)] or [0.0]
-        tokens = sum(sample.tokens for sample in samples)
-        return cls(
-            clients=len(samples),
-            tokens_per_s=tokens / wall_s,
-            ttft_p50_s=statistics.median(first),
-            ttft_p99_s=quantile(first, 0.99),
-            gap_p50_s=statistics.median(gaps),
-            gap_p99_s=quantile(gaps, 0.99),
-            tokens=tokens,
-        )
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
-
-
-class Endpoint(Protocol):
-    """How to ask a server for a stream, and to read it."""
-
-    @property
-    def url(self) -> str:
-        """Where requests go."""
-        ...
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What goes with each."""
-        ...
-
-    def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
-        """The request."""
-        ...
-
-    def chunk(self, event: dict[str, Any]) -> bool:
-        """Whether an event carries text."""
-        ...
-
-    def tokens(self, event: dict[str, Any]) -> int | None:
-        """The usage count, when the event has it."""
-        ...
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Json]:
     async for line in response.content:
         if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
+            with suppress(ValueError):
+                yield json.loads(line[6:])
 
 
-async def _request(session: aiohttp.ClientSession, endpoint: Endpoint, index: int, max_tokens: int) -> Sample:
-    start = time.perf_counter()
-    chunks: list[float] = []
-    tokens = 0
-    async with session.post(
-        endpoint.url, json=endpoint.body(prompt(index), max_tokens), headers=endpoint.headers
-    ) as response:
-        response.raise_for_status()
-        async for event in _events(response):
-            if endpoint.chunk(event):
-                chunks.append(time.perf_counter() - start)
-            tokens = endpoint.tokens(event) or tokens
-    if not chunks or not tokens:
-        raise RuntimeError(f"{endpoint.url} gave no tokens")
-    return Sample(chunks[0], tuple(chunks), tokens)
-
-
-async def _burst(endpoint: Endpoint, clients: int, max_tokens: int, offset: int) -> Burst:
+async def _send(endpoint: Endpoint, plan: Plan) -> Outcome:
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=900)
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
     ) as session:
-        start = time.perf_counter()
-        samples = await asyncio.gather(*(_request(session, endpoint, offset + i, max_tokens) for i in range(clients)))
-        return Burst.of(samples, time.perf_counter() - start)
+        return await Load(endpoint, session).run(plan)
 
 
-def burst(endpoint: Endpoint, clients: int, max_tokens: int, offset: int = 0) -> Burst:
-    """Send `clients` requests at once, prompts numbered from `offset`, and wait for all.
-
-    Raises:
-        aiohttp.ClientError: a request failed.
-    """
-    return asyncio.run(_burst(endpoint, clients, max_tokens, offset))
+def send(endpoint: Endpoint, plan: Plan) -> Outcome:
+    """Do a plan; returns when every request that is waited for has ended, one way or the other."""
+    return asyncio.run(_send(endpoint, plan))

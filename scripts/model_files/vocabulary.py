@@ -1,0 +1,23 @@
+"""A tokenizer for a model whose vocabulary is larger: every token that the model may choose needs a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.model_folder import ModelError
+
+
+def padded(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
+    """tokenizer.json with fillers, words that no text leads to, up to `size` tokens.
+
+    Raises:
+        ModelError: it has more tokens than that, or is of a kind that cannot be filled up.
+    """
+    vocabulary = tokenizer["model"].get("vocab")
+    if not isinstance(vocabulary, dict):
+        raise ModelError("the tokenizer's vocabulary is not a table of words; take one of another kind")
+    taken = {*vocabulary.values(), *(token["id"] for token in tokenizer.get("added_tokens", []))}
+    if max(taken) >= size:
+        raise ModelError(f"the tokenizer has {max(taken) + 1:,} tokens, the model only {size:,}")
+    fillers = {f"Ġ~{number}": number for number in range(size) if number not in taken}
+    return tokenizer | {"model": tokenizer["model"] | {"vocab": vocabulary | fillers}}

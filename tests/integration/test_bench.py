@@ -1,0 +1,94 @@
+"""`scripts/bench` for real, as small as it gets: every scenario, this stack beside a server and the bare library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from scripts.commands import bench
+from scripts.commands.benching import saving
+from scripts.commands.benching.contenders import BARE, OWN, PEER, own_stack
+from scripts.commands.benching.plans import Ask, Client, Plan, opened
+from scripts.commands.benching.prompts import question, text_of
+from scripts.commands.benching.resources import Meter
+
+pytestmark = pytest.mark.slow
+
+WHO = [OWN, PEER, BARE]
+
+
+@pytest.fixture
+def docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where runs are kept, instead of the repository's own."""
+    monkeypatch.setattr(saving, "FOLDER", tmp_path / "bench")
+    return tmp_path / "bench"
+
+
+def test_a_quick_run_measures_every_scenario_and_keeps_it(
+    tiny_model_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "bench.json"
+    status = bench.main(
+        ["--quick", "--seconds", "1", "--who", *WHO, "--only", "load", "--json", str(report), "--save", "v1"]
+    )
+
+    assert status == bench.OK, capsys.readouterr().out
+    found = json.loads(report.read_text())
+    records = {(each["scenario"], each["case"], each["who"]): each["figures"] for each in found["records"]}
+    for who in WHO:
+        for scenario, case in [
+            ("single", "1 client"), ("closed", "4 clients"), ("open", "capacity"), ("open", "120% of capacity"),
+            ("prefix", "300 tokens"), ("mixed", "2 rows, 600 tokens"),
+        ]:  # fmt: skip
+            figures = records[scenario, case, who]
+            assert figures["failed"] == 0, (scenario, case, who)
+            assert figures["tokens_per_s"] > 0
+            assert figures["ttft_p50_s"] > 0
+            assert figures["cpu_s_per_1k"] > 0
+            assert figures["peak_mb"] > 50
+    assert ("prefix", "after a restart", OWN) in records
+    assert records["open", "capacity", OWN]["capacity_per_s"] > 0
+    assert records["mixed", "2 rows, 600 tokens", OWN]["disturbance"] > 0
+    assert found["commit"]
+    assert "left out: images" in capsys.readouterr().out
+    ElementTree.parse(docs / "v1/bench.svg")
+    assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
+
+
+def test_every_kind_of_request_is_answered_by_this_stack(tiny_model_path: Path) -> None:
+    long = text_of(500, 1, tiny_model_path)
+    with own_stack(tiny_model_path, 8) as stack:
+        before = {worker.pid for worker in stack.workers()}
+        stack.restart_worker()
+        after = {worker.pid for worker in stack.workers()}
+        with Meter(stack.pid) as meter:
+            outcome = stack.run(
+                Plan([
+                    *opened([Ask(question(1), 5, 0.2, "late"), Ask(question(2), 5, kind="waits", batch=True)]).clients,
+                    Client([Ask(question(3, long), 5, kind="first"), Ask(question(4, long), 5, kind="second")]),
+                    Client([Ask(question(5), 5000, kind="endless")], background=True),
+                ])
+            )  # fmt: skip
+
+    assert after
+    assert not before & after
+    samples = {sample.kind: sample for sample in outcome.samples}
+    assert {kind for kind, sample in samples.items() if sample.ended_s} == {"late", "waits", "first", "second"}
+    assert not any(sample.error for sample in outcome.samples)
+    assert {samples[kind].tokens for kind in ("late", "waits", "first", "second")} == {5}
+    assert samples["late"].due_s == 0.2
+    assert samples["late"].chunks[0] > 0.2
+    assert samples["second"].due_s >= (samples["first"].ended_s or 0)
+    assert meter.cpu_s > 0
+
+
+def test_a_text_has_the_length_that_was_asked_for(tiny_model_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_model_path / "tokenizer.json"))
+
+    assert len(tokenizer.encode(text_of(777, 3, tiny_model_path)).ids) == pytest.approx(777, abs=2)
+    assert text_of(50, 3, tiny_model_path) != text_of(50, 4, tiny_model_path)
