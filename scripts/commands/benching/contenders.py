@@ -221,9 +221,9 @@ CONTENDERS = {
     each.name: each
     for each in (
         Contender(OWN, own_stack),
-        Contender(f"{OWN}, /v1/jobs", own_stack_jobs, ("closed",)),
+        Contender(f"{OWN}-jobs", own_stack_jobs, ("closed",)),
         Contender(PEER, mlx_lm_server),
-        Contender(f"{PEER}, same slots", mlx_lm_server_wide, ("closed",)),
+        Contender(f"{PEER}-wide", mlx_lm_server_wide, ("closed",)),
         Contender("mlx_vlm.server", mlx_vlm_server, missing=_without_vlm),
         Contender(BARE, bare),
     )

@@ -18,7 +18,11 @@ START_WITHIN_S = 600
 
 
 class NotUp(Exception):
-    """A process did not come up; the text says why."""
+    """A process did not come up, or is gone; the text is a line that says why, `log` what it wrote last."""
+
+    def __init__(self, why: str, log: str = "") -> None:
+        super().__init__(why)
+        self.log = log
 
 
 @contextmanager
@@ -43,7 +47,7 @@ def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until `url` answers 200.
 
     Raises:
-        NotUp: the process ended, or it took too long; with the tail of its log.
+        NotUp: the process ended, or it took too long.
     """
     wait_until(lambda: answers(url), child, log)
 
@@ -55,7 +59,7 @@ def wait_until(up: Callable[[], bool], child: subprocess.Popen[bytes], log: Path
         if up():
             return
         time.sleep(0.1)
-    raise NotUp(f"{child.args!r} did not come up:\n" + log.read_text(errors="replace")[-2000:])
+    raise NotUp("it did not come up", log.read_text(errors="replace")[-2000:])
 
 
 def answers(url: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -105,6 +106,7 @@ def take(turn: Turn, results: Results) -> None:
             for scenario in turn.scenarios:
                 _ask(scenario, subject, turn.round, results)
     except NotUp as error:
+        print(f"{turn}: {error}\n{error.log}", file=sys.stderr)
         results.leave_out(replace(at, scenario=turn.scenarios[0].name, why=str(error)))
 
 
