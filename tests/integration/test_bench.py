@@ -1,4 +1,4 @@
-"""`scripts/bench` for real, as small as it gets: every scenario, this stack beside a server and the bare library."""
+"""`scripts/bench` for real, as small as it gets: every scenario, for this stack and for those beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.commands.benching.resources import Meter
 
 pytestmark = pytest.mark.slow
 
-WHO = [OWN, PEER, BARE]
+WHO = [OWN, BARE]
 
 
 @pytest.fixture
@@ -56,6 +56,14 @@ def test_a_quick_run_measures_every_scenario_and_keeps_it(
     assert "left out: images" in capsys.readouterr().out
     ElementTree.parse(docs / "v1/bench.svg")
     assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
+
+
+def test_a_librarys_own_server_is_measured_by_the_same_load(tiny_model_path: Path, tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    assert not bench.main(["--quick", "--scenario", "closed", "--who", PEER, "--only", "load", "--json", str(report)])
+
+    (record,) = json.loads(report.read_text())["records"]
+    assert (record["who"], record["figures"]["failed"], record["figures"]["tokens"]) == (PEER, 0, 4 * 16)
 
 
 def test_every_kind_of_request_is_answered_by_this_stack(tiny_model_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_picture_is_svg_with_a_line_a_contender(results: Results) -> None:
 
 def test_points_of_a_chart_lie_where_their_values_say() -> None:
     chart = Chart("a < b", "x", "y", {"one & two": [(0, 0), (1, 5), (2, 10)]})
-    root = ElementTree.fromstring(document([chart]))
+    root = ElementTree.fromstring(document([chart], 1))
     line = root.find(f".//{SVG}polyline")
     assert line is not None
     points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
@@ -143,8 +143,8 @@ def test_points_of_a_chart_lie_where_their_values_say() -> None:
 
 
 def test_a_chart_of_nothing_says_so() -> None:
-    assert "nothing was measured" in document([Chart("empty", "x", "y")])
-    ElementTree.fromstring(document([]))
+    assert "nothing was measured" in document([Chart("empty", "x", "y")], 1)
+    ElementTree.fromstring(document([], 1))
 
 
 @pytest.mark.parametrize("high", [0.003, 0.9, 1.0, 3.4, 7.0, 99.0, 2769.0])

@@ -11,10 +11,10 @@ from scripts.commands.benching.svg import Chart, document
 
 
 def picture(results: Results) -> str:
-    """Two charts a model, as far as they were measured."""
+    """A row of charts a model, as far as they were measured."""
     medians = results.medians()
     models = dict.fromkeys(place.model for place in medians)
-    return document([chart for model in models for chart in _charts(model, medians) if chart.series])
+    return document([chart for model in models for chart in _charts(model, medians) if chart.series], columns=3)
 
 
 def _charts(model: str, medians: Mapping[Place, Figures]) -> Iterator[Chart]:

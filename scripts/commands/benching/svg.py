@@ -33,7 +33,7 @@ class Chart:
     log: bool = False
 
 
-def document(charts: Sequence[Chart], columns: int = 2) -> str:
+def document(charts: Sequence[Chart], columns: int) -> str:
     """All charts in one picture, with one legend: a name has the same colour everywhere."""
     names = list(dict.fromkeys(name for chart in charts for name in chart.series))
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
