@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--scenario", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), metavar="NAME", help="of %(choices)s"
     )
     add("--who", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME", help="of %(choices)s")
-    add("--rounds", type=int, default=3, help="turns of each contender (default %(default)s; open loops have one)")
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        help="turns of each contender (default %(default)s; long scenarios have one)",
+    )
     add("--model", type=Path, nargs="+", default=[], help="model folders instead of SmolLM2 and the tiny one")
     add("--clients", type=int, nargs="+", help="at once, in closed loops (default 1 8 32 64)")
     add("--tokens", type=int, help="of each answer (default 48; 128 for the tiny model)")
@@ -136,4 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended like this, too, it ends what it has started and tells what it has found.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
+import psutil
 import pytest
 
 from scripts.commands import bench
@@ -14,6 +18,8 @@ from scripts.commands.benching.contenders import BARE, OWN, PEER, own_stack
 from scripts.commands.benching.plans import Ask, Client, Plan, opened
 from scripts.commands.benching.prompts import question, text_of
 from scripts.commands.benching.resources import Meter
+from shared.settings import ROOT
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +70,32 @@ def test_a_librarys_own_server_is_measured_by_the_same_load(tiny_model_path: Pat
 
     (record,) = json.loads(report.read_text())["records"]
     assert (record["who"], record["figures"]["failed"], record["figures"]["tokens"]) == (PEER, 0, 4 * 16)
+
+
+def libraries(pid: int) -> list[psutil.Process]:
+    """The processes of the bare library that a run has started."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if "benching.bare" in " ".join(child.cmdline()) else []
+    return found
+
+
+def test_a_run_that_is_ended_tells_what_it_has(tiny_model_path: Path, tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "scripts.commands.bench", "--quick", "--scenario", "closed", "open"]
+    options = ["--seconds", "600", "--who", BARE, "--only", "load", "--json", str(report)]
+    with subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        try:
+            (library,) = eventually(lambda: libraries(run.pid), "the library runs", 60)
+            eventually(lambda: library.cpu_times().user > 6, "it is in its open loop", 120)
+            run.terminate()
+            assert run.wait(60) == bench.INTERRUPTED
+        finally:
+            run.kill()
+
+    assert not library.is_running()
+    assert json.loads(report.read_text())["records"][0]["scenario"] == "closed"
 
 
 def test_every_kind_of_request_is_answered_by_this_stack(tiny_model_path: Path) -> None:

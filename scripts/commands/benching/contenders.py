@@ -181,10 +181,12 @@ def bare(model: Path, slots: int) -> Iterator[Bare]:
     ) as child:
         if child.stdin is None or child.stdout is None:
             raise NotUp("no pipes to the process")
-        with child.stdin:
+        try:
             if not child.stdout.readline():
                 raise NotUp("the library's process did not start")
             yield Bare(child.pid, child.stdin, child.stdout)
+        finally:
+            child.terminate()  # it may be in the midst of a plan that nobody waits for any more
 
 
 def vlm_python() -> str:

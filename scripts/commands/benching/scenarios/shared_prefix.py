@@ -18,7 +18,7 @@ class SharedPrefix(Scenario):
     """The first, those after it, and one after the worker was started anew."""
 
     name = "prefix"
-    rounds = 2
+    rounds = 1
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Figures]]:
         """One request after another, so that each finds what the one before has left."""
