@@ -37,6 +37,7 @@ class Append:
     """What one engine step, or several, gave for one job.
 
     Attributes:
+        claimed_at: the moment of the attempt's claim, as its record has it.
         n: number of the chunk event that carries `text`; the next free one of the job.
         tokens: the ids that a later attempt prefills to go on behind `text`.
         ending: set when the job ends with this.
@@ -44,20 +45,23 @@ class Append:
 
     job_id: str
     attempt: int
+    claimed_at: str
     n: int
     text: str = ""
     tokens: tuple[int, ...] = ()
     ending: Ending | None = None
 
-    def to_args(self) -> tuple[str | int, ...]:
-        """The script's six arguments for a row."""
+    @classmethod
+    def of(cls, job: Job, n: int, text: str = "", tokens: tuple[int, ...] = (), ending: Ending | None = None) -> Append:
+        """What the attempt that claimed `job` writes."""
+        return cls(job.id, job.attempt, job.claimed_at, n, text, tokens, ending)
+
+    def to_line(self) -> str:
+        """The script's argument for a row: seven lines. One argument costs less than seven."""
+        data = chunk_data(self.text) if self.text else ""
+        ending = json.dumps(self.ending.to_fields()) if self.ending else ""
         return (
-            self.job_id,
-            self.attempt,
-            self.n,
-            chunk_data(self.text) if self.text else "",
-            join_tokens(self.tokens),
-            json.dumps(self.ending.to_fields()) if self.ending else "",
+            f"{self.job_id}\n{self.attempt}\n{self.claimed_at}\n{self.n}\n{data}\n{join_tokens(self.tokens)}\n{ending}"
         )
 
 
@@ -112,7 +116,7 @@ class Claims:
 
     def append(self, rows: Sequence[Append]) -> list[Verdict]:
         """Write all rows in one call; a verdict for each."""
-        return [Verdict(word) for word in self._append(args=[arg for row in rows for arg in row.to_args()])]
+        return [Verdict(word) for word in self._append(args=[row.to_line() for row in rows])]
 
     def renew(self, seconds: float) -> Lease:
         """Prove to be alive for that much longer."""

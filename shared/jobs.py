@@ -123,6 +123,8 @@ class Job:
     model: str
     status: Status
     attempt: int
+    claimed_at: str
+    """When the newest attempt was claimed, to the letter: with its number it fences what the attempt writes."""
     priority: Priority
     alone: bool
     """Whether it runs without neighbours, because its next lost worker is its last."""
@@ -160,6 +162,7 @@ class Job:
             model=record["model"],
             status=Status(record["status"]),
             attempt=int(record["attempt"]),
+            claimed_at=record.get("claimed_at", ""),
             priority=Priority(int(record["class"])),
             alone="alone" in record,
             generation=Generation.from_json(record["generation"]),

@@ -17,6 +17,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `LEASES` | zset | worker → moment its lease lapses | until it lapses |
 | `GRACE` | hash | worker → seconds its lease gets once more when nobody could renew it | until it lapses |
 | `PASSED` | hash | `at`, `server`: when the reaper last passed by, and on which Redis (its run_id) | for ever |
+| `ALONE` + model | string | worker that empties itself for a job that must run alone | until one takes such a job |
 | `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
 | `WORKER` + worker | string | JSON of `shared.registry.WorkerInfo` | a few leases |
 | `WORKERS` | zset | worker → its last heartbeat: the cards there may be | pruned when read |
@@ -42,6 +43,7 @@ TIMERS: Final = "mlxq:timers"
 LEASES: Final = "mlxq:leases"
 GRACE: Final = "mlxq:grace"
 PASSED: Final = "mlxq:passed"
+ALONE: Final = "mlxq:alone:"
 RUNNING: Final = "mlxq:running:"
 WORKER: Final = "mlxq:worker:"
 WORKERS: Final = "mlxq:workers"

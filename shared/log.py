@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from shared import keys
 from shared.errors import Gone
@@ -32,8 +33,10 @@ class EventKind(StrEnum):
     """The job ended; always the last event, and there is one only. Data has the `status`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+_KINDS = {kind.value: kind for kind in EventKind}
+
+
+class Event(NamedTuple):
     """One event. `data` is a JSON object, kept as text because most readers only pass it on."""
 
     n: int
@@ -50,12 +53,15 @@ class Event:
     def from_live(cls, message: str) -> Event:
         """Read a message of the job's channel (`n kind data`)."""
         n, kind, data = message.split(" ", 2)
-        return cls(int(n), EventKind(kind), data)
+        return cls(int(n), _KINDS[kind], data)
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def chunk_data(text: str) -> str:
     """The data of a chunk event."""
-    return json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":"))
+    return f'{{"text":{_as_json(text)}}}'  # json.dumps would make an encoder for each
 
 
 @dataclass(frozen=True, slots=True)

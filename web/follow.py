@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
@@ -17,7 +17,7 @@ import redis
 from shared.errors import Gone
 from shared.log import Event, EventKind, JobLog
 from shared.store import passes
-from web.hub import Signal, Subscription
+from web.hub import Item, Signal, Subscription
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,11 @@ class Follower:
         self._live = live
         self._heartbeat_s = heartbeat_s
 
-    def follow(self, job_id: str, cursor: int) -> Generator[Event | None]:
-        """The events after number `cursor`, until the job's end; None when a heartbeat is due.
+    def follow(self, job_id: str, cursor: int) -> Generator[list[Event]]:
+        """The events after number `cursor`, those that are there at once together, until the job's end.
 
-        With a cursor past the end only the end comes.
-
-        It ends without a `done` event only when the process is about to end.
+        An empty list when a heartbeat is due. With a cursor past the end only the end comes. It ends without a `done`
+        event only when the process is about to end.
 
         Raises:
             Gone: the log was trimmed or has expired; now, or in mid-stream.
@@ -64,13 +63,12 @@ class Follower:
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._live.subscribe(job_id) as live:
             while (left_s := deadline - time.monotonic()) > 0:
-                item = live.get(min(left_s, self._heartbeat_s))
-                if isinstance(item, Event):
-                    if item.kind is EventKind.DONE:
-                        return
-                elif item is Signal.CLOSING:
+                items = live.take(min(left_s, self._heartbeat_s))
+                if any(isinstance(item, Event) and item.kind is EventKind.DONE for item in items):
+                    return
+                if Signal.CLOSING in items:
                     deadline = min(deadline, time.monotonic() + linger_s)
-                elif self._ended(job_id):
+                if (not items or Signal.RESYNC in items) and self._ended(job_id):
                     return
 
     def _ended(self, job_id: str) -> bool:
@@ -83,23 +81,25 @@ class Follower:
             log.warning("A wait cannot read how its job is yet: %s", error)
             return False
 
-    def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[Event | None]:
+    def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[list[Event]]:
         cursor, ended = yield from _after(cursor, page)
         if ended:
             return
         with self._live.subscribe(job_id) as live:
             while not ended:
-                item = live.get(self._heartbeat_s)
-                if item is Signal.CLOSING:
-                    return
-                if item is None:
-                    yield None
-                if isinstance(item, Event) and item.n == cursor + 1:
-                    cursor, ended = yield from _after(cursor, [item])
-                elif not isinstance(item, Event) or item.n > cursor or item.kind is EventKind.DONE:
+                items = live.take(self._heartbeat_s)
+                if not items:
+                    yield []
+                following, doubtful = _sift(cursor, items)
+                if following:
+                    yield following
+                    cursor, ended = following[-1].n, following[-1].kind is EventKind.DONE
+                if doubtful and not ended:
                     cursor, ended = yield from self._missed(job_id, cursor)
+                if Signal.CLOSING in items:
+                    return
 
-    def _missed(self, job_id: str, cursor: int) -> Generator[Event, None, tuple[int, bool]]:
+    def _missed(self, job_id: str, cursor: int) -> Generator[list[Event], None, tuple[int, bool]]:
         ended, full = False, True
         while full and not ended:
             try:
@@ -123,10 +123,25 @@ class Follower:
         return events
 
 
-def _after(cursor: int, events: list[Event]) -> Generator[Event, None, tuple[int, bool]]:
+def _sift(cursor: int, items: Sequence[Item]) -> tuple[list[Event], bool]:
+    """The events that follow the cursor without a gap, and whether the log may have more than these."""
+    following: list[Event] = []
+    for item in items:
+        if isinstance(item, Event):
+            if item.n == cursor + 1:
+                cursor = item.n
+                following.append(item)
+            elif item.n > cursor or item.kind is EventKind.DONE:
+                return following, True
+        elif item is Signal.RESYNC:
+            return following, True
+    return following, not items
+
+
+def _after(cursor: int, events: list[Event]) -> Generator[list[Event], None, tuple[int, bool]]:
     """Pass on what is new, and the end in any case; the new cursor, and whether that was the end."""
-    for event in events:
-        if event.n > cursor or event.kind is EventKind.DONE:
-            cursor = event.n
-            yield event
-    return cursor, bool(events) and events[-1].kind is EventKind.DONE
+    new = [event for event in events if event.n > cursor or event.kind is EventKind.DONE]
+    if not new:
+        return cursor, False
+    yield new
+    return new[-1].n, new[-1].kind is EventKind.DONE

@@ -10,6 +10,7 @@ from typing import Any
 
 import gevent
 
+from shared.garbage import settle
 from shared.settings import load_or_exit
 from web.keystore import SCOPES, KeyStore
 
@@ -53,6 +54,7 @@ def post_worker_init(worker: Any) -> None:
     services = worker.wsgi.extensions["mlxq"]
     services.upkeep.start(lambda: worker.alive)
     gevent.spawn(_close_streams, worker, services.hub)
+    settle()
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import redis
 
@@ -43,24 +43,31 @@ class Signal(Enum):
     """The process is about to end."""
 
 
+Item: TypeAlias = Event | Signal
+
+
 class Subscription:
     """One reader's bounded queue. The hub fills it and never waits for the reader."""
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[Event | Signal] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._overflowed = False
 
-    def get(self, timeout_s: float) -> Event | Signal | None:
-        """The next item; None when nothing came in time."""
+    def take(self, timeout_s: float) -> list[Item]:
+        """All that is there, in order; waits until there is something, and is empty when nothing came in time."""
+        items: list[Item] = []
         if self._overflowed:
             self._overflowed = False
-            return Signal.RESYNC
+            items.append(Signal.RESYNC)
         try:
-            return self._items.get(timeout=timeout_s)
+            items.append(self._items.get(timeout=0 if items else timeout_s))
         except queue.Empty:
-            return None
+            return items
+        while self._items.qsize():
+            items.append(self._items.get())
+        return items
 
-    def put(self, item: Event | Signal) -> None:
+    def put(self, item: Item) -> None:
         """Hand an item over, or note that there was no room for it."""
         if isinstance(item, Event) and self._items.qsize() >= _QUEUE_LENGTH:
             self._overflowed = True
@@ -73,7 +80,7 @@ class _Channel:
     readers: set[Subscription] = field(default_factory=set)
     live: bool = False
 
-    def tell(self, item: Event | Signal) -> None:
+    def tell(self, item: Item) -> None:
         for reader in self.readers:
             reader.put(item)
 

@@ -5,12 +5,13 @@ An event's data is the JSON text the worker wrote: it is passed on, not parsed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 from werkzeug.datastructures import MIMEAccept
 
 from shared.errors import NotAcceptable
-from shared.log import EventKind
+from shared.log import Event
 
 _RETRY_MS: Final = 1000
 
@@ -26,8 +27,8 @@ class Format(Protocol):
         """Said before a stream ends although its job has not; `where` it goes on."""
         ...
 
-    def event(self, n: int, kind: EventKind, data: str) -> bytes:
-        """One event; `data` is JSON on one line."""
+    def events(self, events: Iterable[Event]) -> bytes:
+        """Events whose data is JSON on one line."""
         ...
 
 
@@ -42,9 +43,9 @@ class EventStream:
         """A reconnection time, and a comment for whoever reads along."""
         return f"retry: {_RETRY_MS}\n: the job goes on, reconnect to {where} with Last-Event-ID\n\n".encode()
 
-    def event(self, n: int, kind: EventKind, data: str) -> bytes:
+    def events(self, events: Iterable[Event]) -> bytes:
         """`id`, `event` and `data`."""
-        return f"id: {n}\nevent: {kind}\ndata: {data}\n\n".encode()
+        return "".join([f"id: {n}\nevent: {kind}\ndata: {data}\n\n" for n, kind, data, _ in events]).encode()
 
 
 class JsonLines:
@@ -58,9 +59,9 @@ class JsonLines:
         """An event without a number."""
         return f'{{"event":"reconnect","stream":"{where}"}}\n'.encode()
 
-    def event(self, n: int, kind: EventKind, data: str) -> bytes:
+    def events(self, events: Iterable[Event]) -> bytes:
         """`id`, `event` and `data` as members."""
-        return f'{{"id":{n},"event":"{kind}","data":{data}}}\n'.encode()
+        return "".join([f'{{"id":{n},"event":"{kind}","data":{data}}}\n' for n, kind, data, _ in events]).encode()
 
 
 FORMATS: Final[dict[str, Format]] = {each.media_type: each for each in (EventStream(), JsonLines())}

@@ -20,9 +20,12 @@ log = logging.getLogger(__name__)
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
+_COUNT_EACH = 32
+"""Chunks of a stream that are counted together: a counter that all processes share costs as much as a chunk."""
+
 
 def stream(
-    events: Generator[Event | None], form: Format, job_id: str, ended_job: Callable[[], str], metrics: Metrics
+    events: Generator[list[Event]], form: Format, job_id: str, ended_job: Callable[[], str], metrics: Metrics
 ) -> Response:
     """Send a job's events as they come.
 
@@ -34,31 +37,39 @@ def stream(
 
 
 def _body(
-    events: Generator[Event | None], form: Format, where: str, ended_job: Callable[[], str], metrics: Metrics
+    events: Generator[list[Event]], form: Format, where: str, ended_job: Callable[[], str], metrics: Metrics
 ) -> Iterator[bytes]:
     with metrics.streams_open.track_inprogress(), closing(_metered(events, metrics)) as passing:
         yield form.opening
         try:
-            for event in passing:
-                if event is None:
+            for ready in passing:
+                done = ready[-1] if ready and ready[-1].kind is EventKind.DONE else None
+                others = ready[:-1] if done else ready
+                if others:
+                    yield form.events(others)
+                elif done is None:
                     yield form.heartbeat
-                elif event.kind is EventKind.DONE:
-                    yield form.event(event.n, event.kind, ended_job())
+                if done is not None:
+                    yield form.events([done._replace(data=ended_job())])
                     return
-                else:
-                    yield form.event(event.n, event.kind, event.data)
         except (MlxqError, redis.RedisError) as error:
             log.warning("A stream ends before its job: %s", error)
         yield form.farewell(where)
 
 
-def _metered(events: Generator[Event | None], metrics: Metrics) -> Generator[Event | None]:
-    opened_at, first = time.monotonic(), True
-    with closing(events):
-        for event in events:
-            if event is not None and event.kind is EventKind.CHUNK:
-                metrics.chunks.inc()
-                if first:
+def _metered(events: Generator[list[Event]], metrics: Metrics) -> Generator[list[Event]]:
+    opened_at, chunks, uncounted = time.monotonic(), 0, 0
+    try:
+        with closing(events):
+            for ready in events:
+                new = len([event for event in ready if event.kind is EventKind.CHUNK])
+                if new and not chunks:
                     metrics.first_chunk.observe(time.monotonic() - opened_at)
-                    first = False
-            yield event
+                chunks += new
+                uncounted += new
+                if uncounted >= _COUNT_EACH:
+                    metrics.chunks.inc(uncounted)
+                    uncounted = 0
+                yield ready
+    finally:
+        metrics.chunks.inc(uncounted)

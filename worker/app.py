@@ -22,6 +22,7 @@ from kombu.exceptions import OperationalError
 from redis import RedisError
 
 from shared.claims import Claims, Reaper
+from shared.garbage import settle
 from shared.log import JobLog
 from shared.logging import configure
 from shared.registry import Registry, WorkerInfo
@@ -107,6 +108,7 @@ class Service:
             backend = self._engine.loaded.result()
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
             return self._load_failed(error)
+        settle()
         self._error_file.unlink(missing_ok=True)
         logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
         self._housekeeper.start()

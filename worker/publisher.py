@@ -128,10 +128,9 @@ class Publisher(VitalThread):
 def _as_row(sequence: Sequence, parts: list[Said]) -> _Row:
     """One event out of all that a job said; it takes a number only when it has text."""
     last = parts[-1]
-    append = Append(
-        job_id=sequence.job.id,
-        attempt=sequence.job.attempt,
-        n=sequence.next_event,
+    append = Append.of(
+        sequence.job,
+        sequence.next_event,
         text="".join(part.text for part in parts),
         tokens=tuple(chain.from_iterable(part.tokens for part in parts)),
         ending=last.ending,

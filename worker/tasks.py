@@ -141,7 +141,7 @@ class Runner:
         """End a job that has no sequence to say so."""
         try:
             ending = Ending(Status.FAILED, error_code=JobFailure.ENGINE, error_message=_NOT_STARTED)
-            self._claims.append([Append(job.id, job.attempt, job.last_event + 1, ending=ending)])
+            self._claims.append([Append.of(job, job.last_event + 1, ending=ending)])
         except Exception:
             # The lease keeper will find a claim that nobody works on, and hand it back as lost.
             logger.exception("the job's end is not written")

@@ -176,7 +176,7 @@ end
 local function lose(id, worker, most_losses)
   local job = K.JOB .. id
   local losses = redis.call('HINCRBY', job, 'losses', 1)
-  if losses >= most_losses then
+  if losses >= most_losses and redis.call('HEXISTS', job, 'stop_as') == 0 then
     end_attempt(id, worker, 'worker_lost')
     finish(id, 'failed', {error_code = 'worker_lost', error_message = string.format(
       'The job was lost with its worker %d %s: %s.', losses, losses == 1 and 'time' or 'times', losses_told(id))})

@@ -7,15 +7,16 @@ local at = now()
 local back = {''}
 
 -- A lease runs only while somebody could renew it. When this is another server than at the last pass, restarted or
--- failed over to, or when nobody passed by for long, as while Redis was out of reach or the machine slept, then every
--- lease gets its full time once more. A worker has that only once until it renews, so one that died is taken back.
+-- failed over to, when nobody passed by for long, as while Redis was out of reach or the machine slept, or when the
+-- clock was set back, then every lease gets its full time once more, from now. A worker has that only once until it
+-- renews, so one that died is taken back.
 local MISSED_S = 2 -- passes come each second
 local NOTED_S = 0.5 -- and not each of them needs to be noted
 local described = redis.pcall('INFO', 'server')
 local server = type(described) == 'string' and string.match(described, 'run_id:(%w+)') or ''
 local passed_at, passed_on = unpack(redis.call('HMGET', K.PASSED, 'at', 'server'))
 local since = at - (tonumber(passed_at or at) or at)
-if passed_on and (passed_on ~= server or since > MISSED_S) then
+if passed_on and (passed_on ~= server or math.abs(since) > MISSED_S) then
   for _, worker in ipairs(redis.call('ZRANGE', K.LEASES, 0, -1)) do
     local seconds = redis.call('HGET', K.GRACE, worker)
     if seconds then

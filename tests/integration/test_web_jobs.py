@@ -141,7 +141,7 @@ def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack
         claimed = worker.claim(MODEL)
         assert claimed is not None and claimed.id == job
         assert keyed(web, asked, ending.status) == (202, job, True), "also while it runs"
-        worker.append([Append(job, 1, claimed.last_event + 1, ending=ending)])
+        worker.append([Append.of(claimed, claimed.last_event + 1, ending=ending)])
 
     for status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED):
         limit = 0.1 if status is Status.EXPIRED else 600

@@ -103,14 +103,14 @@ class PretendWorker(threading.Thread):
         for row, verdict in zip(rows, verdicts, strict=True):
             if verdict in (Verdict.CANCELLED, Verdict.EXPIRED) and row.pieces:
                 ending = Ending(Status(verdict.value), text=row.said)
-                self._claims.append([Append(row.job.id, row.job.attempt, row.n + 1, ending=ending)])
+                self._claims.append([Append.of(row.job, row.n + 1, ending=ending)])
                 row.pieces.clear()
             if verdict is Verdict.FENCED or not row.pieces:
                 self._rows.pop(row.job.id, None)
 
     def _next(self, row: _Row) -> Append:
         if self.hold.is_set():
-            return Append(row.job.id, row.job.attempt, row.n)
+            return Append.of(row.job, row.n)
         piece = row.pieces.pop(0)
         row.said += piece
         row.n += 1
@@ -120,7 +120,7 @@ class PretendWorker(threading.Thread):
                 Status.SUCCEEDED, text=row.said, finish_reason="length", prompt_tokens=3,
                 completion_tokens=row.job.generation.max_tokens, timings={"total_s": 0.1},
             )  # fmt: skip
-        return Append(row.job.id, row.job.attempt, row.n, text=piece, tokens=(row.n,), ending=ending)
+        return Append.of(row.job, row.n, text=piece, tokens=(row.n,), ending=ending)
 
 
 @dataclass

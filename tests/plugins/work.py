@@ -23,6 +23,7 @@ def claimed(prompt: str = "hello", *, attempt: int = 1, last_event: int = 2, **g
         model="fake",
         status=Status.RUNNING,
         attempt=attempt,
+        claimed_at="",
         priority=Priority.NORMAL,
         alone=False,
         generation=asked,

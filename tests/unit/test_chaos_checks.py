@@ -34,7 +34,7 @@ def told(*texts: str, kinds: str = "qs") -> list[Event]:
 
 
 def numbered(events: list[Event]) -> list[Event]:
-    return [replace(event, n=i) for i, event in enumerate(events, start=1)]
+    return [event._replace(n=i) for i, event in enumerate(events, start=1)]
 
 
 WHOLE = told("Once upon", " a time")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -51,18 +51,25 @@ class Log:
 
 
 class Script:
-    """A subscription that gives what it was told to, and grows the log as the writer would."""
+    """A subscription that gives what it was told to, so many at a time, and grows the log as the writer would."""
 
-    def __init__(self, log: Log, whole: list[Event], script: list[Event | Signal | None]) -> None:
-        self._log, self._whole, self._script = log, whole, script
+    def __init__(
+        self, log: Log, whole: list[Event], script: list[Event | Signal | None], sizes: list[int] | None = None
+    ) -> None:
+        self._log, self._whole, self._script, self._sizes = log, whole, script, sizes or []
 
-    def get(self, timeout_s: float) -> Event | Signal | None:
-        item = self._script.pop(0) if self._script else None  # in the end, only heartbeats
-        if isinstance(item, Event):
-            self._write(item.n)
-        elif item is None:
+    def take(self, timeout_s: float) -> list[Event | Signal]:
+        items: list[Event | Signal] = []
+        for _ in range(self._sizes.pop(0) if self._sizes else 1):
+            item = self._script.pop(0) if self._script else None  # in the end, only heartbeats
+            if item is None:
+                break
+            items.append(item)
+            if isinstance(item, Event):
+                self._write(item.n)
+        if not items:
             self._write(len(self._log.events) + 1)
-        return item
+        return items
 
     def _write(self, n: int) -> None:
         if n > len(self._log.events):
@@ -91,31 +98,34 @@ def histories(draw: st.DrawFn) -> tuple[int, int, int, list[Event | Signal | Non
     return length, written, cursor, draw(st.lists(items, max_size=60))
 
 
-@given(histories(), st.integers(0, 5))
+def flat(stream: Iterable[list[Event]]) -> list[Event]:
+    return [event for ready in stream for event in ready]
+
+
+@given(histories(), st.integers(0, 5), st.lists(st.integers(1, 9), max_size=60))
 def test_whatever_is_lost_each_event_comes_once_and_in_order(
-    history: tuple[int, int, int, list[Event | Signal | None]], failures: int
+    history: tuple[int, int, int, list[Event | Signal | None]], failures: int, sizes: list[int]
 ) -> None:
     length, written, cursor, script = history
     whole = chain(length)
     log = Log(whole[:written])
-    follower = Follower(log, Live(Script(log, whole, script)), 1.0)  # type: ignore[arg-type]
+    follower = Follower(log, Live(Script(log, whole, script, sizes)), 1.0)  # type: ignore[arg-type]
     stream = follower.follow(JOB, cursor)
     log.failures = failures
-    got = [event for event in stream if event is not None]
-    assert got == (whole[cursor:] or whole[-1:])
+    assert flat(stream) == (whole[cursor:] or whole[-1:])
 
 
 def test_a_finished_job_needs_no_live_events() -> None:
     live = Live(None)
     follower = Follower(Log(chain(5)), live, 1.0)  # type: ignore[arg-type]
-    assert list(follower.follow(JOB, 2)) == chain(5)[2:]
+    assert flat(follower.follow(JOB, 2)) == chain(5)[2:]
     assert live.opened == 0
 
 
 def test_a_long_log_is_read_in_pages() -> None:
     log = Log(chain(1700))
     follower = Follower(log, Live(Script(log, log.events, [Signal.RESYNC])), 1.0)  # type: ignore[arg-type]
-    assert list(follower.follow(JOB, 0)) == chain(1700)
+    assert flat(follower.follow(JOB, 0)) == chain(1700)
 
 
 def test_a_log_that_is_gone_is_told_before_anything_is_sent() -> None:
@@ -128,7 +138,7 @@ def test_a_log_that_is_gone_is_told_before_anything_is_sent() -> None:
 def test_a_log_that_goes_in_mid_stream_is_told() -> None:
     log = Log(chain(9)[:3])
     stream = Follower(log, Live(Script(log, chain(9), [Signal.RESYNC])), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
-    assert [next(stream) for _ in range(3)] == chain(9)[:3]
+    assert next(stream) == chain(9)[:3]
     log.events = []
     with pytest.raises(Gone):
         next(stream)
@@ -137,7 +147,7 @@ def test_a_log_that_goes_in_mid_stream_is_told() -> None:
 def test_the_end_of_the_process_ends_the_stream() -> None:
     log = Log(chain(9)[:3])
     follower = Follower(log, Live(Script(log, chain(9), [Signal.CLOSING])), 1.0)  # type: ignore[arg-type]
-    assert list(follower.follow(JOB, 0)) == chain(9)[:3]
+    assert flat(follower.follow(JOB, 0)) == chain(9)[:3]
 
 
 def test_waiting_ends_with_the_job_or_the_time() -> None:
@@ -182,8 +192,24 @@ def test_a_slow_reader_loses_events_and_learns_of_it() -> None:
     for event in chain(1000):
         subscription.put(event)
     subscription.put(Signal.CLOSING)
-    assert subscription.get(0) is Signal.RESYNC
-    rest = []
-    while (item := subscription.get(0)) is not None:
-        rest.append(item)
+    doubt, *rest = subscription.take(0)
+    assert doubt is Signal.RESYNC
     assert len(rest) < 300 and rest[-1] is Signal.CLOSING
+    assert subscription.take(0) == []
+
+
+def test_what_is_there_at_once_is_given_at_once() -> None:
+    log = Log(chain(9)[:1])
+    script = Script(log, chain(9), [Signal.RESYNC, *chain(9)[1:]], [1, 4, 4])
+    stream = Follower(log, Live(script), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
+    assert [len(ready) for ready in stream] == [1, 4, 4]
+
+
+def test_what_was_read_from_the_log_already_is_passed_over_without_reading_it_again() -> None:
+    log = Log(chain(9)[:5])
+    script = Script(log, chain(9), [Signal.RESYNC, *chain(9)[2:]], [1, 9])
+    stream = Follower(log, Live(script), 1.0).follow(JOB, 0)  # type: ignore[arg-type]
+    assert next(stream) == chain(9)[:5]
+    log.failures = 99  # whoever reads it now goes without
+    assert next(stream) == chain(9)[5:]
+    assert log.failures == 98  # it was asked after the signal only

@@ -25,19 +25,20 @@ def say(client: Redis, job_id: str, n: int) -> int:
 
 
 def numbers(subscription: Subscription) -> list[int]:
-    got = []
-    while isinstance(item := subscription.get(0.2), Event):
-        got.append(item.n)
+    got: list[int] = []
+    while items := subscription.take(0.2):
+        assert all(isinstance(item, Event) for item in items)
+        got += [item.n for item in items if isinstance(item, Event)]
     return got
 
 
 def test_the_first_item_says_that_events_are_live_from_here(hub: Hub, valkey_client: Redis) -> None:
     with hub.subscribe("a") as first:
-        assert first.get(5) is Signal.RESYNC
+        assert first.take(5) == [Signal.RESYNC]
         say(valkey_client, "a", 1)
         assert numbers(first) == [1]
         with hub.subscribe("a") as second:
-            assert second.get(5) is Signal.RESYNC
+            assert second.take(5) == [Signal.RESYNC]
             say(valkey_client, "a", 2)
             assert numbers(first) == [2]
             assert numbers(second) == [2]
@@ -57,33 +58,33 @@ def test_a_channel_left_and_joined_again_is_live_only_when_it_is(hub: Hub, valke
         with hub.subscribe("a"):
             pass
         with hub.subscribe("a") as again:
-            assert again.get(5) is Signal.RESYNC
+            assert again.take(5) == [Signal.RESYNC]
             assert say(valkey_client, "a", n) == 1
             assert numbers(again) == [n]
 
 
 def test_after_a_cut_connection_readers_look_at_the_log(hub: Hub, valkey_client: Redis) -> None:
     with hub.subscribe("a") as reader:
-        assert reader.get(5) is Signal.RESYNC
+        assert reader.take(5) == [Signal.RESYNC]
         valkey_client.client_kill_filter(_type="pubsub")
-        assert reader.get(5) is Signal.RESYNC
+        assert reader.take(5) == [Signal.RESYNC]
         say(valkey_client, "a", 7)
         assert numbers(reader) == [7]
 
 
 def test_a_message_that_cannot_be_read_ends_no_reader(hub: Hub, valkey_client: Redis) -> None:
     with hub.subscribe("a") as reader:
-        assert reader.get(5) is Signal.RESYNC
+        assert reader.take(5) == [Signal.RESYNC]
         valkey_client.publish(keys.LIVE + "a", "of another version")
-        assert reader.get(5) is Signal.RESYNC
+        assert reader.take(5) == [Signal.RESYNC]
         say(valkey_client, "a", 1)
         assert numbers(reader) == [1]
 
 
 def test_closing_reaches_readers_of_now_and_later(hub: Hub) -> None:
     with hub.subscribe("a") as reader:
-        assert reader.get(5) is Signal.RESYNC
+        assert reader.take(5) == [Signal.RESYNC]
         hub.close()
-        assert reader.get(5) is Signal.CLOSING
+        assert reader.take(5) == [Signal.CLOSING]
     with hub.subscribe("b") as late:
-        assert late.get(5) is Signal.CLOSING
+        assert late.take(5) == [Signal.CLOSING]

@@ -10,10 +10,10 @@ from shared.log import Event, EventKind
 from web.routes.inference import _watched
 
 
-def events() -> Generator[Event | None]:
-    yield Event(1, EventKind.QUEUED, "{}")
-    yield None
-    yield Event(2, EventKind.DONE, "{}")
+def events() -> Generator[list[Event]]:
+    yield [Event(1, EventKind.QUEUED, "{}")]
+    yield []
+    yield [Event(2, EventKind.CHUNK, "{}"), Event(3, EventKind.DONE, "{}")]
 
 
 @pytest.mark.parametrize(("read", "calls"), [(1, 1), (2, 1), (3, 0)])

@@ -74,7 +74,7 @@ def test_a_worker_without_a_lease_claims_nothing(client: Redis, jobs: Jobs) -> N
 def test_writes_and_the_end_arrive_once_however_often_they_are_sent(client: Redis, jobs: Jobs, worker: Claims) -> None:
     jobs.create(submission())
     job = taken(worker)
-    rows = [Append(job.id, 1, 3, "hel", (1, 2)), Append(job.id, 1, 4, "lo", (3,), SUCCESS)]
+    rows = [Append.of(job, 3, "hel", (1, 2)), Append.of(job, 4, "lo", (3,), SUCCESS)]
     for _ in range(3):
         assert worker.append(rows) == [Verdict.OK, Verdict.OK]
     done = jobs.get(job.id, "a")
@@ -93,10 +93,10 @@ def test_an_older_attempt_writes_nothing(client: Redis, jobs: Jobs, worker: Clai
     job = taken(worker)
     lapse(client, "w1")
     assert Reaper(client, 3).reap() == [Waiting(MODEL, job.id)]
-    assert worker.append([Append(job.id, 1, 4, "late", (1,))]) == [Verdict.FENCED]
+    assert worker.append([Append.of(job, 4, "late", (1,))]) == [Verdict.FENCED]
     worker.renew(60)
     assert taken(worker).attempt == 2
-    assert worker.append([Append(job.id, 1, 4, "late", (1,), SUCCESS)]) == [Verdict.FENCED]
+    assert worker.append([Append.of(job, 4, "late", (1,), SUCCESS)]) == [Verdict.FENCED]
     assert kinds(client, job) == ["queued", "started", "queued", "resumed"]
 
 
@@ -138,7 +138,7 @@ def test_the_history_tells_what_became_of_each_attempt(client: Redis, jobs: Jobs
         (2, "w2", AttemptEnd.HANDED_BACK),
         (3, "w2", None),
     ]
-    other.append([Append(job.id, 3, third.last_event + 1, ending=SUCCESS)])
+    other.append([Append.of(third, third.last_event + 1, ending=SUCCESS)])
     *_, last = history = jobs.get(job.id, "a").history
     assert (last.number, last.how) == (3, AttemptEnd.ENDED)
     moments = [moment for each in history for moment in (each.started_at, each.ended_at)]
@@ -155,13 +155,13 @@ def test_a_job_lost_too_often_says_how_often_and_when(client: Redis, jobs: Jobs,
         if attempt == 2:
             worker.release([(job.id, attempt)])  # no loss
         else:
-            client.hset("mlxq:job:" + job.id, "claimed_at", float(client.time()[0]) - attempt)
+            client.hset("mlxq:job:" + job.id, "claimed_at", float(client.time()[0]) - 100 * attempt)
             lapse(client, "w1")
             Reaper(client, 3).reap()
     lost = jobs.get(job.id, "a")
     said = lost.error_message or ""
-    assert said.startswith("The job was lost with its worker 3 times: attempt 1 after 1.")
-    assert ", attempt 3 after 3." in said and ", attempt 4 after 4." in said and "attempt 2" not in said
+    assert said.startswith("The job was lost with its worker 3 times: attempt 1 after 10")
+    assert ", attempt 3 after 30" in said and ", attempt 4 after 40" in said and "attempt 2" not in said
     assert [each.how for each in lost.history] == ["worker_lost", "handed_back", "worker_lost", "worker_lost"]
 
 
@@ -199,7 +199,7 @@ def test_the_last_try_of_a_job_is_made_alone(client: Redis, jobs: Jobs, worker: 
     neighbour = taken(worker)
     assert {killer.id, neighbour.id} == set(made)
     assert jobs.get(killer.id, "a").status is Status.FAILED
-    worker.append([Append(neighbour.id, neighbour.attempt, neighbour.last_event + 1, ending=SUCCESS)])
+    worker.append([Append.of(neighbour, neighbour.last_event + 1, ending=SUCCESS)])
     assert jobs.get(neighbour.id, "a").status is Status.SUCCEEDED
 
 
@@ -240,16 +240,16 @@ def test_cancelling_a_running_job_asks_its_worker(client: Redis, jobs: Jobs, wor
     jobs.create(submission())
     job = taken(worker)
     assert jobs.stop(job.id, "a").status is Status.RUNNING
-    assert worker.append([Append(job.id, 1, 3, "he", (1,))]) == [Verdict.CANCELLED]
+    assert worker.append([Append.of(job, 3, "he", (1,))]) == [Verdict.CANCELLED]
     assert [held.stop_as for held in worker.renew(60).held] == [Verdict.CANCELLED]
-    worker.append([Append(job.id, 1, 4, ending=Ending(Status.CANCELLED, text="he"))])
+    worker.append([Append.of(job, 4, ending=Ending(Status.CANCELLED, text="he"))])
     assert jobs.get(job.id, "a").status is Status.CANCELLED
 
 
 def test_cancelling_what_has_ended_is_refused(jobs: Jobs, worker: Claims) -> None:
     jobs.create(submission())
     job = taken(worker)
-    worker.append([Append(job.id, 1, 3, ending=SUCCESS)])
+    worker.append([Append.of(job, 3, ending=SUCCESS)])
     with pytest.raises(Conflict):
         jobs.stop(job.id, "a")
 
@@ -257,7 +257,7 @@ def test_cancelling_what_has_ended_is_refused(jobs: Jobs, worker: Claims) -> Non
 def test_a_job_asked_to_stop_is_not_taken_up_again(client: Redis, jobs: Jobs, worker: Claims) -> None:
     jobs.create(submission())
     job = taken(worker)
-    worker.append([Append(job.id, 1, 3, "he", (1,))])
+    worker.append([Append.of(job, 3, "he", (1,))])
     jobs.stop(job.id, "a")
     lapse(client, "w1")
     assert Reaper(client, 3).reap() == []
@@ -302,11 +302,11 @@ def test_a_running_job_is_cut_off_at_its_deadline(client: Redis, jobs: Jobs, wor
     job = taken(worker)
     over(client, job, 60)
     Reaper(client, 3).reap()
-    assert worker.append([Append(job.id, 1, 3, "he", (1,))]) == [Verdict.OK], "the time to start is another's matter"
+    assert worker.append([Append.of(job, 3, "he", (1,))]) == [Verdict.OK], "the time to start is another's matter"
     over(client, job, 60)
     Reaper(client, 3).reap()
-    assert worker.append([Append(job.id, 1, 4, "l", (2,))]) == [Verdict.EXPIRED]
-    worker.append([Append(job.id, 1, 5, ending=Ending(Status.EXPIRED, "hel", completion_tokens=2))])
+    assert worker.append([Append.of(job, 4, "l", (2,))]) == [Verdict.EXPIRED]
+    worker.append([Append.of(job, 5, ending=Ending(Status.EXPIRED, "hel", completion_tokens=2))])
     ended = jobs.get(job.id, "a")
     assert (ended.status, ended.error_code) == (Status.EXPIRED, Expiry.DEADLINE)
     assert ended.error_message == "The job did not end within 90 s (deadline_s)."
@@ -316,8 +316,8 @@ def test_a_running_job_is_cut_off_at_its_deadline(client: Redis, jobs: Jobs, wor
 @pytest.mark.parametrize("by", ["reaper", "claim"])
 def test_once_started_only_the_deadline_counts(client: Redis, jobs: Jobs, worker: Claims, by: str) -> None:
     job, _ = jobs.create(submission(start_within_s=5, deadline_s=90))
-    taken(worker)
-    worker.append([Append(job.id, 1, 3, "né🙂\n", (1, 2, 3)), Append(job.id, 1, 4, "!", (4,))])
+    job = taken(worker)
+    worker.append([Append.of(job, 3, "né🙂\n", (1, 2, 3)), Append.of(job, 4, "!", (4,))])
     worker.release([(job.id, 1)])
     over(client, job, 60)
     Reaper(client, 3).reap()
@@ -338,7 +338,7 @@ def test_a_job_that_ends_without_its_worker_keeps_its_text(client: Redis, jobs: 
         worker.renew(60)
         for _ in range(2 if attempt == 1 else 1):
             job = taken(worker)
-            worker.append([Append(job.id, attempt, job.last_event + 1, f"{attempt}é ", (attempt, attempt))])
+            worker.append([Append.of(job, job.last_event + 1, f"{attempt}é ", (attempt, attempt))])
         lapse(client, "w1")
         Reaper(client, 3).reap()
         if attempt == 1:
@@ -351,7 +351,7 @@ def test_a_job_that_ends_without_its_worker_keeps_its_text(client: Redis, jobs: 
 def test_a_text_with_a_hole_is_not_kept_as_the_jobs_text(client: Redis, jobs: Jobs, worker: Claims) -> None:
     jobs.create(submission())
     job = taken(worker)
-    worker.append([Append(job.id, 1, 3, "he", (1,)), Append(job.id, 1, 4, "llo", (2,))])
+    worker.append([Append.of(job, 3, "he", (1,)), Append.of(job, 4, "llo", (2,))])
     client.xdel("mlxq:log:" + job.id, "3-0")
     worker.release([(job.id, 1)])
     jobs.stop(job.id, "a")
@@ -427,7 +427,7 @@ def test_only_an_ended_job_is_forgotten(client: Redis, jobs: Jobs, worker: Claim
 def test_a_log_with_a_gap_is_not_read_over_it(client: Redis, jobs: Jobs, worker: Claims, missing: int) -> None:
     jobs.create(submission())
     job = taken(worker)
-    worker.append([Append(job.id, 1, n, str(n), (n,)) for n in (3, 4, 5)])
+    worker.append([Append.of(job, n, str(n), (n,)) for n in (3, 4, 5)])
     log = JobLog(client)
     assert log.written(job.id, 5).text == "345"
     client.xdel("mlxq:log:" + job.id, f"{missing}-0")
@@ -474,9 +474,9 @@ def test_what_has_ended_lives_as_long_as_its_retention(client: Redis) -> None:
 def test_a_log_that_lost_its_tail_gets_no_gap(client: Redis, jobs: Jobs, worker: Claims) -> None:
     jobs.create(submission())
     job = taken(worker)
-    worker.append([Append(job.id, 1, 3, "he", (1,))])
-    assert worker.append([Append(job.id, 1, 5, "o", (3,))]) == [Verdict.FENCED]
-    assert worker.append([Append(job.id, 1, 5, ending=SUCCESS)]) == [Verdict.FENCED]
+    worker.append([Append.of(job, 3, "he", (1,))])
+    assert worker.append([Append.of(job, 5, "o", (3,))]) == [Verdict.FENCED]
+    assert worker.append([Append.of(job, 5, ending=SUCCESS)]) == [Verdict.FENCED]
     worker.release([(job.id, 1)])
     assert (taken(worker).attempt, JobLog(client).written(job.id).text) == (2, "he")
 
@@ -530,9 +530,60 @@ def test_live_copies_carry_what_the_log_has(client: Redis, jobs: Jobs, worker: C
     listener = client.pubsub(ignore_subscribe_messages=True)
     listener.subscribe("mlxq:live:" + job.id)
     listener.get_message(timeout=1)
-    worker.append([Append(job.id, 1, 3, 'a "quoted"\nline', (1,))])
+    worker.append([Append.of(job, 3, 'a "quoted"\nline', (1,))])
     message = listener.get_message(timeout=1)
     assert message is not None
     assert message["data"].startswith("3 chunk ")
     assert JobLog(client).read(job.id, after=2)[0].kind is EventKind.CHUNK
     listener.close()
+
+
+def test_for_a_suspect_one_worker_empties_itself_and_the_others_go_on(client: Redis, jobs: Jobs) -> None:
+    first, second = workers = [Claims(client, name) for name in ("w1", "w2")]
+    for each in workers:
+        each.renew(60)
+        jobs.create(submission())
+        taken(each)
+    suspect, _ = jobs.create(submission())
+    client.hset("mlxq:job:" + suspect.id, "alone", 1)
+    behind = [jobs.create(submission())[0].id for _ in range(2)]
+    assert first.claim(MODEL) is None, "it takes nothing more until it is empty"
+    assert taken(second).id == behind[0]
+    assert first.claim(MODEL) is None
+    assert taken(second).id == behind[1]
+    lapse(client, "w1")
+    assert second.claim(MODEL) is None, "a worker that is gone empties itself for nobody"
+
+
+def test_a_suspect_goes_to_whoever_is_empty(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    jobs.create(submission())
+    taken(worker)
+    suspect, _ = jobs.create(submission())
+    client.hset("mlxq:job:" + suspect.id, "alone", 1)
+    assert worker.claim(MODEL) is None
+    other = Claims(client, "w2")
+    other.renew(60)
+    assert taken(other).id == suspect.id
+    behind, _ = jobs.create(submission())
+    assert taken(worker).id == behind.id
+
+
+def test_a_line_of_jobs_whose_time_is_over_is_gone_through_in_parts(client: Redis, worker: Claims) -> None:
+    jobs = Jobs(client, Settings(durable=False))
+    late = [jobs.create(submission())[0].id for _ in range(150)]
+    client.zadd("mlxq:timers", dict.fromkeys(late, 1.0))
+    good, _ = jobs.create(submission())
+    assert worker.claim(MODEL) is None
+    assert client.zcard("mlxq:queue:m") == 51
+    assert taken(worker).id == good.id
+
+
+def test_a_cancelled_job_is_cancelled_even_when_its_last_worker_is_lost(
+    client: Redis, jobs: Jobs, worker: Claims
+) -> None:
+    job, _ = jobs.create(submission())
+    taken(worker)
+    jobs.stop(job.id, "a")
+    lapse(client, "w1")
+    Reaper(client, 1).reap()
+    assert jobs.get(job.id, "a").status is Status.CANCELLED

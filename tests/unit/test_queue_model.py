@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -50,6 +52,7 @@ class Expected:
     tokens: int = 0
     events: list[str] = field(default_factory=lambda: ["queued"])
     history: list[tuple[int, str, AttemptEnd | None]] = field(default_factory=list)
+    claimed_at: str = ""
 
     @property
     def alone(self) -> bool:
@@ -59,10 +62,14 @@ class Expected:
     def due(self) -> bool:
         return self.timer and self.time_is_up
 
-    def is_held_by(self, grip: Grip) -> bool:
+    def has_number(self, grip: Grip) -> bool:
         return self.status is Status.RUNNING and (self.attempt, self.holder) == (grip.attempt, grip.worker)
 
-    def start(self, worker: str) -> None:
+    def is_held_by(self, grip: Grip) -> bool:
+        return self.has_number(grip) and self.claimed_at == grip.claimed_at
+
+    def start(self, worker: str, claimed_at: str) -> None:
+        self.claimed_at = claimed_at
         self.events.append("resumed" if self.attempt else "started")
         self.status, self.attempt, self.holder = Status.RUNNING, self.attempt + 1, worker
         self.history.append((self.attempt, worker, None))
@@ -81,7 +88,7 @@ class Expected:
 
     def lose(self) -> None:
         self.losses += 1
-        if self.losses >= MAX_ATTEMPTS:
+        if self.losses >= MAX_ATTEMPTS and not self.stop_as:
             self.end_attempt(AttemptEnd.WORKER_LOST)
             self.end(Status.FAILED, "worker_lost")
         else:
@@ -103,6 +110,7 @@ class Grip:
     job_id: str
     attempt: int
     worker: str
+    claimed_at: str = ""
 
 
 def one_of(choose: Callable[[Queue], Sequence[Any]]) -> st.SearchStrategy[Any]:
@@ -147,6 +155,8 @@ class Queue(RuleBasedStateMachine):
         self.expected: dict[str, Expected] = {}
         self.made: list[str] = []
         self.grips: list[Grip] = [Grip("none", 0, WORKERS[0])]
+        self.raw = redis.Redis(unix_socket_path=client.connection_pool.connection_kwargs["path"])
+        self.copy: tuple[dict[bytes, tuple[int, Any]], Any] | None = None
 
     @initialize()
     def begin(self) -> None:
@@ -158,7 +168,7 @@ class Queue(RuleBasedStateMachine):
             self.take(worker, [("é", 2)])
 
     def right_grips(self) -> list[Grip]:
-        return [Grip(i, job.attempt, job.holder) for i, job in self.of(Status.RUNNING).items()]
+        return [Grip(i, job.attempt, job.holder, job.claimed_at) for i, job in self.of(Status.RUNNING).items()]
 
     def of(self, status: Status) -> dict[str, Expected]:
         return {job_id: job for job_id, job in self.expected.items() if job.status is status}
@@ -282,6 +292,22 @@ class Queue(RuleBasedStateMachine):
                 expected.stop_as = expected.stop_as or Status.EXPIRED
                 expected.timer = False
 
+    @rule()
+    def copy_is_taken(self) -> None:
+        names = self.raw.keys("*")
+        keys = {name: (max(0, self.raw.pttl(name)), self.raw.dump(name)) for name in names}
+        self.copy = (keys, deepcopy((self.expected, self.leases, self.graced)))
+
+    @rule()
+    def redis_loses_its_last_writes(self) -> None:
+        """As when an older copy takes over. Workers do not know: they believe in claims that have never been."""
+        if self.copy is not None:
+            keys, model = self.copy
+            self.redis.flushall()
+            for name, (lives_ms, value) in keys.items():
+                self.raw.restore(name, lives_ms, value)
+            self.expected, self.leases, self.graced = deepcopy(model)
+
     # Workers
 
     @rule(worker=workers, twice=twice)
@@ -325,9 +351,9 @@ class Queue(RuleBasedStateMachine):
         assert not any(e.alone for e in held)
         assert not (expected.alone and held)
         assert not expected.due
-        expected.start(worker)
+        expected.start(worker, job.claimed_at)
         assert job.attempt == expected.attempt
-        self.grips.append(Grip(job.id, job.attempt, worker))
+        self.grips.append(Grip(job.id, job.attempt, worker, job.claimed_at))
         for word in said:
             self.say(self.grips[-1], *word)
 
@@ -345,7 +371,7 @@ class Queue(RuleBasedStateMachine):
     def say(self, grip: Grip, text: str, count: int) -> None:
         expected = self.known(grip)
         holds = expected.is_held_by(grip)
-        row = Append(grip.job_id, grip.attempt, len(expected.events) + 1, text, (1,) * count)
+        row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 1, text, (1,) * count)
         (verdict,) = self.claims[grip.worker].append([row])
         assert verdict == (Verdict(expected.stop_as or "ok") if holds else Verdict.FENCED)
         if holds:
@@ -362,12 +388,12 @@ class Queue(RuleBasedStateMachine):
     def end(self, grip: Grip, status: Status, knows_text: bool, twice: bool) -> None:
         expected = self.known(grip)
         holds = expected.is_held_by(grip)
-        already = expected.status is status and expected.attempt == grip.attempt
+        already = (expected.status, expected.attempt, expected.claimed_at) == (status, grip.attempt, grip.claimed_at)
         code = "engine_error" if status is Status.FAILED else None
         ending = Ending(
             status, expected.text if knows_text else None, completion_tokens=expected.tokens, error_code=code
         )
-        row = Append(grip.job_id, grip.attempt, len(expected.events) + 1, ending=ending)
+        row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 1, ending=ending)
         with sent(self.claims[grip.worker], "_append", twice):
             (verdict,) = self.claims[grip.worker].append([row])
         if holds:
@@ -383,7 +409,7 @@ class Queue(RuleBasedStateMachine):
         with sent(claims, "_release", twice):
             claims.release([(grip.job_id, grip.attempt)], max_attempts=MAX_ATTEMPTS if lost else None)
         expected = self.known(grip)
-        if expected.is_held_by(grip):
+        if expected.has_number(grip):
             expected.lose() if lost else expected.wait_again(AttemptEnd.HANDED_BACK)
 
     @rule(worker=workers, lost=st.booleans(), twice=twice)

@@ -9,6 +9,7 @@ from shared.claims import REAP_S, Claims, Reaper, Waiting
 from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
 from shared.settings import Settings
 from shared.store import Redis
+from tests.support.waiting import eventually
 
 OUTAGES = ["another server", "out of reach"]
 
@@ -112,6 +113,7 @@ def test_passes_close_to_each_other_write_nothing(desk: Desk) -> None:
 def test_the_clock_may_be_set_back(desk: Desk) -> None:
     desk.client.hset(keys.PASSED, "at", desk.passed_at() + 3600)
     desk.reaper.reap()
+    desk.worker.renew(60)
     desk.outage(OUTAGES[1])
     assert desk.reaper.reap() == []
 
@@ -134,3 +136,12 @@ def test_a_worker_that_leaves_takes_the_blame_or_not(desk: Desk, counts: int | N
     assert desk.worker.retire(max_attempts=counts) == [Waiting("m", desk.job.id)]
     assert desk.client.hget(keys.JOB + desk.job.id, "losses") == losses
     assert not desk.client.exists(keys.GRACE, keys.LEASES, keys.RUNNING + "w1")
+
+
+def test_a_dead_workers_jobs_do_not_wait_for_the_clock_that_was_set_back(desk: Desk) -> None:
+    hour = desk.passed_at() + 3600
+    desk.client.zadd(keys.LEASES, {"w1": hour})
+    desk.client.hset(keys.GRACE, "w1", 0.1)
+    desk.client.hset(keys.PASSED, "at", hour)
+    eventually(desk.reaper.reap, "its lease lapses by the new clock")
+    assert desk.jobs.get(desk.job.id, "me").status is Status.QUEUED

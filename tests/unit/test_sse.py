@@ -9,20 +9,27 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from shared.errors import NotAcceptable
-from shared.log import EventKind, chunk_data
-from web.sse import EventStream, JsonLines, negotiate
+from shared.log import Event, EventKind, chunk_data
+from web.sse import EventStream, Format, JsonLines, negotiate
 
 
 @given(st.text(), st.integers(1, 10**9))
 def test_any_text_stays_on_one_line(text: str, n: int) -> None:
     data = chunk_data(text)
-    written = EventStream().event(n, EventKind.CHUNK, data).decode()
+    event = Event(n, EventKind.CHUNK, data)
+    written = EventStream().events([event]).decode()
     lines = written.split("\n")
     assert lines == [f"id: {n}", "event: chunk", f"data: {data}", "", ""]
     assert "\r" not in written
-    line = JsonLines().event(n, EventKind.CHUNK, data)
+    line = JsonLines().events([event])
     assert json.loads(line) == {"id": n, "event": "chunk", "data": {"text": text}}
     assert line.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("form", [EventStream(), JsonLines()])
+def test_events_written_together_are_those_written_one_by_one(form: Format) -> None:
+    events = [Event(n, EventKind.CHUNK, chunk_data(f"word {n}")) for n in range(1, 5)]
+    assert form.events(events) == b"".join(form.events([event]) for event in events)
 
 
 def test_what_is_no_event_is_a_comment_or_json() -> None:

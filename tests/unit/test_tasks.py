@@ -91,7 +91,7 @@ def test_a_retry_that_cannot_be_started_keeps_what_was_written(desk: Desk, monke
     desk.renew()
     claimed = desk.claims.claim("fake")
     assert claimed is not None
-    desk.claims.append([Append(job.id, 1, claimed.last_event + 1, "of another model", (300, 301))])
+    desk.claims.append([Append.of(claimed, claimed.last_event + 1, "of another model", (300, 301))])
     desk.claims.release([(job.id, 1)])
     ended = desk.run(job)
     assert (ended.status, ended.error_code) == (Status.FAILED, JobFailure.ENGINE)
@@ -173,7 +173,7 @@ def test_a_retry_continues_what_is_written(desk: Desk) -> None:
     tokens = desk.log.read(desk.run(desk.submit()).id)[2].tokens
     assert wanted is not None
     first_word = wanted[: wanted.index(" ", 1)]
-    desk.claims.append([Append(job.id, 1, claimed.last_event + 1, first_word, tokens[:1])])
+    desk.claims.append([Append.of(claimed, claimed.last_event + 1, first_word, tokens[:1])])
     desk.claims.release([(job.id, 1)])
     again = desk.run(job)
     assert (again.attempt, again.text, again.completion_tokens) == (2, wanted, 6)
@@ -217,7 +217,7 @@ def test_a_job_whose_log_has_a_gap_is_not_continued(desk: Desk, client: Redis, m
     desk.renew()
     claimed = desk.claims.claim("fake")
     assert claimed is not None
-    rows = [Append(job.id, 1, n, f"word {n}", (300 + n,)) for n in (3, 4)]
+    rows = [Append.of(claimed, n, f"word {n}", (300 + n,)) for n in (3, 4)]
     desk.claims.append(rows)
     desk.claims.release([(job.id, 1)])
     client.xdel("mlxq:log:" + job.id, *missing)

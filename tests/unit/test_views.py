@@ -70,8 +70,9 @@ def test_a_job_is_shown_without_its_text_when_a_part_of_that_is_lost(client: Red
     job = submit(jobs)
     claims = Claims(client, "w")
     claims.renew(30)
-    claims.claim(MODEL)
-    claims.append([Append(job.id, 1, n, f"{n} ", (n,)) for n in (3, 4)])
+    claimed = claims.claim(MODEL)
+    assert claimed is not None
+    claims.append([Append.of(claimed, n, f"{n} ", (n,)) for n in (3, 4)])
     views = Views(jobs, Roster(Registry(client)))
     whole = views.full(jobs.get(job.id, "me")).output
     assert whole and whole.text == "3 4 "

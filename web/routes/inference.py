@@ -86,14 +86,15 @@ def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:
 
 
 def _watched(
-    events: Generator[Event | None], environ: WSGIEnvironment, gone: Callable[[], None]
-) -> Generator[Event | None]:
+    events: Generator[list[Event]], environ: WSGIEnvironment, gone: Callable[[], None]
+) -> Generator[list[Event]]:
     with closing(events), watching(environ, gone):
-        for event in events:
+        for ready in events:
+            ended = bool(ready) and ready[-1].kind is EventKind.DONE
             try:
-                yield event
+                yield ready
             except GeneratorExit:
-                if event is None or event.kind is not EventKind.DONE:  # it could not be sent, which the watch may miss
+                if not ended:  # it could not be sent, which the watch may miss
                     gone()
                 raise
 

@@ -7,6 +7,8 @@ what an undisturbed one says, or a test notices. Orders in the prompt:
     !pause=S        each step takes S seconds longer while this row is in the batch
     !encode=S       reading the prompt takes S seconds
     !stall=N        from its Nth token on this row gets nothing
+    !every=S        steps begin S seconds apart, or later, while this row is in the batch
+    !clock=1        words are the moments at which they are said, to see how long they are on their way
     !row-fails=N    this row raises at its Nth token
     !step-fails=N   the whole step raises while this row is at its Nth token
     !no-memory=N    the whole step raises for want of memory while this row is at its Nth token
@@ -21,7 +23,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from time import sleep
+from time import monotonic, sleep
 from zlib import crc32
 
 from shared.errors import JobFailure
@@ -38,7 +40,17 @@ WORDS = (  # noqa: SIM905 - easier to read than a list of 49
     "née naïve 東京 🙂 and or but then so still, again. never; ever: yes! no? perhaps"
 ).split()
 
-_ORDER = re.compile(r"!(words|pause|encode|stall|row-fails|step-fails|no-memory|die)=([\d.]+)")
+TICKS_PER_S = 10_000
+CLOCK_LAP = 1000 * TICKS_PER_S
+"""Ticks after which the clock's words begin again."""
+_FIRST_MOMENT = FIRST_WORD + 1000
+
+_ORDER = re.compile(r"!(words|pause|every|clock|encode|stall|row-fails|step-fails|no-memory|die)=([\d.]+)")
+
+
+def ticks() -> int:
+    """This machine's monotonic clock, which all its processes share, in ticks and round a lap."""
+    return int(monotonic() * TICKS_PER_S) % CLOCK_LAP
 
 
 def _orders(prompt: str) -> dict[str, float]:
@@ -53,6 +65,8 @@ class FakeDetokenizer:
 
     def add(self, token: int) -> str:
         """The text of this token."""
+        if token >= _FIRST_MOMENT:
+            return f" @{token - _FIRST_MOMENT};"
         return f" {WORDS[token - FIRST_WORD]}" if token >= FIRST_WORD else self._bytes.decode(bytes([token]))
 
     def finish(self) -> str:
@@ -112,6 +126,9 @@ class _FakeRow:
         """The next token."""
         if self.orders.get("words") == self.position:
             return EOS
+        if "clock" in self.orders:
+            self.position += 1
+            return _FIRST_MOMENT + ticks()
         chosen = (self.digest ^ (self.position * 0x9E3779B1) ^ (self.last * 0x85EBCA6B)) * 0xC2B2AE35
         self.last = FIRST_WORD + (chosen >> 16) % len(WORDS)
         self.position += 1
@@ -132,6 +149,7 @@ class FakeBackend:
         self.about: dict[str, object] = {"device": "none"}
         self._rows: dict[int, _FakeRow] = {}
         self._unread: list[int] = []
+        self._stepped_at = 0.0
 
     def encode(self, generation: Generation) -> tuple[int, ...]:
         """The bytes of the prompt, or of the messages one after another."""
@@ -163,6 +181,7 @@ class FakeBackend:
 
     def step(self) -> StepResult:
         """One token for each row, after doing what the prompts order."""
+        self._keep_pace()
         prefilled, self._unread = self._unread, []
         failed: list[tuple[int, Exception]] = []
         tokens: list[tuple[int, int]] = []
@@ -179,6 +198,12 @@ class FakeBackend:
         prompt_tokens = sum(len(self._rows[uid].row.prompt) for uid in prefilled)
         self.remove(uid for uid, _ in failed)
         return StepResult(tokens, dict.fromkeys(prefilled, 0), failed, prompt_tokens)
+
+    def _keep_pace(self) -> None:
+        every = max((row.orders.get("every", 0.0) for row in self._rows.values() if row.orders), default=0.0)
+        if every:
+            sleep(max(0.0, self._stepped_at + every - monotonic()))
+            self._stepped_at = monotonic()
 
     def remove(self, uids: Iterable[int]) -> None:
         """Drop rows."""

@@ -157,4 +157,4 @@ def _append(client: Redis) -> Calls:
 
 
 def _token(job: Job, step: int) -> Append:
-    return Append(job.id, job.attempt, job.last_event + 1 + step, text=" word", tokens=(step,))
+    return Append.of(job, job.last_event + 1 + step, text=" word", tokens=(step,))

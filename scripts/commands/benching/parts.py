@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from scripts.commands.benching import durability
+from scripts.commands.benching import durability, path
 from scripts.commands.benching.hop import queue_hop
 from scripts.commands.benching.streams import idle_streams
 
@@ -45,5 +45,7 @@ PARTS: Final[dict[str, Part]] = {
         lambda *_: idle_streams(500),
         _line("{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before"),
     ),
+    "pipeline": Part(lambda _, rounds: path.pipeline(rounds), path.pipeline_table),
+    "submit": Part(lambda _, rounds: path.submits(rounds), path.submits_table),
     "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
 }
