@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from scripts.commands.chaosing.checks import Fault, Ledger, judge
+from scripts.commands.chaosing.checks import LATE_S, Fault, Ledger, judge, overdue
 from scripts.commands.chaosing.report import summary
 from scripts.commands.chaosing.workload import Reference, Style
 from scripts.commands.client import RemoteJob
@@ -40,18 +40,25 @@ def numbered(events: list[Event]) -> list[Event]:
 WHOLE = told("Once upon", " a time")
 
 
+def heard(log: list[Event], job: RemoteJob = JOB) -> list[Event]:
+    """A log as a stream tells it: the whole job at its end."""
+    whole = json.dumps({**asdict(job), "output": {"text": job.text, "finish_reason": job.finish_reason}})
+    return [replace(event, data=whole) if event.kind is EventKind.DONE else event for event in log]
+
+
 def faults(
     job: RemoteJob = JOB,
     log: list[Event] = WHOLE,
     read: list[Event] | None = None,
     style: Style = Style.STREAMED,
 ) -> set[Fault]:
-    return {finding.fault for finding in judge(job, log, log if read is None else read, style, EXPECTED)}
+    seen = (heard(log, job) if style.reads_on else []) if read is None else read
+    return {finding.fault for finding in judge(job, log, seen, style, EXPECTED)}
 
 
 def test_a_job_as_it_should_be_has_no_findings() -> None:
     assert not faults()
-    assert not faults(read=[])
+    assert not faults(read=[], style=Style.POLLED)
     assert not faults(log=told("Once", " upon a time", kinds="qsqr"))
 
 
@@ -77,8 +84,35 @@ def test_a_log_that_tells_something_else_than_the_job_is_wrong() -> None:
 def test_a_gap_in_the_log_or_in_what_was_read_is_wrong() -> None:
     gap = [event for event in WHOLE if event.n != 2]
     assert faults(log=gap) == {Fault.WRONG}
-    assert faults(read=gap) == {Fault.WRONG}
-    assert faults(read=[*WHOLE[1:3], WHOLE[0], *WHOLE[3:]]) == {Fault.WRONG}
+    read = heard(WHOLE)
+    assert faults(read=[event for event in read if event.n != 2]) == {Fault.WRONG}
+    assert faults(read=[*read[1:3], read[0], *read[3:]]) == {Fault.WRONG}
+
+
+@pytest.mark.parametrize("style", [Style.STREAMED, Style.LEFT, Style.CANCELLED])
+def test_a_stream_that_tells_something_else_than_the_log_is_wrong(style: Style) -> None:
+    read = heard(WHOLE)
+    other = [replace(event, data='{"text":"Twice upon"}') if event.n == 3 else event for event in read]
+    assert faults(read=other, style=style) == {Fault.WRONG}
+    assert faults(read=[read[0], replace(read[1], kind=EventKind.RESUMED), *read[2:]], style=style) == {Fault.WRONG}
+    assert faults(read=heard(WHOLE, replace(JOB, text="Once")), style=style) == {Fault.WRONG}
+    assert faults(read=[*read[:-1], replace(read[-1], data="{}")], style=style) == {Fault.WRONG}
+
+
+def test_a_stream_that_has_more_than_the_log_is_wrong() -> None:
+    short = told(EXPECTED.text)
+    assert faults(log=short, read=heard(told(EXPECTED.text, "", ""))) == {Fault.WRONG}
+
+
+def test_who_reads_to_the_end_gets_there_and_who_cancels_need_not() -> None:
+    for part in (WHOLE[:3], []):
+        assert faults(read=part) == faults(read=part, style=Style.LEFT) == {Fault.WRONG}
+        assert not faults(read=part, style=Style.CANCELLED)
+
+
+def test_a_deadline_or_a_cancel_that_nobody_heeds_is_wrong() -> None:
+    assert not overdue("job_1", 100 + LATE_S, 100, "its deadline")
+    assert [finding.fault for finding in overdue("job_1", 101 + LATE_S, 100, "its deadline")] == [Fault.WRONG]
 
 
 def test_what_is_there_twice_is_duplicated() -> None:

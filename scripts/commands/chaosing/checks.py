@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from scripts.commands.chaosing.workload import Reference, Style
 from scripts.commands.client import RemoteJob
 from shared.jobs import Status
 from shared.log import Event, EventKind
+
+LATE_S = 20.0
+"""A deadline or a cancel may take effect so much later: Redis or every worker may be away just then."""
 
 
 class Fault(StrEnum):
@@ -41,13 +45,15 @@ def judge(
 
     Args:
         log: its events, read in one go after its end.
-        read: its events as a client saw them while it ran, over all its connections; empty when it read none.
+        read: its events as a client saw them while it ran, over all its connections; the first few, or none, where
+            its style does not read to the end.
     """
     findings = [
         *_duplicates(log, "log"),
         *_duplicates(read, "stream"),
         *_gaps(log, "log"),
         *(_gaps(read, "stream") if read else ()),
+        *_retold(job, log, read, style),
         *_story(log),
         *_text(job, log, style, expected),
     ]
@@ -73,6 +79,48 @@ def _gaps(events: Sequence[Event], where: str) -> Found:
         yield Fault.WRONG, f"the {where} has a gap: {numbers}"
     elif numbers != sorted(numbers):
         yield Fault.WRONG, f"the {where} is out of order: {numbers}"
+
+
+def _retold(job: RemoteJob, log: Sequence[Event], read: Sequence[Event], style: Style) -> Found:
+    """What a client was told is what the log tells."""
+    logged = {event.n: event for event in log}
+    for event in read:
+        if (truth := logged.get(event.n)) is None:
+            yield Fault.WRONG, f"the stream has event {event.n}, the log has not"
+        elif event.kind is not truth.kind:
+            yield Fault.WRONG, f"event {event.n} is {event.kind} in the stream, {truth.kind} in the log"
+        elif event.kind is EventKind.DONE:
+            yield from _end_told(job, event)
+        elif event.data != truth.data:
+            yield Fault.WRONG, f"event {event.n} has {event.data!r} in the stream, {truth.data!r} in the log"
+    if style.reads_on and (not read or read[-1].kind is not EventKind.DONE):
+        yield Fault.WRONG, f"the stream stops at event {read[-1].n if read else 0}"
+
+
+def _end_told(job: RemoteJob, done: Event) -> Found:
+    """The last event of a stream has the whole job."""
+    try:
+        told = RemoteJob.from_json(json.loads(done.data))
+    except (ValueError, KeyError, TypeError) as error:
+        yield Fault.WRONG, f"the stream ends with something that is no job: {error!r}"
+        return
+    if _gist(told) != _gist(job):
+        yield Fault.WRONG, f"the stream ends with {_gist(told)}, the job has {_gist(job)}"
+
+
+def _gist(job: RemoteJob) -> tuple[object, ...]:
+    return job.id, job.status, job.text, job.finish_reason, job.usage, job.error
+
+
+def overdue(job_id: str, finished_at: float, due_at: float, what: str) -> list[Finding]:
+    """Hold a job's end against the moment from which it had no business to go on.
+
+    Args:
+        finished_at, due_at: seconds since the epoch.
+        what: asked for the end.
+    """
+    late_s = finished_at - due_at
+    return [Finding(Fault.WRONG, job_id, f"it ended {late_s:.1f} s after {what}")] if late_s > LATE_S else []
 
 
 def _story(log: Sequence[Event]) -> Found:

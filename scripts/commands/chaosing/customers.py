@@ -12,7 +12,7 @@ from contextlib import closing
 from itertools import islice
 
 from scripts.commands.batching.patience import GaveUp, Patience
-from scripts.commands.chaosing.checks import Fault, Finding, Ledger, judge
+from scripts.commands.chaosing.checks import Fault, Finding, Ledger, judge, overdue
 from scripts.commands.chaosing.workload import Request, Style, draw
 from scripts.commands.client import Client, ClientError, Refused, RemoteJob
 from shared.log import Event, EventKind
@@ -77,13 +77,15 @@ class Customers:
         job = self._submit(body, key)
         self._ledger.accept(key, job.id, style)
         read = self._follow(rng, job, style)
+        asked_at = self._cancel(job) if style is Style.CANCELLED else None
         job = self._end_of(job)
         if rng.random() < 0.2:  # the answer may have been lost: the same request, the same job
             again = self._submit(body, key)
             if again.id != job.id:
                 self._ledger.find(Finding(Fault.DUPLICATED, job.id, f"its key also gave {again.id}"))
         told = self._read(job.id, after=0)
-        self._ledger.end(job, told, judge(job, told, read, style, request.expected))
+        late = self._late(job, asked_at, body.get("deadline_s"))
+        self._ledger.end(job, told, [*judge(job, told, read, style, request.expected), *late])
 
     def _submit(self, body: dict[str, object], key: str) -> RemoteJob:
         return self._patience.call(lambda: self._client.submit(body, idempotency_key=key))
@@ -100,8 +102,7 @@ class Customers:
                     read += self._read(job.id, after=read[-1].n)
                 return read
             case Style.CANCELLED:
-                self._read(job.id, after=0, most=rng.randint(1, 30))
-                self._cancel(job)
+                return self._read(job.id, after=0, most=rng.randint(1, 30))
         return []
 
     def _read(self, job_id: str, after: int, most: int | None = None) -> list[Event]:
@@ -121,12 +122,24 @@ class Customers:
                 raise _NoEnd(f"its stream stands at {events[-1].n if events else after}")
         return events
 
-    def _cancel(self, job: RemoteJob) -> None:
+    def _cancel(self, job: RemoteJob) -> float | None:
+        """Take it back; when that was answered, None when the job had ended before."""
         try:
             self._patience.call(lambda: self._client.cancel(job.id))
         except Refused as error:
             if error.code != "job_ended":
                 raise
+            return None
+        return time.time()
+
+    def _late(self, job: RemoteJob, asked_at: float | None, deadline_s: float | None) -> list[Finding]:
+        """Whether a job that was cancelled, or had a deadline, went on for too long."""
+        if asked_at is None and deadline_s is None:
+            return []
+        record = self._patience.call(lambda: self._client.request("GET", f"/v1/jobs/{job.id}")).json()
+        if deadline_s is not None:
+            return overdue(job.id, record["finished_at"], record["created_at"] + deadline_s, "its deadline")
+        return overdue(job.id, record["finished_at"], asked_at or 0.0, "its cancellation")
 
     def _end_of(self, job: RemoteJob) -> RemoteJob:
         give_up_at = time.monotonic() + LONGEST_JOB_S

@@ -37,6 +37,11 @@ class Style(StrEnum):
     EXPIRED = "short deadline"
     """Gives it less time than it may take."""
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether the stream is read to its end."""
+        return self in (Style.STREAMED, Style.LEFT)
+
 
 _SHARES = {Style.STREAMED: 4, Style.LEFT: 2, Style.POLLED: 3, Style.CANCELLED: 1, Style.EXPIRED: 1}
 
