@@ -51,8 +51,7 @@ def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
         customers.leave()
     recovery.wait()
     left = leaks(fleet, ledger)
-    exits = fleet.stop()
-    left += [f"{name} ended with status {status}" for name, status in exits.items() if status != 0]
+    left += fleet.stop()
     return Report(asked.seed, asked.minutes, fleet.cables[0].kind, hand.struck, ledger, recovery, left, impossible)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,12 +26,13 @@ class Disk:
         folder.mkdir(parents=True, exist_ok=True)
         _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=700", "mlxq-chaos", str(folder))
 
-    def fill(self) -> None:
-        """Leave no byte free."""
-        block = b"\0" * _BLOCK
+    def fill(self) -> bool:
+        """Leave no byte free; whether there was one."""
+        block, written = b"\0" * _BLOCK, 0
         with self._ballast.open("ab", buffering=0) as file, suppress(OSError):
-            while file.write(block):
-                pass
+            while count := file.write(block):
+                written += count
+        return written > 0
 
     def free(self) -> None:
         """Give the space back."""
@@ -50,5 +52,12 @@ def _run(*command: str) -> None:
 
 
 def disks_work() -> bool:
-    """Whether this machine lets us mount one; only root may, on Linux."""
-    return os.geteuid() == 0 and Path("/proc/filesystems").exists()
+    """Whether this machine lets us mount one: on Linux, root may, if nobody has taken that right away."""
+    if os.geteuid() != 0 or not Path("/proc/filesystems").exists():
+        return False
+    with tempfile.TemporaryDirectory(prefix="mlxq-chaos-") as folder:
+        try:
+            Disk(Path(folder) / "disk").close()
+        except OSError:
+            return False
+    return True

@@ -16,7 +16,8 @@ from enum import StrEnum
 import psutil
 import redis
 
-from scripts.commands.chaosing.fleet import LEASE_S, WORKERS, Fleet
+from scripts.commands.chaosing.cables import Cable
+from scripts.commands.chaosing.fleet import LEASE_S, WORKERS, Fleet, Member
 from scripts.commands.chaosing.recovery import Recovery
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,14 @@ PER_MINUTE = {
 
 LONGEST_S = 8.0
 """No fault lasts for longer: after as much quiet, what was broken is whole or about to be."""
+
+PATIENCE_S = LONGEST_S + 2
+"""What is not there to be hit comes back within so long, or this strike is wasted."""
+_RETRY_S = 0.05
+_CANNOT_WRITE = 1
+"""Exit status of a Valkey that cannot write."""
+_BACK_S = 2.0
+"""A Valkey that could not write may be ending for so long after there is room again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,78 +94,145 @@ def schedule(seed: int, minutes: float, kinds: Iterable[Kind] = tuple(Kind)) -> 
     ]
 
 
-class Hand:
-    """Strikes, and mends when it is time."""
+class Switch:
+    """What several strikes may hold down at a time: it goes up with the last of them."""
 
-    def __init__(self, fleet: Fleet, recovery: Recovery) -> None:
+    def __init__(self, down: Callable[[], bool], up: Callable[[], object]) -> None:
+        self._down, self._up = down, up
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def hold(self) -> bool:
+        """Press it down, again if it is down; whether there was something to press."""
+        with self._lock:
+            hit = self._down()
+            self._held += hit
+            return hit
+
+    def release(self) -> None:
+        """Take one hand off."""
+        with self._lock:
+            self._held -= 1
+            if self._held == 0:
+                self._up()
+
+
+class Hand:
+    """Strikes, and mends when it is time.
+
+    Attributes:
+        struck: the strikes that hit something.
+    """
+
+    def __init__(self, fleet: Fleet, recovery: Recovery, patience_s: float = PATIENCE_S) -> None:
         self.struck: Counter[Kind] = Counter()
         self._fleet = fleet
         self._recovery = recovery
+        self._patience_s = patience_s
         self._menders: list[threading.Timer] = []
+        self._pauses = [Switch(*_pause(worker)) for worker in fleet.workers]
+        self._cuts = [Switch(*_cut(cable)) for cable in fleet.cables]
+        self._disk = Switch(fleet.disk.fill, fleet.disk.free) if fleet.disk is not None else None
 
     def play(self, strikes: Sequence[Strike]) -> None:
         """Strike by the clock; returns when the last has been mended."""
         started = time.monotonic()
-        for strike in strikes:
-            time.sleep(max(0.0, started + strike.at_s - time.monotonic()))
-            log.info("%s: number %d, %g s", strike.kind.value, strike.target, strike.lasts_s)
-            self._strike(strike)
-            self.struck[strike.kind] += 1
-        for mender in self._menders:
-            mender.join()
+        try:
+            for strike in strikes:
+                time.sleep(max(0.0, started + strike.at_s - time.monotonic()))
+                self._strike_or_wait(strike)
+            for mender in self._menders:
+                mender.join()
+        finally:
+            for mender in self._menders:
+                mender.cancel()
 
-    def _strike(self, strike: Strike) -> None:
+    def _strike_or_wait(self, strike: Strike) -> None:
+        """Strike once there is something to hit: what an earlier fault took away comes back soon."""
+        give_up_at = time.monotonic() + self._patience_s
+        while not (hit := self._strike(strike)) and time.monotonic() < give_up_at:
+            time.sleep(_RETRY_S)
+        said = "" if hit else ": missed, there was nothing to hit"
+        log.info("%s: number %d, %g s%s", strike.kind.value, strike.target, strike.lasts_s, said)
+        self.struck[strike.kind] += hit
+
+    def _strike(self, strike: Strike) -> bool:
+        """Whether it hit."""
         fleet = self._fleet
         match strike.kind:
             case Kind.REDIS_KILLED:
-                with self._recovery.watching(strike.kind):
-                    fleet.valkey.kill(strike.lasts_s)
+                with self._recovery.watching(strike.kind) as watch:
+                    watch.hit = fleet.valkey.kill(strike.lasts_s)
+                return watch.hit
             case Kind.API_KILLED:
-                self._kill_api(strike)
+                return self._kill_api(strike)
             case Kind.CLIENTS_KILLED:
-                self._cut_connections()
+                return self._cut_connections()
             case Kind.DISK_FILLED:
-                self._fill_disk(strike)
+                return self._fill_disk(strike)
             case _:
-                with self._recovery.watching(strike.kind, strike.target):
-                    self._strike_worker(strike)
+                with self._recovery.watching(strike.kind, strike.target) as watch:
+                    watch.hit = self._strike_worker(strike)
+                return watch.hit
 
-    def _strike_worker(self, strike: Strike) -> None:
-        worker, cable = self._fleet.workers[strike.target], self._fleet.cables[strike.target]
+    def _strike_worker(self, strike: Strike) -> bool:
+        worker = self._fleet.workers[strike.target]
         match strike.kind:
             case Kind.WORKER_KILLED:
-                worker.kill()
-            case Kind.WORKER_STOPPED:
-                worker.signal(signal.SIGTERM)
+                return worker.kill()
             case Kind.WORKER_PAUSED:
-                worker.signal(signal.SIGSTOP)
-                self._mend(strike, lambda: worker.signal(signal.SIGCONT))
+                return self._hold(self._pauses[strike.target], strike)
             case Kind.WORKER_CUT_OFF:
-                cable.cut()
-                self._mend(strike, cable.mend)
+                return worker.pid is not None and self._hold(self._cuts[strike.target], strike)
+        # One that has only begun to start knows no SIGTERM yet.
+        return self._fleet.card(strike.target) is not None and worker.signal(signal.SIGTERM)
 
-    def _kill_api(self, strike: Strike) -> None:
+    def _kill_api(self, strike: Strike) -> bool:
         """One of the processes, which their parent starts again; in every fourth case the parent too."""
+        if self.struck[strike.kind] % 4 == 3:
+            return self._fleet.api.kill()
         processes = self._fleet.api_processes()
-        if self.struck[strike.kind] % 4 == 3 or not processes:
-            self._fleet.api.kill()
-            return
-        with suppress(psutil.NoSuchProcess):
+        if not processes:
+            return False
+        try:
             processes[strike.target % len(processes)].kill()
+        except psutil.NoSuchProcess:
+            return False
+        return True
 
-    def _cut_connections(self) -> None:
+    def _cut_connections(self) -> bool:
+        cut = 0
         for kind in ("normal", "pubsub"):
             with suppress(redis.RedisError):  # it may be away just now
-                self._fleet.redis.client_kill_filter(_type=kind, skipme=True)
+                cut += self._fleet.redis.client_kill_filter(_type=kind, skipme=True)
+        return cut > 0
 
-    def _fill_disk(self, strike: Strike) -> None:
-        disk = self._fleet.disk
-        if disk is not None:
-            with self._recovery.watching(strike.kind):
-                disk.fill()
-            self._mend(strike, disk.free)
+    def _fill_disk(self, strike: Strike) -> bool:
+        if self._disk is None:
+            return False
+        with self._recovery.watching(strike.kind) as watch:
+            # It ends itself when it cannot write what it has promised to keep.
+            self._fleet.valkey.excuse(_CANNOT_WRITE, strike.lasts_s + _BACK_S)
+            watch.hit = self._hold(self._disk, strike)
+        return watch.hit
 
-    def _mend(self, strike: Strike, mend: Callable[[], object]) -> None:
-        mender = threading.Timer(strike.lasts_s, mend)
-        mender.start()
-        self._menders.append(mender)
+    def _hold(self, switch: Switch, strike: Strike) -> bool:
+        hit = switch.hold()
+        if hit:
+            mender = threading.Timer(strike.lasts_s, switch.release)
+            mender.daemon = True
+            mender.start()
+            self._menders.append(mender)
+        return hit
+
+
+def _pause(worker: Member) -> tuple[Callable[[], bool], Callable[[], object]]:
+    return lambda: worker.signal(signal.SIGSTOP), lambda: worker.signal(signal.SIGCONT)
+
+
+def _cut(cable: Cable) -> tuple[Callable[[], bool], Callable[[], object]]:
+    def cut() -> bool:
+        cable.cut()
+        return True
+
+    return cut, cable.mend

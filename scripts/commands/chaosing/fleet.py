@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,14 +37,22 @@ _START_S: Final = 120.0
 _END_S: Final = 30.0
 _BREATH_S: Final = 0.3
 """Between a process's end and its next start."""
+_EXPLAINED: Final[dict[int, int]] = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0}
+"""How a process ends that was sent a signal."""
 
 
 class Member:
-    """One process, with a group of its own, that is started again whenever it ends."""
+    """One process, with a group of its own, that is started again whenever it ends.
+
+    Attributes:
+        odd_exits: the statuses of ends that no signal of ours explains.
+    """
 
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
         self.name = name
-        self.exits: Counter[int] = Counter()
+        self.odd_exits: list[int] = []
+        self._excuses: dict[int, float] = {}
+        self._explained: set[int] = set()
         self._command = list(command)
         self._env = env
         self._log = log
@@ -62,24 +70,46 @@ class Member:
         """Start it if it is not running and its time has come."""
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
-                self.exits[self._process.returncode] += 1
+                self._note(self._process.returncode)
                 self._process = None
                 self._start_at = max(self._start_at, time.monotonic() + _BREATH_S)
             if self._process is None and time.monotonic() >= self._start_at:
                 self._process = self._start()
 
-    def kill(self, down_s: float = 0.0) -> None:
-        """SIGKILL it with all its children, and do not start it again for so long."""
+    def excuse(self, status: int, for_s: float) -> None:
+        """For so long, it may end with this status by itself."""
         with self._lock:
-            self._start_at = time.monotonic() + down_s
-        self.signal(signal.SIGKILL)
+            self._excuses[status] = max(self._excuses.get(status, 0.0), time.monotonic() + for_s)
 
-    def signal(self, number: int) -> None:
-        """Send a signal to it and its children."""
-        pid = self.pid
-        if pid is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, number)
+    def kill(self, down_s: float = 0.0) -> bool:
+        """SIGKILL it with all its children, and do not start it again for so long; whether it ran."""
+        with self._lock:
+            hit = self._signal(signal.SIGKILL)
+            if hit:
+                self._start_at = time.monotonic() + down_s
+            return hit
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to it and its children; whether it ran."""
+        with self._lock:
+            return self._signal(number)
+
+    def _signal(self, number: int) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            return False
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        if number in _EXPLAINED:
+            self._explained.add(_EXPLAINED[number])
+        return True
+
+    def _note(self, status: int) -> None:
+        """An end, seen: whether it is explained."""
+        if status not in self._explained and time.monotonic() > self._excuses.get(status, 0.0):
+            self.odd_exits.append(status)
+        self._explained.clear()
 
     def stop(self) -> int | None:
         """SIGTERM, and wait; its exit status, None when it was not running."""
@@ -151,7 +181,7 @@ class Fleet:
 
     def ready(self) -> list[WorkerInfo]:
         """The cards of the workers that are alive and ready; none while Redis is away."""
-        pids = {self.pid_of(member) for member in self.workers}
+        pids = {member.pid for member in self.workers}
         try:
             return [card for card in self.registry.workers() if card.state == "ready" and card.pid in pids]
         except redis.RedisError:
@@ -159,11 +189,7 @@ class Fleet:
 
     def card(self, index: int) -> WorkerInfo | None:
         """What a worker tells of itself, while it is ready and Redis answers."""
-        return next((card for card in self.ready() if card.pid == self.pid_of(self.workers[index])), None)
-
-    def pid_of(self, member: Member) -> int | None:
-        """The pid of a member."""
-        return member.pid
+        return next((card for card in self.ready() if card.pid == self.workers[index].pid), None)
 
     def api_processes(self) -> list[psutil.Process]:
         """The processes that answer requests; their parent only starts them again."""
@@ -173,12 +199,17 @@ class Fleet:
         except psutil.Error:
             return []
 
-    def stop(self) -> dict[str, int | None]:
-        """End everything in order; the exit status of each."""
+    def stop(self) -> list[str]:
+        """End everything in order; each end, now or earlier, that is not as it should be, a line each."""
         self._ended.set()
         if self._keeper is not None:
             self._keeper.join()
-        return {member.name: member.stop() for member in reversed(self.members)}
+        last = {member.name: member.stop() for member in reversed(self.members)}
+        odd = Counter((member.name, status) for member in self.members for status in member.odd_exits)
+        return [
+            *(f"{name} ended by itself with status {status}, {times} times" for (name, status), times in odd.items()),
+            *(f"{name} was stopped and ended with status {status}" for name, status in last.items() if status != 0),
+        ]
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
@@ -212,13 +243,25 @@ def build(home: Path, model: Path, slots: int, network: str = "auto") -> Fleet:
     Args:
         network: `namespace`, `proxy`, or `auto`: namespaces where they work.
     """
+    with ExitStack() as undo:
+        fleet = _build(home, model, slots, network, undo)
+        undo.pop_all()  # from here on, the fleet's own matter
+        return fleet
+
+
+def _build(home: Path, model: Path, slots: int, network: str, undo: ExitStack) -> Fleet:
     port, api_port, key = free_port(), free_port(), new_key()
     use_namespaces = network == "namespace" or (network == "auto" and namespaces_work())
-    cables: list[Cable] = [Namespace(i, port) if use_namespaces else Proxy(("127.0.0.1", port)) for i in range(WORKERS)]
+    cables: list[Cable] = []
+    for i in range(WORKERS):
+        cables.append(Namespace(i, port) if use_namespaces else Proxy(("127.0.0.1", port)))
+        undo.callback(cables[-1].close)
     queue = home / "data/valkey"
     queue.mkdir(parents=True)
     (home / "data/run").mkdir()
     disk = Disk(queue) if disks_work() else None
+    if disk is not None:
+        undo.callback(disk.close)
     variables = {
         "DATA_DIR": str(home / "data"),
         "MODEL_PATH": str(model),

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import redis
 
@@ -18,6 +19,13 @@ from shared.registry import WorkerInfo
 _POLL_S = 0.01
 _LONGEST_S = 60.0
 _TELLING = (EventKind.CHUNK, EventKind.DONE)
+
+
+@dataclass(slots=True)
+class Watch:
+    """What a strike says of itself: one that hit nothing is not measured."""
+
+    hit: bool = False
 
 
 class Recovery:
@@ -36,12 +44,13 @@ class Recovery:
         self._watchers: list[threading.Thread] = []
 
     @contextmanager
-    def watching(self, kind: str, worker: int | None = None) -> Iterator[None]:
+    def watching(self, kind: str, worker: int | None = None) -> Iterator[Watch]:
         """Measure from the end of the block, which strikes; without a worker, all jobs that run are watched."""
+        watch = Watch()
         victim = None if worker is None else self._fleet.card(worker)
         others = [card for card in self._fleet.ready() if victim and card.id != victim.id]
-        yield
-        if worker is None or victim is not None:  # a worker that is not ready has no jobs
+        yield watch
+        if watch.hit and (worker is None or victim is not None):  # a worker that is not ready has no jobs
             watcher = threading.Thread(target=self._watch, args=(kind, victim, others, time.monotonic()))
             watcher.start()
             self._watchers.append(watcher)
