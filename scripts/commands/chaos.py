@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
+import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from scripts.commands.chaosing import homes
 from scripts.commands.chaosing.checks import Ledger
 from scripts.commands.chaosing.customers import Customers
 from scripts.commands.chaosing.faults import Hand, Kind, schedule
@@ -28,6 +30,7 @@ from scripts.commands.chaosing.report import Report
 from scripts.commands.chaosing.workload import prepare
 from shared.settings import ROOT
 
+INTERRUPTED = 130
 _SLOTS = 32
 _NO_DISK = "needs root on Linux, for a disk of its own"
 
@@ -47,8 +50,10 @@ def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
     try:
         hand.play(schedule(asked.seed, asked.minutes, [kind for kind in asked.only if kind not in impossible]))
         fleet.wait_whole()
-    finally:
-        customers.leave()
+    except BaseException:
+        customers.abandon()
+        raise
+    customers.leave()
     recovery.wait()
     left = leaks(fleet, ledger)
     left += fleet.stop()
@@ -89,7 +94,7 @@ def _kind(name: str) -> Kind:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print the table; 0 when every promise was kept, 1 when one was broken."""
+    """Run, print the table; 0 when every promise was kept, 1 when one was broken, 130 when it was ended early."""
     asked = arguments(sys.argv[1:] if argv is None else argv)
     errors = Console(stderr=True)
     logging.basicConfig(
@@ -97,17 +102,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    home = Path(tempfile.mkdtemp(prefix="mlxq-chaos-"))
+    homes.sweep()
+    home = homes.new(os.getpid())
     kept = False
-    fleet = build(home, asked.model.resolve(), _SLOTS, asked.network)
+    fleet: Fleet | None = None
     try:
+        fleet = build(home, asked.model.resolve(), _SLOTS, asked.network)
         report = run(fleet, asked)
         report.show(Console(width=None if sys.stdout.isatty() else 140))
         if asked.json:
             asked.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
         kept = report.kept
+    except KeyboardInterrupt:
+        return INTERRUPTED
     finally:
-        fleet.close()
+        if fleet is not None:
+            fleet.close()
         if kept and not asked.keep:
             shutil.rmtree(home)
         else:
@@ -116,4 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended like this, too, it ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

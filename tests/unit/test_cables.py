@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
-from scripts.commands.chaosing.cables import Proxy
+from scripts.commands.chaosing.cables import Proxy, _free_pair, orphans
 
 
 class _Echo(socketserver.BaseRequestHandler):
@@ -60,3 +62,22 @@ def test_a_client_that_goes_is_noticed_on_the_other_side(proxy: Proxy, eventuall
         client.sendall(b"x")
         assert client.recv(100) == b"x"
     eventually(lambda: threading.active_count() <= before)
+
+
+def test_an_address_that_is_taken_is_left_to_who_has_it() -> None:
+    host, guest = _free_pair(7, ())
+    other, _ = _free_pair(7, {host})
+    assert len({host, guest, other}) == 3
+    assert _free_pair(2**15 + 7, {host}) == _free_pair(7, {host})
+    assert all(each.startswith(("198.18.", "198.19.")) for each in (host, guest, other))
+
+
+def test_every_number_has_a_network_of_its_own() -> None:
+    assert len({_free_pair(number, ()) for number in range(2**15)}) == 2**15
+
+
+def test_namespaces_of_dead_runs_alone_are_orphans() -> None:
+    gone = psutil.pids()[-1] + 1
+    while psutil.pid_exists(gone):
+        gone += 1
+    assert orphans([f"mq{os.getpid()}0", f"mq{gone}1", "mq", "other"]) == [f"mq{gone}1"]

@@ -8,13 +8,17 @@ its way still arrives, late.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
+
+import psutil
 
 _CHUNK = 64 * 2**10
 _CHECK_S = 0.05
@@ -52,22 +56,20 @@ class Namespace:
 
     def __init__(self, number: int, port: int) -> None:
         """Lay it. Redis must listen on `address` itself, whose host is this machine's end of the cable."""
-        tag = f"mq{os.getpid() % 100_000}{number}"
+        tag = f"mq{os.getpid()}{number}"
         self._name, self._here, there = tag, f"{tag}h", f"{tag}n"
-        # Out of the block for tests between networks (RFC 2544); another pair for each process and number.
-        block = (os.getpid() * 8 + number) % 16_384 * 4
-        network = f"198.{18 + block // 65_536}.{block // 256 % 256}"
-        host, guest = f"{network}.{block % 256 + 1}", f"{network}.{block % 256 + 2}"
+        taken = {address.address for each in psutil.net_if_addrs().values() for address in each}
+        host, guest = _free_pair(os.getpid() * 8 + number, taken)
         self.address = (host, port)
-        _ip("netns", "add", self._name)
         try:
+            _ip("netns", "add", self._name)
             _ip("link", "add", self._here, "type", "veth", "peer", "name", there, "netns", self._name)
             _ip("addr", "add", f"{host}/30", "dev", self._here)
             _ip("link", "set", self._here, "up")
             _ip("-n", self._name, "addr", "add", f"{guest}/30", "dev", there)
             _ip("-n", self._name, "link", "set", there, "up")
             _ip("-n", self._name, "link", "set", "lo", "up")
-        except OSError:
+        except BaseException:
             self.close()
             raise
 
@@ -85,10 +87,43 @@ class Namespace:
 
     def close(self) -> None:
         """Remove the namespace, and with it the interfaces."""
-        with suppress(OSError):
-            _ip("link", "del", self._here)
-        with suppress(OSError):
-            _ip("netns", "del", self._name)
+        _remove(self._name)
+
+
+_BLOCKS = 2**15
+"""Networks of four addresses in the block for tests between networks (RFC 2544)."""
+
+
+def _free_pair(first: int, taken: Container[str]) -> tuple[str, str]:
+    """The two ends' addresses: another pair for each number, and one whose near end nobody here has."""
+    for number in range(first, first + 8 * _BLOCKS, 8):
+        block = number % _BLOCKS * 4
+        network = f"198.{18 + block // 65_536}.{block // 256 % 256}"
+        host, guest = f"{network}.{block % 256 + 1}", f"{network}.{block % 256 + 2}"
+        if host not in taken:
+            return host, guest
+    raise OSError("every network for tests is taken")
+
+
+def orphans(names: Iterable[str]) -> list[str]:
+    """Of these namespaces, those of runs that live no more."""
+    found = ((name, re.fullmatch(r"mq(\d+)\d", name)) for name in names)
+    return [name for name, match in found if match and not psutil.pid_exists(int(match[1]))]
+
+
+def sweep() -> None:
+    """Remove what dead runs have left."""
+    folder = Path("/run/netns")
+    for name in orphans(each.name for each in folder.iterdir()) if folder.is_dir() else ():
+        _remove(name)
+
+
+def _remove(name: str) -> None:
+    """A namespace and its cable."""
+    with suppress(OSError):
+        _ip("link", "del", f"{name}h")
+    with suppress(OSError):
+        _ip("netns", "del", name)
 
 
 def _ip(*arguments: str) -> None:

@@ -41,7 +41,9 @@ class Customers:
         # Never set: who has a job under way follows it to its end.
         self._patience = Patience(AWAY_S, threading.Event())
         self._threads = [
-            threading.Thread(target=self._come_and_go, args=(random.Random(f"{seed}/{i}"),), name=f"customer-{i}")
+            threading.Thread(
+                target=self._come_and_go, args=(random.Random(f"{seed}/{i}"),), name=f"customer-{i}", daemon=True
+            )
             for i in range(count)
         ]
 
@@ -49,6 +51,10 @@ class Customers:
         """Begin."""
         for thread in self._threads:
             thread.start()
+
+    def abandon(self) -> None:
+        """Submit nothing more, and let what is under way be: the run is over before its time."""
+        self._leaving.set()
 
     def leave(self) -> None:
         """Submit nothing more, and wait until every job under way has ended or is given up."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 _SIZE = "512m"
 _BLOCK = 2**20
+_SOURCE = "mlxq-chaos"
 
 
 class Disk:
@@ -24,7 +25,7 @@ class Disk:
         self.folder = folder
         self._ballast = folder / "ballast"
         folder.mkdir(parents=True, exist_ok=True)
-        _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=700", "mlxq-chaos", str(folder))
+        _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=700", _SOURCE, str(folder))
 
     def fill(self) -> bool:
         """Leave no byte free; whether there was one."""
@@ -40,8 +41,20 @@ class Disk:
 
     def close(self) -> None:
         """Unmount it, with all that is on it."""
-        with suppress(OSError):
-            _run("umount", "--lazy", str(self.folder))
+        _unmount(self.folder)
+
+
+def sweep(home: Path) -> None:
+    """Unmount what a dead run has left in its folder."""
+    for line in Path("/proc/self/mounts").read_text("utf-8").splitlines() if Path("/proc/self/mounts").exists() else ():
+        source, folder = line.split()[:2]
+        if source == _SOURCE and Path(folder).is_relative_to(home.resolve()):
+            _unmount(Path(folder))
+
+
+def _unmount(folder: Path) -> None:
+    with suppress(OSError):
+        _run("umount", "--lazy", str(folder))
 
 
 def _run(*command: str) -> None:

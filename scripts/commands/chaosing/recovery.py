@@ -51,7 +51,7 @@ class Recovery:
         others = [card for card in self._fleet.ready() if victim and card.id != victim.id]
         yield watch
         if watch.hit and (worker is None or victim is not None):  # a worker that is not ready has no jobs
-            watcher = threading.Thread(target=self._watch, args=(kind, victim, others, time.monotonic()))
+            watcher = threading.Thread(target=self._watch, args=(kind, victim, others, time.monotonic()), daemon=True)
             watcher.start()
             self._watchers.append(watcher)
 
