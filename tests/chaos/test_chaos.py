@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from scripts.commands.chaos import main
+from scripts.commands.chaos import INTERRUPTED, main
+from scripts.commands.chaosing import homes
+from scripts.commands.chaosing.faults import Kind
+from scripts.commands.stack import leftovers
+from shared.settings import ROOT
 
 
 @pytest.mark.slow
@@ -15,12 +25,45 @@ def test_no_job_is_lost_duplicated_or_wrong_whatever_breaks(
     tiny_model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "chaos.json"
-    options = ["--seed", "1", "--minutes", "1.5", "--requests", "30", "--clients", "16", "--json", str(figures)]
+    options = ["--seed", "1", "--minutes", "1.5", "--requests", "30", "--clients", "24", "--json", str(figures)]
     status = main([*options, "--model", str(tiny_model_path)])
     seen = "".join(capfd.readouterr())
     report = json.loads(figures.read_text())
     assert status == 0, seen
     assert (report["lost"], report["duplicated"], report["wrong"], report["left_behind"]) == (0, 0, 0, [])
-    assert report["jobs"] >= 100
+    assert report["jobs"] >= 200
     assert report["resumed"] >= 5
-    assert all(count >= 1 for count in report["faults"].values())
+    hit = {kind for kind, count in report["faults"].items() if count}
+    assert hit | set(report["impossible"]) == {kind.value for kind in Kind}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_nothing_behind(
+    number: int, tiny_model_path: Path, tmp_path: Path, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "said"
+    options = ["--minutes", "5", "--requests", "3", "--clients", "2", "--model", str(tiny_model_path)]
+    with said.open("wb") as out:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "scripts.commands.chaos", *options],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        eventually(lambda: b"number" in said.read_bytes(), timeout=120)  # something has been struck
+        (home,) = tmp_path.glob("mlxq-chaos-*")
+        assert leftovers.find(home)
+        run.send_signal(number)
+        assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), said.read_text()
+    finally:
+        run.kill()
+        run.wait()
+        if number == signal.SIGKILL:
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+            homes.sweep()
+    assert not leftovers.find(home)
+    assert not (home / "data/valkey").is_mount()
+    assert not list(Path("/run/netns").glob(f"mq{run.pid}*"))

@@ -13,7 +13,11 @@ from rich.table import Table
 
 from scripts.commands.chaosing.checks import Fault, Ledger
 from scripts.commands.chaosing.faults import Kind
+from scripts.commands.chaosing.fleet import LEASE_S
 from scripts.commands.chaosing.recovery import Recovery
+
+TAKEOVER_S = 2 * LEASE_S
+"""A killed worker's jobs go on within so long, where another warm worker has slots: 95 of 100 of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Report:
     """A run.
 
     Attributes:
+        struck: how often each fault hit.
         leaks: what was left behind at the end, a line each; empty when all is as it should be.
         impossible: faults that this machine cannot bring about, and why.
     """
@@ -37,7 +42,18 @@ class Report:
     @property
     def kept(self) -> bool:
         """Whether every promise was."""
-        return not self.ledger.findings and not self.leaks
+        return not self.ledger.findings and not self.leaks and not self.too_slow
+
+    @property
+    def takeover_p95(self) -> float | None:
+        """Seconds until a killed worker's jobs went on at another; None where faults of other kinds were in the way."""
+        times = self.recovery.warm.get(Kind.WORKER_KILLED)
+        return summary(times)["p95"] if times and set(+self.struck) == {Kind.WORKER_KILLED} else None
+
+    @property
+    def too_slow(self) -> bool:
+        """Whether they went on later than promised."""
+        return self.takeover_p95 is not None and self.takeover_p95 > TAKEOVER_S
 
     def show(self, console: Console) -> None:
         """Print it."""
@@ -46,6 +62,10 @@ class Report:
             console.print(f"{finding.fault.upper()} {finding.job_id}: {finding.detail}", soft_wrap=True, markup=False)
         for leak in self.leaks:
             console.print(f"LEFT BEHIND {leak}", soft_wrap=True, markup=False)
+        if self.takeover_p95 is not None:
+            verdict = "TOO SLOW" if self.too_slow else "in time:"
+            told = f"{verdict} p95 of {self.takeover_p95:.2f} s until another worker went on, promised {TAKEOVER_S:g} s"
+            console.print(told, soft_wrap=True, markup=False)
 
     def as_json(self) -> dict[str, Any]:
         """All of it."""
@@ -62,6 +82,8 @@ class Report:
             **{fault.value: self.ledger.count(fault) for fault in Fault},
             "recovery_s": {kind: summary(times) for kind, times in self.recovery.seconds.items()},
             "recovery_warm_s": {kind: summary(times) for kind, times in self.recovery.warm.items()},
+            "takeover_p95_s": self.takeover_p95,
+            "takeover_too_slow": self.too_slow,
             "findings": [asdict(finding) for finding in self.ledger.findings],
             "left_behind": list(self.leaks),
         }
