@@ -52,18 +52,19 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
             stdout=out,
             stderr=out,
         )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     try:
-        eventually(lambda: b"number" in said.read_bytes(), timeout=120)  # something has been struck
+        eventually(lambda: b"number" in said.read_bytes(), within_s=120)  # something has been struck
         (home,) = tmp_path.glob("mlxq-chaos-*")
         assert leftovers.find(home)
         run.send_signal(number)
         assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), said.read_text()
+        if number == signal.SIGKILL:
+            homes.sweep()
+        assert not leftovers.find(home)
+        assert not (home / "data/valkey").is_mount()
+        assert not list(Path("/run/netns").glob(f"mq{run.pid}*"))
     finally:
         run.kill()
         run.wait()
-        if number == signal.SIGKILL:
-            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-            homes.sweep()
-    assert not leftovers.find(home)
-    assert not (home / "data/valkey").is_mount()
-    assert not list(Path("/run/netns").glob(f"mq{run.pid}*"))
+        homes.sweep()

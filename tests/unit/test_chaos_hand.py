@@ -15,6 +15,8 @@ from typing import Any, cast
 import pytest
 import redis
 
+from scripts.commands.chaosing import faults
+from scripts.commands.chaosing.disks import Disk
 from scripts.commands.chaosing.faults import Hand, Kind, Strike, Switch
 from scripts.commands.chaosing.fleet import Fleet, Member
 from scripts.commands.chaosing.recovery import Recovery, Watch
@@ -126,6 +128,29 @@ def test_an_excuse_holds_for_its_time_and_its_status(
     late.keep()
     end(late, eventually)
     assert late.odd_exits == [1]
+
+
+class SmallDisk:
+    def fill(self) -> bool:
+        return True
+
+    def free(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_server_without_room_may_end_itself_as_long_as_that_lasts(
+    full: bool, member: Callable[[str], Member], eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "_BACK_S", -1)
+    valkey = member("raise SystemExit(1)")
+    fill, free = faults._fill(cast("Disk", SmallDisk()), valkey)
+    assert fill()
+    if not full:
+        free()
+    valkey.keep()
+    end(valkey, eventually)
+    assert valkey.odd_exits == ([] if full else [1])
 
 
 def test_what_two_hold_down_goes_up_with_the_second() -> None:

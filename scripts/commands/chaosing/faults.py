@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import signal
 import threading
@@ -17,6 +18,7 @@ import psutil
 import redis
 
 from scripts.commands.chaosing.cables import Cable
+from scripts.commands.chaosing.disks import Disk
 from scripts.commands.chaosing.fleet import LEASE_S, WORKERS, Fleet, Member
 from scripts.commands.chaosing.recovery import Recovery
 
@@ -132,7 +134,7 @@ class Hand:
         self._menders: list[threading.Timer] = []
         self._pauses = [Switch(*_pause(worker)) for worker in fleet.workers]
         self._cuts = [Switch(*_cut(cable)) for cable in fleet.cables]
-        self._disk = Switch(fleet.disk.fill, fleet.disk.free) if fleet.disk is not None else None
+        self._disk = Switch(*_fill(fleet.disk, fleet.valkey)) if fleet.disk is not None else None
 
     def play(self, strikes: Sequence[Strike]) -> None:
         """Strike by the clock; returns when the last has been mended."""
@@ -211,8 +213,6 @@ class Hand:
         if self._disk is None:
             return False
         with self._recovery.watching(strike.kind) as watch:
-            # It ends itself when it cannot write what it has promised to keep.
-            self._fleet.valkey.excuse(_CANNOT_WRITE, strike.lasts_s + _BACK_S)
             watch.hit = self._hold(self._disk, strike)
         return watch.hit
 
@@ -236,3 +236,17 @@ def _cut(cable: Cable) -> tuple[Callable[[], bool], Callable[[], object]]:
         return True
 
     return cut, cable.mend
+
+
+def _fill(disk: Disk, valkey: Member) -> tuple[Callable[[], bool], Callable[[], object]]:
+    """While there is no room, Valkey ends itself: it cannot write what it has promised to keep."""
+
+    def fill() -> bool:
+        valkey.excuse(_CANNOT_WRITE, math.inf)
+        return disk.fill()
+
+    def free() -> None:
+        disk.free()
+        valkey.excuse(_CANNOT_WRITE, _BACK_S)
+
+    return fill, free

@@ -77,9 +77,9 @@ class Member:
                 self._process = self._start()
 
     def excuse(self, status: int, for_s: float) -> None:
-        """For so long, it may end with this status by itself."""
+        """From now on for so long, it may end with this status by itself."""
         with self._lock:
-            self._excuses[status] = max(self._excuses.get(status, 0.0), time.monotonic() + for_s)
+            self._excuses[status] = time.monotonic() + for_s
 
     def kill(self, down_s: float = 0.0) -> bool:
         """SIGKILL it with all its children, and do not start it again for so long; whether it ran."""
