@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,25 +38,37 @@ def test_no_job_is_lost_duplicated_or_wrong_whatever_breaks(
     assert hit | set(report["impossible"]) == {kind.value for kind in Kind}
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A path that leaves room for a socket's, which may not be long."""
+    folder = Path(tempfile.mkdtemp(prefix="mlxq-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_nothing_behind(
-    number: int, tiny_model_path: Path, tmp_path: Path, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    number: int,
+    tiny_model_path: Path,
+    short_folder: Path,
+    eventually: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = tmp_path / "said"
+    said = short_folder / "said"
     options = ["--minutes", "5", "--requests", "3", "--clients", "2", "--model", str(tiny_model_path)]
     with said.open("wb") as out:
         run = subprocess.Popen(
             [sys.executable, "-m", "scripts.commands.chaos", *options],
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(tmp_path)},
+            env={**os.environ, "TMPDIR": str(short_folder)},
             stdout=out,
             stderr=out,
         )
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     try:
         eventually(lambda: b"number" in said.read_bytes(), within_s=120)  # something has been struck
-        (home,) = tmp_path.glob("mlxq-chaos-*")
+        (home,) = short_folder.glob("mlxq-chaos-*")
         assert leftovers.find(home)
         run.send_signal(number)
         assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), said.read_text()
