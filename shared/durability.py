@@ -65,15 +65,16 @@ class ProvenScript:
             NotDurable: Redis can give no proof (nothing was written, unless that is news), or gave none in time.
             redis.RedisError: Redis is away, or refuses.
         """
-        if self._proof is None:  # asked beforehand: or each request that is refused would leave a job that runs
-            self._proof = _find_proof(self._client)
-        answer, evidence = self._ask(args, self._proof)
+        proof = self._proof  # other threads forget and find it meanwhile
+        if proof is None:  # asked beforehand: or each request that is refused would leave a job that runs
+            proof = self._proof = _find_proof(self._client)
+        answer, evidence = self._ask(args, proof)
         if isinstance(answer, NoScriptError):
             self._client.script_load(self._script.script)
-            answer, evidence = self._ask(args, self._proof)
+            answer, evidence = self._ask(args, proof)
         if isinstance(answer, RedisError):
             raise answer
-        if isinstance(evidence, RedisError) or not self._proof.holds(evidence):
+        if isinstance(evidence, RedisError) or not proof.holds(evidence):
             self._proof = None
             if isinstance(evidence, RedisError) and passes(evidence):
                 raise evidence

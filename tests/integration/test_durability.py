@@ -13,11 +13,12 @@ import pytest
 from redis import ConnectionError as RedisAway
 
 from scripts.commands.client import Client, ClientError
+from shared.durability import ProvenScript
 from shared.errors import NotDurable
 from shared.jobs import Generation, Jobs, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
 from shared.settings import Settings
-from shared.store import Redis, connect
+from shared.store import ACCEPTANCE, Redis, connect
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
@@ -198,6 +199,29 @@ def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
 def test_a_redis_that_is_away_is_no_matter_of_proof(valkey_client: Redis) -> None:
     with connect("unix:///nowhere/s", retries=0) as nobody, pytest.raises(RedisAway):
         Jobs(nobody, Settings()).create(Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+
+
+def test_a_proof_that_one_does_not_get_is_no_matter_of_the_others(
+    valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = ProvenScript(valkey_client, ACCEPTANCE)
+    asked, forgotten = threading.Event(), threading.Event()
+
+    def ask_in_turn(args: list[str], proof: Any) -> tuple[Any, Any]:
+        if args == ["late"]:
+            return "created", [0, 0]
+        asked.set()
+        assert forgotten.wait(10)
+        return "created", [1, 0]
+
+    monkeypatch.setattr(enqueue, "_ask", ask_in_turn)
+    with ThreadPoolExecutor(1) as pool:
+        kept = pool.submit(enqueue, ["kept"])
+        assert asked.wait(10)
+        with pytest.raises(NotDurable):
+            enqueue(["late"])
+        forgotten.set()
+        assert kept.result(10) == "created"
 
 
 @contextmanager
