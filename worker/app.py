@@ -180,7 +180,8 @@ class Service:
 
     def _under_way(self) -> Signs:
         patience_s = self._settings.watchdog_s
-        signs: dict[Hashable, Sign] = {claim: Sign(0, patience_s) for claim in tuple(self._runner.preparing)}
+        encoding = self._runner.encoding
+        signs: dict[Hashable, Sign] = {encoding[0]: Sign(0, patience_s)} if encoding else {}
         if self._engine.loaded.done() and not self._engine.idle:
             signs["engine"] = Sign(self._engine.progress_at, patience_s)
         if self._publisher.backlog:
@@ -189,14 +190,16 @@ class Service:
 
     def _on_stuck(self, stuck: list[Hashable]) -> None:
         """End. A prompt that cannot be read fails its job, and no other is to blame; else, nobody knows."""
-        culprits = [job for claim, job in tuple(self._runner.preparing.items()) if claim in stuck]
-        what = ", ".join(sorted({"start of a job" if isinstance(key, tuple) else str(key) for key in stuck}))
+        encoding = self._runner.encoding
+        culprits = [encoding[1]] if encoding and encoding[0] in stuck else []  # or read at last, this very moment
+        unread = any(isinstance(key, tuple) for key in stuck)
+        what = ", ".join(sorted("reading of a prompt" if isinstance(key, tuple) else str(key) for key in stuck))
         self._ending = True
         self._runner.draining = True
         end_process(
             f"its {what} has not got on for too long",
             *(partial(self._runner.fail, job) for job in culprits),
-            partial(self._give_up, None if culprits else self._settings.max_attempts),
+            partial(self._give_up, None if unread else self._settings.max_attempts),
         )
 
     def _on_late(self) -> None:

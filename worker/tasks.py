@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 from celery import Celery
@@ -37,7 +38,7 @@ class Runner:
 
     Attributes:
         draining: whether no more jobs are claimed.
-        preparing: the jobs that are on their way into the engine.
+        encoding: the job whose prompt is being read now; those that wait for their turn are not to blame for it.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class Runner:
         self._wait_renewal = wait_renewal
         self._held = held
         self.draining = False
-        self.preparing: dict[Claim, Job] = {}
+        self.encoding: tuple[Claim, Job] | None = None
+        self._turn = threading.Lock()
 
     def run(self, model: str, ticket_for: str) -> None:
         """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
@@ -98,13 +100,8 @@ class Runner:
 
     def _work_on(self, job: Job) -> None:
         backend = self._engine.loaded.result()
-        claim = (job.id, job.attempt)
-        self.preparing[claim] = job
-        try:
-            sequence = Sequence(job, backend)
-            end = self._prepare(sequence, backend)
-        finally:
-            del self.preparing[claim]
+        sequence = Sequence(job, backend)
+        end = self._prepare(sequence, backend)
         if end is None:
             self._engine.submit(sequence)
         else:
@@ -122,7 +119,7 @@ class Runner:
         job = sequence.job
         try:
             end = sequence.replay(self._log.written(job.id, job.last_event)) if job.attempt > 1 else None
-            return end or sequence.begin(backend.encode(job.generation))
+            return end or sequence.begin(self._encode(job, backend))
         except PromptError as error:
             return sequence.fail(JobFailure(error.code), str(error))
         except Gone as error:
@@ -136,6 +133,15 @@ class Runner:
         except Exception:
             logger.exception("the job cannot be started")
             return sequence.fail(JobFailure.ENGINE, _NOT_STARTED)
+
+    def _encode(self, job: Job, backend: Backend) -> tuple[int, ...]:
+        """Read the prompt, when it is this job's turn."""
+        with self._turn:
+            self.encoding = ((job.id, job.attempt), job)
+            try:
+                return backend.encode(job.generation)
+            finally:
+                self.encoding = None
 
     def fail(self, job: Job) -> None:
         """End a job that has no sequence to say so."""

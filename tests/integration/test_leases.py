@@ -141,16 +141,29 @@ def test_neighbours_of_a_row_that_hangs_the_engine_go_on(fleet: Fleet) -> None:
 
 
 def test_a_prompt_that_is_never_read_fails_its_job_and_blames_no_other(fleet: Fleet) -> None:
-    worker = fleet.start(WATCHDOG_S="1", LEASE_S="60")
-    good = fleet.submit(SLOW, 500)
-    wait(lambda: fleet.says(good, 5))
+    worker = fleet.start(WATCHDOG_S="1", LEASE_S="60", SLOTS="5")
+    running = fleet.submit(SLOW, 500)
+    wait(lambda: fleet.says(running, 5))
     bad = fleet.submit("!encode=600")
+    behind = [fleet.submit(f"behind it {i}") for i in range(3)]
+    wait(lambda: held(fleet) == 5)
     assert worker.wait(20) == EXIT_BROKEN
+    assert "reading of a prompt has not got on" in fleet.output(worker)
     ended = fleet.end(bad)
     assert (ended.status, ended.error_code, ended.attempt) == (Status.FAILED, JobFailure.ENGINE, 1)
-    assert (fleet.get(good).status, losses(fleet, good)) == (Status.QUEUED, 0)
-    fleet.start(SLOTS="4")
-    fleet.check(good)
+    good = [running, *behind]
+    assert {(fleet.get(job).status, losses(fleet, job)) for job in good} == {(Status.QUEUED, 0)}
+    fleet.start(SLOTS="5")
+    for job in good:
+        fleet.check(job)
+
+
+def test_a_prompt_that_waits_for_many_others_to_be_read_is_not_to_blame(fleet: Fleet) -> None:
+    fleet.start(WATCHDOG_S="1", LEASE_S="60", SLOTS="8")
+    jobs = [fleet.submit(f"!encode=0.3 {i}") for i in range(8)]
+    for job in jobs:
+        fleet.check(job)
+    assert {fleet.get(job).attempt for job in jobs} == {1}
 
 
 @pytest.mark.parametrize("signals", [1, 2])

@@ -265,11 +265,17 @@ def test_encode(tiny: LoadedModel, backend: TextBackend) -> None:
     assert tiny.tokenizer.decode(list(plain)) == question
 
 
-def test_encode_from_many_threads(backend: TextBackend) -> None:
+def test_encode_from_many_threads_in_turn(backend: TextBackend) -> None:
     prompts = [f"{'word ' * (i % 50)} {i}" for i in range(200)]
     generations = [Generation("m", 1, GREEDY, prompt=prompt) for prompt in prompts]
+    turn = threading.Lock()
+
+    def encode(generation: Generation) -> tuple[int, ...]:
+        with turn:
+            return backend.encode(generation)
+
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(backend.encode, generations))
+        found = list(pool.map(encode, generations))
     assert found == [backend.encode(generation) for generation in generations]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -149,6 +150,43 @@ def test_a_prompt_that_raises_fails_its_job_and_its_neighbours_go_on(
     good, bad, fine = (desk.jobs.get(job.id, "me") for job in jobs)
     assert (good.status, fine.status) == (Status.SUCCEEDED, Status.SUCCEEDED)
     assert (bad.status, bad.error_code, bad.attempt) == (Status.FAILED, code, 1)
+
+
+def test_prompts_are_read_one_at_a_time_and_only_that_one_counts_as_being_read(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, encode, written = desk.runner, FakeBackend.encode, desk.log.written
+    turn = threading.Lock()
+    read: list[Claim] = []
+    while_replaying: list[object] = []
+
+    def alone(backend: FakeBackend, generation: Generation) -> tuple[int, ...]:
+        assert turn.acquire(blocking=False), "another prompt is being read"
+        try:
+            assert runner.encoding and runner.encoding[1].generation == generation
+            read.append(runner.encoding[0])
+            return encode(backend, generation)
+        finally:
+            turn.release()
+
+    def replay(*args: Any) -> Any:
+        while_replaying.append(runner.encoding)
+        return written(*args)
+
+    desk.renew()
+    jobs = [desk.submit(f"!encode=0.02 {i}") for i in range(4)]
+    again = desk.claims.claim("fake")
+    assert again is not None
+    desk.claims.release([(again.id, 1)])
+    monkeypatch.setattr(FakeBackend, "encode", alone)
+    monkeypatch.setattr(desk.log, "written", replay)
+    desk.run(again)
+    assert while_replaying == [None], "what waits for Redis is bounded by its timeouts"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda job: runner.run("fake", job.id), jobs[1:]))
+    assert {desk.jobs.get(job.id, "me").status for job in jobs} == {Status.SUCCEEDED}
+    assert sorted(read) == sorted((job.id, 1 + (job.id == again.id)) for job in jobs)
+    assert runner.encoding is None
 
 
 def test_a_job_that_no_sequence_can_be_made_of_fails(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

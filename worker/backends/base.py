@@ -84,7 +84,11 @@ class StepResult:
 
 
 class Backend(Protocol):
-    """A warm model. Only the engine thread calls it, but for `encode` and `detokenizer`, which any thread may."""
+    """A warm model.
+
+    Only the engine thread calls it, but for `detokenizer`, which any thread may, and `encode`, which any may, one at a
+    time.
+    """
 
     card: ModelCard
     eos: frozenset[int]

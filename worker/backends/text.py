@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from importlib.metadata import version
@@ -108,10 +107,8 @@ class TextBackend:
         self.eos = loaded.eos
         self.about = _about(loaded)
         self._tokenizer = loaded.tokenizer
-        # Encoding sets options inside the tokenizer, so it is not shared: not with detokenizers, which only read,
-        # and between the threads that encode only under the lock.
+        # Encoding sets options inside the tokenizer, so it is not shared with detokenizers, which only read.
         self._encoder = copy.deepcopy(loaded.tokenizer)
-        self._encoding = threading.Lock()
         self._model = loaded.model
         self._vocabulary = _vocabulary(loaded)
         self._chunk = chunk
@@ -127,8 +124,7 @@ class TextBackend:
 
     def encode(self, generation: Generation) -> tuple[int, ...]:
         """The prompt's tokens; see `Backend.encode`."""
-        with self._encoding:
-            tokens = self._chat(generation.messages) if generation.messages is not None else self._plain(generation)
+        tokens = self._chat(generation.messages) if generation.messages is not None else self._plain(generation)
         if not tokens:
             raise PromptError(JobFailure.TEMPLATE, "The prompt has no tokens.")
         if len(tokens) + 1 > self.card.context:
