@@ -36,6 +36,13 @@ def stream(
     return Response(body, content_type=f"{form.media_type}; charset=utf-8", headers=_HEADERS)
 
 
+def come_again(form: Format, where: str) -> Response:
+    """A stream without events, for a reader who is to ask again: a browser's EventSource takes any error as final."""
+    return Response(
+        form.opening + form.farewell(where), content_type=f"{form.media_type}; charset=utf-8", headers=_HEADERS
+    )
+
+
 def _body(
     events: Generator[list[Event]], form: Format, where: str, ended_job: Callable[[], str], metrics: Metrics
 ) -> Iterator[bytes]:

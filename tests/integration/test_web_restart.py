@@ -106,6 +106,38 @@ def test_an_event_source_goes_on_at_the_next_process_without_a_gap(web: WebStack
     assert text == json.loads(source.events[-1][2])["output"]["text"]
 
 
+def test_an_event_source_that_comes_back_while_redis_is_away_comes_again(web: WebStack) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        job = web.submit(max_tokens=5)
+        source = EventSource(web, job["urls"]["stream"])
+        reading = pool.submit(source.read)
+        eventually(lambda: source.events)
+        web.kill_redis()
+        web.restart()
+        eventually(lambda: source.connections >= 3 or reading.done())
+        assert not reading.done(), "it was told an error, which is final"
+        web.start_redis()
+        with worker(web):
+            reading.result(60)
+    assert [last_id for last_id, _, _ in source.events] == [str(n + 1) for n in range(len(source.events))]
+    assert source.events[-1][1] == "done"
+
+
+def test_while_redis_is_away_only_an_event_source_that_comes_back_gets_an_empty_stream(web: WebStack) -> None:
+    job, back = web.submit(), {"Last-Event-ID": "1"}
+    path, forged = job["urls"]["stream"], "/v1/jobs/x%0Adata:%20forged%0A%0A/stream"
+    web.kill_redis()
+    for asked in (path, forged):
+        answer = web.http.get(asked, headers=back)
+        assert answer.status_code == 200 and answer.headers["Content-Type"].startswith("text/event-stream")
+        assert {line.partition(":")[0] for line in answer.text.split("\n")} == {"", "retry"}, "no event"
+    for refused in ({}, {**back, "Accept": "application/x-ndjson"}):
+        answer = web.http.get(path, headers=refused)
+        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+    web.start_redis()
+    assert web.http.get("/v1/jobs/not-mine/stream", headers=back).status_code == 404
+
+
 def test_the_client_of_our_commands_goes_on_by_itself(web: WebStack) -> None:
     with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool, Client(web.url, web.key) as client:
         job = web.submit(max_tokens=250)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from urllib.parse import quote
+
+import redis
 from flask import Blueprint, Response, request
 from pydantic import BaseModel
 
 from shared.errors import Invalid
 from shared.jobs import Job
+from shared.store import passes
 from web import apidoc
 from web.apidoc import describe
 from web.auth import caller
 from web.body import preferred_wait_s, read_body, wait_s, whole_number
 from web.schemas import JobList, JobRequest, JobView
 from web.services import services
-from web.sse import negotiate
-from web.streaming import stream
+from web.sse import EventStream, Format, negotiate
+from web.streaming import come_again, stream
 from web.submitting import submit
+from web.views import urls
+
+log = logging.getLogger(__name__)
 
 routes = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 
 _PAGE = 20
 _LARGEST_PAGE = 100
+_LAST_EVENT_ID = "Last-Event-ID"
 
 
 @routes.post("")
@@ -99,9 +108,22 @@ def stream_job(job_id: str) -> Response:
 
     204 when nothing follows any more, which tells a browser's EventSource not to reconnect. 410 when the events after
     the cursor are not kept any more (`log_expired`), or not all (`log_trimmed`): an ended job still has its text.
+
+    While the queue cannot be reached, an EventSource that reconnects gets an empty stream instead of 503: it would take
+    that as final.
     """
     form = negotiate(request.accept_mimetypes)
     cursor = _cursor()
+    try:
+        return _stream(job_id, form, cursor)
+    except redis.RedisError as error:
+        if passes(error) and _reconnects(form):
+            log.warning("A stream is to be asked for again: Redis is away: %s", error)
+            return come_again(form, urls(quote(job_id)).stream)  # whose job it is, nobody knows now
+        raise
+
+
+def _stream(job_id: str, form: Format, cursor: int) -> Response:
     jobs, views, owner = services().jobs, services().views, caller().id
     job = jobs.get(job_id, owner)
     if job.status.terminal and cursor >= job.last_event:
@@ -115,11 +137,16 @@ def stream_job(job_id: str) -> Response:
     )
 
 
+def _reconnects(form: Format) -> bool:
+    """Whether this may be a browser's EventSource that had events before."""
+    return isinstance(form, EventStream) and bool(request.headers.get(_LAST_EVENT_ID))
+
+
 def _cursor() -> int:
     """Last-Event-ID wins: a browser that reconnects sends it to the address it first opened."""
-    last = request.headers.get("Last-Event-ID")
+    last = request.headers.get(_LAST_EVENT_ID)
     if last:
-        return whole_number("Last-Event-ID", last)
+        return whole_number(_LAST_EVENT_ID, last)
     return whole_number("starting_after", request.args.get("starting_after", "0"))
 
 
