@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from shared.errors import NotDurable
 from shared.store import Redis, passes, source
@@ -41,7 +41,7 @@ def why_unproven(client: Redis) -> str:
     """Why this Redis cannot prove that it keeps what it accepts; empty when it can.
 
     Raises:
-        redis.RedisError: Redis is away.
+        redis.RedisError: Redis is away, or follows another one now.
     """
     try:
         _find_proof(client)
@@ -94,12 +94,15 @@ def _find_proof(client: Redis) -> _Proof:
 
     Raises:
         NotDurable: none.
+        redis.ReadOnlyError: it follows another one, and has none to give meanwhile.
     """
     try:
         client.execute_command(*_PROBE)
     except ResponseError as error:
         if passes(error):
             raise
+        if "replica" in str(error):  # as a master that was replaced: clients find the new one soon
+            raise ReadOnlyError(str(error)) from None
         if "appendonly" in str(error):
             raise _unable("Redis writes no append-only file (appendonly no)") from None
         if _ALWAYS.holds(_append_settings(client)):

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from redis import ConnectionError as RedisAway
+from redis import ReadOnlyError
 
 from scripts.commands.client import Client, ClientError
-from shared.durability import ProvenScript
+from scripts.commands.ports import free_port
+from shared.durability import ProvenScript, why_unproven
 from shared.errors import NotDurable
 from shared.jobs import Generation, Jobs, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
@@ -199,6 +201,23 @@ def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
 def test_a_redis_that_is_away_is_no_matter_of_proof(valkey_client: Redis) -> None:
     with connect("unix:///nowhere/s", retries=0) as nobody, pytest.raises(RedisAway):
         Jobs(nobody, Settings()).create(Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["proof known", "proof asked for"])
+def test_a_redis_that_follows_another_one_takes_jobs_again_later(known: bool) -> None:
+    with running_web() as web, web.client() as client:
+        if known:
+            web.submit()
+        client.execute_command("REPLICAOF", "127.0.0.1", free_port())  # nobody is there
+        answer = web.http.post("/v1/jobs", json={"prompt": "hi"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+        assert answer.headers["Retry-After"] == "1"
+        view = web.http.get("/health").json()
+        assert view["status"] == "down" and not any("lost" in reason for reason in view["reasons"])
+        with pytest.raises(ReadOnlyError):
+            why_unproven(client)
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        web.submit()
 
 
 def test_a_proof_that_one_does_not_get_is_no_matter_of_the_others(
