@@ -1,9 +1,12 @@
 """What a request may be."""
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
-from web.schemas import InferenceRequest, JobRequest
+from shared.errors import Expiry, JobFailure
+from web.schemas import InferenceRequest, JobError, JobRequest
 
 TURN = {"role": "user", "content": "hi"}
 
@@ -91,3 +94,8 @@ def test_a_prompt_to_inference_is_a_question_where_the_model_knows_conversations
     assert question.conversation(has_template=False) is None
     assert InferenceRequest.model_validate({"prompt": "hi", "raw": True}).conversation(has_template=True) is None
     assert JobRequest.model_validate({"prompt": "hi"}).conversation(has_template=True) is None
+
+
+def test_every_code_that_a_job_can_end_with_is_told() -> None:
+    told = re.findall("`(.+?)`", JobError.model_fields["code"].description or "")
+    assert sorted(told) == sorted([*JobFailure, *Expiry])
