@@ -58,6 +58,7 @@ class Service:
         self._started_at = time.time()
         self._state = "loading"
         self._model_announced = False
+        self._tokenizer: str | None = None
         self._ending = False
         # A restarted worker is another worker: the old one's lease lapses, and that counts the loss.
         self._id = f"{socket.gethostname()}-{index}-{secrets.token_hex(4)}"
@@ -129,6 +130,8 @@ class Service:
             os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share))
         blas = prefer_openblas()  # before anything imports MLX
         backend = choose_loader(self._settings)()
+        if backend.card.tokenizer:  # read here, for the lease's thread must wait for no disk
+            self._tokenizer = (self._settings.model_path / "tokenizer.json").read_text(encoding="utf-8")
         from worker.blas_speed import measure_gflops
 
         backend.about |= {"blas": blas.version or blas.name, "gflops": round(measure_gflops(), 1)}
@@ -226,8 +229,7 @@ class Service:
         self._registry.announce_worker(self._describe(), 3 * self._settings.lease_s)
         backend = self._backend()
         if backend is not None and (unknown or not self._model_announced):
-            tokenizer = self._settings.model_path / "tokenizer.json"
-            self._registry.announce_model(backend.card, tokenizer.read_text() if backend.card.tokenizer else None)
+            self._registry.announce_model(backend.card, self._tokenizer)
             self._model_announced = True
 
     def _backend(self) -> Backend | None:

@@ -1,7 +1,8 @@
-"""Worker processes as they are run, with the fake backend, on a real valkey: what happens to jobs when they go."""
+"""Worker processes as they are run, most with the fake backend, on a real valkey: what becomes of jobs when they go."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import tempfile
 import time
@@ -17,6 +18,8 @@ from shared.errors import Expiry, JobFailure
 from shared.jobs import Generation, Job, Sampling, Status, Submission
 from shared.log import EventKind
 from tests.plugins.fleet import SLOW, Fleet, wait
+from tests.plugins.stack import Stack
+from tests.support.waiting import eventually
 
 
 def test_jobs_end_with_exactly_their_text_and_a_line_each(fleet: Fleet) -> None:
@@ -222,3 +225,18 @@ def test_redis_may_come_late_and_go_in_between(fleet: Fleet) -> None:
                 assert Counter(event.kind for event in late.log.read(job.id))[EventKind.STARTED] == 1
         finally:
             late.close()
+
+
+def test_a_model_that_redis_forgot_is_announced_again_without_a_look_at_its_folder(
+    tiny_stack: Stack, tmp_path: Path
+) -> None:
+    folder = tmp_path / tiny_stack.model
+    shutil.copytree(tiny_stack.settings.model_path, folder)
+    worker = tiny_stack.start_worker(MODEL_PATH=str(folder))
+    eventually(lambda: tiny_stack.registry.models().get(tiny_stack.model))
+    told = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").unlink()
+    tiny_stack.redis.flushall()
+    card = eventually(lambda: tiny_stack.registry.models().get(tiny_stack.model))
+    assert tiny_stack.registry.tokenizer_json(card.tokenizer) == told
+    assert worker.poll() is None
