@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 POLL_S = 5
 AWAY_S = 120.0
 """Longest absence of the service that a client bears; the faults are shorter."""
-LONGEST_JOB_S = 180.0
+LONGEST_JOB_S = 600.0
 """A job that has not ended by then is lost."""
 
 
@@ -116,6 +116,8 @@ class Customers:
         events: list[Event] = []
         give_up_at = time.monotonic() + LONGEST_JOB_S
         while not (events and events[-1].kind is EventKind.DONE) and len(events) != most:
+            if time.monotonic() > give_up_at:
+                raise _NoEnd(f"its stream stands at {events[-1].n if events else after}")
             try:
                 with closing(self._client.events(job_id, after=events[-1].n if events else after)) as coming:
                     events += islice(coming, None if most is None else most - len(events))
@@ -124,8 +126,6 @@ class Customers:
                     raise
             except ClientError as error:
                 log.debug("a stream of %s broke: %s", job_id, error)
-            if time.monotonic() > give_up_at:
-                raise _NoEnd(f"its stream stands at {events[-1].n if events else after}")
         return events
 
     def _cancel(self, job: RemoteJob) -> float | None:
