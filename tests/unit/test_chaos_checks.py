@@ -43,7 +43,7 @@ WHOLE = told("Once upon", " a time")
 def heard(log: list[Event], job: RemoteJob = JOB) -> list[Event]:
     """A log as a stream tells it: the whole job at its end."""
     whole = json.dumps({**asdict(job), "output": {"text": job.text, "finish_reason": job.finish_reason}})
-    return [replace(event, data=whole) if event.kind is EventKind.DONE else event for event in log]
+    return [event._replace(data=whole) if event.kind is EventKind.DONE else event for event in log]
 
 
 def faults(
@@ -92,11 +92,11 @@ def test_a_gap_in_the_log_or_in_what_was_read_is_wrong() -> None:
 @pytest.mark.parametrize("style", [Style.STREAMED, Style.LEFT, Style.CANCELLED])
 def test_a_stream_that_tells_something_else_than_the_log_is_wrong(style: Style) -> None:
     read = heard(WHOLE)
-    other = [replace(event, data='{"text":"Twice upon"}') if event.n == 3 else event for event in read]
+    other = [event._replace(data='{"text":"Twice upon"}') if event.n == 3 else event for event in read]
     assert faults(read=other, style=style) == {Fault.WRONG}
-    assert faults(read=[read[0], replace(read[1], kind=EventKind.RESUMED), *read[2:]], style=style) == {Fault.WRONG}
+    assert faults(read=[read[0], read[1]._replace(kind=EventKind.RESUMED), *read[2:]], style=style) == {Fault.WRONG}
     assert faults(read=heard(WHOLE, replace(JOB, text="Once")), style=style) == {Fault.WRONG}
-    assert faults(read=[*read[:-1], replace(read[-1], data="{}")], style=style) == {Fault.WRONG}
+    assert faults(read=[*read[:-1], read[-1]._replace(data="{}")], style=style) == {Fault.WRONG}
 
 
 def test_a_stream_that_has_more_than_the_log_is_wrong() -> None:

@@ -45,7 +45,7 @@ PARTS: Final[dict[str, Part]] = {
         lambda *_: idle_streams(500),
         _line("{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before"),
     ),
+    "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
     "pipeline": Part(lambda _, rounds: path.pipeline(rounds), path.pipeline_table),
     "submit": Part(lambda _, rounds: path.submits(rounds), path.submits_table),
-    "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
 }

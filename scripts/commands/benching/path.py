@@ -14,14 +14,14 @@ from typing import Any
 
 from rich.table import Table
 
-from scripts.commands.benching.pipeline_stack import KEY, PipelineStack, pipeline_stack
+from scripts.commands.benching.modelless import KEY, Stack, modelless
 from shared.settings import ROOT
 
 _JOBS = {1: 300, 8: 1500, 32: 3000}
 """Jobs submitted by so many clients."""
 
 
-def _client(module: str, stack: PipelineStack, **asked: Any) -> dict[str, Any]:
+def _client(module: str, stack: Stack, **asked: Any) -> dict[str, Any]:
     """What the client process tells."""
     done = subprocess.run(
         [sys.executable, "-m", f"scripts.commands.benching.{module}"],
@@ -46,7 +46,7 @@ class Case:
     tokens: int
     every_s: float
 
-    def run(self, stack: PipelineStack) -> dict[str, Any]:
+    def run(self, stack: Stack) -> dict[str, Any]:
         """What the reader saw."""
         body = {"prompt": f"Go on. !clock=1 !every={self.every_s}", "max_tokens": self.tokens}
         return _client("reader", stack, streams=self.streams, body=body, pids=stack.pids())
@@ -64,7 +64,7 @@ def pipeline(rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Every case once a round."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
     for _ in range(rounds):
-        with pipeline_stack(SLOTS="1024") as stack:
+        with modelless(SLOTS="1024") as stack:
             for name, case in CASES.items():
                 results[name].append(case.run(stack))
     return results
@@ -75,15 +75,16 @@ def submits(rounds: int) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for worker in (False, True):
-            with pipeline_stack(worker=worker, SLOTS="32", MAX_QUEUE="1000000") as stack:
-                for clients in _JOBS:
+            with modelless(worker=worker, SLOTS="32", MAX_QUEUE="1000000") as stack:
+                for clients, jobs in _JOBS.items():
                     name = f"{clients} clients, {'a worker' if worker else 'no worker'}"
-                    results.setdefault(name, []).append(_submit(stack, clients))
+                    results.setdefault(name, []).append(submit(stack, clients, jobs))
     return results
 
 
-def _submit(stack: PipelineStack, clients: int) -> dict[str, Any]:
-    jobs, before = _JOBS[clients], stack.cpu_s()
+def submit(stack: Stack, clients: int, jobs: int) -> dict[str, Any]:
+    """What the submitter saw of so many jobs, and the CPU that each took."""
+    before = stack.cpu_s()
     told = _client("submitter", stack, clients=clients, jobs=jobs, body={"prompt": "Hi", "max_tokens": 1})
     cpu = {name: 1000 * (seconds - before[name]) / jobs for name, seconds in stack.cpu_s().items()}
     return {**told, "cpu_ms_per_job": cpu}

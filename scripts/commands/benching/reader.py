@@ -27,6 +27,8 @@ _MOST_OPENING = 32
 _WORD = b" @"
 _MOMENT = re.compile(rb'"text":" @(\d+);')
 """The first word of an event; further ones in it are younger."""
+_DONE = b"event: done"
+"""What follows has all the words once more."""
 _END = b"\r\n0\r\n\r\n"
 
 
@@ -49,8 +51,7 @@ class Stream:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.begun = False
-        self.ended = False
+        self.begun = self.done = self.ended = False
         self._before = b""
 
     def receive(self) -> bytes:
@@ -59,8 +60,10 @@ class Stream:
         if not self._before:
             check_status(data, 200)
         self.begun = self.begun or _WORD in data
-        self.ended = not data or (self._before[-len(_END) :] + data).endswith(_END)
-        if self.ended and b"event: done" not in self._before + data:
+        seam = self._before[-len(_DONE) :] + data
+        self.done = self.done or _DONE in seam
+        self.ended = not data or seam.endswith(_END)
+        if self.ended and not self.done:
             raise RuntimeError(f"a stream ended early: {data[-500:]!r}")
         self._before = data
         return data
@@ -103,6 +106,7 @@ class Reader:
             self._left -= 1
             self._selector.unregister(stream.connection)
             stream.connection.close()
+        if stream.done:
             self._stop_counting()
         elif self._began_at and not self.told:
             self._tally.count(data)

@@ -23,7 +23,7 @@ KEY = "mlxq_00000000_" + "k" * 43
 
 
 @dataclass(frozen=True)
-class PipelineStack:
+class Stack:
     """What runs."""
 
     port: int
@@ -40,7 +40,7 @@ class PipelineStack:
 
 
 @contextmanager
-def pipeline_stack(*, worker: bool = True, **variables: str) -> Iterator[PipelineStack]:
+def modelless(*, worker: bool = True, **variables: str) -> Iterator[Stack]:
     """Start Valkey, one API process and, unless told otherwise, one worker; end them."""
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         home, port = Path(folder), free_port()
@@ -72,4 +72,4 @@ def pipeline_stack(*, worker: bool = True, **variables: str) -> Iterator[Pipelin
                 wait_for(f"http://127.0.0.1:{port}/{path}", child, log)
             found[name] = psutil.Process(child.pid)
         (found["web"],) = found["web"].children()
-        yield PipelineStack(port, found)
+        yield Stack(port, found)
