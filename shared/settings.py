@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     prefix_cache_bytes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="Of that, for prefixes that later jobs of a key reuse; 0: none; `auto`: a quarter"
     )
+    prefix_disk_bytes: int = Field(
+        8 * 2**30, ge=0, description="Disk for prefixes in DATA_DIR, where a restarted worker finds them; 0: none"
+    )
     lease_s: float = Field(2.0, ge=0.2, description="A worker silent for longer loses its jobs to the others")
     watchdog_s: float = Field(60.0, gt=0, description="An engine without progress for longer ends its process")
     drain_s: float = Field(10.0, ge=0, description="Running jobs get this long at shutdown, then go back to the queue")
@@ -147,6 +150,11 @@ class Settings(BaseSettings):
     def log_dir(self) -> Path:
         """What supervisord and its children write, a file each."""
         return self.data_dir / "logs"
+
+    @cached_property
+    def prefixes_dir(self) -> Path:
+        """Prefixes that outlive their worker; all workers of DATA_DIR share it."""
+        return self.data_dir / "prefixes"
 
     @cached_property
     def embedded_redis(self) -> bool:

@@ -153,6 +153,7 @@ class Engine(VitalThread):
             if not self.busy:
                 self._sleep()
             self.step()
+        self._backend.close()
 
     def load(self) -> None:
         """Make the backend ready. On the engine's thread, as everything that touches it."""

@@ -128,7 +128,13 @@ def test_redis_keeps_what_it_was_given() -> None:
 
 
 def test_models_are_mounted_read_only() -> None:
-    assert FILE["services"]["mlx-server"]["volumes"] == ["${MODELS_DIR:-./models}:/app/models:ro"]
+    assert "${MODELS_DIR:-./models}:/app/models:ro" in FILE["services"]["mlx-server"]["volumes"]
+
+
+def test_prefixes_outlive_their_container_and_are_not_in_memory() -> None:
+    worker = FILE["services"]["mlx-server"]
+    assert f"prefixes:{worker['environment']['DATA_DIR']}" in worker["volumes"]
+    assert not any(worker["environment"]["DATA_DIR"].startswith(folder) for folder in worker["tmpfs"])
 
 
 @each_of_ours

@@ -135,6 +135,10 @@ class Backend(Protocol):
         """Gauges for `/metrics`, cheap to get: memory in bytes and the like."""
         ...
 
+    def close(self) -> None:
+        """The end: keep what the next worker may use. Takes a second at most."""
+        ...
+
 
 BackendLoader = Callable[[], Backend]
 """Loads and warms the model. Runs on the engine thread."""

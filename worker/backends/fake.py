@@ -221,6 +221,9 @@ class FakeBackend:
         """Nothing to tell."""
         return {}
 
+    def close(self) -> None:
+        """Nothing to keep."""
+
 
 def load(settings: Settings) -> FakeBackend:
     """A fake under the name of the model that would be served."""

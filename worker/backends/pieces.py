@@ -8,13 +8,18 @@ token where it was taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache
 
 from worker.backends import kv
+from worker.backends.prefix_blocks import Block, Tensor
+
+_TYPES = {mx.float32: ("F32", np.float32), mx.float16: ("F16", np.float16), mx.bfloat16: ("BF16", np.uint16)}
+"""Safetensors' names of the types that a cache may have, and those that carry the same bits in numpy."""
 
 
 class Piece(Protocol):
@@ -62,7 +67,7 @@ class Columns:
 
     def cut(self, at: int) -> tuple[Self, Self]:
         """See `Piece.cut`."""
-        return self._part(0, at), self._part(at, self.arrays[0][0].shape[2])
+        return self._part(0, at), self._part(at, self.length)
 
     @classmethod
     def join(cls, pieces: Sequence[Columns], length: int) -> kv.Layers:
@@ -74,6 +79,25 @@ class Columns:
             layer.offset = length
             layers.append(layer)
         return layers
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has."""
+        return int(self.arrays[0][0].shape[2])
+
+    def behind(self, at: int) -> Self:
+        """What is kept behind the first `at` tokens."""
+        return self._part(at, self.length) if at else self
+
+    def tensors(self) -> Block:
+        """What it holds, as bytes of the host that are not copied; it must be held as long as they are used."""
+        return [_tensor(array) for pair in self.arrays for array in pair]
+
+    @classmethod
+    def from_tensors(cls, block: Block) -> Self:
+        """The opposite of `tensors`. Copies them, so nothing of theirs is held."""
+        arrays = [_array(tensor) for tensor in block]
+        return cls._queued(list(zip(arrays[::2], arrays[1::2], strict=True)))
 
     def _part(self, start: int, stop: int) -> Self:
         return self._queued([_copied(keys, values, 0, start, stop) for keys, values in self.arrays])
@@ -119,6 +143,20 @@ def kind_for(model: Any) -> type[Piece] | None:
     if all(type(layer) is KVCache for layer in layers):
         return Columns
     return State if all(hasattr(layer, "extract") for layer in kv.flat(kv.merge([layers]))) else None
+
+
+def storable(model: Any) -> bool:
+    """Whether pieces of this model's cache can be written to files: plain attention only."""
+    return kind_for(model) is Columns
+
+
+def _tensor(array: mx.array) -> Tensor:
+    return Tensor(_TYPES[array.dtype][0], array.shape, np.frombuffer(memoryview(cast("Any", array)), np.uint8))
+
+
+def _array(tensor: Tensor) -> mx.array:
+    dtype, bits = next((dtype, bits) for dtype, (name, bits) in _TYPES.items() if name == tensor.dtype)
+    return mx.array(tensor.data.view(bits).reshape(tensor.shape)).view(dtype)
 
 
 def _copied(keys: mx.array, values: mx.array, row: int, start: int, stop: int) -> tuple[mx.array, mx.array]:

@@ -3,7 +3,9 @@
 A tree of tokens for each owner. An edge of it is a run of tokens and holds what the model's cache has of them
 (`worker.backends.pieces`), so what several rows share is kept once, and a row that ends adds only what is new. Owners
 never share: whether a prefix was there can be told from the time to the first token, and would tell one what another
-has sent. The cache belongs to one backend, which has one model in one quantisation, and ends with it.
+has sent. The cache belongs to one backend, which has one model in one quantisation. What it gives up for want of
+memory, what was of use, and at the end all of it, goes to disk (`worker.backends.spill`), where the next backend
+finds it.
 
 mlx-lm's `LRUPromptCache` keeps a whole copy for each row, of a shared system prompt too, copies all of an entry to
 use its beginning, forgets in the order of arrival whatever is in use, and has a dictionary for each token.
@@ -15,14 +17,16 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from worker.backends import kv
 from worker.backends.memory import is_out_of_memory
-from worker.backends.pieces import Piece, kind_for
+from worker.backends.pieces import Columns, Piece, kind_for
+from worker.backends.prefix_blocks import BLOCK
+from worker.backends.spill import Fetch, Spill
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +40,14 @@ class _Node:
 
     Attributes:
         piece: what is kept of them; None at a place where others branch off and nothing was taken.
+        owner: of a root: whose tree it is.
     """
 
     tokens: tuple[int, ...] = ()
     parent: _Node | None = None
     piece: Piece | None = None
     children: dict[int, _Node] = field(default_factory=dict)
+    owner: str = ""
 
     def way(self) -> Iterator[_Node]:
         """From this node to the first below the root."""
@@ -71,12 +77,14 @@ class PrefixCache:
     Args:
         model: an mlx-lm model.
         most_bytes: what all prefixes together may occupy; 0 keeps none.
+        spill: the disk beneath it, if there is one. What is on its way there counts as prefixes do.
     """
 
-    def __init__(self, model: Any, most_bytes: int) -> None:
+    def __init__(self, model: Any, most_bytes: int, spill: Spill | None = None) -> None:
         self._model = model
         self._kind = kind_for(model) if most_bytes > 0 else None
-        self._most_bytes = self._allowed = most_bytes
+        self._spill = spill if self._kind is Columns else None
+        self._most_bytes = self._allowed = most_bytes - (self._spill.most_held if self._spill else 0)
         self._roots: dict[str, _Node] = {}
         # Least recently used first. Of a way through the tree the end is always before its beginning.
         self._used: OrderedDict[_Node, None] = OrderedDict()
@@ -96,24 +104,45 @@ class PrefixCache:
         self._totals.hits += 1
         self._totals.tokens += length
         self._touch(nodes[-1])
+        self._to_disk(nodes[-1])
         return length, self._kind.join([node.piece for node in nodes if node.piece], length)
 
     def store(self, owner: str | None, tokens: Sequence[int], layers: kv.Layers, row: int) -> None:
         """Keep what a row has in a batch's cache, which is exactly these tokens."""
         if owner is None or self._kind is None or len(tokens) < LEAST_TOKENS or not self._allowed:
             return
-        try:
-            self._keep(self._kind, owner, tuple(tokens), layers, row)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                logger.exception("no prefixes are kept from now on: this model's cache cannot be taken apart")
-                self._kind = None
-            self.clear()
+        of, stop = self._kind.of, len(tokens)
+        self._keep(owner, tuple(tokens), lambda known: of(layers, row, known, stop))
+
+    def fetch(self, owner: str | None, tokens: Sequence[int]) -> Fetch | None:
+        """Begin to read what disk has of these tokens and memory has not; None when there is nothing."""
+        if owner is None or self._spill is None or self._kind is None:
+            return None
+        return self._spill.fetch(owner, tuple(tokens), self.length(owner, tokens), self._allowed)
+
+    def place(self, fetch: Fetch) -> bool:
+        """Take in the next of the blocks that are being read; False when that was the last that is of use."""
+        start, block = fetch.blocks[0][0], fetch.blocks.popleft()[1].result()
+        if block is None or self._kind is None:
+            return False
+        tokens = fetch.tokens[: start + BLOCK]
+        known = self.length(fetch.owner, tokens)
+        if start <= known < len(tokens):
+            self._keep(fetch.owner, tokens, lambda known: Columns.from_tensors(block).behind(known - start))
+        return bool(fetch.blocks) and self.length(fetch.owner, tokens) == len(tokens)
 
     def allow(self, most_bytes: int) -> None:
         """Occupy no more than that from now on, nor more than it may at all."""
-        self._allowed = max(0, min(most_bytes, self._most_bytes))
+        held = self._spill.held if self._spill else 0
+        self._allowed = max(0, min(most_bytes - held, self._most_bytes))
         self._shrink()
+
+    def close(self, seconds: float) -> None:
+        """Write what is not on disk yet, what was used last first, as far as that takes no longer."""
+        if self._spill is not None:
+            for node in reversed(self._used):
+                self._to_disk(node)
+            self._spill.close(seconds)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -129,10 +158,21 @@ class PrefixCache:
             "prefix_cache_lookups_total": self._totals.lookups,
             "prefix_cache_hits_total": self._totals.hits,
             "prefix_cache_tokens_total": self._totals.tokens,
+            **(self._spill.stats() if self._spill else {}),
         }
 
-    def _keep(self, kind: type[Piece], owner: str, tokens: tuple[int, ...], layers: kv.Layers, row: int) -> None:
-        nodes, known = _walk(self._roots.setdefault(owner, _Node()), tokens)
+    def _keep(self, owner: str, tokens: tuple[int, ...], take: Callable[[int], Piece]) -> None:
+        """Grow the tree; `take` gives what there is of these tokens behind so many of them."""
+        try:
+            self._grow(owner, tokens, take)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                logger.exception("no prefixes are kept from now on: this model's cache cannot be taken apart")
+                self._kind = None
+            self.clear()
+
+    def _grow(self, owner: str, tokens: tuple[int, ...], take: Callable[[int], Piece]) -> None:
+        nodes, known = _walk(self._roots.setdefault(owner, _Node(owner=owner)), tokens)
         if known == len(tokens) and _of_use(nodes, known):
             self._touch(nodes[-1])
             return
@@ -141,7 +181,7 @@ class PrefixCache:
             node.adopt(child := _Node(tokens[known:]))
             node = child
         if node.piece is None:
-            piece = kind.of(layers, row, known, len(tokens))
+            piece = take(known)
             if piece.nbytes > self._allowed:
                 self._prune(node)
                 return
@@ -153,8 +193,20 @@ class PrefixCache:
         """Forget what was not used for longest, as far as it is too much."""
         while self.nbytes > self._allowed:
             node = next(iter(self._used))
+            self._to_disk(node, given_up=True)
             self._take(node)
             self._prune(node)
+
+    def _to_disk(self, node: _Node, *, given_up: bool = False) -> None:
+        """Write what is kept up to the end of this node, unless it is there."""
+        if self._spill is None:
+            return
+        way = [*node.way()][::-1]
+        pieces = [each.piece for each in way if isinstance(each.piece, Columns)]
+        root = way[0].parent
+        if root is not None and len(pieces) == len(way):
+            tokens = tuple(chain.from_iterable(each.tokens for each in way))
+            self._spill.keep(root.owner, tokens, pieces, given_up=given_up)
 
     def _find(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, list[_Node]]:
         """The length of the longest prefix that is of use, and the nodes it leads through."""

@@ -1,8 +1,8 @@
 """Text generation with mlx-lm: the backend of language models.
 
-A row's way: `insert` checks it, `Prefill` puts its prompt into a cache chunk by chunk, `DecodeBatch` takes it in and
-decodes it beside the others. Each `step` queues one chunk and one decode step on the device, then reads the tokens of
-the step before.
+A row's way: `insert` checks it, `Arrivals` waits for what disk has of its prompt, `Prefill` puts the rest into a cache
+chunk by chunk, `DecodeBatch` takes it in and decodes it beside the others. Each `step` queues one chunk and one decode
+step on the device, then reads the tokens of the step before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
 from shared.model_folder import ModelError
 from shared.settings import Settings
-from worker.backends import kv
+from worker.backends import kv, pieces
+from worker.backends.arrivals import Arrivals
 from worker.backends.base import Detokenizer, Fit, PromptError, Row, StepResult
 from worker.backends.decode import DecodeBatch
 from worker.backends.memory import (
@@ -37,6 +38,8 @@ from worker.backends.memory import (
 )
 from worker.backends.prefill import Prefill
 from worker.backends.prefix_cache import PrefixCache
+from worker.backends.prefix_files import PrefixFiles, fingerprint
+from worker.backends.spill import Spill
 from worker.models import LoadedModel, load_model
 
 CHUNK_CPU = 32
@@ -44,6 +47,11 @@ CHUNK_CPU = 32
 a sixth more than in chunks of 64, beyond which it gets no cheaper."""
 CHUNK_GPU = 512
 """A GPU is only busy with some hundreds of tokens at a time."""
+
+SHARE_ON_THE_WAY = 8
+"""The part of the memory for prefixes that those may take which are on their way to disk."""
+CLOSE_S = 1.0
+"""Time to write prefixes at the end; what is left over then is lost."""
 
 _CLEAR_EVERY = 512
 """Steps between two returns of MLX's spare buffers, whose sizes fit the batch less and less as it changes."""
@@ -62,7 +70,8 @@ def load(settings: Settings) -> TextBackend:
         raise ModelError(f"{settings.model_path} cannot be served: mlx-lm has no batch cache for its kind of model.")
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
-    backend = TextBackend(loaded, settings.prefill_step_tokens or default_chunk(), memory)
+    spill = _spill(settings, loaded.model, memory)
+    backend = TextBackend(loaded, settings.prefill_step_tokens or default_chunk(), memory, spill)
     if backend.fits(1) is Fit.NEVER:
         raise ModelError(f"{settings.model_path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
     backend.warm()
@@ -75,6 +84,22 @@ def _memory(settings: Settings) -> Memory:
     left = max(0, limit - mx.get_active_memory())
     asked = settings.prefix_cache_bytes
     return Memory(left, int(SHARE_OF_PREFIXES * left) if asked == "auto" else asked)
+
+
+def _spill(settings: Settings, model: Any, memory: Memory) -> Spill | None:
+    """The disk for prefixes, opened; None where there is to be none, or this model's cannot be written."""
+    if not settings.prefix_disk_bytes or not memory.prefix_bytes or not pieces.storable(model):
+        return None
+    layout = f"{mx.default_device()} {type(model).__module__}"
+    files = PrefixFiles(
+        settings.prefixes_dir,
+        fingerprint(settings.model_path, layout),
+        settings.prefix_disk_bytes,
+        settings.retention_s,
+    )
+    spill = Spill(files, memory.prefix_bytes // SHARE_ON_THE_WAY)
+    spill.open()
+    return spill
 
 
 def default_chunk() -> int:
@@ -102,7 +127,7 @@ class TextDetokenizer:
 class TextBackend:
     """See `worker.backends.base.Backend`."""
 
-    def __init__(self, loaded: LoadedModel, chunk: int, memory: Memory = UNLIMITED) -> None:
+    def __init__(self, loaded: LoadedModel, chunk: int, memory: Memory = UNLIMITED, spill: Spill | None = None) -> None:
         self.card = loaded.card
         self.eos = loaded.eos
         self.about = _about(loaded)
@@ -114,7 +139,8 @@ class TextBackend:
         self._chunk = chunk
         self._budget = Budget(memory.most_bytes, Footprint.of(self._model))
         self._lengths: dict[int, int] = {}  # of the rows inserted, as long as they may grow
-        self._prefixes = PrefixCache(self._model, memory.prefix_bytes)
+        self._prefixes = PrefixCache(self._model, memory.prefix_bytes, spill)
+        self._arrivals = Arrivals(self._prefixes)
         self._prefill = Prefill(self._model, chunk, self._prefixes)
         self._batch = DecodeBatch(self._model, self._prefixes)
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
@@ -146,13 +172,16 @@ class TextBackend:
             fault = _fault(row, self._vocabulary)
             if fault:
                 self._refused[row.uid] = ValueError(fault)
-            else:
+                continue
+            self._lengths[row.uid] = len(row.prompt) + row.room
+            if not self._arrivals.add(row):
                 self._prefill.add(row)
-                self._lengths[row.uid] = len(row.prompt) + row.room
         self._give_way()
 
     def step(self) -> StepResult:
         """Queue a chunk of prompts and a decode step, then read what the last step chose."""
+        for row in self._arrivals.ready(idle=not (self._prefill or self._batch)):
+            self._prefill.add(row)
         with exhaustion_told():
             chunk = self._prefill.advance()
             if chunk.rows:
@@ -174,6 +203,7 @@ class TextBackend:
         """Drop rows."""
         gone = frozenset(uids)
         self._forget(gone)
+        self._arrivals.remove(gone)
         self._prefill.remove(gone)
         self._batch.remove(gone)
         self._joined = {uid: reused for uid, reused in self._joined.items() if uid not in gone}
@@ -183,6 +213,7 @@ class TextBackend:
         """Drop every row and every prefix: what made the batch fail may be in them."""
         self._forget(list(self._lengths))
         self._prefixes.clear()
+        self._arrivals.clear()
         self._prefill = Prefill(self._model, self._chunk, self._prefixes)
         self._batch.clear()
         self._joined.clear()
@@ -197,6 +228,10 @@ class TextBackend:
             "kv_bytes": self._prefill.nbytes() + self._batch.nbytes(),
             **self._prefixes.stats(),
         }
+
+    def close(self) -> None:
+        """Keep on disk what prefixes are in memory."""
+        self._prefixes.close(CLOSE_S)
 
     def warm(self) -> None:
         """Run a chunk and a few steps, so that the first job finds every kernel compiled."""

@@ -1,0 +1,99 @@
+"""Prefixes that outlive their worker: processes as they are run, ended in order, killed, and started again."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mlx_lm")
+
+from scripts.commands.client import RemoteJob
+from shared.jobs import Status
+from tests.plugins.stack import Stack
+from tests.support.waiting import eventually
+
+SYSTEM = "You answer in few words and name your sources, whatever you are asked. " * 140
+LEAST_TOKENS = 2000
+
+
+def ask(stack: Stack, question: str) -> RemoteJob:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    with stack.client() as client:
+        job = client.submit({"messages": messages, "temperature": 0, "max_tokens": 4}, wait_s=60)
+        while not job.status.terminal:
+            job = client.job(job.id, wait_s=60)
+    assert job.status is Status.SUCCEEDED
+    return job
+
+
+def cached(job: RemoteJob) -> int:
+    return int(job.usage["cached_tokens"])
+
+
+def stat(stack: Stack, name: str) -> float:
+    return sum(worker.stats.get(name, 0) for worker in stack.ready_workers())
+
+
+def files(stack: Stack) -> list[Path]:
+    return list((stack.home / "data/prefixes").rglob("*.safetensors"))
+
+
+def test_a_restarted_worker_finds_what_its_predecessor_knew(tiny_stack: Stack) -> None:
+    stack = tiny_stack
+    first = stack.start_worker()
+    job = ask(stack, "Why is the sky blue?")
+    assert job.usage["prompt_tokens"] > LEAST_TOKENS
+    assert cached(job) == 0
+    assert stack.stop(first) == 0
+    assert len(files(stack)) > LEAST_TOKENS // 128
+    stack.start_worker()
+    again = ask(stack, "Why is the sky blue?")
+    assert cached(again) > LEAST_TOKENS
+    assert again.text == job.text
+    assert cached(ask(stack, "Is it so at night?")) > LEAST_TOKENS
+    eventually(lambda: stat(stack, "prefix_disk_read_blocks_total") >= LEAST_TOKENS // 128, "it came from disk", 10)
+
+
+def test_what_was_of_use_survives_a_kill_and_serves_the_workers_beside_it(tiny_stack: Stack) -> None:
+    stack = tiny_stack
+    first = stack.start_worker()
+    for question in ("Why is the sky blue?", "Is it so at night?"):
+        job = ask(stack, question)
+    eventually(lambda: stat(stack, "prefix_disk_written_blocks_total") >= LEAST_TOKENS // 128, "it is on disk", 10)
+    assert stack.stop(first, signal.SIGKILL) == -signal.SIGKILL
+    stack.start_worker()
+    again = ask(stack, "Is it so at night?")
+    assert cached(again) > LEAST_TOKENS
+    assert again.text == job.text
+
+
+@pytest.mark.parametrize("variables", [{"PREFIX_DISK_BYTES": "0"}, {"PREFIX_CACHE_BYTES": "0"}], ids=str)
+def test_who_wants_none_gets_none(tiny_stack: Stack, variables: dict[str, Any]) -> None:
+    stack = tiny_stack
+    first = stack.start_worker(**variables)
+    ask(stack, "Hi")
+    ask(stack, "Hi")
+    assert stack.stop(first) == 0
+    assert not files(stack)
+
+
+def test_broken_files_are_read_anew_and_written_anew(tiny_stack: Stack) -> None:
+    stack = tiny_stack
+    first = stack.start_worker()
+    job = ask(stack, "Hi")
+    assert stack.stop(first) == 0
+    for path in files(stack):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    second = stack.start_worker()
+    again = ask(stack, "Hi")
+    assert cached(again) < LEAST_TOKENS
+    assert again.text == job.text
+    assert stack.stop(second) == 0
+    assert "broken" in stack.log("worker-1")
+    stack.start_worker()
+    assert cached(ask(stack, "Hi")) > LEAST_TOKENS
