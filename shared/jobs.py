@@ -83,6 +83,8 @@ class Generation:
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     stop: tuple[str, ...] = ()
+    share_system_prompt: bool = False
+    """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -123,6 +123,7 @@ class Admission:
             prompt=None if messages else request.prompt,
             messages=messages,
             stop=tuple(request.stop),
+            share_system_prompt=request.share_system_prompt,
         )
 
     def _send_ticket(self, job: Job) -> None:

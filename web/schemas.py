@@ -91,6 +91,11 @@ class JobRequest(_Request):
     )
     deadline_s: float | None = Field(None, gt=0, description="Expires when it takes longer in all, waiting included")
     metadata: Metadata = Field({}, description="Kept with the job and given back")
+    share_system_prompt: bool = Field(
+        False,
+        description="Let jobs of all keys that begin with the same system message start as fast as if it were their "
+        "own; they can tell that somebody sent it. Nothing behind it is shared",
+    )
 
     @field_validator("messages")
     @classmethod
@@ -100,6 +105,13 @@ class JobRequest(_Request):
         if messages is not None and not any(message.content for message in messages):
             raise PydanticCustomError("empty_messages", "No message holds any text")
         return messages
+
+    @field_validator("share_system_prompt")
+    @classmethod
+    def _system_prompt_to_share(cls, share: bool, info: ValidationInfo) -> bool:
+        if share and not ((messages := info.data.get("messages")) and messages[0].role == "system"):
+            raise PydanticCustomError("no_system_prompt", "It needs messages of which the first is the system's")
+        return share
 
     @property
     def prompt_field(self) -> str:

@@ -62,6 +62,7 @@ class Sequence:
         self.job = job
         self.next_event = job.last_event + 1
         self.prompt: tuple[int, ...] = ()
+        self._shared = 0
         self.generated: list[int] = []
         self.ending: Ending | None = None
         self.outcome: Outcome | None = None
@@ -93,9 +94,10 @@ class Sequence:
         self._clock.forget_first_token()
         return end and end._replace(text=text[len(written.text) :], tokens=())
 
-    def begin(self, prompt: tuple[int, ...]) -> Said | None:
-        """Give it its prompt; its end when that leaves nothing to generate."""
+    def begin(self, prompt: tuple[int, ...], shared: int = 0) -> Said | None:
+        """Give it its prompt, so many tokens of which are everybody's; its end when that leaves nothing to generate."""
         self.prompt = prompt
+        self._shared = shared
         self._limit = min(self._limit, self._context - len(prompt))
         return self._end("length") if len(self.generated) >= self._limit else None
 
@@ -114,6 +116,7 @@ class Sequence:
             room=self._limit - generated,
             sampling=self.job.generation.sampling,
             owner=self.job.owner,
+            shared=self._shared,
         )
 
     def admitted(self) -> None:

@@ -119,7 +119,7 @@ class Runner:
         job = sequence.job
         try:
             end = sequence.replay(self._log.written(job.id, job.last_event)) if job.attempt > 1 else None
-            return end or sequence.begin(self._encode(job, backend))
+            return end or sequence.begin(*self._encode(job, backend))
         except PromptError as error:
             return sequence.fail(JobFailure(error.code), str(error))
         except Gone as error:
@@ -134,12 +134,13 @@ class Runner:
             logger.exception("the job cannot be started")
             return sequence.fail(JobFailure.ENGINE, _NOT_STARTED)
 
-    def _encode(self, job: Job, backend: Backend) -> tuple[int, ...]:
-        """Read the prompt, when it is this job's turn."""
+    def _encode(self, job: Job, backend: Backend) -> tuple[tuple[int, ...], int]:
+        """Read the prompt, when it is this job's turn; its tokens, and how many of them it gives to everybody."""
         with self._turn:
             self.encoding = ((job.id, job.attempt), job)
             try:
-                return backend.encode(job.generation)
+                prompt = backend.encode(job.generation)
+                return prompt, backend.shared(job.generation, prompt)
             finally:
                 self.encoding = None
 

@@ -10,19 +10,20 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from scripts.commands.client import RemoteJob
+from scripts.commands.client import Client, RemoteJob
 from shared.jobs import Status
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
+from web.keystore import KeyStore
 
 SYSTEM = "You answer in few words and name your sources, whatever you are asked. " * 140
 LEAST_TOKENS = 2000
 
 
-def ask(stack: Stack, question: str) -> RemoteJob:
+def ask(stack: Stack, question: str, key: str = "", **more: Any) -> RemoteJob:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-    with stack.client() as client:
-        job = client.submit({"messages": messages, "temperature": 0, "max_tokens": 4}, wait_s=60)
+    with Client(stack.url, key or stack.key) as client:
+        job = client.submit({"messages": messages, "temperature": 0, "max_tokens": 4, **more}, wait_s=60)
         while not job.status.terminal:
             job = client.job(job.id, wait_s=60)
     assert job.status is Status.SUCCEEDED
@@ -97,3 +98,20 @@ def test_broken_files_are_read_anew_and_written_anew(tiny_stack: Stack) -> None:
     assert "broken" in stack.log("worker-1")
     stack.start_worker()
     assert cached(ask(stack, "Hi")) > LEAST_TOKENS
+
+
+def test_other_keys_have_what_was_marked_as_shared_and_nothing_else(tiny_stack: Stack) -> None:
+    stack = tiny_stack
+    other = KeyStore(stack.settings.keys_file).create("another", ["infer"])
+    first = stack.start_worker()
+    job = ask(stack, "Why is the sky blue?")
+    assert cached(ask(stack, "Why is the sky blue?", other)) == 0
+    assert stack.stop(first) == 0
+    stack.start_worker()
+    third = KeyStore(stack.settings.keys_file).create("third", ["infer"])
+    assert cached(ask(stack, "Why is the sky blue?", third)) == 0
+    ask(stack, "Is it so at night?", share_system_prompt=True)
+    fourth = KeyStore(stack.settings.keys_file).create("fourth", ["infer"])
+    shared = ask(stack, "Why is the sky blue?", fourth)
+    assert LEAST_TOKENS < cached(shared) < shared.usage["prompt_tokens"] - 5
+    assert shared.text == job.text

@@ -104,6 +104,22 @@ def test_keys_profit_from_themselves_only(backend: TextBackend) -> None:
     assert third.cached_tokens > 0
 
 
+def test_a_shared_system_message_serves_other_keys_and_only_that(backend: TextBackend, forgetful: TextBackend) -> None:
+    mine, yours = ask("Why is the sky blue?", GREEDY), ask("Why is the sky blue?", GREEDY, owner="you")
+    shared = replace(mine, generation=replace(mine.generation, share_system_prompt=True))
+    prompt = backend.encode(mine.generation)
+    given = backend.shared(shared.generation, prompt)
+    assert 80 < given < len(prompt) - 5
+    assert backend.shared(mine.generation, prompt) == 0
+    answer(backend, [mine])
+    assert answer(backend, [yours])[0].cached_tokens == 0
+    backend.reset()
+    answer(backend, [shared])
+    (ending,) = answer(backend, [yours])
+    assert ending.cached_tokens == given
+    assert facts([ending]) == facts(answer(forgetful, [yours]))
+
+
 class Rows:
     """Rows of one owner in a backend, and what they said."""
 

@@ -48,7 +48,8 @@ def sequence_for(job: Job, backend: Backend | None = None) -> Sequence:
     """A sequence with its prompt, ready for the engine."""
     backend = backend or FakeBackend()
     sequence = Sequence(job, backend)
-    assert sequence.begin(backend.encode(job.generation)) is None
+    prompt = backend.encode(job.generation)
+    assert sequence.begin(prompt, backend.shared(job.generation, prompt)) is None
     return sequence
 
 

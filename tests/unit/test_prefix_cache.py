@@ -242,3 +242,30 @@ def test_where_memory_ends_what_is_kept_is_given_up(model: Any, monkeypatch: pyt
     assert cache.nbytes == 0
     keep(cache, model, counting(1, 50))
     assert cache.length("me", counting(1, 50)) == 50
+
+
+def test_what_is_given_to_everybody_serves_all_and_is_kept_when_its_owners_is_forgotten(model: Any) -> None:
+    cache = PrefixCache(model, PLENTY)
+    tokens = counting(1, 50)
+    keep(cache, model, tokens)
+    cache.share("me", tokens[:30])
+    assert cache.length("you", tokens) == 30
+    assert cache.length("me", tokens) == 50
+    assert cache.length(None, tokens) == 0
+    found, layers = cache.load("you", tokens)
+    assert found == 30
+    assert mx.allclose(layers[0].keys, read(model, tokens)[0].keys[:, :, :30], atol=1e-5)
+    keep(cache, model, [*tokens[:30], *counting(9, 20)], "you")
+    assert cache.length("me", [*tokens[:30], *counting(9, 20)]) == 30  # nothing of mine is yours
+    assert cache.nbytes == TOKEN_BYTES * (50 + 30 + 50)
+    cache.share("me", tokens[:30])
+    cache.share("me", [*tokens[:40], 1])  # not mine to give
+    assert cache.nbytes == TOKEN_BYTES * (50 + 30 + 50)
+    assert whole(cache)
+
+
+def test_a_cache_that_cannot_be_cut_gives_nothing_away(sliding: Any) -> None:
+    cache = PrefixCache(sliding, PLENTY)
+    keep(cache, sliding, counting(1, 40))
+    cache.share("me", counting(1, 40))
+    assert cache.length("you", counting(1, 40)) == 0

@@ -62,6 +62,14 @@ def test_a_message_is_a_role_and_content(turn: object) -> None:
     assert faults(messages=[TURN, turn])[0][:2] == ("messages", 1)
 
 
+def test_only_a_leading_system_message_can_be_shared() -> None:
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    assert JobRequest.model_validate({"messages": [system, user], "share_system_prompt": True}).share_system_prompt
+    for body in ({"messages": [user, system]}, {"prompt": "Hi"}):
+        with pytest.raises(ValidationError, match="system's"):
+            JobRequest.model_validate({**body, "share_system_prompt": True})
+
+
 def test_whole_numbers_are_numbers() -> None:
     assert JobRequest.model_validate({"prompt": "hi", "temperature": 1}).temperature == 1.0
 

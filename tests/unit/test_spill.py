@@ -165,10 +165,13 @@ def test_what_was_of_use_is_on_disk_before_any_end(make: Maker, model: Any) -> N
     tokens = counting(1, 3 * BLOCK)
     keep(cache, model, tokens)
     cache.load("me", [*tokens, 1, 2])
+    assert make.on_disk() == 0  # not while the row that it is for waits for its first token
+    cache.allow(PLENTY)
     settle(cache)
     assert make.on_disk() == 3
     assert bring(make(), tokens) == 3 * BLOCK  # beside the first, which has not ended
     cache.load("me", [*tokens, 1, 2])
+    cache.allow(PLENTY)
     settle(cache)
     assert cache.stats()["prefix_disk_written_blocks_total"] == 3
 
@@ -315,3 +318,15 @@ def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
     assert cache.length("me", tokens) == 3 * BLOCK
     assert cache.stats()["prefix_disk_read_blocks_total"] == 3  # once for all of them
     assert arrivals.ready(idle=True) == []
+
+
+def test_what_is_everybodys_is_so_on_disk_too_and_nothing_behind_it(make: Maker, model: Any) -> None:
+    tokens = counting(1, 3 * BLOCK + 9)
+    first = make()
+    keep(first, model, tokens)
+    first.share("me", tokens[: 2 * BLOCK])
+    first.close(10)
+    second = make()
+    assert bring(second, tokens, "you") == 2 * BLOCK
+    assert bring(second, tokens, "me") == 3 * BLOCK
+    assert second.length("you", tokens) == 2 * BLOCK

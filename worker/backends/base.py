@@ -54,7 +54,8 @@ class Row:
         prompt: token ids to prefill: the request's, then those that earlier attempts generated. Never empty.
         generated: how many of them are generated: the first token sampled has position `generated`.
         room: most tokens it may still generate.
-        owner: whose prefixes it may reuse and adds to; None: nobody's.
+        owner: whose prefixes it may reuse and adds to, beside those that are everybody's; None: nobody's.
+        shared: so many tokens of its prompt, from the first, become everybody's.
     """
 
     uid: int
@@ -63,6 +64,7 @@ class Row:
     room: int
     sampling: Sampling
     owner: str | None = None
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,10 @@ class Backend(Protocol):
         Raises:
             PromptError: the template refuses it, or it leaves no room in the context.
         """
+        ...
+
+    def shared(self, generation: Generation, prompt: tuple[int, ...]) -> int:
+        """How many tokens of its prompt the request gives to everybody: at most its system message. As `encode`."""
         ...
 
     def detokenizer(self) -> Detokenizer:

@@ -162,6 +162,10 @@ class FakeBackend:
             raise PromptError(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
         return tokens
 
+    def shared(self, generation: Generation, prompt: tuple[int, ...]) -> int:  # noqa: ARG002
+        """Nothing: it keeps nothing."""
+        return 0
+
     def detokenizer(self) -> FakeDetokenizer:
         """A fresh one."""
         return FakeDetokenizer()

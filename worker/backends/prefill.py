@@ -167,6 +167,8 @@ class Prefill:
         """Keep the prompts: whoever begins with the same need not wait until these rows have ended."""
         for place, row in enumerate(chunk.rows):
             self._prefixes.store(row.owner, _to_read(row), chunk.cache, place)
+            if row.shared:
+                self._prefixes.share(row.owner, _to_read(row)[: row.shared])
             self._tried_again.discard(row.uid)
         self._at_hand = ()
         return chunk

@@ -1,11 +1,12 @@
 """What earlier rows left behind: the cache of their prompts and answers, for rows that begin with the same tokens.
 
-A tree of tokens for each owner. An edge of it is a run of tokens and holds what the model's cache has of them
-(`worker.backends.pieces`), so what several rows share is kept once, and a row that ends adds only what is new. Owners
-never share: whether a prefix was there can be told from the time to the first token, and would tell one what another
-has sent. The cache belongs to one backend, which has one model in one quantisation. What it gives up for want of
-memory, what was of use, and at the end all of it, goes to disk (`worker.backends.spill`), where the next backend
-finds it.
+A tree of tokens for each owner, and one that is everybody's. An edge of it is a run of tokens and holds what the
+model's cache has of them (`worker.backends.pieces`), so what several rows share is kept once, and a row that ends adds
+only what is new. Owners never share: whether a prefix was there can be told from the time to the first token, and would
+tell one what another has sent. Only what a row gives to everybody, which is copied, serves all.
+
+The cache belongs to one backend, which has one model in one quantisation. What it gives up for want of memory, what was
+of use, and at the end all of it, goes to disk (`worker.backends.spill`), where the next backend finds it.
 
 mlx-lm's `LRUPromptCache` keeps a whole copy for each row, of a shared system prompt too, copies all of an entry to
 use its beginning, forgets in the order of arrival whatever is in use, and has a dictionary for each token.
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 LEAST_TOKENS = 16
 """Shorter prefixes are neither kept nor used: they save less than they cost."""
+
+EVERYBODY = ""
+"""The owner of what all may use. No API key has this id."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +92,8 @@ class PrefixCache:
         self._roots: dict[str, _Node] = {}
         # Least recently used first. Of a way through the tree the end is always before its beginning.
         self._used: OrderedDict[_Node, None] = OrderedDict()
+        # Of use since the last time that rows came or went: written then, when the row that has it is not in a hurry.
+        self._proven: dict[_Node, None] = {}
         self.nbytes = 0
         self._totals = Totals()
 
@@ -104,7 +110,7 @@ class PrefixCache:
         self._totals.hits += 1
         self._totals.tokens += length
         self._touch(nodes[-1])
-        self._to_disk(nodes[-1])
+        self._proven[nodes[-1]] = None
         return length, self._kind.join([node.piece for node in nodes if node.piece], length)
 
     def store(self, owner: str | None, tokens: Sequence[int], layers: kv.Layers, row: int) -> None:
@@ -114,11 +120,25 @@ class PrefixCache:
         of, stop = self._kind.of, len(tokens)
         self._keep(owner, tuple(tokens), lambda known: of(layers, row, known, stop))
 
+    def share(self, owner: str | None, tokens: Sequence[int]) -> None:
+        """Give to everybody what an owner has of these tokens, if that is all of them and they can be cut off there."""
+        length, nodes = self._find_in(owner, tokens) if owner is not None else (0, [])
+        if self._kind is not Columns or length < len(tokens) or self._find_in(EVERYBODY, tokens)[0] == length:
+            return
+        pieces = [node.piece for node in nodes if isinstance(node.piece, Columns)]
+        layers = kv.merge([Columns.join(pieces, length)])
+        self.store(EVERYBODY, tokens, layers, 0)
+
     def fetch(self, owner: str | None, tokens: Sequence[int]) -> Fetch | None:
         """Begin to read what disk has of these tokens and memory has not; None when there is nothing."""
         if owner is None or self._spill is None or self._kind is None:
             return None
-        return self._spill.fetch(owner, tuple(tokens), self.length(owner, tokens), self._allowed)
+        enough = self.length(owner, tokens)
+        for each in (owner, EVERYBODY):
+            known = self._find_in(each, tokens)[0]
+            if fetch := self._spill.fetch(each, tuple(tokens), known, enough, self._allowed):
+                return fetch
+        return None
 
     def place(self, fetch: Fetch) -> bool:
         """Take in the next of the blocks that are being read; False when that was the last that is of use."""
@@ -126,13 +146,16 @@ class PrefixCache:
         if block is None or self._kind is None:
             return False
         tokens = fetch.tokens[: start + BLOCK]
-        known = self.length(fetch.owner, tokens)
+        known = self._find_in(fetch.owner, tokens)[0]
         if start <= known < len(tokens):
             self._keep(fetch.owner, tokens, lambda known: Columns.from_tensors(block).behind(known - start))
-        return bool(fetch.blocks) and self.length(fetch.owner, tokens) == len(tokens)
+        return bool(fetch.blocks) and self._find_in(fetch.owner, tokens)[0] == len(tokens)
 
     def allow(self, most_bytes: int) -> None:
         """Occupy no more than that from now on, nor more than it may at all."""
+        proven, self._proven = self._proven, {}
+        for node in proven:
+            self._to_disk(node)
         held = self._spill.held if self._spill else 0
         self._allowed = max(0, min(most_bytes - held, self._most_bytes))
         self._shrink()
@@ -148,6 +171,7 @@ class PrefixCache:
         """Forget everything."""
         self._roots.clear()
         self._used.clear()
+        self._proven.clear()
         self.nbytes = 0
 
     def stats(self) -> dict[str, float]:
@@ -209,8 +233,14 @@ class PrefixCache:
             self._spill.keep(root.owner, tokens, pieces, given_up=given_up)
 
     def _find(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, list[_Node]]:
-        """The length of the longest prefix that is of use, and the nodes it leads through."""
-        root = self._roots.get(owner) if owner is not None else None
+        """The length of the longest prefix that an owner may use, and the nodes it leads through."""
+        if owner is None:
+            return 0, []
+        return max(self._find_in(owner, tokens), self._find_in(EVERYBODY, tokens), key=lambda found: found[0])
+
+    def _find_in(self, owner: str, tokens: Sequence[int]) -> tuple[int, list[_Node]]:
+        """The same in one owner's tree."""
+        root = self._roots.get(owner)
         if root is None:
             return 0, []
         nodes, length = _walk(root, tuple(tokens))
@@ -269,7 +299,7 @@ def _walk(root: _Node, tokens: tuple[int, ...]) -> tuple[list[_Node], int]:
     """The nodes these tokens lead through, from the root, the last perhaps in part; and how many tokens they share."""
     nodes, length = [root], 0
     while length < len(tokens) and (child := nodes[-1].children.get(tokens[length])) is not None:
-        shared = _shared(child.tokens, tokens[length : length + len(child.tokens)])
+        shared = common_length(child.tokens, tokens[length : length + len(child.tokens)])
         nodes.append(child)
         length += shared
         if shared < len(child.tokens):
@@ -277,7 +307,7 @@ def _walk(root: _Node, tokens: tuple[int, ...]) -> tuple[list[_Node], int]:
     return nodes, length
 
 
-def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+def common_length(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     """How many tokens two runs share from the first."""
     if left == right:
         return len(left)

@@ -114,9 +114,14 @@ class Spill:
         done = self._writer.submit(self._guarded, lambda: self._write(wanted, begin, runs))
         self._writes.append(_Write(needed, frozenset(name for name, _ in wanted), done))
 
-    def fetch(self, owner: str, tokens: tuple[int, ...], known: int, most_bytes: int) -> Fetch | None:
-        """Begin to read what disk has of these tokens beyond those that memory has; None when that is nothing."""
-        if self._off or len(tokens) - known < LEAST_GAIN:
+    def fetch(self, owner: str, tokens: tuple[int, ...], known: int, enough: int, most_bytes: int) -> Fetch | None:
+        """Begin to read what disk has of an owner's tokens; None when that is not worth it.
+
+        Args:
+            known: so many of them memory has.
+            enough: so many of them need not be read anyway.
+        """
+        if self._off or len(tokens) - enough < LEAST_GAIN:
             return None
         self._look_again()
         names: list[str] = []
@@ -125,7 +130,7 @@ class Spill:
             if needed and (not self.files.has(name) or (most_bytes := most_bytes - self.files.size(name)) < 0):
                 break
             names.append(name)
-        if len(names) * BLOCK - known < LEAST_GAIN:
+        if len(names) * BLOCK - enough < LEAST_GAIN:
             return None
         first = known // BLOCK
         blocks = deque((place * BLOCK, self._read(name)) for place, name in enumerate(names) if place >= first)

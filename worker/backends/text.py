@@ -37,7 +37,7 @@ from worker.backends.memory import (
     exhaustion_told,
 )
 from worker.backends.prefill import Prefill
-from worker.backends.prefix_cache import PrefixCache
+from worker.backends.prefix_cache import PrefixCache, common_length
 from worker.backends.prefix_files import PrefixFiles, fingerprint
 from worker.backends.spill import Spill
 from worker.models import LoadedModel, load_model
@@ -157,6 +157,16 @@ class TextBackend:
             detail = f"The prompt has {len(tokens)} tokens; the model takes {self.card.context} with the answer."
             raise PromptError(JobFailure.CONTEXT_LENGTH, detail)
         return tuple(tokens)
+
+    def shared(self, generation: Generation, prompt: tuple[int, ...]) -> int:
+        """See `Backend.shared`. The system message is rendered alone, so what follows it cannot be in it."""
+        if not generation.share_system_prompt or not generation.messages:
+            return 0
+        try:
+            alone = self._encoder.apply_chat_template(list(generation.messages[:1]), add_generation_prompt=False)
+        except Exception:  # noqa: BLE001 - a template may want more than a system message
+            return 0
+        return common_length(tuple(alone), prompt)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one."""
