@@ -261,6 +261,19 @@ def test_a_disk_that_fails_is_given_up_with_one_line(
     ]
 
 
+def test_arrays_that_cannot_be_written_harm_no_row(
+    make: Maker, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("worker.backends.pieces._TYPES", {})
+    cache = make()
+    keep(cache, model, counting(1, 2 * BLOCK))
+    assert cache.load("me", counting(1, 2 * BLOCK))[0] == 2 * BLOCK
+    cache.allow(PLENTY)
+    cache.close(1)
+    assert make.on_disk() == 0
+    assert len(caplog.records) == 1
+
+
 def test_a_folder_that_cannot_be_used_costs_nothing_but_the_disk(
     make: Maker, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

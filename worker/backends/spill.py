@@ -110,7 +110,9 @@ class Spill:
         begin, needed = _from(pieces, wanted[0][1])
         if given_up and held + sum(piece.nbytes for piece in needed) > self.most_held:
             return
-        runs = [piece.tensors() for piece in needed]
+        runs = self._guarded(lambda: [piece.tensors() for piece in needed])
+        if runs is None:
+            return
         done = self._writer.submit(self._guarded, lambda: self._write(wanted, begin, runs))
         self._writes.append(_Write(needed, frozenset(name for name, _ in wanted), done))
 
@@ -177,12 +179,12 @@ class Spill:
             runs.clear()  # before it counts as done: the engine's thread is to have the last reference
 
     def _guarded(self, work: Callable[[], _T]) -> _T | None:
-        """Do file work; when it cannot be done, now is the end of it."""
+        """Do a part of this; when it cannot be done, now is the end of all of it."""
         if self._off:
             return None
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - whatever a file system raises, rows go on without
+        except Exception as error:  # noqa: BLE001 - whatever is raised, rows go on without
             if not self._off:
                 logger.warning("prefixes are not kept on disk from now on: %s", error)
             self._off = True
