@@ -14,13 +14,14 @@ from mlx_lm.generate import generate_step
 from shared.jobs import Sampling
 from worker.backends import kv
 from worker.backends.base import Row
-from worker.backends.decode import DecodeBatch
+from worker.backends.lanes import Lanes
 from worker.backends.memory import Footprint
 from worker.backends.prefill import Prefill
 from worker.backends.prefix_cache import LEAST_TOKENS, PrefixCache
 
 VOCABULARY = 512
 TOKENS = 40
+MUCH = 2**30
 WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {
@@ -84,9 +85,9 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
 
 
-def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache) -> list[list[int]]:
+def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache, most_padding: int = MUCH) -> list[list[int]]:
     """A row joins every third step; every second one leaves early."""
-    prefill, batch = Prefill(model, 32, prefixes), DecodeBatch(model, prefixes)
+    prefill, batch = Prefill(model, 32, prefixes), Lanes(model, prefixes, Footprint.of(model), most_padding)
     said: list[list[int]] = [[] for _ in prompts]
     waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0), "me") for i, p in enumerate(prompts)]
     step = 0
@@ -102,13 +103,14 @@ def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache) -> lis
     return said
 
 
+@pytest.mark.parametrize("most_padding", [MUCH, 50_000], ids=["one lane", "lanes"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_batch_says_what_each_row_says_alone(name: str) -> None:
+def test_a_batch_says_what_each_row_says_alone(name: str, most_padding: int) -> None:
     model, draw = make(name), random.Random(0)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
     expected = [alone(model, prompt) for prompt in prompts]
     assert all(len(set(answer)) > 10 for answer in expected), "answers that would hide a mistake"
-    for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0)), strict=True):
+    for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0), most_padding), strict=True):
         assert len(said) >= TOKENS - 9
         assert said == answer[: len(said)]
 

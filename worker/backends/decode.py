@@ -74,6 +74,11 @@ class DecodeBatch:
     def __len__(self) -> int:
         return sum(slot is not None for slot in self._slots)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row has in the cache."""
+        return [slot.length for slot in self._slots if slot is not None]
+
     def clear(self) -> None:
         """Drop every row and free the cache."""
         self._slots = []
@@ -95,6 +100,13 @@ class DecodeBatch:
         else:
             self._append(slots, last, cache)
         self._columns = max(self._columns, *(slot.length for slot in slots))
+        self._recompose()
+
+    def absorb(self, other: DecodeBatch) -> None:
+        """Take over all rows of another batch, which has some and is of no use afterwards. Copies both."""
+        other._compact()
+        self._append([slot for slot in other._slots if slot is not None], other._fed, other._cache)
+        self._columns = max(self._columns, other._columns)
         self._recompose()
 
     def remove(self, uids: Collection[int]) -> None:
@@ -164,7 +176,7 @@ class DecodeBatch:
 
     def _tidy(self) -> None:
         """Compact the batch once the places without a row have cost about as much as the copy will."""
-        live = [slot.length for slot in self._slots if slot is not None]
+        live = self.lengths
         self._dead_steps += len(self._slots) - len(live)
         if live and (self._dead_steps > len(live) or self._columns - max(live) > MOST_PADDING):
             self._compact()

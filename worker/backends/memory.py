@@ -94,6 +94,10 @@ class Footprint:
         # A sliding window holds the chunk that is read beside its own tokens.
         return self.fixed + sum(each * min(columns, most + COLUMNS if most else columns) for each, most in self.growing)
 
+    def filled(self, tokens: int) -> int:
+        """What of it a step reads when a row has so many tokens."""
+        return self.fixed + sum(each * min(tokens, most or tokens) for each, most in self.growing)
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:

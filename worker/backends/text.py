@@ -1,7 +1,7 @@
 """Text generation with mlx-lm: the backend of language models.
 
 A row's way: `insert` checks it, `Arrivals` waits for what disk has of its prompt, `Prefill` puts the rest into a cache
-chunk by chunk, `DecodeBatch` takes it in and decodes it beside the others. Each `step` queues one chunk and one decode
+chunk by chunk, `Lanes` takes it in and decodes it beside the others. Each `step` queues one chunk and one decode
 step on the device, then reads the tokens of the step before.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple
 from importlib.metadata import version
 from typing import Any
@@ -26,7 +26,7 @@ from shared.settings import Settings
 from worker.backends import kv, pieces
 from worker.backends.arrivals import Arrivals
 from worker.backends.base import Detokenizer, Fit, PromptError, Row, StepResult
-from worker.backends.decode import DecodeBatch
+from worker.backends.lanes import Lanes
 from worker.backends.memory import (
     SHARE_OF_PREFIXES,
     UNLIMITED,
@@ -137,12 +137,13 @@ class TextBackend:
         self._model = loaded.model
         self._vocabulary = _vocabulary(loaded)
         self._chunk = chunk
-        self._budget = Budget(memory.most_bytes, Footprint.of(self._model))
+        footprint = Footprint.of(self._model)
+        self._budget = Budget(memory.most_bytes, footprint)
         self._lengths: dict[int, int] = {}  # of the rows inserted, as long as they may grow
         self._prefixes = PrefixCache(self._model, memory.prefix_bytes, spill)
         self._arrivals = Arrivals(self._prefixes)
         self._prefill = Prefill(self._model, chunk, self._prefixes)
-        self._batch = DecodeBatch(self._model, self._prefixes)
+        self._batch = Lanes(self._model, self._prefixes, footprint, _weights(loaded))
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
         self._joined: dict[int, int] = {}
         self._refused: dict[int, Exception] = {}
@@ -230,12 +231,13 @@ class TextBackend:
         self._refused.clear()
 
     def stats(self) -> dict[str, float]:
-        """Memory in bytes: what MLX uses, keeps for later and used at most, and the cache of the rows."""
+        """Memory in bytes: what MLX uses, keeps for later and used at most, the cache of the rows; passes a step."""
         return {
             "memory_active_bytes": mx.get_active_memory(),
             "memory_spare_bytes": mx.get_cache_memory(),
             "memory_peak_bytes": mx.get_peak_memory(),
             "kv_bytes": self._prefill.nbytes() + self._batch.nbytes(),
+            "decode_lanes": len(self._batch.lengths),
             **self._prefixes.stats(),
         }
 
@@ -294,9 +296,17 @@ def _vocabulary(loaded: LoadedModel) -> int:
     return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(loaded.tokenizer))
 
 
+def _weights(loaded: LoadedModel) -> int:
+    """Bytes of the parameters."""
+    return sum(array.nbytes for array in _parameters(loaded))
+
+
+def _parameters(loaded: LoadedModel) -> Collection[mx.array]:
+    return dict(tree_flatten(loaded.model.parameters())).values()
+
+
 def _about(loaded: LoadedModel) -> dict[str, object]:
-    parameters = dict(tree_flatten(loaded.model.parameters())).values()
-    types = {str(array.dtype).removeprefix("mlx.core.") for array in parameters}
+    types = {str(array.dtype).removeprefix("mlx.core.") for array in _parameters(loaded)}
     quantisation = loaded.config.get("quantization") or {}
     return {
         "device": str(mx.default_device()),
