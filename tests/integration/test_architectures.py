@@ -16,6 +16,7 @@ from worker.backends import kv
 from worker.backends.base import Row
 from worker.backends.lanes import Lanes
 from worker.backends.memory import Footprint
+from worker.backends.pace import Pace
 from worker.backends.prefill import Prefill
 from worker.backends.prefix_cache import LEAST_TOKENS, PrefixCache
 
@@ -87,7 +88,7 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
 
 def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache, most_padding: int = MUCH) -> list[list[int]]:
     """A row joins every third step; every second one leaves early."""
-    prefill, batch = Prefill(model, 32, prefixes), Lanes(model, prefixes, Footprint.of(model), most_padding)
+    prefill, batch = Prefill(model, 32, prefixes, Pace(32)), Lanes(model, prefixes, Footprint.of(model), most_padding)
     said: list[list[int]] = [[] for _ in prompts]
     waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0), "me") for i, p in enumerate(prompts)]
     step = 0

@@ -24,6 +24,7 @@ from shared.settings import Settings
 from worker.backends import kv
 from worker.backends.base import Fit, OutOfMemory, PromptError, Row
 from worker.backends.memory import Memory
+from worker.backends.pace import PAUSE, PAUSE_AFTER
 from worker.backends.text import TextBackend, load
 from worker.models import LoadedModel, load_model
 
@@ -153,7 +154,8 @@ def test_a_row_goes_on_where_it_was_cut(backend: TextBackend, sampling: Sampling
     assert [said[cut] for cut in range(12)] == [expected[cut:] for cut in range(12)]
 
 
-def test_a_long_prompt_stops_neither_decoding_nor_short_prompts(backend: TextBackend) -> None:
+def test_a_long_prompt_stops_neither_decoding_nor_short_prompts(tiny: LoadedModel) -> None:
+    backend = TextBackend(tiny, CHUNK, clock=lambda: 0.0)
     decoding, long, short = row(backend, 1, 5, 400), row(backend, 2, 50 * CHUNK), row(backend, 3, CHUNK // 2)
     backend.insert([decoding])
     backend.step()
@@ -168,7 +170,32 @@ def test_a_long_prompt_stops_neither_decoding_nor_short_prompts(backend: TextBac
         if 2 in seen:
             break
     assert seen[3] <= 3
-    assert 50 <= seen[2] <= 53
+    assert 50 <= seen[2] <= 53 + PAUSE * (50 // PAUSE_AFTER + 1)
+
+
+def test_chunks_are_as_small_as_the_time_of_a_step_demands(tiny: LoadedModel) -> None:
+    """A step takes 10 s and each token of a prompt 2 s more: 5 of them take as long as a step."""
+    now = 0.0
+    backend = TextBackend(tiny, CHUNK, clock=lambda: now)
+    backend.insert([row(backend, 1, 5, 400)])
+    backend.insert([row(backend, 2, 20 * CHUNK)])
+    chunks: list[int] = []
+    while sum(chunks) < 20 * CHUNK:
+        read = backend.step().prompt_tokens
+        now += 10 + 2 * read
+        chunks.append(read)
+        assert len(chunks) < 100
+    assert chunks.count(5) > 40
+    assert backend.stats()["prefill_chunk_tokens"] == 5
+
+
+def test_a_long_prompt_has_place_for_all_of_it_from_its_second_chunk(backend: TextBackend) -> None:
+    backend.insert([row(backend, 1, 50 * CHUNK)])
+    seen = []
+    while not backend.step().prefilled:
+        seen.append(backend.stats()["kv_bytes"])
+    assert len(set(seen[1:])) == 1
+    assert len(seen) >= 50
 
 
 def test_short_prompts_are_read_together(backend: TextBackend) -> None:

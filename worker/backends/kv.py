@@ -56,6 +56,18 @@ def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
     mx.async_eval(states(layers))  # type: ignore[no-untyped-call]
 
 
+def reserve(layers: Layers, columns: int) -> None:
+    """Make place for rows of that length at once, where caches would grow and be copied every few hundred tokens."""
+    for layer in layers:
+        if _filled(layer) and layer.keys.shape[2] < columns:
+            more = -(-columns // layer.step) * layer.step - layer.keys.shape[2]
+            layer.keys, layer.values = (_widened(each, more) for each in (layer.keys, layer.values))
+
+
+def _widened(array: mx.array, columns: int) -> mx.array:
+    return mx.concatenate([array, mx.zeros((*array.shape[:2], columns, array.shape[3]), array.dtype)], axis=2)
+
+
 def states(layers: Layers) -> list[Any]:
     """What to evaluate to have the cache filled."""
     return [layer.state for layer in layers]
@@ -93,9 +105,13 @@ def overwrite(layers: Layers, rows: Sequence[int], others: Layers) -> bool:
 
 
 def _fits(layer: Any, other: Any) -> bool:
-    plain = type(layer) is BatchKVCache and type(other) is BatchKVCache
-    filled = plain and layer.keys is not None and other.keys is not None
-    return bool(filled and other._idx <= layer._idx)  # noqa: SLF001
+    return bool(_filled(layer) and _filled(other) and other._idx <= layer._idx)  # noqa: SLF001
+
+
+def _filled(layer: Any) -> bool:
+    """Whether it has plain keys and values, and some."""
+    plain = type(layer) is BatchKVCache
+    return bool(plain and layer.keys is not None)
 
 
 def nbytes(layers: Layers) -> int:

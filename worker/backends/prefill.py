@@ -18,6 +18,7 @@ import mlx.core as mx
 from worker.backends import kv
 from worker.backends.base import OutOfMemory, Row
 from worker.backends.memory import is_out_of_memory
+from worker.backends.pace import Pace
 from worker.backends.prefix_cache import PrefixCache
 
 SHORT_CHUNKS = 2
@@ -60,14 +61,17 @@ class Prefill:
 
     Args:
         model: an mlx-lm model.
-        chunk: tokens of a long prompt that are processed at a time.
+        chunk: tokens of a long prompt that are processed at a time, at most.
         prefixes: gives and keeps the beginnings of prompts.
+        pace: says how many of them, beside rows that decode.
     """
 
-    def __init__(self, model: Any, chunk: int, prefixes: PrefixCache) -> None:
+    def __init__(self, model: Any, chunk: int, prefixes: PrefixCache, pace: Pace) -> None:
         self._model = model
         self._prefixes = prefixes
         self._chunk = chunk
+        self._pace = pace
+        self._decoding = False
         self._short: deque[Row] = deque()
         self._long: deque[Row] = deque()
         self._reading: _Long | None = None
@@ -93,12 +97,16 @@ class Prefill:
             self._prefixes.store(reading.row.owner, reading.row.prompt[: reading.done], reading.cache, 0)
             self._reading = None
 
-    def advance(self) -> Chunk:
+    def advance(self, decoding: bool = False) -> Chunk:
         """Queue the next chunk on the device, if any prompt waits.
+
+        Args:
+            decoding: whether rows wait for their next token meanwhile.
 
         Raises:
             Exception: rows that are in the batch already are to blame, or it is not for want of memory.
         """
+        self._decoding = decoding
         try:
             return self._next_chunk()
         except Exception as error:
@@ -118,8 +126,8 @@ class Prefill:
             self._reading = _Long(row, kv.merge([layers]), reused, reused)
         reading = self._reading
         turn, self._long_next = self._long_next, not self._long_next
-        if reading is not None and (turn or not self._short):
-            return self._read_on(reading)
+        if reading is not None and (turn or not self._short) and (size := self._pace.next(self._decoding)):
+            return self._read_on(reading, size)
         return self._read_short() if self._short else Chunk()
 
     def nbytes(self) -> int:
@@ -152,11 +160,12 @@ class Prefill:
                 self._long.appendleft(row)
         return rows
 
-    def _read_on(self, reading: _Long) -> Chunk:
+    def _read_on(self, reading: _Long, size: int) -> Chunk:
         row, start = reading.row, reading.done
         self._at_hand = (row,)
         tokens = _to_read(row)
-        reading.done = min(start + self._chunk, len(tokens))
+        reading.done = min(start + size, len(tokens))
+        kv.reserve(reading.cache, len(tokens))
         self._feed(reading.cache, [tokens[start : reading.done]])
         if reading.done < len(tokens):
             return Chunk(tokens=reading.done - start)

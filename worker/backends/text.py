@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple
 from importlib.metadata import version
 from typing import Any
@@ -36,15 +37,16 @@ from worker.backends.memory import (
     device_limit,
     exhaustion_told,
 )
-from worker.backends.prefill import Prefill
+from worker.backends.pace import Pace
+from worker.backends.prefill import Chunk, Prefill
 from worker.backends.prefix_cache import PrefixCache, common_length
 from worker.backends.prefix_files import PrefixFiles, fingerprint
 from worker.backends.spill import Spill
 from worker.models import LoadedModel, load_model
 
 CHUNK_CPU = 32
-"""Prompt tokens between two decode steps. On a CPU this costs as much as one to two decode steps of 8 rows, and a token
-a sixth more than in chunks of 64, beyond which it gets no cheaper."""
+"""Prompt tokens between two decode steps, at most; `Pace` makes it fewer beside rows that decode. A token costs a CPU a
+sixth more than in chunks of 64, beyond which it gets no cheaper."""
 CHUNK_GPU = 512
 """A GPU is only busy with some hundreds of tokens at a time."""
 
@@ -127,7 +129,14 @@ class TextDetokenizer:
 class TextBackend:
     """See `worker.backends.base.Backend`."""
 
-    def __init__(self, loaded: LoadedModel, chunk: int, memory: Memory = UNLIMITED, spill: Spill | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        chunk: int,
+        memory: Memory = UNLIMITED,
+        spill: Spill | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.card = loaded.card
         self.eos = loaded.eos
         self.about = _about(loaded)
@@ -137,12 +146,15 @@ class TextBackend:
         self._model = loaded.model
         self._vocabulary = _vocabulary(loaded)
         self._chunk = chunk
+        self._clock = clock
+        self._stepped_at = clock()
+        self._pace = Pace(chunk)
         footprint = Footprint.of(self._model)
         self._budget = Budget(memory.most_bytes, footprint)
         self._lengths: dict[int, int] = {}  # of the rows inserted, as long as they may grow
         self._prefixes = PrefixCache(self._model, memory.prefix_bytes, spill)
         self._arrivals = Arrivals(self._prefixes)
-        self._prefill = Prefill(self._model, chunk, self._prefixes)
+        self._prefill = self._new_prefill()
         self._batch = Lanes(self._model, self._prefixes, footprint, _weights(loaded))
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
         self._joined: dict[int, int] = {}
@@ -194,10 +206,11 @@ class TextBackend:
         for row in self._arrivals.ready(idle=not (self._prefill or self._batch)):
             self._prefill.add(row)
         with exhaustion_told():
-            chunk = self._prefill.advance()
+            chunk = self._prefill.advance(decoding=len(self._batch) > 0)
             if chunk.rows:
                 self._batch.join(chunk.rows, chunk.cache)
             tokens = self._batch.step()
+        self._measure(chunk, bool(tokens))
         prefilled, self._joined = (
             self._joined,
             {row.uid: reused for row, reused in zip(chunk.rows, chunk.reused, strict=True)},
@@ -225,19 +238,20 @@ class TextBackend:
         self._forget(list(self._lengths))
         self._prefixes.clear()
         self._arrivals.clear()
-        self._prefill = Prefill(self._model, self._chunk, self._prefixes)
+        self._prefill = self._new_prefill()
         self._batch.clear()
         self._joined.clear()
         self._refused.clear()
 
     def stats(self) -> dict[str, float]:
-        """Memory in bytes: what MLX uses, keeps for later and used at most, the cache of the rows; passes a step."""
+        """Memory in bytes, also what MLX keeps for later and used at most; lanes; the size of a chunk beside rows."""
         return {
             "memory_active_bytes": mx.get_active_memory(),
             "memory_spare_bytes": mx.get_cache_memory(),
             "memory_peak_bytes": mx.get_peak_memory(),
             "kv_bytes": self._prefill.nbytes() + self._batch.nbytes(),
             "decode_lanes": len(self._batch.lengths),
+            "prefill_chunk_tokens": self._pace.tokens,
             **self._prefixes.stats(),
         }
 
@@ -252,6 +266,15 @@ class TextBackend:
         while self._prefill or self._batch:
             self.step()
         self.reset()
+
+    def _new_prefill(self) -> Prefill:
+        return Prefill(self._model, self._chunk, self._prefixes, self._pace)
+
+    def _measure(self, chunk: Chunk, decoded: bool) -> None:
+        """Tell the pace how long rows waited for these tokens: since the last, whatever the time went into."""
+        last, self._stepped_at = self._stepped_at, self._clock()
+        if decoded:
+            self._pace.stepped(self._stepped_at - last, None if chunk.rows else chunk.tokens)
 
     def _forget(self, uids: Iterable[int]) -> None:
         for uid in uids:
