@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     )
     slots: int = Field(32, ge=1, le=1024, description="Jobs decoded at once per worker")
     prefill_step_tokens: int = Field(
-        0, ge=0, description="Prompt tokens per row processed between two decode steps; 0: chosen by device"
+        0, ge=0, description="Most tokens of a prompt read between two decode steps; 0: chosen by device"
     )
     memory_limit_bytes: int = Field(
         0, ge=0, description="Memory for a worker's model and caches; jobs wait for it; 0: chosen by device"
