@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,7 @@ from scripts.commands.chaosing.leaks import leaks
 from scripts.commands.chaosing.recovery import Recovery
 from scripts.commands.chaosing.report import Report
 from scripts.commands.chaosing.workload import prepare
+from shared.model_folder import ModelError, check_folder
 from shared.settings import ROOT
 
 INTERRUPTED = 130
@@ -62,11 +63,21 @@ def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="scripts/chaos", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="scripts/chaos",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Exit status: 0 when every promise was kept, 1 when one was broken, 130 when it was ended early. "
+        "Full disks and network namespaces need root on Linux; elsewhere a proxy cuts workers off, and no disk fills.",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the requests and of the schedule (default 1)")
-    parser.add_argument("--minutes", type=float, default=5, help="how long things break (default 5)")
-    parser.add_argument("--clients", type=int, default=24, help="jobs under way at a time (default 24)")
-    parser.add_argument("--requests", type=int, default=60, help="different requests (default 60)")
+    parser.add_argument(
+        "--minutes",
+        type=_above(float),
+        default=5,
+        help="how long things break (default 5); the whole takes a minute or two more",
+    )
+    parser.add_argument("--clients", type=_above(int), default=24, help="jobs under way at a time (default 24)")
+    parser.add_argument("--requests", type=_above(int), default=60, help="different requests (default 60)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -79,7 +90,24 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--network", choices=("auto", "namespace", "proxy"), default="auto", help="how workers are cut")
     parser.add_argument("--json", type=Path, help="write everything measured there")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs; kept anyway on a failure")
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    try:
+        check_folder(asked.model)
+    except ModelError as error:
+        parser.error(str(error))
+    return asked
+
+
+def _above(number: Callable[[str], float]) -> Callable[[str], float]:
+    """Read a number above 0."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return read
 
 
 def _name(kind: Kind) -> str:

@@ -46,10 +46,16 @@ def end_all(data_dir: Path, patience_s: float) -> int:
         How many there were.
     """
     found = find(data_dir)
-    # Supervisord first and without mercy: it would start again what ends.
-    for process in found:
-        _signal(process, kill=patience_s == 0 or _is_supervisor(process))
-    psutil.wait_procs(found, timeout=patience_s)
+    queue = [process for process in found if _runs(process, "valkey-server")]
+    others = [process for process in found if process not in queue]
+    # Supervisord first and without mercy: it would start again what ends. A second signal makes workers hand their jobs
+    # back at once; for that the queue must still be there.
+    for process in (*others, *others):
+        _signal(process, kill=patience_s == 0 or _runs(process, "supervisor.supervisord"))
+    psutil.wait_procs(others, timeout=patience_s)
+    for process in queue:
+        _signal(process, kill=patience_s == 0)
+    psutil.wait_procs(queue, timeout=patience_s)
     # Asked anew: something may have been started in the meantime.
     for _ in range(_ROUNDS):
         stubborn = find(data_dir)
@@ -59,9 +65,9 @@ def end_all(data_dir: Path, patience_s: float) -> int:
     return len(found)
 
 
-def _is_supervisor(process: psutil.Process) -> bool:
+def _runs(process: psutil.Process, program: str) -> bool:
     try:
-        return "supervisor.supervisord" in process.cmdline()
+        return any(part.endswith(program) for part in process.cmdline()[:3])
     except psutil.Error:
         return False
 
