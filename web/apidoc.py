@@ -14,6 +14,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from flask import Flask
 from openapi_pydantic import (
     Components,
+    Header,
     Info,
     MediaType,
     OpenAPI,
@@ -30,6 +31,7 @@ from openapi_pydantic.util import PydanticSchema, construct_open_api_with_schema
 from pydantic import BaseModel
 from werkzeug.routing import Rule
 
+from shared.errors import Expiry
 from web.auth import OPEN
 from web.problems import MEDIA_TYPE
 from web.schemas import ProblemDetails
@@ -41,6 +43,24 @@ R = TypeVar("R")
 _ATTRIBUTE: Final = "openapi"
 _REFUSALS: Final = (401, 403, 429, 500, 503)
 """What any route that needs a key may answer."""
+_CODES: Final[Mapping[int, tuple[str, ...]]] = {
+    400: ("bad_request", "invalid_json", "invalid_utf8"),
+    401: ("unauthorized",),
+    403: ("forbidden",),
+    404: ("job_not_found", "route_not_found", "not_found"),
+    406: ("not_acceptable",),
+    409: ("job_active", "job_cancelled", "job_ended", "conflict"),
+    410: ("log_expired", "log_trimmed", "gone"),
+    413: ("body_too_large",),
+    415: ("unsupported_media_type",),
+    422: ("invalid_request", "idempotency_key_reused", "model_not_found", "unknown_parameter"),
+    429: ("rate_limited",),
+    500: ("internal",),
+    503: ("unavailable", "queue_full", "queue_memory_full", "not_durable", "restarting"),
+    504: (*Expiry, "job_expired"),
+}
+"""What an error's `code` may be, by status; of jobs that failed, `/inference` passes the job's own code on."""
+_RETRY_AFTER: Final = {"Retry-After": Header(description="Seconds to wait", param_schema=Schema(type="integer"))}
 _ABOUT: Final = """Durable, streaming inference jobs for MLX models.
 
 Send an API key as `X-API-Key` or as a Bearer token. Every answer carries `X-Request-ID`, the caller's own when it is
@@ -172,7 +192,14 @@ def _body(model: type[BaseModel] | None) -> RequestBody | None:
 
 def _responses(about: Description, *, secured: bool) -> Iterator[tuple[str, Response]]:
     for status in sorted({*about.errors, *(_REFUSALS if secured else (500,))} - set(about.answers)):
-        yield str(status), Response(description=HTTPStatus(status).phrase, content={MEDIA_TYPE: _media(ProblemDetails)})
+        yield (
+            str(status),
+            Response(
+                description=f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in _CODES[status])}",
+                headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
+                content={MEDIA_TYPE: _media(ProblemDetails)},
+            ),
+        )
     for status, content in about.answers.items():
         yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
     if about.streams:

@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 from openapi_pydantic import parse_obj
 
-from shared.settings import Settings
+from shared.settings import ROOT, Settings
 from tests.support.fake_redis import FakeRedis
 from web.app import create_app
 from web.schemas import JobRequest
@@ -90,3 +90,11 @@ def test_the_page_brings_its_own_assets(app: Flask) -> None:
             assert asset.status_code == 200
     assert client.get("/docs/nothing.js").status_code == 404
     assert client.get("/docs/..%2f__init__.py").status_code == 404
+
+
+def test_every_code_that_an_error_may_have_is_told(document: dict[str, Any]) -> None:
+    sources = [path.read_text() for folder in ("web", "shared") for path in (ROOT / folder).rglob("*.py")]
+    codes = {code for source in sources for code in re.findall(r'\bcode ?= ?"(\w+)"', source)}
+    codes |= {code for source in sources for code in re.findall(r'code, title = \d+, "(\w+)"', source)}
+    told = json.dumps([operation["responses"] for operation in operations(document).values()])
+    assert {code for code in codes if f"`{code}`" not in told} == {"method_not_allowed"}  # of no route
