@@ -276,6 +276,16 @@ def test_a_job_that_never_started_and_one_that_was_cut_off_are_told_apart(web: W
     assert json.loads(done.removeprefix("data: ")) == cut
 
 
+def test_a_repeated_inference_is_told_as_one(web: WebStack, pretend: Pretend) -> None:
+    pretend()
+    answers = [
+        web.http.post("/inference", json={"prompt": "hi", "max_tokens": 3}, headers={"Idempotency-Key": "one"})
+        for _ in range(2)
+    ]
+    assert [answer.headers.get("Idempotency-Replayed") for answer in answers] == [None, "true"]
+    assert answers[0].json() == answers[1].json()
+
+
 def test_inference_tells_that_its_job_was_cut_off(web: WebStack, pretend: Pretend) -> None:
     worker = pretend(pause_s=0.02)
     answer = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 1000, "deadline_s": 0.3})

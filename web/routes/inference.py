@@ -54,11 +54,13 @@ def infer() -> Response:
     """
     wanted = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if wanted.stream else None
-    job, _ = submit(wanted)
+    job, new = submit(wanted)
     # Under an Idempotency-Key others may wait for the same job, now or later.
     gone = _leave if idempotency_key() else _canceller(services(), job)
     reply = _stream(job, form, gone) if form else _whole(job, wanted.prompt_field, gone)
     reply.headers["Location"] = f"/v1/jobs/{job.id}"
+    if not new:
+        reply.headers["Idempotency-Replayed"] = "true"
     return reply
 
 
