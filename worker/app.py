@@ -244,7 +244,6 @@ class Service:
             "generated_tokens": totals.tokens,
             "prompt_tokens": totals.prompt_tokens,
             "batch_size": totals.last_batch,
-            "held_back": totals.held_back,
             "publisher_backlog": self._publisher.backlog,
             "engine_idle_s": time.monotonic() - engine.progress_at if engine.busy else 0.0,
         }

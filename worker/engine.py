@@ -26,7 +26,6 @@ from typing import TypeAlias
 from shared.claims import Verdict
 from shared.errors import JobFailure
 from worker.backends.base import Backend, BackendLoader, Fit, OutOfMemory, StepResult
-from worker.crowd import Crowd
 from worker.sequence import Outcome, Said, Sequence
 from worker.vital import OnDeath, VitalThread, end_process
 
@@ -70,16 +69,12 @@ _Message: TypeAlias = Sequence | _Word | _Drain | _Close
 
 @dataclass(slots=True)
 class Totals:
-    """What the engine has done since it started, and the backend's gauges as they were last read.
-
-    `held_back` is how many wait because more rows would give less in all.
-    """
+    """What the engine has done since it started, and the backend's gauges as they were last read."""
 
     steps: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     last_batch: int = 0
-    held_back: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
 
 
@@ -97,7 +92,6 @@ class Engine(VitalThread):
         slots: int,
         publish: Callable[[list[Said]], object],
         on_death: OnDeath = end_process,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__("engine", on_death)
         self.loaded: Future[Backend] = Future()
@@ -106,7 +100,6 @@ class Engine(VitalThread):
         self._load = load
         self._slots = self._most_rows = slots
         self._publish = publish
-        self._crowd = Crowd(clock)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()  # its put is safe in a signal handler
         self._waiting: deque[Sequence] = deque()
         self._suspects: deque[Sequence] = deque()
@@ -244,23 +237,11 @@ class Engine(VitalThread):
             return
         trial = bool(self._suspects)
         source, most = (self._suspects, 1) if trial else (self._waiting, self._most_rows)
-        while len(self._rows) < most and self._worth_more(source) and (sequence := self._next(source)):
+        while len(self._rows) < most and (sequence := self._next(source)):
             self._on_trial = trial
             sequence.admitted()
             self._rows[sequence.uid] = sequence
             self._backend.insert([sequence.row()])
-
-    def _worth_more(self, source: deque[Sequence]) -> bool:
-        """Whether the batch would not give less with the first in line."""
-        if not source or not self._rows:
-            return True
-        worth = self._crowd.worth(len(self._rows) + 1, self._held() + source[0].length)
-        self.totals.held_back = 0 if worth else len(source)
-        return worth
-
-    def _held(self) -> int:
-        """Tokens in the contexts of all rows."""
-        return sum(sequence.length for sequence in self._rows.values())
 
     def _next(self, source: deque[Sequence]) -> Sequence | None:
         """The first in line, if there is memory for it: nobody overtakes it. One that would not fit alone ends here."""
@@ -275,7 +256,6 @@ class Engine(VitalThread):
         return None
 
     def _collect(self, result: StepResult) -> None:
-        self._crowd.stepped(len(result.tokens), self._held(), undisturbed=not result.prompt_tokens)
         for uid, reused in result.prefilled.items():
             self._rows[uid].prefilled(reused)
         said = [_row_failed(self._rows.pop(uid), error) for uid, error in result.failed]
