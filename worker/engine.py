@@ -269,10 +269,13 @@ class Engine(VitalThread):
             self._publish(said)
 
     def _push(self, tokens: Iterable[tuple[int, int]]) -> list[Said]:
-        """Give the rows their tokens. One that raises ends alone."""
+        """Give the rows their tokens, each until it ends. One that raises ends alone."""
         said = []
         for uid, token in tokens:
             sequence = self._rows[uid]
+            if sequence.ending:
+                continue
+            self.totals.tokens += 1
             try:
                 word = sequence.push(token)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is this row's
@@ -284,9 +287,8 @@ class Engine(VitalThread):
     def _count(self, result: StepResult) -> None:
         totals = self.totals
         totals.steps += 1
-        totals.tokens += len(result.tokens)
         totals.prompt_tokens += result.prompt_tokens
-        totals.last_batch = len(result.tokens)
+        totals.last_batch = len({uid for uid, _ in result.tokens})
         if result.tokens or result.prompt_tokens or result.prefilled or result.failed:
             self._got_on()  # a step that gives nothing is no progress, however often it returns
 

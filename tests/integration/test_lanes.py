@@ -15,6 +15,7 @@ from worker.backends.base import Row
 from worker.backends.lanes import Lanes
 from worker.backends.memory import Footprint
 from worker.backends.prefix_cache import PrefixCache
+from worker.backends.speculation import Speculation
 from worker.models import LoadedModel, load_model
 
 PER_TOKEN = 2 * 2 * 2 * 16 * 4
@@ -29,7 +30,9 @@ def tiny(tiny_model_path: Path) -> LoadedModel:
 
 @pytest.fixture
 def lanes(tiny: LoadedModel) -> Lanes:
-    return Lanes(tiny.model, PrefixCache(tiny.model, 0), Footprint.of(tiny.model), MOST_PADDING)
+    return Lanes(
+        tiny.model, PrefixCache(tiny.model, 0), Footprint.of(tiny.model), MOST_PADDING, Speculation(tiny.model, 0)
+    )
 
 
 def row(uid: int, length: int, room: int) -> Row:
@@ -83,7 +86,7 @@ def test_lanes_unite_when_rows_have_left(tiny: LoadedModel, lanes: Lanes) -> Non
 
 
 def alone(tiny: LoadedModel, one: Row) -> list[int]:
-    lanes = Lanes(tiny.model, PrefixCache(tiny.model, 0), Footprint.of(tiny.model), 0)
+    lanes = Lanes(tiny.model, PrefixCache(tiny.model, 0), Footprint.of(tiny.model), 0, Speculation(tiny.model, 0))
     join(lanes, tiny, [one])
     said = []
     while len(said) < one.room:

@@ -72,7 +72,8 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        tokens: (uid, token) of each row that decoded; a row's first follows its whole prompt.
+        tokens: (uid, token) of each row that decoded; a row's first follows its whole prompt. A row may have got
+            several, in order, and no more than its room; what follows an end among them is to be passed over.
         prefilled: uids whose prompt is now in the cache (their first token comes with a later step or this one), and
             how many of its tokens an earlier row had left there.
         failed: (uid, error) of rows that raised; the backend has removed them already.
@@ -121,7 +122,7 @@ class Backend(Protocol):
         ...
 
     def step(self) -> StepResult:
-        """Decode one token for each row that has its prompt in the cache, and prefill a chunk of those that have not.
+        """Decode a token or more for each row that has its prompt in the cache; prefill a chunk of those that have not.
 
         Raises:
             OutOfMemory: the whole batch is lost, because it is too large; call `reset`.

@@ -20,6 +20,11 @@ def batchable(model: Any) -> bool:
     return all(hasattr(layer, "merge") for layer in single(model))
 
 
+def trimmable(model: Any) -> bool:
+    """Whether the newest tokens can be taken out of this model's cache again: plain attention only."""
+    return all(type(layer) is BatchKVCache for layer in empty(model, 1))
+
+
 def single(model: Any) -> Layers:
     """A cache for one row, not yet a batch, with nothing in it."""
     return list(make_prompt_cache(model))
@@ -112,6 +117,12 @@ def _filled(layer: Any) -> bool:
     """Whether it has plain keys and values, and some."""
     plain = type(layer) is BatchKVCache
     return bool(plain and layer.keys is not None)
+
+
+def trim(layers: Layers, tokens: int) -> None:
+    """Take the newest tokens of every row out again; the model must be `trimmable`."""
+    for layer in layers:
+        layer.trim(tokens)
 
 
 def nbytes(layers: Layers) -> int:

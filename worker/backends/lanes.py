@@ -17,6 +17,7 @@ from worker.backends.base import Row
 from worker.backends.decode import DecodeBatch
 from worker.backends.memory import Footprint
 from worker.backends.prefix_cache import PrefixCache
+from worker.backends.speculation import Speculation
 
 _WORTH_A_COPY = 2
 """Two lanes become one when their padding is so many times less than what a lane may have: rows come again."""
@@ -30,13 +31,17 @@ class Lanes:
         prefixes: keeps what rows have in the cache when they leave.
         footprint: of a row of this model.
         most_padding: bytes of padding in a lane; the bytes of the weights are what a lane more costs.
+        speculation: for a row that is alone.
     """
 
-    def __init__(self, model: Any, prefixes: PrefixCache, footprint: Footprint, most_padding: int) -> None:
+    def __init__(
+        self, model: Any, prefixes: PrefixCache, footprint: Footprint, most_padding: int, speculation: Speculation
+    ) -> None:
         self._model = model
         self._prefixes = prefixes
         self._footprint = footprint
         self._most_padding = most_padding
+        self._speculation = speculation
         self._lanes: list[DecodeBatch] = []
         self._rows_before = 0
 
@@ -62,13 +67,17 @@ class Lanes:
         for lane in self._lanes:
             lane.remove(uids)
 
-    def step(self) -> list[tuple[int, int]]:
-        """Queue the next token of every row and read the last one of each, lane by lane; see `DecodeBatch.step`."""
+    def step(self, *, quiet: bool = False) -> list[tuple[int, int]]:
+        """Queue the next token of every row and read the last one of each, lane by lane; see `DecodeBatch.step`.
+
+        Args:
+            quiet: whether the device has nothing else to do.
+        """
         rows = len(self)
         if rows < self._rows_before:
             self._unite()
         self._rows_before = rows
-        tokens = [pair for lane in self._lanes for pair in lane.step()]
+        tokens = [pair for lane in self._lanes for pair in lane.step(alone=quiet and rows == 1)]
         self._lanes = [lane for lane in self._lanes if len(lane)]
         return tokens
 
@@ -81,7 +90,7 @@ class Lanes:
         padded = [(self._padding([*lane.lengths, *lengths]), lane) for lane in self._lanes]
         least, lane = min(padded, key=lambda pair: pair[0], default=(0, None))
         if lane is None or least > self._most_padding:
-            lane = DecodeBatch(self._model, self._prefixes)
+            lane = DecodeBatch(self._model, self._prefixes, self._speculation)
             self._lanes.append(lane)
         return lane
 

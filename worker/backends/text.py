@@ -41,6 +41,7 @@ from worker.backends.pace import Pace
 from worker.backends.prefill import Chunk, Prefill
 from worker.backends.prefix_cache import PrefixCache, common_length
 from worker.backends.prefix_files import PrefixFiles, fingerprint
+from worker.backends.speculation import Speculation
 from worker.backends.spill import Spill
 from worker.models import LoadedModel, load_model
 
@@ -73,7 +74,13 @@ def load(settings: Settings) -> TextBackend:
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
     spill = _spill(settings, loaded.model, memory)
-    backend = TextBackend(loaded, settings.prefill_step_tokens or default_chunk(), memory, spill)
+    backend = TextBackend(
+        loaded,
+        settings.prefill_step_tokens or default_chunk(),
+        memory,
+        spill,
+        speculation_tokens=settings.speculation_tokens,
+    )
     if backend.fits(1) is Fit.NEVER:
         raise ModelError(f"{settings.model_path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
     backend.warm()
@@ -136,6 +143,7 @@ class TextBackend:
         memory: Memory = UNLIMITED,
         spill: Spill | None = None,
         clock: Callable[[], float] = time.monotonic,
+        speculation_tokens: int = 0,
     ) -> None:
         self.card = loaded.card
         self.eos = loaded.eos
@@ -155,7 +163,8 @@ class TextBackend:
         self._prefixes = PrefixCache(self._model, memory.prefix_bytes, spill)
         self._arrivals = Arrivals(self._prefixes)
         self._prefill = self._new_prefill()
-        self._batch = Lanes(self._model, self._prefixes, footprint, _weights(loaded))
+        self._speculation = Speculation(self._model, speculation_tokens, clock)
+        self._batch = Lanes(self._model, self._prefixes, footprint, _weights(loaded), self._speculation)
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
         self._joined: dict[int, int] = {}
         self._refused: dict[int, Exception] = {}
@@ -209,8 +218,9 @@ class TextBackend:
             chunk = self._prefill.advance(decoding=len(self._batch) > 0)
             if chunk.rows:
                 self._batch.join(chunk.rows, chunk.cache)
-            tokens = self._batch.step()
-        self._measure(chunk, bool(tokens))
+            drafted = self._speculation.drafted
+            tokens = self._batch.step(quiet=not chunk.tokens and not self._prefill)
+        self._measure(chunk, bool(tokens) and drafted == self._speculation.drafted)
         prefilled, self._joined = (
             self._joined,
             {row.uid: reused for row, reused in zip(chunk.rows, chunk.reused, strict=True)},
@@ -244,7 +254,7 @@ class TextBackend:
         self._refused.clear()
 
     def stats(self) -> dict[str, float]:
-        """Memory in bytes, also what MLX keeps for later and used at most; lanes; the size of a chunk beside rows."""
+        """Memory in bytes, also what MLX keeps for later and used at most; lanes; chunks beside rows; guesses."""
         return {
             "memory_active_bytes": mx.get_active_memory(),
             "memory_spare_bytes": mx.get_cache_memory(),
@@ -253,6 +263,7 @@ class TextBackend:
             "decode_lanes": len(self._batch.lengths),
             "prefill_chunk_tokens": self._pace.tokens,
             **self._prefixes.stats(),
+            **self._speculation.stats(),
         }
 
     def close(self) -> None:
@@ -265,13 +276,14 @@ class TextBackend:
         self.insert([Row(-1 - i, prompt, 0, 3, Sampling(temperature=float(i), top_p=0.9)) for i in range(2)])
         while self._prefill or self._batch:
             self.step()
+        self._speculation.warm()
         self.reset()
 
     def _new_prefill(self) -> Prefill:
         return Prefill(self._model, self._chunk, self._prefixes, self._pace)
 
     def _measure(self, chunk: Chunk, decoded: bool) -> None:
-        """Tell the pace how long rows waited for these tokens: since the last, whatever the time went into."""
+        """Tell the pace how long rows waited for a token each: since the last, whatever the time went into."""
         last, self._stepped_at = self._stepped_at, self._clock()
         if decoded:
             self._pace.stepped(self._stepped_at - last, None if chunk.rows else chunk.tokens)
