@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         0, ge=0, description="Most tokens of a prompt read between two decode steps; 0: chosen by device"
     )
     speculation_tokens: int = Field(
-        16, ge=0, description="Most tokens guessed ahead for a job that decodes alone, while that pays; 0: none"
+        16, ge=0, description="Most tokens guessed ahead for a job while few decode and it pays; 0: none"
     )
     memory_limit_bytes: int = Field(
         0, ge=0, description="Memory for a worker's model and caches; jobs wait for it; 0: chosen by device"

@@ -119,10 +119,21 @@ def _filled(layer: Any) -> bool:
     return bool(plain and layer.keys is not None)
 
 
-def trim(layers: Layers, tokens: int) -> None:
-    """Take the newest tokens of every row out again; the model must be `trimmable`."""
+def take_back(layers: Layers, tokens: Sequence[int]) -> None:
+    """Take so many of its newest tokens out of each row; the model must be `trimmable`."""
+    least = min(tokens)
     for layer in layers:
-        layer.trim(tokens)
+        layer.trim(least)
+        if max(tokens) > least:  # rows end at the same place: the others are moved there
+            layer.prepare(right_padding=[each - least for each in tokens])
+            layer.finalize()
+    if max(tokens) > least:
+        mx.eval(states(layers))
+
+
+def columns(layers: Layers) -> int:
+    """Where all rows end, in a cache of plain attention."""
+    return int(layers[0]._idx)  # noqa: SLF001 - there is no public name for it
 
 
 def nbytes(layers: Layers) -> int:

@@ -31,7 +31,7 @@ class Lanes:
         prefixes: keeps what rows have in the cache when they leave.
         footprint: of a row of this model.
         most_padding: bytes of padding in a lane; the bytes of the weights are what a lane more costs.
-        speculation: for a row that is alone.
+        speculation: guesses for a few rows.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Lanes:
         if rows < self._rows_before:
             self._unite()
         self._rows_before = rows
-        tokens = [pair for lane in self._lanes for pair in lane.step(alone=quiet and rows == 1)]
+        tokens = [pair for lane in self._lanes for pair in lane.step(quiet=quiet and len(self._lanes) == 1)]
         self._lanes = [lane for lane in self._lanes if len(lane)]
         return tokens
 

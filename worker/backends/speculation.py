@@ -2,8 +2,8 @@
 
 A pass over a few tokens costs hardly more than one over a single token where a pass mostly reads the weights, and more
 where it mostly computes. So whether it pays is found while it runs: what the passes take, in medians, against how many
-tokens the guess at hand will give, by how such guesses of the same row did of late. Where it does not pay, nothing is
-verified, and rows decode as if this were not there: the odds are learned all the same, from tokens that come anyway.
+tokens the guesses at hand will give, by how such guesses of the same rows did of late. Where it does not pay, nothing
+is verified, and rows decode as if this were not there: the odds are learned all the same, from tokens that come anyway.
 
 The choice of a token is a function of logits, seed and position (`worker.sampler`). A guess is kept as far as it is
 what the model chooses at those positions, so the text is the one it would have been, drawn or not.
@@ -11,88 +11,35 @@ what the model chooses at those positions, so the text is the one it would have 
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
 from shared.jobs import Sampling
 from worker.backends import kv
-from worker.backends.lookup import Lookup
+from worker.backends.base import Row
+from worker.backends.pass_costs import LENGTHS, PassCosts
 from worker.backends.prefix_cache import common_length
+from worker.backends.slot import Slot
 from worker.penalties import penalised
 from worker.sampler import GREEDY_BELOW, BatchSampler
 
-LENGTHS: Final = (2, 4, 8, 16)
-"""Of guesses, in tokens. Only these, so that what each costs is soon known."""
+MOST_ROWS = 4
+"""More rows fill a pass with tokens that need no guess, and seldom all have one."""
 
 MARGIN = 1.1
 """It pays when it makes decoding so many times faster by our reckoning, which is not exact."""
 
-STALE = 512
-"""After so many plain steps what a pass cost may be wrong, and half of what it cost more than one is believed."""
-
-PLAIN_AFTER = 32
-"""Verified guesses in succession, before a few steps are plain: nobody knows any more what those cost."""
-
-_LEAST_PLAIN = 3
-"""Plain steps to be timed before anything is compared with them."""
-
-
-@dataclass(slots=True)
-class _Width:
-    """What passes over so many tokens took of late, and how many plain steps ago the last was."""
-
-    took_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))
-    age: int = 0
-
-
-class Costs:
-    """What passes take, in plain steps. Medians: one that somebody else on the machine made long says nothing."""
-
-    def __init__(self) -> None:
-        self._plain_s: deque[float] = deque(maxlen=7)
-        self._widths = {length: _Width() for length in LENGTHS}
-        self._since_plain = 0
-
-    def plain(self, seconds: float) -> None:
-        """A step for one token took so long."""
-        self._plain_s.append(seconds)
-        self._since_plain = 0
-        for width in self._widths.values():
-            width.age += 1
-
-    def verified(self, length: int, seconds: float) -> None:
-        """A step that verified a guess of so many tokens took so long."""
-        width = self._widths[length]
-        width.took_s.append(seconds)
-        width.age = 0
-        self._since_plain += 1
-
-    @property
-    def known(self) -> bool:
-        """Whether plain steps were timed, and not too long ago."""
-        return len(self._plain_s) >= _LEAST_PLAIN and self._since_plain < PLAIN_AFTER and min(self._plain_s) > 0
-
-    def of(self, length: int) -> float:
-        """Of a step that verifies so many tokens; what was never tried is believed to cost no more than a plain one."""
-        width = self._widths[length]
-        if not width.took_s:
-            return 1.0
-        cost = statistics.median(width.took_s) / statistics.median(self._plain_s)
-        return (1 + cost) / 2 if width.age > STALE else cost
-
 
 class Speculation:
-    """Decides for all rows of a model, each of which has its own `Lookup`.
+    """Decides for all rows of a model, and verifies.
 
     Args:
         model: an mlx-lm model.
-        most: tokens guessed at a time, at most; 0: never.
+        most: tokens of a row that are guessed at a time, at most; 0: never.
 
     Attributes:
         drafted: tokens that were guessed and verified.
@@ -101,61 +48,69 @@ class Speculation:
 
     def __init__(self, model: Any, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
+        self.drafted = self.accepted = 0
         self._model = model
         self._lengths = [length for length in LENGTHS if length <= most]
         self._able = bool(self._lengths) and kv.trimmable(model)
-        # What is drawn costs more than what is only compared, and for each token of a guess.
-        self._costs = {drawn: Costs() for drawn in (False, True)}
-        self.drafted = self.accepted = 0
+        self._costs: defaultdict[tuple[int, int], PassCosts] = defaultdict(PassCosts)
 
-    def suits(self, sampling: Sampling) -> bool:
-        """Whether rows that are sampled so can be guessed. Penalties depend on the tokens in between."""
-        return self._able and not penalised(sampling)
+    def suits(self, slots: Sequence[Slot]) -> bool:
+        """Whether these rows can be guessed together. Penalties depend on the tokens in between."""
+        return self._able and 0 < len(slots) <= MOST_ROWS and not any(penalised(slot.row.sampling) for slot in slots)
 
-    def costs(self, sampling: Sampling) -> Costs:
-        """What steps of rows that are sampled so take."""
-        return self._costs[sampling.temperature >= GREEDY_BELOW]
+    def costs(self, slots: Sequence[Slot]) -> PassCosts:
+        """What steps of such rows take: what is drawn costs more than what is only compared."""
+        return self._costs[len(slots), sum(slot.row.sampling.temperature >= GREEDY_BELOW for slot in slots)]
 
-    def length(self, lookup: Lookup, sampling: Sampling, room: int) -> int:
-        """How many tokens to guess now, so that the row grows fastest and by no more than its room; 0: none."""
-        costs = self.costs(sampling)
+    def length(self, slots: Sequence[Slot]) -> int:
+        """How many tokens to guess now, so that the rows grow fastest and none by more than its room; 0: none."""
+        room = min(slot.room if slot.chosen else 0 for slot in slots)
         fitting = [length for length in self._lengths if length < room]
-        if not lookup.length or not fitting or not costs.known:
+        guessed = [lookup for lookup in (slot.lookup for slot in slots) if lookup.length]
+        costs = self.costs(slots)
+        if not fitting or not guessed or not costs.known:
             return 0
-        right = lookup.odds.expected(lookup.length, fitting[-1])
-        speed, best = max(((1 + right[length - 1]) / costs.of(length), length) for length in fitting)
-        return best if speed > MARGIN else 0
+        right = [lookup.odds.expected(lookup.length, fitting[-1]) for lookup in guessed]
 
-    def verify(
-        self, cache: kv.Layers, newest: int, guess: Sequence[int], sampling: Sampling, position: int
-    ) -> list[int]:
-        """Put the newest token of the only row and a guess of what follows through the model.
+        def speed(length: int) -> float:
+            return (1 + sum(each[length - 1] for each in right) / len(slots)) / costs.of(length)
+
+        best = max(fitting, key=speed)
+        return best if speed(best) > MARGIN else 0
+
+    def verify(self, cache: kv.Layers, slots: Sequence[Slot], length: int) -> list[list[int]]:
+        """Put the newest token of these rows, which are all of the batch, through the model, and what may follow it.
 
         Returns:
-            What the model chooses, from this position on: the guess as far as it is right, and one token more. All of
-            them but the last are in the cache.
+            The tokens that each row grows by: its guess as far as that is right, and one token more.
         """
-        logits = self._model(mx.array([[newest, *guess]]), cache=cache)[0]
-        width = len(guess) + 1
-        chosen = BatchSampler([sampling] * width)(logits, range(position, position + width))
-        tokens = cast("list[int]", chosen.tolist())
-        right = common_length(tuple(guess), tuple(tokens))
-        kv.trim(cache, len(guess) - right)
-        self.drafted += len(guess)
-        self.accepted += right
-        return tokens[: right + 1]
+        guesses = [slot.lookup.guess(length) for slot in slots]
+        fed = [
+            [slot.newest or 0, *guess, *[0] * (length - len(guess))] for slot, guess in zip(slots, guesses, strict=True)
+        ]
+        chosen = self._choose(self._model(mx.array(fed), cache=cache), slots)
+        found = [
+            tokens[: common_length(tuple(guess), tuple(tokens)) + 1]
+            for guess, tokens in zip(guesses, chosen, strict=True)
+        ]
+        for slot, tokens in zip(slots, found, strict=True):
+            slot.grow(tokens)
+        kv.take_back(cache, [length + 1 - len(tokens) for tokens in found])
+        self.drafted += sum(map(len, guesses))
+        self.accepted += sum(map(len, found)) - len(found)
+        return found
 
     def warm(self) -> None:
         """Run a pass of each length, so that every kernel is compiled, and once more to see what it takes."""
         if not self._able:
             return
-        cache, sampling = kv.empty(self._model, 1), Sampling(temperature=0.0)
+        slots = [Slot.of(Row(-1, (0,) * 9, 0, 1000, Sampling(temperature=0.0)))]
         for length in self._lengths:
             for _ in range(2):
                 start = self.clock()
-                self.verify(cache, 0, [0] * length, sampling, 0)
+                self.verify(kv.empty(self._model, 1), slots, length)
                 took = self.clock() - start
-            self._costs[False].verified(length, took)
+            self.costs(slots).verified(length, took)
         self.drafted = self.accepted = 0
 
     def stats(self) -> dict[str, float]:
@@ -164,3 +119,11 @@ class Speculation:
             "speculation_drafted_tokens_total": self.drafted,
             "speculation_accepted_tokens_total": self.accepted,
         }
+
+    def _choose(self, logits: mx.array, slots: Sequence[Slot]) -> list[list[int]]:
+        """The model's choice at each place of a pass: of all rows, one after the other."""
+        rows, width, vocabulary = logits.shape
+        sampler = BatchSampler([slot.row.sampling for slot in slots for _ in range(width)])
+        positions = [slot.position + i for slot in slots for i in range(width)]
+        chosen = sampler(logits.reshape(rows * width, vocabulary), positions)
+        return cast("list[list[int]]", chosen.reshape(rows, width).tolist())
