@@ -19,6 +19,7 @@ from worker.backends.memory import Footprint
 from worker.backends.pace import Pace
 from worker.backends.prefill import Prefill
 from worker.backends.prefix_cache import LEAST_TOKENS, PrefixCache
+from worker.backends.speculation import Speculation
 
 VOCABULARY = 512
 TOKENS = 40
@@ -88,7 +89,8 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
 
 def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache, most_padding: int = MUCH) -> list[list[int]]:
     """A row joins every third step; every second one leaves early."""
-    prefill, batch = Prefill(model, 32, prefixes, Pace(32)), Lanes(model, prefixes, Footprint.of(model), most_padding)
+    prefill = Prefill(model, 32, prefixes, Pace(32))
+    batch = Lanes(model, prefixes, Footprint.of(model), most_padding, Speculation(model, 0))
     said: list[list[int]] = [[] for _ in prompts]
     waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0), "me") for i, p in enumerate(prompts)]
     step = 0
@@ -143,3 +145,8 @@ def test_what_a_row_needs_is_known_beforehand(name: str, tokens: int) -> None:
     for _ in range(0, tokens, 20):
         kv.feed(model, layers, [[1] * 20] * 3)
     assert kv.nbytes(layers) <= 3 * Footprint.of(model).bytes(tokens) <= 3 * kv.nbytes(layers)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_only_plain_attention_gives_its_newest_tokens_back(name: str) -> None:
+    assert kv.trimmable(make(name)) == (name == "qwen2")

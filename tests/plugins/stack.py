@@ -180,6 +180,14 @@ def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
 
 
 @pytest.fixture
+def smollm2_api(smollm2_path: Path) -> Iterator[Stack]:
+    """API alone, for SmolLM2; a test starts the workers it wants."""
+    for stack in _make(smollm2_path, {"LEASE_S": "1"}):
+        stack.start_web()
+        yield stack
+
+
+@pytest.fixture
 def fake_stack() -> Iterator[Stack]:
     """API alone, for made-up words; a test starts the workers it wants."""
     for stack in _make(Path("fake"), {"BACKEND": "fake"}):

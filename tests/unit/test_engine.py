@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from shared.claims import Verdict
 from shared.errors import JobFailure
 from shared.jobs import Ending, Status
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.backends.base import OutOfMemory
+from worker.backends.base import OutOfMemory, StepResult
 from worker.backends.fake import FakeBackend
 from worker.engine import Engine, EngineBroken
 from worker.sequence import Outcome, Said, Sequence
@@ -45,6 +46,14 @@ class Bench:
         return sequence.ending
 
 
+class Several(FakeBackend):
+    """Gives each row the tokens of three steps at once, also behind its end, as one that guesses may."""
+
+    def step(self) -> StepResult:
+        first, *others = (super(Several, self).step() for _ in range(3))
+        return replace(first, tokens=[pair for each in (first, *others) for pair in each.tokens])
+
+
 @pytest.fixture
 def bench() -> Bench:
     return Bench()
@@ -67,6 +76,23 @@ def test_rows_join_and_leave_while_others_run(bench: Bench) -> None:
     assert bench.ending(first).text == alone("first", max_tokens=6)
     assert bench.ending(second).text == alone("second", max_tokens=2)
     assert bench.engine.totals.tokens == 8
+
+
+@pytest.mark.parametrize("prompt", ["!words=7 end", "limit"])
+@pytest.mark.parametrize("stop", [(), ("e",)], ids=str)
+def test_a_row_may_get_several_tokens_a_step_and_nothing_behind_its_end(prompt: str, stop: tuple[str, ...]) -> None:
+    bench = Bench()
+    bench.backend = Several()
+    bench.engine = Engine(lambda: bench.backend, 4, bench.said.extend)
+    bench.engine.load()
+    rows = [bench.submit(f"{prompt} {i}", max_tokens=10 + i, stop=stop) for i in range(3)]
+    bench.run()
+    for i, row in enumerate(rows):
+        assert bench.ending(row).text == alone(f"{prompt} {i}", max_tokens=10 + i, stop=stop)
+        assert [word.outcome for word in bench.said if word.sequence is row].count(Outcome.ENDED) == 1
+    totals = bench.engine.totals
+    assert totals.tokens == sum(bench.ending(row).completion_tokens for row in rows)
+    assert totals.last_batch <= 3
 
 
 def test_what_finds_no_slot_waits_in_order(bench: Bench) -> None:
