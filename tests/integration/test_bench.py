@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from scripts.commands import bench
-from scripts.commands.benching import saving
+from scripts.commands.benching import saving, speculation
 from scripts.commands.benching.contenders import BARE, OWN, PEER, own_stack
+from scripts.commands.benching.guessing import CASES, compare
 from scripts.commands.benching.plans import Ask, Client, Plan, opened
 from scripts.commands.benching.prompts import question, text_of
 from scripts.commands.benching.resources import Meter
@@ -132,3 +133,10 @@ def test_a_text_has_the_length_that_was_asked_for(tiny_model_path: Path) -> None
 
     assert len(tokenizer.encode(text_of(777, 3, tiny_model_path)).ids) == pytest.approx(777, abs=2)
     assert text_of(50, 3, tiny_model_path) != text_of(50, 4, tiny_model_path)
+
+
+def test_guesses_are_measured_on_answers_that_repeat_their_prompts_and_on_others(tiny_model_path: Path) -> None:
+    found = compare(tiny_model_path, rounds=1, tokens=30)
+    assert {turn["same"] for turns in found.values() for turn in turns} == {True}
+    assert all(turn[way] > 0 for turns in found.values() for turn in turns for way in ("with", "without"))
+    assert speculation.table({"tiny": found}).row_count == len(CASES)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from scripts.commands.benching import durability, path
+from scripts.commands.benching import durability, path, speculation
 from scripts.commands.benching.hop import queue_hop
 from scripts.commands.benching.streams import idle_streams
 
@@ -48,4 +48,5 @@ PARTS: Final[dict[str, Part]] = {
     "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
     "pipeline": Part(lambda _, rounds: path.pipeline(rounds), path.pipeline_table),
     "submit": Part(lambda _, rounds: path.submits(rounds), path.submits_table),
+    "speculation": Part(speculation.speculation, speculation.table),
 }

@@ -1,0 +1,111 @@
+"""The worker's backend alone, in process, with and without guesses: reads what to run as JSON, writes what it took.
+
+python -m scripts.commands.benching.guessing, with `{"model": FOLDER, "rounds": …, "tokens": …}` on standard input
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from scripts.commands.benching.plans import Json
+from scripts.commands.benching.prompts import question
+from shared.blas import prefer_openblas
+from shared.jobs import Generation, Sampling
+
+if TYPE_CHECKING:
+    from worker.backends.text import TextBackend
+
+TEXTS: Final = (
+    "On Monday morning Anna walked down to the harbour, bought two loaves of bread and a newspaper, and waited there.",
+    "The committee met twice in March, approved the budget for the library, and asked for a new drawing of the hall.",
+    "Take a large bowl, mix the flour with the salt, add warm water slowly, and let the dough rest for one hour.",
+    "The river rises in the northern hills, runs south past three old towns, and reaches the sea near a lighthouse.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Rows that decode together: whether their answers repeat their prompts, and whether they are drawn."""
+
+    rows: int
+    repeats: bool
+    temperature: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        kind = "repeats its prompt" if self.repeats else "does not"
+        return f"{kind}{', drawn' if self.temperature else ''}, {self.rows} row{'s' if self.rows > 1 else ''}"
+
+    def messages(self, row: int, turn: int) -> list[Json]:
+        """What a row is asked in a turn: something else in each."""
+        if not self.repeats:
+            return question(row + self.rows * turn)
+        text = " ".join(TEXTS[(row + turn + i) % len(TEXTS)] for i in range(2))
+        return [{"role": "user", "content": f"Repeat the following text word for word: {text}"}]
+
+
+CASES: Final = (
+    *(Case(rows, repeats=True) for rows in (1, 2, 4)),
+    *(Case(rows, repeats=False) for rows in (1, 2, 4)),
+    Case(1, repeats=False, temperature=1.0),
+)
+
+
+def run(backend: TextBackend, case: Case, turn: int, tokens: int) -> dict[str, Any]:
+    """Tokens a second behind the first, and what all rows said."""
+    from worker.backends.base import Row
+
+    for uid in range(case.rows):
+        asked = Generation("", tokens, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
+        backend.insert([Row(uid, backend.encode(asked), 0, tokens, Sampling(case.temperature, seed=uid))])
+    said: dict[int, list[int]] = {uid: [] for uid in range(case.rows)}
+    open_rows, began, before = set(said), 0.0, 0
+    while open_rows:
+        for uid, token in backend.step().tokens:
+            if uid in open_rows:
+                said[uid].append(token)
+                if token in backend.eos or len(said[uid]) == tokens:
+                    open_rows.remove(uid)
+                    backend.remove([uid])
+        if not began and all(said.values()):
+            began, before = time.perf_counter(), sum(map(len, said.values()))
+    took_s = time.perf_counter() - began
+    return {"tokens_per_s": (sum(map(len, said.values())) - before) / took_s, "said": list(said.values())}
+
+
+def compare(model: Path, rounds: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
+    """Every case in turns with and without guesses: case → what each turn gave."""
+    from shared.settings import Settings
+    from worker.backends.text import CHUNK_CPU, TextBackend
+    from worker.models import load_model
+
+    loaded, most = load_model(model), Settings(_env_file=None).speculation_tokens
+    ways = {name: TextBackend(loaded, CHUNK_CPU, speculation_tokens=n) for name, n in (("without", 0), ("with", most))}
+    for backend in ways.values():
+        backend.warm()
+    found: dict[str, list[dict[str, Any]]] = {case.name: [] for case in CASES}
+    for turn in range(rounds):
+        for case in CASES:
+            before = ways["with"].stats()
+            order = ("without", "with") if turn % 2 else ("with", "without")
+            told = {name: run(ways[name], case, turn, tokens) for name in order}
+            after = ways["with"].stats()
+            found[case.name].append({
+                **{name: each["tokens_per_s"] for name, each in told.items()},
+                "same": told["with"]["said"] == told["without"]["said"],
+                **{key: after[f"speculation_{key}_tokens_total"] - before[f"speculation_{key}_tokens_total"]
+                   for key in ("drafted", "accepted")},
+            })  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    prefer_openblas()
+    asked = json.load(sys.stdin)
+    print(json.dumps(compare(Path(asked["model"]), asked["rounds"], asked["tokens"])))
