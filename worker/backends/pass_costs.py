@@ -22,9 +22,10 @@ _LEAST_PLAIN = 3
 
 @dataclass(slots=True)
 class _Width:
-    """What passes over so many tokens took of late, and how many plain steps ago the last was."""
+    """What passes over so many tokens took of late, their median, and how many plain steps ago the last was."""
 
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    median_s: float = 0.0
     age: int = 0
 
 
@@ -33,12 +34,14 @@ class PassCosts:
 
     def __init__(self) -> None:
         self._plain_s: deque[float] = deque(maxlen=7)
+        self._plain_median_s = 0.0  # kept, as it is asked for more often than it changes
         self._widths = {length: _Width() for length in LENGTHS}
         self._since_plain = 0
 
     def plain(self, seconds: float) -> None:
         """A step for one token took so long."""
         self._plain_s.append(seconds)
+        self._plain_median_s = statistics.median(self._plain_s)
         self._since_plain = 0
         for width in self._widths.values():
             width.age += 1
@@ -47,6 +50,7 @@ class PassCosts:
         """A step that verified a guess of so many tokens took so long."""
         width = self._widths[length]
         width.took_s.append(seconds)
+        width.median_s = statistics.median(width.took_s)
         width.age = 0
         self._since_plain += 1
 
@@ -60,5 +64,5 @@ class PassCosts:
         width = self._widths[length]
         if not width.took_s:
             return 1.0
-        cost = statistics.median(width.took_s) / statistics.median(self._plain_s)
+        cost = width.median_s / self._plain_median_s
         return (1 + cost) / 2 if width.age > STALE else cost
