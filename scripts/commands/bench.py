@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(line, markup=False)
     for name, part in PARTS.items():
         if whole and (asked.only == name or (asked.only is None and (part.quick or not asked.quick))):
-            report[name] = part.measure(TINY, asked.rounds)
+            model = asked.model[0] if asked.model and asked.only == name else TINY
+            report[name] = part.measure(model, asked.rounds)
             shown = part.show(report[name])
             report["lines"] += [shown] if isinstance(shown, str) else []
             console.print(shown, markup=False)

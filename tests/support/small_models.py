@@ -57,6 +57,14 @@ def gguf_weights() -> dict[str, mx.array]:
     }
 
 
+def small_model(module: Any, **more: Any) -> Any:
+    """A model of an architecture of mlx-lm's, in memory, with random weights."""
+    widths = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return module.Model(
+        module.ModelArgs.from_dict({"num_hidden_layers": 2, "rms_norm_eps": 1e-5, "vocab_size": 64, **widths, **more})
+    )
+
+
 def write_gguf(path: Path) -> Path:
     """A small llama with random weights."""
     mx.save_gguf(str(path), gguf_weights(), gguf_metadata())

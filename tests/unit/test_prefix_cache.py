@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import gemma3_text, llama
 
+from tests.support.small_models import small_model
 from worker.backends import kv
 from worker.backends.prefix_cache import LEAST_TOKENS, PrefixCache
 
@@ -18,22 +19,15 @@ TOKEN_BYTES = 2 * 2 * 2 * 4 * 4
 """Keys and values, layers, heads, width, bytes."""
 
 
-def make(module: Any, **more: Any) -> Any:
-    widths = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return module.Model(
-        module.ModelArgs.from_dict({"num_hidden_layers": 2, "rms_norm_eps": 1e-5, "vocab_size": 64, **widths, **more})
-    )
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return make(llama, model_type="llama")
+    return small_model(llama, model_type="llama")
 
 
 @pytest.fixture(scope="module")
 def sliding() -> Any:
     """Every other layer looks back 8 tokens only."""
-    return make(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
+    return small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
 
 
 def read(model: Any, *prompts: Sequence[int]) -> kv.Layers:

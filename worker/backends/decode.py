@@ -177,6 +177,7 @@ class DecodeBatch:
         self._fed = mx.concatenate([self._fed, last])
 
     def _queue(self) -> None:
+        kv.grow_ahead(self._cache)
         logits = self._model(self._fed[:, None], cache=self._cache)[:, -1]
         logits = self._penalties(logits, self._fed, [slot.cached if slot else () for slot in self._slots])
         self._fed = self._sampler(logits, [slot.position if slot else 0 for slot in self._slots])

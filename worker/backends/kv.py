@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, CacheList, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, make_prompt_cache
 
 Layers: TypeAlias = list[Any]
+
+AHEAD = 32
+"""Tokens before a cache is full at which its layers begin to grow, one after the other."""
 
 
 def batchable(model: Any) -> bool:
@@ -40,6 +43,20 @@ def merge(singles: Sequence[Layers]) -> Layers:
     return [layers[0].merge(list(layers)) for layers in zip(*singles, strict=True)]
 
 
+def alone(layers: Layers) -> Layers:
+    """A cache of several rows that has only this one. Copies nothing of plain keys and values."""
+    if not all(type(layer) is KVCache and layer.keys is not None for layer in layers):
+        return merge([layers])
+    return [_batch_of(layer) for layer in layers]
+
+
+def _batch_of(layer: KVCache) -> BatchKVCache:
+    batch = BatchKVCache([0])
+    batch.keys, batch.values, batch._idx = layer.keys, layer.values, layer.offset  # noqa: SLF001 - as in `pretend`
+    batch.offset = mx.array([layer.offset])
+    return batch
+
+
 def flat(layers: Iterable[Any]) -> Layers:
     """The caches themselves, where a layer has several."""
     return [part for layer in layers for part in (flat(layer.caches) if isinstance(layer, CacheList) else [layer])]
@@ -61,12 +78,38 @@ def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
     mx.async_eval(states(layers))  # type: ignore[no-untyped-call]
 
 
-def reserve(layers: Layers, columns: int) -> None:
-    """Make place for rows of that length at once, where caches would grow and be copied every few hundred tokens."""
-    for layer in layers:
-        if _filled(layer) and layer.keys.shape[2] < columns:
-            more = -(-columns // layer.step) * layer.step - layer.keys.shape[2]
-            layer.keys, layer.values = (_widened(each, more) for each in (layer.keys, layer.values))
+def reserve(layers: Layers, columns: int, most: int | None = None) -> bool:
+    """Make place for rows of that length at once, where caches would grow and be copied every few hundred tokens.
+
+    Args:
+        most: layers that are widened in this call, at most: those of a long row take longer than a decode step.
+
+    Returns:
+        Whether there was something to do.
+    """
+    narrow = [layer for layer in layers if _filled(layer) and layer.keys.shape[2] < columns][:most]
+    for layer in narrow:
+        _widen(layer, -(-columns // layer.step) * layer.step - layer.keys.shape[2])
+    return bool(narrow)
+
+
+def grow_ahead(layers: Layers) -> None:
+    """Make place in a few of the layers that will soon need it: all in the same step would make it far longer."""
+    room = {i: layer.keys.shape[2] - layer._idx for i, layer in enumerate(layers) if _filled(layer)}  # noqa: SLF001
+    near = [layers[i] for i, columns in room.items() if 0 < columns <= AHEAD]
+    for layer in near[: -(-len(layers) // AHEAD)]:
+        _widen(layer, layer.step)
+
+
+def pretend(layers: Layers, columns: int) -> None:
+    """Let caches of one row, with place for it, say that they have so many tokens: to measure what those cost."""
+    for layer in filter(_filled, layers):
+        layer.offset = mx.array([columns])
+        layer._idx = columns  # noqa: SLF001 - there is no public name for where the rows end
+
+
+def _widen(layer: Any, more: int) -> None:
+    layer.keys, layer.values = (_widened(each, more) for each in (layer.keys, layer.values))
 
 
 def _widened(array: mx.array, columns: int) -> mx.array:

@@ -30,7 +30,7 @@ class Lanes:
         model: an mlx-lm model.
         prefixes: keeps what rows have in the cache when they leave.
         footprint: of a row of this model.
-        most_padding: bytes of padding in a lane; the bytes of the weights are what a lane more costs.
+        most_padding: bytes of padding that cost a step as much as a lane more, which reads all weights again.
         speculation: guesses for a few rows.
     """
 

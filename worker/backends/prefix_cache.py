@@ -120,6 +120,15 @@ class PrefixCache:
         of, stop = self._kind.of, len(tokens)
         self._keep(owner, tuple(tokens), lambda known: of(layers, row, known, stop))
 
+    def store_begun(self, owner: str | None, tokens: Sequence[int], layers: kv.Layers, row: int) -> None:
+        """The same of a row that is still being read, and whose cache has place for all of it.
+
+        Nothing is kept where pieces cannot be cut, as each would be all there is once more, nor of a row that is too
+        long to be kept whole.
+        """
+        if self._kind is Columns and kv.nbytes(layers) <= self._allowed:
+            self.store(owner, tokens, layers, row)
+
     def share(self, owner: str | None, tokens: Sequence[int]) -> None:
         """Give to everybody what an owner has of these tokens, if that is all of them and they can be cut off there."""
         length, nodes = self._find_in(owner, tokens) if owner is not None else (0, [])

@@ -24,7 +24,7 @@ from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
 from shared.model_folder import ModelError
 from shared.settings import Settings
-from worker.backends import kv, pieces
+from worker.backends import cost, kv, pieces
 from worker.backends.arrivals import Arrivals
 from worker.backends.base import Detokenizer, Fit, PromptError, Row, StepResult
 from worker.backends.lanes import Lanes
@@ -50,6 +50,8 @@ CHUNK_CPU = 32
 sixth more than in chunks of 64, beyond which it gets no cheaper."""
 CHUNK_GPU = 512
 """A GPU is only busy with some hundreds of tokens at a time."""
+PADDING_PRICE_CPU = 4
+"""A CPU takes three to five times as long to attend to a byte of the cache as to multiply by one of the weights."""
 
 SHARE_ON_THE_WAY = 8
 """The part of the memory for prefixes that those may take which are on their way to disk."""
@@ -116,6 +118,11 @@ def default_chunk() -> int:
     return CHUNK_CPU if mx.default_device() == mx.cpu else CHUNK_GPU
 
 
+def padding_price() -> int:
+    """How many bytes of weights a step reads in the time in which it attends to a byte of padding."""
+    return PADDING_PRICE_CPU if mx.default_device() == mx.cpu else 1
+
+
 class TextDetokenizer:
     """mlx-lm's streaming detokenizer, for one sequence."""
 
@@ -164,7 +171,8 @@ class TextBackend:
         self._arrivals = Arrivals(self._prefixes)
         self._prefill = self._new_prefill()
         self._speculation = Speculation(self._model, speculation_tokens, clock)
-        self._batch = Lanes(self._model, self._prefixes, footprint, _weights(loaded), self._speculation)
+        most_padding = _weights(loaded) // padding_price()
+        self._batch = Lanes(self._model, self._prefixes, footprint, most_padding, self._speculation)
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
         self._joined: dict[int, int] = {}
         self._refused: dict[int, Exception] = {}
@@ -215,7 +223,7 @@ class TextBackend:
         for row in self._arrivals.ready(idle=not (self._prefill or self._batch)):
             self._prefill.add(row)
         with exhaustion_told():
-            chunk = self._prefill.advance(decoding=len(self._batch) > 0)
+            chunk = self._prefill.advance(decoding=len(self._batch))
             if chunk.rows:
                 self._batch.join(chunk.rows, chunk.cache)
             drafted = self._speculation.drafted
@@ -278,6 +286,8 @@ class TextBackend:
             self.step()
         self._speculation.warm()
         self.reset()
+        if self._budget.fits(cost.BEHIND + self._chunk, []) is Fit.NOW:
+            self._pace.expect(cost.measured(self._model, self._chunk))
 
     def _new_prefill(self) -> Prefill:
         return Prefill(self._model, self._chunk, self._prefixes, self._pace)
@@ -286,7 +296,7 @@ class TextBackend:
         """Tell the pace how long rows waited for a token each: since the last, whatever the time went into."""
         last, self._stepped_at = self._stepped_at, self._clock()
         if decoded:
-            self._pace.stepped(self._stepped_at - last, None if chunk.rows else chunk.tokens)
+            self._pace.stepped(self._stepped_at - last, None if chunk.rows else chunk.foretold)
 
     def _forget(self, uids: Iterable[int]) -> None:
         for uid in uids:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from scripts.commands.benching import durability, path, speculation
 from scripts.commands.benching.hop import queue_hop
+from scripts.commands.benching.interference import interference, lines
 from scripts.commands.benching.streams import idle_streams
 
 
@@ -19,7 +20,8 @@ class Part:
     """One of them.
 
     Attributes:
-        measure: given a small model's folder and how often to take turns; returns figures.
+        measure: given a model's folder (a small one, unless one is asked for) and how often to take turns; returns
+            figures.
         show: the figures as a line or a table.
         quick: whether it is short enough for `--quick`.
     """
@@ -45,6 +47,7 @@ PARTS: Final[dict[str, Part]] = {
         lambda *_: idle_streams(500),
         _line("{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before"),
     ),
+    "interference": Part(interference, lines),
     "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
     "pipeline": Part(lambda _, rounds: path.pipeline(rounds), path.pipeline_table),
     "submit": Part(lambda _, rounds: path.submits(rounds), path.submits_table),

@@ -1,0 +1,206 @@
+"""In which order prompts are read, how much of them in a step, and what is kept of them along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import gemma3_text, llama
+
+from shared.jobs import Sampling
+from tests.support.small_models import small_model
+from worker.backends import cost, kv
+from worker.backends.base import Row
+from worker.backends.cost import Cost
+from worker.backends.pace import Pace
+from worker.backends.prefill import KEPT_AT_ONCE, MOST_TOGETHER, SHORT_CHUNKS, Chunk, Prefill
+from worker.backends.prefix_cache import PrefixCache
+
+CHUNK = 16
+MANY = 8
+"""Rows that decode."""
+PLENTY = 2**30
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_model(llama, model_type="llama")
+
+
+@pytest.fixture
+def prefixes(model: Any) -> PrefixCache:
+    return PrefixCache(model, PLENTY)
+
+
+@pytest.fixture
+def prefill(model: Any, prefixes: PrefixCache) -> Prefill:
+    return Prefill(model, CHUNK, prefixes, allowing(20))
+
+
+def allowing(tokens: int) -> Pace:
+    """A pace that has time for so many tokens in a step."""
+    pace = Pace(CHUNK)
+    pace.expect(Cost(0.0, 1.0, 0.0))
+    for _ in range(3):
+        pace.stepped(tokens, 0.0)
+    while pace.next(decoding=True) == 0:
+        pass
+    return pace
+
+
+def row(uid: int, unread: int, owner: str = "me") -> Row:
+    return Row(uid, prompt(uid, unread + 1), 0, 5, Sampling(0.0), owner)
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return (seed % 64, *((seed * 7 + i * (1 + seed % 5)) % 64 for i in range(1, length)))
+
+
+def insert(prefill: Prefill, rows: Sequence[Row]) -> None:
+    for each in rows:
+        prefill.add(each)
+
+
+def advance(prefill: Prefill, decoding: int = MANY, most: int = 1000) -> list[Chunk]:
+    """Read until nothing is left."""
+    chunks = []
+    while prefill:
+        chunks.append(prefill.advance(decoding))
+        assert len(chunks) < most
+    return chunks
+
+
+def uids(chunk: Chunk) -> list[int]:
+    return [each.uid for each in chunk.rows]
+
+
+def test_short_prompts_do_not_wait_behind_long_ones(prefill: Prefill) -> None:
+    insert(prefill, [row(1, 40 * CHUNK), row(2, 40 * CHUNK), *(row(uid, CHUNK) for uid in range(3, 6))])
+    chunks = advance(prefill)
+    order = [uid for chunk in chunks for uid in uids(chunk)]
+    assert order == [3, 4, 5, 1, 2]
+    assert [uids(chunk) for chunk in chunks[:5:2]] == [[3], [4], [5]]
+
+
+def test_a_long_prompt_does_not_wait_for_short_ones_that_keep_coming(prefill: Prefill) -> None:
+    prefill.add(row(0, 5 * CHUNK))
+    read: list[int] = []
+    for uid in range(1, 50):
+        prefill.add(row(uid, CHUNK))
+        read += uids(prefill.advance(MANY))
+        if 0 in read:
+            break
+    assert len(read) < 14
+
+
+@pytest.mark.parametrize(("unread", "together"), [(5, 4), (10, 2), (16, 1)])
+def test_short_prompts_are_read_together_as_far_as_the_pace_allows(
+    prefill: Prefill, unread: int, together: int
+) -> None:
+    insert(prefill, [row(uid, unread) for uid in range(1, MANY + 1)])
+    chunks = advance(prefill)
+    assert {len(chunk.rows) for chunk in chunks} == {together}
+    assert all(chunk.tokens <= 20 for chunk in chunks)
+
+
+def test_a_short_prompt_that_is_too_much_by_itself_is_read_in_chunks_on_its_turns(prefill: Prefill) -> None:
+    insert(prefill, [row(1, 40 * CHUNK), row(2, SHORT_CHUNKS * CHUNK), row(3, 4)])
+    chunks = advance(prefill)
+    assert all(chunk.tokens <= 20 for chunk in chunks)
+    assert [uids(chunk) for chunk in chunks if chunk.rows] == [[2], [3], [1]]
+    assert uids(chunks[2]) == [2]
+
+
+def test_a_crowd_does_not_wait_for_a_few_that_decode(prefill: Prefill) -> None:
+    insert(prefill, [row(uid, CHUNK) for uid in range(1, 17)])
+    assert [len(prefill.advance(decoding=MANY).rows) for _ in range(2)] == [MOST_TOGETHER, 1]
+    assert prefill.advance(decoding=3).tokens == (16 - MOST_TOGETHER - 1) * CHUNK
+
+
+def test_where_nothing_decodes_all_is_read_at_once(prefill: Prefill) -> None:
+    insert(prefill, [row(uid, CHUNK) for uid in range(1, 9)])
+    assert [len(chunk.rows) for chunk in advance(prefill, decoding=0)] == [MOST_TOGETHER]
+
+
+def test_few_tokens_far_behind_the_beginning_may_be_a_long_prompt(model: Any, prefixes: PrefixCache) -> None:
+    pace = Pace(CHUNK)
+    pace.expect(Cost(0.0, 1.0, 0.1))
+    prefill = Prefill(model, CHUNK, prefixes, pace)
+    before = prompt(1, 200)
+    layers = kv.empty(model, 1)
+    kv.feed(model, layers, [before])
+    prefixes.store("me", before, layers, 0)
+    insert(prefill, [Row(2, (*before, 5, 6, 7, 8), 0, 5, Sampling(0.0), "me"), row(3, 5)])
+    assert [uid for chunk in advance(prefill) for uid in uids(chunk)] == [3, 2]
+
+
+def test_a_cache_is_made_and_copied_in_steps_of_their_own(prefill: Prefill) -> None:
+    """Beside rows that decode, and only there."""
+    prefill.add(row(1, 600))
+    chunks = advance(prefill)
+    assert [chunk.tokens > 0 for chunk in chunks[:4]] == [True, False, False, True]
+    longer = (*prompt(1, 601)[:600], 1, *prompt(9, 300))
+    prefill.add(Row(2, longer, 0, 5, Sampling(0.0), "me"))
+    chunks = advance(prefill)
+    assert [chunk.tokens > 0 for chunk in chunks[:4]] == [False, False, False, True]
+    assert {chunk.foretold for chunk in chunks[:3]} == {None}
+    assert chunks[-1].reused == (600,)
+    prefill.add(Row(3, (*longer, 1, *prompt(11, 300)), 0, 5, Sampling(0.0), "me"))
+    assert all(chunk.tokens for chunk in advance(prefill, decoding=0))
+
+
+def test_a_long_prompt_is_kept_along_its_way(model: Any, prefill: Prefill, prefixes: PrefixCache) -> None:
+    long = row(1, 4 * KEPT_AT_ONCE + 7)
+    prefill.add(long)
+    known = []
+    while prefill:
+        chunk = prefill.advance(MANY)
+        known.append(prefixes.length("me", long.prompt))
+    assert max(after - before for before, after in pairwise(known)) < KEPT_AT_ONCE + CHUNK
+    assert known[-1] == 4 * KEPT_AT_ONCE + 7
+    assert prefixes.nbytes == known[-1] * 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, width, bytes
+    length, layers = prefixes.load("me", long.prompt)
+    for kept, read in zip(layers, chunk.cache, strict=True):
+        for ours, theirs in zip((kept.keys, kept.values), (read.keys, read.values), strict=True):
+            assert mx.array_equal(ours, theirs[:, :, :length])
+
+
+def test_a_prompt_that_is_too_long_to_be_kept_displaces_nothing(model: Any) -> None:
+    prefixes = PrefixCache(model, 300 * 2 * 2 * 2 * 4 * 4)
+    prefill = Prefill(model, CHUNK, prefixes, allowing(20))
+    insert(prefill, [row(1, 100)])
+    advance(prefill)
+    insert(prefill, [row(2, 3 * KEPT_AT_ONCE)])
+    advance(prefill)
+    assert prefixes.length("me", prompt(1, 101)) == 100
+    assert prefixes.length("me", prompt(2, 101)) == 0
+
+
+def test_what_cannot_be_cut_is_kept_once(model: Any) -> None:
+    sliding = small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
+    prefixes = PrefixCache(sliding, PLENTY)
+    prefill = Prefill(sliding, CHUNK, prefixes, allowing(20))
+    prefill.add(row(1, 2 * KEPT_AT_ONCE + 9))
+    advance(prefill)
+    assert prefixes.stats()["prefix_cache_entries"] == 1
+
+
+def test_rows_are_dropped_in_either_line(prefill: Prefill, prefixes: PrefixCache) -> None:
+    insert(prefill, [row(1, 40 * CHUNK), row(2, SHORT_CHUNKS * CHUNK), row(3, 4), row(4, 40 * CHUNK)])
+    for _ in range(4):
+        prefill.advance(MANY)
+    assert prefill.nbytes() > 0
+    prefill.remove([1, 2, 4])
+    assert prefill.nbytes() == 0
+    assert prefixes.length("me", row(1, 40 * CHUNK).prompt) >= CHUNK
+    assert [uids(chunk) for chunk in advance(prefill)] == [[3]]
+
+
+def test_what_a_chunk_costs_is_measured_on_the_model(model: Any) -> None:
+    found = cost.measured(model, CHUNK)
+    assert found.token > 0
+    assert found.fixed >= 0
+    assert found.behind >= 0
