@@ -18,7 +18,7 @@ from worker.backends.cost import UNKNOWN, Cost
 LIMIT = 3.0
 """A step with a chunk lasts no longer than so many without one, but for one in a hundred."""
 LEAST_AIM, AIM, MOST_AIM = 1.5, 1.8, 2.2
-"""What it is to last: less where some steps are over the limit, at first, and more where none is."""
+"""What it is to last: less than at first where more steps are over the limit, more where fewer are."""
 PAUSE_AFTER = 16
 """Chunks between two pauses."""
 PAUSE = 2
@@ -30,7 +30,7 @@ _OUTLIER = 4
 """Quiet steps that a chunk may take; what is beyond that was somebody else on the machine."""
 _TRUST = 2
 """The cost that was measured at the start counts as much as chunks that took so many quiet steps."""
-_LEAST_TAKEN = 1e-9
+_LEAST = 1e-9
 _OVER, _WITHIN = 0.9, 1.001
 """What a step over the limit, or within it, does to the aim. They balance when one in a hundred is over it."""
 
@@ -93,7 +93,7 @@ class Pace:
         if read is None or before is None:
             return
         if read == before == 0:
-            self._quiet_s.append(seconds)
+            self._quiet_s.append(max(seconds, _LEAST))  # a clock may be coarse
         elif self._quiet_s:
             ratio = seconds / statistics.median(self._quiet_s)
             # The device may have done this chunk, or the one before: half of each, and on the whole it is right.
@@ -115,4 +115,4 @@ class Pace:
         trust = _TRUST if self._measured else 0.0
         foretold = trust * statistics.median(self._quiet_s) + sum(foretold for _, foretold in self._taken)
         taken = trust + sum(taken for taken, _ in self._taken)
-        return (self._aim - 1) * foretold / max(taken, _LEAST_TAKEN)
+        return (self._aim - 1) * foretold / max(taken, _LEAST)
