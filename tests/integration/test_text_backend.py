@@ -24,7 +24,7 @@ from shared.settings import Settings
 from worker.backends import kv
 from worker.backends.base import Fit, OutOfMemory, PromptError, Row
 from worker.backends.memory import Memory
-from worker.backends.pace import PAUSE, PAUSE_AFTER
+from worker.backends.pace import AIM, LEAST_AIM, MOST_AIM, PAUSE, PAUSE_AFTER
 from worker.backends.text import TextBackend, load
 from worker.models import LoadedModel, load_model
 
@@ -174,7 +174,7 @@ def test_a_long_prompt_stops_neither_decoding_nor_short_prompts(tiny: LoadedMode
 
 
 def test_chunks_are_as_small_as_the_time_of_a_step_demands(tiny: LoadedModel) -> None:
-    """A step takes 10 s and each token of a prompt 2 s more: 5 of them take as long as a step."""
+    """A step takes 10 s and each token of a prompt 1 s more: 10 of them take as long as a step."""
     now = 0.0
     backend = TextBackend(tiny, CHUNK, clock=lambda: now)
     backend.insert([row(backend, 1, 5, 400)])
@@ -182,11 +182,12 @@ def test_chunks_are_as_small_as_the_time_of_a_step_demands(tiny: LoadedModel) ->
     chunks: list[int] = []
     while sum(chunks) < 20 * CHUNK:
         read = backend.step().prompt_tokens
-        now += 10 + 2 * read
+        now += 10 + read
         chunks.append(read)
         assert len(chunks) < 100
-    assert chunks.count(5) > 40
-    assert backend.stats()["prefill_chunk_tokens"] == 5
+    usual = {round(10 * (aim - 1)) for aim in (LEAST_AIM, AIM, MOST_AIM)}
+    later = [read for read in chunks[20:-1] if read]
+    assert min(usual) - 1 <= min(later) <= max(later) <= max(usual)
 
 
 def test_a_long_prompt_has_place_for_all_of_it_from_its_second_chunk(backend: TextBackend) -> None:
