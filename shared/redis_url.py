@@ -8,6 +8,7 @@ URL is written in percent as everywhere (`%40` for @). An error says what is wro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,6 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 SENTINEL: Final = "sentinel"
 SENTINEL_PORT: Final = 26379
+_AUTHORITY: Final = re.compile(rf"{SENTINEL}://([^/?#]*)(.*)", re.DOTALL)
 _PLAIN: Final = ("redis", "rediss", "unix")
 _PARAMETERS: Final = ("master", "sentinel_username", "sentinel_password")
 
@@ -96,6 +98,9 @@ def parse_sentinel(url: str) -> SentinelUrl:
 
 def _split(url: str) -> SplitResult:
     try:
+        if is_sentinel(url):  # brackets in a list of hosts are an error to newer versions of Python
+            hosts, rest = _AUTHORITY.findall(url)[0]
+            return urlsplit(f"{SENTINEL}://{rest}")._replace(netloc=hosts)
         return urlsplit(url)
     except ValueError as error:  # brackets that do not close
         raise WrongUrl(f"cannot be read: {error}") from None

@@ -15,7 +15,7 @@ from tests.support.small_models import small_model
 from worker.backends import cost, kv
 from worker.backends.base import Row
 from worker.backends.cost import Cost
-from worker.backends.pace import Pace
+from worker.backends.pace import AIM, Pace
 from worker.backends.prefill import KEPT_AT_ONCE, MOST_TOGETHER, SHORT_CHUNKS, Chunk, Prefill
 from worker.backends.prefix_cache import PrefixCache
 
@@ -45,7 +45,7 @@ def allowing(tokens: int) -> Pace:
     pace = Pace(CHUNK)
     pace.expect(Cost(0.0, 1.0, 0.0))
     for _ in range(3):
-        pace.stepped(tokens, 0.0)
+        pace.stepped(tokens / (AIM - 1), 0.0)
     while pace.next(decoding=True) == 0:
         pass
     return pace

@@ -142,7 +142,8 @@ def test_disk_goes_on_where_memory_ends_also_inside_a_block(make: Maker, model: 
     assert bring(second, tokens) == 4 * BLOCK
     assert second.stats()["prefix_disk_read_blocks_total"] == 3
     assert second.nbytes == TOKEN_BYTES * 4 * BLOCK
-    assert equal(second.load("me", tokens)[1], [layer.extract(0) for layer in read(model, tokens)], BLOCK)
+    # As many tokens as were read at once: the last bits depend on that.
+    assert equal(second.load("me", tokens)[1], [layer.extract(0) for layer in read(model, tokens[: BLOCK + 30])], BLOCK)
 
 
 def test_what_memory_gives_up_goes_to_disk_and_comes_back(make: Maker, model: Any) -> None:
