@@ -57,26 +57,27 @@ CASES: Final = (
 )
 
 
-def run(backend: TextBackend, case: Case, turn: int, tokens: int) -> dict[str, Any]:
-    """Tokens a second behind the first, and what all rows said."""
+def run(backend: TextBackend, case: Case, turn: int, most: int) -> dict[str, Any]:
+    """Tokens a second behind the first, the CPU time of each, and what all rows said."""
     from worker.backends.base import Row
 
     for uid in range(case.rows):
-        asked = Generation("", tokens, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
-        backend.insert([Row(uid, backend.encode(asked), 0, tokens, Sampling(case.temperature, seed=uid))])
+        asked = Generation("", most, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
+        backend.insert([Row(uid, backend.encode(asked), 0, most, Sampling(case.temperature, seed=uid))])
     said: dict[int, list[int]] = {uid: [] for uid in range(case.rows)}
-    open_rows, began, before = set(said), 0.0, 0
+    open_rows, began, cpu_s, before = set(said), 0.0, 0.0, 0
     while open_rows:
         for uid, token in backend.step().tokens:
             if uid in open_rows:
                 said[uid].append(token)
-                if token in backend.eos or len(said[uid]) == tokens:
+                if token in backend.eos or len(said[uid]) == most:
                     open_rows.remove(uid)
                     backend.remove([uid])
         if not began and all(said.values()):
-            began, before = time.perf_counter(), sum(map(len, said.values()))
-    took_s = time.perf_counter() - began
-    return {"tokens_per_s": (sum(map(len, said.values())) - before) / took_s, "said": list(said.values())}
+            began, cpu_s, before = time.perf_counter(), time.process_time(), sum(map(len, said.values()))
+    took_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
+    tokens = sum(map(len, said.values())) - before
+    return {"tokens_per_s": tokens / took_s, "cpu_ms": 1000 * cpu_s / tokens, "said": list(said.values())}
 
 
 def compare(model: Path, rounds: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
@@ -98,6 +99,7 @@ def compare(model: Path, rounds: int, tokens: int) -> dict[str, list[dict[str, A
             after = ways["with"].stats()
             found[case.name].append({
                 **{name: each["tokens_per_s"] for name, each in told.items()},
+                "cpu_ratio": told["with"]["cpu_ms"] / told["without"]["cpu_ms"],
                 "same": told["with"]["said"] == told["without"]["said"],
                 **{key: after[f"speculation_{key}_tokens_total"] - before[f"speculation_{key}_tokens_total"]
                    for key in ("drafted", "accepted")},

@@ -46,16 +46,17 @@ def _compare(model: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(found: Found) -> Table:
-    """What people read: medians of the turns, and of their ratios."""
+    """What people read: medians of the turns and of their ratios. CPU time a token tells more where others work too."""
     out = Table("model", "the answer …", title="tokens guessed ahead, in process: tokens/s")
-    for heading in ("without", "with", "ratio", "lowest", "highest", "guessed", "right", "same text"):
+    for heading in ("without", "with", "ratio", "lowest", "highest", "CPU ratio", "guessed", "right", "same text"):
         out.add_column(heading, justify="right")
     for model, cases in found.items():
         for name, turns in cases.items():
             ratios = [turn["with"] / turn["without"] for turn in turns]
             speeds = (f"{statistics.median(turn[way] for turn in turns):,.1f}" for way in ("without", "with"))
             spread = (f"{of(ratios):.2f}" for of in (statistics.median, min, max))
+            cpu = f"{statistics.median(turn['cpu_ratio'] for turn in turns):.2f}"
             sums = (f"{sum(turn[what] for turn in turns):,.0f}" for what in ("drafted", "accepted"))
             same = f"{sum(turn['same'] for turn in turns)} of {len(turns)}"
-            out.add_row(model, name, *speeds, *spread, *sums, same)
+            out.add_row(model, name, *speeds, *spread, cpu, *sums, same)
     return out
