@@ -32,7 +32,7 @@ def test_no_job_is_lost_duplicated_or_wrong_whatever_breaks(
     report = json.loads(figures.read_text())
     assert status == 0, seen
     assert (report["lost"], report["duplicated"], report["wrong"], report["left_behind"]) == (0, 0, 0, [])
-    assert report["jobs"] >= 100  # 200 and more where the machine has nothing else to do
+    assert report["jobs"] >= 200
     assert report["resumed"] >= 5
     hit = {kind for kind, count in report["faults"].items() if count}
     assert hit | set(report["impossible"]) == {kind.value for kind in Kind}
