@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -257,7 +257,7 @@ class Repeating:
         logits = self._tiny.model(tokens, cache=cache)
         self.passes += 1
         self.now += 1 + self._wide * (tokens.shape[1] - 1)
-        said = [[self._says(token) for token in each] for each in tokens.tolist()]  # type: ignore[union-attr]
+        said = [[self._says(token) for token in each] for each in cast("list[list[int]]", tokens.tolist())]
         return mx.put_along_axis(mx.zeros_like(logits), mx.array(said)[:, :, None], mx.array(1.0), axis=-1)
 
     def __getattr__(self, name: str) -> Any:

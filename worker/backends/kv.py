@@ -52,8 +52,8 @@ def alone(layers: Layers) -> Layers:
 
 def _batch_of(layer: KVCache) -> BatchKVCache:
     batch = BatchKVCache([0])
-    batch.keys, batch.values, batch._idx = layer.keys, layer.values, layer.offset  # noqa: SLF001 - as in `pretend`
-    batch.offset = mx.array([layer.offset])
+    batch.keys, batch.values = layer.keys, layer.values
+    _end_at(batch, layer.offset)
     return batch
 
 
@@ -95,8 +95,7 @@ def reserve(layers: Layers, columns: int, most: int | None = None) -> bool:
 
 def grow_ahead(layers: Layers) -> None:
     """Make place in a few of the layers that will soon need it: all in the same step would make it far longer."""
-    room = {i: layer.keys.shape[2] - layer._idx for i, layer in enumerate(layers) if _filled(layer)}  # noqa: SLF001
-    near = [layers[i] for i, columns in room.items() if 0 < columns <= AHEAD]
+    near = [layer for layer in layers if _filled(layer) and 0 < layer.keys.shape[2] - _end(layer) <= AHEAD]
     for layer in near[: -(-len(layers) // AHEAD)]:
         _widen(layer, layer.step)
 
@@ -104,8 +103,18 @@ def grow_ahead(layers: Layers) -> None:
 def pretend(layers: Layers, columns: int) -> None:
     """Let caches of one row, with place for it, say that they have so many tokens: to measure what those cost."""
     for layer in filter(_filled, layers):
-        layer.offset = mx.array([columns])
-        layer._idx = columns  # noqa: SLF001 - there is no public name for where the rows end
+        _end_at(layer, columns)
+
+
+def _end(layer: Any) -> int:
+    """Where the rows of a batch cache end."""
+    return int(layer._idx)  # noqa: SLF001 - there is no public name for it
+
+
+def _end_at(layer: Any, columns: int) -> None:
+    """Let the only row of a batch cache end there."""
+    layer.offset = mx.array([columns])
+    layer._idx = columns  # noqa: SLF001 - as in `_end`
 
 
 def _widen(layer: Any, more: int) -> None:
@@ -143,7 +152,7 @@ def overwrite(layers: Layers, rows: Sequence[int], others: Layers) -> bool:
         return False
     places = mx.array(list(rows))
     for layer, other in zip(layers, others, strict=True):
-        end, length = layer._idx, other._idx  # noqa: SLF001 - there is no public name for where the rows end
+        end, length = _end(layer), _end(other)
         for i, row in enumerate(rows):
             layer.keys[row : row + 1, :, end - length : end] = other.keys[i : i + 1, :, :length]
             layer.values[row : row + 1, :, end - length : end] = other.values[i : i + 1, :, :length]
@@ -153,7 +162,7 @@ def overwrite(layers: Layers, rows: Sequence[int], others: Layers) -> bool:
 
 
 def _fits(layer: Any, other: Any) -> bool:
-    return bool(_filled(layer) and _filled(other) and other._idx <= layer._idx)  # noqa: SLF001
+    return bool(_filled(layer) and _filled(other) and _end(other) <= _end(layer))
 
 
 def _filled(layer: Any) -> bool:
@@ -176,7 +185,7 @@ def take_back(layers: Layers, tokens: Sequence[int]) -> None:
 
 def columns(layers: Layers) -> int:
     """Where all rows end, in a cache of plain attention."""
-    return int(layers[0]._idx)  # noqa: SLF001 - there is no public name for it
+    return _end(layers[0])
 
 
 def nbytes(layers: Layers) -> int:

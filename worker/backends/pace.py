@@ -111,8 +111,8 @@ class Pace:
         """What the next chunk may cost, in the unit of what is foretold; None when that is not known."""
         if not self._quiet_s or not (self._measured or self._taken):
             return None
-        # What was measured counts as some chunks.
+        # What was measured counts as some chunks. It was the least of several times, and is so beside the least step.
         trust = _TRUST if self._measured else 0.0
-        foretold = trust * statistics.median(self._quiet_s) + sum(foretold for _, foretold in self._taken)
+        foretold = trust * min(self._quiet_s) + sum(foretold for _, foretold in self._taken)
         taken = trust + sum(taken for taken, _ in self._taken)
         return (self._aim - 1) * foretold / max(taken, _LEAST)

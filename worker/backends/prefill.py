@@ -230,7 +230,8 @@ class Prefill:
 
     def _allocated(self, reading: _Reading) -> Chunk:
         """A step of its own for a cache that was made or copied, which takes as long as a chunk."""
-        self._queue(reading.cache)
+        self._queued = kv.states(reading.cache)
+        mx.async_eval(self._queued)  # type: ignore[no-untyped-call]  # mlx's stub has no types for it
         return Chunk(foretold=None)
 
     def _keep_begun(self, reading: _Reading) -> None:
@@ -275,11 +276,7 @@ class Prefill:
 
     def _feed(self, cache: kv.Layers, tokens: list[tuple[int, ...]]) -> None:
         kv.feed(self._model, cache, tokens)
-        self._queue(cache)
-
-    def _queue(self, cache: kv.Layers) -> None:
         self._queued = kv.states(cache)
-        mx.async_eval(self._queued)  # type: ignore[no-untyped-call]
 
 
 def _to_read(row: Row) -> tuple[int, ...]:

@@ -5,36 +5,22 @@ CPU time is what counts on a machine with few cores: all four processes share th
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from scripts.commands.benching.modelless import KEY, Stack, modelless
-from shared.settings import ROOT
+from scripts.commands.benching.processes import asked
 
 _JOBS = {1: 300, 8: 1500, 32: 3000}
 """Jobs submitted by so many clients."""
 
 
-def _client(module: str, stack: Stack, **asked: Any) -> dict[str, Any]:
+def _client(module: str, stack: Stack, **question: Any) -> dict[str, Any]:
     """What the client process tells."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"scripts.commands.benching.{module}"],
-        input=json.dumps({"port": stack.port, "key": KEY, **asked}),
-        capture_output=True,
-        check=False,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    told: dict[str, Any] = json.loads(done.stdout)
+    told: dict[str, Any] = asked(module, {"port": stack.port, "key": KEY, **question}, 600)
     return told
 
 

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shared.settings import ROOT
 
 START_WITHIN_S = 600
+
+
+def asked(module: str, question: dict[str, Any], timeout_s: float) -> Any:
+    """What a module of this package answers to a question, both as JSON, in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the text is what it wrote.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.commands.benching.{module}"],
+        input=json.dumps(question),
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout_s,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
 
 
 class NotUp(Exception):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Final
 
 from rich.table import Table
 
+from scripts.commands.benching.processes import asked
 from scripts.model_files import default_model
-from shared.settings import ROOT
 
 _TOKENS: Final = {default_model.NAME: 80}
 """Of each answer, by model."""
@@ -29,19 +26,8 @@ def speculation(tiny: Path, rounds: int) -> Found:
 
 
 def _compare(model: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    asked = {"model": str(model), "rounds": rounds, "tokens": _TOKENS.get(model.name, _MANY_TOKENS)}
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.commands.benching.guessing"],
-        input=json.dumps(asked),
-        capture_output=True,
-        check=False,
-        text=True,
-        cwd=ROOT,
-        timeout=3600,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    question = {"model": str(model), "rounds": rounds, "tokens": _TOKENS.get(model.name, _MANY_TOKENS)}
+    found: dict[str, list[dict[str, Any]]] = asked("guessing", question, 3600)
     return found
 
 
