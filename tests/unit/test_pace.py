@@ -151,15 +151,6 @@ def test_nobody_waits_where_nothing_decodes() -> None:
     assert [pace.next(decoding=False, position=4000) for _ in range(100)] == [MOST] * 100
 
 
-def test_what_may_be_read_together_is_what_a_step_has_time_for() -> None:
-    pace = expecting()
-    assert pace.affords(10_000, 0)  # nobody knows yet how long a step is
-    Device().read(pace, 500)
-    assert pace.affords(int(SMALL.tokens(0.9 * (LEAST_AIM - 1) * QUIET, 0)), 0)
-    assert not pace.affords(int(SMALL.tokens(1.1 * (MOST_AIM - 1) * QUIET, 0)), 0)
-    assert not pace.affords(int(SMALL.tokens(0.9 * QUIET, 0)), 1000)
-
-
 def test_steps_that_did_other_things_are_no_measure() -> None:
     pace = expecting()
     Device().read(pace, 500)

@@ -1,4 +1,4 @@
-"""How many tokens of prompts are read between two decode steps, found while it runs.
+"""How many tokens of a long prompt are read between two decode steps, found while it runs.
 
 Whoever waits for the next token of a running row waits for the chunk too. So a step with a chunk is to last no longer
 than three without one, but for one in a hundred: about twice as long where times vary, more where they do not. What a
@@ -77,11 +77,6 @@ class Pace:
         if self._since_pause == PAUSE_AFTER + PAUSE:
             self._since_pause = 0
         return 0
-
-    def affords(self, tokens: int, position: int) -> bool:
-        """Whether so many tokens behind so many others may be read beside rows that decode."""
-        spare = self._spare()
-        return spare is None or self._cost.seconds(tokens, position) <= spare
 
     def foretold(self, tokens: int, position: int) -> float:
         """What `stepped` wants to know of tokens that are being read."""

@@ -223,7 +223,7 @@ class TextBackend:
         for row in self._arrivals.ready(idle=not (self._prefill or self._batch)):
             self._prefill.add(row)
         with exhaustion_told():
-            chunk = self._prefill.advance(decoding=len(self._batch))
+            chunk = self._prefill.advance(decoding=len(self._batch) > 0)
             if chunk.rows:
                 self._batch.join(chunk.rows, chunk.cache)
             drafted = self._speculation.drafted
