@@ -20,6 +20,28 @@ class NoLease(Exception):
     """The worker's lease has lapsed: it must renew before it may claim."""
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A job that is left to the worker which has its beginning in its cache.
+
+    Attributes:
+        node: Celery's name for that worker.
+        seconds: after so many anybody may have it.
+    """
+
+    job_id: str
+    node: str
+    seconds: float
+
+
+class LeftToOthers(Exception):
+    """All that waits is left to other workers, and whoever is told so sees to it that these jobs are started."""
+
+    def __init__(self, jobs: Sequence[Left]) -> None:
+        super().__init__(f"{len(jobs)} jobs are left to others")
+        self.jobs = tuple(jobs)
+
+
 class Verdict(StrEnum):
     """The answer to a write."""
 
@@ -106,12 +128,16 @@ class Claims:
 
         Raises:
             NoLease: renew first.
+            LeftToOthers: tell them.
         """
         reply = self._claim(args=[model, self._worker])
         if reply == "no lease":
             raise NoLease(self._worker)
         if not reply or reply == "alone":
             return None
+        if reply[0] == "left":
+            left = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+            raise LeftToOthers([Left(job_id, node, float(seconds)) for job_id, node, seconds in left])
         return Job.from_record(dict(zip(reply[::2], reply[1::2], strict=True)))
 
     def append(self, rows: Sequence[Append]) -> list[Verdict]:

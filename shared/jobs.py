@@ -114,6 +114,8 @@ class Submission:
     deadline_s: float | None = None
     fingerprint: str = ""
     """Hash of what the request means: tells a repeated request from another one under the same key."""
+    marks: tuple[str, ...] = ()
+    """Hashes of its beginnings, of the longest first: by them the claim finds the worker that has its prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +256,7 @@ class Jobs:
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
             "log_retention_s": str(limits.log_retention_s or limits.retention_s),
+            **({"marks": " ".join(submission.marks)} if submission.marks else {}),
         }
         job_id = new_job_id()
         word, *flat = self._enqueue(

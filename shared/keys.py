@@ -18,6 +18,8 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `GRACE` | hash | worker → seconds its lease gets once more when nobody could renew it | until it lapses |
 | `PASSED` | hash | `at`, `server`: when the reaper last passed by, and on which Redis (its run_id) | for ever |
 | `ALONE` + model | string | worker that empties itself for a job that must run alone | until one takes such a job |
+| `PREFIXES` + model | hash | a mark's first 4 digits → its rest, its last claimant (`web.marks`) | an hour unused |
+| `ROUTED` | hash | `model:keeper`, `:left`, `:another` → jobs that `claim.lua` routed so | for ever |
 | `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
 | `WORKER` + worker | string | JSON of `shared.registry.WorkerInfo` | a few leases |
 | `WORKERS` | zset | worker → its last heartbeat: the cards there may be | pruned when read |
@@ -26,7 +28,11 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `ENDED` | hash | `model:status` → jobs that ended so | for ever |
 | `RESCUE` + model | string | a ticket rescue is under way | 2 s |
 
-Celery keeps its own keys in the same database (queue `mlxq.<model>`, `_kombu.*`), Flask-Limiter `LIMITS:*`.
+`PREFIXES` is written by claims while there are several workers, and has 65,536 fields at most: what falls on the same
+place replaces what was there.
+
+Celery keeps its own keys in the same database (queues `mlxq.<model>` and `mlxq.<model>@<node>`, `_kombu.*`),
+Flask-Limiter `LIMITS:*`.
 """
 
 from typing import Final
@@ -44,6 +50,8 @@ LEASES: Final = "mlxq:leases"
 GRACE: Final = "mlxq:grace"
 PASSED: Final = "mlxq:passed"
 ALONE: Final = "mlxq:alone:"
+PREFIXES: Final = "mlxq:prefixes:"
+ROUTED: Final = "mlxq:routed"
 RUNNING: Final = "mlxq:running:"
 WORKER: Final = "mlxq:worker:"
 WORKERS: Final = "mlxq:workers"

@@ -122,9 +122,15 @@ class Registry:
 
     def ended(self) -> dict[tuple[str, str], int]:
         """How many jobs of a (model, status) have ended."""
-        counts = self._client.hgetall(keys.ENDED)
-        split = ((name.rpartition(":"), int(n)) for name, n in counts.items())
-        return {(model, status): n for (model, _, status), n in split}
+        return self._counts(keys.ENDED)
+
+    def routed(self) -> dict[tuple[str, str], int]:
+        """How many jobs of a model went to the `keeper` of their prefix, were `left` to it, or went to `another`."""
+        return self._counts(keys.ROUTED)
+
+    def _counts(self, key: str) -> dict[tuple[str, str], int]:
+        split = ((name.rpartition(":"), int(n)) for name, n in self._client.hgetall(key).items())
+        return {(model, word): n for (model, _, word), n in split}
 
 
 def digest(text: str) -> str:

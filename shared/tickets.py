@@ -26,6 +26,11 @@ def queue_name(model: str) -> str:
     return f"mlxq.{model}"
 
 
+def own_queue_name(model: str, node: str) -> str:
+    """The Celery queue of one worker of a model: what is sent there, no other takes."""
+    return f"{queue_name(model)}@{node}"
+
+
 def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
     """The Celery app. Results are off: a job's record holds them.
 
@@ -75,18 +80,27 @@ class TicketOffice:
         self._client = client
         self._registry = registry
 
-    def send(self, model: str, job_id: str) -> None:
-        """Tell the workers of a model that a job waits.
+    def send(self, model: str, job_id: str, node: str | None = None) -> None:
+        """Tell the workers of a model, or one of them, that a job waits.
 
         Raises:
             kombu.exceptions.OperationalError: the broker is away. The job is safe: `rescue` will send it.
         """
-        self._app.send_task(TASK, kwargs={"model": model, "job_id": job_id}, queue=queue_name(model), retry=False)
+        queue = own_queue_name(model, node) if node else queue_name(model)
+        self._app.send_task(TASK, kwargs={"model": model, "job_id": job_id}, queue=queue, retry=False)
 
     def send_all(self, waiting: Iterable[Waiting]) -> None:
         """Send a ticket for each."""
         for each in waiting:
             self.send(each.model, each.job_id)
+
+    def remind(self, model: str, job_id: str) -> None:
+        """Send the ticket that a job's wait for its worker has used up, if there is anything to do for it.
+
+        Whether that very job waits does not matter: who took it may have come with the ticket of another.
+        """
+        if self._registry.waiting(model):
+            self.send(model, job_id)
 
     def rescue(self) -> int:
         """Send tickets where jobs wait although their model's workers have free slots: some must have been lost.

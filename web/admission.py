@@ -18,6 +18,7 @@ from shared.jobs import Generation, Job, Jobs, Priority, Sampling, Submission
 from shared.registry import ModelCard
 from shared.settings import Settings
 from shared.tickets import TicketOffice
+from web.marks import marks
 from web.prompt_size import PromptSizer
 from web.roster import Roster
 from web.schemas import JobRequest
@@ -89,6 +90,7 @@ class Admission:
             fingerprint=origin.fingerprint,
             start_within_s=_at_most("start_within_s", request.start_within_s, self._settings.max_start_within_s),
             deadline_s=_at_most("deadline_s", request.deadline_s, self._settings.max_deadline_s),
+            marks=marks(generation, origin.owner) if self._settings.prefix_cache_bytes else (),
         )
 
     def _resolve(self, asked: str | None) -> tuple[str, ModelCard | None]:

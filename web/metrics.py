@@ -87,7 +87,11 @@ class FleetCollector(Collector):
         ended = CounterMetricFamily("mlxq_jobs_ended", "Jobs that ended", labels=["model", "status"])
         for labels, count in self._registry.ended().items():
             ended.add_metric(labels, count)
-        yield from (waiting, ended)
+        told = "Jobs that went to the worker that keeps their prefix, were left to it first, or went to another"
+        routed = CounterMetricFamily("mlxq_jobs_routed", told, labels=["model", "outcome"])
+        for labels, count in self._registry.routed().items():
+            routed.add_metric(labels, count)
+        yield from (waiting, ended, routed)
 
 
 def _workers(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:

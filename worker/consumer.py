@@ -21,7 +21,7 @@ from kombu import Connection
 from redis import ResponseError
 
 from shared.settings import Settings
-from shared.tickets import queue_name
+from shared.tickets import own_queue_name, queue_name
 
 # It warns root of what pickled messages can do; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
@@ -83,7 +83,7 @@ class Consumer(Worker):
             consumer_cls=TicketConsumer,
             pool="threads",
             concurrency=settings.slots,
-            queues=[queue_name(settings.model_id)],
+            queues=[queue_name(settings.model_id), own_queue_name(settings.model_id, node)],
             task_events=True,
             without_gossip=True,
             without_mingle=True,

@@ -10,7 +10,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis import RedisError
 
-from shared.claims import Append, Claims, NoLease
+from shared.claims import Append, Claims, LeftToOthers, NoLease
 from shared.errors import Gone, JobFailure
 from shared.jobs import Ending, Job, Status
 from shared.log import JobLog
@@ -20,6 +20,7 @@ from shared.tickets import TASK, TicketOffice
 from worker.backends.base import Backend, PromptError
 from worker.engine import Engine
 from worker.lease import Claim
+from worker.left import Caller
 from worker.publisher import Publisher
 from worker.sequence import Outcome, Said, Sequence
 
@@ -56,6 +57,7 @@ class Runner:
         self._claims = claims
         self._log = log
         self._tickets = tickets
+        self._caller = Caller(tickets)
         self._wait_renewal = wait_renewal
         self._held = held
         self.draining = False
@@ -89,6 +91,9 @@ class Runner:
                 return self._claims.claim(model)
             except NoLease:
                 self._wait_renewal(1.0)
+            except LeftToOthers as left:
+                self._caller.call(model, left.jobs)
+                return None
             except RedisError as error:
                 if not passes(error):
                     raise

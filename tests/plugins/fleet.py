@@ -85,9 +85,11 @@ class Fleet:
     def lines(self, process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.output(process).splitlines()]
 
-    def submit(self, prompt: str, max_tokens: int = 50, *, tickets: int = 1, **more: Any) -> Job:
+    def submit(
+        self, prompt: str, max_tokens: int = 50, *, tickets: int = 1, marks: tuple[str, ...] = (), **more: Any
+    ) -> Job:
         asked = Generation("fake", max_tokens, Sampling(0.0), prompt=prompt, **more)
-        job, _ = self.jobs.create(Submission(asked, owner="me", request_id="req-1"))
+        job, _ = self.jobs.create(Submission(asked, owner="me", request_id="req-1", marks=marks))
         for _ in range(tickets):
             self.tickets.send("fake", job.id)
         return job

@@ -19,17 +19,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from shared.attempts import AttemptEnd
-from shared.claims import Append, Claims, NoLease, Reaper, Verdict
+from shared.claims import Append, Claims, LeftToOthers, NoLease, Reaper, Verdict
 from shared.errors import Conflict, KeyReused, NotFound
 from shared.jobs import Ending, Generation, Job, Jobs, Sampling, Status, Submission
 from shared.log import JobLog
+from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import Redis
 
 MODEL = "m"
-WORKERS = ("w1", "w2")
+WORKERS = ("w1", "w2", "w3")
 MAX_ATTEMPTS = 3
 LONG_AGO = 1.0
+SLOTS = 3
+MOST_LEFT = 8
 
 
 @dataclass
@@ -53,6 +56,11 @@ class Expected:
     events: list[str] = field(default_factory=lambda: ["queued"])
     history: list[tuple[int, str, AttemptEnd | None]] = field(default_factory=list)
     claimed_at: str = ""
+    marks: tuple[str, ...] = ()
+    left: bool = False
+    """To another worker, which has its beginning; for as long as it is not anybody's."""
+    anybodys: bool = False
+    seen_to: bool = False
 
     @property
     def alone(self) -> bool:
@@ -147,6 +155,9 @@ class Queue(RuleBasedStateMachine):
         self.jobs = Jobs(self.redis, Settings(_env_file=None, start_within_s=3600, durable=False))
         self.claims = {name: Claims(self.redis, name) for name in WORKERS}
         self.reaper = Reaper(self.redis, MAX_ATTEMPTS)
+        self.registry = Registry(self.redis)
+        self.keepers: dict[str, list[str]] = {}
+        """Who last started jobs that begin so, the newest first."""
         self.log = JobLog(self.redis)
         self.leases: dict[str, bool] = {}
         """Whether it holds still; a lapsed one is there until it is reaped or renewed."""
@@ -192,7 +203,8 @@ class Queue(RuleBasedStateMachine):
     def accept(self, owner: str, key: str, body: str) -> None:
         first = [i for i, job in self.expected.items() if (job.owner, job.key) == (owner, key)]
         asked = Generation(MODEL, 9, Sampling(0.0), prompt=body)
-        submission = Submission(asked, owner, idempotency_key=key, fingerprint=body)
+        marks = (owner + "1" * 15, "2" * 16) if body == "x" else ()
+        submission = Submission(asked, owner, idempotency_key=key, fingerprint=body, marks=marks)
         if first and self.expected[first[0]].fingerprint != body:
             with pytest.raises(KeyReused):
                 self.jobs.create(submission)
@@ -200,7 +212,7 @@ class Queue(RuleBasedStateMachine):
         job, new = self.jobs.create(submission)
         assert new == (not first)
         assert job.id in (first or {job.id} - self.expected.keys())
-        self.expected.setdefault(job.id, Expected(owner, key, body))
+        self.expected.setdefault(job.id, Expected(owner, key, body, marks=marks))
         self.made.append(job.id)
 
     @rule(job_id=jobs, twice=twice)
@@ -296,7 +308,7 @@ class Queue(RuleBasedStateMachine):
     def copy_is_taken(self) -> None:
         names = self.raw.keys("*")
         keys = {name: (max(0, self.raw.pttl(name)), self.raw.dump(name)) for name in names}
-        self.copy = (keys, deepcopy((self.expected, self.leases, self.graced)))
+        self.copy = (keys, deepcopy((self.expected, self.leases, self.graced, self.keepers)))
 
     @rule()
     def redis_loses_its_last_writes(self) -> None:
@@ -306,7 +318,7 @@ class Queue(RuleBasedStateMachine):
             self.redis.flushall()
             for name, (lives_ms, value) in keys.items():
                 self.raw.restore(name, lives_ms, value)
-            self.expected, self.leases, self.graced = deepcopy(model)
+            self.expected, self.leases, self.graced, self.keepers = deepcopy(model)
 
     # Workers
 
@@ -320,6 +332,8 @@ class Queue(RuleBasedStateMachine):
         assert lease.unbroken == (twice or worker in self.leases)
         self.leases[worker] = True
         self.graced.add(worker)
+        card = WorkerInfo(worker, "node-" + worker, "h", 1, MODEL, "ready", SLOTS, 0, 0.0, time.time(), {}, {})
+        self.registry.announce_worker(card, 3600)
         told = {held.job_id: (held.attempt, held.stop_as) for held in lease.held}
         assert told == {i: (job.attempt, job.stop_as) for i, job in self.held_by(worker).items()}
 
@@ -334,24 +348,75 @@ class Queue(RuleBasedStateMachine):
             self.take(worker, [])
         self.take(worker, said)
 
+    @rule(job_id=jobs)
+    def no_longer_left(self, job_id: str) -> None:
+        expected = self.expected.get(job_id)
+        if expected and expected.left and not expected.status.terminal:
+            expected.anybodys = True
+            self.redis.hset("mlxq:job:" + job_id, "left_at", LONG_AGO)
+
+    def may_be_left(self, job: Expected, worker: str) -> bool:
+        """Whether this worker leaves a job to another."""
+        keeper = None if job.alone or job.anybodys or len(self.leases) == 1 else self.keeper(job, worker)
+        return keeper not in (None, worker)
+
+    def keeper(self, job: Expected, worker: str) -> str | None:
+        for names in (self.keepers.get(mark, []) for mark in job.marks):
+            able = [worker] if worker in names else [name for name in names if self.is_as_good_as_free(name, worker)]
+            if able:
+                return able[0]
+        return None
+
+    def is_as_good_as_free(self, other: str, worker: str) -> bool:
+        busy, own = (len(self.held_by(name)) for name in (other, worker))
+        return self.leases.get(other, False) and busy < SLOTS and busy - own <= 1
+
+    def note_keeper(self, job: Expected, worker: str) -> None:
+        if len(self.leases) > 1:
+            for mark in job.marks:
+                others = [name for name in self.keepers.get(mark, []) if name != worker]
+                self.keepers[mark] = [worker, *others[:2]]
+
+    def no_time_passes(self) -> None:
+        """However slow this run is: what is left to another stays so until `no_longer_left`."""
+        for job_id, expected in self.of(Status.QUEUED).items():
+            if expected.left and not expected.anybodys:
+                self.redis.hset("mlxq:job:" + job_id, "left_at", time.time())
+
     def take(self, worker: str, said: list[tuple[str, int]]) -> None:
+        self.no_time_passes()
+        told = ()
         try:
             job = self.claims[worker].claim(MODEL)
         except NoLease:
             assert not self.leases.get(worker)
             return
+        except LeftToOthers as left:
+            job, told = None, left.jobs
         assert self.leases[worker]
         self.expire_those_before()
         waiting, held = self.of(Status.QUEUED), self.held_by(worker).values()
+        to_leave = {job_id for job_id, e in waiting.items() if self.may_be_left(e, worker)}
+        for job_id in (i for i in waiting if self.redis.hexists("mlxq:job:" + i, "left_at")):
+            assert waiting[job_id].left or job_id in to_leave
+            waiting[job_id].left = True
+        for each in told:
+            expected = waiting[each.job_id]
+            assert each.job_id in to_leave and not expected.seen_to
+            assert each.node == f"node-{self.keeper(expected, worker)}" and each.seconds <= 0.2
+            expected.seen_to = True
         if job is None:
             must_be_free = any(e.alone for e in held) or (held and any(e.alone for e in waiting.values()))
-            assert not waiting or must_be_free
+            assert must_be_free or to_leave == waiting.keys()
+            assert must_be_free or all(waiting[i].left and waiting[i].seen_to for i in to_leave)
             return
         expected = waiting[job.id]
         assert not any(e.alone for e in held)
         assert not (expected.alone and held)
         assert not expected.due
+        assert job.id not in to_leave or sum(e.left for e in waiting.values()) >= MOST_LEFT
         expected.start(worker, job.claimed_at)
+        self.note_keeper(expected, worker)
         assert job.attempt == expected.attempt
         self.grips.append(Grip(job.id, job.attempt, worker, job.claimed_at))
         for word in said:

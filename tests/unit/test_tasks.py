@@ -12,7 +12,7 @@ import pytest
 from redis import ConnectionError as RedisAway
 from redis import ResponseError
 
-from shared.claims import Append, Claims, NoLease, Waiting
+from shared.claims import Append, Claims, Left, LeftToOthers, NoLease, Waiting
 from shared.errors import JobFailure
 from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
@@ -22,6 +22,7 @@ from worker.backends.base import PromptError
 from worker.backends.fake import FakeBackend
 from worker.engine import Engine
 from worker.lease import Claim
+from worker.left import Caller
 from worker.publisher import Publisher
 from worker.tasks import Runner
 
@@ -262,6 +263,18 @@ def test_a_job_whose_log_has_a_gap_is_not_continued(desk: Desk, client: Redis, m
     ended = desk.run(job)
     assert (ended.status, ended.error_code, ended.attempt) == (Status.FAILED, JobFailure.LOG_LOST, 2)
     assert (ended.text, ended.completion_tokens) == (None, None), "half a text is not given out as the whole"
+
+
+def test_a_job_that_is_left_to_another_worker_is_told_to_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, calls = Left("job", "node", 0.2), []
+
+    def claim(model: str) -> None:
+        raise LeftToOthers([left])
+
+    monkeypatch.setattr(desk.claims, "claim", claim)
+    monkeypatch.setattr(Caller, "call", lambda _, model, jobs: calls.append((model, jobs)))
+    assert desk.run(desk.submit()).status is Status.QUEUED
+    assert calls == [("fake", (left,))]
 
 
 def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from shared.jobs import Generation, Jobs, Sampling, Submission
 from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import Redis
-from shared.tickets import TicketOffice, make_app, queue_name
+from shared.tickets import TicketOffice, make_app, own_queue_name, queue_name
 
 MODEL = "m"
 SLOTS = 4
@@ -39,6 +39,11 @@ class Desk:
         """A rescue, two seconds after the last."""
         self.client.delete(keys.RESCUE + MODEL)
         return self.office.rescue()
+
+    def lie(self, queue: str) -> int:
+        """How many tickets lie in a queue; they are taken."""
+        with self.app.connection_for_read() as connection:
+            return len([*iter(lambda: connection.default_channel.basic_get(queue, no_ack=True), None)])
 
     def take(self, count: int) -> None:
         """The worker takes tickets and ends them."""
@@ -78,6 +83,20 @@ def test_only_the_missing_tickets_are_sent(desk: Desk) -> None:
 
 def test_no_jobs_take_no_tickets(desk: Desk) -> None:
     assert desk.rescue() == 0
+
+
+def test_a_ticket_for_one_worker_lies_where_no_other_takes_it(desk: Desk) -> None:
+    desk.office.send(MODEL, "job", "node-1@host")
+    assert [desk.lie(own_queue_name(MODEL, node)) for node in ("node-1@host", "node-2@host")] == [1, 0]
+    assert desk.lie(queue_name(MODEL)) == 0
+
+
+def test_a_used_ticket_is_sent_again_if_anything_waits(desk: Desk) -> None:
+    desk.office.remind(MODEL, "job")
+    assert desk.lie(queue_name(MODEL)) == 0
+    desk.submit(1)
+    desk.office.remind(MODEL, "another job")
+    assert desk.lie(queue_name(MODEL)) == 1
 
 
 def test_a_broker_that_is_away_is_told(valkey_client: Redis) -> None:
