@@ -244,6 +244,7 @@ class Service:
             "generated_tokens": totals.tokens,
             "prompt_tokens": totals.prompt_tokens,
             "batch_size": totals.last_batch,
+            "row_cap": engine.row_cap,
             "publisher_backlog": self._publisher.backlog,
             "engine_idle_s": time.monotonic() - engine.progress_at if engine.busy else 0.0,
         }

@@ -26,6 +26,7 @@ from typing import TypeAlias
 from shared.claims import Verdict
 from shared.errors import JobFailure
 from worker.backends.base import Backend, BackendLoader, Fit, OutOfMemory, StepResult
+from worker.crowding import Crowding
 from worker.sequence import Outcome, Said, Sequence
 from worker.vital import OnDeath, VitalThread, end_process
 
@@ -92,6 +93,7 @@ class Engine(VitalThread):
         slots: int,
         publish: Callable[[list[Said]], object],
         on_death: OnDeath = end_process,
+        crowding: Crowding | None = None,
     ) -> None:
         super().__init__("engine", on_death)
         self.loaded: Future[Backend] = Future()
@@ -100,6 +102,7 @@ class Engine(VitalThread):
         self._load = load
         self._slots = self._most_rows = slots
         self._publish = publish
+        self._crowding = crowding or Crowding(slots)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()  # its put is safe in a signal handler
         self._waiting: deque[Sequence] = deque()
         self._suspects: deque[Sequence] = deque()
@@ -114,6 +117,11 @@ class Engine(VitalThread):
     def slots_used(self) -> int:
         """Rows in the batch."""
         return len(self._rows)
+
+    @property
+    def row_cap(self) -> int:
+        """Rows that may be in the batch: fewer than there are slots where more have proven slower, or too large."""
+        return min(self._most_rows, self._crowding.cap)
 
     @property
     def busy(self) -> bool:
@@ -236,12 +244,17 @@ class Engine(VitalThread):
         if self._on_trial and self._rows:
             return
         trial = bool(self._suspects)
-        source, most = (self._suspects, 1) if trial else (self._waiting, self._most_rows)
+        source, most = (self._suspects, 1) if trial else (self._waiting, self._worth_while())
         while len(self._rows) < most and (sequence := self._next(source)):
             self._on_trial = trial
             sequence.admitted()
             self._rows[sequence.uid] = sequence
             self._backend.insert([sequence.row()])
+
+    def _worth_while(self) -> int:
+        """How many rows may be in the batch. Those that have been running before wait for no more than a slot."""
+        resumed = any(sequence.resumed for sequence in self._waiting)
+        return min(self._most_rows, self._crowding.most(len(self._rows), len(self._waiting), urgent=resumed))
 
     def _next(self, source: deque[Sequence]) -> Sequence | None:
         """The first in line, if there is memory for it: nobody overtakes it. One that would not fit alone ends here."""
@@ -256,6 +269,7 @@ class Engine(VitalThread):
         return None
 
     def _collect(self, result: StepResult) -> None:
+        self._measure(result)
         for uid, reused in result.prefilled.items():
             self._rows[uid].prefilled(reused)
         said = [_row_failed(self._rows.pop(uid), error) for uid, error in result.failed]
@@ -267,6 +281,13 @@ class Engine(VitalThread):
             self._acquit()
         if said:
             self._publish(said)
+
+    def _measure(self, result: StepResult) -> None:
+        """Tell what the step gave, for what it took."""
+        uids = {uid for uid, _ in result.tokens}
+        context = sum(self._rows[uid].length for uid in uids)
+        only_decoded = len(uids) == len(self._rows) and not (result.prompt_tokens or result.prefilled or result.failed)
+        self._crowding.stepped(len(uids), context, len(result.tokens), only_decoded)
 
     def _push(self, tokens: Iterable[tuple[int, int]]) -> list[Said]:
         """Give the rows their tokens, each until it ends. One that raises ends alone."""
@@ -298,6 +319,7 @@ class Engine(VitalThread):
         exhausted = isinstance(error, OutOfMemory)
         logger.error("the backend raised with %d rows in its batch", len(lost), exc_info=error)
         self._backend.reset()
+        self._crowding.forget()
         self._rows.clear()
         self._on_trial = False
         if len(lost) > 1:

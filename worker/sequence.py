@@ -102,6 +102,16 @@ class Sequence:
         return self._end("length") if len(self.generated) >= self._limit else None
 
     @property
+    def length(self) -> int:
+        """Its tokens so far, with its prompt."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it has been running before, here or elsewhere."""
+        return self.job.attempt > 1 or bool(self.generated)
+
+    @property
     def longest(self) -> int:
         """How many tokens it may grow to, with its prompt."""
         return len(self.prompt) + self._limit

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from scripts.commands import bench
-from scripts.commands.benching import saving, speculation
+from scripts.commands.benching import batches, saving, speculation
 from scripts.commands.benching.contenders import BARE, OWN, PEER, own_stack
 from scripts.commands.benching.guessing import CASES, compare
 from scripts.commands.benching.plans import Ask, Client, Plan, opened
@@ -140,3 +140,17 @@ def test_guesses_are_measured_on_answers_that_repeat_their_prompts_and_on_others
     assert {turn["same"] for turns in found.values() for turn in turns} == {True}
     assert all(turn[way] > 0 for turns in found.values() for turn in turns for way in ("with", "without"))
     assert speculation.table({"tiny": found}).row_count == len(CASES)
+
+
+def test_batches_of_all_sizes_are_measured_where_they_fit(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MODELS", ())
+    monkeypatch.setattr(batches, "ROWS", (1, 3))
+    monkeypatch.setattr(batches, "CONTEXTS", ((20,), (20, 300), (300,)))
+    monkeypatch.setattr(batches, "MOST_BYTES", 700_000)
+    found = batches.batches(tiny_model_path, 2)
+    sizes = [(each["contexts"], each["rows"]) for each in found["speeds"]]
+    assert sizes == [((20,), 1), ((20,), 3), ((20, 300), 1), ((20, 300), 3), ((300,), 1)]
+    assert all(0 < each["median"] <= each["best"] for each in found["speeds"])
+    assert batches.table(found).row_count == 3

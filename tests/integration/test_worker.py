@@ -31,6 +31,7 @@ def test_jobs_end_with_exactly_their_text_and_a_line_each(fleet: Fleet) -> None:
     assert {line["job_id"] for line in ends} == {job.id for job in jobs}
     assert {line["request_id"] for line in ends} == {"req-1"}
     wait(lambda: (card := fleet.card(worker)) and card.stats["generated_tokens"] == sum(range(20, 50)))
+    assert (card := fleet.card(worker)) and card.stats["row_cap"] == 8
 
 
 def test_a_lost_ticket_and_extra_tickets_change_nothing(fleet: Fleet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from shared.jobs import Ending, Status
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from worker.backends.base import OutOfMemory, StepResult
 from worker.backends.fake import FakeBackend
+from worker.crowding import Crowding
 from worker.engine import Engine, EngineBroken
 from worker.sequence import Outcome, Said, Sequence
 
@@ -24,10 +26,10 @@ from worker.sequence import Outcome, Said, Sequence
 class Bench:
     """An engine that a test steps by hand, and what it said."""
 
-    def __init__(self, slots: int = 4, **backend: Any) -> None:
+    def __init__(self, slots: int = 4, crowding: Crowding | None = None, **backend: Any) -> None:
         self.backend = FakeBackend(**backend)
         self.said: list[Said] = []
-        self.engine = Engine(lambda: self.backend, slots, self.said.extend)
+        self.engine = Engine(lambda: self.backend, slots, self.said.extend, crowding=crowding)
         self.engine.load()
 
     def submit(self, prompt: str, **generation: Any) -> Sequence:
@@ -366,3 +368,63 @@ def test_what_is_asked_of_a_stuck_engine_counts_as_under_way(bench: Bench) -> No
     assert bench.engine.idle
     bench.submit("row")
     assert (bench.engine.idle, bench.engine.busy) == (False, False)
+
+
+class Crowded(Bench):
+    """On a machine where twice as many rows than four take four times as long; its clock knows nothing else."""
+
+    def __init__(self, slots: int = 16) -> None:
+        self.now = 0.0
+        super().__init__(slots, Crowding(slots, lambda: self.now))
+        step = self.backend.step
+        self.backend.step = lambda: self._later(step())  # type: ignore[method-assign]
+
+    def _later(self, result: StepResult) -> StepResult:
+        self.now += 0.005 * max(1.0, len(result.tokens) / 4) ** 2
+        return result
+
+    def crowd(self, rows: int) -> list[Sequence]:
+        """Jobs with long prompts, and answers of different lengths."""
+        return [self.submit(f"{i} {'long ' * 200}", max_tokens=20 + 7 * i % 40) for i in range(rows)]
+
+
+def test_where_more_rows_are_slower_fewer_are_admitted_in_their_order() -> None:
+    bench = Crowded()
+    rows = bench.crowd(600)
+    begun: list[Sequence] = []
+    caps, sizes = set(), []
+    while bench.engine.busy or not begun:
+        bench.engine.step()
+        begun += [row for row in bench.engine._rows.values() if row not in begun[-32:]]
+        caps.add(bench.engine.row_cap)
+        sizes.append(bench.engine.slots_used)
+    assert 16 in caps and min(caps) <= 8
+    assert statistics.median(sizes) < 16
+    assert begun == rows
+    assert all(row.ending and row.ending.status is Status.SUCCEEDED for row in rows)
+    assert bench.engine.row_cap == 16  # nobody waits
+
+
+def test_a_job_that_was_running_elsewhere_does_not_wait_for_the_cap() -> None:
+    bench = Crowded()
+    bench.crowd(600)
+    while bench.engine.row_cap > 8 or bench.engine.slots_used > 8:
+        bench.engine.step()
+    bench.engine.step()
+    assert bench.engine.slots_used <= 8
+    resumed = sequence_for(claimed("resumed", attempt=2), bench.backend)
+    bench.engine._waiting.insert(3, resumed)
+    bench.engine.step()
+    assert resumed in bench.engine._rows.values()
+    assert bench.engine.slots_used > 8
+
+
+def test_a_lost_batch_lifts_the_cap() -> None:
+    bench = Crowded()
+    bench.crowd(600)
+    while bench.engine.row_cap > 8:
+        bench.engine.step()
+    bench.engine.submit(sequence_for(claimed("!step-fails=1", attempt=2), bench.backend))
+    while bench.engine.row_cap <= 8:
+        bench.engine.step()
+    assert bench.engine._suspects

@@ -118,9 +118,10 @@ def default_chunk() -> int:
     return CHUNK_CPU if mx.default_device() == mx.cpu else CHUNK_GPU
 
 
-def padding_price() -> int:
-    """How many bytes of weights a step reads in the time in which it attends to a byte of padding."""
-    return PADDING_PRICE_CPU if mx.default_device() == mx.cpu else 1
+def padding_worth_a_pass(loaded: LoadedModel) -> int:
+    """Bytes of padding to which a step attends in the time in which it reads all weights once."""
+    price = PADDING_PRICE_CPU if mx.default_device() == mx.cpu else 1
+    return sum(array.nbytes for array in _parameters(loaded)) // price
 
 
 class TextDetokenizer:
@@ -171,8 +172,7 @@ class TextBackend:
         self._arrivals = Arrivals(self._prefixes)
         self._prefill = self._new_prefill()
         self._speculation = Speculation(self._model, speculation_tokens, clock)
-        most_padding = _weights(loaded) // padding_price()
-        self._batch = Lanes(self._model, self._prefixes, footprint, most_padding, self._speculation)
+        self._batch = Lanes(self._model, self._prefixes, footprint, padding_worth_a_pass(loaded), self._speculation)
         # A row counts as prefilled when its first token is there: before that its prompt is only queued.
         self._joined: dict[int, int] = {}
         self._refused: dict[int, Exception] = {}
@@ -339,11 +339,6 @@ def _vocabulary(loaded: LoadedModel) -> int:
     """How many tokens the embedding has."""
     config = loaded.config
     return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(loaded.tokenizer))
-
-
-def _weights(loaded: LoadedModel) -> int:
-    """Bytes of the parameters."""
-    return sum(array.nbytes for array in _parameters(loaded))
 
 
 def _parameters(loaded: LoadedModel) -> Collection[mx.array]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from scripts.commands.benching import durability, path, speculation
+from scripts.commands.benching import batches, durability, path, speculation
 from scripts.commands.benching.hop import queue_hop
 from scripts.commands.benching.interference import interference, lines
 from scripts.commands.benching.streams import idle_streams
@@ -50,6 +50,7 @@ PARTS: Final[dict[str, Part]] = {
     "interference": Part(interference, lines),
     "durability": Part(lambda _, rounds: durability.durability(rounds), durability.table),
     "pipeline": Part(lambda _, rounds: path.pipeline(rounds), path.pipeline_table),
+    "batch": Part(batches.batches, batches.table),
     "submit": Part(lambda _, rounds: path.submits(rounds), path.submits_table),
     "speculation": Part(speculation.speculation, speculation.table),
 }
