@@ -359,15 +359,15 @@ MARK = 99
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Reading the mark fails for want of memory, as often as the list says (its only number)."""
-    times, feed = [10**9], kv.feed
+    times, put = [10**9], kv.put
 
     def failing(model: object, layers: kv.Layers, tokens: Sequence[Sequence[int]]) -> None:
         if any(MARK in row for row in tokens) and times[0]:
             times[0] -= 1
             raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
-        feed(model, layers, tokens)
+        put(model, layers, tokens)
 
-    monkeypatch.setattr(kv, "feed", failing)
+    monkeypatch.setattr(kv, "put", failing)
     return times
 
 
@@ -414,7 +414,7 @@ def test_a_prompt_is_read_again_once_memory_was_given_back(
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(backend: TextBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv, "feed", lambda *_: 1 / 0)
+    monkeypatch.setattr(kv, "put", lambda *_: 1 / 0)
     backend.insert([row(backend, 1, 5)])
     with pytest.raises(ZeroDivisionError):
         backend.step()

@@ -1,4 +1,4 @@
-"""How large the chunks of a prompt become, on devices whose times are made up."""
+"""How much of a prompt is read in a step, on devices whose times are made up."""
 
 from __future__ import annotations
 
@@ -24,26 +24,34 @@ class Device:
     """Takes a while for a decode step and for what is read beside it; `lag` steps later than it was asked to.
 
     Attributes:
+        layers: that a chunk goes through.
         busy: how much longer everything takes because of others.
     """
 
     cost: Cost = SMALL
     quiet: float = QUIET
     lag: int = 0
+    layers: int = 1
     busy: Callable[[], float] = lambda: 1.0
 
     def read(self, pace: Pace, tokens: int, behind: int = 0) -> list[tuple[int, float]]:
         """Read a prompt beside rows that decode: of each step the chunk, and its time in quiet steps."""
         steps = []
         pending = deque([0.0] * self.lag)
-        position = behind
-        while position < behind + tokens:
-            size = min(pace.next(decoding=True, position=position), behind + tokens - position)
-            pending.append(self.cost.seconds(size, position))
+        position, end = behind, behind + tokens
+        size = deep = 0
+        while position < end:
+            layers = 0
+            if not pace.rests():
+                size, deep = (size, deep) if size else (min(pace.chunk(position, self.layers), end - position), 0)
+                layers = min(pace.share(size, position, self.layers), self.layers - deep)
+            part, deep = layers / self.layers, deep + layers
+            pending.append(self.cost.seconds(size, position) * part)
             seconds = (self.quiet + pending.popleft()) * self.busy()
-            pace.stepped(seconds, pace.foretold(size, position))
-            position += size
-            steps.append((size, seconds / self.quiet))
+            pace.stepped(seconds, pace.foretold(size, position) * part)
+            steps.append((size if layers else 0, seconds / self.quiet))
+            if size and deep == self.layers:
+                position, size = position + size, 0
             assert len(steps) < 20_000
         return steps
 
@@ -115,9 +123,9 @@ def test_the_aim_is_lower_where_times_vary_and_higher_where_they_do_not() -> Non
 def test_one_slow_step_changes_little() -> None:
     pace = expecting()
     Device().read(pace, 1010)
-    before = pace.next(decoding=True, position=1000)
+    before = pace.chunk(1000, 1)
     pace.stepped(100 * QUIET, pace.foretold(before, 1000))
-    assert before / 2 < pace.next(decoding=True, position=1000) <= before
+    assert before / 2 < pace.chunk(1000, 1) <= before
 
 
 def test_a_part_of_a_chunk_is_tokens_however_little_time_there_is() -> None:
@@ -145,18 +153,47 @@ def test_the_reading_pauses_for_a_moment_now_and_then() -> None:
     )
 
 
-def test_nobody_waits_where_nothing_decodes() -> None:
-    pace = expecting()
-    Device().read(pace, 1000)
-    assert [pace.next(decoding=False, position=4000) for _ in range(100)] == [MOST] * 100
+DEEP = 29
+"""Layers to go through, of 30."""
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_chunk_that_takes_too_long_goes_through_the_model_some_layers_at_a_time(lag: int) -> None:
+    shallow = Device(lag=lag).read(expecting(), 4000)
+    steps = Device(lag=lag, layers=DEEP).read(expecting(), 4000)
+    assert max(ratio for _, ratio in steps) < LIMIT
+    assert min(size for size, _ in steps[:-DEEP] if size) >= MOST / 2
+    assert len(steps) < 0.7 * len(shallow)
+
+
+@pytest.mark.parametrize("quiet", [0.02, 0.04])
+def test_a_pass_that_takes_longer_than_a_step_may_is_shared_by_steps(quiet: float) -> None:
+    steps = Device(quiet=quiet, layers=DEEP).read(expecting(), 2000)
+    assert max(ratio for _, ratio in steps) < LIMIT
+
+
+def test_fewer_tokens_go_through_where_one_layer_of_more_takes_too_long() -> None:
+    cost = Cost(QUIET / 100, QUIET / 10, 0.0)
+    steps = Device(cost, layers=2).read(expecting(cost), 2000)[10:-1]
+    assert max(ratio for _, ratio in steps) < LIMIT
+    assert max(size for size, _ in steps) < MOST
+    assert statistics.median(ratio for size, ratio in steps if size) > AIM - 0.2
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 3.0])
+def test_with_layers_too_a_device_that_is_not_as_it_was_measured_is_learnt(factor: float) -> None:
+    expected = Cost(SMALL.fixed * factor, SMALL.token * factor, SMALL.behind * factor)
+    steps = [ratio for size, ratio in Device(layers=DEEP).read(expecting(expected), 4000) if size][40:-1]
+    assert max(steps) < LIMIT
+    assert statistics.fmean(steps) > AIM - 0.35
 
 
 def test_steps_that_did_other_things_are_no_measure() -> None:
     pace = expecting()
     Device().read(pace, 500)
-    before = pace.next(decoding=True, position=500)
+    before = pace.chunk(500, 1)
     for _ in range(50):
         pace.stepped(QUIET, 0.0)
         pace.stepped(1000.0, None)
     pace.stepped(1000.0, 0.05)
-    assert pace.next(decoding=True, position=500) == before
+    assert pace.chunk(500, 1) == before

@@ -44,7 +44,7 @@ def allowing(tokens: int) -> Pace:
     pace.expect(Cost(0.0, 1.0, 0.0))
     for _ in range(3):
         pace.stepped(tokens / (AIM - 1), 0.0)
-    while pace.next(decoding=True) == 0:
+    while pace.rests():
         pass
     return pace
 
@@ -173,6 +173,86 @@ def test_rows_are_dropped_in_either_line(prefill: Prefill, prefixes: PrefixCache
     assert prefill.nbytes() == 0
     assert prefixes.length("me", row(1, 40 * CHUNK).prompt) >= CHUNK
     assert [uids(chunk) for chunk in advance(prefill)] == [[6]]
+
+
+@pytest.fixture(scope="module")
+def deep() -> Any:
+    """A model of nine layers, of which a chunk runs eight."""
+    return small_model(llama, model_type="llama", num_hidden_layers=9)
+
+
+@pytest.fixture
+def deep_prefixes(deep: Any) -> PrefixCache:
+    return PrefixCache(deep, PLENTY)
+
+
+@pytest.fixture
+def slow(deep: Any, deep_prefixes: PrefixCache) -> Prefill:
+    """In each step there is time for three of the eight; a chunk takes no less time with fewer tokens."""
+    pace = allowing(1)
+    pace.expect(Cost(1.0, 1e-9, 0.0))
+    for _ in range(9):
+        pace.stepped(3.1 / 8 / (AIM - 1), 0.0)
+    return Prefill(deep, CHUNK, deep_prefixes, pace)
+
+
+def test_a_chunk_runs_a_few_layers_a_step_and_fills_the_same_cache(deep: Any, slow: Prefill) -> None:
+    long = row(1, 10 * CHUNK + 5)
+    whole = Prefill(deep, CHUNK, PrefixCache(deep, 0), Pace(CHUNK))
+    caches = []
+    for prefill, decoding in ((slow, True), (whole, False)):
+        prefill.add(long)
+        chunks = advance(prefill, decoding)
+        assert [chunk.tokens for chunk in chunks if chunk.tokens] == [CHUNK] * 10 + [5]
+        caches.append(chunks[-1].cache)
+    for ours, theirs in zip(*caches, strict=True):
+        assert mx.allclose(ours.state[0], theirs.state[0], atol=1e-5)
+        assert mx.allclose(ours.state[1], theirs.state[1], atol=1e-5)
+
+
+def test_a_step_is_told_of_as_much_as_it_did(slow: Prefill) -> None:
+    slow.add(row(1, 10 * CHUNK))
+    chunks = advance(slow)
+    parts = [chunk.foretold for chunk in chunks if chunk.foretold and not chunk.rows]
+    assert {round(8 * part) for part in parts} == {2, 3}
+    assert sum(parts) == pytest.approx(10, abs=3 / 8), "the last is not told: the row joins in that step"
+
+
+def test_only_the_caches_of_layers_that_were_run_are_filled(slow: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    queue = kv.queue
+    monkeypatch.setattr(kv, "queue", lambda layers: (filled.append(len(layers)), queue(layers))[1])
+    slow.add(row(1, 3 * CHUNK))
+    while slow and sum(filled) < 9:
+        slow.advance(True)
+    assert filled == [4, 3, 2]
+
+
+def test_a_row_that_leaves_amid_a_chunk_leaves_what_was_kept_along_its_way(
+    deep: Any, slow: Prefill, deep_prefixes: PrefixCache
+) -> None:
+    long = row(1, 2 * KEPT_AT_ONCE)
+    slow.add(long)
+    while slow and not deep_prefixes.length("me", long.prompt):
+        slow.advance(True)
+    while not slow.advance(True).foretold:
+        pass  # a pause
+    slow.remove([1])
+    assert (len(slow), slow.nbytes()) == (0, 0)
+    length, layers = deep_prefixes.load("me", long.prompt)
+    assert length == KEPT_AT_ONCE
+    whole = kv.empty(deep, 1)
+    kv.feed(deep, whole, [long.prompt[:length]])
+    for ours, theirs in zip(layers, whole, strict=True):
+        assert mx.allclose(ours.keys[:, :, :length], theirs.keys[:, :, :length], atol=1e-5)
+
+
+def test_where_nobody_decodes_any_more_the_rest_of_a_chunk_is_one_step(slow: Prefill) -> None:
+    slow.add(row(1, 10 * CHUNK))
+    while slow and not slow.advance(True).tokens:
+        pass
+    assert 0 in (slow.advance(True).tokens, slow.advance(True).tokens)
+    assert [chunk.tokens for chunk in advance(slow, decoding=False)] == [CHUNK] * 9
 
 
 def test_what_a_chunk_costs_is_measured_on_the_model(model: Any) -> None:

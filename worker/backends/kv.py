@@ -62,8 +62,8 @@ def flat(layers: Iterable[Any]) -> Layers:
     return [part for layer in layers for part in (flat(layer.caches) if isinstance(layer, CacheList) else [layer])]
 
 
-def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
-    """Put tokens of each row through the model and queue that on the device; rows may differ in length."""
+def put(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
+    """Put tokens of each row through the model; rows may differ in length. Nothing is computed before `states` are."""
     longest = max(map(len, tokens))
     if longest == 0:
         return
@@ -75,7 +75,19 @@ def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
     if any(padding):
         for layer in layers:
             layer.finalize()
-    mx.async_eval(states(layers))  # type: ignore[no-untyped-call]
+
+
+def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> list[Any]:
+    """Put tokens through the model, as `put`, and queue that on the device; what to evaluate in order to wait."""
+    put(model, layers, tokens)
+    return queue(layers)
+
+
+def queue(layers: Layers) -> list[Any]:
+    """Have the device fill these, without waiting for it; what to evaluate in order to wait."""
+    filled = states(layers)
+    mx.async_eval(filled)  # type: ignore[no-untyped-call]  # mlx's stub has no types for it
+    return filled
 
 
 def reserve(layers: Layers, columns: int, most: int | None = None) -> bool:

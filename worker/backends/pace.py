@@ -1,11 +1,14 @@
-"""How many tokens of a long prompt are read between two decode steps, found while it runs.
+"""How much of a long prompt is read between two decode steps, found while it runs.
 
 Whoever waits for the next token of a running row waits for the chunk too. So a step with a chunk is to last no longer
 than three without one, but for one in a hundred: about twice as long where times vary, more where they do not. What a
 chunk will cost is foretold, because one that turns out too dear has been waited for already: its shape (how much is the
 pass, a token, a token far behind others) was measured when the model was loaded (`worker.backends.cost`), its scale is
 what the last chunks took beside that. Steps without a chunk are a measure only while they are recent, so the reading
-pauses for a moment now and then. Where nothing decodes nobody waits, and chunks are as large as they may be.
+pauses for a moment now and then.
+
+A chunk may go through the model some layers at a time, in several steps. So the weights, which every chunk reads, cost
+a step no more than its share of the layers, and chunks are as large as brings the prompt on soonest.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _OUTLIER = 4
 """Quiet steps that a chunk may take; what is beyond that was somebody else on the machine."""
 _TRUST = 2
 """The cost that was measured at the start counts as much as chunks that took so many quiet steps."""
+_NEARLY = 0.25
+"""So much of a layer may be too much: times are not foretold that well, and one layer less may be half of them."""
 _LEAST = 1e-9
 _OVER, _WITHIN = 0.9, 1.001
 """What a step over the limit, or within it, does to the aim. They balance when one in a hundred is over it."""
@@ -66,17 +71,35 @@ class Pace:
         """The size of the last chunk beside rows that decode."""
         return self._tokens
 
-    def next(self, decoding: bool, position: int = 0) -> int:
-        """How many tokens to read now behind so many, beside rows that decode or alone; 0 in a pause."""
-        if not decoding:
-            return self._most
+    def rests(self) -> bool:
+        """Whether nothing is to be read in this step beside the rows that decode. Asked once a step."""
         self._since_pause += 1
-        if self._since_pause <= PAUSE_AFTER:
-            self._tokens = self._fitting(position)
-            return self._tokens
+        pauses = self._since_pause > PAUSE_AFTER
         if self._since_pause == PAUSE_AFTER + PAUSE:
             self._since_pause = 0
-        return 0
+        return pauses
+
+    def chunk(self, position: int, layers: int) -> int:
+        """How many tokens the next chunk is to have, behind so many, in a model of so many layers."""
+        spare = self._spare()
+        if spare is None:
+            return self._most
+
+        def fitting(at_once: int) -> int:
+            """Tokens for which there is time when so many layers are done in a step."""
+            return min(max(int(self._cost.tokens(spare * layers / at_once, position)), 0), self._most)
+
+        # So many layers at once as give the most tokens a step; the chunk is through sooner with more of them.
+        best = max(range(1, layers + 1), key=lambda at_once: (fitting(at_once) / -(-layers // at_once), at_once))
+        self._tokens = min(max(fitting(best), int(self._cost.efficient(position)), 1), self._most)
+        return self._tokens
+
+    def share(self, tokens: int, position: int, layers: int) -> int:
+        """How many of the layers there is time for in this step, with such a chunk: one at least."""
+        spare = self._spare()
+        if spare is None:
+            return layers
+        return min(max(int(layers * spare / self.foretold(tokens, position) + _NEARLY), 1), layers)
 
     def foretold(self, tokens: int, position: int) -> float:
         """What `stepped` wants to know of tokens that are being read."""
@@ -94,13 +117,6 @@ class Pace:
             # The device may have done this chunk, or the one before: half of each, and on the whole it is right.
             self._taken.append((min(ratio - 1, _OUTLIER), (read + before) / 2))
             self._aim = min(max(self._aim * (_OVER if ratio > LIMIT else _WITHIN), LEAST_AIM), MOST_AIM)
-
-    def _fitting(self, position: int) -> int:
-        spare = self._spare()
-        if spare is None:
-            return self._most
-        fitting = max(self._cost.tokens(spare, position), self._cost.efficient(position), 1.0)
-        return int(min(fitting, self._most))
 
     def _spare(self) -> float | None:
         """What the next chunk may cost, in the unit of what is foretold; None when that is not known."""

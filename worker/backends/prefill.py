@@ -1,12 +1,14 @@
-"""Prompts on their way into the cache, a chunk between two decode steps.
+"""Prompts on their way into the cache, a chunk or some layers of one between two decode steps.
 
 Short prompts go together, whole, several at a time; a long one goes alone, chunk by chunk. When both wait they take
 turns, so neither kind waits for more than one chunk of the other, and a short prompt never shares a cache
 with a long one, which would pad it to that length. What counts is what is left to read: the longest prefix that an
 earlier row has left behind is taken over, and each prompt is left behind for the next.
 
-Beside rows that decode, a long prompt is read as the pace allows. Short ones are not: read one by one under the same
-budget, 32 that came at once gave two fifths fewer tokens a second, and the last waited four times as long.
+Beside rows that decode, a long prompt is read as the pace allows: a chunk that takes longer than a step may goes
+through the model some layers at a time, so that a small share of a step need not mean chunks of a few tokens, which
+cost as much as large ones do. Short ones are not paced: read one by one under the same budget, 32 that came at once
+gave two fifths fewer tokens a second, and the last waited four times as long.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ KEPT_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one chunk did.
+    """What was read in one step.
 
     Attributes:
         rows: those that have all but their last prompt token in `cache` now.
         reused: how many tokens of each were there before.
-        tokens: how many it processed.
-        foretold: what the pace expected of that; None where it did something else.
+        tokens: of the chunk that has gone through all layers now.
+        foretold: what the pace expected of what was done; None where it was something else.
         failed: a row that there is no memory for, even when it is read alone and no prefixes are kept.
     """
 
@@ -63,8 +65,10 @@ class _Reading:
 
     Attributes:
         reused: how many of its tokens need not be read.
-        done: how many are in the cache.
+        done: how many have gone through all layers.
         kept: how many of those are prefixes already.
+        under_way: how many more are on their way.
+        layers: that those have gone through.
     """
 
     row: Row
@@ -72,6 +76,19 @@ class _Reading:
     reused: int
     done: int
     kept: int
+    under_way: int = 0
+    layers: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Layers to go through. What the last one gives is not needed, only its cache is filled."""
+        return max(len(self.cache) - 1, 1)
+
+    def deepen(self, layers: int) -> kv.Layers:
+        """Let what is under way go through so many layers more, if there are; the caches which that fills."""
+        filled = self.layers + 1 if self.layers else 0
+        self.layers = min(self.layers + layers, self.depth)
+        return self.cache[filled : self.layers + 1]
 
 
 class Prefill:
@@ -112,11 +129,12 @@ class Prefill:
         self._long = deque(row for row in self._long if row.uid not in uids)
         reading = self._reading
         if reading is not None and reading.row.uid in uids:
-            self._prefixes.store(reading.row.owner, reading.row.prompt[: reading.done], reading.cache, 0)
+            if not reading.under_way:
+                self._prefixes.store(reading.row.owner, reading.row.prompt[: reading.done], reading.cache, 0)
             self._reading = None
 
     def advance(self, decoding: bool = False) -> Chunk:
-        """Queue the next chunk on the device, if any prompt waits.
+        """Queue the next chunk on the device, or some layers of it, if any prompt waits.
 
         Args:
             decoding: whether rows wait for their next token meanwhile.
@@ -172,7 +190,7 @@ class Prefill:
         reused, layers = zip(*(self._prefixes.load(row.owner, _to_read(row)) for row in rows), strict=True)
         cache = kv.alone(layers[0]) if len(rows) == 1 else kv.merge(layers)
         unread = [_to_read(row)[length:] for row, length in zip(rows, reused, strict=True)]
-        self._feed(cache, unread)
+        self._queued = kv.feed(self._model, cache, unread)
         return self._done(Chunk(tuple(rows), cache, reused, sum(map(len, unread))))
 
     def _read_long(self) -> Chunk | None:
@@ -188,28 +206,42 @@ class Prefill:
         return self._allocated(self._reading) if reused and self._decoding else self._read_on(self._reading)
 
     def _read_on(self, reading: _Reading) -> Chunk | None:
-        row, start = reading.row, reading.done
-        self._at_hand = (row,)
-        tokens = _to_read(row)
-        at_once = -(-len(reading.cache) // RESERVED_IN) if self._decoding else None
-        if kv.reserve(reading.cache, len(tokens), at_once) and self._decoding:
+        self._at_hand = (reading.row,)
+        if not reading.under_way and self._reserved(reading):
             return self._allocated(reading)
-        size = self._pace.next(self._decoding, start)
-        if not size:
+        if self._decoding and self._pace.rests():
             return None
-        reading.done = min(start + size, len(tokens))
-        read = reading.done - start
-        self._feed(reading.cache, [tokens[start : reading.done]])
-        if reading.done < len(tokens):
+        if not reading.under_way:
+            size = self._pace.chunk(reading.done, reading.depth) if self._decoding else self._chunk
+            unread = _to_read(reading.row)[reading.done : reading.done + size]
+            kv.put(self._model, reading.cache, [unread])
+            reading.under_way, reading.layers = len(unread), 0
+        return self._deeper(reading)
+
+    def _reserved(self, reading: _Reading) -> bool:
+        """Make place for all of it; whether that is enough for this step."""
+        at_once = -(-len(reading.cache) // RESERVED_IN) if self._decoding else None
+        return kv.reserve(reading.cache, len(_to_read(reading.row)), at_once) and self._decoding
+
+    def _deeper(self, reading: _Reading) -> Chunk:
+        """Queue some layers of what is under way, or all where nobody waits."""
+        row, size, before = reading.row, reading.under_way, reading.layers
+        paced = self._decoding and size
+        share = self._pace.share(size, reading.done, reading.depth) if paced else reading.depth
+        self._queued = kv.queue(reading.deepen(share))
+        foretold = self._pace.foretold(size, reading.done) * (reading.layers - before) / reading.depth
+        if reading.layers < reading.depth:
+            return Chunk(foretold=foretold)
+        reading.done, reading.under_way = reading.done + size, 0
+        if reading.done < len(_to_read(row)):
             self._keep_begun(reading)
-            return Chunk(tokens=read, foretold=self._pace.foretold(read, start))
+            return Chunk(tokens=size, foretold=foretold)
         self._reading = None
-        return self._done(Chunk((row,), reading.cache, (reading.reused,), read))
+        return self._done(Chunk((row,), reading.cache, (reading.reused,), size))
 
     def _allocated(self, reading: _Reading) -> Chunk:
         """A step of its own for a cache that was made or copied, which takes as long as a chunk."""
-        self._queued = kv.states(reading.cache)
-        mx.async_eval(self._queued)  # type: ignore[no-untyped-call]  # mlx's stub has no types for it
+        self._queued = kv.queue(reading.cache)
         return Chunk(foretold=None)
 
     def _keep_begun(self, reading: _Reading) -> None:
@@ -250,10 +282,6 @@ class Prefill:
         tokens = _to_read(row)
         reused = self._prefixes.length(row.owner, tokens)
         return len(tokens) - reused, reused
-
-    def _feed(self, cache: kv.Layers, tokens: list[tuple[int, ...]]) -> None:
-        kv.feed(self._model, cache, tokens)
-        self._queued = kv.states(cache)
 
 
 def _to_read(row: Row) -> tuple[int, ...]:

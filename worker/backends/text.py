@@ -46,8 +46,8 @@ from worker.backends.spill import Spill
 from worker.models import LoadedModel, load_model
 
 CHUNK_CPU = 32
-"""Prompt tokens between two decode steps, at most; `Pace` makes it fewer beside rows that decode. A token costs a CPU a
-sixth more than in chunks of 64, beyond which it gets no cheaper."""
+"""Prompt tokens between two decode steps, at most; beside rows that decode `Pace` makes it fewer, or only some layers.
+A token costs a CPU a sixth more than in chunks of 64, beyond which it gets no cheaper."""
 CHUNK_GPU = 512
 """A GPU is only busy with some hundreds of tokens at a time."""
 PADDING_PRICE_CPU = 4

@@ -3,7 +3,8 @@
 python -m scripts.commands.benching.interference MODEL_FOLDER REPEATS
 
 By the clock, and in the CPU time of the process, which others on the machine disturb less (the threads of a BLAS that
-wait for each other count in both). All in quiet times of the same run: the median step without a prompt is 1.
+wait for each other count in both). All in quiet times of the same run: the median step without a prompt is 1. As many
+of those are before as after it, for the rows grow meanwhile, and their steps with them.
 """
 
 from __future__ import annotations
@@ -124,9 +125,10 @@ def once(bench: Bench) -> dict[str, Any]:
     reading += bench.run(_AFTER)
     bench.backend.remove([long])
     reading += bench.run(_AFTER)
+    later = bench.run(_QUIET)
     bench.backend.reset()
     for clock in _CLOCKS:
-        figures[clock] = ratios([step.seconds[clock] for step in quiet], [step.seconds[clock] for step in reading])
+        figures[clock] = ratios(*([step.seconds[clock] for step in steps] for steps in (quiet, reading, later)))
     figures["slowest"] = [
         f"{1000 * step.seconds['wall']:.1f} ms: {step.what}; before it: {before.what}"
         for before, step in sorted(
@@ -140,12 +142,14 @@ def _seconds(steps: Sequence[Step]) -> float:
     return sum(step.seconds["wall"] for step in steps)
 
 
-def ratios(quiet: Sequence[float], reading: Sequence[float]) -> dict[str, float]:
+def ratios(before: Sequence[float], reading: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     """The steps' times over the quiet median."""
-    median = statistics.median(quiet)
+    median = statistics.median([*before, *after])
     return {
         "quiet_ms": 1000 * median,
-        "quiet_p99": quantile(quiet, 0.99) / median,
+        "before": statistics.median(before) / median,
+        "after": statistics.median(after) / median,
+        "quiet_p99": quantile([*before, *after], 0.99) / median,
         "p50": statistics.median(reading) / median,
         "p99": quantile(reading, 0.99) / median,
         "most": max(reading) / median,
@@ -178,8 +182,8 @@ def lines(figures: dict[str, Any]) -> str:
     said = [form.format(**figures)]
     for clock in _CLOCKS:
         form = (
-            "  {clock}: step in quiet {quiet_ms:.2f} ms (p99 {quiet_p99:.2f} x), "
-            "while it comes p50 {p50:.2f} x, p99 {p99:.2f} x, at most {most:.2f} x"
+            "  {clock}: step in quiet {quiet_ms:.2f} ms (before {before:.2f} x, after {after:.2f} x, "
+            "p99 {quiet_p99:.2f} x), while it comes p50 {p50:.2f} x, p99 {p99:.2f} x, at most {most:.2f} x"
         )
         said.append(form.format(clock=clock, **figures[clock]))
     return "\n".join([*said, *(f"  slowest, {each}" for each in figures["slowest"])])
