@@ -6,6 +6,7 @@ import os
 
 os.environ["ENV_FILE"] = os.devnull  # before anything reads settings: nobody's own `.env` may decide a test
 
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +28,10 @@ pytest_plugins = [
     "tests.plugins.stack",
     "tests.plugins.web_stack",
 ]
+
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and with it every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
