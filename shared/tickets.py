@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from celery import Celery
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from shared import broker, keys
@@ -20,15 +21,19 @@ from shared.store import Redis
 
 TASK = "mlxq.run"
 
+OWN_QUEUE_S = 300.0
+"""A worker's own queue is gone so long after the worker; a worker that comes back makes it anew."""
+
 
 def queue_name(model: str) -> str:
     """The Celery queue of a model."""
     return f"mlxq.{model}"
 
 
-def own_queue_name(model: str, node: str) -> str:
+def own_queue(model: str, node: str) -> Queue:
     """The Celery queue of one worker of a model: what is sent there, no other takes."""
-    return f"{queue_name(model)}@{node}"
+    name = f"{queue_name(model)}@{node}"
+    return Queue(name, Exchange(name), name, expires=OWN_QUEUE_S)
 
 
 def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
@@ -86,8 +91,9 @@ class TicketOffice:
         Raises:
             kombu.exceptions.OperationalError: the broker is away. The job is safe: `rescue` will send it.
         """
-        queue = own_queue_name(model, node) if node else queue_name(model)
-        self._app.send_task(TASK, kwargs={"model": model, "job_id": job_id}, queue=queue, retry=False)
+        queue = own_queue(model, node) if node else queue_name(model)
+        asked = {"model": model, "job_id": job_id}
+        self._app.send_task(TASK, kwargs=asked, queue=queue, retry=False)  # type: ignore[arg-type]  # a Queue will do
 
     def send_all(self, waiting: Iterable[Waiting]) -> None:
         """Send a ticket for each."""

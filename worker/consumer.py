@@ -21,7 +21,7 @@ from kombu import Connection
 from redis import ResponseError
 
 from shared.settings import Settings
-from shared.tickets import own_queue_name, queue_name
+from shared.tickets import own_queue, queue_name
 
 # It warns root of what pickled messages can do; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
@@ -77,13 +77,15 @@ class Consumer(Worker):
 
     def __init__(self, app: Celery, settings: Settings, node: str, on_ready: Callable[[], object]) -> None:
         self._tell_ready = on_ready
+        own = own_queue(settings.model_id, node)
+        app.amqp.queues.add(own)
         super().__init__(
             app=app,
             hostname=node,
             consumer_cls=TicketConsumer,
             pool="threads",
             concurrency=settings.slots,
-            queues=[queue_name(settings.model_id), own_queue_name(settings.model_id, node)],
+            queues=[queue_name(settings.model_id), own.name],
             task_events=True,
             without_gossip=True,
             without_mingle=True,

@@ -119,7 +119,7 @@ class Crowding:
         self._held_until = 0.0
 
     def _suspicious(self, wanted: int, now: float) -> bool:
-        """Whether the batch was full and would be again, and fewer rows have given more."""
+        """Whether the batch was full and would be again, and fewer rows have given more, or nobody knows yet."""
         full = min(wanted, self._stretches.most) >= self.cap
         if not full or not self._undisturbed or not self._stretches.ready or self._stretches.least_s > HOLD_S:
             return False
@@ -155,6 +155,7 @@ class Crowding:
     def _lift(self) -> None:
         if self.capped:
             self.cap = self._slots
+            self._proofs = 0
             self._widen_s = WIDEN_S
             self._trial_at = self._clock()  # should it be needed again, that is soon known
             self._stretches.restart()

@@ -45,7 +45,8 @@ local function node_of(other)
     local holds_until, card = redis.call('ZSCORE', K.LEASES, other), redis.call('GET', K.WORKER .. other)
     if card and holds_until and tonumber(holds_until) > now() then
       local told, busy = cjson.decode(card), redis.call('SCARD', K.RUNNING .. other)
-      local idle = busy < told.slots and busy - #held <= math.max(1, told.slots * AHEAD)
+      local slots = math.min(told.slots, told.stats and told.stats.row_cap or told.slots)
+      local idle = busy < slots and busy - #held <= math.max(1, slots * AHEAD)
       nodes[other] = told.model == model and told.state == 'ready' and idle and told.node
     end
   end
@@ -107,21 +108,29 @@ end
 
 local left = {}
 -- Whether a job is left to another; then it is among those in `left`.
-local function leave(id, keeper, left_at)
+local function leave(job)
   if #left == MOST_LEFT then
     return false
   end
-  if not left_at then
-    left_at = stamp(now())
-    redis.call('HSET', K.JOB .. id, 'left_at', left_at)
+  if not job.left_at then
+    job.left_at = stamp(now())
+    redis.call('HSET', K.JOB .. job.id, 'left_at', job.left_at)
     count('left')
   end
-  local since = now() - tonumber(left_at)
+  local since = now() - tonumber(job.left_at)
   if since < 0 or since >= LEFT_S then -- a clock that was set back makes no job wait
     return false
   end
-  left[#left + 1] = {id = id, node = node_of(keeper), seconds = stamp(LEFT_S - since)}
+  job.node, job.seconds = node_of(job.keeper), stamp(LEFT_S - since)
+  left[#left + 1] = job
   return true
+end
+
+-- Whether this worker has a slot for each job that it has left, beside the one that it would start before them. If not,
+-- and nobody came for them, they would wait until it is done with that one.
+local function has_place_for_left()
+  local card = redis.call('GET', K.WORKER .. worker)
+  return card and cjson.decode(card).slots - #held > #left
 end
 
 -- All that waits is left to others, and this call has used a ticket up. For each of them somebody will send one more, once
@@ -136,15 +145,26 @@ local function see_to()
   return #reply > 1 and reply
 end
 
-local function start(id, class, turn, started, end_by)
-  local job, at = K.JOB .. id, now()
-  reach_turn(model, class, turn)
+local function start(found)
+  local id, job, at = found.id, K.JOB .. found.id, now()
+  if found.alone then
+    redis.call('DEL', K.ALONE .. model)
+  end
+  if not found.started and found.keeper == worker then
+    count('keeper')
+  elseif not found.started and found.left_at then
+    count('another')
+  end
+  if found.beginnings then
+    keep(found.beginnings)
+  end
+  reach_turn(model, found.class, found.score - tonumber(found.class) * CLASS_WIDTH)
   leave_line(id, model)
   local attempt = redis.call('HINCRBY', job, 'attempt', 1)
   redis.call('HSET', job, 'status', 'running', 'worker', worker, 'claimed_at', stamp(at))
   redis.call('SADD', K.RUNNING .. worker, id)
-  redis.call('ZADD', K.TIMERS, end_by, id)
-  if started then
+  redis.call('ZADD', K.TIMERS, found.end_by, id)
+  if found.started then
     emit(id, 'resumed', '{"attempt":' .. attempt .. '}')
   else
     redis.call('HSET', job, 'started_at', stamp(at))
@@ -159,36 +179,28 @@ for _ = 1, MOST_LOOKED_AT do
   if #head == 0 then
     return see_to()
   end
-  local id = head[1]
-  local status, class, started, end_by, alone, marks, left_at = unpack(redis.call('HMGET', K.JOB .. id,
+  local job = {id = head[1], score = tonumber(head[2])}
+  local status, marks
+  status, job.class, job.started, job.end_by, job.alone, marks, job.left_at = unpack(redis.call('HMGET', K.JOB .. job.id,
     'status', 'class', 'started_at', 'end_by', 'alone', 'marks', 'left_at'))
-  local due = redis.call('ZSCORE', K.TIMERS, id)
-  local found = marks and not alone_here and beginnings(marks)
-  local keeper = found and not alone and keeper_of(found)
+  local due = redis.call('ZSCORE', K.TIMERS, job.id)
+  job.beginnings = marks and not alone_here and beginnings(marks)
+  job.keeper = job.beginnings and not job.alone and keeper_of(job.beginnings)
   if status ~= 'queued' then
-    leave_line(id, model) -- a record that has gone
+    leave_line(job.id, model) -- a record that has gone
   elseif due and tonumber(due) <= now() then
-    finish(id, 'expired', {})
-  elseif alone and #held > 0 then
+    finish(job.id, 'expired', {})
+  elseif job.alone and #held > 0 then
     if emptying() == worker then
-      return 'alone'
+      return see_to() or 'alone'
     end
     place = place + 1
-  elseif keeper and keeper ~= worker and leave(id, keeper, left_at) then
+  elseif job.keeper and job.keeper ~= worker and leave(job) then
     place = place + 1
+  elseif #left > 0 and not has_place_for_left() then
+    return start(left[1])
   else
-    if alone then
-      redis.call('DEL', K.ALONE .. model)
-    end
-    if keeper == worker then
-      count('keeper')
-    elseif left_at then
-      count('another')
-    end
-    if found then
-      keep(found)
-    end
-    return start(id, class, tonumber(head[2]) - tonumber(class) * CLASS_WIDTH, started, end_by)
+    return start(job)
   end
 end
 return see_to()

@@ -73,10 +73,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str) -> Any:
+def make(name: str, **more: Any) -> Any:
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(1)
-    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **ARCHITECTURES[name]}))
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **ARCHITECTURES[name], **more}))
     # Wider weights give answers that differ from token to token.
     model.update(tree_map(lambda array: array * 3 if array.ndim == 2 else array, model.parameters()))
     mx.eval(model.parameters())
@@ -87,9 +87,28 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
 
 
-def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache, most_padding: int = MUCH) -> list[list[int]]:
+class LayerByLayer(Pace):
+    """There is time for a chunk of 16 tokens, and in each step for one layer of it."""
+
+    def rests(self) -> bool:
+        return False
+
+    def chunk(self, position: int, layers: int) -> int:
+        return 16
+
+    def share(self, tokens: int, position: int, layers: int) -> int:
+        return 1
+
+
+def together(
+    model: Any,
+    prompts: list[list[int]],
+    prefixes: PrefixCache,
+    most_padding: int = MUCH,
+    pace: type[Pace] = Pace,
+) -> list[list[int]]:
     """A row joins every third step; every second one leaves early."""
-    prefill = Prefill(model, 32, prefixes, Pace(32))
+    prefill = Prefill(model, 32, prefixes, pace(32))
     batch = Lanes(model, prefixes, Footprint.of(model), most_padding, Speculation(model, 0))
     said: list[list[int]] = [[] for _ in prompts]
     waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0), "me") for i, p in enumerate(prompts)]
@@ -97,7 +116,7 @@ def together(model: Any, prompts: list[list[int]], prefixes: PrefixCache, most_p
     while waiting or prefill or batch:
         if waiting and step % 3 == 0:
             prefill.add(waiting.pop(0))
-        chunk = prefill.advance()
+        chunk = prefill.advance(decoding=pace is LayerByLayer and len(batch) > 0)
         if chunk.rows:
             batch.join(chunk.rows, chunk.cache)
         for uid, token in batch.step():
@@ -116,6 +135,15 @@ def test_a_batch_says_what_each_row_says_alone(name: str, most_padding: int) -> 
     for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0), most_padding), strict=True):
         assert len(said) >= TOKENS - 9
         assert said == answer[: len(said)]
+
+
+@pytest.mark.parametrize(("name", "layers"), [*((name, 4) for name in ARCHITECTURES), ("mamba2", 1)])
+def test_a_prompt_that_goes_through_the_model_layer_by_layer_is_read_as_well(name: str, layers: int) -> None:
+    model, draw = make(name, num_hidden_layers=layers), random.Random(2)
+    prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (20, 200, 90)]
+    found = together(model, prompts, PrefixCache(model, 0), pace=LayerByLayer)
+    for prompt, said in zip(prompts, found, strict=True):
+        assert said == alone(model, prompt)[: len(said)]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -145,11 +145,10 @@ def test_guesses_are_measured_on_answers_that_repeat_their_prompts_and_on_others
 def test_batches_of_all_sizes_are_measured_where_they_fit(
     tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "MODELS", ())
     monkeypatch.setattr(batches, "ROWS", (1, 3))
     monkeypatch.setattr(batches, "CONTEXTS", ((20,), (20, 300), (300,)))
     monkeypatch.setattr(batches, "MOST_BYTES", 700_000)
-    found = batches.batches(tiny_model_path, 2)
+    found = batches.measured([tiny_model_path], 2)
     sizes = [(each["contexts"], each["rows"]) for each in found["speeds"]]
     assert sizes == [((20,), 1), ((20,), 3), ((20, 300), 1), ((20, 300), 3), ((300,), 1)]
     assert all(0 < each["median"] <= each["best"] for each in found["speeds"])

@@ -87,6 +87,7 @@ def test_each_turn_of_a_conversation_finds_what_the_one_before_left(tiny_stack: 
 
 def test_what_begins_alike_goes_to_one_worker_and_the_rest_where_there_is_room(fleet: Fleet) -> None:
     keeper, other = pair(fleet)
+    assert not [*fleet.redis.scan_iter("_kombu.binding_permanent.*@*")], "what nobody consumes any more must go"
     with no_rescue(fleet):
         for n in range(8):
             job = fleet.submit(f"again {n}", marks=MARK)

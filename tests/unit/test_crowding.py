@@ -221,6 +221,19 @@ def test_one_proof_is_not_enough() -> None:
     assert crowding.capped
 
 
+def test_what_was_proven_before_nobody_waited_counts_no_more() -> None:
+    machine = capped()
+    machine.crowding.most(1, 0)
+    assert not machine.crowding.capped
+    now = machine.now
+    machine.crowding._clock = lambda: now
+    machine.crowding._stretches.restart()
+    for rows, seconds in [(32, 0.2)] * 12 + [(16, 0.05)] * 12 + [(32, 0.2)] * 11:
+        now += seconds
+        machine.crowding.stepped(rows, rows * 2000, rows, undisturbed=True)
+    assert not machine.crowding.capped
+
+
 def test_a_lost_batch_has_proven_nothing() -> None:
     crowding = capped().crowding
     crowding.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -154,6 +155,52 @@ def test_a_lower_class_gains_no_more_than_the_time_a_job_is_left(desk: Desk) -> 
     desk.time_passes(high)
     take(w2, high)
     take(w2, lower)
+
+
+def test_a_worker_keeps_a_place_for_each_job_that_it_leaves(desk: Desk) -> None:
+    """Whatever becomes of the other worker: what it left must not wait for what it took instead."""
+    w1, w2 = desk.worker("w1"), desk.worker("w2", slots=2)
+    known_to(desk, w1, FIRST)
+    high = desk.submit(FIRST, priority=Priority.HIGH)
+    low, lower = desk.submit(priority=Priority.BATCH), desk.submit(priority=Priority.BATCH)
+    take(w2, low)
+    take(w2, high)
+    assert desk.routed() == {"left": 1, "another": 1}
+    take(w1, lower)
+
+
+def test_a_worker_with_one_slot_leaves_a_job_only_where_nothing_else_waits(desk: Desk) -> None:
+    w1, w2 = desk.worker("w1", slots=1), desk.worker("w2", slots=1)
+    known_to(desk, w1, FIRST)
+    job = desk.submit(FIRST)
+    assert [each.job_id for each in left(w2)] == [job.id]
+    desk.submit()
+    take(w2, job)
+
+
+def test_a_job_that_is_left_before_one_that_must_run_alone_is_told_of(desk: Desk) -> None:
+    w1, w2 = desk.worker("w1"), desk.worker("w2")
+    known_to(desk, w1, FIRST)
+    alone = desk.submit()
+    for attempt in (1, 2):
+        take(w2, alone)
+        w2.release([(alone.id, attempt)], max_attempts=3)
+    job = desk.submit(FIRST, priority=Priority.HIGH)
+    busy = desk.submit(priority=Priority.HIGH)
+    take(w2, busy)
+    assert [each.job_id for each in left(w2)] == [job.id]
+
+
+def test_a_worker_that_takes_fewer_rows_than_it_has_slots_is_full_with_those(desk: Desk) -> None:
+    w1, w2, _ = desk.worker("w1"), desk.worker("w2"), desk.worker("w3")
+    known_to(desk, w1, FIRST)
+    assert w1.claim(MODEL) is None
+    desk.submit()
+    assert w1.claim(MODEL)
+    card = next(card for card in desk.registry.workers() if card.id == "w1")
+    desk.registry.announce_worker(replace(card, stats={"row_cap": 1}), 60)
+    take(w2, desk.submit(FIRST))
+    assert "left" not in desk.routed()
 
 
 Change = Callable[[Desk, Claims], object]

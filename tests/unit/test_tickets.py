@@ -13,7 +13,7 @@ from shared.jobs import Generation, Jobs, Sampling, Submission
 from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import Redis
-from shared.tickets import TicketOffice, make_app, own_queue_name, queue_name
+from shared.tickets import OWN_QUEUE_S, TicketOffice, make_app, own_queue, queue_name
 
 MODEL = "m"
 SLOTS = 4
@@ -87,7 +87,7 @@ def test_no_jobs_take_no_tickets(desk: Desk) -> None:
 
 def test_a_ticket_for_one_worker_lies_where_no_other_takes_it(desk: Desk) -> None:
     desk.office.send(MODEL, "job", "node-1@host")
-    assert [desk.lie(own_queue_name(MODEL, node)) for node in ("node-1@host", "node-2@host")] == [1, 0]
+    assert [desk.lie(own_queue(MODEL, node).name) for node in ("node-1@host", "node-2@host")] == [1, 0]
     assert desk.lie(queue_name(MODEL)) == 0
 
 
@@ -105,3 +105,14 @@ def test_a_broker_that_is_away_is_told(valkey_client: Redis) -> None:
     desk.submit(1)
     with pytest.raises(OperationalError):
         desk.rescue()
+
+
+def test_what_lies_for_a_worker_that_has_gone_does_not_lie_for_ever(desk: Desk, valkey_client: Redis) -> None:
+    desk.office.send(MODEL, "job", "node-3@host")
+    if desk.app.conf.broker_url == "memory://":
+        return  # it is gone with the process
+    name = own_queue(MODEL, "node-3@host").name
+    assert 0 < valkey_client.pttl(name) <= OWN_QUEUE_S * 1000
+    assert valkey_client.zscore("_kombu.binding_deadlines", name) is not None
+    assert not valkey_client.exists(f"_kombu.binding_permanent.{name}")
+    assert desk.lie(name) == 1

@@ -23,7 +23,7 @@ LIMIT = 3.0
 LEAST_AIM, AIM, MOST_AIM = 1.5, 1.8, 2.2
 """What it is to last: less than at first where more steps are over the limit, more where fewer are."""
 PAUSE_AFTER = 16
-"""Chunks between two pauses."""
+"""Steps in which something is read, between two pauses."""
 PAUSE = 2
 """Steps of a pause. The device may be a step behind: the first may still have a chunk in it."""
 

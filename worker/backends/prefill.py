@@ -125,6 +125,7 @@ class Prefill:
     def remove(self, uids: Collection[int]) -> None:
         """Drop rows."""
         self._tried_again -= set(uids)
+        self._at_hand = tuple(row for row in self._at_hand if row.uid not in uids)
         self._short = deque(row for row in self._short if row.uid not in uids)
         self._long = deque(row for row in self._long if row.uid not in uids)
         reading = self._reading

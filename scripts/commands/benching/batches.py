@@ -1,15 +1,20 @@
 """What more rows give in all: tokens a second of batches that only decode, by the number of rows and their contexts.
 
-In process, in the lanes that the worker decodes in. Caches are made up instead of read: what is in them costs nothing.
+python -m scripts.commands.benching.batches ROUNDS MODEL_FOLDER...
+
+In the lanes that the worker decodes in. Caches are made up instead of read: what is in them costs nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +22,7 @@ from rich.table import Table
 
 from shared.blas import prefer_openblas
 from shared.jobs import Sampling
+from shared.settings import ROOT
 
 if TYPE_CHECKING:
     from worker.backends.lanes import Lanes
@@ -37,11 +43,17 @@ Cell = tuple[str, tuple[int, ...], int]
 
 
 def batches(tiny: Path, rounds: int) -> dict[str, Any]:
-    """All sizes in turns; tokens a second in all, of the quickest step of each and of the median one."""
-    prefer_openblas()  # before anything imports MLX
+    """All sizes in turns, in a process of its own: OpenBLAS must be there before MLX is."""
+    folders = [tiny, *(path for name in MODELS if (path := tiny.parent / name).is_dir())]
+    command = [sys.executable, "-m", "scripts.commands.benching.batches", str(rounds), *map(str, folders)]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
+    return found
+
+
+def measured(folders: Sequence[Path], rounds: int) -> dict[str, Any]:
+    """Tokens a second in all, of the quickest step of each size and of the median one."""
     from worker.models import load_model
 
-    folders = [tiny, *(path for name in MODELS if (path := tiny.parent / name).is_dir())]
     took_s: dict[Cell, list[float]] = {}
     for folder in folders:
         loaded = load_model(folder)
@@ -131,3 +143,13 @@ def table(results: dict[str, Any]) -> Table:
         shown = (f"{each['best']:,.0f} ({each['median']:,.0f})" if each else "" for each in cells)
         out.add_row(model, " and ".join(f"{length:,}" for length in contexts), *shown)
     return out
+
+
+def main() -> None:
+    """Measure, print it as JSON."""
+    prefer_openblas()
+    print(json.dumps(measured([Path(each) for each in sys.argv[2:]], int(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from scripts.commands.chaosing.checks import Ledger
 from scripts.commands.chaosing.fleet import WORKERS, Fleet
 from shared import keys
-from shared.tickets import queue_name
+from shared.tickets import own_queue, queue_name
 
 _SETTLE_S = 20.0
 """A ticket too many is taken and dropped, a lapsed lease reaped: that takes a moment."""
@@ -32,7 +32,9 @@ def _now(fleet: Fleet, ledger: Ledger) -> Iterator[str]:
     for card in cards:
         if card.slots_used or card.stats["publisher_backlog"]:
             yield f"worker {card.id} has {card.slots_used} slots taken, {card.stats['publisher_backlog']:g} unsaid"
-    if tickets := store.llen(queue_name(fleet.settings.model_id)):
+    model = fleet.settings.model_id
+    queues = [queue_name(model), *(own_queue(model, card.node).name for card in cards)]
+    if tickets := sum(map(store.llen, queues)):
         yield f"{tickets} tickets"
     recorded = {name.removeprefix(keys.JOB) for name in store.scan_iter(keys.JOB + "*")}
     if extra := recorded - set(ledger.accepted.values()):
