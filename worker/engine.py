@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -269,22 +269,22 @@ class Engine(VitalThread):
         return None
 
     def _collect(self, result: StepResult) -> None:
-        self._measure(result)
+        uids = {uid for uid, _ in result.tokens}
+        self._measure(result, uids)
         for uid, reused in result.prefilled.items():
             self._rows[uid].prefilled(reused)
         said = [_row_failed(self._rows.pop(uid), error) for uid, error in result.failed]
         said += self._push(result.tokens)
         self._remove([word.sequence.uid for word in said if word.outcome and word.sequence.uid in self._rows])
         self._most_rows = min(self._slots, self._most_rows + sum(word.outcome is not None for word in said))
-        self._count(result)
+        self._count(result, len(uids))
         if result.tokens:
             self._acquit()
         if said:
             self._publish(said)
 
-    def _measure(self, result: StepResult) -> None:
-        """Tell what the step gave, for what it took."""
-        uids = {uid for uid, _ in result.tokens}
+    def _measure(self, result: StepResult, uids: Collection[int]) -> None:
+        """Tell what the step gave to these rows, for what it took."""
         context = sum(self._rows[uid].length for uid in uids)
         only_decoded = len(uids) == len(self._rows) and not (result.prompt_tokens or result.prefilled or result.failed)
         self._crowding.stepped(len(uids), context, len(result.tokens), only_decoded)
@@ -305,11 +305,11 @@ class Engine(VitalThread):
                 said.append(word)
         return said
 
-    def _count(self, result: StepResult) -> None:
+    def _count(self, result: StepResult, rows: int) -> None:
         totals = self.totals
         totals.steps += 1
         totals.prompt_tokens += result.prompt_tokens
-        totals.last_batch = len({uid for uid, _ in result.tokens})
+        totals.last_batch = rows
         if result.tokens or result.prompt_tokens or result.prefilled or result.failed:
             self._got_on()  # a step that gives nothing is no progress, however often it returns
 

@@ -44,6 +44,7 @@ class Caller:
     def _remind(self, model: str, jobs: Sequence[Left], due: float) -> None:
         try:
             for job in sorted(jobs, key=lambda job: job.seconds):
+                # In a thread of its own, which has nothing else to do and may end with the process at any time.
                 time.sleep(max(0.0, due + job.seconds - time.monotonic()))
                 self._tickets.remind(model, job.job_id)
         except (RedisError, OperationalError) as error:

@@ -43,7 +43,7 @@ def office() -> Office:
 
 @pytest.fixture
 def caller(office: Office) -> Caller:
-    return Caller(office)  # type: ignore[arg-type]
+    return Caller(office)  # type: ignore[arg-type]  # a stand-in
 
 
 def test_their_workers_are_told_and_later_everybody(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,8 @@ def asked(*said: tuple[str, str], prompt: str | None = None, model: str = "m", s
     return Generation(model, 8, Sampling(0.0), prompt=prompt, messages=messages, share_system_prompt=share)
 
 
-def of(*said: tuple[str, str], owner: str = "a", **more: object) -> tuple[str, ...]:
-    return marks(asked(*said, **more), owner)  # type: ignore[arg-type]
+def of(*said: tuple[str, str], owner: str = "a", **more: Any) -> tuple[str, ...]:
+    return marks(asked(*said, **more), owner)
 
 
 def test_a_conversation_that_goes_on_has_the_mark_of_all_that_was_said_before() -> None:
