@@ -166,6 +166,8 @@ class JobFailure(StrEnum):
     """The engine raised while working on it."""
     LOG_LOST = "log_lost"
     """It was to be continued, and what was generated before is not all in its log any more."""
+    IMAGE_LOST = "image_lost"
+    """An image of it is not kept any more."""
 
 
 class Expiry(StrEnum):

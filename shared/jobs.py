@@ -86,6 +86,13 @@ class Generation:
     share_system_prompt: bool = False
     """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
 
+    @property
+    def images(self) -> list[str]:
+        """Digests of the images that its messages name, in their order."""
+        contents = (message["content"] for message in self.messages or ())
+        parts = (part for content in contents if isinstance(content, list) for part in content)
+        return [part["image"] for part in parts if part["type"] == "image"]
+
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))

@@ -176,7 +176,7 @@ class JobError(_Answer):
     code: str = Field(
         description="Stable. Of an expired job: `start_timeout` when it never started, `deadline_exceeded` when it was "
         "cut off. Of a failed one: `worker_lost`, `context_length_exceeded`, `template_error`, `generation_error`, "
-        "`out_of_memory`, `engine_error`, `log_lost`"
+        "`out_of_memory`, `engine_error`, `log_lost`, `image_lost`"
     )
     message: str
 

@@ -94,6 +94,7 @@ class Service:
             self._tickets,
             self._held,
             self._keeper.wait_renewal,
+            lambda _owner, _digests: {},
         )
         self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from shared.jobs import Sampling
+from worker.backends.base import IMAGE_TOKENS
 
 WINDOW = 20
 """How many tokens back the penalties look."""
@@ -65,5 +66,6 @@ class BatchPenalties:
 
 
 def _padded(tokens: Sequence[int]) -> list[int]:
-    """The last of them, as many as the window has beside the newest token."""
-    return [_NONE] * (WINDOW - 1 - len(tokens)) + list(tokens[-(WINDOW - 1) :])
+    """The last of them, as many as the window has beside the newest token; pieces of images are none."""
+    text = [token if token < IMAGE_TOKENS else _NONE for token in tokens[-(WINDOW - 1) :]]
+    return [_NONE] * (WINDOW - 1 - len(text)) + text

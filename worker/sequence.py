@@ -12,7 +12,7 @@ from shared.claims import Verdict
 from shared.errors import JobFailure
 from shared.jobs import Ending, Job, Status
 from shared.log import Written
-from worker.backends.base import Backend, Row
+from worker.backends.base import Backend, Prompt, Row
 from worker.stops import StopMatcher
 
 _uids = itertools.count(1)
@@ -62,7 +62,7 @@ class Sequence:
         self.job = job
         self.next_event = job.last_event + 1
         self.prompt: tuple[int, ...] = ()
-        self._shared = 0
+        self._begun = Prompt(())
         self.generated: list[int] = []
         self.ending: Ending | None = None
         self.outcome: Outcome | None = None
@@ -94,11 +94,11 @@ class Sequence:
         self._clock.forget_first_token()
         return end and end._replace(text=text[len(written.text) :], tokens=())
 
-    def begin(self, prompt: tuple[int, ...], shared: int = 0) -> Said | None:
-        """Give it its prompt, so many tokens of which are everybody's; its end when that leaves nothing to generate."""
-        self.prompt = prompt
-        self._shared = shared
-        self._limit = min(self._limit, self._context - len(prompt))
+    def begin(self, prompt: Prompt) -> Said | None:
+        """Give it its prompt; its end when that leaves nothing to generate."""
+        self._begun = prompt
+        self.prompt = prompt.tokens
+        self._limit = min(self._limit, self._context - len(self.prompt))
         return self._end("length") if len(self.generated) >= self._limit else None
 
     @property
@@ -126,7 +126,8 @@ class Sequence:
             room=self._limit - generated,
             sampling=self.job.generation.sampling,
             owner=self.job.owner,
-            shared=self._shared,
+            shared=self._begun.shared,
+            media=self._begun.media,
         )
 
     def admitted(self) -> None:

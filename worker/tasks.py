@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -17,7 +17,7 @@ from shared.log import JobLog
 from shared.logging import about
 from shared.store import passes
 from shared.tickets import TASK, TicketOffice
-from worker.backends.base import Backend, PromptError
+from worker.backends.base import Backend, Prompt, PromptError
 from worker.engine import Engine
 from worker.lease import Claim
 from worker.left import Caller
@@ -36,6 +36,7 @@ class Runner:
     Args:
         held: the claims the threads work on, for others to read.
         wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
+        images: the files of an API key's images, by digest, as far as they are kept.
 
     Attributes:
         draining: whether no more jobs are claimed.
@@ -51,6 +52,7 @@ class Runner:
         tickets: TicketOffice,
         held: set[Claim],
         wait_renewal: Callable[[float], bool],
+        images: Callable[[str, Collection[str]], Mapping[str, bytes]],
     ) -> None:
         self._engine = engine
         self._publisher = publisher
@@ -59,6 +61,7 @@ class Runner:
         self._tickets = tickets
         self._caller = Caller(tickets)
         self._wait_renewal = wait_renewal
+        self._images = images
         self._held = held
         self.draining = False
         self.encoding: tuple[Claim, Job] | None = None
@@ -124,7 +127,7 @@ class Runner:
         job = sequence.job
         try:
             end = sequence.replay(self._log.written(job.id, job.last_event)) if job.attempt > 1 else None
-            return end or sequence.begin(*self._encode(job, backend))
+            return end or sequence.begin(self._encode(job, backend, self._images_of(job)))
         except PromptError as error:
             return sequence.fail(JobFailure(error.code), str(error))
         except Gone as error:
@@ -139,13 +142,24 @@ class Runner:
             logger.exception("the job cannot be started")
             return sequence.fail(JobFailure.ENGINE, _NOT_STARTED)
 
-    def _encode(self, job: Job, backend: Backend) -> tuple[tuple[int, ...], int]:
-        """Read the prompt, when it is this job's turn; its tokens, and how many of them it gives to everybody."""
+    def _images_of(self, job: Job) -> Mapping[str, bytes]:
+        """The files that the job's messages name.
+
+        Raises:
+            PromptError: they are not all there any more.
+        """
+        digests = set(job.generation.images)
+        images = self._images(job.owner, digests) if digests else {}
+        if len(images) < len(digests):
+            raise PromptError(JobFailure.IMAGE_LOST, "An image of this job is not kept any more.")
+        return images
+
+    def _encode(self, job: Job, backend: Backend, images: Mapping[str, bytes]) -> Prompt:
+        """Read the prompt, when it is this job's turn."""
         with self._turn:
             self.encoding = ((job.id, job.attempt), job)
             try:
-                prompt = backend.encode(job.generation)
-                return prompt, backend.shared(job.generation, prompt)
+                return backend.encode(job.generation, images)
             finally:
                 self.encoding = None
 

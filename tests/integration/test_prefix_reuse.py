@@ -107,10 +107,9 @@ def test_keys_profit_from_themselves_only(backend: TextBackend) -> None:
 def test_a_shared_system_message_serves_other_keys_and_only_that(backend: TextBackend, forgetful: TextBackend) -> None:
     mine, yours = ask("Why is the sky blue?", GREEDY), ask("Why is the sky blue?", GREEDY, owner="you")
     shared = replace(mine, generation=replace(mine.generation, share_system_prompt=True))
-    prompt = backend.encode(mine.generation)
-    given = backend.shared(shared.generation, prompt)
-    assert 80 < given < len(prompt) - 5
-    assert backend.shared(mine.generation, prompt) == 0
+    prompt = backend.encode(shared.generation, {})
+    assert 80 < (given := prompt.shared) < len(prompt.tokens) - 5
+    assert backend.encode(mine.generation, {}).shared == 0
     answer(backend, [mine])
     assert answer(backend, [yours])[0].cached_tokens == 0
     backend.reset()

@@ -22,7 +22,7 @@ from shared.model_folder import ModelError
 from shared.registry import ModelCard
 from shared.settings import Settings
 from worker.backends import kv
-from worker.backends.base import Fit, OutOfMemory, PromptError, Row
+from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row
 from worker.backends.memory import Memory
 from worker.backends.pace import AIM, PAUSE, PAUSE_AFTER
 from worker.backends.text import TextBackend, load
@@ -99,7 +99,7 @@ def alone(backend: TextBackend, one: Row) -> list[int]:
 @pytest.mark.slow
 def test_greedy_rows_say_what_mlx_lm_says(smollm2: LoadedModel) -> None:
     backend = TextBackend(smollm2, 64)
-    prompts = [backend.encode(chat(question)) for question in QUESTIONS]
+    prompts = [backend.encode(chat(question), {}).tokens for question in QUESTIONS]
     expected = [generate(smollm2.model, smollm2.tokenizer, list(prompt), max_tokens=24) for prompt in prompts]
     assert "Paris" in expected[0]
     rows = [Row(uid, prompt, 0, 24, GREEDY) for uid, prompt in enumerate(prompts)]
@@ -285,12 +285,12 @@ def test_it_works_on_a_thread_that_did_not_import_it(tiny_model_path: Path, back
 
 def test_encode(tiny: LoadedModel, backend: TextBackend) -> None:
     question = "naïve 東京 🙂 \u200d and\r\n\ttabs"
-    tokens = backend.encode(chat(question))
+    tokens = backend.encode(chat(question), {}).tokens
     assert question in tiny.tokenizer.decode(list(tokens))
     assert tokens == tuple(
         tiny.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     )
-    plain = backend.encode(Generation("m", 1, GREEDY, prompt=question))
+    plain = backend.encode(Generation("m", 1, GREEDY, prompt=question), {}).tokens
     assert tiny.tokenizer.decode(list(plain)) == question
 
 
@@ -299,21 +299,21 @@ def test_encode_from_many_threads_in_turn(backend: TextBackend) -> None:
     generations = [Generation("m", 1, GREEDY, prompt=prompt) for prompt in prompts]
     turn = threading.Lock()
 
-    def encode(generation: Generation) -> tuple[int, ...]:
+    def encode(generation: Generation) -> Prompt:
         with turn:
-            return backend.encode(generation)
+            return backend.encode(generation, {})
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(encode, generations))
-    assert found == [backend.encode(generation) for generation in generations]
+    assert found == [backend.encode(generation, {}) for generation in generations]
 
 
 def test_prompts_that_do_not_fit(backend: TextBackend) -> None:
     backend.card = replace(backend.card, context=10)
     with pytest.raises(PromptError) as caught:
-        backend.encode(Generation("m", 1, GREEDY, prompt="a b c d e f g h i j"))
+        backend.encode(Generation("m", 1, GREEDY, prompt="a b c d e f g h i j"), {})
     assert caught.value.code == JobFailure.CONTEXT_LENGTH
-    assert len(backend.encode(Generation("m", 1, GREEDY, prompt="a b c d e f g h i"))) == 9
+    assert len(backend.encode(Generation("m", 1, GREEDY, prompt="a b c d e f g h i"), {}).tokens) == 9
 
 
 def test_templates_that_refuse(tiny: LoadedModel) -> None:
@@ -324,7 +324,7 @@ def test_templates_that_refuse(tiny: LoadedModel) -> None:
     ):
         backend._encoder._tokenizer.chat_template = template
         with pytest.raises(PromptError, match=said) as caught:
-            backend.encode(chat("Hi"))
+            backend.encode(chat("Hi"), {})
         assert caught.value.code == JobFailure.TEMPLATE
 
 
@@ -361,11 +361,11 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Reading the mark fails for want of memory, as often as the list says (its only number)."""
     times, put = [10**9], kv.put
 
-    def failing(model: object, layers: kv.Layers, tokens: Sequence[Sequence[int]]) -> None:
+    def failing(model: object, layers: kv.Layers, tokens: Sequence[Sequence[int]], *more: object) -> None:
         if any(MARK in row for row in tokens) and times[0]:
             times[0] -= 1
             raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
-        put(model, layers, tokens)
+        put(model, layers, tokens, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(kv, "put", failing)
     return times

@@ -48,8 +48,7 @@ def sequence_for(job: Job, backend: Backend | None = None) -> Sequence:
     """A sequence with its prompt, ready for the engine."""
     backend = backend or FakeBackend()
     sequence = Sequence(job, backend)
-    prompt = backend.encode(job.generation)
-    assert sequence.begin(prompt, backend.shared(job.generation, prompt)) is None
+    assert sequence.begin(backend.encode(job.generation, {})) is None
     return sequence
 
 

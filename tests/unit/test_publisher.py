@@ -61,7 +61,7 @@ class Desk:
         job = self.claims.claim("fake")
         assert job is not None
         sequence = Sequence(job, self.backend)
-        sequence.begin(self.backend.encode(job.generation))
+        sequence.begin(self.backend.encode(job.generation, {}))
         return sequence
 
     def words(self, max_tokens: int = 4) -> list[Said]:

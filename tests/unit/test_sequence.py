@@ -99,7 +99,7 @@ def test_a_retry_goes_on_byte_for_byte_wherever_the_first_attempt_was_cut(
         written = Written(text_of(first[:cut]), tokens, last_event=2 + cut)
         retry = Sequence(claimed(**LONG, stop=stop, attempt=2, last_event=2 + cut), backend)
         assert retry.replay(written) is None
-        assert retry.begin(backend.encode(retry.job.generation)) is None
+        assert retry.begin(backend.encode(retry.job.generation, {})) is None
         assert retry.row().generated == len(tokens)
         second = run_alone(retry, backend)
         ending = second[-1].ending
@@ -126,7 +126,7 @@ def test_a_continued_job_counts_the_tokens_of_its_log_once(backend: FakeBackend)
     written = Written(text_of(first[:4]), tuple(token for word in first[:4] for token in word.tokens), last_event=6)
     retry = Sequence(claimed(**LONG, attempt=2), backend)
     retry.replay(written)
-    retry.begin(backend.encode(retry.job.generation))
+    retry.begin(backend.encode(retry.job.generation, {}))
     ending, undisturbed = run_alone(retry, backend)[-1].ending, first[-1].ending
     assert ending is not None
     assert undisturbed is not None

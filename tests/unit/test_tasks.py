@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
 from shared.log import EventKind, JobLog
 from shared.settings import Settings
 from shared.store import Redis
-from worker.backends.base import PromptError
+from worker.backends.base import Prompt, PromptError
 from worker.backends.fake import FakeBackend
 from worker.engine import Engine
 from worker.lease import Claim
@@ -48,15 +48,23 @@ class Desk:
         self.held: set[Claim] = set()
         self.publisher = Publisher(self.claims, lambda *word: self.engine.heed(*word))  # noqa: PLW0108 - a cycle
         self.engine = Engine(FakeBackend, 4, self.publisher.put)
+        self.images: dict[str, bytes] = {}
         self.runner = Runner(
-            self.engine, self.publisher, self.claims, self.log, self.office, self.held, self.renew  # type: ignore[arg-type]
-        )  # fmt: skip
+            self.engine,
+            self.publisher,
+            self.claims,
+            self.log,
+            self.office,  # type: ignore[arg-type]
+            self.held,
+            self.renew,
+            lambda _owner, digests: {each: self.images[each] for each in digests if each in self.images},
+        )
 
     def renew(self, seconds: float = 60) -> bool:
         self.claims.renew(60)
         return True
 
-    def submit(self, prompt: str = "hello", **more: Any) -> Job:
+    def submit(self, prompt: str | None = "hello", **more: Any) -> Job:
         asked = Generation(**{"model": "fake", "max_tokens": 6, "sampling": Sampling(0.0), "prompt": prompt, **more})
         return self.jobs.create(Submission(asked, owner="me", request_id="req-7"))[0]
 
@@ -138,10 +146,10 @@ def test_a_prompt_that_raises_fails_its_job_and_its_neighbours_go_on(
 ) -> None:
     encode = FakeBackend.encode
 
-    def sometimes(backend: FakeBackend, generation: Generation) -> tuple[int, ...]:
+    def sometimes(backend: FakeBackend, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
         if generation.prompt == "bad":
             raise error
-        return encode(backend, generation)
+        return encode(backend, generation, images)
 
     monkeypatch.setattr(FakeBackend, "encode", sometimes)
     jobs = [desk.submit(prompt) for prompt in ("!pause=0.02 good", "bad", "!pause=0.02 fine")]
@@ -153,6 +161,24 @@ def test_a_prompt_that_raises_fails_its_job_and_its_neighbours_go_on(
     assert (bad.status, bad.error_code, bad.attempt) == (Status.FAILED, code, 1)
 
 
+def test_a_job_is_given_the_images_it_names_and_fails_without_them(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Mapping[str, bytes]] = []
+
+    def look(_: FakeBackend, __: Generation, images: Mapping[str, bytes]) -> Prompt:
+        given.append(images)
+        return Prompt((104, 105))
+
+    monkeypatch.setattr(FakeBackend, "encode", look)
+    parts = [{"type": "text", "text": "hi"}, *({"type": "image", "image": name} for name in ("a", "b", "a"))]
+    desk.images = {"a": b"A", "b": b"B", "c": b"C"}
+    job = desk.submit(prompt=None, messages=({"role": "user", "content": parts},))
+    assert desk.run(job).status is Status.SUCCEEDED
+    assert given == [{"a": b"A", "b": b"B"}]
+    del desk.images["b"]
+    job = desk.run(desk.submit(prompt=None, messages=({"role": "user", "content": parts},)))
+    assert (job.status, job.error_code) == (Status.FAILED, JobFailure.IMAGE_LOST)
+
+
 def test_prompts_are_read_one_at_a_time_and_only_that_one_counts_as_being_read(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,12 +187,12 @@ def test_prompts_are_read_one_at_a_time_and_only_that_one_counts_as_being_read(
     read: list[Claim] = []
     while_replaying: list[object] = []
 
-    def alone(backend: FakeBackend, generation: Generation) -> tuple[int, ...]:
+    def alone(backend: FakeBackend, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
         assert turn.acquire(blocking=False), "another prompt is being read"
         try:
             assert runner.encoding and runner.encoding[1].generation == generation
             read.append(runner.encoding[0])
-            return encode(backend, generation)
+            return encode(backend, generation, images)
         finally:
             turn.release()
 

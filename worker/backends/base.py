@@ -10,6 +10,9 @@ from typing import Protocol
 from shared.jobs import Generation, Sampling
 from shared.registry import ModelCard
 
+IMAGE_TOKENS = 2**31
+"""Token ids from here on stand for pieces of images. They fit into 32 bits, and no vocabulary comes near them."""
+
 
 class PromptError(Exception):
     """A request that this model cannot take; `code` is a `shared.errors.JobFailure` value."""
@@ -45,6 +48,31 @@ class Detokenizer(Protocol):
         ...
 
 
+class Media(Protocol):
+    """What stands in a prompt for tokens that are not text; only its backend knows more of it.
+
+    Attributes:
+        shift: by how much the model's positions behind it differ from the places of the tokens.
+    """
+
+    shift: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request's prompt, as its row begins with it.
+
+    Attributes:
+        tokens: never empty. Those from `IMAGE_TOKENS` on stand for pieces of images; they tell them by content.
+        shared: so many of them, from the first, are everybody's: at most its system message.
+        media: what they stand for; None where all are text.
+    """
+
+    tokens: tuple[int, ...]
+    shared: int = 0
+    media: Media | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence as a backend sees it.
@@ -56,6 +84,7 @@ class Row:
         room: most tokens it may still generate.
         owner: whose prefixes it may reuse and adds to, beside those that are everybody's; None: nobody's.
         shared: so many tokens of its prompt, from the first, become everybody's.
+        media: as its `Prompt` has it.
     """
 
     uid: int
@@ -65,6 +94,7 @@ class Row:
     sampling: Sampling
     owner: str | None = None
     shared: int = 0
+    media: Media | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +127,15 @@ class Backend(Protocol):
     eos: frozenset[int]
     about: dict[str, object]
 
-    def encode(self, generation: Generation) -> tuple[int, ...]:
-        """The request's prompt as token ids, through the chat template when it has messages.
+    def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
+        """The request's prompt, through the chat template when it has messages.
+
+        Args:
+            images: files of the images that the messages name, by digest.
 
         Raises:
             PromptError: the template refuses it, or it leaves no room in the context.
         """
-        ...
-
-    def shared(self, generation: Generation, prompt: tuple[int, ...]) -> int:
-        """How many tokens of its prompt the request gives to everybody: at most its system message. As `encode`."""
         ...
 
     def detokenizer(self) -> Detokenizer:

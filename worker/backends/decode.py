@@ -178,7 +178,7 @@ class DecodeBatch:
 
     def _queue(self) -> None:
         kv.grow_ahead(self._cache)
-        logits = self._model(self._fed[:, None], cache=self._cache)[:, -1]
+        logits = self._model(self._fed[:, None], cache=self._cache, **self._shifts)[:, -1]
         logits = self._penalties(logits, self._fed, [slot.cached if slot else () for slot in self._slots])
         self._fed = self._sampler(logits, [slot.position if slot else 0 for slot in self._slots])
         mx.async_eval(self._fed)  # type: ignore[no-untyped-call]
@@ -191,6 +191,7 @@ class DecodeBatch:
         samplings = [slot.row.sampling if slot else _GREEDY for slot in self._slots]
         self._sampler = BatchSampler(samplings)
         self._penalties = BatchPenalties(samplings)
+        self._shifts = kv.shifts([slot and slot.row for slot in self._slots])
 
     def _empty(self, places: Sequence[int]) -> None:
         if not places:

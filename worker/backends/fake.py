@@ -21,7 +21,7 @@ import codecs
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from zlib import crc32
@@ -30,7 +30,7 @@ from shared.errors import JobFailure
 from shared.jobs import Generation
 from shared.registry import ModelCard
 from shared.settings import Settings
-from worker.backends.base import Fit, OutOfMemory, PromptError, Row, StepResult
+from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row, StepResult
 
 EOS = 256
 FIRST_WORD = 257
@@ -151,8 +151,8 @@ class FakeBackend:
         self._unread: list[int] = []
         self._stepped_at = 0.0
 
-    def encode(self, generation: Generation) -> tuple[int, ...]:
-        """The bytes of the prompt, or of the messages one after another."""
+    def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:  # noqa: ARG002
+        """The bytes of the prompt, or of the messages one after another; images are passed over."""
         text = generation.prompt
         if text is None:
             text = "\n".join(f"{each['role']}: {each['content']}" for each in generation.messages or ())
@@ -160,11 +160,7 @@ class FakeBackend:
         tokens = tuple(text.encode())
         if not tokens or len(tokens) >= self.card.context:
             raise PromptError(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
-        return tokens
-
-    def shared(self, generation: Generation, prompt: tuple[int, ...]) -> int:  # noqa: ARG002
-        """Nothing: it keeps nothing."""
-        return 0
+        return Prompt(tokens)
 
     def detokenizer(self) -> FakeDetokenizer:
         """A fresh one."""

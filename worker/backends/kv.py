@@ -7,15 +7,36 @@ beside others, or over one that has ended, when it is moved to that place.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, make_prompt_cache
+
+from worker.backends.base import Media, Row
 
 Layers: TypeAlias = list[Any]
 
 AHEAD = 32
 """Tokens before a cache is full at which its layers begin to grow, one after the other."""
+
+
+class Placed(NamedTuple):
+    """What stands for the image tokens of a row, some of whose tokens, from the one at `start` on, are read."""
+
+    media: Media
+    start: int
+
+
+def placed(row: Row, start: int) -> Placed | None:
+    """For the tokens of a row from `start` on; None when all are text."""
+    return None if row.media is None else Placed(row.media, start)
+
+
+def shifts(rows: Sequence[Row | None]) -> dict[str, mx.array]:
+    """What a model must be told beside the tokens of these rows, behind their prompts; None: a row that has ended."""
+    if not any(row is not None and row.media is not None for row in rows):
+        return {}
+    return {"shifts": mx.array([row.media.shift if row is not None and row.media else 0 for row in rows])}
 
 
 def batchable(model: Any) -> bool:
@@ -62,8 +83,12 @@ def flat(layers: Iterable[Any]) -> Layers:
     return [part for layer in layers for part in (flat(layer.caches) if isinstance(layer, CacheList) else [layer])]
 
 
-def put(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
-    """Put tokens of each row through the model; rows may differ in length. Nothing is computed before `states` are."""
+def put(model: Any, layers: Layers, tokens: Sequence[Sequence[int]], media: Sequence[Placed | None] = ()) -> None:
+    """Put tokens of each row through the model; rows may differ in length. Nothing is computed before `states` are.
+
+    Args:
+        media: of each row, what its image tokens stand for; none where no row has any.
+    """
     longest = max(map(len, tokens))
     if longest == 0:
         return
@@ -71,15 +96,17 @@ def put(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> None:
     if any(padding):
         for layer in layers:
             layer.prepare(lengths=[len(row) for row in tokens], right_padding=padding)
-    model(mx.array([[*row, *[0] * pad] for row, pad in zip(tokens, padding, strict=True)]), cache=layers)
+    padded = [[*row, *[0] * pad] for row, pad in zip(tokens, padding, strict=True)]
+    more = {"media": media} if any(media) else {}
+    model(mx.array(padded, dtype=mx.uint32), cache=layers, **more)
     if any(padding):
         for layer in layers:
             layer.finalize()
 
 
-def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]]) -> list[Any]:
+def feed(model: Any, layers: Layers, tokens: Sequence[Sequence[int]], media: Sequence[Placed | None] = ()) -> list[Any]:
     """Put tokens through the model, as `put`, and queue that on the device; what to evaluate in order to wait."""
-    put(model, layers, tokens)
+    put(model, layers, tokens, media)
     return queue(layers)
 
 

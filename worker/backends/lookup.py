@@ -8,8 +8,9 @@ token costs a few lookups in a table, however long the row is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, takewhile
 
+from worker.backends.base import IMAGE_TOKENS
 from worker.backends.odds import LONGEST, Odds
 
 _SIZES = (3, 2)
@@ -60,8 +61,8 @@ class Lookup:
         """So many tokens that may come next; none without a guess. Where the row ends it goes round in its period."""
         if not self.length:
             return []
-        there = self._tokens[self._place : self._place + most]
-        return [there[i % len(there)] for i in range(most)]
+        there = [*takewhile(lambda token: token < IMAGE_TOKENS, self._tokens[self._place : self._place + most])]
+        return [there[i % len(there)] for i in range(most)] if there else []
 
     def _index(self) -> None:
         """Remember where the runs end that have a token behind them by now."""

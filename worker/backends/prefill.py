@@ -191,7 +191,8 @@ class Prefill:
         reused, layers = zip(*(self._prefixes.load(row.owner, _to_read(row)) for row in rows), strict=True)
         cache = kv.alone(layers[0]) if len(rows) == 1 else kv.merge(layers)
         unread = [_to_read(row)[length:] for row, length in zip(rows, reused, strict=True)]
-        self._queued = kv.feed(self._model, cache, unread)
+        media = [kv.placed(row, length) for row, length in zip(rows, reused, strict=True)]
+        self._queued = kv.feed(self._model, cache, unread, media)
         return self._done(Chunk(tuple(rows), cache, reused, sum(map(len, unread))))
 
     def _read_long(self) -> Chunk | None:
@@ -215,7 +216,7 @@ class Prefill:
         if not reading.under_way:
             size = self._pace.chunk(reading.done, reading.depth) if self._decoding else self._chunk
             unread = _to_read(reading.row)[reading.done : reading.done + size]
-            kv.put(self._model, reading.cache, [unread])
+            kv.put(self._model, reading.cache, [unread], [kv.placed(reading.row, reading.done)])
             reading.under_way, reading.layers = len(unread), 0
         return self._deeper(reading)
 

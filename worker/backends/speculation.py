@@ -88,7 +88,8 @@ class Speculation:
         fed = [
             [slot.newest or 0, *guess, *[0] * (length - len(guess))] for slot, guess in zip(slots, guesses, strict=True)
         ]
-        chosen = self._choose(self._model(mx.array(fed), cache=cache), slots)
+        logits = self._model(mx.array(fed), cache=cache, **kv.shifts([slot.row for slot in slots]))
+        chosen = self._choose(logits, slots)
         found = [
             tokens[: common_length(tuple(guess), tuple(tokens)) + 1]
             for guess, tokens in zip(guesses, chosen, strict=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from importlib.metadata import version
 from typing import Any
@@ -26,7 +26,7 @@ from shared.model_folder import ModelError
 from shared.settings import Settings
 from worker.backends import cost, kv, pieces
 from worker.backends.arrivals import Arrivals
-from worker.backends.base import Detokenizer, Fit, PromptError, Row, StepResult
+from worker.backends.base import IMAGE_TOKENS, Detokenizer, Fit, Media, Prompt, PromptError, Row, StepResult
 from worker.backends.lanes import Lanes
 from worker.backends.memory import (
     SHARE_OF_PREFIXES,
@@ -178,25 +178,15 @@ class TextBackend:
         self._refused: dict[int, Exception] = {}
         self._steps = 0
 
-    def encode(self, generation: Generation) -> tuple[int, ...]:
+    def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
         """The prompt's tokens; see `Backend.encode`."""
-        tokens = self._chat(generation.messages) if generation.messages is not None else self._plain(generation)
+        tokens, media = self._with_images(self._text_tokens(generation), generation, images)
         if not tokens:
             raise PromptError(JobFailure.TEMPLATE, "The prompt has no tokens.")
         if len(tokens) + 1 > self.card.context:
             detail = f"The prompt has {len(tokens)} tokens; the model takes {self.card.context} with the answer."
             raise PromptError(JobFailure.CONTEXT_LENGTH, detail)
-        return tuple(tokens)
-
-    def shared(self, generation: Generation, prompt: tuple[int, ...]) -> int:
-        """See `Backend.shared`. The system message is rendered alone, so what follows it cannot be in it."""
-        if not generation.share_system_prompt or not generation.messages:
-            return 0
-        try:
-            alone = self._encoder.apply_chat_template(list(generation.messages[:1]), add_generation_prompt=False)
-        except Exception:  # noqa: BLE001 - a template may want more than a system message
-            return 0
-        return common_length(tuple(alone), prompt)
+        return Prompt(tuple(tokens), self._shared(generation, tokens), media)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one."""
@@ -307,6 +297,30 @@ class TextBackend:
         """Leave to the prefixes what the rows will not need."""
         self._prefixes.allow(self._budget.most_bytes - self._budget.needed(list(self._lengths.values())))
 
+    def _text_tokens(self, generation: Generation) -> list[int]:
+        return self._plain(generation) if generation.messages is None else self._chat(generation.messages)
+
+    def _with_images(
+        self,
+        tokens: list[int],
+        generation: Generation,  # noqa: ARG002
+        images: Mapping[str, bytes],
+    ) -> tuple[list[int], Media | None]:
+        """Put the images where the template has them, and what they are."""
+        if images:
+            raise PromptError(JobFailure.TEMPLATE, "This model takes no images.")
+        return tokens, None
+
+    def _shared(self, generation: Generation, tokens: Sequence[int]) -> int:
+        """See `Prompt.shared`. The system message is rendered alone, so what follows it cannot be in it."""
+        if not generation.share_system_prompt or not generation.messages:
+            return 0
+        try:
+            alone = self._encoder.apply_chat_template(list(generation.messages[:1]), add_generation_prompt=False)
+        except Exception:  # noqa: BLE001 - a template may want more than a system message
+            return 0
+        return common_length(tuple(alone), tuple(tokens))
+
     def _plain(self, generation: Generation) -> list[int]:
         prompt = generation.prompt or ""
         bos = self._encoder.bos_token
@@ -328,7 +342,8 @@ def _fault(row: Row, vocabulary: int) -> str | None:
     """Why a row cannot go into a batch. What would raise, or read outside an array, must not get that far."""
     if not row.prompt or row.room < 1:
         return "the row has no prompt or no room"
-    if min(row.prompt) < 0 or max(row.prompt) >= vocabulary:
+    text = row.prompt if row.media is None else [token for token in row.prompt if token < IMAGE_TOKENS]
+    if min(text) < 0 or max(text) >= vocabulary:
         return "the prompt has a token that the model does not know"
     if not all(map(math.isfinite, astuple(row.sampling))):
         return "a sampling value is not a finite number"
