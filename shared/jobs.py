@@ -87,11 +87,11 @@ class Generation:
     """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
 
     @property
-    def images(self) -> list[str]:
-        """Digests of the images that its messages name, in their order."""
+    def image_parts(self) -> list[dict[str, Any]]:
+        """The images of its messages in their order: of each the digest (`image`), `width` and `height` in pixels."""
         contents = (message["content"] for message in self.messages or ())
         parts = (part for content in contents if isinstance(content, list) for part in content)
-        return [part["image"] for part in parts if part["type"] == "image"]
+        return [part for part in parts if part["type"] == "image"]
 
     def to_json(self) -> str:
         """One line of JSON."""

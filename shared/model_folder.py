@@ -36,6 +36,15 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
 
 
+def model_kind(folder: Path) -> str:
+    """`vision` where the model has an encoder for images by its config.json, else `text`; also of no model."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return "text"
+    return "vision" if isinstance(config, dict) and config.get("vision_config") else "text"
+
+
 def _check_config(folder: Path) -> None:
     config = _read_object(folder / "config.json")
     if not config.get("model_type"):

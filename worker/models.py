@@ -47,10 +47,15 @@ def load_model(folder: Path) -> LoadedModel:
     try:
         model, tokenizer, config = load(str(folder), return_config=True)  # type: ignore[misc]
     except Exception as error:  # a broken folder makes the libraries raise anything
-        raise ModelError(f"The model in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
+    return loaded_as("text", folder, model, tokenizer, config)
+
+
+def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:
+    """A model of that kind, with its card."""
     card = ModelCard(
         id=folder.name,
-        kind="text",
+        kind=kind,
         context=_context(config, tokenizer),
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
@@ -69,6 +74,7 @@ def _context(config: dict[str, Any], tokenizer: Any) -> int:
     return min(limits, default=FALLBACK_CONTEXT)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -148,7 +148,7 @@ class Runner:
         Raises:
             PromptError: they are not all there any more.
         """
-        digests = set(job.generation.images)
+        digests = {part["image"] for part in job.generation.image_parts}
         images = self._images(job.owner, digests) if digests else {}
         if len(images) < len(digests):
             raise PromptError(JobFailure.IMAGE_LOST, "An image of this job is not kept any more.")

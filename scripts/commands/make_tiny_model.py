@@ -19,7 +19,7 @@ from scripts.model_files.random_weights import SEED, SHARD_BYTES, size, write_ra
 from scripts.model_files.shapes import SHAPES, TINY, Shape
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import locked, staged
-from scripts.model_files.vocabulary import padded
+from scripts.model_files.vocabulary import padded, with_special
 from shared.model_folder import ModelError, check_folder
 from shared.settings import ROOT
 
@@ -46,20 +46,22 @@ def make_tiny_model(target: Path, tokenizer_from: Path, shape: Shape = TINY, *, 
         check_space(target.parent, size(config))
         with staged(target) as folder:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-            _write_tokenizer(folder, tokenizer_from, config)
+            _write_tokenizer(folder, tokenizer_from, config, shape)
             write_random_weights(folder, config, shard_bytes)
             check_folder(folder)
             write_manifest(folder, origin)
 
 
-def _write_tokenizer(folder: Path, tokenizer_from: Path, config: dict[str, Any]) -> None:
+def _write_tokenizer(folder: Path, tokenizer_from: Path, config: dict[str, Any], shape: Shape) -> None:
     for name in _COPIED:
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
     text = (tokenizer_from / _TOKENIZER).read_text("utf-8")
-    filled = padded(json.loads(text), config["vocab_size"])
+    filled = padded(with_special(json.loads(text), shape.special), config["vocab_size"])
     # As it is where nothing was missing: another's way of writing JSON is no change.
     (folder / _TOKENIZER).write_text(text if filled == json.loads(text) else json.dumps(filled), "utf-8")
+    for name, content in shape.files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2), "utf-8")
 
 
 def main() -> int:

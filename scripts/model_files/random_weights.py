@@ -15,16 +15,37 @@ from scripts.model_files.weights import save_weights
 
 SHARD_BYTES = 2**30
 SEED = 20
+_LOUD, _SHARP = 16, 8
+"""Attention of random weights averages over all tokens: what a vision model says would hardly depend on the image."""
 
 
 def random_weights(config: Mapping[str, Any]) -> dict[str, mx.array]:
-    """All weights by name, as mlx-lm initialises them; nothing is computed yet. The same each time."""
-    library: Any = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    """All weights by name, as mlx-lm or mlx-vlm initialises them; nothing is computed yet. The same each time."""
     mx.random.seed(SEED)
-    model = library.Model(library.ModelArgs.from_dict(dict(config)))
+    model = _vision_model(config) if "vision_config" in config else _text_model(config)
     dtype = getattr(mx, config["torch_dtype"])
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     return {name: array.astype(dtype) for name, array in weights.items()}
+
+
+def _text_model(config: Mapping[str, Any]) -> Any:
+    library: Any = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    return library.Model(library.ModelArgs.from_dict(dict(config)))
+
+
+def _vision_model(config: Mapping[str, Any]) -> Any:
+    from mlx_vlm.utils import update_module_configs
+
+    library: Any = importlib.import_module(f"mlx_vlm.models.{config['model_type']}")
+    given = dict(config)  # the library adds to it
+    whole = library.ModelConfig.from_dict(given)
+    modules = ["text", "vision"]
+    model = library.Model(update_module_configs(whole, library, given, modules))  # type: ignore[no-untyped-call]
+    model.vision_tower.merger.mlp[-1].weight *= _LOUD
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight *= _SHARP
+        layer.self_attn.k_proj.weight *= _SHARP
+    return model
 
 
 def write_random_weights(folder: Path, config: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 Json = dict[str, Any]
@@ -17,12 +17,16 @@ class Shape:
         folder: the name its folder gets under models/.
         config: what config.json says.
         inherits: fields that the config.json of the tokenizer's model gives; None: all that `config` does not have.
+        special: tokens that the tokenizer gets behind its own.
+        files: others of the folder, by name: objects become JSON.
     """
 
     name: str
     folder: str
     config: Mapping[str, Any]
     inherits: tuple[str, ...] | None = None
+    special: tuple[str, ...] = ()
+    files: Mapping[str, str | Json] = field(default_factory=dict)
 
     def config_with(self, given: Json) -> Json:
         """The whole config.json, `given` that of the tokenizer's model."""
@@ -70,4 +74,67 @@ QWEN2_5_7B: Final = Shape(
     inherits=("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
-SHAPES: Final = {shape.name: shape for shape in (TINY, QWEN2_5_7B)}
+_QWEN_VL_TEMPLATE: Final = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TINY_VISION: Final = Shape(
+    "tiny-vision",
+    "tiny-random-qwen2.5-vl",
+    {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 49156,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vision_start_token_id": 49152,
+        "vision_end_token_id": 49153,
+        "image_token_id": 49154,
+        "video_token_id": 49155,
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_heads": 4,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+    },
+    inherits=("bos_token_id", "eos_token_id", "pad_token_id"),
+    special=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    files={
+        "chat_template.jinja": _QWEN_VL_TEMPLATE,
+        # As UI-TARS-1.5-7B has it.
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+    },
+)
+
+SHAPES: Final = {shape.name: shape for shape in (TINY, TINY_VISION, QWEN2_5_7B)}

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shared.model_folder import ModelError
+
+
+def with_special(tokenizer: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """tokenizer.json with special tokens of these names behind all that it has."""
+    added = tokenizer.get("added_tokens", [])
+    first = max(*tokenizer["model"]["vocab"].values(), *(token["id"] for token in added)) + 1 if names else 0
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    more = [{"id": first + number, "content": name, **flags} for number, name in enumerate(names)]
+    return tokenizer | {"added_tokens": [*added, *more]} if more else tokenizer
 
 
 def padded(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ prefer_openblas()
 
 from scripts.commands.make_tiny_model import make_tiny_model  # noqa: E402
 from scripts.model_files import default_model  # noqa: E402
+from scripts.model_files.shapes import TINY_VISION  # noqa: E402
 from scripts.model_files.smollm2 import Dtype  # noqa: E402
 from scripts.model_files.staging import locked  # noqa: E402
 
@@ -37,6 +38,14 @@ def tiny_model_path(smollm2_path: Path) -> Path:
     """A tiny llama of random weights with SmolLM2's tokenizer."""
     target = _MODELS / "tiny-random-llama"
     make_tiny_model(target, smollm2_path)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_path(smollm2_path: Path) -> Path:
+    """A tiny Qwen2.5-VL of random weights with SmolLM2's tokenizer and UI-TARS' image processor."""
+    target = _MODELS / TINY_VISION.folder
+    make_tiny_model(target, smollm2_path, TINY_VISION)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from shared.model_folder import model_kind
 from shared.settings import Settings
 from worker.backends.base import BackendLoader
 
@@ -18,6 +19,10 @@ def choose_loader(settings: Settings) -> BackendLoader:
         from worker.backends import fake
 
         return partial(fake.load, settings)
+    if model_kind(settings.model_path) == "vision":
+        from worker.backends import vision
+
+        return partial(vision.load, settings)
     from worker.backends import text
 
     return partial(text.load, settings)

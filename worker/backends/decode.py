@@ -191,7 +191,7 @@ class DecodeBatch:
         samplings = [slot.row.sampling if slot else _GREEDY for slot in self._slots]
         self._sampler = BatchSampler(samplings)
         self._penalties = BatchPenalties(samplings)
-        self._shifts = kv.shifts([slot and slot.row for slot in self._slots])
+        self._shifts = kv.shifts([slot.row if slot else None for slot in self._slots])
 
     def _empty(self, places: Sequence[int]) -> None:
         if not places:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, make_prompt_cache
 
-from worker.backends.base import Media, Row
+from worker.backends.base import Row
 
 Layers: TypeAlias = list[Any]
 
@@ -23,7 +23,7 @@ AHEAD = 32
 class Placed(NamedTuple):
     """What stands for the image tokens of a row, some of whose tokens, from the one at `start` on, are read."""
 
-    media: Media
+    media: Any
     start: int
 
 

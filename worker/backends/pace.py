@@ -96,10 +96,14 @@ class Pace:
 
     def share(self, tokens: int, position: int, layers: int) -> int:
         """How many of the layers there is time for in this step, with such a chunk: one at least."""
+        return self.part(self.foretold(tokens, position), layers)
+
+    def part(self, cost: float, layers: int) -> int:
+        """How many of the layers there is time for in this step, of something that costs that much: one at least."""
         spare = self._spare()
         if spare is None:
             return layers
-        return min(max(int(layers * spare / self.foretold(tokens, position) + _NEARLY), 1), layers)
+        return min(max(int(layers * spare / max(cost, _LEAST) + _NEARLY), 1), layers)
 
     def foretold(self, tokens: int, position: int) -> float:
         """What `stepped` wants to know of tokens that are being read."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from jinja2 import TemplateError
@@ -45,6 +45,8 @@ from worker.backends.speculation import Speculation
 from worker.backends.spill import Spill
 from worker.models import LoadedModel, load_model
 
+T = TypeVar("T", bound="TextBackend")
+
 CHUNK_CPU = 32
 """Prompt tokens between two decode steps, at most; beside rows that decode `Pace` makes it fewer, or only some layers.
 A token costs a CPU a sixth more than in chunks of 64, beyond which it gets no cheaper."""
@@ -70,13 +72,24 @@ def load(settings: Settings) -> TextBackend:
     """
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
-    loaded = load_model(settings.model_path)
+    return assembled(settings, load_model(settings.model_path), TextBackend)
+
+
+def assembled(settings: Settings, loaded: LoadedModel, kind: Callable[..., T]) -> T:
+    """The backend of a model that was loaded, warm.
+
+    Args:
+        kind: makes it of the model, the chunk, the memory and the disk for prefixes.
+
+    Raises:
+        ModelError: it cannot be served.
+    """
     if not kv.batchable(loaded.model):
         raise ModelError(f"{settings.model_path} cannot be served: mlx-lm has no batch cache for its kind of model.")
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
     spill = _spill(settings, loaded.model, memory)
-    backend = TextBackend(
+    backend = kind(
         loaded,
         settings.prefill_step_tokens or default_chunk(),
         memory,
@@ -205,19 +218,19 @@ class TextBackend:
                 continue
             self._lengths[row.uid] = len(row.prompt) + row.room
             if not self._arrivals.add(row):
-                self._prefill.add(row)
+                self._begin(row)
         self._give_way()
 
     def step(self) -> StepResult:
         """Queue a chunk of prompts and a decode step, then read what the last step chose."""
-        for row in self._arrivals.ready(idle=not (self._prefill or self._batch)):
-            self._prefill.add(row)
+        for row in self._arrivals.ready(idle=not (self._reading or self._batch)):
+            self._begin(row)
         with exhaustion_told():
-            chunk = self._prefill.advance(decoding=len(self._batch) > 0)
+            chunk = self._read_on(decoding=len(self._batch) > 0)
             if chunk.rows:
                 self._batch.join(chunk.rows, chunk.cache)
             drafted = self._speculation.drafted
-            tokens = self._batch.step(quiet=not chunk.tokens and not self._prefill)
+            tokens = self._batch.step(quiet=not chunk.tokens and not self._reading)
         self._measure(chunk, bool(tokens) and drafted == self._speculation.drafted)
         prefilled, self._joined = (
             self._joined,
@@ -272,12 +285,25 @@ class TextBackend:
         """Run a chunk and a few steps, so that the first job finds every kernel compiled."""
         prompt = (0,) * (self._chunk + 1)
         self.insert([Row(-1 - i, prompt, 0, 3, Sampling(temperature=float(i), top_p=0.9)) for i in range(2)])
-        while self._prefill or self._batch:
+        while self._reading or self._batch:
             self.step()
         self._speculation.warm()
         self.reset()
         if self._budget.fits(cost.BEHIND + self._chunk, []) is Fit.NOW:
             self._pace.expect(cost.measured(self._model, self._chunk))
+
+    @property
+    def _reading(self) -> bool:
+        """Whether any prompt is on its way into the cache."""
+        return bool(self._prefill)
+
+    def _begin(self, row: Row) -> None:
+        """Read the prompt of a row that has what disk had of it."""
+        self._prefill.add(row)
+
+    def _read_on(self, *, decoding: bool) -> Chunk:
+        """Queue the next piece of what is to be read."""
+        return self._prefill.advance(decoding)
 
     def _new_prefill(self) -> Prefill:
         return Prefill(self._model, self._chunk, self._prefixes, self._pace)

@@ -63,7 +63,8 @@ def run(backend: TextBackend, case: Case, turn: int, most: int) -> dict[str, Any
 
     for uid in range(case.rows):
         asked = Generation("", most, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
-        backend.insert([Row(uid, backend.encode(asked), 0, most, Sampling(case.temperature, seed=uid))])
+        prompt = backend.encode(asked, {}).tokens
+        backend.insert([Row(uid, prompt, 0, most, Sampling(case.temperature, seed=uid))])
     said: dict[int, list[int]] = {uid: [] for uid in range(case.rows)}
     open_rows, began, cpu_s, before = set(said), 0.0, 0.0, 0
     while open_rows:

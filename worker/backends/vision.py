@@ -1,0 +1,180 @@
+"""Generation from text and images with mlx-vlm's models: the backend of vision models of the Qwen-VL family.
+
+Rows are batched, read, decoded and kept as those of language models are (`worker.backends.text`), text and images in
+one batch: what differs is where a prompt's vectors come from and how its positions are counted. A row with images goes
+through `worker.backends.encoding` first, unless its images are in the prefix that it shares with an earlier row.
+
+mlx-vlm's own `BatchGenerator` takes the sampling of a batch from its first request, admits only when a whole group of
+slots is free, and computes log-probabilities for every row; this one does none of that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from mlx_lm import tokenizer_utils
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+from mlx_vlm import utils
+from mlx_vlm.models.base import load_chat_template
+
+from shared.errors import JobFailure
+from shared.jobs import Generation
+from shared.model_folder import ModelError, check_folder
+from shared.settings import Settings
+from worker.backends.base import IMAGE_TOKENS, Media, PromptError, Row
+from worker.backends.encoding import Encoding
+from worker.backends.image_encoder import ImageEncoder
+from worker.backends.images import place
+from worker.backends.memory import UNLIMITED, Memory
+from worker.backends.mrope import MRopeModel
+from worker.backends.prefill import Chunk
+from worker.backends.spill import Spill
+from worker.backends.text import TextBackend, assembled
+from worker.models import LoadedModel, first_line, loaded_as
+
+FAMILIES = ("qwen2_5_vl",)
+"""What config.json calls models whose encoder and positions are known here."""
+
+SHARE_OF_FEATURES = 16
+"""The part of the memory for caches that the encoder's results may take."""
+MOST_FEATURES = 2**30
+"""Bytes of them at most: some hundred screenshots of a large model."""
+
+_MISCOUNTED: Final = (
+    "The text of a message contains the token that stands for an image, or the template leaves one out."
+)
+
+
+def load(settings: Settings) -> VisionBackend:
+    """Load and warm the model of MODEL_PATH.
+
+    Raises:
+        ModelError: it cannot be served.
+    """
+    if settings.wired_limit:
+        maybe_set_recommended_wired_limit()
+    loaded, encoder = load_vision_model(settings.model_path)
+    return assembled(settings, loaded, partial(VisionBackend, encoder))
+
+
+def load_vision_model(folder: Path) -> tuple[LoadedModel, ImageEncoder]:
+    """Load a model folder: its language model with the tokenizer, and its image encoder.
+
+    Raises:
+        ModelError: something in it is missing or cannot be used.
+    """
+    check_folder(folder)
+    folder = folder.resolve()  # a relative one looks like a hub id to the libraries
+    try:
+        config = utils.load_config(folder)
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise ModelError(f"{folder} is of a kind ({family}) whose images are not understood here")
+        model: Any = utils.load_model(folder)
+        tokenizer = tokenizer_utils.load(folder, eos_token_ids=config.get("eos_token_id"))
+        load_chat_template(tokenizer, folder)  # type: ignore[no-untyped-call]
+        processing = importlib.import_module(f"mlx_vlm.models.{family}.processing_{family}")
+        processor = processing.Qwen2_5_VLProcessor.from_pretrained(str(folder))
+    except ModelError:
+        raise
+    except Exception as error:  # a broken folder makes the libraries raise anything
+        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
+    encoder = ImageEncoder(model.vision_tower, processor.image_processor)
+    language = MRopeModel(model.language_model, int(config["image_token_id"]), encoder.encode)
+    return loaded_as("vision", folder, language, tokenizer, config), encoder
+
+
+class VisionBackend(TextBackend):
+    """See `worker.backends.base.Backend`."""
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        loaded: LoadedModel,
+        chunk: int,
+        memory: Memory = UNLIMITED,
+        spill: Spill | None = None,
+        **options: Any,
+    ) -> None:
+        cache_bytes = min(memory.most_bytes // SHARE_OF_FEATURES, MOST_FEATURES)
+        super().__init__(loaded, chunk, replace(memory, most_bytes=memory.most_bytes - cache_bytes), spill, **options)
+        self.about |= {"mlx_vlm": version("mlx-vlm"), "encoder_parameters": encoder.parameters}
+        self._encoder_of_images = encoder
+        self._image_token = int(loaded.config["image_token_id"])
+        self._encoding = Encoding(encoder, self._pace, cache_bytes)
+        self._images_next = False
+
+    def warm(self) -> None:
+        """Also encode images."""
+        self._encoder_of_images.warm()
+        super().warm()
+
+    def remove(self, uids: Iterable[int]) -> None:
+        """Drop rows."""
+        gone = frozenset(uids)
+        self._encoding.remove(gone)
+        super().remove(gone)
+
+    def reset(self) -> None:
+        """Drop every row and all that was kept."""
+        self._encoding.clear()
+        super().reset()
+
+    def stats(self) -> dict[str, float]:
+        """Those of text, and of images."""
+        return super().stats() | self._encoding.stats()
+
+    def close(self) -> None:
+        """End."""
+        self._encoding.close()
+        super().close()
+
+    @property
+    def _reading(self) -> bool:
+        return super()._reading or len(self._encoding) > 0
+
+    def _begin(self, row: Row) -> None:
+        if not self._encoding.add(row, self._prefixes.length(row.owner, row.prompt[:-1])):
+            super()._begin(row)
+
+    def _read_on(self, *, decoding: bool) -> Chunk:
+        """Encode and read in turns, so that neither text nor images wait for more than a piece of the other."""
+        self._images_next = not self._images_next
+        chunk = self._encoding.advance(decoding) if self._images_next or not super()._reading else None
+        for row in self._encoding.ready():
+            super()._begin(row)
+        return chunk or super()._read_on(decoding=decoding)
+
+    def _chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Templates know images by the type of their part alone."""
+        return super()._chat([{**message, "content": _parts(message["content"])} for message in messages])
+
+    def _with_images(
+        self, tokens: list[int], generation: Generation, images: Mapping[str, bytes]
+    ) -> tuple[list[int], Media | None]:
+        asked = generation.image_parts
+        if tokens.count(self._image_token) != len(asked):
+            raise PromptError(JobFailure.TEMPLATE, _MISCOUNTED)
+        if not asked:
+            return tokens, None
+        try:
+            grids = [self._encoder_of_images.grid(part["width"], part["height"]) for part in asked]
+        except ValueError as error:
+            raise PromptError(JobFailure.TEMPLATE, f"The model takes no image of such a shape: {error}") from error
+        found = [(part["image"], grid, images[part["image"]]) for part, grid in zip(asked, grids, strict=True)]
+        expanded, media = place(tokens, self._image_token, found)
+        if expanded[-1] >= IMAGE_TOKENS:
+            raise PromptError(JobFailure.TEMPLATE, "The prompt ends with an image.")
+        return expanded, media
+
+
+def _parts(content: Any) -> Any:
+    if isinstance(content, str):
+        return content
+    return [{"type": "image"} if part["type"] == "image" else part for part in content]
