@@ -267,6 +267,7 @@ class Service:
 
 def main() -> int:
     """Run one worker; the exit status."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is what its folder holds; nothing is fetched while it loads
     settings, index = load_settings(), int(os.environ.get("MLXQ_WORKER_INDEX", "0"))
     configure(f"worker-{index}", settings.log_level)
     try:

@@ -28,6 +28,7 @@ from shared.settings import ROOT
 
 SMOLLM2: Final = ROOT / "models/SmolLM2-135M-Instruct"
 TINY: Final = ROOT / "models/tiny-random-llama"
+VISION: Final = ROOT / "models/tiny-random-qwen2.5-vl"
 LOAD: Final = "load"
 OK, FLAWED, INTERRUPTED = 0, 1, 130
 _WIDTH = 190
@@ -52,7 +53,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--clients", type=int, nargs="+", help="at once, in closed loops (default 1 8 32 64)")
     add("--tokens", type=int, help="of each answer (default 48; 128 for the tiny model)")
     add("--seconds", type=float, help="that requests come in open loops (default 60)")
-    add("--vision-model", type=Path, help="model folder for images")
+    add("--vision-model", type=Path, default=VISION, help="model folder for images (default %(default)s)")
     add("--only", choices=(LOAD, *PARTS), help="the scenarios, or one of the parts that measure this stack alone")
     add("--json", type=Path, help="write everything measured there")
     add("--save", nargs="?", const="", metavar="NAME", help="keep it under docs/bench/NAME (default: date and commit)")
@@ -70,7 +71,7 @@ def question(asked: argparse.Namespace) -> Question:
         scenarios=scenarios,
         contenders=asked.who,
         rounds=1 if asked.quick else asked.rounds,
-        vision=asked.vision_model.resolve() if asked.vision_model else None,
+        vision=asked.vision_model.resolve(),
         at_once=asked.quick,
     )
 

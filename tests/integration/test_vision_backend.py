@@ -317,6 +317,20 @@ def test_prompts_that_cannot_be_read_say_why(backend: VisionBackend, pictures: P
     assert long.code == JobFailure.CONTEXT_LENGTH
 
 
+def test_an_image_that_memory_does_not_suffice_for_is_refused(
+    model: tuple[LoadedModel, ImageEncoder], pictures: Pictures
+) -> None:
+    loaded, encoder = model
+    backend = VisionBackend(encoder, loaded, CHUNK, Memory(2**24, 0))
+    backend.encode(ask("?", pictures.part(300, 200, 1)), pictures)
+    large = pictures.part(640, 480, 1) | {"width": 3000, "height": 2000}
+    with pytest.raises(PromptError) as refused:
+        backend.encode(ask("?", large), pictures)
+    assert refused.value.code == JobFailure.MEMORY
+    assert "GiB to be encoded" in str(refused.value)
+    backend.close()
+
+
 def test_pieces_of_images_are_told_by_content(backend: VisionBackend, pictures: Pictures) -> None:
     prompt = backend.encode(ask("?", pictures.part(300, 200, 1)), pictures)
     media = prompt.media

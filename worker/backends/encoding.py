@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 Key: TypeAlias = tuple[str | None, str]
 """API key and digest."""
 
-AHEAD = 2
-"""Images that are decoded to pixels before their turn."""
+AHEAD_PATCHES = 2**14
+"""Images with so many patches in all are decoded to pixels before their turn, some 80 MB, and two at least."""
+SHORT_S = 0.02
+"""What takes no longer, nobody sees: small images are encoded whole whatever decodes, as many as take so long."""
 _PAUSE_S = 0.02
 """How long a step that has nothing else to do waits for pixels."""
 
@@ -80,6 +82,7 @@ class _Task:
         done: blocks that were queued on the device.
     """
 
+    key: Key
     image: PlacedImage
     rows: list[Row] = field(default_factory=list)
     pixels: Future[Floats] | None = None
@@ -101,7 +104,8 @@ class Encoding:
         self._cache = FeatureCache(cache_bytes)
         self._tasks: OrderedDict[Key, _Task] = OrderedDict()
         self._rows: dict[int, Row] = {}
-        self._queued: Any = []
+        self._queued: list[mx.array] = []
+        self._failed: list[tuple[Row, Exception]] = []
         self._hands = ThreadPoolExecutor(1, thread_name_prefix="pixels")
         self._encoded = 0
 
@@ -118,7 +122,7 @@ class Encoding:
             if (features := self._cache.get(key)) is not None:
                 media.features[image.digest] = features
             else:
-                self._tasks.setdefault(key, _Task(image)).rows.append(row)
+                self._tasks.setdefault(key, _Task(key, image)).rows.append(row)
                 self._rows[row.uid] = row
         self._look_ahead()
         return row.uid in self._rows
@@ -129,53 +133,73 @@ class Encoding:
         return [self._rows.pop(uid) for uid in [*self._rows] if uid not in waiting]
 
     def advance(self, decoding: bool) -> Chunk | None:
-        """Queue the next image, or some blocks of it; None when none is ready to be.
+        """Queue the next image, some small ones or some blocks of a large one; None when none is ready to be.
 
         Args:
             decoding: whether rows wait for their next token meanwhile.
         """
-        if not self._tasks:
+        task = self._next(idle=not decoding)
+        if task is None or (decoding and self._is_long(task) and self._pace.rests()):
             return None
-        key, task = next(iter(self._tasks.items()))
-        if not decoding and task.pixels is not None:
+        mx.eval(self._queued)  # no more than one step ahead of the device
+        self._queued = []
+        if decoding and self._is_long(task):
+            blocks = self._pace.part(self._encoder.seconds(task.image.grid), self._encoder.blocks)
+            return Chunk(foretold=self._deepen(task, blocks), failed=self._take_failed())
+        took = 0.0
+        while task is not None and (took == 0.0 or took + self._encoder.seconds(task.image.grid) <= SHORT_S):
+            took += self._deepen(task, self._encoder.blocks)
+            task = self._next(idle=False)
+        return Chunk(foretold=took, failed=self._take_failed())
+
+    def _next(self, *, idle: bool) -> _Task | None:
+        """The first in line, if its pixels are there."""
+        task = next(iter(self._tasks.values()), None)
+        if task is None or task.pixels is None:
+            return None
+        if idle:
             wait([task.pixels], _PAUSE_S)
-        if task.pixels is None or not task.pixels.done() or (decoding and self._pace.rests()):
-            return None
-        mx.eval(self._queued)  # no more than one piece ahead of the device
+        return task if task.pixels.done() else None
+
+    def _is_long(self, task: _Task) -> bool:
+        return self._encoder.seconds(task.image.grid) > SHORT_S
+
+    def _deepen(self, task: _Task, blocks: int) -> float:
+        """Queue so many more blocks of an image, if it has as many; what that takes."""
         try:
-            return self._deepen(key, task, decoding)
+            if task.under_way is None:
+                assert task.pixels is not None  # noqa: S101 - its turn came when they were there
+                task.under_way = self._encoder.stages(task.pixels.result(), task.image.grid)
         except (ValueError, OSError) as error:
             logger.warning("an image cannot be read", exc_info=error)
-            return self._give_up(key, task, error)
-
-    def _deepen(self, key: Key, task: _Task, decoding: bool) -> Chunk:
-        if task.under_way is None:
-            assert task.pixels is not None  # noqa: S101 - `advance` has seen it
-            task.under_way = self._encoder.stages(task.pixels.result(), task.image.grid)
-        blocks, seconds = self._encoder.blocks, self._encoder.seconds(task.image.grid)
-        made = min(self._pace.part(seconds, blocks) if decoding else blocks, blocks - task.done)
+            self._give_up(task, error)
+            return 0.0
+        made = min(blocks, self._encoder.blocks - task.done)
         *_, hidden = islice(task.under_way, made)
         task.done += made
-        self._queued = hidden
+        self._queued.append(hidden)
         mx.async_eval(hidden)  # type: ignore[no-untyped-call]
-        if task.done == blocks:
-            self._finish(key, task, hidden)
-        return Chunk(foretold=seconds * made / blocks)
+        if task.done == self._encoder.blocks:
+            self._finish(task, hidden)
+        return self._encoder.seconds(task.image.grid) * made / self._encoder.blocks
 
-    def _finish(self, key: Key, task: _Task, features: mx.array) -> None:
+    def _finish(self, task: _Task, features: mx.array) -> None:
         self._encoded += 1
         for row in task.rows:
             if isinstance(row.media, ImageMedia):
                 row.media.features[task.image.digest] = features
-        self._cache.put(key, features)
-        self._drop(key)
+        self._cache.put(task.key, features)
+        self._drop(task.key)
 
-    def _give_up(self, key: Key, task: _Task, error: Exception) -> Chunk:
+    def _give_up(self, task: _Task, error: Exception) -> None:
         """Fail the rows that show it."""
-        self._drop(key)
-        rows = tuple((row, error) for row in task.rows)
+        self._drop(task.key)
+        self._failed += [(row, error) for row in task.rows]
         self.remove([row.uid for row in task.rows])
-        return Chunk(foretold=None, failed=rows)
+
+    def _take_failed(self) -> tuple[tuple[Row, Exception], ...]:
+        failed, self._failed = tuple(self._failed), []
+        return failed
 
     def remove(self, uids: Collection[int]) -> None:
         """Drop rows, and the images that only they show."""
@@ -212,6 +236,10 @@ class Encoding:
 
     def _look_ahead(self) -> None:
         """Have the next images decoded to pixels."""
-        for task in [*self._tasks.values()][:AHEAD]:
+        patches = 0
+        for number, task in enumerate(self._tasks.values()):
+            patches += task.image.grid.patches
+            if number > 1 and patches > AHEAD_PATCHES:
+                return
             if task.pixels is None:
                 task.pixels = self._hands.submit(self._encoder.pixels, task.image)

@@ -85,6 +85,14 @@ class ImageEncoder:
         fixed, each = self._cost
         return fixed + grid.patches * each
 
+    def bytes(self, grid: Grid) -> int:
+        """About what encoding an image takes of the memory beside the weights, at its widest."""
+        config = self._tower.config
+        values = config.hidden_size + config.intermediate_size
+        # Only a GPU attends without writing all scores down, twice.
+        scores = 2 * config.num_heads * grid.patches if mx.default_device() == mx.cpu else 0
+        return grid.patches * (4 * values + scores) * 4
+
     def _timed(self, grid: Grid) -> float:
         start = time.perf_counter()
         mx.eval([*self.stages(np.zeros((grid.patches, self._values), np.float32), grid)][-1])

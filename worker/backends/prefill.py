@@ -26,8 +26,8 @@ from worker.backends.memory import is_out_of_memory
 from worker.backends.pace import Pace
 from worker.backends.prefix_cache import PrefixCache
 
-SHORT_CHUNKS = 2
-"""A prompt that costs no more than so many chunks is short."""
+SHORT_CHUNKS, SHORT_S = 2, 0.01
+"""A prompt that costs no more than so many chunks, or seconds, is short: nobody sees a pause of that length."""
 
 MOST_TOGETHER = 8
 """Short prompts in one chunk. More would not make a token cheaper, and would delay the first answers."""
@@ -275,9 +275,9 @@ class Prefill:
         return Chunk(failed=tuple((row, OutOfMemory(str(error))) for row in blamed))
 
     def _is_short(self, row: Row) -> bool:
-        """Whether it costs no more than some chunks at the beginning of a prompt do."""
+        """Whether it costs no more than some chunks at the beginning of a prompt do, or hardly any time."""
         foretold = self._pace.foretold
-        return foretold(*self._unread(row)) <= foretold(SHORT_CHUNKS * self._chunk, 0)
+        return foretold(*self._unread(row)) <= max(foretold(SHORT_CHUNKS * self._chunk, 0), SHORT_S)
 
     def _unread(self, row: Row) -> tuple[int, int]:
         """How many tokens are to be read, and behind how many."""

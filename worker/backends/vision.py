@@ -167,6 +167,9 @@ class VisionBackend(TextBackend):
             grids = [self._encoder_of_images.grid(part["width"], part["height"]) for part in asked]
         except ValueError as error:
             raise PromptError(JobFailure.TEMPLATE, f"The model takes no image of such a shape: {error}") from error
+        if (most := max(map(self._encoder_of_images.bytes, grids))) > self._budget.most_bytes:
+            detail = f"An image takes {most / 2**30:.1f} GiB to be encoded; send a smaller one."
+            raise PromptError(JobFailure.MEMORY, detail)
         found = [(part["image"], grid, images[part["image"]]) for part, grid in zip(asked, grids, strict=True)]
         expanded, media = place(tokens, self._image_token, found)
         if expanded[-1] >= IMAGE_TOKENS:

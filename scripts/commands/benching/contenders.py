@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ from scripts.commands.stack import leftovers
 from shared.settings import ROOT
 
 RESTART_WITHIN_S = 120.0
+_TOLD_S = 2.5
+"""Gauges are read once a second, and told with the next renewal of a lease."""
 
 
 class Running(Protocol):
@@ -80,6 +83,13 @@ class OwnStack(Served):
             if time.monotonic() > end:
                 raise NotUp("the worker did not come back")
             time.sleep(0.1)
+
+    def metric(self, name: str) -> float:
+        """A number that the workers tell once a second, added up over them, as /metrics has it a moment later."""
+        time.sleep(_TOLD_S)
+        with urllib.request.urlopen(f"{self.endpoint.url}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
     def workers(self) -> list[psutil.Process]:
         """The processes that hold the model."""
