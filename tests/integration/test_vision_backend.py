@@ -23,6 +23,7 @@ from PIL import Image
 
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
+from worker.backends import vision
 from worker.backends.base import IMAGE_TOKENS, Prompt, PromptError, Row
 from worker.backends.image_encoder import ImageEncoder
 from worker.backends.images import Grid, ImageMedia
@@ -197,10 +198,11 @@ def test_rows_that_come_together_with_the_same_image_encode_it_once(backend: Vis
 
 
 def test_what_was_encoded_is_forgotten_when_there_is_no_room(
-    model: tuple[LoadedModel, ImageEncoder], pictures: Pictures
+    model: tuple[LoadedModel, ImageEncoder], pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, encoder = model
-    backend = VisionBackend(encoder, loaded, CHUNK, Memory(16 * 30_000, 0))
+    monkeypatch.setattr(vision, "MOST_FEATURES", 30_000)
+    backend = VisionBackend(encoder, loaded, CHUNK)
     for seed in (1, 2, 1):
         answer(backend, ask("What?", pictures.part(300, 200, seed)), pictures, "me")
     assert backend.stats()["images_encoded_total"] == 3

@@ -91,7 +91,7 @@ class ImageEncoder:
         values = config.hidden_size + config.intermediate_size
         # Only a GPU attends without writing all scores down, twice.
         scores = 2 * config.num_heads * grid.patches if mx.default_device() == mx.cpu else 0
-        return grid.patches * (4 * values + scores) * 4
+        return int(grid.patches * (4 * values + scores) * 4)
 
     def _timed(self, grid: Grid) -> float:
         start = time.perf_counter()
