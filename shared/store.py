@@ -49,8 +49,9 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
         timeout_s: bound on connecting and on each call, in seconds.
         retries: times a call is sent again when the connection breaks. The scripts are safe to send twice.
         connections: most calls under way at once; further ones wait their turn.
+        options: of redis-py's connections, such as `decode_responses=False` for bytes.
     """
-    options |= {
+    options = {
         "max_connections": connections,
         "timeout": POOL_WAIT_S,
         "decode_responses": True,
@@ -58,6 +59,7 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
         "socket_connect_timeout": timeout_s,
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
         "health_check_interval": 30,
+        **options,
     }
     if is_sentinel(url):
         return redis.Redis.from_pool(master_pool(parse_sentinel(url), timeout_s, **options))

@@ -23,6 +23,7 @@ from redis import RedisError
 
 from shared.claims import Claims, Reaper
 from shared.garbage import settle
+from shared.images import ImageStore
 from shared.log import JobLog
 from shared.logging import configure
 from shared.registry import Registry, WorkerInfo
@@ -94,7 +95,7 @@ class Service:
             self._tickets,
             self._held,
             self._keeper.wait_renewal,
-            lambda _owner, _digests: {},
+            ImageStore(connect(settings.store_url, decode_responses=False)).get,
         )
         self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
 
