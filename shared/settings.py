@@ -59,6 +59,12 @@ class Settings(BaseSettings):
     mlxq_api_key: SecretStr = Field(SecretStr(""), description="Key of local use; written on the first run")
     rate_limit: str = Field("100/minute", pattern=RATE, description="Requests a key may send, unless it says otherwise")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body")
+    max_images: int = Field(16, ge=0, description="Most images of a request")
+    max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Largest image file")
+    max_image_pixels: int = Field(7680 * 4320, ge=1, description="Most pixels of an image")
+    image_urls: bool = Field(
+        False, description="Also read images from http(s) URLs, but none of private, loopback or link-local addresses"
+    )
     heartbeat_s: float = Field(15.0, gt=0, description="Idle streams get a comment this often")
     max_wait_s: float = Field(60.0, gt=0, description="Longest wait of a long poll")
 

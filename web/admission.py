@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import redis
 from kombu.exceptions import OperationalError
 
 from shared.errors import Invalid
+from shared.images import ImageStore
 from shared.jobs import Generation, Job, Jobs, Priority, Sampling, Submission
 from shared.registry import ModelCard
 from shared.settings import Settings
@@ -46,16 +48,26 @@ class Admission:
     """Checks requests and accepts jobs."""
 
     def __init__(
-        self, settings: Settings, jobs: Jobs, roster: Roster, sizer: PromptSizer, tickets: TicketOffice
+        self,
+        settings: Settings,
+        jobs: Jobs,
+        images: ImageStore,
+        roster: Roster,
+        sizer: PromptSizer,
+        tickets: TicketOffice,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
+        self._images = images
         self._roster = roster
         self._sizer = sizer
         self._tickets = tickets
 
-    def admit(self, request: JobRequest, origin: Origin) -> tuple[Job, bool]:
+    def admit(self, request: JobRequest, origin: Origin, files: Mapping[str, bytes] | None = None) -> tuple[Job, bool]:
         """Accept a request as a job.
+
+        Args:
+            files: the images that its messages name, by digest.
 
         Returns:
             The job, and whether it is new (not the answer to a repeated Idempotency-Key).
@@ -65,7 +77,12 @@ class Admission:
             Unavailable: the queue is full.
             redis.RedisError: Redis is away.
         """
-        job, new = self._jobs.create(self.submission(request, origin))
+        submission = self.submission(request, origin)
+        if files:
+            # Before the job that names them: what proves the job to be on the disk proves all that was written before.
+            lifetime_s = submission.deadline_s or self._settings.deadline_s
+            self._images.put(origin.owner, files, lifetime_s)
+        job, new = self._jobs.create(submission)
         if new:
             self._send_ticket(job)
         return job, new
@@ -78,6 +95,8 @@ class Admission:
         """
         model, card = self._resolve(request.model)
         generation = self._generation(request, model, card)
+        if card is not None and card.kind == "text" and generation.image_parts:
+            raise Invalid(f"{model} is a text model: it takes no images.", code="no_images", field="model")
         if card is not None:
             self._sizer.check(card, generation, request.prompt_field)
         return Submission(

@@ -34,7 +34,7 @@ from werkzeug.routing import Rule
 from shared.errors import Expiry
 from web.auth import OPEN
 from web.problems import MEDIA_TYPE
-from web.schemas import ProblemDetails
+from web.schemas import JobRequest, ProblemDetails
 from web.sse import FORMATS
 
 P = ParamSpec("P")
@@ -51,9 +51,21 @@ _CODES: Final[Mapping[int, tuple[str, ...]]] = {
     406: ("not_acceptable",),
     409: ("job_active", "job_cancelled", "job_ended", "conflict"),
     410: ("log_expired", "log_trimmed", "gone"),
-    413: ("body_too_large",),
+    413: ("body_too_large", "image_too_large"),
     415: ("unsupported_media_type",),
-    422: ("invalid_request", "idempotency_key_reused", "model_not_found", "unknown_parameter"),
+    422: (
+        "invalid_request",
+        "idempotency_key_reused",
+        "model_not_found",
+        "unknown_parameter",
+        "no_images",
+        "too_many_images",
+        "image_format",
+        "image_broken",
+        "image_too_many_pixels",
+        "image_url_refused",
+        "image_unreachable",
+    ),
     429: ("rate_limited",),
     500: ("internal",),
     503: ("unavailable", "queue_full", "queue_memory_full", "not_durable", "restarting"),
@@ -187,7 +199,22 @@ def _path_parameters(rule: Rule) -> list[Parameter]:
 def _body(model: type[BaseModel] | None) -> RequestBody | None:
     if model is None:
         return None
-    return RequestBody(required=True, content={"application/json": _media(model)})
+    content = {"application/json": _media(model)}
+    if issubclass(model, JobRequest):
+        content["multipart/form-data"] = MediaType(media_type_schema=_form(model))
+    return RequestBody(required=True, content=content)
+
+
+def _form(model: type[BaseModel]) -> Schema:
+    """The same with files."""
+    return Schema(
+        type="object",
+        required=["request"],
+        properties={
+            "request": Schema(type="string", description=f"A {model.__name__} as JSON"),
+            "images": Schema(type="array", items=Schema(type="string", schema_format="binary")),
+        },
+    )
 
 
 def _responses(about: Description, *, secured: bool) -> Iterator[tuple[str, Response]]:

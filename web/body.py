@@ -12,6 +12,9 @@ from pydantic import BaseModel
 from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
 from web.aside import aside
 
+_REQUEST, _FILES = "request", "images"
+"""Fields of a form."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -29,10 +32,38 @@ def read_body(model: type[Model]) -> Model:
         BadRequest: it is not JSON.
         pydantic.ValidationError: it does not fit.
     """
-    if not request.is_json:
-        raise UnsupportedMedia("Send the body as application/json.", field="Content-Type")
-    body = _whole()
+    if request.mimetype == "multipart/form-data":
+        body = _from_form()
+    elif request.is_json:
+        body = _whole()
+    else:
+        raise UnsupportedMedia(
+            "Send the body as application/json, or with files as multipart/form-data.", field="Content-Type"
+        )
     return aside(len(body), lambda: model.model_validate(_parse(body)))
+
+
+def uploads() -> list[bytes]:
+    """The files of a form, those of its field `images`, in order; none of another body.
+
+    Raises:
+        Invalid: there are files in another field.
+    """
+    if request.mimetype != "multipart/form-data":
+        return []
+    if strange := next((name for name in request.files if name != _FILES), None):
+        raise Invalid(f"Files belong in the field {_FILES}.", field=strange)
+    return [file.read() for file in request.files.getlist(_FILES)]
+
+
+def _from_form() -> bytes:
+    """The JSON body in the form's field `request`."""
+    if strange := next((name for name in request.form if name != _REQUEST), None):
+        raise Invalid(f"A form has the fields {_REQUEST} (JSON) and {_FILES} (files).", field=strange)
+    text = request.form.get(_REQUEST)
+    if text is None:
+        raise Invalid("The form lacks the request, a JSON object.", field=_REQUEST)
+    return text.encode()
 
 
 def _whole() -> bytes:

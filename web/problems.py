@@ -94,7 +94,8 @@ def _fault(error: ErrorDetails) -> Fault:
 
 def _path(parts: Sequence[int | str]) -> str:
     """`("messages", 0, "role")` as `messages[0].role`."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    named = [part for part in parts if isinstance(part, int) or not part.startswith("(")]  # which kind it was taken for
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named)
     return path.removeprefix(".")
 
 

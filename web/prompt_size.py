@@ -70,7 +70,7 @@ class PromptSizer:
     def _fits(self, card: ModelCard, generation: Generation) -> bool:
         text, messages = generation.prompt, generation.messages
         if messages is not None:
-            size = sum(len(message["content"].encode()) for message in messages)
+            size = sum(len(_said(message["content"]).encode()) for message in messages)
             # A template adds to what was said. What it may drop, such as earlier thoughts, is not as much as this.
             if self._hopeless(card, size):
                 return False
@@ -101,6 +101,11 @@ class PromptSizer:
                 return None
             self._counters[card.tokenizer] = aside(len(text), partial(_load, text))
         return self._counters[card.tokenizer]
+
+
+def _said(content: Any) -> str:
+    """The text of a message. How many tokens an image has only its model's worker can tell."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 class _Refused(Exception):

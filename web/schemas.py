@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -55,11 +58,76 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+class ImageUrl(_Request):
+    """Where an image is, as OpenAI's clients send it."""
+
+    url: str = Field(min_length=1, description="A data URL; http(s) where the service allows it")
+    detail: Literal["auto", "low", "high"] = Field("auto", description="Taken, and without effect")
+
+
+class Part(_Request):
+    """A part of what is said: text, or an image in OpenAI's form (`image_url`) or a shorter one (`image`)."""
+
+    type: Literal["text", "image_url", "image"]
+    text: str | None = None
+    image_url: Annotated[
+        ImageUrl | None, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)
+    ] = None
+    image: str | None = Field(None, min_length=1, description="A data URL; http(s) where the service allows it")
+
+    @model_validator(mode="after")
+    def _what_its_type_says(self) -> Self:
+        given = {name for name in ("text", "image_url", "image") if getattr(self, name) is not None}
+        if given != {self.type}:
+            raise PydanticCustomError("part", "A part of type {type} has {type} and nothing else", {"type": self.type})
+        return self
+
+    @property
+    def source(self) -> str:
+        """The URL of an image."""
+        return self.image_url.url if self.image_url else self.image or ""
+
+    def record(self) -> dict[str, Any]:
+        """As a job's record has it; images are replaced by `StoredImage` before."""
+        return {"type": "text", "text": self.text or ""}
+
+
+class StoredImage(_Request):
+    """What stands in a job's messages for an image: its digest and its size in pixels."""
+
+    image: str
+    width: int
+    height: int
+
+    def record(self) -> dict[str, Any]:
+        """As a job's record has it."""
+        return {"type": "image", **self.model_dump()}
+
+
+def _text_or_parts(content: object) -> str:
+    return "(text)" if isinstance(content, str) else "(parts)"
+
+
+# In brackets: what is no name of a field is left out where an error tells the way to one.
+Content = Annotated[
+    Annotated[str, Tag("(text)")] | Annotated[list[Part], Field(min_length=1, max_length=1000), Tag("(parts)")],
+    Discriminator(_text_or_parts),
+]
+
+
 class Message(_Request):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Content
+
+    def record(self) -> dict[str, Any]:
+        """As a job's record has it. Parts that are all text are one text: most models' templates know no parts."""
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        parts = [part.record() for part in self.content]
+        plain = all(part["type"] == "text" for part in parts)
+        return {"role": self.role, "content": "\n".join(part["text"] for part in parts) if plain else parts}
 
 
 class JobRequest(_Request):
@@ -74,6 +142,12 @@ class JobRequest(_Request):
         fail_fast=True,
         validate_default=True,
         description="A conversation to answer",
+    )
+    images: list[Annotated[str, StringConstraints(min_length=1)]] = Field(
+        [],
+        max_length=1000,
+        description="Data URLs of images (http(s) where the service allows it), shown before the prompt or before the "
+        "last thing that the user says",
     )
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens to generate")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time")
@@ -118,14 +192,28 @@ class JobRequest(_Request):
         """The field that the prompt came in."""
         return "messages" if self.prompt is None else "prompt"
 
+    @property
+    def image_parts(self) -> list[tuple[str, Part]]:
+        """The images among the parts of its messages, each with the way to it."""
+        return [
+            (f"messages[{i}].content[{k}]", part)
+            for i, message in enumerate(self.messages or [])
+            if not isinstance(message.content, str)
+            for k, part in enumerate(message.content)
+            if part.type != "text"
+        ]
+
     def meaning(self) -> str:
         """The request as a line that is the same for all ways to write it: sorted, and without what is default."""
-        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        meant = self.model_dump(mode="json", exclude_defaults=True, exclude={"messages"})
+        if self.messages:
+            meant["messages"] = [message.record() for message in self.messages]
+        return json.dumps(meant, sort_keys=True)
 
     def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
         """The messages for the model's chat template; None when the prompt goes to the model as it is."""
         del has_template
-        return tuple(message.model_dump() for message in self.messages) if self.messages else None
+        return tuple(message.record() for message in self.messages) if self.messages else None
 
 
 class InferenceRequest(JobRequest):
@@ -136,7 +224,7 @@ class InferenceRequest(JobRequest):
 
     def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
         """As for a job, but a prompt is what a user says, unless it is raw or the model knows no conversations."""
-        if self.prompt is not None and has_template and not self.raw:
+        if self.prompt is not None and not self.messages and has_template and not self.raw:
             return ({"role": "user", "content": self.prompt},)
         return super().conversation(has_template=has_template)
 

@@ -8,6 +8,7 @@ from typing import Final
 from flask import current_app
 
 from shared.claims import Reaper
+from shared.images import ImageStore
 from shared.jobs import Jobs
 from shared.log import JobLog
 from shared.registry import Registry
@@ -18,7 +19,9 @@ from web.admission import Admission
 from web.follow import Follower
 from web.health import Doctor
 from web.hub import Hub
+from web.image_urls import ImageUrls
 from web.metrics import Metrics
+from web.pictures import Gatherer
 from web.prompt_size import PromptSizer
 from web.pulse import Pulse
 from web.roster import Roster
@@ -40,6 +43,7 @@ class Services:
     roster: Roster
     registry: Registry
     admission: Admission
+    gatherer: Gatherer
     views: Views
     hub: Hub
     follower: Follower
@@ -58,6 +62,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     probe = client or connect(settings.store_url, timeout_s=_PROBE_TIMEOUT_S, retries=0)
     # RESP 2: there, a message on a channel is an ordinary answer.
     live = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=0, protocol=2)
+    files = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=1, decode_responses=False)
     celery = make_app(settings, hasty=True)
     registry = Registry(store)
     jobs, job_log, roster, hub = Jobs(store, settings), JobLog(store), Roster(registry), Hub(live)
@@ -67,7 +72,8 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         jobs=jobs,
         roster=roster,
         registry=registry,
-        admission=Admission(settings, jobs, roster, PromptSizer(registry), tickets),
+        admission=Admission(settings, jobs, ImageStore(files), roster, PromptSizer(registry), tickets),
+        gatherer=Gatherer(settings, ImageUrls().fetch if settings.image_urls else None),
         views=Views(jobs, roster),
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),

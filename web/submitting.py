@@ -8,7 +8,7 @@ from shared.jobs import Job, fingerprint
 from web.admission import Origin
 from web.aside import aside
 from web.auth import caller
-from web.body import idempotency_key
+from web.body import idempotency_key, uploads
 from web.correlation import current_request_id
 from web.schemas import JobRequest
 from web.services import services
@@ -22,13 +22,15 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
         Unavailable: the queue is full.
     """
     key = idempotency_key()
+    gathered = services().gatherer.gather(wanted, uploads())
+    wanted = gathered.request
     origin = Origin(
         owner=caller().id,
         request_id=current_request_id(),
         idempotency_key=key,
         fingerprint=_fingerprint(wanted) if key else "",
     )
-    job, new = services().admission.admit(wanted, origin)
+    job, new = services().admission.admit(wanted, origin, gathered.files)
     if new:
         services().metrics.submitted.labels(job.model, job.priority.label).inc()
     return job, new
@@ -36,5 +38,5 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
 
 def _fingerprint(wanted: JobRequest) -> str:
     """Of what is asked and where, not of the bytes: who tries again may write the same JSON differently."""
-    path, size = request.path, len(request.get_data(cache=True))
+    path, size = request.path, request.content_length or 0
     return aside(size, lambda: fingerprint(f"{path}\n{wanted.meaning()}".encode()))

@@ -6,6 +6,7 @@ import pytest
 from kombu.exceptions import OperationalError
 
 from shared.errors import Invalid, MlxqError
+from shared.images import ImageStore
 from shared.jobs import Jobs, Priority
 from shared.registry import ModelCard, Registry
 from shared.settings import Settings
@@ -40,7 +41,8 @@ def office() -> Office:
 def admission(client: Redis, settings: Settings, office: Office) -> Admission:
     registry = Registry(client)
     registry.announce_model(CARD)
-    return Admission(settings, Jobs(client, settings), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    jobs, images = Jobs(client, settings), ImageStore(client)
+    return Admission(settings, jobs, images, Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
 
 
 def wanted(**more: object) -> JobRequest:
@@ -120,7 +122,7 @@ def test_a_request_may_ask_for_more_than_the_default_and_not_for_more_than_the_m
     limits = {"start_within_s": 10, "max_start_within_s": 20, "deadline_s": 30, "max_deadline_s": 2592000}
     settings = settings.model_copy(update=limits)
     jobs = Jobs(client, settings)
-    admission = Admission(settings, jobs, Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    admission = Admission(settings, jobs, ImageStore(client), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
 
     def times(**more: object) -> tuple[float, float]:
         job, _ = admission.admit(JobRequest.model_validate({"prompt": "hi", **more}), Origin("me"))
@@ -138,7 +140,7 @@ def test_a_request_may_ask_for_more_than_the_default_and_not_for_more_than_the_m
 def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: Settings, office: Office) -> None:
     registry = Registry(client)
     full = settings.model_copy(update={"max_queue": 1})
-    admission = Admission(full, Jobs(client, full), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    admission = Admission(full, Jobs(client, full), ImageStore(client), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
     request = JobRequest.model_validate({"prompt": "hi"})
     admission.admit(request, Origin("me"))
     error = refusal(admission, request)

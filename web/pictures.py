@@ -1,0 +1,154 @@
+"""The images of a request: read, checked, and replaced by what the job's record says of them.
+
+An image comes as a data URL, as an uploaded file or, where that is switched on, as an http(s) URL. It is decoded here
+once, so that a broken one is refused with its name instead of failing a job later; the worker decodes it again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from typing import Any, Final, TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+from shared.errors import Invalid, MlxqError, TooLarge
+from shared.images import digest
+from shared.settings import Settings
+from web.aside import aside
+from web.schemas import JobRequest, Message, Part, StoredImage
+
+T = TypeVar("T")
+
+FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
+_DATA_URL: Final = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*?(;base64)?,", re.IGNORECASE)
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+"""Of a camera's pictures: the tag, and the values with which width and height change places."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A request whose images are in `files` (by digest) instead of in its messages."""
+
+    request: JobRequest
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+class Gatherer:
+    """Takes images out of requests.
+
+    Args:
+        fetch: reads an http(s) URL, at most so many bytes; None: such URLs are refused.
+    """
+
+    def __init__(self, settings: Settings, fetch: Callable[[str, int], bytes] | None) -> None:
+        self._most = settings.max_images
+        self._most_bytes = settings.max_image_bytes
+        self._most_pixels = settings.max_image_pixels
+        self._fetch = fetch
+
+    def gather(self, request: JobRequest, uploads: Sequence[bytes] = ()) -> Gathered:
+        """Read all images of a request, in the order in which the model sees them.
+
+        Raises:
+            Invalid: one is broken, too large, of another kind or cannot be had; the field names it.
+            TooLarge: one has too many bytes.
+        """
+        parts = request.image_parts
+        if not (parts or request.images or uploads):
+            return Gathered(request)
+        count = len(parts) + len(request.images) + len(uploads)
+        if count > self._most:
+            where = parts[self._most][0] if len(parts) > self._most else "images"
+            raise Invalid(
+                f"A request has {self._most} images at most, not {count}.", code="too_many_images", field=where
+            )
+        files: dict[str, bytes] = {}
+        sizes: dict[str, tuple[int, int]] = {}
+
+        def stored(where: str, read: Callable[[], bytes]) -> StoredImage:
+            data = self._named(where, read)
+            name = aside(len(data), lambda: digest(data))
+            if name not in files:
+                sizes[name] = self._named(where, lambda: aside(len(data), lambda: self._size(data)))
+                files[name] = data
+            return StoredImage(image=name, width=sizes[name][0], height=sizes[name][1])
+
+        found = {id(part): stored(where, partial(self._read, part.source)) for where, part in parts}
+        reads = [*(partial(self._read, url) for url in request.images), *(partial(self._bounded, up) for up in uploads)]
+        loose = [stored(f"images[{i}]", read) for i, read in enumerate(reads)]
+        return Gathered(_with(request, found, loose), files)
+
+    def _named(self, where: str, work: Callable[[], T]) -> T:
+        """Do something with an image; what it raises names the image."""
+        try:
+            return work()
+        except MlxqError as error:
+            raise type(error)(f"{where}: {error.detail}", code=error.code, field=where) from error.__cause__
+
+    def _read(self, url: str) -> bytes:
+        if url[:5].lower() == "data:":
+            return self._bounded(aside(len(url), lambda: _decoded(url)))
+        if url.split(":", 1)[0].lower() not in ("http", "https"):
+            raise Invalid("An image is a data URL (data:image/png;base64,…).", code="image_url_refused")
+        if self._fetch is None:
+            detail = "This service reads no images from other places: send a data URL or a file."
+            raise Invalid(detail, code="image_url_refused")
+        return self._bounded(self._fetch(url, self._most_bytes))
+
+    def _bounded(self, data: bytes) -> bytes:
+        if len(data) > self._most_bytes:
+            detail = f"The image has {len(data):,} bytes; {self._most_bytes:,} are allowed."
+            raise TooLarge(detail, code="image_too_large")
+        if not data:
+            raise Invalid("The image is empty.", code="image_broken")
+        return data
+
+    def _size(self, data: bytes) -> tuple[int, int]:
+        """Width and height of the upright image; all of its first frame is decoded."""
+        try:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > self._most_pixels:  # before anything is unpacked
+                    detail = f"The image has {width} x {height} pixels; {self._most_pixels:,} are allowed."
+                    raise Invalid(detail, code="image_too_many_pixels")
+                image.load()
+                turned = image.getexif().get(_ORIENTATION) in _LYING
+        except UnidentifiedImageError as error:
+            raise Invalid(f"The image is none of {', '.join(FORMATS)}.", code="image_format") from error
+        except Image.DecompressionBombError as error:
+            detail = f"The image has more than {self._most_pixels:,} pixels."
+            raise Invalid(detail, code="image_too_many_pixels") from error
+        except MlxqError:
+            raise
+        except Exception as error:  # decoders raise anything on what is no image
+            raise Invalid("The image is broken: it cannot be decoded.", code="image_broken") from error
+        return (height, width) if turned else (width, height)
+
+
+def _decoded(url: str) -> bytes:
+    head = _DATA_URL.match(url)
+    if head is None or not head[1]:
+        raise Invalid("The data URL is not in base64 (data:image/png;base64,…).", code="image_broken")
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Invalid("The data URL's base64 is broken.", code="image_broken") from error
+
+
+def _with(request: JobRequest, found: dict[int, StoredImage], loose: list[StoredImage]) -> JobRequest:
+    """The request with these in the place of its images, and `loose` ones before the last thing the user says."""
+    turns = request.messages if request.messages is not None else [Message(role="user", content=request.prompt or "")]
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=len(turns) - 1)
+    told = []
+    for number, turn in enumerate(turns):
+        parts = [Part(type="text", text=turn.content)] if isinstance(turn.content, str) else turn.content
+        shown: list[Any] = [*(loose if number == last else []), *(found.get(id(part), part) for part in parts)]
+        plain = isinstance(turn.content, str) and not (loose and number == last)
+        told.append(turn if plain else Message.model_construct(role=turn.role, content=shown))
+    return request.model_copy(update={"messages": told, "images": []})
