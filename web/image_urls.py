@@ -24,6 +24,7 @@ SECONDS: Final = 10.0
 """For an image in all, whatever it is that takes long."""
 REDIRECTS: Final = 3
 _PORTS: Final = {"http": 80, "https": 443}
+_MOVED: Final = (301, 302, 303, 307, 308)
 _PIECE: Final = 64 * 2**10
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -100,15 +101,16 @@ class ImageUrls:
         """The image, or where it is instead."""
         parts = urlsplit(url)
         connection = self._connected(parts, until)
+        sock = connection.sock
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
-            answer = connection.getresponse()
-            if answer.status in (301, 302, 303, 307, 308) and (location := answer.getheader("Location")):
-                return location
-            if answer.status != http.client.OK:
-                raise Invalid(f"There is no image: the answer was {answer.status}.", code="image_unreachable")
-            return _read(answer, connection, most_bytes, until)
+            with connection.getresponse() as answer:
+                if answer.status in _MOVED and (location := answer.getheader("Location")):
+                    return location
+                if answer.status != http.client.OK:
+                    raise Invalid(f"There is no image: the answer was {answer.status}.", code="image_unreachable")
+                return _read(answer, sock, most_bytes, until)
         finally:
             connection.close()
 
@@ -124,24 +126,24 @@ class ImageUrls:
             raise Invalid("The URL leads to no public address.", code="image_url_refused")
         raw = socket.create_connection((addresses[0], port), timeout=_left(until))
         connection = http.client.HTTPConnection(host, port)
-        connection.sock = (
-            ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
-        )
+        connection.sock = raw
+        if scheme == "https":
+            try:
+                connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+            except OSError:
+                raw.close()
+                raise
         return connection
 
 
-def _read(
-    answer: http.client.HTTPResponse, connection: http.client.HTTPConnection, most_bytes: int, until: float
-) -> bytes:
+def _read(answer: http.client.HTTPResponse, sock: socket.socket, most_bytes: int, until: float) -> bytes:
     """The body, as far as it is allowed to go and in the time that is left."""
     if answer.getheader("Content-Encoding", "identity") != "identity":
         raise Invalid("The image comes packed in another way than was asked for.", code="image_unreachable")
     pieces: list[bytes] = []
     size = 0
-    sock = connection.sock
     while True:
-        if sock is not None:
-            sock.settimeout(_left(until))
+        sock.settimeout(_left(until))
         piece = answer.read1(_PIECE)
         if not piece:
             return b"".join(pieces)

@@ -195,6 +195,23 @@ def fake_stack() -> Iterator[Stack]:
         yield stack
 
 
+@pytest.fixture(scope="module")
+def vision_stack(tiny_vision_path: Path) -> Iterator[Stack]:
+    """API and one worker with the tiny random vision model, shared by a module's tests."""
+    for stack in _make(tiny_vision_path, {"SLOTS": "16", "LOG_LEVEL": "DEBUG"}):
+        stack.start_web()
+        stack.start_worker()
+        yield stack
+
+
+@pytest.fixture
+def vision_api(tiny_vision_path: Path) -> Iterator[Stack]:
+    """API alone, for the tiny random vision model; a test starts the workers it wants."""
+    for stack in _make(tiny_vision_path, {"LEASE_S": "1"}):
+        stack.start_web()
+        yield stack
+
+
 @pytest.fixture
 def tiny_stack(tiny_model_path: Path) -> Iterator[Stack]:
     """API alone, for the tiny random llama; a test starts the workers it wants."""

@@ -27,7 +27,7 @@ from shared.errors import JobFailure
 from shared.jobs import Generation
 from shared.model_folder import ModelError, check_folder
 from shared.settings import Settings
-from worker.backends.base import IMAGE_TOKENS, Media, PromptError, Row
+from worker.backends.base import IMAGE_TOKENS, Detokenizer, Media, PromptError, Row
 from worker.backends.encoding import Encoding
 from worker.backends.image_encoder import ImageEncoder
 from worker.backends.images import place
@@ -35,7 +35,7 @@ from worker.backends.memory import UNLIMITED, Memory
 from worker.backends.mrope import MRopeModel
 from worker.backends.prefill import Chunk
 from worker.backends.spill import Spill
-from worker.backends.text import TextBackend, assembled
+from worker.backends.text import TextBackend, TextDetokenizer, assembled
 from worker.models import LoadedModel, first_line, loaded_as
 
 FAMILIES = ("qwen2_5_vl",)
@@ -109,6 +109,13 @@ class VisionBackend(TextBackend):
         self._image_token = int(loaded.config["image_token_id"])
         self._encoding = Encoding(encoder, self._pace, cache_bytes)
         self._images_next = False
+
+    def detokenizer(self) -> Detokenizer:
+        """mlx-lm's, but a space that the text begins with stays, as in what mlx-vlm says."""
+        inner = self._tokenizer.detokenizer
+        if hasattr(inner, "_maybe_trim_space"):
+            inner._maybe_trim_space = str  # noqa: SLF001 - there is no option for it
+        return TextDetokenizer(inner)
 
     def warm(self) -> None:
         """Also encode images."""

@@ -1,0 +1,26 @@
+"""Pictures for tests: coloured squares, another seed another picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def picture(
+    width: int = 300, height: int = 200, seed: int = 1, form: str = "PNG", mode: str = "RGB", **save: Any
+) -> bytes:
+    """A file."""
+    dots = np.random.default_rng(seed).integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    image = Image.fromarray(dots).resize((width, height), Image.Resampling.NEAREST).convert(mode)
+    image.save(file, form, **save)
+    return file.getvalue()
+
+
+def data_url(file: bytes, kind: str = "image/png") -> str:
+    """It as a request may have it."""
+    return f"data:{kind};base64,{base64.b64encode(file).decode()}"

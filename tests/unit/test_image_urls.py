@@ -1,0 +1,168 @@
+"""Images at URLs, and what must not be reached by them."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from shared.errors import Invalid, MlxqError, TooLarge
+from tests.support.pictures import picture
+from web import image_urls
+from web.image_urls import ImageUrls, is_public
+
+PNG = picture()
+
+
+class Site(BaseHTTPRequestHandler):
+    """A server of images and of bad surprises."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.server.asked.append(f"{self.headers['Host']}{self.path}")  # type: ignore[attr-defined]
+        path = self.path
+        if path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", path.removeprefix("/to/"))
+            self.end_headers()
+        elif path == "/packed":
+            self._send(gzip.compress(PNG), ("Content-Encoding", "gzip"))
+        elif path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(64 * 1024))
+            except OSError:
+                pass
+        elif path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            self.server.released.wait(30)  # type: ignore[attr-defined]
+        elif path == "/missing":
+            self.send_error(404)
+        else:
+            self._send(PNG)
+
+    def _send(self, body: bytes, *headers: tuple[str, str]) -> None:
+        self.send_response(200)
+        for name, value in (("Content-Length", str(len(body))), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def site() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.asked, server.released = [], threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.released.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def urls() -> ImageUrls:
+    """Everybody's name leads to this machine, which counts as public; 10.0.0.1 and the like do not."""
+    return ImageUrls(
+        lambda host, _: ["127.0.0.1"] if host.endswith("pictures.example") else ["10.0.0.1"],
+        lambda address: address == "127.0.0.1",
+        None,
+    )
+
+
+def at(site: ThreadingHTTPServer, path: str, host: str = "pictures.example") -> str:
+    return f"http://{host}:{site.server_address[1]}{path}"
+
+
+def refusal(urls: ImageUrls, url: str, most: int = 10**6) -> MlxqError:
+    with pytest.raises(MlxqError) as caught:
+        urls.fetch(url, most)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("8.8.8.8", True),
+        ("127.0.0.1", False), ("127.1.2.3", False), ("::1", False), ("0.0.0.0", False), ("::", False),
+        ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
+        ("fe80::1", False), ("fe80::1%eth0", False), ("fc00::1", False), ("fd12::1", False), ("100.64.0.1", False),
+        ("224.0.0.1", False), ("ff02::1", False), ("255.255.255.255", False), ("240.0.0.1", False),
+        ("192.0.2.1", False), ("198.18.0.1", False), ("2001:db8::1", False),
+        ("::ffff:127.0.0.1", False), ("::ffff:169.254.169.254", False), ("::ffff:8.8.8.8", True),
+        ("2002:7f00:1::", False), ("2002:808:808::", True), ("64:ff9b::7f00:1", False), ("64:ff9b::a9fe:a9fe", False),
+        ("nonsense", False), ("", False),
+    ],
+)  # fmt: skip
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_an_image_is_read_with_the_name_it_was_asked_by(site: ThreadingHTTPServer, urls: ImageUrls) -> None:
+    assert urls.fetch(at(site, "/a.png?size=1"), 10**6) == PNG
+    assert site.asked == [f"pictures.example:{site.server_address[1]}/a.png?size=1"]  # type: ignore[attr-defined]
+
+
+def test_redirects_are_followed_a_few_times(site: ThreadingHTTPServer, urls: ImageUrls) -> None:
+    assert urls.fetch(at(site, "/to//to//to//a.png"), 10**6) == PNG
+    assert refusal(urls, at(site, "/to//to//to//to//a.png")).code == "image_unreachable"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://inside.example/", "http://10.0.0.1/", "file:///etc/passwd", "ftp://pictures.example/a",
+        "http://user:secret@pictures.example/", "gopher://inside.example/",
+    ],
+)  # fmt: skip
+def test_a_redirect_is_looked_at_like_a_url(site: ThreadingHTTPServer, urls: ImageUrls, target: str) -> None:
+    for url in (target, at(site, f"/to/{target}")):
+        error = refusal(urls, url)
+        assert error.code in ("image_url_refused", "image_unreachable"), url
+    assert len(site.asked) <= 1  # type: ignore[attr-defined]
+
+
+def test_a_name_with_one_private_address_is_refused() -> None:
+    urls = ImageUrls(lambda *_: ["8.8.8.8", "127.0.0.1"])
+    assert refusal(urls, "http://both.example/").code == "image_url_refused"
+
+
+def test_the_address_that_was_looked_at_is_the_one_connected_to(site: ThreadingHTTPServer) -> None:
+    answers = iter([["127.0.0.1"], ["10.0.0.1"]])
+    urls = ImageUrls(lambda *_: next(answers), lambda address: address == "127.0.0.1", None)
+    assert urls.fetch(at(site, "/a.png", "rebinding.example"), 10**6) == PNG
+    assert next(answers) == ["10.0.0.1"], "the name was asked for once"
+
+
+def test_the_real_thing_refuses_this_machine(site: ThreadingHTTPServer) -> None:
+    port = site.server_address[1]
+    for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "0x7f000001"):
+        error = refusal(ImageUrls(ports=None), f"http://{host}:{port}/a.png")
+        assert error.code in ("image_url_refused", "image_unreachable")
+    assert not site.asked  # type: ignore[attr-defined]
+
+
+def test_only_the_usual_ports() -> None:
+    assert refusal(ImageUrls(lambda *_: ["8.8.8.8"]), "http://dns.example:53/").code == "image_url_refused"
+
+
+def test_what_is_too_large_packed_missing_or_slow(
+    site: ThreadingHTTPServer, urls: ImageUrls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(refusal(urls, at(site, "/a.png"), len(PNG) - 1), TooLarge)
+    assert isinstance(refusal(urls, at(site, "/endless")), TooLarge)
+    for path in ("/packed", "/missing"):
+        error = refusal(urls, at(site, path))
+        assert (type(error), error.code) == (Invalid, "image_unreachable")
+    monkeypatch.setattr(image_urls, "SECONDS", 0.2)
+    assert refusal(urls, at(site, "/slow")).code == "image_unreachable"
