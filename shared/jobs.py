@@ -83,6 +83,8 @@ class Generation:
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     stop: tuple[str, ...] = ()
+    parse: str | None = None
+    """What its text is to be read as; see `web.views`."""
     share_system_prompt: bool = False
     """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
 

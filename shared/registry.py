@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from shared import keys
+from shared.image_geometry import ImageGeometry
 from shared.store import Redis, script
 from shared.wire import known
 
@@ -21,6 +22,7 @@ class ModelCard:
         chat_template: the Jinja template for messages; None when the model has none.
         bos_token, eos_token: as templates use them; None when there is none.
         tokenizer: digest under which the registry keeps the model's `tokenizer.json`; None when it has none.
+        image: the fields of its `ImageGeometry`; None: it takes no images.
     """
 
     id: str
@@ -30,6 +32,12 @@ class ModelCard:
     bos_token: str | None = None
     eos_token: str | None = None
     tokenizer: str | None = None
+    image: dict[str, int] | None = None
+
+    @property
+    def geometry(self) -> ImageGeometry | None:
+        """How it resizes images; None: it takes none."""
+        return ImageGeometry(**self.image) if self.image else None
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -144,6 +144,7 @@ class Admission:
             prompt=None if messages else request.prompt,
             messages=messages,
             stop=tuple(request.stop),
+            parse=request.parse,
             share_system_prompt=request.share_system_prompt,
         )
 

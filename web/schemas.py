@@ -165,6 +165,10 @@ class JobRequest(_Request):
     )
     deadline_s: float | None = Field(None, gt=0, description="Expires when it takes longer in all, waiting included")
     metadata: Metadata = Field({}, description="Kept with the job and given back")
+    parse: Literal["ui_tars"] | None = Field(
+        None,
+        description="`ui_tars`: give the answer's actions as data, too, with places in the image's own pixels",
+    )
     share_system_prompt: bool = Field(
         False,
         description="Let jobs of all keys that begin with the same system message start as fast as if it were their "
@@ -241,6 +245,36 @@ class Output(_Answer):
     finish_reason: str | None = Field(description="`stop`, `length`, or null while it runs or when it was cut")
 
 
+class PointView(_Answer):
+    """A place in the last image of the request, in its own pixels."""
+
+    x: float
+    y: float
+    inside: bool = Field(description="Whether the image has such a place")
+
+
+class ActionView(_Answer):
+    """One action of an answer of UI-TARS."""
+
+    action: Literal[
+        "click", "left_double", "right_single", "drag", "hotkey", "type", "scroll", "wait", "finished", "call_user"
+    ]
+    raw: str = Field(description="As the model wrote it")
+    thought: str | None
+    start: PointView | None = Field(description="Where; of a drag where from")
+    end: PointView | None = Field(description="Of a drag: where to")
+    key: str | None = Field(description="Of a hotkey: the keys, as `ctrl c`")
+    text: str | None = Field(description="What to type (a newline at its end submits it), or what `finished` says")
+    direction: Literal["up", "down", "left", "right"] | None
+
+
+class Parsed(_Answer):
+    """What `parse` found in an answer."""
+
+    actions: list[ActionView] | None = Field(None, description="With `parse`, once the job has ended; else null")
+    parse_error: str | None = Field(None, description="Why the text has no actions, or no more of them")
+
+
 class Usage(_Answer):
     """Tokens, once they are counted."""
 
@@ -290,7 +324,7 @@ class Urls(_Answer):
     cancel: str
 
 
-class JobView(_Answer):
+class JobView(Parsed):
     """A job as its owner sees it. Times are seconds since the epoch."""
 
     id: str
@@ -323,7 +357,7 @@ class JobList(_Answer):
     next: str | None = Field(description="Value of `before` for the next page; null on the last")
 
 
-class InferenceView(_Answer):
+class InferenceView(Parsed):
     """An answer in one piece."""
 
     id: str

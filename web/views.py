@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import asdict
+from typing import Any, cast
 
 from shared.attempts import Attempt
 from shared.errors import Gone
 from shared.jobs import Job, Jobs, Status
+from web import ui_tars
 from web.roster import Roster
 from web.schemas import (
+    ActionView,
     AttemptView,
     InferenceView,
     JobError,
@@ -67,7 +70,30 @@ class Views:
             error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
             metadata=job.metadata,
             urls=urls(job.id),
+            **self._parsed(job, output.text if output and job.status.terminal else None),
         )
+
+    def answer(self, job: Job) -> InferenceView:
+        """A job that succeeded, as the answer to its request."""
+        return InferenceView(
+            id=job.id,
+            model=job.model,
+            text=job.text or "",
+            finish_reason=job.finish_reason,
+            usage=usage(job),
+            timings=Timings(**job.timings),
+            **self._parsed(job, job.text or ""),
+        )
+
+    def _parsed(self, job: Job, text: str | None) -> dict[str, Any]:
+        """The fields of `Parsed`, where they were asked for and the text is there."""
+        if job.generation.parse is None or text is None:
+            return {}
+        card = self._roster.now().models.get(job.model)
+        images = job.generation.image_parts
+        size = (images[-1]["width"], images[-1]["height"]) if images else None
+        actions, fault = ui_tars.parse(text, size, card.geometry if card else None)
+        return {"actions": [ActionView(**asdict(action)) for action in actions], "parse_error": fault}
 
 
 def _output_in_all(job: Job) -> Output | None:
@@ -82,18 +108,6 @@ def _attempt(attempt: Attempt) -> AttemptView:
         started_at=attempt.started_at,
         ended_at=attempt.ended_at,
         outcome=attempt.how,
-    )
-
-
-def answer(job: Job) -> InferenceView:
-    """A job that succeeded, as the answer to its request."""
-    return InferenceView(
-        id=job.id,
-        model=job.model,
-        text=job.text or "",
-        finish_reason=job.finish_reason,
-        usage=usage(job),
-        timings=Timings(**job.timings),
     )
 
 

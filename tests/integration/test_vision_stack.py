@@ -204,3 +204,14 @@ def test_an_image_that_is_gone_fails_its_job_with_its_reason(vision_api: Stack) 
         vision_api.start_worker()
         eventually(lambda: client.job(job.id).status is Status.FAILED, "it fails", 30)
         assert client.request("GET", f"/v1/jobs/{job.id}").json()["error"]["code"] == "image_lost"
+
+
+def test_an_answer_without_actions_says_so_and_succeeds(http: httpx2.Client) -> None:
+    body = asked("Click it.", PNG, parse="ui_tars")
+    job = http.post("/v1/jobs", json=body, headers={"Prefer": "wait=60"}).raise_for_status().json()
+    assert (job["status"], job["actions"]) == ("succeeded", [])
+    assert job["parse_error"]
+    answer = http.post("/inference", json=body).raise_for_status().json()
+    assert (answer["actions"], answer["parse_error"]) == ([], job["parse_error"])
+    unasked = http.post("/inference", json=asked("Click it.", PNG)).raise_for_status().json()
+    assert (unasked["actions"], unasked["parse_error"]) == (None, None)

@@ -23,7 +23,6 @@ from web.services import Services, services
 from web.sse import Format, negotiate
 from web.streaming import stream
 from web.submitting import submit
-from web.views import answer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -73,7 +72,7 @@ def _whole(job: Job, prompt_field: str, gone: Callable[[], None]) -> Response:
         return problem(Unavailable("This process ends; the job goes on at Location.", code="restarting", retry_after=1))
     if ended.status is not Status.SUCCEEDED:
         raise failure(ended, prompt_field)
-    return Response(answer(ended).model_dump_json(), content_type="application/json")
+    return Response(parts.views.answer(ended).model_dump_json(), content_type="application/json")
 
 
 def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:

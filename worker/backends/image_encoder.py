@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from shared.image_geometry import ImageGeometry
 from worker.backends.images import Grid, PlacedImage, opened
 
 _WARM_SIDES = (8, 16)
@@ -38,6 +39,8 @@ class ImageEncoder:
         self._window = tower.window_size // tower.patch_size // tower.spatial_merge_size
         self._order = lru_cache(64)(self._order_of)
         self._cost = (0.0, 1.0)
+        side = processor.patch_size * processor.merge_size
+        self.geometry = ImageGeometry(side, processor.min_pixels, processor.max_pixels)
         self._values = 3 * processor.temporal_patch_size * processor.patch_size**2
 
     @property
@@ -56,7 +59,7 @@ class ImageEncoder:
         Raises:
             ValueError: it is so narrow that the processor refuses it.
         """
-        high, wide = self._processor._resolved_size(height, width)  # noqa: SLF001 - the size it really uses
+        wide, high = self.geometry.resized(width, height)
         patch = self._processor.patch_size
         return Grid(high // patch, wide // patch, self._processor.merge_size)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +87,8 @@ def load_vision_model(folder: Path) -> tuple[LoadedModel, ImageEncoder]:
         raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
     encoder = ImageEncoder(model.vision_tower, processor.image_processor)
     language = MRopeModel(model.language_model, int(config["image_token_id"]), encoder.encode)
-    return loaded_as("vision", folder, language, tokenizer, config), encoder
+    loaded = loaded_as("vision", folder, language, tokenizer, config)
+    return replace(loaded, card=replace(loaded.card, image=asdict(encoder.geometry))), encoder
 
 
 class VisionBackend(TextBackend):
