@@ -24,6 +24,11 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
 | `WORKER` + worker | string | JSON of `shared.registry.WorkerInfo` | a few leases |
 | `WORKERS` | zset | worker → its last heartbeat: the cards there may be | pruned when read |
+| `HOST` + node | string | JSON of `shared.registry.HostInfo`: a worker process, whatever models it has | a few leases |
+| `HOSTS` | zset | node → its last heartbeat | pruned when read |
+| `OPERATION` + id | hash | a loading or unloading of a model (`shared.operations`) | a day |
+| `OPERATIONS` | zset | operation → when it was asked for | a day |
+| `DEMAND` + model | string | a model was asked for by waiting jobs | half a minute |
 | `MODELS` | hash | model → JSON of `shared.registry.ModelCard` | for ever |
 | `TOKENIZER` + digest | string | tokenizer.json of a model, for counting prompt tokens in the API | for ever |
 | `ENDED` | hash | `model:status` → jobs that ended so | for ever |
@@ -57,6 +62,11 @@ ROUTED: Final = "mlxq:routed"
 RUNNING: Final = "mlxq:running:"
 WORKER: Final = "mlxq:worker:"
 WORKERS: Final = "mlxq:workers"
+HOST: Final = "mlxq:host:"
+HOSTS: Final = "mlxq:hosts"
+OPERATION: Final = "mlxq:operation:"
+OPERATIONS: Final = "mlxq:operations"
+DEMAND: Final = "mlxq:demand:"
 MODELS: Final = "mlxq:models"
 TOKENIZER: Final = "mlxq:tokenizer:"
 ENDED: Final = "mlxq:ended"

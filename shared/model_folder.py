@@ -36,6 +36,16 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
 
 
+def check_adapter(folder: Path) -> None:
+    """Check that a folder holds LoRA weights.
+
+    Raises:
+        ModelError: naming what is missing or refused.
+    """
+    _read_object(folder / "adapter_config.json")
+    _check_whole(folder / "adapters.safetensors")
+
+
 def model_kind(folder: Path) -> str:
     """`vision` where the model has an encoder for images by its config.json, else `text`; also of no model."""
     try:

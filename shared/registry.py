@@ -85,6 +85,36 @@ class WorkerInfo:
         return cls(**known(cls, json.loads(text)))
 
 
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """What a worker process says of itself, whatever models it has. Times: seconds since the epoch.
+
+    Attributes:
+        node: its Celery node name.
+        models: ids of those it has or is loading.
+        memory_limit, memory_used: bytes that models and caches may take together, and those that models take.
+    """
+
+    node: str
+    host: str
+    pid: int
+    started_at: float
+    heartbeat_at: float
+    models: tuple[str, ...]
+    memory_limit: int
+    memory_used: int
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote, here or in another version."""
+        data = known(cls, json.loads(text))
+        return cls(**data | {"models": tuple(data["models"])})
+
+
 class Registry:
     """Cards of models and workers in Redis. Methods raise `redis.RedisError` when Redis is away."""
 
@@ -118,6 +148,21 @@ class Registry:
         if gone:
             self._client.zrem(keys.WORKERS, *gone)
         return [WorkerInfo.from_json(card) for card in cards if card is not None]
+
+    def announce_host(self, info: HostInfo, lifetime_s: float) -> None:
+        """Tell the state of a worker process; it is forgotten when not told again in time."""
+        with self._client.pipeline() as pipe:
+            pipe.set(keys.HOST + info.node, info.to_json(), px=round(lifetime_s * 1000))
+            pipe.zadd(keys.HOSTS, {info.node: info.heartbeat_at})
+            pipe.execute()
+
+    def hosts(self) -> list[HostInfo]:
+        """The worker processes alive, by node."""
+        names = sorted(self._client.zrange(keys.HOSTS, 0, -1))
+        cards = self._client.mget([keys.HOST + name for name in names]) if names else []
+        if gone := [name for name, card in zip(names, cards, strict=True) if card is None]:
+            self._client.zrem(keys.HOSTS, *gone)
+        return [HostInfo.from_json(card) for card in cards if card is not None]
 
     def waiting(self, model: str) -> int:
         """How many jobs wait for a model."""

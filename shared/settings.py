@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     # Where things are
     data_dir: Path = Field(ROOT / "data", description="Everything that is written: queue, keys, logs, sockets")
     model_path: Path = Field(ROOT / "models/SmolLM2-135M-Instruct", description="The MLX model folder to serve")
+    models_file: Path = Field(
+        ROOT / "models/catalog.toml", description="The catalog: all models that may be served; absent: MODEL_PATH alone"
+    )
     redis_url: str = Field(
         "",
         description="Redis or Valkey to use: `redis://`, `rediss://`, `unix://` or "
@@ -95,6 +98,15 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64, description="Worker processes that scripts/serve starts")
     backend: Literal["auto", "fake"] = Field(
         "auto", description="`auto`: what the model folder needs; `fake`: no model, made-up words, for tests"
+    )
+    worker_models: str = Field(
+        "",
+        description="Models of the catalog that workers load when they start, with commas between; empty: the default. "
+        "With `;` between lists, each worker has its own",
+    )
+    load_on_demand: bool = Field(
+        True,
+        description="Load a model of the catalog when a job asks for one that no worker has; false: refuse the job",
     )
     slots: int = Field(32, ge=1, le=1024, description="Jobs decoded at once per worker")
     prefill_step_tokens: int = Field(
@@ -148,6 +160,7 @@ class Settings(BaseSettings):
         # Relative paths are meant from the repository, whatever directory a script is called from.
         object.__setattr__(self, "data_dir", ROOT / self.data_dir.expanduser())
         object.__setattr__(self, "model_path", ROOT / self.model_path.expanduser())
+        object.__setattr__(self, "models_file", ROOT / self.models_file.expanduser())
         return self
 
     @cached_property

@@ -20,6 +20,11 @@ from shared.settings import Settings, load_or_exit
 from shared.store import Redis
 
 TASK = "mlxq.run"
+LOAD, UNLOAD = "mlxq_load_model", "mlxq_unload_model"
+"""Commands of Celery's remote control."""
+
+PREFIX = "mlxq."
+"""So the names of all queues of models begin."""
 
 OWN_QUEUE_S = 300.0
 """A worker's own queue is gone so long after the worker; a worker that comes back makes it anew."""
@@ -27,7 +32,7 @@ OWN_QUEUE_S = 300.0
 
 def queue_name(model: str) -> str:
     """The Celery queue of a model."""
-    return f"mlxq.{model}"
+    return f"{PREFIX}{model}"
 
 
 def own_queue(model: str, node: str) -> Queue:

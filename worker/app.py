@@ -1,268 +1,332 @@
 """The worker process: `python -m worker.app`; `worker.app:app` is the Celery app for Celery's own commands.
 
-It starts in the order lease, publisher, engine (which loads and warms the model), Celery: nothing is consumed before
-it can be worked on. It stops the other way round: Celery stops consuming, the engine gives running jobs `DRAIN_S`,
-the publisher writes what they said, what is left goes back to the queue, the lease is given up.
+It starts in the order engine, a desk for each model (lease, publisher, loading), Celery: nothing is consumed before it
+can be worked on. It stops the other way round: Celery stops consuming, the desks give running jobs `DRAIN_S`, their
+publishers write what was said, what is left goes back to the queue, the leases are given up.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import time
-from collections.abc import Hashable
+from collections.abc import Generator, Hashable
 from functools import partial
 from types import FrameType
 from typing import Final, NoReturn
 
-from kombu.exceptions import OperationalError
-from redis import RedisError
+from kombu import Queue
 
-from shared.claims import Claims, Reaper
+from shared.blas import Blas
+from shared.catalog import Catalog, CatalogModel, load_catalog
+from shared.claims import Reaper
 from shared.garbage import settle
-from shared.images import ImageStore
-from shared.log import JobLog
 from shared.logging import configure
-from shared.registry import Registry, WorkerInfo
+from shared.operations import Operations
+from shared.registry import HostInfo, Registry
 from shared.settings import Settings, load_settings
 from shared.store import connect
 from shared.tickets import TicketOffice, app, make_app
-from worker.backends import choose_loader
+from worker.backends import choose_loader, memory_in_use, memory_limit
 from worker.backends.base import Backend
 from worker.consumer import Consumer, node_name, stop_consuming
+from worker.control import take_orders
+from worker.desk import Desk, Place, named
 from worker.engine import Engine
-from worker.lease import Claim, Housekeeper, LeaseKeeper
-from worker.publisher import Publisher
-from worker.tasks import Runner, register
+from worker.lease import HostKeeper, Housekeeper
+from worker.switching import Switcher
+from worker.tasks import register
 from worker.vital import EXIT_BROKEN, depart, end_process, leave
 from worker.watchdog import Sign, Signs, Watchdog
 
 logger = logging.getLogger("worker.app")
 
 EXIT_CONFIG: Final = 78
-"""Exit status when the model does not load (EX_CONFIG): starting again would not help."""
+"""Exit status when no model loads (EX_CONFIG): starting again would not help."""
 
 LAST_WRITES_S: Final = 3.0
 """Beyond `DRAIN_S`, the time to write what was said, hand back and end; then the process is ended."""
-PUBLISHER_S: Final = 60.0
-"""A write may take so long: while Redis is out of reach, several connections are tried."""
+MOST_THREADS: Final = 512
+"""Of Celery's pool, for the slots of all models that may be warm together; they are started as they are needed."""
 
 
 class Service:
     """The parts of a worker process, and the order in which they start and stop."""
 
     def __init__(self, settings: Settings, index: int) -> None:
+        self.catalog: Catalog = load_catalog(settings)
+        self.memory_limit = 0
         self._settings = settings
-        self._started_at = time.time()
-        self._state = "loading"
-        self._model_announced = False
-        self._tokenizer: str | None = None
-        self._ending = False
-        # A restarted worker is another worker: the old one's lease lapses, and that counts the loss.
-        self._id = f"{socket.gethostname()}-{index}-{secrets.token_hex(4)}"
+        self._index = index
         self._node = node_name(settings, index)
+        self._ending = False
+        self._draining = False
+        self._was_ready = False
+        self._blas: Blas | None = None
+        self._gflops = 0.0
         self._error_file = settings.run_dir / f"worker-{index}.error"
+        self._desks: dict[str, Desk] = {}
+        self._consumed: frozenset[str] = frozenset()
 
         client = connect(settings.store_url)
-        self._claims = Claims(client, self._id)
+        self._registry = Registry(connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1))
         self._tickets = TicketOffice(make_app(settings, hasty=True), client, Registry(client))
-        self._held: set[Claim] = set()
-        self._publisher = Publisher(self._claims, lambda *word: self._engine.heed(*word), self._die)  # noqa: PLW0108
-        self._engine = Engine(self._load, settings.slots, self._publisher.put, self._die)
+        self._engine = Engine(self._die)
         self._watchdog = Watchdog(self._under_way, self._on_stuck, self._on_late, self._die)
-        # The lease keeper's calls must not take longer than the lease holds, tried twice and with the pause between.
-        quick_client = connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1)
-        self._quick_claims = Claims(quick_client, self._id)
-        self._registry = Registry(quick_client)
-        self._keeper = LeaseKeeper(
-            self._quick_claims,
-            self._engine.heed,
-            self._held,
-            self._announce,
-            settings.lease_s,
-            settings.max_attempts,
+        self._switcher = Switcher(self, Operations(client))
+        self._host_keeper = HostKeeper(self._announce_host, settings.lease_s, self._die)
+        self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
+        self._place = Place(
+            settings,
+            index,
+            self._node,
+            time.time(),
+            self._engine,
+            self._tickets,
             lambda: self._watchdog.tripped or self._ending,
             self._die,
         )
-        self._runner = Runner(
-            self._engine,
-            self._publisher,
-            self._claims,
-            JobLog(client),
-            self._tickets,
-            self._held,
-            self._keeper.wait_renewal,
-            ImageStore(connect(settings.store_url, decode_responses=False)).get,
-        )
-        self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
+
+    @property
+    def desks(self) -> tuple[Desk, ...]:
+        """Those of the models that are warm, or being loaded."""
+        return tuple(self._desks.values())
 
     def run(self) -> int:
         """Work until a signal ends it; the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._keeper.start()
-        self._publisher.start()
+        for fault in self.catalog.faults:
+            logger.error("the catalog: %s", fault)
         self._engine.start()
         self._watchdog.start()
         try:
-            backend = self._engine.loaded.result()
-        except Exception as error:  # noqa: BLE001 - a model library may raise anything
-            return self._load_failed(error)
+            desks = [self.open_desk(model) for model in self._first_models()]
+        except ValueError as error:
+            return self._not_loaded(str(error))
+        self._host_keeper.start()
+        cold = [desk for desk in desks if not self._is_warm(desk)]
+        reasons = [self._why_not(desk) for desk in cold]
+        if len(cold) == len(desks):
+            return self._not_loaded("; ".join(reasons))
+        for reason in reasons:
+            logger.error(reason)
         settle()
         self._error_file.unlink(missing_ok=True)
-        logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
         self._housekeeper.start()
-        register(app, self._runner)
-        consumer = Consumer(app, self._settings, self._node, self._on_ready)
+        self._switcher.start()
+        take_orders(self._switcher.put)
+        register(app, self._work)
+        consumer = Consumer(app, self._node, self._threads(), self._queues, self._on_ready)
         consumer.start()
         self._wind_up()
         return consumer.status
 
-    def _load(self) -> Backend:
-        """Load the model, on the engine's thread."""
-        if self._settings.backend == "fake":
-            return choose_loader(self._settings)()
-        from shared.blas import prefer_openblas
+    def open_desk(self, model: CatalogModel, *, pinned: bool = False) -> Desk:
+        """See `worker.switching.Models`."""
+        desk = Desk(self._place, model, partial(self._load, model), pinned=pinned)
+        self._desks[model.id] = desk
+        desk.open()
+        return desk
 
-        if self._settings.workers > 1:  # each takes its share of the cores, unless somebody has said otherwise
-            share = max(1, (os.cpu_count() or 1) // self._settings.workers)
-            os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share))
-        blas = prefer_openblas()  # before anything imports MLX
-        backend = choose_loader(self._settings)()
-        if backend.card.tokenizer:  # read here, for the lease's thread must wait for no disk
-            self._tokenizer = (self._settings.model_path / "tokenizer.json").read_text(encoding="utf-8")
-        from worker.blas_speed import measure_gflops
+    def consume(self, desk: Desk) -> None:
+        """See `worker.switching.Models`."""
+        backend = desk.backend
+        if backend is not None:
+            logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
+        desk.read_tokenizer()
+        self._divide_memory()
+        desk.ready()
+        self._consumed |= {desk.model.id}
 
-        backend.about |= {"blas": blas.version or blas.name, "gflops": round(measure_gflops(), 1)}
-        if blas.reason:
-            backend.about["blas_note"] = blas.reason
-        return backend
+    def close_desk(self, desk: Desk) -> None:
+        """See `worker.switching.Models`."""
+        self._consumed -= {desk.model.id}
+        desk.drain(self._settings.drain_s)
+        desk.wait_empty(self._settings.drain_s + LAST_WRITES_S)
+        desk.shut()
+        self._desks = {name: each for name, each in self._desks.items() if each is not desk}
+        self._divide_memory()
 
-    def _load_failed(self, error: Exception) -> int:
-        """Say why, to the log and to whoever started us."""
+    def memory_used(self) -> int:
+        """See `worker.switching.Models`."""
+        return memory_in_use()
+
+    def _first_models(self) -> list[CatalogModel]:
+        """Those that this worker loads at its start.
+
+        Raises:
+            ValueError: WORKER_MODELS names one that the catalog has not.
+        """
+        lists = self._settings.worker_models.split(";")
+        names = [name.strip() for name in lists[self._index % len(lists)].split(",") if name.strip()]
+        found = [(name, self.catalog.resolve(name)) for name in names or [self.catalog.default]]
+        if missing := [name for name, model in found if model is None]:
+            raise ValueError(f"WORKER_MODELS: the catalog has no model {missing[0]}")
+        return list({model.id: model for _, model in found if model is not None}.values())
+
+    def _is_warm(self, desk: Desk) -> bool:
+        """Wait for a model to load, and take its jobs; false: it does not load, and nothing is left of it."""
+        if desk.batch.loaded.exception() is None:
+            self.consume(desk)
+            return True
+        logger.debug("where it failed", exc_info=desk.batch.loaded.exception())
+        del self._desks[desk.model.id]
+        desk.settle()
+        return False
+
+    def _why_not(self, desk: Desk) -> str:
+        error = desk.batch.loaded.exception()
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"{self._settings.model_path} does not load: {lines[0]}"
+        return f"{desk.model.path} does not load: {lines[0]}"
+
+    def _not_loaded(self, reason: str) -> int:
+        """Say why, to the log and to whoever started us."""
         logger.error(reason)
-        logger.debug("where it failed", exc_info=error)
         try:
             self._error_file.parent.mkdir(parents=True, exist_ok=True)
             self._error_file.write_text(reason + "\n")
         except OSError as unwritable:
             logger.warning("it is not written to %s: %s", self._error_file, unwritable)
-        self._keeper.stop()
+        self._host_keeper.stop()
         return EXIT_CONFIG
 
+    def _load(self, model: CatalogModel) -> Generator[float, None, Backend]:
+        """Load a model, on the engine's thread."""
+        self._prepare_library()
+        made = choose_loader(self._settings, model)()
+        backend = named((yield from made) if isinstance(made, Generator) else made, model)
+        if self._blas is not None:
+            backend.about |= {"blas": self._blas.version or self._blas.name, "gflops": round(self._gflops, 1)}
+            if self._blas.reason:
+                backend.about["blas_note"] = self._blas.reason
+        return backend
+
+    def _prepare_library(self) -> None:
+        """Before anything imports MLX, and once."""
+        if self.memory_limit:
+            return
+        if self._settings.backend != "fake":
+            from shared.blas import prefer_openblas
+
+            if self._settings.workers > 1:  # each takes its share of the cores, unless somebody has said otherwise
+                share = max(1, (os.cpu_count() or 1) // self._settings.workers)
+                os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share))
+            self._blas = prefer_openblas()
+            from worker.blas_speed import measure_gflops
+
+            self._gflops = measure_gflops()
+        self.memory_limit = memory_limit(self._settings)
+
+    def _divide_memory(self) -> None:
+        """What the models leave of the memory is for their caches, in equal parts."""
+        self._engine.do(self._divide_now)
+
+    def _divide_now(self) -> None:
+        backends = [batch.backend for batch in self._engine.batches]
+        left = self.memory_limit - sum(backend.weights_bytes for backend in backends)
+        for backend in backends if len(self.catalog.models) > 1 else ():
+            backend.grant(max(0, left) // len(backends))
+
+    def _threads(self) -> int:
+        """Of Celery's pool: as many as there are slots of the models that may be warm."""
+        slots = (model.slots or self._settings.slots for model in self.catalog.models.values())
+        return min(MOST_THREADS, sum(slots))
+
+    def _queues(self) -> list[str | Queue]:
+        """Of the models that are warm."""
+        return [queue for desk in self.desks if desk.model.id in self._consumed for queue in desk.queues]
+
+    def _work(self, model: str, ticket_for: str) -> None:
+        """Do what a ticket says; one for a model that has just been unloaded is made up for by the rescue."""
+        desk = self._desks.get(model)
+        if desk is not None:
+            desk.run(ticket_for)
+
     def _on_ready(self) -> None:
-        if not self._runner.draining:
-            self._state = "ready"
-            self._keeper.hurry()
+        self._was_ready = True
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """End: the first signal drains, a further one hands back at once."""
-        first = not self._runner.draining
-        self._runner.draining = True
-        self._state = "draining"
-        if not self._engine.loaded.done():
+        first, self._draining = not self._draining, True
+        if not self._was_ready:
             os._exit(os.EX_OK)  # no job is held yet, and the engine is deep inside the model library
         seconds = self._settings.drain_s if first else 0.0
-        self._engine.drain(seconds)
+        for desk in self.desks:
+            desk.drain(seconds)
         self._watchdog.end_within(seconds + LAST_WRITES_S)
         stop_consuming()
 
     def _wind_up(self) -> None:
         """End the threads. Celery's have ended, so every job is settled."""
+        self._switcher.close()
         self._housekeeper.stop()
         self._engine.close()
         self._engine.join()
-        self._publisher.close()
-        self._publisher.join()
-        self._keeper.stop()
-        self._give_up()
+        for desk in self.desks:
+            desk.settle()
+        self._host_keeper.stop()
         logger.info("the worker has ended")
 
     def _under_way(self) -> Signs:
         patience_s = self._settings.watchdog_s
-        encoding = self._runner.encoding
-        signs: dict[Hashable, Sign] = {encoding[0]: Sign(0, patience_s)} if encoding else {}
-        if self._engine.loaded.done() and not self._engine.idle:
+        signs: dict[Hashable, Sign] = {}
+        for desk in self.desks:
+            signs |= desk.signs(patience_s)
+        if self._was_ready and not self._engine.idle:
             signs["engine"] = Sign(self._engine.progress_at, patience_s)
-        if self._publisher.backlog:
-            signs["publisher"] = Sign(self._publisher.attempts, max(patience_s, PUBLISHER_S))
         return signs
 
     def _on_stuck(self, stuck: list[Hashable]) -> None:
         """End. A prompt that cannot be read fails its job, and no other is to blame; else, nobody knows."""
-        encoding = self._runner.encoding
-        culprits = [encoding[1]] if encoding and encoding[0] in stuck else []  # or read at last, this very moment
+        read = [(desk, reading) for desk in self.desks if (reading := desk.read_now())]
+        culprits = [(desk, reading[1]) for desk, reading in read if reading[0] in stuck]  # or read at last, this moment
         unread = any(isinstance(key, tuple) for key in stuck)
         what = ", ".join(sorted("reading of a prompt" if isinstance(key, tuple) else str(key) for key in stuck))
-        self._ending = True
-        self._runner.draining = True
+        self._end()
         end_process(
             f"its {what} has not got on for too long",
-            *(partial(self._runner.fail, job) for job in culprits),
+            *(partial(desk.fail, job) for desk, job in culprits),
             partial(self._give_up, None if unread else self._settings.max_attempts),
         )
 
     def _on_late(self) -> None:
         """End a drain that takes too long, as in the middle of a long step: what is left goes on elsewhere."""
-        self._ending = True
+        self._end()
         late = partial(logger.warning, "the drain's time is over: what still runs is left to others")
         depart(os.EX_OK, late, self._give_up)
 
     def _die(self, reason: str) -> NoReturn:
         """End because a thread has died."""
-        self._ending = True
-        self._runner.draining = True
+        self._end()
         end_process(reason, partial(self._give_up, self._settings.max_attempts))
 
+    def _end(self) -> None:
+        self._ending = self._draining = True
+        for desk in self.desks:
+            desk.refuse()
+
     def _give_up(self, max_attempts: int | None = None) -> None:
-        """Let others have what we hold at once, instead of when the lease lapses."""
-        try:
-            self._tickets.send_all(self._quick_claims.retire(max_attempts=max_attempts))
-        except (RedisError, OperationalError) as error:
-            logger.warning("the lease is left to lapse: %s", error)
+        for desk in self.desks:
+            desk.give_up(max_attempts)
 
-    def _announce(self, unknown: bool) -> None:
-        """Tell who we are; and which model we have, when Redis does not know."""
-        self._registry.announce_worker(self._describe(), 3 * self._settings.lease_s)
-        backend = self._backend()
-        if backend is not None and (unknown or not self._model_announced):
-            self._registry.announce_model(backend.card, self._tokenizer)
-            self._model_announced = True
-
-    def _backend(self) -> Backend | None:
-        loaded = self._engine.loaded
-        return loaded.result() if loaded.done() and loaded.exception() is None else None
-
-    def _describe(self) -> WorkerInfo:
-        backend, engine = self._backend(), self._engine
-        totals = engine.totals
-        stats = {
-            "steps": totals.steps,
-            "generated_tokens": totals.tokens,
-            "prompt_tokens": totals.prompt_tokens,
-            "batch_size": totals.last_batch,
-            "row_cap": engine.row_cap,
-            "publisher_backlog": self._publisher.backlog,
-            "engine_idle_s": time.monotonic() - engine.progress_at if engine.busy else 0.0,
-        }
-        return WorkerInfo(
-            id=self._id,
-            node=self._node,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            model=self._settings.model_id,
-            state=self._state,
-            slots=self._settings.slots,
-            slots_used=len(self._held),
-            started_at=self._started_at,
-            heartbeat_at=time.time(),
-            stats=stats | totals.gauges,
-            about=dict(backend.about) if backend else {},
+    def _announce_host(self) -> None:
+        now = time.time()
+        desks = self.desks
+        self._registry.announce_host(
+            HostInfo(
+                node=self._node,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                started_at=self._place.started_at,
+                heartbeat_at=now,
+                models=tuple(desk.model.id for desk in desks),
+                memory_limit=self.memory_limit,
+                memory_used=sum(desk.backend.weights_bytes for desk in desks if desk.backend),
+            ),
+            3 * self._settings.lease_s,
         )
 
 

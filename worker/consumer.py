@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from celery import Celery
@@ -17,17 +17,19 @@ from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
 from celery.signals import setup_logging
 from celery.worker import WorkController, state
 from celery.worker.consumer import Consumer as BrokerConsumer
-from kombu import Connection
+from kombu import Connection, Queue
 from redis import ResponseError
 
 from shared.settings import Settings
-from shared.tickets import own_queue, queue_name
+from shared.tickets import PREFIX
 
 # It warns root of what pickled messages can do; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
 # Whenever a connection is lost it says that tasks run on, which is what they are to do.
 warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
+LOOK_AGAIN_S: Final = 0.25
+"""Between two looks at which models are warm."""
 RECONNECT_S: Final = 0.5
 """Between two tries to reach a broker that is away."""
 REFUSED_PAUSE_S: Final = 2.0
@@ -71,21 +73,31 @@ class TicketConsumer(BrokerConsumer):
 class Consumer(Worker):
     """A Celery worker with a thread for each slot, which leaves signals to `worker.app`.
 
+    Args:
+        queues: those of the models that are warm; asked again and again.
+
     Celery's own handlers print what is no JSON, give SIGINT an exit status of failure, and know a cold shutdown that
     would not wait for jobs to be handed back.
     """
 
-    def __init__(self, app: Celery, settings: Settings, node: str, on_ready: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        node: str,
+        threads: int,
+        queues: Callable[[], Iterable[str | Queue]],
+        on_ready: Callable[[], object],
+    ) -> None:
+        self._app = app
+        self._wanted = queues
         self._tell_ready = on_ready
-        own = own_queue(settings.model_id, node)
-        app.amqp.queues.add(own)
         super().__init__(
             app=app,
             hostname=node,
             consumer_cls=TicketConsumer,
             pool="threads",
-            concurrency=settings.slots,
-            queues=[queue_name(settings.model_id), own.name],
+            concurrency=threads,
+            queues=[self._known(queue) for queue in queues()],
             task_events=True,
             without_gossip=True,
             without_mingle=True,
@@ -103,7 +115,29 @@ class Consumer(Worker):
     def on_consumer_ready(self, consumer: Any) -> None:
         """Celery consumes."""
         super().on_consumer_ready(consumer)
+        self._consumer = consumer
+        # In its own thread, which alone may: again after each reconnection, when it is another consumer.
+        consumer.hub.call_repeatedly(LOOK_AGAIN_S, self._consume_what_is_warm, consumer)
         self._tell_ready()
+
+    def _consume_what_is_warm(self, consumer: Any) -> None:
+        """Consume the queues of the models that are warm now, and no others."""
+        if consumer is not self._consumer or state.should_stop is not None:
+            return
+        wanted = {self._known(queue) for queue in self._wanted()}
+        consumed = {name for name in consumer.app.amqp.queues.consume_from if name.startswith(PREFIX)}
+        for name in wanted - consumed:
+            consumer.add_task_queue(name)
+        for name in consumed - wanted:
+            consumer.cancel_task_queue(name)
+
+    def _known(self, queue: str | Queue) -> str:
+        """Its name; one that has options is known by them from now on."""
+        if isinstance(queue, str):
+            return queue
+        if queue.name not in self._app.amqp.queues:
+            self._app.amqp.queues.add(queue)
+        return str(queue.name)
 
 
 def stop_consuming() -> None:

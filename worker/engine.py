@@ -1,371 +1,142 @@
-"""The loop that decodes: admit, step, collect. Its thread is the only one that touches the model library.
+"""The thread that touches the model libraries, and which of its models it steps next.
 
-Nothing here knows Redis. Task threads submit sequences, anybody may pass a word on (cancelled, expired, fenced),
-and what the rows say goes to the publisher.
-
-When the backend raises, its batch is lost, and which row was to blame is unknown. So the backend is reset and each
-row of the lost batch is tried alone until it gives a token. One that raises alone is to blame and ends `failed`;
-the others go on together, where they were. Every lost batch thus ends a row or moves all of them on by a token: it
-never fails a neighbour and never goes on for ever. A batch that is lost for want of memory goes on in halves; then
-every row that ends makes place for one more than before. Rows that raise alone one after another, with no token between
-them, are not to blame: the engine is broken, and its death hands them to another worker.
+Models take turns by the time they have taken (start-time fair queueing): each step of a model adds what it took to the
+model's account, and the one with the least goes next. A model that had nothing to do begins where the others are, so
+idling earns nothing. A model that is being loaded takes its turns too, a piece of the weights at a time, so that the
+others decode meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import TypeAlias
 
-from shared.claims import Verdict
-from shared.errors import JobFailure
-from worker.backends.base import Backend, BackendLoader, Fit, OutOfMemory, StepResult
-from worker.crowding import Crowding
-from worker.sequence import Outcome, Said, Sequence
+from worker.backends import release
+from worker.batch import Batch
 from worker.vital import OnDeath, VitalThread, end_process
 
 logger = logging.getLogger(__name__)
 
-MOST_LONE_FAILURES = 3
-"""So many rows that raise alone in succession mean that the engine is at fault, not the rows."""
+IDLE_S = 1.0
+"""Longest sleep: then the gauges are due."""
 
-
-GAUGES_S = 1.0
-"""Time between two readings of the backend's gauges."""
-
-
-class EngineBroken(Exception):
-    """Whatever it is given, the backend raises."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Word:
-    """What Redis says of a job: to be stopped, or not ours any more."""
-
-    job_id: str
-    attempt: int
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    """Take nothing new; hand back what still runs at a moment (monotonic)."""
-
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Close:
-    """End the thread."""
-
-
-_Message: TypeAlias = Sequence | _Word | _Drain | _Close
-
-
-@dataclass(slots=True)
-class Totals:
-    """What the engine has done since it started, and the backend's gauges as they were last read."""
-
-    steps: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    last_batch: int = 0
-    gauges: dict[str, float] = field(default_factory=dict)
+Order = Callable[[], object]
 
 
 class Engine(VitalThread):
-    """Runs one continuous batch. `submit`, `heed`, `drain` and `close` may be called from any thread.
+    """Steps batches. All methods but those of the thread itself may be called from any thread."""
 
-    Attributes:
-        loaded: the warm backend, or why there is none.
-        progress_at: monotonic moment at which something was last gained: a token, a piece of a prompt, a row less.
-    """
-
-    def __init__(
-        self,
-        load: BackendLoader,
-        slots: int,
-        publish: Callable[[list[Said]], object],
-        on_death: OnDeath = end_process,
-        crowding: Crowding | None = None,
-    ) -> None:
+    def __init__(self, on_death: OnDeath = end_process) -> None:
         super().__init__("engine", on_death)
-        self.loaded: Future[Backend] = Future()
-        self.progress_at = time.monotonic()
-        self.totals = Totals()
-        self._load = load
-        self._slots = self._most_rows = slots
-        self._publish = publish
-        self._crowding = crowding or Crowding(slots)
-        self._inbox: SimpleQueue[_Message] = SimpleQueue()  # its put is safe in a signal handler
-        self._waiting: deque[Sequence] = deque()
-        self._suspects: deque[Sequence] = deque()
-        self._rows: dict[int, Sequence] = {}
-        self._on_trial = False
-        self._lone_failures = 0
-        self._gauges_due = 0.0
-        self._drain_until: float | None = None
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()  # its put is safe in a signal handler
+        self._batches: tuple[Batch, ...] = ()
+        self._loading: dict[Batch, Iterator[None]] = {}
+        self._active: set[Batch] = set()
+        self._reached_s = 0.0
         self._open = True
 
     @property
-    def slots_used(self) -> int:
-        """Rows in the batch."""
-        return len(self._rows)
-
-    @property
-    def row_cap(self) -> int:
-        """Rows that may be in the batch: fewer than there are slots where more have proven slower, or too large."""
-        return min(self._most_rows, self._crowding.cap)
-
-    @property
-    def busy(self) -> bool:
-        """Whether it has anything to get on with."""
-        return bool(self._rows or self._waiting or self._suspects)
+    def batches(self) -> tuple[Batch, ...]:
+        """Those it steps."""
+        return self._batches
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is asked of it either."""
-        return not self.busy and self._inbox.empty()
+        """Whether nothing is asked of it."""
+        return not self._loading and all(batch.idle for batch in self._batches)
 
-    def submit(self, sequence: Sequence) -> None:
-        """Generate for this one as soon as a slot is free."""
-        self._inbox.put(sequence)
+    @property
+    def progress_at(self) -> float:
+        """Monotonic moment at which any of its models last gained something."""
+        batches = (*self._batches, *self._loading)
+        return max((batch.progress_at for batch in batches), default=time.monotonic())
 
-    def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
-        """Pass on what Redis says of a job. For jobs that are not here, nothing happens."""
-        if verdict is not Verdict.OK:
-            self._inbox.put(_Word(job_id, attempt, verdict))
+    def wake(self) -> None:
+        """There is something to do."""
+        self._orders.put(None)
 
-    def drain(self, seconds: float) -> None:
-        """Take nothing new, give what runs that long to end, then hand it back."""
-        self._inbox.put(_Drain(time.monotonic() + seconds))
+    def open(self, batch: Batch) -> None:
+        """Load a model, then step it; `batch.loaded` tells how that went."""
+        self._order(lambda: self._loading.setdefault(batch, batch.loading()))
+
+    def shut(self, batch: Batch, then: Callable[[], object]) -> None:
+        """Let go of a model that has no rows any more; `then` is called when that is done."""
+
+        def closed() -> None:
+            self._batches = tuple(each for each in self._batches if each is not batch)
+            self._active.discard(batch)
+            batch.close()
+            then()
+            release()
+
+        self._order(closed)
+
+    def do(self, work: Order) -> None:
+        """Have something done between two steps."""
+        self._order(work)
 
     def close(self) -> None:
         """End the thread after its current step. What it holds stays unsettled: drain first."""
-        self._inbox.put(_Close())
+
+        def ended() -> None:
+            self._open = False
+
+        self._order(ended)
+
+    def _order(self, order: Order) -> None:
+        self._orders.put(order)
 
     def work(self) -> None:
-        """Load the model, then step for as long as there is work, and sleep while there is none."""
-        try:
-            self.load()
-        except Exception as error:  # noqa: BLE001 - whoever waits for `loaded` gets it
-            self.loaded.set_exception(error)
-            return
+        """Step for as long as there is work, and sleep while there is none."""
         while self._open:
-            if not self.busy:
+            if self.idle:
                 self._sleep()
-            self.step()
-        self._backend.close()
+            self.turn()
+        for batch in self._batches:
+            batch.close()
 
-    def load(self) -> None:
-        """Make the backend ready. On the engine's thread, as everything that touches it."""
-        self._backend = self._load()
-        self._read_gauges()
-        self.loaded.set_result(self._backend)
+    def turn(self) -> None:
+        """Hear what was asked; a piece of each load; a step of whoever's turn it is."""
+        while not self._orders.empty():
+            if (order := self._orders.get()) is not None:
+                order()
+        for batch, pieces in [*self._loading.items()]:
+            self._load_on(batch, pieces)
+        due = self._next()
+        if due is None:
+            return
+        started = time.perf_counter()
+        due.step()
+        due.spent_s += time.perf_counter() - started
 
-    def step(self) -> None:
-        """Hear what arrived, admit, decode one token a row, collect."""
-        while not self._inbox.empty():
-            self._receive(self._inbox.get())
-        try:
-            self._admit()
-            result = self._backend.step() if self._rows else None
-        except Exception as error:  # noqa: BLE001 - a model library may raise anything
-            self._batch_lost(error)
-        else:
-            if result is not None:
-                self._collect(result)
-        self._give_up_draining()
-        if time.monotonic() >= self._gauges_due:
-            self._read_gauges()
+    def _load_on(self, batch: Batch, pieces: Iterator[None]) -> None:
+        if next(pieces, self) is not self:
+            return
+        del self._loading[batch]
+        if batch.loaded.exception() is None:
+            self._batches = (*self._batches, batch)
+
+    def _next(self) -> Batch | None:
+        """The batch that has had the least, of those with something to do."""
+        if len(self._batches) == 1:  # nobody to be fair to
+            return self._batches[0]
+        due = [batch for batch in self._batches if not batch.idle]
+        for batch in due:
+            if batch not in self._active:
+                batch.spent_s = max(batch.spent_s, self._reached_s)
+        self._active = set(due)
+        if not due:
+            return None
+        batch = min(due, key=lambda each: each.spent_s)
+        self._reached_s = batch.spent_s
+        return batch
 
     def _sleep(self) -> None:
-        """Until a message comes, or the gauges are due."""
+        """Until something is asked, or gauges are due."""
+        due_s = min((batch.read_gauges() for batch in self._batches), default=IDLE_S)
         with suppress(Empty):
-            self._receive(self._inbox.get(timeout=max(0.0, self._gauges_due - time.monotonic())))
-
-    def _read_gauges(self) -> None:
-        self.totals.gauges = self._backend.stats()
-        self._gauges_due = time.monotonic() + GAUGES_S
-
-    def _got_on(self) -> None:
-        self.progress_at = time.monotonic()
-
-    def _receive(self, message: _Message) -> None:
-        if not self.busy:
-            self._got_on()  # or a long idle time would look like a stuck engine
-        match message:
-            case Sequence() if self._drain_until is None:
-                self._waiting.append(message)
-            case Sequence():
-                self._publish([message.hand_back()])
-            case _Word():
-                self._obey(message)
-            case _Drain(until):
-                self._drain_until = until
-                self._publish([sequence.hand_back() for sequence in self._waiting])
-                self._waiting.clear()
-            case _Close():
-                self._open = False
-
-    def _obey(self, word: _Word) -> None:
-        sequence = self._take_out(word.job_id, word.attempt)
-        if sequence is None:
-            return
-        self._got_on()
-        if word.verdict is Verdict.FENCED:
-            sequence.settle(Outcome.FENCED)
-        else:
-            self._publish([sequence.stop(word.verdict)])
-
-    def _take_out(self, job_id: str, attempt: int) -> Sequence | None:
-        """Remove a sequence from wherever it is; a slot it had is free at once."""
-        for sequence in (*self._rows.values(), *self._waiting, *self._suspects):
-            if sequence.job.id == job_id and sequence.job.attempt == attempt:
-                break
-        else:
-            return None
-        if sequence.uid in self._rows:
-            self._remove([sequence.uid])
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
-        else:
-            self._suspects.remove(sequence)
-        return sequence
-
-    def _admit(self) -> None:
-        """Fill the free slots; but while there are suspects, try one of them alone."""
-        if self._on_trial and self._rows:
-            return
-        trial = bool(self._suspects)
-        source, most = (self._suspects, 1) if trial else (self._waiting, self._worth_while())
-        while len(self._rows) < most and (sequence := self._next(source)):
-            self._on_trial = trial
-            sequence.admitted()
-            self._rows[sequence.uid] = sequence
-            self._backend.insert([sequence.row()])
-
-    def _worth_while(self) -> int:
-        """How many rows may be in the batch. Those that have been running before wait for no more than a slot."""
-        resumed = any(sequence.resumed for sequence in self._waiting)
-        return min(self._most_rows, self._crowding.most(len(self._rows), len(self._waiting), urgent=resumed))
-
-    def _next(self, source: deque[Sequence]) -> Sequence | None:
-        """The first in line, if there is memory for it: nobody overtakes it. One that would not fit alone ends here."""
-        while source:
-            fit = self._backend.fits(source[0].longest)
-            if fit is Fit.LATER:
-                break
-            sequence = source.popleft()
-            if fit is Fit.NOW:
-                return sequence
-            self._publish([_row_failed(sequence, OutOfMemory(f"{sequence.longest} tokens do not fit"))])
-        return None
-
-    def _collect(self, result: StepResult) -> None:
-        uids = {uid for uid, _ in result.tokens}
-        self._measure(result, uids)
-        for uid, reused in result.prefilled.items():
-            self._rows[uid].prefilled(reused)
-        said = [_row_failed(self._rows.pop(uid), error) for uid, error in result.failed]
-        said += self._push(result.tokens)
-        self._remove([word.sequence.uid for word in said if word.outcome and word.sequence.uid in self._rows])
-        self._most_rows = min(self._slots, self._most_rows + sum(word.outcome is not None for word in said))
-        self._count(result, len(uids))
-        if result.tokens:
-            self._acquit()
-        if said:
-            self._publish(said)
-
-    def _measure(self, result: StepResult, uids: Collection[int]) -> None:
-        """Tell what the step gave to these rows, for what it took."""
-        context = sum(self._rows[uid].length for uid in uids)
-        only_decoded = len(uids) == len(self._rows) and not (result.prompt_tokens or result.prefilled or result.failed)
-        self._crowding.stepped(len(uids), context, len(result.tokens), only_decoded)
-
-    def _push(self, tokens: Iterable[tuple[int, int]]) -> list[Said]:
-        """Give the rows their tokens, each until it ends. One that raises ends alone."""
-        said = []
-        for uid, token in tokens:
-            sequence = self._rows[uid]
-            if sequence.ending:
-                continue
-            self.totals.tokens += 1
-            try:
-                word = sequence.push(token)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is this row's
-                word = _row_failed(sequence, error)
-            if word is not None:
-                said.append(word)
-        return said
-
-    def _count(self, result: StepResult, rows: int) -> None:
-        totals = self.totals
-        totals.steps += 1
-        totals.prompt_tokens += result.prompt_tokens
-        totals.last_batch = rows
-        if result.tokens or result.prompt_tokens or result.prefilled or result.failed:
-            self._got_on()  # a step that gives nothing is no progress, however often it returns
-
-    def _batch_lost(self, error: Exception) -> None:
-        self._got_on()
-        lost = list(self._rows.values())
-        exhausted = isinstance(error, OutOfMemory)
-        logger.error("the backend raised with %d rows in its batch", len(lost), exc_info=error)
-        self._backend.reset()
-        self._crowding.forget()
-        self._rows.clear()
-        self._on_trial = False
-        if len(lost) > 1:
-            if exhausted:  # nobody is to blame: there were too many of them
-                self._most_rows = len(lost) // 2
-                self._waiting.extendleft(reversed(lost))
-            else:
-                self._suspects.extend(lost)
-            return
-        if exhausted:
-            self._publish([_row_failed(row, error) for row in lost])
-            return
-        self._lone_failures += 1
-        if self._lone_failures >= MOST_LONE_FAILURES:
-            raise EngineBroken(f"{self._lone_failures} rows in succession raised alone") from error
-        self._publish([row.fail(JobFailure.ENGINE, "The model failed while it worked on this job.") for row in lost])
-
-    def _acquit(self) -> None:
-        """Tokens came. A row on trial steps aside until the other suspects have been tried."""
-        self._lone_failures = 0
-        if self._on_trial:
-            self._on_trial = False
-            self._waiting.extendleft(self._rows.values())
-            self._remove(list(self._rows))
-
-    def _remove(self, uids: list[int]) -> None:
-        if uids:
-            self._backend.remove(uids)
-            for uid in uids:
-                del self._rows[uid]
-
-    def _give_up_draining(self) -> None:
-        if self._drain_until is None or time.monotonic() < self._drain_until or not self.busy:
-            return
-        self._got_on()
-        left = [*self._rows.values(), *self._waiting, *self._suspects]
-        self._remove(list(self._rows))
-        self._waiting.clear()
-        self._suspects.clear()
-        self._publish([sequence.hand_back() for sequence in left])
-
-
-def _row_failed(sequence: Sequence, error: Exception) -> Said:
-    job = sequence.job
-    ids = {"job_id": job.id, "request_id": job.request_id}
-    logger.error("a row failed; its neighbours go on", exc_info=error, extra=ids)
-    if isinstance(error, OutOfMemory):
-        return sequence.fail(JobFailure.MEMORY, "The worker has too little memory for this prompt and its answer.")
-    return sequence.fail(JobFailure.ROW, "Generating this job's text failed.")
+            if (order := self._orders.get(timeout=due_s)) is not None:
+                order()

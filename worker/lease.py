@@ -159,6 +159,18 @@ class LeaseKeeper(_Periodic):
             self._claims.release(lost, max_attempts=self._max_attempts)  # the housekeepers send their tickets
 
 
+class HostKeeper(_Periodic):
+    """Tells that this process lives, whatever models it has."""
+
+    def __init__(self, announce: Callable[[], object], lease_s: float, on_death: OnDeath = end_process) -> None:
+        super().__init__("host", lease_s / 3, on_death)
+        self._announce = announce
+
+    def do(self) -> None:
+        """Tell it."""
+        self._announce()
+
+
 class Housekeeper(_Periodic):
     """Takes back what dead workers held, and sends tickets where they are missing. Every process may run one."""
 

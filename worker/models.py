@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.model_folder import ModelError, check_folder
+from shared.model_folder import ModelError, check_adapter, check_folder
 from shared.registry import ModelCard, digest
 
 FALLBACK_CONTEXT = 4096
@@ -35,20 +35,51 @@ class LoadedModel:
     eos: frozenset[int]
 
 
-def load_model(folder: Path) -> LoadedModel:
+def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False) -> LoadedModel:
     """Load an MLX model folder. To be called on the thread that will use the model.
+
+    Args:
+        adapter: a folder of LoRA weights to put on top.
+        lazy: leave the weights to be read when they are evaluated.
 
     Raises:
         ModelError: there is no such folder, or something in it is missing or cannot be used.
     """
     check_folder(folder)
+    if adapter is not None:
+        check_adapter(adapter)
     from mlx_lm import load
 
     try:
-        model, tokenizer, config = load(str(folder), return_config=True)  # type: ignore[misc]
+        model, tokenizer, config = load(
+            str(folder), adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
+        )  # type: ignore[misc]
     except Exception as error:  # a broken folder makes the libraries raise anything
         raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
     return loaded_as("text", folder, model, tokenizer, config)
+
+
+def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
+    """Change the type of the weights, or pack them; what is packed already stays as it is. Computes nothing yet.
+
+    Raises:
+        ModelError: the model cannot be packed.
+    """
+    import mlx.core as mx
+    from mlx.nn import quantize  # type: ignore[attr-defined]  # MLX has no types for it
+
+    if dtype is not None:
+        loaded.model.set_dtype(getattr(mx, dtype))
+    if bits is not None and not loaded.config.get("quantization"):
+        try:
+            quantize(loaded.model, group_size=64, bits=bits, class_predicate=_can_be_packed)
+        except Exception as error:
+            raise ModelError(f"The model cannot be packed to {bits} bits: {first_line(error)}") from error
+        loaded.config["quantization"] = {"group_size": 64, "bits": bits}
+
+
+def _can_be_packed(_path: str, module: Any) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
 
 
 def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:

@@ -18,10 +18,11 @@ from shared.logging import about
 from shared.store import passes
 from shared.tickets import TASK, TicketOffice
 from worker.backends.base import Backend, Prompt, PromptError
-from worker.engine import Engine
+from worker.batch import Batch
 from worker.lease import Claim
 from worker.left import Caller
 from worker.publisher import Publisher
+from worker.seats import Seats
 from worker.sequence import Outcome, Said, Sequence
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Runner:
     Args:
         held: the claims the threads work on, for others to read.
         wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
+        slots: jobs worked on at a time.
         images: the files of an API key's images, by digest, as far as they are kept.
 
     Attributes:
@@ -45,7 +47,7 @@ class Runner:
 
     def __init__(
         self,
-        engine: Engine,
+        batch: Batch,
         publisher: Publisher,
         claims: Claims,
         log: JobLog,
@@ -53,8 +55,9 @@ class Runner:
         held: set[Claim],
         wait_renewal: Callable[[float], bool],
         images: Callable[[str, Collection[str]], Mapping[str, bytes]],
+        slots: int,
     ) -> None:
-        self._engine = engine
+        self._batch = batch
         self._publisher = publisher
         self._claims = claims
         self._log = log
@@ -62,6 +65,7 @@ class Runner:
         self._caller = Caller(tickets)
         self._wait_renewal = wait_renewal
         self._images = images
+        self._seats = Seats(slots)
         self._held = held
         self.draining = False
         self.encoding: tuple[Claim, Job] | None = None
@@ -69,6 +73,13 @@ class Runner:
 
     def run(self, model: str, ticket_for: str) -> None:
         """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
+        if not self._seats.take():
+            return
+        self._work(model, ticket_for)
+        while not self._seats.leave():
+            self._work(model, ticket_for)
+
+    def _work(self, model: str, ticket_for: str) -> None:
         job = None if self.draining else self._claim(model)
         if job is None:
             # A ticket too many, or one that came too late: what waits still gets another.
@@ -107,11 +118,11 @@ class Runner:
         return None
 
     def _work_on(self, job: Job) -> None:
-        backend = self._engine.loaded.result()
+        backend = self._batch.loaded.result()
         sequence = Sequence(job, backend)
         end = self._prepare(sequence, backend)
         if end is None:
-            self._engine.submit(sequence)
+            self._batch.submit(sequence)
         else:
             self._publisher.put([end])
         match sequence.wait():
@@ -206,9 +217,9 @@ def _log_end(job: Job, ending: Ending | None) -> None:
     logger.info("job ended", extra=facts)
 
 
-def register(app: Celery, runner: Runner) -> None:
-    """Make the task known to Celery."""
+def register(app: Celery, work: Callable[[str, str], object]) -> None:
+    """Make the task known to Celery: `work` is called with a model and the job that a ticket was sent for."""
 
     @app.task(name=TASK, ignore_result=True)
     def run(model: str, job_id: str) -> None:
-        runner.run(model, job_id)
+        work(model, job_id)

@@ -16,7 +16,7 @@ from tests.plugins.work import claimed, sequence_for
 from worker.backends.base import Row
 from worker.backends.memory import Memory
 from worker.backends.text import TextBackend
-from worker.engine import Engine
+from worker.batch import Batch
 from worker.models import LoadedModel, load_model
 from worker.sequence import Said
 
@@ -50,7 +50,7 @@ def forgetful(tiny: LoadedModel) -> TextBackend:
 def answer(backend: TextBackend, jobs: Iterable[Job], slots: int = 8) -> list[Ending]:
     """How an engine ends these jobs, which come at once."""
     said: list[Said] = []
-    engine = Engine(lambda: backend, slots, said.extend)
+    engine = Batch(lambda: backend, slots, said.extend)
     engine.load()
     sequences = [sequence_for(job, backend) for job in jobs]
     for sequence in sequences:

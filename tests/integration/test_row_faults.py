@@ -17,7 +17,7 @@ from tests.plugins.work import claimed, sequence_for
 from worker import penalties, sampler
 from worker.backends.memory import Memory
 from worker.backends.text import TextBackend
-from worker.engine import Engine
+from worker.batch import Batch
 from worker.models import load_model
 from worker.sequence import Said, Sequence
 
@@ -42,7 +42,7 @@ def job(backend: TextBackend, prompt: str, sampling: Sampling) -> Sequence:
 def run(backend: TextBackend, sequences: Many[Sequence]) -> list[str | None]:
     """All at once; the text of each that succeeded."""
     said: list[Said] = []
-    engine = Engine(lambda: backend, 8, said.extend)
+    engine = Batch(lambda: backend, 8, said.extend)
     engine.load()
     for sequence in sequences:
         engine.submit(sequence)

@@ -16,6 +16,7 @@ pytest.importorskip("mlx_lm")
 from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_logits_processors
 
+from shared.catalog import load_catalog
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
 from shared.model_folder import ModelError
@@ -90,6 +91,18 @@ def run(
         steps += 1
         assert steps < 2000
     return said
+
+
+def loaded(settings: Settings) -> TextBackend:
+    """The model of the settings, in all its pieces."""
+    catalog = load_catalog(settings)
+    pieces = load(settings, catalog.models[catalog.default])
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            backend: TextBackend = end.value
+            return backend
 
 
 def alone(backend: TextBackend, one: Row) -> list[int]:
@@ -277,7 +290,7 @@ def test_it_works_on_a_thread_that_did_not_import_it(tiny_model_path: Path, back
     expected = alone(backend, one)
     found: list[list[int]] = []
     settings = Settings(model_path=tiny_model_path, prefill_step_tokens=CHUNK)
-    thread = threading.Thread(target=lambda: found.append(alone(load(settings), one)))
+    thread = threading.Thread(target=lambda: found.append(alone(loaded(settings), one)))
     thread.start()
     thread.join(60)
     assert found == [expected]
@@ -457,4 +470,4 @@ def test_rows_stay_within_the_memory_they_are_given(tiny: LoadedModel) -> None:
 
 def test_a_model_that_leaves_no_memory_is_not_served(tiny_model_path: Path) -> None:
     with pytest.raises(ModelError, match="MEMORY_LIMIT_BYTES"):
-        load(Settings(model_path=tiny_model_path, memory_limit_bytes=1))
+        loaded(Settings(model_path=tiny_model_path, memory_limit_bytes=1))

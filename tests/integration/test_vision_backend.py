@@ -248,7 +248,7 @@ def test_the_stages_give_what_the_library_gives(model: tuple[LoadedModel, ImageE
         grid = Grid(high, wide, 2)
         pixels = rng.normal(size=(grid.patches, 3 * 2 * 14 * 14)).astype(np.float32)
         *_, ours = encoder.stages(pixels, grid)
-        theirs = encoder._tower(mx.array(pixels), mx.array([[1, high, wide]]))
+        theirs = encoder.tower(mx.array(pixels), mx.array([[1, high, wide]]))
         assert mx.allclose(ours, theirs, atol=1e-5), grid
         assert ours.shape[0] == grid.tokens
 

@@ -1,430 +1,187 @@
-"""The engine's loop, step by step, on the fake backend."""
+"""The engine's thread: several models take turns, load beside each other, and go."""
 
 from __future__ import annotations
 
 import itertools
-import statistics
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from shared.claims import Verdict
-from shared.errors import JobFailure
-from shared.jobs import Ending, Status
-from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.backends.base import OutOfMemory, StepResult
+from tests.plugins.work import claimed, sequence_for
+from worker.backends.base import Backend, StepResult
 from worker.backends.fake import FakeBackend
-from worker.crowding import Crowding
-from worker.engine import Engine, EngineBroken
-from worker.sequence import Outcome, Said, Sequence
+from worker.batch import Batch
+from worker.engine import Engine
+from worker.sequence import Said, Sequence
 
 
-class Bench:
-    """An engine that a test steps by hand, and what it said."""
+class Desk:
+    """An engine whose thread runs, and what its models said."""
 
-    def __init__(self, slots: int = 4, crowding: Crowding | None = None, **backend: Any) -> None:
-        self.backend = FakeBackend(**backend)
+    def __init__(self, deaths: list[str] | None = None) -> None:
         self.said: list[Said] = []
-        self.engine = Engine(lambda: self.backend, slots, self.said.extend, crowding=crowding)
-        self.engine.load()
+        self.engine = Engine((deaths if deaths is not None else []).append)
 
-    def submit(self, prompt: str, **generation: Any) -> Sequence:
-        sequence = sequence_for(claimed(prompt, **generation), self.backend)
-        self.engine.submit(sequence)
-        return sequence
+    def batch(self, load: Callable[[], Backend | Generator[float, None, Backend]] = FakeBackend) -> Batch:
+        return Batch(load, 4, self.said.extend, self.engine.wake)
 
-    def run(self) -> None:
-        self.engine.step()
-        while self.engine.busy:
-            self.engine.step()
-
-    def ending(self, sequence: Sequence) -> Ending:
-        assert sequence.ending is not None
-        assert text_of([word for word in self.said if word.sequence is sequence]) == sequence.ending.text
-        return sequence.ending
-
-
-class Several(FakeBackend):
-    """Gives each row the tokens of three steps at once, also behind its end, as one that guesses may."""
-
-    def step(self) -> StepResult:
-        first, *others = (super(Several, self).step() for _ in range(3))
-        return replace(first, tokens=[pair for each in (first, *others) for pair in each.tokens])
+    def opened(self, load: Callable[[], Backend | Generator[float, None, Backend]] = FakeBackend) -> Batch:
+        batch = self.batch(load)
+        self.engine.open(batch)
+        batch.loaded.result(5)
+        return batch
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def desk() -> Iterator[Desk]:
+    desk = Desk()
+    desk.engine.start()
+    yield desk
+    desk.engine.close()
+    desk.engine.join(5)
+    assert not desk.engine.is_alive()
 
 
-def alone(prompt: str, **generation: Any) -> str:
-    backend = FakeBackend()
-    return text_of(run_alone(sequence_for(claimed(prompt, **generation), backend), backend))
+def submitted(batch: Batch, prompt: str = "row", **more: object) -> Sequence:
+    sequence = sequence_for(claimed(prompt, **more), batch.loaded.result())  # type: ignore[arg-type]
+    batch.submit(sequence)
+    return sequence
 
 
-def test_rows_join_and_leave_while_others_run(bench: Bench) -> None:
-    first = bench.submit("first", max_tokens=6)
-    bench.engine.step()
-    second = bench.submit("second", max_tokens=2)
-    bench.engine.step()
-    assert bench.engine.slots_used == 2
-    bench.engine.step()
-    assert (bench.engine.slots_used, second.ending is None) == (1, False)
-    bench.run()
-    assert bench.ending(first).text == alone("first", max_tokens=6)
-    assert bench.ending(second).text == alone("second", max_tokens=2)
-    assert bench.engine.totals.tokens == 8
-
-
-@pytest.mark.parametrize("prompt", ["!words=7 end", "limit"])
-@pytest.mark.parametrize("stop", [(), ("e",)], ids=str)
-def test_a_row_may_get_several_tokens_a_step_and_nothing_behind_its_end(prompt: str, stop: tuple[str, ...]) -> None:
-    bench = Bench()
-    bench.backend = Several()
-    bench.engine = Engine(lambda: bench.backend, 4, bench.said.extend)
-    bench.engine.load()
-    rows = [bench.submit(f"{prompt} {i}", max_tokens=10 + i, stop=stop) for i in range(3)]
-    bench.run()
-    for i, row in enumerate(rows):
-        assert bench.ending(row).text == alone(f"{prompt} {i}", max_tokens=10 + i, stop=stop)
-        assert [word.outcome for word in bench.said if word.sequence is row].count(Outcome.ENDED) == 1
-    totals = bench.engine.totals
-    assert totals.tokens == sum(bench.ending(row).completion_tokens for row in rows)
-    assert totals.last_batch <= 3
-
-
-def test_what_finds_no_slot_waits_in_order(bench: Bench) -> None:
-    rows = [bench.submit(f"row {i}", max_tokens=3) for i in range(9)]
-    bench.engine.step()
-    assert bench.engine.slots_used == 4
-    bench.run()
-    ends = [word.sequence for word in bench.said if word.ending]
-    assert ends == rows
-
-
-@pytest.mark.parametrize(
-    ("verdict", "status"), [(Verdict.CANCELLED, Status.CANCELLED), (Verdict.EXPIRED, Status.EXPIRED)]
-)
-def test_a_stop_word_frees_the_slot_at_the_next_step(bench: Bench, verdict: Verdict, status: Status) -> None:
-    stopped, *others = [bench.submit(f"row {i}", max_tokens=9) for i in range(4)]
-    bench.engine.step()
-    late = bench.submit("late", max_tokens=2)
-    bench.engine.heed(stopped.job.id, 1, verdict)
-    bench.engine.step()
-    assert stopped.uid not in dict(bench.backend.step().tokens)
-    assert bench.ending(stopped).status is status
-    assert len(late.generated) == 1
-    bench.run()
-    assert all(bench.ending(row).status is Status.SUCCEEDED for row in (*others, late))
-
-
-def test_the_end_is_told_only_once_the_slot_is_free(bench: Bench) -> None:
-    used: list[int] = []
-    engine = Engine(lambda: bench.backend, 4, lambda said: used.append(engine.slots_used))
-    engine.load()
-    engine.submit(sequence_for(claimed(max_tokens=1), bench.backend))
-    engine.step()
-    assert used == [0]
-
-
-def test_a_word_for_a_waiting_row_ends_it_without_a_step(bench: Bench) -> None:
-    rows = [bench.submit(f"row {i}") for i in range(5)]
-    bench.engine.step()
-    bench.engine.heed(rows[4].job.id, 1, Verdict.CANCELLED)
-    bench.engine.step()
-    assert bench.ending(rows[4]).completion_tokens == 0
-
-
-def test_a_word_for_another_attempt_or_a_stranger_does_nothing(bench: Bench) -> None:
-    row = bench.submit("row")
-    bench.engine.step()
-    bench.engine.heed(row.job.id, 7, Verdict.CANCELLED)
-    bench.engine.heed("job_other", 1, Verdict.FENCED)
-    bench.run()
-    assert bench.ending(row).status is Status.SUCCEEDED
-
-
-def test_a_fenced_row_is_dropped_without_a_word(bench: Bench) -> None:
-    row = bench.submit("row")
-    bench.engine.step()
-    bench.engine.heed(row.job.id, 1, Verdict.FENCED)
-    before = len(bench.said)
-    bench.engine.step()
-    assert (row.outcome, bench.engine.slots_used, len(bench.said)) == (Outcome.FENCED, 0, before)
-
-
-def test_a_row_that_the_backend_fails_ends_alone(bench: Bench) -> None:
-    bad, good = bench.submit("!row-fails=3"), bench.submit("good")
-    bench.run()
-    ending = bench.ending(bad)
-    assert (ending.status, ending.error_code, ending.completion_tokens) == (Status.FAILED, JobFailure.ROW, 2)
-    assert bench.ending(good).text == alone("good")
-
-
-def test_a_row_whose_text_raises_ends_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad, good = bench.submit("bad"), bench.submit("good")
-    monkeypatch.setattr(bad, "push", lambda token: 1 / 0)
-    bench.run()
-    assert bench.ending(bad).error_code == JobFailure.ROW
-    assert bench.ending(good).text == alone("good")
-
-
-def test_a_lost_batch_fails_the_row_to_blame_and_no_other(bench: Bench) -> None:
-    rows = [bench.submit(f"row {i}", max_tokens=9) for i in range(3)]
-    bad = bench.submit("!step-fails=4", max_tokens=9)
-    bench.run()
-    assert bench.ending(bad).error_code == JobFailure.ENGINE
-    assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=9) for i in range(3)]
-
-
-def test_an_error_that_hits_no_row_alone_fails_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say, something that the fourth row makes too long."""
-    step = bench.backend.step
-
-    def narrow() -> object:
-        if len(bench.backend._rows) > 3:
-            raise RuntimeError
-        return step()
-
-    monkeypatch.setattr(bench.backend, "step", narrow)
-    rows = [bench.submit(f"row {i}", max_tokens=4) for i in range(4)]
-    bench.run()
-    assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=4) for i in range(4)]
-
-
-def test_jobs_wait_for_memory_in_the_order_in_which_they_came() -> None:
-    bench = Bench(memory=60)
-    large = [bench.submit("x" * 20, max_tokens=8) for _ in range(2)]
-    larger = bench.submit("y" * 40, max_tokens=8)
-    small = bench.submit("z", max_tokens=8)
-    bench.engine.step()
-    assert bench.engine.slots_used == 2
-    for _ in range(7):
-        bench.engine.step()
-        assert not small.generated
-    bench.run()
-    assert [word.sequence for word in bench.said if word.ending] == [*large, larger, small]
-    assert all(bench.ending(row).status is Status.SUCCEEDED for row in (*large, larger, small))
-
-
-def test_a_job_that_memory_never_suffices_for_fails_at_once_and_alone() -> None:
-    bench = Bench(memory=60)
-    before = bench.submit("before", max_tokens=8)
-    never = [bench.submit("x" * 20, max_tokens=41) for _ in range(5)]
-    after = bench.submit("after", max_tokens=8)
-    bench.engine.step()
-    for row in never:
-        ending = bench.ending(row)
-        assert (ending.status, ending.error_code) == (Status.FAILED, JobFailure.MEMORY)
-    bench.run()
-    assert [bench.ending(row).text for row in (before, after)] == [alone(p, max_tokens=8) for p in ("before", "after")]
-
-
-def test_want_of_memory_of_one_row_after_another_is_no_broken_engine(bench: Bench) -> None:
-    for i in range(5):
-        row = bench.submit(f"!no-memory=1 {i}")
-        bench.run()
-        assert bench.ending(row).error_code == JobFailure.MEMORY
-    good = bench.submit("good")
-    bench.run()
-    assert bench.ending(good).text == alone("good")
-
-
-def test_a_batch_that_is_too_large_goes_on_in_halves_and_grows_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Bench(slots=8)
-    step, sizes = bench.backend.step, []
-
-    def narrow() -> object:
-        sizes.append(len(bench.backend._rows))
-        if len(sizes) == 3:
-            raise OutOfMemory
-        return step()
-
-    monkeypatch.setattr(bench.backend, "step", narrow)
-    rows = [bench.submit(f"row {i}", max_tokens=5) for i in range(20)]
-    bench.run()
-    assert [bench.ending(row).text for row in rows] == [alone(f"row {i}", max_tokens=5) for i in range(20)]
-    assert sizes[2] == 8
-    assert sizes[3] == 4
-    assert max(sizes[4:]) == 8
-
-
-def test_a_backend_that_always_raises_ends_the_engine_not_the_queue(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench.backend, "step", lambda: 1 / 0)
-    rows = [bench.submit(f"row {i}") for i in range(4)]
-    with pytest.raises(EngineBroken):
-        bench.run()
-    assert sum(row.ending is None for row in rows) == 2
-
-
-def test_a_drain_hands_back_what_waits_and_finishes_what_can(bench: Bench) -> None:
-    rows = [bench.submit(f"row {i}", max_tokens=3) for i in range(6)]
-    bench.engine.step()
-    bench.engine.drain(60)
-    late = bench.submit("late")
-    bench.run()
-    assert [row.ending is not None for row in rows] == [True] * 4 + [False] * 2
-    back = [word.sequence for word in bench.said if word.outcome is Outcome.HANDED_BACK]
-    assert back == [*rows[4:], late]
-
-
-def test_a_drain_hands_back_what_takes_too_long(bench: Bench) -> None:
-    row = bench.submit("row", max_tokens=1000)
-    bench.engine.step()
-    bench.engine.drain(0)
-    bench.engine.step()
-    assert not bench.engine.busy
-    assert bench.said[-1].outcome is Outcome.HANDED_BACK
-    assert row.ending is None
-
-
-def test_an_idle_engine_wakes_for_work(bench: Bench, eventually: Callable[..., None]) -> None:
-    engine = Engine(lambda: bench.backend, 4, bench.said.extend)
-    engine.start()
-    assert engine.loaded.result(5) is bench.backend
-    steps = engine.totals.steps
-    engine.submit(sequence_for(claimed(max_tokens=2), bench.backend))
-    eventually(lambda: bench.said and bench.said[-1].ending)
-    assert engine.totals.steps == steps + 2
-    assert time.monotonic() - engine.progress_at < 5
-    engine.close()
-    engine.join(5)
-    assert not engine.is_alive()
+def test_an_idle_engine_wakes_for_work(desk: Desk, eventually: Callable[..., None]) -> None:
+    batch = desk.opened()
+    steps = batch.totals.steps
+    submitted(batch, max_tokens=2)
+    eventually(lambda: desk.said and desk.said[-1].ending)
+    assert batch.totals.steps == steps + 2
+    assert time.monotonic() - desk.engine.progress_at < 5
 
 
 def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
 ) -> None:
     readers: list[str] = []
 
-    def stats() -> dict[str, float]:
+    def stats(_: FakeBackend) -> dict[str, float]:
         readers.append(threading.current_thread().name)
         return {"readings": len(readers)}
 
-    monkeypatch.setattr("worker.engine.GAUGES_S", 0.01)
-    monkeypatch.setattr(bench.backend, "stats", stats)
-    engine = Engine(lambda: bench.backend, 4, bench.said.extend)
-    engine.start()
-    eventually(lambda: engine.totals.gauges.get("readings", 0) > 3)
-    engine.close()
-    engine.join(5)
+    monkeypatch.setattr("worker.batch.GAUGES_S", 0.01)
+    monkeypatch.setattr(FakeBackend, "stats", stats)
+    batch = desk.opened()
+    eventually(lambda: batch.totals.gauges.get("readings", 0) > 3)
     assert set(readers) == {"engine"}
 
 
-def test_gauges_are_not_read_at_every_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    readings: list[int] = []
-    monkeypatch.setattr(bench.backend, "stats", lambda: readings.append(1) or {})
-    bench.submit("row", max_tokens=50)
-    bench.run()
-    assert len(readings) < bench.engine.totals.steps / 2
+def test_a_model_that_does_not_load_is_told_to_who_waits_and_the_others_go_on(
+    desk: Desk, eventually: Callable[..., None]
+) -> None:
+    good = desk.opened()
 
-
-def test_a_model_that_does_not_load_is_told_to_who_waits() -> None:
     def load() -> FakeBackend:
         raise OSError("no such folder")
 
-    engine = Engine(load, 1, lambda said: None)
-    engine.start()
-    with pytest.raises(OSError, match="no such folder"):
-        engine.loaded.result(5)
-    engine.join(5)
+    def load_halfway() -> Generator[float, None, Backend]:
+        yield 0.5
+        raise OSError("no such file")
+
+    for loader, told in ((load, "no such folder"), (load_halfway, "no such file")):
+        bad = desk.batch(loader)
+        desk.engine.open(bad)
+        with pytest.raises(OSError, match=told):
+            bad.loaded.result(5)
+    submitted(good, max_tokens=2)
+    eventually(lambda: desk.said and desk.said[-1].ending)
+    assert desk.engine.batches == (good,)
 
 
-def test_the_engines_death_is_announced(bench: Bench) -> None:
+def test_the_engines_death_is_announced() -> None:
     deaths: list[str] = []
-    engine = Engine(lambda: bench.backend, 1, lambda said: 1 / 0, deaths.append)
-    engine.submit(sequence_for(claimed(), bench.backend))
-    engine.start()
-    engine.join(5)
+    desk = Desk(deaths)
+    batch = Batch(FakeBackend, 1, lambda said: 1 / 0, desk.engine.wake)
+    desk.engine.start()
+    desk.engine.open(batch)
+    batch.loaded.result(5)
+    submitted(batch)
+    desk.engine.join(5)
     assert deaths == ["its engine thread died (ZeroDivisionError)"]
 
 
-def test_a_step_that_gives_nothing_is_no_progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10**6))
-    monkeypatch.setattr("worker.engine.time.monotonic", lambda: float(next(clock)))
-    row = bench.submit("!stall=3", max_tokens=9)
-    seen = []
-    for _ in range(8):
-        bench.engine.step()
-        seen.append(bench.engine.progress_at)
-    assert [before < after for before, after in itertools.pairwise(seen)] == [True] + [False] * 6
-    bench.engine.heed("job_other", 1, Verdict.CANCELLED)
-    bench.engine.step()
-    assert bench.engine.progress_at == seen[-1]
-    bench.engine.heed(row.job.id, 1, Verdict.CANCELLED)
-    bench.engine.step()
-    assert bench.engine.progress_at > seen[-1]
+def test_a_model_loads_piece_by_piece_while_another_speaks(desk: Desk, eventually: Callable[..., None]) -> None:
+    speaker = desk.opened()
+    submitted(speaker, max_tokens=100_000)
+    eventually(lambda: speaker.totals.tokens > 10)
+    seen: list[int] = []
+
+    def load() -> Generator[float, None, Backend]:
+        for piece in range(10):
+            seen.append(speaker.totals.tokens)
+            yield piece / 10
+        return FakeBackend()
+
+    loaded = desk.opened(load)
+    assert loaded.load_progress == 1.0
+    assert all(later > earlier for earlier, later in itertools.pairwise(seen))
+    speaker.drain(0)
+    eventually(lambda: not speaker.busy)
 
 
-def test_what_is_asked_of_a_stuck_engine_counts_as_under_way(bench: Bench) -> None:
-    assert bench.engine.idle
-    bench.submit("row")
-    assert (bench.engine.idle, bench.engine.busy) == (False, False)
+class Slow(FakeBackend):
+    """Takes a while for a step, by a clock that stands still otherwise."""
+
+    def __init__(self, clock: list[float], seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def step(self) -> StepResult:
+        self.clock[0] += self.seconds
+        return super().step()
 
 
-class Crowded(Bench):
-    """On a machine where twice as many rows than four take four times as long; its clock knows nothing else."""
-
-    def __init__(self, slots: int = 16) -> None:
-        self.now = 0.0
-        super().__init__(slots, Crowding(slots, lambda: self.now))
-        step = self.backend.step
-        self.backend.step = lambda: self._later(step())  # type: ignore[method-assign]
-
-    def _later(self, result: StepResult) -> StepResult:
-        self.now += 0.005 * max(1.0, len(result.tokens) / 4) ** 2
-        return result
-
-    def crowd(self, rows: int) -> list[Sequence]:
-        """Jobs with long prompts, and answers of different lengths."""
-        return [self.submit(f"{i} {'long ' * 200}", max_tokens=20 + 7 * i % 40) for i in range(rows)]
-
-
-def test_where_more_rows_are_slower_fewer_are_admitted_in_their_order() -> None:
-    bench = Crowded()
-    rows = bench.crowd(600)
-    begun: list[Sequence] = []
-    caps, sizes = set(), []
-    while bench.engine.busy or not begun:
-        bench.engine.step()
-        begun += [row for row in bench.engine._rows.values() if row not in begun[-32:]]
-        caps.add(bench.engine.row_cap)
-        sizes.append(bench.engine.slots_used)
-    assert 16 in caps and min(caps) <= 8
-    assert statistics.median(sizes) < 16
-    assert begun == rows
-    assert all(row.ending and row.ending.status is Status.SUCCEEDED for row in rows)
-    assert bench.engine.row_cap == 16  # nobody waits
+def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    desk = Desk()
+    quick, slow = (desk.batch(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
+    for batch in (quick, slow):
+        desk.engine.open(batch)
+        desk.engine.turn()
+        submitted(batch, max_tokens=1000)
+    steps = [(quick.totals.steps, slow.totals.steps)]
+    for _ in range(120):
+        desk.engine.turn()
+        steps.append((quick.totals.steps, slow.totals.steps))
+    assert quick.totals.steps == pytest.approx(100, abs=2)
+    assert slow.totals.steps == pytest.approx(20, abs=2)
+    assert max(abs(fast - 5 * tardy) for fast, tardy in steps) <= 6, "nobody waits for more than a step of the other"
 
 
-def test_a_job_that_was_running_elsewhere_does_not_wait_for_the_cap() -> None:
-    bench = Crowded()
-    bench.crowd(600)
-    while bench.engine.row_cap > 8 or bench.engine.slots_used > 8:
-        bench.engine.step()
-    bench.engine.step()
-    assert bench.engine.slots_used <= 8
-    resumed = sequence_for(claimed("resumed", attempt=2), bench.backend)
-    bench.engine._waiting.insert(3, resumed)
-    bench.engine.step()
-    assert resumed in bench.engine._rows.values()
-    assert bench.engine.slots_used > 8
+def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    desk = Desk()
+    first, second = (desk.batch(lambda: Slow(clock, 1.0)) for _ in range(2))
+    for batch in (first, second):
+        desk.engine.open(batch)
+        desk.engine.turn()
+    submitted(first, max_tokens=1000)
+    for _ in range(100):
+        desk.engine.turn()
+    before = first.totals.steps
+    submitted(second, max_tokens=1000)
+    for _ in range(20):
+        desk.engine.turn()
+    assert first.totals.steps - before == pytest.approx(10, abs=1)
 
 
-def test_a_lost_batch_lifts_the_cap() -> None:
-    bench = Crowded()
-    bench.crowd(600)
-    while bench.engine.row_cap > 8:
-        bench.engine.step()
-    bench.engine.submit(sequence_for(claimed("!step-fails=1", attempt=2), bench.backend))
-    while bench.engine.row_cap <= 8:
-        bench.engine.step()
-    assert bench.engine._suspects
+def test_a_model_that_is_shut_is_gone_and_the_others_go_on(desk: Desk, eventually: Callable[..., None]) -> None:
+    stays, goes = desk.opened(), desk.opened()
+    done = threading.Event()
+    desk.engine.shut(goes, done.set)
+    assert done.wait(5)
+    assert desk.engine.batches == (stays,)
+    assert not goes.loaded.done()
+    submitted(stays, max_tokens=2)
+    eventually(lambda: desk.said and desk.said[-1].ending)

@@ -20,6 +20,7 @@ from shared.settings import Settings
 from shared.store import Redis
 from worker.backends.base import Prompt, PromptError
 from worker.backends.fake import FakeBackend
+from worker.batch import Batch
 from worker.engine import Engine
 from worker.lease import Claim
 from worker.left import Caller
@@ -46,11 +47,13 @@ class Desk:
         self.log = JobLog(client)
         self.office = Office()
         self.held: set[Claim] = set()
-        self.publisher = Publisher(self.claims, lambda *word: self.engine.heed(*word))  # noqa: PLW0108 - a cycle
-        self.engine = Engine(FakeBackend, 4, self.publisher.put)
+        self.publisher = Publisher(self.claims, lambda *word: self.batch.heed(*word))  # noqa: PLW0108 - a cycle
+        self.engine = Engine()
+        self.batch = Batch(FakeBackend, 4, self.publisher.put, self.engine.wake)
+        self.engine.open(self.batch)
         self.images: dict[str, bytes] = {}
         self.runner = Runner(
-            self.engine,
+            self.batch,
             self.publisher,
             self.claims,
             self.log,
@@ -58,6 +61,7 @@ class Desk:
             self.held,
             self.renew,
             lambda _owner, digests: {each: self.images[each] for each in digests if each in self.images},
+            64,
         )
 
     def renew(self, seconds: float = 60) -> bool:
@@ -224,7 +228,7 @@ def test_a_job_that_no_sequence_can_be_made_of_fails(desk: Desk, monkeypatch: py
 
 
 def test_what_is_handed_back_gets_a_ticket(desk: Desk) -> None:
-    desk.engine.drain(0)
+    desk.batch.drain(0)
     job = desk.run(desk.submit())
     assert (job.status, desk.office.sent) == (Status.QUEUED, [job.id])
 
@@ -318,12 +322,12 @@ def test_a_job_that_another_took_is_let_go(desk: Desk, eventually: Callable[...,
         other.release([(job_id, attempt)])
 
     job = desk.submit("!pause=0.05", max_tokens=1000)
-    submit = desk.engine.submit
+    submit = desk.batch.submit
 
     def submit_and_take(sequence: Any) -> None:
         submit(sequence)
         take(sequence.job.id, sequence.job.attempt)
 
-    desk.engine.submit = submit_and_take  # type: ignore[method-assign]
+    desk.batch.submit = submit_and_take  # type: ignore[method-assign]
     assert desk.run(job).status is Status.QUEUED
-    eventually(lambda: not desk.engine.busy)
+    eventually(lambda: not desk.batch.busy)

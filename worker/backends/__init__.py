@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from functools import partial
 
-from shared.model_folder import model_kind
+from shared.catalog import CatalogModel
 from shared.settings import Settings
 from worker.backends.base import BackendLoader
 
 
-def choose_loader(settings: Settings) -> BackendLoader:
-    """The loader of the backend that MODEL_PATH and BACKEND ask for.
+def choose_loader(settings: Settings, model: CatalogModel) -> BackendLoader:
+    """The loader of the backend that a model and BACKEND ask for.
 
     Libraries are imported only here, and only the one needed: `fake` runs where MLX is not installed, and MLX must
     not be imported before its BLAS is chosen.
@@ -18,11 +20,33 @@ def choose_loader(settings: Settings) -> BackendLoader:
     if settings.backend == "fake":
         from worker.backends import fake
 
-        return partial(fake.load, settings)
-    if model_kind(settings.model_path) == "vision":
+        return partial(fake.load, model.id)
+    if model.kind == "vision":
         from worker.backends import vision
 
-        return partial(vision.load, settings)
+        return partial(vision.load, settings, model)
     from worker.backends import text
 
-    return partial(text.load, settings)
+    return partial(text.load, settings, model)
+
+
+def memory_limit(settings: Settings) -> int:
+    """Bytes that all models of this process and their caches may take."""
+    if settings.backend == "fake":
+        return settings.memory_limit_bytes or sys.maxsize
+    from worker.backends.memory import device_limit
+
+    return settings.memory_limit_bytes or device_limit(settings.workers)
+
+
+def memory_in_use() -> int:
+    """Bytes that the model library holds, if one is in use."""
+    core = sys.modules.get("mlx.core")
+    return int(core.get_active_memory()) if core is not None else 0
+
+
+def release() -> None:
+    """Give back to the machine what a model that is gone has held, if a model library is in use."""
+    gc.collect()
+    if (core := sys.modules.get("mlx.core")) is not None:
+        core.clear_cache()

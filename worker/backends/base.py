@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
@@ -126,6 +126,7 @@ class Backend(Protocol):
     card: ModelCard
     eos: frozenset[int]
     about: dict[str, object]
+    weights_bytes: int
 
     def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
         """The request's prompt, through the chat template when it has messages.
@@ -144,6 +145,10 @@ class Backend(Protocol):
 
     def fits(self, tokens: int) -> Fit:
         """Whether there is memory for a row that may grow to so many tokens, beside those inserted."""
+        ...
+
+    def grant(self, most_bytes: int) -> None:
+        """Have so much memory for caches from now on; rows that are inserted keep what they have."""
         ...
 
     def insert(self, rows: Sequence[Row]) -> None:
@@ -176,5 +181,5 @@ class Backend(Protocol):
         ...
 
 
-BackendLoader = Callable[[], Backend]
-"""Loads and warms the model. Runs on the engine thread."""
+BackendLoader = Callable[[], Backend | Generator[float, None, Backend]]
+"""Loads and warms the model, at once or in pieces that each tell how far it is. Runs on the engine thread."""

@@ -29,7 +29,6 @@ from zlib import crc32
 from shared.errors import JobFailure
 from shared.jobs import Generation
 from shared.registry import ModelCard
-from shared.settings import Settings
 from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row, StepResult
 
 EOS = 256
@@ -147,6 +146,7 @@ class FakeBackend:
         self.card = ModelCard(id=model, kind="fake", context=context)
         self.eos = frozenset({EOS})
         self.about: dict[str, object] = {"device": "none"}
+        self.weights_bytes = 0
         self._rows: dict[int, _FakeRow] = {}
         self._unread: list[int] = []
         self._stepped_at = 0.0
@@ -212,6 +212,9 @@ class FakeBackend:
             if uid in self._unread:
                 self._unread.remove(uid)
 
+    def grant(self, most_bytes: int) -> None:
+        """It needs none."""
+
     def reset(self) -> None:
         """Drop every row."""
         self._rows.clear()
@@ -225,6 +228,6 @@ class FakeBackend:
         """Nothing to keep."""
 
 
-def load(settings: Settings) -> FakeBackend:
+def load(model: str) -> FakeBackend:
     """A fake under the name of the model that would be served."""
-    return FakeBackend(settings.model_id)
+    return FakeBackend(model)

@@ -34,7 +34,7 @@ class ImageEncoder:
     """
 
     def __init__(self, tower: Any, processor: Any) -> None:
-        self._tower = tower
+        self.tower = tower
         self._processor = processor
         self._window = tower.window_size // tower.patch_size // tower.spatial_merge_size
         self._order = lru_cache(64)(self._order_of)
@@ -46,12 +46,17 @@ class ImageEncoder:
     @property
     def parameters(self) -> int:
         """How many the tower has."""
-        return sum(array.size for array in dict(tree_flatten(self._tower.parameters())).values())
+        return sum(array.size for array in dict(tree_flatten(self.tower.parameters())).values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(array.nbytes for array in dict(tree_flatten(self.tower.parameters())).values())
 
     @property
     def blocks(self) -> int:
         """Stages of an image."""
-        return len(self._tower.blocks)
+        return len(self.tower.blocks)
 
     def grid(self, width: int, height: int) -> Grid:
         """How an image of that many pixels is cut. Any thread may ask.
@@ -90,7 +95,7 @@ class ImageEncoder:
 
     def bytes(self, grid: Grid) -> int:
         """About what encoding an image takes of the memory beside the weights, at its widest."""
-        config = self._tower.config
+        config = self.tower.config
         values = config.hidden_size + config.intermediate_size
         # Only a GPU attends without writing all scores down, twice.
         scores = 2 * config.num_heads * grid.patches if mx.default_device() == mx.cpu else 0
@@ -107,7 +112,7 @@ class ImageEncoder:
         Yields:
             What the blocks have made, and at last [tokens, hidden]: what the language model reads.
         """
-        tower = self._tower
+        tower = self.tower
         order, whole, windows, freqs = self._order(grid)
         hidden = tower.patch_embed(mx.array(pixels).astype(tower.patch_embed.proj.weight.dtype))
         hidden = _by_token(hidden, grid)[order].reshape(hidden.shape)
@@ -138,7 +143,7 @@ class ImageEncoder:
 
     def _angles(self, grid: Grid) -> Floats:
         """[patches, values] of the rotation by row and column, in the order in which the processor gives patches."""
-        table = np.array(self._tower.rotary_pos_emb(mx.array(max(grid.high, grid.wide))))
+        table = np.array(self.tower.rotary_pos_emb(mx.array(max(grid.high, grid.wide))))
         merge = grid.merge
         shape = (grid.high // merge, grid.wide // merge, merge, merge)
         rows = np.broadcast_to(np.arange(grid.high).reshape(-1, 1, merge, 1), shape).ravel()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import astuple, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from jinja2 import TemplateError
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
 
+from shared.catalog import CatalogModel
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
 from shared.model_folder import ModelError
@@ -43,7 +45,7 @@ from worker.backends.prefix_cache import PrefixCache, common_length
 from worker.backends.prefix_files import PrefixFiles, fingerprint
 from worker.backends.speculation import Speculation
 from worker.backends.spill import Spill
-from worker.models import LoadedModel, load_model
+from worker.models import LoadedModel, convert, first_line, load_model
 
 T = TypeVar("T", bound="TextBackend")
 
@@ -60,22 +62,52 @@ SHARE_ON_THE_WAY = 8
 CLOSE_S = 1.0
 """Time to write prefixes at the end; what is left over then is lost."""
 
+PIECE_BYTES = 64 * 2**20
+"""Of the weights, that are read between two steps of other models."""
+READ_SHARE = 0.9
+"""The part of the loading that is reading; the rest is warming up."""
+
 _CLEAR_EVERY = 512
 """Steps between two returns of MLX's spare buffers, whose sizes fit the batch less and less as it changes."""
 
 
-def load(settings: Settings) -> TextBackend:
-    """Load and warm the model of MODEL_PATH.
+def load(settings: Settings, model: CatalogModel) -> Generator[float, None, TextBackend]:
+    """Load and warm a model, in pieces; each tells how far it is.
 
     Raises:
         ModelError: it cannot be served.
     """
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
-    return assembled(settings, load_model(settings.model_path), TextBackend)
+    loaded = load_model(model.path, adapter=model.adapter, lazy=True)
+    convert(loaded, model.dtype, model.quantize_bits)
+    yield from read_weights(loaded.model, model.path)
+    return assembled(settings, loaded, model.path, TextBackend)
 
 
-def assembled(settings: Settings, loaded: LoadedModel, kind: Callable[..., T]) -> T:
+def read_weights(model: Any, folder: Path) -> Generator[float, None, None]:
+    """Have the weights read, some tens of megabytes at a time: rows of other models decode in between.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    arrays: list[mx.array] = list(dict(tree_flatten(model.parameters())).values())
+    total = sum(array.nbytes for array in arrays)
+    done = piece = 0
+    waiting: list[mx.array] = []
+    for array in arrays:
+        waiting.append(array)
+        piece += array.nbytes
+        if piece >= PIECE_BYTES or array is arrays[-1]:
+            try:
+                mx.eval(waiting)
+            except Exception as error:  # of a file that was cut, say
+                raise ModelError(f"The weights in {folder} cannot be read: {first_line(error)}") from error
+            done, piece, waiting = done + piece, 0, []
+            yield READ_SHARE * done / max(total, 1)
+
+
+def assembled(settings: Settings, loaded: LoadedModel, folder: Path, kind: Callable[..., T]) -> T:
     """The backend of a model that was loaded, warm.
 
     Args:
@@ -85,10 +117,10 @@ def assembled(settings: Settings, loaded: LoadedModel, kind: Callable[..., T]) -
         ModelError: it cannot be served.
     """
     if not kv.batchable(loaded.model):
-        raise ModelError(f"{settings.model_path} cannot be served: mlx-lm has no batch cache for its kind of model.")
+        raise ModelError(f"{folder} cannot be served: mlx-lm has no batch cache for its kind of model.")
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
-    spill = _spill(settings, loaded.model, memory)
+    spill = _spill(settings, loaded.model, folder, memory)
     backend = kind(
         loaded,
         settings.prefill_step_tokens or default_chunk(),
@@ -97,7 +129,7 @@ def assembled(settings: Settings, loaded: LoadedModel, kind: Callable[..., T]) -
         speculation_tokens=settings.speculation_tokens,
     )
     if backend.fits(1) is Fit.NEVER:
-        raise ModelError(f"{settings.model_path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
+        raise ModelError(f"{folder} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
     backend.warm()
     return backend
 
@@ -110,14 +142,14 @@ def _memory(settings: Settings) -> Memory:
     return Memory(left, int(SHARE_OF_PREFIXES * left) if asked == "auto" else asked)
 
 
-def _spill(settings: Settings, model: Any, memory: Memory) -> Spill | None:
+def _spill(settings: Settings, model: Any, folder: Path, memory: Memory) -> Spill | None:
     """The disk for prefixes, opened; None where there is to be none, or this model's cannot be written."""
     if not settings.prefix_disk_bytes or not memory.prefix_bytes or not pieces.storable(model):
         return None
     layout = f"{mx.default_device()} {type(model).__module__}"
     files = PrefixFiles(
         settings.prefixes_dir,
-        fingerprint(settings.model_path, layout),
+        fingerprint(folder, layout),
         settings.prefix_disk_bytes,
         settings.retention_s,
     )
@@ -169,6 +201,7 @@ class TextBackend:
         self.card = loaded.card
         self.eos = loaded.eos
         self.about = _about(loaded)
+        self.weights_bytes = sum(array.nbytes for array in _parameters(loaded))
         self._tokenizer = loaded.tokenizer
         # Encoding sets options inside the tokenizer, so it is not shared with detokenizers, which only read.
         self._encoder = copy.deepcopy(loaded.tokenizer)
@@ -208,6 +241,11 @@ class TextBackend:
     def fits(self, tokens: int) -> Fit:
         """Whether there is memory for another row; prefixes give way."""
         return self._budget.fits(tokens, list(self._lengths.values()))
+
+    def grant(self, most_bytes: int) -> None:
+        """See `Backend.grant`."""
+        self._budget = replace(self._budget, most_bytes=most_bytes)
+        self._give_way()
 
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows. One that the model could not take fails with the next step, alone."""

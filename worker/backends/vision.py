@@ -11,7 +11,7 @@ slots is free, and computes log-probabilities for every row; this one does none 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from mlx_vlm import utils
 from mlx_vlm.models.base import load_chat_template
 
+from shared.catalog import CatalogModel
 from shared.errors import JobFailure
 from shared.jobs import Generation
 from shared.model_folder import ModelError, check_folder
@@ -35,8 +36,8 @@ from worker.backends.memory import UNLIMITED, Memory
 from worker.backends.mrope import MRopeModel
 from worker.backends.prefill import Chunk
 from worker.backends.spill import Spill
-from worker.backends.text import TextBackend, TextDetokenizer, assembled
-from worker.models import LoadedModel, first_line, loaded_as
+from worker.backends.text import TextBackend, TextDetokenizer, assembled, read_weights
+from worker.models import LoadedModel, convert, first_line, loaded_as
 
 FAMILIES = ("qwen2_5_vl",)
 """What config.json calls models whose encoder and positions are known here."""
@@ -51,19 +52,24 @@ _MISCOUNTED: Final = (
 )
 
 
-def load(settings: Settings) -> VisionBackend:
-    """Load and warm the model of MODEL_PATH.
+def load(settings: Settings, model: CatalogModel) -> Generator[float, None, VisionBackend]:
+    """Load and warm a model, in pieces; each tells how far it is.
 
     Raises:
         ModelError: it cannot be served.
     """
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
-    loaded, encoder = load_vision_model(settings.model_path)
-    return assembled(settings, loaded, partial(VisionBackend, encoder))
+    if model.adapter is not None:
+        raise ModelError(f"{model.path}: adapters are for text models")
+    loaded, encoder = load_vision_model(model.path, lazy=True)
+    convert(loaded, model.dtype, model.quantize_bits)
+    yield from read_weights(loaded.model, model.path)
+    yield from read_weights(encoder.tower, model.path)
+    return assembled(settings, loaded, model.path, partial(VisionBackend, encoder))
 
 
-def load_vision_model(folder: Path) -> tuple[LoadedModel, ImageEncoder]:
+def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, ImageEncoder]:
     """Load a model folder: its language model with the tokenizer, and its image encoder.
 
     Raises:
@@ -76,7 +82,7 @@ def load_vision_model(folder: Path) -> tuple[LoadedModel, ImageEncoder]:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ModelError(f"{folder} is of a kind ({family}) whose images are not understood here")
-        model: Any = utils.load_model(folder)
+        model: Any = utils.load_model(folder, lazy=lazy)
         tokenizer = tokenizer_utils.load(folder, eos_token_ids=config.get("eos_token_id"))
         load_chat_template(tokenizer, folder)  # type: ignore[no-untyped-call]
         processing = importlib.import_module(f"mlx_vlm.models.{family}.processing_{family}")
@@ -107,6 +113,8 @@ class VisionBackend(TextBackend):
         super().__init__(loaded, chunk, replace(memory, most_bytes=memory.most_bytes - cache_bytes), spill, **options)
         self.about |= {"mlx_vlm": version("mlx-vlm"), "encoder_parameters": encoder.parameters}
         self._encoder_of_images = encoder
+        self._features_bytes = cache_bytes
+        self.weights_bytes += encoder.nbytes
         self._image_token = int(loaded.config["image_token_id"])
         self._encoding = Encoding(encoder, self._pace, cache_bytes)
         self._images_next = False
@@ -117,6 +125,10 @@ class VisionBackend(TextBackend):
         if hasattr(inner, "_maybe_trim_space"):
             inner._maybe_trim_space = str  # noqa: SLF001 - there is no option for it
         return TextDetokenizer(inner)
+
+    def grant(self, most_bytes: int) -> None:
+        """What the encoder's results may take stays."""
+        super().grant(max(0, most_bytes - self._features_bytes))
 
     def warm(self) -> None:
         """Also encode images."""

@@ -1,0 +1,249 @@
+"""Loading and unloading models on a running worker, one operation after another, in a thread of its own.
+
+A model is loaded beside those that are warm where the memory suffices, else in the place of the least recently used
+ones that are not pinned: those drain first. What fails leaves, or puts back, what was there before.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Final, Protocol
+
+from redis import RedisError
+
+from shared.catalog import Catalog, CatalogModel
+from shared.operations import Operation, Operations, OperationState
+from worker.desk import Desk
+
+logger = logging.getLogger(__name__)
+
+LEAST_CACHE: Final = 0.02
+"""The part of the memory that must be left for the caches of jobs."""
+TOLD_EVERY_S: Final = 0.5
+
+
+class Refused(Exception):
+    """Why an operation cannot be done; `code` is stable."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Models(Protocol):
+    """What the worker process can do with its models; see `worker.app`."""
+
+    catalog: Catalog
+    memory_limit: int
+
+    @property
+    def desks(self) -> Sequence[Desk]:
+        """Those there are."""
+        ...
+
+    def open_desk(self, model: CatalogModel, *, pinned: bool = False) -> Desk:
+        """Begin to load a model."""
+        ...
+
+    def consume(self, desk: Desk) -> None:
+        """Take its jobs from now on: it is warm."""
+        ...
+
+    def close_desk(self, desk: Desk) -> None:
+        """Drain it and let go of it; returns when that is done."""
+        ...
+
+    def memory_used(self) -> int:
+        """Bytes that the model library holds in use."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for.
+
+    Attributes:
+        operation: its id.
+        replace: whether what is warm goes, unless it is pinned, also where there is memory for both.
+    """
+
+    operation: str
+    kind: str
+    model: str
+    replace: bool = False
+    pin: bool = False
+
+
+class Switcher(threading.Thread):
+    """Does one order after another."""
+
+    def __init__(self, models: Models, operations: Operations) -> None:
+        super().__init__(name="switcher", daemon=True)
+        self._models = models
+        self._operations = operations
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()
+
+    def put(self, order: Order) -> None:
+        """Have it done."""
+        self._orders.put(order)
+
+    def close(self) -> None:
+        """End the thread after what it is doing."""
+        self._orders.put(None)
+
+    def run(self) -> None:
+        """Until closed."""
+        while (order := self._orders.get()) is not None:
+            try:
+                self._do(order)
+            except RedisError as error:
+                logger.warning("an operation is not told: Redis is away: %s", error)
+
+    def _do(self, order: Order) -> None:
+        operation = self._operations.get(order.operation, frozenset())
+        if operation is None:
+            logger.warning("an operation that nobody knows: %s", order.operation)
+            return
+        teller = _Teller(self._operations, replace(operation, memory_before=self._models.memory_used()))
+        try:
+            self._load(order, teller) if order.kind == "load" else self._unload(order, teller)
+        except Refused as refused:
+            teller.tell(OperationState.FAILED, error_code=refused.code, error_message=str(refused))
+        except RedisError:
+            raise
+        except Exception:
+            logger.exception("the operation failed")
+            teller.tell(OperationState.FAILED, error_code="internal", error_message="The operation failed.")
+        else:
+            teller.tell(OperationState.SUCCEEDED, progress=1.0, memory_after=self._models.memory_used())
+
+    def _load(self, order: Order, teller: _Teller) -> None:
+        model = self._models.catalog.resolve(order.model)
+        if model is None:
+            raise Refused("model_not_found", f"This worker's catalog has no model {order.model}.")
+        warm = self._desk(model.id)
+        if warm is not None:
+            warm.pinned = warm.pinned or order.pin
+            return
+        going = self._to_make_place(model, everything=order.replace)
+        fits_beside = self._fits(model, self._models.desks)
+        if not fits_beside:  # it cannot be tried before they have gone
+            self._close(going, teller)
+        try:
+            self._warm_up(model, teller, pinned=order.pin)
+        except Refused:
+            if not fits_beside:
+                self._put_back(going)
+            raise
+        if fits_beside:
+            self._close(going, teller)
+
+    def _unload(self, order: Order, teller: _Teller) -> None:
+        model = self._models.catalog.resolve(order.model)
+        desk = self._desk(model.id if model else order.model)
+        if desk is None:
+            raise Refused("model_not_loaded", f"This worker does not have {order.model}.")
+        self._close([desk], teller)
+
+    def _desk(self, model: str) -> Desk | None:
+        return next((desk for desk in self._models.desks if desk.model.id == model), None)
+
+    def _to_make_place(self, model: CatalogModel, *, everything: bool) -> list[Desk]:
+        """The desks that go, the least recently used first.
+
+        Raises:
+            Refused: it would not be enough.
+        """
+        may_go = sorted((desk for desk in self._models.desks if not desk.pinned), key=lambda desk: desk.batch.used_at)
+        if everything:
+            going = may_go
+        else:
+            going = []
+            while not self._fits(model, [desk for desk in self._models.desks if desk not in going]):
+                if len(going) == len(may_go):
+                    break
+                going.append(may_go[len(going)])
+        stays = [desk for desk in self._models.desks if desk not in going]
+        if not self._fits(model, stays):
+            pinned = [desk.model.id for desk in stays]
+            beside = f" beside {', '.join(pinned)}, which stay" if pinned else ""
+            needed, limit = size_of(model) / 2**20, self._models.memory_limit / 2**20
+            told = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may take {limit:,.0f} MiB in all."
+            raise Refused("not_enough_memory", told)
+        return going
+
+    def _fits(self, model: CatalogModel, beside: Iterable[Desk]) -> bool:
+        """Whether it has place beside these, and their jobs some, too."""
+        taken = sum(desk.backend.weights_bytes for desk in beside if desk.backend)
+        return size_of(model) + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
+
+    def _close(self, desks: Iterable[Desk], teller: _Teller) -> None:
+        for desk in desks:
+            teller.tell(OperationState.DRAINING)
+            self._models.close_desk(desk)
+            teller.unloaded(desk.model.id)
+
+    def _warm_up(self, model: CatalogModel, teller: _Teller, *, pinned: bool) -> None:
+        """Load it, telling how far that is.
+
+        Raises:
+            Refused: it does not load; nothing is left of it.
+        """
+        desk = self._models.open_desk(model, pinned=pinned)
+        while not desk.batch.loaded.done():
+            teller.tell(OperationState.LOADING, progress=round(desk.batch.load_progress, 3))
+            _wait(desk, TOLD_EVERY_S)
+        error = desk.batch.loaded.exception()
+        if error is not None:
+            logger.error("%s does not load: %s", model.id, error)
+            self._models.close_desk(desk)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines[0].replace(str(model.path), model.path.name)  # the caller need not know this machine's paths
+            raise Refused("load_failed", f"{model.id} does not load: {reason}")
+        self._models.consume(desk)
+
+    def _put_back(self, gone: Iterable[Desk]) -> None:
+        """Load again what had to go in vain."""
+        for desk in gone:
+            again = self._models.open_desk(desk.model, pinned=desk.pinned)
+            again.batch.loaded.exception()
+            self._models.consume(again)
+
+
+class _Teller:
+    """Writes how an operation goes; that nobody can read it for a while does not end it."""
+
+    def __init__(self, operations: Operations, operation: Operation) -> None:
+        self._operations = operations
+        self._operation = operation
+
+    def tell(self, state: OperationState, **more: object) -> None:
+        self._operation = replace(self._operation, state=state, **more)  # type: ignore[arg-type]
+        try:
+            self._operation = self._operations.put(self._operation)
+        except RedisError as error:
+            if state.terminal:
+                raise
+            logger.warning("how far an operation is cannot be told: %s", error)
+
+    def unloaded(self, model: str) -> None:
+        self._operation = replace(self._operation, unloaded=(*self._operation.unloaded, model))
+
+
+def size_of(model: CatalogModel) -> int:
+    """About the bytes that a model's weights will take."""
+    return sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+
+
+def _wait(desk: Desk, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not desk.batch.loaded.done() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+OnOrder = Callable[[Order], object]
