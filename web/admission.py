@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 from kombu.exceptions import OperationalError
 
-from shared.errors import Invalid
+from shared import jobs
+from shared.catalog import Catalog, Sampling
+from shared.errors import Conflict, Invalid
 from shared.images import ImageStore
-from shared.jobs import Generation, Job, Jobs, Priority, Sampling, Submission
+from shared.jobs import Generation, Job, Jobs, Priority, Submission
 from shared.registry import ModelCard
 from shared.settings import Settings
 from shared.tickets import TicketOffice
@@ -50,13 +53,17 @@ class Admission:
     def __init__(
         self,
         settings: Settings,
+        catalog: Catalog,
         jobs: Jobs,
         images: ImageStore,
         roster: Roster,
         sizer: PromptSizer,
         tickets: TicketOffice,
+        demand: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._settings = settings
+        self._catalog = catalog
+        self._demand = demand
         self._jobs = jobs
         self._images = images
         self._roster = roster
@@ -85,6 +92,8 @@ class Admission:
         job, new = self._jobs.create(submission)
         if new:
             self._send_ticket(job)
+            if not self._roster.now().has(job.model):
+                self._demand(job.model)
         return job, new
 
     def submission(self, request: JobRequest, origin: Origin) -> Submission:
@@ -114,30 +123,41 @@ class Admission:
 
     def _resolve(self, asked: str | None) -> tuple[str, ModelCard | None]:
         """A model's id and card; the default model has none before its first worker has come up."""
-        model = asked or self._settings.model_id
-        card = self._roster.now().models.get(model)
-        if card is None and model != self._settings.model_id:
+        entry, snapshot = self._catalog.resolve(asked), self._roster.now()
+        model = entry.id if entry else asked or self._catalog.default
+        card = snapshot.models.get(model)
+        if card is None and entry is None:
             raise Invalid("There is no such model.", code="model_not_found", field="model")
+        if not (self._settings.load_on_demand or model == self._catalog.default or snapshot.has(model)):
+            raise Conflict("No worker has this model loaded.", code="model_not_loaded", field="model")
         return model, card
 
     def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Generation:
-        most = card.context if card else None
+        entry = self._catalog.models.get(model)
+        most = card.context if card else entry.context if entry else None
+        default = entry.sampling if entry else Sampling()
+
+        def value(name: str) -> Any:
+            """What the request says; else the model's default, else the API's."""
+            given = getattr(default, name)
+            return getattr(request, name) if name in request.model_fields_set or given is None else given
+
         if request.max_tokens is not None and most is not None and request.max_tokens > most:
             raise Invalid(f"The model's context is {most} tokens.", field="max_tokens")
         # Before its first worker has come up, a model is taken for one that knows conversations: most do.
         messages = request.conversation(has_template=card is None or card.chat_template is not None)
-        temperature = self._settings.temperature if request.temperature is None else request.temperature
+        temperature, wanted = value("temperature"), value("max_tokens")
         return Generation(
             model=model,
-            max_tokens=request.max_tokens or min(self._settings.max_tokens, most or self._settings.max_tokens),
-            sampling=Sampling(
-                temperature=temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
-                min_p=request.min_p,
-                repetition_penalty=request.repetition_penalty,
-                presence_penalty=request.presence_penalty,
-                frequency_penalty=request.frequency_penalty,
+            max_tokens=wanted or min(self._settings.max_tokens, most or self._settings.max_tokens),
+            sampling=jobs.Sampling(
+                temperature=self._settings.temperature if temperature is None else temperature,
+                top_p=value("top_p"),
+                top_k=value("top_k"),
+                min_p=value("min_p"),
+                repetition_penalty=value("repetition_penalty"),
+                presence_penalty=value("presence_penalty"),
+                frequency_penalty=value("frequency_penalty"),
                 # Chosen now and kept, so that another attempt goes on as the first would have.
                 seed=secrets.randbits(63) if request.seed is None else request.seed,
             ),

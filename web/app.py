@@ -9,7 +9,7 @@ from shared.store import Redis
 from web import auth, limits, parameters, problems
 from web.correlation import Correlation
 from web.keystore import KeyStore
-from web.routes import health, inference, jobs, metrics, models, openapi
+from web.routes import health, inference, jobs, metrics, models, openai_models, openapi
 from web.services import EXTENSION, build
 
 
@@ -37,6 +37,6 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app.before_request(auth.require_key)
     app.before_request(parameters.refuse_unknown)
     problems.register(app)
-    for module in (jobs, inference, models, health, metrics, openapi):
+    for module in (jobs, inference, models, openai_models, health, metrics, openapi):
         app.register_blueprint(module.routes)
     return app

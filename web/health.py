@@ -7,6 +7,7 @@ from typing import Final
 
 import redis
 
+from shared.catalog import Catalog
 from shared.durability import why_unproven
 from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
@@ -21,8 +22,9 @@ _NEARLY_FULL: Final = 0.9
 class Doctor:
     """Examines the service within a second, whatever is gone. Its client has short timeouts and no retries."""
 
-    def __init__(self, settings: Settings, probe: Redis, pulse: Pulse) -> None:
+    def __init__(self, settings: Settings, catalog: Catalog, probe: Redis, pulse: Pulse) -> None:
         self._settings = settings
+        self._catalog = catalog
         self._probe = probe
         self._registry = Registry(probe)
         self._pulse = pulse
@@ -41,7 +43,7 @@ class Doctor:
             self._probe.ping()
             answered = RedisView(reachable=True, response_s=round(time.monotonic() - asked_at, 6))
             workers = self._registry.workers()
-            models = {*self._registry.models(), self._settings.model_id}
+            models = {*self._registry.models(), self._catalog.default}
             queues = {model: self._registry.waiting(model) for model in sorted(models)}
             store_faults = [*self._durability_faults(), *self._memory_faults()]
         except redis.RedisError:
@@ -74,7 +76,7 @@ class Doctor:
         return [why] if why else []
 
     def _workers(self, workers: list[WorkerInfo]) -> list[WorkerView]:
-        response_s = self._pulse.read(len(workers))
+        response_s = self._pulse.read(len({worker.node for worker in workers}))
         now = time.time()
         return [
             WorkerView(

@@ -24,6 +24,10 @@ class Snapshot:
         """The workers that take a model's jobs."""
         return [worker for worker in self.workers if worker.model == model and worker.state == "ready"]
 
+    def has(self, model: str) -> bool:
+        """Whether some worker has a model, or is loading it."""
+        return any(worker.model == model for worker in self.workers)
+
     def estimated_start_s(self, model: str, position: int) -> float | None:
         """When a job at `position` of the line starts, in seconds from now; None when nobody can tell."""
         ready = self.ready(model)

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from shared.attempts import AttemptEnd
 from shared.jobs import Status
+from shared.operations import OperationState
 
 MAX_STOPS = 16
 MAX_METADATA = 16
@@ -368,19 +369,40 @@ class InferenceView(Parsed):
     timings: Timings
 
 
+ModelState = Literal["warm", "loading", "draining", "cold"]
+
+
+class ModelWorkerView(_Answer):
+    """What one worker has of a model."""
+
+    worker: str = Field(description="Its name, for `load_model` and `unload_model`")
+    state: ModelState
+    slots: int
+    slots_used: int
+    pinned: bool
+    progress: float = Field(description="Of the loading, from 0 to 1")
+    memory_bytes: int = Field(description="What its weights take")
+    load_s: float = Field(description="What its loading took")
+    tokens_per_s: float = Field(description="Generated over the last minute")
+
+
 class ModelView(_Answer):
     """A model that requests may name."""
 
     id: str
     object: Literal["model"] = "model"
-    kind: str | None = Field(description="`text`, …; null until a worker has told")
-    context: int | None = Field(description="Most tokens of prompt and answer together")
+    aliases: list[str] = Field(description="Other names for it")
+    kind: str | None = Field(description="`text` or `vision`; null until a worker has told")
+    context: int | None = Field(description="Most tokens of prompt and answer together; null until a worker has told")
     default: bool
-    state: Literal["ready", "loading", "draining", "absent"] = Field(description="Of its workers, the best")
-    workers: int
+    state: ModelState = Field(description="Of its workers, the best")
+    workers: list[ModelWorkerView]
     slots: int
     slots_used: int
     waiting: int
+    memory_bytes: int | None = Field(description="What its weights take in a worker; null while it is cold")
+    load_s: float | None = Field(description="What its loading took; null while it is cold")
+    tokens_per_s: float = Field(description="Generated over the last minute, by all its workers")
 
 
 class ModelList(_Answer):
@@ -388,6 +410,74 @@ class ModelList(_Answer):
 
     object: Literal["list"] = "list"
     data: list[ModelView]
+    faults: list[str] = Field(description="Entries of the catalog that are wrong, by line; they do not serve")
+
+
+class OpenAIModel(ModelView):
+    """A model in OpenAI's form, with ours beside it."""
+
+    created: int
+    owned_by: str = "mlxq"
+
+
+class OpenAIModelList(_Answer):
+    """The models in OpenAI's form."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class LoadRequest(_Request):
+    """Which model to load, and where."""
+
+    model: str = Field(min_length=1, max_length=256, description="Id or alias of a model of the catalog")
+    worker: str | None = Field(None, min_length=1, description="Default: the one with most memory left")
+    mode: Literal["beside", "replace"] = Field(
+        "beside", description="`replace`: what is warm there and not pinned goes, also where there is memory for both"
+    )
+    pin: bool = Field(False, description="Never unload it to make place for another")
+
+
+class UnloadRequest(_Request):
+    """Which model to let go of, and where."""
+
+    model: str = Field(min_length=1, max_length=256)
+    worker: str | None = Field(None, min_length=1, description="Needed where several have it")
+
+
+class OperationError(_Answer):
+    """Why an operation failed."""
+
+    code: str = Field(
+        description="Stable: `not_enough_memory`, `load_failed`, `model_not_found`, `model_not_loaded`, `worker_lost`, "
+        "`worker_silent`, `internal`"
+    )
+    message: str
+
+
+class OperationView(_Answer):
+    """A loading or unloading. Times are seconds since the epoch."""
+
+    id: str
+    object: Literal["operation"] = "operation"
+    kind: Literal["load", "unload"]
+    model: str
+    worker: str
+    state: OperationState
+    progress: float = Field(description="Of the loading, from 0 to 1")
+    unloaded: list[str] = Field(description="Models that had to make place")
+    memory_before: int | None = Field(description="Bytes that the worker's MLX held in use")
+    memory_after: int | None
+    created_at: float
+    updated_at: float
+    error: OperationError | None
+
+
+class OperationList(_Answer):
+    """Operations, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[OperationView]
 
 
 class WorkerView(_Answer):

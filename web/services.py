@@ -7,10 +7,12 @@ from typing import Final
 
 from flask import current_app
 
+from shared.catalog import Catalog, load_catalog
 from shared.claims import Reaper
 from shared.images import ImageStore
 from shared.jobs import Jobs
 from shared.log import JobLog
+from shared.operations import Operations
 from shared.registry import Registry
 from shared.settings import Settings
 from shared.store import Redis, connect
@@ -25,6 +27,7 @@ from web.pictures import Gatherer
 from web.prompt_size import PromptSizer
 from web.pulse import Pulse
 from web.roster import Roster
+from web.switchboard import Switchboard
 from web.upkeep import Upkeep
 from web.views import Views
 
@@ -39,6 +42,8 @@ class Services:
     """The parts, wired."""
 
     settings: Settings
+    catalog: Catalog
+    switchboard: Switchboard
     jobs: Jobs
     roster: Roster
     registry: Registry
@@ -67,19 +72,25 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     registry = Registry(store)
     jobs, job_log, roster, hub = Jobs(store, settings), JobLog(store), Roster(registry), Hub(live)
     tickets = TicketOffice(celery, store, registry)
+    catalog = load_catalog(settings)
+    switchboard = Switchboard(celery, Operations(store), registry, catalog, on_demand=settings.load_on_demand)
     return Services(
         settings=settings,
+        catalog=catalog,
+        switchboard=switchboard,
         jobs=jobs,
         roster=roster,
         registry=registry,
-        admission=Admission(settings, jobs, ImageStore(files), roster, PromptSizer(registry), tickets),
+        admission=Admission(
+            settings, catalog, jobs, ImageStore(files), roster, PromptSizer(registry), tickets, switchboard.demand
+        ),
         gatherer=Gatherer(settings, ImageUrls().fetch if settings.image_urls else None),
         views=Views(jobs, roster),
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),
-        doctor=Doctor(settings, probe, Pulse(celery)),
+        doctor=Doctor(settings, catalog, probe, Pulse(celery)),
         metrics=Metrics(Registry(probe)),
-        upkeep=Upkeep(Reaper(store, settings.max_attempts), tickets),
+        upkeep=Upkeep(Reaper(store, settings.max_attempts), tickets, switchboard.demand_waiting),
     )
 
 

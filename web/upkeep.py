@@ -1,4 +1,4 @@
-"""What nobody asks for and somebody must do all the time: take back lost jobs, expire old ones, send lost tickets.
+"""What nobody asks for and somebody must do all the time: lost jobs, late ones, lost tickets, missing models.
 
 Every API process does it; the scripts see to it that many at once do no harm.
 """
@@ -26,8 +26,9 @@ _PAUSE_S: Final = 3.0
 class Upkeep:
     """The round, and the thread (a greenlet under gunicorn) that makes it."""
 
-    def __init__(self, reaper: Reaper, tickets: TicketOffice) -> None:
+    def __init__(self, reaper: Reaper, tickets: TicketOffice, demand: Callable[[], object] = lambda: None) -> None:
         self._reaper = reaper
+        self._demand = demand
         self._tickets = tickets
         self._away = False
         self._send_from = float("-inf")
@@ -57,6 +58,7 @@ class Upkeep:
         try:
             self._tickets.send_all(waiting)
             self._tickets.rescue()
+            self._demand()
         except (redis.RedisError, OperationalError, OSError) as error:
             log.warning("No tickets for %g s, the broker is away: %s", _PAUSE_S, error)
             self._send_from = time.monotonic() + _PAUSE_S

@@ -106,7 +106,6 @@ class Service:
             desks = [self.open_desk(model) for model in self._first_models()]
         except ValueError as error:
             return self._not_loaded(str(error))
-        self._host_keeper.start()
         cold = [desk for desk in desks if not self._is_warm(desk)]
         reasons = [self._why_not(desk) for desk in cold]
         if len(cold) == len(desks):
@@ -190,7 +189,6 @@ class Service:
             self._error_file.write_text(reason + "\n")
         except OSError as unwritable:
             logger.warning("it is not written to %s: %s", self._error_file, unwritable)
-        self._host_keeper.stop()
         return EXIT_CONFIG
 
     def _load(self, model: CatalogModel) -> Generator[float, None, Backend]:
@@ -246,7 +244,10 @@ class Service:
             desk.run(ticket_for)
 
     def _on_ready(self) -> None:
-        self._was_ready = True
+        """Celery consumes, also again after a reconnection: from now on this worker can be asked to switch models."""
+        if not self._was_ready:
+            self._was_ready = True
+            self._host_keeper.start()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """End: the first signal drains, a further one hands back at once."""

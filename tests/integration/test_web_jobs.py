@@ -297,7 +297,7 @@ def test_inference_tells_that_its_job_was_cut_off(web: WebStack, pretend: Preten
 
 def test_models_tell_who_serves_them(web: WebStack, pretend: Pretend, eventually: Callable[..., None]) -> None:
     pretend(slots=7)
-    eventually(lambda: web.http.get("/inference/models").json()["data"][0]["state"] == "ready")
+    eventually(lambda: web.http.get("/inference/models").json()["data"][0]["state"] == "warm")
     (model,) = web.http.post("/inference/models").json()["data"]
     assert model["id"] == MODEL and model["default"] and model["slots"] == 7 and model["context"] == 4096
 

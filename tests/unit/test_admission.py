@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from kombu.exceptions import OperationalError
 
+from shared.catalog import load_catalog
 from shared.errors import Invalid, MlxqError
 from shared.images import ImageStore
 from shared.jobs import Jobs, Priority
@@ -42,7 +43,7 @@ def admission(client: Redis, settings: Settings, office: Office) -> Admission:
     registry = Registry(client)
     registry.announce_model(CARD)
     jobs, images = Jobs(client, settings), ImageStore(client)
-    return Admission(settings, jobs, images, Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    return Admission(settings, load_catalog(settings), jobs, images, Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
 
 
 def wanted(**more: object) -> JobRequest:
@@ -122,7 +123,9 @@ def test_a_request_may_ask_for_more_than_the_default_and_not_for_more_than_the_m
     limits = {"start_within_s": 10, "max_start_within_s": 20, "deadline_s": 30, "max_deadline_s": 2592000}
     settings = settings.model_copy(update=limits)
     jobs = Jobs(client, settings)
-    admission = Admission(settings, jobs, ImageStore(client), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    admission = Admission(
+        settings, load_catalog(settings), jobs, ImageStore(client), Roster(registry), PromptSizer(registry), office
+    )  # type: ignore[arg-type]
 
     def times(**more: object) -> tuple[float, float]:
         job, _ = admission.admit(JobRequest.model_validate({"prompt": "hi", **more}), Origin("me"))
@@ -140,7 +143,15 @@ def test_a_request_may_ask_for_more_than_the_default_and_not_for_more_than_the_m
 def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: Settings, office: Office) -> None:
     registry = Registry(client)
     full = settings.model_copy(update={"max_queue": 1})
-    admission = Admission(full, Jobs(client, full), ImageStore(client), Roster(registry), PromptSizer(registry), office)  # type: ignore[arg-type]
+    admission = Admission(
+        full,
+        load_catalog(full),
+        Jobs(client, full),
+        ImageStore(client),
+        Roster(registry),
+        PromptSizer(registry),
+        office,
+    )  # type: ignore[arg-type]
     request = JobRequest.model_validate({"prompt": "hi"})
     admission.admit(request, Origin("me"))
     error = refusal(admission, request)

@@ -37,7 +37,7 @@ _LAST_EVENT_ID = "Last-Event-ID"
     "Submit a job",
     body=JobRequest,
     answers={202: JobView, 200: JobView},
-    errors=(400, 413, 415, 422),
+    errors=(400, 409, 413, 415, 422),
     parameters=(apidoc.IDEMPOTENCY_KEY, apidoc.PREFER),
 )
 def submit_job() -> Response:

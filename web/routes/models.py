@@ -1,45 +1,166 @@
-"""`/inference/models`: what a request may name as its model, and whether somebody serves it."""
+"""`/inference/models`: what requests may name, and who has it; `load_model`, `unload_model` and their operations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from flask import Blueprint, Response
+from pydantic import BaseModel
 
-from shared.registry import ModelCard
+from shared.catalog import CatalogModel
+from shared.operations import Operation
+from shared.registry import WorkerInfo
 from web.apidoc import describe
+from web.auth import require_scope
+from web.body import read_body
 from web.roster import Snapshot
-from web.schemas import ModelList, ModelView
+from web.schemas import (
+    LoadRequest,
+    ModelList,
+    ModelView,
+    ModelWorkerView,
+    OperationError,
+    OperationList,
+    OperationView,
+    UnloadRequest,
+)
 from web.services import services
 
 routes = Blueprint("models", __name__)
 
 _BEST_FIRST: Final = ("ready", "loading", "draining")
+_STATES: Final = {"ready": "warm"}
+"""Of a worker, as a model's state: the others are called the same."""
 
 
 @routes.route("/inference/models", methods=["GET", "POST"])
 @describe("List models", answers={200: ModelList})
 def list_models() -> Response:
-    """POST does the same, without reading a body: some platforms' clients ask that way."""
+    """All that requests may name: those of the catalog, and what workers have told of before.
+
+    POST does the same, without reading a body: some platforms' clients ask that way.
+    """
+    return _json(ModelList(data=views(), faults=list(services().catalog.faults)))
+
+
+@routes.post("/inference/load_model")
+@describe("Load a model", body=LoadRequest, answers={202: OperationView}, errors=(400, 404, 413, 415, 422))
+def load_model() -> Response:
+    """Needs the scope `admin`.
+
+    Loads beside what is warm, as far as the memory goes; else the least recently used models that are not pinned drain
+    and go first. `Location` is the operation; a load that fails leaves, or puts back, what was there.
+    """
+    require_scope("admin")
+    wanted = read_body(LoadRequest)
+    return _accepted(
+        services().switchboard.load(wanted.model, wanted.worker, replace=wanted.mode == "replace", pin=wanted.pin)
+    )
+
+
+@routes.post("/inference/unload_model")
+@describe("Unload a model", body=UnloadRequest, answers={202: OperationView}, errors=(400, 404, 413, 415, 422))
+def unload_model() -> Response:
+    """Needs the scope `admin`. What runs is given the time of a shutdown, then it waits for the model again."""
+    require_scope("admin")
+    wanted = read_body(UnloadRequest)
+    return _accepted(services().switchboard.unload(wanted.model, wanted.worker))
+
+
+@routes.get("/inference/operations")
+@describe("List operations", answers={200: OperationList})
+def list_operations() -> Response:
+    """Those of the last day, the newest first. Needs the scope `admin`."""
+    require_scope("admin")
+    return _json(OperationList(data=[_operation(each) for each in services().switchboard.recent()]))
+
+
+@routes.get("/inference/operations/<operation_id>")
+@describe("Get an operation", answers={200: OperationView}, errors=(404,))
+def get_operation(operation_id: str) -> Response:
+    """How a loading or unloading goes, or went. Needs the scope `admin`."""
+    require_scope("admin")
+    return _json(_operation(services().switchboard.get(operation_id)))
+
+
+def views() -> list[ModelView]:
+    """Every model, the default one first."""
     parts = services()
-    snapshot, default = parts.roster.now(), parts.settings.model_id
-    names = sorted({*snapshot.models, default}, key=lambda name: (name != default, name))
-    views = [_view(name, snapshot, default=name == default, waiting=parts.registry.waiting(name)) for name in names]
-    return Response(ModelList(data=views).model_dump_json(), content_type="application/json")
+    snapshot, catalog = parts.roster.now(), parts.catalog
+    names = sorted({*snapshot.models, *catalog.models}, key=lambda name: (name != catalog.default, name))
+    return [
+        _view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
+        for name, waiting in ((name, parts.registry.waiting(name)) for name in names)
+    ]
 
 
-def _view(name: str, snapshot: Snapshot, *, default: bool, waiting: int) -> ModelView:
-    card: ModelCard | None = snapshot.models.get(name)
+def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default: bool, waiting: int) -> ModelView:
+    card = snapshot.models.get(name)
     workers = [worker for worker in snapshot.workers if worker.model == name]
-    states = {worker.state for worker in workers}
+    best = next((state for state in _BEST_FIRST if any(worker.state == state for worker in workers)), "cold")
+    kind = card.kind if card else entry.kind if entry else None
     return ModelView(
         id=name,
-        kind=card.kind if card else None,
-        context=card.context if card else None,
+        aliases=list(entry.aliases) if entry else [],
+        kind=kind,
+        context=card.context if card else entry.context if entry else None,
         default=default,
-        state=next((state for state in _BEST_FIRST if state in states), "absent"),
-        workers=len(workers),
+        state=_STATES.get(best, best),
+        workers=[_worker(worker) for worker in workers],
         slots=sum(worker.slots for worker in workers),
         slots_used=sum(worker.slots_used for worker in workers),
         waiting=waiting,
+        memory_bytes=round(_most(workers, "model_bytes")) or None,
+        load_s=round(_most(workers, "load_s"), 3) or None,
+        tokens_per_s=round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1),
     )
+
+
+def _worker(worker: WorkerInfo) -> ModelWorkerView:
+    stats = worker.stats
+    return ModelWorkerView(
+        worker=worker.node,
+        state=_STATES.get(worker.state, worker.state),
+        slots=worker.slots,
+        slots_used=worker.slots_used,
+        pinned=bool(stats.get("pinned")),
+        progress=stats.get("load_progress", 1.0),
+        memory_bytes=round(stats.get("model_bytes", 0)),
+        load_s=round(stats.get("load_s", 0.0), 3),
+        tokens_per_s=round(stats.get("tokens_per_s", 0.0), 1),
+    )
+
+
+def _most(workers: Sequence[WorkerInfo], name: str) -> float:
+    return max((worker.stats.get(name, 0.0) for worker in workers), default=0.0)
+
+
+def _operation(operation: Operation) -> OperationView:
+    error = None
+    if operation.error_code:
+        error = OperationError(code=operation.error_code, message=operation.error_message or "")
+    return OperationView(
+        id=operation.id,
+        kind=operation.kind,
+        model=operation.model,
+        worker=operation.node,
+        state=operation.state,
+        progress=operation.progress,
+        unloaded=list(operation.unloaded),
+        memory_before=operation.memory_before,
+        memory_after=operation.memory_after,
+        created_at=operation.created_at,
+        updated_at=operation.updated_at,
+        error=error,
+    )
+
+
+def _accepted(operation: Operation) -> Response:
+    answer = _json(_operation(operation), 202)
+    answer.headers["Location"] = f"/inference/operations/{operation.id}"
+    return answer
+
+
+def _json(view: BaseModel, status: int = 200) -> Response:
+    return Response(view.model_dump_json(), status, content_type="application/json")

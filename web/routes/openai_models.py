@@ -1,0 +1,44 @@
+"""`/v1/models`: the models as OpenAI's clients list them, with what else there is to know of them."""
+
+from __future__ import annotations
+
+import json
+
+from flask import Blueprint, Response
+
+from web.apidoc import describe
+from web.routes.models import views
+from web.schemas import ModelView, OpenAIModel, OpenAIModelList
+from web.services import services
+
+routes = Blueprint("openai_models", __name__)
+
+
+@routes.get("/v1/models")
+@describe("List models (OpenAI)", answers={200: OpenAIModelList})
+def list_openai_models() -> Response:
+    """As `/inference/models`, in OpenAI's form."""
+    found = OpenAIModelList(data=[_model(view) for view in views()])
+    return Response(found.model_dump_json(), content_type="application/json")
+
+
+@routes.get("/v1/models/<model_id>")
+@describe("Get a model (OpenAI)", answers={200: OpenAIModel}, errors=(404,))
+def get_openai_model(model_id: str) -> Response:
+    """By its id or an alias; errors are in OpenAI's form."""
+    entry = services().catalog.resolve(model_id)
+    name = entry.id if entry else model_id
+    view = next((view for view in views() if view.id == name), None)
+    if view is None:
+        error = {
+            "message": f"The model {model_id!r} does not exist",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+        return Response(json.dumps({"error": error}), 404, content_type="application/json")
+    return Response(_model(view).model_dump_json(), content_type="application/json")
+
+
+def _model(view: ModelView) -> OpenAIModel:
+    return OpenAIModel(**view.model_dump(exclude={"object"}), created=0)

@@ -1,0 +1,134 @@
+"""Switches models on running workers: asks one by Celery's remote control, and tells how that goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Final
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from shared.catalog import Catalog
+from shared.errors import Invalid, NotFound, Unavailable
+from shared.operations import Operation, Operations
+from shared.registry import HostInfo, Registry
+from shared.tickets import LOAD, UNLOAD
+
+log = logging.getLogger(__name__)
+
+DEMAND_S: Final = 30
+"""A model that jobs wait for is asked for once in so long: a load that failed is tried again."""
+
+
+class Switchboard:
+    """Begins operations and reads them."""
+
+    def __init__(
+        self, app: Celery, operations: Operations, registry: Registry, catalog: Catalog, *, on_demand: bool
+    ) -> None:
+        self._app = app
+        self._operations = operations
+        self._registry = registry
+        self._catalog = catalog
+        self._on_demand = on_demand
+
+    def load(self, asked: str, worker: str | None = None, *, replace: bool = False, pin: bool = False) -> Operation:
+        """Have a worker load a model: the one named, or one that has it already, or the one with most memory left.
+
+        Raises:
+            NotFound: the catalog has no such model.
+            Invalid: there is no such worker.
+            Unavailable: there is no worker at all, or the broker is away.
+        """
+        model = self._catalog.resolve(asked)
+        if model is None:
+            raise NotFound("The catalog has no such model.", code="model_not_found", field="model")
+        hosts = self._hosts(worker)
+        having = [host for host in hosts if model.id in host.models]
+        host = max(having or hosts, key=lambda each: each.memory_limit - each.memory_used)
+        operation = self._operations.begin("load", model.id, host.node)
+        self._tell(LOAD, host, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
+        return operation
+
+    def unload(self, asked: str, worker: str | None = None) -> Operation:
+        """Have a worker let go of a model.
+
+        Raises:
+            NotFound: no worker has it.
+            Invalid: there is no such worker, or several have the model and none is named.
+            Unavailable: there is no worker at all, or the broker is away.
+        """
+        model = self._catalog.resolve(asked)
+        name = model.id if model else asked
+        having = [host for host in self._hosts(worker) if name in host.models]
+        if not having:
+            raise NotFound("No worker has this model loaded.", code="model_not_loaded", field="model")
+        if len(having) > 1:
+            nodes = ", ".join(host.node for host in having)
+            raise Invalid(f"Several workers have it, name one: {nodes}.", code="worker_needed", field="worker")
+        operation = self._operations.begin("unload", name, having[0].node)
+        self._tell(UNLOAD, having[0], {"operation": operation.id, "model": name})
+        return operation
+
+    def get(self, name: str) -> Operation:
+        """One of the last day.
+
+        Raises:
+            NotFound: there is none.
+        """
+        found = self._operations.get(name, self._alive())
+        if found is None:
+            raise NotFound("There is no such operation.", code="operation_not_found")
+        return found
+
+    def recent(self) -> list[Operation]:
+        """The newest first."""
+        return self._operations.recent(self._alive())
+
+    def demand(self, model: str) -> None:
+        """Have a model loaded that a job waits for and no worker has; what cannot be asked now is asked again."""
+        if not self._on_demand or model not in self._catalog.models:
+            return
+        try:
+            hosts = self._registry.hosts()
+            if not hosts or any(model in host.models for host in hosts):
+                return
+            if self._operations.may_demand(model, DEMAND_S):
+                log.info("%s is loaded: jobs wait for it", model)
+                self.load(model)
+        except (redis.RedisError, OperationalError, OSError, Unavailable) as error:
+            log.warning("%s is not asked for yet: %s", model, error)
+
+    def demand_waiting(self) -> None:
+        """The same for all models that jobs wait for."""
+        if self._on_demand and len(self._catalog.models) > 1:
+            for model in self._catalog.models:
+                if self._registry.waiting(model):
+                    self.demand(model)
+
+    def _hosts(self, worker: str | None) -> list[HostInfo]:
+        hosts = self._registry.hosts()
+        if not hosts:
+            raise Unavailable("No worker is there.", code="no_worker", retry_after=5)
+        named = [host for host in hosts if worker in (None, host.node)]
+        if not named:
+            raise Invalid(
+                f"There is no such worker; there are {_names(hosts)}.", code="worker_not_found", field="worker"
+            )
+        return named
+
+    def _tell(self, command: str, host: HostInfo, arguments: dict[str, object]) -> None:
+        try:
+            self._app.control.broadcast(command, arguments=arguments, destination=[host.node])
+        except (OperationalError, OSError) as error:
+            log.warning("A worker cannot be asked: %s", error)
+            raise Unavailable("The workers cannot be reached at the moment.", retry_after=2) from error
+
+    def _alive(self) -> frozenset[str]:
+        return frozenset(host.node for host in self._registry.hosts())
+
+
+def _names(hosts: Iterable[HostInfo]) -> str:
+    return ", ".join(host.node for host in hosts)
