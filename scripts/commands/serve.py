@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 
 from scripts.commands.stack import config, env_file, leftovers, preflight
 from scripts.commands.stack.blas import ensure_openblas
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.instance import sole_instance
-from scripts.commands.stack.model import ensure_model
+from scripts.commands.stack.model import choose_vision, ensure_model
 from scripts.commands.stack.screen import Screen, base_url
 from scripts.commands.stack.signals import StopRequested, StopSignals
 from scripts.commands.stack.stack import Stack
@@ -19,16 +21,22 @@ from shared.settings import ENV_FILE, Settings
 from web.keystore import KeyStore, new_key
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal comes.
+
+    Args:
+        arguments: the command line's, unless they are given.
 
     Returns:
         The exit status: 0 after an orderly end, 1 when it could not start or could not go on.
     """
+    vision = _parser().parse_args(arguments).vision
     screen = Screen()
     signals = StopSignals()
     try:
         settings = preflight.settings_or_fail()
+        if vision:
+            settings = choose_vision(settings)
         preflight.prepare_data_dir(settings)
         with sole_instance(settings.run_dir / "serve.lock", base_url(settings.host, settings.port)):
             _serve(settings, screen, signals)
@@ -40,6 +48,17 @@ def main() -> int:
     except SupervisorGone:
         screen.fail("supervisord is gone; everything was ended, and what was accepted is kept")
     return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve",
+        description="Starts everything on this machine, keeps it running until Ctrl-C: queue, workers, API, Flower.",
+    )
+    parser.add_argument(
+        "--vision", action="store_true", help="serve models/ui-micro, a small model that reads screenshots"
+    )
+    return parser
 
 
 def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:

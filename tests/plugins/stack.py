@@ -153,7 +153,8 @@ def fake_stack_on(redis_url: str, **variables: str) -> Iterator[Stack]:
 StackMaker = Callable[..., Stack]
 
 
-def _make(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
+def made_stack(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
+    """A stack that is ended after use."""
     # Not pytest's tmp_path: a Unix socket's path may have hardly more than 100 characters.
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         home = Path(folder)
@@ -173,7 +174,7 @@ def _make(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
     """API and one worker with the real SmolLM2, shared by all tests: leave it as you found it."""
-    for stack in _make(smollm2_path, {"SLOTS": "16"}):
+    for stack in made_stack(smollm2_path, {"SLOTS": "16"}):
         stack.start_web()
         stack.start_worker()
         yield stack
@@ -182,7 +183,7 @@ def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
 @pytest.fixture
 def smollm2_api(smollm2_path: Path) -> Iterator[Stack]:
     """API alone, for SmolLM2; a test starts the workers it wants."""
-    for stack in _make(smollm2_path, {"LEASE_S": "1"}):
+    for stack in made_stack(smollm2_path, {"LEASE_S": "1"}):
         stack.start_web()
         yield stack
 
@@ -190,7 +191,7 @@ def smollm2_api(smollm2_path: Path) -> Iterator[Stack]:
 @pytest.fixture
 def fake_stack() -> Iterator[Stack]:
     """API alone, for made-up words; a test starts the workers it wants."""
-    for stack in _make(Path("fake"), {"BACKEND": "fake"}):
+    for stack in made_stack(Path("fake"), {"BACKEND": "fake"}):
         stack.start_web()
         yield stack
 
@@ -198,7 +199,7 @@ def fake_stack() -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def vision_stack(tiny_vision_path: Path) -> Iterator[Stack]:
     """API and one worker with the tiny random vision model, shared by a module's tests."""
-    for stack in _make(tiny_vision_path, {"SLOTS": "16", "LOG_LEVEL": "DEBUG"}):
+    for stack in made_stack(tiny_vision_path, {"SLOTS": "16", "LOG_LEVEL": "DEBUG"}):
         stack.start_web()
         stack.start_worker()
         yield stack
@@ -207,7 +208,7 @@ def vision_stack(tiny_vision_path: Path) -> Iterator[Stack]:
 @pytest.fixture
 def vision_api(tiny_vision_path: Path) -> Iterator[Stack]:
     """API alone, for the tiny random vision model; a test starts the workers it wants."""
-    for stack in _make(tiny_vision_path, {"LEASE_S": "1"}):
+    for stack in made_stack(tiny_vision_path, {"LEASE_S": "1"}):
         stack.start_web()
         yield stack
 
@@ -215,6 +216,6 @@ def vision_api(tiny_vision_path: Path) -> Iterator[Stack]:
 @pytest.fixture
 def tiny_stack(tiny_model_path: Path) -> Iterator[Stack]:
     """API alone, for the tiny random llama; a test starts the workers it wants."""
-    for stack in _make(tiny_model_path, {"LEASE_S": "1"}):
+    for stack in made_stack(tiny_model_path, {"LEASE_S": "1"}):
         stack.start_web()
         yield stack

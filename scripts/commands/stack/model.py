@@ -1,15 +1,32 @@
-"""The model folder, filled on the first run."""
+"""The model folder: which one, and that it is filled on the first run."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 
+from scripts.commands.stack import preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.signals import StopSignals
 from shared.model_folder import ModelError, check_folder
 from shared.settings import ROOT, Settings
+
+VISION = ROOT / "models/ui-micro"
+"""The model of `--vision`; it comes with the repository."""
+
+
+def choose_vision(settings: Settings) -> Settings:
+    """The same settings with the vision model, for this process and all that it starts.
+
+    Raises:
+        StartFailed: MODEL_PATH names another.
+    """
+    if "model_path" in settings.model_fields_set and settings.model_path != VISION:
+        raise StartFailed(f"--vision serves {VISION}, but MODEL_PATH is {settings.model_path}; leave out one of them")
+    os.environ["MODEL_PATH"] = str(VISION)
+    return preflight.settings_or_fail()
 
 
 def ensure_model(settings: Settings, environment: Mapping[str, str], signals: StopSignals) -> None:

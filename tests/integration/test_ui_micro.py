@@ -1,0 +1,71 @@
+"""The small model that comes with this: it finds what an instruction names, also through the whole stack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+
+from scripts.commands.stack.model import VISION
+from scripts.ui_micro.evaluation import Trial, asker, held_out
+from tests.plugins.stack import Stack, made_stack
+from tests.support.pictures import data_url
+
+pytest.importorskip("mlx_vlm")
+
+MOST_BYTES = 8_000_000
+TRIALS = 120
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    for stack in made_stack(VISION, {"SLOTS": "16"}):
+        stack.start_web()
+        stack.start_worker()
+        yield stack
+
+
+@pytest.fixture
+def http(stack: Stack) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=stack.url, headers={"X-API-Key": stack.key}, timeout=60) as client:
+        yield client
+
+
+def body(trial: Trial, **more: Any) -> dict[str, Any]:
+    part = {"type": "image_url", "image_url": {"url": data_url(trial.png)}}
+    said = {"type": "text", "text": trial.instruction.text}
+    return {"messages": [{"role": "user", "content": [part, said]}], "max_tokens": 16, "temperature": 0, **more}
+
+
+def test_it_is_small_enough_to_come_along() -> None:
+    assert sum(file.stat().st_size for file in VISION.iterdir()) <= MOST_BYTES
+    assert json.loads((VISION / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+
+
+def test_nine_of_ten_clicks_hit_on_screenshots_it_has_not_seen(http: httpx2.Client) -> None:
+    trials = list(held_out(TRIALS, first=10_000))
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
+    assert sum(trial.hit(answer) for trial, answer in zip(trials, answers, strict=True)) >= 0.9 * TRIALS
+
+
+def test_the_stack_says_what_mlx_vlm_says(http: httpx2.Client) -> None:
+    ask = asker(VISION)
+    trials = list(held_out(16, first=20_000))
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
+    assert answers == [ask(trial.png, trial.instruction.text) for trial in trials]
+
+
+def test_its_clicks_come_as_actions_in_the_pictures_own_pixels(http: httpx2.Client) -> None:
+    trials = [trial for trial in held_out(60, first=30_000) if trial.instruction.form in ("name", "name alone")][:12]
+    hits = 0
+    for trial in trials:
+        (action,) = http.post("/inference", json=body(trial, parse="ui_tars")).json()["actions"]
+        assert action["action"] == "click"
+        hits += trial.instruction.target.contains(action["start"]["x"], action["start"]["y"])
+    assert hits >= len(trials) * 3 // 4
