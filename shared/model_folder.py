@@ -13,6 +13,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _LENGTH_BYTES = 8
+_MOST_HEADER = 100 * 10**6
+"""As the safetensors library has it."""
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class ModelError(Exception):
@@ -34,6 +37,8 @@ def check_folder(folder: Path) -> None:
         _check_whole(folder / shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
+    if model_kind(folder) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
+        raise ModelError(f"{folder} is a vision model without {_PROCESSORS[0]}")
 
 
 def check_adapter(folder: Path) -> None:
@@ -69,12 +74,19 @@ def _shards(folder: Path) -> Iterable[str]:
         named = _read_object(folder / _INDEX).get("weight_map")
         if not isinstance(named, dict):
             raise ModelError(f"{folder / _INDEX} has no weight_map")
+        if strange := next((name for name in named.values() if not _is_plain(name)), None):
+            raise ModelError(f"{folder / _INDEX} names a file outside of its folder ({strange!r}): refused")
         return sorted(set(named.values()))
     if shards := sorted(path.name for path in folder.glob("model*.safetensors")):
         return shards
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ModelError(f"{folder} has its weights only as pickle files ({pickles[0]}), which can run code: refused")
     raise ModelError(f"{folder} has no weights (model*.safetensors)")
+
+
+def _is_plain(name: object) -> bool:
+    """Whether it is the name of a file, and leads nowhere else."""
+    return isinstance(name, str) and bool(name) and Path(name).name == name and "\\" not in name
 
 
 def _check_whole(path: Path) -> None:
@@ -86,11 +98,21 @@ def _check_whole(path: Path) -> None:
         actual = path.stat().st_size
         if not 0 < header_bytes <= actual - _LENGTH_BYTES:
             raise ModelError(f"{path} is not a whole safetensors file")
+        if header_bytes > _MOST_HEADER:
+            raise ModelError(f"{path} has a header of {header_bytes:,} bytes: refused")
         header = _parse_object(file.read(header_bytes), path)
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    ends = [_end(tensor, path) for name, tensor in header.items() if name != "__metadata__"]
     expected = _LENGTH_BYTES + header_bytes + max(ends, default=0)
     if actual != expected:
         raise ModelError(f"{path} has {actual:,} of {expected:,} bytes")
+
+
+def _end(tensor: Any, path: Path) -> int:
+    """Where a tensor of a safetensors file ends, behind the header."""
+    match tensor:
+        case {"data_offsets": [int(start), int(end)]} if 0 <= start <= end:
+            return end
+    raise ModelError(f"{path} is not a whole safetensors file: a tensor is nowhere in it")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -102,7 +124,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object")

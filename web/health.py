@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Final
 
 import redis
@@ -13,7 +14,7 @@ from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import Redis, has_memory
 from web.pulse import Pulse
-from web.schemas import HealthView, RedisView, WorkerView
+from web.schemas import HealthView, RedisView, WorkerMemory, WorkerView
 
 _ABSENT: Final = RedisView(reachable=False, response_s=None)
 _NEARLY_FULL: Final = 0.9
@@ -89,6 +90,7 @@ class Doctor:
                 slots=worker.slots,
                 slots_used=worker.slots_used,
                 uptime_s=round(now - worker.started_at, 3),
+                memory=_memory(worker.stats),
                 about=worker.about,
             )
             for worker in workers
@@ -105,6 +107,16 @@ class Doctor:
             ),
             *(f"The queue of {model} is nearly full." for model in queues if queues[model] >= full),
         ]
+
+
+def _memory(stats: Mapping[str, float]) -> WorkerMemory | None:
+    if "memory_active_bytes" not in stats:
+        return None
+    return WorkerMemory(
+        active_bytes=round(stats["memory_active_bytes"]),
+        cache_bytes=round(stats["memory_spare_bytes"]),
+        peak_bytes=round(stats["memory_peak_bytes"]),
+    )
 
 
 def _worker_faults(workers: list[WorkerView], lease_s: float) -> list[str]:

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from shared.errors import Invalid, MlxqError, TooLarge
 from shared.images import digest
 from shared.settings import Settings
-from web.aside import aside
+from web.aside import LARGE, aside
 from web.schemas import JobRequest, Message, Part, StoredImage
 
 T = TypeVar("T")
@@ -77,7 +77,8 @@ class Gatherer:
             data = self._named(where, read)
             name = aside(len(data), lambda: digest(data))
             if name not in files:
-                sizes[name] = self._named(where, lambda: aside(len(data), lambda: self._size(data)))
+                # However few bytes it has, unpacked it may be large.
+                sizes[name] = self._named(where, lambda: aside(LARGE, lambda: self._size(data)))
                 files[name] = data
             return StoredImage(image=name, width=sizes[name][0], height=sizes[name][1])
 

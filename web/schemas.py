@@ -480,6 +480,14 @@ class OperationList(_Answer):
     data: list[OperationView]
 
 
+class WorkerMemory(_Answer):
+    """Bytes that MLX holds in a worker process."""
+
+    active_bytes: int = Field(description="In use")
+    cache_bytes: int = Field(description="Kept for later use")
+    peak_bytes: int = Field(description="Most that was in use")
+
+
 class WorkerView(_Answer):
     """A worker, as it told and as it answered."""
 
@@ -492,6 +500,7 @@ class WorkerView(_Answer):
     slots: int
     slots_used: int
     uptime_s: float
+    memory: WorkerMemory | None = Field(description="Of its process, as MLX counts; null before a model is loaded")
     about: dict[str, Any]
 
 

@@ -48,6 +48,8 @@ EXIT_CONFIG: Final = 78
 
 LAST_WRITES_S: Final = 3.0
 """Beyond `DRAIN_S`, the time to write what was said, hand back and end; then the process is ended."""
+LOAD_PATIENCE_S: Final = 600.0
+"""Warming a large model up is one piece of work in which nothing else gets on."""
 MOST_THREADS: Final = 512
 """Of Celery's pool, for the slots of all models that may be warm together; they are started as they are needed."""
 
@@ -277,6 +279,7 @@ class Service:
         for desk in self.desks:
             signs |= desk.signs(patience_s)
         if self._was_ready and not self._engine.idle:
+            patience_s = max(patience_s, LOAD_PATIENCE_S) if self._engine.loading else patience_s
             signs["engine"] = Sign(self._engine.progress_at, patience_s)
         return signs
 

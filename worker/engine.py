@@ -44,6 +44,11 @@ class Engine(VitalThread):
         return self._batches
 
     @property
+    def loading(self) -> bool:
+        """Whether a model is on its way: its last piece, warming up, may take long."""
+        return bool(self._loading)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is asked of it."""
         return not self._loading and all(batch.idle for batch in self._batches)

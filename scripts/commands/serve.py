@@ -17,6 +17,7 @@ from scripts.commands.stack.screen import Screen, base_url
 from scripts.commands.stack.signals import StopRequested, StopSignals
 from scripts.commands.stack.stack import Stack
 from scripts.commands.stack.supervision import SupervisorGone
+from shared.catalog import load_catalog
 from shared.settings import ENV_FILE, Settings
 from web.keystore import KeyStore, new_key
 
@@ -69,6 +70,8 @@ def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:
     preflight.check_broker(settings)
     settings = _with_secrets(settings, screen)
     environment = config.child_environment(settings, leftovers.mark(settings.data_dir), ENV_FILE)
+    for fault in load_catalog(settings).faults:
+        screen.say(f"a model of the catalog is left out: {fault}")
     ensure_openblas(screen.say)
     ensure_model(settings, environment, signals)
     stack = Stack(settings, environment, screen, signals)

@@ -31,8 +31,8 @@ from shared.settings import ROOT  # noqa: E402
 
 SEED: Final = 7
 COURSE: Final = (
-    Pass(steps=7000, first=0, per_scene=6, colour_weight=1, kept=0.0, pointed=0.0),
-    Pass(steps=4000, first=100_000, per_scene=8, colour_weight=3, kept=0.5, pointed=2.0),
+    Pass(steps=7000, first=0, per_scene=6, twins=True, kept=0.0, pointed=0.0),
+    Pass(steps=2500, first=100_000, per_scene=8, twins=False, kept=0.5, pointed=2.0),
 )
 TRIALS: Final = 400
 GOAL: Final = 0.9
@@ -43,7 +43,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/train_ui_micro",
         description=(__doc__ or "").partition(": ")[2],
-        epilog="All of it takes about 80 minutes on two cores with OpenBLAS.",
+        epilog="All of it takes about an hour on two cores with OpenBLAS.",
     )
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "models/ui-micro", help="default: %(default)s")
     parser.add_argument("--steps", type=int, nargs="+", help="of each pass, instead of all; to see that it runs")

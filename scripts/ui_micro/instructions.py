@@ -26,15 +26,15 @@ class Instruction:
     target: Element
 
 
-def instructions(scene: Scene, rng: random.Random, count: int, colour_weight: int = 1) -> list[Instruction]:
+def instructions(scene: Scene, rng: random.Random, count: int, *, by_colour_alone: bool = False) -> list[Instruction]:
     """That many for the scene, with other targets as far as there are some.
 
     Args:
-        colour_weight: how many times as often as otherwise one names a colour.
+        by_colour_alone: whether some name nothing but kind and colour.
     """
     targets = list(scene.elements)
     rng.shuffle(targets)
-    return [_instruction(scene, targets[i % len(targets)], rng, colour_weight) for i in range(count)]
+    return [_instruction(scene, targets[i % len(targets)], rng, by_colour_alone) for i in range(count)]
 
 
 def answer(element: Element) -> str:
@@ -50,9 +50,9 @@ def clicked(text: str) -> tuple[int, int] | None:
     return None
 
 
-def _instruction(scene: Scene, target: Element, rng: random.Random, colour_weight: int) -> Instruction:
-    fitting = [each for each in phrases(target) if is_unique(each[2], target, scene.elements)]
-    form, phrase, _ = rng.choice([each for each in fitting for _ in range(colour_weight if "colour" in each[0] else 1)])
+def _instruction(scene: Scene, target: Element, rng: random.Random, by_colour_alone: bool) -> Instruction:
+    told = [each for each in phrases(target) if by_colour_alone or each[0] != "colour"]
+    form, phrase, _ = rng.choice([each for each in told if is_unique(each[2], target, scene.elements)])
     return Instruction(f"{rng.choice(VERBS)} {phrase}", form, target)
 
 

@@ -52,7 +52,7 @@ class Pass:
     Attributes:
         first: seed of its first step.
         per_scene: instructions for each picture.
-        colour_weight: how many times as often as otherwise an instruction names a colour.
+        twins: whether the same label may be in a picture in several colours, so that the colour decides.
         kept: the part of the loss for what the language model keeps of each patch.
         pointed: the part for what it looks at when it is about to answer.
     """
@@ -60,7 +60,7 @@ class Pass:
     steps: int
     first: int
     per_scene: int
-    colour_weight: int
+    twins: bool
     kept: float
     pointed: float
     rate: float = 1e-3
@@ -177,7 +177,7 @@ def train(model: Any, tokenizer: Tokenizer, course: Pass, say: Callable[[str], N
         [warm],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
-    batches = Batches(tokenizer, SCENES, course.per_scene, course.colour_weight)
+    batches = Batches(tokenizer, SCENES, course.per_scene, twins=course.twins)
     weights = mx.array([1.0, 0.5, 0.5, 0.5, 0.5, course.kept, course.pointed])
 
     def compute(

@@ -265,7 +265,7 @@ def test_a_model_that_is_not_whole_is_one_line_before_anything_starts(served: Se
     (broken / "model.safetensors").unlink()
     result = served.run(MODEL_PATH=str(broken), BACKEND="auto")
     assert result.returncode == 1
-    assert re.fullmatch(r"scripts/serve: MODEL_PATH cannot be served: .* has no weights .*\n", result.stderr)
+    assert re.fullmatch(r"scripts/serve: the default model cannot be served: .* has no weights .*\n", result.stderr)
 
 
 def test_a_missing_model_is_one_line(served: Served) -> None:

@@ -57,6 +57,10 @@ class Media(Protocol):
 
     shift: int
 
+    def release(self) -> None:
+        """Let go of what only the reading of the prompt needs; it is made again if it is read again."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -87,6 +87,10 @@ class ImageMedia:
         behind = np.arange(first, first + length - known.shape[1], dtype=np.int32)
         return np.concatenate([known, np.broadcast_to(behind, (3, behind.size))], axis=1)
 
+    def release(self) -> None:
+        """See `worker.backends.base.Media`."""
+        self.features.clear()
+
     def unread(self, done: int) -> list[PlacedImage]:
         """Images of which some token is not among the first `done`."""
         return [image for image in self.images if image.stop > done]

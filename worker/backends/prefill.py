@@ -259,6 +259,8 @@ class Prefill:
             if row.shared:
                 self._prefixes.share(row.owner, _to_read(row)[: row.shared])
             self._tried_again.discard(row.uid)
+            if row.media is not None:
+                row.media.release()
         self._at_hand = ()
         return chunk
 

@@ -12,6 +12,8 @@ from scripts.commands.benching.samples import Figures
 
 SMOLLM2: Final = "SmolLM2-135M-Instruct"
 TINY: Final = "tiny-random-llama"
+VISION: Final = "tiny-random-qwen2.5-vl"
+SEER: Final = "mlx_vlm.server"
 QWEN: Final = "random-qwen2.5-7b"
 """Measured where there is an NVIDIA GPU, with `--model`."""
 
@@ -89,6 +91,28 @@ GOALS: Final = (
     Goal(f"{SMOLLM2}, 32 clients: tokens/s of {BARE}'s", ("closed", SMOLLM2, "32 clients"), _speed, 1.0, beside=BARE),
     Goal(f"{TINY}, 64 clients: tokens/s of {PEER}'s", ("closed", TINY, "64 clients"), _speed, 3.0, beside=PEER),
     Goal(f"{QWEN}, 64 clients: tokens/s", ("closed", QWEN, "64 clients"), lambda own, _: own["tokens_per_s"], 372),
+    Goal(
+        f"{VISION}, 16 clients with an image each: tokens/s of {SEER}'s",
+        ("images", VISION, "16 clients"),
+        _speed,
+        1.3,
+        beside=SEER,
+    ),
+    Goal(
+        f"{VISION}, 16 clients with an image each: TTFT p50 of {SEER}'s",
+        ("images", VISION, "16 clients"),
+        lambda own, other: own["ttft_p50_s"] / other["ttft_p50_s"],
+        1.0,
+        at_most=True,
+        beside=SEER,
+    ),
+    Goal(
+        f"{VISION}, the same images again: how often the encoder runs",
+        ("images", VISION, "16 clients, the same images again"),
+        lambda own, _: own["images_encoded"],
+        0,
+        at_most=True,
+    ),
     *_per_model(SMOLLM2),
     *_per_model(TINY),
 )

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from scripts.commands.benching import batches, durability, path, speculation
+from scripts.commands.benching import batches, durability, path, speculation, switching
 from scripts.commands.benching.hop import queue_hop
 from scripts.commands.benching.interference import interference, lines
 from scripts.commands.benching.streams import idle_streams
@@ -52,5 +52,6 @@ PARTS: Final[dict[str, Part]] = {
     "pipeline": Part(lambda _, rounds: path.pipeline(rounds), path.pipeline_table),
     "batch": Part(batches.batches, batches.table),
     "submit": Part(lambda _, rounds: path.submits(rounds), path.submits_table),
+    "switching": Part(switching.switching, switching.line, quick=True),
     "speculation": Part(speculation.speculation, speculation.table),
 }

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from scripts.commands.stack import preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.signals import StopSignals
+from shared.catalog import load_catalog
 from shared.model_folder import ModelError, check_folder
 from shared.settings import ROOT, Settings
 
@@ -37,8 +39,10 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
     """
     if settings.backend == "fake":
         return
-    if (settings.model_path / "config.json").is_file():
-        _check(settings)
+    catalog = load_catalog(settings)
+    path = catalog.models[catalog.default].path
+    if (path / "config.json").is_file():
+        _check(path)
         return
     if settings.model_path != Settings.model_fields["model_path"].default:
         raise StartFailed(f"MODEL_PATH {settings.model_path} holds no model (no config.json); see scripts/fetch_model")
@@ -53,9 +57,9 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
         raise StartFailed("the default model could not be fetched")
 
 
-def _check(settings: Settings) -> None:
+def _check(path: Path) -> None:
     """See that the folder is whole before anything is started: the worker would find it out much later."""
     try:
-        check_folder(settings.model_path)
+        check_folder(path)
     except ModelError as error:
-        raise StartFailed(f"MODEL_PATH cannot be served: {error}") from None
+        raise StartFailed(f"the default model cannot be served: {error}") from None

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from rich.console import Console
 
+from shared.catalog import load_catalog
 from shared.settings import Settings
 
 
@@ -67,7 +68,7 @@ class Screen:
         queue = "Valkey in DATA_DIR" if settings.embedded_redis else "REDIS_URL"
         made_up = " (BACKEND=fake: words of no meaning)" if settings.backend == "fake" else ""
         self.say(f"""
-  {settings.model_id} is ready{made_up}: {workers}, queue in {queue}
+  {load_catalog(settings).default} is ready{made_up}: {workers}, queue in {queue}
 
   API        {base}
   API docs   {base}/docs

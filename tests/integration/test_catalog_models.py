@@ -1,0 +1,85 @@
+"""What a catalog says of a model's weights holds when it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlx_lm")
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import load as load_with_mlx_lm
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from shared.catalog import CatalogModel
+from shared.jobs import Sampling
+from shared.model_folder import ModelError
+from shared.settings import Settings
+from worker.backends.base import Row
+from worker.backends.text import TextBackend, load
+
+PROMPT = tuple(range(200, 240))
+
+
+def loaded(model: CatalogModel) -> tuple[TextBackend, list[float]]:
+    """The backend, and how far its loading was from piece to piece."""
+    pieces, seen = load(Settings(model_path=model.path, prefix_disk_bytes=0), model), []
+    while True:
+        try:
+            seen.append(next(pieces))
+        except StopIteration as end:
+            return end.value, seen
+
+
+def says(backend: TextBackend) -> list[int]:
+    backend.insert([Row(1, PROMPT, 0, 12, Sampling(0.0))])
+    tokens: list[int] = []
+    while len(tokens) < 12:
+        tokens += [token for _, token in backend.step().tokens]
+    return tokens
+
+
+@pytest.fixture
+def plain(tiny_model_path: Path) -> CatalogModel:
+    return CatalogModel("tiny", tiny_model_path, "text")
+
+
+def test_it_loads_in_pieces(plain: CatalogModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.backends.text.PIECE_BYTES", 2**20)
+    backend, seen = loaded(plain)
+    assert len(seen) >= 2
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] == pytest.approx(0.9)
+    on_disk = sum(file.stat().st_size for file in plain.path.glob("*.safetensors"))
+    assert backend.weights_bytes == pytest.approx(on_disk, rel=0.01)
+
+
+def test_types_and_packing(plain: CatalogModel) -> None:
+    whole = loaded(plain)[0]
+    half = loaded(CatalogModel("half", plain.path, "text", dtype="float16"))[0]
+    packed = loaded(CatalogModel("packed", plain.path, "text", quantize_bits=4))[0]
+    assert (whole.about["dtype"], half.about["dtype"]) == ("float32", "float16")
+    assert half.weights_bytes * 2 == whole.weights_bytes
+    assert packed.about["quantisation_bits"] == 4
+    assert packed.weights_bytes < whole.weights_bytes / 4
+    assert len(says(half)) == len(says(packed)) == 12
+
+
+def test_an_adapter_changes_what_it_says_and_a_broken_one_is_refused(plain: CatalogModel, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    parameters = {"rank": 4, "scale": 40.0, "dropout": 0.0}
+    said = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match=r"adapters\.safetensors"):
+        loaded(CatalogModel("tuned", plain.path, "text", adapter=folder))
+    model = load_with_mlx_lm(str(plain.path))[0]
+    linear_to_lora_layers(model, 2, parameters)
+    weights = {name: array for name, array in tree_flatten(model.parameters()) if "lora" in name}
+    mx.random.seed(1)
+    weights = {name: mx.random.normal(array.shape) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    assert says(loaded(CatalogModel("tuned", plain.path, "text", adapter=folder))[0]) != says(loaded(plain)[0])
