@@ -71,7 +71,7 @@ def question(asked: argparse.Namespace) -> Question:
         scenarios=scenarios,
         contenders=asked.who,
         rounds=1 if asked.quick else asked.rounds,
-        vision=asked.vision_model.resolve(),
+        vision=asked.vision_model.resolve() if asked.vision_model.is_dir() else None,
         at_once=asked.quick,
     )
 

@@ -35,12 +35,11 @@ def docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_quick_run_measures_every_scenario_and_keeps_it(
-    tiny_model_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_path: Path, tiny_vision_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "bench.json"
-    status = bench.main(
-        ["--quick", "--seconds", "1", "--who", *WHO, "--only", "load", "--json", str(report), "--save", "v1"]
-    )
+    small = ["--quick", "--seconds", "1", "--who", *WHO, "--only", "load", "--vision-model", str(tiny_vision_path)]
+    status = bench.main([*small, "--json", str(report), "--save", "v1"])
 
     assert status == bench.OK, capsys.readouterr().out
     found = json.loads(report.read_text())
@@ -60,7 +59,9 @@ def test_a_quick_run_measures_every_scenario_and_keeps_it(
     assert records["open", "capacity", OWN]["capacity_per_s"] > 0
     assert records["mixed", "2 rows, 600 tokens", OWN]["disturbance"] > 0
     assert found["commit"]
-    assert "left out: images" in capsys.readouterr().out
+    first, again = (records["images", f"16 clients{more}", OWN] for more in ("", ", the same images again"))
+    assert (first["failed"], first["images_encoded"], again["images_encoded"]) == (0, 16, 0)
+    assert f"left out: {BARE}, images" in capsys.readouterr().out
     ElementTree.parse(docs / "v1/bench.svg")
     assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
 

@@ -215,3 +215,14 @@ def test_an_answer_without_actions_says_so_and_succeeds(http: httpx2.Client) -> 
     assert (answer["actions"], answer["parse_error"]) == ([], job["parse_error"])
     unasked = http.post("/inference", json=asked("Click it.", PNG)).raise_for_status().json()
     assert (unasked["actions"], unasked["parse_error"]) == (None, None)
+
+
+def test_a_restarted_worker_finds_the_images_it_has_read_on_disk(vision_api: Stack) -> None:
+    worker = vision_api.start_worker()
+    body = asked("What is it?", picture(640, 480, seed=8))
+    first = finished(vision_api, body)
+    vision_api.stop(worker)
+    vision_api.start_worker()
+    again = finished(vision_api, body)
+    assert again.text == first.text
+    assert again.usage["cached_tokens"] >= 256

@@ -80,7 +80,14 @@ def _stages(
         if each.sees and question.vision:
             yield question.vision, next(iter(question.models.values())), (each,)
         elif each.sees:
-            absences(Absence(each.name, "", "", "--vision-model names no folder"))
+            absences(
+                Absence(
+                    each.name,
+                    "",
+                    "",
+                    "--vision-model names no folder; scripts/make_tiny_model --shape tiny-vision makes one",
+                )
+            )
 
 
 def _takes_part(contender: Contender, scenario: Scenario, model: Path, absences: Callable[[Absence], None]) -> bool:
