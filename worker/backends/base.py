@@ -1,4 +1,4 @@
-"""What the engine needs of a model library. `fake` (no MLX), `text` (mlx-lm) and later `vision` provide it."""
+"""What the engine needs of a model library. `fake` (no MLX), `text` (mlx-lm) and `vision` (mlx-vlm) have it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
     def __init__(self, language: Any, image_token: int, encode: Callable[[PlacedImage], mx.array]) -> None:
         super().__init__()
         self.language = language
-        self._image_token = image_token
+        self.image_token = image_token
         self._encode = encode
 
     @property
@@ -86,7 +86,7 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
 
     def _embedded(self, tokens: mx.array, media: Sequence[kv.Placed | None]) -> mx.array:
         """[rows, length, hidden] embeddings: of the text from the vocabulary, of images what the encoder made."""
-        text = mx.where(tokens < IMAGE_TOKENS, tokens, self._image_token)
+        text = mx.where(tokens < IMAGE_TOKENS, tokens, self.image_token)
         embeds: mx.array = self.language.model.embed_tokens(text)
         for row, placed in enumerate(media):
             if placed is None:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import mlx.core as mx
 from mlx_lm import tokenizer_utils
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 from mlx_vlm import utils
@@ -64,6 +65,8 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, Visi
         raise ModelError(f"{model.path}: adapters are for text models")
     loaded, encoder = load_vision_model(model.path, lazy=True)
     convert(loaded, model.dtype, model.quantize_bits)
+    if model.dtype is not None:
+        encoder.tower.set_dtype(getattr(mx, model.dtype))
     yield from read_weights(loaded.model, model.path)
     yield from read_weights(encoder.tower, model.path)
     return assembled(settings, loaded, model.path, partial(VisionBackend, encoder))
@@ -92,7 +95,7 @@ def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel,
     except Exception as error:  # a broken folder makes the libraries raise anything
         raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
     encoder = ImageEncoder(model.vision_tower, processor.image_processor)
-    language = MRopeModel(model.language_model, int(config["image_token_id"]), encoder.encode)
+    language = MRopeModel(model.language_model, int(model.config.image_token_id), encoder.encode)
     loaded = loaded_as("vision", folder, language, tokenizer, config)
     return replace(loaded, card=replace(loaded.card, image=asdict(encoder.geometry))), encoder
 
@@ -115,7 +118,7 @@ class VisionBackend(TextBackend):
         self._encoder_of_images = encoder
         self._features_bytes = cache_bytes
         self.weights_bytes += encoder.nbytes
-        self._image_token = int(loaded.config["image_token_id"])
+        self._image_token = loaded.model.image_token
         self._encoding = Encoding(encoder, self._pace, cache_bytes)
         self._images_next = False
 
