@@ -1,4 +1,7 @@
-"""To which size a vision model brings an image before it looks: its coordinates and tokens are of that size."""
+"""The size to which a model of the Qwen-VL family brings an image before it looks at it.
+
+Such a model says places in pixels of that size: to find them in the image that was sent, one has to know it.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-_NARROWEST: Final = 200
-"""Models of the Qwen-VL family take no image that is longer than so many times its width."""
+MOST_ASPECT: Final = 200
+"""Images that are more times as long as wide are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
-    """The resizing of the Qwen-VL family.
+    """What a model asks of an image's size.
 
     Attributes:
-        factor: both sides become multiples of it.
-        min_pixels, max_pixels: between which the area is brought, with the shape kept as far as that goes.
+        factor: both sides become multiples of it: a patch's side times the patches that are merged along it.
+        min_pixels: a smaller image is magnified, 1 or more.
+        max_pixels: a larger one is made smaller, but no side less than `factor`.
     """
 
     factor: int
@@ -24,19 +28,28 @@ class ImageGeometry:
     max_pixels: int
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """The width and height that the model sees.
+        """Width and height of an image as the model sees it: about its shape, number for number what mlx-vlm makes.
 
         Raises:
-            ValueError: it is too narrow.
+            ValueError: it is too long for its width, or has no pixels.
         """
-        if max(width, height) > _NARROWEST * min(width, height):
-            raise ValueError(f"one side is more than {_NARROWEST} times the other")
-        near = [round(side / self.factor) * self.factor for side in (width, height)]
-        area = width * height
-        if math.prod(near) > self.max_pixels:
-            shrink = math.sqrt(area / self.max_pixels)
-            near = [max(self.factor, math.floor(side / shrink / self.factor) * self.factor) for side in (width, height)]
-        elif math.prod(near) < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / area)
-            near = [math.ceil(side * grow / self.factor) * self.factor for side in (width, height)]
-        return near[0], near[1]
+        if min(width, height) < 1 or max(width, height) / min(width, height) > MOST_ASPECT:
+            raise ValueError(f"an image of {width} x {height} pixels has one side over {MOST_ASPECT} times the other")
+        pixels = self._nearest(width) * self._nearest(height)
+        if pixels > self.max_pixels:
+            shrink = math.sqrt(width * height / self.max_pixels)
+            return self._shrunk(width, shrink), self._shrunk(height, shrink)
+        if pixels < self.min_pixels:
+            growth = math.sqrt(self.min_pixels / (width * height))
+            return self._grown(width, growth), self._grown(height, growth)
+        return self._nearest(width), self._nearest(height)
+
+    def _nearest(self, side: int) -> int:
+        return round(side / self.factor) * self.factor
+
+    def _shrunk(self, side: int, shrink: float) -> int:
+        # Two divisions: one by the product would round differently, and be off by a whole factor at times.
+        return max(self.factor, math.floor(side / shrink / self.factor) * self.factor)
+
+    def _grown(self, side: int, growth: float) -> int:
+        return math.ceil(side * growth / self.factor) * self.factor

@@ -1,6 +1,4 @@
-"""The size that a model sees is the one that mlx-vlm's processor gives it."""
-
-from __future__ import annotations
+"""The size in which a model sees an image: what mlx-vlm makes of it."""
 
 import pytest
 from hypothesis import given
@@ -10,25 +8,64 @@ from shared.image_geometry import ImageGeometry
 
 processing = pytest.importorskip("mlx_vlm.models.qwen3_vl.processing_qwen3_vl")
 
-UI_TARS = ImageGeometry(28, 3136, 12845056)
-SIDE = st.integers(1, 6000)
+LIMITS = [
+    (56 * 56, 14 * 14 * 4 * 1280),  # of mlx-vlm
+    (3136, 12_845_056),  # of Qwen2.5-VL
+    (100 * 28 * 28, 16384 * 28 * 28),  # of UI-TARS 1.5
+    (65_536, 16_777_216),  # of Qwen3-VL
+    (1, 784),
+    (200_000, 200_000),
+]
+PATCHES = [14, 16]
+SIDES = st.one_of(st.integers(1, 200), st.integers(1, 20_000))
 
 
-@given(SIDE, SIDE, st.sampled_from([UI_TARS, ImageGeometry(28, 78400, 2116800), ImageGeometry(32, 65536, 16777216)]))
-def test_it_resizes_as_the_processor_does(width: int, height: int, geometry: ImageGeometry) -> None:
+def of_mlx_vlm(patch: int, limits: tuple[int, int], width: int, height: int) -> tuple[int, int]:
     processor = processing.Qwen3VLImageProcessor(
-        patch_size=geometry.factor // 2, min_pixels=geometry.min_pixels, max_pixels=geometry.max_pixels
+        patch_size=patch, merge_size=2, min_pixels=limits[0], max_pixels=limits[1]
     )
+    resized_height, resized_width = processor._resolved_size(height, width)
+    return resized_width, resized_height
+
+
+def outcome(resize: object, *arguments: object) -> object:
+    assert callable(resize)
     try:
-        high, wide = processor._resolved_size(height, width)
+        return resize(*arguments)
     except ValueError:
-        with pytest.raises(ValueError, match="200 times"):
-            geometry.resized(width, height)
-    else:
-        assert geometry.resized(width, height) == (wide, high)
+        return ValueError
 
 
-def test_screens() -> None:
-    assert UI_TARS.resized(1920, 1080) == (1932, 1092)
-    assert UI_TARS.resized(300, 200) == (308, 196)
-    assert UI_TARS.resized(10, 10) == (56, 56)
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("patch", PATCHES)
+@given(width=SIDES, height=SIDES)
+def test_it_is_what_mlx_vlm_makes(patch: int, limits: tuple[int, int], width: int, height: int) -> None:
+    ours = ImageGeometry(2 * patch, *limits)
+    assert outcome(ours.resized, width, height) == outcome(of_mlx_vlm, patch, limits, width, height)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@given(width=st.integers(1, 150), short=st.integers(-1, 1))
+def test_it_is_so_at_the_longest_shape(limits: tuple[int, int], width: int, short: int) -> None:
+    height = 200 * width + short
+    ours = ImageGeometry(28, *limits)
+    assert outcome(ours.resized, width, height) == outcome(of_mlx_vlm, 14, limits, width, height)
+    assert outcome(ours.resized, height, width) == outcome(of_mlx_vlm, 14, limits, height, width)
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [
+        ((1920, 1080), (1932, 1092)),
+        ((28, 28), (280, 280)),
+        ((10_000, 10_000), (3556, 3556)),  # 3584 but for the rounding of a float, and mlx-vlm rounds so
+    ],
+)
+def test_screens(size: tuple[int, int], seen: tuple[int, int]) -> None:
+    assert ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28).resized(*size) == seen
+
+
+@pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0), (-5, -5), (1, 201), (201, 1)])
+def test_what_no_model_takes_is_an_error(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="pixels"):
+        ImageGeometry(28, 3136, 12_845_056).resized(*size)

@@ -1,153 +1,405 @@
-"""Answers of UI-TARS in the published format, and all others."""
+"""Answers of UI-TARS models as actions."""
 
-from __future__ import annotations
-
-from typing import Any
+import re
+import subprocess
+import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.image_geometry import ImageGeometry
 from web.ui_tars import Action, Point, parse
+from web.ui_tars_calls import ActionName
 
-GEOMETRY = ImageGeometry(28, 3136, 12845056)
-SCREEN = (1920, 1080)
-"""The model sees 1932 x 1092 of it."""
+GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
+SIZE = (1120, 560)
+"""Multiples of 28: the model sees this image as it is."""
+LONG = 1_000_000
+"""Characters: what takes the square of it does not end."""
 
 
-def place(x: float, y: float) -> Point:
-    return Point(round(x * 1920 / 1932, 1), round(y * 1080 / 1092, 1), inside=True)
+def actions(text: str, size: tuple[int, int] = SIZE) -> list[Action]:
+    found, reason = parse(text, size, GEOMETRY)
+    assert reason is None and found
+    return found
 
 
-def one(text: str) -> Action:
-    actions, fault = parse(text, SCREEN, GEOMETRY)
-    assert fault is None
-    (action,) = actions
+def only(text: str) -> Action:
+    (action,) = actions(text)
     return action
 
 
-@pytest.mark.parametrize(
-    ("call", "means"),
-    [
-        ("click(start_box='(197,525)')", {"action": "click", "start": place(197, 525)}),
-        ("click(start_box='<|box_start|>(197,525)<|box_end|>')", {"action": "click", "start": place(197, 525)}),
-        ('click(start_box="(197, 525)")', {"action": "click", "start": place(197, 525)}),
-        ("click(start_box='[190, 520, 204, 530]')", {"action": "click", "start": place(197, 525)}),
-        ("click(start_box='<bbox>190 520 204 530</bbox>')", {"action": "click", "start": place(197, 525)}),
-        ("click(point='<point>197 525</point>')", {"action": "click", "start": place(197, 525)}),
-        ("left_double(start_box='(10,20)')", {"action": "left_double", "start": place(10, 20)}),
-        ("right_single(start_box='(10,20)')", {"action": "right_single", "start": place(10, 20)}),
-        (
-            "drag(start_box='(10,20)', end_box='(300,400)')",
-            {"action": "drag", "start": place(10, 20), "end": place(300, 400)},
-        ),
-        (
-            "drag(start_point='<point>10 20</point>', end_point='<point>300 400</point>')",
-            {"action": "drag", "start": place(10, 20), "end": place(300, 400)},
-        ),
-        ("hotkey(key='ctrl c')", {"action": "hotkey", "key": "ctrl c"}),
-        ("type(content='hello world')", {"action": "type", "text": "hello world"}),
-        (r"type(content='it\'s \"new\"\n')", {"action": "type", "text": 'it\'s "new"\n'}),
-        ("type(content='it's fine (really), or so')", {"action": "type", "text": "it's fine (really), or so"}),
-        (r"type(content='C:\\temp')", {"action": "type", "text": r"C:\temp"}),
-        (
-            "scroll(start_box='(10,20)', direction='down')",
-            {"action": "scroll", "start": place(10, 20), "direction": "down"},
-        ),
-        ("scroll(direction='up')", {"action": "scroll", "direction": "up"}),
-        ("wait()", {"action": "wait"}),
-        ("finished()", {"action": "finished"}),
-        ("finished(content='All done.')", {"action": "finished", "text": "All done."}),
-        ("call_user()", {"action": "call_user"}),
-    ],
-)
-def test_the_published_actions(call: str, means: dict[str, Any]) -> None:
-    assert one(f"Thought: I see it.\nAction: {call}") == Action(raw=call, thought="I see it.", **means)
-    assert one(call) == Action(raw=call, **means)
+def why(text: str) -> str:
+    found, reason = parse(text, SIZE, GEOMETRY)
+    assert found == [] and reason is not None
+    return reason
 
 
-def test_several_actions_follow_one_another() -> None:
-    text = "Thought: Fill it in.\nAction: click(start_box='(10,20)')\n\ntype(content='Ada\\n')\n\nwait()"
-    actions, fault = parse(text, SCREEN, GEOMETRY)
-    assert fault is None
-    assert [action.action for action in actions] == ["click", "type", "wait"]
-    assert {action.thought for action in actions} == {"Fill it in."}
-    assert actions[1].raw == "type(content='Ada\\n')"
+def at(x: float, y: float) -> Point:
+    return Point(x, y, inside=True)
+
+
+def done(action: ActionName, raw: str, **has: object) -> Action:
+    nothing = dict.fromkeys(("thought", "start", "end", "key", "text", "direction"))
+    return Action(action=action, raw=raw, **(nothing | has))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("head", "thought"),
+    ("call", "action", "has"),
     [
-        ("Thought: a\nb (c=1)\nAction: ", "a\nb (c=1)"), ("Thought:我看到了\nAction:", "我看到了"),
-        ("Reflection: r\nAction_Summary: s\nAction: ", "r\ns"), ("Action: ", None), ("", None),
+        ("click(start_box='(197,525)')", ActionName.CLICK, {"start": at(197, 525)}),
+        ("click(start_box='<|box_start|>(197,525)<|box_end|>')", ActionName.CLICK, {"start": at(197, 525)}),
+        ("left_double(start_box='<|box_start|>(1,2)<|box_end|>')", ActionName.LEFT_DOUBLE, {"start": at(1, 2)}),
+        ("right_single(start_box='(1, 2)')", ActionName.RIGHT_SINGLE, {"start": at(1, 2)}),
+        ("click(start_box='(10,20,30,50)')", ActionName.CLICK, {"start": at(20, 35)}),
+        ("click(start_box='[10, 20, 31, 50]')", ActionName.CLICK, {"start": at(20.5, 35)}),
+        ("click(start_box='(10,20),(30,50)')", ActionName.CLICK, {"start": at(20, 35)}),
+        ("click(start_box='<bbox>637 464 637 464</bbox>')", ActionName.CLICK, {"start": at(637, 464)}),
+        ("click(start_box='<bbox>300 400</bbox>')", ActionName.CLICK, {"start": at(300, 400)}),
+        ("click(point='<point>510 150</point>')", ActionName.CLICK, {"start": at(510, 150)}),
+        ('click(start_box="(100,200)")', ActionName.CLICK, {"start": at(100, 200)}),
+        ("click(start_box=(100, 200))", ActionName.CLICK, {"start": at(100, 200)}),
+        ("click(start_box='(100.25,200.5)')", ActionName.CLICK, {"start": at(100.2, 200.5)}),
+        (
+            "drag(start_box='<|box_start|>(1,2)<|box_end|>', end_box='<|box_start|>(3,4)<|box_end|>')",
+            ActionName.DRAG,
+            {"start": at(1, 2), "end": at(3, 4)},
+        ),
+        (
+            "drag(start_point='<point>458 328</point>', end_point='<point>350 309</point>')",
+            ActionName.DRAG,
+            {"start": at(458, 328), "end": at(350, 309)},
+        ),
+        ("hotkey(key='ctrl c')", ActionName.HOTKEY, {"key": "ctrl c"}),
+        ("type(content='xxx')", ActionName.TYPE, {"text": "xxx"}),
+        (r"type(content='doubao.com\n')", ActionName.TYPE, {"text": "doubao.com\n"}),
+        ("type(content='')", ActionName.TYPE, {"text": ""}),
+        ("type(text='Hello', start_box='(300,400)')", ActionName.TYPE, {"text": "Hello"}),
+        ("scroll(start_box='(1,2)', direction='down')", ActionName.SCROLL, {"start": at(1, 2), "direction": "down"}),
+        (
+            "scroll(direction='left', point='<point>1 2</point>')",
+            ActionName.SCROLL,
+            {"start": at(1, 2), "direction": "left"},
+        ),
+        ("wait()", ActionName.WAIT, {}),
+        ("finished()", ActionName.FINISHED, {}),
+        (r"finished(content='It\'s \"done\".')", ActionName.FINISHED, {"text": 'It\'s "done".'}),
+        ("call_user()", ActionName.CALL_USER, {}),
     ],
-)  # fmt: skip
-def test_what_was_thought(head: str, thought: str | None) -> None:
-    assert one(f"{head}wait()").thought == thought
-
-
-def test_a_place_outside_is_told_as_it_was_said() -> None:
-    start = one("click(start_box='(2500,-3)')").start
-    assert start is not None
-    assert not start.inside
-    assert start.x > 1920
-    assert start.y < 0
-
-
-def test_without_an_image_no_place_is_told() -> None:
-    for size, geometry in ((None, GEOMETRY), (SCREEN, None)):
-        actions, fault = parse("click(start_box='(1,2)')", size, geometry)
-        assert fault is None
-        assert actions == [Action("click", "click(start_box='(1,2)')")]
+)
+@pytest.mark.parametrize("thought", [None, "Here it is."])
+def test_every_published_form(call: str, action: ActionName, has: dict[str, object], thought: str | None) -> None:
+    text = f"Thought: {thought}\nAction: {call}" if thought else call
+    assert only(text) == done(action, call, thought=thought, **has)
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "thought"),
     [
-        ("I do not know.", "the text has no action"),
-        ("", "the text has no action"),
-        ("Action: fly(start_box='(1,2)')", "fly is no action"),
-        ("click()", "click lacks its start"),
-        ("drag(start_box='(1,2)')", "drag lacks its end"),
-        ("type()", "type lacks its content"),
-        ("hotkey()", "hotkey lacks its key"),
-        ("click(start_box='(1,2,3)')", "click has a place of 3 numbers"),
-        ("click(start_box='here')", "click has a place of 0 numbers"),
-        ("scroll(direction='sideways')", "scroll has a direction that is none"),
-        ("click(start_box=(1,2))", "an argument of click is not in quotes"),
-        ("click(1, 2)", "the arguments of click cannot be read"),
-        ("type(content='never ends", "an argument of type does not end"),
-        ("click(", "the arguments of click cannot be read"),
+        ("Thought: One.\nAction: wait()", "One."),
+        ("Thought：好。\nAction：wait()", "好。"),  # noqa: RUF001
+        ("  Thought: One,\n\ntwo.  \n\n  Action:wait()  ", "One,\n\ntwo."),
+        ("Thought: One. Action: wait()", "One."),
+        ("Action_Summary: Sum.\nAction: wait()", "Sum."),
+        ("Reflection: Hm.\nAction_Summary: Sum.\nAction: wait()", "Sum."),
+        ("Reflection: Hm.\nThought: One.\nAction: wait()", "One."),
+        ("Reflection: Hm.\nAction: wait()", "Hm."),
+        ("<think>\nOkay, wait() first.\n</think>\nThought: One.\nAction: wait()", "One."),
+        ("1. The field is active.  \n2. Type.\n\nAction: wait()", "1. The field is active.  \n2. Type."),
+        (
+            "Thought: Open users' settings: \"Action: click(it)\nAction: wait()",
+            "Open users' settings: \"Action: click(it)",
+        ),
+        ("Thought: \nAction: wait()", None),
+        ("Action: wait()", None),
+        ("\r\nThought: One.\r\nAction: wait()\r\n", "One."),
     ],
 )
-def test_what_is_no_action_says_why(text: str, fault: str) -> None:
-    assert parse(text, SCREEN, GEOMETRY) == ([], fault)
+def test_what_was_thought(text: str, thought: str | None) -> None:
+    assert only(text) == done(ActionName.WAIT, "wait()", thought=thought)
 
 
-def test_what_was_understood_before_a_fault_stays() -> None:
-    actions, fault = parse("wait()\nfly()", SCREEN, GEOMETRY)
-    assert [action.action for action in actions] == ["wait"]
-    assert fault == "fly is no action"
-
-
-@given(st.text(), st.tuples(st.integers(1, 10_000), st.integers(1, 10_000)) | st.none())
-def test_any_text_has_an_answer(text: str, size: tuple[int, int] | None) -> None:
-    actions, fault = parse(text, size, GEOMETRY)
-    assert actions or fault
-
-
-_CALL_LIKE = st.lists(
-    st.sampled_from(["click(", "type(", "start_box=", "content=", "'", '"', ")", "(1,2)", "\\", ",", " ", "Action:"])
+@pytest.mark.parametrize(
+    "between",
+    ["\n\n", "\n", "\r\n\r\n", "\nAction: ", "\n\nAction：", "; ", " ", " Action: "],  # noqa: RUF001
 )
+def test_several_actions_of_one_thought(between: str) -> None:
+    text = between.join(["Thought: All.\nAction: click(start_box='(1,2)')", "type(content='a b')", "wait()"])
+    assert actions(text) == [
+        done(ActionName.CLICK, "click(start_box='(1,2)')", thought="All.", start=at(1, 2)),
+        done(ActionName.TYPE, "type(content='a b')", thought="All.", text="a b"),
+        done(ActionName.WAIT, "wait()", thought="All."),
+    ]
 
 
-@given(_CALL_LIKE)
-def test_any_heap_of_pieces_has_an_answer(pieces: list[str]) -> None:
-    actions, fault = parse("".join(pieces), SCREEN, GEOMETRY)
-    assert actions or fault
+def test_each_action_has_the_thought_before_it() -> None:
+    text = "Thought: One.\nAction: wait()\nThought: Two.\nAction: call_user()\nSo:\nAction: finished()"
+    assert [(each.thought, each.action) for each in actions(text)] == [
+        ("One.", "wait"),
+        ("Two.", "call_user"),
+        ("Two.", "finished"),
+    ]
 
 
-@pytest.mark.parametrize("piece", ["click(", "'", "a=", "Action:", "(", "type(content='", " ", "\\'", "wait()"])
-def test_long_texts_take_no_longer_than_long_texts(piece: str) -> None:
-    parse(piece * 100_000, SCREEN, GEOMETRY)
+@pytest.mark.parametrize(
+    "after", [" then wait()", "\n</Output>", "<|im_end|>", "\n```", "\n\nThat (I hope) does it.", ")"]
+)
+def test_other_words_after_a_call_are_none(after: str) -> None:
+    assert only(f"Action: click(start_box='(1,2)'){after}").raw == "click(start_box='(1,2)')"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"it\'s", "it's"),
+        ("it's", "it's"),
+        ("a 'quoted' word", "a 'quoted' word"),
+        ("'", "'"),
+        (r"say \"yes\"", 'say "yes"'),
+        ('say "yes"', 'say "yes"'),
+        (r"two\nlines\n", "two\nlines\n"),
+        ("two\nlines", "two\nlines"),
+        (r"a \\n is no line", r"a \n is no line"),
+        (r"C:\temp", r"C:\temp"),
+        ("Action: wait()", "Action: wait()"),
+        ("one\nAction: wait()\ntwo", "one\nAction: wait()\ntwo"),
+        ("f(x), g(y)", "f(x), g(y)"),
+        ("print('hello')", "print('hello')"),
+        ("print('a', end='')", "print('a', end='')"),
+        ("(a 'test') of it", "(a 'test') of it"),
+        ("=, key=", "=, key="),
+        ("天气", "天气"),
+    ],
+)
+@pytest.mark.parametrize("rest", ["", "\n\nhotkey(key='enter')"])
+def test_what_is_typed(written: str, meant: str, rest: str) -> None:
+    first, *others = actions(f"Thought: Type.\nAction: type(content='{written}'){rest}")
+    assert first.text == meant
+    assert [each.key for each in others] == (["enter"] if rest else [])
+
+
+@given(st.text(), st.sampled_from("'\""))
+def test_whatever_is_escaped_is_typed(meant: str, quote: str) -> None:
+    written = re.sub(r"[\\'\"]", r"\\\g<0>", meant).replace("\n", r"\n")
+    assert only(f"Action: type(content={quote}{written}{quote})").text == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no action"),
+        ("I should wait() until the page is stable.", "no action"),
+        ("Thought: No more.", "no action"),
+        ("Action: click the button", "no action"),
+        ("Action:", "no action"),
+        ("Action: press_home()", "'press_home'"),
+        ("fly(to='(1,2)')", "'fly'"),
+        ("Action: wait()\n\nfly(to='(1,2)')", "'fly'"),
+        ("Action: click()", "click has no start_box"),
+        ("Action: click(end_box='(1,2)')", "click has no start_box"),
+        ("Action: drag(start_box='(1,2)')", "drag has no end_box"),
+        ("Action: hotkey()", "hotkey has no key"),
+        ("Action: hotkey(key=' ')", "hotkey has no key"),
+        ("Action: type()", "type has no content"),
+        ("Action: scroll(start_box='(1,2)')", "scroll has no direction"),
+        ("Action: scroll(direction='up')", "scroll has no start_box"),
+        ("Action: scroll(start_box='(1,2)', direction='in')", "direction of scroll is not known: 'in'"),
+        ("Action: click(start_box='')", "start_box of click is neither a point nor a box: ''"),
+        ("Action: click(start_box='[]')", "neither a point nor a box"),
+        ("Action: click(start_box='(1)')", "neither a point nor a box"),
+        ("Action: click(start_box='(1,2,3)')", "neither a point nor a box"),
+        ("Action: click(start_box='(1,2,3,4,5)')", "neither a point nor a box"),
+        ("Action: click(start_box='(x,y)')", "neither a point nor a box"),
+        ("Action: click(start_box='(1e9,nan)')", "neither a point nor a box"),
+        (f"Action: click(start_box='({'9' * 400},1)')", "neither a point nor a box"),
+        ("Action: click(start_box='(１,２)')", "neither a point nor a box"),  # noqa: RUF001
+        ("Action: drag(start_box='(1,2)', end_box='here')", "end_box of drag is neither"),
+        ("Action: click('(1,2)')", "arguments of click cannot be read"),
+        ("Action: click(start_box=", "arguments of click cannot be read, or are cut off"),
+        ("Action: click(start_box='(1,2)'", "string in click has no end, or the call is cut off"),
+        ("Action: type(content='and so", "string in type has no end"),
+        ("Action: __import__('os').system('true')", "'__import__'"),
+    ],
+)
+def test_what_is_no_answer_and_why(text: str, reason: str) -> None:
+    assert reason in why(text)
+
+
+def test_one_action_that_is_none_leaves_none() -> None:
+    assert "'fly'" in why("Action: click(start_box='(1,2)')\n\nfly()\n\nwait()")
+
+
+@pytest.mark.parametrize(
+    ("size", "said", "point"),
+    [
+        ((1920, 1080), (197, 525), Point(195.8, 519.2, inside=True)),  # seen as 1932 x 1092
+        ((1920, 1080), (1931, 1091), Point(1919.0, 1079.0, inside=True)),
+        ((1920, 1080), (1932, 1091), Point(1920.0, 1079.0, inside=False)),
+        ((1920, 1080), (0, 0), Point(0.0, 0.0, inside=True)),
+        ((1920, 1080), (-1, 5), Point(-1.0, 4.9, inside=False)),
+        ((1920, 1080), (5, 1092), Point(5.0, 1080.0, inside=False)),
+        ((14, 28), (112, 112), Point(7.0, 7.5, inside=True)),  # seen as 224 x 420: small ones are magnified
+        ((7168, 7168), (1778, 3555), Point(3556.0, 7110.0, inside=True)),  # seen as 3584 x 3584
+    ],
+)
+def test_places_are_in_the_image_that_was_sent(size: tuple[int, int], said: tuple[int, int], point: Point) -> None:
+    (action,) = actions(f"click(start_box='({said[0]},{said[1]})')", size)
+    assert action.start == point
+
+
+@given(st.integers(20, 6000), st.integers(20, 6000), st.floats(0, 1), st.floats(0, 1))
+def test_a_place_is_found_again(width: int, height: int, right: float, down: float) -> None:
+    size = (width, height)
+    x, y = int(right * (width - 1)), int(down * (height - 1))
+    try:
+        seen = GEOMETRY.resized(*size)
+    except ValueError:
+        return
+    said = (round(x * seen[0] / width, 3), round(y * seen[1] / height, 3))
+    (action,) = actions(f"drag(start_box='({said[0]},{said[1]})', end_box='{[*said, *said]}')", size)
+    assert action.start == action.end == at(pytest.approx(x, abs=0.11), pytest.approx(y, abs=0.11))
+
+
+def test_minus_nothing_is_nothing() -> None:
+    start = only("click(start_box='(-0.001,-0)')").start
+    assert repr(start) == "Point(x=0.0, y=0.0, inside=True)"
+
+
+def test_without_a_geometry_places_are_the_images_own() -> None:
+    found, _ = parse("click(start_box='(197,1079)')", (1920, 1080), None)
+    assert found[0].start == at(197, 1079)
+    found, _ = parse("click(start_box='(197,1080)')", (1920, 1080), None)
+    assert found[0].start == Point(197, 1080, inside=False)
+
+
+@pytest.mark.parametrize("geometry", [None, GEOMETRY])
+def test_without_an_image_nothing_lies_in_it(geometry: ImageGeometry | None) -> None:
+    found, _ = parse("click(start_box='(1,2)')", None, geometry)
+    assert found[0].start == Point(1, 2, inside=False)
+
+
+@pytest.mark.parametrize("size", [(1, 201), (0, 0)])
+def test_an_image_that_no_model_takes_is_a_reason(size: tuple[int, int]) -> None:
+    found, reason = parse("click(start_box='(1,2)')", size, GEOMETRY)
+    assert found == [] and reason is not None and f"{size[0]} x {size[1]} pixels" in reason
+
+
+PIECES = [
+    *[f"{name}(" for name in (*ActionName, "fly")],
+    *[
+        "Action:",
+        "Action\uff1a",
+        "Thought:",
+        "Action_Summary:",
+        "Reflection:",
+        "start_box=",
+        "content=",
+        "key=",
+        "direction=",
+    ],
+    *[
+        "'",
+        '"',
+        "\\",
+        ")",
+        "(",
+        "[",
+        "]",
+        ",",
+        "\n",
+        " ",
+        ";",
+        "up",
+        "(1,2)",
+        "<point>1 2</point>",
+        "-1.5",
+        "x",
+        "\ud800",
+    ],
+]
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+IMAGES = st.none() | st.tuples(st.integers(0, 5000), st.integers(0, 5000))
+
+
+@given(TEXTS, IMAGES, st.sampled_from([None, GEOMETRY]))
+@example("Action: fly\u2028()", None, None)
+@example("click(start_box='\n\u2028\x85')", None, None)
+def test_any_text_gives_actions_or_one_line(
+    text: str, size: tuple[int, int] | None, geometry: ImageGeometry | None
+) -> None:
+    found, reason = parse(text, size, geometry)
+    assert bool(found) == (reason is None)
+    assert reason is None or (len(reason.splitlines()) == 1 and len(reason) < 500)
+    assert all(each.raw in text and each.raw.startswith(f"{each.action}(") for each in found)
+
+
+HOSTILE = [
+    "'",
+    "' ",
+    "')",
+    "')x",
+    "', )x",
+    "\\",
+    "\\'",
+    "', a=",
+    ",",
+    "a=b,",
+    "a='', ",
+    " ",
+    "\n",
+    "\n ",
+    ";",
+    "(",
+    "a",
+    "a(",
+    "1",
+    "1 ",
+    "<point>",
+    "<|box_start|>",
+    "Action:",
+    "Action: ",
+    "Action:\n",
+    "\nAction:",
+    "\nAction:a",
+    "Action: type(content='",
+    "\nAction: type(content='')x",
+    "wait()\n\n",
+    "\nAction: wait() \nThought: a",
+    "type(content='', )b",
+    "\nThought",
+    "Thought:",
+    "Action_Summary",
+    "Reflection:",
+]
+STARTS = [
+    "",
+    "Action: ",
+    "Action: type(content='",
+    "Action: type(",
+    "Action: click(start_box='",
+    "Action: click(start_box=(",
+]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_long_texts_come_to_an_end(start: str, piece: str) -> None:
+    text = start + piece * (LONG // 10 // len(piece))
+    for whole in (text, f"{text}\nAction: wait()", f"{text}')"):
+        found, reason = parse(whole, SIZE, GEOMETRY)
+        assert bool(found) == (reason is None)
+        assert reason is None or len(reason) < 500
+
+
+def test_a_long_text_is_typed_whole() -> None:
+    assert only(f"Action: type(content='{'it is ' * LONG}')").text == "it is " * LONG
+    assert len(actions("Action: " + "wait()\n\n" * (LONG // 10))) == LONG // 10
+
+
+def test_the_web_reads_them_without_mlx() -> None:
+    code = (
+        "import sys, web.ui_tars\n"
+        "sys.exit(any(name.split('.')[0] in {'mlx', 'mlx_lm', 'mlx_vlm', 'worker'} for name in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
