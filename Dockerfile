@@ -12,7 +12,7 @@ WORKDIR /app
 
 FROM base AS web
 COPY requirements/web.txt requirements/
-RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: --require-hashes -r requirements/web.txt
+RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes -r requirements/web.txt
 COPY shared shared
 COPY web web
 COPY scripts/commands scripts/commands
@@ -28,7 +28,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libopenblas0-pthread \
     && rm -rf /var/lib/apt/lists/*
 COPY requirements/worker.txt requirements/
-RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: --require-hashes -r requirements/worker.txt
+RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes -r requirements/worker.txt
 COPY shared shared
 COPY worker worker
 COPY scripts/commands/container_health.py scripts/commands/

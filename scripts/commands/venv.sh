@@ -61,6 +61,7 @@ venv_progress() { # PID LOG TOTAL
   printf '\r\033[K' >&2
 }
 
+# Pins are complete, so pip looks for nothing by itself: told to check hashes, it takes a name with an extra for something unpinned.
 venv_install() {
   local name log=$VENV/install.log pip total
   local files=() arguments=()
@@ -70,7 +71,7 @@ venv_install() {
   done
   total=$(grep -hoE '^[a-z0-9][^ ]*==' "${files[@]}" | sort -u | wc -l | tr -d ' ')
   echo "installing requirements ($*): $total packages, a few minutes the first time" >&2
-  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --require-hashes "${arguments[@]}" \
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps --require-hashes "${arguments[@]}" \
     >"$log" 2>&1 &
   pip=$!
   trap 'kill "$pip" 2>/dev/null; exit 130' INT TERM HUP
