@@ -22,6 +22,8 @@ class OperationState(StrEnum):
 
     PENDING = "pending"
     """The worker was asked."""
+    WAITING = "waiting"
+    """The worker has it in line."""
     DRAINING = "draining"
     """What runs on a model that has to go is given time to end."""
     LOADING = "loading"
@@ -106,16 +108,20 @@ class Operations:
             pipe.execute()
         return operation
 
+    def read(self, name: str) -> Operation | None:
+        """One, as it was last written; None when there is none."""
+        record = self._client.hgetall(keys.OPERATION + name)
+        return Operation.from_record(record) if record else None
+
     def get(self, name: str, alive: frozenset[str]) -> Operation | None:
         """One; None when there is none.
 
         Args:
             alive: nodes of the workers that live: what the others were doing has failed.
         """
-        record = self._client.hgetall(keys.OPERATION + name)
-        if not record:
+        operation = self.read(name)
+        if operation is None:
             return None
-        operation = Operation.from_record(record)
         silent_s = time.time() - operation.updated_at
         if operation.state.terminal or (operation.node in alive and operation.state is not OperationState.PENDING):
             return operation

@@ -89,7 +89,12 @@ class Switcher(threading.Thread):
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
 
     def put(self, order: Order) -> None:
-        """Have it done."""
+        """Have it done; that it is in line is told at once, for what comes before may take long."""
+        try:
+            if operation := self._operations.read(order.operation):
+                self._operations.put(replace(operation, state=OperationState.WAITING))
+        except RedisError as error:
+            logger.warning("that an operation is in line cannot be told: %s", error)
         self._orders.put(order)
 
     def close(self) -> None:
@@ -105,7 +110,7 @@ class Switcher(threading.Thread):
                 logger.warning("an operation is not told: Redis is away: %s", error)
 
     def _do(self, order: Order) -> None:
-        operation = self._operations.get(order.operation, frozenset())
+        operation = self._operations.read(order.operation)
         if operation is None:
             logger.warning("an operation that nobody knows: %s", order.operation)
             return
