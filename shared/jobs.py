@@ -248,8 +248,11 @@ class Jobs:
         self._stop = script(client, "stop")
         self._forget = script(client, "forget")
 
-    def create(self, submission: Submission) -> tuple[Job, bool]:
+    def create(self, submission: Submission, job_id: str | None = None) -> tuple[Job, bool]:
         """Accept a job: from here on it is durable, and waits in line.
+
+        Args:
+            job_id: of `new_job_id`, where something was kept under it already.
 
         Returns:
             The job, and whether it is new (not the answer to a repeated Idempotency-Key).
@@ -267,7 +270,7 @@ class Jobs:
             "log_retention_s": str(limits.log_retention_s or limits.retention_s),
             **({"marks": " ".join(submission.marks)} if submission.marks else {}),
         }
-        job_id = new_job_id()
+        job_id = job_id or new_job_id()
         word, *flat = self._enqueue(
             args=[
                 job_id,

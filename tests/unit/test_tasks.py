@@ -60,7 +60,7 @@ class Desk:
             self.office,  # type: ignore[arg-type]
             self.held,
             self.renew,
-            lambda _owner, digests: {each: self.images[each] for each in digests if each in self.images},
+            lambda _job_id, digests: {each: self.images[each] for each in digests if each in self.images},
             64,
         )
 
