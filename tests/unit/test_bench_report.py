@@ -16,6 +16,8 @@ from scripts.commands.benching.charts import picture
 from scripts.commands.benching.contenders import CONTENDERS, OWN, PEER
 from scripts.commands.benching.results import Absence, Place, Record, Results
 from scripts.commands.benching.samples import Figures, Sample, figures
+from scripts.commands.benching.scenarios import images
+from scripts.commands.benching.scenarios.closed_loop import case_name
 from scripts.commands.benching.scenarios.registry import SCENARIOS
 from scripts.commands.benching.svg import Chart, document, even_ticks, log_ticks
 from scripts.commands.benching.turns import turns
@@ -113,11 +115,12 @@ def test_every_goal_is_of_a_case_that_the_whole_run_has() -> None:
         "open": {f"{load:.0%} of capacity" for load in bench.Sizes().loads},
         "prefix": {f"{bench.Sizes().prefix_tokens} tokens", "after a restart"},
         "mixed": {f"{bench.Sizes().running} rows, {bench.Sizes().long_tokens} tokens"},
+        "images": {f"{case_name(n)}{more}" for n in images.CLIENTS for more in ("", f", {images.AGAIN}")},
     }
     for goal in goals.GOALS:
         scenario, model, case = goal.case
         assert case in cases[scenario]
-        assert model in (bench.SMOLLM2.name, bench.TINY.name, QWEN2_5_7B.folder)
+        assert model in (bench.SMOLLM2.name, bench.TINY.name, bench.VISION.name, QWEN2_5_7B.folder)
         assert goal.beside in CONTENDERS
 
 

@@ -20,7 +20,7 @@ WIDE, HIGH, ANSWER = 300, 200, 64
 """Pixels of a picture, tokens of an answer."""
 AGAIN: Final = "the same images again"
 
-_CLIENTS = (1, 16)
+CLIENTS: Final = (1, 16)
 _BLIND = {PEER: "it serves text only", BARE: "it takes text only"}
 
 
@@ -37,7 +37,7 @@ class Images(Scenario):
     def run(self, subject: Subject) -> Iterator[tuple[str, Figures]]:
         """A burst of a few clients, each with its own picture, and the same pictures with another question."""
         subject.running.run(closed([[_Picture.next(subject).ask("Warm?")] for _ in range(2)]))
-        for clients in _CLIENTS:
+        for clients in CLIENTS:
             pictures = [_Picture.next(subject) for _ in range(clients)]
             for case, question in (("", "What do you see?"), (f", {AGAIN}", "And what is in the corner?")):
                 encoded = _encoded(subject)
