@@ -123,7 +123,7 @@ TINY_VISION: Final = Shape(
     special=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     files={
         "chat_template.jinja": _QWEN_VL_TEMPLATE,
-        # As UI-TARS-1.5-7B has it.
+        # As Qwen2.5-VL has it, on which UI-TARS-1.5-7B stands.
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",
             "min_pixels": 3136,

@@ -43,7 +43,7 @@ def tiny_model_path(smollm2_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vision_path(smollm2_path: Path) -> Path:
-    """A tiny Qwen2.5-VL of random weights with SmolLM2's tokenizer and UI-TARS' image processor."""
+    """A tiny Qwen2.5-VL of random weights with SmolLM2's tokenizer and Qwen2.5-VL's image processor."""
     target = _MODELS / TINY_VISION.folder
     make_tiny_model(target, smollm2_path, TINY_VISION)
     return target
