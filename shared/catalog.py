@@ -19,8 +19,6 @@ from shared.settings import ROOT, Settings
 
 _NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
 """What a model may be called: it is part of a queue's name and of keys."""
-_ALIAS: Final = r"^[A-Za-z0-9][\w./:@-]{0,255}$"
-"""What else: requests alone use it, so it may be as the hub's ids are."""
 _HUB_ID: Final = r"^[\w.-]+/[\w.-]+$"
 
 
@@ -52,7 +50,7 @@ class _Entry(BaseModel):
     slots: int | None = Field(None, ge=1, le=1024)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     quantize_bits: Literal[2, 3, 4, 5, 6, 8] | None = None
-    aliases: list[Annotated[str, Field(pattern=_ALIAS)]] = []
+    aliases: list[Annotated[str, Field(pattern=_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
     sampling: Sampling = Sampling()
     pin: bool = False
@@ -104,12 +102,8 @@ class Catalog:
         return next((model for model in self.models.values() if asked in model.aliases), None)
 
 
-def load_catalog(settings: Settings, *, elsewhere: bool = False) -> Catalog:
-    """Read the catalog. A MODEL_PATH that somebody has set is the default, whatever the file says.
-
-    Args:
-        elsewhere: where no model's folder is on this machine at all, take them for being where the workers are.
-    """
+def load_catalog(settings: Settings) -> Catalog:
+    """Read the catalog. A MODEL_PATH that somebody has set is the default, whatever the file says."""
     own = CatalogModel(settings.model_path.name, settings.model_path, model_kind(settings.model_path))
     alone = Catalog({own.id: own}, own.id)
     if not settings.models_file.is_file():
@@ -157,10 +151,8 @@ class _Reader:
             self.fault("models", "", "models must be tables [models.NAME]")
             return
         taken: dict[str, str] = dict.fromkeys(tables, "")
-        entries = {name: entry for name, table in tables.items() if (entry := self._entry(name, table)) is not None}
-        self._elsewhere &= not any(_is_there(_folder(name, entry)) for name, entry in entries.items())
-        for name, entry in entries.items():
-            model = self._checked(name, entry)
+        for name, table in tables.items():
+            model = self._model(name, table)
             if model is not None and self._names_are_free(model, taken):
                 yield model
 
@@ -168,12 +160,12 @@ class _Reader:
         """Note one, at the line of a key."""
         self._note(self._line(key, table), what)
 
-    def _entry(self, name: str, table: Any) -> _Entry | None:
+    def _model(self, name: str, table: Any) -> CatalogModel | None:
         if not re.fullmatch(_NAME, name):
             self.fault("", name, f"[models.{name}]: a name has letters, digits and . _ - only")
             return None
         try:
-            return _Entry.model_validate(table)
+            entry = _Entry.model_validate(table)
         except ValidationError as error:
             for each in error.errors():
                 place = [str(part) for part in each["loc"]]
@@ -243,11 +235,6 @@ def _hint(entry: _Entry) -> str:
     if entry.hub is None:
         return ""
     return f"; scripts/fetch_model {entry.hub}{f' --revision {entry.revision}' if entry.revision else ''} gets it"
-
-
-def _folder(name: str, entry: _Entry) -> Path:
-    """Where a model is."""
-    return _placed(entry.path or f"models/{(entry.hub or name).rpartition('/')[2]}")
 
 
 def _placed(path: str) -> Path:

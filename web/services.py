@@ -72,7 +72,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     registry = Registry(store)
     jobs, job_log, roster, hub = Jobs(store, settings), JobLog(store), Roster(registry), Hub(live)
     tickets = TicketOffice(celery, store, registry)
-    catalog = load_catalog(settings, elsewhere=True)
+    catalog = load_catalog(settings)
     switchboard = Switchboard(celery, Operations(store), registry, catalog, on_demand=settings.load_on_demand)
     return Services(
         settings=settings,

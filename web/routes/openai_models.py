@@ -22,7 +22,7 @@ def list_openai_models() -> Response:
     return Response(found.model_dump_json(), content_type="application/json")
 
 
-@routes.get("/v1/models/<path:model_id>")
+@routes.get("/v1/models/<model_id>")
 @describe("Get a model (OpenAI)", answers={200: OpenAIModel}, errors=(404,))
 def get_openai_model(model_id: str) -> Response:
     """By its id or an alias; errors are in OpenAI's form."""
