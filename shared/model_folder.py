@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_NUMBERED = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 _LENGTH_BYTES = 8
+MOST_JSON = 200 * 2**20
+"""Bytes of a file of JSON that is read: the index of a model of a million tensors has half of it."""
+MOST_SHARDS = 10_000
 _MOST_HEADER = 100 * 10**6
 """As the safetensors library has it."""
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -54,10 +59,9 @@ def check_adapter(folder: Path) -> None:
 def model_kind(folder: Path) -> str:
     """`vision` where the model has an encoder for images by its config.json, else `text`; also of no model."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        return "vision" if _read_object(folder / "config.json").get("vision_config") else "text"
+    except (OSError, ModelError):
         return "text"
-    return "vision" if isinstance(config, dict) and config.get("vision_config") else "text"
 
 
 def _check_config(folder: Path) -> None:
@@ -69,19 +73,34 @@ def _check_config(folder: Path) -> None:
 
 
 def _shards(folder: Path) -> Iterable[str]:
-    """Names of the weight files."""
-    if (folder / _INDEX).is_file():
-        named = _read_object(folder / _INDEX).get("weight_map")
-        if not isinstance(named, dict):
-            raise ModelError(f"{folder / _INDEX} has no weight_map")
-        if strange := next((name for name in named.values() if not _is_plain(name)), None):
-            raise ModelError(f"{folder / _INDEX} names a file outside of its folder ({strange!r}): refused")
-        return sorted(set(named.values()))
-    if shards := sorted(path.name for path in folder.glob("model*.safetensors")):
-        return shards
+    """Names of the weight files: all that a library reads, whether the index has them or not."""
+    indexed = _indexed(folder)
+    # mlx-vlm without an index takes any.
+    pattern = "*.safetensors" if model_kind(folder) == "vision" and not indexed else "model*.safetensors"
+    found = {path.name for path in folder.glob(pattern)} - {"consolidated.safetensors"}
+    counts = {match[1] for name in found if (match := _NUMBERED.fullmatch(name))}
+    told = {
+        f"model-{n:0{len(count)}}-of-{count}.safetensors"
+        for count in counts
+        for n in range(1, min(int(count), MOST_SHARDS) + 1)
+    }
+    if shards := indexed | found | told:
+        return sorted(shards)
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ModelError(f"{folder} has its weights only as pickle files ({pickles[0]}), which can run code: refused")
     raise ModelError(f"{folder} has no weights (model*.safetensors)")
+
+
+def _indexed(folder: Path) -> set[str]:
+    """The weight files that the index names, if there is one."""
+    if not (folder / _INDEX).is_file():
+        return set()
+    named = _read_object(folder / _INDEX).get("weight_map")
+    if not isinstance(named, dict):
+        raise ModelError(f"{folder / _INDEX} has no weight_map")
+    if strange := next((name for name in named.values() if not _is_plain(name)), None):
+        raise ModelError(f"{folder / _INDEX} names a file outside of its folder ({strange!r}): refused")
+    return set(named.values())
 
 
 def _is_plain(name: object) -> bool:
@@ -118,6 +137,8 @@ def _end(tensor: Any, path: Path) -> int:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {path.name}")
+    if path.stat().st_size > MOST_JSON:
+        raise ModelError(f"{path} is larger than a file of its kind is: refused")
     return _parse_object(path.read_bytes(), path)
 
 

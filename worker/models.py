@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shared.model_folder import ModelError, check_adapter, check_folder
 from shared.registry import ModelCard, digest
@@ -15,6 +15,9 @@ FALLBACK_CONTEXT = 4096
 _CONTEXT_NAMES = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
 _MOST_SANE = 100_000_000
 """Tokenizers without a limit say 1e30."""
+
+NO_CODE: Final = {"trust_remote_code": False}
+"""For tokenizers and processors: unless it is said, transformers asks at the terminal whether to run a model's code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,9 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
     from mlx_lm import load
 
     try:
-        model, tokenizer, config = load(
-            str(folder), adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
-        )  # type: ignore[misc]
+        model, tokenizer, config = load(  # type: ignore[misc]
+            str(folder), NO_CODE, adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
+        )
     except Exception as error:  # a broken folder makes the libraries raise anything
         raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
     return loaded_as("text", folder, model, tokenizer, config)

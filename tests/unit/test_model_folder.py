@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.model_folder import ModelError, check_folder
+from shared import model_folder
+from shared.model_folder import ModelError, check_folder, model_kind
 from tests.support.small_models import make_folder
 
 
@@ -46,6 +48,8 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\\..\\b"}}), "outside of its"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": 7}}), "outside of its"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "other.safetensors"}}), "lacks"),
+        ("model-00001-of-00002.safetensors", safetensors({}), "lacks the weight file model-00002-of-00002.safetensors"),
+        ("model-more.safetensors", safetensors({"w": {"data_offsets": [0, 8]}}), "has 39 of 47 bytes"),
         ("config.json", json.dumps({"model_type": "llama", "model_file": "evil.py"}), "its own code"),
         ("config.json", json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}), "preprocessor_config"),
         ("config.json", "{", "not valid JSON"),
@@ -56,6 +60,56 @@ def test_what_is_refused_is_told_in_a_line(folder: Path, file: str, content: str
     with pytest.raises(ModelError, match=told) as refused:
         check_folder(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_is_not_read_however_large_it_is(folder: Path) -> None:
+    os.truncate(folder / "config.json", model_folder.MOST_JSON + 1)  # takes no space, but would in memory
+    assert model_kind(folder) == "text"
+    with pytest.raises(ModelError, match="is larger than a file of its kind is: refused"):
+        check_folder(folder)
+
+
+def test_weights_that_a_library_would_read_beside_those_of_the_index_are_checked_too(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight": "model.safetensors"}}))
+    check_folder(folder)
+    (folder / "model-2.safetensors").write_bytes(b"x")  # mlx-lm reads model*.safetensors
+    with pytest.raises(ModelError, match=r"model-2\.safetensors is not a whole"):
+        check_folder(folder)
+
+
+def test_of_a_vision_model_without_an_index_all_weights_are_checked(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}))
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "tower.safetensors").write_bytes(b"x")  # mlx-vlm reads *.safetensors
+    with pytest.raises(ModelError, match=r"tower\.safetensors is not a whole"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "F32", "shape": [2**20], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [65536] * 4, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "code", "shape": [2], "data_offsets": [0, 8]},
+        {"shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},  # of another shape than the model's
+    ],
+)
+def test_weights_that_lie_about_their_shapes_are_refused_when_they_are_loaded(
+    tensor: dict[str, Any], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    from worker.models import load_model
+
+    folder = tmp_path / "liar"
+    shutil.copytree(tiny_model_path, folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (folder / "model-liar.safetensors").write_bytes(safetensors({name: tensor}, bytes(8)))
+    check_folder(folder)  # it has the bytes that it tells
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(folder)
 
 
 _JSON = st.recursive(
@@ -80,7 +134,7 @@ def test_whatever_a_header_or_a_config_says_it_is_one_error_or_none(folder: Path
         (folder / file).write_bytes(before)
 
 
-def poisoned(source: Path, target: Path, marker: Path) -> Path:
+def poisoned(source: Path, target: Path, marker: Path, **more: object) -> Path:
     """A model with code beside it, wherever a library might look for some."""
     shutil.copytree(source, target)
     code = f"open({str(marker)!r}, 'w').close()\n"
@@ -89,31 +143,44 @@ def poisoned(source: Path, target: Path, marker: Path) -> Path:
     auto = {
         "AutoConfig": "configuration_evil.C",
         "AutoModelForCausalLM": "modeling_evil.M",
-        "AutoTokenizer": [None, "tokenization_evil.T"],
+        "AutoTokenizer": ["tokenization_evil.T", "tokenization_evil.T"],
         "AutoProcessor": "processing_evil.P",
         "AutoImageProcessor": "processing_evil.P",
+        "AutoVideoProcessor": "processing_evil.P",
     }
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
-        if (target / name).exists():
-            said = json.loads((target / name).read_text())
-            (target / name).write_text(json.dumps(said | {"auto_map": auto, "trust_remote_code": True}))
+    evil = {"auto_map": auto, "trust_remote_code": True, **more}
+    for name in ("config.json", "tokenizer_config.json", *PROCESSORS):
+        said = json.loads((target / name).read_text()) if (target / name).exists() else {}
+        (target / name).write_text(json.dumps(said | evil))
     (target / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
     return target
 
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+UNKNOWN = dict.fromkeys(("tokenizer_class", "processor_class", "image_processor_type"), "EvilOne")
+"""Classes that no library has: then they ask for the code that comes with the model."""
+
+
+@pytest.mark.parametrize("more", [{}, UNKNOWN], ids=["known", "unknown"])
 @pytest.mark.parametrize("kind", ["text", "vision"])
 def test_code_that_comes_with_a_model_is_never_run(
-    kind: str, tiny_model_path: Path, tiny_vision_path: Path, tmp_path: Path
+    kind: str,
+    more: dict[str, object],
+    tiny_model_path: Path,
+    tiny_vision_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     marker = tmp_path / "was-run"
-    folder = poisoned(tiny_model_path if kind == "text" else tiny_vision_path, tmp_path / "evil", marker)
-    with contextlib.suppress(ModelError):
-        if kind == "text":
-            from worker.models import load_model
+    folder = poisoned(tiny_model_path if kind == "text" else tiny_vision_path, tmp_path / "evil", marker, **more)
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")  # whoever asks is told to run it
+    from worker.backends.vision import load_vision_model
+    from worker.models import load_model
 
-            load_model(folder)
-        else:
-            from worker.backends.vision import load_vision_model
-
-            load_vision_model(folder)
+    load = load_model if kind == "text" else load_vision_model
+    refused = kind == "text" and bool(more)  # mlx-vlm takes the tokenizer of the model's family, whatever is said
+    with pytest.raises(ModelError) if refused else contextlib.nullcontext():
+        load(folder)
     assert not marker.exists()
+    assert not asked

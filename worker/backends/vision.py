@@ -38,7 +38,7 @@ from worker.backends.mrope import MRopeModel
 from worker.backends.prefill import Chunk
 from worker.backends.spill import Spill
 from worker.backends.text import TextBackend, TextDetokenizer, assembled, read_weights
-from worker.models import LoadedModel, convert, first_line, loaded_as
+from worker.models import NO_CODE, LoadedModel, convert, first_line, loaded_as
 
 FAMILIES = ("qwen2_5_vl",)
 """What config.json calls models whose encoder and positions are known here."""
@@ -86,10 +86,10 @@ def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel,
         if family not in FAMILIES:
             raise ModelError(f"{folder} is of a kind ({family}) whose images are not understood here")
         model: Any = utils.load_model(folder, lazy=lazy)
-        tokenizer = tokenizer_utils.load(folder, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = tokenizer_utils.load(folder, NO_CODE, eos_token_ids=config.get("eos_token_id"))
         load_chat_template(tokenizer, folder)  # type: ignore[no-untyped-call]
         processing = importlib.import_module(f"mlx_vlm.models.{family}.processing_{family}")
-        processor = processing.Qwen2_5_VLProcessor.from_pretrained(str(folder))
+        processor = processing.Qwen2_5_VLProcessor.from_pretrained(str(folder), **NO_CODE)
     except ModelError:
         raise
     except Exception as error:  # a broken folder makes the libraries raise anything
