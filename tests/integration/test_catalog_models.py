@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ from worker.backends.text import TextBackend, load
 PROMPT = tuple(range(200, 240))
 
 
-def loaded(model: CatalogModel) -> tuple[TextBackend, list[float]]:
+def loaded(model: CatalogModel, settings: Settings | None = None) -> tuple[TextBackend, list[float]]:
     """The backend, and how far its loading was from piece to piece."""
-    pieces, seen = load(Settings(model_path=model.path, prefix_disk_bytes=0), model), []
+    pieces, seen = load(settings or Settings(model_path=model.path, prefix_disk_bytes=0), model), []
     while True:
         try:
             seen.append(next(pieces))
@@ -68,18 +69,53 @@ def test_types_and_packing(plain: CatalogModel) -> None:
     assert len(says(half)) == len(says(packed)) == 12
 
 
-def test_an_adapter_changes_what_it_says_and_a_broken_one_is_refused(plain: CatalogModel, tmp_path: Path) -> None:
+@pytest.fixture
+def adapter(plain: CatalogModel, tmp_path: Path) -> Path:
+    """A folder of LoRA weights that change everything."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     parameters = {"rank": 4, "scale": 40.0, "dropout": 0.0}
     said = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
     (folder / "adapter_config.json").write_text(json.dumps(said))
-    with pytest.raises(ModelError, match=r"adapters\.safetensors"):
-        loaded(CatalogModel("tuned", plain.path, "text", adapter=folder))
     model = load_with_mlx_lm(str(plain.path))[0]
     linear_to_lora_layers(model, 2, parameters)
     weights = {name: array for name, array in tree_flatten(model.parameters()) if "lora" in name}
     mx.random.seed(1)
     weights = {name: mx.random.normal(array.shape) for name, array in weights.items()}
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-    assert says(loaded(CatalogModel("tuned", plain.path, "text", adapter=folder))[0]) != says(loaded(plain)[0])
+    return folder
+
+
+def test_an_adapter_changes_what_it_says_and_a_broken_one_is_refused(plain: CatalogModel, adapter: Path) -> None:
+    tuned = replace(plain, id="tuned", adapter=adapter)
+    assert says(loaded(tuned)[0]) != says(loaded(plain)[0])
+    (adapter / "adapters.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapters\.safetensors"):
+        loaded(tuned)
+
+
+def test_models_of_one_folder_find_no_prefixes_of_each_other_on_disk(
+    plain: CatalogModel, adapter: Path, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data", model_path=plain.path)
+    prompt = tuple(range(200, 500))
+
+    def said(model: CatalogModel) -> tuple[list[int], int]:
+        """Its answer, and how many tokens of the prompt it knew."""
+        backend, _ = loaded(model, settings)
+        backend.insert([Row(1, prompt, 0, 12, Sampling(0.0), owner="me")])
+        tokens, known = [], 0
+        while len(tokens) < 12:
+            result = backend.step()
+            tokens += [token for _, token in result.tokens]
+            known += result.prefilled.get(1, 0)
+        backend.remove([1])
+        backend.close()
+        return tokens, known
+
+    first = said(plain)[0]
+    assert said(plain) == (first, 256), "its own it finds, two blocks"
+    for other in ({"adapter": adapter}, {"dtype": "float16"}, {"quantize_bits": 4}):
+        model = replace(plain, id="other", **other)  # type: ignore[arg-type]
+        assert said(model)[1] == 0
+        assert said(model)[1] == 256

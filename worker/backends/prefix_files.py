@@ -169,13 +169,13 @@ class PrefixFiles:
                     path.unlink(missing_ok=True)
 
 
-def fingerprint(folder: Path, layout: str) -> str:
+def fingerprint(folder: Path, layout: str, config: str = "config.json") -> str:
     """What tells these weights in this quantisation, and what keeps of them on this device, from all others.
 
     Of each weight file it takes the size, the time of its last change and samples all over its content.
     """
     running = hashlib.sha256(f"{layout} {version('mlx')} {version('mlx-lm')} {prefix_blocks.BLOCK}".encode())
-    running.update((folder / "config.json").read_bytes())
+    running.update((folder / config).read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
             seen = os.fstat(file.fileno())

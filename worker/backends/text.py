@@ -82,7 +82,7 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, Text
     loaded = load_model(model.path, adapter=model.adapter, lazy=True)
     convert(loaded, model.dtype, model.quantize_bits)
     yield from read_weights(loaded.model, model.path)
-    return assembled(settings, loaded, model.path, TextBackend)
+    return assembled(settings, loaded, model, TextBackend)
 
 
 def read_weights(model: Any, folder: Path) -> Generator[float, None, None]:
@@ -107,7 +107,7 @@ def read_weights(model: Any, folder: Path) -> Generator[float, None, None]:
             yield READ_SHARE * done / max(total, 1)
 
 
-def assembled(settings: Settings, loaded: LoadedModel, folder: Path, kind: Callable[..., T]) -> T:
+def assembled(settings: Settings, loaded: LoadedModel, model: CatalogModel, kind: Callable[..., T]) -> T:
     """The backend of a model that was loaded, warm.
 
     Args:
@@ -117,10 +117,10 @@ def assembled(settings: Settings, loaded: LoadedModel, folder: Path, kind: Calla
         ModelError: it cannot be served.
     """
     if not kv.batchable(loaded.model):
-        raise ModelError(f"{folder} cannot be served: mlx-lm has no batch cache for its kind of model.")
+        raise ModelError(f"{model.path} cannot be served: mlx-lm has no batch cache for its kind of model.")
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
-    spill = _spill(settings, loaded.model, folder, memory)
+    spill = _spill(settings, loaded.model, model, memory)
     backend = kind(
         loaded,
         settings.prefill_step_tokens or default_chunk(),
@@ -129,7 +129,7 @@ def assembled(settings: Settings, loaded: LoadedModel, folder: Path, kind: Calla
         speculation_tokens=settings.speculation_tokens,
     )
     if backend.fits(1) is Fit.NEVER:
-        raise ModelError(f"{folder} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
+        raise ModelError(f"{model.path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
     backend.warm()
     return backend
 
@@ -142,14 +142,16 @@ def _memory(settings: Settings) -> Memory:
     return Memory(left, int(SHARE_OF_PREFIXES * left) if asked == "auto" else asked)
 
 
-def _spill(settings: Settings, model: Any, folder: Path, memory: Memory) -> Spill | None:
+def _spill(settings: Settings, loaded: Any, model: CatalogModel, memory: Memory) -> Spill | None:
     """The disk for prefixes, opened; None where there is to be none, or this model's cannot be written."""
-    if not settings.prefix_disk_bytes or not memory.prefix_bytes or not pieces.storable(model):
+    if not settings.prefix_disk_bytes or not memory.prefix_bytes or not pieces.storable(loaded):
         return None
-    layout = f"{mx.default_device()} {type(model).__module__}"
+    layout = f"{mx.default_device()} {type(loaded).__module__} {model.dtype} {model.quantize_bits}"
+    if model.adapter is not None:  # one folder may be several models
+        layout += fingerprint(model.adapter, "", "adapter_config.json")
     files = PrefixFiles(
         settings.prefixes_dir,
-        fingerprint(folder, layout),
+        fingerprint(model.path, layout),
         settings.prefix_disk_bytes,
         settings.retention_s,
     )

@@ -69,7 +69,7 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, Visi
         encoder.tower.set_dtype(getattr(mx, model.dtype))
     yield from read_weights(loaded.model, model.path)
     yield from read_weights(encoder.tower, model.path)
-    return assembled(settings, loaded, model.path, partial(VisionBackend, encoder))
+    return assembled(settings, loaded, model, partial(VisionBackend, encoder))
 
 
 def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, ImageEncoder]:
