@@ -216,8 +216,11 @@ class Switcher(threading.Thread):
         """Load again what had to go in vain."""
         for desk in gone:
             again = self._models.open_desk(desk.model, pinned=desk.pinned)
-            again.batch.loaded.exception()
-            self._models.consume(again)
+            if again.batch.loaded.exception() is None:
+                self._models.consume(again)
+            else:
+                logger.error("%s cannot be put back: %s", desk.model.id, again.batch.loaded.exception())
+                self._models.close_desk(again)
 
 
 class _Teller:
