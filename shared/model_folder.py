@@ -37,13 +37,26 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    _check_config(folder)
+    check_config(folder)
     for shard in _shards(folder):
         _check_whole(folder / shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
     if model_kind(folder) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
         raise ModelError(f"{folder} is a vision model without {_PROCESSORS[0]}")
+
+
+def check_config(folder: Path) -> None:
+    """Check what a model says of itself: it can be known before the weights are there.
+
+    Raises:
+        ModelError: naming what is missing or refused.
+    """
+    config = _read_object(folder / "config.json")
+    if not config.get("model_type"):
+        raise ModelError(f"{folder / 'config.json'} names no model_type")
+    if "model_file" in config:
+        raise ModelError(f"{folder} brings its own code ({config['model_file']}): refused")
 
 
 def check_adapter(folder: Path) -> None:
@@ -62,14 +75,6 @@ def model_kind(folder: Path) -> str:
         return "vision" if _read_object(folder / "config.json").get("vision_config") else "text"
     except (OSError, ModelError):
         return "text"
-
-
-def _check_config(folder: Path) -> None:
-    config = _read_object(folder / "config.json")
-    if not config.get("model_type"):
-        raise ModelError(f"{folder / 'config.json'} names no model_type")
-    if "model_file" in config:
-        raise ModelError(f"{folder} brings its own code ({config['model_file']}): refused")
 
 
 def _shards(folder: Path) -> Iterable[str]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx2
-from huggingface_hub import HfApi, errors, snapshot_download
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub import HfApi, errors, hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # it has no __all__
 
+from scripts.model_files.download import RemoteFile, download
 from scripts.model_files.manifest import Origin, is_intact, read_origin, write_manifest
+from scripts.model_files.progress import progress_bar
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
-from shared.model_folder import PICKLES, ModelError, check_folder
+from shared.model_folder import PICKLES, ModelError, check_config, check_folder
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*")
+_WEIGHTS = ".safetensors"
 _UNREACHABLE = (httpx2.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
 
 
@@ -41,19 +44,51 @@ def fetch(target: Path, repository: str, revision: str | None) -> None:
         ModelError: it cannot be had, is not a model that can be served, or does not fit on the disk.
     """
     with _explained(repository):
-        info: ModelInfo = HfApi().model_info(repository, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _is_wanted(file.rfilename)}
+        api = HfApi()
+        info: ModelInfo = api.model_info(repository, revision=revision, files_metadata=True)
         _refuse_pickles(repository, info)
-        if not sys.stderr.isatty():
-            disable_progress_bars()
+        # By commit, not by branch: a download that goes on tomorrow must not mix two versions.
+        url = partial(hf_hub_url, repository, revision=info.sha, endpoint=api.endpoint)
         with staged(target, resumable=True) as folder:
-            have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            check_space(folder, sum(sizes.values()) - have)
-            # By commit, not by branch: a download that goes on tomorrow must not mix two versions.
-            snapshot_download(repository, revision=info.sha, local_dir=folder, allow_patterns=list(sizes))
-            _keep_only(folder, set(sizes))
+            files = _files(info)
+            _download(f"Downloading {repository}", url, files, folder)
             check_folder(folder)
-            write_manifest(folder, Origin(repository, info.sha or "", requested=revision or ""))
+            known = {file.name: file.sha256 for file in files if file.sha256}
+            write_manifest(folder, Origin(repository, info.sha or "", requested=revision or ""), known)
+
+
+def _files(info: ModelInfo) -> list[RemoteFile]:
+    """Those that are wanted: the weights last, for what is small may tell that they are not."""
+    wanted = [file for file in info.siblings or [] if _is_wanted(file.rfilename)]
+    if untold := [file.rfilename for file in wanted if file.size is None]:
+        raise ModelError(f"the hub does not tell how large {untold[0]} is")
+    files = [
+        RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "", file.blob_id or "")
+        for file in wanted
+    ]
+    return sorted(files, key=lambda file: (file.name.endswith(_WEIGHTS), file.size))
+
+
+def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], folder: Path) -> None:
+    """Have all files in a folder and nothing else; what an earlier download has left there is used."""
+    _keep_only(folder, {file.name for file in files} | {file.part(folder).name for file in files})
+    missing = [file for file in files if not file.is_in(folder)]
+    for file in missing:
+        (folder / file.name).unlink(missing_ok=True)
+    total = sum(file.size for file in files)
+    check_space(folder, total - _bytes_in(folder))
+    known = f"; {_bytes_in(folder) / total:.0%} is here already" if _bytes_in(folder) else ""
+    headers = build_hf_headers()
+    with progress_bar(f"{label} ({total / 1e9:.2f} GB{known})") as show:
+        for file in files:
+            if file.name.endswith(_WEIGHTS):
+                check_config(folder)
+            if file in missing:
+                download(get_session(), url(file.name), headers, file, folder, lambda: show(_bytes_in(folder) / total))
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _is_wanted(name: str) -> bool:
@@ -71,11 +106,10 @@ def _refuse_pickles(repository: str, info: ModelInfo) -> None:
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
-    """Drop the download's own bookkeeping, and what a download of another revision left."""
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in names:
-            path.unlink()
+    """Drop what a download of another revision left."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

