@@ -126,8 +126,10 @@ class Engine(VitalThread):
 
     def _next(self) -> Batch | None:
         """The batch that has had the least, of those with something to do."""
-        if len(self._batches) == 1:  # nobody to be fair to
-            return self._batches[0]
+        if len(self._batches) == 1:  # nobody to be fair to, but whoever comes later begins where this one is
+            only = self._batches[0]
+            self._reached_s = max(self._reached_s, only.spent_s)
+            return only
         due = [batch for batch in self._batches if not batch.idle]
         for batch in due:
             if batch not in self._active:

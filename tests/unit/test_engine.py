@@ -176,6 +176,27 @@ def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.totals.steps - before == pytest.approx(10, abs=1)
 
 
+def test_a_model_that_comes_later_has_not_saved_up_the_time_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    desk = Desk()
+    first, late = (desk.batch(lambda: Slow(clock, 1.0)) for _ in range(2))
+    desk.engine.open(first)
+    desk.engine.turn()
+    submitted(first, max_tokens=100)
+    for _ in range(110):
+        desk.engine.turn()
+    assert first.idle
+    desk.engine.open(late)
+    desk.engine.turn()
+    for batch in (late, first):
+        submitted(batch, max_tokens=1000)
+    before = first.totals.steps
+    for _ in range(20):
+        desk.engine.turn()
+    assert first.totals.steps - before == pytest.approx(10, abs=1)
+
+
 def test_a_model_that_is_shut_is_gone_and_the_others_go_on(desk: Desk, eventually: Callable[..., None]) -> None:
     stays, goes = desk.opened(), desk.opened()
     done = threading.Event()
