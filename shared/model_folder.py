@@ -20,6 +20,11 @@ MOST_JSON = 200 * 2**20
 MOST_SHARDS = 10_000
 _MOST_HEADER = 100 * 10**6
 """As the safetensors library has it."""
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a number, by the names of types in safetensors files."""
+_SHORT = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+PACKED_TOGETHER = 64
+"""Weights that are packed share a scale and an offset, so many of them."""
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -67,6 +72,35 @@ def check_adapter(folder: Path) -> None:
     """
     _read_object(folder / "adapter_config.json")
     _check_whole(folder / "adapters.safetensors")
+
+
+def weights_size(folder: Path, dtype: str | None = None, bits: int | None = None) -> int:
+    """About the bytes that a model's weights take in memory, by the headers of their files; 0 where there are none.
+
+    Args:
+        dtype, bits: what they become when they are loaded; None: as they are.
+    """
+    return sum(_file_size(path, dtype, bits) for path in folder.glob("*.safetensors"))
+
+
+def _file_size(path: Path, dtype: str | None, bits: int | None) -> int:
+    try:
+        return sum(_tensor_size(tensor, path, dtype, bits) for tensor in _read_header(path)[1])
+    except (ModelError, OSError):  # whoever loads it will say so
+        return path.stat().st_size
+
+
+def _tensor_size(tensor: Any, path: Path, dtype: str | None, bits: int | None) -> int:
+    start, end = _place(tensor, path)
+    each = _FLOATS.get(tensor.get("dtype"))
+    if each is None:
+        return end - start
+    count = (end - start) // each
+    wide = _FLOATS[_SHORT[dtype]] if dtype else each
+    shape = tensor.get("shape") or [0]
+    if bits and len(shape) == 2 and shape[-1] % PACKED_TOGETHER == 0:
+        return count * bits // 8 + 2 * wide * count // PACKED_TOGETHER
+    return count * wide
 
 
 def model_kind(folder: Path) -> str:
@@ -117,25 +151,30 @@ def _check_whole(path: Path) -> None:
     """Compare a safetensors file's length with the one its header tells: a cut copy is found without loading it."""
     if not path.is_file():
         raise ModelError(f"{path.parent} lacks the weight file {path.name}")
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        actual = path.stat().st_size
-        if not 0 < header_bytes <= actual - _LENGTH_BYTES:
-            raise ModelError(f"{path} is not a whole safetensors file")
-        if header_bytes > _MOST_HEADER:
-            raise ModelError(f"{path} has a header of {header_bytes:,} bytes: refused")
-        header = _parse_object(file.read(header_bytes), path)
-    ends = [_end(tensor, path) for name, tensor in header.items() if name != "__metadata__"]
-    expected = _LENGTH_BYTES + header_bytes + max(ends, default=0)
+    actual = path.stat().st_size
+    header_bytes, tensors = _read_header(path)
+    expected = _LENGTH_BYTES + header_bytes + max((_place(tensor, path)[1] for tensor in tensors), default=0)
     if actual != expected:
         raise ModelError(f"{path} has {actual:,} of {expected:,} bytes")
 
 
-def _end(tensor: Any, path: Path) -> int:
-    """Where a tensor of a safetensors file ends, behind the header."""
+def _read_header(path: Path) -> tuple[int, list[Any]]:
+    """The length of a safetensors file's header, and what it tells of each tensor."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if not 0 < header_bytes <= path.stat().st_size - _LENGTH_BYTES:
+            raise ModelError(f"{path} is not a whole safetensors file")
+        if header_bytes > _MOST_HEADER:
+            raise ModelError(f"{path} has a header of {header_bytes:,} bytes: refused")
+        header = _parse_object(file.read(header_bytes), path)
+    return header_bytes, [tensor for name, tensor in header.items() if name != "__metadata__"]
+
+
+def _place(tensor: Any, path: Path) -> tuple[int, int]:
+    """Where a tensor of a safetensors file begins and ends, behind the header."""
     match tensor:
         case {"data_offsets": [int(start), int(end)]} if 0 <= start <= end:
-            return end
+            return start, end
     raise ModelError(f"{path} is not a whole safetensors file: a tensor is nowhere in it")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.model_folder import ModelError, check_adapter, check_folder
+from shared.model_folder import PACKED_TOGETHER, ModelError, check_adapter, check_folder
 from shared.registry import ModelCard, digest
 
 FALLBACK_CONTEXT = 4096
@@ -75,14 +75,14 @@ def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
         loaded.model.set_dtype(getattr(mx, dtype))
     if bits is not None and not loaded.config.get("quantization"):
         try:
-            quantize(loaded.model, group_size=64, bits=bits, class_predicate=_can_be_packed)
+            quantize(loaded.model, group_size=PACKED_TOGETHER, bits=bits, class_predicate=_can_be_packed)
         except Exception as error:
             raise ModelError(f"The model cannot be packed to {bits} bits: {first_line(error)}") from error
-        loaded.config["quantization"] = {"group_size": 64, "bits": bits}
+        loaded.config["quantization"] = {"group_size": PACKED_TOGETHER, "bits": bits}
 
 
 def _can_be_packed(_path: str, module: Any) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 64 == 0
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % PACKED_TOGETHER == 0
 
 
 def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:

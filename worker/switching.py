@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from redis import RedisError
 
 from shared.catalog import Catalog, CatalogModel
+from shared.model_folder import weights_size
 from shared.operations import Operation, Operations, OperationState
 from worker.desk import Desk
 
@@ -245,7 +246,8 @@ class _Teller:
 
 def size_of(model: CatalogModel) -> int:
     """About the bytes that a model's weights will take."""
-    return sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    adapter = weights_size(model.adapter) if model.adapter else 0
+    return weights_size(model.path, model.dtype, model.quantize_bits) + adapter
 
 
 def _wait(desk: Desk, seconds: float) -> None:

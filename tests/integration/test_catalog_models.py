@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from shared.catalog import CatalogModel
 from shared.jobs import Sampling
-from shared.model_folder import ModelError
+from shared.model_folder import ModelError, weights_size
 from shared.settings import Settings
 from worker.backends.base import Row
 from worker.backends.text import TextBackend, load
@@ -65,6 +65,8 @@ def test_types_and_packing(plain: CatalogModel) -> None:
     assert (whole.about["dtype"], half.about["dtype"]) == ("float32", "float16")
     assert half.weights_bytes * 2 == whole.weights_bytes
     assert packed.about["quantisation_bits"] == 4
+    for backend, dtype, bits in ((whole, None, None), (half, "float16", None), (packed, None, 4)):
+        assert weights_size(plain.path, dtype, bits) == pytest.approx(backend.weights_bytes, rel=0.02)
     assert packed.weights_bytes < whole.weights_bytes / 4
     assert len(says(half)) == len(says(packed)) == 12
 
