@@ -17,8 +17,6 @@ from functools import partial
 from types import FrameType
 from typing import Final, NoReturn
 
-from kombu import Queue
-
 from shared.blas import Blas
 from shared.catalog import Catalog, CatalogModel, load_catalog
 from shared.claims import Reaper
@@ -31,7 +29,7 @@ from shared.store import connect
 from shared.tickets import TicketOffice, app, make_app
 from worker.backends import choose_loader, memory_in_use, memory_limit
 from worker.backends.base import Backend
-from worker.consumer import Consumer, node_name, stop_consuming
+from worker.consumer import Consumer, WarmModel, node_name, stop_consuming
 from worker.control import take_orders
 from worker.desk import Desk, Place, named
 from worker.engine import Engine
@@ -120,7 +118,7 @@ class Service:
         self._switcher.start()
         take_orders(self._switcher.put)
         register(app, self._work)
-        consumer = Consumer(app, self._node, self._threads(), self._queues, self._on_ready)
+        consumer = Consumer(app, self._node, self._threads(), self._warm_models, self._on_ready)
         consumer.start()
         self._wind_up()
         return consumer.status
@@ -137,10 +135,11 @@ class Service:
         backend = desk.backend
         if backend is not None:
             logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
-        desk.read_tokenizer()
+        desk.warmed()
         self._divide_memory()
-        desk.ready()
         self._consumed |= {desk.model.id}
+        if self._was_ready:
+            desk.ready()
 
     def close_desk(self, desk: Desk) -> None:
         """See `worker.switching.Models`."""
@@ -235,9 +234,9 @@ class Service:
         slots = (model.slots or self._settings.slots for model in self.catalog.models.values())
         return min(MOST_THREADS, sum(slots))
 
-    def _queues(self) -> list[str | Queue]:
-        """Of the models that are warm."""
-        return [queue for desk in self.desks if desk.model.id in self._consumed for queue in desk.queues]
+    def _warm_models(self) -> list[WarmModel]:
+        """What the consumer takes tickets of."""
+        return [WarmModel(desk.queues, desk.slots) for desk in self.desks if desk.model.id in self._consumed]
 
     def _work(self, model: str, ticket_for: str) -> None:
         """Do what a ticket says; one for a model that has just been unloaded is made up for by the rescue."""
@@ -249,6 +248,8 @@ class Service:
         """Celery consumes, also again after a reconnection: from now on this worker can be asked to switch models."""
         if not self._was_ready:
             self._was_ready = True
+            for desk in self.desks:
+                desk.ready()
             self._host_keeper.start()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,9 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from celery import Celery
@@ -30,6 +32,8 @@ warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
 LOOK_AGAIN_S: Final = 0.25
 """Between two looks at which models are warm."""
+ASK_AGAIN_S: Final = 0.05
+"""Longest wait for tickets of some models while others are full, which may have a free slot at any moment."""
 RECONNECT_S: Final = 0.5
 """Between two tries to reach a broker that is away."""
 REFUSED_PAUSE_S: Final = 2.0
@@ -70,11 +74,46 @@ class TicketConsumer(BrokerConsumer):
         return connected
 
 
+@dataclass(frozen=True, slots=True)
+class WarmModel:
+    """A model whose tickets are taken: its queues, and how many at a time."""
+
+    queues: tuple[str | Queue, ...]
+    slots: int
+
+
+class OpenQueues:
+    """The order in which kombu asks for tickets, without the queues of models that have no slot free.
+
+    Celery only knows whether a thread of the pool is free. A ticket that was taken for a full model would be lost to
+    the workers that have a slot for it.
+
+    Args:
+        channel: kombu's, whose order this takes over.
+        closed: the queues to leave out now.
+    """
+
+    def __init__(self, channel: Any, closed: Callable[[], Collection[str]]) -> None:
+        self._channel = channel
+        self._usual_s: float = channel.brpop_timeout
+        # kombu makes it of a class that is named in the options, and tells that class nothing.
+        self._order, channel._queue_cycle = channel._queue_cycle, self  # noqa: SLF001
+        self._closed = closed
+        self.update, self.rotate = self._order.update, self._order.rotate
+
+    def consume(self, n: int) -> list[str]:
+        """The queues to ask now."""
+        asked, closed = self._order.consume(n), self._closed()
+        found = [name for name in asked if name not in closed]
+        self._channel.brpop_timeout = self._usual_s if len(found) == len(asked) else ASK_AGAIN_S
+        return found
+
+
 class Consumer(Worker):
     """A Celery worker with a thread for each slot, which leaves signals to `worker.app`.
 
     Args:
-        queues: those of the models that are warm; asked again and again.
+        warm: the models that are; asked again and again.
 
     Celery's own handlers print what is no JSON, give SIGINT an exit status of failure, and know a cold shutdown that
     would not wait for jobs to be handed back.
@@ -85,11 +124,11 @@ class Consumer(Worker):
         app: Celery,
         node: str,
         threads: int,
-        queues: Callable[[], Iterable[str | Queue]],
+        warm: Callable[[], Iterable[WarmModel]],
         on_ready: Callable[[], object],
     ) -> None:
         self._app = app
-        self._wanted = queues
+        self._warm = warm
         self._tell_ready = on_ready
         super().__init__(
             app=app,
@@ -97,7 +136,7 @@ class Consumer(Worker):
             consumer_cls=TicketConsumer,
             pool="threads",
             concurrency=threads,
-            queues=[self._known(queue) for queue in queues()],
+            queues=sorted(self._wanted()),
             task_events=True,
             without_gossip=True,
             without_mingle=True,
@@ -116,6 +155,7 @@ class Consumer(Worker):
         """Celery consumes."""
         super().on_consumer_ready(consumer)
         self._consumer = consumer
+        OpenQueues(consumer.task_consumer.channel, lambda: frozenset(self._closed()))
         # In its own thread, which alone may: again after each reconnection, when it is another consumer.
         consumer.hub.call_repeatedly(LOOK_AGAIN_S, self._consume_what_is_warm, consumer)
         self._tell_ready()
@@ -124,12 +164,23 @@ class Consumer(Worker):
         """Consume the queues of the models that are warm now, and no others."""
         if consumer is not self._consumer or state.should_stop is not None:
             return
-        wanted = {self._known(queue) for queue in self._wanted()}
+        wanted = self._wanted()
         consumed = {name for name in consumer.app.amqp.queues.consume_from if name.startswith(PREFIX)}
         for name in wanted - consumed:
             consumer.add_task_queue(name)
         for name in consumed - wanted:
             consumer.cancel_task_queue(name)
+
+    def _wanted(self) -> set[str]:
+        return {self._known(queue) for model in self._warm() for queue in model.queues}
+
+    def _closed(self) -> Iterator[str]:
+        """The queues of models that have as many tickets in hand as slots."""
+        in_hand = Counter(request.delivery_info.get("routing_key") for request in list(state.requests.values()))
+        for model in self._warm():
+            names = [self._known(queue) for queue in model.queues]
+            if sum(in_hand[name] for name in names) >= model.slots:
+                yield from names
 
     def _known(self, queue: str | Queue) -> str:
         """Its name; one that has options is known by them from now on."""

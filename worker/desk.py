@@ -138,7 +138,6 @@ class Desk:
     def ready(self) -> None:
         """Jobs are taken from now on."""
         if self.state == "loading":
-            self._load_s = time.monotonic() - self._opened_at
             self.state = "ready"
             self._keeper.hurry()
 
@@ -205,8 +204,9 @@ class Desk:
         """The job whose prompt is being read."""
         return self._runner.encoding
 
-    def read_tokenizer(self) -> None:
-        """Read what is announced with the model: here, for the lease's thread must wait for no disk."""
+    def warmed(self) -> None:
+        """The model is loaded. What is announced with it is read here, for the lease's thread must wait for no disk."""
+        self._load_s = time.monotonic() - self._opened_at
         backend = self.backend
         if backend is not None and backend.card.tokenizer:
             self._tokenizer = (self.model.path / "tokenizer.json").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ import threading
 class Seats:
     """So many threads may work on a model's jobs at a time.
 
-    The pool of threads is for all models of the process together. A ticket for a model whose slots are all taken would
-    keep a thread from the other models if it waited; so it ends, and whoever is done with a job of this model does what
-    it was for.
+    The pool of threads is for all models of the process together. The consumer takes no tickets for a model whose slots
+    are all taken (`worker.consumer`); one that comes all the same, as when the broker is back, would keep a thread from
+    the other models if it waited. So it ends, and whoever is done with a job of this model does what it was for.
     """
 
     def __init__(self, most: int) -> None:
@@ -25,7 +25,7 @@ class Seats:
             if self._taken < self._most:
                 self._taken += 1
                 return True
-            self._owed = min(self._owed + 1, self._most)  # more would find no jobs that others cannot take
+            self._owed += 1
             return False
 
     def leave(self) -> bool:

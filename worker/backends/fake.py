@@ -13,6 +13,11 @@ what an undisturbed one says, or a test notices. Orders in the prompt:
     !step-fails=N   the whole step raises while this row is at its Nth token
     !no-memory=N    the whole step raises for want of memory while this row is at its Nth token
     !die=N          the process is gone at its Nth token
+
+Orders in the config.json of its folder, if it has one:
+
+    !load=S         loading takes S seconds, in pieces
+    !load-fails=1   it fails half-way
 """
 
 from __future__ import annotations
@@ -21,13 +26,15 @@ import codecs
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from zlib import crc32
 
+from shared.catalog import CatalogModel
 from shared.errors import JobFailure
 from shared.jobs import Generation
+from shared.model_folder import ModelError, weights_size
 from shared.registry import ModelCard
 from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row, StepResult
 
@@ -44,7 +51,11 @@ CLOCK_LAP = 1000 * TICKS_PER_S
 """Ticks after which the clock's words begin again."""
 _FIRST_MOMENT = FIRST_WORD + 1000
 
-_ORDER = re.compile(r"!(words|pause|every|clock|encode|stall|row-fails|step-fails|no-memory|die)=([\d.]+)")
+_ORDER = re.compile(
+    r"!(words|pause|every|clock|encode|stall|row-fails|step-fails|no-memory|die|load|load-fails)=([\d.]+)"
+)
+_PIECE_S = 0.02
+"""Of a loading."""
 
 
 def ticks() -> int:
@@ -141,12 +152,14 @@ class FakeBackend:
         memory: tokens that its rows may grow to in all.
     """
 
-    def __init__(self, model: str = "fake", context: int = 4096, memory: int = 1_000_000_000) -> None:
+    def __init__(
+        self, model: str = "fake", context: int = 4096, memory: int = 1_000_000_000, weights_bytes: int = 0
+    ) -> None:
         self._memory = memory
         self.card = ModelCard(id=model, kind="fake", context=context)
         self.eos = frozenset({EOS})
         self.about: dict[str, object] = {"device": "none"}
-        self.weights_bytes = 0
+        self.weights_bytes = weights_bytes
         self._rows: dict[int, _FakeRow] = {}
         self._unread: list[int] = []
         self._stepped_at = 0.0
@@ -228,6 +241,14 @@ class FakeBackend:
         """Nothing to keep."""
 
 
-def load(model: str) -> FakeBackend:
-    """A fake under the name of the model that would be served."""
-    return FakeBackend(model)
+def load(model: CatalogModel) -> Generator[float, None, FakeBackend]:
+    """A fake under the name of the model that would be served, as large as the files of its weights."""
+    config = model.path / "config.json"
+    orders = _orders(config.read_text() if config.is_file() else "")
+    pieces = math.ceil(orders.get("load", 0.0) / _PIECE_S)
+    for piece in range(1, pieces + 1):
+        sleep(_PIECE_S)
+        yield piece / (pieces + 1)
+        if "load-fails" in orders and 2 * piece >= pieces:
+            raise ModelError(f"the model in {model.path} fails, as ordered")
+    return FakeBackend(model.id, weights_bytes=weights_size(model.path))
