@@ -293,6 +293,10 @@ class Jobs:
         job = Job.from_record(dict(zip(flat[::2], flat[1::2], strict=True)))
         return job, job.id == job_id  # "exists" may also be the answer to this very call, sent again
 
+    def known(self, owner: str, idempotency_key: str) -> bool:
+        """Whether an owner's Idempotency-Key stands for a job already."""
+        return bool(idempotency_key) and bool(self._client.exists(f"{keys.IDEM}{owner}:{idempotency_key}"))
+
     def get(self, job_id: str, owner: str) -> Job:
         """An owner's job.
 

@@ -28,7 +28,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `HOSTS` | zset | node → its last heartbeat | pruned when read |
 | `OPERATION` + id | hash | a loading or unloading of a model (`shared.operations`) | a day |
 | `OPERATIONS` | zset | operation → when it was asked for | a day |
-| `DEMAND` + model | string | a model was asked for by waiting jobs | half a minute |
+| `DEMAND` + model | string | operation that loads a model for waiting jobs, once it has begun | half a minute |
 | `MODELS` | hash | model → JSON of `shared.registry.ModelCard` | for ever |
 | `TOKENIZER` + digest | string | tokenizer.json of a model, for counting prompt tokens in the API | for ever |
 | `ENDED` | hash | `model:status` → jobs that ended so | for ever |

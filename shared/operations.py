@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, Self
 
 from shared import keys
+from shared.registry import HostInfo
 from shared.store import Redis
 from shared.wire import known
 
 LIFETIME_S: Final = 24 * 3600
 SILENT_S: Final = 15.0
-"""A worker that was asked and says nothing for so long has not heard of it."""
+"""A worker that lives and has not said for so long that it has an operation does not know of it."""
+GONE_S: Final = 5.0
+"""The same of a worker that is not there."""
 
 
 class OperationState(StrEnum):
@@ -92,8 +96,8 @@ class Operations:
     def begin(self, kind: str, model: str, node: str) -> Operation:
         """A new one, which its worker is about to be asked for."""
         now = time.time()
-        operation = Operation(f"op_{secrets.token_hex(12)}", kind, model, node, OperationState.PENDING, now, now)
-        self.put(operation)
+        new = Operation(f"op_{secrets.token_hex(12)}", kind, model, node, OperationState.PENDING, now, now)
+        operation = self.put(new)
         self._client.zadd(keys.OPERATIONS, {operation.id: now})
         self._client.zremrangebyscore(keys.OPERATIONS, "-inf", now - LIFETIME_S)
         return operation
@@ -109,37 +113,46 @@ class Operations:
         return operation
 
     def read(self, name: str) -> Operation | None:
-        """One, as it was last written; None when there is none."""
+        """One, as its worker last told; None when there is none."""
         record = self._client.hgetall(keys.OPERATION + name)
         return Operation.from_record(record) if record else None
 
-    def get(self, name: str, alive: frozenset[str]) -> Operation | None:
-        """One; None when there is none.
+    def get(self, name: str, hosts: Collection[HostInfo]) -> Operation | None:
+        """One; None when there is none. What no worker has in hand any more has failed.
 
         Args:
-            alive: nodes of the workers that live: what the others were doing has failed.
+            hosts: the workers that live.
         """
         operation = self.read(name)
-        if operation is None:
-            return None
-        silent_s = time.time() - operation.updated_at
-        if operation.state.terminal or (operation.node in alive and operation.state is not OperationState.PENDING):
+        if operation is None or operation.state.terminal or any(name in host.operations for host in hosts):
             return operation
-        if operation.node not in alive and silent_s > SILENT_S / 3:
+        silent_s = time.time() - operation.updated_at
+        if silent_s > GONE_S and all(host.node != operation.node for host in hosts):
             return _failed(operation, "worker_lost", "The worker is gone.")
-        if operation.state is OperationState.PENDING and silent_s > SILENT_S:
+        if silent_s > SILENT_S and operation.state is OperationState.PENDING:
             return _failed(operation, "worker_silent", "The worker was asked and did not answer.")
+        if silent_s > SILENT_S:
+            return _failed(operation, "worker_lost", "The worker has been started anew.")
         return operation
 
-    def recent(self, alive: frozenset[str], most: int = 50) -> list[Operation]:
+    def recent(self, hosts: Collection[HostInfo], most: int = 50) -> list[Operation]:
         """The newest first."""
         names = self._client.zrange(keys.OPERATIONS, "+inf", "-inf", byscore=True, desc=True, offset=0, num=most)
-        found = (self.get(name, alive) for name in names)
+        found = (self.get(name, hosts) for name in names)
         return [operation for operation in found if operation is not None]
 
     def may_demand(self, model: str, seconds: int) -> bool:
         """Whether this call is the one that has a model loaded for waiting jobs; once in so many seconds."""
-        return bool(self._client.set(keys.DEMAND + model, 1, nx=True, ex=seconds))
+        return bool(self._client.set(keys.DEMAND + model, "", nx=True, ex=seconds))
+
+    def demanded(self, operation: Operation) -> None:
+        """Note which operation that is."""
+        self._client.set(keys.DEMAND + operation.model, operation.id, xx=True, keepttl=True)
+
+    def on_demand(self, model: str) -> Operation | None:
+        """The newest operation that loads, or has tried to load, a model for waiting jobs; it is soon forgotten."""
+        name = self._client.get(keys.DEMAND + model)
+        return self.read(name) if name else None
 
 
 def _failed(operation: Operation, code: str, message: str) -> Operation:

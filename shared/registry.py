@@ -92,7 +92,9 @@ class HostInfo:
     Attributes:
         node: its Celery node name.
         models: ids of those it has or is loading.
-        memory_limit, memory_used: bytes that models and caches may take together, and those that models take.
+        memory_limit: bytes that models and caches may take together.
+        memory_used, memory_pinned: bytes that models take, and those of them that no other model may have.
+        operations: ids of the loadings and unloadings that it has in hand (`shared.operations`).
     """
 
     node: str
@@ -103,6 +105,8 @@ class HostInfo:
     models: tuple[str, ...]
     memory_limit: int
     memory_used: int
+    memory_pinned: int = 0
+    operations: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -112,7 +116,7 @@ class HostInfo:
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote, here or in another version."""
         data = known(cls, json.loads(text))
-        return cls(**data | {"models": tuple(data["models"])})
+        return cls(**data | {name: tuple(data.get(name, ())) for name in ("models", "operations")})
 
 
 class Registry:
@@ -155,6 +159,10 @@ class Registry:
             pipe.set(keys.HOST + info.node, info.to_json(), px=round(lifetime_s * 1000))
             pipe.zadd(keys.HOSTS, {info.node: info.heartbeat_at})
             pipe.execute()
+
+    def forget_host(self, node: str) -> None:
+        """A worker process ends."""
+        self._client.delete(keys.HOST + node)
 
     def hosts(self) -> list[HostInfo]:
         """The worker processes alive, by node."""

@@ -60,10 +60,12 @@ class Admission:
         sizer: PromptSizer,
         tickets: TicketOffice,
         demand: Callable[[str], object] = lambda _: None,
+        check_demand: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._demand = demand
+        self._check_demand = check_demand
         self._jobs = jobs
         self._images = images
         self._roster = roster
@@ -81,7 +83,8 @@ class Admission:
 
         Raises:
             Invalid: it cannot be run as it is; nothing was enqueued.
-            Unavailable: the queue is full.
+            Conflict: no worker has the model, and none is to load it.
+            Unavailable: the queue is full, or the model does not load.
             redis.RedisError: Redis is away.
         """
         submission = self.submission(request, origin)
@@ -110,6 +113,7 @@ class Admission:
             Invalid: it cannot be run as it is.
         """
         model, card = self._resolve(request.model)
+        self._check_cold(model, origin)
         generation = self._generation(request, model, card)
         if card is not None and card.kind == "text" and generation.image_parts:
             raise Invalid(f"{model} is a text model: it takes no images.", code="no_images", field="model")
@@ -130,14 +134,21 @@ class Admission:
 
     def _resolve(self, asked: str | None) -> tuple[str, ModelCard | None]:
         """A model's id and card; the default model has none before its first worker has come up."""
-        entry, snapshot = self._catalog.resolve(asked), self._roster.now()
+        entry = self._catalog.resolve(asked)
         model = entry.id if entry else asked or self._catalog.default
-        card = snapshot.models.get(model)
+        card = self._roster.now().models.get(model)
         if card is None and entry is None:
             raise Invalid("There is no such model.", code="model_not_found", field="model")
-        if not (self._settings.load_on_demand or model == self._catalog.default or snapshot.has(model)):
-            raise Conflict("No worker has this model loaded.", code="model_not_loaded", field="model")
         return model, card
+
+    def _check_cold(self, model: str, origin: Origin) -> None:
+        """Refuse a new job for a model that no worker has, where it is not loaded for it."""
+        if self._roster.now().has(model) or self._jobs.known(origin.owner, origin.idempotency_key):
+            return
+        if self._settings.load_on_demand:
+            self._check_demand(model)
+        elif model != self._catalog.default:
+            raise Conflict("No worker has this model loaded.", code="model_not_loaded", field="model")
 
     def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Generation:
         entry = self._catalog.models.get(model)

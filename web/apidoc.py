@@ -77,7 +77,15 @@ _CODES: Final[Mapping[int, tuple[str, ...]]] = {
     ),
     429: ("rate_limited",),
     500: ("internal",),
-    503: ("unavailable", "queue_full", "queue_memory_full", "not_durable", "restarting", "no_worker"),
+    503: (
+        "unavailable",
+        "queue_full",
+        "queue_memory_full",
+        "not_durable",
+        "restarting",
+        "no_worker",
+        "model_not_loaded",
+    ),
     504: (*Expiry, "job_expired"),
 }
 """What an error's `code` may be, by status; of jobs that failed, `/inference` passes the job's own code on."""

@@ -82,7 +82,15 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         roster=roster,
         registry=registry,
         admission=Admission(
-            settings, catalog, jobs, ImageStore(files), roster, PromptSizer(registry), tickets, switchboard.demand
+            settings,
+            catalog,
+            jobs,
+            ImageStore(files),
+            roster,
+            PromptSizer(registry),
+            tickets,
+            switchboard.demand,
+            switchboard.check_demand,
         ),
         gatherer=Gatherer(settings, ImageUrls().fetch if settings.image_urls else None),
         views=Views(jobs, roster),

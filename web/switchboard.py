@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 import redis
@@ -12,7 +12,8 @@ from kombu.exceptions import OperationalError
 
 from shared.catalog import Catalog
 from shared.errors import Invalid, NotFound, Unavailable
-from shared.operations import Operation, Operations
+from shared.model_folder import weights_size
+from shared.operations import Operation, Operations, OperationState
 from shared.registry import HostInfo, Registry
 from shared.tickets import LOAD, UNLOAD
 
@@ -47,7 +48,7 @@ class Switchboard:
             raise NotFound("The catalog has no such model.", code="model_not_found", field="model")
         hosts = self._hosts(worker)
         having = [host for host in hosts if model.id in host.models]
-        host = max(having or hosts, key=lambda each: each.memory_limit - each.memory_used)
+        host = having[0] if having else _roomiest(hosts, weights_size(model.path, model.dtype, model.quantize_bits))
         operation = self._operations.begin("load", model.id, host.node)
         self._tell(LOAD, host, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
         return operation
@@ -78,14 +79,14 @@ class Switchboard:
         Raises:
             NotFound: there is none.
         """
-        found = self._operations.get(name, self._alive())
+        found = self._operations.get(name, self._registry.hosts())
         if found is None:
             raise NotFound("There is no such operation.", code="operation_not_found")
         return found
 
     def recent(self) -> list[Operation]:
         """The newest first."""
-        return self._operations.recent(self._alive())
+        return self._operations.recent(self._registry.hosts())
 
     def demand(self, model: str) -> None:
         """Have a model loaded that a job waits for and no worker has; what cannot be asked now is asked again."""
@@ -97,9 +98,20 @@ class Switchboard:
                 return
             if self._operations.may_demand(model, DEMAND_S):
                 log.info("%s is loaded: jobs wait for it", model)
-                self.load(model)
+                self._operations.demanded(self.load(model))
         except (redis.RedisError, OperationalError, OSError, Unavailable) as error:
             log.warning("%s is not asked for yet: %s", model, error)
+
+    def check_demand(self, model: str) -> None:
+        """Refuse what would wait for a model that no worker has and that has just failed to load.
+
+        Raises:
+            Unavailable: so it is.
+        """
+        tried = self._operations.on_demand(model)
+        if tried is not None and tried.state is OperationState.FAILED:
+            told = f"The model is not loaded, and loading it failed: {tried.error_message}"
+            raise Unavailable(told, code="model_not_loaded", field="model", retry_after=DEMAND_S)
 
     def demand_waiting(self) -> None:
         """The same for all models that jobs wait for."""
@@ -126,8 +138,13 @@ class Switchboard:
             log.warning("A worker cannot be asked: %s", error)
             raise Unavailable("The workers cannot be reached at the moment.", retry_after=2) from error
 
-    def _alive(self) -> frozenset[str]:
-        return frozenset(host.node for host in self._registry.hosts())
+
+def _roomiest(hosts: Collection[HostInfo], needed: int) -> HostInfo:
+    """The worker with most memory left; where that is too little, the one where most can be had by unloading."""
+    free = max(hosts, key=lambda host: host.memory_limit - host.memory_used)
+    if free.memory_limit - free.memory_used >= needed:
+        return free
+    return max(hosts, key=lambda host: host.memory_limit - host.memory_pinned)
 
 
 def _names(hosts: Iterable[HostInfo]) -> str:

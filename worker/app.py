@@ -12,10 +12,13 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Final, NoReturn
+
+from redis import RedisError
 
 from shared.blas import Blas
 from shared.catalog import Catalog, CatalogModel, load_catalog
@@ -34,6 +37,7 @@ from worker.control import take_orders
 from worker.desk import Desk, Place, named
 from worker.engine import Engine
 from worker.lease import HostKeeper, Housekeeper
+from worker.models import first_line
 from worker.switching import Switcher
 from worker.tasks import register
 from worker.vital import EXIT_BROKEN, depart, end_process, leave
@@ -75,8 +79,8 @@ class Service:
         self._tickets = TicketOffice(make_app(settings, hasty=True), client, Registry(client))
         self._engine = Engine(self._die)
         self._watchdog = Watchdog(self._under_way, self._on_stuck, self._on_late, self._die)
-        self._switcher = Switcher(self, Operations(client))
         self._host_keeper = HostKeeper(self._announce_host, settings.lease_s, self._die)
+        self._switcher = Switcher(self, Operations(client), self._host_keeper.hurry)
         self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
         self._place = Place(
             settings,
@@ -103,14 +107,12 @@ class Service:
         self._engine.start()
         self._watchdog.start()
         try:
-            desks = [self.open_desk(model) for model in self._first_models()]
+            cold = [*self._warm_up(self._first_models())]
         except ValueError as error:
             return self._not_loaded(str(error))
-        cold = [desk for desk in desks if not self._is_warm(desk)]
-        reasons = [self._why_not(desk) for desk in cold]
-        if len(cold) == len(desks):
-            return self._not_loaded("; ".join(reasons))
-        for reason in reasons:
+        if not self._desks:
+            return self._not_loaded("; ".join(cold))
+        for reason in cold:
             logger.error(reason)
         settle()
         self._error_file.unlink(missing_ok=True)
@@ -136,10 +138,22 @@ class Service:
         if backend is not None:
             logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
         desk.warmed()
-        self._divide_memory()
+        self.divide_memory()
         self._consumed |= {desk.model.id}
         if self._was_ready:
             desk.ready()
+
+    def make_room(self, coming: int) -> bool:
+        """See `worker.switching.Models`."""
+        self.divide_memory(coming)
+        until = time.monotonic() + self._settings.drain_s
+        while self.memory_used() + coming > self.memory_limit and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.memory_used() + coming <= self.memory_limit
+
+    def divide_memory(self, coming: int = 0) -> None:
+        """What the models leave of the memory, and one that is coming, is for their caches, in equal parts."""
+        self._engine.do(lambda: self._divide_now(coming))
 
     def close_desk(self, desk: Desk) -> None:
         """See `worker.switching.Models`."""
@@ -148,7 +162,7 @@ class Service:
         desk.wait_empty(self._settings.drain_s + LAST_WRITES_S)
         desk.shut()
         self._desks = {name: each for name, each in self._desks.items() if each is not desk}
-        self._divide_memory()
+        self.divide_memory()
 
     def memory_used(self) -> int:
         """See `worker.switching.Models`."""
@@ -167,20 +181,21 @@ class Service:
             raise ValueError(f"WORKER_MODELS: the catalog has no model {missing[0]}")
         return list({model.id: model for _, model in found if model is not None}.values())
 
-    def _is_warm(self, desk: Desk) -> bool:
-        """Wait for a model to load, and take its jobs; false: it does not load, and nothing is left of it."""
-        if desk.batch.loaded.exception() is None:
-            self.consume(desk)
-            return True
-        logger.debug("where it failed", exc_info=desk.batch.loaded.exception())
-        del self._desks[desk.model.id]
-        desk.settle()
-        return False
-
-    def _why_not(self, desk: Desk) -> str:
-        error = desk.batch.loaded.exception()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"{desk.model.path} does not load: {lines[0]}"
+    def _warm_up(self, models: Iterable[CatalogModel]) -> Iterator[str]:
+        """Load these, as far as there is memory; why each of the others is not loaded."""
+        for model in models:
+            if self._desks and not self._switcher.fits(model, self.desks):
+                yield f"{model.path} is not loaded: there is no memory for it beside the others"
+                continue
+            desk = self.open_desk(model)
+            error = desk.batch.loaded.exception()
+            if error is None:
+                self.consume(desk)
+                continue
+            logger.debug("where it failed", exc_info=error)
+            del self._desks[model.id]
+            desk.settle()
+            yield f"{model.path} does not load: {first_line(error)}"
 
     def _not_loaded(self, reason: str) -> int:
         """Say why, to the log and to whoever started us."""
@@ -219,15 +234,11 @@ class Service:
             self._gflops = measure_gflops()
         self.memory_limit = memory_limit(self._settings)
 
-    def _divide_memory(self) -> None:
-        """What the models leave of the memory is for their caches, in equal parts."""
-        self._engine.do(self._divide_now)
-
-    def _divide_now(self) -> None:
+    def _divide_now(self, coming: int) -> None:
         backends = [batch.backend for batch in self._engine.batches]
-        left = self.memory_limit - sum(backend.weights_bytes for backend in backends)
+        left = self.memory_limit - coming - sum(backend.weights_bytes for backend in backends)
         for backend in backends if len(self.catalog.models) > 1 else ():
-            backend.grant(max(0, left) // len(backends))
+            backend.grant(max(0, left) // (len(backends) + (coming > 0)))
 
     def _threads(self) -> int:
         """Of Celery's pool: as many as there are slots of the models that may be warm."""
@@ -272,16 +283,17 @@ class Service:
         for desk in self.desks:
             desk.settle()
         self._host_keeper.stop()
+        self._forget_host()
         logger.info("the worker has ended")
 
     def _under_way(self) -> Signs:
+        if not self._was_ready:
+            return {}
         patience_s = self._settings.watchdog_s
+        engine_s = max(patience_s, LOAD_PATIENCE_S) if self._engine.loading else patience_s
         signs: dict[Hashable, Sign] = {}
         for desk in self.desks:
-            signs |= desk.signs(patience_s)
-        if self._was_ready and not self._engine.idle:
-            patience_s = max(patience_s, LOAD_PATIENCE_S) if self._engine.loading else patience_s
-            signs["engine"] = Sign(self._engine.progress_at, patience_s)
+            signs |= desk.signs(patience_s, engine_s)
         return signs
 
     def _on_stuck(self, stuck: list[Hashable]) -> None:
@@ -316,6 +328,12 @@ class Service:
     def _give_up(self, max_attempts: int | None = None) -> None:
         for desk in self.desks:
             desk.give_up(max_attempts)
+        self._forget_host()
+
+    def _forget_host(self) -> None:
+        """Nobody is to ask this process for a model any more."""
+        with suppress(RedisError):  # it is soon forgotten anyway
+            self._registry.forget_host(self._node)
 
     def _announce_host(self) -> None:
         now = time.time()
@@ -329,7 +347,9 @@ class Service:
                 heartbeat_at=now,
                 models=tuple(desk.model.id for desk in desks),
                 memory_limit=self.memory_limit,
-                memory_used=sum(desk.backend.weights_bytes for desk in desks if desk.backend),
+                memory_used=sum(desk.weights_bytes for desk in desks),
+                memory_pinned=sum(desk.weights_bytes for desk in desks if desk.pinned),
+                operations=self._switcher.in_hand,
             ),
             3 * self._settings.lease_s,
         )

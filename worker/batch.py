@@ -184,7 +184,10 @@ class Batch:
             pass
 
     def close(self) -> None:
-        """The end: keep what the next worker may use, and let go of the model."""
+        """The end: hand back what is left, keep what the next worker may use, and let go of the model."""
+        while not self._inbox.empty():
+            self._receive(self._inbox.get())
+        self._hand_back()
         self._backend.close()
         del self._backend
         self.loaded = Future()
@@ -373,6 +376,9 @@ class Batch:
         if self._drain_until is None or time.monotonic() < self._drain_until or not self.busy:
             return
         self._got_on()
+        self._hand_back()
+
+    def _hand_back(self) -> None:
         left = [*self._rows.values(), *self._waiting, *self._suspects]
         self._remove(list(self._rows))
         self._waiting.clear()

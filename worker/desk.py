@@ -129,6 +129,12 @@ class Desk:
         loaded = self.batch.loaded
         return loaded.result() if loaded.done() and loaded.exception() is None else None
 
+    @property
+    def weights_bytes(self) -> int:
+        """What the model takes; 0 before and after."""
+        backend = self.backend
+        return backend.weights_bytes if backend else 0
+
     def open(self) -> None:
         """Begin: the lease, then the loading."""
         self._keeper.start()
@@ -160,14 +166,14 @@ class Desk:
         self.batch.drain(seconds)
 
     def wait_empty(self, seconds: float) -> bool:
-        """Wait until no job is held; whether that is so."""
+        """Wait until no job is held, nor about to be; whether that is so."""
         until = time.monotonic() + seconds
-        while self._held and time.monotonic() < until:
+        while not self._runner.idle and time.monotonic() < until:
             time.sleep(0.02)
-        return not self._held
+        return self._runner.idle
 
     def shut(self) -> None:
-        """Let go of the model, which has no rows any more."""
+        """Let go of the model; rows that it still has are handed back."""
         gone = threading.Event()
         if self.batch in self._place.engine.batches:
             self._place.engine.shut(self.batch, gone.set)
@@ -191,9 +197,15 @@ class Desk:
         except (RedisError, OperationalError) as error:
             logger.warning("the lease is left to lapse: %s", error)
 
-    def signs(self, patience_s: float) -> dict[Hashable, Sign]:
-        """What is under way here, for the watchdog."""
+    def signs(self, patience_s: float, engine_s: float) -> dict[Hashable, Sign]:
+        """What is under way here, for the watchdog: another model's progress is not this one's.
+
+        Args:
+            engine_s: how long the engine may gain nothing.
+        """
         signs: dict[Hashable, Sign] = {}
+        if self.state == "loading" or not self.batch.idle:
+            signs[f"engine ({self.model.id})"] = Sign(self.batch.progress_at, engine_s)
         if encoding := self._runner.encoding:
             signs[encoding[0]] = Sign(0, patience_s)
         if self._publisher.backlog:
@@ -230,7 +242,7 @@ class Desk:
             "row_cap": batch.row_cap,
             "publisher_backlog": self._publisher.backlog,
             "engine_idle_s": time.monotonic() - batch.progress_at if batch.busy else 0.0,
-            "model_bytes": backend.weights_bytes if backend else 0,
+            "model_bytes": self.weights_bytes,
             "load_s": self._load_s,
             "load_progress": batch.load_progress,
             "tokens_per_s": self._rate.seen(totals.tokens),

@@ -53,12 +53,6 @@ class Engine(VitalThread):
         """Whether nothing is asked of it."""
         return not self._loading and all(batch.idle for batch in self._batches)
 
-    @property
-    def progress_at(self) -> float:
-        """Monotonic moment at which any of its models last gained something."""
-        batches = (*self._batches, *self._loading)
-        return max((batch.progress_at for batch in batches), default=time.monotonic())
-
     def wake(self) -> None:
         """There is something to do."""
         self._orders.put(None)
@@ -68,14 +62,14 @@ class Engine(VitalThread):
         self._order(lambda: self._loading.setdefault(batch, batch.loading()))
 
     def shut(self, batch: Batch, then: Callable[[], object]) -> None:
-        """Let go of a model that has no rows any more; `then` is called when that is done."""
+        """Let go of a model; `then` is called when that is done, and its memory is free."""
 
         def closed() -> None:
             self._batches = tuple(each for each in self._batches if each is not batch)
             self._active.discard(batch)
             batch.close()
-            then()
             release()
+            then()
 
         self._order(closed)
 

@@ -108,7 +108,7 @@ def _context(config: dict[str, Any], tokenizer: Any) -> int:
     return min(limits, default=FALLBACK_CONTEXT)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

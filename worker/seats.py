@@ -19,6 +19,11 @@ class Seats:
         self._owed = 0
         self._lock = threading.Lock()
 
+    @property
+    def empty(self) -> bool:
+        """Whether nobody works on a job, or is about to claim one."""
+        return not self._taken
+
     def take(self) -> bool:
         """Take a seat; when there is none, it is owed to a ticket from now on."""
         with self._lock:

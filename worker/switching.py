@@ -12,20 +12,26 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from redis import RedisError
 
 from shared.catalog import Catalog, CatalogModel
 from shared.model_folder import weights_size
 from shared.operations import Operation, Operations, OperationState
+from shared.store import passes
 from worker.desk import Desk
+from worker.models import first_line
 
 logger = logging.getLogger(__name__)
 
 LEAST_CACHE: Final = 0.02
 """The part of the memory that must be left for the caches of jobs."""
 TOLD_EVERY_S: Final = 0.5
+PATIENCE_S: Final = 120.0
+"""So long the end of an operation waits for a Redis that is away; then it counts as lost."""
+
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -59,6 +65,14 @@ class Models(Protocol):
         """Drain it and let go of it; returns when that is done."""
         ...
 
+    def make_room(self, coming: int) -> bool:
+        """Have the caches of those there are give way to so many bytes of weights; whether they do in time."""
+        ...
+
+    def divide_memory(self) -> None:
+        """Let caches have what the models leave."""
+        ...
+
     def memory_used(self) -> int:
         """Bytes that the model library holds in use."""
         ...
@@ -81,16 +95,31 @@ class Order:
 
 
 class Switcher(threading.Thread):
-    """Does one order after another."""
+    """Does one order after another.
 
-    def __init__(self, models: Models, operations: Operations) -> None:
+    Args:
+        tell: has others told soon what is in hand.
+    """
+
+    def __init__(self, models: Models, operations: Operations, tell: Callable[[], object] = lambda: None) -> None:
         super().__init__(name="switcher", daemon=True)
         self._models = models
         self._operations = operations
+        self._tell = tell
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        self._in_hand: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+
+    @property
+    def in_hand(self) -> tuple[str, ...]:
+        """Ids of the operations under way and in line: they are not lost."""
+        return self._in_hand
 
     def put(self, order: Order) -> None:
         """Have it done; that it is in line is told at once, for what comes before may take long."""
+        with self._lock:
+            self._in_hand = (*self._in_hand, order.operation)
+        self._tell()
         try:
             if operation := self._operations.read(order.operation):
                 self._operations.put(replace(operation, state=OperationState.WAITING))
@@ -109,9 +138,16 @@ class Switcher(threading.Thread):
                 self._do(order)
             except RedisError as error:
                 logger.warning("an operation is not told: Redis is away: %s", error)
+            with self._lock:
+                self._in_hand = tuple(name for name in self._in_hand if name != order.operation)
+
+    def fits(self, model: CatalogModel, beside: Iterable[Desk]) -> bool:
+        """Whether it has place beside these, and their jobs some, too."""
+        taken = sum(desk.weights_bytes for desk in beside)
+        return size_of(model) + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
 
     def _do(self, order: Order) -> None:
-        operation = self._operations.read(order.operation)
+        operation = _patiently(lambda: self._operations.read(order.operation))
         if operation is None:
             logger.warning("an operation that nobody knows: %s", order.operation)
             return
@@ -135,9 +171,11 @@ class Switcher(threading.Thread):
         warm = self._desk(model.id)
         if warm is not None:
             warm.pinned = warm.pinned or order.pin
+            others = [desk for desk in self._models.desks if desk is not warm and not desk.pinned]
+            self._close(others if order.replace else [], teller)
             return
         going = self._to_make_place(model, everything=order.replace)
-        fits_beside = self._fits(model, self._models.desks)
+        fits_beside = self.fits(model, self._models.desks)
         if not fits_beside:  # it cannot be tried before they have gone
             self._close(going, teller)
         try:
@@ -165,28 +203,23 @@ class Switcher(threading.Thread):
         Raises:
             Refused: it would not be enough.
         """
-        may_go = sorted((desk for desk in self._models.desks if not desk.pinned), key=lambda desk: desk.batch.used_at)
+        may_go = sorted((desk for desk in self._models.desks if not desk.pinned), key=_last_used)
         if everything:
             going = may_go
         else:
             going = []
-            while not self._fits(model, [desk for desk in self._models.desks if desk not in going]):
+            while not self.fits(model, [desk for desk in self._models.desks if desk not in going]):
                 if len(going) == len(may_go):
                     break
                 going.append(may_go[len(going)])
         stays = [desk for desk in self._models.desks if desk not in going]
-        if not self._fits(model, stays):
+        if not self.fits(model, stays):
             pinned = [desk.model.id for desk in stays]
             beside = f" beside {', '.join(pinned)}, which stay" if pinned else ""
             needed, limit = size_of(model) / 2**20, self._models.memory_limit / 2**20
             told = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may take {limit:,.0f} MiB in all."
             raise Refused("not_enough_memory", told)
         return going
-
-    def _fits(self, model: CatalogModel, beside: Iterable[Desk]) -> bool:
-        """Whether it has place beside these, and their jobs some, too."""
-        taken = sum(desk.backend.weights_bytes for desk in beside if desk.backend)
-        return size_of(model) + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
 
     def _close(self, desks: Iterable[Desk], teller: _Teller) -> None:
         for desk in desks:
@@ -200,6 +233,9 @@ class Switcher(threading.Thread):
         Raises:
             Refused: it does not load; nothing is left of it.
         """
+        if not self._models.make_room(size_of(model)):
+            self._models.divide_memory()
+            raise Refused("not_enough_memory", f"Running jobs need the memory that {model.id} would take.")
         desk = self._models.open_desk(model, pinned=pinned)
         while not desk.batch.loaded.done():
             teller.tell(OperationState.LOADING, progress=round(desk.batch.load_progress, 3))
@@ -208,8 +244,7 @@ class Switcher(threading.Thread):
         if error is not None:
             logger.error("%s does not load: %s", model.id, error)
             self._models.close_desk(desk)
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0].replace(str(model.path), model.path.name)  # the caller need not know this machine's paths
+            reason = first_line(error).replace(str(model.path), model.path.name)  # paths are this machine's business
             raise Refused("load_failed", f"{model.id} does not load: {reason}")
         self._models.consume(desk)
 
@@ -233,15 +268,21 @@ class _Teller:
 
     def tell(self, state: OperationState, **more: object) -> None:
         self._operation = replace(self._operation, state=state, **more)  # type: ignore[arg-type]
+        if state.terminal:
+            _patiently(lambda: self._operations.put(self._operation))
+            return
         try:
             self._operation = self._operations.put(self._operation)
         except RedisError as error:
-            if state.terminal:
-                raise
             logger.warning("how far an operation is cannot be told: %s", error)
 
     def unloaded(self, model: str) -> None:
         self._operation = replace(self._operation, unloaded=(*self._operation.unloaded, model))
+
+
+def _last_used(desk: Desk) -> tuple[bool, float]:
+    """What has jobs is in use, however long ago they came."""
+    return not desk.batch.idle, desk.batch.used_at
 
 
 def size_of(model: CatalogModel) -> int:
@@ -250,10 +291,23 @@ def size_of(model: CatalogModel) -> int:
     return weights_size(model.path, model.dtype, model.quantize_bits) + adapter
 
 
+def _patiently(call: Callable[[], T]) -> T:
+    """Call again and again while Redis is away, for a while.
+
+    Raises:
+        redis.RedisError: for too long.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return call()
+        except RedisError as error:
+            if not passes(error) or time.monotonic() > until:
+                raise
+            time.sleep(TOLD_EVERY_S)
+
+
 def _wait(desk: Desk, seconds: float) -> None:
     until = time.monotonic() + seconds
     while not desk.batch.loaded.done() and time.monotonic() < until:
         time.sleep(0.01)
-
-
-OnOrder = Callable[[Order], object]

@@ -71,6 +71,11 @@ class Runner:
         self.encoding: tuple[Claim, Job] | None = None
         self._turn = threading.Lock()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no thread works on a job, or is about to claim one."""
+        return self._seats.empty
+
     def run(self, model: str, ticket_for: str) -> None:
         """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
         if not self._seats.take():

@@ -128,7 +128,7 @@ def test_an_engine_that_hangs_ends_its_worker_and_its_jobs_wait_again_at_once(fl
     wait(lambda: fleet.says(job, 4))
     assert worker.wait(20) == EXIT_BROKEN
     assert (fleet.get(job).status, losses(fleet, job)) == (Status.QUEUED, 1)
-    assert "engine has not got on" in fleet.lines(worker)[-1]["message"]
+    assert "engine (fake) has not got on" in fleet.lines(worker)[-1]["message"]
     assert not fleet.redis.exists(keys.LEASES)
 
 

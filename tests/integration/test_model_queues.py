@@ -100,3 +100,83 @@ def test_the_queues_of_a_model_are_consumed_as_often_as_it_is_warm_and_only_then
         assert operator.say("two").status_code == 200
         assert operator.ask("unload", "two")["state"] == "succeeded"
         eventually(lambda: consumed(stack) == always, "it is not any more")
+
+
+def test_operations_wait_in_line_and_those_of_a_worker_that_was_killed_have_failed(make: Callable[..., Admin]) -> None:
+    """Also when it is started anew at once, under the same name, and while jobs of other models run."""
+    operator = make({"one": "", "two": "!load=60", "three": ""})
+    stack = operator.stack
+    worker = stack.start_worker()
+    eventually(stack.registry.hosts, "the worker can be asked")
+    first = operator.begin("load", "two")
+    second = operator.begin("load", "three")
+    eventually(lambda: operator.look(first)["progress"] > 0, "the first is on its way")
+    assert operator.look(first)["state"] == "loading"
+    assert operator.look(second)["state"] == "waiting"
+    assert operator.models()["two"]["state"] == "loading"
+    with stack.client() as client:
+        job = client.submit({"model": "one", "prompt": SLOW, "max_tokens": 100})
+        eventually(lambda: client.job(job.id).status is Status.RUNNING, "another model speaks meanwhile")
+        worker.kill()
+        worker.wait(10)
+        stack.start_worker(MLXQ_WORKER_INDEX="0")
+        eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "its job goes on")
+        for where in (first, second):
+            ended = operator.end(where)
+            assert (ended["state"], ended["error"]["code"]) in (("failed", "worker_lost"), ("failed", "worker_silent"))
+        assert operator.ask("load", "three")["state"] == "succeeded"
+
+
+def test_a_model_that_does_not_load_refuses_further_jobs_and_those_that_wait_have_it_tried_again(
+    make: Callable[..., Admin],
+) -> None:
+    operator = make({"one": "", "broken": "!load=0.1 !load-fails=1"})
+    operator.stack.start_worker()
+    eventually(operator.stack.registry.hosts, "the worker can be asked")
+    body = {"model": "broken", "prompt": "hello"}
+    accepted = operator.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "mine"})
+    assert accepted.status_code == 202
+    operations = operator.http.get("/inference/operations").json()["data"]
+    assert [each["model"] for each in operations] == ["broken"]
+    failed = operator.end(f"/inference/operations/{operations[0]['id']}")
+    assert failed["error"]["code"] == "load_failed"
+    eventually(lambda: operator.models()["broken"]["state"] == "cold", "nothing is left of it")
+    refused = operator.http.post("/v1/jobs", json=body)
+    assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (503, "model_not_loaded", "model")
+    assert "broken does not load" in refused.json()["detail"]
+    assert 0 < int(refused.headers["Retry-After"]) <= 30
+    again = operator.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "mine"})
+    assert again.json()["id"] == accepted.json()["id"], "what was accepted is not refused"
+    assert operator.say("one").status_code == 200
+
+
+def test_many_jobs_for_a_cold_model_have_it_loaded_once(make: Callable[..., Admin]) -> None:
+    operator = make({"one": "", "two": "!load=1"}, WEB_WORKERS="2")
+    stack = operator.stack
+    stack.start_worker()
+    eventually(stack.registry.hosts, "the worker can be asked")
+    with stack.client() as client:
+        jobs = [client.submit({"model": "two", "prompt": f"{i}", "max_tokens": 3}) for i in range(20)]
+        eventually(lambda: all(client.job(job.id).status is Status.SUCCEEDED for job in jobs), "all end")
+    assert len(operator.http.get("/inference/operations").json()["data"]) == 1
+
+
+def test_models_that_memory_does_not_suffice_for_are_not_loaded_at_the_start(make: Callable[..., Admin]) -> None:
+    operator = make(
+        {"one": "", "two": "", "three": ""}, WORKER_MODELS="one,two,three", MEMORY_LIMIT_BYTES=f"{2.5 * SIZE:.0f}"
+    )
+    stack = operator.stack
+    stack.start_worker()
+    eventually(stack.registry.hosts, "it can be asked")
+    assert {name for name, model in operator.models().items() if model["state"] == "warm"} == {"one", "two"}
+    assert "no memory for it" in stack.log("worker-0")
+    assert stack.registry.hosts()[0].memory_used == 2 * SIZE
+
+
+def test_a_worker_that_ends_is_asked_for_nothing_more(make: Callable[..., Admin]) -> None:
+    operator = make({"one": "", "two": ""}, LEASE_S="30")
+    worker = operator.stack.start_worker()
+    eventually(operator.stack.registry.hosts, "it can be asked")
+    assert operator.stack.stop(worker) == 0
+    refused = operator.http.post("/inference/load_model", json={"model": "two"})
+    assert (refused.status_code, refused.json()["code"]) == (503, "no_worker")

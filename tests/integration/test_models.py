@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -200,15 +199,3 @@ def test_only_an_admin_switches_and_bad_requests_are_named(admin: Callable[..., 
     assert (answer.status_code, answer.json()["code"]) == (404, "model_not_loaded")
     assert operator.http.get("/inference/operations/op_none").status_code == 404
     assert operator.http.get("/inference/operations").json()["data"] == []
-
-
-def test_an_operation_of_a_worker_that_dies_has_failed(admin: Callable[..., Admin]) -> None:
-    operator = admin(MEMORY_LIMIT_BYTES=str(200 * MIB))
-    worker = operator.stack.processes[-1]
-    worker.send_signal(signal.SIGSTOP)
-    answer = operator.http.post("/inference/load_model", json={"model": "two"})
-    worker.kill()
-    worker.wait(10)
-    where = answer.headers["Location"]
-    eventually(lambda: operator.http.get(where).json()["state"] == "failed", "it has failed", 30)
-    assert operator.http.get(where).json()["error"]["code"] in ("worker_lost", "worker_silent")

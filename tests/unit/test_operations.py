@@ -1,4 +1,4 @@
-"""Operations as they are read: how far they are, and that none seems to go on for ever."""
+"""Operations in Redis: told by their worker, and failed when nobody has them in hand any more."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from shared.operations import SILENT_S, Operation, Operations, OperationState
+from shared.operations import GONE_S, SILENT_S, Operation, Operations, OperationState
+from shared.registry import HostInfo
 from shared.store import Redis
 
-NODE = "mlxq-0@here"
-ALIVE = frozenset({NODE})
+
+def host(node: str = "here", *operations: str) -> HostInfo:
+    return HostInfo(node, "machine", 1, 0.0, 0.0, ("one",), 100, 50, operations=operations)
 
 
 @pytest.fixture
@@ -19,60 +21,85 @@ def operations(client: Redis) -> Operations:
     return Operations(client)
 
 
-def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    now = time.time() + seconds
-    monkeypatch.setattr("shared.operations.time.time", lambda: now)
+def told(operations: Operations, monkeypatch: pytest.MonkeyPatch, seconds_ago: float, state: str) -> Operation:
+    """One that its worker told of so long ago."""
+    now = time.time()
+    begun = operations.begin("load", "two", "here")
+    with monkeypatch.context() as patch:
+        patch.setattr("shared.operations.time.time", lambda: now - seconds_ago)
+        return operations.put(replace(begun, state=OperationState(state), progress=0.25))
 
 
-def read(operations: Operations, operation: Operation, alive: frozenset[str] = ALIVE) -> Operation:
-    found = operations.get(operation.id, alive)
-    assert found is not None
-    return found
-
-
-def test_it_is_read_as_it_was_written(operations: Operations) -> None:
-    begun = operations.begin("load", "one", NODE)
-    assert read(operations, begun).state is OperationState.PENDING
-    told = replace(
-        begun, state=OperationState.FAILED, progress=0.5, error_code="load_failed", error_message="It is broken.",
-        unloaded=("two", "three"), memory_before=10, memory_after=None,
-    )  # fmt: skip
-    written = operations.put(told)
-    assert read(operations, begun) == operations.read(begun.id) == written
-    assert replace(written, updated_at=told.updated_at) == told
-    assert operations.get("op_none", ALIVE) is None
-
-
-def test_the_newest_comes_first(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = operations.begin("load", "one", NODE)
-    later(monkeypatch, 1)
-    second = operations.begin("unload", "one", NODE)
-    assert [each.id for each in operations.recent(ALIVE)] == [second.id, first.id]
-
-
-def test_a_worker_that_does_not_answer_has_not_heard_of_it(
-    operations: Operations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = operations.begin("load", "one", NODE)
-    waiting = operations.begin("load", "two", NODE)
-    operations.put(replace(waiting, state=OperationState.WAITING))
-    later(monkeypatch, SILENT_S + 1)
-    assert (read(operations, begun).state, read(operations, begun).error_code) == ("failed", "worker_silent")
-    assert read(operations, waiting).state is OperationState.WAITING, "it is in line behind another"
+def test_what_was_told_is_read_again(operations: Operations) -> None:
+    begun = operations.begin("load", "two", "here")
+    ended = replace(
+        begun,
+        state=OperationState.FAILED,
+        progress=0.5,
+        error_code="load_failed",
+        error_message="It is broken: ünd kaputt.",
+        unloaded=("one", "three"),
+        memory_before=12,
+        memory_after=0,
+    )
+    assert operations.put(ended) == operations.read(begun.id) == operations.get(begun.id, [])
+    assert operations.read("op_none") is None
+    other = operations.begin("unload", "one", "there")
+    assert {each.id for each in operations.recent([])} == {begun.id, other.id}
 
 
 @pytest.mark.parametrize("state", ["pending", "waiting", "draining", "loading"])
-def test_what_a_dead_worker_was_doing_has_failed(
+def test_what_a_worker_has_in_hand_goes_on_however_long_it_is_silent(
     operations: Operations, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    begun = operations.put(replace(operations.begin("load", "one", NODE), state=OperationState(state)))
-    assert read(operations, begun, frozenset()).state == state, "a heartbeat may be late"
-    later(monkeypatch, SILENT_S)
-    assert read(operations, begun, frozenset()).error_code == "worker_lost"
-    done = operations.put(replace(begun, state=OperationState.SUCCEEDED))
-    assert read(operations, done, frozenset()).state is OperationState.SUCCEEDED
+    """So does what waits in its line behind another loading."""
+    operation = told(operations, monkeypatch, 1000, state)
+    assert operations.get(operation.id, [host("here", "op_other", operation.id)]) == operation
 
 
-def test_only_one_asks_for_what_jobs_wait_for(operations: Operations) -> None:
-    assert [operations.may_demand("one", 30) for _ in range(3)] == [True, False, False]
-    assert operations.may_demand("two", 30)
+@pytest.mark.parametrize("state", ["pending", "waiting", "draining", "loading"])
+def test_what_a_worker_that_is_gone_had_in_hand_has_failed(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    operation = told(operations, monkeypatch, GONE_S + 1, state)
+    found = operations.get(operation.id, [host("elsewhere")])
+    assert found
+    assert (found.state, found.error_code) == (OperationState.FAILED, "worker_lost")
+    assert found.progress == 0.25
+
+
+@pytest.mark.parametrize(("state", "code"), [("pending", "worker_silent"), ("loading", "worker_lost")])
+def test_what_a_worker_that_was_started_anew_does_not_know_has_failed(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch, state: str, code: str
+) -> None:
+    """It has the same name as before."""
+    operation = told(operations, monkeypatch, SILENT_S + 1, state)
+    found = operations.get(operation.id, [host("here")])
+    assert found
+    assert (found.state, found.error_code) == (OperationState.FAILED, code)
+
+
+def test_the_newest_comes_first(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = operations.begin("load", "one", "here")
+    now = time.time() + 1
+    monkeypatch.setattr("shared.operations.time.time", lambda: now)
+    second = operations.begin("unload", "one", "here")
+    assert [each.id for each in operations.recent([host()])] == [second.id, first.id]
+
+
+def test_what_was_told_just_now_may_be_on_its_way(operations: Operations) -> None:
+    operation = operations.begin("load", "two", "here")
+    for hosts in ([], [host("here")]):
+        assert operations.get(operation.id, hosts) == operation
+
+
+def test_one_of_many_has_a_model_loaded_for_jobs_and_all_see_how_it_goes(operations: Operations) -> None:
+    assert operations.on_demand("two") is None
+    assert [operations.may_demand("two", 30) for _ in range(3)] == [True, False, False]
+    assert operations.on_demand("two") is None
+    operation = operations.begin("load", "two", "here")
+    operations.demanded(operation)
+    assert not operations.may_demand("two", 30)
+    failed = operations.put(replace(operation, state=OperationState.FAILED))
+    assert operations.on_demand("two") == failed
+    assert operations.on_demand("one") is None

@@ -1,52 +1,46 @@
-"""Slots of a model among threads of a pool for all models."""
+"""Slots as task threads take them, and tickets that come while none is free."""
 
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 from worker.desk import Rate
 from worker.seats import Seats
 
 
-def test_a_ticket_that_finds_no_seat_is_owed_one() -> None:
+def test_a_ticket_that_finds_no_seat_is_made_up_for_by_whoever_leaves_one() -> None:
     seats = Seats(2)
-    assert [seats.take() for _ in range(3)] == [True, True, False]
-    assert not seats.leave(), "it is done for the ticket that found none"
-    assert [seats.leave(), seats.leave()] == [True, True]
+    assert [seats.take() for _ in range(5)] == [True, True, False, False, False]
+    assert [seats.leave() for _ in range(5)] == [False, False, False, True, True]
+    assert seats.empty
     assert seats.take()
 
 
-def test_no_more_is_owed_than_there_are_seats() -> None:
-    seats = Seats(2)
-    assert [seats.take() for _ in range(10)] == [True, True, *[False] * 8]
-    assert [seats.leave() for _ in range(4)] == [False, False, True, True]
-
-
-def test_every_ticket_is_worked_on_by_no_more_threads_than_seats() -> None:
+def test_no_ticket_is_lost_and_no_seat_is_taken_twice_whoever_comes_when() -> None:
     seats, lock = Seats(3), threading.Lock()
-    now, most, done = 0, 0, 0
-
-    def work() -> None:
-        nonlocal now, most, done
-        with lock:
-            now += 1
-            most = max(most, now)
-        with lock:
-            now -= 1
-            done += 1
+    at_work = most = done = 0
 
     def ticket() -> None:
-        if seats.take():
-            work()
-            while not seats.leave():
-                work()
+        nonlocal at_work, most, done
+        if not seats.take():
+            return
+        while True:
+            with lock:
+                at_work += 1
+                most = max(most, at_work)
+            with lock:
+                at_work -= 1
+                done += 1
+            if seats.leave():
+                return
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda _: ticket(), range(200)))
+    threads = [threading.Thread(target=lambda: [ticket() for _ in range(200)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (done, seats.empty) == (1600, True)
     assert most <= 3
-    assert done > 0
-    assert [seats.take() for _ in range(3)] == [True] * 3, "all seats are free in the end"
 
 
 def test_a_rate_is_that_of_the_last_minute() -> None:

@@ -1,0 +1,242 @@
+"""Orders to load and unload, on a worker that only pretends to have models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis import ConnectionError as RedisGone
+
+from shared.catalog import Catalog, CatalogModel
+from shared.operations import Operation, Operations, OperationState
+from shared.store import Redis
+from worker.switching import Order, Switcher
+
+LIMIT = 1000
+
+
+@dataclass(eq=False)
+class PretendDesk:
+    """What the switcher sees of a desk."""
+
+    model: CatalogModel
+    weights_bytes: int
+    pinned: bool = False
+    batch: Any = None
+
+
+@dataclass
+class PretendModels:
+    """A worker's models: those named `broken` do not load."""
+
+    catalog: Catalog
+    sizes: dict[str, int]
+    memory_limit: int = LIMIT
+    desks: tuple[Any, ...] = ()
+    happened: list[str] = field(default_factory=list)
+    rows_hold: int = 0
+    clock: int = 0
+
+    def open_desk(self, model: CatalogModel, *, pinned: bool = False) -> PretendDesk:
+        loaded: Future[str] = Future()
+        if model.id.startswith("broken"):
+            loaded.set_exception(OSError(f"{model.path}/weights are cut"))
+        else:
+            loaded.set_result("backend")
+        self.clock += 1
+        batch = SimpleNamespace(loaded=loaded, used_at=self.clock, idle=True, load_progress=0.5)
+        desk = PretendDesk(model, self.sizes[model.id], pinned, batch)
+        self.desks = (*self.desks, desk)
+        self.happened.append(f"load {model.id}")
+        return desk
+
+    def consume(self, desk: PretendDesk) -> None:
+        assert desk.batch.loaded.exception() is None
+        self.happened.append(f"serve {desk.model.id}")
+
+    def close_desk(self, desk: PretendDesk) -> None:
+        self.desks = tuple(each for each in self.desks if each is not desk)
+        self.happened.append(f"close {desk.model.id}")
+
+    def make_room(self, coming: int) -> bool:
+        return self.memory_used() + coming <= self.memory_limit
+
+    def divide_memory(self) -> None:
+        self.happened.append("divide")
+
+    def memory_used(self) -> int:
+        return sum(desk.weights_bytes for desk in self.desks) + self.rows_hold
+
+    @property
+    def names(self) -> set[str]:
+        return {desk.model.id for desk in self.desks}
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Callable[..., PretendModels]:
+    """Makes a worker that has some of its models, the first one used longest ago."""
+
+    def made(warm: Iterable[str], **sizes: int) -> PretendModels:
+        models = {}
+        for name, size in sizes.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+            models[name] = CatalogModel(name, tmp_path / name, "text")
+        found = PretendModels(Catalog(models, next(iter(models))), sizes)
+        for name in warm:
+            found.open_desk(models[name])
+        found.happened.clear()
+        return found
+
+    return made
+
+
+@dataclass
+class Desk:
+    """Has orders done at once."""
+
+    models: PretendModels
+    operations: Operations
+
+    def do(self, kind: str, model: str, **how: bool) -> Operation:
+        operation = self.operations.begin(kind, model, "here")
+        switcher = Switcher(self.models, self.operations)  # type: ignore[arg-type]
+        switcher.put(Order(operation.id, kind, model, **how))
+        assert switcher.in_hand == (operation.id,)
+        switcher.close()
+        switcher.run()
+        assert switcher.in_hand == ()
+        ended = self.operations.read(operation.id)
+        assert ended is not None
+        return ended
+
+
+@pytest.fixture
+def do(client: Redis) -> Callable[..., Operation]:
+    def done(models: PretendModels, kind: str, model: str, **how: bool) -> Operation:
+        return Desk(models, Operations(client)).do(kind, model, **how)
+
+    return done
+
+
+def test_beside_what_is_warm_while_there_is_memory(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one"], one=300, two=300)
+    ended = do(models, "load", "two")
+    assert (ended.state, ended.progress, ended.unloaded) == (OperationState.SUCCEEDED, 1.0, ())
+    assert (ended.memory_before, ended.memory_after) == (300, 600)
+    assert models.names == {"one", "two"}
+
+
+def test_the_least_recently_used_goes_first_and_no_more_than_must(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one", "two", "three"], one=300, two=300, three=300, four=500)
+    ended = do(models, "load", "four")
+    assert ended.unloaded == ("one", "two")
+    assert models.happened == ["close one", "close two", "load four", "serve four"]
+
+
+def test_what_has_jobs_counts_as_in_use_however_long_ago_they_came(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one", "two"], one=400, two=400, three=400)
+    models.desks[0].batch.idle = False
+    assert do(models, "load", "three").unloaded == ("two",)
+
+
+def test_what_is_pinned_stays_and_the_order_fails_before_anything_goes(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one", "two"], one=400, two=400, three=700)
+    models.desks[1].pinned = True
+    ended = do(models, "load", "three")
+    assert (ended.state, ended.error_code) == (OperationState.FAILED, "not_enough_memory")
+    assert "beside two" in str(ended.error_message)
+    assert models.happened == []
+
+
+def test_in_the_place_of_what_is_warm_it_is_loaded_before_that_goes_where_memory_allows(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one"], one=300, two=300, three=900)
+    assert do(models, "load", "two", replace=True).unloaded == ("one",)
+    assert models.happened == ["load two", "serve two", "close one"]
+    models.happened.clear()
+    assert do(models, "load", "three", replace=True).unloaded == ("two",)
+    assert models.happened == ["close two", "load three", "serve three"]
+
+
+def test_what_is_warm_already_is_pinned_and_replaces_the_others_when_asked(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one", "two"], one=300, two=300)
+    assert do(models, "load", "two", pin=True).state is OperationState.SUCCEEDED
+    assert (models.happened, models.desks[1].pinned) == ([], True)
+    assert do(models, "load", "two", replace=True).unloaded == ("one",)
+    assert models.names == {"two"}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_model_that_does_not_load_leaves_or_puts_back_what_was_there(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation], replace: bool, tmp_path: Path
+) -> None:
+    models = worker(["one"], one=300, broken_small=300, broken_large=900)
+    failed = do(models, "load", "broken_small", replace=replace)
+    assert (failed.state, failed.error_code) == (OperationState.FAILED, "load_failed")
+    assert str(tmp_path) not in str(failed.error_message)
+    assert models.happened == ["load broken_small", "close broken_small"]
+    models.happened.clear()
+    assert do(models, "load", "broken_large", replace=replace).error_code == "load_failed"
+    assert models.happened[-2:] == ["load one", "serve one"]
+    assert models.names == {"one"}
+
+
+def test_what_cannot_be_put_back_is_not_served(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["broken_now"], broken_now=300, broken_large=900)
+    assert do(models, "load", "broken_large").error_code == "load_failed"
+    assert models.names == set()
+
+
+def test_memory_that_rows_hold_is_not_taken_from_them(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation]
+) -> None:
+    models = worker(["one"], one=300, two=300)
+    models.rows_hold = 500
+    ended = do(models, "load", "two")
+    assert (ended.state, ended.error_code) == (OperationState.FAILED, "not_enough_memory")
+    assert (models.names, models.happened) == ({"one"}, ["divide"])
+
+
+def test_an_unloading(worker: Callable[..., PretendModels], do: Callable[..., Operation]) -> None:
+    models = worker(["one"], one=300, two=300)
+    ended = do(models, "unload", "one")
+    assert (ended.state, ended.unloaded, ended.memory_after) == (OperationState.SUCCEEDED, ("one",), 0)
+    assert do(models, "unload", "one").error_code == "model_not_loaded"
+    assert do(models, "load", "nine").error_code == "model_not_found"
+
+
+def test_an_end_that_redis_cannot_take_is_told_when_it_is_back(
+    worker: Callable[..., PretendModels],
+    do: Callable[..., Operation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put, calls = Operations.put, []
+
+    def away(self: Operations, operation: Operation) -> Operation:
+        calls.append(operation.state)
+        if operation.state.terminal and len(calls) < 5:
+            raise RedisGone("away")
+        return put(self, operation)
+
+    monkeypatch.setattr("worker.switching.TOLD_EVERY_S", 0.01)
+    monkeypatch.setattr(Operations, "put", away)
+    assert do(worker(["one"], one=300), "unload", "one").state is OperationState.SUCCEEDED
