@@ -123,14 +123,17 @@ class Claims:
         self._release = script(client, "release")
         self._retire = script(client, "retire")
 
-    def claim(self, model: str) -> Job | None:
+    def claim(self, model: str, beside: Iterable[str] = ()) -> Job | None:
         """Take the next job of a model; None when none waits that this worker may have now.
+
+        Args:
+            beside: the workers of other models that would end with this one's process.
 
         Raises:
             NoLease: renew first.
             LeftToOthers: tell them.
         """
-        reply = self._claim(args=[model, self._worker])
+        reply = self._claim(args=[model, self._worker, *beside])
         if reply == "no lease":
             raise NoLease(self._worker)
         if not reply or reply == "alone":

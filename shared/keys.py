@@ -19,6 +19,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `GRACE` | hash | worker → seconds its lease gets once more when nobody could renew it | until it lapses |
 | `PASSED` | hash | `at`, `server`: when the reaper last passed by, and on which Redis (its run_id) | for ever |
 | `ALONE` + model | string | worker that empties itself for a job that must run alone | until one takes such a job |
+| `EMPTYING` + worker | string | it does so now: the workers of other models in its process take nothing | 5 s |
 | `PREFIXES` + model | hash | a mark's first 4 digits → its rest, its last claimants (`web.marks`) | an hour unused |
 | `ROUTED` | hash | `model:keeper`, `:left`, `:another` → jobs that `claim.lua` routed so | for ever |
 | `RUNNING` + worker | set | jobs the worker has claimed | until they end or the lease lapses |
@@ -57,6 +58,7 @@ LEASES: Final = "mlxq:leases"
 GRACE: Final = "mlxq:grace"
 PASSED: Final = "mlxq:passed"
 ALONE: Final = "mlxq:alone:"
+EMPTYING: Final = "mlxq:emptying:"
 PREFIXES: Final = "mlxq:prefixes:"
 ROUTED: Final = "mlxq:routed"
 RUNNING: Final = "mlxq:running:"

@@ -90,6 +90,7 @@ class Service:
             self._engine,
             self._tickets,
             lambda: self._watchdog.tripped or self._ending,
+            lambda: frozenset(desk.id for desk in self.desks),
             self._die,
         )
 

@@ -55,6 +55,7 @@ class Place:
         index: of the process on this machine.
         node: its Celery node name.
         given_up: whether leases are to lapse, because the process cannot go on.
+        workers: the ids of all its desks.
     """
 
     settings: Settings
@@ -64,6 +65,7 @@ class Place:
     engine: Engine
     tickets: TicketOffice
     given_up: Callable[[], bool]
+    workers: Callable[[], frozenset[str]]
     on_death: OnDeath
 
 
@@ -116,6 +118,7 @@ class Desk:
             self._keeper.wait_renewal,
             ImageStore(files).get,
             self.slots,
+            lambda: place.workers() - {self.id},
         )
 
     @property

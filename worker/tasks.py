@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -38,6 +38,7 @@ class Runner:
         held: the claims the threads work on, for others to read.
         wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
         slots: jobs worked on at a time.
+        beside: names of the workers of other models in this process.
         images: the files of a job's images, by digest, as far as they are kept.
 
     Attributes:
@@ -56,7 +57,9 @@ class Runner:
         wait_renewal: Callable[[float], bool],
         images: Callable[[str, Collection[str]], Mapping[str, bytes]],
         slots: int,
+        beside: Callable[[], Iterable[str]] = tuple,
     ) -> None:
+        self._beside = beside
         self._batch = batch
         self._publisher = publisher
         self._claims = claims
@@ -107,7 +110,7 @@ class Runner:
     def _claim(self, model: str) -> Job | None:
         for _ in range(RENEWALS_AWAITED):
             try:
-                return self._claims.claim(model)
+                return self._claims.claim(model, self._beside())
             except NoLease:
                 self._wait_renewal(1.0)
             except LeftToOthers as left:

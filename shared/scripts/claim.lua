@@ -1,5 +1,5 @@
 -- The next job of a model for a worker, as a new attempt. Those before it whose time is over end here.
--- ARGV: model, worker
+-- ARGV: model, worker, then the workers of other models in the same process
 -- Returns the record as name, value, … ; 'no lease' ; 'alone' when the worker must first be done with what it holds;
 -- 'left', then id, node, seconds for each job that is left to another worker and that this one is to see to: it tells
 -- that node, and after so many seconds anybody; or nothing when no job waits that it may have.
@@ -11,11 +11,29 @@ local lease = redis.call('ZSCORE', K.LEASES, worker)
 if not lease or tonumber(lease) <= now() then
   return 'no lease'
 end
--- A job that one more loss would fail runs alone: if it kills the worker, it takes no neighbour with it. One worker
--- empties itself for it; the others pass it by, or all would stand still until one of them happens to be empty.
+-- A job that one more loss would fail runs alone: if it kills the process, it takes no neighbour with it, of no model.
+-- One worker empties itself for it, and so do those beside it; the others pass it by, or all would stand still until one
+-- of them happens to be empty.
+local EMPTYING_MS = 5000 -- each claim that finds such a job says so again
 local held = redis.call('SMEMBERS', K.RUNNING .. worker)
-if #held == 1 and redis.call('HGET', K.JOB .. held[1], 'alone') then
+local function in_company()
+  local count = #held
+  for i = 3, #ARGV do
+    count = count + redis.call('SCARD', K.RUNNING .. ARGV[i])
+  end
+  return count > 0
+end
+local function runs_one_alone(ids)
+  return #ids == 1 and redis.call('HGET', K.JOB .. ids[1], 'alone')
+end
+if runs_one_alone(held) then
   return 'alone'
+end
+for i = 3, #ARGV do
+  local other = ARGV[i]
+  if redis.call('EXISTS', K.EMPTYING .. other) == 1 or runs_one_alone(redis.call('SMEMBERS', K.RUNNING .. other)) then
+    return 'alone'
+  end
 end
 local function emptying()
   local other = redis.call('GET', K.ALONE .. model)
@@ -148,7 +166,7 @@ end
 local function start(found)
   local id, job, at = found.id, K.JOB .. found.id, now()
   if found.alone then
-    redis.call('DEL', K.ALONE .. model)
+    redis.call('DEL', K.ALONE .. model, K.EMPTYING .. worker)
   end
   if not found.started and found.keeper == worker then
     count('keeper')
@@ -190,8 +208,9 @@ for _ = 1, MOST_LOOKED_AT do
     leave_line(job.id, model) -- a record that has gone
   elseif due and tonumber(due) <= now() then
     finish(job.id, 'expired', {})
-  elseif job.alone and #held > 0 then
+  elseif job.alone and in_company() then
     if emptying() == worker then
+      redis.call('SET', K.EMPTYING .. worker, 1, 'PX', EMPTYING_MS)
       return see_to() or 'alone'
     end
     place = place + 1

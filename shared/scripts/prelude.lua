@@ -202,7 +202,7 @@ end
 
 -- A worker has gone: its lease, its card, and what it held.
 local function forget_worker(worker)
-  redis.call('DEL', K.RUNNING .. worker, K.WORKER .. worker)
+  redis.call('DEL', K.RUNNING .. worker, K.WORKER .. worker, K.EMPTYING .. worker)
   redis.call('ZREM', K.LEASES, worker)
   redis.call('HDEL', K.GRACE, worker)
 end

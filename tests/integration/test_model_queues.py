@@ -180,3 +180,20 @@ def test_a_worker_that_ends_is_asked_for_nothing_more(make: Callable[..., Admin]
     assert operator.stack.stop(worker) == 0
     refused = operator.http.post("/inference/load_model", json={"model": "two"})
     assert (refused.status_code, refused.json()["code"]) == (503, "no_worker")
+
+
+def test_a_job_that_kills_its_worker_fails_no_job_of_another_model_there(make: Callable[..., Admin]) -> None:
+    operator = make({"one": "", "two": ""}, WORKER_MODELS="one,two", DRAIN_S="0")
+    stack = operator.stack
+    worker = stack.start_worker()
+    with stack.client() as client:
+        others = [client.submit({"model": "two", "prompt": f"{SLOW} {i}", "max_tokens": 250}) for i in range(3)]
+        eventually(lambda: all(client.job(job.id).status is Status.RUNNING for job in others), "they run")
+        bad = client.submit({"model": "one", "prompt": "!encode=1 !die=3", "max_tokens": 100})
+        for _ in range(3):
+            assert worker.wait(30) == 9
+            worker = stack.start_worker(MLXQ_WORKER_INDEX="0")
+        eventually(lambda: client.job(bad.id).status.terminal, "it ends")
+        assert client.job(bad.id).status is Status.FAILED
+        eventually(lambda: all(client.job(job.id).status.terminal for job in others), "the others end", 60)
+        assert {client.job(job.id).status for job in others} == {Status.SUCCEEDED}

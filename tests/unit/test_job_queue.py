@@ -16,8 +16,8 @@ MODEL = "m"
 SUCCESS = Ending(Status.SUCCEEDED, text="hello", finish_reason="stop", prompt_tokens=3, completion_tokens=2)
 
 
-def submission(owner: str = "a", **more: object) -> Submission:
-    return Submission(Generation(MODEL, 10, Sampling(0.0), prompt="hi"), owner, **more)  # type: ignore[arg-type]
+def submission(owner: str = "a", model: str = MODEL, **more: object) -> Submission:
+    return Submission(Generation(model, 10, Sampling(0.0), prompt="hi"), owner, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -566,6 +566,29 @@ def test_a_suspect_goes_to_whoever_is_empty(client: Redis, jobs: Jobs, worker: C
     assert taken(other).id == suspect.id
     behind, _ = jobs.create(submission())
     assert taken(worker).id == behind.id
+
+
+def test_a_suspect_has_a_process_to_itself_whatever_models_that_has(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    beside = Claims(client, "w1-of-another-model")
+    beside.renew(60)
+
+    def claimed(model: str = MODEL) -> str | None:
+        job = worker.claim(MODEL, ["w1-of-another-model"]) if model == MODEL else beside.claim(model, ["w1"])
+        return job.id if job else None
+
+    others = [jobs.create(submission(model="other"))[0] for _ in range(2)]
+    assert claimed("other") == others[0].id
+    running = jobs.get(others[0].id, "a")
+    suspect, _ = jobs.create(submission())
+    client.hset("mlxq:job:" + suspect.id, "alone", 1)
+    assert claimed() is None, "a job of another model runs there"
+    assert claimed("other") is None, "and no further one is begun"
+    beside.append([Append.of(running, running.last_event + 1, ending=SUCCESS)])
+    assert claimed() == suspect.id
+    assert claimed("other") is None
+    alone = jobs.get(suspect.id, "a")
+    worker.append([Append.of(alone, alone.last_event + 1, ending=SUCCESS)])
+    assert claimed("other") == others[1].id
 
 
 def test_a_line_of_jobs_whose_time_is_over_is_gone_through_in_parts(client: Redis, worker: Claims) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -298,7 +298,7 @@ def test_a_job_whose_log_has_a_gap_is_not_continued(desk: Desk, client: Redis, m
 def test_a_job_that_is_left_to_another_worker_is_told_to_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     left, calls = Left("job", "node", 0.2), []
 
-    def claim(model: str) -> None:
+    def claim(model: str, beside: Iterable[str]) -> None:
         raise LeftToOthers([left])
 
     monkeypatch.setattr(desk.claims, "claim", claim)
@@ -308,7 +308,7 @@ def test_a_job_that_is_left_to_another_worker_is_told_to_it(desk: Desk, monkeypa
 
 
 def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(model: str) -> None:
+    def away(model: str, beside: Iterable[str]) -> None:
         raise RedisAway
 
     monkeypatch.setattr(desk.claims, "claim", away)
