@@ -72,6 +72,24 @@ class Totals:
     gauges: dict[str, float] = field(default_factory=dict)
 
 
+class OwnTime:
+    """A clock for one model: it stands still while the engine's thread does something for others.
+
+    What a step takes, and what fewer or more rows give, is judged by it: another model's steps in between are none of
+    its own.
+
+    Attributes:
+        away_s: so long the thread was with others.
+    """
+
+    def __init__(self) -> None:
+        self.away_s = 0.0
+
+    def __call__(self) -> float:
+        """Seconds, from any moment on."""
+        return time.monotonic() - self.away_s
+
+
 class Batch:
     """The rows of one model. `submit`, `heed` and `drain` may be called from any thread, the rest is the engine's.
 
@@ -84,6 +102,7 @@ class Batch:
         progress_at: monotonic moment at which something was last gained: a token, a piece of a prompt, a row less.
         used_at: monotonic moment at which a row was last submitted.
         spent_s: what the engine's thread has spent on it, as `worker.engine` reckons it.
+        own_time: what passes for it alone.
     """
 
     def __init__(
@@ -98,12 +117,13 @@ class Batch:
         self.progress_at = self.used_at = time.monotonic()
         self.load_progress = 0.0
         self.spent_s = 0.0
+        self.own_time = OwnTime()
         self.totals = Totals()
         self._load = load
         self._wake = wake
         self._slots = self._most_rows = slots
         self._publish = publish
-        self._crowding = crowding or Crowding(slots)
+        self._crowding = crowding or Crowding(slots, self.own_time)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()  # its put is safe in a signal handler
         self._waiting: deque[Sequence] = deque()
         self._suspects: deque[Sequence] = deque()
@@ -170,6 +190,7 @@ class Batch:
                     self._got_on()
                     yield
             self._backend: Backend = made
+            self._backend.keep_time(self.own_time)
             self._read_gauges()
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
             self.loaded.set_exception(error)

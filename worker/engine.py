@@ -105,14 +105,22 @@ class Engine(VitalThread):
         for batch, pieces in [*self._loading.items()]:
             self._load_on(batch, pieces)
         due = self._next()
-        if due is None:
-            return
+        if due is not None:
+            due.spent_s += self._spent_on(due, due.step)
+
+    def _spent_on(self, batch: Batch, work: Order) -> float:
+        """Do something for a model; the seconds that takes, in which the time of the others stands still."""
         started = time.perf_counter()
-        due.step()
-        due.spent_s += time.perf_counter() - started
+        work()
+        took_s = time.perf_counter() - started
+        for other in self._batches:
+            if other is not batch:
+                other.own_time.away_s += took_s
+        return took_s
 
     def _load_on(self, batch: Batch, pieces: Iterator[None]) -> None:
-        if next(pieces, self) is not self:
+        self._spent_on(batch, lambda: next(pieces, None))
+        if not batch.loaded.done():
             return
         del self._loading[batch]
         if batch.loaded.exception() is None:

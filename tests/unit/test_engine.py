@@ -158,6 +158,37 @@ def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.
     assert max(abs(fast - 5 * tardy) for fast, tardy in steps) <= 6, "nobody waits for more than a step of the other"
 
 
+def test_a_models_own_time_stands_still_while_others_step_or_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("worker.batch.time.monotonic", lambda: clock[0])
+    desk = Desk()
+    quick, slow = (desk.batch(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
+    for batch in (quick, slow):
+        desk.engine.open(batch)
+        desk.engine.turn()
+        submitted(batch, max_tokens=1000)
+    steps = quick.totals.steps, slow.totals.steps
+    before = quick.own_time(), slow.own_time()
+    for _ in range(120):
+        desk.engine.turn()
+    assert quick.own_time() - before[0] == (quick.totals.steps - steps[0]) * 1.0
+    assert slow.own_time() - before[1] == (slow.totals.steps - steps[1]) * 5.0
+
+    def load() -> Generator[float, None, Backend]:
+        for _ in range(3):
+            clock[0] += 100.0
+            yield 0.5
+        return FakeBackend()
+
+    before = quick.own_time(), slow.own_time()
+    desk.engine.open(desk.batch(load))
+    for _ in range(4):
+        desk.engine.turn()
+    assert quick.own_time() - before[0] < 100.0
+    assert slow.own_time() - before[1] < 100.0
+
+
 def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])

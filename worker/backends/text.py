@@ -244,6 +244,11 @@ class TextBackend:
         """Whether there is memory for another row; prefixes give way."""
         return self._budget.fits(tokens, list(self._lengths.values()))
 
+    def keep_time(self, clock: Callable[[], float]) -> None:
+        """See `Backend.keep_time`."""
+        self._clock = self._speculation.clock = clock
+        self._stepped_at = clock()
+
     def grant(self, most_bytes: int) -> None:
         """See `Backend.grant`."""
         self._budget = replace(self._budget, most_bytes=most_bytes)
