@@ -1,4 +1,4 @@
-"""What switching between two warm models costs: steps of one alone, and of two in turns, in one process.
+"""What switching between two warm models costs: the engine's turns with one alone, and with two, in one process.
 
 python -m scripts.commands.benching.switching, with `{"model": FOLDER, "rounds": …}` on standard input
 """
@@ -10,15 +10,17 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scripts.commands.benching.processes import asked
 from shared.blas import prefer_openblas
-from shared.jobs import Sampling
+from shared.jobs import Generation, Job, Sampling
 
 if TYPE_CHECKING:
     from worker.backends.text import TextBackend
+    from worker.sequence import Sequence as Row
 
 ROWS: Final = 8
 _PROMPT: Final = 64
@@ -43,7 +45,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def measured(folder: Path, rounds: int) -> dict[str, Any]:
-    """Steps of two models of this folder."""
+    """Turns of the engine with two models of this folder."""
     import mlx.core as mx
 
     from worker.backends.text import TextBackend, default_chunk
@@ -52,10 +54,11 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     backends = [TextBackend(load_model(folder), default_chunk()) for _ in range(2)]
     for backend in backends:
         backend.warm()
+        backend.eos = frozenset()  # all rows stay to the end
     alone_s, in_turns_s = [], []
     for _ in range(rounds):
-        alone_s += [_step_s([backend]) for backend in backends]
-        in_turns_s.append(_step_s(backends))
+        alone_s += [_turn_s([backend]) for backend in backends]
+        in_turns_s.append(_turn_s(backends))
     alone, in_turns = statistics.median(alone_s), statistics.median(in_turns_s)
     return {
         "rows": ROWS,
@@ -66,23 +69,45 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def _step_s(backends: Sequence[TextBackend]) -> float:
-    """The median step, where these take turns."""
-    from worker.backends.base import Row
+def _turn_s(backends: Sequence[TextBackend]) -> float:
+    """The engine's median turn, where it has these models: one step of one of them."""
+    from worker.batch import Batch
+    from worker.engine import Engine
 
+    engine = Engine()
     for backend in backends:
-        prompts = [tuple(100 + (uid * 977 + i * 131) % 40_000 for i in range(_PROMPT)) for uid in range(ROWS)]
-        backend.insert([Row(uid, prompt, 0, 10 * _STEPS, Sampling(0.0)) for uid, prompt in enumerate(prompts)])
+        batch = Batch(partial(_the, backend), ROWS, lambda _: None, engine.wake)
+        engine.open(batch)
+        engine.turn()
+        for row in range(ROWS):
+            batch.submit(_sequence(backend, row))
     took_s = []
-    for number in range(_STEPS):
-        for backend in backends:
-            start = time.perf_counter()
-            backend.step()
-            if number >= _SETTLED:
-                took_s.append(time.perf_counter() - start)
+    for number in range(_STEPS * len(backends)):
+        start = time.perf_counter()
+        engine.turn()
+        if number >= _SETTLED * len(backends):
+            took_s.append(time.perf_counter() - start)
     for backend in backends:
         backend.reset()
     return statistics.median(took_s)
+
+
+def _the(backend: TextBackend) -> TextBackend:
+    """It is loaded."""
+    return backend
+
+
+def _sequence(backend: TextBackend, row: int) -> Row:
+    """A job that the engine can be given."""
+    from worker.backends.base import Prompt
+    from worker.sequence import Sequence as Row
+
+    asked = Generation("tiny", 10 * _STEPS, Sampling(0.0), prompt="")
+    record = dict.fromkeys(("owner", "request_id"), "bench") | dict.fromkeys(("attempt", "class"), "1")
+    record |= {"id": f"job_{row}", "model": "tiny", "status": "running", "seq": "0", "created_at": "0"}
+    sequence = Row(Job.from_record(record | {"generation": asked.to_json(), "metadata": "{}"}), backend)
+    sequence.begin(Prompt(tuple(100 + (row * 977 + i * 131) % 40_000 for i in range(_PROMPT))))
+    return sequence
 
 
 if __name__ == "__main__":
