@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -208,10 +208,10 @@ class Service:
             logger.warning("it is not written to %s: %s", self._error_file, unwritable)
         return EXIT_CONFIG
 
-    def _load(self, model: CatalogModel) -> Generator[float, None, Backend]:
+    def _load(self, model: CatalogModel, clock: Callable[[], float]) -> Generator[float, None, Backend]:
         """Load a model, on the engine's thread."""
         self._prepare_library()
-        made = choose_loader(self._settings, model)()
+        made = choose_loader(self._settings, model, clock)()
         backend = named((yield from made) if isinstance(made, Generator) else made, model)
         if self._blas is not None:
             backend.about |= {"blas": self._blas.version or self._blas.name, "gflops": round(self._gflops, 1)}

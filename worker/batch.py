@@ -112,12 +112,13 @@ class Batch:
         publish: Callable[[list[Said]], object],
         wake: Callable[[], object] = lambda: None,
         crowding: Crowding | None = None,
+        own_time: OwnTime | None = None,
     ) -> None:
         self.loaded: Future[Backend] = Future()
         self.progress_at = self.used_at = time.monotonic()
         self.load_progress = 0.0
         self.spent_s = 0.0
-        self.own_time = OwnTime()
+        self.own_time = own_time or OwnTime()
         self.totals = Totals()
         self._load = load
         self._wake = wake
@@ -190,7 +191,6 @@ class Batch:
                     self._got_on()
                     yield
             self._backend: Backend = made
-            self._backend.keep_time(self.own_time)
             self._read_gauges()
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
             self.loaded.set_exception(error)

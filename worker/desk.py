@@ -13,8 +13,9 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from kombu import Queue
@@ -30,8 +31,8 @@ from shared.registry import Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import connect
 from shared.tickets import TicketOffice, own_queue, queue_name
-from worker.backends.base import Backend, BackendLoader
-from worker.batch import Batch
+from worker.backends.base import Backend
+from worker.batch import Batch, OwnTime
 from worker.engine import Engine
 from worker.lease import Claim, LeaseKeeper
 from worker.publisher import Publisher
@@ -72,8 +73,16 @@ class Place:
 class Desk:
     """One model's part of a worker process."""
 
-    def __init__(self, place: Place, model: CatalogModel, load: BackendLoader, *, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        place: Place,
+        model: CatalogModel,
+        load: Callable[[Callable[[], float]], Backend | Generator[float, None, Backend]],
+        *,
+        pinned: bool = False,
+    ) -> None:
         settings = place.settings
+        own_time = OwnTime()
         self.model = model
         self.pinned = pinned or model.pin
         self.slots = model.slots or settings.slots
@@ -91,7 +100,9 @@ class Desk:
         client = connect(settings.store_url)
         claims = Claims(client, self.id)
         self._publisher = Publisher(claims, lambda *word: self.batch.heed(*word), place.on_death)  # noqa: PLW0108
-        self.batch = Batch(load, self.slots, self._publisher.put, place.engine.wake)
+        self.batch = Batch(
+            partial(load, own_time), self.slots, self._publisher.put, place.engine.wake, own_time=own_time
+        )
         # The lease keeper's calls must not take longer than the lease holds, tried twice and with the pause between.
         quick_client = connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1)
         self._quick_claims = Claims(quick_client, self.id)

@@ -113,7 +113,7 @@ class Engine(VitalThread):
         started = time.perf_counter()
         work()
         took_s = time.perf_counter() - started
-        for other in self._batches:
+        for other in (*self._batches, *self._loading):
             if other is not batch:
                 other.own_time.away_s += took_s
         return took_s

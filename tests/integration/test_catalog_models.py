@@ -20,7 +20,7 @@ from shared.jobs import Sampling
 from shared.model_folder import ModelError, weights_size
 from shared.settings import Settings
 from worker.backends.base import Row
-from worker.backends.text import TextBackend, load
+from worker.backends.text import READ_SHARE, TextBackend, load
 
 PROMPT = tuple(range(200, 240))
 
@@ -51,9 +51,11 @@ def plain(tiny_model_path: Path) -> CatalogModel:
 def test_it_loads_in_pieces(plain: CatalogModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.backends.text.PIECE_BYTES", 2**20)
     backend, seen = loaded(plain)
-    assert len(seen) >= 2
     assert seen == sorted(seen)
-    assert 0 < seen[0] < seen[-1] == pytest.approx(0.9)
+    read = [far for far in seen if far < READ_SHARE + 1e-6]
+    assert 0 < read[0] < read[-1] == pytest.approx(READ_SHARE)
+    assert len(seen) > len(read) + 3, "so it is warmed up"
+    assert seen[-1] < 1
     on_disk = sum(file.stat().st_size for file in plain.path.glob("*.safetensors"))
     assert backend.weights_bytes == pytest.approx(on_disk, rel=0.01)
 

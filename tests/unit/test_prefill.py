@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -258,7 +258,13 @@ def test_where_nobody_decodes_any_more_the_rest_of_a_chunk_is_one_step(slow: Pre
 
 
 def test_what_a_chunk_costs_is_measured_on_the_model(model: Any) -> None:
-    found = cost.measured(model, CHUNK)
+    def measured() -> Generator[None, None, None]:
+        nonlocal found
+        found = yield from cost.measuring(model, CHUNK)
+
+    found = cost.UNKNOWN
+    assert sum(1 for _ in measured()) > 3, "in pieces"
+    assert found is not cost.UNKNOWN
     assert found.token > 0
     assert found.fixed >= 0
     assert found.behind >= 0

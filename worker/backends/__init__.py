@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from functools import partial
 
 from shared.catalog import CatalogModel
@@ -11,8 +12,8 @@ from shared.settings import Settings
 from worker.backends.base import BackendLoader
 
 
-def choose_loader(settings: Settings, model: CatalogModel) -> BackendLoader:
-    """The loader of the backend that a model and BACKEND ask for.
+def choose_loader(settings: Settings, model: CatalogModel, clock: Callable[[], float]) -> BackendLoader:
+    """The loader of the backend that a model and BACKEND ask for; it will judge by the clock what its steps take.
 
     Libraries are imported only here, and only the one needed: `fake` runs where MLX is not installed, and MLX must
     not be imported before its BLAS is chosen.
@@ -24,10 +25,10 @@ def choose_loader(settings: Settings, model: CatalogModel) -> BackendLoader:
     if model.kind == "vision":
         from worker.backends import vision
 
-        return partial(vision.load, settings, model)
+        return partial(vision.load, settings, model, clock)
     from worker.backends import text
 
-    return partial(text.load, settings, model)
+    return partial(text.load, settings, model, clock)
 
 
 def memory_limit(settings: Settings) -> int:

@@ -172,10 +172,6 @@ class Backend(Protocol):
         """Drop rows in whatever stage they are; their slots are free at once. Unknown uids are passed over."""
         ...
 
-    def keep_time(self, clock: Callable[[], float]) -> None:
-        """Judge what steps take by this clock from now on."""
-        ...
-
     def reset(self) -> None:
         """Drop every row and all that was kept of earlier ones, and start with an empty batch."""
         ...

@@ -7,7 +7,7 @@ last part grows with what has been read, and on a CPU it is most of the cost of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,13 @@ UNKNOWN = Cost(0.0, 1.0, 0.0)
 """Nothing was measured: one token is like another."""
 
 
-def measured(model: Any, most: int) -> Cost:
-    """Read chunks of one token and of `most`, and one far behind the beginning."""
-    one, many = (_seconds(model, tokens, 0) for tokens in (1, most))
+def measuring(model: Any, most: int) -> Generator[None, None, Cost]:
+    """Read chunks of one token and of `most`, and one far behind the beginning; in pieces."""
+    one = yield from _seconds(model, 1, 0)
+    many = yield from _seconds(model, most, 0)
     token = max(many - one, 0.0) / max(most - 1, 1)
     some = max(most // 4, 1)
-    far = _seconds(model, some, BEHIND)
+    far = yield from _seconds(model, some, BEHIND)
     return Cost(
         fixed=max(one - token, 0.0),
         token=max(token, _least(many, most)),
@@ -73,11 +74,15 @@ def _least(many: float, most: int) -> float:
     return many / most / 100
 
 
-def _seconds(model: Any, tokens: int, position: int) -> float:
+def _seconds(model: Any, tokens: int, position: int) -> Generator[None, None, float]:
     layers = kv.empty(model, 1)
     kv.feed(model, layers, [(0,) * tokens])
     kv.reserve(layers, position + tokens)
-    return min(_timed(lambda: _read_at(model, layers, tokens, position)) for _ in range(_TIMES + 1))
+    least = float("inf")
+    for _ in range(_TIMES + 1):
+        yield
+        least = min(least, _timed(lambda: _read_at(model, layers, tokens, position)))
+    return least
 
 
 def _read_at(model: Any, layers: kv.Layers, tokens: int, position: int) -> None:

@@ -26,7 +26,7 @@ import codecs
 import math
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from zlib import crc32
@@ -224,9 +224,6 @@ class FakeBackend:
             self._rows.pop(uid, None)
             if uid in self._unread:
                 self._unread.remove(uid)
-
-    def keep_time(self, clock: Callable[[], float]) -> None:
-        """It judges nothing."""
 
     def grant(self, most_bytes: int) -> None:
         """It needs none."""

@@ -81,10 +81,14 @@ class ImageEncoder:
         values: Floats = processed["pixel_values"]
         return values
 
-    def warm(self) -> None:
-        """Encode images of two sizes, so that every kernel is compiled, and see what they take."""
+    def warming(self) -> Iterator[None]:
+        """Encode images of two sizes, so that every kernel is compiled, and see what they take; in pieces."""
         small, large = (Grid(side, side, self._processor.merge_size) for side in _WARM_SIDES)
-        least, most = (min(self._timed(grid) for _ in range(3)) for grid in (small, large))
+        took_s: dict[Grid, list[float]] = {small: [], large: []}
+        for grid in (small, large) * 3:
+            took_s[grid].append(self._timed(grid))
+            yield
+        least, most = (min(took_s[grid]) for grid in (small, large))
         each = max(most - least, most / 100) / (large.patches - small.patches)
         self._cost = (max(least - small.patches * each, 0.0), each)
 

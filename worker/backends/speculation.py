@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -101,8 +101,8 @@ class Speculation:
         self.accepted += sum(map(len, found)) - len(found)
         return found
 
-    def warm(self) -> None:
-        """Run a pass of each length, so that every kernel is compiled, and once more to see what it takes."""
+    def warming(self) -> Iterator[None]:
+        """Run a pass of each length, so that every kernel is compiled, and again to see what it takes; in pieces."""
         if not self._able:
             return
         slots = [Slot.of(Row(-1, (0,) * 9, 0, 1000, Sampling(temperature=0.0)))]
@@ -111,6 +111,7 @@ class Speculation:
                 start = self.clock()
                 self.verify(kv.empty(self._model, 1), slots, length)
                 took = self.clock() - start
+                yield
             self.costs(slots).verified(length, took)
         self.drafted = self.accepted = 0
 

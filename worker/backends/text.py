@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,13 +67,20 @@ PIECE_BYTES = 64 * 2**20
 """Of the weights, that are read between two steps of other models."""
 READ_SHARE = 0.9
 """The part of the loading that is reading; the rest is warming up."""
+_LEFT_A_PIECE = 0.95
+"""Of what was left of the loading before a piece of warming up: how many there are depends on the model."""
 
 _CLEAR_EVERY = 512
 """Steps between two returns of MLX's spare buffers, whose sizes fit the batch less and less as it changes."""
 
 
-def load(settings: Settings, model: CatalogModel) -> Generator[float, None, TextBackend]:
+def load(
+    settings: Settings, model: CatalogModel, clock: Callable[[], float] = time.monotonic
+) -> Generator[float, None, TextBackend]:
     """Load and warm a model, in pieces; each tells how far it is.
+
+    Args:
+        clock: by which it will judge what its steps take.
 
     Raises:
         ModelError: it cannot be served.
@@ -82,7 +90,7 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, Text
     loaded = load_model(model.path, adapter=model.adapter, lazy=True)
     convert(loaded, model.dtype, model.quantize_bits)
     yield from read_weights(loaded.model, model.path)
-    return assembled(settings, loaded, model, TextBackend)
+    return (yield from assembled(settings, loaded, model, partial(TextBackend, clock=clock)))
 
 
 def read_weights(model: Any, folder: Path) -> Generator[float, None, None]:
@@ -107,8 +115,10 @@ def read_weights(model: Any, folder: Path) -> Generator[float, None, None]:
             yield READ_SHARE * done / max(total, 1)
 
 
-def assembled(settings: Settings, loaded: LoadedModel, model: CatalogModel, kind: Callable[..., T]) -> T:
-    """The backend of a model that was loaded, warm.
+def assembled(
+    settings: Settings, loaded: LoadedModel, model: CatalogModel, kind: Callable[..., T]
+) -> Generator[float, None, T]:
+    """The backend of a model that was loaded, warm; in pieces, as `load`.
 
     Args:
         kind: makes it of the model, the chunk, the memory and the disk for prefixes.
@@ -130,7 +140,10 @@ def assembled(settings: Settings, loaded: LoadedModel, model: CatalogModel, kind
     )
     if backend.fits(1) is Fit.NEVER:
         raise ModelError(f"{model.path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
-    backend.warm()
+    left = 1 - READ_SHARE
+    for _ in backend.warming():
+        left *= _LEFT_A_PIECE
+        yield 1 - left
     return backend
 
 
@@ -244,11 +257,6 @@ class TextBackend:
         """Whether there is memory for another row; prefixes give way."""
         return self._budget.fits(tokens, list(self._lengths.values()))
 
-    def keep_time(self, clock: Callable[[], float]) -> None:
-        """See `Backend.keep_time`."""
-        self._clock = self._speculation.clock = clock
-        self._stepped_at = clock()
-
     def grant(self, most_bytes: int) -> None:
         """See `Backend.grant`."""
         self._budget = replace(self._budget, most_bytes=most_bytes)
@@ -328,14 +336,20 @@ class TextBackend:
 
     def warm(self) -> None:
         """Run a chunk and a few steps, so that the first job finds every kernel compiled."""
+        for _ in self.warming():
+            pass
+
+    def warming(self) -> Iterator[None]:
+        """The same in pieces."""
         prompt = (0,) * (self._chunk + 1)
         self.insert([Row(-1 - i, prompt, 0, 3, Sampling(temperature=float(i), top_p=0.9)) for i in range(2)])
         while self._reading or self._batch:
             self.step()
-        self._speculation.warm()
+            yield
+        yield from self._speculation.warming()
         self.reset()
         if self._budget.fits(cost.BEHIND + self._chunk, []) is Fit.NOW:
-            self._pace.expect(cost.measured(self._model, self._chunk))
+            self._pace.expect((yield from cost.measuring(self._model, self._chunk)))
 
     @property
     def _reading(self) -> bool:

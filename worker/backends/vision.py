@@ -11,7 +11,8 @@ slots is free, and computes log-probabilities for every row; this one does none 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -53,7 +54,9 @@ _MISCOUNTED: Final = (
 )
 
 
-def load(settings: Settings, model: CatalogModel) -> Generator[float, None, VisionBackend]:
+def load(
+    settings: Settings, model: CatalogModel, clock: Callable[[], float] = time.monotonic
+) -> Generator[float, None, VisionBackend]:
     """Load and warm a model, in pieces; each tells how far it is.
 
     Raises:
@@ -69,7 +72,7 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, Visi
         encoder.tower.set_dtype(getattr(mx, model.dtype))
     yield from read_weights(loaded.model, model.path)
     yield from read_weights(encoder.tower, model.path)
-    return assembled(settings, loaded, model, partial(VisionBackend, encoder))
+    return (yield from assembled(settings, loaded, model, partial(VisionBackend, encoder, clock=clock)))
 
 
 def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, ImageEncoder]:
@@ -133,10 +136,10 @@ class VisionBackend(TextBackend):
         """What the encoder's results may take stays."""
         super().grant(max(0, most_bytes - self._features_bytes))
 
-    def warm(self) -> None:
+    def warming(self) -> Iterator[None]:
         """Also encode images."""
-        self._encoder_of_images.warm()
-        super().warm()
+        yield from self._encoder_of_images.warming()
+        yield from super().warming()
 
     def remove(self, uids: Iterable[int]) -> None:
         """Drop rows."""
