@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
 from pythonjsonlogger.json import JsonFormatter
+
+_TELLS_TOO_MUCH: Final = "PIL"
+"""At DEBUG it logs what it finds in images: comments, places, names of cameras and of people."""
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 _job_id: ContextVar[str] = ContextVar("job_id", default="")
@@ -64,3 +67,4 @@ def configure(process: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    logging.getLogger(_TELLS_TOO_MUCH).setLevel(logging.INFO)
