@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 import gevent
+from gevent.threadpool import ThreadPool
 
 T = TypeVar("T")
 
@@ -23,6 +24,17 @@ def aside(size: int, work: Callable[[], T]) -> T:
     if size < LARGE:
         return work()
     done: Callable[[], T] = gevent.get_hub().threadpool.apply(_tried, (work,))
+    return done()
+
+
+def within(seconds: float, pool: ThreadPool, work: Callable[[], T]) -> T:
+    """The same in a thread of `pool`.
+
+    Raises:
+        TimeoutError: there is no answer in time. The thread goes on, and is the pool's again when it is done.
+    """
+    with gevent.Timeout(seconds, TimeoutError("no answer in time")):
+        done: Callable[[], T] = pool.apply(_tried, (work,))
     return done()
 
 

@@ -11,24 +11,45 @@ import ipaddress
 import logging
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Final
-from urllib.parse import SplitResult, urljoin, urlsplit
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, Self
+from urllib.parse import quote, urljoin, urlsplit
+
+from gevent.monkey import get_original
+from gevent.threadpool import ThreadPool
 
 from shared.errors import Invalid, TooLarge
+from web.aside import within
 
 log = logging.getLogger(__name__)
 
 SECONDS: Final = 10.0
 """For an image in all, whatever it is that takes long."""
 REDIRECTS: Final = 3
+_CONNECT_S: Final = 4.0
+"""For one address; a name may have another that answers."""
+_LOOKUPS: Final = 4
+"""Names that are looked up at once, in threads of their own: who asks for those that nobody answers waits alone."""
 _PORTS: Final = {"http": 80, "https": 443}
 _MOVED: Final = (301, 302, 303, 307, 308)
 _PIECE: Final = 64 * 2**10
+_MAY_STAND: Final = "/%?&=:@!$'()*+,;~-._[]|"
+"""Characters of a path or query that stay as they are; those that URLs do not have are escaped, as browsers do it."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Sequence[str]]
+
+_SPECIAL: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "fec0::/10", "64:ff9b:1::/48", "3fff::/20", "5f00::/16"),
+    )
+)
+"""Not the internet's either: some Pythons do not know it of all of them."""
 
 
 def is_public(text: str) -> bool:
@@ -37,9 +58,9 @@ def is_public(text: str) -> bool:
         address: Address = ipaddress.ip_address(text.split("%", 1)[0])
     except ValueError:
         return False
-    inner = _inside(address)
-    public = address.is_global and not address.is_multicast and not address.is_reserved
-    return public if inner is None else inner.is_global and not inner.is_multicast
+    address = _inside(address) or address
+    private = address.is_multicast or address.is_reserved or any(address in network for network in _SPECIAL)
+    return address.is_global and not private
 
 
 def _inside(address: Address) -> ipaddress.IPv4Address | None:
@@ -55,8 +76,35 @@ def _inside(address: Address) -> ipaddress.IPv4Address | None:
 
 
 def resolved(host: str, port: int) -> list[str]:
-    """All addresses of a name."""
-    return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    """All addresses of a name. For a thread outside the event loop."""
+    found = get_original("socket", "getaddrinfo")(host, port, type=socket.SOCK_STREAM)
+    return [str(each[4][0]) for each in found]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a URL says of where an image is."""
+
+    host: str
+    port: int
+    target: str
+    secure: bool
+
+    @classmethod
+    def of(cls, url: str, ports: dict[str, int] | None) -> Self:
+        """Raises `Invalid` unless it is a plain URL with one of these ports."""
+        try:
+            parts = urlsplit(url)
+            host, port, scheme = parts.hostname, parts.port, parts.scheme.lower()
+        except ValueError:
+            raise _refused("It is no URL.") from None
+        if scheme not in _PORTS or not host or parts.username is not None or parts.password is not None:
+            raise _refused("The URL is none that images are read from.")
+        port = _PORTS[scheme] if port is None else port
+        if ports is not None and port != ports[scheme]:
+            raise _refused(f"Images are read from port {ports[scheme]} alone.")
+        target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_MAY_STAND)
+        return cls(host, port, target, secure=scheme == "https")
 
 
 class ImageUrls:
@@ -77,6 +125,7 @@ class ImageUrls:
         self._resolve = resolve
         self._public = public
         self._ports = ports
+        self._lookups = ThreadPool(_LOOKUPS)
 
     def fetch(self, url: str, most_bytes: int) -> bytes:
         """What is there.
@@ -88,7 +137,7 @@ class ImageUrls:
         until = time.monotonic() + SECONDS
         try:
             for _ in range(1 + REDIRECTS):
-                found = self._ask(url, most_bytes, until)
+                found = self._ask(_Place.of(url, self._ports), most_bytes, until)
                 if isinstance(found, bytes):
                     return found
                 url = urljoin(url, found)
@@ -97,60 +146,86 @@ class ImageUrls:
             raise Invalid("The image cannot be read from there.", code="image_unreachable") from error
         raise Invalid(f"The image's URL redirects more than {REDIRECTS} times.", code="image_unreachable")
 
-    def _ask(self, url: str, most_bytes: int, until: float) -> bytes | str:
+    def _ask(self, place: _Place, most_bytes: int, until: float) -> bytes | str:
         """The image, or where it is instead."""
-        parts = urlsplit(url)
-        connection = self._connected(parts, until)
-        sock = connection.sock
-        try:
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+        sock = self._connected(place, until)
+        with closing(sock), _shut_at(until, sock):
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
+            connection = http.client.HTTPConnection(place.host, place.port)
+            connection.sock = sock
+            connection.request("GET", place.target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
             with connection.getresponse() as answer:
                 if answer.status in _MOVED and (location := answer.getheader("Location")):
                     return location
                 if answer.status != http.client.OK:
                     raise Invalid(f"There is no image: the answer was {answer.status}.", code="image_unreachable")
-                return _read(answer, sock, most_bytes, until)
-        finally:
-            connection.close()
+                return _read(answer, most_bytes, until)
 
-    def _connected(self, parts: SplitResult, until: float) -> http.client.HTTPConnection:
-        host, scheme = parts.hostname, parts.scheme.lower()
-        if scheme not in _PORTS or not host or parts.username is not None or parts.password is not None:
-            raise Invalid("The URL is none that images are read from.", code="image_url_refused")
-        port = parts.port or _PORTS[scheme]
-        if self._ports is not None and port != self._ports[scheme]:
-            raise Invalid(f"Images are read from port {self._ports[scheme]} alone.", code="image_url_refused")
-        addresses = self._resolve(host, port)
+    def _connected(self, place: _Place, until: float) -> socket.socket:
+        addresses = within(_left(until), self._lookups, lambda: self._resolve(place.host, place.port))
         if not addresses or not all(map(self._public, addresses)):
-            raise Invalid("The URL leads to no public address.", code="image_url_refused")
-        raw = socket.create_connection((addresses[0], port), timeout=_left(until))
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = raw
-        if scheme == "https":
-            try:
-                connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
-            except OSError:
-                raw.close()
-                raise
-        return connection
+            raise _refused("The URL leads to no public address.")
+        raw = _first_that_answers(addresses, place.port, until)
+        if not place.secure:
+            return raw
+        try:
+            context = ssl.create_default_context()
+            return context.wrap_socket(raw, server_hostname=place.host, do_handshake_on_connect=False)
+        except BaseException:
+            raw.close()
+            raise
 
 
-def _read(answer: http.client.HTTPResponse, sock: socket.socket, most_bytes: int, until: float) -> bytes:
+def _refused(why: str) -> Invalid:
+    return Invalid(why, code="image_url_refused")
+
+
+def _first_that_answers(addresses: Sequence[str], port: int, until: float) -> socket.socket:
+    """A connection to one of them, the first if possible."""
+    error = OSError("no address")
+    for address in dict.fromkeys(addresses):
+        try:
+            sock = socket.create_connection((address, port), timeout=min(_left(until), _CONNECT_S))
+        except OSError as failed:
+            error = failed
+        else:
+            sock.settimeout(SECONDS)  # `_shut_at` is what ends it
+            return sock
+    raise error
+
+
+@contextmanager
+def _shut_at(until: float, sock: socket.socket) -> Iterator[None]:
+    """End a connection when its time is over: a peer that says a byte now and then keeps any other timeout from it."""
+
+    def shut() -> None:
+        with suppress(OSError):  # it has ended by itself
+            # Of a plain socket: an SSL socket's own would first forget that it is one, and go on in the clear.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    timer = threading.Timer(_left(until), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _read(answer: http.client.HTTPResponse, most_bytes: int, until: float) -> bytes:
     """The body, as far as it is allowed to go and in the time that is left."""
     if answer.getheader("Content-Encoding", "identity") != "identity":
         raise Invalid("The image comes packed in another way than was asked for.", code="image_unreachable")
     pieces: list[bytes] = []
     size = 0
-    while True:
-        sock.settimeout(_left(until))
-        piece = answer.read1(_PIECE)
-        if not piece:
-            return b"".join(pieces)
+    while piece := answer.read1(_PIECE):
         size += len(piece)
         if size > most_bytes:
             raise TooLarge(f"The image has more than {most_bytes:,} bytes.", code="image_too_large")
         pieces.append(piece)
+    _left(until)  # or it is not the end of the image, but of our patience
+    return b"".join(pieces)
 
 
 def _left(until: float) -> float:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
 
 import pytest
 
 from shared.errors import Invalid, MlxqError, TooLarge
+from shared.settings import ROOT
 from tests.support.pictures import picture
 from web import image_urls
 from web.image_urls import ImageUrls, is_public
@@ -98,6 +106,8 @@ def refusal(urls: ImageUrls, url: str, most: int = 10**6) -> MlxqError:
         ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
         ("fe80::1", False), ("fe80::1%eth0", False), ("fc00::1", False), ("fd12::1", False), ("100.64.0.1", False),
         ("224.0.0.1", False), ("ff02::1", False), ("255.255.255.255", False), ("240.0.0.1", False),
+        ("fec0::1", False), ("192.0.0.8", False), ("192.88.99.1", False), ("64:ff9b:1::808:808", False),
+        ("::7f00:1", False), ("::ffff:240.0.0.1", False), ("64:ff9b::808:808", True),
         ("192.0.2.1", False), ("198.18.0.1", False), ("2001:db8::1", False),
         ("::ffff:127.0.0.1", False), ("::ffff:169.254.169.254", False), ("::ffff:8.8.8.8", True),
         ("2002:7f00:1::", False), ("2002:808:808::", True), ("64:ff9b::7f00:1", False), ("64:ff9b::a9fe:a9fe", False),
@@ -166,3 +176,157 @@ def test_what_is_too_large_packed_missing_or_slow(
         assert (type(error), error.code) == (Invalid, "image_unreachable")
     monkeypatch.setattr(image_urls, "SECONDS", 0.2)
     assert refusal(urls, at(site, "/slow")).code == "image_unreachable"
+
+
+class Drip(threading.Thread):
+    """A server that says something, and then a little more now and then for as long as anybody listens."""
+
+    def __init__(self, first: bytes, more: bytes) -> None:
+        super().__init__(daemon=True)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.settimeout(30)
+        self._said = first, more
+        self._ended = threading.Event()
+        self.left = threading.Event()
+        """The client has gone while there was more to come."""
+        self.port: int = self._server.getsockname()[1]
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+        self._server.close()
+
+    def run(self) -> None:
+        first, more = self._said
+        client, _ = self._server.accept()
+        with client:
+            client.recv(4096)
+            try:
+                client.sendall(first)
+                while not self._ended.wait(0.02):
+                    client.sendall(more)
+            except OSError:
+                self.left.set()
+
+
+DRIPS = {
+    "header": ("http", b"HTTP/1.1 200 OK\r\nX: ", b"a"),
+    "headers": ("http", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "chunk": ("http", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    "body": ("http", b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
+    "handshake": ("https", b"\x16\x03\x03\x40\x00", b"\x02"),
+}
+
+
+@pytest.mark.parametrize("where", DRIPS)
+def test_who_answers_in_drops_gets_no_more_time_than_others(
+    urls: ImageUrls, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    scheme, first, more = DRIPS[where]
+    monkeypatch.setattr(image_urls, "SECONDS", 0.3)
+    with Drip(first, more) as drip:
+        assert refusal(urls, f"{scheme}://pictures.example:{drip.port}/").code == "image_unreachable"
+        assert drip.left.wait(10)
+
+
+PATCHED = """
+from gevent import monkey; monkey.patch_all()
+import sys
+from shared.errors import MlxqError
+from web import image_urls
+image_urls.SECONDS = 0.5
+urls = image_urls.ImageUrls(lambda *_: ["127.0.0.1"], lambda _: True, None)
+for url in sys.argv[1:]:
+    try:
+        print(len(urls.fetch(url, 10**6)))
+    except MlxqError as error:
+        print(error.code)
+"""
+
+
+def test_it_is_so_on_an_event_loop_too(site: ThreadingHTTPServer) -> None:
+    with Drip(*DRIPS["header"][1:]) as plain, Drip(*DRIPS["handshake"][1:]) as secure:
+        places = [f"http://a.example:{plain.port}/", f"https://a.example:{secure.port}/", at(site, "/a.png")]
+        said = subprocess.run(
+            [sys.executable, "-c", PATCHED, *places], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert said.stdout.split() == ["image_unreachable", "image_unreachable", str(len(PNG))], said.stderr
+        assert plain.left.wait(10) and secure.left.wait(10)
+
+
+def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "SECONDS", 0.2)
+    released = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        assert released.wait(30)
+        return ["8.8.8.8"]
+
+    try:
+        assert refusal(ImageUrls(resolve), "http://silent.example/").code == "image_unreachable"
+    finally:
+        released.set()
+
+
+def test_an_address_that_does_not_answer_is_passed_over(site: ThreadingHTTPServer) -> None:
+    # Nobody listens at the first: Linux answers for all of 127/8, and elsewhere it does not exist.
+    urls = ImageUrls(lambda *_: ["127.0.0.2", "127.0.0.1"], lambda address: address.startswith("127."), None)
+    assert urls.fetch(at(site, "/a.png"), 10**6) == PNG
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1", "http://pictures.example:99999/", "http://pictures.example:x/", "http:///a.png", "http://",
+        "http://user@pictures.example/", "http://:secret@pictures.example/",
+        "http://pictures.example\\@inside.example/", "http://pictures.example:81/",
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_url_is_refused(url: str) -> None:
+    def resolve(host: str, port: int) -> list[str]:
+        raise AssertionError(host)
+
+    error = refusal(ImageUrls(resolve), url)
+    assert (type(error), error.code) == (Invalid, "image_url_refused")
+
+
+def test_a_url_is_escaped_as_browsers_do_it(site: ThreadingHTTPServer, urls: ImageUrls) -> None:
+    assert urls.fetch(at(site, "/née a%20b.png?q=é&x=%2F"), 10**6) == PNG
+    assert site.asked[0].endswith("/n%C3%A9e%20a%20b.png?q=%C3%A9&x=%2F")  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate of `pictures.example` that nobody vouches for, with its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    key, signed, both, config = (tmp_path / name for name in ("key", "signed", "both.pem", "config"))
+    config.write_text(
+        "[req]\ndistinguished_name=name\nx509_extensions=more\nprompt=no\n[name]\nCN=pictures.example\n"
+        "[more]\nsubjectAltName=DNS:pictures.example\nbasicConstraints=critical,CA:TRUE\n"
+        "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+    )
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subprocess.run([*command, "-config", config, "-keyout", key, "-out", signed], check=True, capture_output=True)
+    both.write_text(key.read_text() + signed.read_text())
+    return both
+
+
+def test_a_certificate_is_held_against_the_name(
+    site: ThreadingHTTPServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    site.socket = context.wrap_socket(site.socket, server_side=True)
+    monkeypatch.setattr(site, "handle_error", lambda *_: None)
+    urls = ImageUrls(lambda *_: ["127.0.0.1"], lambda _: True, None)
+    secure = at(site, "/a.png").replace("http:", "https:")
+    assert refusal(urls, secure).code == "image_unreachable", "nobody vouches for it"
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert urls.fetch(secure, 10**6) == PNG
+    assert refusal(urls, secure.replace("pictures.", "other.")).code == "image_unreachable"
