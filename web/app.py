@@ -27,6 +27,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app = Flask("web", static_folder=None)
     app.url_map.merge_slashes = False  # its redirect would be a page, and an empty job id is no job
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes  # of what is no file: a long conversation, say
     app.wsgi_app = Correlation(app.wsgi_app)  # type: ignore[method-assign]
     app.extensions[EXTENSION] = services
 

@@ -51,19 +51,20 @@ def uploads() -> list[bytes]:
     """
     if request.mimetype != "multipart/form-data":
         return []
-    if strange := next((name for name in request.files if name != _FILES), None):
+    if strange := next((name for name in request.files if name not in (_FILES, _REQUEST)), None):
         raise Invalid(f"Files belong in the field {_FILES}.", field=strange)
     return [file.read() for file in request.files.getlist(_FILES)]
 
 
 def _from_form() -> bytes:
-    """The JSON body in the form's field `request`."""
+    """The JSON body in the form's field `request`, which may be a file."""
     if strange := next((name for name in request.form if name != _REQUEST), None):
         raise Invalid(f"A form has the fields {_REQUEST} (JSON) and {_FILES} (files).", field=strange)
-    text = request.form.get(_REQUEST)
-    if text is None:
-        raise Invalid("The form lacks the request, a JSON object.", field=_REQUEST)
-    return text.encode()
+    found = [text.encode() for text in request.form.getlist(_REQUEST)]
+    found += [file.read() for file in request.files.getlist(_REQUEST)]
+    if len(found) != 1:
+        raise Invalid(f"A form has one request, a JSON object, and not {len(found)}.", field=_REQUEST)
+    return found[0]
 
 
 def _whole() -> bytes:

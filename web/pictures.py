@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours, and known before anything is unpacked
 
+_DECODED_AT_ONCE: Final = 2
+"""Images: one takes up to a dozen bytes a pixel while it is decoded, however small its file is."""
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 _DATA_URL: Final = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*?(;base64)?,", re.IGNORECASE)
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
@@ -51,8 +54,10 @@ class Gatherer:
     def __init__(self, settings: Settings, fetch: Callable[[str, int], bytes] | None) -> None:
         self._most = settings.max_images
         self._most_bytes = settings.max_image_bytes
+        self._most_bytes_in_all = settings.max_body_bytes
         self._most_pixels = settings.max_image_pixels
         self._fetch = fetch
+        self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
 
     def gather(self, request: JobRequest, uploads: Sequence[bytes] = ()) -> Gathered:
         """Read all images of a request, in the order in which the model sees them.
@@ -77,9 +82,9 @@ class Gatherer:
             data = self._named(where, read)
             name = aside(len(data), lambda: digest(data))
             if name not in files:
-                # However few bytes it has, unpacked it may be large.
-                sizes[name] = self._named(where, lambda: aside(LARGE, lambda: self._size(data)))
                 files[name] = data
+                self._named(where, lambda: self._bound_in_all(files))
+                sizes[name] = self._named(where, lambda: self._size(data))
             return StoredImage(image=name, width=sizes[name][0], height=sizes[name][1])
 
         found = {id(part): stored(where, partial(self._read, part.source)) for where, part in parts}
@@ -112,8 +117,19 @@ class Gatherer:
             raise Invalid("The image is empty.", code="image_broken")
         return data
 
+    def _bound_in_all(self, files: dict[str, bytes]) -> None:
+        """What is read from URLs comes on top of the body, and must not be more than a body may hold."""
+        if sum(map(len, files.values())) > self._most_bytes_in_all:
+            detail = f"The images have more than the {self._most_bytes_in_all:,} bytes that are allowed in all."
+            raise TooLarge(detail, code="image_too_large")
+
     def _size(self, data: bytes) -> tuple[int, int]:
         """Width and height of the upright image; all of its first frame is decoded."""
+        with self._decoding:
+            # However few bytes it has, unpacked it may be large.
+            return aside(LARGE, lambda: self._decoded_size(data))
+
+    def _decoded_size(self, data: bytes) -> tuple[int, int]:
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size

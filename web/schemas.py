@@ -122,6 +122,13 @@ class Message(_Request):
     role: Literal["system", "user", "assistant"]
     content: Content
 
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing and shows nothing."""
+        if isinstance(self.content, str):
+            return not self.content
+        return not any(part.type != "text" or part.text for part in self.content)
+
     def record(self) -> dict[str, Any]:
         """As a job's record has it. Parts that are all text are one text: most models' templates know no parts."""
         if isinstance(self.content, str):
@@ -181,7 +188,7 @@ class JobRequest(_Request):
     def _one_prompt(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
         if "prompt" in info.data and (info.data["prompt"] is None) == (messages is None):
             raise PydanticCustomError("prompt_or_messages", "Exactly one of prompt and messages is needed")
-        if messages is not None and not any(message.content for message in messages):
+        if messages is not None and all(message.empty for message in messages):
             raise PydanticCustomError("empty_messages", "No message holds any text")
         return messages
 

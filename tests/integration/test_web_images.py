@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -49,3 +50,26 @@ def test_not_even_a_debug_log_has_what_an_image_says(web: WebStack, image: bytes
     for told in (log, str(record), broken.text):
         assert SECRET not in told
         assert url[60:120] not in told
+
+
+def test_a_form_may_hold_a_conversation_as_long_as_a_body_may_be(web: WebStack) -> None:
+    asked = {"messages": [{"role": "user", "content": "Go on. " * 200_000}], "max_tokens": 1}
+    form, files = {"request": json.dumps(asked)}, [("images", ("a.png", with_texts()))]
+    assert web.http.post("/v1/jobs", data=form, files=files).status_code == 202
+    answer = web.http.post("/v1/jobs", data={"request": "x" * 17_000_000}, files=files)
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+def form_in_pieces(size: int) -> Iterator[bytes]:
+    """A form without a length."""
+    yield b'--B\r\nContent-Disposition: form-data; name="request"\r\n\r\n{"prompt": "hi"}\r\n'
+    yield b'--B\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + with_texts()
+    yield from [bytes(500_000)] * (size // 500_000)
+    yield b"\r\n--B--\r\n"
+
+
+@pytest.mark.parametrize(("size", "status", "code"), [(0, 202, None), (17_000_000, 413, "body_too_large")])
+def test_a_form_may_come_without_its_length(web: WebStack, size: int, status: int, code: str | None) -> None:
+    form = {"Content-Type": "multipart/form-data; boundary=B"}
+    answer = web.http.post("/v1/jobs", content=form_in_pieces(size), headers=form)
+    assert (answer.status_code, answer.json().get("code")) == (status, code)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from flask import Flask
 
-from shared.errors import BadRequest
-from web.body import read_body
+from shared.errors import BadRequest, Invalid
+from web.body import read_body, uploads
 from web.schemas import JobRequest
 
 
@@ -28,3 +31,38 @@ def test_an_object_of_very_many_names_is_not_looked_at_name_by_name() -> None:
 def test_a_name_twice_is_told_even_if_it_is_no_text() -> None:
     field = refusal(b'{"\\ud800": 1, "\\ud800": 2}').field
     assert field == "?"
+
+
+@contextmanager
+def form(**fields: object) -> Iterator[None]:
+    with Flask("test").test_request_context("/", method="POST", data=fields, content_type="multipart/form-data"):
+        yield
+
+
+def file(content: bytes, name: str = "a") -> tuple[io.BytesIO, str]:
+    return io.BytesIO(content), name
+
+
+ASKED = {"prompt": "née"}
+
+
+@pytest.mark.parametrize(
+    "request_", [json.dumps(ASKED, ensure_ascii=False), file(json.dumps(ASKED).encode(), "a.json")]
+)
+def test_the_request_of_a_form_is_a_field_or_a_file(request_: object) -> None:
+    with form(request=request_, images=[file(b"1"), file(b"2", "")]):
+        assert read_body(JobRequest).prompt == "née"
+        assert uploads() == [b"1", b"2"]
+
+
+def test_a_form_has_one_request() -> None:
+    for fields in ({}, {"request": ["{}", "{}"]}, {"request": ["{}", file(b"{}")]}):
+        with form(images=file(b"1"), **fields), pytest.raises(Invalid) as caught:
+            read_body(JobRequest)
+        assert caught.value.field == "request"
+
+
+def test_a_file_that_is_no_text_is_told() -> None:
+    with form(request=file(b'{"prompt": "\xff"}')), pytest.raises(BadRequest) as caught:
+        read_body(JobRequest)
+    assert caught.value.code == "invalid_utf8"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,7 @@ def test_limits(settings: Settings) -> None:
             ("messages", 0, "content", "(parts)", 0, "image_url", "url"),
         ),
         (7, ("messages", 0, "content", "(parts)")),
+        ([{"type": "text", "text": ""}, {"type": "text", "text": ""}], ("messages",)),
     ],
 )
 def test_parts_that_do_not_fit_are_named(content: Any, where: tuple[object, ...]) -> None:
@@ -222,3 +225,32 @@ def test_urls_are_read_where_that_is_switched_on(settings: Settings) -> None:
     found = Gatherer(settings, fetch).gather(asked(prompt="?", images=["https://example.com/a.png"]))
     assert found.files == {digest(PNG): PNG}
     assert read == [("https://example.com/a.png", settings.max_image_bytes)]
+
+
+def test_what_comes_from_urls_is_no_more_than_a_body_may_hold(settings: Settings) -> None:
+    files = {f"https://example.com/{n}.png": picture(seed=n) for n in range(4)}
+    most = sum(map(len, files.values()))
+    fitting = Gatherer(settings.model_copy(update={"max_body_bytes": most}), lambda url, _: files[url])
+    assert len(fitting.gather(asked(prompt="?", images=[*files, *files])).files) == 4, "the same again is no more"
+    small = Gatherer(settings.model_copy(update={"max_body_bytes": most - 1}), lambda url, _: files[url])
+    error = refusal(small, asked(prompt="?", images=list(files)))
+    assert (type(error), error.code, error.field) == (TooLarge, "image_too_large", "images[3]")
+
+
+def test_few_images_are_decoded_at_once(gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, released = threading.Semaphore(0), threading.Event()
+
+    def decode(data: bytes) -> tuple[int, int]:
+        begun.release()
+        assert released.wait(30)
+        return 1, 1
+
+    monkeypatch.setattr(gatherer, "_decoded_size", decode)
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(gatherer.gather, asked(prompt="?", images=[data_url(picture(seed=n))])) for n in range(4)]
+        try:
+            assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
+            assert not begun.acquire(timeout=0.2), "a third waits for one of them"
+        finally:
+            released.set()
+        assert all(each.result(10).files for each in asking)
