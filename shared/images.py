@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from shared import keys
 from shared.store import Redis
 
-SLACK_S = 600
-"""Beyond its job's deadline images are kept for so long; the script that ends the job deletes them before."""
+UNACCEPTED_S: Final = 120
+"""Images are kept for so long unless their job is accepted meanwhile, whatever became of whoever put them."""
+SLACK_S: Final = 600
+"""An accepted job's images are kept for so long beyond its deadline; the script that ends the job deletes them."""
 
 
 class ImageStore:
@@ -24,11 +27,11 @@ class ImageStore:
     def __init__(self, client: Redis) -> None:
         self._client = client
 
-    def put(self, job_id: str, images: Mapping[str, bytes], lifetime_s: float) -> None:
-        """Keep a job's images by their digests, for that long at most. To be called before the job is accepted."""
+    def put(self, job_id: str, images: Mapping[str, bytes]) -> None:
+        """Keep a job's images by their digests. To be called before the job is accepted, which makes sure of them."""
         with self._client.pipeline() as pipe:
             pipe.hset(keys.IMAGES + job_id, mapping=dict(images))
-            pipe.expire(keys.IMAGES + job_id, round(lifetime_s) + SLACK_S)
+            pipe.expire(keys.IMAGES + job_id, UNACCEPTED_S)
             pipe.execute()
 
     def get(self, job_id: str, digests: Collection[str]) -> dict[str, bytes]:

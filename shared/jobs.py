@@ -18,6 +18,7 @@ from shared import keys
 from shared.attempts import Attempt, history
 from shared.durability import ProvenScript
 from shared.errors import Conflict, KeyReused, NotFound, Unavailable
+from shared.images import SLACK_S
 from shared.log import JobLog
 from shared.settings import Settings
 from shared.store import Redis, script
@@ -123,6 +124,8 @@ class Submission:
     deadline_s: float | None = None
     fingerprint: str = ""
     """Hash of what the request means: tells a repeated request from another one under the same key."""
+    images: int = 0
+    """How many were put under its id (`shared.images`)."""
     marks: tuple[str, ...] = ()
     """Hashes of its beginnings, of the longest first: by them the claim finds the worker that has its prefix."""
 
@@ -259,7 +262,7 @@ class Jobs:
 
         Raises:
             KeyReused: the Idempotency-Key came before, with another body.
-            Unavailable: the queue is full.
+            Unavailable: the queue is full, or has not the job's images.
             NotDurable: Redis does not prove that it keeps the job.
         """
         limits, generation = self._settings, submission.generation
@@ -283,6 +286,8 @@ class Jobs:
                 limits.max_queue,
                 submission.start_within_s or limits.start_within_s,
                 submission.deadline_s or limits.deadline_s,
+                submission.images,
+                SLACK_S,
                 *(part for pair in record.items() for part in pair),
             ]
         )
@@ -290,6 +295,8 @@ class Jobs:
             raise Unavailable("Too many jobs wait for this model.", code="queue_full", retry_after=10)
         if word == "reused":
             raise KeyReused("This Idempotency-Key was used for another request.", field="Idempotency-Key")
+        if word == "images":
+            raise Unavailable("The queue has lost the images of this request. Send it again.", retry_after=1)
         job = Job.from_record(dict(zip(flat[::2], flat[1::2], strict=True)))
         return job, job.id == job_id  # "exists" may also be the answer to this very call, sent again
 

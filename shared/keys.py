@@ -13,7 +13,7 @@ prefixes as the Lua table `K` (see `shared.store`), so that a name stands here a
 | `SPEED` + model | hash | `mean_s`, moving average of a job's running time | for ever |
 | `OWNER` + key id | zset | the jobs of an API key by creation time | pruned when listed or added to |
 | `IDEM` + key id + `:` + key | string | job id of an Idempotency-Key | as the record |
-| `IMAGES` + job | hash | images that the job's messages name, by digest (`shared.images`) | until it ends |
+| `IMAGES` + job | hash | its images, by digest (`shared.images`) | until it ends; unaccepted 2 min |
 | `TIMERS` | zset | job → moment it expires | until it ends |
 | `LEASES` | zset | worker → moment its lease lapses | until it lapses |
 | `GRACE` | hash | worker → seconds its lease gets once more when nobody could renew it | until it lapses |

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
 from kombu.exceptions import OperationalError
+from redis.exceptions import OutOfMemoryError
 
 from shared import jobs
 from shared.catalog import Catalog, Sampling
@@ -87,14 +88,14 @@ class Admission:
             Unavailable: the queue is full, or the model does not load.
             redis.RedisError: Redis is away.
         """
-        submission = self.submission(request, origin)
+        submission = replace(self.submission(request, origin), images=len(files or ()))
         job_id = jobs.new_job_id()
         if files:
             # Before the job that names them: what proves the job to be on the disk proves all that was written before.
-            self._images.put(job_id, files, submission.deadline_s or self._settings.deadline_s)
+            self._images.put(job_id, files)
         try:
             job, new = self._jobs.create(submission, job_id)
-        except (KeyReused, Unavailable) as refused:
+        except (KeyReused, Unavailable, OutOfMemoryError) as refused:
             if files and not isinstance(refused, NotDurable):  # of that, nobody knows whether it was accepted
                 self._images.drop(job_id)
             raise

@@ -1,9 +1,11 @@
 -- Accepts a job: the record, its place in line, its first event. Sent twice, it answers the same.
 -- ARGV: id, owner, model, class, retention_s, idempotency key or '', fingerprint, most that may wait,
---       start_within_s, deadline_s, then record fields as name, value, …
--- Returns 'created' or 'exists', then the record as name, value, … ; 'reused' ; 'full'
+--       start_within_s, deadline_s, how many images were put for it, seconds that they outlive the deadline,
+--       then record fields as name, value, …
+-- Returns 'created' or 'exists', then the record as name, value, … ; 'reused' ; 'full' ; 'images' when they are not here
 local id, owner, model, class, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local idem, fingerprint, most = ARGV[6], ARGV[7], tonumber(ARGV[8])
+local images = tonumber(ARGV[11])
 
 local function answer(word, job)
   return {word, unpack(redis.call('HGETALL', K.JOB .. job))}
@@ -36,13 +38,20 @@ end
 if redis.call('ZCARD', K.QUEUE .. model) >= most then
   return {'full'}
 end
+-- They were written by another call: this server may be another one, or have come back without its last writes.
+if redis.call('HLEN', K.IMAGES .. id) < images then
+  return {'images'}
+end
 
 local at = now()
 local start_by, end_by = at + tonumber(ARGV[9]), at + tonumber(ARGV[10])
 redis.call('HSET', K.JOB .. id,
   'id', id, 'owner', owner, 'model', model, 'class', class, 'status', 'queued', 'attempt', 0, 'losses', 0,
   'retention_s', retention, 'idempotency_key', idem, 'fingerprint', fingerprint,
-  'created_at', stamp(at), 'end_by', stamp(end_by), unpack(ARGV, 11))
+  'created_at', stamp(at), 'end_by', stamp(end_by), unpack(ARGV, 13))
+if images > 0 then
+  redis.call('EXPIREAT', K.IMAGES .. id, math.ceil(end_by + tonumber(ARGV[12])))
+end
 wait_in_line(id, model, class, next_turn(model, class, owner))
 redis.call('ZADD', K.OWNER .. owner, stamp(at), id)
 for _, oldest in ipairs(redis.call('ZRANGE', K.OWNER .. owner, 0, 1)) do

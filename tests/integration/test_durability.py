@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +13,6 @@ import pytest
 from redis import ConnectionError as RedisAway
 from redis import ReadOnlyError
 
-from scripts.commands.client import Client, ClientError
 from scripts.commands.ports import free_port
 from shared.durability import ProvenScript, why_unproven
 from shared.errors import NotDurable
@@ -24,6 +23,7 @@ from shared.store import ACCEPTANCE, Redis, connect
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from tests.support.load import Load
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
 from worker.backends.fake import FakeBackend
@@ -31,38 +31,6 @@ from worker.backends.fake import FakeBackend
 EVERYSEC = {**DURABLE, "appendfsync": "everysec"}
 UNKNOWN_WAITAOF = {"rename-command": 'WAITAOF ""'}
 """As a Redis older than 7.2."""
-
-
-class Load:
-    """Threads that submit job after job, each with an Idempotency-Key that it repeats until it is answered."""
-
-    def __init__(self, url: str, key: str, body: Callable[[str], dict[str, Any]]) -> None:
-        self._client = Client(url, key, connections=64)
-        self._body = body
-        self._ended = threading.Event()
-        self.accepted: dict[str, str] = {}
-        """Idempotency-Key → id of the job."""
-        self.refused: set[int | None] = set()
-
-    @contextmanager
-    def running(self, threads: int, each: int) -> Iterator[None]:
-        with self._client, ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(self._send, f"{name}-{n}") for n in range(each) for name in range(threads)]
-            try:
-                yield
-                for future in futures:
-                    future.result(120)
-            finally:
-                self._ended.set()
-
-    def _send(self, key: str) -> None:
-        while not self._ended.is_set():
-            try:
-                self.accepted[key] = self._client.submit(self._body(key), idempotency_key=key).id
-                return
-            except ClientError as error:
-                self.refused.add(getattr(error, "status", None))
-                self._ended.wait(0.02)
 
 
 def prompt(key: str) -> str:

@@ -9,8 +9,14 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image, PngImagePlugin
 
+from shared import keys
+from shared.images import UNACCEPTED_S, ImageStore, digest
+from shared.store import connect
 from tests.plugins.web_stack import WebStack, running_web
-from tests.support.pictures import data_url
+from tests.support.load import Load
+from tests.support.pictures import data_url, picture
+from tests.support.valkey import DURABLE
+from tests.support.waiting import eventually
 
 SECRET = "nobodys-business"
 DESCRIPTION, ARTIST, USER_COMMENT = 0x010E, 0x013B, 0x9286
@@ -73,3 +79,26 @@ def test_a_form_may_come_without_its_length(web: WebStack, size: int, status: in
     form = {"Content-Type": "multipart/form-data; boundary=B"}
     answer = web.http.post("/v1/jobs", content=form_in_pieces(size), headers=form)
     assert (answer.status_code, answer.json().get("code")) == (status, code)
+
+
+@pytest.mark.slow
+def test_what_was_accepted_has_its_images_after_redis_was_killed() -> None:
+    def image(key: str) -> bytes:
+        return picture(64, 48, seed=int(key.replace("-", "")))
+
+    with running_web({**DURABLE, "appendfsync": "everysec"}) as web:
+        load = Load(web.url, web.key, lambda key: {"prompt": key, "images": [data_url(image(key))]})
+        with load.running(threads=4, each=30):
+            for part in (0.25, 0.5, 0.75):
+                eventually(lambda p=part: len(load.accepted) >= 120 * p, within_s=60)
+                web.kill_redis()
+                web.start_redis()
+        assert len(load.accepted) == 120
+        with connect(web.redis_url, decode_responses=False) as files:
+            store = ImageStore(files)
+            for key, job_id in load.accepted.items():
+                assert store.get(job_id, [digest(image(key))]) == {digest(image(key)): image(key)}
+            kept = {name.decode().removeprefix(keys.IMAGES) for name in files.scan_iter(keys.IMAGES + "*", count=1000)}
+            assert all(
+                0 < files.ttl(keys.IMAGES + job_id) <= UNACCEPTED_S for job_id in kept - {*load.accepted.values()}
+            )

