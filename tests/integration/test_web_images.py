@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -102,3 +103,17 @@ def test_what_was_accepted_has_its_images_after_redis_was_killed() -> None:
             assert all(
                 0 < files.ttl(keys.IMAGES + job_id) <= UNACCEPTED_S for job_id in kept - {*load.accepted.values()}
             )
+
+
+def test_urls_lead_to_nothing_inside_even_where_they_are_switched_on() -> None:
+    hosts = ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "169.254.169.254"]
+    with socket.create_server(("127.0.0.1", 0)) as inside, running_web(IMAGE_URLS="true") as web:
+        inside.setblocking(False)
+        for url in [f"http://{host}{port}/a.png" for host in hosts for port in ("", f":{inside.getsockname()[1]}")]:
+            answer = web.http.post("/v1/jobs", json={"prompt": "hi", "images": [url]})
+            assert (answer.status_code, answer.json()["field"]) == (422, "images[0]"), url
+            assert answer.json()["code"] in ("image_url_refused", "image_unreachable"), url
+        with pytest.raises(BlockingIOError):
+            inside.accept()
+        with web.client() as client:
+            assert not [*client.scan_iter(keys.JOB + "*"), *client.scan_iter(keys.IMAGES + "*")]
