@@ -126,7 +126,11 @@ def place(
 
 def opened(data: bytes) -> Image.Image:
     """The image in a file, upright and in RGB; of several frames the first. As `mlx_vlm.utils.load_image` does it."""
-    return ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    if image.mode.startswith("I"):
+        # Grey in 16 bits. Pillow, and with it mlx-vlm, makes white of all but the darkest 256th of that.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _inside(grid: Grid) -> Ints:

@@ -1,0 +1,47 @@
+"""Files of images as the model sees them: whatever a file is like, upright and in colours of eight bits."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("mlx.core")
+
+from tests.support.pictures import picture
+from worker.backends.images import opened
+
+SHADES = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+
+
+def file_of(image: Image.Image, form: str = "PNG", **save: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **save)
+    return file.getvalue()
+
+
+def test_sixteen_bits_of_grey_are_the_same_grey() -> None:
+    seen = np.asarray(opened(file_of(Image.fromarray(SHADES))))
+    assert seen.shape == (48, 64, 3)
+    assert (seen == (SHADES >> 8).astype(np.uint8)[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_is_seen_in_colours(mode: str) -> None:
+    form = "JPEG" if mode == "CMYK" else "PNG"
+    image = Image.fromarray(SHADES) if mode.startswith("I") else Image.new("L", (64, 48), 200).convert(mode)
+    seen = opened(file_of(image.convert(mode), form))
+    assert (seen.mode, seen.size) == ("RGB", (64, 48))
+    assert 100 < np.asarray(seen).mean() < 230 or mode == "1"
+
+
+def test_of_several_frames_the_first_is_seen_and_a_lying_picture_is_upright() -> None:
+    red, blue = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")
+    for form in ("GIF", "WEBP"):
+        frames = file_of(red, form, save_all=True, append_images=[blue], duration=100)
+        assert opened(frames).getpixel((5, 5))[0] > 200  # type: ignore[index]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert opened(picture(form="JPEG", exif=exif.tobytes())).size == (200, 300)
