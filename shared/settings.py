@@ -66,7 +66,9 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Largest image file")
     max_image_pixels: int = Field(7680 * 4320, ge=1, description="Most pixels of an image")
     image_urls: bool = Field(
-        False, description="Also read images from http(s) URLs, but none of private, loopback or link-local addresses"
+        False,
+        description="Also read images from http(s) URLs, together at most MAX_BODY_BYTES, but none of private, "
+        "loopback or link-local addresses",
     )
     heartbeat_s: float = Field(15.0, gt=0, description="Idle streams get a comment this often")
     max_wait_s: float = Field(60.0, gt=0, description="Longest wait of a long poll")
