@@ -50,7 +50,7 @@ redis.call('HSET', K.JOB .. id,
   'retention_s', retention, 'idempotency_key', idem, 'fingerprint', fingerprint,
   'created_at', stamp(at), 'end_by', stamp(end_by), unpack(ARGV, 13))
 if images > 0 then
-  redis.call('EXPIREAT', K.IMAGES .. id, math.ceil(end_by + tonumber(ARGV[12])))
+  redis.call('PEXPIREAT', K.IMAGES .. id, string.format('%.0f', (end_by + tonumber(ARGV[12])) * 1000))
 end
 wait_in_line(id, model, class, next_turn(model, class, owner))
 redis.call('ZADD', K.OWNER .. owner, stamp(at), id)
