@@ -6,15 +6,17 @@ Whoever makes a mistake in the file is told by line, and the other entries serve
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
-from shared.model_folder import model_kind
+from shared.catalog_text import CatalogText
+from shared.model_facts import told_context, weights_bytes
+from shared.model_folder import ModelError, check_adapter, check_folder, model_kind
 from shared.settings import ROOT, Settings
 
 _NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
@@ -66,6 +68,8 @@ class CatalogModel:
         dtype, quantize_bits: what its weights become when they are loaded; None: as they are.
         adapter: a folder of LoRA weights.
         pin: whether it is never unloaded to make place for another.
+        told_context: most tokens by its own files; None: they do not say.
+        weights_bytes: what `measure` said when the catalog was read.
     """
 
     id: str
@@ -79,6 +83,18 @@ class CatalogModel:
     adapter: Path | None = None
     sampling: Sampling = field(default_factory=Sampling)
     pin: bool = False
+    told_context: int | None = None
+    weights_bytes: int = 0
+
+    def measure(self) -> int:
+        """About the bytes that its weights take in memory, by its folder as it is now; 0: it holds no model."""
+        adapter = weights_bytes(self.adapter) if self.adapter else 0
+        return weights_bytes(self.path, self.dtype, self.quantize_bits) + adapter
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of prompt and answer together, as far as it is known without loading it."""
+        return min((each for each in (self.context, self.told_context) if each is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,51 +120,54 @@ class Catalog:
 
 def load_catalog(settings: Settings) -> Catalog:
     """Read the catalog. A MODEL_PATH that somebody has set is the default, whatever the file says."""
-    own = CatalogModel(settings.model_path.name, settings.model_path, model_kind(settings.model_path))
-    alone = Catalog({own.id: own}, own.id)
-    if not settings.models_file.is_file():
-        return alone
-    text = settings.models_file.read_text("utf-8", errors="replace")
-    reader = _Reader(settings.models_file, text)
+    path = settings.model_path
+    own = _told(CatalogModel(path.name, path, model_kind(path)))
+    if not settings.models_file.exists():
+        return Catalog({own.id: own}, own.id)
+    reader = _Reader(settings)
     models = {model.id: model for model in reader.models()}
-    default = reader.default
     if "model_path" in settings.model_fields_set or not models:
-        known = next((model for model in models.values() if model.path == own.path), None)
-        default = (known or own).id
-        models.setdefault(default, own)
-    elif default not in models:
-        if default is not None:
-            reader.fault("default", "", f"there is no model {default} that can be served")
-        default = next(iter(models))
-    return Catalog(models, default, tuple(reader.faults))
+        same = [model for model in models.values() if model.path.resolve() == own.path.resolve()]
+        known = min(same, key=lambda model: model.id != own.id, default=None)
+        if known is None and own.id in models:
+            reader.fault(own.id, "path", f"[models.{own.id}] has the name of MODEL_PATH's model, which is another")
+        default = known or own
+        models[default.id] = default
+    else:
+        default = models.get(reader.default or "") or next(iter(models.values()))
+        if reader.default not in (None, default.id):
+            reader.fault("", "default", f"there is no model {reader.default} that can be served")
+    return Catalog(models, default.id, tuple(reader.faults))
 
 
 class _Reader:
-    """Reads a file, and notes what is wrong with it."""
+    """Reads the file, and notes what is wrong with it."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self._path = path
-        self._lines = text.splitlines()
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self.faults: list[str] = []
         self.default: str | None = None
         try:
-            self._content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            found = re.search(r"\(at line (\d+)", str(error))
-            self._note(int(found[1]) if found else 1, f"not TOML: {str(error).split(' (at ')[0]}")
-            self._content = {}
+            text = settings.models_file.read_text("utf-8", errors="replace")
+        except OSError as error:
+            text = ""
+            self._note(1, f"it cannot be read: {error.strerror}")
+        self._text = CatalogText(text)
+        for line, what in self._text.faults:
+            self._note(line, what)
 
     def models(self) -> Iterator[CatalogModel]:
         """Those that are right."""
-        for key in self._content.keys() - {"models", "default"}:
-            self.fault(key, "", f"{key} is unknown; a file has `default` and tables [models.NAME]")
-        default, tables = self._content.get("default"), self._content.get("models", {})
-        if isinstance(default, str):
+        content = self._text.content
+        for key in content.keys() - {"models", "default"}:
+            self.fault("", key, f"{key} is unknown; a file has `default` and tables [models.NAME]")
+        default, tables = content.get("default"), content.get("models", {})
+        if isinstance(default, str) and default:
             self.default = default
         elif default is not None:
-            self.fault("default", "", "default must be a model's id")
+            self.fault("", "default", "default must be a model's id")
         if not isinstance(tables, dict):
-            self.fault("models", "", "models must be tables [models.NAME]")
+            self.fault("", "models", "models must be tables [models.NAME]")
             return
         taken: dict[str, str] = dict.fromkeys(tables, "")
         for name, table in tables.items():
@@ -156,42 +175,44 @@ class _Reader:
             if model is not None and self._names_are_free(model, taken):
                 yield model
 
-    def fault(self, key: str, table: str, what: str) -> None:
-        """Note one, at the line of a key."""
-        self._note(self._line(key, table), what)
+    def fault(self, name: str, key: str, what: str) -> None:
+        """Note one of an entry, at the line of a key; or of the file itself."""
+        self._note(self._text.line(name, key), what)
 
     def _model(self, name: str, table: Any) -> CatalogModel | None:
         if not re.fullmatch(_NAME, name):
-            self.fault("", name, f"[models.{name}]: a name has letters, digits and . _ - only")
+            self.fault(name, "", f"[models.{name}]: a name has letters, digits and . _ - only")
             return None
         try:
             entry = _Entry.model_validate(table)
         except ValidationError as error:
             for each in error.errors():
-                place = [str(part) for part in each["loc"]]
-                inner = self._line(place[-1], f"{name}.{place[0]}") if len(place) > 1 else 1
-                line = inner if inner > 1 else self._line(place[0] if place else "", name)
-                self._note(line, f"[models.{name}] {'.'.join(place)}: {each['msg']}")
+                self._refuse(name, [str(part) for part in each["loc"]], _said(name, each))
             return None
         return self._checked(name, entry)
 
+    def _refuse(self, name: str, place: list[str], what: str) -> None:
+        """Note what is wrong at a place of an entry, which may be in a table of it."""
+        key, *inner = place or [""]
+        if inner and self._text.has_table(name, key):
+            line = self._text.line(name, inner[0], key)
+        else:
+            line = self._text.line(name, key)
+        self._note(line, f"[models.{name}] {'.'.join(place)}: {what}")
+
     def _checked(self, name: str, entry: _Entry) -> CatalogModel | None:
-        """What only the disk can tell."""
+        """The entry as a model, if its folders are what it says."""
         path = _placed(entry.path or f"models/{(entry.hub or name).rpartition('/')[2]}")
-        if not (path / "config.json").is_file():
-            self.fault(
-                "path" if entry.path else "hub", name, f"[models.{name}]: there is no model in {path}{_hint(entry)}"
-            )
-            return None
-        kind = model_kind(path)
-        if entry.kind is not None and entry.kind != kind:
-            self.fault("kind", name, f"[models.{name}] kind: the folder holds a {kind} model")
-            return None
         adapter = _placed(entry.adapter) if entry.adapter else None
-        if adapter is not None and not (adapter / "adapter_config.json").is_file():
-            self.fault("adapter", name, f"[models.{name}] adapter: there is no adapter_config.json in {adapter}")
-            return None
-        return CatalogModel(
+        there = _is_there(path)
+        kind = model_kind(path) if there else entry.kind or "text"
+        key, what = self._wrong_on_disk(entry, path, adapter) if there else _absent(entry, path)
+        if what:
+            self.fault(name, key, f"[models.{name}]{f' {key}' if there else ''}: {what}")
+            # Who names no model means this one, and no other: it may be fetched yet, and nothing serves until then.
+            if there or name != self.default:
+                return None
+        model = CatalogModel(
             id=name,
             path=path,
             kind=kind,
@@ -204,39 +225,82 @@ class _Reader:
             sampling=entry.sampling,
             pin=entry.pin,
         )
+        return _told(model)
+
+    def _wrong_on_disk(self, entry: _Entry, path: Path, adapter: Path | None) -> tuple[str, str]:
+        """The key that is at fault, and why; both empty when all is well."""
+        kind = model_kind(path)
+        if entry.kind not in (None, kind):
+            return "kind", f"the folder holds a {kind} model"
+        if adapter is not None and kind == "vision":
+            return "adapter", "adapters are for text models"
+        if self._settings.backend == "fake":
+            return "", ""
+        if why := _refusal(check_folder, path):
+            return "path" if entry.path else "hub", why
+        return "adapter", _refusal(check_adapter, adapter) if adapter else ""
 
     def _names_are_free(self, model: CatalogModel, taken: dict[str, str]) -> bool:
         for alias in model.aliases:
             if alias in taken:
                 of = taken[alias] or alias
-                self.fault("aliases", model.id, f"[models.{model.id}] aliases: {alias} is {of}'s already")
+                self.fault(model.id, "aliases", f"[models.{model.id}] aliases: {alias} is {of}'s already")
                 return False
         taken.update(dict.fromkeys(model.aliases, model.id))
         return True
 
     def _note(self, line: int, what: str) -> None:
-        self.faults.append(f"{self._path.name}:{line}: {what}")
-
-    def _line(self, key: str, table: str) -> int:
-        """The line of a key of a table, or of the table, counted from 1."""
-        quoted = re.escape(table)
-        header = re.compile(rf"\s*\[\s*models\s*\.\s*(?:{quoted}|\"{quoted}\"|'{quoted}')\s*[.\]]")
-        start = next((i for i, line in enumerate(self._lines) if table and header.match(line)), -1)
-        for number, line in enumerate(self._lines[start + 1 :], start + 2):
-            if table and re.match(r"\s*\[", line):
-                break
-            if key and re.match(rf"\s*\"?{re.escape(key)}\"?\s*[=.]", line):
-                return number
-        return max(start + 1, 1)
+        path = self._settings.models_file
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        self.faults.append(f"{shown}:{line}: {what}")
 
 
-def _hint(entry: _Entry) -> str:
-    """How to get a model that is not there."""
+def _said(name: str, error: ErrorDetails) -> str:
+    """What is wrong with a value, in the words of the file's format."""
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        if isinstance(error["input"], dict):
+            return f'there is no such table; a name with dots stands in quotes: [models."{name}.{error["loc"][0]}"]'
+        return f"there is no such key; there are {', '.join(_Entry.model_fields)}"
+    return error["msg"]
+
+
+def _told(model: CatalogModel) -> CatalogModel:
+    """With what its files tell before it is loaded."""
+    return replace(model, told_context=told_context(model.path), weights_bytes=model.measure())
+
+
+def _absent(entry: _Entry, path: Path) -> tuple[str, str]:
+    """That a model is not there, and how to get it."""
+    what = f"there is no model in {path}"
     if entry.hub is None:
-        return ""
-    return f"; scripts/fetch_model {entry.hub}{f' --revision {entry.revision}' if entry.revision else ''} gets it"
+        return "path", what
+    revision = f" --revision {entry.revision}" if entry.revision else ""
+    place = f" -o {path.parent} --name {path.name}" if entry.path else ""
+    return "path" if entry.path else "hub", f"{what}; scripts/fetch_model {entry.hub}{revision}{place} gets it"
 
 
 def _placed(path: str) -> Path:
     """A path of the file: those that are relative are meant from the repository."""
-    return ROOT / Path(path).expanduser()
+    try:
+        return ROOT / Path(path).expanduser()
+    except RuntimeError:  # nobody here is called so
+        return ROOT / path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a folder has a model, as far as we may look."""
+    try:
+        return (path / "config.json").is_file()
+    except OSError:
+        return False
+
+
+def _refusal(check: Callable[[Path], None], folder: Path) -> str:
+    """Why a folder cannot be used; empty when it can."""
+    try:
+        check(folder)
+    except ModelError as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
+    return ""

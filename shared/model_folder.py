@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Endings of files that can run code when they are loaded."""
+CODE = (*PICKLES, ".py")
+"""Endings of files that no folder may hold."""
 
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _NUMBERED = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 _LENGTH_BYTES = 8
 MOST_JSON = 200 * 2**20
@@ -20,11 +23,6 @@ MOST_JSON = 200 * 2**20
 MOST_SHARDS = 10_000
 _MOST_HEADER = 100 * 10**6
 """As the safetensors library has it."""
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a number, by the names of types in safetensors files."""
-_SHORT = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-PACKED_TOGETHER = 64
-"""Weights that are packed share a scale and an offset, so many of them."""
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -40,10 +38,23 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: naming the first thing that is missing or refused.
     """
+    check_complete(folder)
+    # None of it would be run: but whoever brings it means it to be, and other tools may do so.
+    if code := sorted(path.name for path in folder.iterdir() if path.suffix in CODE):
+        what = "Python code" if code[0].endswith(".py") else "a pickle file, which can run code"
+        raise ModelError(f"{folder} holds {what} ({code[0]!a}): refused; scripts/fetch_model --copy copies it without")
+
+
+def check_complete(folder: Path) -> None:
+    """Check that a folder holds everything a model needs, whatever else is in it.
+
+    Raises:
+        ModelError: naming the first thing that is missing or refused.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
     check_config(folder)
-    for shard in _shards(folder):
+    for shard in weight_files(folder):
         _check_whole(folder / shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
@@ -58,10 +69,10 @@ def check_config(folder: Path) -> None:
         ModelError: naming what is missing or refused.
     """
     config = _read_object(folder / "config.json")
-    if not config.get("model_type"):
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ModelError(f"{folder / 'config.json'} names no model_type")
     if "model_file" in config:
-        raise ModelError(f"{folder} brings its own code ({config['model_file']}): refused")
+        raise ModelError(f"{folder} brings its own code ({_shown(config['model_file'])}): refused")
 
 
 def check_adapter(folder: Path) -> None:
@@ -74,35 +85,6 @@ def check_adapter(folder: Path) -> None:
     _check_whole(folder / "adapters.safetensors")
 
 
-def weights_size(folder: Path, dtype: str | None = None, bits: int | None = None) -> int:
-    """About the bytes that a model's weights take in memory, by the headers of their files; 0 where there are none.
-
-    Args:
-        dtype, bits: what they become when they are loaded; None: as they are.
-    """
-    return sum(_file_size(path, dtype, bits) for path in folder.glob("*.safetensors"))
-
-
-def _file_size(path: Path, dtype: str | None, bits: int | None) -> int:
-    try:
-        return sum(_tensor_size(tensor, path, dtype, bits) for tensor in _read_header(path)[1])
-    except (ModelError, OSError):  # whoever loads it will say so
-        return path.stat().st_size
-
-
-def _tensor_size(tensor: Any, path: Path, dtype: str | None, bits: int | None) -> int:
-    start, end = _place(tensor, path)
-    each = _FLOATS.get(tensor.get("dtype"))
-    if each is None:
-        return end - start
-    count = (end - start) // each
-    wide = _FLOATS[_SHORT[dtype]] if dtype else each
-    shape = tensor.get("shape") or [0]
-    if bits and len(shape) == 2 and shape[-1] % PACKED_TOGETHER == 0:
-        return count * bits // 8 + 2 * wide * count // PACKED_TOGETHER
-    return count * wide
-
-
 def model_kind(folder: Path) -> str:
     """`vision` where the model has an encoder for images by its config.json, else `text`; also of no model."""
     try:
@@ -111,8 +93,12 @@ def model_kind(folder: Path) -> str:
         return "text"
 
 
-def _shards(folder: Path) -> Iterable[str]:
-    """Names of the weight files: all that a library reads, whether the index has them or not."""
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files: all that a library reads, whether the index has them or not.
+
+    Raises:
+        ModelError: there are none, or the index is refused.
+    """
     indexed = _indexed(folder)
     # mlx-vlm without an index takes any.
     pattern = "*.safetensors" if model_kind(folder) == "vision" and not indexed else "model*.safetensors"
@@ -137,37 +123,52 @@ def _indexed(folder: Path) -> set[str]:
     named = _read_object(folder / _INDEX).get("weight_map")
     if not isinstance(named, dict):
         raise ModelError(f"{folder / _INDEX} has no weight_map")
-    if strange := next((name for name in named.values() if not _is_plain(name)), None):
-        raise ModelError(f"{folder / _INDEX} names a file outside of its folder ({strange!r}): refused")
+    for name in named.values():
+        if not _is_plain(name):
+            raise ModelError(f"{folder / _INDEX} names a file outside of its folder ({_shown(name)}): refused")
+        if not _SHARD.fullmatch(name):
+            raise ModelError(f"{folder / _INDEX} names no safetensors file ({_shown(name)}): refused")
     return set(named.values())
 
 
-def _is_plain(name: object) -> bool:
+def _is_plain(name: Any) -> bool:
     """Whether it is the name of a file, and leads nowhere else."""
     return isinstance(name, str) and bool(name) and Path(name).name == name and "\\" not in name
 
 
 def _check_whole(path: Path) -> None:
     """Compare a safetensors file's length with the one its header tells: a cut copy is found without loading it."""
-    if not path.is_file():
-        raise ModelError(f"{path.parent} lacks the weight file {path.name}")
-    actual = path.stat().st_size
-    header_bytes, tensors = _read_header(path)
-    expected = _LENGTH_BYTES + header_bytes + max((_place(tensor, path)[1] for tensor in tensors), default=0)
+    header, actual = safetensors_header(path), path.stat().st_size
+    places = sorted(_place(tensor, path) for name, tensor in header.items() if name != "__metadata__")
+    if any(end > start for (_, end), (start, _) in pairwise(places)):
+        raise ModelError(f"{path} has tensors that overlap: refused")
+    expected = _begin(path) + max((end for _, end in places), default=0)
     if actual != expected:
         raise ModelError(f"{path} has {actual:,} of {expected:,} bytes")
 
 
-def _read_header(path: Path) -> tuple[int, list[Any]]:
-    """The length of a safetensors file's header, and what it tells of each tensor."""
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, by their names.
+
+    Raises:
+        ModelError: it says nothing that can be read.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path.parent} lacks the weight file {path.name}")
+    end = _begin(path)
+    if not _LENGTH_BYTES < end <= path.stat().st_size:
+        raise ModelError(f"{path} is not a whole safetensors file")
+    if end - _LENGTH_BYTES > _MOST_HEADER:
+        raise ModelError(f"{path} has a header of {end - _LENGTH_BYTES:,} bytes: refused")
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if not 0 < header_bytes <= path.stat().st_size - _LENGTH_BYTES:
-            raise ModelError(f"{path} is not a whole safetensors file")
-        if header_bytes > _MOST_HEADER:
-            raise ModelError(f"{path} has a header of {header_bytes:,} bytes: refused")
-        header = _parse_object(file.read(header_bytes), path)
-    return header_bytes, [tensor for name, tensor in header.items() if name != "__metadata__"]
+        file.seek(_LENGTH_BYTES)
+        return _parse_object(file.read(end - _LENGTH_BYTES), path)
+
+
+def _begin(path: Path) -> int:
+    """Where the tensors of a safetensors file begin: behind its header."""
+    with path.open("rb") as file:
+        return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
 
 
 def _place(tensor: Any, path: Path) -> tuple[int, int]:
@@ -176,6 +177,11 @@ def _place(tensor: Any, path: Path) -> tuple[int, int]:
         case {"data_offsets": [int(start), int(end)]} if 0 <= start <= end:
             return start, end
     raise ModelError(f"{path} is not a whole safetensors file: a tensor is nowhere in it")
+
+
+def _shown(said: object) -> str:
+    """What a file says, as a part of one line."""
+    return ascii(said).strip("'")[:80]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

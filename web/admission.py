@@ -153,22 +153,22 @@ class Admission:
 
     def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Generation:
         entry = self._catalog.models.get(model)
-        most = card.context if card else entry.context if entry else None
+        most = card.context if card else entry.most_tokens if entry else None
         default = entry.sampling if entry else Sampling()
 
         def value(name: str) -> Any:
             """What the request says; else the model's default, else the API's."""
-            given = getattr(default, name)
-            return getattr(request, name) if name in request.model_fields_set or given is None else given
+            said, given = getattr(request, name), getattr(default, name)
+            return given if said is None or (given is not None and name not in request.model_fields_set) else said
 
         if request.max_tokens is not None and most is not None and request.max_tokens > most:
             raise Invalid(f"The model's context is {most} tokens.", field="max_tokens")
         # Before its first worker has come up, a model is taken for one that knows conversations: most do.
         messages = request.conversation(has_template=card is None or card.chat_template is not None)
-        temperature, wanted = value("temperature"), value("max_tokens")
+        temperature, usual = value("temperature"), default.max_tokens or self._settings.max_tokens
         return Generation(
             model=model,
-            max_tokens=wanted or min(self._settings.max_tokens, most or self._settings.max_tokens),
+            max_tokens=request.max_tokens or min(usual, most or usual),
             sampling=jobs.Sampling(
                 temperature=self._settings.temperature if temperature is None else temperature,
                 top_p=value("top_p"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -215,9 +216,17 @@ class JobRequest(_Request):
             if part.type != "text"
         ]
 
-    def meaning(self) -> str:
-        """The request as a line that is the same for all ways to write it: sorted, and without what is default."""
+    def meaning(self, model: str | None = None, settled: Collection[str] = ()) -> str:
+        """The request as a line that is the same for all ways to write it: sorted, and without what is default.
+
+        Args:
+            model: the id of the model that it names, maybe by an alias.
+            settled: what this model has defaults of its own for: there, the API's is an answer like any other.
+        """
         meant = self.model_dump(mode="json", exclude_defaults=True, exclude={"messages"})
+        meant |= self.model_dump(mode="json", include=self.model_fields_set & set(settled), exclude_none=True)
+        if self.model:
+            meant["model"] = model or self.model
         if self.messages:
             meant["messages"] = [message.record() for message in self.messages]
         return json.dumps(meant, sort_keys=True)
@@ -399,15 +408,17 @@ class ModelView(_Answer):
     id: str
     object: Literal["model"] = "model"
     aliases: list[str] = Field(description="Other names for it")
-    kind: str | None = Field(description="`text` or `vision`; null until a worker has told")
-    context: int | None = Field(description="Most tokens of prompt and answer together; null until a worker has told")
+    kind: str | None = Field(description="`text` or `vision`; null: not known")
+    context: int | None = Field(description="Most tokens of prompt and answer together; null: not known")
     default: bool
     state: ModelState = Field(description="Of its workers, the best")
     workers: list[ModelWorkerView]
     slots: int
     slots_used: int
     waiting: int
-    memory_bytes: int | None = Field(description="What its weights take in a worker; null while it is cold")
+    memory_bytes: int | None = Field(
+        description="What its weights take in a worker; while it is cold, about what they will"
+    )
     load_s: float | None = Field(description="What its loading took; null while it is cold")
     tokens_per_s: float = Field(description="Generated over the last minute, by all its workers")
 
@@ -417,7 +428,9 @@ class ModelList(_Answer):
 
     object: Literal["list"] = "list"
     data: list[ModelView]
-    faults: list[str] = Field(description="Entries of the catalog that are wrong, by line; they do not serve")
+    faults: list[str] = Field(
+        description="Entries of the catalog that are wrong, by line; they do not serve. Only for the scope `admin`"
+    )
 
 
 class OpenAIModel(ModelView):

@@ -39,4 +39,6 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
 def _fingerprint(wanted: JobRequest) -> str:
     """Of what is asked and where, not of the bytes: who tries again may write the same JSON differently."""
     path, size = request.path, request.content_length or 0
-    return aside(size, lambda: fingerprint(f"{path}\n{wanted.meaning()}".encode()))
+    model = services().catalog.resolve(wanted.model)
+    settled = model.sampling.model_dump(exclude_none=True) if model else {}
+    return aside(size, lambda: fingerprint(f"{path}\n{wanted.meaning(model.id if model else None, settled)}".encode()))

@@ -12,7 +12,6 @@ from kombu.exceptions import OperationalError
 
 from shared.catalog import Catalog
 from shared.errors import Invalid, NotFound, Unavailable
-from shared.model_folder import weights_size
 from shared.operations import Operation, Operations, OperationState
 from shared.registry import HostInfo, Registry
 from shared.tickets import LOAD, UNLOAD
@@ -48,7 +47,7 @@ class Switchboard:
             raise NotFound("The catalog has no such model.", code="model_not_found", field="model")
         hosts = self._hosts(worker)
         having = [host for host in hosts if model.id in host.models]
-        host = having[0] if having else _roomiest(hosts, weights_size(model.path, model.dtype, model.quantize_bits))
+        host = having[0] if having else _roomiest(hosts, model.measure())
         operation = self._operations.begin("load", model.id, host.node)
         self._tell(LOAD, host, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
         return operation

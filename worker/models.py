@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.model_folder import PACKED_TOGETHER, ModelError, check_adapter, check_folder
+from shared.model_facts import GROUP, context_of
+from shared.model_folder import ModelError, check_adapter, check_folder
 from shared.registry import ModelCard, digest
 
 FALLBACK_CONTEXT = 4096
 """Tokens of context of a model that does not say."""
-
-_CONTEXT_NAMES = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
-_MOST_SANE = 100_000_000
-"""Tokenizers without a limit say 1e30."""
 
 NO_CODE: Final = {"trust_remote_code": False}
 """For tokenizers and processors: unless it is said, transformers asks at the terminal whether to run a model's code."""
@@ -75,14 +72,14 @@ def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
         loaded.model.set_dtype(getattr(mx, dtype))
     if bits is not None and not loaded.config.get("quantization"):
         try:
-            quantize(loaded.model, group_size=PACKED_TOGETHER, bits=bits, class_predicate=_can_be_packed)
+            quantize(loaded.model, group_size=GROUP, bits=bits, class_predicate=_can_be_packed)
         except Exception as error:
             raise ModelError(f"The model cannot be packed to {bits} bits: {first_line(error)}") from error
-        loaded.config["quantization"] = {"group_size": PACKED_TOGETHER, "bits": bits}
+        loaded.config["quantization"] = {"group_size": GROUP, "bits": bits}
 
 
 def _can_be_packed(_path: str, module: Any) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % PACKED_TOGETHER == 0
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP == 0
 
 
 def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:
@@ -90,22 +87,13 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
     card = ModelCard(
         id=folder.name,
         kind=kind,
-        context=_context(config, tokenizer),
+        context=context_of(config, tokenizer.model_max_length) or FALLBACK_CONTEXT,
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         tokenizer=digest(file.read_text(encoding="utf-8")) if (file := folder / "tokenizer.json").exists() else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
-
-
-def _context(config: dict[str, Any], tokenizer: Any) -> int:
-    """Most tokens of prompt and answer: what the weights were made for, or less if the tokenizer says so."""
-    places = (config, config.get("text_config") or {})
-    said = [place[name] for place in places for name in _CONTEXT_NAMES if isinstance(place.get(name), int)]
-    limit = tokenizer.model_max_length
-    limits = [*said[:1], *([int(limit)] if limit and limit < _MOST_SANE else [])]
-    return min(limits, default=FALLBACK_CONTEXT)
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,6 @@ from typing import Final, Protocol, TypeVar
 from redis import RedisError
 
 from shared.catalog import Catalog, CatalogModel
-from shared.model_folder import weights_size
 from shared.operations import Operation, Operations, OperationState
 from shared.store import passes
 from worker.desk import Desk
@@ -144,7 +143,7 @@ class Switcher(threading.Thread):
     def fits(self, model: CatalogModel, beside: Iterable[Desk]) -> bool:
         """Whether it has place beside these, and their jobs some, too."""
         taken = sum(desk.weights_bytes for desk in beside)
-        return size_of(model) + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
+        return model.measure() + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
 
     def _do(self, order: Order) -> None:
         operation = _patiently(lambda: self._operations.read(order.operation))
@@ -216,7 +215,7 @@ class Switcher(threading.Thread):
         if not self.fits(model, stays):
             pinned = [desk.model.id for desk in stays]
             beside = f" beside {', '.join(pinned)}, which stay" if pinned else ""
-            needed, limit = size_of(model) / 2**20, self._models.memory_limit / 2**20
+            needed, limit = model.measure() / 2**20, self._models.memory_limit / 2**20
             told = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may take {limit:,.0f} MiB in all."
             raise Refused("not_enough_memory", told)
         return going
@@ -233,7 +232,7 @@ class Switcher(threading.Thread):
         Raises:
             Refused: it does not load; nothing is left of it.
         """
-        if not self._models.make_room(size_of(model)):
+        if not self._models.make_room(model.measure()):
             self._models.divide_memory()
             raise Refused("not_enough_memory", f"Running jobs need the memory that {model.id} would take.")
         desk = self._models.open_desk(model, pinned=pinned)
@@ -283,12 +282,6 @@ class _Teller:
 def _last_used(desk: Desk) -> tuple[bool, float]:
     """What has jobs is in use, however long ago they came."""
     return not desk.batch.idle, desk.batch.used_at
-
-
-def size_of(model: CatalogModel) -> int:
-    """About the bytes that a model's weights will take."""
-    adapter = weights_size(model.adapter) if model.adapter else 0
-    return weights_size(model.path, model.dtype, model.quantize_bits) + adapter
 
 
 def _patiently(call: Callable[[], T]) -> T:

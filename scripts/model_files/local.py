@@ -7,9 +7,9 @@ from pathlib import Path
 
 from scripts.model_files.manifest import Origin, write_manifest
 from scripts.model_files.staging import replace, staged
-from shared.model_folder import PICKLES, check_folder
+from shared.model_folder import CODE, check_complete, check_folder
 
-_NOT_COPIED = [f"*{ending}" for ending in PICKLES] + ["*.py", ".*"]
+_NOT_COPIED = [f"*{ending}" for ending in CODE] + [".*"]
 
 
 def is_ready(target: Path, source: Path) -> bool:
@@ -36,7 +36,7 @@ def copy(target: Path, source: Path) -> None:
     Raises:
         ModelError: `source` is not a complete model folder.
     """
-    check_folder(source)
+    check_complete(source)
     with staged(target) as folder:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED), dirs_exist_ok=True)
         check_folder(folder)

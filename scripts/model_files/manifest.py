@@ -42,7 +42,7 @@ def write_manifest(folder: Path, origin: Origin, known: Mapping[str, str] | None
     Args:
         known: SHA-256 of files that have just been checked.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     files = {
         name: {"size": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
         for name, path in ((path.relative_to(folder).as_posix(), path) for path in paths)

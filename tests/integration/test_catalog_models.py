@@ -17,17 +17,20 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from shared.catalog import CatalogModel
 from shared.jobs import Sampling
-from shared.model_folder import ModelError, weights_size
+from shared.model_facts import told_context, weights_bytes
+from shared.model_folder import ModelError
 from shared.settings import Settings
+from worker.backends import text, vision
 from worker.backends.base import Row
-from worker.backends.text import READ_SHARE, TextBackend, load
+from worker.backends.text import READ_SHARE, TextBackend
 
 PROMPT = tuple(range(200, 240))
 
 
 def loaded(model: CatalogModel, settings: Settings | None = None) -> tuple[TextBackend, list[float]]:
     """The backend, and how far its loading was from piece to piece."""
-    pieces, seen = load(settings or Settings(model_path=model.path, prefix_disk_bytes=0), model), []
+    settings = settings or Settings(model_path=model.path, prefix_disk_bytes=0)
+    pieces, seen = (vision.load if model.kind == "vision" else text.load)(settings, model), []
     while True:
         try:
             seen.append(next(pieces))
@@ -67,10 +70,11 @@ def test_types_and_packing(plain: CatalogModel) -> None:
     assert (whole.about["dtype"], half.about["dtype"]) == ("float32", "float16")
     assert half.weights_bytes * 2 == whole.weights_bytes
     assert packed.about["quantisation_bits"] == 4
-    for backend, dtype, bits in ((whole, None, None), (half, "float16", None), (packed, None, 4)):
-        assert weights_size(plain.path, dtype, bits) == pytest.approx(backend.weights_bytes, rel=0.02)
     assert packed.weights_bytes < whole.weights_bytes / 4
     assert len(says(half)) == len(says(packed)) == 12
+    for backend, dtype, bits in ((whole, None, None), (half, "float16", None), (packed, None, 4)):
+        assert weights_bytes(plain.path, dtype, bits) == pytest.approx(backend.weights_bytes, rel=0.01)
+    assert told_context(plain.path) == whole.card.context
 
 
 @pytest.fixture
@@ -123,3 +127,17 @@ def test_models_of_one_folder_find_no_prefixes_of_each_other_on_disk(
         model = replace(plain, id="other", **other)  # type: ignore[arg-type]
         assert said(model)[1] == 0
         assert said(model)[1] == 256
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_memory_is_wired_only_where_it_is_asked_for(
+    kind: str, plain: CatalogModel, tiny_vision_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired: list[object] = []
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    information = mx.device_info() | {"max_recommended_working_set_size": 2**33}
+    monkeypatch.setattr(mx, "device_info", lambda *_: information)
+    model = plain if kind == "text" else CatalogModel("eyes", tiny_vision_path, "vision")
+    for wish in (False, True):
+        says(loaded(model, Settings(model_path=model.path, prefix_disk_bytes=0, wired_limit=wish))[0])
+        assert wired == ([2**33] if wish else [])

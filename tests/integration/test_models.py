@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,14 +26,13 @@ TWO_FIT = 70 * MIB
 
 @pytest.fixture
 def catalog(tiny_model_path: Path, tiny_vision_path: Path, tmp_path: Path) -> str:
-    """Three: a small one that is there twice, one that sees; and one that cannot be loaded."""
+    """Three: a small one that is there twice, one that sees; and one that `spoil` makes one that cannot be loaded."""
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_model_path.iterdir():
         if file.name != "model.safetensors":
             (broken / file.name).symlink_to(file)
-    whole = (tiny_model_path / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(tiny_model_path / "model.safetensors", broken)
     return f"""
 default = "one"
 [models.one]
@@ -46,6 +47,12 @@ path = "{tiny_vision_path}"
 [models.broken]
 path = "{broken}"
 """
+
+
+def spoil(models: Path) -> None:
+    """Cut a model's weights in halves: had they been so before, the catalog would not have it."""
+    weights = models / "broken/model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
 
 
 @pytest.fixture
@@ -77,9 +84,17 @@ def test_models_are_loaded_beside_each_other_and_speak_at_once(admin: Callable[.
     assert models["one"]["load_s"] > 0
     alone = {name: operator.say(name, max_tokens=60).json()["text"] for name in ("one", "two")}
     assert alone["one"] == alone["two"] == operator.say("first", max_tokens=60).json()["text"]
+    ids = {
+        operator.http.post(
+            "/v1/jobs", json={"model": name, "prompt": "hi"}, headers={"Idempotency-Key": "by-any-name"}
+        ).json()["id"]
+        for name in ("one", "first")
+    }
+    assert len(ids) == 1
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(lambda i: operator.say(("one", "two")[i % 2], max_tokens=60).json()["text"], range(16)))
     assert set(texts) == {alone["one"]}
+    eventually(lambda: operator.models()["one"]["tokens_per_s"] > 0, "its speed of late is told", 10)
     assert operator.say("two").json()["usage"]["completion_tokens"] == 7, "the catalog's default"
     loaded = operator.ask("load", "eyes")
     assert (loaded["state"], loaded["progress"], loaded["unloaded"]) == ("succeeded", 1.0, [])
@@ -107,8 +122,9 @@ def test_the_least_recently_used_makes_place_and_a_pinned_one_stays(admin: Calla
     assert operator.say("one", max_tokens=2).status_code == operator.say("eyes", max_tokens=2).status_code == 200
 
 
-def test_a_load_that_fails_leaves_what_was_there(admin: Callable[..., Admin]) -> None:
+def test_a_load_that_fails_leaves_what_was_there(admin: Callable[..., Admin], tmp_path: Path) -> None:
     operator = admin(MEMORY_LIMIT_BYTES=str(200 * MIB))
+    spoil(tmp_path)
     expected = operator.say("one", max_tokens=20).json()["text"]
     for mode in ("beside", "replace"):
         failed = operator.ask("load", "broken", mode=mode)
@@ -118,8 +134,9 @@ def test_a_load_that_fails_leaves_what_was_there(admin: Callable[..., Admin]) ->
         assert operator.say("one", max_tokens=20).json()["text"] == expected
 
 
-def test_what_had_to_go_for_a_load_that_fails_is_put_back(admin: Callable[..., Admin]) -> None:
+def test_what_had_to_go_for_a_load_that_fails_is_put_back(admin: Callable[..., Admin], tmp_path: Path) -> None:
     operator = admin(MEMORY_LIMIT_BYTES=str(36 * MIB))
+    spoil(tmp_path)
     failed = operator.ask("load", "broken")
     assert (failed["state"], failed["error"]["code"]) == ("failed", "load_failed")
     eventually(lambda: operator.models()["one"]["state"] == "warm", "it is put back", 30)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from kombu.exceptions import OperationalError
 from redis.exceptions import OutOfMemoryError
 
 from shared import keys
-from shared.catalog import load_catalog
+from shared.catalog import Catalog, CatalogModel, Sampling, load_catalog
 from shared.errors import Invalid, KeyReused, MlxqError
 from shared.images import ImageStore
-from shared.jobs import Jobs, Priority
+from shared.jobs import Generation, Jobs, Priority
 from shared.registry import ModelCard, Registry
 from shared.settings import Settings
 from shared.store import Redis
@@ -179,3 +181,56 @@ def test_images_of_what_is_not_accepted_are_dropped(
     with pytest.raises(OutOfMemoryError):
         admission.admit(wanted(), origin, files)
     assert [*client.scan_iter(f"{keys.IMAGES}*")] == [keys.IMAGES + job.id]
+
+
+# What the catalog says of a model
+
+
+@pytest.fixture
+def known(client: Redis, settings: Settings, office: Office) -> Admission:
+    """With a catalog of `small`, also called `tiny`, which is warm, and `other`, which is not."""
+    registry = Registry(client)
+    registry.announce_model(CARD)
+    usual = Sampling(max_tokens=9, temperature=0.25, top_p=0.5, repetition_penalty=1.5)
+    models = {
+        "small": CatalogModel("small", Path("small"), "text", aliases=("tiny",), sampling=usual),
+        "other": CatalogModel("other", Path("other"), "text", context=32, sampling=Sampling(max_tokens=1000)),
+    }
+    catalog, jobs = Catalog(models, "small"), Jobs(client, settings)
+    return Admission(
+        settings,
+        catalog,
+        jobs,
+        ImageStore(client),
+        Roster(registry),
+        PromptSizer(registry),
+        office,  # type: ignore[arg-type]
+    )
+
+
+def asked(admission: Admission, **fields: object) -> Generation:
+    request = JobRequest.model_validate({"prompt": "hi", **fields})
+    return admission.submission(request, Origin("me")).generation
+
+
+@pytest.mark.parametrize("name", [{}, {"model": None}, {"model": "small"}, {"model": "tiny"}])
+def test_a_model_goes_by_its_id_whatever_it_was_called(known: Admission, name: dict[str, object]) -> None:
+    assert asked(known, **name).model == "small"
+
+
+def test_a_models_defaults_fill_what_a_request_leaves_out(known: Admission, settings: Settings) -> None:
+    found = asked(known)
+    assert (found.max_tokens, found.sampling.temperature, found.sampling.top_p) == (9, 0.25, 0.5)
+    assert (found.sampling.repetition_penalty, found.sampling.top_k, found.sampling.min_p) == (1.5, 0, 0)
+    said = asked(known, max_tokens=3, temperature=1, top_p=1.0, repetition_penalty=1)
+    assert (said.max_tokens, said.sampling.temperature, said.sampling.top_p) == (3, 1, 1)
+    assert said.sampling.repetition_penalty == 1
+    null = asked(known, max_tokens=None, temperature=None)
+    assert (null.max_tokens, null.sampling.temperature) == (9, 0.25)
+    assert asked(known, model="other").sampling.temperature == settings.temperature
+
+
+def test_a_models_default_length_is_held_within_its_context(known: Admission) -> None:
+    assert asked(known, model="other").max_tokens == 32
+    request = JobRequest.model_validate({"prompt": "hi", "model": "other", "max_tokens": 33})
+    assert refusal(known, request).field == "max_tokens"

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from shared import catalog as catalog_module
 from shared.catalog import Catalog, load_catalog
-from shared.settings import Settings
+from shared.settings import ROOT, Settings
+from tests.support.small_models import make_folder
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     for name in ("one", "two", "seer"):
-        (tmp_path / name).mkdir()
-        config = {"model_type": "llama"} | ({"vision_config": {"depth": 2}} if name == "seer" else {})
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        make_folder(tmp_path / name)
+    config = {"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}
+    (tmp_path / "seer/config.json").write_text(json.dumps(config))
+    (tmp_path / "seer/preprocessor_config.json").write_text("{}")
     return tmp_path
 
 
@@ -34,6 +42,7 @@ def test_without_a_file_the_model_of_the_settings_is_all(models: Path) -> None:
 def test_entries_with_all_they_can_say(models: Path) -> None:
     (models / "lora").mkdir()
     (models / "lora/adapter_config.json").write_text("{}")
+    shutil.copy(models / "one/model.safetensors", models / "lora/adapters.safetensors")
     catalog = read(
         models,
         """
@@ -72,14 +81,29 @@ path = "HERE/seer"
     ("entry", "line", "what"),
     [
         ('path = "HERE/two"\nslots = 0', 5, "[models.two] slots: Input should be greater than or equal to 1"),
-        ('path = "HERE/two"\nslot = 1', 5, "[models.two] slot: Extra inputs are not permitted"),
+        ('path = "HERE/two"\nslot = 1', 5, "[models.two] slot: there is no such key; there are path, hub, revision, "),
         ('path = "HERE/nowhere"', 4, "[models.two]: there is no model in HERE/nowhere"),
         (
             'hub = "org/nowhere"\nrevision = "v2"', 4,
-            "scripts/fetch_model org/nowhere --revision v2 gets it",
+            f"no model in {ROOT}/models/nowhere; scripts/fetch_model org/nowhere --revision v2 gets it",
+        ),
+        (
+            'hub = "org/nowhere"\npath = "HERE/there"', 5,
+            "no model in HERE/there; scripts/fetch_model org/nowhere -o HERE --name there gets it",
         ),
         ('path = "HERE/two"\nkind = "vision"', 5, "[models.two] kind: the folder holds a text model"),
-        ('path = "HERE/two"\nadapter = "HERE/one"', 5, "[models.two] adapter: there is no adapter_config.json"),
+        ('path = "HERE/two"\nadapter = "HERE/one"', 5, "[models.two] adapter: HERE/one has no adapter_config.json"),
+        ('path = "HERE/seer"\nadapter = "HERE/one"', 5, "[models.two] adapter: adapters are for text models"),
+        ('path = "~nobody-here/two"', 4, "[models.two]: there is no model in"),
+        (f'path = "{"x" * 300}"', 4, "[models.two]: there is no model in"),
+        ('path = "a\\u0000b"', 4, "[models.two]: there is no model in"),
+        ('path = "HERE/cut"', 4, "[models.two] path: HERE/cut/model.safetensors has 165 of 166 bytes"),
+        ('path = "HERE/two"\nkind = "text"\nkind = "text"', 6, "[models.two] is not TOML: Cannot overwrite a value"),
+        ('path = "HERE/two', 4, "[models.two] is not TOML: Illegal character"),
+        ('path = "HERE/two"\naliases = ["x",', 5, "[models.two] is not TOML: Invalid value"),
+        ('path = "HERE/two"\n[models.two.sampling]\ntop_p = \n', 6, "[models.two] is not TOML: Invalid value"),
+        ('path = "HERE/two"\n[models.two]\nslots = 4', 5, "[models.two] is not TOML: Cannot declare"),
+        ('path = "HERE/two"\n[models.\'two\'.sampling]\ntop_p = 7.5', 6, "[models.two] sampling.top_p: Input"),
         ('path = "HERE/two"\naliases = ["one"]', 5, "[models.two] aliases: one is one's already"),
         ('path = "HERE/two"\n\n# more\nsampling = { temperature = 9 }', 7, "[models.two] sampling.temperature"),
         ('path = "HERE/two"\n[models.two.sampling]\ntop_p = 7.5', 6, "[models.two] sampling.top_p"),
@@ -87,6 +111,9 @@ path = "HERE/seer"
     ],
 )  # fmt: skip
 def test_a_wrong_entry_is_named_by_line_and_the_others_serve(models: Path, entry: str, line: int, what: str) -> None:
+    shutil.copytree(models / "one", models / "cut")
+    cut = models / "cut/model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
     catalog = read(
         models, f'[models.one]\npath = "HERE/one"\n[models.two]\n{entry}\n[models.seer]\npath = "HERE/seer"\n'
     )
@@ -99,12 +126,122 @@ def test_a_wrong_entry_is_named_by_line_and_the_others_serve(models: Path, entry
 def test_what_is_wrong_with_the_file_itself(models: Path) -> None:
     catalog = read(models, '[models.one]\npath = "HERE/one\n', model_path=models / "two")
     assert list(catalog.models) == ["two"]
-    assert catalog.faults[0].startswith("catalog.toml:2: not TOML")
+    assert catalog.faults[0].startswith("catalog.toml:2: [models.one] is not TOML")
     catalog = read(models, 'defaults = 1\ndefault = "three"\n[models.one]\npath = "HERE/one"\n["models"."a b"]\n')
     assert catalog.default == "one"
     assert [fault.split(": ")[0] for fault in catalog.faults][:1] == ["catalog.toml:1"]
     assert any("there is no model three" in fault and ":2: " in fault for fault in catalog.faults)
     assert any("[models.a b]" in fault for fault in catalog.faults)
+
+
+def test_tables_of_one_name_in_two_places_are_one_wrong_entry(models: Path) -> None:
+    text = '[models.one]\npath = "HERE/one"\n[models.two]\npath = "HERE/two"\n[models."one"]\npath = "HERE/seer"\n'
+    catalog = read(models, text + "[models.one.sampling]\ntop_p = 0.5\n")
+    assert list(catalog.models) == ["two"]
+    (fault,) = catalog.faults
+    assert fault.startswith("catalog.toml:5: [models.one] is not TOML: Cannot declare")
+
+
+def test_a_name_with_dots_and_no_quotes_is_explained(models: Path) -> None:
+    catalog = read(
+        models, '[models.Qwen2.5-7B]\npath = "HERE/one"\n[models."Qwen2.5-7B"]\npath = "HERE/two"\nslots = 0'
+    )
+    assert 'stands in quotes: [models."Qwen2.5-7B"]' in catalog.faults[0]
+    assert catalog.faults[0].startswith("catalog.toml:1: [models.Qwen2]")
+    assert catalog.faults[1].startswith("catalog.toml:5: [models.Qwen2.5-7B] slots")
+
+
+@pytest.mark.parametrize(
+    "text", ['"', "[", "[[", "=", 'a = """', "a = [1,\n\n", "[models", "[models.]", "\x00", "[models.a]\nb = [\n[c]"]
+)
+def test_no_file_is_so_wrong_that_nothing_serves(models: Path, text: str) -> None:
+    catalog = read(models, text, model_path=models / "two")
+    assert list(catalog.models) == ["two"] and catalog.faults
+
+
+LINES = [
+    "[models.one]",
+    '[models."one"]',
+    "[models.two]",
+    "[models.two.sampling]",
+    "[models]",
+    "[[models]]",
+    "[other]",
+    "[",
+    'path = "HERE/one"',
+    'path = "HERE/two"',
+    "slots = 4",
+    "slots = [",
+    "slots = -1",
+    'aliases = ["a", "b"]',
+    'aliases = ["a"',
+    "]",
+    '"""',
+    "'''",
+    "# [models.x]",
+    "",
+    "temperature = 0.5",
+    "sampling = { top_p = 1 }",
+    "sampling = 3",
+    "sampling.top_p = 2",
+    'default = "one"',
+    "default = 1",
+    "models = 3",
+    "models.one = 3",
+    "= 4",
+    "\x00",
+    'path = """',
+    "[models.one.two.three]",
+]
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+def test_whatever_stands_in_the_file_something_serves_and_each_fault_has_its_line(
+    models: Path, lines: list[str]
+) -> None:
+    catalog = read(models, "\n".join(lines), model_path=models / "seer")
+    assert catalog.default in catalog.models
+    assert {model.path.name for model in catalog.models.values()} <= {"one", "two", "seer"}
+    for fault in catalog.faults:
+        number = int(fault.split(":")[1])
+        assert 1 <= number <= max(1, len(lines))
+
+
+def test_the_examples_of_the_file_that_comes_with_this_are_right() -> None:
+    lines = (ROOT / "models/catalog.toml").read_text().splitlines()
+    examples = [re.sub(r"^(# ?)+", "", line) for line in lines]
+    tables = tomllib.loads("\n".join(line for line in examples if re.match(r"\[|[a-z_]+ = ", line)))["models"]
+    assert len(tables) >= 3
+    for name, table in tables.items():
+        assert re.fullmatch(catalog_module._NAME, name) and catalog_module._Entry.model_validate(table)
+    assert {key for table in tables.values() for key in table} == set(catalog_module._Entry.model_fields)
+
+
+def test_a_file_that_cannot_be_read_is_told(models: Path) -> None:
+    catalog = load_catalog(Settings(models_file=models, model_path=models / "two"))
+    assert list(catalog.models) == ["two"]
+    assert catalog.faults == (f"{models.name}:1: it cannot be read: Is a directory",)
+
+
+def test_the_default_is_told_when_it_is_not_there_and_stays_it(models: Path) -> None:
+    catalog = read(models, 'default = "two"\n[models.one]\npath = "HERE/one"\n[models.two]\npath = "HERE/away"\n')
+    assert catalog.default == "two"
+    assert catalog.models["two"].path == models / "away"
+    assert catalog.faults == (f"catalog.toml:5: [models.two]: there is no model in {models / 'away'}",)
+
+
+def test_a_model_that_is_set_is_served_though_an_entry_of_another_has_its_name(models: Path) -> None:
+    catalog = read(models, '[models.two]\npath = "HERE/one"\n', model_path=models / "two")
+    assert catalog.models["two"].path == models / "two"
+    assert catalog.faults == ("catalog.toml:2: [models.two] has the name of MODEL_PATH's model, which is another",)
+
+
+def test_folders_are_not_looked_into_where_words_are_made_up(models: Path) -> None:
+    (models / "two/model.safetensors").unlink()
+    text = '[models.two]\npath = "HERE/two"\n'
+    assert list(read(models, text, backend="fake").models) == ["two"]
+    assert list(read(models, text).models) == ["SmolLM2-135M-Instruct"]
 
 
 def test_a_model_that_is_set_is_the_default_and_keeps_its_entry(models: Path) -> None:

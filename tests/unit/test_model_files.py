@@ -53,6 +53,8 @@ INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.s
         (write("model.safetensors.index.json", "{}"), "has no weight_map"),
         (write("model.safetensors", ""), "not a whole safetensors file"),
         (cut, "has [0-9,]+ of [0-9,]+ bytes"),
+        (write("optimizer.pt", ""), r"holds a pickle file.*optimizer\.pt.*: refused; .*--copy"),
+        (write("modeling_x.py", ""), r"holds Python code .*modeling_x\.py.*: refused; .*--copy"),
     ],
 )
 def test_incomplete_folder_is_named_in_one_line(folder: Path, damage: Callable[[Path], object], named: str) -> None:
@@ -78,6 +80,12 @@ def test_manifest_tells_origin_and_notices_changes(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert not is_intact(folder)
     assert read_origin(folder) == origin
+
+
+def test_a_manifest_that_came_with_a_copy_is_replaced(folder: Path) -> None:
+    write_manifest(folder, Origin("somewhere", "1"))
+    write_manifest(folder, Origin("elsewhere", "2"))
+    assert is_intact(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"source": "x"}'])

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared import model_folder
+from shared.model_facts import told_context, weights_bytes
 from shared.model_folder import ModelError, check_folder, model_kind
 from tests.support.small_models import make_folder
 
@@ -48,10 +49,19 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\\..\\b"}}), "outside of its"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": 7}}), "outside of its"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "other.safetensors"}}), "lacks"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "model.bin"}}), "no safetensors file"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "m" * 300 + ".safetensors"}}), "no safetens"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\nb.safetensors"}}), "no safetensors file"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "\ud800.safetensors"}}), "no safet"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": None}}), "outside of its"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": []}}), "outside of its"),
+        ("model.safetensors", safetensors({n: {"data_offsets": [0, 8]} for n in "ab"}, bytes(8)), "overlap"),
         ("model-00001-of-00002.safetensors", safetensors({}), "lacks the weight file model-00002-of-00002.safetensors"),
         ("model-more.safetensors", safetensors({"w": {"data_offsets": [0, 8]}}), "has 39 of 47 bytes"),
         ("config.json", json.dumps({"model_type": "llama", "model_file": "evil.py"}), "its own code"),
         ("config.json", json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}), "preprocessor_config"),
+        ("config.json", json.dumps({"model_type": "llama", "model_file": "a\nb"}), "its own code"),
+        ("config.json", json.dumps({"model_type": ["llama"]}), "names no model_type"),
         ("config.json", "{", "not valid JSON"),
     ],
 )  # fmt: skip
@@ -124,14 +134,19 @@ def test_whatever_a_header_or_a_config_says_it_is_one_error_or_none(folder: Path
     for file, bytes_ in (
         ("model.safetensors", safetensors({"w": content})),
         ("model.safetensors", safetensors({"w": {"data_offsets": content}})),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": content}}).encode()),
         ("config.json", json.dumps(content).encode()),
         ("config.json", json.dumps({"model_type": "llama", "vision_config": content}).encode()),
     ):
-        before = (folder / file).read_bytes()
+        before = (folder / file).read_bytes() if (folder / file).exists() else None
         (folder / file).write_bytes(bytes_)
         with contextlib.suppress(ModelError):
             check_folder(folder)
-        (folder / file).write_bytes(before)
+        assert weights_bytes(folder, "float16", 4) is not None
+        assert told_context(folder) is None
+        (folder / file).unlink()
+        if before is not None:
+            (folder / file).write_bytes(before)
 
 
 def poisoned(source: Path, target: Path, marker: Path, **more: object) -> Path:
@@ -179,6 +194,9 @@ def test_code_that_comes_with_a_model_is_never_run(
     from worker.models import load_model
 
     load = load_model if kind == "text" else load_vision_model
+    with pytest.raises(ModelError, match=r"holds Python code .*: refused"):
+        load(folder)
+    monkeypatch.setattr(model_folder, "CODE", ())  # and if it were not refused
     refused = kind == "text" and bool(more)  # mlx-vlm takes the tokenizer of the model's family, whatever is said
     with pytest.raises(ModelError) if refused else contextlib.nullcontext():
         load(folder)

@@ -91,6 +91,14 @@ def test_requests_that_ask_for_the_same_mean_the_same() -> None:
     assert there != back
 
 
+def test_what_a_model_has_a_default_for_is_meant_where_it_is_said() -> None:
+    def meaning(**more: object) -> str:
+        return JobRequest.model_validate({"prompt": "hi", **more}).meaning("id", {"top_p", "temperature"})
+
+    assert meaning(top_p=1.0) != meaning() == meaning(temperature=None) == meaning(top_k=0)
+    assert meaning(model="alias") == meaning(model="id") != meaning()
+
+
 def test_an_inference_request_may_stream() -> None:
     assert InferenceRequest.model_validate({"prompt": "hi", "stream": True}).stream
     assert faults(prompt="hi", stream=True) == [("stream",)]

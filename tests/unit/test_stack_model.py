@@ -10,7 +10,7 @@ import pytest
 from scripts.commands import serve
 from scripts.commands.stack import config, preflight
 from scripts.commands.stack.failure import StartFailed
-from scripts.commands.stack.model import VISION, choose_vision
+from scripts.commands.stack.model import VISION, choose_vision, ensure_model
 from shared.settings import Settings
 
 
@@ -57,3 +57,14 @@ def test_an_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit, match="2"):
         serve.main(["--visoin"])
     assert "unrecognized arguments: --visoin" in capsys.readouterr().err
+
+
+def test_a_default_of_the_catalog_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = tmp_path / "catalog.toml"
+    catalog.write_text(
+        f'default = "far"\n[models.far]\npath = "{tmp_path}/far"\n[models.near]\npath = "models/ui-micro"\n'
+    )
+    monkeypatch.setenv("MODELS_FILE", str(catalog))
+
+    with pytest.raises(StartFailed, match=r"catalog.toml: the default model's folder .*/far holds no model"):
+        ensure_model(preflight.settings_or_fail(), {}, None)  # type: ignore[arg-type]  # nothing is waited for

@@ -12,7 +12,7 @@ from shared.catalog import CatalogModel
 from shared.operations import Operation
 from shared.registry import WorkerInfo
 from web.apidoc import describe
-from web.auth import require_scope
+from web.auth import caller, require_scope
 from web.body import read_body
 from web.roster import Snapshot
 from web.schemas import (
@@ -39,9 +39,12 @@ _STATES: Final = {"ready": "warm"}
 def list_models() -> Response:
     """All that requests may name: those of the catalog, and what workers have told of before.
 
-    POST does the same, without reading a body: some platforms' clients ask that way.
+    POST does the same, without reading a body: some platforms' clients ask that way. What is wrong with the catalog is
+    told to keys with the scope `admin`.
     """
-    return _json(ModelList(data=views(), faults=list(services().catalog.faults)))
+    # They name paths of this machine.
+    faults = services().catalog.faults if "admin" in caller().scopes else ()
+    return _json(ModelList(data=views(), faults=list(faults)))
 
 
 @routes.post("/inference/load_model")
@@ -104,14 +107,14 @@ def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default:
         id=name,
         aliases=list(entry.aliases) if entry else [],
         kind=kind,
-        context=card.context if card else entry.context if entry else None,
+        context=card.context if card else entry.most_tokens if entry else None,
         default=default,
         state=_STATES.get(best, best),
         workers=[_worker(worker) for worker in workers],
         slots=sum(worker.slots for worker in workers),
         slots_used=sum(worker.slots_used for worker in workers),
         waiting=waiting,
-        memory_bytes=round(_most(workers, "model_bytes")) or None,
+        memory_bytes=round(_most(workers, "model_bytes")) or (entry.weights_bytes if entry else 0) or None,
         load_s=round(_most(workers, "load_s"), 3) or None,
         tokens_per_s=round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1),
     )

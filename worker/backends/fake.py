@@ -34,7 +34,7 @@ from zlib import crc32
 from shared.catalog import CatalogModel
 from shared.errors import JobFailure
 from shared.jobs import Generation
-from shared.model_folder import ModelError, weights_size
+from shared.model_folder import ModelError
 from shared.registry import ModelCard
 from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row, StepResult
 
@@ -251,4 +251,4 @@ def load(model: CatalogModel) -> Generator[float, None, FakeBackend]:
         yield piece / (pieces + 1)
         if "load-fails" in orders and 2 * piece >= pieces:
             raise ModelError(f"the model in {model.path} fails, as ordered")
-    return FakeBackend(model.id, weights_bytes=weights_size(model.path))
+    return FakeBackend(model.id, weights_bytes=model.measure())

@@ -44,8 +44,11 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
     if (path / "config.json").is_file():
         _check(path)
         return
-    if settings.model_path != Settings.model_fields["model_path"].default:
-        raise StartFailed(f"MODEL_PATH {settings.model_path} holds no model (no config.json); see scripts/fetch_model")
+    if path != Settings.model_fields["model_path"].default:
+        own = (
+            "MODEL_PATH" if path == settings.model_path else f"{settings.models_file.name}: the default model's folder"
+        )
+        raise StartFailed(f"{own} {path} holds no model (no config.json); see scripts/fetch_model")
     fetch = subprocess.Popen([sys.executable, "-m", "scripts.commands.fetch_model"], env=environment, cwd=ROOT)
     try:
         while fetch.poll() is None:
