@@ -43,8 +43,8 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Admin]]:
 
 
 def consumed(stack: Stack) -> set[str]:
-    """The queues that workers consume."""
-    told = make_app(stack.settings).control.inspect(timeout=5).active_queues() or {}
+    """The queues that the one worker consumes."""
+    told = make_app(stack.settings).control.inspect(timeout=5, limit=1).active_queues() or {}
     return {queue["name"] for queues in told.values() for queue in queues}
 
 

@@ -162,7 +162,7 @@ def test_a_model_is_replaced_while_a_stream_of_another_goes_on(admin: Callable[.
 
 def test_jobs_of_a_model_that_is_unloaded_wait_and_go_on_when_it_is_back(admin: Callable[..., Admin]) -> None:
     operator = admin(DRAIN_S="0.2", LOAD_ON_DEMAND="false", MEMORY_LIMIT_BYTES=str(200 * MIB))
-    body = {"model": "one", "prompt": "Tell me.", "max_tokens": 3000, "temperature": 0}
+    body = {"model": "one", "prompt": "Tell me.", "max_tokens": 1200, "temperature": 0}
     with operator.stack.client() as client:
         undisturbed = client.submit(body).id
         eventually(lambda: client.job(undisturbed).status.terminal, "it ends", 60)
@@ -173,7 +173,7 @@ def test_jobs_of_a_model_that_is_unloaded_wait_and_go_on_when_it_is_back(admin: 
         assert unloaded["state"] == "succeeded"
         assert unloaded["memory_after"] < unloaded["memory_before"]
         assert client.job(job.id).status is Status.QUEUED
-        consumed = make_app(operator.stack.settings).control.inspect(timeout=5).active_queues() or {}
+        consumed = make_app(operator.stack.settings).control.inspect(timeout=5, limit=1).active_queues() or {}
         assert queue_name("one") not in {queue["name"] for queues in consumed.values() for queue in queues}
         assert operator.models()["one"]["state"] == "cold"
         operator.ask("load", "one")

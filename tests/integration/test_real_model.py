@@ -89,8 +89,8 @@ def reference(smollm2_path: Path) -> Callable[[str, int], str]:
 def test_greedy_text_equals_the_librarys_own_for_eight_at_once(
     smollm2_stack: Stack, reference: Callable[[str, int], str]
 ) -> None:
-    jobs = at_once(lambda q=q: run(smollm2_stack, chat(q, max_tokens=40)) for q in QUESTIONS)  # type: ignore[misc]
-    assert [job.text for job in jobs] == [reference(q, 40) for q in QUESTIONS]
+    jobs = at_once(lambda q=q: run(smollm2_stack, chat(q, max_tokens=24)) for q in QUESTIONS)  # type: ignore[misc]
+    assert [job.text for job in jobs] == [reference(q, 24) for q in QUESTIONS]
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(smollm2_stack: Stack) -> None:
