@@ -32,8 +32,16 @@ _DECODED_AT_ONCE: Final = 2
 """Images: one takes up to a dozen bytes a pixel while it is decoded, however small its file is."""
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
 _DATA_URL: Final = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*?(;base64)?,", re.IGNORECASE)
+_LONGEST_HEAD: Final = 256
+"""Characters of a data URL before its data. To look for the comma in all of one that has none would take seconds."""
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 """Of a camera's pictures: the tag, and the values with which width and height change places."""
+_JPEG: Final = b"\xff\xd8\xff"
+_MARKER: Final = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
+"""What begins a segment with a length, or ends a JPEG; decoders pass over all others, or end at them."""
+_SCAN, _END = b"\xda", b"\xd9"
+_MOST_SCANS, _MOST_SEGMENTS = 50, 1000
+"""Of a JPEG; programs write a dozen, and some hundred where they keep a profile or a second picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +138,8 @@ class Gatherer:
             return aside(LARGE, lambda: self._decoded_size(data))
 
     def _decoded_size(self, data: bytes) -> tuple[int, int]:
+        if data.startswith(_JPEG) and _piled_up(data):
+            raise Invalid("The image is broken: it has more segments than a JPEG has.", code="image_broken")
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
@@ -147,8 +157,27 @@ class Gatherer:
         return (height, width) if turned else (width, height)
 
 
+def _piled_up(jpeg: bytes) -> bool:
+    """Whether it has more scans or segments than a picture needs.
+
+    Each scan goes over all of the picture, and each segment over those before it, however few bytes they have: a small
+    file could be decoded for an hour.
+    """
+    at = scans = 0
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.search(jpeg, at)
+        if found is None or (found[1] == _END and scans):
+            return False
+        scans += found[1] == _SCAN
+        if scans > _MOST_SCANS:
+            return True
+        at = found.end()
+        at += 0 if found[1] == _END else int.from_bytes(jpeg[at : at + 2])
+    return True
+
+
 def _decoded(url: str) -> bytes:
-    head = _DATA_URL.match(url)
+    head = _DATA_URL.match(url, 0, _LONGEST_HEAD)
     if head is None or not head[1]:
         raise Invalid("The data URL is not in base64 (data:image/png;base64,…).", code="image_broken")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +141,20 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def jpeg_of(scans: int, width: int = 64, height: int = 48) -> bytes:
+    """A progressive JPEG, of which the last scan comes again and again."""
+    file = picture(width, height, form="JPEG", progressive=True)
+    last = file.rindex(b"\xff\xda")
+    tables = file.rindex(b"\xff\xc4", 0, last)
+    return file[:-2] + file[tables:-2] * (scans - file.count(b"\xff\xda")) + file[-2:]
+
+
+def with_segments(segment: bytes, count: int) -> bytes:
+    """A JPEG with so many segments at its beginning."""
+    file = picture(form="JPEG")
+    return file[:2] + segment * count + file[2:]
+
+
 def bitmap() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (10, 10)).save(file, "BMP")
@@ -174,6 +189,41 @@ def test_what_is_no_image_is_refused_by_name(gatherer: Gatherer, url: str, code:
         assert (type(error), error.code, error.field) == (Invalid, code, field)
         assert error.detail.startswith(f"{field}: ")
         assert url[22:] not in error.detail or len(url) < 30
+
+
+PROFILE = b"\xff\xe2" + (2 + 4000).to_bytes(2) + b"\xff\xda" * 2000
+EXIF = b"\xff\xe1\0\x6cExif\0\0" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [jpeg_of(51), jpeg_of(5000), with_segments(EXIF, 1001), with_segments(b"\xff\xd9\xff\xf0\xff\xff" + EXIF, 1001)],
+)
+def test_a_jpeg_that_takes_its_time_over_and_over_is_not_decoded(
+    gatherer: Gatherer, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", None)
+    error = refusal(gatherer, asked(prompt="?", images=[data_url(image)]))
+    assert (type(error), error.code, error.field) == (Invalid, "image_broken", "images[0]")
+    assert "more segments" in error.detail
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        jpeg_of(50), with_segments(EXIF, 200), with_segments(PROFILE, 255), picture(form="JPEG") + PROFILE * 100,
+        picture(form="JPEG", restart_marker_blocks=1), picture(2000, 1500, form="JPEG", quality=100),
+    ],
+)  # fmt: skip
+def test_a_jpeg_may_have_much_beside_its_picture(gatherer: Gatherer, image: bytes) -> None:
+    assert len(gatherer.gather(asked(prompt="?", images=[data_url(image)])).files) == 1
+
+
+@pytest.mark.parametrize("url", ["data:" + "A" * 10**7, "data:image/png" + ";a" * 5 * 10**6])
+def test_a_data_url_without_data_is_not_looked_through(gatherer: Gatherer, url: str) -> None:
+    started_at = time.monotonic()
+    assert refusal(gatherer, asked(prompt="?", images=[url])).code == "image_broken"
+    assert time.monotonic() - started_at < 0.3
 
 
 def test_an_upload_is_named_by_its_place_behind_the_others(gatherer: Gatherer) -> None:
