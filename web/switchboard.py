@@ -114,7 +114,7 @@ class Switchboard:
 
     def demand_waiting(self) -> None:
         """The same for all models that jobs wait for."""
-        if self._on_demand and len(self._catalog.models) > 1:
+        if self._on_demand:
             for model in self._catalog.models:
                 if self._registry.waiting(model):
                     self.demand(model)
