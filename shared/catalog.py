@@ -92,6 +92,11 @@ class CatalogModel:
         return weights_bytes(self.path, self.dtype, self.quantize_bits) + adapter
 
     @property
+    def told_kind(self) -> str | None:
+        """Its kind by its own files; None: they are not here, but perhaps where a worker is."""
+        return self.kind if self.weights_bytes else None
+
+    @property
     def most_tokens(self) -> int | None:
         """Of prompt and answer together, as far as it is known without loading it."""
         return min((each for each in (self.context, self.told_context) if each is not None), default=None)

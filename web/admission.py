@@ -103,8 +103,7 @@ class Admission:
             self._images.drop(job_id)
         if new:
             self._send_ticket(job)
-            if not self._roster.now().has(job.model):
-                self._demand(job.model)
+            self._ask_for_model(job)
         return job, new
 
     def submission(self, request: JobRequest, origin: Origin) -> Submission:
@@ -116,7 +115,9 @@ class Admission:
         model, card = self._resolve(request.model)
         self._check_cold(model, origin)
         generation = self._generation(request, model, card)
-        if card is not None and card.kind == "text" and generation.image_parts:
+        entry = self._catalog.models.get(model)
+        kind = card.kind if card else entry.told_kind if entry else None
+        if kind == "text" and generation.image_parts:
             raise Invalid(f"{model} is a text model: it takes no images.", code="no_images", field="model")
         if card is not None:
             self._sizer.check(card, generation, request.prompt_field)
@@ -192,6 +193,14 @@ class Admission:
             self._tickets.send(job.model, job.id)
         except (OperationalError, redis.RedisError, OSError) as error:
             log.warning("No ticket for %s yet, upkeep will send one: %s", job.id, error, extra={"job_id": job.id})
+
+    def _ask_for_model(self, job: Job) -> None:
+        """Have the model of an accepted job loaded where nobody has it; what cannot be asked now, upkeep asks again."""
+        try:
+            if not self._roster.now().has(job.model):
+                self._demand(job.model)
+        except redis.RedisError as error:
+            log.warning("%s is not asked for yet: %s", job.model, error, extra={"job_id": job.id})
 
 
 def _at_most(field: str, asked: float | None, most: float) -> float | None:

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
 from shared import keys
 from shared.catalog import Catalog, CatalogModel, Sampling, load_catalog
 from shared.errors import Invalid, KeyReused, MlxqError
 from shared.images import ImageStore
-from shared.jobs import Generation, Jobs, Priority
+from shared.jobs import Generation, Job, Jobs, Priority
 from shared.registry import ModelCard, Registry
 from shared.settings import Settings
 from shared.store import Redis
 from web.admission import Admission, Origin
 from web.prompt_size import PromptSizer
 from web.roster import Roster
-from web.schemas import JobRequest
+from web.schemas import JobRequest, Message, Part, StoredImage
 
 CARD = ModelCard("small", "text", context=64)
 
@@ -70,6 +71,23 @@ def test_a_broker_that_is_away_does_not_lose_the_job(admission: Admission, offic
     office.closed = True
     job, _ = admission.admit(wanted(), Origin("me"))
     assert client.zscore("mlxq:queue:small", job.id) is not None
+
+
+def test_redis_going_away_behind_the_acceptance_does_not_refuse_the_job(
+    admission: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = admission._send_ticket
+
+    def away() -> None:
+        raise RedisConnectionError
+
+    def last(job: Job) -> None:
+        send(job)
+        monkeypatch.setattr(admission._roster, "now", away)
+
+    monkeypatch.setattr(admission, "_send_ticket", last)
+    job, new = admission.admit(wanted(), Origin("me"))
+    assert new and client.zscore("mlxq:queue:small", job.id) is not None
 
 
 def test_a_repeated_request_sends_no_second_ticket(admission: Admission, office: Office) -> None:
@@ -234,3 +252,20 @@ def test_a_models_default_length_is_held_within_its_context(known: Admission) ->
     assert asked(known, model="other").max_tokens == 32
     request = JobRequest.model_validate({"prompt": "hi", "model": "other", "max_tokens": 33})
     assert refusal(known, request).field == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("weights_bytes", "kind", "taken"), [(8, "text", False), (8, "vision", True), (0, "text", True)]
+)
+def test_a_text_model_takes_no_images_before_it_is_loaded_either(
+    known: Admission, weights_bytes: int, kind: str, taken: bool
+) -> None:
+    known._catalog.models["other"] = CatalogModel("other", Path("other"), kind, weights_bytes=weights_bytes)
+    content = [StoredImage(image="a" * 64, width=64, height=48), Part(type="text", text="What?")]
+    message = Message.model_construct(role="user", content=content)
+    request = wanted(model="other").model_copy(update={"prompt": None, "messages": [message]})
+    if taken:
+        assert known.submission(request, Origin("me")).generation.image_parts
+    else:
+        error = refusal(known, request)
+        assert (error.status, error.code, error.field) == (422, "no_images", "model")

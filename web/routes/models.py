@@ -102,7 +102,7 @@ def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default:
     card = snapshot.models.get(name)
     workers = [worker for worker in snapshot.workers if worker.model == name]
     best = next((state for state in _BEST_FIRST if any(worker.state == state for worker in workers)), "cold")
-    kind = card.kind if card else entry.kind if entry else None
+    kind = card.kind if card else entry.told_kind if entry else None
     return ModelView(
         id=name,
         aliases=list(entry.aliases) if entry else [],
