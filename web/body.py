@@ -14,6 +14,8 @@ from web.aside import aside
 
 _REQUEST, _FILES = "request", "images"
 """Fields of a form."""
+_UNREADABLE: Final = "\ufffd"
+"""What werkzeug puts where a field's bytes are no text."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,7 +62,11 @@ def _from_form() -> bytes:
     """The JSON body in the form's field `request`, which may be a file."""
     if strange := next((name for name in request.form if name != _REQUEST), None):
         raise Invalid(f"A form has the fields {_REQUEST} (JSON) and {_FILES} (files).", field=strange)
-    found = [text.encode() for text in request.form.getlist(_REQUEST)]
+    texts = request.form.getlist(_REQUEST)
+    if any(_UNREADABLE in text for text in texts):
+        detail = "The form's request is not UTF-8. One that means to have U+FFFD is sent as a file."
+        raise BadRequest(detail, code="invalid_utf8", field=_REQUEST)
+    found = [text.encode() for text in texts]
     found += [file.read() for file in request.files.getlist(_REQUEST)]
     if len(found) != 1:
         raise Invalid(f"A form has one request, a JSON object, and not {len(found)}.", field=_REQUEST)

@@ -62,6 +62,18 @@ def test_a_form_has_one_request() -> None:
         assert caught.value.field == "request"
 
 
+@pytest.mark.parametrize("text", [b'{"prompt": "caf\xe9"}', '{"prompt": "\ufffd"}'.encode()])
+def test_a_field_that_is_no_text_is_told_and_not_mended(text: bytes) -> None:
+    body = b'--B\r\nContent-Disposition: form-data; name="request"\r\n\r\n' + text + b"\r\n--B--\r\n"
+    kind = "multipart/form-data; boundary=B"
+    with Flask("test").test_request_context("/", method="POST", data=body, content_type=kind):
+        with pytest.raises(BadRequest) as caught:
+            read_body(JobRequest)
+        assert (caught.value.code, caught.value.field) == ("invalid_utf8", "request")
+    with form(request=(io.BytesIO('{"prompt": "\ufffd"}'.encode()), "request.json")):
+        assert read_body(JobRequest).prompt == "\ufffd"
+
+
 def test_a_file_that_is_no_text_is_told() -> None:
     with form(request=file(b'{"prompt": "\xff"}')), pytest.raises(BadRequest) as caught:
         read_body(JobRequest)
