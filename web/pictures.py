@@ -22,7 +22,7 @@ from shared.errors import Invalid, MlxqError, TooLarge
 from shared.images import digest
 from shared.settings import Settings
 from web.aside import LARGE, aside
-from web.schemas import JobRequest, Message, Part, StoredImage
+from web.schemas import InferenceRequest, JobRequest, Message, Part, StoredImage
 
 T = TypeVar("T")
 
@@ -83,6 +83,8 @@ class Gatherer:
             raise Invalid(
                 f"A request has {self._most} images at most, not {count}.", code="too_many_images", field=where
             )
+        if isinstance(request, InferenceRequest) and request.raw:
+            raise Invalid("A raw prompt says nowhere where its images are: leave raw out.", field="raw")
         files: dict[str, bytes] = {}
         sizes: dict[str, tuple[int, int]] = {}
 

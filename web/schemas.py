@@ -241,7 +241,16 @@ class InferenceRequest(JobRequest):
     """A generation request to be answered on the same connection; its prompt is a question to the model."""
 
     stream: bool = Field(False, description="Send the text as it comes")
-    raw: bool = Field(False, description="Go on from the prompt as it is, without the model's chat template")
+    raw: bool = Field(
+        False, description="Go on from the prompt as it is, without the model's chat template; not with images"
+    )
+
+    @field_validator("raw")
+    @classmethod
+    def _prompt_to_go_on_from(cls, raw: bool, info: ValidationInfo) -> bool:
+        if raw and info.data.get("messages"):
+            raise PydanticCustomError("no_raw_prompt", "It needs a prompt; messages go through the chat template")
+        return raw
 
     def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
         """As for a job, but a prompt is what a user says, unless it is raw or the model knows no conversations."""

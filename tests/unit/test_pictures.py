@@ -85,6 +85,13 @@ def test_loose_images_go_to_the_last_thing_the_user_says(gatherer: Gatherer) -> 
     assert told[3]["content"] == [STORED, {"type": "text", "text": "c"}]
 
 
+def test_a_raw_prompt_takes_no_images(gatherer: Gatherer) -> None:
+    for body, uploads in (({"images": [URL]}, []), ({}, [PNG])):
+        with pytest.raises(Invalid) as caught:
+            gatherer.gather(InferenceRequest.model_validate({"prompt": "?", "raw": True, **body}), uploads)
+        assert caught.value.field == "raw"
+
+
 def test_the_same_image_is_kept_once(gatherer: Gatherer) -> None:
     found = gatherer.gather(shown([{"type": "image", "image": URL}, {"type": "image", "image": URL}, TEXT]))
     assert len(found.files) == 1

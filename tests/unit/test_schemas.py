@@ -109,6 +109,8 @@ def test_a_prompt_to_inference_is_a_question_where_the_model_knows_conversations
     assert question.conversation(has_template=True) == (TURN,)
     assert question.conversation(has_template=False) is None
     assert InferenceRequest.model_validate({"prompt": "hi", "raw": True}).conversation(has_template=True) is None
+    with pytest.raises(ValidationError, match="It needs a prompt"):
+        InferenceRequest.model_validate({"messages": [{"role": "user", "content": "hi"}], "raw": True})
     assert JobRequest.model_validate({"prompt": "hi"}).conversation(has_template=True) is None
 
 
