@@ -456,6 +456,21 @@ class OpenAIModelList(_Answer):
     data: list[OpenAIModel]
 
 
+class OpenAIErrorDetails(_Answer):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(_Answer):
+    """An error in OpenAI's form."""
+
+    error: OpenAIErrorDetails
+
+
 class LoadRequest(_Request):
     """Which model to load, and where."""
 

@@ -14,6 +14,7 @@ from openapi_pydantic import parse_obj
 from shared.settings import ROOT, Settings
 from tests.support.fake_redis import FakeRedis
 from web.app import create_app
+from web.keystore import KeyStore
 from web.schemas import JobRequest
 
 
@@ -51,6 +52,13 @@ def test_every_route_is_in_it(app: Flask, document: dict[str, Any]) -> None:
         if method not in ("HEAD", "OPTIONS")
     }
     assert set(operations(document)) == routes
+
+
+def test_a_model_that_is_not_there_is_described_as_it_is_told(app: Flask, document: dict[str, Any]) -> None:
+    (media_type,) = document["paths"]["/v1/models/{model_id}"]["get"]["responses"]["404"]["content"]
+    key = KeyStore(app.extensions["mlxq"].settings.keys_file).create("caller", ["infer"])
+    answer = app.test_client().get("/v1/models/nobody", headers={"X-API-Key": key})
+    assert (answer.status_code, answer.content_type) == (404, media_type)
 
 
 def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:

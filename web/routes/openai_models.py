@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from flask import Blueprint, Response
 
 from web.apidoc import describe
 from web.routes.models import views
-from web.schemas import ModelView, OpenAIModel, OpenAIModelList
+from web.schemas import ModelView, OpenAIError, OpenAIErrorDetails, OpenAIModel, OpenAIModelList
 from web.services import services
 
 routes = Blueprint("openai_models", __name__)
@@ -23,20 +21,21 @@ def list_openai_models() -> Response:
 
 
 @routes.get("/v1/models/<model_id>")
-@describe("Get a model (OpenAI)", answers={200: OpenAIModel}, errors=(404,))
+@describe("Get a model (OpenAI)", answers={200: OpenAIModel, 404: OpenAIError})
 def get_openai_model(model_id: str) -> Response:
-    """By its id or an alias; errors are in OpenAI's form."""
+    """By its id or an alias; that there is none is told in OpenAI's form."""
     entry = services().catalog.resolve(model_id)
     name = entry.id if entry else model_id
     view = next((view for view in views() if view.id == name), None)
     if view is None:
-        error = {
-            "message": f"The model {model_id!r} does not exist",
-            "type": "invalid_request_error",
-            "param": "model",
-            "code": "model_not_found",
-        }
-        return Response(json.dumps({"error": error}), 404, content_type="application/json")
+        details = OpenAIErrorDetails(
+            message=f"The model {model_id!r} does not exist",
+            type="invalid_request_error",
+            param="model",
+            code="model_not_found",
+        )
+        error = OpenAIError(error=details)
+        return Response(error.model_dump_json(), 404, content_type="application/json")
     return Response(_model(view).model_dump_json(), content_type="application/json")
 
 
