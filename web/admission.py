@@ -73,11 +73,14 @@ class Admission:
         self._sizer = sizer
         self._tickets = tickets
 
-    def admit(self, request: JobRequest, origin: Origin, files: Mapping[str, bytes] | None = None) -> tuple[Job, bool]:
+    def admit(
+        self, request: JobRequest, origin: Origin, files: Mapping[str, bytes] | None = None, unread: int = 0
+    ) -> tuple[Job, bool]:
         """Accept a request as a job.
 
         Args:
             files: the images that its messages name, by digest.
+            unread: how many more it has, which are not here: it is repeated, and no new job is made of it.
 
         Returns:
             The job, and whether it is new (not the answer to a repeated Idempotency-Key).
@@ -88,7 +91,7 @@ class Admission:
             Unavailable: the queue is full, or the model does not load.
             redis.RedisError: Redis is away.
         """
-        submission = replace(self.submission(request, origin), images=len(files or ()))
+        submission = replace(self.submission(request, origin), images=len(files or ()) + unread)
         job_id = jobs.new_job_id()
         if files:
             # Before the job that names them: what proves the job to be on the disk proves all that was written before.

@@ -46,10 +46,29 @@ _MOST_SCANS, _MOST_SEGMENTS = 50, 1000
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A request whose images are in `files` (by digest) instead of in its messages."""
+    """A request whose images are in `files` (by digest) instead of in its messages.
+
+    Attributes:
+        meant: what tells it from another request: images at http(s) URLs are those URLs, whatever is there today.
+        unread: images that were left where they are.
+    """
 
     request: JobRequest
+    meant: JobRequest
     files: dict[str, bytes] = field(default_factory=dict)
+    unread: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """What stands for an image in the record; and in what tells requests apart, if that is something else."""
+
+    stored: StoredImage
+    told: StoredImage | None = None
+
+    @property
+    def meant(self) -> StoredImage:
+        return self.told or self.stored
 
 
 class Gatherer:
@@ -67,8 +86,14 @@ class Gatherer:
         self._fetch = fetch
         self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
 
-    def gather(self, request: JobRequest, uploads: Sequence[bytes] = ()) -> Gathered:
+    def gather(
+        self, request: JobRequest, uploads: Sequence[bytes] = (), *, repeated: Callable[[], bool] = lambda: False
+    ) -> Gathered:
         """Read all images of a request, in the order in which the model sees them.
+
+        Args:
+            repeated: whether there is a job of this request already. Then images at http(s) URLs are not read again:
+                they may be gone, or others, and the job has those that it began with.
 
         Raises:
             Invalid: one is broken, too large, of another kind or cannot be had; the field names it.
@@ -76,7 +101,7 @@ class Gatherer:
         """
         parts = request.image_parts
         if not (parts or request.images or uploads):
-            return Gathered(request)
+            return Gathered(request, request)
         count = len(parts) + len(request.images) + len(uploads)
         if count > self._most:
             where = parts[self._most][0] if len(parts) > self._most else "images"
@@ -97,10 +122,24 @@ class Gatherer:
                 sizes[name] = self._named(where, lambda: self._size(data))
             return StoredImage(image=name, width=sizes[name][0], height=sizes[name][1])
 
-        found = {id(part): stored(where, partial(self._read, part.source)) for where, part in parts}
-        reads = [*(partial(self._read, url) for url in request.images), *(partial(self._bounded, up) for up in uploads)]
-        loose = [stored(f"images[{i}]", read) for i, read in enumerate(reads)]
-        return Gathered(_with(request, found, loose), files)
+        urls = [part.source for _, part in parts] + request.images
+        remote = [url for url in urls if _is_remote(url)] if self._fetch else []
+        leave = bool(remote) and repeated()
+
+        def one(where: str, url: str) -> _Image:
+            told = StoredImage(image=url, width=0, height=0) if self._fetch and _is_remote(url) else None
+            return _Image(told if told and leave else stored(where, partial(self._read, url)), told)
+
+        found = {id(part): one(where, part.source) for where, part in parts}
+        loose = [one(f"images[{i}]", url) for i, url in enumerate(request.images)]
+        for i, upload in enumerate(uploads, len(loose)):
+            loose.append(_Image(stored(f"images[{i}]", partial(self._bounded, upload))))
+        return Gathered(
+            _with(request, {part: image.stored for part, image in found.items()}, [image.stored for image in loose]),
+            _with(request, {part: image.meant for part, image in found.items()}, [image.meant for image in loose]),
+            files,
+            len(remote) if leave else 0,
+        )
 
     def _named(self, where: str, work: Callable[[], T]) -> T:
         """Do something with an image; what it raises names the image."""
@@ -112,7 +151,7 @@ class Gatherer:
     def _read(self, url: str) -> bytes:
         if url[:5].lower() == "data:":
             return self._bounded(aside(len(url), lambda: _decoded(url)))
-        if url.split(":", 1)[0].lower() not in ("http", "https"):
+        if not _is_remote(url):
             raise Invalid("An image is a data URL (data:image/png;base64,…).", code="image_url_refused")
         if self._fetch is None:
             detail = "This service reads no images from other places: send a data URL or a file."
@@ -157,6 +196,10 @@ class Gatherer:
         except Exception as error:  # decoders raise anything on what is no image
             raise Invalid("The image is broken: it cannot be decoded.", code="image_broken") from error
         return (height, width) if turned else (width, height)
+
+
+def _is_remote(url: str) -> bool:
+    return url.split(":", 1)[0].lower() in ("http", "https")
 
 
 def _piled_up(jpeg: bytes) -> bool:

@@ -21,16 +21,15 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
         Invalid: it cannot be run as it is; nothing was enqueued.
         Unavailable: the queue is full.
     """
-    key = idempotency_key()
-    gathered = services().gatherer.gather(wanted, uploads())
-    wanted = gathered.request
+    key, owner = idempotency_key(), caller().id
+    gathered = services().gatherer.gather(wanted, uploads(), repeated=lambda: services().jobs.known(owner, key))
     origin = Origin(
-        owner=caller().id,
+        owner=owner,
         request_id=current_request_id(),
         idempotency_key=key,
-        fingerprint=_fingerprint(wanted) if key else "",
+        fingerprint=_fingerprint(gathered.meant) if key else "",
     )
-    job, new = services().admission.admit(wanted, origin, gathered.files)
+    job, new = services().admission.admit(gathered.request, origin, gathered.files, unread=gathered.unread)
     if new:
         services().metrics.submitted.labels(job.model, job.priority.label).inc()
     return job, new

@@ -11,7 +11,7 @@ from redis.exceptions import OutOfMemoryError
 
 from shared import keys
 from shared.catalog import Catalog, CatalogModel, Sampling, load_catalog
-from shared.errors import Invalid, KeyReused, MlxqError
+from shared.errors import Invalid, KeyReused, MlxqError, Unavailable
 from shared.images import ImageStore
 from shared.jobs import Generation, Job, Jobs, Priority
 from shared.registry import ModelCard, Registry
@@ -199,6 +199,16 @@ def test_images_of_what_is_not_accepted_are_dropped(
     with pytest.raises(OutOfMemoryError):
         admission.admit(wanted(), origin, files)
     assert [*client.scan_iter(f"{keys.IMAGES}*")] == [keys.IMAGES + job.id]
+
+
+def test_no_job_is_made_of_a_repeated_request_without_its_images(admission: Admission, client: Redis) -> None:
+    origin, files = Origin("me", idempotency_key="k", fingerprint="f"), {"a" * 64: b"picture"}
+    job, _ = admission.admit(wanted(), origin, {**files, "b" * 64: b"other"})
+    assert admission.admit(wanted(), origin, files, unread=1) == (job, False)
+    client.delete(keys.JOB + job.id)  # its retention is over
+    with pytest.raises(Unavailable):
+        admission.admit(wanted(), origin, files, unread=1)
+    assert not client.keys(f"{keys.JOB}*")
 
 
 # What the catalog says of a model

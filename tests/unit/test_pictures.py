@@ -284,6 +284,28 @@ def test_urls_are_read_where_that_is_switched_on(settings: Settings) -> None:
     assert read == [("https://example.com/a.png", settings.max_image_bytes)]
 
 
+def test_urls_are_told_apart_by_themselves_and_read_once(settings: Settings) -> None:
+    pictures = iter([PNG, picture(seed=2)])
+    gatherer = Gatherer(settings, lambda *_: next(pictures))
+    request = shown([{"type": "image", "image": "https://example.com/a.png"}, {"type": "image", "image": URL}, TEXT])
+    request = request.model_copy(update={"images": ["http://example.com/a.png"]})
+    first = gatherer.gather(request, repeated=lambda: False)
+    again = gatherer.gather(request, repeated=lambda: True)
+    assert first.meant.meaning() == again.meant.meaning() != first.request.meaning()
+    assert (len(first.files), first.unread, len(again.files), again.unread) == (2, 0, 1, 2)
+    other = request.model_copy(update={"images": ["http://example.com/b.png"]})
+    assert gatherer.gather(other, repeated=lambda: True).meant.meaning() != first.meant.meaning()
+
+
+def test_nothing_is_asked_of_a_request_without_urls(settings: Settings) -> None:
+    def repeated() -> bool:
+        raise AssertionError
+
+    gatherer = Gatherer(settings, lambda *_: PNG)
+    found = gatherer.gather(asked(prompt="?", images=[URL]), [PNG], repeated=repeated)
+    assert found.meant.meaning() == found.request.meaning()
+
+
 def test_what_comes_from_urls_is_no_more_than_a_body_may_hold(settings: Settings) -> None:
     files = {f"https://example.com/{n}.png": picture(seed=n) for n in range(4)}
     most = sum(map(len, files.values()))

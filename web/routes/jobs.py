@@ -48,7 +48,8 @@ def submit_job() -> Response:
     Repeated with the same Idempotency-Key, it gives the first job again, however that went, with the header
     `Idempotency-Replayed: true`. Another request under the key is refused with 422, `idempotency_key_reused`. Requests
     are the same when they ask for the same: spaces, the order of names and the API's own defaults that are spelt out do
-    not count; what the settings decide (model, max_tokens, temperature, times) does when it is spelt out.
+    not count; what the settings decide (model, max_tokens, temperature, times) does when it is spelt out. Images are
+    the same when their bytes are, however they are sent; at http(s) URLs when the URLs are, and those are read once.
     The key is the API key's own; it is kept until the job is deleted or its retention is over.
     """
     job, new = submit(read_body(JobRequest))
