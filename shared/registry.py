@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -175,6 +176,13 @@ class Registry:
     def waiting(self, model: str) -> int:
         """How many jobs wait for a model."""
         return int(self._client.zcard(keys.QUEUE + model))
+
+    def waiting_each(self, models: Sequence[str]) -> list[int]:
+        """The same for several, in one call."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for model in models:
+                pipe.zcard(keys.QUEUE + model)
+            return [int(count) for count in pipe.execute()]
 
     def mean_job_s(self, model: str) -> float | None:
         """Moving average of the running time of a model's jobs, in seconds."""

@@ -49,14 +49,14 @@ class Roster:
         self._registry = registry
         self._snapshot: Snapshot | None = None
 
-    def now(self) -> Snapshot:
-        """The present snapshot.
+    def now(self, max_age_s: float = _MAX_AGE_S) -> Snapshot:
+        """The present snapshot; not older than so many seconds.
 
         Raises:
             redis.RedisError: Redis is away.
         """
         snapshot = self._snapshot
-        if snapshot is None or time.monotonic() - snapshot.taken_at > _MAX_AGE_S:
+        if snapshot is None or time.monotonic() - snapshot.taken_at > max_age_s:
             snapshot = self._snapshot = self._take()
         return snapshot
 

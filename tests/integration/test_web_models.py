@@ -102,6 +102,15 @@ def test_workers_tell_their_part_of_a_model(web: WebStack) -> None:
     eventually(lambda: listed(web)["one"]["state"] == "cold", "they are forgotten", within_s=5)
 
 
+def test_a_model_is_listed_as_it_is_now(web: WebStack) -> None:
+    web.submit(model="one", max_tokens=1)
+    for state, told in (("loading", "loading"), ("ready", "warm"), ("draining", "draining")) * 3:
+        tell(web, "w3", state)
+        assert listed(web)["one"]["state"] == told
+    assert listed(web)["one"]["waiting"] >= 1
+    eventually(lambda: listed(web)["one"]["state"] == "cold", "it is forgotten", within_s=5)
+
+
 def test_the_same_in_openais_form(web: WebStack) -> None:
     answer = web.http.get("/v1/models").json()
     assert set(answer) == {"object", "data"} and answer["object"] == "list"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from shared.catalog import Catalog, CatalogModel, Sampling, load_catalog
 from shared.errors import Invalid, KeyReused, MlxqError, Unavailable
 from shared.images import ImageStore
 from shared.jobs import Generation, Job, Jobs, Priority
-from shared.registry import ModelCard, Registry
+from shared.registry import ModelCard, Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import Redis
 from web.admission import Admission, Origin
@@ -78,7 +79,7 @@ def test_redis_going_away_behind_the_acceptance_does_not_refuse_the_job(
 ) -> None:
     send = admission._send_ticket
 
-    def away() -> None:
+    def away(*_: object) -> None:
         raise RedisConnectionError
 
     def last(job: Job) -> None:
@@ -279,3 +280,15 @@ def test_a_text_model_takes_no_images_before_it_is_loaded_either(
     else:
         error = refusal(known, request)
         assert (error.status, error.code, error.field) == (422, "no_images", "model")
+
+
+def test_a_model_that_has_just_been_loaded_is_not_refused(
+    known: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known, "_settings", known._settings.model_copy(update={"load_on_demand": False}))
+    error = refusal(known, wanted(model="other"))
+    assert (error.status, error.code, error.field) == (409, "model_not_loaded", "model")
+    now = time.time()
+    worker = WorkerInfo("w1", "w1@here", "here", 1, "other", "ready", 8, 0, now, now, {}, {})
+    Registry(client).announce_worker(worker, 60.0)
+    assert known.submission(wanted(model="other"), Origin("me")).generation.model == "other"

@@ -90,11 +90,12 @@ def get_operation(operation_id: str) -> Response:
 def views() -> list[ModelView]:
     """Every model, the default one first."""
     parts = services()
-    snapshot, catalog = parts.roster.now(), parts.catalog
+    # As it is now: whoever has just seen a loading succeed must not be told that the model is cold.
+    snapshot, catalog = parts.roster.now(max_age_s=0), parts.catalog
     names = sorted({*snapshot.models, *catalog.models}, key=lambda name: (name != catalog.default, name))
     return [
         _view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
-        for name, waiting in ((name, parts.registry.waiting(name)) for name in names)
+        for name, waiting in zip(names, parts.registry.waiting_each(names), strict=True)
     ]
 
 
