@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 MOST_ASPECT: Final = 200
-"""Images that are more times as long as wide are refused."""
+"""Images that are more times as long as wide are refused, by the API and by models."""
 
 
 @dataclass(frozen=True, slots=True)

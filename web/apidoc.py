@@ -70,6 +70,7 @@ _CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "image_format",
         "image_broken",
         "image_too_many_pixels",
+        "image_shape",
         "image_url_refused",
         "image_unreachable",
         "worker_not_found",

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from shared.errors import Invalid, MlxqError, TooLarge
+from shared.image_geometry import MOST_ASPECT
 from shared.images import digest
 from shared.settings import Settings
 from web.aside import LARGE, aside
@@ -187,6 +188,9 @@ class Gatherer:
                 if width * height > self._most_pixels:  # before anything is unpacked
                     detail = f"The image has {width} x {height} pixels; {self._most_pixels:,} are allowed."
                     raise Invalid(detail, code="image_too_many_pixels")
+                if max(width, height) > MOST_ASPECT * min(width, height):
+                    detail = f"The image has {width} x {height} pixels: one side is over {MOST_ASPECT} times the other."
+                    raise Invalid(detail, code="image_shape")
                 image.load()
                 turned = image.getexif().get(_ORIENTATION) in _LYING
         except UnidentifiedImageError as error:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from shared.errors import Invalid, MlxqError, TooLarge
+from shared.image_geometry import ImageGeometry
 from shared.images import digest
 from shared.settings import Settings
 from tests.support.pictures import data_url, picture
@@ -179,6 +180,8 @@ def bitmap() -> bytes:
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "image_format"),
         (data_url(bomb(50_000, 50_000)), "image_too_many_pixels"),
         (data_url(bomb(10_000, 10_000)), "image_too_many_pixels"),
+        (data_url(picture(201, 1)), "image_shape"),
+        (data_url(picture(20, 4001)), "image_shape"),
         ("data:image/png;base64,%%%", "image_broken"),
         ("data:image/png,abc", "image_broken"),
         ("data:", "image_broken"),
@@ -231,6 +234,12 @@ def test_a_data_url_without_data_is_not_looked_through(gatherer: Gatherer, url: 
     started_at = time.monotonic()
     assert refusal(gatherer, asked(prompt="?", images=[url])).code == "image_broken"
     assert time.monotonic() - started_at < 0.3
+
+
+@pytest.mark.parametrize("size", [(200, 1), (20, 4000), (1, 1)])
+def test_a_long_or_small_image_is_taken_as_far_as_models_do(gatherer: Gatherer, size: tuple[int, int]) -> None:
+    assert gatherer.gather(asked(prompt="?", images=[data_url(picture(*size))])).files
+    assert ImageGeometry(28, 3136, 12845056).resized(*size)
 
 
 def test_an_upload_is_named_by_its_place_behind_the_others(gatherer: Gatherer) -> None:
