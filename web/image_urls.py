@@ -33,7 +33,10 @@ REDIRECTS: Final = 3
 _CONNECT_S: Final = 4.0
 """For one address; a name may have another that answers."""
 _LOOKUPS: Final = 4
-"""Names that are looked up at once, in threads of their own: who asks for those that nobody answers waits alone."""
+"""Names that are looked up at once for a caller, in threads of its own: who asks for those that nobody answers, which
+takes long whoever waits for it, waits alone."""
+_IDLE_S: Final = 60
+"""A thread that has had nothing to look up for so long ends."""
 _PORTS: Final = {"http": 80, "https": 443}
 _MOVED: Final = (301, 302, 303, 307, 308)
 _PIECE: Final = 64 * 2**10
@@ -125,10 +128,13 @@ class ImageUrls:
         self._resolve = resolve
         self._public = public
         self._ports = ports
-        self._lookups = ThreadPool(_LOOKUPS)
+        self._lookups: dict[str, ThreadPool] = {}
 
-    def fetch(self, url: str, most_bytes: int) -> bytes:
+    def fetch(self, url: str, most_bytes: int, caller: str = "") -> bytes:
         """What is there.
+
+        Args:
+            caller: on whose behalf; there are as many as API keys.
 
         Raises:
             Invalid: it may not be read (`image_url_refused`), or cannot be (`image_unreachable`).
@@ -137,7 +143,7 @@ class ImageUrls:
         until = time.monotonic() + SECONDS
         try:
             for _ in range(1 + REDIRECTS):
-                found = self._ask(_Place.of(url, self._ports), most_bytes, until)
+                found = self._ask(_Place.of(url, self._ports), most_bytes, until, caller)
                 if isinstance(found, bytes):
                     return found
                 url = urljoin(url, found)
@@ -146,9 +152,9 @@ class ImageUrls:
             raise Invalid("The image cannot be read from there.", code="image_unreachable") from error
         raise Invalid(f"The image's URL redirects more than {REDIRECTS} times.", code="image_unreachable")
 
-    def _ask(self, place: _Place, most_bytes: int, until: float) -> bytes | str:
+    def _ask(self, place: _Place, most_bytes: int, until: float, caller: str) -> bytes | str:
         """The image, or where it is instead."""
-        sock = self._connected(place, until)
+        sock = self._connected(place, until, caller)
         with closing(sock), _shut_at(until, sock):
             if isinstance(sock, ssl.SSLSocket):
                 sock.do_handshake()
@@ -162,8 +168,11 @@ class ImageUrls:
                     raise Invalid(f"There is no image: the answer was {answer.status}.", code="image_unreachable")
                 return _read(answer, most_bytes, until)
 
-    def _connected(self, place: _Place, until: float) -> socket.socket:
-        addresses = within(_left(until), self._lookups, lambda: self._resolve(place.host, place.port))
+    def _connected(self, place: _Place, until: float, caller: str) -> socket.socket:
+        threads = self._lookups.get(caller)
+        if threads is None:
+            threads = self._lookups[caller] = ThreadPool(_LOOKUPS, idle_task_timeout=_IDLE_S)
+        addresses = within(_left(until), threads, lambda: self._resolve(place.host, place.port))
         if not addresses or not all(map(self._public, addresses)):
             raise _refused("The URL leads to no public address.")
         raw = _first_that_answers(addresses, place.port, until)

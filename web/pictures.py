@@ -76,10 +76,10 @@ class Gatherer:
     """Takes images out of requests.
 
     Args:
-        fetch: reads an http(s) URL, at most so many bytes; None: such URLs are refused.
+        fetch: reads an http(s) URL, at most so many bytes, for a caller; None: such URLs are refused.
     """
 
-    def __init__(self, settings: Settings, fetch: Callable[[str, int], bytes] | None) -> None:
+    def __init__(self, settings: Settings, fetch: Callable[[str, int, str], bytes] | None) -> None:
         self._most = settings.max_images
         self._most_bytes = settings.max_image_bytes
         self._most_bytes_in_all = settings.max_body_bytes
@@ -88,11 +88,17 @@ class Gatherer:
         self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
 
     def gather(
-        self, request: JobRequest, uploads: Sequence[bytes] = (), *, repeated: Callable[[], bool] = lambda: False
+        self,
+        request: JobRequest,
+        uploads: Sequence[bytes] = (),
+        *,
+        caller: str = "",
+        repeated: Callable[[], bool] = lambda: False,
     ) -> Gathered:
         """Read all images of a request, in the order in which the model sees them.
 
         Args:
+            caller: the API key's id.
             repeated: whether there is a job of this request already. Then images at http(s) URLs are not read again:
                 they may be gone, or others, and the job has those that it began with.
 
@@ -129,7 +135,7 @@ class Gatherer:
 
         def one(where: str, url: str) -> _Image:
             told = StoredImage(image=url, width=0, height=0) if self._fetch and _is_remote(url) else None
-            return _Image(told if told and leave else stored(where, partial(self._read, url)), told)
+            return _Image(told if told and leave else stored(where, partial(self._read, url, caller)), told)
 
         found = {id(part): one(where, part.source) for where, part in parts}
         loose = [one(f"images[{i}]", url) for i, url in enumerate(request.images)]
@@ -149,7 +155,7 @@ class Gatherer:
         except MlxqError as error:
             raise type(error)(f"{where}: {error.detail}", code=error.code, field=where) from error.__cause__
 
-    def _read(self, url: str) -> bytes:
+    def _read(self, url: str, caller: str) -> bytes:
         if url[:5].lower() == "data:":
             return self._bounded(aside(len(url), lambda: _decoded(url)))
         if not _is_remote(url):
@@ -157,7 +163,7 @@ class Gatherer:
         if self._fetch is None:
             detail = "This service reads no images from other places: send a data URL or a file."
             raise Invalid(detail, code="image_url_refused")
-        return self._bounded(self._fetch(url, self._most_bytes))
+        return self._bounded(self._fetch(url, self._most_bytes, caller))
 
     def _bounded(self, data: bytes) -> bytes:
         if len(data) > self._most_bytes:

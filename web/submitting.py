@@ -22,7 +22,9 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
         Unavailable: the queue is full.
     """
     key, owner = idempotency_key(), caller().id
-    gathered = services().gatherer.gather(wanted, uploads(), repeated=lambda: services().jobs.known(owner, key))
+    gathered = services().gatherer.gather(
+        wanted, uploads(), caller=owner, repeated=lambda: services().jobs.known(owner, key)
+    )
     origin = Origin(
         owner=owner,
         request_id=current_request_id(),

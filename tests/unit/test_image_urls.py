@@ -272,6 +272,27 @@ def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch: pytest.Mo
         released.set()
 
 
+def test_names_that_nobody_answers_for_hold_up_nobody_else(
+    site: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_urls, "SECONDS", 0.2)
+    released = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        assert host == "pictures.example" or released.wait(30)
+        return ["127.0.0.1"]
+
+    urls = ImageUrls(resolve, lambda _: True, None)
+    try:
+        for number in range(10):
+            with pytest.raises(Invalid):
+                urls.fetch(f"http://silent{number}.example/", 10**6, "one")
+        monkeypatch.setattr(image_urls, "SECONDS", 10)
+        assert urls.fetch(at(site, "/a.png"), 10**6, "another") == PNG
+    finally:
+        released.set()
+
+
 def test_an_address_that_does_not_answer_is_passed_over(site: ThreadingHTTPServer) -> None:
     # Nobody listens at the first: Linux answers for all of 127/8, and elsewhere it does not exist.
     urls = ImageUrls(lambda *_: ["127.0.0.2", "127.0.0.1"], lambda address: address.startswith("127."), None)

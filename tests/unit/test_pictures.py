@@ -282,15 +282,15 @@ def test_parts_that_do_not_fit_are_named(content: Any, where: tuple[object, ...]
 
 
 def test_urls_are_read_where_that_is_switched_on(settings: Settings) -> None:
-    read: list[tuple[str, int]] = []
+    read: list[tuple[str, int, str]] = []
 
-    def fetch(url: str, most: int) -> bytes:
-        read.append((url, most))
+    def fetch(url: str, most: int, caller: str) -> bytes:
+        read.append((url, most, caller))
         return PNG
 
-    found = Gatherer(settings, fetch).gather(asked(prompt="?", images=["https://example.com/a.png"]))
+    found = Gatherer(settings, fetch).gather(asked(prompt="?", images=["https://example.com/a.png"]), caller="me")
     assert found.files == {digest(PNG): PNG}
-    assert read == [("https://example.com/a.png", settings.max_image_bytes)]
+    assert read == [("https://example.com/a.png", settings.max_image_bytes, "me")]
 
 
 def test_urls_are_told_apart_by_themselves_and_read_once(settings: Settings) -> None:
@@ -318,9 +318,9 @@ def test_nothing_is_asked_of_a_request_without_urls(settings: Settings) -> None:
 def test_what_comes_from_urls_is_no_more_than_a_body_may_hold(settings: Settings) -> None:
     files = {f"https://example.com/{n}.png": picture(seed=n) for n in range(4)}
     most = sum(map(len, files.values()))
-    fitting = Gatherer(settings.model_copy(update={"max_body_bytes": most}), lambda url, _: files[url])
+    fitting = Gatherer(settings.model_copy(update={"max_body_bytes": most}), lambda url, *_: files[url])
     assert len(fitting.gather(asked(prompt="?", images=[*files, *files])).files) == 4, "the same again is no more"
-    small = Gatherer(settings.model_copy(update={"max_body_bytes": most - 1}), lambda url, _: files[url])
+    small = Gatherer(settings.model_copy(update={"max_body_bytes": most - 1}), lambda url, *_: files[url])
     error = refusal(small, asked(prompt="?", images=list(files)))
     assert (type(error), error.code, error.field) == (TooLarge, "image_too_large", "images[3]")
 

@@ -26,7 +26,7 @@ class Site:
         self.asked = 0
         self.gone = False
 
-    def fetch(self, url: str, most: int) -> bytes:
+    def fetch(self, url: str, most: int, caller: str) -> bytes:
         self.asked += 1
         if self.gone:
             raise Invalid("It is gone.", code="image_unreachable")
