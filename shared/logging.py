@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,8 @@ from typing import Any, Final
 from pythonjsonlogger.json import JsonFormatter
 
 _TELLS_TOO_MUCH: Final = "PIL"
-"""At DEBUG it logs what it finds in images: comments, places, names of cameras and of people."""
+"""At DEBUG it logs what it finds in images: comments, places, names of cameras and of people. And it warns of each of
+thousands of tags that may be wrong in one, on a line that is no JSON."""
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 _job_id: ContextVar[str] = ContextVar("job_id", default="")
@@ -68,3 +70,4 @@ def configure(process: str, level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.getLogger(_TELLS_TOO_MUCH).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=rf"{_TELLS_TOO_MUCH}\.")

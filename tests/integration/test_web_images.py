@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +58,22 @@ def test_not_even_a_debug_log_has_what_an_image_says(web: WebStack, image: bytes
     for told in (log, str(record), broken.text):
         assert SECRET not in told
         assert url[60:120] not in told
+
+
+def with_faulty_tags(count: int) -> bytes:
+    """A picture with tags that are larger than all of it."""
+    tags = b"".join(struct.pack("<HHLL", 1000 + n, 7, 10**6, 8) for n in range(count))
+    exif, file = b"II*\0" + struct.pack("<LH", 8, count) + tags + bytes(4), io.BytesIO()
+    Image.new("RGB", (64, 48)).save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
+def test_a_log_has_a_line_for_a_request_and_none_for_what_is_wrong_in_its_image(web: WebStack) -> None:
+    before = len(web.log.read_text().splitlines())
+    web.submit(images=[data_url(with_faulty_tags(1000))])
+    lines = web.log.read_text().splitlines()[before:]
+    assert len(lines) < 20
+    assert all(json.loads(line) for line in lines)
 
 
 def test_a_form_may_hold_a_conversation_as_long_as_a_body_may_be(web: WebStack) -> None:
