@@ -41,7 +41,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _ATTRIBUTE: Final = "openapi"
-_REFUSALS: Final = (401, 403, 429, 500, 503)
+_REFUSALS: Final = (401, 403, 422, 429, 500, 503)
 """What any route that needs a key may answer."""
 _CODES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request", "invalid_json", "invalid_utf8"),

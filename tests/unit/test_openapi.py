@@ -54,6 +54,15 @@ def test_every_route_is_in_it(app: Flask, document: dict[str, Any]) -> None:
     assert set(operations(document)) == routes
 
 
+def test_every_route_with_a_key_is_described_as_refusing_parameters_that_it_does_not_know(
+    document: dict[str, Any],
+) -> None:
+    secured = {at: each["responses"] for at, each in operations(document).items() if each.get("security")}
+    assert ("GET", "/inference/models") in secured
+    assert [at for at, responses in secured.items() if "422" not in responses] == []
+    assert "410" in secured["POST", "/inference"], "of a stream that is asked for again too late"
+
+
 def test_a_model_that_is_not_there_is_described_as_it_is_told(app: Flask, document: dict[str, Any]) -> None:
     (media_type,) = document["paths"]["/v1/models/{model_id}"]["get"]["responses"]["404"]["content"]
     key = KeyStore(app.extensions["mlxq"].settings.keys_file).create("caller", ["infer"])

@@ -39,7 +39,7 @@ _CALLERS_FAULT = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
     body=InferenceRequest,
     answers={200: InferenceView},
     streams=True,
-    errors=(400, 406, 409, 413, 415, 422, 504),
+    errors=(400, 406, 409, 410, 413, 415, 422, 504),
     parameters=(apidoc.IDEMPOTENCY_KEY,),
 )
 def infer() -> Response:
