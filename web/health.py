@@ -18,6 +18,7 @@ from web.schemas import HealthView, RedisView, WorkerMemory, WorkerView
 
 _ABSENT: Final = RedisView(reachable=False, response_s=None)
 _NEARLY_FULL: Final = 0.9
+_IDLE: Final = "No model is loaded; a job has its own loaded."
 
 
 class Doctor:
@@ -33,7 +34,7 @@ class Doctor:
     def ready(self) -> bool:
         """Whether a job submitted now would be run."""
         try:
-            return any(worker.state == "ready" for worker in self._registry.workers())
+            return any(worker.state == "ready" for worker in self._registry.workers()) or self._would_load()
         except redis.RedisError:
             return False
 
@@ -46,6 +47,7 @@ class Doctor:
             workers = self._registry.workers()
             models = {*self._registry.models(), self._catalog.default}
             queues = {model: self._registry.waiting(model) for model in sorted(models)}
+            would_load = self._would_load()
             store_faults = [*self._durability_faults(), *self._memory_faults()]
         except redis.RedisError:
             return HealthView(status="down", reasons=["Redis does not answer."], redis=_ABSENT, workers=[], queues={})
@@ -53,8 +55,8 @@ class Doctor:
         reasons = [*store_faults, *_worker_faults(views, self._settings.lease_s), *self._queue_faults(workers, queues)]
         if not any(worker.state == "ready" for worker in workers):
             return HealthView(
-                status="down",
-                reasons=["No worker is ready.", *reasons],
+                status="degraded" if would_load else "down",
+                reasons=[_IDLE if would_load else "No worker is ready.", *reasons],
                 redis=answered,
                 workers=views,
                 queues=queues,
@@ -66,6 +68,10 @@ class Doctor:
             workers=views,
             queues=queues,
         )
+
+    def _would_load(self) -> bool:
+        """Whether some worker has no model because all were unloaded, and would load the one that a job asks for."""
+        return self._settings.load_on_demand and any(not host.models for host in self._registry.hosts())
 
     def _memory_faults(self) -> list[str]:
         return [] if has_memory(self._probe) else ["Redis has no memory left, so no job is accepted."]

@@ -197,3 +197,26 @@ def test_a_job_that_kills_its_worker_fails_no_job_of_another_model_there(make: C
         assert client.job(bad.id).status is Status.FAILED
         eventually(lambda: all(client.job(job.id).status.terminal for job in others), "the others end", 60)
         assert {client.job(job.id).status for job in others} == {Status.SUCCEEDED}
+
+
+@pytest.mark.parametrize("on_demand", [True, False])
+def test_a_service_without_models_is_ready_where_a_job_has_its_own_loaded(
+    make: Callable[..., Admin], on_demand: bool
+) -> None:
+    operator = make({"one": "", "two": ""}, LOAD_ON_DEMAND=str(on_demand).lower())
+    operator.stack.start_worker()
+    eventually(operator.stack.registry.hosts, "the worker can be asked")
+    assert operator.ask("unload", "one")["state"] == "succeeded"
+    expected = (200, "degraded", ["No model is loaded; a job has its own loaded."])
+    if not on_demand:
+        expected = (503, "down", ["No worker is ready."])
+
+    def told() -> tuple[int, str, list[str]]:
+        health = operator.http.get("/health")
+        return health.status_code, health.json()["status"], health.json()["reasons"]
+
+    eventually(lambda: told() == expected, "the worker has told that it has none")
+    assert operator.http.get("/readyz").status_code == (200 if on_demand else 503)
+    if on_demand:
+        assert operator.say("one").status_code == 200
+        assert operator.http.get("/readyz").status_code == 200

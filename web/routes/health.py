@@ -30,7 +30,7 @@ def livez() -> Response:
 @routes.get("/readyz")
 @describe("Whether a job would be run", answers={200: ProbeView, 503: ProbeView})
 def readyz() -> Response:
-    """200 when Redis answers and a worker is ready."""
+    """200 when Redis answers and a worker is ready, or has no model and loads the one that a job asks for."""
     ready = services().doctor.ready()
     return _answer(ProbeView(status="ok" if ready else "unavailable"), ok=ready)
 
