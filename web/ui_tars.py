@@ -39,7 +39,7 @@ class Action:
 
     Attributes:
         thought: what the model said before it, for all actions that follow.
-        start: where; of a drag, from where.
+        start: where; of a drag, from where. A scroll without one is where the pointer is.
         end: where a drag ends.
         key: keys to press together, as the model names them: "ctrl c".
         text: what to type, or the last word. A line break at its end means Enter.
@@ -79,12 +79,15 @@ _NEEDS: Final[Mapping[ActionName, tuple[str, ...]]] = {
     ActionName.DRAG: ("start_box", "end_box"),
     ActionName.HOTKEY: ("key",),
     ActionName.TYPE: ("content",),
-    ActionName.SCROLL: ("start_box", "direction"),
+    ActionName.SCROLL: ("direction",),
     ActionName.WAIT: (),
     ActionName.FINISHED: (),
     ActionName.CALL_USER: (),
 }
-_MAY_HAVE: Final[Mapping[ActionName, tuple[str, ...]]] = {ActionName.FINISHED: ("content",)}
+_MAY_HAVE: Final[Mapping[ActionName, tuple[str, ...]]] = {
+    ActionName.SCROLL: ("start_box",),
+    ActionName.FINISHED: ("content",),
+}
 _TAGS: Final = re.compile(r"<\|box_(?:start|end)\|>|</?(?:bbox|point)>")
 _BRACKETS: Final = str.maketrans("()[],", "     ")
 _NUMBER: Final = re.compile(r"-?[0-9]{1,7}(?:\.[0-9]{0,20})?")

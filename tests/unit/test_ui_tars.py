@@ -76,6 +76,7 @@ def done(action: ActionName, raw: str, **has: object) -> Action:
         (r"type(content='doubao.com\n')", ActionName.TYPE, {"text": "doubao.com\n"}),
         ("type(content='')", ActionName.TYPE, {"text": ""}),
         ("type(text='Hello', start_box='(300,400)')", ActionName.TYPE, {"text": "Hello"}),
+        ("scroll(direction='up')", ActionName.SCROLL, {"direction": "up"}),
         ("scroll(start_box='(1,2)', direction='down')", ActionName.SCROLL, {"start": at(1, 2), "direction": "down"}),
         (
             "scroll(direction='left', point='<point>1 2</point>')",
@@ -203,7 +204,6 @@ def test_whatever_is_escaped_is_typed(meant: str, quote: str) -> None:
         ("Action: hotkey(key=' ')", "hotkey has no key"),
         ("Action: type()", "type has no content"),
         ("Action: scroll(start_box='(1,2)')", "scroll has no direction"),
-        ("Action: scroll(direction='up')", "scroll has no start_box"),
         ("Action: scroll(start_box='(1,2)', direction='in')", "direction of scroll is not known: 'in'"),
         ("Action: click(start_box='')", "start_box of click is neither a point nor a box: ''"),
         ("Action: click(start_box='[]')", "neither a point nor a box"),
