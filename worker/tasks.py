@@ -81,11 +81,13 @@ class Runner:
 
     def run(self, model: str, ticket_for: str) -> None:
         """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
-        if not self._seats.take():
-            return
-        self._work(model, ticket_for)
-        while not self._seats.leave():
-            self._work(model, ticket_for)
+        seated = self._seats.take()
+        while seated:
+            try:
+                self._work(model, ticket_for)
+            except Exception:  # of a claim; raised further it would keep the seat, and those owed theirs
+                logger.exception("nothing is done for a ticket")
+            seated = not self._seats.leave()
 
     def _work(self, model: str, ticket_for: str) -> None:
         job = None if self.draining else self._claim(model)

@@ -25,6 +25,7 @@ from worker.engine import Engine
 from worker.lease import Claim
 from worker.left import Caller
 from worker.publisher import Publisher
+from worker.seats import Seats
 from worker.tasks import Runner
 
 
@@ -313,6 +314,25 @@ def test_redis_away_at_the_claim_ends_the_ticket(desk: Desk, monkeypatch: pytest
 
     monkeypatch.setattr(desk.claims, "claim", away)
     assert desk.run(desk.submit()).status is Status.QUEUED
+
+
+def test_a_claim_that_raises_leaves_its_slot_and_does_what_other_tickets_were_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, raised = desk.claims.claim, 0
+
+    def once(model: str, beside: Iterable[str]) -> Job | None:
+        nonlocal raised
+        raised += 1
+        if raised == 1:
+            desk.runner.run("fake", "another")  # a ticket that finds the one slot taken
+            raise KeyError("a record of another version")
+        return claim(model, beside)
+
+    desk.runner._seats = Seats(1)
+    monkeypatch.setattr(desk.claims, "claim", once)
+    assert desk.run(desk.submit()).status is Status.SUCCEEDED, "the other ticket's job is done"
+    assert desk.runner.idle
 
 
 def test_a_job_that_another_took_is_let_go(desk: Desk, eventually: Callable[..., None]) -> None:
