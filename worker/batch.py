@@ -20,10 +20,12 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from traceback import clear_frames
 from typing import TypeAlias
 
 from shared.claims import Verdict
 from shared.errors import JobFailure
+from worker.backends import release
 from worker.backends.base import Backend, BackendLoader, Fit, OutOfMemory, StepResult
 from worker.crowding import Crowding
 from worker.sequence import Outcome, Said, Sequence
@@ -180,24 +182,28 @@ class Batch:
     def loading(self) -> Iterator[None]:
         """Make the backend ready, a piece at a time; who waits for `loaded` gets it, or what was raised."""
         try:
-            made = self._load()
-            if isinstance(made, Generator):
-                while True:
-                    try:
-                        self.load_progress = next(made)
-                    except StopIteration as end:
-                        made = end.value
-                        break
-                    self._got_on()
-                    yield
-            self._backend: Backend = made
+            self._backend = yield from self._made()
             self._read_gauges()
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
+            _let_go(error)
             self.loaded.set_exception(error)
             return
         self.load_progress = 1.0
         self._got_on()
         self.loaded.set_result(self._backend)
+
+    def _made(self) -> Generator[None, None, Backend]:
+        made = self._load()
+        if not isinstance(made, Generator):
+            return made
+        while True:
+            try:
+                self.load_progress = next(made)
+            except StopIteration as end:
+                backend: Backend = end.value
+                return backend
+            self._got_on()
+            yield
 
     def load(self) -> None:
         """The same in one piece."""
@@ -405,6 +411,15 @@ class Batch:
         self._waiting.clear()
         self._suspects.clear()
         self._publish([sequence.hand_back() for sequence in left])
+
+
+def _let_go(error: Exception) -> None:
+    """Free what was loaded until this was raised: the exception is kept, and with it every variable on its way."""
+    each: BaseException | None = error
+    while each is not None:
+        clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+    release()
 
 
 def _row_failed(sequence: Sequence, error: Exception) -> Said:

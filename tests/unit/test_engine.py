@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+from shared.model_folder import ModelError
 from tests.plugins.work import claimed, sequence_for
 from worker.backends.base import Backend, StepResult
 from worker.backends.fake import FakeBackend
@@ -95,6 +99,38 @@ def test_a_model_that_does_not_load_is_told_to_who_waits_and_the_others_go_on(
     submitted(good, max_tokens=2)
     eventually(lambda: desk.said and desk.said[-1].ending)
     assert desk.engine.batches == (good,)
+
+
+def test_what_a_failed_loading_has_read_is_gone_before_that_is_told(desk: Desk) -> None:
+    class Weights:
+        pass
+
+    read: list[weakref.ref[Weights]] = []
+
+    def use(weights: Weights) -> None:
+        raise OSError(f"{type(weights).__name__} are cut")
+
+    def load() -> Generator[float, None, Backend]:
+        weights = Weights()
+        read.append(weakref.ref(weights))
+        yield 0.5
+        try:
+            use(weights)
+        except OSError as error:
+            raise ModelError("it does not load") from error
+
+    gone: list[bool] = []
+    bad = desk.batch(load)
+    bad.loaded.add_done_callback(lambda _: gone.append(read[0]() is None))
+    gc.disable()  # as good as that: it is called as rarely as can be
+    try:
+        desk.engine.open(bad)
+        error = bad.loaded.exception(5)
+    finally:
+        gc.enable()
+    assert gone == [True], "what was there before is loaded again, and needs the memory"
+    assert isinstance(error, ModelError)
+    assert "use(weights)" in "".join(traceback.format_exception(error)), "where it failed is still to be told"
 
 
 def test_the_engines_death_is_announced() -> None:
