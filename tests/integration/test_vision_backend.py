@@ -210,6 +210,18 @@ def test_what_was_encoded_is_forgotten_when_there_is_no_room(
     backend.close()
 
 
+def test_what_was_encoded_gives_way_to_another_model(backend: VisionBackend, pictures: Pictures) -> None:
+    asked = ask("What is it?", pictures.part(300, 200, 1))
+    said = answer(backend, asked, pictures, owner="me")
+    kept = backend.stats()["image_cache_bytes"]
+    assert kept > 0
+    backend.grant(1000)
+    assert backend.stats()["image_cache_bytes"] == 0
+    backend.grant(2**30)
+    assert answer(backend, asked, pictures, owner="me") == said
+    assert backend.stats()["image_cache_bytes"] == kept
+
+
 def test_a_conversation_reuses_its_screenshots_with_its_prefix(backend: VisionBackend, pictures: Pictures) -> None:
     shots = [pictures.part(300, 200, seed) for seed in range(3)]
     turns: list[dict[str, Any]] = []

@@ -63,13 +63,21 @@ class FeatureCache:
             return
         self._kept[key] = features
         self.nbytes += features.nbytes
-        while self.nbytes > self._most_bytes:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+        self._forget()
+
+    def allow(self, most_bytes: int) -> None:
+        """Have so much from now on."""
+        self._most_bytes = most_bytes
+        self._forget()
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
         self.nbytes = 0
+
+    def _forget(self) -> None:
+        while self.nbytes > self._most_bytes:
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
 
 
 @dataclass(slots=True)
@@ -215,6 +223,10 @@ class Encoding:
         self.remove([*self._rows])
         self._queued = []
         self._cache.clear()
+
+    def allow(self, cache_bytes: int) -> None:
+        """Keep so many bytes of what the encoder made, from now on."""
+        self._cache.allow(cache_bytes)
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges for `/metrics`."""

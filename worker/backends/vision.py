@@ -115,11 +115,10 @@ class VisionBackend(TextBackend):
         spill: Spill | None = None,
         **options: Any,
     ) -> None:
-        cache_bytes = min(memory.most_bytes // SHARE_OF_FEATURES, MOST_FEATURES)
+        cache_bytes = _for_features(memory.most_bytes)
         super().__init__(loaded, chunk, replace(memory, most_bytes=memory.most_bytes - cache_bytes), spill, **options)
         self.about |= {"mlx_vlm": version("mlx-vlm"), "encoder_parameters": encoder.parameters}
         self._encoder_of_images = encoder
-        self._features_bytes = cache_bytes
         self.weights_bytes += encoder.nbytes
         self._image_token = loaded.model.image_token
         self._encoding = Encoding(encoder, self._pace, cache_bytes)
@@ -133,8 +132,10 @@ class VisionBackend(TextBackend):
         return TextDetokenizer(inner)
 
     def grant(self, most_bytes: int) -> None:
-        """What the encoder's results may take stays."""
-        super().grant(max(0, most_bytes - self._features_bytes))
+        """The encoder's results give way, too."""
+        cache_bytes = _for_features(most_bytes)
+        self._encoding.allow(cache_bytes)
+        super().grant(most_bytes - cache_bytes)
 
     def warming(self) -> Iterator[None]:
         """Also encode images."""
@@ -201,6 +202,11 @@ class VisionBackend(TextBackend):
         if expanded[-1] >= IMAGE_TOKENS:
             raise PromptError(JobFailure.TEMPLATE, "The prompt ends with an image.")
         return expanded, media
+
+
+def _for_features(most_bytes: int) -> int:
+    """What the encoder's results may take of the memory for caches."""
+    return min(most_bytes // SHARE_OF_FEATURES, MOST_FEATURES)
 
 
 def _parts(content: Any) -> Any:
