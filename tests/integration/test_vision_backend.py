@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from PIL import Image
 
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
-from worker.backends import vision
+from worker.backends import image_encoder, vision
 from worker.backends.base import IMAGE_TOKENS, Prompt, PromptError, Row
 from worker.backends.image_encoder import ImageEncoder
-from worker.backends.images import Grid, ImageMedia
+from worker.backends.images import Grid, ImageMedia, opened
 from worker.backends.memory import Memory
 from worker.backends.vision import VisionBackend, load_vision_model
 from worker.models import LoadedModel
@@ -281,6 +282,62 @@ def test_a_broken_image_fails_the_rows_that_show_it_and_no_other(backend: Vision
     assert failed.keys() == {1, 2}
     assert said.pop(0) == whole
     assert not said
+
+
+def test_whatever_reading_an_image_raises_fails_its_rows_and_no_other(
+    backend: VisionBackend, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = image_encoder.opened
+
+    def bad_one(data: bytes) -> Image.Image:
+        if data == pictures[bad["image"]]:
+            raise SyntaxError("broken PNG file")  # as Pillow does, and others of its own
+        return opened(data)
+
+    good, bad = pictures.part(300, 200, 1), pictures.part(300, 200, 2)
+    monkeypatch.setattr(image_encoder, "opened", bad_one)
+    backend.insert([row(backend.encode(ask("?", part), pictures), GREEDY, uid) for uid, part in enumerate((good, bad))])
+    failed: dict[int, Exception] = {}
+    said = 0
+    while said < TOKENS:
+        result = backend.step()
+        failed |= dict(result.failed)
+        said += len(result.tokens)
+    assert failed.keys() == {1}
+
+
+def test_an_image_is_as_large_as_the_api_has_let_it_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(file, "PNG")
+    monkeypatch.setattr(Image.Image, "convert", lambda image, _mode: image)  # 600 MB are not needed to see it
+    assert opened(file.getvalue()).size == (20_000, 10_000)
+
+
+def test_no_failure_is_told_of_rows_that_are_gone(
+    model: tuple[LoadedModel, ImageEncoder],
+    backend: VisionBackend,
+    pictures: Pictures,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad, worse, good = (pictures.part(56, 56, seed) for seed in range(3))
+    pictures[bad["image"]] = pictures[bad["image"]][:100]
+    stages = ImageEncoder.stages
+
+    def raises(encoder: ImageEncoder, pixels: Any, grid: Grid) -> Iterator[mx.array]:
+        monkeypatch.setattr(ImageEncoder, "stages", stages)
+        raise RuntimeError("the device is away")
+
+    asked = [ask("?", part) for part in (bad, worse, good)]
+    rows = [row(backend.encode(each, pictures), GREEDY, uid) for uid, each in enumerate(asked)]
+    monkeypatch.setattr(ImageEncoder, "stages", raises)
+    backend.insert(rows[:2])
+    wait([task.pixels for task in backend._encoding._tasks.values() if task.pixels])
+    with pytest.raises(RuntimeError, match="away"):
+        backend.step()
+    backend.reset()
+    backend.insert(rows[2:])
+    while not (result := backend.step()).tokens:
+        assert not result.failed
 
 
 def test_an_image_of_another_size_than_was_said_fails_its_row(backend: VisionBackend, pictures: Pictures) -> None:

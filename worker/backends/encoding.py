@@ -174,14 +174,15 @@ class Encoding:
 
     def _deepen(self, task: _Task, blocks: int) -> float:
         """Queue so many more blocks of an image, if it has as many; what that takes."""
-        try:
-            if task.under_way is None:
-                assert task.pixels is not None  # noqa: S101 - its turn came when they were there
-                task.under_way = self._encoder.stages(task.pixels.result(), task.image.grid)
-        except (ValueError, OSError) as error:
-            logger.warning("an image cannot be read", exc_info=error)
-            self._give_up(task, error)
-            return 0.0
+        if task.under_way is None:
+            assert task.pixels is not None  # noqa: S101 - its turn came when they were there
+            try:
+                pixels = task.pixels.result()
+            except Exception as error:  # decoders raise anything, and it is these rows' own
+                logger.warning("an image cannot be read", exc_info=error)
+                self._give_up(task, error)
+                return 0.0
+            task.under_way = self._encoder.stages(pixels, task.image.grid)
         made = min(blocks, self._encoder.blocks - task.done)
         *_, hidden = islice(task.under_way, made)
         task.done += made
@@ -222,6 +223,7 @@ class Encoding:
         """Drop every row, and forget what was encoded."""
         self.remove([*self._rows])
         self._queued = []
+        self._failed = []
         self._cache.clear()
 
     def allow(self, cache_bytes: int) -> None:

@@ -73,7 +73,7 @@ class ImageEncoder:
 
         Raises:
             ValueError: the file is another size than was said.
-            OSError: it is broken.
+            Exception: it is broken; decoders raise anything.
         """
         processed = self._processor(images=[opened(image.data)])
         if processed["image_grid_thw"].tolist() != [[1, image.grid.high, image.grid.wide]]:

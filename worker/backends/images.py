@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 
 from worker.backends.base import IMAGE_TOKENS
 
+Image.MAX_IMAGE_PIXELS = None  # the API has bounded it before it accepted the job
+
 Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 
 
