@@ -18,8 +18,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from traceback import clear_frames
 from typing import TypeAlias
 
@@ -38,6 +39,10 @@ MOST_LONE_FAILURES = 3
 
 GAUGES_S = 1.0
 """Time between two readings of the backend's gauges."""
+
+
+class Unloaded(Exception):
+    """The model has been let go of."""
 
 
 class EngineBroken(Exception):
@@ -100,7 +105,7 @@ class Batch:
         wake: called when there is something to do.
 
     Attributes:
-        loaded: the warm backend, or why there is none.
+        loaded: the warm backend, or why there is none: `Unloaded` after the end.
         progress_at: monotonic moment at which something was last gained: a token, a piece of a prompt, a row less.
         used_at: monotonic moment at which a row was last submitted.
         spent_s: what the engine's thread has spent on it, as `worker.engine` reckons it.
@@ -135,6 +140,7 @@ class Batch:
         self._lone_failures = 0
         self._gauges_due = 0.0
         self._drain_until: float | None = None
+        self._closed = False
 
     @property
     def backend(self) -> Backend:
@@ -162,9 +168,13 @@ class Batch:
         return not self.busy and self._inbox.empty()
 
     def submit(self, sequence: Sequence) -> None:
-        """Generate for this one as soon as a slot is free."""
+        """Generate for this one as soon as a slot is free; after the end it is handed back at once."""
         self.used_at = time.monotonic()
         self._put(sequence)
+        if self._closed:  # nobody receives any more: or only just, then one of us finds it
+            for message in self._arrived():
+                if isinstance(message, Sequence):
+                    message.settle(Outcome.HANDED_BACK)
 
     def heed(self, job_id: str, attempt: int, verdict: Verdict) -> None:
         """Pass on what Redis says of a job. For jobs that are not here, nothing happens."""
@@ -178,6 +188,11 @@ class Batch:
     def _put(self, message: _Message) -> None:
         self._inbox.put(message)
         self._wake()
+
+    def _arrived(self) -> Iterator[_Message]:
+        with suppress(Empty):
+            while True:
+                yield self._inbox.get_nowait()
 
     def loading(self) -> Iterator[None]:
         """Make the backend ready, a piece at a time; who waits for `loaded` gets it, or what was raised."""
@@ -212,12 +227,15 @@ class Batch:
 
     def close(self) -> None:
         """The end: hand back what is left, keep what the next worker may use, and let go of the model."""
-        while not self._inbox.empty():
-            self._receive(self._inbox.get())
+        self._closed = True
+        for message in self._arrived():
+            self._receive(message)
         self._hand_back()
         self._backend.close()
         del self._backend
-        self.loaded = Future()
+        gone: Future[Backend] = Future()
+        gone.set_exception(Unloaded())
+        self.loaded = gone
 
     def read_gauges(self) -> float:
         """Read the gauges when they are due; seconds until they are next."""
@@ -227,8 +245,8 @@ class Batch:
 
     def step(self) -> None:
         """Hear what arrived, admit, decode one token a row, collect."""
-        while not self._inbox.empty():
-            self._receive(self._inbox.get())
+        for message in self._arrived():
+            self._receive(message)
         try:
             self._admit()
             result = self._backend.step() if self._rows else None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import sleep
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Publisher(VitalThread):
         self._batch: list[_Row] = []
         self._failures = 0
         self._open = True
+        self._ended = False
 
     @property
     def backlog(self) -> int:
@@ -61,8 +63,10 @@ class Publisher(VitalThread):
         return len(self._unsent) + len(self._batch)
 
     def put(self, said: list[Said]) -> None:
-        """Have this written soon; does not wait."""
+        """Have this written soon; does not wait. After the end it is left to another attempt to say it."""
         self._inbox.put(said)
+        if self._ended:
+            self._turn_away()
 
     def close(self) -> None:
         """End the thread once everything put before is written."""
@@ -74,6 +78,8 @@ class Publisher(VitalThread):
             if not self.backlog:
                 self._sort(self._inbox.get())
             self.write()
+        self._ended = True
+        self._turn_away()
 
     def write(self) -> None:
         """Write all there is, in one call; on an error wait a little, and leave it to the next."""
@@ -98,6 +104,14 @@ class Publisher(VitalThread):
         if self._failures:
             logger.info("Redis takes writes again")
             self._failures = 0
+
+    def _turn_away(self) -> None:
+        """Let nobody wait for what came too late to be written."""
+        with suppress(Empty):
+            while True:
+                for said in self._inbox.get_nowait() or ():
+                    if said.outcome is not None:
+                        said.sequence.settle(Outcome.HANDED_BACK)
 
     def _sort(self, words: list[Said] | None) -> None:
         if words is None:

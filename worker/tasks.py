@@ -18,7 +18,7 @@ from shared.logging import about
 from shared.store import passes
 from shared.tickets import TASK, TicketOffice
 from worker.backends.base import Backend, Prompt, PromptError
-from worker.batch import Batch
+from worker.batch import Batch, Unloaded
 from worker.lease import Claim
 from worker.left import Caller
 from worker.publisher import Publisher
@@ -128,7 +128,11 @@ class Runner:
         return None
 
     def _work_on(self, job: Job) -> None:
-        backend = self._batch.loaded.result()
+        try:
+            backend = self._batch.loaded.result()
+        except Unloaded:  # while it was being claimed
+            self._hand_back(job)
+            return
         sequence = Sequence(job, backend)
         end = self._prepare(sequence, backend)
         if end is None:

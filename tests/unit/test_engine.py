@@ -16,9 +16,9 @@ from shared.model_folder import ModelError
 from tests.plugins.work import claimed, sequence_for
 from worker.backends.base import Backend, StepResult
 from worker.backends.fake import FakeBackend
-from worker.batch import Batch
+from worker.batch import Batch, Unloaded
 from worker.engine import Engine
-from worker.sequence import Said, Sequence
+from worker.sequence import Outcome, Said, Sequence
 
 
 class Desk:
@@ -270,6 +270,18 @@ def test_a_model_that_is_shut_is_gone_and_the_others_go_on(desk: Desk, eventuall
     desk.engine.shut(goes, done.set)
     assert done.wait(5)
     assert desk.engine.batches == (stays,)
-    assert not goes.loaded.done()
+    assert isinstance(goes.loaded.exception(), Unloaded)
     submitted(stays, max_tokens=2)
     eventually(lambda: desk.said and desk.said[-1].ending)
+
+
+def test_what_comes_to_a_model_that_is_gone_is_handed_back_at_once(desk: Desk) -> None:
+    goes = desk.opened()
+    late = [sequence_for(claimed(f"row {i}"), goes.loaded.result()) for i in range(2)]
+    done = threading.Event()
+    goes.submit(late[0])
+    desk.engine.shut(goes, done.set)
+    assert done.wait(5)
+    assert [said.outcome for said in desk.said if said.sequence is late[0]][-1:] == [Outcome.HANDED_BACK]
+    goes.submit(late[1])
+    assert late[1].outcome is Outcome.HANDED_BACK, "nobody else would tell the thread that waits for it"

@@ -9,6 +9,7 @@ from redis import ConnectionError as RedisAway
 from redis import OutOfMemoryError, ResponseError
 
 from shared.claims import Append, Claims, Verdict
+from shared.errors import JobFailure
 from shared.jobs import Generation, Jobs, Sampling, Status, Submission
 from shared.log import JobLog
 from shared.settings import Settings
@@ -194,3 +195,13 @@ def test_a_fault_that_no_repetition_heals_ends_the_process(desk: Desk, caplog: p
     publisher.join(5)
     assert deaths == ["its publisher thread died (ResponseError)"]
     assert "user_script" in caplog.text and len(desk.line.calls) == 1
+
+
+def test_who_says_his_last_after_the_end_does_not_wait_for_it_to_be_written(desk: Desk) -> None:
+    early, late = (desk.sequence() for _ in range(2))
+    desk.say(early.fail(JobFailure.TEMPLATE, "No."))
+    desk.publisher.close()
+    desk.publisher.work()
+    desk.say(late.fail(JobFailure.TEMPLATE, "No."))
+    assert (early.outcome, late.outcome) == (Outcome.ENDED, Outcome.HANDED_BACK)
+    assert desk.jobs.get(late.job.id, "me").status is Status.RUNNING, "for the lease's end to hand it on"

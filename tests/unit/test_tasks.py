@@ -234,6 +234,24 @@ def test_what_is_handed_back_gets_a_ticket(desk: Desk) -> None:
     assert (job.status, desk.office.sent) == (Status.QUEUED, [job.id])
 
 
+def test_a_claim_that_comes_after_the_unloading_is_handed_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def claim_late(model: str, beside: Iterable[str]) -> Job | None:
+        job, gone = claim(model, beside), threading.Event()
+        desk.engine.shut(desk.batch, gone.set)
+        gone.wait(5)
+        return job
+
+    claim = desk.claims.claim
+    desk.batch.loaded.result(5)
+    monkeypatch.setattr(desk.claims, "claim", claim_late)
+    desk.renew()
+    job = desk.submit()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(desk.runner.run, "fake", job.id).result(5)
+    assert desk.jobs.get(job.id, "me").status is Status.QUEUED
+    assert desk.office.sent == [job.id]
+
+
 def test_a_retry_continues_what_is_written(desk: Desk) -> None:
     wanted = desk.run(desk.submit()).text
     job = desk.submit()
