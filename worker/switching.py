@@ -175,6 +175,8 @@ class Switcher(threading.Thread):
             return
         going = self._to_make_place(model, everything=order.replace)
         fits_beside = self.fits(model, self._models.desks)
+        if fits_beside and order.replace and going:  # jobs of those that go anyway hold nothing up
+            fits_beside = self._models.make_room(model.measure())
         if not fits_beside:  # it cannot be tried before they have gone
             self._close(going, teller)
         try:

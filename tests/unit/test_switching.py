@@ -61,6 +61,7 @@ class PretendModels:
 
     def close_desk(self, desk: PretendDesk) -> None:
         self.desks = tuple(each for each in self.desks if each is not desk)
+        self.rows_hold = 0
         self.happened.append(f"close {desk.model.id}")
 
     def make_room(self, coming: int) -> bool:
@@ -214,6 +215,20 @@ def test_memory_that_rows_hold_is_not_taken_from_them(
     ended = do(models, "load", "two")
     assert (ended.state, ended.error_code) == (OperationState.FAILED, "not_enough_memory")
     assert (models.names, models.happened) == ({"one"}, ["divide"])
+
+
+@pytest.mark.parametrize("successor", ["two", "broken"])
+def test_rows_of_what_is_to_be_replaced_hold_nothing_up(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation], successor: str
+) -> None:
+    models = worker(["one"], one=300, **{successor: 300})
+    models.rows_hold = 500
+    ended = do(models, "load", successor, replace=True)
+    assert ended.unloaded == ("one",)
+    if successor == "two":
+        assert (ended.state, models.names) == (OperationState.SUCCEEDED, {"two"})
+    else:
+        assert (ended.error_code, models.names) == ("load_failed", {"one"})
 
 
 def test_an_unloading(worker: Callable[..., PretendModels], do: Callable[..., Operation]) -> None:
