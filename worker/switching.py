@@ -137,6 +137,8 @@ class Switcher(threading.Thread):
                 self._do(order)
             except RedisError as error:
                 logger.warning("an operation is not told: Redis is away: %s", error)
+            except Exception:  # of one that cannot be read, say: those in line have their turn all the same
+                logger.exception("an operation is not told")
             with self._lock:
                 self._in_hand = tuple(name for name in self._in_hand if name != order.operation)
 
@@ -242,12 +244,16 @@ class Switcher(threading.Thread):
             teller.tell(OperationState.LOADING, progress=round(desk.batch.load_progress, 3))
             _wait(desk, TOLD_EVERY_S)
         error = desk.batch.loaded.exception()
+        if error is None:
+            try:
+                self._models.consume(desk)
+            except Exception as unserved:  # noqa: BLE001 - it is loaded, and of no use
+                error = unserved
         if error is not None:
             logger.error("%s does not load: %s", model.id, error)
             self._models.close_desk(desk)
             reason = first_line(error).replace(str(model.path), model.path.name)  # paths are this machine's business
             raise Refused("load_failed", f"{model.id} does not load: {reason}")
-        self._models.consume(desk)
 
     def _put_back(self, gone: Iterable[Desk]) -> None:
         """Load again what had to go in vain."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from redis import ConnectionError as RedisGone
 
+from shared import keys
 from shared.catalog import Catalog, CatalogModel
 from shared.operations import Operation, Operations, OperationState
 from shared.store import Redis
@@ -229,6 +230,39 @@ def test_rows_of_what_is_to_be_replaced_hold_nothing_up(
         assert (ended.state, models.names) == (OperationState.SUCCEEDED, {"two"})
     else:
         assert (ended.error_code, models.names) == ("load_failed", {"one"})
+
+
+def test_a_model_that_cannot_be_served_once_it_is_loaded_leaves_what_was_there(
+    worker: Callable[..., PretendModels], do: Callable[..., Operation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = worker(["one"], one=600, two=600)
+    consume = models.consume
+
+    def gone(desk: PretendDesk) -> None:
+        if desk.model.id == "two":
+            raise FileNotFoundError(f"{desk.model.path}/tokenizer.json")
+        consume(desk)
+
+    monkeypatch.setattr(models, "consume", gone)
+    ended = do(models, "load", "two")
+    assert (ended.error_code, ended.error_message) == ("load_failed", "two does not load: two/tokenizer.json")
+    assert (models.names, models.happened[-1]) == ({"one"}, "serve one")
+
+
+def test_an_operation_that_cannot_be_read_keeps_the_next_ones_from_nothing(
+    worker: Callable[..., PretendModels], client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = Operations(client)
+    switcher = Switcher(worker([], one=300), operations)  # type: ignore[arg-type]
+    ids = [operations.begin("load", "one", "here").id for _ in range(2)]
+    for name in ids:
+        switcher.put(Order(name, "load", "one"))
+    client.hset(keys.OPERATION + ids[0], "state", "of another version")
+    switcher.close()
+    switcher.run()
+    ended = operations.read(ids[1])
+    assert ended is not None and ended.state is OperationState.SUCCEEDED
+    assert switcher.in_hand == ()
 
 
 def test_an_unloading(worker: Callable[..., PretendModels], do: Callable[..., Operation]) -> None:
