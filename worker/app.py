@@ -236,10 +236,12 @@ class Service:
         self.memory_limit = memory_limit(self._settings)
 
     def _divide_now(self, coming: int) -> None:
-        backends = [batch.backend for batch in self._engine.batches]
-        left = self.memory_limit - coming - sum(backend.weights_bytes for backend in backends)
-        for backend in backends if len(self.catalog.models) > 1 else ():
-            backend.grant(max(0, left) // (len(backends) + (coming > 0)))
+        batches = self._engine.batches
+        left = self.memory_limit - sum(batch.backend.weights_bytes for batch in batches)
+        for batch in batches if len(self.catalog.models) > 1 else ():
+            alone = max(0, left) // len(batches)
+            # The one that is coming may not stay, or not come: no job fails for want of what it would take.
+            batch.grant(max(0, left - coming) // (len(batches) + 1) if coming else alone, alone)
 
     def _threads(self) -> int:
         """Of Celery's pool: as many as there are slots of the models that may be warm."""

@@ -141,6 +141,7 @@ class Batch:
         self._gauges_due = 0.0
         self._drain_until: float | None = None
         self._closed = False
+        self._starved = False
 
     @property
     def backend(self) -> Backend:
@@ -164,8 +165,8 @@ class Batch:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is asked of it either."""
-        return not self.busy and self._inbox.empty()
+        """Whether nothing is asked of it either, or nothing can be done before it is granted more memory."""
+        return (self._starved or not self.busy) and self._inbox.empty()
 
     def submit(self, sequence: Sequence) -> None:
         """Generate for this one as soon as a slot is free; after the end it is handed back at once."""
@@ -237,6 +238,11 @@ class Batch:
         gone.set_exception(Unloaded())
         self.loaded = gone
 
+    def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
+        """See `Backend.grant`; what waited for it may fit now."""
+        self._starved = False
+        self._backend.grant(most_bytes, hoped_bytes)
+
     def read_gauges(self) -> float:
         """Read the gauges when they are due; seconds until they are next."""
         if time.monotonic() >= self._gauges_due:
@@ -245,10 +251,12 @@ class Batch:
 
     def step(self) -> None:
         """Hear what arrived, admit, decode one token a row, collect."""
+        self._starved = False
         for message in self._arrived():
             self._receive(message)
         try:
             self._admit()
+            self._starved = not self._rows and self.busy and self._drain_until is None
             result = self._backend.step() if self._rows else None
         except Exception as error:  # noqa: BLE001 - a model library may raise anything
             self._batch_lost(error)

@@ -445,6 +445,15 @@ def test_want_of_memory_while_decoding_loses_the_batch(backend: TextBackend, mon
         backend.step()
 
 
+def test_no_row_fails_for_want_of_memory_that_another_model_may_not_take_after_all(tiny: LoadedModel) -> None:
+    limit = 12 * 768 * 2 * 2 * 2 * 16 * 4
+    backend = TextBackend(tiny, CHUNK, Memory(limit, limit))
+    backend.grant(limit // 12, limit)
+    assert [backend.fits(each) for each in (768, 12 * 768, 12 * 768 + 1)] == [Fit.NOW, Fit.LATER, Fit.NEVER]
+    backend.grant(limit // 12)
+    assert backend.fits(12 * 768) is Fit.NEVER
+
+
 def test_rows_stay_within_the_memory_they_are_given(tiny: LoadedModel) -> None:
     """Rows of all lengths, admitted when they fit: the caches of rows and prefixes never take more."""
     limit = 12 * 768 * 2 * 2 * 2 * 16 * 4  # rows, columns, keys and values, layers, heads, width, bytes

@@ -12,9 +12,10 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+from shared.jobs import Status
 from shared.model_folder import ModelError
 from tests.plugins.work import claimed, sequence_for
-from worker.backends.base import Backend, StepResult
+from worker.backends.base import Backend, Fit, StepResult
 from worker.backends.fake import FakeBackend
 from worker.batch import Batch, Unloaded
 from worker.engine import Engine
@@ -262,6 +263,35 @@ def test_a_model_that_comes_later_has_not_saved_up_the_time_before(monkeypatch: 
     for _ in range(20):
         desk.engine.turn()
     assert first.totals.steps - before == pytest.approx(10, abs=1)
+
+
+def test_rows_that_wait_for_memory_take_no_time_from_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starved(FakeBackend):
+        granted = 0
+
+        def fits(self, tokens: int) -> Fit:
+            return Fit.NOW if tokens <= self.granted else Fit.LATER
+
+        def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
+            self.granted = most_bytes
+
+    monkeypatch.setattr("worker.engine.time.perf_counter", itertools.count().__next__)
+    desk = Desk()
+    starved, other = desk.batch(Starved), desk.batch()
+    for batch in (starved, other):
+        desk.engine.open(batch)
+    desk.engine.turn()
+    waits = submitted(starved, max_tokens=2)
+    submitted(other, max_tokens=1000)
+    for _ in range(20):
+        desk.engine.turn()
+    assert (starved.busy, starved.idle) == (True, True)
+    assert other.totals.steps >= 19
+    desk.engine.do(lambda: starved.grant(100))
+    for _ in range(60):
+        desk.engine.turn()
+    assert waits.ending and waits.ending.status is Status.SUCCEEDED
+    assert starved.idle
 
 
 def test_a_model_that_is_shut_is_gone_and_the_others_go_on(desk: Desk, eventually: Callable[..., None]) -> None:

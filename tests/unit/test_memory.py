@@ -49,6 +49,11 @@ def test_a_batch_takes_what_its_longest_row_takes_for_each() -> None:
     assert budget.fits(5121, []) is Fit.NEVER
 
 
+def test_a_row_waits_for_memory_that_there_may_be_again() -> None:
+    budget = Budget(512 * 100, Footprint(0, ((100, None),)), hoped_bytes=1024 * 100)
+    assert [budget.fits(length, []) for length in (512, 513, 1024, 1025)] == [Fit.NOW, Fit.LATER, Fit.LATER, Fit.NEVER]
+
+
 def test_windows_and_states_do_not_grow() -> None:
     footprint = Footprint(1000, ((10, 256), (1, None)))
     assert footprint.bytes(100) == 1000 + 256 * 11

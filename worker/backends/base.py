@@ -151,8 +151,12 @@ class Backend(Protocol):
         """Whether there is memory for a row that may grow to so many tokens, beside those inserted."""
         ...
 
-    def grant(self, most_bytes: int) -> None:
-        """Have so much memory for caches from now on; rows that are inserted keep what they have."""
+    def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
+        """Have so much memory for caches from now on; rows that are inserted keep what they have.
+
+        Args:
+            hoped_bytes: what it may have again before long, if that is more.
+        """
         ...
 
     def insert(self, rows: Sequence[Row]) -> None:

@@ -225,7 +225,7 @@ class FakeBackend:
             if uid in self._unread:
                 self._unread.remove(uid)
 
-    def grant(self, most_bytes: int) -> None:
+    def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
         """It needs none."""
 
     def reset(self) -> None:

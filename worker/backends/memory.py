@@ -101,10 +101,20 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The memory for caches."""
+    """The memory for caches.
+
+    Attributes:
+        hoped_bytes: what there may be again before long, where that is more: a row that would fit then waits for it.
+    """
 
     most_bytes: int
     footprint: Footprint
+    hoped_bytes: int = 0
+
+    @property
+    def widest_bytes(self) -> int:
+        """What nothing may pass, however long it waits."""
+        return max(self.most_bytes, self.hoped_bytes)
 
     def needed(self, lengths: Sequence[int]) -> int:
         """What a batch of rows that may grow to these lengths takes: in it all are padded to the longest."""
@@ -112,7 +122,7 @@ class Budget:
 
     def fits(self, length: int, others: Sequence[int]) -> Fit:
         """Whether there is memory for one more row."""
-        if self.needed([length]) > self.most_bytes:
+        if self.needed([length]) > self.widest_bytes:
             return Fit.NEVER
         return Fit.NOW if self.needed([length, *others]) <= self.most_bytes else Fit.LATER
 

@@ -257,9 +257,9 @@ class TextBackend:
         """Whether there is memory for another row; prefixes give way."""
         return self._budget.fits(tokens, list(self._lengths.values()))
 
-    def grant(self, most_bytes: int) -> None:
+    def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
         """See `Backend.grant`."""
-        self._budget = replace(self._budget, most_bytes=most_bytes)
+        self._budget = replace(self._budget, most_bytes=most_bytes, hoped_bytes=hoped_bytes)
         self._give_way()
 
     def insert(self, rows: Sequence[Row]) -> None:

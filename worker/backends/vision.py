@@ -131,11 +131,11 @@ class VisionBackend(TextBackend):
             inner._maybe_trim_space = str  # noqa: SLF001 - there is no option for it
         return TextDetokenizer(inner)
 
-    def grant(self, most_bytes: int) -> None:
+    def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
         """The encoder's results give way, too."""
         cache_bytes = _for_features(most_bytes)
         self._encoding.allow(cache_bytes)
-        super().grant(most_bytes - cache_bytes)
+        super().grant(most_bytes - cache_bytes, hoped_bytes - _for_features(hoped_bytes))
 
     def warming(self) -> Iterator[None]:
         """Also encode images."""
@@ -194,7 +194,7 @@ class VisionBackend(TextBackend):
             grids = [self._encoder_of_images.grid(part["width"], part["height"]) for part in asked]
         except ValueError as error:
             raise PromptError(JobFailure.TEMPLATE, f"The model takes no image of such a shape: {error}") from error
-        if (most := max(map(self._encoder_of_images.bytes, grids))) > self._budget.most_bytes:
+        if (most := max(map(self._encoder_of_images.bytes, grids))) > self._budget.widest_bytes:
             detail = f"An image takes {most / 2**30:.1f} GiB to be encoded; send a smaller one."
             raise PromptError(JobFailure.MEMORY, detail)
         found = [(part["image"], grid, images[part["image"]]) for part, grid in zip(asked, grids, strict=True)]
