@@ -100,9 +100,9 @@ def _read_on(
     # Whole bytes: ranges of what is compressed on the way would be of something else.
     asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with client.stream("GET", url, headers=asked, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
-        if answer.status_code == _NOT_SATISFIABLE:
-            part.write_bytes(b"")
-            return
+        if answer.status_code == _NOT_SATISFIABLE and have:
+            part.unlink()
+            raise ModelError(f"{file.name} ends before the {file.size:,} bytes that the hub announced: not used")
         if answer.status_code in _BUSY:
             raise _LaterPerhaps(f"the server answers with {answer.status_code}")
         hf_raise_for_status(answer)

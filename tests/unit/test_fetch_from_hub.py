@@ -214,6 +214,18 @@ def test_what_is_not_what_the_hub_announced_is_not_used(
     assert run(tmp_path / "models") == 0, "nothing of it was kept"
 
 
+def test_less_than_was_announced_is_not_asked_for_without_end(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (here.folder / WEIGHTS).read_bytes()
+    here.content[WEIGHTS] = whole[:-10]
+    assert run(tmp_path / "models") == 1
+    assert f"{WEIGHTS} ends before the {len(whole):,} bytes that the hub announced" in one_line(capsys)
+    assert [sent.first for sent in here.of(WEIGHTS)] == [0]
+    here.content.clear()
+    assert run(tmp_path / "models") == 0
+
+
 def test_more_than_was_announced_is_not_taken(
     here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
