@@ -107,6 +107,8 @@ class Engine(VitalThread):
         due = self._next()
         if due is not None:
             due.spent_s += self._spent_on(due, due.step)
+        for batch in self._batches:  # of the others, too: what they tell of the process's memory changes meanwhile
+            batch.read_gauges()
 
     def _spent_on(self, batch: Batch, work: Order) -> float:
         """Do something for a model; the seconds that takes, in which the time of the others stands still."""

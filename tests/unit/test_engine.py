@@ -80,6 +80,27 @@ def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
     assert set(readers) == {"engine"}
 
 
+def test_gauges_are_read_while_only_another_model_has_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[FakeBackend] = []
+
+    def stats(backend: FakeBackend) -> dict[str, float]:
+        readings.append(backend)
+        return {}
+
+    monkeypatch.setattr("worker.batch.GAUGES_S", 0.0)
+    monkeypatch.setattr(FakeBackend, "stats", stats)
+    desk = Desk()
+    idle, busy = desk.batch(), desk.batch()
+    for batch in (idle, busy):
+        desk.engine.open(batch)
+    desk.engine.turn()
+    submitted(busy, max_tokens=1000)
+    readings.clear()
+    for _ in range(5):
+        desk.engine.turn()
+    assert readings.count(idle.backend) >= 5, "both tell of the memory of their process"
+
+
 def test_a_model_that_does_not_load_is_told_to_who_waits_and_the_others_go_on(
     desk: Desk, eventually: Callable[..., None]
 ) -> None:
