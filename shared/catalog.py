@@ -203,7 +203,8 @@ class _Reader:
             line = self._text.line(name, inner[0], key)
         else:
             line = self._text.line(name, key)
-        self._note(line, f"[models.{name}] {'.'.join(place)}: {what}")
+        where = " ".join(part for part in (f"[models.{name}]", ".".join(place)) if part)
+        self._note(line, f"{where}: {what}")
 
     def _checked(self, name: str, entry: _Entry) -> CatalogModel | None:
         """The entry as a model, if its folders are what it says."""
@@ -266,6 +267,8 @@ def _said(name: str, error: ErrorDetails) -> str:
         if isinstance(error["input"], dict):
             return f'there is no such table; a name with dots stands in quotes: [models."{name}.{error["loc"][0]}"]'
         return f"there is no such key; there are {', '.join(_Entry.model_fields)}"
+    if not error["loc"]:
+        return "it must be a table"
     return error["msg"]
 
 

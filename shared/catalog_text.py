@@ -27,12 +27,21 @@ class CatalogText:
     def line(self, name: str = "", key: str = "", table: str = "") -> int:
         """Where a key stands in an entry, or in a table of it; else the entry. Without a name: above all entries."""
         start = next((i for i, line in enumerate(self._lines, 1) if name and _opens(line, name, table)), 0)
+        if name and not start:
+            return self._headless(name, key)
         for number, line in enumerate(self._lines[start:], start + 1):
             if _TABLE.match(line):
                 break
             if key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
                 return number
         return max(start, 1)
+
+    def _headless(self, name: str, key: str) -> int:
+        """The same of an entry without a header of its own: `two.slots = 1`, `two = {…}`, `[[models.two]]`."""
+        entry = rf"\s*\[*\s*(?:[\"']?models[\"']?\s*\.\s*)?[\"']?{re.escape(name)}[\"']?\s*"
+        places = [rf"{entry}\.\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", rf"{entry}[=.\]]"]
+        found = (n for place in places for n, line in enumerate(self._lines, 1) if re.match(place, line))
+        return next(found, 1)
 
     def has_table(self, name: str, table: str) -> bool:
         """Whether a table of an entry stands by itself."""

@@ -134,6 +134,23 @@ def test_what_is_wrong_with_the_file_itself(models: Path) -> None:
     assert any("[models.a b]" in fault for fault in catalog.faults)
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ('[models]\none = { path = "HERE/one" }\ntwo = { path = "HERE/two", slots = 0 }', 3, "[models.two] slots: "),
+        ('models.one.path = "HERE/one"\nmodels.two.path = "HERE/two"\nmodels.two.slots = 0', 3, "[models.two] slots: "),
+        ('[models]\none.path = "HERE/one"\n"two".path = "HERE/two"\ntwo.slots = 0', 4, "[models.two] slots: "),
+        ('[models]\none.path = "HERE/one"\ntwo = 5', 3, "[models.two]: it must be a table"),
+        ('[models.one]\npath = "HERE/one"\n[[models.two]]\npath = "HERE/two"', 3, "[models.two]: it must be a table"),
+    ],
+)
+def test_entries_in_other_forms_are_named_by_line_too(models: Path, text: str, line: int, what: str) -> None:
+    catalog = read(models, text)
+    assert list(catalog.models) == ["one"]
+    (fault,) = catalog.faults
+    assert fault.startswith(f"catalog.toml:{line}: {what}"), fault
+
+
 def test_tables_of_one_name_in_two_places_are_one_wrong_entry(models: Path) -> None:
     text = '[models.one]\npath = "HERE/one"\n[models.two]\npath = "HERE/two"\n[models."one"]\npath = "HERE/seer"\n'
     catalog = read(models, text + "[models.one.sampling]\ntop_p = 0.5\n")
