@@ -333,7 +333,7 @@ class Batch:
     def _next(self, source: deque[Sequence]) -> Sequence | None:
         """The first in line, if there is memory for it: nobody overtakes it. One that would not fit alone ends here."""
         while source:
-            fit = self._backend.fits(source[0].longest)
+            fit = self._backend.fits(source[0].longest, source[0].media)
             if fit is Fit.LATER:
                 break
             sequence = source.popleft()

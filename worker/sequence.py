@@ -12,7 +12,7 @@ from shared.claims import Verdict
 from shared.errors import JobFailure
 from shared.jobs import Ending, Job, Status
 from shared.log import Written
-from worker.backends.base import Backend, Prompt, Row
+from worker.backends.base import Backend, Media, Prompt, Row
 from worker.stops import StopMatcher
 
 _uids = itertools.count(1)
@@ -116,6 +116,11 @@ class Sequence:
         """How many tokens it may grow to, with its prompt."""
         return len(self.prompt) + self._limit
 
+    @property
+    def media(self) -> Media | None:
+        """What its prompt shows."""
+        return self._begun.media
+
     def row(self) -> Row:
         """What the backend must know to go on from here."""
         generated = len(self.generated)
@@ -127,7 +132,7 @@ class Sequence:
             sampling=self.job.generation.sampling,
             owner=self.job.owner,
             shared=self._begun.shared,
-            media=self._begun.media,
+            media=self.media,
         )
 
     def admitted(self) -> None:

@@ -25,11 +25,11 @@ from PIL import Image
 from shared.errors import JobFailure
 from shared.jobs import Generation, Sampling
 from worker.backends import image_encoder, vision
-from worker.backends.base import IMAGE_TOKENS, Prompt, PromptError, Row
+from worker.backends.base import IMAGE_TOKENS, Fit, Prompt, PromptError, Row
 from worker.backends.image_encoder import ImageEncoder
 from worker.backends.images import Grid, ImageMedia, opened
 from worker.backends.memory import Memory
-from worker.backends.vision import VisionBackend, load_vision_model
+from worker.backends.vision import SHARE_OF_FEATURES, VisionBackend, load_vision_model
 from worker.models import LoadedModel
 
 GREEDY = Sampling(temperature=0.0)
@@ -399,6 +399,28 @@ def test_an_image_that_memory_does_not_suffice_for_is_refused(
         backend.encode(ask("?", large), pictures)
     assert refused.value.code == JobFailure.MEMORY
     assert "GiB to be encoded" in str(refused.value)
+    backend.close()
+
+
+def test_rows_wait_for_the_memory_that_encoding_an_image_takes(
+    model: tuple[LoadedModel, ImageEncoder], pictures: Pictures
+) -> None:
+    loaded, encoder = model
+    shown = ask("What?", pictures.part(640, 480, 1))
+    widest = encoder.bytes(encoder.grid(640, 480))
+    enough = widest * SHARE_OF_FEATURES // (SHARE_OF_FEATURES - 1) + SHARE_OF_FEATURES
+    backend = VisionBackend(encoder, loaded, CHUNK, Memory(enough, widest // 3))
+    prompt, other = backend.encode(shown, pictures), backend.encode(ask("And?"), pictures)
+    longest, short = len(prompt.tokens) + TOKENS, len(other.tokens) + TOKENS
+    assert backend.fits(longest, prompt.media) is Fit.NOW
+    backend.insert([row(prompt, GREEDY, 1, "me")])
+    assert backend.fits(short) is Fit.LATER, "beside an image that is being encoded"
+    while not backend.step().prefilled:
+        pass
+    assert backend.fits(short) is Fit.NOW
+    assert backend.fits(longest, prompt.media) is Fit.LATER
+    backend.remove([1])
+    assert backend.fits(longest, prompt.media) is Fit.NOW
     backend.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 from shared.jobs import Status
 from shared.model_folder import ModelError
 from tests.plugins.work import claimed, sequence_for
-from worker.backends.base import Backend, Fit, StepResult
+from worker.backends.base import Backend, Fit, Media, StepResult
 from worker.backends.fake import FakeBackend
 from worker.batch import Batch, Unloaded
 from worker.engine import Engine
@@ -290,7 +290,7 @@ def test_rows_that_wait_for_memory_take_no_time_from_other_models(monkeypatch: p
     class Starved(FakeBackend):
         granted = 0
 
-        def fits(self, tokens: int) -> Fit:
+        def fits(self, tokens: int, media: Media | None = None) -> Fit:
             return Fit.NOW if tokens <= self.granted else Fit.LATER
 
         def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:

@@ -147,8 +147,8 @@ class Backend(Protocol):
         """A fresh one, for one sequence."""
         ...
 
-    def fits(self, tokens: int) -> Fit:
-        """Whether there is memory for a row that may grow to so many tokens, beside those inserted."""
+    def fits(self, tokens: int, media: Media | None = None) -> Fit:
+        """Whether there is memory for a row that may grow to so many tokens and shows this, beside those inserted."""
         ...
 
     def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:

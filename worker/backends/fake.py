@@ -36,7 +36,7 @@ from shared.errors import JobFailure
 from shared.jobs import Generation
 from shared.model_folder import ModelError
 from shared.registry import ModelCard
-from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row, StepResult
+from worker.backends.base import Fit, Media, OutOfMemory, Prompt, PromptError, Row, StepResult
 
 EOS = 256
 FIRST_WORD = 257
@@ -179,7 +179,7 @@ class FakeBackend:
         """A fresh one."""
         return FakeDetokenizer()
 
-    def fits(self, tokens: int) -> Fit:
+    def fits(self, tokens: int, media: Media | None = None) -> Fit:  # noqa: ARG002 - it sees nothing
         """Whether there is memory for another row."""
         if tokens > self._memory:
             return Fit.NEVER

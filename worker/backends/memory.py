@@ -120,11 +120,16 @@ class Budget:
         """What a batch of rows that may grow to these lengths takes: in it all are padded to the longest."""
         return len(lengths) * self.footprint.bytes(max(lengths, default=0))
 
-    def fits(self, length: int, others: Sequence[int]) -> Fit:
-        """Whether there is memory for one more row."""
+    def fits(self, length: int, others: Sequence[int], passing: int = 0) -> Fit:
+        """Whether there is memory for one more row.
+
+        Args:
+            passing: bytes that are taken beside all rows for a while. A row that is alone has not grown by then.
+        """
         if self.needed([length]) > self.widest_bytes:
             return Fit.NEVER
-        return Fit.NOW if self.needed([length, *others]) <= self.most_bytes else Fit.LATER
+        needed = self.needed([length, *others]) + (passing if others else 0)
+        return Fit.NOW if needed <= self.most_bytes else Fit.LATER
 
 
 def device_limit(workers: int) -> int:

@@ -253,9 +253,9 @@ class TextBackend:
         """A fresh one."""
         return TextDetokenizer(self._tokenizer.detokenizer)
 
-    def fits(self, tokens: int) -> Fit:
+    def fits(self, tokens: int, media: Media | None = None) -> Fit:
         """Whether there is memory for another row; prefixes give way."""
-        return self._budget.fits(tokens, list(self._lengths.values()))
+        return self._budget.fits(tokens, list(self._lengths.values()), self._passing(media))
 
     def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
         """See `Backend.grant`."""
@@ -380,7 +380,13 @@ class TextBackend:
 
     def _give_way(self) -> None:
         """Leave to the prefixes what the rows will not need."""
-        self._prefixes.allow(self._budget.most_bytes - self._budget.needed(list(self._lengths.values())))
+        self._prefixes.allow(
+            self._budget.most_bytes - self._budget.needed(list(self._lengths.values())) - self._passing()
+        )
+
+    def _passing(self, media: Media | None = None) -> int:  # noqa: ARG002 - see `VisionBackend`
+        """Bytes beside the caches, for a while, for what rows show, and one more with it."""
+        return 0
 
     def _text_tokens(self, generation: Generation) -> list[int]:
         return self._plain(generation) if generation.messages is None else self._chat(generation.messages)

@@ -33,7 +33,7 @@ from shared.settings import Settings
 from worker.backends.base import IMAGE_TOKENS, Detokenizer, Media, PromptError, Row
 from worker.backends.encoding import Encoding
 from worker.backends.image_encoder import ImageEncoder
-from worker.backends.images import place
+from worker.backends.images import ImageMedia, place
 from worker.backends.memory import UNLIMITED, Memory
 from worker.backends.mrope import MRopeModel
 from worker.backends.prefill import Chunk
@@ -123,6 +123,7 @@ class VisionBackend(TextBackend):
         self._image_token = loaded.model.image_token
         self._encoding = Encoding(encoder, self._pace, cache_bytes)
         self._images_next = False
+        self._unencoded: dict[int, ImageMedia] = {}  # of the rows inserted
 
     def detokenizer(self) -> Detokenizer:
         """mlx-lm's, but a space that the text begins with stays, as in what mlx-vlm says."""
@@ -166,16 +167,37 @@ class VisionBackend(TextBackend):
     def _reading(self) -> bool:
         return super()._reading or len(self._encoding) > 0
 
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Add rows; while images are encoded, prefixes give way to what that takes."""
+        self._unencoded |= {row.uid: row.media for row in rows if isinstance(row.media, ImageMedia)}
+        super().insert(rows)
+
     def _begin(self, row: Row) -> None:
         if not self._encoding.add(row, self._prefixes.length(row.owner, row.prompt[:-1])):
-            super()._begin(row)
+            self._begin_reading(row)
+
+    def _begin_reading(self, row: Row) -> None:
+        self._unencoded.pop(row.uid, None)
+        super()._begin(row)
+
+    def _forget(self, uids: Iterable[int]) -> None:
+        gone = list(uids)
+        for uid in gone:
+            self._unencoded.pop(uid, None)
+        super()._forget(gone)
+
+    def _passing(self, media: Media | None = None) -> int:
+        """The encoder's memory for the largest image: they are encoded one after another."""
+        shown = [*self._unencoded.values(), *([media] if isinstance(media, ImageMedia) else [])]
+        grids = {image.grid for each in shown for image in each.images}
+        return max(map(self._encoder_of_images.bytes, grids), default=0)
 
     def _read_on(self, *, decoding: bool) -> Chunk:
         """Encode and read in turns, so that neither text nor images wait for more than a piece of the other."""
         self._images_next = not self._images_next
         chunk = self._encoding.advance(decoding) if self._images_next or not super()._reading else None
         for row in self._encoding.ready():
-            super()._begin(row)
+            self._begin_reading(row)
         return chunk or super()._read_on(decoding=decoding)
 
     def _chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
