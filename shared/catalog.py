@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from shared.catalog_text import CatalogText
-from shared.model_facts import told_context, weights_bytes
+from shared.model_facts import fetched_otherwise, told_context, weights_bytes
 from shared.model_folder import ModelError, check_adapter, check_folder, model_kind
 from shared.settings import ROOT, Settings
 
@@ -242,6 +242,9 @@ class _Reader:
             return "adapter", "adapters are for text models"
         if self._settings.backend == "fake":
             return "", ""
+        if entry.hub and (other := fetched_otherwise(path, entry.hub, entry.revision)):
+            key = "revision" if other.startswith("revision ") else "hub"
+            return key, f"{path} holds {other}; {_how_to_fetch(entry, path)}"
         if why := _refusal(check_folder, path):
             return "path" if entry.path else "hub", why
         return "adapter", _refusal(check_adapter, adapter) if adapter else ""
@@ -282,9 +285,13 @@ def _absent(entry: _Entry, path: Path) -> tuple[str, str]:
     what = f"there is no model in {path}"
     if entry.hub is None:
         return "path", what
+    return "path" if entry.path else "hub", f"{what}; {_how_to_fetch(entry, path)}"
+
+
+def _how_to_fetch(entry: _Entry, path: Path) -> str:
     revision = f" --revision {entry.revision}" if entry.revision else ""
     place = f" -o {path.parent} --name {path.name}" if entry.path else ""
-    return "path" if entry.path else "hub", f"{what}; scripts/fetch_model {entry.hub}{revision}{place} gets it"
+    return f"scripts/fetch_model {entry.hub}{revision}{place} gets it"
 
 
 def _placed(path: str) -> Path:

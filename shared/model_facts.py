@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from shared.model_folder import ModelError, safetensors_header, weight_files
 
+MANIFEST: Final = "mlxq.json"
+"""Where scripts/fetch_model notes what it fetched; `scripts.model_files.manifest` writes it."""
 _CONTEXT_NAMES: Final = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
 _MOST_SANE: Final = 100_000_000
 """Tokenizers without a limit say 1e30."""
@@ -49,6 +51,25 @@ def weights_bytes(folder: Path, dtype: str | None = None, bits: int | None = Non
         OverflowError,
     ):  # whoever loads it will say why not
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def fetched_otherwise(folder: Path, repository: str, revision: str | None) -> str:
+    """What a folder holds instead of that revision of a hub's repository; empty when nobody knows of anything else.
+
+    Args:
+        revision: branch, tag or commit; None: any.
+    """
+    told = _read(folder / MANIFEST)
+    source, commit, asked = (str(told.get(key) or "") for key in ("source", "revision", "requested"))
+    if not source or Path(source).is_absolute():  # a copy of a folder that may be anything's
+        return ""
+    if source != repository:
+        return source
+    # Who names no revision gets the hub's main branch.
+    fits = (
+        revision is None or revision in (commit, asked or "main") or (len(revision) > 6 and commit.startswith(revision))
+    )
+    return "" if fits else f"revision {asked or 'main'} ({commit})"
 
 
 def _bytes(tensor: Mapping[str, Any], dtype: str | None, bits: int | None) -> float:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared.model_facts import MANIFEST
 from shared.model_folder import ModelError
 
-NAME = "mlxq.json"
 _RECIPE = 1
 """Raised when the conversion changes what it writes: older folders are then made again."""
 
@@ -42,13 +42,13 @@ def write_manifest(folder: Path, origin: Origin, known: Mapping[str, str] | None
     Args:
         known: SHA-256 of files that have just been checked.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     files = {
         name: {"size": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
         for name, path in ((path.relative_to(folder).as_posix(), path) for path in paths)
     }
     content = {"recipe": _RECIPE, **asdict(origin), "files": files}
-    (folder / NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -92,7 +92,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / NAME).read_text("utf-8"))
+        content = json.loads((folder / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

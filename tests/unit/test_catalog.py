@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scripts.model_files.manifest import Origin, write_manifest
 from shared import catalog as catalog_module
 from shared.catalog import Catalog, load_catalog
 from shared.settings import ROOT, Settings
@@ -77,6 +78,28 @@ path = "HERE/seer"
     assert catalog.resolve("three") is None
 
 
+def fetched(models: Path, source: str, requested: str) -> None:
+    shutil.copytree(models / "one", models / "fetched")
+    write_manifest(models / "fetched", Origin(source, "0123456789", requested))
+
+
+@pytest.mark.parametrize(
+    ("source", "requested", "revision"),
+    [
+        ("org/fetched", "v1", "v1"), ("org/fetched", "v1", "0123456789"), ("org/fetched", "v1", "0123456"),
+        ("org/fetched", "", "main"), ("org/fetched", "v1", ""), ("/somewhere/else", "", "v1"),
+    ],
+)  # fmt: skip
+def test_a_fetched_folder_of_the_revision_that_is_named_serves(
+    models: Path, source: str, requested: str, revision: str
+) -> None:
+    fetched(models, source, requested)
+    named = f'revision = "{revision}"' if revision else ""
+    catalog = read(models, f'[models.one]\nhub = "org/fetched"\npath = "HERE/fetched"\n{named}\n')
+    assert catalog.faults == ()
+    assert list(catalog.models) == ["one"]
+
+
 @pytest.mark.parametrize(
     ("entry", "line", "what"),
     [
@@ -107,11 +130,17 @@ path = "HERE/seer"
         ('path = "HERE/two"\naliases = ["one"]', 5, "[models.two] aliases: one is one's already"),
         ('path = "HERE/two"\n\n# more\nsampling = { temperature = 9 }', 7, "[models.two] sampling.temperature"),
         ('path = "HERE/two"\n[models.two.sampling]\ntop_p = 7.5', 6, "[models.two] sampling.top_p"),
+        (
+            'hub = "org/fetched"\npath = "HERE/fetched"\nrevision = "v2"', 6,
+            "[models.two] revision: HERE/fetched holds revision v1 (0123456789); scripts/fetch_model org/fetched --rev",
+        ),
+        ('hub = "org/other"\npath = "HERE/fetched"', 4, "[models.two] hub: HERE/fetched holds org/fetched; scripts/"),
         ('path = "HERE/two"\ndtype = "int3"', 5, "[models.two] dtype: Input should be"),
     ],
 )  # fmt: skip
 def test_a_wrong_entry_is_named_by_line_and_the_others_serve(models: Path, entry: str, line: int, what: str) -> None:
     shutil.copytree(models / "one", models / "cut")
+    fetched(models, "org/fetched", "v1")
     cut = models / "cut/model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
     catalog = read(
