@@ -17,6 +17,8 @@ _MOST_SANE: Final = 100_000_000
 
 GROUP: Final = 64
 """Weights that are packed together share a scale and a bias."""
+_NEVER_PACKED: Final = ("vision_tower.", "visual.", "model.visual.")
+"""What encodes images; the first name is MLX's."""
 _FLOATS: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -40,8 +42,13 @@ def weights_bytes(folder: Path, dtype: str | None = None, bits: int | None = Non
     bits = None if _read(folder / "config.json").get("quantization") else bits
     try:
         headers = [safetensors_header(folder / name) for name in weight_files(folder)]
-        tensors = [tensor for header in headers for name, tensor in header.items() if name != "__metadata__"]
-        return round(sum(_bytes(tensor, dtype, bits) for tensor in tensors))
+        tensors = [
+            (not name.startswith(_NEVER_PACKED), tensor)
+            for header in headers
+            for name, tensor in header.items()
+            if name != "__metadata__"
+        ]
+        return round(sum(_bytes(tensor, dtype, bits if packs else None) for packs, tensor in tensors))
     except (
         ModelError,
         OSError,

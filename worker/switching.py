@@ -117,10 +117,13 @@ class Switcher(threading.Thread):
     def put(self, order: Order) -> None:
         """Have it done; that it is in line is told at once, for what comes before may take long."""
         with self._lock:
+            if order.operation in self._in_hand:
+                return  # told twice
             self._in_hand = (*self._in_hand, order.operation)
         self._tell()
         try:
-            if operation := self._operations.read(order.operation):
+            operation = self._operations.read(order.operation)
+            if operation and not operation.state.terminal:
                 self._operations.put(replace(operation, state=OperationState.WAITING))
         except RedisError as error:
             logger.warning("that an operation is in line cannot be told: %s", error)
@@ -149,8 +152,8 @@ class Switcher(threading.Thread):
 
     def _do(self, order: Order) -> None:
         operation = _patiently(lambda: self._operations.read(order.operation))
-        if operation is None:
-            logger.warning("an operation that nobody knows: %s", order.operation)
+        if operation is None or operation.state.terminal:
+            logger.warning("an operation that nobody knows, or that has ended: %s", order.operation)
             return
         teller = _Teller(self._operations, replace(operation, memory_before=self._models.memory_used()))
         try:

@@ -63,6 +63,12 @@ def test_it_loads_in_pieces(plain: CatalogModel, monkeypatch: pytest.MonkeyPatch
     assert backend.weights_bytes == pytest.approx(on_disk, rel=0.01)
 
 
+def test_what_encodes_images_is_never_packed(tiny_vision_path: Path) -> None:
+    whole, packed = (loaded(CatalogModel("seer", tiny_vision_path, "vision", quantize_bits=n))[0] for n in (None, 4))
+    assert packed.weights_bytes < whole.weights_bytes
+    assert weights_bytes(tiny_vision_path, None, 4) == pytest.approx(packed.weights_bytes, rel=0.02)
+
+
 def test_types_and_packing(plain: CatalogModel) -> None:
     whole = loaded(plain)[0]
     half = loaded(CatalogModel("half", plain.path, "text", dtype="float16"))[0]

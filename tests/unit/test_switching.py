@@ -126,6 +126,23 @@ def do(client: Redis) -> Callable[..., Operation]:
     return done
 
 
+def test_an_order_that_comes_twice_is_done_once(worker: Callable[..., PretendModels], client: Redis) -> None:
+    models, operations = worker(["one"], one=300, two=300), Operations(client)
+    operation = operations.begin("load", "two", "here")
+    order = Order(operation.id, "load", "two")
+    for _ in range(2):
+        switcher = Switcher(models, operations)  # type: ignore[arg-type]
+        switcher.put(order)
+        switcher.put(order)
+        assert switcher.in_hand == (operation.id,)
+        switcher.close()
+        switcher.run()
+        ended = operations.read(operation.id)
+        assert ended is not None
+        assert ended.state is OperationState.SUCCEEDED
+        assert models.happened == ["load two", "serve two"]
+
+
 def test_beside_what_is_warm_while_there_is_memory(
     worker: Callable[..., PretendModels], do: Callable[..., Operation]
 ) -> None:
