@@ -220,7 +220,8 @@ def test_a_full_disk_ends_acceptance_and_loses_nothing(served: Served, small_dis
         assert set(refused) == {503}
         ballast.unlink()
         before = len(accepted)
-        eventually(lambda: submit() and len(accepted) > before, "jobs are accepted again", UP_WITHIN_S)
+        # Sooner than what does not stay up has its next turn (30 s).
+        eventually(lambda: submit() and len(accepted) > before, "jobs are accepted again", 25)
         assert "has space again" in served.said()
         for job in accepted:
             eventually(lambda i=job: client.job(i, wait_s=10).status is Status.SUCCEEDED, "it ends", UP_WITHIN_S)

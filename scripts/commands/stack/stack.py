@@ -159,7 +159,8 @@ class Stack:
             self._screen.say(f"{full}; no job is accepted until there is space, and what was accepted is kept")
         elif self._full and not full:
             self._screen.say("the disk has space again")
-            self._retry_at = dict.fromkeys(self._retry_at, time.monotonic())
+            given_up = {child.name for child in self._supervisor.children() if child.given_up}
+            self._retry_at = dict.fromkeys(given_up, time.monotonic())
         self._full = bool(full)
 
     def _revive(self) -> None:
