@@ -53,18 +53,17 @@ class Batch:
 class Batches:
     """Makes the batches of a training, the same ones for the same seed."""
 
-    def __init__(self, tokenizer: Tokenizer, scenes: int, per_scene: int, *, twins: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, scenes: int, per_scene: int) -> None:
         self._tokenizer = tokenizer
         self._scenes = scenes
         self._per_scene = per_scene
-        self._twins = twins
 
-    def make(self, seed: int) -> Batch:
-        """The batch of that seed."""
+    def make(self, seed: int, by_colour: float) -> Batch:
+        """The batch of that seed; `by_colour`: in how many of its instructions, of 1, the colour shall decide."""
         rng = random.Random(seed)
         size = rng.choice(SIZES)
-        scenes = [make_scene(seed * self._scenes + i, size, twins=self._twins) for i in range(self._scenes)]
-        told = [instructions(scene, rng, self._per_scene, by_colour_alone=self._twins) for scene in scenes]
+        scenes = [make_scene(seed * self._scenes + i, size) for i in range(self._scenes)]
+        told = [instructions(scene, rng, self._per_scene, by_colour=by_colour) for scene in scenes]
         encoded = [[self._encode(one) for one in row] for row in told]
         pixels = np.stack([np.asarray(draw(scene)) for scene in scenes])
         return Batch(

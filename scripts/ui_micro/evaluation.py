@@ -42,11 +42,11 @@ class Trial:
         return place is not None and self.instruction.target.contains(*place)
 
 
-def held_out(count: int, first: int = 0) -> Iterator[Trial]:
-    """Trials that no training has seen, the same ones each time."""
+def held_out(count: int, first: int = 0, *, by_colour: float = 0.0) -> Iterator[Trial]:
+    """Trials that no training has seen, the same ones each time; see `instructions`."""
     for seed in range(FIRST_HELD_OUT + first, FIRST_HELD_OUT + first + count):
         scene = make_scene(seed)
-        yield Trial(scene, instructions(scene, random.Random(seed), 1)[0])
+        yield Trial(scene, instructions(scene, random.Random(seed), 1, by_colour=by_colour)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,8 @@ def evaluate(ask: Callable[[bytes, str], str], trials: Iterator[Trial]) -> dict[
     hits: dict[str, list[bool]] = defaultdict(list)
     for trial in trials:
         hit = trial.hit(ask(trial.png, trial.instruction.text))
-        for group in ("all", trial.instruction.target.kind, trial.instruction.form):
+        decides = ["colour decides"] if trial.instruction.by_colour else []
+        for group in ("all", trial.instruction.target.kind, trial.instruction.form, *decides):
             hits[group].append(hit)
     return {group: Score(sum(hits[group]), len(hits[group])) for group in sorted(hits)}
 

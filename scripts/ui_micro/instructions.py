@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from scripts.ui_micro.scenes import Element, Scene
@@ -24,17 +24,28 @@ class Instruction:
     form: str
     """How it names the element: `colour and name`, `name`, `name alone`, `colour`, `state and name`."""
     target: Element
+    by_colour: bool
+    """Whether the colour decides: without it, something else would fit as well."""
 
 
-def instructions(scene: Scene, rng: random.Random, count: int, *, by_colour_alone: bool = False) -> list[Instruction]:
+def instructions(scene: Scene, rng: random.Random, count: int, *, by_colour: float = 0.0) -> list[Instruction]:
     """That many for the scene, with other targets as far as there are some.
 
     Args:
-        by_colour_alone: whether some name nothing but kind and colour.
+        by_colour: how many of them, between 0 and 1, shall be such that the colour decides, as far as there are some.
     """
-    targets = list(scene.elements)
-    rng.shuffle(targets)
-    return [_instruction(scene, targets[i % len(targets)], rng, by_colour_alone) for i in range(count)]
+    all_ways = [(target, _ways(scene, target, is_unique)) for target in scene.elements]
+    coloured = [(target, ways) for target in scene.elements if (ways := _ways(scene, target, needs_colour))]
+    rng.shuffle(all_ways)
+    rng.shuffle(coloured)
+    told = []
+    for i in range(count):
+        among = coloured if coloured and rng.random() < by_colour else all_ways
+        target, ways = among[i % len(among)]
+        form, phrase, fits = rng.choice(ways)
+        decides = needs_colour(fits, target, scene.elements)
+        told.append(Instruction(f"{rng.choice(VERBS)} {phrase}", form, target, decides))
+    return told
 
 
 def answer(element: Element) -> str:
@@ -48,12 +59,6 @@ def clicked(text: str) -> tuple[int, int] | None:
     if found := _ANSWER.fullmatch(text.strip()):
         return int(found[1]), int(found[2])
     return None
-
-
-def _instruction(scene: Scene, target: Element, rng: random.Random, by_colour_alone: bool) -> Instruction:
-    told = [each for each in phrases(target) if by_colour_alone or each[0] != "colour"]
-    form, phrase, _ = rng.choice([each for each in told if is_unique(each[2], target, scene.elements)])
-    return Instruction(f"{rng.choice(VERBS)} {phrase}", form, target)
 
 
 Fits = Sequence[tuple[str, object]]
@@ -71,6 +76,19 @@ def phrases(element: Element) -> Iterator[tuple[str, str, Fits]]:
         yield "colour", f"the {element.colour} {element.kind}", (kind, colour)
     yield "name", f"the {element.name} {element.kind}", (kind, name)
     yield "name alone", element.name, (name,)
+
+
+def _ways(
+    scene: Scene, target: Element, will_do: Callable[[Fits, Element, Sequence[Element]], bool]
+) -> list[tuple[str, str, Fits]]:
+    """Those of a target's phrases whose attributes will do."""
+    return [each for each in phrases(target) if will_do(each[2], target, scene.elements)]
+
+
+def needs_colour(fits: Fits, target: Element, elements: Sequence[Element]) -> bool:
+    """Whether the attributes fit the target alone, but without the colour something else as well."""
+    others = [(key, value) for key, value in fits if key != "colour"]
+    return is_unique(fits, target, elements) and not is_unique(others, target, elements)
 
 
 def is_unique(fits: Fits, target: Element, elements: Sequence[Element]) -> bool:

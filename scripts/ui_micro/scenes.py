@@ -83,24 +83,20 @@ def font() -> ImageFont.FreeTypeFont:
     return loaded
 
 
-def make_scene(seed: int, size: tuple[int, int] | None = None, *, twins: bool = False) -> Scene:
-    """The scene of this seed; of one of SIZES unless `size` says.
-
-    Args:
-        twins: whether the same label may be there in several colours, so that the colour decides.
-    """
+def make_scene(seed: int, size: tuple[int, int] | None = None) -> Scene:
+    """The scene of this seed; of one of SIZES unless `size` says."""
     rng = random.Random(seed)
     width, height = size or rng.choice(SIZES)
     elements: list[Element] = []
     for _ in range(rng.randint(3, 7)):
-        _add(elements, rng, width, height, twins=twins)
+        _add(elements, rng, width, height)
     return Scene(width, height, rng.choice(BACKGROUNDS), tuple(elements))
 
 
-def _add(elements: list[Element], rng: random.Random, width: int, height: int, *, twins: bool) -> None:
+def _add(elements: list[Element], rng: random.Random, width: int, height: int) -> None:
     """Put one more element where there is room, if there is some."""
-    kind, name, colour, filled = _look(elements, rng, twins=twins)
-    if any(_alike(each, name, colour, filled, twins=twins) for each in elements):
+    kind, name, colour, filled = _look(elements, rng)
+    if any(_alike(each, name, colour, filled) for each in elements):
         return  # nothing could tell the two apart
     wide, high = _measure(kind, name, rng)
     for _ in range(_TRIES):
@@ -112,18 +108,18 @@ def _add(elements: list[Element], rng: random.Random, width: int, height: int, *
             return
 
 
-def _alike(element: Element, name: str, colour: str, filled: bool, *, twins: bool) -> bool:
+def _alike(element: Element, name: str, colour: str, filled: bool) -> bool:
     """Whether an element has all that tells a new one from others; names of different kinds differ."""
-    return element.name == name and element.filled == filled and (element.colour == colour or not twins)
+    return (element.name, element.colour, element.filled) == (name, colour, filled)
 
 
-def _look(elements: list[Element], rng: random.Random, *, twins: bool) -> tuple[Kind, str, str, bool]:
+def _look(elements: list[Element], rng: random.Random) -> tuple[Kind, str, str, bool]:
     """Kind, name, colour and filling of a new element; often nearly those of one that is there already."""
     if elements and rng.random() < 0.5:
         like = rng.choice(elements)
         if like.kind == "field":
             return "field", like.name, "", not like.filled
-        if twins and rng.random() < 0.5:
+        if rng.random() < 0.5:
             return like.kind, like.name, rng.choice(list(COLOURS)), False
         return like.kind, rng.choice(BUTTONS if like.kind == "button" else ICONS), like.colour, False
     drawn = rng.random()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
@@ -35,35 +34,26 @@ from scripts.ui_micro.shape import MERGE, PATCH
 nn: Any = _nn
 """MLX's types for it say less than there is."""
 
+STEPS: Final = 6000
 SCENES: Final = 16
 """Pictures of a step."""
+PER_SCENE: Final = 6
+"""Instructions for each picture."""
+RATE: Final = 1e-3
+"""How far a step goes at most; it goes down to nearly nothing at the end."""
+COLOURS_FIRST: Final = 1000
+"""Steps over which what only the colour decides falls from all instructions to BY_COLOUR of them.
+
+A model that learns labels first does without colours, and never comes to read them."""
+BY_COLOUR: Final = 0.25
+_HEADS: Final = (1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 2.0)
+"""What each head weighs beside the answers; the last one the most: it is soon learnt to look where one is told."""
 _POINTER: Final = 64
 BEFORE: Final = 4
 """Tokens before the picture's."""
 _TOLD_EVERY: Final = 100
 _COORDINATES: Final = (1, 3)
 """Of an answer's tokens, those of x and y."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """A part of the training, at the end of which the rate has gone down to nearly nothing.
-
-    Attributes:
-        first: seed of its first step.
-        per_scene: instructions for each picture.
-        twins: whether the same label may be in a picture in several colours, so that the colour decides.
-        kept: the part of the loss for what the language model keeps of each patch.
-        pointed: the part for what it looks at when it is about to answer.
-    """
-
-    steps: int
-    first: int
-    per_scene: int
-    twins: bool
-    kept: float
-    pointed: float
-    rate: float = 1e-3
 
 
 class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
@@ -165,20 +155,17 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         return halfway, text.norm(states)
 
 
-def train(model: Any, tokenizer: Tokenizer, course: Pass, say: Callable[[str], None]) -> None:
-    """Do one pass."""
+def train(model: Any, tokenizer: Tokenizer, steps: int, say: Callable[[str], None]) -> None:
+    """Do that many steps."""
     learner = Learner(model, tokenizer)
-    warm = min(200, course.steps // 5)
+    warm = min(200, steps // 5)
     schedule = optim.join_schedules(
-        [
-            optim.linear_schedule(course.rate / 100, course.rate, warm),
-            optim.cosine_decay(course.rate, course.steps - warm, course.rate / 50),
-        ],
+        [optim.linear_schedule(RATE / 100, RATE, warm), optim.cosine_decay(RATE, steps - warm, RATE / 50)],
         [warm],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
-    batches = Batches(tokenizer, SCENES, course.per_scene, twins=course.twins)
-    weights = mx.array([1.0, 0.5, 0.5, 0.5, 0.5, course.kept, course.pointed])
+    batches = Batches(tokenizer, SCENES, PER_SCENE)
+    weights = mx.array(_HEADS)
 
     def compute(
         patches: mx.array, ids: mx.array, answers: mx.array, targets: mx.array, seen: mx.array, grid: Grid
@@ -188,8 +175,8 @@ def train(model: Any, tokenizer: Tokenizer, course: Pass, say: Callable[[str], N
 
     gradient = nn.value_and_grad(learner, compute)
     began, sums = time.monotonic(), np.zeros(11)
-    for step in range(course.steps):
-        batch = batches.make(course.first + step)
+    for step in range(steps):
+        batch = batches.make(step, max(BY_COLOUR, 1 - (1 - BY_COLOUR) * step / COLOURS_FIRST))
         arrays = (mx.array(each) for each in (batch.patches, batch.ids, batch.answers, batch.targets, batch.seen))
         (loss, answer, right, heads), grads = gradient(*arrays, batch.grid)
         grads, _ = optim.clip_grad_norm(grads, 1.0)  # type: ignore[no-untyped-call]

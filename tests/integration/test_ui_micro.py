@@ -46,8 +46,10 @@ def test_it_is_small_enough_to_come_along() -> None:
     assert json.loads((VISION / "config.json").read_text())["model_type"] == "qwen2_5_vl"
 
 
-def test_nine_of_ten_clicks_hit_on_screenshots_it_has_not_seen(http: httpx2.Client) -> None:
-    trials = list(held_out(TRIALS, first=10_000))
+@pytest.mark.parametrize("by_colour", [0.0, 1.0])
+def test_nine_of_ten_clicks_hit_on_screenshots_it_has_not_seen(http: httpx2.Client, by_colour: float) -> None:
+    trials = list(held_out(TRIALS, first=10_000, by_colour=by_colour))
+    assert sum(trial.instruction.by_colour for trial in trials) >= (0.25 + by_colour / 3) * TRIALS
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
     assert sum(trial.hit(answer) for trial, answer in zip(trials, answers, strict=True)) >= 0.9 * TRIALS

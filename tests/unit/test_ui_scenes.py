@@ -8,7 +8,7 @@ import pytest
 
 from scripts.ui_micro.drawing import draw
 from scripts.ui_micro.evaluation import FIRST_HELD_OUT, Trial, held_out
-from scripts.ui_micro.instructions import answer, clicked, instructions, is_unique, phrases
+from scripts.ui_micro.instructions import Fits, Instruction, answer, clicked, instructions, is_unique, phrases
 from scripts.ui_micro.scenes import SIZES, make_scene
 from scripts.ui_micro.tokenizer import END, SPECIAL, make_tokenizer
 
@@ -41,6 +41,20 @@ def test_an_instruction_fits_one_element_and_its_answer_clicks_it() -> None:
             place = clicked(answer(told.target))
             assert place is not None
             assert told.target.contains(*place)
+
+
+def test_the_colour_decides_where_it_shall() -> None:
+    deciding = 0
+    for scene in SCENES:
+        for told in instructions(scene, random.Random(1), 6, by_colour=1.0):
+            without = [(key, value) for key, value in fits_of(told) if key != "colour"]
+            assert told.by_colour is not is_unique(without, told.target, scene.elements)
+            deciding += told.by_colour
+    assert deciding > 4 * len(SCENES), "some scenes have nothing of the kind"
+
+
+def fits_of(told: Instruction) -> Fits:
+    return next(fits for _, phrase, fits in phrases(told.target) if told.text.partition(" ")[2] == phrase)
 
 
 @pytest.mark.parametrize(
