@@ -122,13 +122,26 @@ class Catalog:
             return self.models[asked]
         return next((model for model in self.models.values() if asked in model.aliases), None)
 
+    def first(self, worker_models: str, index: int) -> tuple[list[CatalogModel], list[str]]:
+        """The models that a worker loads at its start by WORKER_MODELS, and names there that mean none.
+
+        Args:
+            index: which of the service's workers it is, from 0.
+        """
+        lists = worker_models.split(";")
+        names = [name.strip() for name in lists[index % len(lists)].split(",") if name.strip()] or [self.default]
+        found = [(name, self.resolve(name)) for name in names]
+        models = list({model.id: model for _, model in found if model is not None}.values())
+        return models, [name for name, model in found if model is None]
+
 
 def load_catalog(settings: Settings) -> Catalog:
     """Read the catalog. A MODEL_PATH that somebody has set is the default, whatever the file says."""
     path = settings.model_path
     own = _told(CatalogModel(path.name, path, model_kind(path)))
     if not settings.models_file.exists():
-        return Catalog({own.id: own}, own.id)
+        wanted = "models_file" in settings.model_fields_set
+        return Catalog({own.id: own}, own.id, (f"MODELS_FILE: there is no {settings.models_file}",) * wanted)
     reader = _Reader(settings)
     models = {model.id: model for model in reader.models()}
     if "model_path" in settings.model_fields_set or not models:
@@ -142,7 +155,7 @@ def load_catalog(settings: Settings) -> Catalog:
         default = models.get(reader.default or "") or next(iter(models.values()))
         if reader.default not in (None, default.id):
             reader.fault("", "default", f"there is no model {reader.default} that can be served")
-    return Catalog(models, default.id, tuple(reader.faults))
+    return Catalog(models, default.id, tuple(told for _, told in sorted(reader.faults)))
 
 
 class _Reader:
@@ -150,7 +163,7 @@ class _Reader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.faults: list[str] = []
+        self.faults: list[tuple[int, str]] = []
         self.default: str | None = None
         try:
             text = settings.models_file.read_text("utf-8", errors="replace")
@@ -261,7 +274,7 @@ class _Reader:
     def _note(self, line: int, what: str) -> None:
         path = self._settings.models_file
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-        self.faults.append(f"{shown}:{line}: {what}")
+        self.faults.append((line, f"{shown}:{line}: {what}"))
 
 
 def _said(name: str, error: ErrorDetails) -> str:
@@ -270,6 +283,8 @@ def _said(name: str, error: ErrorDetails) -> str:
         if isinstance(error["input"], dict):
             return f'there is no such table; a name with dots stands in quotes: [models."{name}.{error["loc"][0]}"]'
         return f"there is no such key; there are {', '.join(_Entry.model_fields)}"
+    if error["type"] == "extra_forbidden" and error["loc"][0] == "sampling":
+        return f"there is no such key; there are {', '.join(Sampling.model_fields)}"
     if not error["loc"]:
         return "it must be a table"
     return error["msg"]

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from shared import keys
 from shared.image_geometry import ImageGeometry
 from shared.store import Redis, script
 from shared.wire import known
+
+LEAST_CACHE: Final = 0.02
+"""The part of a worker's memory that must be left for the caches of jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,10 @@ class HostInfo:
     memory_used: int
     memory_pinned: int = 0
     operations: tuple[str, ...] = ()
+
+    def could_take(self, weights_bytes: int) -> bool:
+        """Whether a model fits, once all others have gone that may."""
+        return weights_bytes + self.memory_pinned <= (1 - LEAST_CACHE) * self.memory_limit
 
     def to_json(self) -> str:
         """One line of JSON."""

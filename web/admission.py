@@ -152,7 +152,10 @@ class Admission:
             return
         if self._settings.load_on_demand:
             self._check_demand(model)
-        elif model != self._catalog.default and not self._roster.now(max_age_s=0).has(model):
+            return
+        snapshot = self._roster.now(max_age_s=0)
+        # The default model's first worker may be about to come up, or to come back.
+        if not snapshot.has(model) and (snapshot.hosts or model != self._catalog.default):
             raise Conflict("No worker has this model loaded.", code="model_not_loaded", field="model")
 
     def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Generation:

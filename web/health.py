@@ -89,6 +89,7 @@ class Doctor:
             WorkerView(
                 id=worker.id,
                 host=worker.host,
+                node=worker.node,
                 model=worker.model,
                 state=worker.state,
                 heartbeat_age_s=round(max(0.0, now - worker.heartbeat_at), 3),

@@ -37,6 +37,7 @@ _LONGEST_HEAD: Final = 256
 """Characters of a data URL before its data. To look for the comma in all of one that has none would take seconds."""
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 """Of a camera's pictures: the tag, and the values with which width and height change places."""
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
 _JPEG: Final = b"\xff\xd8\xff"
 _MARKER: Final = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
 """What begins a segment with a length, or ends a JPEG; decoders pass over all others, or end at them."""
@@ -198,6 +199,9 @@ class Gatherer:
                     detail = f"The image has {width} x {height} pixels: one side is over {MOST_ASPECT} times the other."
                     raise Invalid(detail, code="image_shape")
                 image.load()
+                if data.startswith(_PNG):  # decoding does not compare all checksums
+                    with Image.open(BytesIO(data), formats=("PNG",)) as whole:
+                        whole.verify()
                 turned = image.getexif().get(_ORIENTATION) in _LYING
         except UnidentifiedImageError as error:
             raise Invalid(f"The image is none of {', '.join(FORMATS)}.", code="image_format") from error

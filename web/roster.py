@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from shared.registry import ModelCard, Registry, WorkerInfo
+from shared.registry import HostInfo, ModelCard, Registry, WorkerInfo
 
 _MAX_AGE_S: Final = 0.5
 
@@ -19,6 +19,7 @@ class Snapshot:
     workers: tuple[WorkerInfo, ...]
     mean_job_s: dict[str, float]
     taken_at: float
+    hosts: tuple[HostInfo, ...] = ()
 
     def ready(self, model: str) -> list[WorkerInfo]:
         """The workers that take a model's jobs."""
@@ -68,4 +69,5 @@ class Roster:
             workers=workers,
             mean_job_s={model: mean_s for model, mean_s in means.items() if mean_s is not None},
             taken_at=time.monotonic(),
+            hosts=tuple(self._registry.hosts()),
         )

@@ -394,7 +394,7 @@ class InferenceView(Parsed):
     timings: Timings
 
 
-ModelState = Literal["warm", "loading", "draining", "cold"]
+ModelState = Literal["warm", "loading", "draining", "cold", "absent"]
 
 
 class ModelWorkerView(_Answer):
@@ -420,7 +420,10 @@ class ModelView(_Answer):
     kind: str | None = Field(description="`text` or `vision`; null: not known")
     context: int | None = Field(description="Most tokens of prompt and answer together; null: not known")
     default: bool
-    state: ModelState = Field(description="Of its workers, the best")
+    state: ModelState = Field(
+        description="Of its workers, the best. `cold`: none has it; `absent`: nor has the catalog, and jobs wait until "
+        "a worker comes that does"
+    )
     workers: list[ModelWorkerView]
     slots: int
     slots_used: int
@@ -537,6 +540,7 @@ class WorkerView(_Answer):
 
     id: str
     host: str
+    node: str = Field(description="Its process, by the name that `load_model` and `unload_model` take")
     model: str
     state: str
     heartbeat_age_s: float

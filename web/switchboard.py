@@ -102,11 +102,15 @@ class Switchboard:
             log.warning("%s is not asked for yet: %s", model, error)
 
     def check_demand(self, model: str) -> None:
-        """Refuse what would wait for a model that no worker has and that has just failed to load.
+        """Refuse what would wait for a model that no worker has, and that fits none or has just failed to load.
 
         Raises:
             Unavailable: so it is.
         """
+        entry, hosts = self._catalog.models.get(model), self._registry.hosts()
+        if entry and hosts and not any(host.could_take(entry.weights_bytes) for host in hosts):
+            told = f"The model is not loaded: its {entry.weights_bytes / 2**20:,.0f} MiB fit no worker."
+            raise Unavailable(told, code="model_not_loaded", field="model", retry_after=DEMAND_S)
         tried = self._operations.on_demand(model)
         if tried is not None and tried.state is OperationState.FAILED:
             told = f"The model is not loaded, and loading it failed: {tried.error_message}"

@@ -107,10 +107,9 @@ class Service:
             logger.error("the catalog: %s", fault)
         self._engine.start()
         self._watchdog.start()
-        try:
-            cold = [*self._warm_up(self._first_models())]
-        except ValueError as error:
-            return self._not_loaded(str(error))
+        first, unknown = self.catalog.first(self._settings.worker_models, self._index)
+        cold = [f"WORKER_MODELS: the catalog has no model {name}" for name in unknown]
+        cold += self._warm_up(first)
         if not self._desks:
             return self._not_loaded("; ".join(cold))
         for reason in cold:
@@ -168,19 +167,6 @@ class Service:
     def memory_used(self) -> int:
         """See `worker.switching.Models`."""
         return memory_in_use()
-
-    def _first_models(self) -> list[CatalogModel]:
-        """Those that this worker loads at its start.
-
-        Raises:
-            ValueError: WORKER_MODELS names one that the catalog has not.
-        """
-        lists = self._settings.worker_models.split(";")
-        names = [name.strip() for name in lists[self._index % len(lists)].split(",") if name.strip()]
-        found = [(name, self.catalog.resolve(name)) for name in names or [self.catalog.default]]
-        if missing := [name for name, model in found if model is None]:
-            raise ValueError(f"WORKER_MODELS: the catalog has no model {missing[0]}")
-        return list({model.id: model for _, model in found if model is not None}.values())
 
     def _warm_up(self, models: Iterable[CatalogModel]) -> Iterator[str]:
         """Load these, as far as there is memory; why each of the others is not loaded."""

@@ -18,14 +18,13 @@ from redis import RedisError
 
 from shared.catalog import Catalog, CatalogModel
 from shared.operations import Operation, Operations, OperationState
+from shared.registry import LEAST_CACHE
 from shared.store import passes
 from worker.desk import Desk
 from worker.models import first_line
 
 logger = logging.getLogger(__name__)
 
-LEAST_CACHE: Final = 0.02
-"""The part of the memory that must be left for the caches of jobs."""
 TOLD_EVERY_S: Final = 0.5
 PATIENCE_S: Final = 120.0
 """So long the end of an operation waits for a Redis that is away; then it counts as lost."""
@@ -223,7 +222,8 @@ class Switcher(threading.Thread):
             pinned = [desk.model.id for desk in stays]
             beside = f" beside {', '.join(pinned)}, which stay" if pinned else ""
             needed, limit = model.measure() / 2**20, self._models.memory_limit / 2**20
-            told = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may take {limit:,.0f} MiB in all."
+            told = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may take {limit:,.0f} MiB in all"
+            told += f", and {LEAST_CACHE:.0%} of that are for jobs."
             raise Refused("not_enough_memory", told)
         return going
 

@@ -68,6 +68,8 @@ class RemoteJob:
     usage: Json
     timings: Json
     error: Json | None
+    actions: list[Json] | None = None
+    parse_error: str | None = None
 
     @classmethod
     def from_json(cls, data: Json) -> Self:
@@ -81,6 +83,8 @@ class RemoteJob:
             usage=data.get("usage") or {},
             timings=data.get("timings") or {},
             error=data.get("error"),
+            actions=output.get("actions"),
+            parse_error=output.get("parse_error"),
         )
 
 

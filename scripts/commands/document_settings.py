@@ -66,7 +66,12 @@ def table() -> str:
 
 def example() -> str:
     """The text of `.env.example`."""
-    return _EXAMPLE_HEAD + "".join(f"\n# {v.meaning}\n{v.name}={v.default}\n" for v in variables())
+    return _EXAMPLE_HEAD + "".join(f"\n# {v.meaning}\n{_as_comment(v)}{v.name}={v.default}\n" for v in variables())
+
+
+def _as_comment(variable: Variable) -> str:
+    """A MODEL_PATH that is set wins over the catalog, whatever it is set to."""
+    return "# " if variable.name == "MODEL_PATH" else ""
 
 
 def main() -> None:

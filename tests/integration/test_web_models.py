@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shared.registry import ModelCard, Registry, WorkerInfo
+from shared.registry import HostInfo, ModelCard, Registry, WorkerInfo
 from tests.plugins.web_stack import WebStack, running_web
 from tests.support.small_models import make_folder
 from tests.support.waiting import eventually
@@ -135,3 +135,24 @@ def test_a_request_is_held_to_the_context_of_a_model_that_is_cold(web: WebStack)
     refused = web.http.post("/v1/jobs", json={"model": "uno", "prompt": "hi", "max_tokens": 513})
     assert (refused.status_code, refused.json()["field"]) == (422, "max_tokens")
     assert web.http.post("/v1/jobs", json={"model": "uno", "prompt": "hi", "max_tokens": 512}).json()["model"] == "one"
+
+
+def test_a_model_that_no_catalog_has_is_listed_while_somebody_waits_for_it(web: WebStack) -> None:
+    client = web.client()
+    Registry(client).announce_model(ModelCard("elsewhere", "text", 512))
+    assert "elsewhere" not in listed(web)
+    eventually(lambda: web.http.post("/v1/jobs", json={"model": "elsewhere", "prompt": "hi"}).is_success, "it is known")
+    assert listed(web)["elsewhere"]["state"] == "absent"
+    client.close()
+
+
+def test_a_model_that_fits_no_worker_is_refused_at_once(web: WebStack) -> None:
+    client = web.client()
+    host = HostInfo("w4@host", "host", os.getpid(), 0.0, time.time(), (), memory_limit=60, memory_used=0)
+    Registry(client).announce_host(host, 5.0)
+    refused = web.http.post("/v1/jobs", json={"model": "two", "prompt": "hi"})
+    assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (503, "model_not_loaded", "model")
+    assert "fit no worker" in refused.json()["detail"]
+    assert web.http.post("/v1/jobs", json={"model": "one", "prompt": "hi"}).status_code == 202
+    Registry(client).forget_host(host.node)
+    client.close()

@@ -15,7 +15,7 @@ from shared.catalog import Catalog, CatalogModel, Sampling, load_catalog
 from shared.errors import Invalid, KeyReused, MlxqError, Unavailable
 from shared.images import ImageStore
 from shared.jobs import Generation, Job, Jobs, Priority
-from shared.registry import ModelCard, Registry, WorkerInfo
+from shared.registry import HostInfo, ModelCard, Registry, WorkerInfo
 from shared.settings import Settings
 from shared.store import Redis
 from web.admission import Admission, Origin
@@ -292,3 +292,13 @@ def test_a_model_that_has_just_been_loaded_is_not_refused(
     worker = WorkerInfo("w1", "w1@here", "here", 1, "other", "ready", 8, 0, now, now, {}, {})
     Registry(client).announce_worker(worker, 60.0)
     assert known.submission(wanted(model="other"), Origin("me")).generation.model == "other"
+
+
+def test_the_default_model_is_waited_for_only_until_some_worker_is_there(
+    known: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known, "_settings", known._settings.model_copy(update={"load_on_demand": False}))
+    assert known.submission(wanted(), Origin("me")).generation.model == "small"
+    Registry(client).announce_host(HostInfo("w1@here", "here", 1, 0.0, time.time(), (), 100, 0), 60.0)
+    error = refusal(known, wanted())
+    assert (error.status, error.code, error.field) == (409, "model_not_loaded", "model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,9 @@ def test_other_options_and_another_run_make_other_keys(prompts) -> None:
 def test_a_result_is_read_as_it_was_written(output: Path) -> None:
     written = Result(3, "n\udc80", "job_1", "failed", "0f" * 16, "é\u2028\n", "stop", {"a": 1}, {}, {"code": "x"})
     assert Result.from_line(written.to_line()) == written
+    assert b"actions" not in written.to_line()
+    parsed = replace(written, actions=[{"action": "wait"}])
+    assert Result.from_line(parsed.to_line()) == parsed
     assert written.to_line().count(b"\n") == 1
 
 

@@ -135,6 +135,7 @@ def test_a_fetched_folder_of_the_revision_that_is_named_serves(
             "[models.two] revision: HERE/fetched holds revision v1 (0123456789); scripts/fetch_model org/fetched --rev",
         ),
         ('hub = "org/other"\npath = "HERE/fetched"', 4, "[models.two] hub: HERE/fetched holds org/fetched; scripts/"),
+        ('path = "HERE/two"\nsampling = { heat = 1 }', 5, "[models.two] sampling.heat: there is no such key"),
         ('path = "HERE/two"\ndtype = "int3"', 5, "[models.two] dtype: Input should be"),
     ],
 )  # fmt: skip
@@ -302,3 +303,26 @@ def test_a_model_that_is_set_is_the_default_and_keeps_its_entry(models: Path) ->
 def test_the_file_that_comes_with_this_has_no_fault() -> None:
     catalog = load_catalog(Settings())
     assert catalog.faults == ()
+
+
+def test_the_models_that_a_worker_begins_with(models: Path) -> None:
+    catalog = read(models, '[models.one]\npath = "HERE/one"\naliases = ["uno"]\n[models.two]\npath = "HERE/two"\n')
+
+    def begins(with_these: str, index: int = 0) -> tuple[list[str], list[str]]:
+        found, unknown = catalog.first(with_these, index)
+        return [model.id for model in found], unknown
+
+    assert begins("") == (["one"], [])
+    assert begins("two, uno, one") == (["two", "one"], [])
+    assert begins("three,two") == (["two"], ["three"])
+    assert [begins("one;two", index)[0] for index in range(3)] == [["one"], ["two"], ["one"]]
+
+
+def test_a_catalog_that_is_named_and_not_there_is_told(models: Path) -> None:
+    catalog = load_catalog(Settings(_env_file=None, model_path=models / "one", models_file=models / "none.toml"))
+    assert (list(catalog.models), catalog.faults) == (["one"], (f"MODELS_FILE: there is no {models / 'none.toml'}",))
+
+
+def test_faults_are_in_the_order_of_their_lines(models: Path) -> None:
+    catalog = read(models, '[models.two]\npath = "HERE/no"\n[models.one]\npath = "HERE/one"\nslots = 0\ncontext = 0\n')
+    assert [int(fault.split(":")[1]) for fault in catalog.faults] == [2, 5, 6]

@@ -16,6 +16,11 @@ def host(node: str = "here", *operations: str) -> HostInfo:
     return HostInfo(node, "machine", 1, 0.0, 0.0, ("one",), 100, 50, operations=operations)
 
 
+def test_a_model_fits_beside_what_is_pinned_if_it_leaves_some_memory_for_jobs() -> None:
+    worker = replace(host(), memory_pinned=30)
+    assert [worker.could_take(size) for size in (10, 68, 69)] == [True, True, False]
+
+
 @pytest.fixture
 def operations(client: Redis) -> Operations:
     return Operations(client)

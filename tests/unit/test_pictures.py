@@ -342,3 +342,10 @@ def test_few_images_are_decoded_at_once(gatherer: Gatherer, monkeypatch: pytest.
         finally:
             released.set()
         assert all(each.result(10).files for each in asking)
+
+
+def test_a_png_with_a_wrong_checksum_is_broken(gatherer: Gatherer) -> None:
+    bent = bytearray(PNG)
+    bent[PNG.index(b"IDAT") + 40] ^= 0xFF
+    error = refusal(gatherer, asked(prompt="?", images=[data_url(bytes(bent))]))
+    assert (type(error), error.code, error.field) == (Invalid, "image_broken", "images[0]")

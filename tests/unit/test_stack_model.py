@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from scripts.commands import serve
 from scripts.commands.stack import config, preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.model import VISION, choose_vision, ensure_model
-from shared.settings import Settings
+from scripts.commands.stack.screen import Screen
+from shared.settings import ROOT, Settings
+from tests.support.small_models import make_folder
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +72,30 @@ def test_a_default_of_the_catalog_that_is_not_there_is_told(tmp_path: Path, monk
 
     with pytest.raises(StartFailed, match=r"catalog.toml: the default model's folder .*/far holds no model"):
         ensure_model(preflight.settings_or_fail(), {}, None)  # type: ignore[arg-type]  # nothing is waited for
+
+
+def test_the_printed_example_is_one_that_the_small_vision_model_understands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Screen().ready(choose_vision(preflight.settings_or_fail()), tmp_path / "env", key_in_environment=True)
+    said = capsys.readouterr().out
+    assert "ui-micro is ready" in said
+    (line,) = (line for line in said.splitlines() if line.startswith("curl"))
+    options = shlex.split(line)
+    assert ROOT / options[options.index("-F") + 1].removeprefix("images=@") == ROOT / "docs/images/page.png"
+    assert json.loads(options[-1].removeprefix("request="))["prompt"] == "click the red Save button"
+
+
+def test_the_printed_example_asks_a_model_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("one", "two", "three")
+    entries = (f'[models.{name}]\npath = "{make_folder(tmp_path / name)}"\n' for name in names)
+    (tmp_path / "catalog.toml").write_text("".join(entries))
+    for name, value in (("MODELS_FILE", str(tmp_path / "catalog.toml")), ("WORKER_MODELS", "three;two")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORKERS", "2")
+    Screen().ready(preflight.settings_or_fail(), tmp_path / "env", key_in_environment=True)
+    said = capsys.readouterr().out
+    assert "three, two are ready: 2 workers" in said
+    assert '"model": "three"' in said

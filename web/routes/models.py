@@ -37,7 +37,7 @@ _STATES: Final = {"ready": "warm"}
 @routes.route("/inference/models", methods=["GET", "POST"])
 @describe("List models", answers={200: ModelList})
 def list_models() -> Response:
-    """All that requests may name: those of the catalog, and what workers have told of before.
+    """All that requests may name: those of the catalog, and those that workers have or jobs wait for.
 
     POST does the same, without reading a body: some platforms' clients ask that way. What is wrong with the catalog is
     told to keys with the scope `admin`.
@@ -96,13 +96,15 @@ def views() -> list[ModelView]:
     return [
         _view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
         for name, waiting in zip(names, parts.registry.waiting_each(names), strict=True)
+        if waiting or name in catalog.models or snapshot.has(name)  # others were served once
     ]
 
 
 def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default: bool, waiting: int) -> ModelView:
     card = snapshot.models.get(name)
     workers = [worker for worker in snapshot.workers if worker.model == name]
-    best = next((state for state in _BEST_FIRST if any(worker.state == state for worker in workers)), "cold")
+    otherwise = "cold" if entry else "absent"
+    best = next((state for state in _BEST_FIRST if any(worker.state == state for worker in workers)), otherwise)
     kind = card.kind if card else entry.told_kind if entry else None
     return ModelView(
         id=name,

@@ -36,6 +36,8 @@ class Result:
     usage: dict[str, Any] | None = None
     timings: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    actions: list[dict[str, Any]] | None = None
+    parse_error: str | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -45,6 +47,8 @@ class Result:
     def to_line(self) -> bytes:
         """The line of the file."""
         fields = {name: getattr(self, name) for name in self.__slots__}
+        if self.actions is None:  # nothing was to be parsed
+            del fields["actions"], fields["parse_error"]
         # A lone surrogate cannot be UTF-8; escaped with a backslash it is JSON's own spelling of it.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 

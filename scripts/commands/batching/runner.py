@@ -148,6 +148,8 @@ def _ended(prompt: Prompt, job: RemoteJob) -> Result:
         usage=job.usage,
         timings=job.timings,
         error=job.error,
+        actions=job.actions,
+        parse_error=job.parse_error,
     )
 
 

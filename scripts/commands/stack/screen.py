@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from shared.catalog import load_catalog
-from shared.settings import Settings
+from scripts.commands.stack.model import VISION
+from shared.catalog import CatalogModel, load_catalog
+from shared.settings import ROOT, Settings
 
 
 class Progress(Protocol):
@@ -67,8 +69,12 @@ class Screen:
         workers = f"{settings.workers} worker{'s' if settings.workers > 1 else ''}"
         queue = "Valkey in DATA_DIR" if settings.embedded_redis else "REDIS_URL"
         made_up = " (BACKEND=fake: words of no meaning)" if settings.backend == "fake" else ""
+        catalog = load_catalog(settings)
+        of_each = (catalog.first(settings.worker_models, number)[0] for number in range(settings.workers))
+        first = {model.id: model for models in of_each for model in models}
+        shown = first.get(catalog.default) or next(iter(first.values()), catalog.models[catalog.default])
         self.say(f"""
-  {load_catalog(settings).default} is ready{made_up}: {workers}, queue in {queue}
+  {", ".join(first)} {"is" if len(first) == 1 else "are"} ready{made_up}: {workers}, queue in {queue}
 
   API        {base}
   API docs   {base}/docs
@@ -79,11 +85,21 @@ password FLOWER_PASSWORD in {_shown(env_file)}
   Logs       {_shown(settings.log_dir)}
 
   Try it:
-curl -s {base}/inference -H "X-API-Key: {key}" -H 'Content-Type: application/json' \
--d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+curl -s {base}/inference -H "X-API-Key: {key}" {_example(shown, default=shown.id == catalog.default)}
 
   Ctrl-C ends everything (or: kill {os.getpid()}); jobs that are not done stay in the queue.
 """)
+
+
+def _example(model: CatalogModel, *, default: bool) -> str:
+    """What asks a model something that it knows, as options of curl."""
+    body: dict[str, Any] = {} if default else {"model": model.id}
+    if model.path == VISION:
+        body |= {"prompt": "click the red Save button", "temperature": 0}
+        picture = ROOT / "docs/images/page.png"
+        return f"-F images=@{shlex.quote(_shown(picture))} -F {shlex.quote(f'request={json.dumps(body)}')}"
+    body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+    return f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def base_url(host: str, port: int) -> str:
