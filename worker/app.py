@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import suppress
@@ -79,7 +80,8 @@ class Service:
         self._tickets = TicketOffice(make_app(settings, hasty=True), client, Registry(client))
         self._engine = Engine(self._die)
         self._watchdog = Watchdog(self._under_way, self._on_stuck, self._on_late, self._die)
-        self._host_keeper = HostKeeper(self._announce_host, settings.lease_s, self._die)
+        self._announcing = threading.Lock()
+        self._host_keeper = HostKeeper(self.announce, settings.lease_s, self._die)
         self._switcher = Switcher(self, Operations(client), self._host_keeper.hurry)
         self._housekeeper = Housekeeper(Reaper(client, settings.max_attempts), self._tickets, self._die)
         self._place = Place(
@@ -324,7 +326,12 @@ class Service:
         with suppress(RedisError):  # it is soon forgotten anyway
             self._registry.forget_host(self._node)
 
-    def _announce_host(self) -> None:
+    def announce(self) -> None:
+        """See `worker.switching.Models`."""
+        with self._announcing:  # or what one thread saw earlier is written later
+            self._announce_now()
+
+    def _announce_now(self) -> None:
         now = time.time()
         desks = self.desks
         self._registry.announce_host(

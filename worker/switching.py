@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from redis import RedisError
 
@@ -73,6 +74,10 @@ class Models(Protocol):
 
     def memory_used(self) -> int:
         """Bytes that the model library holds in use."""
+        ...
+
+    def announce(self) -> None:
+        """Have others know which models there are now."""
         ...
 
 
@@ -155,17 +160,21 @@ class Switcher(threading.Thread):
             logger.warning("an operation that nobody knows, or that has ended: %s", order.operation)
             return
         teller = _Teller(self._operations, replace(operation, memory_before=self._models.memory_used()))
+        end: dict[str, Any]
         try:
             self._load(order, teller) if order.kind == "load" else self._unload(order, teller)
         except Refused as refused:
-            teller.tell(OperationState.FAILED, error_code=refused.code, error_message=str(refused))
+            end = {"state": OperationState.FAILED, "error_code": refused.code, "error_message": str(refused)}
         except RedisError:
             raise
         except Exception:
             logger.exception("the operation failed")
-            teller.tell(OperationState.FAILED, error_code="internal", error_message="The operation failed.")
+            end = {"state": OperationState.FAILED, "error_code": "internal", "error_message": "The operation failed."}
         else:
-            teller.tell(OperationState.SUCCEEDED, progress=1.0, memory_after=self._models.memory_used())
+            end = {"state": OperationState.SUCCEEDED, "progress": 1.0, "memory_after": self._models.memory_used()}
+        with suppress(RedisError):  # or they are told with the next sign of life
+            self._models.announce()  # before the end is: whoever sees that may ask for the next thing at once
+        teller.tell(**end)
 
     def _load(self, order: Order, teller: _Teller) -> None:
         model = self._models.catalog.resolve(order.model)

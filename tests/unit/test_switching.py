@@ -71,6 +71,9 @@ class PretendModels:
     def divide_memory(self) -> None:
         self.happened.append("divide")
 
+    def announce(self) -> None:
+        self.announced = self.names
+
     def memory_used(self) -> int:
         return sum(desk.weights_bytes for desk in self.desks) + self.rows_hold
 
@@ -113,6 +116,7 @@ class Desk:
         switcher.close()
         switcher.run()
         assert switcher.in_hand == ()
+        assert self.models.announced == self.models.names, "before the end was told"
         ended = self.operations.read(operation.id)
         assert ended is not None
         return ended
