@@ -26,13 +26,13 @@ def test_no_job_is_lost_duplicated_or_wrong_whatever_breaks(
     tiny_model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "chaos.json"
-    options = ["--seed", "1", "--minutes", "1.5", "--requests", "30", "--clients", "24", "--json", str(figures)]
+    options = ["--seed", "1", "--minutes", "1", "--requests", "30", "--clients", "24", "--json", str(figures)]
     status = main([*options, "--model", str(tiny_model_path)])
     seen = "".join(capfd.readouterr())
     report = json.loads(figures.read_text())
     assert status == 0, seen
     assert (report["lost"], report["duplicated"], report["wrong"], report["left_behind"]) == (0, 0, 0, [])
-    assert report["jobs"] >= 200
+    assert report["jobs"] >= 120
     assert report["resumed"] >= 5
     hit = {kind for kind, count in report["faults"].items() if count}
     assert hit | set(report["impossible"]) == {kind.value for kind in Kind}
