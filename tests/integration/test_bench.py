@@ -34,6 +34,7 @@ def docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "bench"
 
 
+@pytest.mark.long
 def test_a_quick_run_measures_every_scenario_and_keeps_it(
     tiny_model_path: Path, tiny_vision_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_quick_run_measures_every_scenario_and_keeps_it(
     assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_librarys_own_server_is_measured_by_the_same_load(tiny_model_path: Path, tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
     assert not bench.main(["--quick", "--scenario", "closed", "--who", PEER, "--only", "load", "--json", str(report)])
@@ -83,6 +85,7 @@ def libraries(pid: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.long
 def test_a_run_that_is_ended_tells_what_it_has(tiny_model_path: Path, tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
     command = [sys.executable, "-m", "scripts.commands.bench", "--quick", "--scenario", "closed", "open"]

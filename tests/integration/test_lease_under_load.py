@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from shared import keys
 from shared.jobs import Generation, Jobs, Sampling, Status, Submission
 from shared.store import Redis
@@ -46,6 +48,7 @@ def status(stack: Stack, job_id: str) -> Status:
     return Status(stack.redis.hget(keys.JOB + job_id, "status"))
 
 
+@pytest.mark.long
 def test_no_work_of_the_worker_keeps_its_lease_from_being_renewed(tiny_stack: Stack) -> None:
     # Chunks of 2,048 tokens: one step takes as long as it can.
     worker = tiny_stack.start_worker(LEASE_S="2", PREFILL_STEP_TOKENS="2048", SLOTS="32")

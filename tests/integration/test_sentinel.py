@@ -91,6 +91,7 @@ def test_jobs_streams_limits_and_flower_outlive_the_master(watched: Watched, sta
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_master_that_falls_silent_is_left_by_api_and_workers(watched: Watched) -> None:
     with fake_stack_on(watched.url) as stack, stack.client() as client:
         stack.start_worker()

@@ -160,7 +160,7 @@ def test_a_child_that_dies_is_started_again_and_said(running: Served, part: str)
     eventually(lambda: "spawned: " in running.said()[said_before:], "the start is said")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
 def test_a_signal_ends_everything_in_order(served: Served, number: signal.Signals) -> None:
     process = served.bring_up()
     process.send_signal(number)

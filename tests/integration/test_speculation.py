@@ -315,7 +315,7 @@ def stat(stack: Stack, name: str) -> float:
     return sum(worker.stats.get(name, 0) for worker in stack.ready_workers())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_workers_texts_go_on_as_if_nothing_had_been_guessed(smollm2_api: Stack) -> None:
     stack = smollm2_api
     question = {"role": "user", "content": f"Repeat this text word for word: {TEXT}"}

@@ -109,7 +109,7 @@ def alone(backend: TextBackend, one: Row) -> list[int]:
     return run(backend, [one])[one.uid]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_greedy_rows_say_what_mlx_lm_says(smollm2: LoadedModel) -> None:
     backend = TextBackend(smollm2, 64)
     prompts = [backend.encode(chat(question), {}).tokens for question in QUESTIONS]

@@ -72,7 +72,7 @@ def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fl
     assert ended.text == written.text != "" and ended.completion_tokens == len(written.tokens) > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_drains_hands_back_and_ends_in_time(fleet: Fleet, number: signal.Signals) -> None:
     worker = fleet.start(SLOTS="32", LEASE_S="30", DRAIN_S="2")
     short = [fleet.submit(f"{SLOW} short {i}", 30) for i in range(4)]
@@ -168,6 +168,7 @@ def test_a_model_that_does_not_load_where_nothing_can_be_written_ends_in_order(f
     assert [line["level"] for line in fleet.lines(worker) if line["logger"] == "worker.app"] == ["ERROR", "WARNING"]
 
 
+@pytest.mark.long
 def test_a_worker_that_was_paused_reads_nothing_again(fleet: Fleet, tiny_model_path: Path) -> None:
     """Its lease lapses, its job waits again, and it is the one to take it up: all it had read is still there."""
     model = tiny_model_path.name
