@@ -49,14 +49,8 @@ def weights_bytes(folder: Path, dtype: str | None = None, bits: int | None = Non
             if name != "__metadata__"
         ]
         return round(sum(_bytes(tensor, dtype, bits if packs else None) for packs, tensor in tensors))
-    except (
-        ModelError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ):  # whoever loads it will say why not
+    except (ModelError, OSError, LookupError, TypeError, ValueError, OverflowError):
+        # Whoever loads it will say why not.
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
