@@ -4,7 +4,7 @@ In front means: loaded into the process, symbols global, before MLX is. The load
 to it, and nothing of MLX changes. float32 alone gains: the other types do not go through BLAS.
 
 What it gains (SmolLM2-135M in float32, two cores of an AMD EPYC that others used too, best of two to four runs with
-OpenBLAS and of one without; `worker.blas_speed` and mlx-lm's BatchGenerator):
+OpenBLAS and of one without; `worker.models.blas_speed` and mlx-lm's BatchGenerator):
 
     ======================  =========  ========
     .                       reference  OpenBLAS

@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared import redis_url
+from shared.queue import redis_url
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
@@ -192,12 +192,12 @@ class Settings(BaseSettings):
 
     @cached_property
     def store_url(self) -> str:
-        """URL of the queue's Redis, for `shared.store.connect`."""
+        """URL of the queue's Redis, for `shared.queue.redis.connect`."""
         return self.redis_url or f"unix://{self.redis_socket}"
 
     @cached_property
     def tickets_url(self) -> str:
-        """URL of the broker, for `shared.broker`."""
+        """URL of the broker, for `shared.queue.broker`."""
         return self.broker_url or self.store_url
 
     @cached_property

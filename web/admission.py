@@ -16,14 +16,16 @@ import redis
 from kombu.exceptions import OperationalError
 from redis.exceptions import OutOfMemoryError
 
-from shared import jobs
-from shared.catalog import Catalog, Sampling
 from shared.errors import Conflict, Invalid, KeyReused, NotDurable, Unavailable
-from shared.images import ImageStore
-from shared.jobs import Generation, Job, Jobs, Priority, Submission
-from shared.registry import ModelCard
+from shared.jobs import request as asked
+from shared.jobs.images import ImageStore
+from shared.jobs.record import Job, Priority
+from shared.jobs.request import Generation
+from shared.jobs.store import Jobs, Submission, new_job_id
+from shared.models.catalog import Catalog, Sampling
+from shared.models.registry import ModelCard
+from shared.queue.wakeups import TicketOffice
 from shared.settings import Settings
-from shared.tickets import TicketOffice
 from web.marks import marks
 from web.prompt_size import PromptSizer
 from web.roster import Roster
@@ -92,7 +94,7 @@ class Admission:
             redis.RedisError: Redis is away.
         """
         submission = replace(self.submission(request, origin), images=len(files or ()) + unread)
-        job_id = jobs.new_job_id()
+        job_id = new_job_id()
         if files:
             # Before the job that names them: what proves the job to be on the disk proves all that was written before.
             self._images.put(job_id, files)
@@ -176,7 +178,7 @@ class Admission:
         return Generation(
             model=model,
             max_tokens=request.max_tokens or min(usual, most or usual),
-            sampling=jobs.Sampling(
+            sampling=asked.Sampling(
                 temperature=self._settings.temperature if temperature is None else temperature,
                 top_p=value("top_p"),
                 top_k=value("top_k"),

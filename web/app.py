@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flask import Flask
 
+from shared.queue.redis import Redis
 from shared.settings import Settings, load_settings
-from shared.store import Redis
 from web import auth, limits, parameters, problems
 from web.correlation import Correlation
 from web.keystore import KeyStore

@@ -15,8 +15,8 @@ from typing import Final, Protocol
 import redis
 
 from shared.errors import Gone
-from shared.log import Event, EventKind, JobLog
-from shared.store import passes
+from shared.jobs.log import Event, EventKind, JobLog
+from shared.queue.redis import passes
 from web.hub import Item, Signal, Subscription
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from typing import Final
 
 import redis
 
-from shared.catalog import Catalog
-from shared.durability import why_unproven
-from shared.registry import Registry, WorkerInfo
+from shared.models.catalog import Catalog
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.durability import why_unproven
+from shared.queue.redis import Redis, has_memory
 from shared.settings import Settings
-from shared.store import Redis, has_memory
 from web.pulse import Pulse
 from web.schemas import HealthView, RedisView, WorkerMemory, WorkerView
 

@@ -20,9 +20,9 @@ from typing import Any, Final, TypeAlias
 
 import redis
 
-from shared import keys
-from shared.log import Event
-from shared.store import Redis
+from shared.jobs.log import Event
+from shared.queue import keys
+from shared.queue.redis import Redis
 
 log = logging.getLogger(__name__)
 

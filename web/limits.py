@@ -9,8 +9,8 @@ import redis
 from flask import Flask, Response, g, request
 from flask_limiter import Limiter
 
+from shared.queue.redis import connect
 from shared.settings import Settings
-from shared.store import connect
 from web.auth import is_open
 
 ANONYMOUS: Final = "300/minute"

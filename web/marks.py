@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-from shared.jobs import Generation
+from shared.jobs.request import Generation
 
 LEAST: Final = 256
 """Bytes of text; to read a shorter beginning again costs nothing that is worth waiting for."""

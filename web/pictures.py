@@ -19,8 +19,8 @@ from typing import Any, Final, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from shared.errors import Invalid, MlxqError, TooLarge
-from shared.image_geometry import MOST_ASPECT
-from shared.images import digest
+from shared.jobs.images import digest
+from shared.models.image_geometry import MOST_ASPECT
 from shared.settings import Settings
 from web.aside import LARGE, aside
 from web.schemas import InferenceRequest, JobRequest, Message, Part, StoredImage

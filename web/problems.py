@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from shared import errors
 from shared.errors import MlxqError
-from shared.store import passes
+from shared.queue.redis import passes
 from web.correlation import current_request_id
 from web.schemas import Fault, ProblemDetails
 

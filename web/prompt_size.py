@@ -19,8 +19,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.errors import Invalid, JobFailure
-from shared.jobs import Generation
-from shared.registry import ModelCard, Registry
+from shared.jobs.request import Generation
+from shared.models.registry import ModelCard, Registry
 from web.aside import aside
 
 _SPECIALS: Final = 8

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from shared.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
 
 _MAX_AGE_S: Final = 0.5
 

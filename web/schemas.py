@@ -21,9 +21,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from shared.attempts import AttemptEnd
-from shared.jobs import Status
-from shared.operations import OperationState
+from shared.jobs.attempts import AttemptEnd
+from shared.jobs.record import Status
+from shared.models.operations import OperationState
 
 MAX_STOPS = 16
 MAX_METADATA = 16

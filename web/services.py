@@ -7,16 +7,16 @@ from typing import Final
 
 from flask import current_app
 
-from shared.catalog import Catalog, load_catalog
-from shared.claims import Reaper
-from shared.images import ImageStore
-from shared.jobs import Jobs
-from shared.log import JobLog
-from shared.operations import Operations
-from shared.registry import Registry
+from shared.jobs.images import ImageStore
+from shared.jobs.log import JobLog
+from shared.jobs.store import Jobs
+from shared.models.catalog import Catalog, load_catalog
+from shared.models.operations import Operations
+from shared.models.registry import Registry
+from shared.queue.claims import Reaper
+from shared.queue.redis import Redis, connect
+from shared.queue.wakeups import TicketOffice, make_app
 from shared.settings import Settings
-from shared.store import Redis, connect
-from shared.tickets import TicketOffice, make_app
 from web.admission import Admission
 from web.follow import Follower
 from web.health import Doctor

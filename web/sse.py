@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from werkzeug.datastructures import MIMEAccept
 
 from shared.errors import NotAcceptable
-from shared.log import Event
+from shared.jobs.log import Event
 
 _RETRY_MS: Final = 1000
 

@@ -11,7 +11,7 @@ import redis
 from flask import Response
 
 from shared.errors import MlxqError
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
 from web.metrics import Metrics
 from web.sse import Format
 from web.views import urls

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flask import request
 
-from shared.jobs import Job, fingerprint
+from shared.jobs.record import Job
+from shared.jobs.store import fingerprint
 from web.admission import Origin
 from web.aside import aside
 from web.auth import caller

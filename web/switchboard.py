@@ -10,11 +10,11 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from shared.catalog import Catalog
 from shared.errors import Invalid, NotFound, Unavailable
-from shared.operations import Operation, Operations, OperationState
-from shared.registry import HostInfo, Registry
-from shared.tickets import LOAD, UNLOAD
+from shared.models.catalog import Catalog
+from shared.models.operations import Operation, Operations, OperationState
+from shared.models.registry import HostInfo, Registry
+from shared.queue.wakeups import LOAD, UNLOAD
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from shared.image_geometry import ImageGeometry
+from shared.models.image_geometry import ImageGeometry
 from web.ui_tars_calls import ActionName, Call, Unreadable, brief, calls
 
 

@@ -14,8 +14,8 @@ from typing import Final
 import redis
 from kombu.exceptions import OperationalError
 
-from shared.claims import Reaper, Waiting
-from shared.tickets import TicketOffice
+from shared.queue.claims import Reaper, Waiting
+from shared.queue.wakeups import TicketOffice
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from shared.attempts import Attempt
 from shared.errors import Gone
-from shared.jobs import Job, Jobs, Status
+from shared.jobs.attempts import Attempt
+from shared.jobs.record import Job, Status
+from shared.jobs.store import Jobs
 from web import ui_tars
 from web.roster import Roster
 from web.schemas import (

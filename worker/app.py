@@ -22,27 +22,27 @@ from typing import Final, NoReturn
 from redis import RedisError
 
 from shared.blas import Blas
-from shared.catalog import Catalog, CatalogModel, load_catalog
-from shared.claims import Reaper
 from shared.garbage import settle
 from shared.logging import configure
-from shared.operations import Operations
-from shared.registry import HostInfo, Registry
+from shared.models.catalog import Catalog, CatalogModel, load_catalog
+from shared.models.operations import Operations
+from shared.models.registry import HostInfo, Registry
+from shared.queue.claims import Reaper
+from shared.queue.redis import connect
+from shared.queue.wakeups import TicketOffice, app, make_app
 from shared.settings import Settings, load_settings
-from shared.store import connect
-from shared.tickets import TicketOffice, app, make_app
-from worker.backends import choose_loader, memory_in_use, memory_limit
-from worker.backends.base import Backend
-from worker.consumer import Consumer, WarmModel, node_name, stop_consuming
-from worker.control import take_orders
-from worker.desk import Desk, Place, named
-from worker.engine import Engine
-from worker.lease import HostKeeper, Housekeeper
-from worker.models import first_line
-from worker.switching import Switcher
-from worker.tasks import register
-from worker.vital import EXIT_BROKEN, depart, end_process, leave
-from worker.watchdog import Sign, Signs, Watchdog
+from worker.engine.engine import Engine
+from worker.model_worker import Desk, Place, named
+from worker.models.load import first_line
+from worker.models.switching import Switcher
+from worker.process.critical import EXIT_BROKEN, depart, end_process, leave
+from worker.process.watchdog import Sign, Signs, Watchdog
+from worker.queue.consumer import Consumer, WarmModel, node_name, stop_consuming
+from worker.queue.control import take_orders
+from worker.queue.lease import HostKeeper, Housekeeper
+from worker.queue.tasks import register
+from worker.runner import choose_loader, memory_in_use, memory_limit
+from worker.runner.base import Backend
 
 logger = logging.getLogger("worker.app")
 
@@ -128,14 +128,14 @@ class Service:
         return consumer.status
 
     def open_desk(self, model: CatalogModel, *, pinned: bool = False) -> Desk:
-        """See `worker.switching.Models`."""
+        """See `worker.models.switching.Models`."""
         desk = Desk(self._place, model, partial(self._load, model), pinned=pinned)
         self._desks[model.id] = desk
         desk.open()
         return desk
 
     def consume(self, desk: Desk) -> None:
-        """See `worker.switching.Models`."""
+        """See `worker.models.switching.Models`."""
         backend = desk.backend
         if backend is not None:
             logger.info("model loaded", extra={"model": backend.card.id, "about": backend.about})
@@ -146,7 +146,7 @@ class Service:
             desk.ready()
 
     def make_room(self, coming: int) -> bool:
-        """See `worker.switching.Models`."""
+        """See `worker.models.switching.Models`."""
         self.divide_memory(coming)
         until = time.monotonic() + self._settings.drain_s
         while self.memory_used() + coming > self.memory_limit and time.monotonic() < until:
@@ -158,7 +158,7 @@ class Service:
         self._engine.do(lambda: self._divide_now(coming))
 
     def close_desk(self, desk: Desk) -> None:
-        """See `worker.switching.Models`."""
+        """See `worker.models.switching.Models`."""
         self._consumed -= {desk.model.id}
         desk.drain(self._settings.drain_s)
         desk.wait_empty(self._settings.drain_s + LAST_WRITES_S)
@@ -167,7 +167,7 @@ class Service:
         self.divide_memory()
 
     def memory_used(self) -> int:
-        """See `worker.switching.Models`."""
+        """See `worker.models.switching.Models`."""
         return memory_in_use()
 
     def _warm_up(self, models: Iterable[CatalogModel]) -> Iterator[str]:
@@ -218,7 +218,7 @@ class Service:
                 share = max(1, (os.cpu_count() or 1) // self._settings.workers)
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share))
             self._blas = prefer_openblas()
-            from worker.blas_speed import measure_gflops
+            from worker.models.blas_speed import measure_gflops
 
             self._gflops = measure_gflops()
         self.memory_limit = memory_limit(self._settings)
@@ -327,7 +327,7 @@ class Service:
             self._registry.forget_host(self._node)
 
     def announce(self) -> None:
-        """See `worker.switching.Models`."""
+        """See `worker.models.switching.Models`."""
         with self._announcing:  # or what one thread saw earlier is written later
             self._announce_now()
 

@@ -28,7 +28,7 @@ from scripts.commands.batching.prompts import Malformed, Prompt, read_prompts
 from scripts.commands.batching.results import NotOurs, Result, ResultFile, in_order
 from scripts.commands.batching.runner import Pace, Runner
 from scripts.commands.client import Client, Refused, Unreachable
-from shared.jobs import Priority
+from shared.jobs.record import Priority
 from shared.settings import Settings, load_settings
 
 START_S = 30.0

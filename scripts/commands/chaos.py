@@ -28,7 +28,7 @@ from scripts.commands.chaosing.leaks import leaks
 from scripts.commands.chaosing.recovery import Recovery
 from scripts.commands.chaosing.report import Report
 from scripts.commands.chaosing.workload import prepare
-from shared.model_folder import ModelError, check_folder
+from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
 
 INTERRUPTED = 130

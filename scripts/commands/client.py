@@ -16,8 +16,8 @@ from typing import Any, Self
 
 import httpx2
 
-from shared.jobs import Status
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
+from shared.jobs.record import Status
 
 Json = dict[str, Any]
 

@@ -31,9 +31,9 @@ def check_flower() -> None:
 def check_worker() -> None:
     """The worker of this container renews its lease and has its model loaded."""
     # The HTTP checks, which run in another image, do without these imports.
-    from shared.registry import Registry
+    from shared.models.registry import Registry
+    from shared.queue.redis import connect
     from shared.settings import load_settings
-    from shared.store import connect
 
     client = connect(load_settings().store_url, timeout_s=TIMEOUT_S, retries=0)
     here = [worker for worker in Registry(client).workers() if worker.host == socket.gethostname()]

@@ -14,7 +14,7 @@ from scripts.model_files import default_model, hub, local
 from scripts.model_files.manifest import check_replaceable
 from scripts.model_files.smollm2 import Dtype
 from scripts.model_files.staging import locked
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 from shared.settings import ROOT
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -16,7 +16,7 @@ def main() -> None:
         sys.exit("FLOWER_PASSWORD is empty: set it in the environment or .env")
     environment = {**os.environ, "FLOWER_BASIC_AUTH": f"{settings.flower_user}:{password}"}
     address = (f"--address={settings.host}", f"--port={settings.flower_port}")
-    command = [sys.executable, "-m", "celery", "-A", "shared.tickets:app", "flower", *address]
+    command = [sys.executable, "-m", "celery", "-A", "shared.queue.wakeups:app", "flower", *address]
     os.execve(sys.executable, command, environment)
 
 

@@ -20,7 +20,7 @@ from scripts.model_files.shapes import SHAPES, TINY, Shape
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import locked, staged
 from scripts.model_files.vocabulary import padded, with_special
-from shared.model_folder import ModelError, check_folder
+from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
 
 _MODELS = ROOT / "models"

@@ -17,7 +17,7 @@ from scripts.commands.stack.screen import Screen, base_url
 from scripts.commands.stack.signals import StopRequested, StopSignals
 from scripts.commands.stack.stack import Stack
 from scripts.commands.stack.supervision import SupervisorGone
-from shared.catalog import load_catalog
+from shared.models.catalog import load_catalog
 from shared.settings import ENV_FILE, Settings
 from web.keystore import KeyStore, new_key
 

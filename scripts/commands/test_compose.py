@@ -22,7 +22,7 @@ from typing import Final
 
 from scripts.commands.client import Client, ClientError, RemoteJob
 from scripts.commands.containers import Containers, EngineError, clean_environment
-from shared.jobs import Status
+from shared.jobs.record import Status
 from shared.settings import ROOT
 from web.keystore import new_key
 

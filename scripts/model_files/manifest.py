@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.model_facts import MANIFEST
-from shared.model_folder import ModelError
+from shared.models.facts import MANIFEST
+from shared.models.folder import ModelError
 
 _RECIPE = 1
 """Raised when the conversion changes what it writes: older folders are then made again."""

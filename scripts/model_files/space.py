@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 
 _GB = 1e9
 

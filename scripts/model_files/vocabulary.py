@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 
 
 def with_special(tokenizer: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 
 
 def save_weights(path: Path, weights: Mapping[str, mx.array]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scripts.model_files.manifest import check_sha256
 from scripts.model_files.progress import progress_bar
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 
 _POLL_S = 0.2
 _REASONS = {

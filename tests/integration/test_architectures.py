@@ -11,15 +11,15 @@ import pytest
 from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
-from shared.jobs import Sampling
-from worker.backends import kv
-from worker.backends.base import Row
-from worker.backends.lanes import Lanes
-from worker.backends.memory import Footprint
-from worker.backends.pace import Pace
-from worker.backends.prefill import Prefill
-from worker.backends.prefix_cache import LEAST_TOKENS, PrefixCache
-from worker.backends.speculation import Speculation
+from shared.jobs.request import Sampling
+from worker.runner import kv
+from worker.runner.base import Row
+from worker.runner.lanes import Lanes
+from worker.runner.memory import Footprint
+from worker.runner.pace import Pace
+from worker.runner.prefill import Prefill
+from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
+from worker.runner.speculation import Speculation
 
 VOCABULARY = 512
 TOKENS = 40

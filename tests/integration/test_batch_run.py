@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from scripts.commands.client import Client
-from shared.log import EventKind
+from shared.jobs.log import EventKind
 from shared.settings import ROOT
 from tests.plugins.stand_in import CHUNKS, KEY, StandIn, State
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from scripts.commands.client import Client, ClientError, Refused
-from shared.jobs import Status
-from shared.log import EventKind
-from shared.tickets import queue_name
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
+from shared.queue.wakeups import queue_name
 from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed
 from tests.support.servers import Server

@@ -15,14 +15,14 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as load_with_mlx_lm
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from shared.catalog import CatalogModel
-from shared.jobs import Sampling
-from shared.model_facts import told_context, weights_bytes
-from shared.model_folder import ModelError
+from shared.jobs.request import Sampling
+from shared.models.catalog import CatalogModel
+from shared.models.facts import told_context, weights_bytes
+from shared.models.folder import ModelError
 from shared.settings import Settings
-from worker.backends import text, vision
-from worker.backends.base import Row
-from worker.backends.text import READ_SHARE, TextBackend
+from worker.runner import text, vision
+from worker.runner.base import Row
+from worker.runner.text import READ_SHARE, TextBackend
 
 PROMPT = tuple(range(200, 240))
 
@@ -52,7 +52,7 @@ def plain(tiny_model_path: Path) -> CatalogModel:
 
 
 def test_it_loads_in_pieces(plain: CatalogModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.backends.text.PIECE_BYTES", 2**20)
+    monkeypatch.setattr("worker.runner.text.PIECE_BYTES", 2**20)
     backend, seen = loaded(plain)
     assert seen == sorted(seen)
     read = [far for far in seen if far < READ_SHARE + 1e-6]

@@ -14,19 +14,21 @@ from redis import ConnectionError as RedisAway
 from redis import ReadOnlyError
 
 from scripts.commands.ports import free_port
-from shared.durability import ProvenScript, why_unproven
 from shared.errors import NotDurable
-from shared.jobs import Generation, Jobs, Sampling, Status, Submission
-from shared.log import EventKind, JobLog
+from shared.jobs.log import EventKind, JobLog
+from shared.jobs.record import Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.durability import ProvenScript, why_unproven
+from shared.queue.redis import ACCEPTANCE, Redis, connect
 from shared.settings import Settings
-from shared.store import ACCEPTANCE, Redis, connect
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.load import Load
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
-from worker.backends.fake import FakeBackend
+from worker.runner.fake import FakeBackend
 
 EVERYSEC = {**DURABLE, "appendfsync": "everysec"}
 UNKNOWN_WAITAOF = {"rename-command": 'WAITAOF ""'}
@@ -65,7 +67,7 @@ def test_what_was_accepted_survives_a_killed_redis(redis: dict[str, str]) -> Non
 def test_a_killed_redis_under_load_loses_nothing_and_runs_nothing_twice(
     fake_stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
     workers = [fake_stack.start_worker(LEASE_S="5", SLOTS="4") for _ in range(2)]
     load = Load(fake_stack.url, fake_stack.key, lambda key: {"prompt": prompt(key), "max_tokens": 20, "seed": 7})
     with load.running(threads=4, each=30):

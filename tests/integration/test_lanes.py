@@ -9,14 +9,14 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from shared.jobs import Sampling
-from worker.backends import kv
-from worker.backends.base import Row
-from worker.backends.lanes import Lanes
-from worker.backends.memory import Footprint
-from worker.backends.prefix_cache import PrefixCache
-from worker.backends.speculation import Speculation
-from worker.models import LoadedModel, load_model
+from shared.jobs.request import Sampling
+from worker.models.load import LoadedModel, load_model
+from worker.runner import kv
+from worker.runner.base import Row
+from worker.runner.lanes import Lanes
+from worker.runner.memory import Footprint
+from worker.runner.prefix_cache import PrefixCache
+from worker.runner.speculation import Speculation
 
 PER_TOKEN = 2 * 2 * 2 * 16 * 4
 """Bytes of the tiny model's cache: keys and values, layers, heads, width, bytes of a number."""

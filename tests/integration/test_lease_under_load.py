@@ -6,10 +6,12 @@ import threading
 
 import pytest
 
-from shared import keys
-from shared.jobs import Generation, Jobs, Sampling, Status, Submission
-from shared.store import Redis
-from shared.tickets import TicketOffice, make_app
+from shared.jobs.record import Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue import keys
+from shared.queue.redis import Redis
+from shared.queue.wakeups import TicketOffice, make_app
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 

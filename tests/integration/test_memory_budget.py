@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("mlx_lm")
 
 from scripts.commands.client import Client, ClientError, RemoteJob
-from shared.jobs import Status
+from shared.jobs.record import Status
 from tests.plugins.stack import Stack, made_stack
 
 MIB = 2**20

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.jobs import Status
-from shared.tickets import make_app, queue_name
+from shared.jobs.record import Status
+from shared.queue.wakeups import make_app, queue_name
 from tests.plugins.stack import Stack, catalog_stack
 from tests.support.admin import Admin
 from tests.support.waiting import eventually

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.jobs import Status
-from shared.log import EventKind
-from shared.tickets import make_app, queue_name
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
+from shared.queue.wakeups import make_app, queue_name
 from tests.plugins.stack import catalog_stack
 from tests.support.admin import Admin
 from tests.support.waiting import eventually

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("mlx_lm")
 
 from scripts.commands.client import Client, RemoteJob
-from shared.jobs import Status
+from shared.jobs.record import Status
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 from web.keystore import KeyStore

@@ -11,14 +11,15 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from shared.jobs import Ending, Generation, Job, Sampling
+from shared.jobs.record import Ending, Job
+from shared.jobs.request import Generation, Sampling
 from tests.plugins.work import claimed, sequence_for
-from worker.backends.base import Row
-from worker.backends.memory import Memory
-from worker.backends.text import TextBackend
-from worker.batch import Batch
-from worker.models import LoadedModel, load_model
-from worker.sequence import Said
+from worker.engine.batch import Batch
+from worker.engine.sequence import Said
+from worker.models.load import LoadedModel, load_model
+from worker.runner.base import Row
+from worker.runner.memory import Memory
+from worker.runner.text import TextBackend
 
 CHUNK = 16
 GREEDY = Sampling(0.0)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from scripts.commands.client import Client, RemoteJob
-from shared import keys
-from shared.jobs import Job, Status
+from shared.jobs.record import Job, Status
+from shared.queue import keys
 from tests.plugins.fleet import SLOW, Fleet, wait
 from tests.plugins.stack import Stack
 

@@ -6,10 +6,10 @@ import signal
 from typing import Any
 
 from scripts.commands.client import Client
-from shared.claims import Waiting
-from shared.jobs import Status
-from shared.log import EventKind
-from shared.tickets import TicketOffice, make_app, queue_name
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
+from shared.queue.claims import Waiting
+from shared.queue.wakeups import TicketOffice, make_app, queue_name
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 

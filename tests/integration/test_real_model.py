@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import pytest
 
 from scripts.commands.client import RemoteJob
-from shared.jobs import Status
-from shared.log import EventKind
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from scripts.commands.client import Client, Refused
-from shared.jobs import Status
-from shared.log import JobLog
-from shared.store import Redis
-from shared.tickets import queue_name
+from shared.jobs.log import JobLog
+from shared.jobs.record import Status
+from shared.queue.redis import Redis
+from shared.queue.wakeups import queue_name
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.waiting import eventually
 from web.keystore import new_key
-from worker.backends.fake import FakeBackend
+from worker.runner.fake import FakeBackend
 
 TOKENS = 100
 LEASE_S = 1
@@ -55,7 +55,7 @@ def check(stack: Stack, client: Client, n: int, job_id: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
 
 
 def refused(client: Client, n: int) -> None:

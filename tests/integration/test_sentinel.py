@@ -16,10 +16,10 @@ import redis
 
 from scripts.commands.client import Client, ClientError, RemoteJob
 from scripts.commands.ports import free_port
-from shared.jobs import Status
-from shared.log import EventKind
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
+from shared.queue.redis import connect, passes
 from shared.settings import ROOT
-from shared.store import connect, passes
 from tests.plugins.sentinels import LOGIN, NAME, PASSWORD, SENTINEL_LOGIN, SENTINEL_PASSWORD, Watched
 from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed

@@ -19,9 +19,9 @@ import pytest
 from scripts.commands.client import Client, Refused
 from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers
-from shared.jobs import Status
+from shared.jobs.record import Status
+from shared.queue.redis import connect
 from shared.settings import ROOT
-from shared.store import connect
 from tests.support.small_models import make_folder
 from tests.support.waiting import eventually
 

@@ -17,19 +17,19 @@ pytest.importorskip("mlx_lm")
 
 import mlx.core as mx
 
-from shared.jobs import Sampling
-from shared.log import EventKind
+from shared.jobs.log import EventKind
+from shared.jobs.request import Sampling
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
-from worker.backends import kv
-from worker.backends.base import Row
-from worker.backends.lookup import Lookup
-from worker.backends.memory import Memory
-from worker.backends.pass_costs import LENGTHS
-from worker.backends.slot import Slot
-from worker.backends.speculation import MOST_ROWS, Speculation
-from worker.backends.text import TextBackend
-from worker.models import LoadedModel, load_model
+from worker.models.load import LoadedModel, load_model
+from worker.runner import kv
+from worker.runner.base import Row
+from worker.runner.lookup import Lookup
+from worker.runner.memory import Memory
+from worker.runner.pass_costs import LENGTHS
+from worker.runner.slot import Slot
+from worker.runner.speculation import MOST_ROWS, Speculation
+from worker.runner.text import TextBackend
 
 CHUNK = 16
 GREEDY = Sampling(temperature=0.0)

@@ -16,18 +16,18 @@ pytest.importorskip("mlx_lm")
 from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_logits_processors
 
-from shared.catalog import load_catalog
 from shared.errors import JobFailure
-from shared.jobs import Generation, Sampling
-from shared.model_folder import ModelError
-from shared.registry import ModelCard
+from shared.jobs.request import Generation, Sampling
+from shared.models.catalog import load_catalog
+from shared.models.folder import ModelError
+from shared.models.registry import ModelCard
 from shared.settings import Settings
-from worker.backends import kv
-from worker.backends.base import Fit, OutOfMemory, Prompt, PromptError, Row
-from worker.backends.memory import Memory
-from worker.backends.pace import AIM, PAUSE, PAUSE_AFTER
-from worker.backends.text import TextBackend, load
-from worker.models import LoadedModel, load_model
+from worker.models.load import LoadedModel, load_model
+from worker.runner import kv
+from worker.runner.base import Fit, OutOfMemory, Prompt, PromptError, Row
+from worker.runner.memory import Memory
+from worker.runner.pace import AIM, PAUSE, PAUSE_AFTER
+from worker.runner.text import TextBackend, load
 
 GREEDY = Sampling(temperature=0.0)
 CHUNK = 16

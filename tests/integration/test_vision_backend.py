@@ -23,14 +23,14 @@ from mlx_vlm.prompt_utils import apply_chat_template
 from PIL import Image
 
 from shared.errors import JobFailure
-from shared.jobs import Generation, Sampling
-from worker.backends import image_encoder, vision
-from worker.backends.base import IMAGE_TOKENS, Fit, Prompt, PromptError, Row
-from worker.backends.image_encoder import ImageEncoder
-from worker.backends.images import Grid, ImageMedia, opened
-from worker.backends.memory import Memory
-from worker.backends.vision import SHARE_OF_FEATURES, VisionBackend, load_vision_model
-from worker.models import LoadedModel
+from shared.jobs.request import Generation, Sampling
+from worker.models.load import LoadedModel
+from worker.runner import image_encoder, vision
+from worker.runner.base import IMAGE_TOKENS, Fit, Prompt, PromptError, Row
+from worker.runner.image_encoder import ImageEncoder
+from worker.runner.images import Grid, ImageMedia, opened
+from worker.runner.memory import Memory
+from worker.runner.vision import SHARE_OF_FEATURES, VisionBackend, load_vision_model
 
 GREEDY = Sampling(temperature=0.0)
 CHUNK = 32

@@ -13,10 +13,10 @@ import httpx2
 import pytest
 
 from scripts.commands.client import Client, RemoteJob
-from shared import keys
-from shared.images import SLACK_S, digest
-from shared.jobs import Status
-from shared.log import EventKind
+from shared.jobs.images import SLACK_S, digest
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
+from shared.queue import keys
 from tests.plugins.stack import Stack
 from tests.support.pictures import data_url, picture
 from tests.support.waiting import eventually

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scripts.commands.ports import free_port
-from shared.registry import Registry
+from shared.models.registry import Registry
 from tests.plugins.web_stack import MODEL, ROOT, PretendWorker, WebStack, running_web
 
 Pretend = Callable[..., PretendWorker]
@@ -32,7 +32,7 @@ def celery_node(web: WebStack, name: str) -> Iterator[None]:
     environment = {"PATH": os.environ["PATH"], "DATA_DIR": str(web.home), "ENV_FILE": os.devnull}
     with (web.home / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "shared.tickets:app", "worker", "-P", "solo", "-n", name],
+            [sys.executable, "-m", "celery", "-A", "shared.queue.wakeups:app", "worker", "-P", "solo", "-n", name],
             cwd=ROOT, env=environment, stdout=log, stderr=log,
         )  # fmt: skip
         try:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image, PngImagePlugin
 
-from shared import keys
-from shared.images import UNACCEPTED_S, ImageStore, digest
-from shared.store import connect
+from shared.jobs.images import UNACCEPTED_S, ImageStore, digest
+from shared.queue import keys
+from shared.queue.redis import connect
 from tests.plugins.web_stack import WebStack, running_web
 from tests.support.load import Load
 from tests.support.pictures import data_url, picture

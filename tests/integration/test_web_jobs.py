@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from shared.claims import Append, Claims
-from shared.jobs import Ending, Status
-from shared.store import Redis
-from shared.tickets import queue_name
+from shared.jobs.record import Ending, Status
+from shared.queue.claims import Append, Claims
+from shared.queue.redis import Redis
+from shared.queue.wakeups import queue_name
 from tests.plugins.web_stack import MODEL, PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually
 from web.keystore import new_key

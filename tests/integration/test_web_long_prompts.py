@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from shared.registry import ModelCard, Registry, digest
+from shared.models.registry import ModelCard, Registry, digest
 from tests.plugins.web_stack import PretendWorker, WebStack
 
 CHATML = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"

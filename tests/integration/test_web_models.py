@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shared.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
 from tests.plugins.web_stack import WebStack, running_web
 from tests.support.small_models import make_folder
 from tests.support.waiting import eventually

@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 from scripts.commands.client import Client
-from shared.log import EventKind
+from shared.jobs.log import EventKind
 from shared.settings import ROOT
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually

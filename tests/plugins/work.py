@@ -6,10 +6,11 @@ import time
 from typing import Any
 from unittest.mock import patch
 
-from shared.jobs import Generation, Job, Priority, Sampling, Status
-from worker.backends.base import Backend
-from worker.backends.fake import FakeBackend
-from worker.sequence import Said, Sequence
+from shared.jobs.record import Job, Priority, Status
+from shared.jobs.request import Generation, Sampling
+from worker.engine.sequence import Said, Sequence
+from worker.runner.base import Backend
+from worker.runner.fake import FakeBackend
 
 
 def claimed(prompt: str = "hello", *, attempt: int = 1, last_event: int = 2, **generation: Any) -> Job:
@@ -68,7 +69,7 @@ def undisturbed(prompt: str, max_tokens: int) -> str:
     """The fake backend's whole text for a prompt; its pauses are left out."""
     backend = FakeBackend()
     sequence = sequence_for(claimed(prompt, max_tokens=max_tokens), backend)
-    with patch("worker.backends.fake.sleep"):
+    with patch("worker.runner.fake.sleep"):
         return text_of(run_alone(sequence, backend))
 
 

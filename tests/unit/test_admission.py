@@ -10,14 +10,16 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
-from shared import keys
-from shared.catalog import Catalog, CatalogModel, Sampling, load_catalog
 from shared.errors import Invalid, KeyReused, MlxqError, Unavailable
-from shared.images import ImageStore
-from shared.jobs import Generation, Job, Jobs, Priority
-from shared.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.jobs.images import ImageStore
+from shared.jobs.record import Job, Priority
+from shared.jobs.request import Generation
+from shared.jobs.store import Jobs
+from shared.models.catalog import Catalog, CatalogModel, Sampling, load_catalog
+from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.queue import keys
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 from web.admission import Admission, Origin
 from web.prompt_size import PromptSizer
 from web.roster import Roster

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from shared.claims import Verdict
 from shared.errors import JobFailure
-from shared.jobs import Ending, Status
+from shared.jobs.record import Ending, Status
+from shared.queue.claims import Verdict
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.backends.base import OutOfMemory, StepResult
-from worker.backends.fake import FakeBackend
-from worker.batch import Batch, EngineBroken
-from worker.crowding import Crowding
-from worker.sequence import Outcome, Said, Sequence
+from worker.engine.batch import Batch, EngineBroken
+from worker.engine.crowding import Crowding
+from worker.engine.sequence import Outcome, Said, Sequence
+from worker.runner.base import OutOfMemory, StepResult
+from worker.runner.fake import FakeBackend
 
 
 class Bench:
@@ -293,7 +293,7 @@ def test_gauges_are_not_read_at_every_step(bench: Bench, monkeypatch: pytest.Mon
 
 def test_a_step_that_gives_nothing_is_no_progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr("worker.batch.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("worker.engine.batch.time.monotonic", lambda: float(next(clock)))
     row = bench.submit("!stall=3", max_tokens=9)
     seen = []
     for _ in range(8):

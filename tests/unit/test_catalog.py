@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scripts.model_files.manifest import Origin, write_manifest
-from shared import catalog as catalog_module
-from shared.catalog import Catalog, load_catalog
+from shared.models import catalog as catalog_module
+from shared.models.catalog import Catalog, load_catalog
 from shared.settings import ROOT, Settings
 from tests.support.small_models import make_folder
 

@@ -11,8 +11,8 @@ from scripts.commands.chaosing.checks import LATE_S, Fault, Ledger, judge, overd
 from scripts.commands.chaosing.report import summary
 from scripts.commands.chaosing.workload import Reference, Style
 from scripts.commands.client import RemoteJob
-from shared.jobs import Status
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
+from shared.jobs.record import Status
 
 EXPECTED = Reference("Once upon a time", "stop", 7, 5)
 JOB = RemoteJob(

@@ -8,9 +8,9 @@ import pytest
 from kombu import Connection
 
 from scripts.commands.ports import free_port
+from shared.queue.wakeups import make_app
 from shared.settings import Settings
-from shared.tickets import make_app
-from worker.consumer import RECONNECT_S, TicketConsumer
+from worker.queue.consumer import RECONNECT_S, TicketConsumer
 
 
 class _EnoughError(Exception):

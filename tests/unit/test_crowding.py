@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.crowding import HOLD_S, LONG, PROOFS, Crowding
+from worker.engine.crowding import HOLD_S, LONG, PROOFS, Crowding
 
 SLOTS = 32
 BEST = 800.0

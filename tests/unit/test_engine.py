@@ -12,14 +12,14 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from shared.jobs import Status
-from shared.model_folder import ModelError
+from shared.jobs.record import Status
+from shared.models.folder import ModelError
 from tests.plugins.work import claimed, sequence_for
-from worker.backends.base import Backend, Fit, Media, StepResult
-from worker.backends.fake import FakeBackend
-from worker.batch import Batch, Unloaded
-from worker.engine import Engine
-from worker.sequence import Outcome, Said, Sequence
+from worker.engine.batch import Batch, Unloaded
+from worker.engine.engine import Engine
+from worker.engine.sequence import Outcome, Said, Sequence
+from worker.runner.base import Backend, Fit, Media, StepResult
+from worker.runner.fake import FakeBackend
 
 
 class Desk:
@@ -73,7 +73,7 @@ def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
         readers.append(threading.current_thread().name)
         return {"readings": len(readers)}
 
-    monkeypatch.setattr("worker.batch.GAUGES_S", 0.01)
+    monkeypatch.setattr("worker.engine.batch.GAUGES_S", 0.01)
     monkeypatch.setattr(FakeBackend, "stats", stats)
     batch = desk.opened()
     eventually(lambda: batch.totals.gauges.get("readings", 0) > 3)
@@ -87,7 +87,7 @@ def test_gauges_are_read_while_only_another_model_has_work(monkeypatch: pytest.M
         readings.append(backend)
         return {}
 
-    monkeypatch.setattr("worker.batch.GAUGES_S", 0.0)
+    monkeypatch.setattr("worker.engine.batch.GAUGES_S", 0.0)
     monkeypatch.setattr(FakeBackend, "stats", stats)
     desk = Desk()
     idle, busy = desk.batch(), desk.batch()
@@ -200,7 +200,7 @@ class Slow(FakeBackend):
 
 def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     desk = Desk()
     quick, slow = (desk.batch(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
     for batch in (quick, slow):
@@ -218,8 +218,8 @@ def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.
 
 def test_a_models_own_time_stands_still_while_others_step_or_load(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("worker.batch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("worker.engine.batch.time.monotonic", lambda: clock[0])
     desk = Desk()
     quick, slow = (desk.batch(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
     for batch in (quick, slow):
@@ -249,7 +249,7 @@ def test_a_models_own_time_stands_still_while_others_step_or_load(monkeypatch: p
 
 def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     desk = Desk()
     first, second = (desk.batch(lambda: Slow(clock, 1.0)) for _ in range(2))
     for batch in (first, second):
@@ -267,7 +267,7 @@ def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_comes_later_has_not_saved_up_the_time_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("worker.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     desk = Desk()
     first, late = (desk.batch(lambda: Slow(clock, 1.0)) for _ in range(2))
     desk.engine.open(first)
@@ -296,7 +296,7 @@ def test_rows_that_wait_for_memory_take_no_time_from_other_models(monkeypatch: p
         def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
             self.granted = most_bytes
 
-    monkeypatch.setattr("worker.engine.time.perf_counter", itertools.count().__next__)
+    monkeypatch.setattr("worker.engine.engine.time.perf_counter", itertools.count().__next__)
     desk = Desk()
     starved, other = desk.batch(Starved), desk.batch()
     for batch in (starved, other):

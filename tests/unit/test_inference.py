@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
 from web.routes.inference import _watched
 
 

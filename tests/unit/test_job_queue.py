@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from shared.attempts import AttemptEnd
-from shared.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
 from shared.errors import Conflict, Expiry, Gone, JobFailure, KeyReused, NotFound, Unavailable
-from shared.jobs import Ending, Generation, Job, Jobs, Priority, Sampling, Status, Submission
-from shared.log import EventKind, JobLog
+from shared.jobs.attempts import AttemptEnd
+from shared.jobs.log import EventKind, JobLog
+from shared.jobs.record import Ending, Job, Priority, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 
 MODEL = "m"
 SUCCESS = Ending(Status.SUCCEEDED, text="hello", finish_reason="stop", prompt_tokens=3, completion_tokens=2)

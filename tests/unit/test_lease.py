@@ -8,12 +8,14 @@ import pytest
 from redis import ConnectionError as RedisAway
 from redis import ResponseError
 
-from shared import keys
-from shared.claims import Claims, NoLease, Reaper, Verdict, Waiting
-from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
+from shared.jobs.record import Job, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue import keys
+from shared.queue.claims import Claims, NoLease, Reaper, Verdict, Waiting
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
-from worker.lease import Claim, Housekeeper, LeaseKeeper
+from worker.queue.lease import Claim, Housekeeper, LeaseKeeper
 
 
 class Desk:

@@ -9,8 +9,8 @@ import pytest
 from kombu.exceptions import OperationalError
 from redis import ConnectionError as RedisAway
 
-from shared.claims import Left
-from worker.left import Caller
+from shared.queue.claims import Left
+from worker.queue.left import Caller
 
 JOBS = (Left("job_1", "node-1", 0.1), Left("job_2", "node-2", 0.02))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared.jobs import Generation, Sampling
+from shared.jobs.request import Generation, Sampling
 from web.marks import CUTS, LEAST, marks
 
 SYSTEM = ("system", "You are a careful librarian. " * 20)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.backends import memory
-from worker.backends.base import Fit, OutOfMemory
-from worker.backends.memory import Budget, Footprint, device_limit, exhaustion_told, is_out_of_memory
+from worker.runner import memory
+from worker.runner.base import Fit, OutOfMemory
+from worker.runner.memory import Budget, Footprint, device_limit, exhaustion_told, is_out_of_memory
 
 GIB = 2**30
 

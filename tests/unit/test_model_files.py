@@ -10,7 +10,7 @@ import pytest
 
 from scripts.model_files.manifest import Origin, check_replaceable, is_intact, read_origin, write_manifest
 from scripts.model_files.staging import staged
-from shared.model_folder import ModelError, check_folder
+from shared.models.folder import ModelError, check_folder
 from tests.support.small_models import make_folder
 
 # What a folder must hold

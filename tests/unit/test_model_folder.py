@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared import model_folder
-from shared.model_facts import told_context, weights_bytes
-from shared.model_folder import ModelError, check_folder, model_kind
+from shared.models import folder as model_folder
+from shared.models.facts import told_context, weights_bytes
+from shared.models.folder import ModelError, check_folder, model_kind
 from tests.support.small_models import make_folder
 
 
@@ -111,7 +111,7 @@ def test_of_a_vision_model_without_an_index_all_weights_are_checked(folder: Path
 def test_weights_that_lie_about_their_shapes_are_refused_when_they_are_loaded(
     tensor: dict[str, Any], tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    from worker.models import load_model
+    from worker.models.load import load_model
 
     folder = tmp_path / "liar"
     shutil.copytree(tiny_model_path, folder)
@@ -190,8 +190,8 @@ def test_code_that_comes_with_a_model_is_never_run(
     folder = poisoned(tiny_model_path if kind == "text" else tiny_vision_path, tmp_path / "evil", marker, **more)
     asked: list[object] = []
     monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")  # whoever asks is told to run it
-    from worker.backends.vision import load_vision_model
-    from worker.models import load_model
+    from worker.models.load import load_model
+    from worker.runner.vision import load_vision_model
 
     load = load_model if kind == "text" else load_vision_model
     with pytest.raises(ModelError, match=r"holds Python code .*: refused"):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.model_folder import ModelError
+from shared.models.folder import ModelError
 from tests.support.small_models import make_folder
-from worker.models import load_model
+from worker.models.load import load_model
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from shared.operations import GONE_S, SILENT_S, Operation, Operations, OperationState
-from shared.registry import HostInfo
-from shared.store import Redis
+from shared.models.operations import GONE_S, SILENT_S, Operation, Operations, OperationState
+from shared.models.registry import HostInfo
+from shared.queue.redis import Redis
 
 
 def host(node: str = "here", *operations: str) -> HostInfo:
@@ -31,7 +31,7 @@ def told(operations: Operations, monkeypatch: pytest.MonkeyPatch, seconds_ago: f
     now = time.time()
     begun = operations.begin("load", "two", "here")
     with monkeypatch.context() as patch:
-        patch.setattr("shared.operations.time.time", lambda: now - seconds_ago)
+        patch.setattr("shared.models.operations.time.time", lambda: now - seconds_ago)
         return operations.put(replace(begun, state=OperationState(state), progress=0.25))
 
 
@@ -87,7 +87,7 @@ def test_what_a_worker_that_was_started_anew_does_not_know_has_failed(
 def test_the_newest_comes_first(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
     first = operations.begin("load", "one", "here")
     now = time.time() + 1
-    monkeypatch.setattr("shared.operations.time.time", lambda: now)
+    monkeypatch.setattr("shared.models.operations.time.time", lambda: now)
     second = operations.begin("unload", "one", "here")
     assert [each.id for each in operations.recent([host()])] == [second.id, first.id]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from worker.backends.cost import Cost
-from worker.backends.pace import AIM, LEAST_AIM, LIMIT, MOST_AIM, PAUSE, PAUSE_AFTER, Pace
+from worker.runner.cost import Cost
+from worker.runner.pace import AIM, LEAST_AIM, LIMIT, MOST_AIM, PAUSE, PAUSE_AFTER, Pace
 
 MOST = 32
 QUIET = 0.075

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from shared.errors import Invalid, MlxqError, TooLarge
-from shared.image_geometry import ImageGeometry
-from shared.images import digest
+from shared.jobs.images import digest
+from shared.models.image_geometry import ImageGeometry
 from shared.settings import Settings
 from tests.support.pictures import data_url, picture
 from web.pictures import Gatherer

@@ -10,14 +10,14 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import gemma3_text, llama
 
-from shared.jobs import Sampling
+from shared.jobs.request import Sampling
 from tests.support.small_models import small_model
-from worker.backends import cost, kv
-from worker.backends.base import Row
-from worker.backends.cost import Cost
-from worker.backends.pace import AIM, Pace
-from worker.backends.prefill import KEPT_AT_ONCE, MOST_TOGETHER, SHORT_CHUNKS, Chunk, Prefill
-from worker.backends.prefix_cache import PrefixCache
+from worker.runner import cost, kv
+from worker.runner.base import Row
+from worker.runner.cost import Cost
+from worker.runner.pace import AIM, Pace
+from worker.runner.prefill import KEPT_AT_ONCE, MOST_TOGETHER, SHORT_CHUNKS, Chunk, Prefill
+from worker.runner.prefix_cache import PrefixCache
 
 CHUNK = 16
 PLENTY = 2**30

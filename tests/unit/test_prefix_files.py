@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from shared.settings import ROOT
-from worker.backends import prefix_blocks
-from worker.backends.prefix_blocks import BLOCK, Block, Tensor
-from worker.backends.prefix_files import ROOM_BYTES, SUFFIX, PrefixFiles, fingerprint
+from worker.runner import prefix_blocks
+from worker.runner.prefix_blocks import BLOCK, Block, Tensor
+from worker.runner.prefix_files import ROOM_BYTES, SUFFIX, PrefixFiles, fingerprint
 
 PLENTY = 2**30
 DAY_S = 86_400.0

@@ -16,8 +16,8 @@ from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers, preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.instance import sole_instance
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 
 
 def make(data_dir: Path, **values: Any) -> Settings:

@@ -9,9 +9,10 @@ from flask.testing import FlaskClient
 
 from shared import errors
 from shared.errors import MlxqError
-from shared.jobs import Generation, Jobs, Sampling, Submission
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 from web import problems
 from web.correlation import Correlation
 

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from shared.errors import Invalid
-from shared.jobs import Generation, Sampling
-from shared.registry import ModelCard, Registry, digest
-from shared.store import Redis
+from shared.jobs.request import Generation, Sampling
+from shared.models.registry import ModelCard, Registry, digest
+from shared.queue.redis import Redis
 from web.prompt_size import PromptSizer, render
 
 CHATML = (

@@ -8,16 +8,18 @@ import pytest
 from redis import ConnectionError as RedisAway
 from redis import OutOfMemoryError, ResponseError
 
-from shared.claims import Append, Claims, Verdict
 from shared.errors import JobFailure
-from shared.jobs import Generation, Jobs, Sampling, Status, Submission
-from shared.log import JobLog
+from shared.jobs.log import JobLog
+from shared.jobs.record import Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.claims import Append, Claims, Verdict
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 from tests.plugins.work import run_alone, text_of
-from worker.backends.fake import FakeBackend
-from worker.publisher import Publisher
-from worker.sequence import Outcome, Said, Sequence
+from worker.engine.sequence import Outcome, Said, Sequence
+from worker.queue.publisher import Publisher
+from worker.runner.fake import FakeBackend
 
 
 class Line:
@@ -87,7 +89,7 @@ class Desk:
 
 @pytest.fixture
 def desk(client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.setattr("worker.publisher.sleep", lambda seconds: None)
+    monkeypatch.setattr("worker.queue.publisher.sleep", lambda seconds: None)
     return Desk(client, settings)
 
 

@@ -18,14 +18,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from shared.attempts import AttemptEnd
-from shared.claims import Append, Claims, LeftToOthers, NoLease, Reaper, Verdict
 from shared.errors import Conflict, KeyReused, NotFound
-from shared.jobs import Ending, Generation, Job, Jobs, Sampling, Status, Submission
-from shared.log import JobLog
-from shared.registry import Registry, WorkerInfo
+from shared.jobs.attempts import AttemptEnd
+from shared.jobs.log import JobLog
+from shared.jobs.record import Ending, Job, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.claims import Append, Claims, LeftToOthers, NoLease, Reaper, Verdict
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 
 MODEL = "m"
 WORKERS = ("w1", "w2", "w3")

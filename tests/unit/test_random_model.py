@@ -17,7 +17,7 @@ from scripts.model_files import random_weights
 from scripts.model_files.shapes import QWEN2_5_7B, TINY
 from scripts.model_files.smollm2 import Dtype, convert
 from scripts.model_files.vocabulary import padded
-from shared.model_folder import ModelError, check_folder
+from shared.models.folder import ModelError, check_folder
 from tests.support.small_models import TEMPLATE, WORDS, write_gguf
 
 SHRUNKEN = replace(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from shared import keys
-from shared.claims import REAP_S, Claims, Reaper, Waiting
-from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
+from shared.jobs.record import Job, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue import keys
+from shared.queue.claims import REAP_S, Claims, Reaper, Waiting
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 from tests.support.waiting import eventually
 
 OUTAGES = ["another server", "out of reach"]

@@ -7,8 +7,8 @@ from kombu import Connection
 from kombu.transport import get_transport_cls
 from pydantic import ValidationError
 
-from shared import broker
-from shared.redis_url import Login, SentinelUrl, WrongUrl, check_broker, check_store, parse_sentinel
+from shared.queue import broker
+from shared.queue.redis_url import Login, SentinelUrl, WrongUrl, check_broker, check_store, parse_sentinel
 from shared.settings import Settings, faults
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from shared import keys
-from shared.claims import Append, Claims, Left, LeftToOthers, Reaper
-from shared.jobs import Ending, Generation, Job, Jobs, Priority, Sampling, Status, Submission
-from shared.registry import Registry, WorkerInfo
+from shared.jobs.record import Ending, Job, Priority, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue import keys
+from shared.queue.claims import Append, Claims, Left, LeftToOthers, Reaper
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 
 MODEL = "m"
 FIRST, SECOND, OTHER = "1111" + "a" * 12, "2222" + "b" * 12, "3333" + "c" * 12

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from worker.desk import Rate
-from worker.seats import Seats
+from worker.model_worker import Rate
+from worker.queue.seats import Seats
 
 
 def test_a_ticket_that_finds_no_seat_is_made_up_for_by_whoever_leaves_one() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from shared.claims import Verdict
 from shared.errors import JobFailure
-from shared.jobs import Status
-from shared.log import Written
+from shared.jobs.log import Written
+from shared.jobs.record import Status
+from shared.queue.claims import Verdict
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.backends.fake import EOS, FakeBackend
-from worker.sequence import Outcome, ReplayError, Said, Sequence
+from worker.engine.sequence import Outcome, ReplayError, Said, Sequence
+from worker.runner.fake import EOS, FakeBackend
 
 LONG: dict[str, Any] = {"max_tokens": 40, "prompt": "a story"}
 

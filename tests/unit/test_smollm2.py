@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from scripts.model_files.gguf_tokenizer import tokenizer_config, tokenizer_json
 from scripts.model_files.smollm2 import Dtype, convert, hf_name, unpermute_rows
-from shared.model_folder import check_folder
+from shared.models.folder import check_folder
 from tests.support.small_models import TEMPLATE, WORDS, gguf_metadata, gguf_weights, write_gguf
 
 

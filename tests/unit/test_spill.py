@@ -13,15 +13,15 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from shared.jobs import Sampling
-from worker.backends import kv
-from worker.backends.arrivals import Arrivals
-from worker.backends.base import Row
-from worker.backends.pieces import Columns
-from worker.backends.prefix_blocks import BLOCK
-from worker.backends.prefix_cache import PrefixCache
-from worker.backends.prefix_files import SUFFIX, PrefixFiles
-from worker.backends.spill import Spill
+from shared.jobs.request import Sampling
+from worker.runner import kv
+from worker.runner.arrivals import Arrivals
+from worker.runner.base import Row
+from worker.runner.pieces import Columns
+from worker.runner.prefix_blocks import BLOCK
+from worker.runner.prefix_cache import PrefixCache
+from worker.runner.prefix_files import SUFFIX, PrefixFiles
+from worker.runner.spill import Spill
 
 PLENTY = 2**30
 TOKEN_BYTES = 2 * 2 * 2 * 4 * 4
@@ -252,7 +252,7 @@ def test_a_disk_that_fails_is_given_up_with_one_line(
         raise OSError(28, "No space left on device")
 
     cache = make(most_bytes=TOKEN_BYTES * 3 * BLOCK)
-    monkeypatch.setattr("worker.backends.prefix_blocks.write", full)
+    monkeypatch.setattr("worker.runner.prefix_blocks.write", full)
     for i in range(5):
         keep(cache, model, counting(i, 2 * BLOCK))
         settle(cache)
@@ -266,7 +266,7 @@ def test_a_disk_that_fails_is_given_up_with_one_line(
 def test_arrays_that_cannot_be_written_harm_no_row(
     make: Maker, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("worker.backends.pieces._TYPES", {})
+    monkeypatch.setattr("worker.runner.pieces._TYPES", {})
     cache = make()
     keep(cache, model, counting(1, 2 * BLOCK))
     assert cache.load("me", counting(1, 2 * BLOCK))[0] == 2 * BLOCK
@@ -327,7 +327,7 @@ def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
         assert arrivals.add(row(3, tokens))
         arrivals.remove([2, 9])
         assert arrivals.ready(idle=True) == []
-        monkeypatch.setattr("worker.backends.arrivals.PATIENCE_S", 0.0)
+        monkeypatch.setattr("worker.runner.arrivals.PATIENCE_S", 0.0)
         assert arrivals.add(row(4, tokens))
         assert [each.uid for each in arrivals.ready(idle=False)] == [4]
     came: list[int] = []

@@ -9,7 +9,7 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from shared.errors import NotAcceptable
-from shared.log import Event, EventKind, chunk_data
+from shared.jobs.log import Event, EventKind, chunk_data
 from web.sse import EventStream, Format, JsonLines, negotiate
 
 

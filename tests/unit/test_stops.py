@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.stops import StopMatcher
+from worker.engine.stops import StopMatcher
 
 TEXT = st.text(alphabet="abc é", max_size=40)
 STOPS = st.lists(st.text(alphabet="abc é", min_size=1, max_size=5), max_size=4)

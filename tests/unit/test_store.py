@@ -13,9 +13,9 @@ from redis import DataError, RedisError, ResponseError
 from redis import TimeoutError as NoAnswer
 
 from scripts.commands.ports import free_port
+from shared.queue.redis import Redis, connect, passes
+from shared.queue.wakeups import make_app
 from shared.settings import Settings
-from shared.store import Redis, connect, passes
-from shared.tickets import make_app
 
 
 @pytest.mark.parametrize(

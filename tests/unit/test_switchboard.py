@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from shared import keys
-from shared.catalog import Catalog, CatalogModel
-from shared.operations import Operations
-from shared.registry import HostInfo, Registry
-from shared.store import Redis
-from shared.tickets import LOAD
+from shared.models.catalog import Catalog, CatalogModel
+from shared.models.operations import Operations
+from shared.models.registry import HostInfo, Registry
+from shared.queue import keys
+from shared.queue.redis import Redis
+from shared.queue.wakeups import LOAD
 from web.switchboard import Switchboard
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from redis import ConnectionError as RedisGone
 
-from shared import keys
-from shared.catalog import Catalog, CatalogModel
-from shared.operations import Operation, Operations, OperationState
-from shared.store import Redis
-from worker.switching import Order, Switcher
+from shared.models.catalog import Catalog, CatalogModel
+from shared.models.operations import Operation, Operations, OperationState
+from shared.queue import keys
+from shared.queue.redis import Redis
+from worker.models.switching import Order, Switcher
 
 LIMIT = 1000
 
@@ -307,6 +307,6 @@ def test_an_end_that_redis_cannot_take_is_told_when_it_is_back(
             raise RedisGone("away")
         return put(self, operation)
 
-    monkeypatch.setattr("worker.switching.TOLD_EVERY_S", 0.01)
+    monkeypatch.setattr("worker.models.switching.TOLD_EVERY_S", 0.01)
     monkeypatch.setattr(Operations, "put", away)
     assert do(worker(["one"], one=300), "unload", "one").state is OperationState.SUCCEEDED

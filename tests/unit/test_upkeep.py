@@ -12,11 +12,11 @@ import redis
 from kombu.exceptions import OperationalError
 
 from scripts.commands.ports import free_port
-from shared.claims import Waiting
-from shared.registry import Registry
+from shared.models.registry import Registry
+from shared.queue.claims import Waiting
+from shared.queue.redis import Redis
+from shared.queue.wakeups import TicketOffice, make_app
 from shared.settings import Settings
-from shared.store import Redis
-from shared.tickets import TicketOffice, make_app
 from web import upkeep
 from web.upkeep import Upkeep
 

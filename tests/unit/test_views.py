@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from shared.claims import Append, Claims
-from shared.jobs import Generation, Job, Jobs, Sampling, Submission
-from shared.registry import Registry, WorkerInfo
+from shared.jobs.record import Job
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.claims import Append, Claims
+from shared.queue.redis import Redis
 from shared.settings import Settings
-from shared.store import Redis
 from web.roster import Roster, Snapshot
 from web.views import Views
 

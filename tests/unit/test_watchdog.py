@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from worker.watchdog import Sign, Watchdog
+from worker.process.watchdog import Sign, Watchdog
 
 
 class Yard:
@@ -65,8 +65,8 @@ def test_a_process_that_was_stopped_has_not_stood_still(yard: Yard, eventually: 
 
     yard.dog._look = look
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.watchdog.TICK_S", 0.001)
-        patch.setattr("worker.watchdog.monotonic", lambda: next(clock))  # each check comes 1,000 s late
+        patch.setattr("worker.process.watchdog.TICK_S", 0.001)
+        patch.setattr("worker.process.watchdog.monotonic", lambda: next(clock))  # each check comes 1,000 s late
         yard.dog.start()
         eventually(lambda: yard.dog.tripped)
         yard.dog.stop()

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from shared.jobs import Generation, Sampling
-from shared.registry import ModelCard, WorkerInfo
+from shared.jobs.request import Generation, Sampling
+from shared.models.registry import ModelCard, WorkerInfo
 
 MESSAGES = (
     ModelCard("m", "text", context=64, chat_template="{{ messages }}"),

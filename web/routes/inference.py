@@ -11,8 +11,8 @@ import redis
 from flask import Blueprint, Response, request
 
 from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, Unavailable
-from shared.jobs import Job, Status
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
+from shared.jobs.record import Job, Status
 from web import apidoc
 from web.apidoc import describe
 from web.body import idempotency_key, read_body

@@ -10,8 +10,8 @@ from flask import Blueprint, Response, request
 from pydantic import BaseModel
 
 from shared.errors import Invalid
-from shared.jobs import Job
-from shared.store import passes
+from shared.jobs.record import Job
+from shared.queue.redis import passes
 from web import apidoc
 from web.apidoc import describe
 from web.auth import caller

@@ -8,9 +8,9 @@ from typing import Final
 from flask import Blueprint, Response
 from pydantic import BaseModel
 
-from shared.catalog import CatalogModel
-from shared.operations import Operation
-from shared.registry import WorkerInfo
+from shared.models.catalog import CatalogModel
+from shared.models.operations import Operation
+from shared.models.registry import WorkerInfo
 from web.apidoc import describe
 from web.auth import caller, require_scope
 from web.body import read_body

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 
 from shared.blas import prefer_openblas
-from shared.jobs import Sampling
+from shared.jobs.request import Sampling
 from shared.settings import ROOT
 
 if TYPE_CHECKING:
-    from worker.backends.lanes import Lanes
-    from worker.backends.memory import Footprint
-    from worker.models import LoadedModel
+    from worker.models.load import LoadedModel
+    from worker.runner.lanes import Lanes
+    from worker.runner.memory import Footprint
 
 MODELS: Final = ("SmolLM2-135M-Instruct",)
 """Measured where they are there, beside the model that was asked for."""
@@ -52,7 +52,7 @@ def batches(tiny: Path, rounds: int) -> dict[str, Any]:
 
 def measured(folders: Sequence[Path], rounds: int) -> dict[str, Any]:
     """Tokens a second in all, of the quickest step of each size and of the median one."""
-    from worker.models import load_model
+    from worker.models.load import load_model
 
     took_s: dict[Cell, list[float]] = {}
     for folder in folders:
@@ -79,7 +79,7 @@ def _steps(loaded: LoadedModel, contexts: tuple[int, ...], rows: int) -> Iterato
     """How long steps of such a batch take; none where it would not fit."""
     import mlx.core as mx
 
-    from worker.backends.memory import Footprint
+    from worker.runner.memory import Footprint
 
     footprint = Footprint.of(loaded.model)
     lengths = [length for length, _ in zip(itertools.cycle(contexts), range(rows), strict=False)]
@@ -98,11 +98,11 @@ def _steps(loaded: LoadedModel, contexts: tuple[int, ...], rows: int) -> Iterato
 
 def _decoding(loaded: LoadedModel, footprint: Footprint, lengths: list[int]) -> Lanes:
     """Rows of these lengths in lanes."""
-    from worker.backends.base import Row
-    from worker.backends.lanes import Lanes
-    from worker.backends.prefix_cache import PrefixCache
-    from worker.backends.speculation import Speculation
-    from worker.backends.text import padding_worth_a_pass
+    from worker.runner.base import Row
+    from worker.runner.lanes import Lanes
+    from worker.runner.prefix_cache import PrefixCache
+    from worker.runner.speculation import Speculation
+    from worker.runner.text import padding_worth_a_pass
 
     prefixes, speculation = PrefixCache(loaded.model, 0, None), Speculation(loaded.model, 0)
     lanes = Lanes(loaded.model, prefixes, footprint, padding_worth_a_pass(loaded), speculation)
@@ -118,7 +118,7 @@ def _made_up(model: Any, rows: int, length: int) -> list[Any]:
     """A cache of rows of so many tokens, with room for the steps to come."""
     import mlx.core as mx
 
-    from worker.backends import kv
+    from worker.runner import kv
 
     sample = kv.empty(model, 1)
     kv.feed(model, sample, [(1,)])

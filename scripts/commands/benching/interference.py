@@ -26,7 +26,7 @@ from shared.blas import prefer_openblas
 from shared.settings import ROOT
 
 if TYPE_CHECKING:
-    from worker.backends.text import TextBackend
+    from worker.runner.text import TextBackend
 
 ROWS, SHORT, LONG = 8, 24, 4000
 """Rows that decode, tokens of their prompts, and of the long one."""
@@ -59,8 +59,8 @@ class Bench:
 
     def insert(self, tokens: int) -> int:
         """A row with a prompt like no other; its uid."""
-        from shared.jobs import Sampling
-        from worker.backends.base import Row
+        from shared.jobs.request import Sampling
+        from worker.runner.base import Row
 
         self._uid += 1
         prompt = tuple((self._uid * 977 + i * 131) % 40_000 + 100 for i in range(tokens))
@@ -192,9 +192,9 @@ def lines(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Load the model, measure, print it as JSON."""
     prefer_openblas()
-    from worker.backends.memory import Memory
-    from worker.backends.text import TextBackend, default_chunk
-    from worker.models import load_model
+    from worker.models.load import load_model
+    from worker.runner.memory import Memory
+    from worker.runner.text import TextBackend, default_chunk
 
     folder, repeats = Path(sys.argv[1]), int(sys.argv[2])
     bench = Bench(TextBackend(load_model(folder), default_chunk(), Memory(4 * _BYTES, _BYTES)))

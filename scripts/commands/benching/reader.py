@@ -20,7 +20,7 @@ import psutil
 
 from scripts.commands.benching.samples import quantile
 from scripts.commands.benching.wire import RECEIVE, check_status, connect, request
-from worker.backends.fake import CLOCK_LAP, TICKS_PER_S, ticks
+from worker.runner.fake import CLOCK_LAP, TICKS_PER_S, ticks
 
 _MOST_OPENING = 32
 """Streams asked for that have not begun: the cost of many at once is another question."""

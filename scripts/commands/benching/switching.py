@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scripts.commands.benching.processes import asked
 from shared.blas import prefer_openblas
-from shared.jobs import Generation, Job, Sampling
+from shared.jobs.record import Job
+from shared.jobs.request import Generation, Sampling
 
 if TYPE_CHECKING:
-    from worker.backends.text import TextBackend
-    from worker.sequence import Sequence as Row
+    from worker.engine.sequence import Sequence as Row
+    from worker.runner.text import TextBackend
 
 ROWS: Final = 8
 _PROMPT: Final = 64
@@ -48,8 +49,8 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     """Turns of the engine with two models of this folder."""
     import mlx.core as mx
 
-    from worker.backends.text import TextBackend, default_chunk
-    from worker.models import load_model
+    from worker.models.load import load_model
+    from worker.runner.text import TextBackend, default_chunk
 
     backends = [TextBackend(load_model(folder), default_chunk()) for _ in range(2)]
     for backend in backends:
@@ -71,8 +72,8 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
 
 def _turn_s(backends: Sequence[TextBackend]) -> float:
     """The engine's median turn, where it has these models: one step of one of them."""
-    from worker.batch import Batch
-    from worker.engine import Engine
+    from worker.engine.batch import Batch
+    from worker.engine.engine import Engine
 
     engine = Engine()
     for backend in backends:
@@ -99,8 +100,8 @@ def _the(backend: TextBackend) -> TextBackend:
 
 def _sequence(backend: TextBackend, row: int) -> Row:
     """A job that the engine can be given."""
-    from worker.backends.base import Prompt
-    from worker.sequence import Sequence as Row
+    from worker.engine.sequence import Sequence as Row
+    from worker.runner.base import Prompt
 
     asked = Generation("tiny", 10 * _STEPS, Sampling(0.0), prompt="")
     record = dict.fromkeys(("owner", "request_id"), "bench") | dict.fromkeys(("attempt", "class"), "1")

@@ -11,8 +11,8 @@ from threading import Lock
 
 from scripts.commands.chaosing.workload import Reference, Style
 from scripts.commands.client import RemoteJob
-from shared.jobs import Status
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
+from shared.jobs.record import Status
 
 LATE_S = 20.0
 """A deadline or a cancel may take effect so much later: Redis or every worker may be away just then."""

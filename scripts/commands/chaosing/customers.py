@@ -15,7 +15,7 @@ from scripts.commands.batching.patience import GaveUp, Patience
 from scripts.commands.chaosing.checks import Fault, Finding, Ledger, judge, overdue
 from scripts.commands.chaosing.workload import Request, Style, draw
 from scripts.commands.client import Client, ClientError, Refused, RemoteJob
-from shared.log import Event, EventKind
+from shared.jobs.log import Event, EventKind
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from scripts.commands.client import Client, ClientError
 from scripts.commands.ports import free_port
 from scripts.commands.stack import leftovers
 from scripts.commands.stack.config import valkey_conf
-from shared.registry import Registry, WorkerInfo
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.redis import Redis, connect
 from shared.settings import ROOT, Settings
-from shared.store import Redis, connect
 from web.keystore import new_key
 
 WORKERS: Final = 2

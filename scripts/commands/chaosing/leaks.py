@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from scripts.commands.chaosing.checks import Ledger
 from scripts.commands.chaosing.fleet import WORKERS, Fleet
-from shared import keys
-from shared.tickets import own_queue, queue_name
+from shared.queue import keys
+from shared.queue.wakeups import own_queue, queue_name
 
 _SETTLE_S = 20.0
 """A ticket too many is taken and dropped, a lapsed lease reaped: that takes a moment."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import redis
 
 from scripts.commands.chaosing.fleet import Fleet
-from shared import keys
-from shared.log import EventKind
-from shared.registry import WorkerInfo
+from shared.jobs.log import EventKind
+from shared.models.registry import WorkerInfo
+from shared.queue import keys
 
 _POLL_S = 0.01
 _LONGEST_S = 60.0

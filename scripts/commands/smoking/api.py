@@ -7,8 +7,8 @@ from typing import Any
 
 from scripts.commands.client import Refused, RemoteJob
 from scripts.commands.smoking.probe import Probe, require, require_json, require_refusal
-from shared.jobs import Status
-from shared.log import EventKind
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 4096, "temperature": 1.0}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import httpx2
 
 from scripts.commands.client import Client, Refused, RemoteJob
-from shared.jobs import Status
+from shared.jobs.record import Status
 
 JOB_S = 60
 """A short job takes at most this long, a model on a slow machine included."""

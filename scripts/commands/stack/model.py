@@ -11,8 +11,8 @@ from pathlib import Path
 from scripts.commands.stack import preflight
 from scripts.commands.stack.failure import StartFailed
 from scripts.commands.stack.signals import StopSignals
-from shared.catalog import load_catalog
-from shared.model_folder import ModelError, check_folder
+from shared.models.catalog import load_catalog
+from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT, Settings
 
 VISION = ROOT / "models/ui-micro"

@@ -14,9 +14,9 @@ import redis
 from pydantic import ValidationError
 
 from scripts.commands.stack.failure import StartFailed
-from shared.durability import why_unproven
+from shared.queue.durability import why_unproven
+from shared.queue.redis import connect
 from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
-from shared.store import connect
 
 MIN_FREE_BYTES = 200 * 2**20
 _SOCKET_PATH_MAX = 103 if sys.platform == "darwin" else 107
@@ -111,7 +111,7 @@ def check_broker(settings: Settings) -> None:
     """See that a broker of its own answers."""
     if not settings.broker_url:
         return
-    from shared.tickets import make_app  # it reads the settings, which are known to fit now
+    from shared.queue.wakeups import make_app
 
     try:
         with make_app(settings, hasty=True).connection_for_write() as connection:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from scripts.commands.stack.model import VISION
-from shared.catalog import CatalogModel, load_catalog
+from shared.models.catalog import CatalogModel, load_catalog
 from shared.settings import ROOT, Settings
 
 

@@ -17,8 +17,8 @@ from scripts.commands.stack.preflight import full_disk
 from scripts.commands.stack.screen import Progress, Screen, base_url
 from scripts.commands.stack.signals import StopRequested, StopSignals
 from scripts.commands.stack.supervision import Child, Supervisor
+from shared.queue.redis import connect
 from shared.settings import Settings
-from shared.store import connect
 
 _POLL_S = 0.3
 _SOON_S = 15.0

@@ -1,0 +1,70 @@
+"""How a worker process ends: with its status, whatever is in the way."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from shared.settings import ROOT
+from worker import app
+from worker.process.critical import EXIT_BROKEN
+
+FULL = """
+import sys
+from worker.process.critical import leave
+sys.stdout = open("/dev/full", "w")
+print("this cannot be written")
+leave(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_a_log_that_cannot_be_written_does_not_change_the_status() -> None:
+    assert subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, check=False, timeout=60).returncode == 7
+
+
+HANGING = """
+import logging, threading
+from worker.process import critical as vital
+vital.LAST_ACTS_S = 0.2
+lock = threading.Lock()
+lock.acquire()
+class Stuck(logging.Handler):
+    def emit(self, record):
+        lock.acquire()  # as when nobody reads what we write
+logging.getLogger().addHandler(Stuck())
+vital.end_process("it hangs", lock.acquire)
+"""
+
+ACTS = """
+from worker.process.critical import depart
+def fails():
+    raise OSError("Redis is away")
+depart(7, fails, lambda: print("done", flush=True))
+"""
+
+
+def test_whatever_hangs_at_the_end_the_process_ends() -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGING], cwd=ROOT, check=False, timeout=60)
+    assert ended.returncode == EXIT_BROKEN
+
+
+def test_a_last_act_that_fails_keeps_nobody_from_the_next() -> None:
+    ended = subprocess.run([sys.executable, "-c", ACTS], cwd=ROOT, check=False, timeout=60, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (7, b"done\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unforeseen"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_is_raised_becomes_a_status_and_a_line(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(app, "configure", lambda *_: None)
+    monkeypatch.setattr(app.Service, "run", broken)
+    assert app.main() == EXIT_BROKEN
+    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
