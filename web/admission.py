@@ -20,7 +20,7 @@ from shared.errors import Conflict, Invalid, KeyReused, NotDurable, Unavailable
 from shared.jobs import request as asked
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job, Priority
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 from shared.jobs.store import Jobs, Submission, new_job_id
 from shared.models.catalog import Catalog, Sampling
 from shared.models.registry import ModelCard
@@ -160,7 +160,7 @@ class Admission:
         if not snapshot.has(model) and (snapshot.hosts or model != self._catalog.default):
             raise Conflict("No worker has this model loaded.", code="model_not_loaded", field="model")
 
-    def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Generation:
+    def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:
         entry = self._catalog.models.get(model)
         most = card.context if card else entry.most_tokens if entry else None
         default = entry.sampling if entry else Sampling()
@@ -175,7 +175,7 @@ class Admission:
         # Before its first worker has come up, a model is taken for one that knows conversations: most do.
         messages = request.conversation(has_template=card is None or card.chat_template is not None)
         temperature, usual = value("temperature"), default.max_tokens or self._settings.max_tokens
-        return Generation(
+        return Request(
             model=model,
             max_tokens=request.max_tokens or min(usual, most or usual),
             sampling=asked.Sampling(

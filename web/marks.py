@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Final
 
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 
 LEAST: Final = 256
 """Bytes of text; to read a shorter beginning again costs nothing that is worth waiting for."""
@@ -22,7 +22,7 @@ _LAST_ENDS: Final = 3
 _EVERYBODY: Final = ""
 
 
-def marks(asked: Generation, owner: str) -> tuple[str, ...]:
+def marks(asked: Request, owner: str) -> tuple[str, ...]:
     """Those of a request's beginnings that matter, of the longest first: five at most, of 16 hex digits."""
     texts = _texts(asked)
     text, ends = b"".join(texts), [*accumulate(map(len, texts))]
@@ -35,7 +35,7 @@ def marks(asked: Generation, owner: str) -> tuple[str, ...]:
     return tuple(found[place] for place in sorted(found, reverse=True))
 
 
-def _texts(asked: Generation) -> list[bytes]:
+def _texts(asked: Request) -> list[bytes]:
     if asked.messages is None:
         return [(asked.prompt or "").encode(errors="replace")]
     return [f"{each['role']}\n{each['content']}\n".encode(errors="replace") for each in asked.messages]

@@ -19,7 +19,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.errors import Invalid, JobFailure
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 from shared.models.registry import ModelCard, Registry
 from web.aside import aside
 
@@ -53,7 +53,7 @@ class PromptSizer:
         self._registry = registry
         self._counters: dict[str, _Counter] = {}
 
-    def check(self, card: ModelCard, generation: Generation, field: str) -> None:
+    def check(self, card: ModelCard, generation: Request, field: str) -> None:
         """Refuse a prompt that leaves no room for an answer; it came in `field`.
 
         Raises:
@@ -67,7 +67,7 @@ class PromptSizer:
                 field=field,
             )
 
-    def _fits(self, card: ModelCard, generation: Generation) -> bool:
+    def _fits(self, card: ModelCard, generation: Request) -> bool:
         text, messages = generation.prompt, generation.messages
         if messages is not None:
             size = sum(len(_said(message["content"]).encode()) for message in messages)

@@ -8,7 +8,7 @@ from enum import IntEnum, StrEnum
 from typing import Self
 
 from shared.jobs.attempts import Attempt, history
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 
 
 class Status(StrEnum):
@@ -60,7 +60,7 @@ class Job:
     priority: Priority
     alone: bool
     """Whether it runs without neighbours, because its next lost worker is its last."""
-    generation: Generation
+    generation: Request
     metadata: dict[str, str]
     request_id: str
     last_event: int
@@ -97,7 +97,7 @@ class Job:
             claimed_at=record.get("claimed_at", ""),
             priority=Priority(int(record["class"])),
             alone="alone" in record,
-            generation=Generation.from_json(record["generation"]),
+            generation=Request.from_json(record["generation"]),
             metadata=json.loads(record["metadata"]),
             request_id=record["request_id"],
             last_event=int(record["seq"]),

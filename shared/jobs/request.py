@@ -24,7 +24,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class Request:
     """What is to be generated: `prompt`, or `messages` for the model's chat template."""
 
     model: str

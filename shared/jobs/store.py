@@ -16,7 +16,7 @@ from shared.errors import Conflict, KeyReused, NotFound, Unavailable
 from shared.jobs.images import SLACK_S
 from shared.jobs.log import JobLog
 from shared.jobs.record import Job, Priority, Status
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 from shared.queue import keys
 from shared.queue.durability import ProvenScript
 from shared.queue.redis import Redis, script
@@ -27,7 +27,7 @@ from shared.settings import Settings
 class Submission:
     """A job about to be accepted. Times are seconds from now."""
 
-    generation: Generation
+    generation: Request
     owner: str
     priority: Priority = Priority.NORMAL
     metadata: dict[str, str] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from scripts.commands.ports import free_port
 from shared.errors import NotDurable
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.durability import ProvenScript, why_unproven
 from shared.queue.redis import ACCEPTANCE, Redis, connect
@@ -147,7 +147,7 @@ def test_a_proof_that_does_not_come_is_a_503_and_the_same_job_later() -> None:
 
 def test_an_answer_given_again_is_proven_again(valkey_client: Redis) -> None:
     jobs = Jobs(valkey_client, Settings())
-    asked = Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me", idempotency_key="k")
+    asked = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me", idempotency_key="k")
     job, _ = jobs.create(asked)
     try:
         valkey_client.config_set("appendfsync", "no")
@@ -161,7 +161,7 @@ def test_an_answer_given_again_is_proven_again(valkey_client: Redis) -> None:
 
 def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
     jobs = Jobs(valkey_client, Settings())
-    asked = Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me")
+    asked = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me")
     jobs.create(asked)
     valkey_client.script_flush()
     job, new = jobs.create(asked)
@@ -170,7 +170,7 @@ def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
 
 def test_a_redis_that_is_away_is_no_matter_of_proof(valkey_client: Redis) -> None:
     with connect("unix:///nowhere/s", retries=0) as nobody, pytest.raises(RedisAway):
-        Jobs(nobody, Settings()).create(Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+        Jobs(nobody, Settings()).create(Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["proof known", "proof asked for"])

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from shared.jobs.record import Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
 from shared.queue.redis import Redis
@@ -40,7 +40,7 @@ class LeaseWatch(threading.Thread):
 
 def submit(stack: Stack, prompt: str, tokens: int) -> str:
     """Past the API, which would refuse what is too long."""
-    asked = Generation(stack.model, tokens, Sampling(0.0), prompt=prompt)
+    asked = Request(stack.model, tokens, Sampling(0.0), prompt=prompt)
     job, _ = Jobs(stack.redis, stack.settings).create(Submission(asked, owner="me"))
     TicketOffice(make_app(stack.settings), stack.redis, stack.registry).send(stack.model, job.id)
     return job.id

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("mlx_lm")
 
 from shared.jobs.record import Ending, Job
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from tests.plugins.work import claimed, sequence_for
 from worker.engine.batch import Batch
 from worker.engine.sequence import Said
@@ -64,7 +64,7 @@ def answer(backend: TextBackend, jobs: Iterable[Job], slots: int = 8) -> list[En
 
 def ask(question: str, sampling: Sampling, owner: str = "me") -> Job:
     messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": question})
-    asked = Generation("tiny", 24, sampling, messages=messages)
+    asked = Request("tiny", 24, sampling, messages=messages)
     return replace(claimed(question), owner=owner, generation=asked)
 
 
@@ -228,7 +228,7 @@ def test_a_real_conversation_reads_only_what_is_new(smollm2_path: Path) -> None:
     known = 0
     for question in ("What is the capital of France?", "And of Spain?", "Which of them is larger?"):
         said.append({"role": "user", "content": question})
-        asked = Generation("smollm2", 60, GREEDY, messages=tuple(said))
+        asked = Request("smollm2", 60, GREEDY, messages=tuple(said))
         turn = replace(claimed(question), generation=asked)
         (ending,), (undisturbed,) = answer(backend, [turn]), answer(forgetful, [turn])
         assert facts([ending]) == facts([undisturbed])

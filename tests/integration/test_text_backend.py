@@ -17,7 +17,7 @@ from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_logits_processors
 
 from shared.errors import JobFailure
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.models.catalog import load_catalog
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
@@ -121,8 +121,8 @@ def test_greedy_rows_say_what_mlx_lm_says(smollm2: LoadedModel) -> None:
         assert [text(backend, said[uid]) for uid in range(len(rows))] == expected
 
 
-def chat(question: str) -> Generation:
-    return Generation("m", 24, GREEDY, messages=({"role": "user", "content": question},))
+def chat(question: str) -> Request:
+    return Request("m", 24, GREEDY, messages=({"role": "user", "content": question},))
 
 
 def text(backend: TextBackend, tokens: Iterable[int]) -> str:
@@ -303,16 +303,16 @@ def test_encode(tiny: LoadedModel, backend: TextBackend) -> None:
     assert tokens == tuple(
         tiny.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     )
-    plain = backend.encode(Generation("m", 1, GREEDY, prompt=question), {}).tokens
+    plain = backend.encode(Request("m", 1, GREEDY, prompt=question), {}).tokens
     assert tiny.tokenizer.decode(list(plain)) == question
 
 
 def test_encode_from_many_threads_in_turn(backend: TextBackend) -> None:
     prompts = [f"{'word ' * (i % 50)} {i}" for i in range(200)]
-    generations = [Generation("m", 1, GREEDY, prompt=prompt) for prompt in prompts]
+    generations = [Request("m", 1, GREEDY, prompt=prompt) for prompt in prompts]
     turn = threading.Lock()
 
-    def encode(generation: Generation) -> Prompt:
+    def encode(generation: Request) -> Prompt:
         with turn:
             return backend.encode(generation, {})
 
@@ -324,9 +324,9 @@ def test_encode_from_many_threads_in_turn(backend: TextBackend) -> None:
 def test_prompts_that_do_not_fit(backend: TextBackend) -> None:
     backend.card = replace(backend.card, context=10)
     with pytest.raises(PromptError) as caught:
-        backend.encode(Generation("m", 1, GREEDY, prompt="a b c d e f g h i j"), {})
+        backend.encode(Request("m", 1, GREEDY, prompt="a b c d e f g h i j"), {})
     assert caught.value.code == JobFailure.CONTEXT_LENGTH
-    assert len(backend.encode(Generation("m", 1, GREEDY, prompt="a b c d e f g h i"), {}).tokens) == 9
+    assert len(backend.encode(Request("m", 1, GREEDY, prompt="a b c d e f g h i"), {}).tokens) == 9
 
 
 def test_templates_that_refuse(tiny: LoadedModel) -> None:

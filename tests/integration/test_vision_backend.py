@@ -23,7 +23,7 @@ from mlx_vlm.prompt_utils import apply_chat_template
 from PIL import Image
 
 from shared.errors import JobFailure
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from worker.models.load import LoadedModel
 from worker.runner import image_encoder, vision
 from worker.runner.base import IMAGE_TOKENS, Fit, Prompt, PromptError, Row
@@ -76,12 +76,12 @@ def backend(model: tuple[LoadedModel, ImageEncoder]) -> Iterator[VisionBackend]:
     backend.close()
 
 
-def ask(text: str, *images: dict[str, Any], sampling: Sampling = GREEDY) -> Generation:
+def ask(text: str, *images: dict[str, Any], sampling: Sampling = GREEDY) -> Request:
     content = [*images, {"type": "text", "text": text}] if images else text
-    return Generation("m", TOKENS, sampling, messages=({"role": "user", "content": content},))
+    return Request("m", TOKENS, sampling, messages=({"role": "user", "content": content},))
 
 
-def mixed(pictures: Pictures) -> list[Generation]:
+def mixed(pictures: Pictures) -> list[Request]:
     """Sixteen: with no image, one or several of all sizes, sampled in all ways."""
     asked = []
     for number in range(16):
@@ -114,12 +114,12 @@ def run(backend: VisionBackend, rows: Sequence[Row], every: int = 0) -> tuple[di
     return said, reused
 
 
-def answer(backend: VisionBackend, asked: Generation, files: Pictures, owner: str | None = None) -> list[int]:
+def answer(backend: VisionBackend, asked: Request, files: Pictures, owner: str | None = None) -> list[int]:
     prompt = backend.encode(asked, files)
     return run(backend, [row(prompt, asked.sampling, 1, owner)])[0][1]
 
 
-def of_mlx_vlm(folder: Path, tmp_path: Path, asked: Sequence[Generation], files: Pictures) -> list[list[int]]:
+def of_mlx_vlm(folder: Path, tmp_path: Path, asked: Sequence[Request], files: Pictures) -> list[list[int]]:
     """What its own `generate` says to these."""
     model, processor = load_with_mlx_vlm(str(folder))
     said = []
@@ -229,7 +229,7 @@ def test_a_conversation_reuses_its_screenshots_with_its_prefix(backend: VisionBa
     encoded = []
     for number, shot in enumerate(shots):
         turns.append({"role": "user", "content": [shot, {"type": "text", "text": f"Step {number}."}]})
-        asked = Generation("m", TOKENS, GREEDY, messages=tuple(turns))
+        asked = Request("m", TOKENS, GREEDY, messages=tuple(turns))
         prompt = backend.encode(asked, pictures)
         said, reused = run(backend, [row(prompt, GREEDY, number, "me")])
         encoded.append(backend.stats()["images_encoded_total"])
@@ -376,7 +376,7 @@ def test_images_are_encoded_by_and_by_while_rows_decode(backend: VisionBackend, 
 def test_prompts_that_cannot_be_read_say_why(backend: VisionBackend, pictures: Pictures) -> None:
     picture = pictures.part(300, 200, 1)
 
-    def refused(asked: Generation) -> PromptError:
+    def refused(asked: Request) -> PromptError:
         with pytest.raises(PromptError) as told:
             backend.encode(asked, pictures)
         return told.value

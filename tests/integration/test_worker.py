@@ -16,7 +16,7 @@ from shared.errors import Expiry, JobFailure
 from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import EventKind
 from shared.jobs.record import Job, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
 from shared.queue.claims import Reaper
 from tests.plugins.fleet import SLOW, Fleet, wait
@@ -123,7 +123,7 @@ def test_a_cancelled_job_frees_its_slot(fleet: Fleet) -> None:
 
 def test_a_job_over_its_time_expires_with_its_text(fleet: Fleet) -> None:
     fleet.start()
-    asked = Generation("fake", 4000, Sampling(0.0), prompt=SLOW)
+    asked = Request("fake", 4000, Sampling(0.0), prompt=SLOW)
     job, _ = fleet.jobs.create(Submission(asked, owner="me", deadline_s=1))
     fleet.tickets.send("fake", job.id)
     ended = fleet.end(job)
@@ -175,7 +175,7 @@ def test_a_worker_that_was_paused_reads_nothing_again(fleet: Fleet, tiny_model_p
     """Its lease lapses, its job waits again, and it is the one to take it up: all it had read is still there."""
     model = tiny_model_path.name
     worker = fleet.start(BACKEND="auto", MODEL_PATH=str(tiny_model_path))
-    asked = Generation(model, 1500, Sampling(1.0, seed=5), prompt="Once upon a time there was a queue. " * 8)
+    asked = Request(model, 1500, Sampling(1.0, seed=5), prompt="Once upon a time there was a queue. " * 8)
 
     def submit() -> Job:
         job, _ = fleet.jobs.create(Submission(asked, owner="me"))

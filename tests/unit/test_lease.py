@@ -9,7 +9,7 @@ from redis import ConnectionError as RedisAway
 from redis import ResponseError
 
 from shared.jobs.record import Job, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
 from shared.queue.claims import Claims, NoLease, Reaper, Verdict, Waiting
@@ -42,7 +42,7 @@ class Desk:
         )
 
     def submit(self) -> Job:
-        return self.jobs.create(Submission(Generation("fake", 4, Sampling(0.0), prompt="hello"), owner="me"))[0]
+        return self.jobs.create(Submission(Request("fake", 4, Sampling(0.0), prompt="hello"), owner="me"))[0]
 
     def claim(self, *, known: bool = True) -> Job:
         self.submit()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from web.marks import CUTS, LEAST, marks
 
 SYSTEM = ("system", "You are a careful librarian. " * 20)
@@ -16,9 +16,9 @@ ANSWER = ("assistant", "There are many.")
 NEXT = ("user", "And of others?")
 
 
-def asked(*said: tuple[str, str], prompt: str | None = None, model: str = "m", share: bool = False) -> Generation:
+def asked(*said: tuple[str, str], prompt: str | None = None, model: str = "m", share: bool = False) -> Request:
     messages = tuple({"role": role, "content": content} for role, content in said) or None
-    return Generation(model, 8, Sampling(0.0), prompt=prompt, messages=messages, share_system_prompt=share)
+    return Request(model, 8, Sampling(0.0), prompt=prompt, messages=messages, share_system_prompt=share)
 
 
 def of(*said: tuple[str, str], owner: str = "a", **more: Any) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from flask.testing import FlaskClient
 
 from shared import errors
 from shared.errors import MlxqError
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.redis import Redis
 from shared.settings import Settings
@@ -100,7 +100,7 @@ def test_a_redis_without_memory_refuses_a_job_with_that_code(
 
     @app.get("/")
     def view() -> str:
-        jobs.create(Submission(Generation("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+        jobs.create(Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
         return ""
 
     before = valkey_client.config_get("maxmemory")["maxmemory"]

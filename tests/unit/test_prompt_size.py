@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from shared.errors import Invalid
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard, Registry, digest
 from shared.queue.redis import Redis
 from web.prompt_size import PromptSizer, render
@@ -23,7 +23,7 @@ def check(
     sizer: PromptSizer, card: ModelCard, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
 ) -> None:
     conversation = tuple(messages) if messages else None
-    generation = Generation("m", 1, Sampling(0.0), prompt=prompt, messages=conversation)
+    generation = Request("m", 1, Sampling(0.0), prompt=prompt, messages=conversation)
     sizer.check(card, generation, "messages" if messages else "prompt")
 
 

@@ -11,7 +11,7 @@ from redis import OutOfMemoryError, ResponseError
 from shared.errors import JobFailure
 from shared.jobs.log import JobLog
 from shared.jobs.record import Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims, Verdict
 from shared.queue.redis import Redis
@@ -59,7 +59,7 @@ class Desk:
         self.backend = FakeBackend()
 
     def sequence(self, max_tokens: int = 4) -> Sequence:
-        asked = Generation("fake", max_tokens, Sampling(0.0), prompt="hello")
+        asked = Request("fake", max_tokens, Sampling(0.0), prompt="hello")
         self.jobs.create(Submission(asked, owner="me"))
         job = self.claims.claim("fake")
         assert job is not None

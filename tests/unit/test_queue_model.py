@@ -22,7 +22,7 @@ from shared.errors import Conflict, KeyReused, NotFound
 from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Append, Claims, LeftToOthers, NoLease, Reaper, Verdict
@@ -204,7 +204,7 @@ class Queue(RuleBasedStateMachine):
 
     def accept(self, owner: str, key: str, body: str) -> None:
         first = [i for i, job in self.expected.items() if (job.owner, job.key) == (owner, key)]
-        asked = Generation(MODEL, 9, Sampling(0.0), prompt=body)
+        asked = Request(MODEL, 9, Sampling(0.0), prompt=body)
         marks = (owner + "1" * 15, "2" * 16) if body == "x" else ()
         submission = Submission(asked, owner, idempotency_key=key, fingerprint=body, marks=marks)
         if first and self.expected[first[0]].fingerprint != body:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shared.jobs.record import Job, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
 from shared.queue.claims import REAP_S, Claims, Reaper, Waiting
@@ -29,7 +29,7 @@ class Desk:
         self.reaper.reap()
 
     def take(self) -> Job:
-        self.jobs.create(Submission(Generation("m", 4, Sampling(0.0), prompt="hi"), owner="me"))
+        self.jobs.create(Submission(Request("m", 4, Sampling(0.0), prompt="hi"), owner="me"))
         job = self.worker.claim("m")
         assert job is not None
         return job

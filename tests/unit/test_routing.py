@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from shared.jobs.record import Ending, Job, Priority, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue import keys
@@ -36,7 +36,7 @@ class Desk:
         return claims
 
     def submit(self, *marks: str, **more: Priority) -> Job:
-        asked = Generation(MODEL, 9, Sampling(0.0), prompt="x")
+        asked = Request(MODEL, 9, Sampling(0.0), prompt="x")
         return self.jobs.create(Submission(asked, "a", marks=marks, **more))[0]
 
     def get(self, job: Job) -> Job:

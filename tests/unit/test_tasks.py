@@ -15,7 +15,7 @@ from redis import ResponseError
 from shared.errors import JobFailure
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Job, Status
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims, Left, LeftToOthers, NoLease, Waiting
 from shared.queue.redis import Redis
@@ -72,7 +72,7 @@ class Desk:
         return True
 
     def submit(self, prompt: str | None = "hello", **more: Any) -> Job:
-        asked = Generation(**{"model": "fake", "max_tokens": 6, "sampling": Sampling(0.0), "prompt": prompt, **more})
+        asked = Request(**{"model": "fake", "max_tokens": 6, "sampling": Sampling(0.0), "prompt": prompt, **more})
         return self.jobs.create(Submission(asked, owner="me", request_id="req-7"))[0]
 
     def run(self, job: Job) -> Job:
@@ -153,7 +153,7 @@ def test_a_prompt_that_raises_fails_its_job_and_its_neighbours_go_on(
 ) -> None:
     encode = FakeBackend.encode
 
-    def sometimes(backend: FakeBackend, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
+    def sometimes(backend: FakeBackend, generation: Request, images: Mapping[str, bytes]) -> Prompt:
         if generation.prompt == "bad":
             raise error
         return encode(backend, generation, images)
@@ -171,7 +171,7 @@ def test_a_prompt_that_raises_fails_its_job_and_its_neighbours_go_on(
 def test_a_job_is_given_the_images_it_names_and_fails_without_them(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Mapping[str, bytes]] = []
 
-    def look(_: FakeBackend, __: Generation, images: Mapping[str, bytes]) -> Prompt:
+    def look(_: FakeBackend, __: Request, images: Mapping[str, bytes]) -> Prompt:
         given.append(images)
         return Prompt((104, 105))
 
@@ -194,7 +194,7 @@ def test_prompts_are_read_one_at_a_time_and_only_that_one_counts_as_being_read(
     read: list[Claim] = []
     while_replaying: list[object] = []
 
-    def alone(backend: FakeBackend, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
+    def alone(backend: FakeBackend, generation: Request, images: Mapping[str, bytes]) -> Prompt:
         assert turn.acquire(blocking=False), "another prompt is being read"
         try:
             assert runner.encoding and runner.encoding[1].generation == generation

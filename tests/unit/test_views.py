@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from shared.jobs.record import Job
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Append, Claims
@@ -55,7 +55,7 @@ def jobs(client: Redis, settings: Settings) -> Jobs:
 
 
 def submit(jobs: Jobs) -> Job:
-    return jobs.create(Submission(Generation(MODEL, 1, Sampling(0.0), prompt="hi"), owner="me"))[0]
+    return jobs.create(Submission(Request(MODEL, 1, Sampling(0.0), prompt="hi"), owner="me"))[0]
 
 
 def test_a_list_tells_the_places_in_line_of_those_that_wait(client: Redis, jobs: Jobs) -> None:

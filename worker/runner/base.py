@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard
 
 IMAGE_TOKENS = 2**31
@@ -132,7 +132,7 @@ class Backend(Protocol):
     about: dict[str, object]
     weights_bytes: int
 
-    def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
+    def encode(self, generation: Request, images: Mapping[str, bytes]) -> Prompt:
         """The request's prompt, through the chat template when it has messages.
 
         Args:

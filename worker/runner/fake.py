@@ -32,7 +32,7 @@ from time import monotonic, sleep
 from zlib import crc32
 
 from shared.errors import JobFailure
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
@@ -164,7 +164,7 @@ class FakeBackend:
         self._unread: list[int] = []
         self._stepped_at = 0.0
 
-    def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:  # noqa: ARG002
+    def encode(self, generation: Request, images: Mapping[str, bytes]) -> Prompt:  # noqa: ARG002
         """The bytes of the prompt, or of the messages one after another; images are passed over."""
         text = generation.prompt
         if text is None:

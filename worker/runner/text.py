@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, maybe_set_recommended_wired_limit
 
 from shared.errors import JobFailure
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.settings import Settings
@@ -231,7 +231,7 @@ class TextBackend:
         self._refused: dict[int, Exception] = {}
         self._steps = 0
 
-    def encode(self, generation: Generation, images: Mapping[str, bytes]) -> Prompt:
+    def encode(self, generation: Request, images: Mapping[str, bytes]) -> Prompt:
         """The prompt's tokens; see `Backend.encode`."""
         tokens, media = self._with_images(self._text_tokens(generation), generation, images)
         if not tokens:
@@ -380,13 +380,13 @@ class TextBackend:
         """Bytes beside the caches, for a while, for what rows show, and one more with it."""
         return 0
 
-    def _text_tokens(self, generation: Generation) -> list[int]:
+    def _text_tokens(self, generation: Request) -> list[int]:
         return self._plain(generation) if generation.messages is None else self._chat(generation.messages)
 
     def _with_images(
         self,
         tokens: list[int],
-        generation: Generation,  # noqa: ARG002
+        generation: Request,  # noqa: ARG002
         images: Mapping[str, bytes],
     ) -> tuple[list[int], Media | None]:
         """Put the images where the template has them, and what they are."""
@@ -394,7 +394,7 @@ class TextBackend:
             raise PromptError(JobFailure.TEMPLATE, "This model takes no images.")
         return tokens, None
 
-    def _shared(self, generation: Generation, tokens: Sequence[int]) -> int:
+    def _shared(self, generation: Request, tokens: Sequence[int]) -> int:
         """See `Prompt.shared`. The system message is rendered alone, so what follows it cannot be in it."""
         if not generation.share_system_prompt or not generation.messages:
             return 0
@@ -404,7 +404,7 @@ class TextBackend:
             return 0
         return common_length(tuple(alone), tuple(tokens))
 
-    def _plain(self, generation: Generation) -> list[int]:
+    def _plain(self, generation: Request) -> list[int]:
         prompt = generation.prompt or ""
         bos = self._encoder.bos_token
         # As mlx-lm does: a prompt that writes the first special token itself gets no second one.

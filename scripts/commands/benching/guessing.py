@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scripts.commands.benching.plans import Json
 from scripts.commands.benching.prompts import question
 from shared.blas import prefer_openblas
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 
 if TYPE_CHECKING:
     from worker.runner.text import TextBackend
@@ -62,7 +62,7 @@ def run(backend: TextBackend, case: Case, turn: int, most: int) -> dict[str, Any
     from worker.runner.base import Row
 
     for uid in range(case.rows):
-        asked = Generation("", most, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
+        asked = Request("", most, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
         prompt = backend.encode(asked, {}).tokens
         backend.insert([Row(uid, prompt, 0, most, Sampling(case.temperature, seed=uid))])
     said: dict[int, list[int]] = {uid: [] for uid in range(case.rows)}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scripts.commands.benching.processes import asked
 from shared.blas import prefer_openblas
 from shared.jobs.record import Job
-from shared.jobs.request import Generation, Sampling
+from shared.jobs.request import Request, Sampling
 
 if TYPE_CHECKING:
     from worker.engine.sequence import Sequence as Row
@@ -103,7 +103,7 @@ def _sequence(backend: TextBackend, row: int) -> Row:
     from worker.engine.sequence import Sequence as Row
     from worker.runner.base import Prompt
 
-    asked = Generation("tiny", 10 * _STEPS, Sampling(0.0), prompt="")
+    asked = Request("tiny", 10 * _STEPS, Sampling(0.0), prompt="")
     record = dict.fromkeys(("owner", "request_id"), "bench") | dict.fromkeys(("attempt", "class"), "1")
     record |= {"id": f"job_{row}", "model": "tiny", "status": "running", "seq": "0", "created_at": "0"}
     sequence = Row(Job.from_record(record | {"generation": asked.to_json(), "metadata": "{}"}), backend)
