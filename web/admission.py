@@ -26,9 +26,9 @@ from shared.models.catalog import Catalog, Sampling
 from shared.models.registry import ModelCard
 from shared.queue.wakeups import TicketOffice
 from shared.settings import Settings
+from web.admission_tokens import PromptSizer
+from web.cluster import Roster
 from web.marks import marks
-from web.prompt_size import PromptSizer
-from web.roster import Roster
 from web.schemas import JobRequest
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Heavy work beside the event loop, so that it does not hold every stream of the process.
 
 A thread helps where its work lets go of the interpreter: Python code does every few milliseconds, and so does counting
-tokens as `web.prompt_size` does it.
+tokens as `web.admission_tokens` does it.
 """
 
 from __future__ import annotations

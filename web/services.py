@@ -18,15 +18,15 @@ from shared.queue.redis import Redis, connect
 from shared.queue.wakeups import TicketOffice, make_app
 from shared.settings import Settings
 from web.admission import Admission
+from web.admission_tokens import PromptSizer
+from web.cluster import Roster
 from web.follow import Follower
 from web.health import Doctor
 from web.hub import Hub
 from web.image_urls import ImageUrls
 from web.metrics import Metrics
 from web.pictures import Gatherer
-from web.prompt_size import PromptSizer
 from web.pulse import Pulse
-from web.roster import Roster
 from web.switchboard import Switchboard
 from web.upkeep import Upkeep
 from web.views import Views

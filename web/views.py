@@ -12,7 +12,7 @@ from shared.jobs.attempts import Attempt
 from shared.jobs.record import Job, Status
 from shared.jobs.store import Jobs
 from web import ui_tars
-from web.roster import Roster
+from web.cluster import Roster
 from web.schemas import (
     ActionView,
     AttemptView,

@@ -37,10 +37,10 @@ from worker.models.load import first_line
 from worker.models.switching import Switcher
 from worker.process.critical import EXIT_BROKEN, depart, end_process, leave
 from worker.process.watchdog import Sign, Signs, Watchdog
+from worker.queue.claimer import register
 from worker.queue.consumer import Consumer, WarmModel, node_name, stop_consuming
 from worker.queue.control import take_orders
 from worker.queue.lease import HostKeeper, Housekeeper
-from worker.queue.tasks import register
 from worker.runner import choose_loader, memory_in_use, memory_limit
 from worker.runner.base import Backend
 

@@ -31,13 +31,13 @@ from shared.queue.claims import Claims
 from shared.queue.redis import connect
 from shared.queue.wakeups import TicketOffice, own_queue, queue_name
 from shared.settings import Settings
-from worker.engine.batch import Batch, OwnTime
+from worker.engine.core import Batch, OwnTime
 from worker.engine.engine import Engine
 from worker.process.critical import OnDeath
 from worker.process.watchdog import Sign
+from worker.queue.claimer import Runner
 from worker.queue.lease import Claim, LeaseKeeper
 from worker.queue.publisher import Publisher
-from worker.queue.tasks import Runner
 from worker.runner.base import Backend
 
 logger = logging.getLogger(__name__)

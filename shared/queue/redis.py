@@ -1,7 +1,7 @@
 """The connection to Redis, and the Lua scripts that are all of the queue's logic.
 
 Every change of a job's state is one script, so it happens whole or not at all. A script's text is the
-table of key prefixes (`shared.queue.keys`), then `prelude.lua`, then its own file.
+table of key prefixes (`shared.queue.keys`), then `lib/job.lua`, then its own file.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ ACCEPTANCE: Final = "enqueue"
 def source(name: str) -> str:
     """The whole text of a script."""
     flags = "" if name == ACCEPTANCE else "#!lua flags=allow-oom\n"
-    prelude, body = ((SCRIPTS / f"{part}.lua").read_text() for part in ("prelude", name))
+    prelude, body = ((SCRIPTS / f"{part}.lua").read_text() for part in ("lib/job", name))
     return flags + LUA_TABLE + prelude + body
 
 

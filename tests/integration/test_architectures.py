@@ -12,14 +12,14 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
 from shared.jobs.request import Sampling
-from worker.runner import kv
+from worker.engine.prefill_budget import Pace
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
-from worker.runner.lanes import Lanes
+from worker.runner.length_buckets import Lanes
 from worker.runner.memory import Footprint
-from worker.runner.pace import Pace
 from worker.runner.prefill import Prefill
 from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
-from worker.runner.speculation import Speculation
+from worker.runner.speculation.verification import Speculation
 
 VOCABULARY = 512
 TOKENS = 40

@@ -20,9 +20,10 @@ from shared.models.catalog import CatalogModel
 from shared.models.facts import told_context, weights_bytes
 from shared.models.folder import ModelError
 from shared.settings import Settings
-from worker.runner import text, vision
+from worker.runner import model_runner as text
 from worker.runner.base import Row
-from worker.runner.text import READ_SHARE, TextBackend
+from worker.runner.model_runner import READ_SHARE, TextBackend
+from worker.runner.vision import family as vision
 
 PROMPT = tuple(range(200, 240))
 
@@ -52,7 +53,7 @@ def plain(tiny_model_path: Path) -> CatalogModel:
 
 
 def test_it_loads_in_pieces(plain: CatalogModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.runner.text.PIECE_BYTES", 2**20)
+    monkeypatch.setattr("worker.runner.model_runner.PIECE_BYTES", 2**20)
     backend, seen = loaded(plain)
     assert seen == sorted(seen)
     read = [far for far in seen if far < READ_SHARE + 1e-6]

@@ -11,12 +11,12 @@ pytest.importorskip("mlx_lm")
 
 from shared.jobs.request import Sampling
 from worker.models.load import LoadedModel, load_model
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
-from worker.runner.lanes import Lanes
+from worker.runner.length_buckets import Lanes
 from worker.runner.memory import Footprint
 from worker.runner.prefix_cache import PrefixCache
-from worker.runner.speculation import Speculation
+from worker.runner.speculation.verification import Speculation
 
 PER_TOKEN = 2 * 2 * 2 * 16 * 4
 """Bytes of the tiny model's cache: keys and values, layers, heads, width, bytes of a number."""

@@ -14,12 +14,12 @@ pytest.importorskip("mlx_lm")
 from shared.jobs.record import Ending, Job
 from shared.jobs.request import Request, Sampling
 from tests.plugins.work import claimed, sequence_for
-from worker.engine.batch import Batch
+from worker.engine.core import Batch
 from worker.engine.sequence import Said
 from worker.models.load import LoadedModel, load_model
 from worker.runner.base import Row
 from worker.runner.memory import Memory
-from worker.runner.text import TextBackend
+from worker.runner.model_runner import TextBackend
 
 CHUNK = 16
 GREEDY = Sampling(0.0)

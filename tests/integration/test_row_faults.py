@@ -15,12 +15,13 @@ from shared.errors import JobFailure
 from shared.jobs.record import Status
 from shared.jobs.request import Sampling
 from tests.plugins.work import claimed, sequence_for
-from worker.engine.batch import Batch
+from worker.engine.core import Batch
 from worker.engine.sequence import Said, Sequence
 from worker.models.load import load_model
-from worker.runner import penalties, sampler
+from worker.runner import sampler
+from worker.runner.logits import penalties
 from worker.runner.memory import Memory
-from worker.runner.text import TextBackend
+from worker.runner.model_runner import TextBackend
 
 BAD_SEED = 666
 NEIGHBOURS = (Sampling(0.0), Sampling(1.0, seed=4), Sampling(0.0, repetition_penalty=1.2), Sampling(0.8, top_p=0.9))

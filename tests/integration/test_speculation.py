@@ -22,14 +22,14 @@ from shared.jobs.request import Sampling
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 from worker.models.load import LoadedModel, load_model
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
-from worker.runner.lookup import Lookup
+from worker.runner.decode_row import Slot
 from worker.runner.memory import Memory
-from worker.runner.pass_costs import LENGTHS
-from worker.runner.slot import Slot
-from worker.runner.speculation import MOST_ROWS, Speculation
-from worker.runner.text import TextBackend
+from worker.runner.model_runner import TextBackend
+from worker.runner.speculation.ngram import Lookup
+from worker.runner.speculation.pass_cost import LENGTHS
+from worker.runner.speculation.verification import MOST_ROWS, Speculation
 
 CHUNK = 16
 GREEDY = Sampling(temperature=0.0)

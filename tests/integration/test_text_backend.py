@@ -22,12 +22,12 @@ from shared.models.catalog import load_catalog
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
 from shared.settings import Settings
+from worker.engine.prefill_budget import AIM, PAUSE, PAUSE_AFTER
 from worker.models.load import LoadedModel, load_model
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Fit, OutOfMemory, Prompt, PromptError, Row
 from worker.runner.memory import Memory
-from worker.runner.pace import AIM, PAUSE, PAUSE_AFTER
-from worker.runner.text import TextBackend, load
+from worker.runner.model_runner import TextBackend, load
 
 GREEDY = Sampling(temperature=0.0)
 CHUNK = 16

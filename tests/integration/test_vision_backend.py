@@ -25,12 +25,13 @@ from PIL import Image
 from shared.errors import JobFailure
 from shared.jobs.request import Request, Sampling
 from worker.models.load import LoadedModel
-from worker.runner import image_encoder, vision
 from worker.runner.base import IMAGE_TOKENS, Fit, Prompt, PromptError, Row
-from worker.runner.image_encoder import ImageEncoder
-from worker.runner.images import Grid, ImageMedia, opened
 from worker.runner.memory import Memory
-from worker.runner.vision import SHARE_OF_FEATURES, VisionBackend, load_vision_model
+from worker.runner.vision import family as vision
+from worker.runner.vision import qwen_encoder as image_encoder
+from worker.runner.vision.family import SHARE_OF_FEATURES, VisionBackend, load_vision_model
+from worker.runner.vision.images import Grid, ImageMedia, opened
+from worker.runner.vision.qwen_encoder import ImageEncoder
 
 GREEDY = Sampling(temperature=0.0)
 CHUNK = 32

@@ -21,8 +21,8 @@ from shared.queue import keys
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from web.admission import Admission, Origin
-from web.prompt_size import PromptSizer
-from web.roster import Roster
+from web.admission_tokens import PromptSizer
+from web.cluster import Roster
 from web.schemas import JobRequest, Message, Part, StoredImage
 
 CARD = ModelCard("small", "text", context=64)

@@ -13,7 +13,7 @@ from shared.errors import JobFailure
 from shared.jobs.record import Ending, Status
 from shared.queue.claims import Verdict
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.engine.batch import Batch, EngineBroken
+from worker.engine.core import Batch, EngineBroken
 from worker.engine.crowding import Crowding
 from worker.engine.sequence import Outcome, Said, Sequence
 from worker.runner.base import OutOfMemory, StepResult
@@ -293,7 +293,7 @@ def test_gauges_are_not_read_at_every_step(bench: Bench, monkeypatch: pytest.Mon
 
 def test_a_step_that_gives_nothing_is_no_progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr("worker.engine.batch.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("worker.engine.core.time.monotonic", lambda: float(next(clock)))
     row = bench.submit("!stall=3", max_tokens=9)
     seen = []
     for _ in range(8):

@@ -15,7 +15,7 @@ import pytest
 from shared.jobs.record import Status
 from shared.models.folder import ModelError
 from tests.plugins.work import claimed, sequence_for
-from worker.engine.batch import Batch, Unloaded
+from worker.engine.core import Batch, Unloaded
 from worker.engine.engine import Engine
 from worker.engine.sequence import Outcome, Said, Sequence
 from worker.runner.base import Backend, Fit, Media, StepResult
@@ -73,7 +73,7 @@ def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
         readers.append(threading.current_thread().name)
         return {"readings": len(readers)}
 
-    monkeypatch.setattr("worker.engine.batch.GAUGES_S", 0.01)
+    monkeypatch.setattr("worker.engine.core.GAUGES_S", 0.01)
     monkeypatch.setattr(FakeBackend, "stats", stats)
     batch = desk.opened()
     eventually(lambda: batch.totals.gauges.get("readings", 0) > 3)
@@ -87,7 +87,7 @@ def test_gauges_are_read_while_only_another_model_has_work(monkeypatch: pytest.M
         readings.append(backend)
         return {}
 
-    monkeypatch.setattr("worker.engine.batch.GAUGES_S", 0.0)
+    monkeypatch.setattr("worker.engine.core.GAUGES_S", 0.0)
     monkeypatch.setattr(FakeBackend, "stats", stats)
     desk = Desk()
     idle, busy = desk.batch(), desk.batch()
@@ -219,7 +219,7 @@ def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.
 def test_a_models_own_time_stands_still_while_others_step_or_load(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("worker.engine.batch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("worker.engine.core.time.monotonic", lambda: clock[0])
     desk = Desk()
     quick, slow = (desk.batch(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
     for batch in (quick, slow):

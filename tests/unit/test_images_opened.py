@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("mlx.core")
 
 from tests.support.pictures import picture
-from worker.runner.images import opened
+from worker.runner.vision.images import opened
 
 SHADES = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
 

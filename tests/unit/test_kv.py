@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models import llama
 
 from tests.support.small_models import small_model
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from worker.runner.lookup import Lookup
-from worker.runner.odds import LONGEST, Odds
-from worker.runner.pass_costs import LENGTHS, PLAIN_AFTER, STALE, PassCosts
+from worker.runner.speculation.acceptance import LONGEST, Odds
+from worker.runner.speculation.ngram import Lookup
+from worker.runner.speculation.pass_cost import LENGTHS, PLAIN_AFTER, STALE, PassCosts
 
 
 def test_what_followed_the_last_tokens_before_is_guessed() -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from worker.runner.cost import Cost
-from worker.runner.pace import AIM, LEAST_AIM, LIMIT, MOST_AIM, PAUSE, PAUSE_AFTER, Pace
+from worker.engine.prefill_budget import AIM, LEAST_AIM, LIMIT, MOST_AIM, PAUSE, PAUSE_AFTER, Pace
+from worker.runner.prefill_cost import Cost
 
 MOST = 32
 QUIET = 0.075

@@ -12,11 +12,12 @@ from mlx_lm.models import gemma3_text, llama
 
 from shared.jobs.request import Sampling
 from tests.support.small_models import small_model
-from worker.runner import cost, kv
+from worker.engine.prefill_budget import AIM, Pace
+from worker.runner import kv_cache as kv
+from worker.runner import prefill_cost as cost
 from worker.runner.base import Row
-from worker.runner.cost import Cost
-from worker.runner.pace import AIM, Pace
 from worker.runner.prefill import KEPT_AT_ONCE, MOST_TOGETHER, SHORT_CHUNKS, Chunk, Prefill
+from worker.runner.prefill_cost import Cost
 from worker.runner.prefix_cache import PrefixCache
 
 CHUNK = 16

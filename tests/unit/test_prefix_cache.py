@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models import gemma3_text, llama
 
 from tests.support.small_models import small_model
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
 
 PLENTY = 2**30
@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_taken_apart_costs_nothing_but_the_reuse(
 ) -> None:
     cache = PrefixCache(model, PLENTY)
     keep(cache, model, counting(1, 50))
-    monkeypatch.setattr("worker.runner.pieces.Columns.of", lambda *_: 1 / 0)
+    monkeypatch.setattr("worker.runner.kv_segments.Columns.of", lambda *_: 1 / 0)
     keep(cache, model, counting(2, 50))
     keep(cache, model, counting(3, 50))
     assert cache.load("me", counting(1, 50))[0] == 0
@@ -231,7 +231,7 @@ def test_where_memory_ends_what_is_kept_is_given_up(model: Any, monkeypatch: pyt
         raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.runner.pieces.Columns.of", full)
+        patch.setattr("worker.runner.kv_segments.Columns.of", full)
         keep(cache, model, counting(2, 50))
     assert cache.nbytes == 0
     keep(cache, model, counting(1, 50))

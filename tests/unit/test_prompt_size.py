@@ -11,7 +11,7 @@ from shared.errors import Invalid
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard, Registry, digest
 from shared.queue.redis import Redis
-from web.prompt_size import PromptSizer, render
+from web.admission_tokens import PromptSizer, render
 
 CHATML = (
     "{% for message in messages %}\n<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"

@@ -14,7 +14,7 @@ mx = pytest.importorskip("mlx.core")
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors  # noqa: E402
 
 from shared.jobs.request import Sampling  # noqa: E402
-from worker.runner.penalties import WINDOW, BatchPenalties  # noqa: E402
+from worker.runner.logits.penalties import WINDOW, BatchPenalties  # noqa: E402
 from worker.runner.sampler import BatchSampler, gumbel, min_p_edge, top_k_edge, top_p_edge  # noqa: E402
 
 VOCABULARY = 12

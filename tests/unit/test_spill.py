@@ -14,12 +14,12 @@ import pytest
 from mlx_lm.models import llama
 
 from shared.jobs.request import Sampling
-from worker.runner import kv
-from worker.runner.arrivals import Arrivals
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
-from worker.runner.pieces import Columns
+from worker.runner.kv_segments import Columns
 from worker.runner.prefix_blocks import BLOCK
 from worker.runner.prefix_cache import PrefixCache
+from worker.runner.prefix_fetch import Arrivals
 from worker.runner.prefix_files import SUFFIX, PrefixFiles
 from worker.runner.spill import Spill
 
@@ -266,7 +266,7 @@ def test_a_disk_that_fails_is_given_up_with_one_line(
 def test_arrays_that_cannot_be_written_harm_no_row(
     make: Maker, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("worker.runner.pieces._TYPES", {})
+    monkeypatch.setattr("worker.runner.kv_segments._TYPES", {})
     cache = make()
     keep(cache, model, counting(1, 2 * BLOCK))
     assert cache.load("me", counting(1, 2 * BLOCK))[0] == 2 * BLOCK
@@ -327,7 +327,7 @@ def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
         assert arrivals.add(row(3, tokens))
         arrivals.remove([2, 9])
         assert arrivals.ready(idle=True) == []
-        monkeypatch.setattr("worker.runner.arrivals.PATIENCE_S", 0.0)
+        monkeypatch.setattr("worker.runner.prefix_fetch.PATIENCE_S", 0.0)
         assert arrivals.add(row(4, tokens))
         assert [each.uid for each in arrivals.ready(idle=False)] == [4]
     came: list[int] = []

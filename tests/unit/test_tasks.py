@@ -20,13 +20,13 @@ from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims, Left, LeftToOthers, NoLease, Waiting
 from shared.queue.redis import Redis
 from shared.settings import Settings
-from worker.engine.batch import Batch
+from worker.engine.core import Batch
 from worker.engine.engine import Engine
+from worker.queue.claimer import Runner
 from worker.queue.lease import Claim
 from worker.queue.left import Caller
 from worker.queue.publisher import Publisher
 from worker.queue.seats import Seats
-from worker.queue.tasks import Runner
 from worker.runner.base import Prompt, PromptError
 from worker.runner.fake import FakeBackend
 
@@ -95,7 +95,7 @@ def desk(client: Redis, settings: Settings) -> Iterator[Desk]:
 
 
 def test_a_job_is_worked_on_and_its_one_line_has_both_ids(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "worker.queue.tasks")
+    caplog.set_level(logging.INFO, "worker.queue.claimer")
     job = desk.run(desk.submit())
     assert (job.status, job.finish_reason, job.completion_tokens) == (Status.SUCCEEDED, "length", 6)
     assert job.text == desk.log.written(job.id).text

@@ -13,7 +13,7 @@ from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Append, Claims
 from shared.queue.redis import Redis
 from shared.settings import Settings
-from web.roster import Roster, Snapshot
+from web.cluster import Roster, Snapshot
 from web.views import Views
 
 MODEL = "m"

@@ -14,7 +14,7 @@ from shared.models.registry import WorkerInfo
 from web.apidoc import describe
 from web.auth import caller, require_scope
 from web.body import read_body
-from web.roster import Snapshot
+from web.cluster import Snapshot
 from web.schemas import (
     LoadRequest,
     ModelList,

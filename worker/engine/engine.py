@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from worker.engine.batch import Batch
+from worker.engine.core import Batch
 from worker.process.critical import OnDeath, VitalThread, end_process
 from worker.runner import release
 

@@ -23,10 +23,10 @@ def choose_loader(settings: Settings, model: CatalogModel, clock: Callable[[], f
 
         return partial(fake.load, model)
     if model.kind == "vision":
-        from worker.runner import vision
+        from worker.runner.vision import family as vision
 
         return partial(vision.load, settings, model, clock)
-    from worker.runner import text
+    from worker.runner import model_runner as text
 
     return partial(text.load, settings, model, clock)
 

@@ -2,7 +2,7 @@
 
 The next step is always queued on the device before the tokens of the last one are read, so the device works while
 the host deals with those tokens. A row that ends therefore ran one step too many, unless its room told beforehand.
-A few rows may get several tokens each in a step (`worker.runner.speculation`); such a step reads first.
+A few rows may get several tokens each in a step (`worker.runner.speculation.verification`); such a step reads first.
 
 This does what `mlx_lm.generate.GenerationBatch` does, on mlx-lm's models and caches, but for three things that cost
 more than a small model itself: it computes no log-probabilities, it samples all rows together, and rows that come
@@ -17,13 +17,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from shared.jobs.request import Sampling
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
-from worker.runner.penalties import BatchPenalties
+from worker.runner.decode_row import Slot
+from worker.runner.logits.penalties import BatchPenalties
 from worker.runner.prefix_cache import PrefixCache
 from worker.runner.sampler import BatchSampler
-from worker.runner.slot import Slot
-from worker.runner.speculation import Speculation
+from worker.runner.speculation.verification import Speculation
 
 MOST_PADDING = 256
 """Columns of the cache that no row needs, before they are cut off; the caches grow by as many."""

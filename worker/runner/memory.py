@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Fit, OutOfMemory
 
 SHARE_OF_GPU = 0.9

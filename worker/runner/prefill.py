@@ -20,10 +20,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from worker.runner import kv
+from worker.engine.prefill_budget import Pace
+from worker.runner import kv_cache as kv
 from worker.runner.base import OutOfMemory, Row
 from worker.runner.memory import is_out_of_memory
-from worker.runner.pace import Pace
 from worker.runner.prefix_cache import PrefixCache
 
 SHORT_CHUNKS, SHORT_S = 2, 0.01

@@ -1,9 +1,9 @@
 """What earlier rows left behind: the cache of their prompts and answers, for rows that begin with the same tokens.
 
 A tree of tokens for each owner, and one that is everybody's. An edge of it is a run of tokens and holds what the
-model's cache has of them (`worker.runner.pieces`), so what several rows share is kept once, and a row that ends adds
-only what is new. Owners never share: whether a prefix was there can be told from the time to the first token, and would
-tell one what another has sent. Only what a row gives to everybody, which is copied, serves all.
+model's cache has of them (`worker.runner.kv_segments`), so what several rows share is kept once, and a row that ends
+adds only what is new. Owners never share: whether a prefix was there can be told from the time to the first token, and
+would tell one what another has sent. Only what a row gives to everybody, which is copied, serves all.
 
 The cache belongs to one backend, which has one model in one quantisation. What it gives up for want of memory, what was
 of use, and at the end all of it, goes to disk (`worker.runner.spill`), where the next backend finds it.
@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from typing import Any
 
-from worker.runner import kv
+from worker.runner import kv_cache as kv
+from worker.runner.kv_segments import Columns, Piece, kind_for
 from worker.runner.memory import is_out_of_memory
-from worker.runner.pieces import Columns, Piece, kind_for
 from worker.runner.prefix_blocks import BLOCK
 from worker.runner.spill import Fetch, Spill
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from worker.runner import prefix_blocks
-from worker.runner.pieces import Columns
+from worker.runner.kv_segments import Columns
 from worker.runner.prefix_blocks import BLOCK, Block, Tensor
 from worker.runner.prefix_files import PrefixFiles
 

@@ -26,7 +26,7 @@ from shared.settings import ROOT
 
 if TYPE_CHECKING:
     from worker.models.load import LoadedModel
-    from worker.runner.lanes import Lanes
+    from worker.runner.length_buckets import Lanes
     from worker.runner.memory import Footprint
 
 MODELS: Final = ("SmolLM2-135M-Instruct",)
@@ -99,10 +99,10 @@ def _steps(loaded: LoadedModel, contexts: tuple[int, ...], rows: int) -> Iterato
 def _decoding(loaded: LoadedModel, footprint: Footprint, lengths: list[int]) -> Lanes:
     """Rows of these lengths in lanes."""
     from worker.runner.base import Row
-    from worker.runner.lanes import Lanes
+    from worker.runner.length_buckets import Lanes
+    from worker.runner.model_runner import padding_worth_a_pass
     from worker.runner.prefix_cache import PrefixCache
-    from worker.runner.speculation import Speculation
-    from worker.runner.text import padding_worth_a_pass
+    from worker.runner.speculation.verification import Speculation
 
     prefixes, speculation = PrefixCache(loaded.model, 0, None), Speculation(loaded.model, 0)
     lanes = Lanes(loaded.model, prefixes, footprint, padding_worth_a_pass(loaded), speculation)
@@ -118,7 +118,7 @@ def _made_up(model: Any, rows: int, length: int) -> list[Any]:
     """A cache of rows of so many tokens, with room for the steps to come."""
     import mlx.core as mx
 
-    from worker.runner import kv
+    from worker.runner import kv_cache as kv
 
     sample = kv.empty(model, 1)
     kv.feed(model, sample, [(1,)])

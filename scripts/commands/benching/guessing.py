@@ -18,7 +18,7 @@ from shared.blas import prefer_openblas
 from shared.jobs.request import Request, Sampling
 
 if TYPE_CHECKING:
-    from worker.runner.text import TextBackend
+    from worker.runner.model_runner import TextBackend
 
 TEXTS: Final = (
     "On Monday morning Anna walked down to the harbour, bought two loaves of bread and a newspaper, and waited there.",
@@ -85,7 +85,7 @@ def compare(model: Path, rounds: int, tokens: int) -> dict[str, list[dict[str, A
     """Every case in turns with and without guesses: case → what each turn gave."""
     from shared.settings import Settings
     from worker.models.load import load_model
-    from worker.runner.text import CHUNK_CPU, TextBackend
+    from worker.runner.model_runner import CHUNK_CPU, TextBackend
 
     loaded, most = load_model(model), Settings(_env_file=None).speculation_tokens
     ways = {name: TextBackend(loaded, CHUNK_CPU, speculation_tokens=n) for name, n in (("without", 0), ("with", most))}

@@ -26,7 +26,7 @@ from shared.blas import prefer_openblas
 from shared.settings import ROOT
 
 if TYPE_CHECKING:
-    from worker.runner.text import TextBackend
+    from worker.runner.model_runner import TextBackend
 
 ROWS, SHORT, LONG = 8, 24, 4000
 """Rows that decode, tokens of their prompts, and of the long one."""
@@ -194,7 +194,7 @@ def main() -> None:
     prefer_openblas()
     from worker.models.load import load_model
     from worker.runner.memory import Memory
-    from worker.runner.text import TextBackend, default_chunk
+    from worker.runner.model_runner import TextBackend, default_chunk
 
     folder, repeats = Path(sys.argv[1]), int(sys.argv[2])
     bench = Bench(TextBackend(load_model(folder), default_chunk(), Memory(4 * _BYTES, _BYTES)))

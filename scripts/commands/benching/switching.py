@@ -21,7 +21,7 @@ from shared.jobs.request import Request, Sampling
 
 if TYPE_CHECKING:
     from worker.engine.sequence import Sequence as Row
-    from worker.runner.text import TextBackend
+    from worker.runner.model_runner import TextBackend
 
 ROWS: Final = 8
 _PROMPT: Final = 64
@@ -50,7 +50,7 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     import mlx.core as mx
 
     from worker.models.load import load_model
-    from worker.runner.text import TextBackend, default_chunk
+    from worker.runner.model_runner import TextBackend, default_chunk
 
     backends = [TextBackend(load_model(folder), default_chunk()) for _ in range(2)]
     for backend in backends:
@@ -72,7 +72,7 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
 
 def _turn_s(backends: Sequence[TextBackend]) -> float:
     """The engine's median turn, where it has these models: one step of one of them."""
-    from worker.engine.batch import Batch
+    from worker.engine.core import Batch
     from worker.engine.engine import Engine
 
     engine = Engine()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
 
 from worker.runner.base import IMAGE_TOKENS
-from worker.runner.odds import LONGEST, Odds
+from worker.runner.speculation.acceptance import LONGEST, Odds
 
 _SIZES = (3, 2)
 """Tokens that are looked up together, in this order."""

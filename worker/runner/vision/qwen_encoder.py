@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from shared.models.image_geometry import ImageGeometry
-from worker.runner.images import Grid, PlacedImage, opened
+from worker.runner.vision.images import Grid, PlacedImage, opened
 
 _WARM_SIDES = (8, 16)
 """Patches a side of the images that are encoded to see what that takes."""

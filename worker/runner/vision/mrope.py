@@ -13,9 +13,9 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn
 
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import IMAGE_TOKENS
-from worker.runner.images import ImageMedia, PlacedImage
+from worker.runner.vision.images import ImageMedia, PlacedImage
 
 
 class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no types for it

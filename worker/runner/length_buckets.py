@@ -12,12 +12,12 @@ from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import Any
 
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
 from worker.runner.decode import DecodeBatch
 from worker.runner.memory import Footprint
 from worker.runner.prefix_cache import PrefixCache
-from worker.runner.speculation import Speculation
+from worker.runner.speculation.verification import Speculation
 
 _WORTH_A_COPY = 2
 """Two lanes become one when their padding is so many times less than what a lane may have: rows come again."""

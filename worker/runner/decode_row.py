@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from worker.runner.base import Row
-from worker.runner.lookup import Lookup
+from worker.runner.speculation.ngram import Lookup
 
 
 @dataclass(slots=True)

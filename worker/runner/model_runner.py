@@ -27,17 +27,19 @@ from shared.jobs.request import Request, Sampling
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.settings import Settings
+from worker.engine.prefill_budget import Pace
 from worker.models.load import LoadedModel, convert, first_line, load_model
-from worker.runner import cost, kv, pieces
-from worker.runner.arrivals import Arrivals
+from worker.runner import kv_cache as kv
+from worker.runner import kv_segments as pieces
+from worker.runner import prefill_cost as cost
 from worker.runner.base import IMAGE_TOKENS, Detokenizer, Fit, Media, Prompt, PromptError, Row, StepResult
-from worker.runner.lanes import Lanes
+from worker.runner.length_buckets import Lanes
 from worker.runner.memory import SHARE_OF_PREFIXES, UNLIMITED, Budget, Footprint, Memory, device_limit, exhaustion_told
-from worker.runner.pace import Pace
 from worker.runner.prefill import Chunk, Prefill
 from worker.runner.prefix_cache import PrefixCache, common_length
+from worker.runner.prefix_fetch import Arrivals
 from worker.runner.prefix_files import PrefixFiles, fingerprint
-from worker.runner.speculation import Speculation
+from worker.runner.speculation.verification import Speculation
 from worker.runner.spill import Spill
 
 T = TypeVar("T", bound="TextBackend")

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 
 BEHIND = 1024
 """Tokens that the cache pretends to have when it is measured what they cost: no more is needed, it grows evenly."""
@@ -23,7 +23,7 @@ _TIMES = 3
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of a chunk, beside nothing else; only their ratios matter to `worker.runner.pace`.
+    """Seconds of a chunk, beside nothing else; only their ratios matter to `worker.engine.prefill_budget`.
 
     Attributes:
         fixed: of a chunk, however small.

@@ -19,13 +19,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from shared.jobs.request import Sampling
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.base import Row
-from worker.runner.pass_costs import LENGTHS, PassCosts
-from worker.runner.penalties import penalised
+from worker.runner.decode_row import Slot
+from worker.runner.logits.penalties import penalised
 from worker.runner.prefix_cache import common_length
 from worker.runner.sampler import GREEDY_BELOW, BatchSampler
-from worker.runner.slot import Slot
+from worker.runner.speculation.pass_cost import LENGTHS, PassCosts
 
 MOST_ROWS = 4
 """More rows fill a pass with tokens that need no guess, and seldom all have one."""

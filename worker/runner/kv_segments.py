@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache
 
-from worker.runner import kv
+from worker.runner import kv_cache as kv
 from worker.runner.prefix_blocks import Block, Tensor
 
 _TYPES = {mx.float32: ("F32", np.float32), mx.float16: ("F16", np.float16), mx.bfloat16: ("BF16", np.uint16)}

@@ -17,11 +17,11 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
+from worker.engine.prefill_budget import Pace
 from worker.runner.base import Row
-from worker.runner.image_encoder import Floats, ImageEncoder
-from worker.runner.images import ImageMedia, PlacedImage
-from worker.runner.pace import Pace
 from worker.runner.prefill import Chunk
+from worker.runner.vision.images import ImageMedia, PlacedImage
+from worker.runner.vision.qwen_encoder import Floats, ImageEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 Whoever waits for the next token of a running row waits for the chunk too. So a step with a chunk is to last no longer
 than three without one, but for one in a hundred: about twice as long where times vary, more where they do not. What a
-chunk will cost is foretold, because one that turns out too dear has been waited for already: its shape (how much is the
-pass, a token, a token far behind others) was measured when the model was loaded (`worker.runner.cost`), its scale is
-what the last chunks took beside that. Steps without a chunk are a measure only while they are recent, so the reading
-pauses for a moment now and then.
+chunk will cost is foretold, because one that turns out too dear has been waited for already: its shape (how much is
+the pass, a token, a token far behind others) was measured when the model was loaded (`worker.runner.prefill_cost`),
+its scale is what the last chunks took beside that. Steps without a chunk are a measure only while they are recent, so
+the reading pauses for a moment now and then.
 
 A chunk may go through the model some layers at a time, in several steps. So the weights, which every chunk reads, cost
 a step no more than its share of the layers, and chunks are as large as brings the prompt on soonest.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-from worker.runner.cost import UNKNOWN, Cost
+from worker.runner.prefill_cost import UNKNOWN, Cost
 
 LIMIT = 3.0
 """A step with a chunk lasts no longer than so many without one, but for one in a hundred."""

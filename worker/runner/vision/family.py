@@ -1,8 +1,8 @@
 """Request from text and images with mlx-vlm's models: the backend of vision models of the Qwen-VL family.
 
-Rows are batched, read, decoded and kept as those of language models are (`worker.runner.text`), text and images in
-one batch: what differs is where a prompt's vectors come from and how its positions are counted. A row with images goes
-through `worker.runner.encoding` first, unless its images are in the prefix that it shares with an earlier row.
+Rows are batched, read, decoded and kept as those of language models are (`worker.runner.model_runner`), text and images
+in one batch: what differs is where a prompt's vectors come from and how its positions are counted. A row with images
+goes through `worker.runner.vision.stage` first, unless its images are in the prefix that it shares with an earlier row.
 
 mlx-vlm's own `BatchGenerator` takes the sampling of a batch from its first request, admits only when a whole group of
 slots is free, and computes log-probabilities for every row; this one does none of that.
@@ -32,14 +32,14 @@ from shared.models.folder import ModelError, check_folder
 from shared.settings import Settings
 from worker.models.load import NO_CODE, LoadedModel, convert, first_line, loaded_as
 from worker.runner.base import IMAGE_TOKENS, Detokenizer, Media, PromptError, Row
-from worker.runner.encoding import Encoding
-from worker.runner.image_encoder import ImageEncoder
-from worker.runner.images import ImageMedia, place
 from worker.runner.memory import UNLIMITED, Memory
-from worker.runner.mrope import MRopeModel
+from worker.runner.model_runner import TextBackend, TextDetokenizer, assembled, read_weights
 from worker.runner.prefill import Chunk
 from worker.runner.spill import Spill
-from worker.runner.text import TextBackend, TextDetokenizer, assembled, read_weights
+from worker.runner.vision.images import ImageMedia, place
+from worker.runner.vision.mrope import MRopeModel
+from worker.runner.vision.qwen_encoder import ImageEncoder
+from worker.runner.vision.stage import Encoding
 
 FAMILIES = ("qwen2_5_vl",)
 """What config.json calls models whose encoder and positions are known here."""

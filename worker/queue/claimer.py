@@ -17,7 +17,7 @@ from shared.logging import about
 from shared.queue.claims import Append, Claims, LeftToOthers, NoLease
 from shared.queue.redis import passes
 from shared.queue.wakeups import TASK, TicketOffice
-from worker.engine.batch import Batch, Unloaded
+from worker.engine.core import Batch, Unloaded
 from worker.engine.sequence import Outcome, Said, Sequence
 from worker.queue.lease import Claim
 from worker.queue.left import Caller
