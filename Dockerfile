@@ -34,4 +34,4 @@ COPY worker worker
 COPY scripts/commands/container_health.py scripts/commands/
 RUN python -m compileall -q .
 USER mlxq
-CMD ["python", "-m", "worker.app"]
+CMD ["python", "-m", "worker.process.launcher"]

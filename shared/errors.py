@@ -14,12 +14,16 @@ MlxqError                 has `code`, `status` (HTTP), `title`, and perhaps `fie
 ├── Invalid               422  a field that does not fit; `field` names it
 │   └── KeyReused         422  Idempotency-Key sent again with another body
 ├── RateLimited           429
+│   └── KeyQueueFull      429  the key's unfinished jobs hold as many bytes as one key may
 ├── Internal              500
-├── Unavailable           503  Redis away, queue full: try again after `retry_after` seconds
-│   └── NotDurable        503  Redis does not prove that the job is on its disk
+├── Unavailable           503  Redis away: try again after `retry_after` seconds
+│   ├── NotDurable        503  Redis does not prove that the job is on its disk
+│   ├── QueueFull         503  as many jobs wait for the model as may
+│   └── QueueMemoryFull   503  unfinished jobs hold as many bytes as they may, or Redis has no memory left
 └── Expired               504  a job that was waited for did not end within its time
 
-How a job can fail is `JobFailure`, how its time can be over `Expiry`: both are codes in a job's `error`.
+Codes in a job's `error`: `JobFailure` for failed jobs, `Expiry` for expired ones. `PromptRefused` carries a
+`JobFailure` from tokenizers and model runners to the API or the claimer.
 """
 
 from __future__ import annotations
@@ -127,6 +131,12 @@ class RateLimited(MlxqError):
     status, code, title = 429, "rate_limited", "Too many requests"
 
 
+class KeyQueueFull(RateLimited):
+    """The unfinished jobs of this API key hold as many bytes as one key may (`QUEUE_BYTES_PER_KEY`)."""
+
+    code, title = "key_queue_full", "Too much queued"
+
+
 class Internal(MlxqError):
     """A fault of ours; the request id leads to the log line."""
 
@@ -141,6 +151,18 @@ class NotDurable(Unavailable):
     """Redis does not prove that it keeps the job: sent again with its Idempotency-Key, it will be the same job."""
 
     code = "not_durable"
+
+
+class QueueFull(Unavailable):
+    """As many jobs wait for the model as may (`MAX_QUEUE`)."""
+
+    code = "queue_full"
+
+
+class QueueMemoryFull(Unavailable):
+    """Unfinished jobs hold as many bytes as they may (`QUEUE_BYTES`), or Redis itself has no memory left."""
+
+    code = "queue_memory_full"
 
 
 class Expired(MlxqError):
@@ -168,6 +190,17 @@ class JobFailure(StrEnum):
     """It was to be continued, and what was generated before is not all in its log any more."""
     IMAGE_LOST = "image_lost"
     """An image of it is not kept any more."""
+
+
+class PromptRefused(Exception):
+    """A prompt that the model cannot take: its job fails, or is not accepted.
+
+    `code` is a `JobFailure`; the text is shown to the caller of the API.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Expiry(StrEnum):

@@ -1,7 +1,7 @@
 """Every setting of every process, read from the environment and `.env` (the environment wins).
 
-Names are the same in both places, and `.env.example` lists all of them with these defaults: a test
-holds the two together.
+Names are the same in both places. `.env.example` and the table of README.md are made from this class by
+`python -m scripts.commands.document_settings`; a test compares them.
 """
 
 from __future__ import annotations
@@ -43,99 +43,153 @@ class Settings(BaseSettings):
     )
 
     # Where things are
-    data_dir: Path = Field(ROOT / "data", description="Everything that is written: queue, keys, logs, sockets")
+    data_dir: Path = Field(
+        ROOT / "data", description="Folder of everything that is written: queue, keys, logs, sockets"
+    )
     model_path: Path = Field(ROOT / "models/SmolLM2-135M-Instruct", description="The MLX model folder to serve")
     models_file: Path = Field(
-        ROOT / "models/catalog.toml", description="The catalog: all models that may be served; absent: MODEL_PATH alone"
+        ROOT / "models/catalog.toml",
+        description="The catalog of all models that may be served; without the file: MODEL_PATH alone",
     )
     redis_url: str = Field(
         "",
         description="Redis or Valkey to use: `redis://`, `rediss://`, `unix://` or "
-        "`sentinel://host,host/0?master=NAME`; empty: one of our own, inside DATA_DIR",
+        "`sentinel://host,host/0?master=NAME`; empty: an embedded Valkey in DATA_DIR",
     )
-    broker_url: str = Field("", description="Celery's broker, in the same forms; empty: the same as REDIS_URL")
+    redis_maxmemory_bytes: Literal["auto"] | Annotated[int, Field(ge=64 * 2**20)] = Field(
+        "auto",
+        description="Memory limit (`maxmemory`) of the embedded Valkey; `auto`: a quarter of the machine's memory, "
+        "at least 256 MiB and at most 4 GiB",
+    )
+    broker_url: str = Field("", description="Celery's broker, in the same forms as REDIS_URL; empty: REDIS_URL")
 
     # The API
     host: str = Field("127.0.0.1", description="Address the API and Flower listen on")
     port: int = Field(8080, ge=1, le=65535, description="Port of the API")
     web_workers: int = Field(1, ge=1, le=64, description="API processes")
-    mlxq_api_key: SecretStr = Field(SecretStr(""), description="Key of local use; written on the first run")
-    rate_limit: str = Field("100/minute", pattern=RATE, description="Requests a key may send, unless it says otherwise")
-    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body")
-    max_images: int = Field(16, ge=0, description="Most images of a request")
-    max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Largest image file")
-    max_image_pixels: int = Field(7680 * 4320, ge=1, description="Most pixels of an image")
+    mlxq_api_key: SecretStr = Field(SecretStr(""), description="API key for local use; written on the first run")
+    rate_limit: str = Field("100/minute", pattern=RATE, description="Rate limit of an API key that has none of its own")
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Maximum size of a request body")
+    max_images: int = Field(16, ge=0, description="Maximum images per request")
+    max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Maximum size of an image file")
+    max_image_pixels: int = Field(7680 * 4320, ge=1, description="Maximum pixels of an image")
     image_urls: bool = Field(
         False,
-        description="Also read images from http(s) URLs, together at most MAX_BODY_BYTES, but none of private, "
+        description="Also read images from http(s) URLs, at most MAX_BODY_BYTES per request, never from private, "
         "loopback or link-local addresses",
     )
-    heartbeat_s: float = Field(15.0, gt=0, description="Idle streams get a comment this often")
+    heartbeat_s: float = Field(15.0, gt=0, description="Interval of the comments that keep idle streams open")
     max_wait_s: float = Field(60.0, gt=0, description="Longest wait of a long poll")
 
     # Jobs
-    max_tokens: int = Field(512, ge=1, description="Tokens generated when a request does not say")
-    temperature: float = Field(0.0, ge=0, le=2, description="Temperature when a request does not say")
-    durable: bool = Field(True, description="Accept a job only when Redis proves it to be on disk; false: trust Redis")
-    max_queue: int = Field(10_000, ge=1, description="Jobs that may wait per model; more are refused with 503")
+    template_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="Time limit for templating and tokenising a prompt, plus 5 s per MiB of the prompt; a prompt that "
+        "takes longer is refused",
+    )
+    max_tokens: int = Field(512, ge=1, description="Default of a request's max_tokens")
+    temperature: float = Field(0.0, ge=0, le=2, description="Default of a request's temperature")
+    durable: bool = Field(
+        True, description="Accept a job only when Redis proves that it is on disk; false: trust Redis"
+    )
+    max_queue: int = Field(10_000, ge=1, description="Maximum waiting jobs per model; more are refused with 503")
+    queue_bytes: Literal["auto"] | Annotated[int, Field(ge=2**20)] = Field(
+        "auto",
+        description="Maximum bytes of Redis that unfinished jobs reserve in all; more are refused with 503; `auto`: "
+        "half of Redis's memory limit, or an eighth of its machine's memory where it has none",
+    )
+    queue_bytes_per_key: Literal["auto"] | Annotated[int, Field(ge=2**20)] = Field(
+        "auto",
+        description="Maximum bytes of Redis that the unfinished jobs of one API key reserve; more are refused with "
+        "429; `auto`: a quarter of QUEUE_BYTES",
+    )
+    failed_request_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Maximum bytes of Redis for the requests of failed jobs, which are kept for inspection; the oldest "
+        "are dropped first",
+    )
     start_within_s: float = Field(
-        24 * 3600.0, gt=0, description="A job that has not started by then expires, when its request does not say"
+        24 * 3600.0,
+        gt=0,
+        description="Default of a request's start_within_s: a job that has not started by then expires",
     )
     max_start_within_s: float = Field(
-        7 * 24 * 3600.0, gt=0, description="Most that a request may ask for as start_within_s", validate_default=True
+        7 * 24 * 3600.0, gt=0, description="Maximum of a request's start_within_s", validate_default=True
     )
     deadline_s: float = Field(
-        24 * 3600.0, gt=0, description="A job that takes longer in all expires, when its request does not say"
+        24 * 3600.0,
+        gt=0,
+        description="Default of a request's deadline_s: a job that takes longer, waiting included, expires",
     )
     max_deadline_s: float = Field(
-        7 * 24 * 3600.0, gt=0, description="Most that a request may ask for as deadline_s", validate_default=True
+        7 * 24 * 3600.0, gt=0, description="Maximum of a request's deadline_s", validate_default=True
     )
-    retention_s: int = Field(24 * 3600, ge=1, description="Finished jobs are kept this long, with their texts")
+    retention_s: int = Field(24 * 3600, ge=1, description="How long finished jobs are kept, with their texts")
     log_retention_s: int | None = Field(
-        None, ge=1, description="Their logs, from which streams are read; empty: as long. At most RETENTION_S"
+        None,
+        ge=1,
+        description="How long the logs of finished jobs are kept, from which streams are read; empty: RETENTION_S, "
+        "which is also the maximum",
     )
-    max_attempts: int = Field(3, ge=1, description="Workers a job may lose before it is failed")
+    max_attempts: int = Field(
+        3, ge=1, description="Worker crashes with a job as the only suspect after which the job fails"
+    )
 
     # The workers
     workers: int = Field(1, ge=1, le=64, description="Worker processes that scripts/serve starts")
     backend: Literal["auto", "fake"] = Field(
-        "auto", description="`auto`: what the model folder needs; `fake`: no model, made-up words, for tests"
+        "auto", description="Model runner; `auto`: what the model folder needs; `fake`: made-up words, for tests"
     )
     worker_models: str = Field(
         "",
-        description="Models of the catalog that workers load when they start, with commas between; empty: the default. "
-        "With `;` between lists, each worker has its own",
+        description="Models of the catalog that workers load at their start, separated by commas; empty: the default "
+        "model. Lists separated by `;` are for one worker process each",
     )
     load_on_demand: bool = Field(
         True,
         description="Load a model of the catalog when a job asks for one that no worker has; false: refuse the job",
     )
-    slots: int = Field(32, ge=1, le=1024, description="Jobs decoded at once per worker")
+    slots: int = Field(32, ge=1, le=1024, description="Maximum rows in a model's decode batch")
     prefill_step_tokens: int = Field(
-        0, ge=0, description="Most tokens of a prompt read between two decode steps; 0: chosen by device"
+        0, ge=0, description="Maximum tokens of a long prompt per prefill chunk; 0: chosen by device"
     )
     speculation_tokens: int = Field(
-        16, ge=0, description="Most tokens guessed ahead for a job while few decode and it pays; 0: none"
+        16, ge=0, description="Maximum draft tokens per row and step of speculative decoding; 0: off"
     )
     memory_limit_bytes: int = Field(
-        0, ge=0, description="Memory for a worker's model and caches; jobs wait for it; 0: chosen by device"
+        0, ge=0, description="Memory limit of a worker process's models and caches; 0: chosen by device"
     )
     prefix_cache_bytes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="Of that, for prefixes that later jobs of a key reuse; 0: none; `auto`: a quarter"
+        "auto",
+        description="Maximum memory for a model's prefix cache; 0: off; `auto`: a quarter of the memory for caches",
     )
     prefix_disk_bytes: int = Field(
-        8 * 2**30, ge=0, description="Disk for prefixes in DATA_DIR, where a restarted worker finds them; 0: none"
+        8 * 2**30,
+        ge=0,
+        description="Maximum disk space for evicted prefixes in DATA_DIR, where a restarted worker finds them; 0: off",
     )
-    lease_s: float = Field(2.0, ge=0.2, description="A worker silent for longer loses its jobs to the others")
-    watchdog_s: float = Field(60.0, gt=0, description="An engine without progress for longer ends its process")
-    drain_s: float = Field(10.0, ge=0, description="Running jobs get this long at shutdown, then go back to the queue")
-    wired_limit: bool = Field(False, description="Let MLX wire model memory on a Mac")
+    lease_s: float = Field(
+        2.0, ge=0.2, description="Lifetime of a worker's lease; without a renewal its jobs return to the queue"
+    )
+    watchdog_s: float = Field(
+        60.0, gt=0, description="Longest time without progress before a worker process ends itself"
+    )
+    drain_s: float = Field(
+        10.0, ge=0, description="Time that running jobs get at shutdown before they return to the queue"
+    )
+    wired_limit: bool = Field(False, description="Let MLX wire the model's memory on a Mac")
 
     # Operations
     flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower")
     flower_user: str = Field("admin", min_length=1, description="Flower's user")
     flower_password: SecretStr = Field(SecretStr(""), description="Flower's password; written on the first run")
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Least severe line logged")
+    log_level: str = Field(
+        "INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        description="Least severe log level: DEBUG, INFO, WARNING or ERROR",
+    )
 
     @field_validator("redis_url")
     @classmethod
@@ -181,6 +235,11 @@ class Settings(BaseSettings):
         return self.data_dir / "prefixes"
 
     @cached_property
+    def tokenizers_dir(self) -> Path:
+        """Tokenizers of the models that API and workers of this host have met."""
+        return self.data_dir / "tokenizers"
+
+    @cached_property
     def embedded_redis(self) -> bool:
         """Whether the queue lives in our own Valkey, on a Unix socket inside DATA_DIR."""
         return not self.redis_url
@@ -196,7 +255,7 @@ class Settings(BaseSettings):
         return self.redis_url or f"unix://{self.redis_socket}"
 
     @cached_property
-    def tickets_url(self) -> str:
+    def celery_url(self) -> str:
         """URL of the broker, for `shared.queue.broker`."""
         return self.broker_url or self.store_url
 
@@ -221,7 +280,7 @@ def load_settings() -> Settings:
 
 
 def load_or_exit() -> Settings:
-    """The same for a process that can only end when a variable does not fit: it says so, a line each."""
+    """The same for a process that cannot run with an invalid variable: it ends with one line for each of them."""
     try:
         return load_settings()
     except ValidationError as error:

@@ -1,166 +1,98 @@
-"""How many tokens a prompt has, without MLX: so that one too long is refused before it waits in line.
+"""Token ids of a request before it is accepted: a prompt that is too long, or that the template refuses, never waits.
 
-Most prompts need no tokenizer: a token stands for at least one byte, so what has fewer bytes than the context has
-tokens fits; and what has more bytes than a context full of the longest token is too long. Only the rest is counted,
-beside the event loop.
+The work is done in a helper process (`shared.tokenizing`). Where the API does not have the model's tokenizer, the
+worker tokenises the prompt.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache, partial
-from typing import Any, Final, NoReturn
+import logging
+import time
+from dataclasses import asdict
+from typing import Final
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from shared.errors import Invalid, JobFailure
+from shared.errors import Invalid, PromptRefused, Unavailable
 from shared.jobs.request import Request
-from shared.models.registry import ModelCard, Registry
-from web.aside import aside
+from shared.models.registry import ModelCard
+from shared.tokenizing.client import (
+    TokenizerBroken,
+    TokenizerBusy,
+    TokenizerCorrupt,
+    Tokenizing,
+)
+from shared.tokenizing.files import TokenizerFiles
+from shared.tokenizing.messages import Tokenized, TokenizerSource
 
-_SPECIALS: Final = 8
-"""Tokens that a tokenizer may add of its own accord."""
-_TURN: Final = 256
-"""Bytes that take as long to render as a message does by itself."""
+log = logging.getLogger(__name__)
+
+_BROKEN_S: Final = 60.0
+"""Time after which a tokenizer that could not be loaded is tried again."""
+_RETRY_AFTER_S: Final = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Counter:
-    """A tokenizer.
+class PromptTokenizer:
+    """Tokenises requests for models whose tokenizer is known.
 
-    Attributes:
-        longest: bytes of its longest token.
+    Args:
+        files: the tokenizers that this host has or can fetch.
     """
 
-    tokenizer: Any
-    longest: int
+    def __init__(self, tokenizing: Tokenizing, files: TokenizerFiles) -> None:
+        self._tokenizing = tokenizing
+        self._files = files
+        self._broken: dict[str, float] = {}
 
-    def count(self, text: str, *, add_special_tokens: bool) -> int:
-        # Of all ways to encode, a batch alone lets go of the interpreter meanwhile.
-        encode = partial(self.tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
-        return len(aside(len(text), encode)[0])
+    def tokenize(self, card: ModelCard, request: Request, field: str) -> Tokenized | None:
+        """A request's token ids; None when the worker has to find them.
 
-
-class PromptSizer:
-    """Tells prompts that fit a model from those that do not."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._counters: dict[str, _Counter] = {}
-
-    def check(self, card: ModelCard, generation: Request, field: str) -> None:
-        """Refuse a prompt that leaves no room for an answer; it came in `field`.
+        Args:
+            field: where the prompt came in.
 
         Raises:
-            Invalid: it is too long, or the model's template refuses the messages.
+            Invalid: it leaves no room for an answer, or the model's template refuses it.
+            Unavailable: too many prompts wait to be tokenised.
             redis.RedisError: Redis is away.
         """
-        if not self._fits(card, generation):
-            raise Invalid(
-                f"The prompt is longer than the model's context of {card.context} tokens.",
-                code=JobFailure.CONTEXT_LENGTH,
-                field=field,
-            )
-
-    def _fits(self, card: ModelCard, generation: Request) -> bool:
-        text, messages = generation.prompt, generation.messages
-        if messages is not None:
-            size = sum(len(_said(message["content"]).encode()) for message in messages)
-            # A template adds to what was said. What it may drop, such as earlier thoughts, is not as much as this.
-            if self._hopeless(card, size):
-                return False
-            text = aside(size + _TURN * len(messages), lambda: render(card, messages))
-        if text is None:
-            return True  # nobody here can tell: the worker will
-        size = len(text.encode())
-        if size + _SPECIALS < card.context:
-            return True
-        if self._hopeless(card, size):
-            return False
-        counter = self._counter(card)
-        return counter is None or counter.count(text, add_special_tokens=messages is None) < card.context
-
-    def _hopeless(self, card: ModelCard, size: int) -> bool:
-        """Whether so many bytes are too long even if they were the longest token again and again."""
-        if size <= card.context:
-            return False
-        counter = self._counter(card)
-        return counter is not None and size > card.context * counter.longest
-
-    def _counter(self, card: ModelCard) -> _Counter | None:
-        if card.tokenizer is None:
+        if card.tokenizer is None or self._broken.get(card.tokenizer, 0.0) > time.monotonic():
             return None
-        if card.tokenizer not in self._counters:
-            text = self._registry.tokenizer_json(card.tokenizer)
-            if text is None:
+        try:
+            return self._tokenized(card, card.tokenizer, request, field)
+        except PromptRefused as refused:
+            raise Invalid(str(refused), code=refused.code, field=field) from refused
+        except TokenizerBusy as busy:
+            log.warning("tokenizer_busy", extra={"reason": str(busy)})
+            raise Unavailable("Too many prompts wait to be tokenised.", retry_after=_RETRY_AFTER_S) from busy
+        except (TokenizerBroken, OSError) as error:
+            log.warning("tokenizer_unusable", extra={"model": card.id, "reason": str(error)})
+            self._broken[card.tokenizer] = time.monotonic() + _BROKEN_S
+            return None
+
+    def _tokenized(self, card: ModelCard, digest: str, request: Request, field: str) -> Tokenized | None:
+        reserved = _image_tokens(card, request, field)
+        for _ in range(2):
+            path = self._files.path(digest)
+            if path is None:
                 return None
-            self._counters[card.tokenizer] = aside(len(text), partial(_load, text))
-        return self._counters[card.tokenizer]
+            source = TokenizerSource.of_card(str(path), digest, asdict(card))
+            try:
+                return self._tokenizing.tokenize(source, request, context=card.context, reserved=reserved)
+            except TokenizerCorrupt as corrupt:
+                log.warning("tokenizer_corrupt", extra={"model": card.id, "reason": str(corrupt)})
+                self._files.discard(digest)
+        raise TokenizerBroken("what was fetched is not what it should be, either")
 
 
-def _said(content: Any) -> str:
-    """The text of a message. How many tokens an image has only its model's worker can tell."""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-class _Refused(Exception):
-    """A template called `raise_exception`."""
-
-
-def render(card: ModelCard, messages: Sequence[dict[str, Any]]) -> str | None:
-    """The prompt that the model's chat template makes of messages; None when it cannot be rendered here.
+def _image_tokens(card: ModelCard, request: Request, field: str) -> int:
+    """Tokens that the images of a request take beyond the one that stands for each in the template.
 
     Raises:
-        Invalid: the template refuses them.
+        Invalid: the model takes no image of such a shape.
     """
-    if card.chat_template is None:
-        return None
+    geometry = card.geometry
+    if geometry is None:
+        return 0
     try:
-        return _template(card.chat_template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            bos_token=card.bos_token or "",
-            eos_token=card.eos_token or "",
-        )
-    except _Refused as refused:
-        raise Invalid(
-            f"The model's chat template refuses these messages: {refused}",
-            code=JobFailure.TEMPLATE,
-            field="messages",
-        ) from refused
-    except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError):
-        return None
-
-
-@lru_cache(maxsize=32)
-def _template(source: str) -> Template:
-    """The template in the environment that transformers gives it."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-    return environment.from_string(source)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _Refused(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    # Unlike Jinja's own, without escaping for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _load(text: str) -> _Counter:
-    from tokenizers import Tokenizer  # heavy, and most processes never count
-
-    tokenizer = Tokenizer.from_str(text)
-    longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
-    return _Counter(tokenizer, longest)
+        sizes = [geometry.resized(part["width"], part["height"]) for part in request.image_parts]
+    except ValueError as error:
+        raise Invalid(f"The model takes no image of such a shape: {error}", field=field) from error
+    return sum(width * height // geometry.factor**2 - 1 for width, height in sizes)

@@ -75,8 +75,9 @@ _CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "image_unreachable",
         "worker_not_found",
         "worker_needed",
+        "job_too_large",
     ),
-    429: ("rate_limited",),
+    429: ("rate_limited", "key_queue_full"),
     500: ("internal",),
     503: (
         "unavailable",
@@ -97,7 +98,8 @@ Send an API key as `X-API-Key` or as a Bearer token. Every answer carries `X-Req
 1 to 128 characters of `A-Z a-z 0-9 . _ -`. Errors are `application/problem+json` with a stable `code`.
 
 A stream has the events `queued`, `started`, `chunk`, `resumed` and, last and once, `done` with the whole job. The
-texts of all chunks together are the job's text. It can be read again from any event on."""
+texts of all chunks together are the job's text. A chunk of a job with `logprobs` has a list of that name beside its
+`text`. Skip events of kinds that you do not know. A stream can be read again from any event on."""
 
 
 def _parameter(name: str, where: str, about: str, **schema: Any) -> Parameter:

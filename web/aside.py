@@ -1,7 +1,6 @@
 """Heavy work beside the event loop, so that it does not hold every stream of the process.
 
-A thread helps where its work lets go of the interpreter: Python code does every few milliseconds, and so does counting
-tokens as `web.admission_tokens` does it.
+A thread helps where its work lets go of the interpreter, as Python code does every few milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ LARGE: Final = 64 * 2**10
 
 
 def aside(size: int, work: Callable[[], T]) -> T:
-    """What `work` gives, or raises; done in a thread when it is about so many bytes."""
+    """What `work` gives, or raises; done in a thread when it is about so many bytes.
+
+    Nothing bounds the wait but the work itself, which therefore must: parsing, hashing and decoding of a body do.
+    """
     if size < LARGE:
         return work()
     done: Callable[[], T] = gevent.get_hub().threadpool.apply(_tried, (work,))

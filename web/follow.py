@@ -9,33 +9,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from typing import Final
 
 import redis
 
 from shared.errors import Gone
 from shared.jobs.log import Event, EventKind, JobLog
 from shared.queue.redis import passes
-from web.hub import Item, Signal, Subscription
+from web.hub import Hub, Item, Signal
 
 log = logging.getLogger(__name__)
 
 _PAGE: Final = 500
-
-
-class Live(Protocol):
-    """What is needed of `web.hub.Hub`."""
-
-    def subscribe(self, job_id: str) -> AbstractContextManager[Subscription]:
-        """A job's live events, after a first `RESYNC`."""
-        ...
+_CHECK_S: Final = 5.0
+"""Interval at which a wait reads the job's record, because older processes do not publish ends."""
 
 
 class Follower:
     """Reads jobs' events as they come."""
 
-    def __init__(self, job_log: JobLog, live: Live, heartbeat_s: float) -> None:
+    def __init__(self, job_log: JobLog, live: Hub, heartbeat_s: float) -> None:
         self._log = job_log
         self._live = live
         self._heartbeat_s = heartbeat_s
@@ -55,16 +48,16 @@ class Follower:
     def wait(self, job_id: str, timeout_s: float | None, linger_s: float = 0.0) -> None:
         """Return when the job has ended, when time is over, or `linger_s` after the process is about to end.
 
-        It outlasts Redis being away.
+        Without a timeout the job's own deadline bounds it. It outlasts Redis being away.
 
         Raises:
             redis.RedisError: the job cannot be read, and trying again will not help.
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        with self._live.subscribe(job_id) as live:
+        with self._live.subscribe_end(job_id) as live:
             while (left_s := deadline - time.monotonic()) > 0:
-                items = live.take(min(left_s, self._heartbeat_s))
-                if any(isinstance(item, Event) and item.kind is EventKind.DONE for item in items):
+                items = live.take(min(left_s, _CHECK_S))
+                if Signal.ENDED in items:
                     return
                 if Signal.CLOSING in items:
                     deadline = min(deadline, time.monotonic() + linger_s)
@@ -78,7 +71,7 @@ class Follower:
             if not passes(error):
                 raise
             # As with a stream: whatever comes next leads here again.
-            log.warning("A wait cannot read how its job is yet: %s", error)
+            log.warning("job_not_read", extra={"job_id": job_id, "reason": str(error)})
             return False
 
     def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[list[Event]]:
@@ -106,7 +99,7 @@ class Follower:
                 page = self._page(job_id, cursor)
             except redis.RedisError as error:
                 # Whatever comes next (an event, the hub's return, a heartbeat) leads here again.
-                log.warning("A stream cannot read its log yet: %s", error)
+                log.warning("job_log_not_read", extra={"job_id": job_id, "reason": str(error)})
                 break
             full = len(page) == _PAGE
             cursor, ended = yield from _after(cursor, page)

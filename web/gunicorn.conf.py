@@ -52,7 +52,8 @@ def on_starting(server: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     services = worker.wsgi.extensions["mlxq"]
-    services.upkeep.start(lambda: worker.alive)
+    services.events.start()
+    services.maintenance.start(lambda: worker.alive)
     gevent.spawn(_close_streams, worker, services.hub)
     settle()
 

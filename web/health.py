@@ -44,14 +44,14 @@ class Doctor:
             asked_at = time.monotonic()
             self._probe.ping()
             answered = RedisView(reachable=True, response_s=round(time.monotonic() - asked_at, 6))
-            workers = self._registry.workers()
-            models = {*self._registry.models(), self._catalog.default}
-            queues = {model: self._registry.waiting(model) for model in sorted(models)}
+            now, workers = self._registry.workers_now()
+            models = sorted({*self._registry.models(), self._catalog.default})
+            queues = dict(zip(models, self._registry.waiting_each(models), strict=True))
             would_load = self._would_load()
             store_faults = [*self._durability_faults(), *self._memory_faults()]
         except redis.RedisError:
             return HealthView(status="down", reasons=["Redis does not answer."], redis=_ABSENT, workers=[], queues={})
-        views = self._workers(workers)
+        views = self._workers(now, workers)
         reasons = [*store_faults, *_worker_faults(views, self._settings.lease_s), *self._queue_faults(workers, queues)]
         if not any(worker.state == "ready" for worker in workers):
             return HealthView(
@@ -82,9 +82,9 @@ class Doctor:
         why = why_unproven(self._probe)
         return [why] if why else []
 
-    def _workers(self, workers: list[WorkerInfo]) -> list[WorkerView]:
+    def _workers(self, now: float, workers: list[WorkerInfo]) -> list[WorkerView]:
+        """The workers as they were at `now`, by Redis's clock, as are the moments that they tell."""
         response_s = self._pulse.read(len({worker.node for worker in workers}))
-        now = time.time()
         return [
             WorkerView(
                 id=worker.id,

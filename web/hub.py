@@ -1,7 +1,7 @@
 """Live events: one pub/sub connection per process, shared by all its streams.
 
 What comes over pub/sub may be lost: while the connection is away, or because a slow client's queue is full. The
-hub never hides that. It tells a subscriber `RESYNC` whenever something may have been missed; the subscriber then
+hub never hides that. It sends a subscriber `RESYNC` whenever something may have been missed; the subscriber then
 reads the job's log.
 """
 
@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Final, TypeAlias
@@ -31,7 +31,7 @@ _QUIET_S: Final = 5.0
 """A connection this silent is asked for a sign of life; one that stays silent as long again is dropped."""
 _RECONNECT_S: Final = 0.25
 _ANCHOR: Final = "anchor"
-"""A channel nobody writes to: without any subscription, Redis would treat the connection as an ordinary one."""
+"""A channel without messages: without any subscription, Redis would treat the connection as an ordinary one."""
 
 
 class Signal(Enum):
@@ -41,6 +41,8 @@ class Signal(Enum):
     """From here on events come live; what was written before stands in the log."""
     CLOSING = auto()
     """The process is about to end."""
+    ENDED = auto()
+    """The job has ended; only for subscriptions to a job's end."""
 
 
 Item: TypeAlias = Event | Signal
@@ -69,7 +71,8 @@ class Subscription:
 
     def put(self, item: Item) -> None:
         """Hand an item over, or note that there was no room for it."""
-        if isinstance(item, Event) and self._items.qsize() >= _QUEUE_LENGTH:
+        droppable = isinstance(item, Event) or item is Signal.RESYNC  # the overflow says the same
+        if droppable and self._items.qsize() >= _QUEUE_LENGTH:
             self._overflowed = True
         else:
             self._items.put(item)
@@ -86,7 +89,7 @@ class _Channel:
 
 
 class Hub:
-    """Hands each job's live events to whoever subscribed to it.
+    """Hands each job's live events to its subscribers.
 
     Only the reader thread (a greenlet under gunicorn) reads from the connection and opens it anew; others only send
     on it. redis-py's own PubSub would reconnect silently, and nobody would know of the gap.
@@ -101,11 +104,17 @@ class Hub:
         self._reader: threading.Thread | None = None
         self._closing = False
 
-    @contextmanager
-    def subscribe(self, job_id: str) -> Iterator[Subscription]:
+    def subscribe(self, job_id: str) -> AbstractContextManager[Subscription]:
         """A job's live events; the first item is `RESYNC`, once Redis has acknowledged."""
+        return self._subscribe(keys.LIVE + job_id)
+
+    def subscribe_end(self, job_id: str) -> AbstractContextManager[Subscription]:
+        """A job's end alone, as `ENDED`: one message however long the answer; the first item is `RESYNC`."""
+        return self._subscribe(keys.DONE + job_id)
+
+    @contextmanager
+    def _subscribe(self, name: str) -> Iterator[Subscription]:
         subscription = Subscription()
-        name = keys.LIVE + job_id
         self._join(name, subscription)
         try:
             yield subscription
@@ -164,10 +173,10 @@ class Hub:
                 self._read()
             except (redis.RedisError, OSError) as error:
                 if not away:
-                    log.warning("Live events are away, streams read the log: %s", error)
+                    log.warning("live_events_away", extra={"reason": str(error)})
                 away = True
             except Exception:  # a message that cannot be read, say: without the reader every stream would wait in vain
-                log.exception("Live events failed, streams read the log")
+                log.exception("live_events_failed")
             self._drop()
             time.sleep(_RECONNECT_S)
 
@@ -206,7 +215,7 @@ class Hub:
         kind, name = reply[0], reply[1]
         with self._lock:
             if kind == "message" and name in self._channels:
-                self._channels[name].tell(Event.from_live(reply[2]))
+                self._channels[name].tell(_item(name, reply[2]))
             elif kind == "subscribe":
                 self._acknowledged(name)
 
@@ -219,3 +228,13 @@ class Hub:
             if channel is not None:
                 channel.live = True
                 channel.tell(Signal.RESYNC)
+
+
+def _item(name: str, message: str) -> Item:
+    """The item of a message; `RESYNC` when it cannot be read, because then the log must be."""
+    if name.startswith(keys.DONE):
+        return Signal.ENDED
+    try:
+        return Event.from_live(message)
+    except ValueError:
+        return Signal.RESYNC

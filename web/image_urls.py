@@ -148,7 +148,7 @@ class ImageUrls:
                     return found
                 url = urljoin(url, found)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            log.info("An image could not be read: %s", type(error).__name__)
+            log.info("image_not_fetched", extra={"reason": type(error).__name__})
             raise Invalid("The image cannot be read from there.", code="image_unreachable") from error
         raise Invalid(f"The image's URL redirects more than {REDIRECTS} times.", code="image_unreachable")
 

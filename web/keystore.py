@@ -27,6 +27,8 @@ from limits import parse_many
 log = logging.getLogger(__name__)
 
 SCOPES: Final = frozenset({"infer", "admin"})
+LOCK_S: Final = 10.0
+"""Longest wait for another writer, who has a file to read and to write."""
 _FORM: Final = re.compile(r"mlxq_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
 _NOBODY: Final = hashlib.sha256(secrets.token_bytes()).hexdigest()
 """What the key of an unknown id is compared with, so that it takes as long as a known one."""
@@ -95,7 +97,7 @@ class KeyStore:
                 if other.name == name and other.id != known.id and other.revoked_at is None:
                     keys[other.id] = replace(other, revoked_at=entry.created_at)
         if known.revoked_at is not None:
-            log.warning("The API key %s was revoked and stays so", known.id)
+            log.warning("api_key_stays_revoked", extra={"key_id": known.id})
         return known
 
     def create(self, name: str, scopes: Iterable[str], rate_limit: str | None = None) -> str:
@@ -153,14 +155,14 @@ class KeyStore:
         except FileNotFoundError:
             self._seen, self._keys = None, {}
         except (OSError, ValueError, TypeError, KeyError):
-            log.exception("The file of API keys cannot be read; the keys known before stay in force")
+            log.exception("api_keys_not_read", extra={"path": str(self._path)})  # those read before stay in force
 
     @contextmanager
     def _writing(self) -> Iterator[dict[str, ApiKey]]:
         """The keys as they are now; what the block leaves in them is written, whole or not at all."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with _private(self._path.with_suffix(".lock")) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock)
             # Not the cached ones: a file that cannot be read must stop a writer, who would replace it.
             keys = _read(self._path) if self._path.exists() else {}
             before = dict(keys)
@@ -192,6 +194,24 @@ def _checked(scopes: Iterable[str]) -> frozenset[str]:
 def _read(path: Path) -> dict[str, ApiKey]:
     entries = map(ApiKey.from_dict, json.loads(path.read_text())["keys"])
     return {entry.id: entry for entry in entries}
+
+
+def _lock(file: Any) -> None:
+    """Take the lock of a file that other processes write with.
+
+    Raises:
+        TimeoutError: another process has held it for too long.
+    """
+    until = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError(f"Another process has held the lock of the API keys for {LOCK_S:.0f} s") from None
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _private(path: Path) -> Any:

@@ -1,7 +1,7 @@
-"""Marks: they tell that two requests begin alike, so that the second can go where the first's prefix is kept.
+"""Prefix hashes of requests, by which a claim finds the worker whose prefix cache holds a job's prefix.
 
-A mark is a hash of a beginning and of whose it is: it tells no text, and nothing of one API key fits another's. Only of
-a system message that is shared the mark is the same for everybody, as is what the workers keep of it.
+A hash covers the text of a prefix and the API key: it reveals no text, and those of two keys never match. Only the hash
+of a shared system message is the same for all keys, as its cached prefix is.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Final
 from shared.jobs.request import Request
 
 LEAST: Final = 256
-"""Bytes of text; to read a shorter beginning again costs nothing that is worth waiting for."""
+"""Bytes of text; computing a shorter prefix again costs less than waiting."""
 CUTS: Final = (2**10, 2**12, 2**14)
-"""Where a first question is marked, beside its end: another may be asked of the same text."""
+"""Where a first question is hashed, beside its end: the same text may be followed by another question."""
 _LAST_ENDS: Final = 3
-"""A conversation goes on by two messages, and the last one may be asked in another way."""
+"""A conversation grows by two messages, and its last message may be rewritten."""
 _EVERYBODY: Final = ""
 
 
-def marks(asked: Request, owner: str) -> tuple[str, ...]:
-    """Those of a request's beginnings that matter, of the longest first: five at most, of 16 hex digits."""
+def prefix_hashes(asked: Request, owner: str) -> tuple[str, ...]:
+    """Hashes of a request's prefixes, the longest first: five at most, of 16 hex digits."""
     texts = _texts(asked)
     text, ends = b"".join(texts), [*accumulate(map(len, texts))]
     places = {ends[0], *ends[-_LAST_ENDS:]}
@@ -42,7 +42,7 @@ def _texts(asked: Request) -> list[bytes]:
 
 
 def _hashes(model: str, whose: str, text: bytes, places: Iterable[int]) -> Iterator[tuple[int, str]]:
-    """For each place that is far enough from the start, the hash of all before it."""
+    """For each place that is far enough from the start, the hash of the text before it."""
     so_far, start = hashlib.blake2b(f"{model}\0{whose}\0".encode(), digest_size=8, person=b"mlxq.mark"), 0
     for place in sorted(place for place in places if place >= LEAST):
         so_far.update(text[start:place])

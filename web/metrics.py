@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import redis
 from flask import Flask
@@ -21,9 +22,47 @@ from shared.models.registry import Registry, WorkerInfo
 
 _FIRST_CHUNK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
+WORKER_HELP: Final = {
+    "slots": "Maximum rows in the decode batch",
+    "slots_used": "Rows in the batch",
+    "claimed_jobs": "Jobs that the worker has claimed and not finished, those in the batch included",
+    "batch_size": "Rows that got a token in the last step",
+    "steps": "Engine steps since the start",
+    "generated_tokens": "Tokens generated since the start",
+    "prompt_tokens": "Prompt tokens prefilled since the start, without those from the prefix cache",
+    "tokens_per_s": "Generated tokens per second over the last minute",
+    "engine_idle_s": "Seconds without progress while there are rows",
+    "publisher_backlog": "Jobs with output that is not known to be in Redis",
+    "preemptions_total": "Rows taken out of the batch because memory ran short",
+    "prefill_chunk_tokens": "Tokens of the last chunk of a long prompt beside decoding rows",
+    "length_buckets": "Length buckets in use; each costs one forward pass per step",
+    "load_s": "Seconds that loading the model took",
+    "load_progress": "Part of the model that is loaded, 0 to 1",
+    "model_bytes": "Bytes of the model's weights",
+    "pinned": "1 if the model is pinned",
+    "kv_bytes": "Bytes of the KV caches of all rows",
+    "memory_active_bytes": "Bytes in use by MLX in the worker process",
+    "memory_spare_bytes": "Bytes that MLX keeps for later use in the worker process",
+    "memory_peak_bytes": "Most bytes that MLX has used in the worker process",
+    "prefix_cache_bytes": "Bytes of cached prefixes in memory",
+    "prefix_cache_entries": "Runs of tokens in the prefix trees",
+    "prefix_cache_lookups_total": "Prompts for which a cached prefix was looked up",
+    "prefix_cache_hits_total": "Prompts for which a cached prefix was found",
+    "prefix_cache_tokens_total": "Prompt tokens that came from the prefix cache",
+    "prefix_disk_bytes": "Bytes of the folder of evicted prefixes",
+    "prefix_disk_read_blocks_total": "Blocks of 128 tokens read from disk",
+    "prefix_disk_written_blocks_total": "Blocks of 128 tokens written to disk",
+    "speculation_drafted_tokens_total": "Draft tokens that were verified",
+    "speculation_accepted_tokens_total": "Draft tokens that were accepted",
+    "images_encoded_total": "Images that went through the encoder",
+    "image_cache_hits_total": "Images whose encoding was still cached",
+    "image_cache_bytes": "Bytes of cached image encodings",
+}
+"""Help texts of what workers report, by the name there. docs/metrics.md lists the same."""
+
 
 class Metrics:
-    """This process's own counters, and the page that adds up all processes'."""
+    """This process's own counters, and the page that sums up those of all processes."""
 
     def __init__(self, fleet: Registry) -> None:
         own = self._own = CollectorRegistry()
@@ -81,14 +120,14 @@ class FleetCollector(Collector):
         yield from found
 
     def _queues(self) -> Iterator[Metric]:
-        waiting = GaugeMetricFamily("mlxq_jobs_waiting", "Jobs in line", labels=["model"])
+        waiting = GaugeMetricFamily("mlxq_jobs_waiting", "Jobs in the queue", labels=["model"])
         for model in self._registry.models():
             waiting.add_metric([model], self._registry.waiting(model))
         ended = CounterMetricFamily("mlxq_jobs_ended", "Jobs that ended", labels=["model", "status"])
         for labels, count in self._registry.ended().items():
             ended.add_metric(labels, count)
-        told = "Jobs that went to the worker that keeps their prefix, were left to it first, or went to another"
-        routed = CounterMetricFamily("mlxq_jobs_routed", told, labels=["model", "outcome"])
+        about = "Jobs claimed by the worker that holds their prefix, deferred to it, or claimed by another after that"
+        routed = CounterMetricFamily("mlxq_jobs_routed", about, labels=["model", "outcome"])
         for labels, count in self._registry.routed().items():
             routed.add_metric(labels, count)
         yield from (waiting, ended, routed)
@@ -101,8 +140,7 @@ def _workers(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:
         for name, value in numbers.items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             metric = f"mlxq_worker_{name.removesuffix('_total')}"
-            family = families.setdefault(
-                metric, kind(metric, f"Told by the worker: {name}", labels=["worker", "model"])
-            )
+            about = WORKER_HELP.get(name, f"As a worker reports it: {name}")
+            family = families.setdefault(metric, kind(metric, about, labels=["worker", "model"]))
             family.add_metric([worker.id, worker.model], value)  # type: ignore[attr-defined]
     yield from families.values()

@@ -182,6 +182,7 @@ class Gatherer:
 
     def _size(self, data: bytes) -> tuple[int, int]:
         """Width and height of the upright image; all of its first frame is decoded."""
+        # The wait ends: each holder decodes one image of at most `max_image_pixels`, in a thread.
         with self._decoding:
             # However few bytes it has, unpacked it may be large.
             return aside(LARGE, lambda: self._decoded_size(data))

@@ -120,13 +120,12 @@ def _redis(error: redis.RedisError) -> Response:
     if not passes(error):  # a script that raises, say: a fault of ours
         return _internal(error)
     if isinstance(error, redis.exceptions.OutOfMemoryError):
-        log.error("Redis has no memory left: %s", error, extra={"path": request.path})
-        full = "The queue's memory is full. It empties as jobs end and are forgotten."
-        return problem(errors.Unavailable(full, code="queue_memory_full", retry_after=10))
-    log.warning("Redis is away: %s", error, extra={"path": request.path})
+        log.error("redis_out_of_memory", extra={"path": request.path, "reason": str(error)})
+        return problem(errors.QueueMemoryFull("The queue's memory is full; it empties as jobs end.", retry_after=10))
+    log.warning("redis_away", extra={"path": request.path, "reason": str(error)})
     return problem(errors.Unavailable("The queue cannot be reached at the moment.", retry_after=1))
 
 
 def _internal(error: Exception) -> Response:
-    log.error("A request failed", exc_info=error, extra={"path": request.path})
+    log.error("request_failed", exc_info=error, extra={"path": request.path})
     return problem(errors.Internal("Something went wrong here. The request id leads to the cause."))

@@ -56,7 +56,7 @@ class Pulse:
         try:
             self._app.control.broadcast("ping", reply=True, timeout=_COLLECT_S, limit=expected, callback=note)
         except (redis.RedisError, OperationalError, OSError) as error:
-            log.warning("Workers cannot be pinged: %s", error)
+            log.warning("workers_not_pinged", extra={"reason": str(error)})
         finally:
             with self._lock:
                 self._response_s, self._taken_at, self._under_way = response_s, time.monotonic(), None

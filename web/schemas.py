@@ -28,6 +28,7 @@ from shared.models.operations import OperationState
 MAX_STOPS = 16
 MAX_METADATA = 16
 MAX_MESSAGES = 10_000
+MAX_LOGPROBS = 20
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Stop = Annotated[
@@ -184,6 +185,14 @@ class JobRequest(_Request):
         "own; they can tell that somebody sent it. Nothing behind it is shared",
     )
 
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Give the log-probability of each token, and of so many of the likeliest tokens at its place "
+        f"(0 to {MAX_LOGPROBS}); null: none",
+    )
+
     @field_validator("messages")
     @classmethod
     def _one_prompt(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
@@ -264,11 +273,31 @@ class _Answer(BaseModel):
     model_config = ConfigDict(json_schema_mode="serialization", json_schema_serialization_defaults_required=True)  # type: ignore[typeddict-unknown-key]
 
 
+class Alternative(_Answer):
+    """One of the likeliest tokens at a place of the text."""
+
+    token: str
+    logprob: float
+
+
+class TokenLogprob(_Answer):
+    """A token of the text with its log-probability, as the model gave it before sampling changed anything."""
+
+    token: str = Field(description="Its text; U+FFFD stands for bytes that are no whole character")
+    logprob: float
+    bytes: list[int] | None = Field(None, description="Its bytes, where its text does not show them")
+    top: list[Alternative] = Field([], description="The likeliest tokens at its place, best first")
+
+
+_LOGPROBS_ABOUT = "With `logprobs`, once the job has ended and while its log is kept; else null"
+
+
 class Output(_Answer):
     """The text so far, or in all."""
 
     text: str
     finish_reason: str | None = Field(description="`stop`, `length`, or null while it runs or when it was cut")
+    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_ABOUT)
 
 
 class PointView(_Answer):
@@ -364,10 +393,8 @@ class JobView(Parsed):
     started_at: float | None
     finished_at: float | None
     queue_position: int | None = Field(description="1 is next; null when it does not wait")
-    estimated_start_s: float | None = Field(description="Seconds from now; null when nobody can tell")
-    output: Output | None = Field(
-        description="Null in lists while the job runs, and where a part of the text is lost with the job's log"
-    )
+    estimated_start_s: float | None = Field(description="Seconds from now; null when that is not known")
+    output: Output | None = Field(description="The text so far, or in all; null in lists while the job runs")
     usage: Usage
     timings: Timings
     error: JobError | None
@@ -390,6 +417,7 @@ class InferenceView(Parsed):
     model: str
     text: str
     finish_reason: str | None
+    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_ABOUT)
     usage: Usage
     timings: Timings
 
@@ -507,7 +535,7 @@ class OperationView(_Answer):
 
     id: str
     object: Literal["operation"] = "operation"
-    kind: Literal["load", "unload"]
+    kind: str = Field(description="`load` or `unload`")
     model: str
     worker: str
     state: OperationState
@@ -536,7 +564,7 @@ class WorkerMemory(_Answer):
 
 
 class WorkerView(_Answer):
-    """A worker, as it told and as it answered."""
+    """A worker, as it announced itself and as it answered a ping."""
 
     id: str
     host: str

@@ -14,12 +14,16 @@ from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
 from shared.queue.claims import Reaper
+from shared.queue.maintenance import Maintenance
 from shared.queue.redis import Redis, connect
-from shared.queue.wakeups import TicketOffice, make_app
+from shared.queue.task_events import TaskEvents
+from shared.queue.wakeups import Notifier, make_app
 from shared.settings import Settings
+from shared.tokenizing.client import Tokenizing
+from shared.tokenizing.files import TokenizerFiles, TokenizerStore
 from web.admission import Admission
-from web.admission_tokens import PromptSizer
-from web.cluster import Roster
+from web.admission_tokens import PromptTokenizer
+from web.cluster import Cluster
 from web.follow import Follower
 from web.health import Doctor
 from web.hub import Hub
@@ -28,7 +32,6 @@ from web.metrics import Metrics
 from web.pictures import Gatherer
 from web.pulse import Pulse
 from web.switchboard import Switchboard
-from web.upkeep import Upkeep
 from web.views import Views
 
 EXTENSION: Final = "mlxq"
@@ -45,7 +48,7 @@ class Services:
     catalog: Catalog
     switchboard: Switchboard
     jobs: Jobs
-    roster: Roster
+    cluster: Cluster
     registry: Registry
     admission: Admission
     gatherer: Gatherer
@@ -54,7 +57,8 @@ class Services:
     follower: Follower
     doctor: Doctor
     metrics: Metrics
-    upkeep: Upkeep
+    maintenance: Maintenance
+    events: TaskEvents
 
 
 def build(settings: Settings, client: Redis | None = None) -> Services:
@@ -69,9 +73,11 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     live = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=0, protocol=2)
     files = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=1, decode_responses=False)
     celery = make_app(settings, hasty=True)
+    events = TaskEvents(celery, TaskEvents.QUEUE_NODE)
     registry = Registry(store)
-    jobs, job_log, roster, hub = Jobs(store, settings), JobLog(store), Roster(registry), Hub(live)
-    tickets = TicketOffice(celery, store, registry)
+    jobs, job_log, cluster, hub = Jobs(store, settings), JobLog(store), Cluster(registry), Hub(live)
+    notifier = Notifier(celery)
+    tokenizers = TokenizerFiles(settings.tokenizers_dir, TokenizerStore(files).get)
     catalog = load_catalog(settings)
     switchboard = Switchboard(celery, Operations(store), registry, catalog, on_demand=settings.load_on_demand)
     return Services(
@@ -79,26 +85,33 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         catalog=catalog,
         switchboard=switchboard,
         jobs=jobs,
-        roster=roster,
+        cluster=cluster,
         registry=registry,
         admission=Admission(
             settings,
             catalog,
             jobs,
             ImageStore(files),
-            roster,
-            PromptSizer(registry),
-            tickets,
+            cluster,
+            PromptTokenizer(Tokenizing(settings.template_timeout_s), tokenizers),
+            notifier,
             switchboard.demand,
             switchboard.check_demand,
         ),
         gatherer=Gatherer(settings, ImageUrls().fetch if settings.image_urls else None),
-        views=Views(jobs, roster),
+        views=Views(jobs, cluster, job_log),
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),
         doctor=Doctor(settings, catalog, probe, Pulse(celery)),
         metrics=Metrics(Registry(probe)),
-        upkeep=Upkeep(Reaper(store, settings.max_attempts), tickets, switchboard.demand_waiting),
+        maintenance=Maintenance(
+            Reaper(store, settings.max_attempts, settings.failed_request_bytes),
+            notifier,
+            jobs,
+            switchboard.demand_waiting,
+            events.ended_without_worker,
+        ),
+        events=events,
     )
 
 

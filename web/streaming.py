@@ -60,7 +60,7 @@ def _body(
                     yield form.events([done._replace(data=ended_job())])
                     return
         except (MlxqError, redis.RedisError) as error:
-            log.warning("A stream ends before its job: %s", error)
+            log.warning("stream_ended_early", extra={"reason": str(error)})
         yield form.farewell(where)
 
 

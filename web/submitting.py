@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from flask import request
 
-from shared.jobs.record import Job
-from shared.jobs.store import fingerprint
+from shared.jobs.store import Accepted, fingerprint
 from web.admission import Origin
 from web.aside import aside
 from web.auth import caller
@@ -15,8 +14,8 @@ from web.schemas import JobRequest
 from web.services import services
 
 
-def submit(wanted: JobRequest) -> tuple[Job, bool]:
-    """Accept a job for the caller; the job, and whether it is new.
+def submit(wanted: JobRequest) -> Accepted:
+    """Accept a job for the caller.
 
     Raises:
         Invalid: it cannot be run as it is; nothing was enqueued.
@@ -32,10 +31,11 @@ def submit(wanted: JobRequest) -> tuple[Job, bool]:
         idempotency_key=key,
         fingerprint=_fingerprint(gathered.meant) if key else "",
     )
-    job, new = services().admission.admit(gathered.request, origin, gathered.files, unread=gathered.unread)
-    if new:
+    accepted = services().admission.admit(gathered.request, origin, gathered.files, unread=gathered.unread)
+    if accepted.new:
+        job = accepted.job
         services().metrics.submitted.labels(job.model, job.priority.label).inc()
-    return job, new
+    return accepted
 
 
 def _fingerprint(wanted: JobRequest) -> str:

@@ -1,4 +1,4 @@
-"""Switches models on running workers: asks one by Celery's remote control, and tells how that goes."""
+"""Switches models on running workers: asks one by Celery's remote control; an operation has the progress."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Switchboard:
         return self._operations.recent(self._registry.hosts())
 
     def demand(self, model: str) -> None:
-        """Have a model loaded that a job waits for and no worker has; what cannot be asked now is asked again."""
+        """Have a model loaded that a job waits for and no worker has; maintenance repeats what fails now."""
         if not self._on_demand or model not in self._catalog.models:
             return
         try:
@@ -96,20 +96,20 @@ class Switchboard:
             if not hosts or any(model in host.models for host in hosts):
                 return
             if self._operations.may_demand(model, DEMAND_S):
-                log.info("%s is loaded: jobs wait for it", model)
+                log.info("model_demanded", extra={"model": model})
                 self._operations.demanded(self.load(model))
         except (redis.RedisError, OperationalError, OSError, Unavailable) as error:
-            log.warning("%s is not asked for yet: %s", model, error)
+            log.warning("model_not_demanded", extra={"model": model, "reason": str(error)})
 
     def check_demand(self, model: str) -> None:
-        """Refuse what would wait for a model that no worker has, and that fits none or has just failed to load.
+        """Check that a model which no worker has fits one, and has not just failed to load.
 
         Raises:
-            Unavailable: so it is.
+            Unavailable: it does not fit, or has failed.
         """
         entry, hosts = self._catalog.models.get(model), self._registry.hosts()
         if entry and hosts and not any(host.could_take(entry.weights_bytes) for host in hosts):
-            told = f"The model is not loaded: its {entry.weights_bytes / 2**20:,.0f} MiB fit no worker."
+            told = f"The model is not loaded: no worker has {entry.weights_bytes / 2**20:,.0f} MiB for it."
             raise Unavailable(told, code="model_not_loaded", field="model", retry_after=DEMAND_S)
         tried = self._operations.on_demand(model)
         if tried is not None and tried.state is OperationState.FAILED:
@@ -138,7 +138,7 @@ class Switchboard:
         try:
             self._app.control.broadcast(command, arguments=arguments, destination=[host.node])
         except (OperationalError, OSError) as error:
-            log.warning("A worker cannot be asked: %s", error)
+            log.warning("worker_not_reached", extra={"node": host.node, "reason": str(error)})
             raise Unavailable("The workers cannot be reached at the moment.", retry_after=2) from error
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, Final, cast
 
-from shared.errors import Gone
 from shared.jobs.attempts import Attempt
+from shared.jobs.log import JobLog
 from shared.jobs.record import Job, Status
-from shared.jobs.store import Jobs
-from web import ui_tars
-from web.cluster import Roster
+from shared.jobs.store import Accepted, Jobs
+from web import logprobs, ui_tars
+from web.cluster import Cluster
 from web.schemas import (
     ActionView,
     AttemptView,
@@ -26,31 +26,40 @@ from web.schemas import (
     Usage,
 )
 
+UI_TARS: Final = "ui_tars"
+"""The one format of answers that is parsed."""
+
 
 class Views:
-    """Makes views of jobs, with what only Redis knows: place in line, text so far."""
+    """Makes views of jobs, with what only Redis knows: position in the queue, text so far."""
 
-    def __init__(self, jobs: Jobs, roster: Roster) -> None:
+    def __init__(self, jobs: Jobs, cluster: Cluster, log: JobLog) -> None:
         self._jobs = jobs
-        self._roster = roster
+        self._cluster = cluster
+        self._log = log
 
-    def full(self, job: Job) -> JobView:
-        """A job with its text so far."""
-        return self._view(job, self._output(job), self._jobs.position(job))
+    def full(self, job: Job) -> str:
+        """A job with its text so far, as the JSON of a `JobView`."""
+        return self._whole(job, self._jobs.position(job))
+
+    def accepted(self, accepted: Accepted) -> str:
+        """A job as it was accepted: what the acceptance said needs no further call."""
+        return self._whole(accepted.job, accepted.position)
 
     def brief(self, jobs: Sequence[Job]) -> list[JobView]:
         """Jobs as a list shows them: with their texts only when they have ended."""
         positions = self._jobs.positions(jobs)
-        return [self._view(job, _output_in_all(job), positions.get(job.id)) for job in jobs]
+        ended = [job for job in jobs if job.status.terminal]
+        texts = dict(zip((job.id for job in ended), self._jobs.texts(ended), strict=True))
+        return [self._view(job, _output(job, texts.get(job.id)), positions.get(job.id)) for job in jobs]
+
+    def _whole(self, job: Job, position: int | None) -> str:
+        return logprobs.to_json(self._view(job, self._output(job), position), job, self._log)
 
     def _output(self, job: Job) -> Output | None:
-        # A job that waits for its first attempt has none, and asking for it would cost a round trip a submit.
-        if job.status is Status.QUEUED and job.attempt == 0:
-            return Output(text="", finish_reason=None)
-        try:
-            return Output(text=self._jobs.text(job), finish_reason=job.finish_reason)
-        except Gone:  # a text with a hole in it would be taken for the whole
-            return None
+        # A job that waits for its first attempt has no text, and asking for it would cost a round trip a submit.
+        first = job.status is Status.QUEUED and job.attempt == 0
+        return _output(job, "" if first else self._jobs.text(job))
 
     def _view(self, job: Job, output: Output | None, position: int | None) -> JobView:
         return JobView(
@@ -64,7 +73,7 @@ class Views:
             started_at=job.started_at,
             finished_at=job.finished_at,
             queue_position=position,
-            estimated_start_s=self._roster.now().estimated_start_s(job.model, position) if position else None,
+            estimated_start_s=self._cluster.now().estimated_start_s(job.model, position) if position else None,
             output=output,
             usage=usage(job),
             timings=Timings(**job.timings),
@@ -74,31 +83,31 @@ class Views:
             **self._parsed(job, output.text if output and job.status.terminal else None),
         )
 
-    def answer(self, job: Job) -> InferenceView:
-        """A job that succeeded, as the answer to its request."""
-        return InferenceView(
+    def answer(self, job: Job) -> str:
+        """A job that succeeded, as the answer to its request: the JSON of an `InferenceView`."""
+        text = self._jobs.text(job)
+        view = InferenceView(
             id=job.id,
             model=job.model,
-            text=job.text or "",
+            text=text,
             finish_reason=job.finish_reason,
             usage=usage(job),
             timings=Timings(**job.timings),
-            **self._parsed(job, job.text or ""),
+            **self._parsed(job, text),
         )
+        return logprobs.to_json(view, job, self._log)
 
     def _parsed(self, job: Job, text: str | None) -> dict[str, Any]:
         """The fields of `Parsed`, where they were asked for and the text is there."""
-        if job.generation.parse is None or text is None:
+        if text is None or job.parsing is None or job.parsing.format != UI_TARS:  # a newer version's format, say
             return {}
-        card = self._roster.now().models.get(job.model)
-        images = job.generation.image_parts
-        size = (images[-1]["width"], images[-1]["height"]) if images else None
-        actions, fault = ui_tars.parse(text, size, card.geometry if card else None)
+        card = self._cluster.now().models.get(job.model)
+        actions, fault = ui_tars.parse(text, job.parsing.image_size, card.geometry if card else None)
         return {"actions": [ActionView(**asdict(action)) for action in actions], "parse_error": fault}
 
 
-def _output_in_all(job: Job) -> Output | None:
-    return None if job.text is None else Output(text=job.text, finish_reason=job.finish_reason)
+def _output(job: Job, text: str | None) -> Output | None:
+    return None if text is None else Output(text=text, finish_reason=job.finish_reason)
 
 
 def _attempt(attempt: Attempt) -> AttemptView:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,8 @@ from rich.progress import track
 
 from scripts.commands.benching import bandwidth, goals, machine, saving, tables
 from scripts.commands.benching.contenders import CONTENDERS
-from scripts.commands.benching.parts import PARTS
+from scripts.commands.benching.parts import PARTS, Part, Subject
+from scripts.commands.benching.peers import PEERS
 from scripts.commands.benching.results import Results
 from scripts.commands.benching.scenarios.base import QUICK, Sizes
 from scripts.commands.benching.scenarios.registry import SCENARIOS
@@ -54,10 +56,17 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--tokens", type=int, help="of each answer (default 48; 128 for the tiny model)")
     add("--seconds", type=float, help="that requests come in open loops (default 60)")
     add("--vision-model", type=Path, default=VISION, help="model folder for images (default %(default)s)")
-    add("--only", choices=(LOAD, *PARTS), help="the scenarios, or one of the parts that measure this stack alone")
+    add("--only", choices=(LOAD, *PARTS), help="the scenarios, or one of the parts that measure this stack")
+    add("--before", type=Path, metavar="FOLDER", help="an earlier checkout, for parts that measure it beside this one")
+    add("--install", nargs="+", choices=list(PEERS), help="install servers to compare with, and measure nothing")
     add("--json", type=Path, help="write everything measured there")
     add("--save", nargs="?", const="", metavar="NAME", help="keep it under docs/bench/NAME (default: date and commit)")
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    if asked.before is not None:
+        asked.before = asked.before.resolve()
+    elif asked.only in PARTS and PARTS[asked.only].compares:
+        parser.error(f"--only {asked.only} needs --before FOLDER")
+    return asked
 
 
 def question(asked: argparse.Namespace) -> Question:
@@ -110,10 +119,30 @@ def add_bandwidth(asked: Question, results: Results) -> dict[str, Any]:
     return {"measured": speed, **limits}
 
 
+def due_parts(asked: argparse.Namespace) -> list[tuple[str, Part]]:
+    """The parts that the command line asks for."""
+    if asked.only in PARTS:
+        return [(asked.only, PARTS[asked.only])]
+    before = asked.before is not None
+    return [each for each in PARTS.items() if asked.only is None and each[1].due(quick=asked.quick, before=before)]
+
+
+def install(names: Sequence[str]) -> int:
+    """Make environments for servers of other projects; the exit status."""
+    try:
+        for name in names:
+            PEERS[name].install()
+    except subprocess.CalledProcessError:
+        return FLAWED
+    return OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what was asked, print it, perhaps write it."""
     given = sys.argv[1:] if argv is None else argv
     asked = arguments(given)
+    if asked.install:
+        return install(asked.install)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     progress = Console(stderr=True)
     report: dict[str, Any] = {**machine.about(), "command": shlex.join(["scripts/bench", *given]), "lines": []}
@@ -126,13 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(tables.terminal(results))
         for line in (*report["lines"], *tables.absences(results), *([] if asked.quick else goals.lines(results))):
             console.print(line, markup=False)
-    for name, part in PARTS.items():
-        if whole and (asked.only == name or (asked.only is None and (part.quick or not asked.quick))):
-            model = asked.model[0] if asked.model and asked.only == name else TINY
-            report[name] = part.measure(model, asked.rounds)
-            shown = part.show(report[name])
-            report["lines"] += [shown] if isinstance(shown, str) else []
-            console.print(shown, markup=False)
+    for name, part in due_parts(asked) if whole else ():
+        model = asked.model[0] if asked.model and asked.only == name else TINY
+        report[name] = part.measure(Subject(model.resolve(), asked.rounds, asked.before))
+        shown = part.show(report[name])
+        report["lines"] += [shown] if isinstance(shown, str) else []
+        console.print(shown, markup=False)
     report |= {**results.to_json(), "goals": goals.verdicts(results)}
     if asked.json:
         asked.json.write_text(saving.as_text(report), "utf-8")

@@ -33,13 +33,15 @@ from shared.settings import ROOT
 
 INTERRUPTED = 130
 _SLOTS = 32
+_PACE = "!every=0.01 "
+"""Order for the fake model: as many steps a second as a small model takes."""
 _NO_DISK = "needs root on Linux, for a disk of its own"
 
 
 def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
     """Start the stack, break it for so long, let it come to rest, and judge."""
     fleet.start()
-    requests = prepare(fleet.client, asked.seed, asked.requests)
+    requests = prepare(fleet.client, asked.seed, asked.requests, _PACE if asked.backend == "fake" else "")
     before = set(fleet.redis.scan_iter("mlxq:job:*"))
     for name in before:  # the undisturbed runs: not part of what is counted
         fleet.client.request("DELETE", f"/v1/jobs/{name.removeprefix('mlxq:job:')}")
@@ -87,12 +89,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"some of the faults: {', '.join(map(_name, Kind))}",
     )
     parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-random-llama", help="MLX model folder")
+    parser.add_argument("--backend", choices=("auto", "fake"), default="auto", help="`fake`: made-up words, no model")
     parser.add_argument("--network", choices=("auto", "namespace", "proxy"), default="auto", help="how workers are cut")
     parser.add_argument("--json", type=Path, help="write everything measured there")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs; kept anyway on a failure")
     asked = parser.parse_args(argv)
     try:
-        check_folder(asked.model)
+        if asked.backend != "fake":
+            check_folder(asked.model)
     except ModelError as error:
         parser.error(str(error))
     return asked
@@ -135,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = False
     fleet: Fleet | None = None
     try:
-        fleet = build(home, asked.model.resolve(), _SLOTS, asked.network)
+        fleet = build(home, asked.model.resolve(), _SLOTS, asked.network, asked.backend)
         report = run(fleet, asked)
         report.show(Console(width=None if sys.stdout.isatty() else 140))
         if asked.json:

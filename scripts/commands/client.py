@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import httpx2
 
-from shared.jobs.log import Event, EventKind
+from shared.jobs.log import Event, EventKind, event_kind
 from shared.jobs.record import Status
 
 Json = dict[str, Any]
@@ -77,7 +77,7 @@ class RemoteJob:
         output = data.get("output") or {}
         return cls(
             id=data["id"],
-            status=Status(data["status"]),
+            status=Status.read(data["status"], finished=data.get("finished_at") is not None),
             text=output.get("text") or "",
             finish_reason=output.get("finish_reason"),
             usage=data.get("usage") or {},
@@ -174,7 +174,7 @@ class Client:
             with self.stream("GET", f"/v1/jobs/{job_id}/stream", headers=headers) as response:
                 for event in httpx2.EventSource(response, max_event_size=None):
                     if event.data:  # a `retry` alone is no event, though the reader here makes one of it
-                        yield Event(int(event.id), EventKind(event.event), event.data)
+                        yield Event(int(event.id), event_kind(event.event), event.data)
         except Refused as error:
             if error.status != HTTPStatus.GONE:
                 raise

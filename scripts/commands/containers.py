@@ -15,7 +15,7 @@ from shared.settings import ROOT, Settings
 
 Json = dict[str, Any]
 
-COMPOSE_VARIABLES: Final = frozenset({"MODELS_DIR", "REDIS_PORT", "PYTHON_IMAGE", "REDIS_IMAGE"})
+COMPOSE_VARIABLES: Final = frozenset({"MODELS_DIR", "REDIS_PORT", "REDIS_MAXMEMORY", "PYTHON_IMAGE", "REDIS_IMAGE"})
 """What compose.yaml takes from `.env` beside the settings."""
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from shared.wire import member
+
 
 class AttemptEnd(StrEnum):
-    """How an attempt ended."""
+    """How an attempt ended. What only a newer process knows is taken for `handed_back`: the job went on."""
 
     WORKER_LOST = "worker_lost"
     """Its worker was gone, or did not know of it any more; it counts towards `MAX_ATTEMPTS`."""
@@ -40,16 +42,16 @@ _FIELD: Final = "attempt:"
 
 
 def history(record: Mapping[str, str]) -> tuple[Attempt, ...]:
-    """The attempts that a job's record tells of, oldest first: the newest there were, and the one under way."""
+    """The attempts in a job's record, oldest first: the newest that ended, and the one under way."""
     ended = sorted(_ended(name, text) for name, text in record.items() if name.startswith(_FIELD))
     attempts = tuple(attempt for _, attempt in ended)
-    if not record.get("worker"):
+    if not record.get("worker") or record["status"] != "running":  # a job that is only reserved has no attempt yet
         return attempts
-    began = float(record.get("claimed_at") or record["started_at"])
+    began = float(record.get("admitted_at") or record.get("claimed_at") or record["started_at"])
     return (*attempts, Attempt(int(record["attempt"]), record["worker"], began))
 
 
 def _ended(name: str, text: str) -> tuple[int, Attempt]:
     number, entry = int(name.removeprefix(_FIELD)), json.loads(text)
     times = float(entry["started_at"]), float(entry["ended_at"])
-    return number, Attempt(number, entry["worker"], *times, AttemptEnd(entry["how"]))
+    return number, Attempt(number, entry["worker"], *times, member(AttemptEnd, entry["how"], AttemptEnd.HANDED_BACK))

@@ -10,9 +10,9 @@ from shared.queue import keys
 from shared.queue.redis import Redis
 
 UNACCEPTED_S: Final = 120
-"""Images are kept for so long unless their job is accepted meanwhile, whatever became of whoever put them."""
+"""Lifetime of images whose job is not accepted meanwhile, whatever happens to the process that put them."""
 SLACK_S: Final = 600
-"""An accepted job's images are kept for so long beyond its deadline; the script that ends the job deletes them."""
+"""Lifetime of an accepted job's images beyond its deadline; the script that ends the job deletes them."""
 
 
 class ImageStore:

@@ -19,49 +19,53 @@ from shared.queue.redis import Redis
 
 
 class EventKind(StrEnum):
-    """What an event tells."""
+    """The kind of an event. A newer process may write kinds that are not here: readers count them and pass them on."""
 
     QUEUED = "queued"
     """The job waits; data has the `reason`: `accepted`, or how its last attempt ended: `worker_lost`, `handed_back`."""
     STARTED = "started"
     """The first attempt began; data has its number, `attempt`."""
     RESUMED = "resumed"
-    """A further attempt goes on where the last one was cut; data has its number, `attempt`."""
+    """A further attempt continues where the last one was cut; data has its number, `attempt`."""
     CHUNK = "chunk"
     """Text; data is `{"text": "…"}`."""
     DONE = "done"
     """The job ended; always the last event, and there is one only. Data has the `status`."""
 
 
-_KINDS = {kind.value: kind for kind in EventKind}
+_KINDS: dict[str, str] = {kind.value: kind for kind in EventKind}
+
+
+def event_kind(name: str) -> str:
+    """The `EventKind` of that name; the name itself when this version does not know it."""
+    return _KINDS.get(name, name)
 
 
 class Event(NamedTuple):
-    """One event. `data` is a JSON object, kept as text because most readers only pass it on."""
+    """One event. `data` is a JSON object, kept as text because most readers only pass it on.
+
+    `kind` is an `EventKind`, or the name of a kind that this version does not know.
+    """
 
     n: int
-    kind: EventKind
+    kind: str
     data: str
     tokens: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
         """The text of a chunk; empty for other kinds."""
-        return str(json.loads(self.data)["text"]) if self.kind is EventKind.CHUNK else ""
+        return str(json.loads(self.data).get("text", "")) if self.kind is EventKind.CHUNK else ""
 
     @classmethod
     def from_live(cls, message: str) -> Event:
-        """Read a message of the job's channel (`n kind data`)."""
+        """Read a message of the job's channel (`n kind data`).
+
+        Raises:
+            ValueError: it is no such message.
+        """
         n, kind, data = message.split(" ", 2)
-        return cls(int(n), _KINDS[kind], data)
-
-
-_as_json = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def chunk_data(text: str) -> str:
-    """The data of a chunk event."""
-    return f'{{"text":{_as_json(text)}}}'  # json.dumps would make an encoder for each
+        return cls(int(n), event_kind(kind), data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Written:
 class JobLog:
     """Reads logs. They are written by the scripts alone.
 
-    A log may expire, and somebody may trim it: what is missing is told by `Gone`, never passed over.
+    A log may expire or be trimmed. Missing events raise `Gone`; they are never skipped.
     """
 
     def __init__(self, client: Redis) -> None:
@@ -101,7 +105,7 @@ class JobLog:
         return _event(*newest[0]) if newest else None
 
     def ended(self, job_id: str) -> bool:
-        """Whether the job has ended, or is forgotten. Its record tells, which outlives its log."""
+        """Whether the job has ended, or is forgotten. Read from its record, which outlives its log."""
         known, finished_at = self._client.hmget(keys.JOB + job_id, "id", "finished_at")
         return known is None or finished_at is not None
 
@@ -126,7 +130,7 @@ class JobLog:
 
 def _event(entry_id: str, entry: dict[str, str]) -> Event:
     n = int(entry_id.removesuffix("-0"))
-    return Event(n, EventKind(entry["e"]), entry["d"], _tokens(entry.get("t", "")))
+    return Event(n, event_kind(entry["e"]), entry["d"], _tokens(entry.get("t", "")))
 
 
 def _tokens(joined: str) -> tuple[int, ...]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Self
+from typing import Final, Self
 
 from shared.jobs.attempts import Attempt, history
-from shared.jobs.request import Request
+from shared.wire import known, member
+
+OLD_REQUEST: Final = "generation"
+"""Field of a record of the first layout that holds the request."""
 
 
 class Status(StrEnum):
     """Where a job is in its life."""
 
     QUEUED = "queued"
-    """It waits for a slot; also after its worker was lost or handed it back."""
+    """It waits to be admitted to a worker's batch; also after its worker was lost or handed it back."""
     RUNNING = "running"
-    """A worker holds it under a lease."""
+    """It is in a worker's batch, under the worker's lease."""
     SUCCEEDED = "succeeded"
     """It ended by itself: a stop, the end token, or max_tokens."""
     FAILED = "failed"
@@ -32,6 +35,11 @@ class Status(StrEnum):
         """Whether nothing follows any more."""
         return self not in (Status.QUEUED, Status.RUNNING)
 
+    @classmethod
+    def read(cls, name: str, *, finished: bool) -> Status:
+        """A record's status. One that only a newer process knows is taken for `failed` or `running`."""
+        return member(cls, name, cls.FAILED if finished else cls.RUNNING)
+
 
 class Priority(IntEnum):
     """Classes of the queue; a lower one is always served first."""
@@ -45,10 +53,47 @@ class Priority(IntEnum):
         """Its name on the wire."""
         return self.name.lower()
 
+    @classmethod
+    def read(cls, number: int) -> Priority:
+        """A record's class; one that only a newer process knows is taken for the nearest."""
+        return cls(min(max(number, cls.HIGH), cls.BATCH))
+
+
+@dataclass(frozen=True, slots=True)
+class Parsing:
+    """How the answer is parsed for its readers; see `web.views`.
+
+    Attributes:
+        format: what the request asked for, such as `ui_tars`.
+        image_size: width and height in pixels of the request's last image; None without images.
+    """
+
+    format: str
+    image_size: tuple[int, int] | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote, here or in another version."""
+        data = known(cls, json.loads(text))
+        size = data.get("image_size")
+        return cls(**data | {"image_size": tuple(size) if size else None})
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's record as it was read. Times are seconds since the epoch, durations seconds."""
+    """A job's hot record: neither its request nor its text. Times are seconds since the epoch, durations seconds.
+
+    Attributes:
+        attempt: number of the newest attempt that was admitted; 0 before the first.
+        claimed_at: when the newest claim was made, as text: it fences what the claim's holder writes.
+        last_event: number of the newest event in the log.
+        parsing: how the answer is parsed; None: not at all.
+        history: the newest attempts, oldest first.
+    """
 
     id: str
     owner: str
@@ -56,18 +101,13 @@ class Job:
     status: Status
     attempt: int
     claimed_at: str
-    """When the newest attempt was claimed, to the letter: with its number it fences what the attempt writes."""
     priority: Priority
-    alone: bool
-    """Whether it runs without neighbours, because its next lost worker is its last."""
-    generation: Request
     metadata: dict[str, str]
     request_id: str
     last_event: int
     created_at: float
     started_at: float | None
     finished_at: float | None
-    text: str | None
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
@@ -75,8 +115,12 @@ class Job:
     timings: dict[str, float]
     error_code: str | None
     error_message: str | None
+    parsing: Parsing | None = None
+    logprobs: bool = False
+    """Whether its chunk events carry log-probabilities."""
+    old_layout: bool = False
+    """Whether the record is one of the first layout, which an old worker still runs."""
     history: tuple[Attempt, ...] = ()
-    """The newest attempts, oldest first."""
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -92,19 +136,16 @@ class Job:
             id=record["id"],
             owner=record["owner"],
             model=record["model"],
-            status=Status(record["status"]),
+            status=Status.read(record["status"], finished=bool(record.get("finished_at"))),
             attempt=int(record["attempt"]),
             claimed_at=record.get("claimed_at", ""),
-            priority=Priority(int(record["class"])),
-            alone="alone" in record,
-            generation=Request.from_json(record["generation"]),
+            priority=Priority.read(int(record["class"])),
             metadata=json.loads(record["metadata"]),
             request_id=record["request_id"],
             last_event=int(record["seq"]),
             created_at=float(record["created_at"]),
             started_at=number("started_at"),
             finished_at=number("finished_at"),
-            text=record.get("text"),
             finish_reason=record.get("finish_reason"),
             prompt_tokens=count("prompt_tokens"),
             completion_tokens=count("completion_tokens"),
@@ -112,8 +153,28 @@ class Job:
             timings={name: float(record[name]) for name in TIMINGS if name in record},
             error_code=record.get("error_code"),
             error_message=record.get("error_message"),
+            parsing=Parsing.from_json(record["parsing"]) if record.get("parsing") else None,
+            logprobs="logprobs" in record,
+            old_layout=OLD_REQUEST in record,
             history=history(record),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job that ended without its worker: while it waited, or because its worker died."""
+
+    id: str
+    model: str
+    status: Status
+    error_code: str | None = None
+    error_message: str | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `lib/job.lua` wrote, here or in another version."""
+        data = known(cls, json.loads(text))
+        return cls(**data | {"status": Status.read(data["status"], finished=True)})
 
 
 TIMINGS = ("queue_s", "prefill_s", "first_token_s", "total_s")
@@ -121,14 +182,17 @@ TIMINGS = ("queue_s", "prefill_s", "first_token_s", "total_s")
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a worker ends a job. Without a text, the job's text and tokens are what its log has."""
+    """How a worker ends a job. The job's text is what its chunk events carried.
+
+    Attributes:
+        prompt_tokens, completion_tokens, cached_tokens: None: not known; completion tokens are then counted in the log.
+    """
 
     status: Status
-    text: str | None = None
     finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
     error_code: str | None = None
     error_message: str | None = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from shared.wire import known
+from shared.wire import known, to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be generated: `prompt`, or `messages` for the model's chat template."""
+    """What to generate: `prompt`, or `messages` for the model's chat template."""
 
     model: str
     max_tokens: int
@@ -37,17 +41,19 @@ class Request:
     """What its text is to be read as; see `web.views`."""
     share_system_prompt: bool = False
     """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
+    logprobs: int | None = None
+    """None: no log-probabilities; else the number of alternatives (0 to 20) beside each chosen token."""
 
     @property
     def image_parts(self) -> list[dict[str, Any]]:
         """The images of its messages in their order: of each the digest (`image`), `width` and `height` in pixels."""
-        contents = (message["content"] for message in self.messages or ())
+        contents = (message.get("content") for message in self.messages or ())  # a newer process may write none
         parts = (part for content in contents if isinstance(content, list) for part in content)
-        return [part for part in parts if part["type"] == "image"]
+        return [part for part in parts if part.get("type") == "image"]
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        return to_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -57,3 +63,19 @@ class Request:
         data["stop"] = tuple(data["stop"])
         data["messages"] = None if data["messages"] is None else tuple(data["messages"])
         return cls(**data)
+
+
+def pack_tokens(tokens: Sequence[int]) -> str:
+    """Token ids as text: base64 of little-endian 32-bit numbers."""
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return base64.b64encode(packed.tobytes()).decode()
+
+
+def unpack_tokens(text: str) -> tuple[int, ...]:
+    """The opposite of `pack_tokens`."""
+    packed = array("I", base64.b64decode(text))
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return tuple(packed)

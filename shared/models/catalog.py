@@ -24,7 +24,7 @@ _NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
 _HUB_ID: Final = r"^[\w.-]+/[\w.-]+$"
 
 
-class Sampling(BaseModel):
+class SamplingDefaults(BaseModel):
     """What a request gets that does not say. The names are those of requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -54,7 +54,7 @@ class _Entry(BaseModel):
     quantize_bits: Literal[2, 3, 4, 5, 6, 8] | None = None
     aliases: list[Annotated[str, Field(pattern=_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
-    sampling: Sampling = Sampling()
+    sampling: SamplingDefaults = SamplingDefaults()
     pin: bool = False
 
 
@@ -81,7 +81,7 @@ class CatalogModel:
     quantize_bits: int | None = None
     aliases: tuple[str, ...] = ()
     adapter: Path | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     pin: bool = False
     told_context: int | None = None
     weights_bytes: int = 0
@@ -284,7 +284,7 @@ def _said(name: str, error: ErrorDetails) -> str:
             return f'there is no such table; a name with dots stands in quotes: [models."{name}.{error["loc"][0]}"]'
         return f"there is no such key; there are {', '.join(_Entry.model_fields)}"
     if error["type"] == "extra_forbidden" and error["loc"][0] == "sampling":
-        return f"there is no such key; there are {', '.join(Sampling.model_fields)}"
+        return f"there is no such key; there are {', '.join(SamplingDefaults.model_fields)}"
     if not error["loc"]:
         return "it must be a table"
     return error["msg"]

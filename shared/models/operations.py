@@ -1,35 +1,34 @@
-"""Switching models on running workers, as operations to look at: what was asked, how far it is, how it ended."""
+"""Operations: loading and unloading models on running workers, with their progress and result."""
 
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, Self
 
 from shared.models.registry import HostInfo
 from shared.queue import keys
-from shared.queue.redis import Redis
-from shared.wire import known
+from shared.queue.redis import Redis, script
+from shared.wire import known, member
 
 LIFETIME_S: Final = 24 * 3600
 SILENT_S: Final = 15.0
-"""A worker that lives and has not said for so long that it has an operation does not know of it."""
+"""A live worker that has not announced an operation for so long does not know of it."""
 GONE_S: Final = 5.0
-"""The same of a worker that is not there."""
+"""The same for a worker that is not there."""
 
 
 class OperationState(StrEnum):
-    """How far an operation is."""
+    """The state of an operation. A state that only newer versions know is read as `loading`."""
 
     PENDING = "pending"
     """The worker was asked."""
     WAITING = "waiting"
-    """The worker has it in line."""
+    """The worker has queued it."""
     DRAINING = "draining"
-    """What runs on a model that has to go is given time to end."""
+    """Jobs of a model that must be unloaded get time to end."""
     LOADING = "loading"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -42,14 +41,14 @@ class OperationState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One of them. Times are seconds since the epoch.
+    """One of them. Times are seconds since the epoch, by Redis's clock.
 
     Attributes:
         kind: `load` or `unload`.
         node: Celery's name for the worker process.
         progress: of the loading, from 0 to 1.
         error_code, error_message: why it failed.
-        unloaded: models that had to make place.
+        unloaded: models that were unloaded for it.
         memory_before, memory_after: bytes that the model library held in use.
     """
 
@@ -78,12 +77,13 @@ class Operation:
         for name in ("error_code", "error_message"):
             data[name] = data.get(name) or None
         data["unloaded"] = tuple(data["unloaded"].split())
-        data["state"] = OperationState(data["state"])
+        data["state"] = member(OperationState, data["state"], OperationState.LOADING)
         return cls(**data)
 
     def to_record(self) -> dict[str, str]:
-        """As Redis holds it."""
+        """As Redis holds it, without the moments: Redis's clock gives those."""
         fields = asdict(self) | {"unloaded": " ".join(self.unloaded)}
+        del fields["created_at"], fields["updated_at"]
         return {name: "" if value is None else str(value) for name, value in fields.items()}
 
 
@@ -92,30 +92,22 @@ class Operations:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._write = script(client, "operation")
 
     def begin(self, kind: str, model: str, node: str) -> Operation:
         """A new one, which its worker is about to be asked for."""
-        now = time.time()
-        new = Operation(f"op_{secrets.token_hex(12)}", kind, model, node, OperationState.PENDING, now, now)
-        operation = self.put(new)
-        self._client.zadd(keys.OPERATIONS, {operation.id: now})
-        self._client.zremrangebyscore(keys.OPERATIONS, "-inf", now - LIFETIME_S)
-        return operation
+        name = f"op_{secrets.token_hex(12)}"
+        return self.put(Operation(name, kind, model, node, OperationState.PENDING, 0.0, 0.0))
 
     def put(self, operation: Operation) -> Operation:
         """Write how it is now."""
-        operation = replace(operation, updated_at=time.time())
-        name = keys.OPERATION + operation.id
-        with self._client.pipeline() as pipe:
-            pipe.hset(name, mapping=operation.to_record())
-            pipe.expire(name, LIFETIME_S)
-            pipe.execute()
-        return operation
+        fields = [part for pair in operation.to_record().items() for part in pair]
+        created_at, updated_at = self._write(args=[operation.id, LIFETIME_S, *fields])
+        return replace(operation, created_at=float(created_at), updated_at=float(updated_at))
 
     def read(self, name: str) -> Operation | None:
-        """One, as its worker last told; None when there is none."""
-        record = self._client.hgetall(keys.OPERATION + name)
-        return Operation.from_record(record) if record else None
+        """An operation, as its worker last published it; None when there is none."""
+        return self._read([name])[1][0]
 
     def get(self, name: str, hosts: Collection[HostInfo]) -> Operation | None:
         """One; None when there is none. What no worker has in hand any more has failed.
@@ -123,23 +115,24 @@ class Operations:
         Args:
             hosts: the workers that live.
         """
-        operation = self.read(name)
-        if operation is None or operation.state.terminal or any(name in host.operations for host in hosts):
-            return operation
-        silent_s = time.time() - operation.updated_at
-        if silent_s > GONE_S and all(host.node != operation.node for host in hosts):
-            return _failed(operation, "worker_lost", "The worker is gone.")
-        if silent_s > SILENT_S and operation.state is OperationState.PENDING:
-            return _failed(operation, "worker_silent", "The worker was asked and did not answer.")
-        if silent_s > SILENT_S:
-            return _failed(operation, "worker_lost", "The worker has been started anew.")
-        return operation
+        now, (operation,) = self._read([name])
+        return None if operation is None else _as_it_is(operation, now, hosts)
 
     def recent(self, hosts: Collection[HostInfo], most: int = 50) -> list[Operation]:
         """The newest first."""
         names = self._client.zrange(keys.OPERATIONS, "+inf", "-inf", byscore=True, desc=True, offset=0, num=most)
-        found = (self.get(name, hosts) for name in names)
-        return [operation for operation in found if operation is not None]
+        now, found = self._read(names)
+        return [_as_it_is(operation, now, hosts) for operation in found if operation is not None]
+
+    def _read(self, names: Sequence[str]) -> tuple[float, list[Operation | None]]:
+        """The moment by Redis's clock, and the operations of these names."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for name in names:
+                pipe.hgetall(keys.OPERATION + name)
+            (seconds, microseconds), *records = pipe.execute()
+        found = [Operation.from_record(record) if record else None for record in records]
+        return seconds + microseconds / 1e6, found
 
     def may_demand(self, model: str, seconds: int) -> bool:
         """Whether this call is the one that has a model loaded for waiting jobs; once in so many seconds."""
@@ -153,6 +146,20 @@ class Operations:
         """The newest operation that loads, or has tried to load, a model for waiting jobs; it is soon forgotten."""
         name = self._client.get(keys.DEMAND + model)
         return self.read(name) if name else None
+
+
+def _as_it_is(operation: Operation, now: float, hosts: Collection[HostInfo]) -> Operation:
+    """The operation; failed when no worker has it in hand any more."""
+    if operation.state.terminal or any(operation.id in host.operations for host in hosts):
+        return operation
+    silent_s = now - operation.updated_at
+    if silent_s > GONE_S and all(host.node != operation.node for host in hosts):
+        return _failed(operation, "worker_lost", "The worker is gone.")
+    if silent_s > SILENT_S and operation.state is OperationState.PENDING:
+        return _failed(operation, "worker_silent", "The worker was asked and did not answer.")
+    if silent_s > SILENT_S:
+        return _failed(operation, "worker_lost", "The worker has been started anew.")
+    return operation
 
 
 def _failed(operation: Operation, code: str, message: str) -> Operation:

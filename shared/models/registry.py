@@ -1,17 +1,21 @@
-"""Who is there: the workers alive and the models they know, as they tell it themselves."""
+"""The live workers and the models they know, as they announce them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from shared.models.image_geometry import ImageGeometry
 from shared.queue import keys
 from shared.queue.redis import Redis, script
 from shared.wire import known
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C")
 
 LEAST_CACHE: Final = 0.02
 """The part of a worker's memory that must be left for the caches of jobs."""
@@ -25,7 +29,9 @@ class ModelCard:
         context: most tokens of prompt and answer together.
         chat_template: the Jinja template for messages; None when the model has none.
         bos_token, eos_token: as templates use them; None when there is none.
-        tokenizer: digest under which the registry keeps the model's `tokenizer.json`; None when it has none.
+        tokenizer: digest of the model's `tokenizer.json` (`shared.tokenizing.files`); None when the API cannot tokenise
+            for the model, because its worker has not proved, or has disproved, that it would get the same tokens.
+        template_variables: what the template finds beside the messages.
         image: the fields of its `ImageGeometry`; None: it takes no images.
     """
 
@@ -36,12 +42,13 @@ class ModelCard:
     bos_token: str | None = None
     eos_token: str | None = None
     tokenizer: str | None = None
+    template_variables: dict[str, Any] | None = None
     image: dict[str, int] | None = None
 
     @property
     def geometry(self) -> ImageGeometry | None:
         """How it resizes images; None: it takes none."""
-        return ImageGeometry(**self.image) if self.image else None
+        return ImageGeometry(**known(ImageGeometry, self.image)) if self.image else None
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -55,13 +62,16 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself with each renewal of its lease. Times: seconds since the epoch.
+    """What a worker says of itself with each renewal of its lease.
+
+    `started_at` and `heartbeat_at` are seconds since the epoch by Redis's clock where a card was read. Who announces
+    one gives the present moment and its start by any one clock: only the time between them is used.
 
     Attributes:
         node: its Celery node name, which answers pings.
         state: `loading`, `ready` or `draining`; only a ready worker takes jobs.
         slots, slots_used: rows of the batch, and those taken.
-        heartbeat_at: when this was written.
+        heartbeat_at: when the card was written.
         stats: counters and gauges for `/metrics` (tokens, steps, batch size, memory, …), all numbers.
         about: facts that do not change (device, BLAS, GFLOP/s, versions), for `/health`.
     """
@@ -80,18 +90,20 @@ class WorkerInfo:
     about: dict[str, Any]
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """One line of JSON; the moments are added where it is stored."""
+        return _card_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote, here or in another version."""
-        return cls(**known(cls, json.loads(text)))
+        data = known(cls, json.loads(text))
+        stats = {name: value for name, value in data["stats"].items() if isinstance(value, int | float)}
+        return cls(**data | {"stats": stats})
 
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """What a worker process says of itself, whatever models it has. Times: seconds since the epoch.
+    """What a worker process says of itself, whatever models it has. Times are as those of `WorkerInfo`.
 
     Attributes:
         node: its Celery node name.
@@ -117,8 +129,8 @@ class HostInfo:
         return weights_bytes + self.memory_pinned <= (1 - LEAST_CACHE) * self.memory_limit
 
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """One line of JSON; the moments are added where it is stored."""
+        return _card_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -135,38 +147,33 @@ class Registry:
         self._introduce = script(client, "introduce")
         self._announce = script(client, "announce")
 
-    def announce_model(self, card: ModelCard, tokenizer_json: str | None = None) -> None:
-        """Make a model known; it stays known while its workers restart."""
-        self._introduce(args=[card.id, card.to_json(), card.tokenizer or "", tokenizer_json or ""])
+    def announce_model(self, card: ModelCard) -> bool:
+        """Make a model known; it stays known while its workers restart.
+
+        Returns:
+            Whether the card names a tokenizer that Redis has not (`shared.tokenizing.files.TokenizerStore`).
+        """
+        return bool(self._introduce(args=[card.id, card.to_json(), card.tokenizer or ""]))
 
     def models(self) -> dict[str, ModelCard]:
         """All models ever announced."""
         return {name: ModelCard.from_json(text) for name, text in self._client.hgetall(keys.MODELS).items()}
 
-    def tokenizer_json(self, digest: str) -> str | None:
-        """The text of a model's `tokenizer.json`."""
-        text = self._client.get(keys.TOKENIZER + digest)
-        return None if text is None else str(text)
-
     def announce_worker(self, info: WorkerInfo, lifetime_s: float) -> None:
-        """Tell the state of a worker; it is forgotten when not told again in time."""
-        self._announce(args=[info.id, info.to_json(), round(lifetime_s * 1000), info.heartbeat_at])
+        """Announce the state of a worker; it expires when it is not announced again in time."""
+        self._write("WORKER", info.id, info, lifetime_s)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers alive, by id."""
-        names = sorted(self._client.zrange(keys.WORKERS, 0, -1))
-        cards = self._client.mget([keys.WORKER + name for name in names]) if names else []
-        gone = [name for name, card in zip(names, cards, strict=True) if card is None]
-        if gone:
-            self._client.zrem(keys.WORKERS, *gone)
-        return [WorkerInfo.from_json(card) for card in cards if card is not None]
+        return self.workers_now()[1]
+
+    def workers_now(self) -> tuple[float, list[WorkerInfo]]:
+        """The moment by Redis's clock (seconds since the epoch), and the workers alive then, by id."""
+        return self._read(keys.WORKERS, keys.WORKER, WorkerInfo.from_json)
 
     def announce_host(self, info: HostInfo, lifetime_s: float) -> None:
-        """Tell the state of a worker process; it is forgotten when not told again in time."""
-        with self._client.pipeline() as pipe:
-            pipe.set(keys.HOST + info.node, info.to_json(), px=round(lifetime_s * 1000))
-            pipe.zadd(keys.HOSTS, {info.node: info.heartbeat_at})
-            pipe.execute()
+        """Announce the state of a worker process; it expires when it is not announced again in time."""
+        self._write("HOST", info.node, info, lifetime_s)
 
     def forget_host(self, node: str) -> None:
         """A worker process ends."""
@@ -174,11 +181,23 @@ class Registry:
 
     def hosts(self) -> list[HostInfo]:
         """The worker processes alive, by node."""
-        names = sorted(self._client.zrange(keys.HOSTS, 0, -1))
-        cards = self._client.mget([keys.HOST + name for name in names]) if names else []
+        return self._read(keys.HOSTS, keys.HOST, HostInfo.from_json)[1]
+
+    def _write(self, kind: str, name: str, card: WorkerInfo | HostInfo, lifetime_s: float) -> None:
+        uptime_s = card.heartbeat_at - card.started_at
+        self._announce(args=[kind, name, card.to_json(), round(lifetime_s * 1000), uptime_s])
+
+    def _read(self, index: str, prefix: str, parse: Callable[[str], C]) -> tuple[float, list[C]]:
+        """The moment, and the cards that an index names; names without a card are taken out of it."""
+        names = sorted(self._client.zrange(index, 0, -1))
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for name in names:
+                pipe.get(prefix + name)
+            (seconds, microseconds), *cards = pipe.execute()
         if gone := [name for name, card in zip(names, cards, strict=True) if card is None]:
-            self._client.zrem(keys.HOSTS, *gone)
-        return [HostInfo.from_json(card) for card in cards if card is not None]
+            self._client.zrem(index, *gone)
+        return seconds + microseconds / 1e6, list(_readable(cards, parse))
 
     def waiting(self, model: str) -> int:
         """How many jobs wait for a model."""
@@ -191,17 +210,21 @@ class Registry:
                 pipe.zcard(keys.QUEUE + model)
             return [int(count) for count in pipe.execute()]
 
-    def mean_job_s(self, model: str) -> float | None:
-        """Moving average of the running time of a model's jobs, in seconds."""
-        mean = self._client.hget(keys.SPEED + model, "mean_s")
-        return None if mean is None else float(mean)
+    def mean_job_s(self, models: Iterable[str]) -> dict[str, float]:
+        """Moving average of the running time of each model's jobs, in seconds, where some have ended."""
+        names = list(models)
+        with self._client.pipeline(transaction=False) as pipe:
+            for model in names:
+                pipe.hget(keys.SPEED + model, "mean_s")
+            means = pipe.execute() if names else []
+        return {model: float(mean) for model, mean in zip(names, means, strict=True) if mean is not None}
 
     def ended(self) -> dict[tuple[str, str], int]:
         """How many jobs of a (model, status) have ended."""
         return self._counts(keys.ENDED)
 
     def routed(self) -> dict[tuple[str, str], int]:
-        """How many jobs of a model went to the `keeper` of their prefix, were `left` to it, or went to `another`."""
+        """Jobs by model and outcome: claimed by the `preferred` worker, `deferred` to it, claimed by `another` then."""
         return self._counts(keys.ROUTED)
 
     def _counts(self, key: str) -> dict[tuple[str, str], int]:
@@ -209,6 +232,17 @@ class Registry:
         return {(model, word): n for (model, _, word), n in split}
 
 
-def digest(text: str) -> str:
-    """The name under which a tokenizer is kept."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _card_json(card: WorkerInfo | HostInfo) -> str:
+    fields = asdict(card)
+    del fields["started_at"], fields["heartbeat_at"]
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _readable(cards: Iterable[str | None], parse: Callable[[str], C]) -> Iterable[C]:
+    """The cards that this version can read. One of a much newer worker must not hide the others."""
+    for card in cards:
+        try:
+            if card is not None:
+                yield parse(card)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("worker_card_not_read", extra={"reason": str(error)})

@@ -23,7 +23,7 @@ def kombu_url(url: str) -> str:
 
 
 def transport_options(url: str, timeout_s: float) -> dict[str, Any]:
-    """What kombu has to be told beside the URL."""
+    """Options that kombu needs beside the URL."""
     options: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,

@@ -1,67 +1,109 @@
-"""What a worker does with jobs: hold a lease, claim, write, hand back; and what anybody does about lost ones.
+"""A worker's side of the queue (lease, claim, append, release), and the reaper, which recovers jobs of lost workers.
 
-Every call is fenced by the attempt number the claim gave, and may be sent twice.
+Every write is fenced by the attempt number and the time of the claim, and may be sent twice.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any, Final
 
-from shared.jobs.log import chunk_data, join_tokens
-from shared.jobs.record import Ending, Job
+from shared.errors import JobFailure
+from shared.jobs.log import join_tokens
+from shared.jobs.record import EndedJob, Ending, Job, Status
+from shared.jobs.request import Request, pack_tokens, unpack_tokens
+from shared.queue import keys
 from shared.queue.redis import Redis, script
+from shared.wire import member, paired, to_json
+
+log = logging.getLogger(__name__)
 
 
 class NoLease(Exception):
     """The worker's lease has lapsed: it must renew before it may claim."""
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A job that is left to the worker which has its beginning in its cache.
-
-    Attributes:
-        node: Celery's name for that worker.
-        seconds: after so many anybody may have it.
-    """
-
-    job_id: str
-    node: str
-    seconds: float
-
-
-class LeftToOthers(Exception):
-    """All that waits is left to other workers, and whoever is told so sees to it that these jobs are started."""
-
-    def __init__(self, jobs: Sequence[Left]) -> None:
-        super().__init__(f"{len(jobs)} jobs are left to others")
-        self.jobs = tuple(jobs)
-
-
 class Verdict(StrEnum):
-    """The answer to a write."""
+    """The answer to a write. An unknown answer, from a newer version's script, counts as `ok`."""
 
     OK = "ok"
     CANCELLED = "cancelled"
-    """Written; and the job is to be stopped."""
+    """Written; the job was cancelled and must stop."""
     EXPIRED = "expired"
-    """Written; and the job's time is over."""
+    """Written; the job's time is over and it must stop."""
     FENCED = "fenced"
-    """Not written: the job is another's now, or has ended. Drop it."""
+    """Not written: the job belongs to another attempt, or has ended. Drop it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job that a worker has reserved.
+
+    Attributes:
+        job: its record; `attempt` is the number that this claim's attempt will have.
+        tokens: token ids of its prompt; None when they are not known yet.
+        shared: number of its first tokens that other API keys may reuse.
+        rank: its place in the queue; lower ones are served first.
+        age_s: seconds since it was accepted, by Redis's clock at the claim.
+    """
+
+    job: Job
+    request: Request
+    tokens: tuple[int, ...] | None
+    shared: int
+    rank: float
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a worker asks for in a claim.
+
+    Attributes:
+        rows: jobs that it can admit now, beyond those it has claimed.
+        tokens: tokens of prompts and answers for which it has memory now.
+        spare: further jobs that it may claim to have at hand; less than 0 when it has too many.
+        waiting: ids it has claimed and cannot admit now: other workers may take them, and it may claim a job that is to
+            be served before one of them as if that were not here.
+    """
+
+    rows: int
+    tokens: int
+    spare: int = 0
+    waiting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The answer to a claim.
+
+    Attributes:
+        jobs: what was reserved.
+        lost: those of `Demand.waiting` that this worker does not hold any more.
+        again_s: seconds after which a job that is deferred to another worker may be claimed; None: there is none.
+    """
+
+    jobs: tuple[ClaimedJob, ...]
+    lost: tuple[str, ...] = ()
+    again_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """What one engine step, or several, gave for one job.
+    """What one or several engine steps produced for one job.
 
     Attributes:
-        claimed_at: the moment of the attempt's claim, as its record has it.
-        n: number of the chunk event that carries `text`; the next free one of the job.
-        tokens: the ids that a later attempt prefills to go on behind `text`.
+        claimed_at: when it was claimed, as in its record.
+        start: whether the job was admitted to the batch; this begins its attempt.
+        prompt: token ids of its prompt, if this worker tokenised it; they are stored for later attempts.
+        n: number of the job's next event, which carries `text`; if Redis has lost one before it, nothing is written.
+        tokens: token ids of `text`; a later attempt prefills them to continue.
+        extra: further members of the event's JSON object, without braces; empty: none.
         ending: set when the job ends with this.
     """
 
@@ -71,45 +113,50 @@ class Append:
     n: int
     text: str = ""
     tokens: tuple[int, ...] = ()
+    extra: str = ""
+    start: bool = False
+    prompt: tuple[int, ...] | None = None
     ending: Ending | None = None
 
-    @classmethod
-    def of(cls, job: Job, n: int, text: str = "", tokens: tuple[int, ...] = (), ending: Ending | None = None) -> Append:
-        """What the attempt that claimed `job` writes."""
-        return cls(job.id, job.attempt, job.claimed_at, n, text, tokens, ending)
-
-    def to_line(self) -> str:
-        """The script's argument for a row: seven lines. One argument costs less than seven."""
-        data = chunk_data(self.text) if self.text else ""
-        ending = json.dumps(self.ending.to_fields()) if self.ending else ""
-        return (
-            f"{self.job_id}\n{self.attempt}\n{self.claimed_at}\n{self.n}\n{data}\n{join_tokens(self.tokens)}\n{ending}"
-        )
+    def to_json(self) -> str:
+        """The script's argument for a row."""
+        row: dict[str, Any] = {"id": self.job_id, "attempt": self.attempt, "claimed_at": self.claimed_at}
+        if self.start:
+            row["start"] = True
+        if self.prompt is not None:
+            row["prompt"] = pack_tokens(self.prompt)
+        if self.text or self.ending is not None:
+            row["n"] = self.n
+        if self.text:
+            row |= {"text": self.text, "tokens": join_tokens(self.tokens)}
+            if self.extra:
+                row["extra"] = self.extra
+        if self.ending is not None:
+            row["ending"] = self.ending.to_fields()
+        return to_json(row)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A job that Redis says the worker holds."""
+    """A job that is in this worker's batch according to Redis."""
 
     job_id: str
     attempt: int
+    claimed_at: str
     stop_as: Verdict | None
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The answer to a renewal: whether it had held until now, and what the worker holds."""
+    """The answer to a renewal: whether the lease had held until now, and what the worker holds.
+
+    Attributes:
+        reserved: (id, claimed_at) of the jobs it has claimed and not admitted.
+    """
 
     unbroken: bool
-    held: tuple[Held, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A job that waits again and needs a ticket."""
-
-    model: str
-    job_id: str
+    running: tuple[Held, ...]
+    reserved: tuple[tuple[str, str], ...]
 
 
 class Claims:
@@ -123,79 +170,111 @@ class Claims:
         self._release = script(client, "release")
         self._retire = script(client, "retire")
 
-    def claim(self, model: str, beside: Iterable[str] = ()) -> Job | None:
-        """Take the next job of a model; None when none waits that this worker may have now.
+    def claim(self, model: str, demand: Demand, beside: Iterable[str] = ()) -> Claim:
+        """Reserve waiting jobs of a model.
 
         Args:
-            beside: the workers of other models that would end with this one's process.
+            beside: the workers of this process, this one among them.
 
         Raises:
             NoLease: renew first.
-            LeftToOthers: tell them.
         """
-        reply = self._claim(args=[model, self._worker, *beside])
+        ask = asdict(demand) | {"model": model, "worker": self._worker, "beside": [*{self._worker, *beside}]}
+        reply = self._claim(args=[json.dumps(ask)])
         if reply == "no lease":
             raise NoLease(self._worker)
-        if not reply or reply == "alone":
-            return None
-        if reply[0] == "left":
-            left = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
-            raise LeftToOthers([Left(job_id, node, float(seconds)) for job_id, node, seconds in left])
-        return Job.from_record(dict(zip(reply[::2], reply[1::2], strict=True)))
+        now, again_s, lost, *claimed = reply
+        jobs = tuple(job for each in claimed if (job := self._read(*each, now=float(now))) is not None)
+        return Claim(jobs, tuple(lost), float(again_s) if again_s else None)
+
+    def _read(self, record: list[str], request: list[str], score: str, *, now: float) -> ClaimedJob | None:
+        """Read a claimed job. One that cannot be read fails here; otherwise every worker that claims it would fail."""
+        fields = paired(record)
+        try:
+            return _claimed(fields, paired(request), float(score), now)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            log.exception("job_not_read", extra={"job_id": fields.get("id")})
+        ending = Ending(
+            Status.FAILED,
+            error_code=JobFailure.ENGINE,
+            error_message="The job's record cannot be read. Submit it again.",
+        )
+        attempt = int(fields["attempt"]) + 1
+        self.append([Append(fields["id"], attempt, fields["claimed_at"], 0, start=True, ending=ending)])
+        return None
 
     def append(self, rows: Sequence[Append]) -> list[Verdict]:
         """Write all rows in one call; a verdict for each."""
-        return [Verdict(word) for word in self._append(args=[row.to_line() for row in rows])]
+        return [member(Verdict, word, Verdict.OK) for word in self._append(args=[row.to_json() for row in rows])]
 
     def renew(self, seconds: float) -> Lease:
-        """Prove to be alive for that much longer."""
-        unbroken, *rest = self._renew(args=[self._worker, seconds])
-        held = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+        """Extend the lease by that much from now."""
+        unbroken, running, reserved = self._renew(args=[self._worker, seconds])
+        held = zip(running[::4], running[1::4], running[2::4], running[3::4], strict=True)
         return Lease(
             unbroken=bool(unbroken),
-            held=tuple(Held(i, int(attempt), Verdict(stop) if stop else None) for i, attempt, stop in held),
+            running=tuple(Held(i, int(attempt), at, _stop(stop)) for i, attempt, at, stop in held),
+            reserved=tuple(zip(reserved[::2], reserved[1::2], strict=True)),
         )
 
-    def release(self, jobs: Iterable[tuple[str, int]], *, max_attempts: int | None = None) -> list[Waiting]:
-        """Hand (job, attempt)s back, to be continued by whoever claims them next.
-
-        Args:
-            max_attempts: given, it counts as a loss: a job that was lost so often fails, as if its worker had died.
-        """
+    def release(self, jobs: Iterable[tuple[str, str]]) -> list[str]:
+        """Give up (job id, claimed_at)s, to be continued by any worker; the models that have waiting jobs now."""
         flat = [part for job in jobs for part in job]
-        most_losses = "" if max_attempts is None else max_attempts
-        return _waiting(self._release(args=[self._worker, most_losses, *flat])) if flat else []
+        return list(self._release(args=[self._worker, *flat])) if flat else []
 
-    def retire(self, *, max_attempts: int | None = None) -> list[Waiting]:
-        """Hand everything back and give the lease up: the last call of a worker. `max_attempts` as in `release`."""
-        return _waiting(self._retire(args=[self._worker, "" if max_attempts is None else max_attempts]))
+    def retire(self) -> list[str]:
+        """Return all jobs to the queue and end the lease; the models that have waiting jobs now."""
+        return list(self._retire(args=[self._worker]))
 
 
-REAP_S = 1.0
-"""Longest time between two passes of a process: `reap.lua` takes twice as long without any for an outage."""
+def _stop(word: str) -> Verdict | None:
+    return None if (verdict := member(Verdict, word, Verdict.OK)) is Verdict.OK else verdict
+
+
+def _claimed(fields: dict[str, str], asked: dict[str, str], rank: float, now: float) -> ClaimedJob:
+    return ClaimedJob(
+        job=Job.from_record(fields | {"attempt": str(int(fields["attempt"]) + 1)}),
+        request=Request.from_json(asked["request"]),
+        tokens=unpack_tokens(asked["tokens"]) if "tokens" in asked else None,
+        shared=int(asked.get("shared") or 0),
+        rank=rank,
+        age_s=max(0.0, now - float(fields["created_at"])),
+    )
+
+
+REAP_S: Final = 1.0
+"""Longest time between two passes of a process. `reap.lua` takes a gap of twice this time for an outage."""
+_MOST_EXPIRED: Final = 1000
+_MOST_ENDS: Final = 1000
 
 
 class Reaper:
-    """Takes back what lapsed leases held and expires what is over its time. Harmless when run by many at once.
+    """Returns the jobs of lapsed leases to the queue and expires late jobs. Any number may run at once.
+
+    Args:
+        max_deaths: process deaths that a job may cause before it fails.
+        failed_request_bytes: what the kept requests of failed jobs may occupy.
 
     Attributes:
         rest_s: seconds until the next pass is due: when the first lease lapses, if that is soon.
     """
 
-    def __init__(self, client: Redis, max_attempts: int) -> None:
+    def __init__(self, client: Redis, max_deaths: int, failed_request_bytes: int) -> None:
         self.rest_s = REAP_S
+        self._client = client
         self._reap = script(client, "reap")
-        self._max_attempts = max_attempts
+        self._max_deaths = max_deaths
+        self._failed_request_bytes = failed_request_bytes
 
-    def reap(self) -> list[Waiting]:
-        """One pass; the jobs returned need tickets."""
+    def reap(self) -> list[str]:
+        """Make one pass; the models to which it returned jobs."""
         self.rest_s = REAP_S
-        lapses_s, *flat = self._reap(args=[self._max_attempts, 1000])
+        lapses_s, *models = self._reap(args=[self._max_deaths, _MOST_EXPIRED, self._failed_request_bytes])
         if lapses_s:
-            # All processes look forward to the same moment: the first to come does the work.
+            # All processes wait for the same moment; the first one does the work, and jitter spreads the others.
             self.rest_s = min(REAP_S, max(0.05, float(lapses_s)) + random.uniform(0.002, 0.03))
-        return _waiting(flat)
+        return list(models)
 
-
-def _waiting(flat: list[str]) -> list[Waiting]:
-    return [Waiting(model, job_id) for model, job_id in zip(flat[::2], flat[1::2], strict=True)]
+    def take_ends(self) -> list[EndedJob]:
+        """The jobs that ended without their worker since the last call of any process."""
+        return [EndedJob.from_json(text) for text in self._client.lpop(keys.ENDS, _MOST_ENDS) or ()]

@@ -1,8 +1,8 @@
-"""Acceptance with proof: a script whose answer counts only once all that it wrote is on Redis's disk.
+"""Durable acceptance: a script whose answer counts only when everything it wrote is on Redis's disk.
 
-The proof is a command that travels behind the script on the same connection, so it costs no further round trip. What it
-costs Redis is a matter of its `appendfsync`: a further turn of its event loop with `always`, up to
-a second with `everysec`. `scripts/bench --only durability` measures it.
+The proof is a second command in the same pipeline, so it costs no further round trip. Its latency depends on
+`appendfsync`: one more turn of Redis's event loop with `always`, up to a second with `everysec`.
+`scripts/bench --only durability` measures it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.errors import NotDurable
 from shared.queue.redis import Redis, passes, source
 
 PROOF_S: Final = 1.5
-"""Longest wait for the proof: beyond the second of `everysec`, and less than callers wait for an answer."""
+"""Longest wait for the proof: longer than the second of `everysec`, shorter than callers wait for an answer."""
 
 _PROBE: Final = ("WAITAOF", 1, 0, 1)
 _APPEND: Final = ("CONFIG GET", "append*")
@@ -33,7 +33,7 @@ class _Proof:
 
 
 _WAIT: Final = _Proof(("WAITAOF", 1, 0, round(PROOF_S * 1000)), lambda acks: bool(acks[0]))
-# So set, Redis answers nobody before it has written to the disk what it was told.
+# With this setting, Redis answers a command only after it has written it to the disk.
 _ALWAYS: Final = _Proof(_APPEND, lambda conf: (conf["appendonly"], conf["appendfsync"]) == ("yes", "always"))
 
 
@@ -62,11 +62,11 @@ class ProvenScript:
         """Run it.
 
         Raises:
-            NotDurable: Redis can give no proof (nothing was written, unless that is news), or gave none in time.
+            NotDurable: Redis cannot give a proof (then usually nothing was written), or gave none in time.
             redis.RedisError: Redis is away, or refuses.
         """
-        proof = self._proof  # other threads forget and find it meanwhile
-        if proof is None:  # asked beforehand: or each request that is refused would leave a job that runs
+        proof = self._proof  # other threads may reset it
+        if proof is None:  # found before the script runs: a request that is refused must leave no job behind
             proof = self._proof = _find_proof(self._client)
         answer, evidence = self._ask(args, proof)
         if isinstance(answer, NoScriptError):
@@ -114,7 +114,7 @@ def _find_proof(client: Redis) -> _Proof:
 
 
 def _append_settings(client: Redis) -> dict[str, str]:
-    """What Redis says of its append-only file; empty words where that is not told, as by managed servers."""
+    """What Redis says of its append-only file; empty words where it does not say, as with managed servers."""
     found: dict[str, str] = {"appendonly": "", "appendfsync": ""}
     with suppress(ResponseError):
         found |= client.execute_command(*_APPEND)

@@ -1,7 +1,6 @@
 """The connection to Redis, and the Lua scripts that are all of the queue's logic.
 
-Every change of a job's state is one script, so it happens whole or not at all. A script's text is the
-table of key prefixes (`shared.queue.keys`), then `lib/job.lua`, then its own file.
+Every change of a job's state is one script, so it happens whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ POOL_WAIT_S = 5.0
 """Longest wait for a free connection. Longer than calls take: a burst is no outage."""
 
 SCRIPTS = Path(__file__).parent / "scripts"
+_USES: Final = "-- uses:"
 
 _PASSING = (
     exceptions.ConnectionError,  # also while it loads its data
@@ -75,15 +75,18 @@ def passes(error: exceptions.RedisError) -> bool:
 
 
 ACCEPTANCE: Final = "enqueue"
-"""The one script that is refused when Redis's memory is full: whatever else is written lets jobs end."""
+"""The one script that is refused when Redis's memory is full: all others let jobs end."""
 
 
 @cache
 def source(name: str) -> str:
-    """The whole text of a script."""
+    """The whole text of a script: key prefixes, `lib/job.lua`, the libraries that its `-- uses:` line names, itself."""
+    body = (SCRIPTS / f"{name}.lua").read_text()
+    first = body.partition("\n")[0]
+    libraries = first.removeprefix(_USES).split() if first.startswith(_USES) else []
+    parts = [(SCRIPTS / "lib" / f"{library}.lua").read_text() for library in ("job", *libraries)]
     flags = "" if name == ACCEPTANCE else "#!lua flags=allow-oom\n"
-    prelude, body = ((SCRIPTS / f"{part}.lua").read_text() for part in ("lib/job", name))
-    return flags + LUA_TABLE + prelude + body
+    return flags + LUA_TABLE + "".join(parts) + body
 
 
 def has_memory(client: Redis) -> bool:

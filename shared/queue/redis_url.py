@@ -45,7 +45,7 @@ class SentinelUrl:
 
 
 def is_sentinel(url: str) -> bool:
-    """Whether the master is to be asked of sentinels."""
+    """Whether sentinels must be asked for the master."""
     return url.startswith(f"{SENTINEL}://")
 
 

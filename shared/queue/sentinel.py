@@ -20,7 +20,7 @@ from shared.queue.redis_url import SentinelUrl
 
 
 class _Credentials(UsernamePasswordCredentialProvider):
-    """A login that is not shown: workers tell Flower what they connect to their broker with."""
+    """A login that is not shown: workers report the parameters of their broker connection to Flower."""
 
     def __json__(self) -> str:
         return "**"

@@ -11,14 +11,15 @@ import pytest
 from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
-from shared.jobs.request import Sampling
-from worker.engine.prefill_budget import Pace
-from worker.runner import kv_cache as kv
-from worker.runner.base import Row
-from worker.runner.length_buckets import Lanes
-from worker.runner.memory import Footprint
+from tests.support.runner import row as row_of
+from worker.runner import forward, kv_cache
+from worker.runner.base import UNKNOWN_COST, PrefillWork
+from worker.runner.decode import DecodeBatch
+from worker.runner.kv_cache import Footprint, KVCache
+from worker.runner.length_buckets import LengthBuckets
 from worker.runner.prefill import Prefill
 from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
+from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import Speculation
 
 VOCABULARY = 512
@@ -87,45 +88,42 @@ def alone(model: Any, prompt: list[int]) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
 
 
-class LayerByLayer(Pace):
-    """There is time for a chunk of 16 tokens, and in each step for one layer of it."""
-
-    def rests(self) -> bool:
-        return False
-
-    def chunk(self, position: int, layers: int) -> int:
-        return 16
-
-    def share(self, tokens: int, position: int, layers: int) -> int:
-        return 1
-
-
 def together(
     model: Any,
     prompts: list[list[int]],
     prefixes: PrefixCache,
     most_padding: int = MUCH,
-    pace: type[Pace] = Pace,
+    work: tuple[int, int | None] = (32, None),
 ) -> list[list[int]]:
-    """A row joins every third step; every second one leaves early."""
-    prefill = Prefill(model, 32, prefixes, pace(32))
-    batch = Lanes(model, prefixes, Footprint.of(model), most_padding, Speculation(model, 0))
+    """A row joins every third step; every second one leaves early. `work`: tokens and layers of a step's prefill."""
+    prefill, speculation = Prefill(model, 32, prefixes, UNKNOWN_COST), Speculation(model, 0, NgramProposer())
+    batches = LengthBuckets(lambda: DecodeBatch(model, prefixes, speculation), Footprint.of(model), most_padding)
     said: list[list[int]] = [[] for _ in prompts]
-    waiting = [Row(i, tuple(p), 0, TOKENS - 9 * (i % 2), Sampling(0.0), "me") for i, p in enumerate(prompts)]
+    waiting = [row_of(i, prompt, TOKENS - 9 * (i % 2), owner="me") for i, prompt in enumerate(prompts)]
     step = 0
-    while waiting or prefill or batch:
+    while waiting or prefill.unread() or len(batches):
         if waiting and step % 3 == 0:
             prefill.add(waiting.pop(0))
-        chunk = prefill.advance(decoding=pace is LayerByLayer and len(batch) > 0)
-        if chunk.rows:
-            batch.join(chunk.rows, chunk.cache)
-        for uid, token in batch.step():
-            said[uid].append(token)
+        planned = planned_for(prefill, *work)
+        done = prefill.advance(planned, decoding=len(batches) > 0)
+        if done.rows:
+            batches.join(done.rows, done.cache)
+        for output in batches.step():
+            said[output.uid].append(output.token)
         step += 1
     return said
 
 
-@pytest.mark.parametrize("most_padding", [MUCH, 50_000], ids=["one lane", "lanes"])
+def planned_for(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWork | None:
+    """Short prompts together, or a chunk of the first long one."""
+    unread = prefill.unread()
+    long = [uid for uid, each in unread.items() if each.under_way or each.tokens > 2 * tokens or layers]
+    if long:
+        return PrefillWork((long[0],), tokens, layers)
+    return PrefillWork(tuple(unread)) if unread else None
+
+
+@pytest.mark.parametrize("most_padding", [MUCH, 50_000], ids=["one bucket", "buckets"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_batch_says_what_each_row_says_alone(name: str, most_padding: int) -> None:
     model, draw = make(name), random.Random(0)
@@ -141,7 +139,7 @@ def test_a_batch_says_what_each_row_says_alone(name: str, most_padding: int) -> 
 def test_a_prompt_that_goes_through_the_model_layer_by_layer_is_read_as_well(name: str, layers: int) -> None:
     model, draw = make(name, num_hidden_layers=layers), random.Random(2)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (20, 200, 90)]
-    found = together(model, prompts, PrefixCache(model, 0), pace=LayerByLayer)
+    found = together(model, prompts, PrefixCache(model, 0), work=(16, 1))
     for prompt, said in zip(prompts, found, strict=True):
         assert said == alone(model, prompt)[: len(said)]
 
@@ -169,12 +167,12 @@ def reused(prefixes: PrefixCache) -> float:
 @pytest.mark.parametrize("tokens", [20, 300, 700])
 def test_what_a_row_needs_is_known_beforehand(name: str, tokens: int) -> None:
     model = make(name)
-    layers = kv.empty(model, 3)
+    cache = KVCache.empty(model, 3)
     for _ in range(0, tokens, 20):
-        kv.feed(model, layers, [[1] * 20] * 3)
-    assert kv.nbytes(layers) <= 3 * Footprint.of(model).bytes(tokens) <= 3 * kv.nbytes(layers)
+        forward.fill(model, cache, [[1] * 20] * 3)
+    assert cache.nbytes <= 3 * Footprint.of(model).allocated(tokens) <= 3 * cache.nbytes
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_plain_attention_gives_its_newest_tokens_back(name: str) -> None:
-    assert kv.trimmable(make(name)) == (name == "qwen2")
+    assert kv_cache.plain(make(name)) == (name == "qwen2")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from scripts.commands import bench
-from scripts.commands.benching import batches, saving, speculation
+from scripts.commands.benching import recovery, saving, speculation
 from scripts.commands.benching.contenders import BARE, OWN, PEER, own_stack
 from scripts.commands.benching.guessing import CASES, compare
 from scripts.commands.benching.plans import Ask, Client, Plan, opened
@@ -146,14 +146,17 @@ def test_guesses_are_measured_on_answers_that_repeat_their_prompts_and_on_others
     assert speculation.table({"tiny": found}).row_count == len(CASES)
 
 
-def test_batches_of_all_sizes_are_measured_where_they_fit(
-    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batches, "ROWS", (1, 3))
-    monkeypatch.setattr(batches, "CONTEXTS", ((20,), (20, 300), (300,)))
-    monkeypatch.setattr(batches, "MOST_BYTES", 700_000)
-    found = batches.measured([tiny_model_path], 2)
-    sizes = [(each["contexts"], each["rows"]) for each in found["speeds"]]
-    assert sizes == [((20,), 1), ((20,), 3), ((20, 300), 1), ((20, 300), 3), ((300,), 1)]
-    assert all(0 < each["median"] <= each["best"] for each in found["speeds"])
-    assert batches.table(found).row_count == 3
+@pytest.mark.long
+def test_scenes_of_recovery_run(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SHORT_JOBS", "WAITING_JOBS", "STREAMS"):
+        monkeypatch.setattr(recovery, name, 4)
+    monkeypatch.setattr(recovery, "_STREAM_TOKENS", 60)
+    monkeypatch.setattr(recovery, "_KILLS_S", (0.2, 0.4))
+    found = recovery.recovery(tiny_model_path, 1, None)
+
+    scenes = [rounds["now"][0] for rounds in found["scenes"].values()]
+    assert [
+        scene.figure for scene in recovery.SCENES.values() if not any(scene.figure in each for each in scenes)
+    ] == []
+    assert scenes[0]["emptied_s"] > 0
+    assert scenes[2]["failed"] == 0

@@ -15,23 +15,21 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as load_with_mlx_lm
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from shared.jobs.request import Sampling
 from shared.models.catalog import CatalogModel
 from shared.models.facts import told_context, weights_bytes
 from shared.models.folder import ModelError
 from shared.settings import Settings
-from worker.runner import model_runner as text
-from worker.runner.base import Row
-from worker.runner.model_runner import READ_SHARE, TextBackend
-from worker.runner.vision import family as vision
+from tests.support.runner import alone, row, step
+from worker.runner.loading import READ_SHARE, load
+from worker.runner.model_runner import MLXRunner
 
 PROMPT = tuple(range(200, 240))
 
 
-def loaded(model: CatalogModel, settings: Settings | None = None) -> tuple[TextBackend, list[float]]:
-    """The backend, and how far its loading was from piece to piece."""
+def loaded(model: CatalogModel, settings: Settings | None = None) -> tuple[MLXRunner, list[float]]:
+    """The runner, and how far its loading was from piece to piece."""
     settings = settings or Settings(model_path=model.path, prefix_disk_bytes=0)
-    pieces, seen = (vision.load if model.kind == "vision" else text.load)(settings, model), []
+    pieces, seen = load(settings, model), []
     while True:
         try:
             seen.append(next(pieces))
@@ -39,12 +37,8 @@ def loaded(model: CatalogModel, settings: Settings | None = None) -> tuple[TextB
             return end.value, seen
 
 
-def says(backend: TextBackend) -> list[int]:
-    backend.insert([Row(1, PROMPT, 0, 12, Sampling(0.0))])
-    tokens: list[int] = []
-    while len(tokens) < 12:
-        tokens += [token for _, token in backend.step().tokens]
-    return tokens
+def says(runner: MLXRunner) -> list[int]:
+    return alone(runner, row(1, PROMPT))
 
 
 @pytest.fixture
@@ -53,15 +47,15 @@ def plain(tiny_model_path: Path) -> CatalogModel:
 
 
 def test_it_loads_in_pieces(plain: CatalogModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.runner.model_runner.PIECE_BYTES", 2**20)
-    backend, seen = loaded(plain)
+    monkeypatch.setattr("worker.runner.loading.PIECE_BYTES", 2**20)
+    runner, seen = loaded(plain)
     assert seen == sorted(seen)
     read = [far for far in seen if far < READ_SHARE + 1e-6]
     assert 0 < read[0] < read[-1] == pytest.approx(READ_SHARE)
     assert len(seen) > len(read) + 3, "so it is warmed up"
     assert seen[-1] < 1
     on_disk = sum(file.stat().st_size for file in plain.path.glob("*.safetensors"))
-    assert backend.weights_bytes == pytest.approx(on_disk, rel=0.01)
+    assert runner.weights_bytes == pytest.approx(on_disk, rel=0.01)
 
 
 def test_what_encodes_images_is_never_packed(tiny_vision_path: Path) -> None:
@@ -79,8 +73,8 @@ def test_types_and_packing(plain: CatalogModel) -> None:
     assert packed.about["quantisation_bits"] == 4
     assert packed.weights_bytes < whole.weights_bytes / 4
     assert len(says(half)) == len(says(packed)) == 12
-    for backend, dtype, bits in ((whole, None, None), (half, "float16", None), (packed, None, 4)):
-        assert weights_bytes(plain.path, dtype, bits) == pytest.approx(backend.weights_bytes, rel=0.01)
+    for runner, dtype, bits in ((whole, None, None), (half, "float16", None), (packed, None, 4)):
+        assert weights_bytes(plain.path, dtype, bits) == pytest.approx(runner.weights_bytes, rel=0.01)
     assert told_context(plain.path) == whole.card.context
 
 
@@ -117,15 +111,15 @@ def test_models_of_one_folder_find_no_prefixes_of_each_other_on_disk(
 
     def said(model: CatalogModel) -> tuple[list[int], int]:
         """Its answer, and how many tokens of the prompt it knew."""
-        backend, _ = loaded(model, settings)
-        backend.insert([Row(1, prompt, 0, 12, Sampling(0.0), owner="me")])
+        runner, _ = loaded(model, settings)
+        runner.insert([row(1, prompt, owner="me")])
         tokens, known = [], 0
         while len(tokens) < 12:
-            result = backend.step()
-            tokens += [token for _, token in result.tokens]
-            known += result.prefilled.get(1, 0)
-        backend.remove([1])
-        backend.close()
+            output = step(runner)
+            tokens += [each.token for each in output.tokens]
+            known += output.prefilled.get(1, 0)
+        runner.remove([1])
+        runner.close()
         return tokens, known
 
     first = said(plain)[0]

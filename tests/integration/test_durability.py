@@ -28,7 +28,7 @@ from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.load import Load
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
-from worker.runner.fake import FakeBackend
+from worker.runner.fake import FakeRunner
 
 EVERYSEC = {**DURABLE, "appendfsync": "everysec"}
 UNKNOWN_WAITAOF = {"rename-command": 'WAITAOF ""'}
@@ -75,12 +75,12 @@ def test_a_killed_redis_under_load_loses_nothing_and_runs_nothing_twice(
             eventually(lambda p=part: len(load.accepted) >= 120 * p and fake_stack.slots_used(), within_s=60)
             fake_stack.valkey.terminate()
             fake_stack.valkey.start()
-    log, backend = JobLog(fake_stack.redis), FakeBackend()
+    log, runner = JobLog(fake_stack.redis), FakeRunner()
     with fake_stack.client() as client:
         for key, job_id in load.accepted.items():
             job = eventually(lambda i=job_id: (j := client.job(i, wait_s=10)).status.terminal and j, within_s=60)
             events = log.read(job_id)
-            undisturbed = run_alone(sequence_for(claimed(prompt(key), max_tokens=20, seed=7), backend), backend)
+            undisturbed = run_alone(sequence_for(claimed(prompt(key), max_tokens=20, seed=7), runner), runner)
             assert (job.status, job.text) == (Status.SUCCEEDED, text_of(undisturbed))
             assert "".join(event.text for event in events) == job.text
             assert [event.n for event in events] == list(range(1, len(events) + 1))
@@ -148,14 +148,15 @@ def test_a_proof_that_does_not_come_is_a_503_and_the_same_job_later() -> None:
 def test_an_answer_given_again_is_proven_again(valkey_client: Redis) -> None:
     jobs = Jobs(valkey_client, Settings())
     asked = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me", idempotency_key="k")
-    job, _ = jobs.create(asked)
+    job = jobs.create(asked).job
     try:
         valkey_client.config_set("appendfsync", "no")
         with pytest.raises(NotDurable):
             jobs.create(asked)  # it may be another connection than the one that wrote the record
     finally:
         valkey_client.config_set("appendfsync", "always")
-    assert jobs.create(asked) == (job, False)
+    again = jobs.create(asked)
+    assert (again.job, again.new) == (job, False)
     assert valkey_client.ttl("mlxq:job:" + job.id) == -1
 
 
@@ -164,8 +165,8 @@ def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
     asked = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me")
     jobs.create(asked)
     valkey_client.script_flush()
-    job, new = jobs.create(asked)
-    assert new and jobs.get(job.id, "me") == job
+    accepted = jobs.create(asked)
+    assert accepted.new and jobs.get(accepted.job.id, "me") == accepted.job
 
 
 def test_a_redis_that_is_away_is_no_matter_of_proof(valkey_client: Redis) -> None:

@@ -61,7 +61,7 @@ def http(stack: Stack) -> Iterator[httpx2.Client]:
 
 def test_what_would_pass_the_budget_waits_until_others_have_ended(client: Client, http: httpx2.Client) -> None:
     jobs = [ended(client, job) for job in [submit(client, LARGE) for _ in range(3)]]
-    assert {job.status for job in jobs} == {Status.SUCCEEDED}
+    assert {job.status for job in jobs} == {Status.SUCCEEDED}, [job.error for job in jobs]
     views = [http.get(f"/v1/jobs/{job.id}").json() for job in jobs]
     admitted = sorted(view["created_at"] + view["timings"]["queue_s"] for view in views)
     spoke = sorted(view["created_at"] + view["timings"]["first_token_s"] for view in views)

@@ -13,7 +13,6 @@ import pytest
 
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
-from shared.queue.wakeups import make_app, queue_name
 from tests.plugins.stack import catalog_stack
 from tests.support.admin import Admin
 from tests.support.waiting import eventually
@@ -112,7 +111,7 @@ def test_the_least_recently_used_makes_place_and_a_pinned_one_stays(admin: Calla
     operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(TWO_FIT))
     operator.say("one", max_tokens=2)
     loaded = operator.ask("load", "eyes")
-    assert (loaded["state"], loaded["unloaded"]) == ("succeeded", ["two"])
+    assert (loaded["state"], loaded["unloaded"]) == ("succeeded", ["two"]), str(loaded)
     assert {name for name, model in operator.models().items() if model["state"] == "warm"} == {"one", "eyes"}
     operator.ask("load", "one", pin=True)
     operator.ask("load", "eyes", pin=True)
@@ -173,8 +172,6 @@ def test_jobs_of_a_model_that_is_unloaded_wait_and_go_on_when_it_is_back(admin: 
         assert unloaded["state"] == "succeeded"
         assert unloaded["memory_after"] < unloaded["memory_before"]
         assert client.job(job.id).status is Status.QUEUED
-        consumed = make_app(operator.stack.settings).control.inspect(timeout=5, limit=1).active_queues() or {}
-        assert queue_name("one") not in {queue["name"] for queues in consumed.values() for queue in queues}
         assert operator.models()["one"]["state"] == "cold"
         operator.ask("load", "one")
         eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "it goes on", 60)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -17,16 +15,8 @@ from tests.plugins.stack import Stack
 
 Worker = subprocess.Popen[bytes]
 
-MARK = ("0123456789abcdef",)
+PREFIX = ("0123456789abcdef",)
 LONG_LEASE = "60"
-
-
-@contextmanager
-def no_rescue(fleet: Fleet) -> Iterator[None]:
-    """Nobody sends tickets that are missing: each job must be started by those it has."""
-    fleet.redis.set(keys.RESCUE + "fake", 1)
-    yield
-    assert fleet.redis.get(keys.RESCUE + "fake") == "1"
 
 
 def on(fleet: Fleet, job: Job) -> str:
@@ -42,9 +32,9 @@ def name(fleet: Fleet, worker: Worker) -> str:
 
 
 def pair(fleet: Fleet, slots: str = "4") -> tuple[Worker, Worker]:
-    """Two workers: the one that has a beginning, and another."""
+    """Two workers: the one that has a prefix, and another."""
     workers = [fleet.start(SLOTS=slots, LEASE_S=LONG_LEASE) for _ in range(2)]
-    first = on(fleet, fleet.submit("first", marks=MARK))
+    first = on(fleet, fleet.submit("first", prefixes=PREFIX))
     wait(lambda: not any(card.slots_used for card in fleet.registry.workers()))
     keeper, other = sorted(workers, key=lambda worker: name(fleet, worker) != first)
     return keeper, other
@@ -80,47 +70,43 @@ def test_each_turn_of_a_conversation_finds_what_the_one_before_left(tiny_stack: 
                 said += [{"role": "assistant", "content": job.text}, {"role": "user", "content": text(turn, "men")}]
         page = client.request("GET", "/metrics").text
     routed = {outcome: n for (_, outcome), n in tiny_stack.registry.routed().items()}
-    assert f'mlxq_jobs_routed_total{{model="{tiny_stack.model}",outcome="keeper"}} {routed["keeper"]:.1f}' in page
-    assert found >= routed["keeper"] == 9 - routed.get("another", 0)
-    assert routed["keeper"] > 5, "but on a machine that stands still for a while"
+    assert f'mlxq_jobs_routed_total{{model="{tiny_stack.model}",outcome="preferred"}} {routed["preferred"]:.1f}' in page
+    assert found >= routed["preferred"] == 9 - routed.get("another", 0)
+    assert routed["preferred"] > 5, "but on a machine that stands still for a while"
 
 
 def test_what_begins_alike_goes_to_one_worker_and_the_rest_where_there_is_room(fleet: Fleet) -> None:
     keeper, other = pair(fleet)
-    assert not [*fleet.redis.scan_iter("_kombu.binding_permanent.*@*")], "what nobody consumes any more must go"
-    with no_rescue(fleet):
-        for n in range(8):
-            job = fleet.submit(f"again {n}", marks=MARK)
-            fleet.check(job)
-            assert on(fleet, job) == name(fleet, keeper)
-        jobs = [fleet.submit(f"{SLOW} {n}", 100) for n in range(8)]
-        assert {on(fleet, job) for job in jobs} == {name(fleet, keeper), name(fleet, other)}
-        for job in jobs:
-            fleet.check(job)
+    for n in range(8):
+        job = fleet.submit(f"again {n}", prefixes=PREFIX)
+        fleet.check(job)
+        assert on(fleet, job) == name(fleet, keeper)
+    jobs = [fleet.submit(f"{SLOW} {n}", 100) for n in range(8)]
+    assert {on(fleet, job) for job in jobs} == {name(fleet, keeper), name(fleet, other)}
+    for job in jobs:
+        fleet.check(job)
 
 
 def test_a_full_worker_is_not_waited_for(fleet: Fleet) -> None:
     keeper, other = pair(fleet, slots="1")
-    with no_rescue(fleet):
-        long = fleet.submit(f"{SLOW} long", 4000, marks=MARK)
-        assert on(fleet, long) == name(fleet, keeper)
-        job = fleet.submit("next", marks=MARK)
-        fleet.check(job)
-        assert on(fleet, job) == name(fleet, other)
-        assert fleet.get(long).status is Status.RUNNING
+    long = fleet.submit(f"{SLOW} long", 4000, prefixes=PREFIX)
+    assert on(fleet, long) == name(fleet, keeper)
+    job = fleet.submit("next", prefixes=PREFIX)
+    fleet.check(job)
+    assert on(fleet, job) == name(fleet, other)
+    assert fleet.get(long).status is Status.RUNNING
 
 
 def test_a_worker_that_is_dead_and_not_known_to_be_is_not_waited_for(fleet: Fleet) -> None:
     keeper, other = pair(fleet)
     survivor = name(fleet, other)
-    with no_rescue(fleet):
-        keeper.kill()
-        keeper.wait()
-        jobs = [fleet.submit(f"{n}", marks=MARK) for n in range(3)]
-        for job in jobs:
-            fleet.check(job)
-            assert (on(fleet, job), fleet.get(job).attempt) == (survivor, 1)
-        assert fleet.redis.zcard(keys.LEASES) == 2, "it was thought to be alive"
+    keeper.kill()
+    keeper.wait()
+    jobs = [fleet.submit(f"{n}", prefixes=PREFIX) for n in range(3)]
+    for job in jobs:
+        fleet.check(job)
+        assert (on(fleet, job), fleet.get(job).attempt) == (survivor, 1)
+    assert fleet.redis.zcard(keys.LEASES) == 2, "it was thought to be alive"
 
 
 def test_a_frozen_worker_delays_a_job_for_a_moment(fleet: Fleet) -> None:
@@ -128,8 +114,7 @@ def test_a_frozen_worker_delays_a_job_for_a_moment(fleet: Fleet) -> None:
     frozen, awake = (name(fleet, worker) for worker in (keeper, other))
     keeper.send_signal(signal.SIGSTOP)
     try:
-        # A ticket may have been given to it already: those are the rescue's.
-        jobs = [fleet.submit(f"{n}", marks=MARK) for n in range(3)]
+        jobs = [fleet.submit(f"{n}", prefixes=PREFIX) for n in range(3)]
         for job in jobs:
             fleet.check(job)
             assert (on(fleet, job), fleet.get(job).attempt) == (awake, 1)
@@ -141,11 +126,10 @@ def test_a_frozen_worker_delays_a_job_for_a_moment(fleet: Fleet) -> None:
 @pytest.mark.parametrize("slots", ["1", "4"])
 def test_under_a_load_of_one_prefix_both_work_and_nothing_starves(fleet: Fleet, slots: str) -> None:
     keeper, other = pair(fleet, slots)
-    with no_rescue(fleet):
-        load = [fleet.submit(f"{SLOW} {n}", 10 + n % 7, marks=MARK) for n in range(40)]
-        beside = [fleet.submit(f"beside {n}", 10) for n in range(5)]
-        for job in (*beside, *load):
-            fleet.check(job)
-            assert fleet.get(job).attempt == 1
-        assert {on(fleet, job) for job in load} == {name(fleet, keeper), name(fleet, other)}
-    assert outcomes(fleet)["keeper"] > 0
+    load = [fleet.submit(f"{SLOW} {n}", 10 + n % 7, prefixes=PREFIX) for n in range(40)]
+    beside = [fleet.submit(f"beside {n}", 10) for n in range(5)]
+    for job in (*beside, *load):
+        fleet.check(job)
+        assert fleet.get(job).attempt == 1
+    assert {on(fleet, job) for job in load} == {name(fleet, keeper), name(fleet, other)}
+    assert outcomes(fleet)["preferred"] > 0

@@ -1,4 +1,4 @@
-"""What workers, tickets and restarts may do without a job noticing; the tiny random model, real processes."""
+"""What workers, wake-ups and restarts may do without a job noticing; the tiny random model, real processes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from scripts.commands.client import Client
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
-from shared.queue.claims import Waiting
-from shared.queue.wakeups import TicketOffice, make_app, queue_name
+from shared.queue import keys
+from shared.queue.wakeups import Notifier, make_app
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 
@@ -31,14 +31,12 @@ def finish(client: Client, job_id: str) -> str:
     return job.text
 
 
-def test_an_extra_and_a_lost_ticket_change_nothing(tiny_stack: Stack) -> None:
+def test_extra_and_lost_wakeups_change_nothing(tiny_stack: Stack) -> None:
     with tiny_stack.client() as client:
         jobs = [client.submit(body(n, 10)).id for n in range(6)]
-        tiny_stack.redis.delete(queue_name(tiny_stack.model))  # every ticket is lost
-        tiny_stack.start_worker()
+        tiny_stack.start_worker()  # nobody was there to receive a wake-up
         texts = [finish(client, job) for job in jobs]
-        office = TicketOffice(make_app(tiny_stack.settings), tiny_stack.redis, tiny_stack.registry)
-        office.send_all(Waiting(tiny_stack.model, job) for job in jobs * 3)  # tickets too many
+        Notifier(make_app(tiny_stack.settings)).wake([tiny_stack.model, "no such model"] * 3)
         again = [finish(client, client.submit(body(n, 10)).id) for n in range(6)]
         assert again == texts
         assert all(client.job(job).text == text for job, text in zip(jobs, texts, strict=True))
@@ -92,8 +90,8 @@ def test_the_api_may_die_while_a_job_runs(tiny_stack: Stack) -> None:
         undisturbed = finish(client, client.submit(body(2, 600)).id)
         job = client.submit(body(2, 600)).id
         tiny_stack.stop(tiny_stack.processes[0], signal.SIGKILL)
-        eventually(lambda: tiny_stack.redis.hget("mlxq:job:" + job, "status") == "succeeded", "the job ends")
-        assert tiny_stack.redis.hget("mlxq:job:" + job, "text") == undisturbed
+        eventually(lambda: tiny_stack.redis.hget(keys.JOB + job, "status") == "succeeded", "the job ends")
+        assert tiny_stack.redis.get(keys.OUTPUT + job) == undisturbed
 
 
 def test_more_jobs_than_slots_all_end(tiny_stack: Stack) -> None:
@@ -101,5 +99,5 @@ def test_more_jobs_than_slots_all_end(tiny_stack: Stack) -> None:
     with tiny_stack.client() as client:
         jobs = [client.submit(body(n, 20)).id for n in range(20)]
         assert len({finish(client, job) for job in jobs}) > 1
-        assert tiny_stack.redis.zcard("mlxq:queue:" + tiny_stack.model) == 0
+        assert tiny_stack.redis.zcard(keys.QUEUE + tiny_stack.model) == 0
         eventually(lambda: tiny_stack.slots_used() == 0, "all slots are free")

@@ -111,8 +111,9 @@ def test_an_image_is_neither_in_the_record_nor_in_a_log_and_goes_with_its_job(vi
         assert vision_stack.redis.hkeys(name) == [digest(image)]
         assert 500 < vision_stack.redis.ttl(name) <= 500 + SLACK_S
         record = vision_stack.redis.hgetall(keys.JOB + job.id)
-        assert digest(image) in record["generation"]
-        assert body[:60] not in json.dumps(record)
+        request = vision_stack.redis.hget(keys.REQUEST + job.id, "request")
+        assert digest(image) in request
+        assert body[:60] not in json.dumps(record) + request
         client.cancel(job.id)
         eventually(lambda: client.job(job.id).status.terminal, "it ends", 10)
     assert not vision_stack.redis.exists(name)

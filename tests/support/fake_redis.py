@@ -8,10 +8,13 @@ import fakeredis
 
 
 class FakeRedis(fakeredis.FakeRedis):
-    """Text in and out. It has no memory limit, and does not know the line that says what a script does at one."""
+    """Text in and out, unless asked otherwise.
 
-    def __init__(self) -> None:
-        super().__init__(decode_responses=True)
+    It has no memory limit, and does not know the line that says what a script does at one.
+    """
+
+    def __init__(self, *, decode_responses: bool = True) -> None:
+        super().__init__(decode_responses=decode_responses)
 
     def register_script(self, script: str) -> Any:  # type: ignore[override]
         first, _, rest = script.partition("\n")

@@ -22,6 +22,12 @@ from scripts.commands.chaosing.fleet import Fleet, Member
 from scripts.commands.chaosing.recovery import Recovery, Watch
 
 SLEEP = "import time; time.sleep(60)"
+LAUNCHES = f"""
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {SLEEP!r}])
+status = child.wait()
+os.kill(os.getpid(), -status)
+"""
 
 
 class Unwatched:
@@ -75,7 +81,7 @@ def test_a_strike_into_nothing_does_not_count(kind: Kind, member: Callable[[str]
 
 @pytest.mark.parametrize("kind", [Kind.WORKER_KILLED, Kind.WORKER_PAUSED, Kind.REDIS_KILLED])
 def test_a_strike_waits_for_a_process_that_is_about_to_be_there(kind: Kind, member: Callable[[str], Member]) -> None:
-    worker = member(SLEEP)
+    worker = member(LAUNCHES)
     striker = hand(worker, patience_s=30)
     threading.Timer(0.2, worker.keep).start()
     striker.play([Strike(0, kind, 0, 0.1)])
@@ -180,3 +186,14 @@ def test_a_pause_that_overlaps_another_lasts_to_its_own_end(
     striker.play([Strike(0, Kind.WORKER_PAUSED, 0, 0.1), Strike(0.05, Kind.WORKER_PAUSED, 0, 0.4)])
     assert striker.struck[Kind.WORKER_PAUSED] == 2
     assert len(ups) == 1 and ups[0] - started >= 0.4
+
+
+def test_a_launcher_whose_child_was_killed_has_an_explained_end(
+    member: Callable[[str], Member], eventually: Callable[..., None]
+) -> None:
+    worker = member(LAUNCHES)
+    worker.keep()
+    eventually(worker.kill_child)
+    eventually(lambda: worker.pid is None)
+    worker.keep()
+    assert worker.odd_exits == []

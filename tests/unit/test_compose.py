@@ -26,6 +26,7 @@ FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_PORT"}
 """What a container's insides have the same for everybody."""
 MEANINGLESS = {
     "BROKER_URL",  # the redis service is both
+    "REDIS_MAXMEMORY_BYTES",  # of the Valkey that scripts/serve starts; here REDIS_MAXMEMORY
     "WORKERS",  # docker compose up --scale mlx-server=N
 }
 
@@ -123,6 +124,7 @@ def test_redis_keeps_what_it_was_given() -> None:
     redis = FILE["services"]["redis"]
     command = redis["command"].split()
     assert command[command.index("--appendonly") + 1] == "yes"
+    assert command[command.index("--maxmemory") + 1] == "${REDIS_MAXMEMORY:-1gb}"
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
     assert redis["volumes"] == [f"queue:{command[command.index('--dir') + 1]}"]
 

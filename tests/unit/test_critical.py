@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shared.settings import ROOT
 from worker import app
-from worker.process.critical import EXIT_BROKEN
+from worker.process.exits import EXIT_BROKEN
 
 FULL = """
 import sys
-from worker.process.critical import leave
+from worker.process.critical import exit_now
 sys.stdout = open("/dev/full", "w")
 print("this cannot be written")
-leave(7)
+exit_now(7)
 """
 
 
@@ -29,7 +30,7 @@ def test_a_log_that_cannot_be_written_does_not_change_the_status() -> None:
 HANGING = """
 import logging, threading
 from worker.process import critical as vital
-vital.LAST_ACTS_S = 0.2
+vital.FINAL_STEPS_S = 0.2
 lock = threading.Lock()
 lock.acquire()
 class Stuck(logging.Handler):
@@ -40,10 +41,10 @@ vital.end_process("it hangs", lock.acquire)
 """
 
 ACTS = """
-from worker.process.critical import depart
+from worker.process.critical import exit_after
 def fails():
     raise OSError("Redis is away")
-depart(7, fails, lambda: print("done", flush=True))
+exit_after(7, fails, lambda: print("done", flush=True))
 """
 
 
@@ -59,11 +60,12 @@ def test_a_last_act_that_fails_keeps_nobody_from_the_next() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("unforeseen"), SystemExit(3), KeyboardInterrupt()])
 def test_whatever_is_raised_becomes_a_status_and_a_line(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     def broken(_: object) -> int:
         raise error
 
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
     monkeypatch.setattr(app, "configure", lambda *_: None)
     monkeypatch.setattr(app.Service, "run", broken)
     assert app.main() == EXIT_BROKEN

@@ -88,6 +88,8 @@ class Live:
         self.opened += 1
         yield self.subscription  # type: ignore[misc]
 
+    subscribe_end = subscribe
+
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[int, int, int, list[Event | Signal | None]]:
@@ -152,7 +154,7 @@ def test_the_end_of_the_process_ends_the_stream() -> None:
 
 def test_waiting_ends_with_the_job_or_the_time() -> None:
     log = Log(chain(3)[:1])
-    Follower(log, Live(Script(log, chain(3), [Signal.RESYNC, *chain(3)])), 1.0).wait(JOB, 60)  # type: ignore[arg-type]
+    Follower(log, Live(Script(log, chain(3), [Signal.RESYNC, Signal.ENDED])), 1.0).wait(JOB, 60)  # type: ignore[arg-type]
     asked_at = time.monotonic()
     Follower(Log(chain(3)[:1]), Live(Subscription()), 1.0).wait(JOB, 0.05)  # type: ignore[arg-type]
     assert time.monotonic() - asked_at < 5
@@ -213,3 +215,21 @@ def test_what_was_read_from_the_log_already_is_passed_over_without_reading_it_ag
     log.failures = 99  # whoever reads it now goes without
     assert next(stream) == chain(9)[5:]
     assert log.failures == 98  # it was asked after the signal only
+
+
+def of_a_newer_version(whole: list[Event]) -> list[Event]:
+    """The same job as a newer worker might write it: every third event is of a kind that this version lacks."""
+    kinds = [f"novelty{event.n}" if event.n % 3 == 0 and event is not whole[-1] else event.kind for event in whole]
+    return [event._replace(kind=kind) for event, kind in zip(whole, kinds, strict=True)]
+
+
+@given(histories(), st.lists(st.integers(1, 9), max_size=60))
+def test_events_of_a_newer_version_count_and_end_nothing(
+    history: tuple[int, int, int, list[Event | Signal | None]], sizes: list[int]
+) -> None:
+    length, written, cursor, script = history
+    whole = of_a_newer_version(chain(length))
+    items = [whole[item.n - 1] if isinstance(item, Event) and item.n <= length else item for item in script]
+    log = Log(whole[:written])
+    follower = Follower(log, Live(Script(log, whole, items, sizes)), 1.0)  # type: ignore[arg-type]
+    assert flat(follower.follow(JOB, cursor)) == (whole[cursor:] or whole[-1:])

@@ -72,13 +72,36 @@ def test_after_a_cut_connection_readers_look_at_the_log(hub: Hub, valkey_client:
         assert numbers(reader) == [7]
 
 
-def test_a_message_that_cannot_be_read_ends_no_reader(hub: Hub, valkey_client: Redis) -> None:
+@pytest.mark.parametrize("message", ["of another version", "7", "x chunk {}", ""])
+def test_a_message_that_cannot_be_read_has_the_log_read_and_cuts_no_connection(
+    hub: Hub, valkey_client: Redis, message: str
+) -> None:
     with hub.subscribe("a") as reader:
         assert reader.take(5) == [Signal.RESYNC]
-        valkey_client.publish(keys.LIVE + "a", "of another version")
+        before = hub._connection
+        valkey_client.publish(keys.LIVE + "a", message)
         assert reader.take(5) == [Signal.RESYNC]
         say(valkey_client, "a", 1)
         assert numbers(reader) == [1]
+        assert hub._connection is before
+
+
+def test_an_event_of_a_newer_version_is_passed_on_and_cuts_no_connection(hub: Hub, valkey_client: Redis) -> None:
+    with hub.subscribe("a") as reader:
+        assert reader.take(5) == [Signal.RESYNC]
+        before = hub._connection
+        valkey_client.publish(keys.LIVE + "a", '1 novelty {"x": 1}')
+        say(valkey_client, "a", 2)
+        assert numbers(reader) == [1, 2]
+        assert hub._connection is before
+
+
+def test_who_waits_for_the_end_alone_gets_one_message(hub: Hub, valkey_client: Redis) -> None:
+    with hub.subscribe_end("a") as reader:
+        assert reader.take(5) == [Signal.RESYNC]
+        assert say(valkey_client, "a", 1) == 0, "nobody listens to tokens"
+        valkey_client.publish(keys.DONE + "a", "succeeded")
+        assert reader.take(5) == [Signal.ENDED]
 
 
 def test_closing_reaches_readers_of_now_and_later(hub: Hub) -> None:

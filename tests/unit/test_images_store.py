@@ -64,18 +64,19 @@ def test_a_job_is_not_accepted_without_them(store: ImageStore, valkey_client: Re
     assert (caught.value.code, caught.value.retry_after) == ("unavailable", 1)
     assert not valkey_client.exists(keys.JOB + "job_1")
     store.put("job_1", {digest(PNG): PNG})
-    job, new = jobs.create(asked(), "job_1")
-    assert new
+    accepted = jobs.create(asked(), "job_1")
+    assert accepted.new
     store.drop("job_1")
-    assert jobs.create(asked(), "job_1") == (job, True), "the same call sent again: they may have gone with their job"
+    again = jobs.create(asked(), "job_1")
+    assert (again.job, again.new) == (accepted.job, True), "the same call sent again: they may have gone with their job"
 
 
 def test_the_end_of_a_job_is_theirs(store: ImageStore, valkey_client: Redis, settings: Settings) -> None:
     jobs = Jobs(valkey_client, settings)
     job_id = new_job_id()
     store.put(job_id, {digest(PNG): PNG})
-    job, new = jobs.create(asked(), job_id)
-    assert (job.id, new) == (job_id, True)
+    accepted = jobs.create(asked(), job_id)
+    assert (accepted.job.id, accepted.new) == (job_id, True)
     assert store.get(job_id, [digest(PNG)])
     jobs.stop(job_id, "me")
     assert not store.get(job_id, [digest(PNG)])

@@ -1,5 +1,6 @@
 """API keys: one file of hashes, several writers, and readers that never see half of it."""
 
+import fcntl
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -117,3 +118,13 @@ def test_writers_at_the_same_time_lose_nothing(store: KeyStore) -> None:
         keys = list(pool.map(lambda n: KeyStore(path_of(store)).create(f"key {n}", ["infer"]), range(40)))
     assert all(store.find(key) is not None for key in keys)
     assert len(json.loads(path_of(store).read_text())["keys"]) == 40
+
+
+def test_a_writer_that_never_ends_holds_nobody_up_for_ever(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web.keystore.LOCK_S", 0.05)
+    store.create("alice", ["infer"])
+    with path_of(store).with_suffix(".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="lock of the API keys"):
+            store.create("bob", ["infer"])
+    assert store.create("bob", ["infer"])

@@ -1,21 +1,21 @@
-"""The lease keeper and the housekeeper, round by round."""
+"""The lease keeper, round by round."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 from redis import ConnectionError as RedisAway
 from redis import ResponseError
 
 from shared.jobs.record import Job, Status
-from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
 from shared.queue import keys
-from shared.queue.claims import Claims, NoLease, Reaper, Verdict, Waiting
+from shared.queue.claims import ClaimedJob, Claims, NoLease, Verdict
 from shared.queue.redis import Redis
 from shared.settings import Settings
-from worker.queue.lease import Claim, Housekeeper, LeaseKeeper
+from tests.support.queueing import lapse, lease, reap, reserved, row, submit, taken
+from worker.queue.lease import HostKeeper, LeaseKeeper
 
 
 class Desk:
@@ -25,44 +25,38 @@ class Desk:
         self.client = client
         self.jobs = Jobs(client, settings)
         self.claims = Claims(client, "w1")
-        self.heard: list[tuple[str, int, Verdict]] = []
-        self.held: set[Claim] = set()
+        self.verdicts: list[tuple[str, int, Verdict]] = []
+        self.held: dict[str, ClaimedJob] = {}
         self.announced: list[bool] = []
         self.deaths: list[str] = []
         self.given_up = False
         self.keeper = LeaseKeeper(
             self.claims,
-            lambda *word: self.heard.append(word),
-            self.held,
+            lambda *verdict: self.verdicts.append(verdict),
+            lambda: dict(self.held),
             self.announced.append,
             60,
-            3,
             lambda: self.given_up,
             self.deaths.append,
         )
 
-    def submit(self) -> Job:
-        return self.jobs.create(Submission(Request("fake", 4, Sampling(0.0), prompt="hello"), owner="me"))[0]
-
-    def claim(self, *, known: bool = True) -> Job:
-        self.submit()
-        job = self.claims.claim("fake")
-        assert job is not None
+    def claim(self, *, known: bool = True, start: bool = True) -> ClaimedJob:
+        submit(self.jobs)
+        claimed = taken(self.claims)
+        if start:
+            self.claims.append([row(claimed, start=True)])
         if known:
-            self.held.add((job.id, job.attempt))
-        return job
+            self.held[claimed.job.id] = claimed
+        return claimed
 
-    def status(self, job: Job) -> Status:
-        return self.jobs.get(job.id, "me").status
+    def status(self, claimed: ClaimedJob) -> Status:
+        return self.get(claimed).status
 
-    def lapse(self) -> None:
-        """The lease runs out unnoticed, and somebody reaps."""
-        self.client.zadd(keys.LEASES, {"w1": 1})
-        Reaper(self.client, 3).reap()
+    def get(self, claimed: ClaimedJob) -> Job:
+        return self.jobs.get(claimed.job.id, "a")
 
-
-def at_fault(*_: object) -> None:
-    raise ResponseError("ERR user_script:12: attempt to index a nil value")
+    def holder(self, claimed: ClaimedJob) -> str:
+        return str(self.client.hget(keys.JOB + claimed.job.id, "worker"))
 
 
 @pytest.fixture
@@ -70,72 +64,86 @@ def desk(client: Redis, settings: Settings) -> Desk:
     return Desk(client, settings)
 
 
-def test_a_round_renews_and_tells_who_we_are(desk: Desk) -> None:
+def test_a_round_renews_and_announces(desk: Desk) -> None:
     with pytest.raises(NoLease):
-        desk.claims.claim("fake")
+        reserved(desk.claims)
     desk.keeper.round()
     desk.keeper.round()
-    assert desk.claims.claim("fake") is None
+    assert reserved(desk.claims) == []
     assert desk.announced == [True, False]
 
 
 def test_a_stop_word_reaches_the_engine(desk: Desk) -> None:
     desk.keeper.round()
-    job = desk.claim()
-    desk.jobs.stop(job.id, "me")
+    claimed = desk.claim()
+    desk.jobs.stop(claimed.job.id, "a")
     desk.keeper.round()
-    assert desk.heard == [(job.id, 1, Verdict.CANCELLED)]
+    assert desk.verdicts == [(claimed.job.id, 1, Verdict.CANCELLED)]
 
 
-def test_a_claim_whose_answer_was_lost_goes_back_after_two_rounds(desk: Desk) -> None:
+@pytest.mark.parametrize("start", [True, False], ids=["running", "reserved"])
+def test_a_claim_whose_answer_was_lost_goes_back_after_two_rounds(desk: Desk, start: bool) -> None:
     desk.keeper.round()
-    known, lost = desk.claim(), desk.claim(known=False)
+    known, lost = desk.claim(start=start), desk.claim(known=False, start=start)
     desk.keeper.round()
-    assert desk.status(lost) is Status.RUNNING
+    assert desk.holder(lost) == "w1"
     desk.keeper.round()
-    assert (desk.status(lost), desk.status(known)) == (Status.QUEUED, Status.RUNNING)
-
-
-def test_a_job_whose_record_cannot_be_read_ends(desk: Desk) -> None:
-    desk.keeper.round()
-    job = desk.submit()
-    desk.client.hset(keys.JOB + job.id, "metadata", "{")
-    for _ in range(3):
-        with pytest.raises(ValueError, match="Expecting"):
-            desk.claims.claim("fake")
-        desk.keeper.round()
-        desk.keeper.round()
-    assert desk.client.hget(keys.JOB + job.id, "status") == Status.FAILED
-    assert desk.claims.claim("fake") is None
+    assert (desk.holder(lost), desk.holder(known)) == ("", "w1")
+    assert desk.get(lost).status is Status.QUEUED and desk.get(lost).attempt == int(start)
 
 
 def test_a_claim_that_becomes_known_in_time_stays(desk: Desk) -> None:
     desk.keeper.round()
-    job = desk.claim(known=False)
+    claimed = desk.claim(known=False)
     desk.keeper.round()
-    desk.held.add((job.id, job.attempt))
+    desk.held[claimed.job.id] = claimed
     desk.keeper.round()
-    assert desk.status(job) is Status.RUNNING
+    desk.keeper.round()
+    assert desk.status(claimed) is Status.RUNNING
 
 
-def test_after_a_lapse_the_jobs_that_are_others_are_dropped(desk: Desk) -> None:
+def test_a_job_that_is_claimed_again_meanwhile_is_not_given_back_for_the_first_claim(desk: Desk) -> None:
     desk.keeper.round()
-    lost = desk.claim()
-    desk.lapse()
+    first = desk.claim(known=False, start=False)
     desk.keeper.round()
-    assert desk.heard == [(lost.id, 1, Verdict.FENCED)]
+    desk.claims.release([(first.job.id, first.job.claimed_at)])
+    again = taken(desk.claims)
+    desk.held[again.job.id] = again
+    desk.keeper.round()
+    desk.keeper.round()
+    assert desk.holder(again) == "w1"
+
+
+def test_after_a_lapse_the_jobs_that_others_may_have_are_dropped(desk: Desk) -> None:
+    desk.keeper.round()
+    running, waiting = desk.claim(), desk.claim(start=False)
+    lapse(desk.client, "w1")
+    reap(desk.client)
+    desk.keeper.round()
+    assert desk.verdicts == [(each.job.id, 1, Verdict.FENCED) for each in (running, waiting)]
     assert desk.announced == [True, True]
 
 
 def test_a_lapse_that_nobody_noticed_costs_nothing(desk: Desk) -> None:
     desk.keeper.round()
-    job = desk.claim()
-    desk.client.zadd(keys.LEASES, {"w1": 1})
+    running, waiting = desk.claim(), desk.claim(start=False)
+    lapse(desk.client, "w1")
     desk.keeper.round()
-    assert (desk.heard, desk.status(job)) == ([], Status.RUNNING)
+    assert desk.verdicts == []
+    assert (desk.status(running), desk.holder(waiting)) == (Status.RUNNING, "w1")
 
 
-def test_redis_away_is_borne(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reserved_job_that_another_took_meanwhile_is_not_given_back(desk: Desk) -> None:
+    desk.keeper.round()
+    waiting = desk.claim(start=False)
+    lapse(desk.client, "w1")
+    (moved,) = reserved(lease(desk.client, "w2"))
+    desk.keeper.round()
+    desk.keeper.round()
+    assert moved.job.id == waiting.job.id and desk.holder(moved) == "w2"
+
+
+def test_redis_may_be_away(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def away(seconds: float) -> None:
         raise RedisAway
 
@@ -145,35 +153,20 @@ def test_redis_away_is_borne(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
         desk.keeper.round()
     desk.keeper.round()
     assert (desk.announced, desk.deaths) == ([True], [])
+    assert caplog.text.count("redis_away") == 1
 
 
 def test_a_renewal_that_is_at_fault_ends_the_process(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_fault(*_: Any) -> None:
+        raise ResponseError("ERR user_script:12: attempt to index a nil value")
+
     monkeypatch.setattr(desk.claims, "renew", at_fault)
     desk.keeper.start()
     desk.keeper.join(5)
     assert desk.deaths == ["its lease thread died (ResponseError)"]
 
 
-def test_housekeeping_that_is_at_fault_is_told_and_goes_on(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    office = Office()
-    reaper = Reaper(desk.client, 3)
-    housekeeper = Housekeeper(reaper, office, desk.deaths.append)  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reaper, "reap", at_fault)
-        housekeeper.round()
-    housekeeper.round()
-    assert ("housekeeping failed" in caplog.text, desk.deaths, office.rescues) == (True, [], 1)
-
-
-def test_who_waits_for_a_renewal_is_woken(desk: Desk) -> None:
-    assert not desk.keeper.wait_renewal(0.01)
-    desk.keeper.start()
-    assert desk.keeper.wait_renewal(5) or desk.announced
-    desk.keeper.stop()
-    assert not desk.keeper.is_alive()
-
-
-def test_a_process_that_cannot_go_on_lets_its_lease_lapse(desk: Desk) -> None:
+def test_a_process_that_cannot_continue_lets_its_lease_lapse(desk: Desk) -> None:
     desk.keeper.round()
     renewed = desk.client.zscore(keys.LEASES, "w1")
     desk.given_up = True
@@ -181,46 +174,26 @@ def test_a_process_that_cannot_go_on_lets_its_lease_lapse(desk: Desk) -> None:
     assert (desk.client.zscore(keys.LEASES, "w1"), desk.announced) == (renewed, [True])
 
 
-class Office:
-    """Takes note of tickets."""
-
-    def __init__(self) -> None:
-        self.sent: list[str] = []
-        self.rescues = 0
-
-    def send_all(self, waiting: list[Waiting]) -> None:
-        self.sent += [each.job_id for each in waiting]
-
-    def rescue(self) -> None:
-        self.rescues += 1
+def test_it_renews_at_once_when_asked_to(desk: Desk, eventually: Any) -> None:
+    desk.keeper.start()
+    eventually(lambda: len(desk.announced) == 1)
+    desk.keeper.hurry()
+    eventually(lambda: len(desk.announced) == 2)
+    desk.keeper.stop()
+    assert not desk.keeper.is_alive() and desk.deaths == []
 
 
-def test_the_housekeeper_sends_tickets_for_what_a_dead_worker_held(desk: Desk) -> None:
-    office = Office()
-    housekeeper = Housekeeper(Reaper(desk.client, 3), office, desk.deaths.append)  # type: ignore[arg-type]
-    desk.keeper.round()
-    job = desk.claim()
-    housekeeper.round()
-    assert (office.sent, office.rescues) == ([], 1)
-    desk.client.zadd(keys.LEASES, {"w1": 1})
-    housekeeper.round()
-    assert (office.sent, desk.status(job)) == ([job.id], Status.QUEUED)
+def test_the_host_is_announced_again_and_again_whatever_redis_does(eventually: Any) -> None:
+    calls: list[None] = []
 
+    def announce() -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RedisAway
 
-def test_the_housekeeper_comes_when_the_next_lease_may_lapse(desk: Desk, eventually: Callable[..., None]) -> None:
-    reaper, passes = Reaper(desk.client, 3), 0
-    reap = reaper.reap
-
-    def count() -> list[Waiting]:
-        nonlocal passes
-        passes += 1
-        waiting = reap()
-        reaper.rest_s = 0.01
-        return waiting
-
-    reaper.reap = count  # type: ignore[method-assign]
-    housekeeper = Housekeeper(reaper, Office(), desk.deaths.append)  # type: ignore[arg-type]
-    housekeeper.start()
-    eventually(lambda: passes > 20)
-    housekeeper.stop()
-    assert desk.deaths == []
+    deaths: list[str] = []
+    keeper = HostKeeper(announce, 0.003, deaths.append)
+    keeper.start()
+    eventually(lambda: len(calls) > 4)
+    keeper.stop()
+    assert deaths == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shared.jobs.request import Request, Sampling
-from web.marks import CUTS, LEAST, marks
+from web.marks import CUTS, LEAST, prefix_hashes
 
 SYSTEM = ("system", "You are a careful librarian. " * 20)
 QUESTION = ("user", "Which books of " + "this and that kind " * 20 + "are there?")
@@ -22,7 +22,7 @@ def asked(*said: tuple[str, str], prompt: str | None = None, model: str = "m", s
 
 
 def of(*said: tuple[str, str], owner: str = "a", **more: Any) -> tuple[str, ...]:
-    return marks(asked(*said, **more), owner)
+    return prefix_hashes(asked(*said, **more), owner)
 
 
 def test_a_conversation_that_goes_on_has_the_mark_of_all_that_was_said_before() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from worker.runner import memory
-from worker.runner.base import Fit, OutOfMemory
-from worker.runner.memory import Budget, Footprint, device_limit, exhaustion_told, is_out_of_memory
+from worker.runner.base import OutOfMemory
+from worker.runner.kv_cache import Footprint
+from worker.runner.length_buckets import LengthBuckets
+from worker.runner.memory import device_limit, is_out_of_memory, memory_errors
 
 GIB = 2**30
 
@@ -28,36 +30,56 @@ GIB = 2**30
 )
 def test_what_the_library_says_when_memory_ends(error: Exception) -> None:
     assert is_out_of_memory(error)
-    with pytest.raises(OutOfMemory), exhaustion_told():
+    with pytest.raises(OutOfMemory), memory_errors():
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("[matmul] shapes do not fit"), ValueError("out of memory"), KeyError()])
 def test_other_errors_are_raised_as_they_are(error: Exception) -> None:
     assert not is_out_of_memory(error)
-    with pytest.raises(type(error)), exhaustion_told():
+    with pytest.raises(type(error)), memory_errors():
         raise error
 
 
-def test_a_batch_takes_what_its_longest_row_takes_for_each() -> None:
-    budget = Budget(10 * 512 * 100, Footprint(0, ((100, None),)))
-    assert budget.needed([]) == 0
-    assert budget.needed([3, 257, 500]) == 3 * 512 * 100
-    assert budget.fits(500, [3] * 9) is Fit.NOW
-    assert budget.fits(500, [3] * 10) is Fit.LATER
-    assert budget.fits(3, [500] * 10) is Fit.LATER
-    assert budget.fits(5121, []) is Fit.NEVER
+def buckets(most_padding: int, footprint: Footprint | None = None) -> LengthBuckets:
+    hundred = Footprint(0, ((100, None),))
+    return LengthBuckets(lambda: pytest.fail("no batch is needed to count"), footprint or hundred, most_padding)
 
 
-def test_a_row_waits_for_memory_that_there_may_be_again() -> None:
-    budget = Budget(512 * 100, Footprint(0, ((100, None),)), hoped_bytes=1024 * 100)
-    assert [budget.fits(length, []) for length in (512, 513, 1024, 1025)] == [Fit.NOW, Fit.LATER, Fit.LATER, Fit.NEVER]
+def test_rows_are_charged_the_length_of_their_bucket() -> None:
+    batches = buckets(most_padding=500 * 100)
+    assert batches.bytes([]) == 0
+    assert batches.bytes([3]) == 256 * 100
+    assert batches.bytes([250]) == 512 * 100, "it has grown ahead by then"
+    assert batches.bytes([300, 300, 440]) == 3 * 512 * 100
+    # 600 tokens of padding are too many for one bucket; and rows may come in another order.
+    assert batches.bytes([100, 300, 900, 900, 900]) == (3 * 1024 + 2 * 512 + 500) * 100
+
+
+def test_a_long_row_does_not_make_short_ones_dear() -> None:
+    """Beside a row of 32k tokens there is room for nearly as many short rows as without it."""
+    batches, short, long = buckets(most_padding=1000 * 100), 680, 32_000
+    limit = 300 * batches.bytes([short])
+    rows = next(n for n in range(1, 400) if batches.bytes([long, *[short] * n]) > limit) - 1
+    assert 300 - batches.bytes([long]) / batches.bytes([short]) - rows < 3
+
+
+def test_counting_many_rows_takes_one_look_at_each() -> None:
+    looked: list[int] = []
+
+    class Counting(Footprint):
+        def filled(self, tokens: int) -> int:
+            looked.append(tokens)
+            return super().filled(tokens)
+
+    buckets(0, Counting(0, ((100, None),))).bytes(range(1, 500))
+    assert len(looked) == 499
 
 
 def test_windows_and_states_do_not_grow() -> None:
     footprint = Footprint(1000, ((10, 256), (1, None)))
-    assert footprint.bytes(100) == 1000 + 256 * 11
-    assert footprint.bytes(10_000) == 1000 + 512 * 10 + 10_240
+    assert footprint.allocated(100) == 1000 + 256 * 11
+    assert footprint.allocated(10_000) == 1000 + 512 * 10 + 10_240
 
 
 def write(folder: Path, **files: object) -> None:

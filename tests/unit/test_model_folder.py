@@ -191,7 +191,7 @@ def test_code_that_comes_with_a_model_is_never_run(
     asked: list[object] = []
     monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")  # whoever asks is told to run it
     from worker.models.load import load_model
-    from worker.runner.vision.family import load_vision_model
+    from worker.runner.vision.load import load_vision_model
 
     load = load_model if kind == "text" else load_vision_model
     with pytest.raises(ModelError, match=r"holds Python code .*: refused"):

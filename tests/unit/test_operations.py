@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from shared.models.operations import GONE_S, SILENT_S, Operation, Operations, OperationState
 from shared.models.registry import HostInfo
+from shared.queue import keys
 from shared.queue.redis import Redis
 
 
@@ -26,13 +27,18 @@ def operations(client: Redis) -> Operations:
     return Operations(client)
 
 
-def told(operations: Operations, monkeypatch: pytest.MonkeyPatch, seconds_ago: float, state: str) -> Operation:
-    """One that its worker told of so long ago."""
-    now = time.time()
-    begun = operations.begin("load", "two", "here")
-    with monkeypatch.context() as patch:
-        patch.setattr("shared.models.operations.time.time", lambda: now - seconds_ago)
-        return operations.put(replace(begun, state=OperationState(state), progress=0.25))
+@pytest.fixture
+def told(operations: Operations, client: Redis) -> Callable[[float, str], Operation]:
+    """Makes one that its worker told of so long ago."""
+
+    def tell(seconds_ago: float, state: str) -> Operation:
+        begun = operations.begin("load", "two", "here")
+        told = operations.put(replace(begun, state=OperationState(state), progress=0.25))
+        told = replace(told, updated_at=told.updated_at - seconds_ago)
+        client.hset(keys.OPERATION + told.id, "updated_at", told.updated_at)
+        return told
+
+    return tell
 
 
 def test_what_was_told_is_read_again(operations: Operations) -> None:
@@ -55,18 +61,18 @@ def test_what_was_told_is_read_again(operations: Operations) -> None:
 
 @pytest.mark.parametrize("state", ["pending", "waiting", "draining", "loading"])
 def test_what_a_worker_has_in_hand_goes_on_however_long_it_is_silent(
-    operations: Operations, monkeypatch: pytest.MonkeyPatch, state: str
+    operations: Operations, told: Callable[[float, str], Operation], state: str
 ) -> None:
     """So does what waits in its line behind another loading."""
-    operation = told(operations, monkeypatch, 1000, state)
+    operation = told(1000, state)
     assert operations.get(operation.id, [host("here", "op_other", operation.id)]) == operation
 
 
 @pytest.mark.parametrize("state", ["pending", "waiting", "draining", "loading"])
 def test_what_a_worker_that_is_gone_had_in_hand_has_failed(
-    operations: Operations, monkeypatch: pytest.MonkeyPatch, state: str
+    operations: Operations, told: Callable[[float, str], Operation], state: str
 ) -> None:
-    operation = told(operations, monkeypatch, GONE_S + 1, state)
+    operation = told(GONE_S + 1, state)
     found = operations.get(operation.id, [host("elsewhere")])
     assert found
     assert (found.state, found.error_code) == (OperationState.FAILED, "worker_lost")
@@ -75,19 +81,17 @@ def test_what_a_worker_that_is_gone_had_in_hand_has_failed(
 
 @pytest.mark.parametrize(("state", "code"), [("pending", "worker_silent"), ("loading", "worker_lost")])
 def test_what_a_worker_that_was_started_anew_does_not_know_has_failed(
-    operations: Operations, monkeypatch: pytest.MonkeyPatch, state: str, code: str
+    operations: Operations, told: Callable[[float, str], Operation], state: str, code: str
 ) -> None:
     """It has the same name as before."""
-    operation = told(operations, monkeypatch, SILENT_S + 1, state)
+    operation = told(SILENT_S + 1, state)
     found = operations.get(operation.id, [host("here")])
     assert found
     assert (found.state, found.error_code) == (OperationState.FAILED, code)
 
 
-def test_the_newest_comes_first(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_comes_first(operations: Operations) -> None:
     first = operations.begin("load", "one", "here")
-    now = time.time() + 1
-    monkeypatch.setattr("shared.models.operations.time.time", lambda: now)
     second = operations.begin("unload", "one", "here")
     assert [each.id for each in operations.recent([host()])] == [second.id, first.id]
 

@@ -1,8 +1,8 @@
-"""In which order prompts are read, how much of them in a step, and what is kept of them along the way."""
+"""What a step of prefill does as it was planned, what it predicts, and what is stored along the way."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,14 +10,12 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import gemma3_text, llama
 
-from shared.jobs.request import Sampling
+from shared.jobs.request import Request, Sampling
 from tests.support.small_models import small_model
-from worker.engine.prefill_budget import AIM, Pace
-from worker.runner import kv_cache as kv
-from worker.runner import prefill_cost as cost
-from worker.runner.base import Row
-from worker.runner.prefill import KEPT_AT_ONCE, MOST_TOGETHER, SHORT_CHUNKS, Chunk, Prefill
-from worker.runner.prefill_cost import Cost
+from worker.runner import forward, prefill_cost
+from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, Row, Unread
+from worker.runner.kv_cache import KVCache
+from worker.runner.prefill import REFRESHED, STORED_TOKENS, Prefill, Prefilled
 from worker.runner.prefix_cache import PrefixCache
 
 CHUNK = 16
@@ -29,153 +27,6 @@ def model() -> Any:
     return small_model(llama, model_type="llama")
 
 
-@pytest.fixture
-def prefixes(model: Any) -> PrefixCache:
-    return PrefixCache(model, PLENTY)
-
-
-@pytest.fixture
-def prefill(model: Any, prefixes: PrefixCache) -> Prefill:
-    return Prefill(model, CHUNK, prefixes, allowing(20))
-
-
-def allowing(tokens: int) -> Pace:
-    """A pace that has time for so many tokens in a step."""
-    pace = Pace(CHUNK)
-    pace.expect(Cost(0.0, 1.0, 0.0))
-    for _ in range(3):
-        pace.stepped(tokens / (AIM - 1), 0.0)
-    while pace.rests():
-        pass
-    return pace
-
-
-def row(uid: int, unread: int, owner: str = "me") -> Row:
-    return Row(uid, prompt(uid, unread + 1), 0, 5, Sampling(0.0), owner)
-
-
-def prompt(seed: int, length: int) -> tuple[int, ...]:
-    return (seed % 64, *((seed * 7 + i * (1 + seed % 5)) % 64 for i in range(1, length)))
-
-
-def insert(prefill: Prefill, rows: Sequence[Row]) -> None:
-    for each in rows:
-        prefill.add(each)
-
-
-def advance(prefill: Prefill, decoding: bool = True, most: int = 1000) -> list[Chunk]:
-    """Read until nothing is left."""
-    chunks = []
-    while prefill:
-        chunks.append(prefill.advance(decoding))
-        assert len(chunks) < most
-    return chunks
-
-
-def uids(chunk: Chunk) -> list[int]:
-    return [each.uid for each in chunk.rows]
-
-
-def test_short_prompts_do_not_wait_behind_long_ones(prefill: Prefill) -> None:
-    insert(prefill, [row(1, 40 * CHUNK), row(2, 40 * CHUNK), *(row(uid, CHUNK) for uid in range(3, 6))])
-    chunks = advance(prefill)
-    order = [uid for chunk in chunks for uid in uids(chunk)]
-    assert order == [3, 4, 5, 1, 2]
-    assert uids(chunks[0]) == [3, 4, 5]
-
-
-def test_a_long_prompt_does_not_wait_for_short_ones_that_keep_coming(prefill: Prefill) -> None:
-    prefill.add(row(0, 5 * CHUNK))
-    read: list[int] = []
-    for uid in range(1, 50):
-        prefill.add(row(uid, CHUNK))
-        read += uids(prefill.advance(True))
-        if 0 in read:
-            break
-    assert len(read) < 14
-
-
-@pytest.mark.parametrize("decoding", [False, True])
-def test_short_prompts_that_come_at_once_are_read_together_whatever_decodes(prefill: Prefill, decoding: bool) -> None:
-    insert(prefill, [row(uid, CHUNK) for uid in range(1, 2 * MOST_TOGETHER + 1)])
-    assert [len(chunk.rows) for chunk in advance(prefill, decoding)] == [MOST_TOGETHER, MOST_TOGETHER]
-
-
-def test_few_tokens_far_behind_the_beginning_may_be_a_long_prompt(model: Any, prefixes: PrefixCache) -> None:
-    pace = Pace(CHUNK)
-    pace.expect(Cost(0.0, 1.0, 0.1))
-    prefill = Prefill(model, CHUNK, prefixes, pace)
-    before = prompt(1, 200)
-    layers = kv.empty(model, 1)
-    kv.feed(model, layers, [before])
-    prefixes.store("me", before, layers, 0)
-    insert(prefill, [Row(2, (*before, 5, 6, 7, 8), 0, 5, Sampling(0.0), "me"), row(3, 5)])
-    assert [uid for chunk in advance(prefill) for uid in uids(chunk)] == [3, 2]
-
-
-def test_a_cache_is_made_and_copied_in_steps_of_their_own(prefill: Prefill) -> None:
-    """Beside rows that decode, and only there."""
-    prefill.add(row(1, 600))
-    chunks = advance(prefill)
-    assert [chunk.tokens > 0 for chunk in chunks[:4]] == [True, False, False, True]
-    longer = (*prompt(1, 601)[:600], 1, *prompt(9, 300))
-    prefill.add(Row(2, longer, 0, 5, Sampling(0.0), "me"))
-    chunks = advance(prefill)
-    assert [chunk.tokens > 0 for chunk in chunks[:4]] == [False, False, False, True]
-    assert {chunk.foretold for chunk in chunks[:3]} == {None}
-    assert chunks[-1].reused == (600,)
-    prefill.add(Row(3, (*longer, 1, *prompt(11, 300)), 0, 5, Sampling(0.0), "me"))
-    assert all(chunk.tokens for chunk in advance(prefill, decoding=False))
-
-
-def test_a_long_prompt_is_kept_along_its_way(model: Any, prefill: Prefill, prefixes: PrefixCache) -> None:
-    long = row(1, 4 * KEPT_AT_ONCE + 7)
-    prefill.add(long)
-    known = []
-    while prefill:
-        chunk = prefill.advance(True)
-        known.append(prefixes.length("me", long.prompt))
-    assert max(after - before for before, after in pairwise(known)) < KEPT_AT_ONCE + CHUNK
-    assert known[-1] == 4 * KEPT_AT_ONCE + 7
-    assert prefixes.nbytes == known[-1] * 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, width, bytes
-    length, layers = prefixes.load("me", long.prompt)
-    for kept, read in zip(layers, chunk.cache, strict=True):
-        for ours, theirs in zip((kept.keys, kept.values), (read.keys, read.values), strict=True):
-            assert mx.array_equal(ours, theirs[:, :, :length])
-
-
-def test_a_prompt_that_is_too_long_to_be_kept_displaces_nothing(model: Any) -> None:
-    prefixes = PrefixCache(model, 300 * 2 * 2 * 2 * 4 * 4)
-    prefill = Prefill(model, CHUNK, prefixes, allowing(20))
-    insert(prefill, [row(1, 100)])
-    advance(prefill)
-    insert(prefill, [row(2, 3 * KEPT_AT_ONCE)])
-    advance(prefill)
-    assert prefixes.length("me", prompt(1, 101)) == 100
-    assert prefixes.length("me", prompt(2, 101)) == 0
-
-
-def test_what_cannot_be_cut_is_kept_once(model: Any) -> None:
-    sliding = small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
-    prefixes = PrefixCache(sliding, PLENTY)
-    prefill = Prefill(sliding, CHUNK, prefixes, allowing(20))
-    prefill.add(row(1, 2 * KEPT_AT_ONCE + 9))
-    advance(prefill)
-    assert prefixes.stats()["prefix_cache_entries"] == 1
-
-
-def test_rows_are_dropped_in_either_line(prefill: Prefill, prefixes: PrefixCache) -> None:
-    insert(prefill, [row(1, 40 * CHUNK), row(2, SHORT_CHUNKS * CHUNK), row(3, 4), row(4, 40 * CHUNK)])
-    for _ in range(4):
-        prefill.advance(True)
-    assert prefill.nbytes() > 0
-    insert(prefill, [row(5, SHORT_CHUNKS * CHUNK), row(6, 4)])
-    prefill.remove([1, 4, 5])
-    assert prefill.nbytes() == 0
-    assert prefixes.length("me", row(1, 40 * CHUNK).prompt) >= CHUNK
-    assert [uids(chunk) for chunk in advance(prefill)] == [[6]]
-
-
 @pytest.fixture(scope="module")
 def deep() -> Any:
     """A model of nine layers, of which a chunk runs eight."""
@@ -183,89 +34,270 @@ def deep() -> Any:
 
 
 @pytest.fixture
-def deep_prefixes(deep: Any) -> PrefixCache:
-    return PrefixCache(deep, PLENTY)
+def prefixes(model: Any) -> PrefixCache:
+    return PrefixCache(model, PLENTY)
 
 
 @pytest.fixture
-def slow(deep: Any, deep_prefixes: PrefixCache) -> Prefill:
-    """In each step there is time for three of the eight; a chunk takes no less time with fewer tokens."""
-    pace = allowing(1)
-    pace.expect(Cost(1.0, 1e-9, 0.0))
-    for _ in range(9):
-        pace.stepped(3.1 / 8 / (AIM - 1), 0.0)
-    return Prefill(deep, CHUNK, deep_prefixes, pace)
+def prefill(model: Any, prefixes: PrefixCache) -> Prefill:
+    return Prefill(model, CHUNK, prefixes, UNKNOWN_COST)
+
+
+def row(uid: int, unread: int, prompt_tokens: tuple[int, ...] | None = None) -> Row:
+    return Row(uid, Request("m", 5, Sampling(0.0)), prompt_tokens or prompt(uid, unread + 1), 0, 5, "me")
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    return (seed % 64, *((seed * 7 + i * (1 + seed % 5)) % 64 for i in range(1, length)))
+
+
+def chunk(uid: int, tokens: int = CHUNK, layers: int | None = None) -> PrefillWork:
+    return PrefillWork((uid,), tokens, layers)
+
+
+def chunks(
+    prefill: Prefill, uid: int, tokens: int = CHUNK, layers: int | None = None, *, decoding: bool = True
+) -> Iterator[Prefilled]:
+    """Steps until a row is done."""
+    for _ in range(1000):
+        yield (done := prefill.advance(chunk(uid, tokens, layers), decoding=decoding))
+        if uid in [each.uid for each in done.rows]:
+            return
+    pytest.fail("it never ends")
+
+
+def test_rows_are_processed_together_and_whole(model: Any, prefill: Prefill) -> None:
+    rows = [row(uid, 3 + 5 * uid) for uid in range(1, 5)]
+    for each in rows:
+        prefill.add(each)
+    assert list(prefill.unread().values()) == [Unread(8, 0), Unread(13, 0), Unread(18, 0), Unread(23, 0)]
+    done = prefill.advance(PrefillWork((3, 1, 4)), decoding=True)
+    assert [each.uid for each in done.rows] == [3, 1, 4]
+    assert (done.tokens, done.reused, done.predicted_s) == (18 + 8 + 23, (0, 0, 0), None)
+    for place, each in enumerate(done.rows):
+        alone = KVCache.empty(model)
+        forward.fill(model, alone, [each.prompt[:-1]])
+        length = len(each.prompt) - 1
+        for ours, theirs in zip(
+            done.cache.read_columns(place, 0, length), alone.read_columns(0, 0, length), strict=True
+        ):
+            assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
+    assert list(prefill.unread()) == [2]
+
+
+def test_a_row_that_was_begun_is_processed_alone(prefill: Prefill) -> None:
+    for each in (row(1, 40), row(2, 8)):
+        prefill.add(each)
+    prefill.advance(chunk(1), decoding=True)
+    assert prefill.unread()[1] == Unread(24, 16)
+    done = prefill.advance(PrefillWork((1, 2)), decoding=False)
+    assert ([each.uid for each in done.rows], done.tokens) == ([1], 24)
+    assert prefill.unread() == {2: Unread(8, 0)}
+
+
+def test_nothing_planned_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
+    prefill.add(row(1, 8))
+    for work in (None, PrefillWork((7,))):
+        done = prefill.advance(work, decoding=True)
+        assert (done.rows, done.tokens, done.predicted_s) == ((), 0, 0.0)
+    assert prefill.unread() == {1: Unread(8, 0)}
+
+
+def test_what_earlier_rows_left_is_known_beforehand(prefill: Prefill) -> None:
+    """Also to rows that came before it was left, a few of them a step."""
+    rows = [row(uid, 0, (*prompt(1, 40), uid)) for uid in range(2, 2 + 2 * REFRESHED)]
+    for each in (row(1, 40), *rows):
+        prefill.add(each)
+    prefill.advance(PrefillWork((1,)), decoding=False)
+    known = [sum(each.position == 40 for each in prefill.unread().values()) for _ in range(2)]
+    assert known == [REFRESHED, 2 * REFRESHED]
+    done = prefill.advance(PrefillWork(tuple(each.uid for each in rows)), decoding=False)
+    assert done.tokens == 0
+    assert set(done.reused) == {40}
+
+
+def test_a_row_whose_prefix_was_evicted_meanwhile_waits_for_the_next_plan(
+    prefill: Prefill, prefixes: PrefixCache
+) -> None:
+    prefill.add(row(1, 40))
+    prefill.advance(PrefillWork((1,)), decoding=False)
+    prefill.add(row(2, 0, (*prompt(1, 40), 9, 9)))
+    prefill.add(row(3, 5))
+    assert prefill.unread()[2] == Unread(1, 40)
+    prefixes.clear()
+    assert [each.uid for each in prefill.advance(PrefillWork((2, 3)), decoding=False).rows] == [3]
+    assert prefill.unread() == {2: Unread(41, 0)}
+
+
+def test_a_cache_is_allocated_and_copied_in_steps_of_their_own(prefill: Prefill) -> None:
+    """Beside rows that decode, and only there."""
+    prefill.add(row(1, 600))
+    done = list(chunks(prefill, 1))
+    assert [each.tokens > 0 for each in done[:4]] == [True, False, False, True]
+    longer = (*prompt(1, 601)[:600], 1, *prompt(9, 300))
+    prefill.add(row(2, 0, longer))
+    done = list(chunks(prefill, 2))
+    assert [each.tokens > 0 for each in done[:4]] == [False, False, False, True]
+    assert {each.predicted_s for each in done[:3]} == {None}
+    assert done[-1].reused == (600,)
+    prefill.add(row(3, 0, (*longer, 1, *prompt(11, 300))))
+    assert all(each.tokens for each in chunks(prefill, 3, decoding=False))
+
+
+def test_a_long_prompt_is_stored_along_its_way(prefill: Prefill, prefixes: PrefixCache) -> None:
+    long = row(1, 4 * STORED_TOKENS + 7)
+    prefill.add(long)
+    known = []
+    for done in chunks(prefill, 1):
+        cache = done.cache
+        known.append(prefixes.length("me", long.prompt))
+    assert max(after - before for before, after in pairwise(known)) < STORED_TOKENS + CHUNK
+    assert known[-1] == 4 * STORED_TOKENS + 7
+    assert prefixes.nbytes == known[-1] * 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, width, bytes
+    length, layers = prefixes.load("me", long.prompt)
+    for kept, (keys, values) in zip(layers, cache.read_columns(0, 0, length), strict=True):
+        assert mx.array_equal(kept.keys, keys)
+        assert mx.array_equal(kept.values, values)
+
+
+def test_a_prompt_that_is_too_long_to_be_kept_displaces_nothing(model: Any) -> None:
+    prefixes = PrefixCache(model, 300 * 2 * 2 * 2 * 4 * 4)
+    prefill = Prefill(model, CHUNK, prefixes, UNKNOWN_COST)
+    for uid, length in ((1, 100), (2, 3 * STORED_TOKENS)):
+        prefill.add(row(uid, length))
+        list(chunks(prefill, uid))
+    assert prefixes.length("me", prompt(1, 101)) == 100
+    assert prefixes.length("me", prompt(2, 101)) == 0
+
+
+def test_what_cannot_be_cut_is_kept_once(model: Any) -> None:
+    sliding = small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
+    prefixes = PrefixCache(sliding, PLENTY)
+    prefill = Prefill(sliding, CHUNK, prefixes, UNKNOWN_COST)
+    prefill.add(row(1, 2 * STORED_TOKENS + 9))
+    list(chunks(prefill, 1))
+    assert prefixes.stats()["prefix_cache_entries"] == 1
+
+
+def test_rows_are_dropped_in_every_stage(prefill: Prefill, prefixes: PrefixCache) -> None:
+    for each in (row(1, 40 * CHUNK), row(2, 40 * CHUNK), row(3, 4)):
+        prefill.add(each)
+    for _ in range(4):
+        prefill.advance(chunk(1), decoding=False)
+    assert prefill.nbytes > 0
+    prefill.remove([1, 2, 9])
+    assert prefill.nbytes == 0
+    assert prefixes.length("me", row(1, 40 * CHUNK).prompt) == 4 * CHUNK
+    assert list(prefill.unread()) == [3]
+
+
+def test_several_long_prompts_may_be_under_way(prefill: Prefill) -> None:
+    for each in (row(1, 5 * CHUNK), row(2, 3 * CHUNK)):
+        prefill.add(each)
+    order = [1, 2, 1, 2, 2, 1]
+    ended = [[each.uid for each in prefill.advance(chunk(uid), decoding=False).rows] for uid in order]
+    assert ended == [[], [], [], [], [2], []]
+    assert prefill.unread() == {1: Unread(2 * CHUNK, 3 * CHUNK)}
+
+
+@pytest.fixture
+def slow(deep: Any) -> Prefill:
+    """A chunk takes a second, however few tokens it has."""
+    return Prefill(deep, CHUNK, PrefixCache(deep, PLENTY), PrefillCost(1.0, 1e-9, 0.0))
 
 
 def test_a_chunk_runs_a_few_layers_a_step_and_fills_the_same_cache(deep: Any, slow: Prefill) -> None:
     long = row(1, 10 * CHUNK + 5)
-    whole = Prefill(deep, CHUNK, PrefixCache(deep, 0), Pace(CHUNK))
+    whole = Prefill(deep, CHUNK, PrefixCache(deep, 0), UNKNOWN_COST)
     caches = []
-    for prefill, decoding in ((slow, True), (whole, False)):
+    for prefill, layers in ((slow, 3), (whole, None)):
         prefill.add(long)
-        chunks = advance(prefill, decoding)
-        assert [chunk.tokens for chunk in chunks if chunk.tokens] == [CHUNK] * 10 + [5]
-        caches.append(chunks[-1].cache)
-    for ours, theirs in zip(*caches, strict=True):
-        assert mx.allclose(ours.state[0], theirs.state[0], atol=1e-5)
-        assert mx.allclose(ours.state[1], theirs.state[1], atol=1e-5)
+        done = list(chunks(prefill, 1, layers=layers))
+        assert [each.tokens for each in done if each.tokens] == [CHUNK] * 10 + [5]
+        caches.append(done[-1].cache)
+    for ours, theirs in zip(*(cache.read_columns(0, 0, 10 * CHUNK + 5) for cache in caches), strict=True):
+        assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_a_step_is_told_of_as_much_as_it_did(slow: Prefill) -> None:
+def test_a_step_predicts_as_much_as_it_does(slow: Prefill) -> None:
     slow.add(row(1, 10 * CHUNK))
-    chunks = advance(slow)
-    parts = [chunk.foretold for chunk in chunks if chunk.foretold and not chunk.rows]
+    done = list(chunks(slow, 1, layers=3))
+    parts = [each.predicted_s for each in done if each.predicted_s]
     assert {round(8 * part) for part in parts} == {2, 3}
-    assert sum(parts) == pytest.approx(10, abs=3 / 8), "the last is not told: the row joins in that step"
+    assert sum(parts) == pytest.approx(10, abs=3 / 8), "the last is not predicted: the row joins in that step"
+
+
+def test_what_is_left_of_a_chunk_is_known(slow: Prefill) -> None:
+    slow.add(row(1, 40))
+    slow.advance(chunk(1, CHUNK, 3), decoding=True)
+    assert slow.unread() == {1: Unread(40, 0, CHUNK)}
+    slow.advance(chunk(1, 99, 4), decoding=True)
+    assert slow.unread() == {1: Unread(40, 0, CHUNK)}
+    assert slow.advance(chunk(1, 99), decoding=True).tokens == CHUNK
+    assert slow.unread() == {1: Unread(24, CHUNK)}
 
 
 def test_only_the_caches_of_layers_that_were_run_are_filled(slow: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[int] = []
-    queue = kv.queue
-    monkeypatch.setattr(kv, "queue", lambda layers: (filled.append(len(layers)), queue(layers))[1])
+    queue = KVCache.queue
+    monkeypatch.setattr(KVCache, "queue", lambda cache: (filled.append(len(cache.layers)), queue(cache))[1])
     slow.add(row(1, 3 * CHUNK))
-    while slow and sum(filled) < 9:
-        slow.advance(True)
+    while sum(filled) < 9:
+        slow.advance(chunk(1, CHUNK, 3), decoding=True)
     assert filled == [4, 3, 2]
 
 
-def test_a_row_that_leaves_amid_a_chunk_leaves_what_was_kept_along_its_way(
-    deep: Any, slow: Prefill, deep_prefixes: PrefixCache
-) -> None:
-    long = row(1, 2 * KEPT_AT_ONCE)
+def test_a_row_that_leaves_amid_a_chunk_leaves_what_was_stored_along_its_way(deep: Any) -> None:
+    prefixes = PrefixCache(deep, PLENTY)
+    slow = Prefill(deep, CHUNK, prefixes, UNKNOWN_COST)
+    long = row(1, 2 * STORED_TOKENS)
     slow.add(long)
-    while slow and not deep_prefixes.length("me", long.prompt):
-        slow.advance(True)
-    while not slow.advance(True).tokens:
-        pass  # a chunk more, which is not kept yet
-    while not slow.advance(True).foretold:
-        pass  # a pause
+    for _ in chunks(slow, 1, layers=3):
+        stored = prefixes.length("me", long.prompt)
+        if stored and slow.unread()[1].position > stored and slow.unread()[1].under_way:
+            break
     slow.remove([1])
-    assert (len(slow), slow.nbytes()) == (0, 0)
-    length, layers = deep_prefixes.load("me", long.prompt)
-    assert length == KEPT_AT_ONCE
-    whole = kv.empty(deep, 1)
-    kv.feed(deep, whole, [long.prompt[:length]])
-    for ours, theirs in zip(layers, whole, strict=True):
-        assert mx.allclose(ours.keys[:, :, :length], theirs.keys[:, :, :length], atol=1e-5)
+    assert (slow.unread(), slow.nbytes) == ({}, 0)
+    length, layers = prefixes.load("me", long.prompt)
+    assert length == STORED_TOKENS
+    whole = KVCache.empty(deep)
+    forward.fill(deep, whole, [long.prompt[:length]])
+    for ours, (keys, values) in zip(layers, whole.read_columns(0, 0, length), strict=True):
+        assert mx.allclose(ours.keys, keys, atol=1e-5)
+        assert mx.allclose(ours.values, values, atol=1e-5)
 
 
-def test_where_nobody_decodes_any_more_the_rest_of_a_chunk_is_one_step(slow: Prefill) -> None:
-    slow.add(row(1, 10 * CHUNK))
-    while slow and not slow.advance(True).tokens:
-        pass
-    assert 0 in (slow.advance(True).tokens, slow.advance(True).tokens)
-    assert [chunk.tokens for chunk in advance(slow, decoding=False)] == [CHUNK] * 9
+@pytest.mark.parametrize("work", [PrefillWork((1, 2)), PrefillWork((1,), CHUNK)], ids=["together", "chunk"])
+def test_rows_for_which_there_is_no_memory_are_dropped_and_prefixes_with_them(
+    prefill: Prefill, prefixes: PrefixCache, work: PrefillWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill.add(row(5, 40))
+    prefill.advance(PrefillWork((5,)), decoding=False)
+    for uid in (1, 2, 3):
+        prefill.add(row(uid, 3 * CHUNK))
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "fill", full)
+        done = prefill.advance(work, decoding=False)
+    assert done.out_of_memory == work.uids
+    assert prefixes.nbytes == prefill.nbytes == 0
+    assert list(prefill.unread()) == [uid for uid in (1, 2, 3) if uid not in work.uids]
+    monkeypatch.setattr(forward, "fill", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prefill.advance(PrefillWork((3,)), decoding=False)
 
 
 def test_what_a_chunk_costs_is_measured_on_the_model(model: Any) -> None:
     def measured() -> Generator[None, None, None]:
         nonlocal found
-        found = yield from cost.measuring(model, CHUNK)
+        found = yield from prefill_cost.measuring(model, CHUNK)
 
-    found = cost.UNKNOWN
+    found = UNKNOWN_COST
     assert sum(1 for _ in measured()) > 3, "in pieces"
-    assert found is not cost.UNKNOWN
+    assert found is not UNKNOWN_COST
     assert found.token > 0
     assert found.fixed >= 0
     assert found.behind >= 0

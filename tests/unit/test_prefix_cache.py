@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,8 +12,12 @@ import pytest
 from mlx_lm.models import gemma3_text, llama
 
 from tests.support.small_models import small_model
-from worker.runner import kv_cache as kv
+from worker.runner import forward, kv_cache
+from worker.runner.kv_cache import KVCache
+from worker.runner.prefix_blocks import BLOCK, BlockChain
 from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
+from worker.runner.prefix_files import SUFFIX, PrefixFiles
+from worker.runner.spill import Spill
 
 PLENTY = 2**30
 TOKEN_BYTES = 2 * 2 * 2 * 4 * 4
@@ -30,11 +35,11 @@ def sliding() -> Any:
     return small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
 
 
-def read(model: Any, *prompts: Sequence[int]) -> kv.Layers:
+def read(model: Any, *prompts: Sequence[int]) -> KVCache:
     """A batch's cache that has these prompts."""
-    layers = kv.empty(model, len(prompts))
-    kv.feed(model, layers, prompts)
-    return layers
+    cache = KVCache.empty(model, len(prompts))
+    forward.fill(model, cache, prompts)
+    return cache
 
 
 def keep(cache: PrefixCache, model: Any, tokens: Sequence[int], owner: str = "me") -> None:
@@ -55,11 +60,11 @@ def nodes(cache: PrefixCache) -> Iterator[Any]:
 
 def whole(cache: PrefixCache, most_bytes: int = PLENTY) -> bool:
     """Its sums are right, within the limit, and nothing is kept that leads nowhere."""
-    pieces = [node.piece for node in nodes(cache) if node.piece is not None]
+    segments = [node.segment for node in nodes(cache) if node.segment is not None]
     leaves = [node for node in nodes(cache) if not node.children]
-    assert cache.nbytes == sum(piece.nbytes for piece in pieces) <= most_bytes
-    assert cache.stats()["prefix_cache_entries"] == len(pieces) == len(cache._used)
-    assert all(leaf.piece is not None for leaf in leaves)
+    assert cache.nbytes == sum(segment.nbytes for segment in segments) <= most_bytes
+    assert cache.stats()["prefix_cache_entries"] == len(segments) == len(cache._used)
+    assert all(leaf.segment is not None for leaf in leaves)
     return True
 
 
@@ -70,7 +75,7 @@ def test_a_prefix_is_what_the_model_would_have_read(model: Any) -> None:
     second = [*first[:29], *counting(50, 20)]
     assert cache.length("me", second) == 29
     length, layers = cache.load("me", second)
-    expected = [layer.extract(0) for layer in read(model, second[:29])]
+    expected = read(model, second[:29]).read_row(0)
     assert length == 29
     for layer, wanted in zip(layers, expected, strict=True):
         assert layer.offset == 29
@@ -215,7 +220,7 @@ def test_a_cache_that_cannot_be_taken_apart_costs_nothing_but_the_reuse(
 ) -> None:
     cache = PrefixCache(model, PLENTY)
     keep(cache, model, counting(1, 50))
-    monkeypatch.setattr("worker.runner.kv_segments.Columns.of", lambda *_: 1 / 0)
+    monkeypatch.setattr("worker.runner.kv_segments.AttentionSegment.of", lambda *_: 1 / 0)
     keep(cache, model, counting(2, 50))
     keep(cache, model, counting(3, 50))
     assert cache.load("me", counting(1, 50))[0] == 0
@@ -231,7 +236,7 @@ def test_where_memory_ends_what_is_kept_is_given_up(model: Any, monkeypatch: pyt
         raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.runner.kv_segments.Columns.of", full)
+        patch.setattr("worker.runner.kv_segments.AttentionSegment.of", full)
         keep(cache, model, counting(2, 50))
     assert cache.nbytes == 0
     keep(cache, model, counting(1, 50))
@@ -248,7 +253,7 @@ def test_what_is_given_to_everybody_serves_all_and_is_kept_when_its_owners_is_fo
     assert cache.length(None, tokens) == 0
     found, layers = cache.load("you", tokens)
     assert found == 30
-    assert mx.allclose(layers[0].keys, read(model, tokens)[0].keys[:, :, :30], atol=1e-5)
+    assert mx.allclose(layers[0].keys, read(model, tokens).layers[0].keys[:, :, :30], atol=1e-5)
     keep(cache, model, [*tokens[:30], *counting(9, 20)], "you")
     assert cache.length("me", [*tokens[:30], *counting(9, 20)]) == 30  # nothing of mine is yours
     assert cache.nbytes == TOKEN_BYTES * (50 + 30 + 50)
@@ -263,3 +268,27 @@ def test_a_cache_that_cannot_be_cut_gives_nothing_away(sliding: Any) -> None:
     keep(cache, sliding, counting(1, 40))
     cache.share("me", counting(1, 40))
     assert cache.length("you", counting(1, 40)) == 0
+
+
+@pytest.mark.parametrize("length", [2_000, 20_000])
+def test_evicting_the_end_of_a_long_prefix_costs_what_is_evicted(
+    model: Any, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what comes before it: no more tokens are hashed, and no more nodes visited, for a ten times longer prompt."""
+    spill = Spill(PrefixFiles(tmp_path, "model", PLENTY, 1e6), PLENTY // 8)
+    cache = PrefixCache(model, PLENTY, spill)
+    tokens, width = counting(1, length), 200
+    columns = [(mx.zeros((1, 2, length, 4)), mx.zeros((1, 2, length, 4))) for _ in range(2)]
+    for end in range(width, length + 1, width):  # as a long prompt is stored along its way
+        row = kv_cache.row_of_columns([(keys[:, :, :end], values[:, :, :end]) for keys, values in columns], end)
+        cache.store("me", tokens[:end], KVCache.of_rows([row]), 0)
+    hashed: list[int] = []
+    blocks = BlockChain.blocks
+    monkeypatch.setattr(BlockChain, "blocks", lambda chain, some: (hashed.append(len(some)), blocks(chain, some))[1])
+    kept = cache.nbytes
+    cache.allow(kept - 1 + spill.held)
+    assert cache.length("me", tokens) == length - width
+    assert hashed == [width]
+    spill.close(10)
+    written = sorted(tmp_path.rglob("*" + SUFFIX))
+    assert len(written) == length // BLOCK - (length - width) // BLOCK

@@ -1,6 +1,6 @@
 """The scripts against a model in Python: whatever workers, owners, clocks and the reaper do in whatever order.
 
-Every call that may be sent twice, because its first answer was lost, is: what it does and says is the same.
+Every call that may be sent twice, because its first answer was lost, is: what it does and answers is the same.
 """
 
 from __future__ import annotations
@@ -24,17 +24,23 @@ from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.models.registry import Registry, WorkerInfo
-from shared.queue.claims import Append, Claims, LeftToOthers, NoLease, Reaper, Verdict
+from shared.queue import keys
+from shared.queue.claims import Append, Claims, Demand, NoLease, Reaper, Verdict
 from shared.queue.redis import Redis
 from shared.settings import Settings
 
 MODEL = "m"
 WORKERS = ("w1", "w2", "w3")
-MAX_ATTEMPTS = 3
+NEVER = 10**6
+"""Deaths that a job may cause: who is to blame is another test's matter."""
 LONG_AGO = 1.0
-SLOTS = 3
-MOST_LEFT = 8
+MUCH = 10**6
+PERMANENT = {
+    keys.TIMERS, keys.LEASES, keys.EXTENSIONS, keys.PASSED, keys.MEMORY, keys.BYTES, keys.FAILED, keys.ENDED, keys.ENDS,
+    keys.QUEUE + MODEL, keys.TURNS + MODEL, keys.SPEED + MODEL,
+    *(key + worker for key in (keys.RUNNING, keys.RESERVED) for worker in WORKERS),
+}  # fmt: skip
+"""Keys without a TTL that are not one job's; `shared.queue.keys` says what empties or bounds them."""
 
 
 @dataclass
@@ -47,68 +53,73 @@ class Expected:
     status: Status = Status.QUEUED
     code: str | None = None
     attempt: int = 0
-    losses: int = 0
     holder: str = ""
+    """Who runs it or has reserved it."""
+    claimed_at: str = ""
+    spare: bool = False
+    moved: bool = False
+    """Whether it was taken over: it stays for a while."""
     stop_as: Status | None = None
     time_is_up: bool = False
     """For what its timer stands for: the time to start before the first start, the deadline."""
     timer: bool = True
     text: str = ""
     tokens: int = 0
+    bytes: int = 0
+    growth: int = 0
     events: list[str] = field(default_factory=lambda: ["queued"])
     history: list[tuple[int, str, AttemptEnd | None]] = field(default_factory=list)
-    claimed_at: str = ""
-    marks: tuple[str, ...] = ()
-    left: bool = False
-    """To another worker, which has its beginning; for as long as it is not anybody's."""
-    anybodys: bool = False
-    seen_to: bool = False
-
-    @property
-    def alone(self) -> bool:
-        return self.losses >= MAX_ATTEMPTS - 1
 
     @property
     def due(self) -> bool:
         return self.timer and self.time_is_up
 
-    def has_number(self, grip: Grip) -> bool:
-        return self.status is Status.RUNNING and (self.attempt, self.holder) == (grip.attempt, grip.worker)
+    @property
+    def runs(self) -> bool:
+        return self.status is Status.RUNNING
 
-    def is_held_by(self, grip: Grip) -> bool:
-        return self.has_number(grip) and self.claimed_at == grip.claimed_at
+    def is_run_by(self, grip: Grip) -> bool:
+        return self.runs and (self.attempt, self.claimed_at) == (grip.attempt, grip.claimed_at)
 
-    def start(self, worker: str, claimed_at: str) -> None:
-        self.claimed_at = claimed_at
+    def is_reserved_by(self, grip: Grip) -> bool:
+        """Whether the grip is the present reservation."""
+        waits = self.status is Status.QUEUED and self.holder != ""
+        return waits and (self.attempt + 1, self.claimed_at) == (grip.attempt, grip.claimed_at)
+
+    def reserve(self, worker: str, claimed_at: str, spare: bool) -> None:
+        self.moved = self.moved or self.holder != ""
+        self.holder, self.claimed_at, self.spare = worker, claimed_at, spare
+
+    def start(self) -> None:
         self.events.append("resumed" if self.attempt else "started")
-        self.status, self.attempt, self.holder = Status.RUNNING, self.attempt + 1, worker
-        self.history.append((self.attempt, worker, None))
+        self.status, self.attempt, self.spare, self.moved = Status.RUNNING, self.attempt + 1, False, False
+        if self.time_is_up and self.attempt == 1 and not self.deadline_is_up:
+            self.time_is_up = False
+        self.timer = True
+        self.history.append((self.attempt, self.holder, None))
 
-    def end_attempt(self, how: AttemptEnd) -> None:
-        if self.holder:
+    deadline_is_up: bool = False
+
+    def let_go(self, how: AttemptEnd) -> None:
+        if self.runs:
             self.history[-1] = (self.attempt, self.holder, how)
-            self.holder = ""
+        self.holder, self.spare, self.moved = "", False, False
 
     def end(self, status: Status, code: str | None = None) -> None:
-        self.end_attempt(AttemptEnd.ENDED)
+        self.let_go(AttemptEnd.ENDED)
         if status is Status.EXPIRED:
             code = "deadline_exceeded" if self.attempt else "start_timeout"
         self.status, self.code, self.timer = status, code, False
         self.events.append("done")
 
-    def lose(self) -> None:
-        self.losses += 1
-        if self.losses >= MAX_ATTEMPTS and not self.stop_as:
-            self.end_attempt(AttemptEnd.WORKER_LOST)
-            self.end(Status.FAILED, "worker_lost")
-        else:
-            self.wait_again(AttemptEnd.WORKER_LOST)
-
-    def wait_again(self, how: AttemptEnd) -> None:
-        self.end_attempt(how)
-        if self.stop_as:
+    def give_up(self, how: AttemptEnd) -> None:
+        """Its worker is gone, or gives it back."""
+        ran = self.runs
+        self.let_go(how)
+        if ran and self.stop_as:
+            self.status = Status.QUEUED
             self.end(self.stop_as)
-        else:
+        elif ran:
             self.status = Status.QUEUED
             self.events.append("queued")
 
@@ -132,7 +143,7 @@ workers = st.sampled_from(WORKERS)
 twice = st.booleans()
 jobs = one_of(lambda queue: queue.active() * 3 + queue.made)  # also forgotten ones
 grips = one_of(lambda queue: (queue.right_grips() or queue.grips) * 2 + queue.grips[-3:])
-words = st.tuples(st.text(min_size=1, max_size=3), st.integers(1, 3))
+chunks = st.tuples(st.text(min_size=1, max_size=3), st.integers(1, 3))
 
 
 @contextmanager
@@ -154,12 +165,9 @@ class Queue(RuleBasedStateMachine):
         super().__init__()
         self.redis = client
         self.redis.flushall()
-        self.jobs = Jobs(self.redis, Settings(_env_file=None, start_within_s=3600, durable=False))
+        self.jobs = Jobs(self.redis, Settings(start_within_s=3600, durable=False))
         self.claims = {name: Claims(self.redis, name) for name in WORKERS}
-        self.reaper = Reaper(self.redis, MAX_ATTEMPTS)
-        self.registry = Registry(self.redis)
-        self.keepers: dict[str, list[str]] = {}
-        """Who last started jobs that begin so, the newest first."""
+        self.reaper = Reaper(self.redis, NEVER, 2**20)
         self.log = JobLog(self.redis)
         self.leases: dict[str, bool] = {}
         """Whether it holds still; a lapsed one is there until it is reaped or renewed."""
@@ -174,14 +182,17 @@ class Queue(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         # Hypothesis leaves rules out of an example; so there is something to happen to in each.
-        for owner in "ab":
-            self.accept(owner, "k", "x")
+        for owner in "aab":
+            self.accept(owner, f"k{len(self.made)}", "x")
         for worker in WORKERS:
             self.hold_lease(worker)
-            self.take(worker, [("é", 2)])
+        self.take(WORKERS[0], 1, 1)
+        self.admit(self.grips[-2], False)
+        self.write(self.grips[-2], ("é", 2), False)
 
     def right_grips(self) -> list[Grip]:
-        return [Grip(i, job.attempt, job.holder, job.claimed_at) for i, job in self.of(Status.RUNNING).items()]
+        held = [(i, job) for i, job in self.expected.items() if job.holder]
+        return [Grip(i, job.attempt + (not job.runs), job.holder, job.claimed_at) for i, job in held]
 
     def of(self, status: Status) -> dict[str, Expected]:
         return {job_id: job for job_id, job in self.expected.items() if job.status is status}
@@ -189,8 +200,8 @@ class Queue(RuleBasedStateMachine):
     def active(self) -> list[str]:
         return [job_id for job_id, job in self.expected.items() if not job.status.terminal]
 
-    def held_by(self, worker: str) -> dict[str, Expected]:
-        return {job_id: job for job_id, job in self.expected.items() if job.holder == worker}
+    def held_by(self, worker: str, *, running: bool) -> dict[str, Expected]:
+        return {i: job for i, job in self.expected.items() if job.holder == worker and job.runs == running}
 
     def known(self, grip: Grip) -> Expected:
         return self.expected.get(grip.job_id, Expected("", "", "", timer=False))
@@ -205,16 +216,18 @@ class Queue(RuleBasedStateMachine):
     def accept(self, owner: str, key: str, body: str) -> None:
         first = [i for i, job in self.expected.items() if (job.owner, job.key) == (owner, key)]
         asked = Request(MODEL, 9, Sampling(0.0), prompt=body)
-        marks = (owner + "1" * 15, "2" * 16) if body == "x" else ()
-        submission = Submission(asked, owner, idempotency_key=key, fingerprint=body, marks=marks)
+        submission = Submission(asked, owner, idempotency_key=key, fingerprint=body)
         if first and self.expected[first[0]].fingerprint != body:
             with pytest.raises(KeyReused):
                 self.jobs.create(submission)
             return
-        job, new = self.jobs.create(submission)
-        assert new == (not first)
+        accepted = self.jobs.create(submission)
+        job = accepted.job
+        assert accepted.new == (not first)
         assert job.id in (first or {job.id} - self.expected.keys())
-        self.expected.setdefault(job.id, Expected(owner, key, body, marks=marks))
+        if not first:
+            size, growth = map(int, self.redis.hmget(keys.JOB + job.id, "bytes", "growth_bytes"))
+            self.expected[job.id] = Expected(owner, key, body, bytes=size, growth=growth)
         self.made.append(job.id)
 
     @rule(job_id=jobs, twice=twice)
@@ -231,7 +244,7 @@ class Queue(RuleBasedStateMachine):
                 self.jobs.stop(job_id, expected.owner)
                 if expected.status is Status.QUEUED:
                     expected.end(Status.CANCELLED)
-                elif expected.status is Status.RUNNING:
+                elif expected.runs:
                     expected.stop_as = expected.stop_as or Status.CANCELLED
 
     @rule(job_id=jobs, twice=twice)
@@ -254,23 +267,23 @@ class Queue(RuleBasedStateMachine):
     def time_to_start_is_up(self, job_id: str) -> None:
         expected = self.expected.get(job_id)
         if expected and expected.status is Status.QUEUED and not expected.attempt:
-            self.redis.zadd("mlxq:timers", {job_id: LONG_AGO})
+            self.redis.zadd(keys.TIMERS, {job_id: LONG_AGO})
             expected.time_is_up = True
 
     @rule(job_id=jobs, reaps=st.booleans())
     def deadline_is_over(self, job_id: str, reaps: bool) -> None:
         expected = self.expected.get(job_id)
         if expected and not expected.status.terminal:
-            self.redis.hset("mlxq:job:" + job_id, "end_by", LONG_AGO)
-            self.redis.zadd("mlxq:timers", {job_id: LONG_AGO}, xx=True)
-            expected.time_is_up = True
+            self.redis.hset(keys.JOB + job_id, "end_by", LONG_AGO)
+            self.redis.zadd(keys.TIMERS, {job_id: LONG_AGO}, xx=True)
+            expected.time_is_up = expected.deadline_is_up = True
             if reaps:
                 self.take_back()
 
     @rule(worker=workers)
     def lapse(self, worker: str) -> None:
         if worker in self.leases:
-            self.redis.zadd("mlxq:leases", {worker: LONG_AGO})
+            self.redis.zadd(keys.LEASES, {worker: LONG_AGO})
             self.leases[worker] = False
 
     @rule(twice=twice)
@@ -279,14 +292,14 @@ class Queue(RuleBasedStateMachine):
             self.take_back()
 
     def take_back(self) -> None:
-        self.redis.hset("mlxq:passed", "at", time.time())  # slow as this run may be, it is no outage
+        self.redis.hset(keys.PASSED, "at", time.time())  # slow as this run may be, it is no outage
         self.reaper.reap()
         self.reaped()
 
     @rule(twice=twice)
     def outage(self, twice: bool) -> None:
         """Redis comes back as another server, or was long out of reach: the next pass renews all leases, but once."""
-        self.redis.hset("mlxq:passed", mapping={"server": "another", "at": time.time() - 60})
+        self.redis.hset(keys.PASSED, mapping={"server": "another", "at": time.time() - 60})
         for worker in self.graced & self.leases.keys():
             self.leases[worker] = True
         self.graced.clear()
@@ -297,8 +310,7 @@ class Queue(RuleBasedStateMachine):
     def reaped(self) -> None:
         for worker in [name for name, holds in self.leases.items() if not holds]:
             self.end_lease(worker)
-            for expected in self.held_by(worker).values():
-                expected.lose()
+            self.give_up_all(worker, AttemptEnd.WORKER_LOST)
         for expected in [job for job in self.expected.values() if job.due]:
             if expected.status is Status.QUEUED:
                 expected.end(Status.EXPIRED)
@@ -309,18 +321,18 @@ class Queue(RuleBasedStateMachine):
     @rule()
     def copy_is_taken(self) -> None:
         names = self.raw.keys("*")
-        keys = {name: (max(0, self.raw.pttl(name)), self.raw.dump(name)) for name in names}
-        self.copy = (keys, deepcopy((self.expected, self.leases, self.graced, self.keepers)))
+        values = {name: (max(0, self.raw.pttl(name)), self.raw.dump(name)) for name in names}
+        self.copy = (values, deepcopy((self.expected, self.leases, self.graced)))
 
     @rule()
     def redis_loses_its_last_writes(self) -> None:
         """As when an older copy takes over. Workers do not know: they believe in claims that have never been."""
         if self.copy is not None:
-            keys, model = self.copy
+            values, model = self.copy
             self.redis.flushall()
-            for name, (lives_ms, value) in keys.items():
+            for name, (lives_ms, value) in values.items():
                 self.raw.restore(name, lives_ms, value)
-            self.expected, self.leases, self.graced, self.keepers = deepcopy(model)
+            self.expected, self.leases, self.graced = deepcopy(model)
 
     # Workers
 
@@ -334,113 +346,94 @@ class Queue(RuleBasedStateMachine):
         assert lease.unbroken == (twice or worker in self.leases)
         self.leases[worker] = True
         self.graced.add(worker)
-        card = WorkerInfo(worker, "node-" + worker, "h", 1, MODEL, "ready", SLOTS, 0, 0.0, time.time(), {}, {})
-        self.registry.announce_worker(card, 3600)
-        told = {held.job_id: (held.attempt, held.stop_as) for held in lease.held}
-        assert told == {i: (job.attempt, job.stop_as) for i, job in self.held_by(worker).items()}
+        running = {held.job_id: (held.attempt, held.claimed_at, held.stop_as) for held in lease.running}
+        expected = self.held_by(worker, running=True)
+        assert running == {i: (job.attempt, job.claimed_at, job.stop_as) for i, job in expected.items()}
+        assert dict(lease.reserved) == {
+            i: job.claimed_at for i, job in self.held_by(worker, running=False).items()
+        }  # fmt: skip
 
-    @rule(worker=workers, renews=st.booleans(), answer_lost=st.booleans(), said=st.lists(words, max_size=2))
-    def claim(self, worker: str, renews: bool, answer_lost: bool, said: list[tuple[str, int]]) -> None:
-        """Sent again, a claim takes another job: of the first the worker does not know until it renews."""
+    @rule(
+        worker=workers, renews=st.booleans(), lost=st.booleans(), rows=st.integers(0, 3), spare=st.integers(0, 2),
+    )  # fmt: skip
+    def claim(self, worker: str, renews: bool, lost: bool, rows: int, spare: int) -> None:
+        """Sent again, a claim reserves other jobs: of the first the worker does not know until it renews."""
         if renews:
             self.hold_lease(worker)
-        if not self.of(Status.QUEUED):
+        if not any(not job.holder for job in self.of(Status.QUEUED).values()):
             self.accept("a", f"new-{len(self.made)}", "x")
-        if answer_lost:
-            self.take(worker, [])
-        self.take(worker, said)
+        if lost:
+            self.take(worker, rows, spare)
+        self.take(worker, rows, spare)
 
-    @rule(job_id=jobs)
-    def no_longer_left(self, job_id: str) -> None:
-        expected = self.expected.get(job_id)
-        if expected and expected.left and not expected.status.terminal:
-            expected.anybodys = True
-            self.redis.hset("mlxq:job:" + job_id, "left_at", LONG_AGO)
+    def is_free(self, job: Expected, worker: str, *, room: bool) -> bool:
+        if not job.holder:
+            return True
+        return job.holder != worker and (not self.leases.get(job.holder) or (job.spare and room and not job.moved))
 
-    def may_be_left(self, job: Expected, worker: str) -> bool:
-        """Whether this worker leaves a job to another."""
-        keeper = None if job.alone or job.anybodys or len(self.leases) == 1 else self.keeper(job, worker)
-        return keeper not in (None, worker)
-
-    def keeper(self, job: Expected, worker: str) -> str | None:
-        for names in (self.keepers.get(mark, []) for mark in job.marks):
-            able = [worker] if worker in names else [name for name in names if self.is_as_good_as_free(name, worker)]
-            if able:
-                return able[0]
-        return None
-
-    def is_as_good_as_free(self, other: str, worker: str) -> bool:
-        busy, own = (len(self.held_by(name)) for name in (other, worker))
-        return self.leases.get(other, False) and busy < SLOTS and busy - own <= 1
-
-    def note_keeper(self, job: Expected, worker: str) -> None:
-        if len(self.leases) > 1:
-            for mark in job.marks:
-                others = [name for name in self.keepers.get(mark, []) if name != worker]
-                self.keepers[mark] = [worker, *others[:2]]
-
-    def no_time_passes(self) -> None:
-        """However slow this run is: what is left to another stays so until `no_longer_left`."""
-        for job_id, expected in self.of(Status.QUEUED).items():
-            if expected.left and not expected.anybodys:
-                self.redis.hset("mlxq:job:" + job_id, "left_at", time.time())
-
-    def take(self, worker: str, said: list[tuple[str, int]]) -> None:
-        self.no_time_passes()
-        told = ()
+    def take(self, worker: str, rows: int, spare: int) -> None:
+        waiting = self.of(Status.QUEUED)
         try:
-            job = self.claims[worker].claim(MODEL)
+            claim = self.claims[worker].claim(MODEL, Demand(rows, MUCH, spare))
         except NoLease:
             assert not self.leases.get(worker)
             return
-        except LeftToOthers as left:
-            job, told = None, left.jobs
-        assert self.leases[worker]
+        assert self.leases[worker] and claim.again_s is None and claim.lost == ()
         self.expire_those_before()
-        waiting, held = self.of(Status.QUEUED), self.held_by(worker).values()
-        to_leave = {job_id for job_id, e in waiting.items() if self.may_be_left(e, worker)}
-        for job_id in (i for i in waiting if self.redis.hexists("mlxq:job:" + i, "left_at")):
-            assert waiting[job_id].left or job_id in to_leave
-            waiting[job_id].left = True
-        for each in told:
-            expected = waiting[each.job_id]
-            assert each.job_id in to_leave and not expected.seen_to
-            assert each.node == f"node-{self.keeper(expected, worker)}" and each.seconds <= 0.2
-            expected.seen_to = True
-        if job is None:
-            must_be_free = any(e.alone for e in held) or (held and any(e.alone for e in waiting.values()))
-            assert must_be_free or to_leave == waiting.keys()
-            assert must_be_free or all(waiting[i].left and waiting[i].seen_to for i in to_leave)
-            return
-        expected = waiting[job.id]
-        assert not any(e.alone for e in held)
-        assert not (expected.alone and held)
-        assert not expected.due
-        most_left = min(MOST_LEFT, SLOTS - len(held) - 1)  # a slot is kept for each
-        assert job.id not in to_leave or len(to_leave) > most_left or sum(e.left for e in waiting.values()) >= MOST_LEFT
-        expected.start(worker, job.claimed_at)
-        self.note_keeper(expected, worker)
-        assert job.attempt == expected.attempt
-        self.grips.append(Grip(job.id, job.attempt, worker, job.claimed_at))
-        for word in said:
-            self.say(self.grips[-1], *word)
+        assert len(claim.jobs) <= rows + spare
+        for n, claimed in enumerate(claim.jobs):
+            expected = waiting[claimed.job.id]
+            assert not expected.due and self.is_free(expected, worker, room=n < rows)
+            assert claimed.job.attempt == expected.attempt + 1
+            assert (claimed.job.started_at is not None) == (expected.attempt > 0)
+            assert claimed.request.prompt == expected.fingerprint
+            expected.reserve(worker, claimed.job.claimed_at, spare=n >= rows)
+            self.grips.append(Grip(claimed.job.id, claimed.job.attempt, worker, claimed.job.claimed_at))
+        ranks = [claimed.rank for claimed in claim.jobs]
+        assert ranks == sorted(ranks)
+        if len(claim.jobs) < rows:
+            left = self.of(Status.QUEUED).items()
+            free = [job_id for job_id, job in left if self.is_free(job, worker, room=True)]
+            assert all(int(self.redis.hget(keys.JOB + job_id, "suspicion") or 0) >= 2 for job_id in free)
 
     def expire_those_before(self) -> None:
-        """A claim ends those that stand before what it takes and whose time is up; how many these are is the line's."""
+        """A claim ends those that stand before what it takes and whose time is up."""
         for job_id, expected in self.of(Status.QUEUED).items():
             if expected.due and self.jobs.get(job_id, expected.owner).status is Status.EXPIRED:
                 expected.end(Status.EXPIRED)
 
-    @rule(grip=grips, word=words, twice=twice)
-    def write(self, grip: Grip, word: tuple[str, int], twice: bool) -> None:
-        with sent(self.claims[grip.worker], "_append", twice):
-            self.say(grip, *word)
+    @rule(grip=grips, twice=twice)
+    def full(self, grip: Grip, twice: bool) -> None:
+        """A worker with too many jobs offers what waits in it; it learns what is not its own any more."""
+        claims, expected = self.claims[grip.worker], self.known(grip)
+        if not self.leases.get(grip.worker):
+            return
+        with sent(claims, "_claim", twice):
+            claim = claims.claim(MODEL, Demand(0, 0, -1, waiting=(grip.job_id,)))
+        assert claim.jobs == ()
+        holds = expected.holder == grip.worker
+        assert claim.lost == (() if holds else (grip.job_id,))
+        if holds and not expected.runs:
+            expected.spare = True
 
-    def say(self, grip: Grip, text: str, count: int) -> None:
+    @rule(grip=grips, twice=twice)
+    def admit(self, grip: Grip, twice: bool) -> None:
         expected = self.known(grip)
-        holds = expected.is_held_by(grip)
+        starts, runs = expected.is_reserved_by(grip), expected.is_run_by(grip)
+        row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 2, start=True)
+        with sent(self.claims[grip.worker], "_append", twice):
+            (verdict,) = self.claims[grip.worker].append([row])
+        if starts:
+            expected.start()
+        assert verdict == (Verdict(expected.stop_as or "ok") if starts or runs else Verdict.FENCED)
+
+    @rule(grip=grips, chunk=chunks, twice=twice)
+    def write(self, grip: Grip, chunk: tuple[str, int], twice: bool) -> None:
+        expected = self.known(grip)
+        holds, (text, count) = expected.is_run_by(grip), chunk
         row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 1, text, (1,) * count)
-        (verdict,) = self.claims[grip.worker].append([row])
+        with sent(self.claims[grip.worker], "_append", twice):
+            (verdict,) = self.claims[grip.worker].append([row])
         assert verdict == (Verdict(expected.stop_as or "ok") if holds else Verdict.FENCED)
         if holds:
             expected.text += text
@@ -450,18 +443,22 @@ class Queue(RuleBasedStateMachine):
     @rule(
         grip=grips,
         status=st.sampled_from([status for status in Status if status.terminal]),
-        knows_text=st.booleans(),
+        counts=st.booleans(),
+        begins=st.booleans(),
         twice=twice,
     )
-    def end(self, grip: Grip, status: Status, knows_text: bool, twice: bool) -> None:
+    def end(self, grip: Grip, status: Status, counts: bool, begins: bool, twice: bool) -> None:
+        """Also that of a job whose attempt begins and ends at once."""
         expected = self.known(grip)
-        holds = expected.is_held_by(grip)
+        starts = begins and expected.is_reserved_by(grip)
         already = (expected.status, expected.attempt, expected.claimed_at) == (status, grip.attempt, grip.claimed_at)
         code = "engine_error" if status is Status.FAILED else None
-        ending = Ending(
-            status, expected.text if knows_text else None, completion_tokens=expected.tokens, error_code=code
-        )
-        row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 1, ending=ending)
+        ending = Ending(status, completion_tokens=expected.tokens if counts else None, error_code=code)
+        n = len(expected.events) + 1 + starts
+        row = Append(grip.job_id, grip.attempt, grip.claimed_at, n, start=begins, ending=ending)
+        if starts:
+            expected.start()
+        holds = expected.is_run_by(grip)
         with sent(self.claims[grip.worker], "_append", twice):
             (verdict,) = self.claims[grip.worker].append([row])
         if holds:
@@ -470,23 +467,28 @@ class Queue(RuleBasedStateMachine):
         else:
             assert verdict is (Verdict.OK if already else Verdict.FENCED)
 
-    @rule(grip=grips, lost=st.booleans(), twice=twice)
-    def hand_back(self, grip: Grip, lost: bool, twice: bool) -> None:
-        """Also what the worker was told that it holds and does not know of: that counts as lost."""
-        claims = self.claims[grip.worker]
+    @rule(grip=grips, twice=twice)
+    def hand_back(self, grip: Grip, twice: bool) -> None:
+        """Also what the worker was told that it holds and does not know of."""
+        claims, expected = self.claims[grip.worker], self.known(grip)
         with sent(claims, "_release", twice):
-            claims.release([(grip.job_id, grip.attempt)], max_attempts=MAX_ATTEMPTS if lost else None)
-        expected = self.known(grip)
-        if expected.has_number(grip):
-            expected.lose() if lost else expected.wait_again(AttemptEnd.HANDED_BACK)
+            models = claims.release([(grip.job_id, grip.claimed_at)])
+        if (expected.holder, expected.claimed_at) == (grip.worker, grip.claimed_at) and not expected.status.terminal:
+            expected.give_up(AttemptEnd.HANDED_BACK)
+            waits = expected.status is Status.QUEUED
+            assert twice or models == ([MODEL] if waits else [])
 
-    @rule(worker=workers, lost=st.booleans(), twice=twice)
-    def retire(self, worker: str, lost: bool, twice: bool) -> None:
+    @rule(worker=workers, twice=twice)
+    def retire(self, worker: str, twice: bool) -> None:
         with sent(self.claims[worker], "_retire", twice):
-            self.claims[worker].retire(max_attempts=MAX_ATTEMPTS if lost else None)
+            self.claims[worker].retire()
         self.end_lease(worker)
-        for expected in self.held_by(worker).values():
-            expected.lose() if lost else expected.wait_again(AttemptEnd.HANDED_BACK)
+        self.give_up_all(worker, AttemptEnd.HANDED_BACK)
+
+    def give_up_all(self, worker: str, how: AttemptEnd) -> None:
+        for running in (True, False):
+            for expected in self.held_by(worker, running=running).values():
+                expected.give_up(how)
 
     def end_lease(self, worker: str) -> None:
         self.leases.pop(worker, None)
@@ -497,60 +499,89 @@ class Queue(RuleBasedStateMachine):
     @invariant()
     def all_is_as_expected(self) -> None:
         """One look at Redis a step: nothing is missing, nothing is wrong, nothing is left over."""
-        keys = {i: ("mlxq:job:" + i, "mlxq:log:" + i, self.idempotency_key(job)) for i, job in self.expected.items()}
+        own = {i: self.keys_of(i, job) for i, job in self.expected.items()}
         with self.redis.pipeline() as pipe:
-            pipe.keys("*")
-            for record, log, idempotency in keys.values():
-                pipe.hgetall(record).xrange(log).ttl(record).ttl(log).ttl(idempotency)
-            pipe.zrange("mlxq:queue:m", 0, -1).zrange("mlxq:timers", 0, -1, withscores=True).zrange(
-                "mlxq:leases", 0, -1
-            )
+            for job_id in own:
+                pipe.hgetall(keys.JOB + job_id).xrange(keys.LOG + job_id).get(keys.OUTPUT + job_id)
+            pipe.zrange(keys.QUEUE + MODEL, 0, -1).zrange(keys.TIMERS, 0, -1, withscores=True)
+            pipe.zrange(keys.LEASES, 0, -1).hgetall(keys.BYTES).keys("*")
             for worker in WORKERS:
-                pipe.smembers("mlxq:running:" + worker)
-            there, *found = pipe.execute()
-        records = dict(zip(keys, found[: 5 * len(keys) : 5], strict=True))
+                pipe.smembers(keys.RUNNING + worker).smembers(keys.RESERVED + worker)
+            *found, waiting, timers, leases, counted, there = (result := pipe.execute())[: 3 * len(own) + 5]
+            held = result[3 * len(own) + 5 :]
         for n, (job_id, expected) in enumerate(self.expected.items()):
-            record, log, *lives = found[5 * n : 5 * n + 5]
-            assert len({life == -1 for life in lives}) == 1 and (lives[0] == -1) != expected.status.terminal
-            self.check_record(Job.from_record(record), expected)
+            record, log, text = found[3 * n : 3 * n + 3]
+            self.check_record(record, expected)
             assert [(entry_id, entry["e"]) for entry_id, entry in log] == [
                 (f"{n}-0", kind) for n, kind in enumerate(expected.events, 1)
             ]
-            assert job_id == record["id"] and record["seq"] == str(len(log))
-        waiting, timers, leases, *running = found[5 * len(keys) :]
+            assert (job_id, str(len(log)), text or "") == (record["id"], record["seq"], expected.text)
         assert set(waiting) == self.of(Status.QUEUED).keys()
         assert dict(timers).keys() == {i for i, job in self.expected.items() if job.timer}
-        started = [i for i, _ in timers if self.expected[i].attempt]
-        assert all(dict(timers)[i] == float(records[i]["end_by"]) for i in started), "then only the deadline counts"
         assert set(leases) == self.leases.keys()
-        assert running == [{*self.held_by(worker)} for worker in WORKERS]
-        assert waiting or "mlxq:clock:m" not in there
-        mine = [name for name in there if name.split(":")[1] in ("job", "log", "idem")]
-        assert sorted(mine) == sorted({name for names in keys.values() for name in names})
+        assert held == [{*self.held_by(name, running=runs)} for name in WORKERS for runs in (True, False)]
+        self.check_bytes(counted)
+        assert waiting or keys.TURNS + MODEL not in there
+        self.check_keys(set(there), own)
 
-    def idempotency_key(self, job: Expected) -> str:
-        return f"mlxq:idem:{job.owner}:{job.key}"
+    def keys_of(self, job_id: str, job: Expected) -> set[str]:
+        names = {keys.JOB + job_id, keys.LOG + job_id, f"{keys.IDEM}{job.owner}:{job.key}"}
+        keeps_request = not job.status.terminal or job.status is Status.FAILED
+        return (
+            names | {keys.REQUEST + job_id for _ in [0] if keeps_request} | {keys.OUTPUT + job_id for _ in job.text[:1]}
+        )
 
-    def check_record(self, job: Job, expected: Expected) -> None:
+    def check_keys(self, there: set[str], own: dict[str, set[str]]) -> None:
+        of_jobs = {name for names in own.values() for name in names}
+        shared = {name for name in there if name.startswith((keys.OWNER, keys.WAKE))}
+        assert of_jobs <= there and there - of_jobs - shared <= PERMANENT
+        ended = {name for i, names in own.items() if self.expected[i].status.terminal for name in names}
+        names = [*sorted(of_jobs | shared)]
+        with self.redis.pipeline() as pipe:
+            for name in names:
+                pipe.pttl(name)
+            lives = dict(zip(names, pipe.execute(), strict=True))
+        assert {name for name, life in lives.items() if life == -1} == of_jobs - ended
+
+    def check_bytes(self, counted: dict[str, str]) -> None:
+        unfinished = [job for job in self.expected.values() if not job.status.terminal]
+        sums = {"total": sum(job.bytes for job in unfinished), "growth": sum(job.growth for job in unfinished)}
+        sums |= {f"owner:{name}": sum(job.bytes for job in unfinished if job.owner == name) for name in "ab"}
+        known = {name: int(value) for name, value in counted.items() if not name.startswith("failed")}
+        assert known == {name: total for name, total in sums.items() if total}
+
+    def check_record(self, record: dict[str, str], expected: Expected) -> None:
+        job = Job.from_record(record)
         assert (job.status, job.error_code, job.attempt) == (expected.status, expected.code, expected.attempt)
+        assert (record["worker"], "spare" in record) == (expected.holder, expected.spare)
         assert [(each.number, each.worker, each.how) for each in job.history] == expected.history[-20:]
-        assert [each.ended_at is None for each in job.history] == [how is None for *_, how in expected.history[-20:]]
         assert (job.started_at is None) == (expected.attempt == 0)
         assert (job.finished_at is not None) == expected.status.terminal
-        if expected.status.terminal:
-            assert (job.text, job.completion_tokens) == (expected.text, expected.tokens)
+        if expected.status.terminal and expected.attempt:
+            assert job.completion_tokens == expected.tokens
 
     def teardown(self) -> None:
-        """What readers and the next attempt make of it."""
+        """What readers and the next attempt make of it; and once all has ended, nothing is held."""
         for job_id, expected in self.expected.items():
             job = self.jobs.get(job_id, expected.owner)
             written = self.log.written(job_id, job.last_event)
             assert (written.text, len(written.tokens)) == (expected.text, expected.tokens)
-            assert self.jobs.text(job) == expected.text
             assert self.log.ended(job_id) == expected.status.terminal
+        for worker in WORKERS:
+            self.claims[worker].retire()
+        for job_id in self.active():
+            owner = self.expected[job_id].owner
+            if not self.jobs.get(job_id, owner).status.terminal:  # one that was asked to stop has ended by now
+                self.jobs.stop(job_id, owner)
+            self.jobs.forget(job_id, owner)
+        left = self.redis.keys("*")
+        assert not [name for name in left if name.startswith((keys.RUNNING, keys.RESERVED, keys.QUEUE, keys.TURNS))]
+        assert not self.redis.exists(keys.TIMERS, keys.LEASES, keys.EXTENSIONS) and not self.redis.hexists(
+            keys.BYTES, "total"
+        )
 
 
 def test_whatever_happens_the_queue_is_as_the_model_says(valkey_client: Redis) -> None:
     # The real server, because it is also several times faster here than the fake one.
-    bounds = settings(max_examples=150, stateful_step_count=40, deadline=None)
+    bounds = settings(max_examples=80, stateful_step_count=40, deadline=None)
     run_state_machine_as_test(lambda: Queue(valkey_client), settings=bounds)

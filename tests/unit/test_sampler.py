@@ -14,7 +14,9 @@ mx = pytest.importorskip("mlx.core")
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors  # noqa: E402
 
 from shared.jobs.request import Sampling  # noqa: E402
-from worker.runner.logits.penalties import WINDOW, BatchPenalties  # noqa: E402
+from tests.support.runner import row as row_of  # noqa: E402
+from worker.runner.logits.penalties import WINDOW, BatchPenalties, Penalties  # noqa: E402
+from worker.runner.logits.processor import LogitsPipeline  # noqa: E402
 from worker.runner.sampler import BatchSampler, gumbel, min_p_edge, top_k_edge, top_p_edge  # noqa: E402
 
 VOCABULARY = 12
@@ -157,4 +159,6 @@ def test_penalties_are_those_of_mlx_lm(length: int) -> None:
 
 def test_rows_without_penalties_are_left_alone() -> None:
     values = logits(rows=2)
-    assert BatchPenalties([Sampling(0.0)] * 2)(values, mx.array([0, 1]), [(), ()]) is values
+    pipeline = LogitsPipeline([Penalties()], [row_of(uid, [1]) for uid in range(2)])
+    assert not pipeline
+    assert pipeline(values, mx.array([0, 1]), [(), ()])[0] is values

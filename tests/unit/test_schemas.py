@@ -51,6 +51,7 @@ def test_exactly_one_of_prompt_and_messages(body: dict[str, object]) -> None:
         ("seed", 2**63), ("stop", ["a"] * 17), ("stop", [""]), ("stop", 1), ("priority", "now"),
         ("start_within_s", 0), ("deadline_s", float("inf")), ("metadata", {str(n): "" for n in range(17)}),
         ("metadata", {"a": None}), ("unknown", 1),
+        ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("logprobs", "3"), ("logprobs", 1.5),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_names_its_field(field: str, value: object) -> None:
@@ -84,7 +85,15 @@ SAME = [
 def test_requests_that_ask_for_the_same_mean_the_same() -> None:
     meanings = {JobRequest.model_validate(body).meaning() for body in SAME}
     assert len(meanings) == 1
-    for other in ({"prompt": "ho"}, {"temperature": 0.9}, {"metadata": {}}, {"stop": "y"}, {"seed": 0}, {"top_p": 0.5}):
+    for other in (
+        {"prompt": "ho"},
+        {"temperature": 0.9},
+        {"metadata": {}},
+        {"stop": "y"},
+        {"seed": 0},
+        {"top_p": 0.5},
+        {"logprobs": 0},
+    ):
         assert JobRequest.model_validate({**SAME[0], **other}).meaning() not in meanings
     turns = [TURN, {**TURN, "content": "ho"}]
     there, back = (JobRequest.model_validate({"messages": each}).meaning() for each in (turns, turns[::-1]))

@@ -1,7 +1,8 @@
-"""A sequence: from tokens to what is said of them, and how a later attempt goes on."""
+"""A sequence and the output processor: from tokens to published text, and how a later attempt continues."""
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -12,108 +13,150 @@ from shared.jobs.log import Written
 from shared.jobs.record import Status
 from shared.queue.claims import Verdict
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
-from worker.engine.sequence import Outcome, ReplayError, Said, Sequence
-from worker.runner.fake import EOS, FakeBackend
+from worker.engine.output import OutputProcessor, ReplayError
+from worker.engine.sequence import LEAST_LOGPROB, Outcome, Sequence, SequenceOutput
+from worker.runner.base import Prompt, TokenOutput
+from worker.runner.fake import EOS, FakeRunner
 
 LONG: dict[str, Any] = {"max_tokens": 40, "prompt": "a story"}
 
 
 @pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
+def runner() -> FakeRunner:
+    return FakeRunner()
 
 
-def whole_text(backend: FakeBackend, **generation: Any) -> str:
-    sequence = sequence_for(claimed(**generation), backend)
-    return text_of(run_alone(sequence, backend))
+def whole_text(runner: FakeRunner, **request: Any) -> str:
+    sequence = sequence_for(claimed(**request), runner)
+    return text_of(run_alone(sequence, runner))
 
 
-def test_max_tokens_ends_it_for_length(backend: FakeBackend) -> None:
-    sequence = sequence_for(claimed(max_tokens=5), backend)
-    said = run_alone(sequence, backend)
-    ending = said[-1].ending
+def test_max_tokens_ends_it_for_length(runner: FakeRunner) -> None:
+    sequence = sequence_for(claimed(max_tokens=5), runner)
+    published = run_alone(sequence, runner)
+    ending = published[-1].ending
     assert ending is not None
     assert (ending.status, ending.finish_reason) == (Status.SUCCEEDED, "length")
     assert (ending.prompt_tokens, ending.completion_tokens) == (5, 5)
-    assert ending.text == text_of(said)
-    assert [token for word in said for token in word.tokens] == sequence.generated
+    assert [token for output in published for token in output.tokens] == sequence.generated
 
 
-def test_the_end_token_is_counted_and_not_said(backend: FakeBackend) -> None:
-    said = run_alone(sequence_for(claimed("!words=3"), backend), backend)
-    ending = said[-1].ending
+def test_the_end_token_is_counted_and_not_published(runner: FakeRunner) -> None:
+    published = run_alone(sequence_for(claimed("!words=3"), runner), runner)
+    ending = published[-1].ending
     assert ending is not None
-    assert (ending.finish_reason, ending.completion_tokens, len(ending.text.split())) == ("stop", 4, 3)
-    assert all(EOS not in word.tokens for word in said)
+    assert (ending.finish_reason, ending.completion_tokens, len(text_of(published).split())) == ("stop", 4, 3)
+    assert all(EOS not in output.tokens for output in published)
 
 
 def test_a_full_context_ends_it_for_length() -> None:
-    small = FakeBackend(context=10)
+    small = FakeRunner(context=10)
     ending = run_alone(sequence_for(claimed("1234567", max_tokens=100), small), small)[-1].ending
     assert ending is not None
     assert (ending.finish_reason, ending.completion_tokens) == ("length", 3)
 
 
 @pytest.mark.parametrize("length", [1, 4, 9])
-def test_a_stop_string_across_tokens_ends_it_and_never_leaks(backend: FakeBackend, length: int) -> None:
-    whole = whole_text(backend, **LONG)
+def test_a_stop_string_across_tokens_ends_it_and_never_leaks(runner: FakeRunner, length: int) -> None:
+    whole = whole_text(runner, **LONG)
     stop = whole[30 : 30 + length]
-    said = run_alone(sequence_for(claimed(**LONG, stop=(stop,)), backend), backend)
-    assert text_of(said) == whole[: whole.index(stop)]
-    ending = said[-1].ending
+    published = run_alone(sequence_for(claimed(**LONG, stop=(stop,)), runner), runner)
+    assert text_of(published) == whole[: whole.index(stop)]
+    ending = published[-1].ending
     assert ending is not None
-    assert (ending.text, ending.finish_reason) == (text_of(said), "stop")
+    assert ending.finish_reason == "stop"
 
 
-def test_a_half_stop_at_the_end_is_text_after_all(backend: FakeBackend) -> None:
-    whole = whole_text(backend, **LONG)
-    assert whole_text(backend, **LONG, stop=(whole[-3:] + "x",)) == whole
+def test_a_half_stop_at_the_end_is_text_after_all(runner: FakeRunner) -> None:
+    whole = whole_text(runner, **LONG)
+    assert whole_text(runner, **LONG, stop=(whole[-3:] + "x",)) == whole
 
 
-def bytes_said(text: bytes) -> list[Said]:
-    """What is said of a row that generates these bytes as tokens, then the end token."""
-    sequence = sequence_for(claimed(max_tokens=100))
-    words = [sequence.push(token) for token in (*text, EOS)]
-    return [word for word in words if word is not None]
+def published_of(sequence: Sequence, *tokens: int) -> list[SequenceOutput]:
+    """What is published of a row that generates these tokens."""
+    outputs = OutputProcessor(frozenset({EOS}))
+    return outputs.process({sequence.uid: sequence}, [TokenOutput(sequence.uid, token) for token in tokens])
 
 
-def test_characters_are_said_whole_with_all_their_tokens() -> None:
-    said = bytes_said("né🙂".encode())
-    assert [(word.text, len(word.tokens)) for word in said] == [("n", 1), ("é", 2), ("🙂", 4), ("", 0)]
+def bytes_published(text: bytes) -> list[SequenceOutput]:
+    return published_of(sequence_for(claimed(max_tokens=100)), *text, EOS)
 
 
-def test_a_character_cut_short_is_said_at_the_end() -> None:
-    said = bytes_said("é".encode()[:1])
-    assert [(word.text, word.tokens) for word in said] == [("\ufffd", (0xC3,))]
+def test_characters_are_published_whole_with_all_their_tokens() -> None:
+    published = bytes_published("né🙂".encode())
+    assert [(each.text, len(each.tokens)) for each in published] == [("n", 1), ("é", 2), ("🙂", 4), ("", 0)]
+    assert [output.text for each in published for output in each.outputs] == ["n", "", "é", "", "", "", "🙂"]
+
+
+def test_a_character_cut_short_is_published_at_the_end() -> None:
+    published = bytes_published("é".encode()[:1])
+    assert [(each.text, each.tokens) for each in published] == [("\ufffd", (0xC3,))]
+
+
+def test_log_probabilities_go_with_the_text_that_their_token_becomes_part_of() -> None:
+    sequence = sequence_for(claimed(logprobs=1))
+    tokens = [TokenOutput(sequence.uid, token, -0.1 * token, ((token, -0.1 * token),)) for token in "é".encode()]
+    (published,) = OutputProcessor(frozenset()).process({sequence.uid: sequence}, tokens)
+    assert published.outputs == tuple(tokens)
+    assert published.text == "é"
+
+
+class Trimming:
+    """A detokenizer that holds the last word back and drops a space at the beginning, as mlx-lm's do."""
+
+    def __init__(self) -> None:
+        self.text = self.held = ""
+
+    def add(self, token: int) -> str:
+        text, self.held = self.held, " " + str(token)
+        return self._passed(text)
+
+    def finish(self) -> str:
+        return self._passed(self.held)
+
+    def _passed(self, text: str) -> str:
+        text = text if self.text else text.lstrip()
+        self.text += text
+        return text
+
+
+def test_the_text_of_a_token_with_its_log_probability_is_all_of_its_own() -> None:
+    sequence = sequence_for(claimed(logprobs=1))
+    sequence.detokenizer = Trimming()
+    tokens = [TokenOutput(sequence.uid, token, -1.0, ((token + 1, -0.5),)) for token in (7, 8)]
+    OutputProcessor(frozenset(), Trimming).process({sequence.uid: sequence}, tokens)
+    assert [sequence.describe_logprob(token) for token in tokens] == [
+        {"token": " 7", "logprob": -1.0, "top": [{"token": " 8", "logprob": -0.5}]},
+        {"token": " 8", "logprob": -1.0, "top": [{"token": " 9", "logprob": -0.5}]},
+    ]
 
 
 @pytest.mark.parametrize("stop", [(), ("after large",), ("zzz", " t")])
 def test_a_retry_goes_on_byte_for_byte_wherever_the_first_attempt_was_cut(
-    backend: FakeBackend, stop: tuple[str, ...]
+    runner: FakeRunner, stop: tuple[str, ...]
 ) -> None:
-    first = run_alone(sequence_for(claimed(**LONG, stop=stop), backend), backend)
+    first = run_alone(sequence_for(claimed(**LONG, stop=stop), runner), runner)
     wanted = first[-1].ending
     assert wanted is not None
     for cut in range(len(first)):
-        tokens = tuple(token for word in first[:cut] for token in word.tokens)
+        tokens = tuple(token for output in first[:cut] for token in output.tokens)
         written = Written(text_of(first[:cut]), tokens, last_event=2 + cut)
-        retry = Sequence(claimed(**LONG, stop=stop, attempt=2, last_event=2 + cut), backend)
-        assert retry.replay(written) is None
-        assert retry.begin(backend.encode(retry.job.generation, {})) is None
+        retry = sequence_for(claimed(**LONG, stop=stop, attempt=2, last_event=2 + cut), runner)
+        assert OutputProcessor(runner.eos).replay(retry, written) is None
         assert retry.row().generated == len(tokens)
-        second = run_alone(retry, backend)
+        second = run_alone(retry, runner)
         ending = second[-1].ending
         assert ending is not None
-        assert written.text + text_of(second) == wanted.text == ending.text
+        assert written.text + text_of(second) == text_of(first)
         assert (ending.completion_tokens, ending.finish_reason) == (wanted.completion_tokens, wanted.finish_reason)
         assert "first_token_s" not in ending.timings or not tokens
 
 
-def test_what_was_reused_of_the_prompt_is_told_once_and_never_more_than_there_is() -> None:
+def test_cached_tokens_are_those_of_the_first_prefill_and_never_more_than_the_prompt_has() -> None:
     sequence = sequence_for(claimed("hello", max_tokens=2))
-    for reused in (3, 4):  # the second time it finds what it has left itself
-        sequence.prefilled(reused)
-    ending = run_alone(sequence, FakeBackend())[-1].ending
+    for cached in (3, 4):  # the second time it finds what it has left itself
+        sequence.prefilled(cached)
+    ending = run_alone(sequence, FakeRunner())[-1].ending
     assert ending is not None
     assert (ending.prompt_tokens, ending.cached_tokens) == (5, 3)
     continued = sequence_for(claimed("hello", max_tokens=2))
@@ -121,13 +164,12 @@ def test_what_was_reused_of_the_prompt_is_told_once_and_never_more_than_there_is
     assert continued.stop(Verdict.CANCELLED).ending.cached_tokens == 5  # type: ignore[union-attr]
 
 
-def test_a_continued_job_counts_the_tokens_of_its_log_once(backend: FakeBackend) -> None:
-    first = run_alone(sequence_for(claimed(**LONG), backend), backend)
-    written = Written(text_of(first[:4]), tuple(token for word in first[:4] for token in word.tokens), last_event=6)
-    retry = Sequence(claimed(**LONG, attempt=2), backend)
-    retry.replay(written)
-    retry.begin(backend.encode(retry.job.generation, {}))
-    ending, undisturbed = run_alone(retry, backend)[-1].ending, first[-1].ending
+def test_a_continued_job_counts_the_tokens_of_its_log_once(runner: FakeRunner) -> None:
+    first = run_alone(sequence_for(claimed(**LONG), runner), runner)
+    written = Written(text_of(first[:4]), tuple(token for output in first[:4] for token in output.tokens), last_event=6)
+    retry = sequence_for(claimed(**LONG, attempt=2), runner)
+    OutputProcessor(runner.eos).replay(retry, written)
+    ending, undisturbed = run_alone(retry, runner)[-1].ending, first[-1].ending
     assert ending is not None
     assert undisturbed is not None
     assert (ending.prompt_tokens, ending.completion_tokens) == (
@@ -136,56 +178,121 @@ def test_a_continued_job_counts_the_tokens_of_its_log_once(backend: FakeBackend)
     )
 
 
-def test_a_replay_that_is_all_there_is_ends_without_the_engine(backend: FakeBackend) -> None:
-    sequence = sequence_for(claimed(**LONG), backend)
-    first = run_alone(sequence, backend)
-    retry = Sequence(claimed(**LONG, attempt=2), backend)
-    end = retry.replay(Written(text_of(first), tuple(sequence.generated), 9))
+def test_a_replay_that_is_all_there_is_ends_without_the_engine(runner: FakeRunner) -> None:
+    sequence = sequence_for(claimed(**LONG), runner)
+    first = run_alone(sequence, runner)
+    retry = sequence_for(claimed(**LONG, attempt=2, started_after_s=0.5), runner)
+    end = OutputProcessor(runner.eos).replay(retry, Written(text_of(first), tuple(sequence.generated), 9))
     assert end is not None
     assert end.ending is not None
-    assert (end.text, end.ending.text, end.ending.finish_reason) == ("", text_of(first), "length")
+    assert (end.text, end.tokens, end.ending.finish_reason) == ("", (), "length")
+    assert set(end.ending.timings) == {"queue_s", "total_s"}
 
 
-def test_another_models_log_is_refused(backend: FakeBackend) -> None:
+def test_a_worker_with_less_context_ends_what_exceeds_it(runner: FakeRunner) -> None:
+    first = run_alone(sequence_for(claimed(**LONG), runner), runner)
+    written = Written(text_of(first[:9]), tuple(token for output in first[:9] for token in output.tokens), 9)
+    small = FakeRunner(context=12)
+    retry = sequence_for(claimed(**LONG, attempt=2), small)
+    end = OutputProcessor(small.eos).replay(retry, written)
+    assert end is not None and end.ending is not None
+    assert (end.text, end.ending.finish_reason) == ("", "length")
+
+
+def test_another_models_log_is_refused(runner: FakeRunner) -> None:
+    sequence = sequence_for(claimed(attempt=2), runner)
     with pytest.raises(ReplayError):
-        Sequence(claimed(attempt=2), backend).replay(Written("other words", (300,), 3))
+        OutputProcessor(runner.eos).replay(sequence, Written("other words", (300,), 3))
+    failed = sequence.fail(JobFailure.ENGINE, "No.")
+    assert failed.ending is not None
+    assert (failed.text, failed.tokens) == ("", ()), "the log keeps what it has"
 
 
 @pytest.mark.parametrize(("verdict", "status"), [("cancelled", Status.CANCELLED), ("expired", Status.EXPIRED)])
-def test_a_stopped_job_keeps_its_text(backend: FakeBackend, verdict: str, status: Status) -> None:
-    sequence = sequence_for(claimed(), backend)
-    backend.insert([sequence.row()])
-    word = sequence.push(backend.step().tokens[0][1])
-    assert word is not None
+def test_a_stopped_job_keeps_its_text(runner: FakeRunner, verdict: str, status: Status) -> None:
+    sequence = sequence_for(claimed(), runner)
+    sequence.start()
+    (output,) = published_of(sequence, 300)
     ending = sequence.stop(Verdict(verdict)).ending
     assert ending is not None
-    assert (ending.status, ending.text, ending.finish_reason) == (status, word.text, None)
+    assert output.text
+    assert (ending.status, ending.completion_tokens, ending.finish_reason) == (status, 1, None)
 
 
-def test_timings_are_durations_in_order(backend: FakeBackend) -> None:
-    sequence = sequence_for(claimed(), backend)
-    sequence.admitted()
-    sequence.prefilled()
-    ending = run_alone(sequence, backend)[-1].ending
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    moment = [500.0]
+    monkeypatch.setattr("worker.engine.timings.time.monotonic", lambda: moment[0])
+    return moment
+
+
+def timings_of(sequence: Sequence, clock: list[float]) -> dict[str, float]:
+    """Admitted 2 s after the claim, prefilled 1 s later, with two tokens of 0.5 s each after that."""
+    clock[0] += 2
+    sequence.timings.admitted()
+    clock[0] += 1
+    sequence.prefilled(0)
+    for token in (300, 301):
+        clock[0] += 0.5
+        published_of(sequence, token)
+    assert sequence.ending is not None
+    return sequence.ending.timings
+
+
+def test_timings_count_from_the_creation_by_the_clock_of_redis(clock: list[float]) -> None:
+    timings = timings_of(sequence_for(claimed(max_tokens=2)), clock)
+    assert timings == {"queue_s": 3.0, "prefill_s": 1.0, "first_token_s": 4.5, "total_s": 5.0}
+
+
+def test_a_later_attempt_was_queued_until_the_first_one_began(clock: list[float]) -> None:
+    sequence = sequence_for(claimed(max_tokens=2, attempt=2, started_after_s=0.25))
+    OutputProcessor(frozenset()).replay(sequence, Written("", (), 3))
+    timings = timings_of(sequence, clock)
+    assert timings == {"queue_s": 0.25, "prefill_s": 1.0, "first_token_s": 4.5, "total_s": 5.0}
+
+
+def test_a_second_admission_does_not_change_the_timings(clock: list[float]) -> None:
+    sequence = sequence_for(claimed(max_tokens=2))
+    sequence.timings.admitted()
+    assert timings_of(sequence, clock)["queue_s"] == 1.0
+
+
+def test_a_job_that_was_never_admitted_was_queued_all_the_time(clock: list[float]) -> None:
+    sequence = sequence_for(claimed())
+    clock[0] += 2
+    ending = sequence.fail(JobFailure.MEMORY, "No.").ending
     assert ending is not None
-    times = ending.timings
-    assert times["queue_s"] == pytest.approx(1, abs=0.01)
-    assert times["queue_s"] <= times["first_token_s"] <= times["total_s"]
-    assert 0 <= times["prefill_s"] < 1
+    assert ending.timings == {"queue_s": 3.0, "total_s": 3.0}
 
 
-def test_the_first_outcome_counts_and_wakes_who_waits(backend: FakeBackend) -> None:
-    sequence = Sequence(claimed(), backend)
-    waiting = threading.Thread(target=sequence.wait)
-    waiting.start()
-    sequence.settle(Outcome.FENCED)
+def test_it_is_settled_once_whoever_settles_it() -> None:
+    settled: list[tuple[Sequence, Outcome]] = []
+    sequence = sequence_for(claimed(), on_settled=lambda *each: settled.append(each))
+    threads = [threading.Thread(target=sequence.settle, args=[outcome]) for outcome in Outcome]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
     sequence.settle(Outcome.ENDED)
-    waiting.join(5)
-    assert not waiting.is_alive()
-    assert sequence.wait() is Outcome.FENCED
+    assert settled == [(sequence, sequence.outcome)]
 
 
-def test_a_failed_one_says_why(backend: FakeBackend) -> None:
-    ending = Sequence(claimed(), backend).fail(JobFailure.TEMPLATE, "No.").ending
+def test_a_job_that_ends_by_itself_before_it_was_admitted_starts_with_its_end(runner: FakeRunner) -> None:
+    assert Sequence(claimed(), Prompt(()), runner).fail(JobFailure.TEMPLATE, "No.").started
+    assert not Sequence(claimed(), Prompt(()), runner).stop(Verdict.CANCELLED).started
+    admitted = sequence_for(claimed(), runner)
+    assert admitted.start().started
+    assert not admitted.fail(JobFailure.ROW, "No.").started
+
+
+def test_a_failed_one_says_why(runner: FakeRunner) -> None:
+    ending = sequence_for(claimed(), runner).fail(JobFailure.TEMPLATE, "No.").ending
     assert ending is not None
     assert (ending.status, ending.error_code, ending.error_message) == (Status.FAILED, "template_error", "No.")
+
+
+def test_log_probabilities_are_numbers_of_json() -> None:
+    sequence = sequence_for(claimed(logprobs=1))
+    output = TokenOutput(sequence.uid, 7, logprob=float("-inf"), top_logprobs=((8, float("nan")),))
+    described = json.dumps(sequence.describe_logprob(output), allow_nan=False)
+    assert json.loads(described)["logprob"] == json.loads(described)["top"][0]["logprob"] == LEAST_LOGPROB

@@ -95,4 +95,4 @@ def test_tickets_go_where_the_queue_is_unless_a_broker_is_named(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)
-    assert (settings.store_url, settings.tickets_url) == (store, tickets)
+    assert (settings.store_url, settings.celery_url) == (store, tickets)

@@ -13,13 +13,14 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from shared.jobs.request import Sampling
-from worker.runner import kv_cache as kv
+from shared.jobs.request import Request, Sampling
+from worker.runner import forward
 from worker.runner.base import Row
-from worker.runner.kv_segments import Columns
+from worker.runner.kv_cache import KVCache, RowCache
+from worker.runner.kv_segments import AttentionSegment
 from worker.runner.prefix_blocks import BLOCK
 from worker.runner.prefix_cache import PrefixCache
-from worker.runner.prefix_fetch import Arrivals
+from worker.runner.prefix_fetch import PrefixFetch
 from worker.runner.prefix_files import SUFFIX, PrefixFiles
 from worker.runner.spill import Spill
 
@@ -65,10 +66,10 @@ def counting(start: int, length: int) -> list[int]:
     return [(start + i * 7 + i // 64) % 64 for i in range(length)]
 
 
-def read(model: Any, tokens: Sequence[int]) -> kv.Layers:
-    layers = kv.empty(model, 1)
-    kv.feed(model, layers, [tokens])
-    return layers
+def read(model: Any, tokens: Sequence[int]) -> KVCache:
+    cache = KVCache.empty(model)
+    forward.fill(model, cache, [tokens])
+    return cache
 
 
 def keep(cache: PrefixCache, model: Any, tokens: Sequence[int], owner: str = "me") -> None:
@@ -92,7 +93,7 @@ def settle(cache: PrefixCache) -> None:
         write.done.result(10)
 
 
-def equal(layers: kv.Layers, wanted: kv.Layers, length: int) -> bool:
+def equal(layers: RowCache, wanted: RowCache, length: int) -> bool:
     return all(
         mx.array_equal(each.keys[:, :, :length], other.keys[:, :, :length])
         and mx.array_equal(each.values[:, :, :length], other.values[:, :, :length])
@@ -143,7 +144,7 @@ def test_disk_goes_on_where_memory_ends_also_inside_a_block(make: Maker, model: 
     assert second.stats()["prefix_disk_read_blocks_total"] == 3
     assert second.nbytes == TOKEN_BYTES * 4 * BLOCK
     # As many tokens as were read at once: the last bits depend on that.
-    assert equal(second.load("me", tokens)[1], [layer.extract(0) for layer in read(model, tokens[: BLOCK + 30])], BLOCK)
+    assert equal(second.load("me", tokens)[1], read(model, tokens[: BLOCK + 30]).read_row(0), BLOCK)
 
 
 def test_what_memory_gives_up_goes_to_disk_and_comes_back(make: Maker, model: Any) -> None:
@@ -212,11 +213,12 @@ def test_every_type_of_cache_is_a_safetensors_file_that_others_can_read(
     make: Maker, model: Any, dtype: mx.Dtype
 ) -> None:
     tokens = counting(1, BLOCK)
-    layers = read(model, tokens)
+    read_cache = read(model, tokens)
+    layers = read_cache.layers
     for layer in layers:
         layer.keys, layer.values = layer.keys.astype(dtype), layer.values.astype(dtype)
     first = make()
-    first.store("me", tokens, layers, 0)
+    first.store("me", tokens, read_cache, 0)
     first.close(10)
     (path,) = make.folder.rglob("*" + SUFFIX)
     arrays = mx.load(str(path))
@@ -258,9 +260,9 @@ def test_a_disk_that_fails_is_given_up_with_one_line(
         settle(cache)
     assert cache.length("me", counting(4, 2 * BLOCK)) == 2 * BLOCK
     assert cache.fetch("me", counting(0, 2 * BLOCK)) is None
-    assert [record.getMessage() for record in caplog.records] == [
-        "prefixes are not kept on disk from now on: [Errno 28] No space left on device"
-    ]
+    [record] = caplog.records
+    assert record.getMessage() == "prefix_disk_off"
+    assert vars(record)["reason"] == "[Errno 28] No space left on device"
 
 
 def test_arrays_that_cannot_be_written_harm_no_row(
@@ -295,7 +297,9 @@ def test_what_is_freed_of_mlx_is_freed_by_its_own_thread(
     gc.collect()
     gc.disable()
     request.addfinalizer(gc.enable)
-    monkeypatch.setattr(Columns, "__del__", lambda _: freed.append(threading.current_thread().name), raising=False)
+    monkeypatch.setattr(
+        AttentionSegment, "__del__", lambda _: freed.append(threading.current_thread().name), raising=False
+    )
     cache = make(most_bytes=TOKEN_BYTES * 2 * BLOCK)
     for i in range(6):
         keep(cache, model, counting(i, 2 * BLOCK))
@@ -308,7 +312,7 @@ def test_what_is_freed_of_mlx_is_freed_by_its_own_thread(
 
 
 def row(uid: int, tokens: Sequence[int]) -> Row:
-    return Row(uid, (*tokens, 1), 0, 5, Sampling(0.0), "me")
+    return Row(uid, Request("m", 5, Sampling(0.0)), (*tokens, 1), 0, 5, "me")
 
 
 def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
@@ -319,24 +323,26 @@ def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
     keep(first, model, tokens)
     first.close(10)
     cache = make()
-    arrivals = Arrivals(cache)
-    assert not arrivals.add(row(0, counting(3, 3 * BLOCK)))
+    fetching = PrefixFetch(cache)
+    assert not fetching.add(row(0, counting(3, 3 * BLOCK)))
     with slow_disk(monkeypatch, "read"):
-        assert arrivals.add(row(1, tokens))
-        assert arrivals.add(row(2, tokens))
-        assert arrivals.add(row(3, tokens))
-        arrivals.remove([2, 9])
-        assert arrivals.ready(idle=True) == []
+        assert fetching.add(row(1, tokens))
+        assert fetching.add(row(2, tokens))
+        assert fetching.add(row(3, tokens))
+        fetching.remove([2, 9])
+        assert fetching.ready() == []
         monkeypatch.setattr("worker.runner.prefix_fetch.PATIENCE_S", 0.0)
-        assert arrivals.add(row(4, tokens))
-        assert [each.uid for each in arrivals.ready(idle=False)] == [4]
+        assert fetching.add(row(4, tokens))
+        assert [each.uid for each in fetching.ready()] == [4]
     came: list[int] = []
     while len(came) < 2:
-        came += [each.uid for each in arrivals.ready(idle=True)]
+        if pending := fetching.next_read():
+            pending.result(10)
+        came += [each.uid for each in fetching.ready()]
     assert sorted(came) == [1, 3]
     assert cache.length("me", tokens) == 3 * BLOCK
     assert cache.stats()["prefix_disk_read_blocks_total"] == 3  # once for all of them
-    assert arrivals.ready(idle=True) == []
+    assert fetching.ready() == []
 
 
 def test_what_is_everybodys_is_so_on_disk_too_and_nothing_behind_it(make: Maker, model: Any) -> None:

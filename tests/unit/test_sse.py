@@ -9,13 +9,13 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from shared.errors import NotAcceptable
-from shared.jobs.log import Event, EventKind, chunk_data
+from shared.jobs.log import Event, EventKind
 from web.sse import EventStream, Format, JsonLines, negotiate
 
 
 @given(st.text(), st.integers(1, 10**9))
 def test_any_text_stays_on_one_line(text: str, n: int) -> None:
-    data = chunk_data(text)
+    data = json.dumps({"text": text}, ensure_ascii=False)
     event = Event(n, EventKind.CHUNK, data)
     written = EventStream().events([event]).decode()
     lines = written.split("\n")
@@ -28,7 +28,7 @@ def test_any_text_stays_on_one_line(text: str, n: int) -> None:
 
 @pytest.mark.parametrize("form", [EventStream(), JsonLines()])
 def test_events_written_together_are_those_written_one_by_one(form: Format) -> None:
-    events = [Event(n, EventKind.CHUNK, chunk_data(f"word {n}")) for n in range(1, 5)]
+    events = [Event(n, EventKind.CHUNK, f'{{"text":"word {n}"}}') for n in range(1, 5)]
     assert form.events(events) == b"".join(form.events([event]) for event in events)
 
 

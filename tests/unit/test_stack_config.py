@@ -10,6 +10,7 @@ from supervisor.options import ServerOptions
 
 from scripts.commands.stack import config
 from shared.settings import Settings
+from worker.process.exits import EXIT_CONFIG
 
 
 def make(data_dir: Path, **values: Any) -> Settings:
@@ -53,7 +54,7 @@ def test_a_worker_is_given_its_drain_before_it_is_killed(tmp_path: Path) -> None
 
 def test_a_worker_without_model_is_not_started_again(tmp_path: Path) -> None:
     [worker] = parsed(make(tmp_path))["worker"].process_configs
-    assert worker.exitcodes == [config.NO_MODEL]
+    assert worker.exitcodes == [EXIT_CONFIG]
 
 
 def test_a_path_with_spaces_survives(tmp_path: Path) -> None:
@@ -74,3 +75,20 @@ def test_no_secret_is_in_a_command_or_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["appendonly yes", "port 0", "maxmemory-policy noeviction", "set-proc-title no"])
 def test_valkey_is_durable_private_and_can_be_found(tmp_path: Path, line: str) -> None:
     assert line in config.valkey_conf(make(tmp_path)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("setting", "machine", "limit"),
+    [
+        ("auto", 2**29, 256 * 2**20),
+        ("auto", 8 * 2**30, 2 * 2**30),
+        ("auto", 2**36, 4 * 2**30),
+        (10**9, 2**36, 10**9),
+    ],
+)
+def test_valkey_has_a_memory_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, machine: int, limit: int
+) -> None:
+    monkeypatch.setattr("scripts.commands.stack.config.total_memory", lambda: machine)
+    text = config.valkey_conf(make(tmp_path, redis_maxmemory_bytes=setting))
+    assert f"maxmemory {limit}" in text.splitlines()

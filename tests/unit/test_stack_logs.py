@@ -15,6 +15,12 @@ def test_the_last_error_explains_more_than_the_last_line(tmp_path: Path) -> None
     assert last_line(log) == "no such thing"
 
 
+def test_an_event_is_shown_with_its_reason(tmp_path: Path) -> None:
+    log = tmp_path / "worker-0.log"
+    log.write_text('{"level": "CRITICAL", "message": "worker_ends", "reason": "no progress for too long"}\n')
+    assert last_line(log) == "worker_ends: no progress for too long"
+
+
 def test_plain_lines_count_too(tmp_path: Path) -> None:
     log = tmp_path / "valkey.log"
     log.write_text("1\nbad directive\n\n")

@@ -22,13 +22,13 @@ LIMIT = 1000
 
 
 @dataclass(eq=False)
-class PretendDesk:
-    """What the switcher sees of a desk."""
+class PretendWorker:
+    """What the switcher sees of a worker."""
 
     model: CatalogModel
     weights_bytes: int
     pinned: bool = False
-    batch: Any = None
+    core: Any = None
 
 
 @dataclass
@@ -38,32 +38,32 @@ class PretendModels:
     catalog: Catalog
     sizes: dict[str, int]
     memory_limit: int = LIMIT
-    desks: tuple[Any, ...] = ()
+    workers: tuple[Any, ...] = ()
     happened: list[str] = field(default_factory=list)
     rows_hold: int = 0
     clock: int = 0
 
-    def open_desk(self, model: CatalogModel, *, pinned: bool = False) -> PretendDesk:
+    def open_worker(self, model: CatalogModel, *, pinned: bool = False) -> PretendWorker:
         loaded: Future[str] = Future()
         if model.id.startswith("broken"):
             loaded.set_exception(OSError(f"{model.path}/weights are cut"))
         else:
-            loaded.set_result("backend")
+            loaded.set_result("runner")
         self.clock += 1
-        batch = SimpleNamespace(loaded=loaded, used_at=self.clock, idle=True, load_progress=0.5)
-        desk = PretendDesk(model, self.sizes[model.id], pinned, batch)
-        self.desks = (*self.desks, desk)
+        core = SimpleNamespace(loaded=loaded, used_at=self.clock, idle=True, load_progress=0.5)
+        worker = PretendWorker(model, self.sizes[model.id], pinned, core)
+        self.workers = (*self.workers, worker)
         self.happened.append(f"load {model.id}")
-        return desk
+        return worker
 
-    def consume(self, desk: PretendDesk) -> None:
-        assert desk.batch.loaded.exception() is None
-        self.happened.append(f"serve {desk.model.id}")
+    def consume(self, worker: PretendWorker) -> None:
+        assert worker.core.loaded.exception() is None
+        self.happened.append(f"serve {worker.model.id}")
 
-    def close_desk(self, desk: PretendDesk) -> None:
-        self.desks = tuple(each for each in self.desks if each is not desk)
+    def close_worker(self, worker: PretendWorker) -> None:
+        self.workers = tuple(each for each in self.workers if each is not worker)
         self.rows_hold = 0
-        self.happened.append(f"close {desk.model.id}")
+        self.happened.append(f"close {worker.model.id}")
 
     def make_room(self, coming: int) -> bool:
         return self.memory_used() + coming <= self.memory_limit
@@ -75,11 +75,11 @@ class PretendModels:
         self.announced = self.names
 
     def memory_used(self) -> int:
-        return sum(desk.weights_bytes for desk in self.desks) + self.rows_hold
+        return sum(worker.weights_bytes for worker in self.workers) + self.rows_hold
 
     @property
     def names(self) -> set[str]:
-        return {desk.model.id for desk in self.desks}
+        return {worker.model.id for worker in self.workers}
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def worker(tmp_path: Path) -> Callable[..., PretendModels]:
             models[name] = CatalogModel(name, tmp_path / name, "text")
         found = PretendModels(Catalog(models, next(iter(models))), sizes)
         for name in warm:
-            found.open_desk(models[name])
+            found.open_worker(models[name])
         found.happened.clear()
         return found
 
@@ -170,7 +170,7 @@ def test_what_has_jobs_counts_as_in_use_however_long_ago_they_came(
     worker: Callable[..., PretendModels], do: Callable[..., Operation]
 ) -> None:
     models = worker(["one", "two"], one=400, two=400, three=400)
-    models.desks[0].batch.idle = False
+    models.workers[0].core.idle = False
     assert do(models, "load", "three").unloaded == ("two",)
 
 
@@ -178,7 +178,7 @@ def test_what_is_pinned_stays_and_the_order_fails_before_anything_goes(
     worker: Callable[..., PretendModels], do: Callable[..., Operation]
 ) -> None:
     models = worker(["one", "two"], one=400, two=400, three=700)
-    models.desks[1].pinned = True
+    models.workers[1].pinned = True
     ended = do(models, "load", "three")
     assert (ended.state, ended.error_code) == (OperationState.FAILED, "not_enough_memory")
     assert "beside two" in str(ended.error_message)
@@ -201,7 +201,7 @@ def test_what_is_warm_already_is_pinned_and_replaces_the_others_when_asked(
 ) -> None:
     models = worker(["one", "two"], one=300, two=300)
     assert do(models, "load", "two", pin=True).state is OperationState.SUCCEEDED
-    assert (models.happened, models.desks[1].pinned) == ([], True)
+    assert (models.happened, models.workers[1].pinned) == ([], True)
     assert do(models, "load", "two", replace=True).unloaded == ("one",)
     assert models.names == {"two"}
 
@@ -259,10 +259,10 @@ def test_a_model_that_cannot_be_served_once_it_is_loaded_leaves_what_was_there(
     models = worker(["one"], one=600, two=600)
     consume = models.consume
 
-    def gone(desk: PretendDesk) -> None:
-        if desk.model.id == "two":
-            raise FileNotFoundError(f"{desk.model.path}/tokenizer.json")
-        consume(desk)
+    def gone(worker: PretendWorker) -> None:
+        if worker.model.id == "two":
+            raise FileNotFoundError(f"{worker.model.path}/tokenizer.json")
+        consume(worker)
 
     monkeypatch.setattr(models, "consume", gone)
     ended = do(models, "load", "two")
@@ -307,6 +307,6 @@ def test_an_end_that_redis_cannot_take_is_told_when_it_is_back(
             raise RedisGone("away")
         return put(self, operation)
 
-    monkeypatch.setattr("worker.models.switching.TOLD_EVERY_S", 0.01)
+    monkeypatch.setattr("worker.models.switching.PUBLISH_EVERY_S", 0.01)
     monkeypatch.setattr(Operations, "put", away)
     assert do(worker(["one"], one=300), "unload", "one").state is OperationState.SUCCEEDED

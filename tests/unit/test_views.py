@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from shared.jobs.record import Job
+from shared.jobs.log import JobLog
+from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue.claims import Append, Claims
+from shared.queue import keys
+from shared.queue.claims import Append, Claims, Demand, Verdict
 from shared.queue.redis import Redis
 from shared.settings import Settings
-from web.cluster import Roster, Snapshot
+from web.cluster import Cluster, ClusterSnapshot
 from web.views import Views
 
 MODEL = "m"
@@ -23,8 +27,8 @@ WORKER = WorkerInfo(
 )  # fmt: skip
 
 
-def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> Snapshot:
-    return Snapshot({}, workers, {} if mean_s is None else {MODEL: mean_s}, taken_at=0.0)
+def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> ClusterSnapshot:
+    return ClusterSnapshot({}, workers, {} if mean_s is None else {MODEL: mean_s}, taken_at=0.0)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> Snapshot:
     ],
 )
 def test_the_estimated_start_is_the_time_until_enough_slots_come_free(
-    seen: Snapshot, position: int, start_s: float | None
+    seen: ClusterSnapshot, position: int, start_s: float | None
 ) -> None:
     assert seen.estimated_start_s(MODEL, position) == start_s
 
@@ -54,55 +58,74 @@ def jobs(client: Redis, settings: Settings) -> Jobs:
     return Jobs(client, settings)
 
 
-def submit(jobs: Jobs) -> Job:
-    return jobs.create(Submission(Request(MODEL, 1, Sampling(0.0), prompt="hi"), owner="me"))[0]
+def submit(jobs: Jobs, **asked: Any) -> Job:
+    return jobs.create(Submission(Request(MODEL, 1, Sampling(0.0), prompt="hi", **asked), owner="me")).job
 
 
-def test_a_list_tells_the_places_in_line_of_those_that_wait(client: Redis, jobs: Jobs) -> None:
+def said(job: Job, n: int, text: str = "", tokens: tuple[int, ...] = (), **more: Any) -> Append:
+    return Append(job.id, job.attempt, job.claimed_at, n, text, tokens, **more)
+
+
+def start(client: Redis, name: str = "w") -> tuple[Claims, Job]:
+    """The next job, admitted to a worker's batch."""
+    claims = Claims(client, name)
+    claims.renew(30)
+    (claimed,) = claims.claim(MODEL, Demand(rows=1, tokens=10**6)).jobs
+    assert claims.append([said(claimed.job, claimed.job.last_event, start=True)]) == [Verdict.OK]
+    return claims, claimed.job
+
+
+@pytest.fixture
+def views(client: Redis, jobs: Jobs) -> Views:
+    return Views(jobs, Cluster(Registry(client)), JobLog(client))
+
+
+def shown(views: Views, jobs: Jobs, job: Job) -> dict[str, Any]:
+    view: dict[str, Any] = json.loads(views.full(jobs.get(job.id, "me")))
+    return view
+
+
+def test_a_list_tells_the_places_in_the_queue_of_those_that_wait(client: Redis, jobs: Jobs, views: Views) -> None:
     for _ in range(4):
         submit(jobs)
-    claims = Claims(client, "w")
-    claims.renew(30)
-    claims.claim(MODEL)
-    shown = Views(jobs, Roster(Registry(client))).brief(jobs.recent("me", limit=10))
-    assert [view.queue_position for view in shown] == [3, 2, 1, None]
+    start(client)
+    listed = views.brief(jobs.recent("me", limit=10))
+    assert [view.queue_position for view in listed] == [3, 2, 1, None]
 
 
-def test_a_job_is_shown_without_its_text_when_a_part_of_that_is_lost(client: Redis, jobs: Jobs) -> None:
-    job = submit(jobs)
-    claims = Claims(client, "w")
-    claims.renew(30)
-    claimed = claims.claim(MODEL)
-    assert claimed is not None
-    claims.append([Append.of(claimed, n, f"{n} ", (n,)) for n in (3, 4)])
-    views = Views(jobs, Roster(Registry(client)))
-    whole = views.full(jobs.get(job.id, "me")).output
-    assert whole and whole.text == "3 4 "
-    client.xtrim("mlxq:log:" + job.id, maxlen=1, approximate=False)
-    assert views.full(jobs.get(job.id, "me")).output is None
+def test_a_list_shows_the_texts_of_those_that_have_ended(client: Redis, jobs: Jobs, views: Views) -> None:
+    for _ in range(2):
+        submit(jobs)
+    for text, ending in (("all of it", Ending(Status.SUCCEEDED, "stop")), ("a part", None)):
+        claims, job = start(client)
+        claims.append([said(job, job.last_event + 2, text, (1,), ending=ending)])
+    running, ended = views.brief(jobs.recent("me", limit=10))
+    assert running.output is None
+    assert ended.output and (ended.output.text, ended.output.finish_reason) == ("all of it", "stop")
 
 
-def test_the_history_names_no_host(client: Redis, jobs: Jobs) -> None:
+def test_the_text_of_a_running_job_needs_no_log(client: Redis, jobs: Jobs, views: Views) -> None:
+    submit(jobs)
+    claims, job = start(client)
+    claims.append([said(job, n, f"{n} ", (n,)) for n in (3, 4)])
+    client.xtrim(keys.LOG + job.id, maxlen=1, approximate=False)
+    assert shown(views, jobs, job)["output"]["text"] == "3 4 "
+
+
+def test_the_history_names_no_host(client: Redis, jobs: Jobs, views: Views) -> None:
     job = submit(jobs)
     for name in ("host-0-a", "host-0-b", "host-0-a"):
-        claims = Claims(client, name)
-        claims.renew(30)
-        claims.claim(MODEL)
-        if name.endswith("b"):
-            claims.release([(job.id, 2)])
-        else:
-            claims.retire()
-    Claims(client, "host-0-b").renew(30)
-    Claims(client, "host-0-b").claim(MODEL)
-    view = Views(jobs, Roster(Registry(client))).full(jobs.get(job.id, "me"))
-    workers = [each.worker for each in view.history]
+        start(client, name)[0].retire()
+    start(client, "host-0-b")
+    view = shown(views, jobs, job)
+    workers = [each["worker"] for each in view["history"]]
     assert workers == [workers[0], workers[1], workers[0], workers[1]] and workers[0] != workers[1]
-    assert "host" not in view.model_dump_json()
-    assert [each.outcome for each in view.history] == [*["handed_back"] * 3, None]
-    assert view.history[-1].ended_at is None
+    assert "host" not in json.dumps(view)
+    assert [each["outcome"] for each in view["history"]] == [*["handed_back"] * 3, None]
+    assert view["history"][-1]["ended_at"] is None
 
 
-def test_places_in_line_are_one_question_however_many_jobs(
+def test_places_in_the_queue_are_one_question_however_many_jobs(
     valkey_client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(valkey_client, settings)
@@ -111,7 +134,71 @@ def test_places_in_line_are_one_question_however_many_jobs(
     assert sorted(jobs.positions(waiting).values()) == [*range(1, 21)]
 
 
-def test_a_job_that_left_the_line_meanwhile_has_no_place(jobs: Jobs) -> None:
+def test_a_job_that_left_the_queue_meanwhile_has_no_place(jobs: Jobs) -> None:
     job = submit(jobs)
     jobs.stop(job.id, "me")
     assert jobs.positions([job]) == {}
+
+
+def token(n: int) -> dict[str, Any]:
+    return {"token": f'"{n}" é', "logprob": -n / 2, "top": [{"token": '\\","logprobs":null', "logprob": -0.25}]}
+
+
+def run_with_logprobs(client: Redis, jobs: Jobs, chunks: int, *, ends: bool = True) -> Job:
+    """A job that wrote so many chunks of a token each, with what it asked for."""
+    submit(jobs, logprobs=1)
+    claims, job = start(client)
+    claims.append([
+        said(job, n, '"logprobs":null', (n,), extra=f'"logprobs":{json.dumps([token(n)])},"novel":[1]')
+        for n in range(3, chunks + 3)
+    ])  # fmt: skip
+    if ends:
+        claims.append([said(job, chunks + 3, ending=Ending(Status.SUCCEEDED, "stop"))])
+    return jobs.get(job.id, "me")
+
+
+@pytest.mark.parametrize("chunks", [1, 199, 200, 201, 1000])
+def test_log_probabilities_are_put_together_from_the_log(client: Redis, jobs: Jobs, views: Views, chunks: int) -> None:
+    job = run_with_logprobs(client, jobs, chunks)
+    expected = [token(n) for n in range(3, chunks + 3)]
+    assert shown(views, jobs, job)["output"]["logprobs"] == expected
+    answer = json.loads(views.answer(job))
+    assert answer["logprobs"] == expected
+    assert answer["text"] == '"logprobs":null' * chunks, "a text that looks like the member's name is no member"
+
+
+def test_log_probabilities_are_shown_whole_or_not_at_all(client: Redis, jobs: Jobs, views: Views) -> None:
+    running = run_with_logprobs(client, jobs, 3, ends=False)
+    assert shown(views, jobs, running)["output"]["logprobs"] is None
+    for damage in ("trimmed at its start", "expired", "cut at its end"):
+        job = run_with_logprobs(client, jobs, 5)
+        if damage == "expired":
+            client.delete(keys.LOG + job.id)
+        elif damage == "trimmed at its start":
+            client.xtrim(keys.LOG + job.id, maxlen=3, approximate=False)
+        else:
+            client.xdel(keys.LOG + job.id, f"{job.last_event}-0")
+        view = shown(views, jobs, job)
+        assert (view["output"]["logprobs"], view["status"]) == (None, "succeeded"), damage
+
+
+def test_a_job_that_asked_for_none_has_its_log_left_alone(
+    valkey_client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(valkey_client, settings)
+    submit(jobs)
+    claims, job = start(valkey_client)
+    claims.append([said(job, 3, "text", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
+    monkeypatch.setattr(JobLog, "read", None)
+    views = Views(jobs, Cluster(Registry(valkey_client)), JobLog(valkey_client))
+    assert shown(views, jobs, job)["output"] == {"text": "text", "finish_reason": "stop", "logprobs": None}
+
+
+def test_an_answer_that_is_to_be_parsed_in_a_way_only_a_newer_version_knows_is_shown_unparsed(
+    client: Redis, jobs: Jobs, views: Views
+) -> None:
+    submit(jobs, parse="of a newer version")
+    claims, job = start(client)
+    claims.append([said(job, 3, "wait()", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
+    view = shown(views, jobs, job)
+    assert (view["actions"], view["parse_error"], view["output"]["text"]) == (None, None, "wait()")

@@ -6,25 +6,25 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from worker.process.watchdog import Sign, Watchdog
+from worker.process.watchdog import Progress, Watchdog
 
 
 class Yard:
     """A watchdog, what it sees, and what it told."""
 
     def __init__(self) -> None:
-        self.signs: dict[Hashable, Sign] = {}
+        self.tasks: dict[Hashable, Progress] = {}
         self.stuck: list[list[Hashable]] = []
         self.late = 0
         self.deaths: list[str] = []
-        self.dog = Watchdog(lambda: self.signs, self.stuck.append, self.be_late, self.deaths.append)
+        self.dog = Watchdog(lambda: self.tasks, self.stuck.append, self.be_late, self.deaths.append)
 
     def be_late(self) -> None:
         self.late += 1
 
     def see(self, **values: float) -> None:
         """A second later, this is under way; each may take five."""
-        self.signs = {key: Sign(value, 5) for key, value in values.items()}
+        self.tasks = {key: Progress(value, 5) for key, value in values.items()}
         self.dog.check(1)
 
 
@@ -59,9 +59,9 @@ def test_a_process_that_was_stopped_has_not_stood_still(yard: Yard, eventually: 
     clock = iter(range(0, 10**9, 1000))
     looks: list[bool] = []
 
-    def look() -> dict[Hashable, Sign]:
+    def look() -> dict[Hashable, Progress]:
         looks.append(yard.dog.tripped)
-        return {"engine": Sign(0, 5)}
+        return {"engine": Progress(0, 5)}
 
     yard.dog._look = look
     with pytest.MonkeyPatch.context() as patch:

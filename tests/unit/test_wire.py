@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from shared.jobs.request import Request, Sampling
-from shared.models.registry import ModelCard, WorkerInfo
+from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.queue import keys
+from shared.queue.redis import Redis
 
 MESSAGES = (
     ModelCard("m", "text", context=64, chat_template="{{ messages }}"),
-    WorkerInfo("w", "node", "host", 1, "m", "ready", 8, 2, 1.0, 2.0, {"steps": 3.0}, {"device": "cpu"}),
     Request("m", 9, Sampling(0.5, seed=7), prompt="hi", stop=("x",)),
     Request("m", 9, Sampling(0.5), messages=({"role": "user", "content": "hi"},)),
 )
-Message = ModelCard | WorkerInfo | Request
+Message = ModelCard | Request
+WORKER = WorkerInfo("w", "node", "host", 1, "m", "ready", 8, 2, 1.0, 2.0, {"steps": 3.0}, {"device": "cpu"})
+HOST = HostInfo("node", "host", 1, 1.0, 2.0, ("m",), 100, 50, operations=("op_1",))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
@@ -29,3 +33,24 @@ def test_what_a_newer_peer_adds_is_dropped(message: Message) -> None:
     if isinstance(message, Request):
         data["sampling"]["novelty"] = 1
     assert type(message).from_json(json.dumps(data)) == message
+
+
+def test_cards_are_read_as_they_were_announced_with_moments_of_the_servers_clock(client: Redis) -> None:
+    registry = Registry(client)
+    registry.announce_worker(WORKER, 60)
+    registry.announce_host(HOST, 60)
+    (now, (worker,)), (host,) = registry.workers_now(), registry.hosts()
+    for card, announced in ((worker, WORKER), (host, HOST)):
+        assert replace(card, started_at=1.0, heartbeat_at=2.0) == announced
+        assert card.heartbeat_at == pytest.approx(now, abs=1)
+        assert card.heartbeat_at - card.started_at == pytest.approx(1)
+
+
+def test_what_a_newer_worker_adds_to_its_card_is_dropped(client: Redis) -> None:
+    registry = Registry(client)
+    for name, info, key in ((WORKER.id, WORKER, keys.WORKER), (HOST.node, HOST, keys.HOST)):
+        card = {"started_at": 1.0, "heartbeat_at": 2.0, "novelty": [1], **json.loads(info.to_json())}
+        client.set(key + name, json.dumps(card))
+    client.zadd(keys.WORKERS, {WORKER.id: 1})
+    client.zadd(keys.HOSTS, {HOST.node: 1})
+    assert (registry.workers(), registry.hosts()) == ([WORKER], [HOST])

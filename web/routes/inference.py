@@ -53,12 +53,13 @@ def infer() -> Response:
     """
     wanted = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if wanted.stream else None
-    job, new = submit(wanted)
+    accepted = submit(wanted)
+    job = accepted.job
     # Under an Idempotency-Key others may wait for the same job, now or later.
     gone = _leave if idempotency_key() else _canceller(services(), job)
     reply = _stream(job, form, gone) if form else _whole(job, wanted.prompt_field, gone)
     reply.headers["Location"] = f"/v1/jobs/{job.id}"
-    if not new:
+    if not accepted.new:
         reply.headers["Idempotency-Replayed"] = "true"
     return reply
 
@@ -72,7 +73,7 @@ def _whole(job: Job, prompt_field: str, gone: Callable[[], None]) -> Response:
         return problem(Unavailable("This process ends; the job goes on at Location.", code="restarting", retry_after=1))
     if ended.status is not Status.SUCCEEDED:
         raise failure(ended, prompt_field)
-    return Response(parts.views.answer(ended).model_dump_json(), content_type="application/json")
+    return Response(parts.views.answer(ended), content_type="application/json")
 
 
 def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:
@@ -81,7 +82,7 @@ def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:
         _watched(parts.follower.follow(job.id, 0), request.environ, gone),
         form,
         job.id,
-        lambda: parts.views.full(parts.jobs.get(job.id, job.owner)).model_dump_json(),
+        lambda: parts.views.full(parts.jobs.get(job.id, job.owner)),
         parts.metrics,
     )
 
@@ -114,9 +115,9 @@ def _canceller(parts: Services, job: Job) -> Callable[[], None]:
         told = True
         try:
             parts.jobs.stop(job.id, job.owner)
-            log.info("The client of %s went away: cancelled", job.id, extra={"job_id": job.id})
+            log.info("job_cancelled_without_client", extra={"job_id": job.id})
         except (MlxqError, redis.RedisError) as error:
-            log.info("The client of %s went away: %s", job.id, error, extra={"job_id": job.id})
+            log.info("job_not_cancelled", extra={"job_id": job.id, "reason": str(error)})
 
     return cancel
 

@@ -7,7 +7,6 @@ from urllib.parse import quote
 
 import redis
 from flask import Blueprint, Response, request
-from pydantic import BaseModel
 
 from shared.errors import Invalid
 from shared.jobs.record import Job
@@ -52,13 +51,16 @@ def submit_job() -> Response:
     the same when their bytes are, however they are sent; at http(s) URLs when the URLs are, and those are read once.
     The key is the API key's own; it is kept until the job is deleted or its retention is over.
     """
-    job, new = submit(read_body(JobRequest))
-    patience_s = preferred_wait_s(services().settings.max_wait_s)
-    answer = _answer_job(_wait(job, patience_s))
+    accepted = submit(read_body(JobRequest))
+    job, patience_s = accepted.job, preferred_wait_s(services().settings.max_wait_s)
+    if patience_s:
+        answer = _answer_job(_wait(job, patience_s))
+    else:
+        answer = _json(services().views.accepted(accepted), 200 if job.status.terminal else 202)
     answer.headers["Location"] = f"/v1/jobs/{job.id}"
     if patience_s:
         answer.headers["Preference-Applied"] = f"wait={patience_s:g}"
-    if not new:
+    if not accepted.new:
         answer.headers["Idempotency-Replayed"] = "true"
     return answer
 
@@ -78,7 +80,7 @@ def list_jobs() -> Response:
     limit = whole_number("limit", request.args.get("limit", str(_PAGE)), 1, _LARGEST_PAGE)
     jobs = services().jobs.recent(caller().id, limit=limit, before=_before())
     following = repr(jobs[-1].created_at) if len(jobs) == limit else None
-    return _json(JobList(data=services().views.brief(jobs), next=following))
+    return _json(JobList(data=services().views.brief(jobs), next=following).model_dump_json())
 
 
 @routes.post("/<job_id>/cancel")
@@ -120,7 +122,7 @@ def stream_job(job_id: str) -> Response:
         return _stream(job_id, form, cursor)
     except redis.RedisError as error:
         if passes(error) and _reconnects(form):
-            log.warning("A stream is to be asked for again: Redis is away: %s", error)
+            log.warning("stream_postponed", extra={"job_id": job_id, "reason": str(error)})
             return come_again(form, urls(quote(job_id)).stream)  # whose job it is, nobody knows now
         raise
 
@@ -134,7 +136,7 @@ def _stream(job_id: str, form: Format, cursor: int) -> Response:
         services().follower.follow(job_id, cursor),
         form,
         job_id,
-        lambda: views.full(jobs.get(job_id, owner)).model_dump_json(),
+        lambda: views.full(jobs.get(job_id, owner)),
         services().metrics,
     )
 
@@ -177,5 +179,5 @@ def _answer_job(job: Job) -> Response:
     return _json(services().views.full(job), 200 if job.status.terminal else 202)
 
 
-def _json(view: BaseModel, status: int = 200) -> Response:
-    return Response(view.model_dump_json(), status, content_type="application/json")
+def _json(view: str, status: int = 200) -> Response:
+    return Response(view, status, content_type="application/json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from flask import Blueprint, Response
@@ -14,10 +14,11 @@ from shared.models.registry import WorkerInfo
 from web.apidoc import describe
 from web.auth import caller, require_scope
 from web.body import read_body
-from web.cluster import Snapshot
+from web.cluster import ClusterSnapshot
 from web.schemas import (
     LoadRequest,
     ModelList,
+    ModelState,
     ModelView,
     ModelWorkerView,
     OperationError,
@@ -29,9 +30,9 @@ from web.services import services
 
 routes = Blueprint("models", __name__)
 
-_BEST_FIRST: Final = ("ready", "loading", "draining")
-_STATES: Final = {"ready": "warm"}
-"""Of a worker, as a model's state: the others are called the same."""
+_BEST_FIRST: Final[tuple[ModelState, ...]] = ("warm", "loading", "draining")
+_STATES: Final[Mapping[str, ModelState]] = {"ready": "warm", "draining": "draining"}
+"""A worker's state as its model's. One that only a newer worker knows counts as `loading`: it may take no jobs."""
 
 
 @routes.route("/inference/models", methods=["GET", "POST"])
@@ -91,7 +92,7 @@ def views() -> list[ModelView]:
     """Every model, the default one first."""
     parts = services()
     # As it is now: whoever has just seen a loading succeed must not be told that the model is cold.
-    snapshot, catalog = parts.roster.now(max_age_s=0), parts.catalog
+    snapshot, catalog = parts.cluster.now(max_age_s=0), parts.catalog
     names = sorted({*snapshot.models, *catalog.models}, key=lambda name: (name != catalog.default, name))
     return [
         _view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
@@ -100,11 +101,14 @@ def views() -> list[ModelView]:
     ]
 
 
-def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default: bool, waiting: int) -> ModelView:
+def _view(
+    name: str, snapshot: ClusterSnapshot, entry: CatalogModel | None, *, default: bool, waiting: int
+) -> ModelView:
     card = snapshot.models.get(name)
     workers = [worker for worker in snapshot.workers if worker.model == name]
-    otherwise = "cold" if entry else "absent"
-    best = next((state for state in _BEST_FIRST if any(worker.state == state for worker in workers)), otherwise)
+    otherwise: ModelState = "cold" if entry else "absent"
+    states = {_state(worker) for worker in workers}
+    best = next((state for state in _BEST_FIRST if state in states), otherwise)
     kind = card.kind if card else entry.told_kind if entry else None
     return ModelView(
         id=name,
@@ -112,7 +116,7 @@ def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default:
         kind=kind,
         context=card.context if card else entry.most_tokens if entry else None,
         default=default,
-        state=_STATES.get(best, best),
+        state=best,
         workers=[_worker(worker) for worker in workers],
         slots=sum(worker.slots for worker in workers),
         slots_used=sum(worker.slots_used for worker in workers),
@@ -123,11 +127,15 @@ def _view(name: str, snapshot: Snapshot, entry: CatalogModel | None, *, default:
     )
 
 
+def _state(worker: WorkerInfo) -> ModelState:
+    return _STATES.get(worker.state, "loading")
+
+
 def _worker(worker: WorkerInfo) -> ModelWorkerView:
     stats = worker.stats
     return ModelWorkerView(
         worker=worker.node,
-        state=_STATES.get(worker.state, worker.state),
+        state=_state(worker),
         slots=worker.slots,
         slots_used=worker.slots_used,
         pinned=bool(stats.get("pinned")),

@@ -1,153 +1,168 @@
 """The thread that touches the model libraries, and which of its models it steps next.
 
-Models take turns by the time they have taken (start-time fair queueing): each step of a model adds what it took to the
-model's account, and the one with the least goes next. A model that had nothing to do begins where the others are, so
-idling earns nothing. A model that is being loaded takes its turns too, a piece of the weights at a time, so that the
-others decode meanwhile.
+Models take turns by the time they have used (start-time fair queueing): each step of a model adds its duration to the
+model's account, and the model with the least goes next. A model that had nothing to do starts where the others are, so
+idling earns nothing. A model that is being loaded takes turns too, a piece of the weights at a time, so that the others
+decode meanwhile.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import Literal, TypeAlias
 
-from worker.engine.core import Batch
-from worker.process.critical import OnDeath, VitalThread, end_process
+from worker.engine.core import EngineCore
+from worker.process.critical import CriticalThread, OnDeath, end_process
 from worker.runner import release
-
-logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0
 """Longest sleep: then the gauges are due."""
 
-Order = Callable[[], object]
+Work: TypeAlias = Callable[[], object]
+Phase: TypeAlias = Literal["idle", "load", "step"]
+OnPhase: TypeAlias = Callable[[Phase, EngineCore | None], object]
 
 
-class Engine(VitalThread):
-    """Steps batches. All methods but those of the thread itself may be called from any thread."""
+class EngineThread(CriticalThread):
+    """Steps engine cores. All methods but those of the thread itself may be called from any thread.
 
-    def __init__(self, on_death: OnDeath = end_process) -> None:
+    Args:
+        on_phase: called before the thread does something else than before, and after work between two steps: "load" or
+            "step" with the core that it works for, "idle" with None.
+    """
+
+    def __init__(self, on_death: OnDeath = end_process, on_phase: OnPhase = lambda _phase, _core: None) -> None:
         super().__init__("engine", on_death)
-        self._orders: SimpleQueue[Order | None] = SimpleQueue()  # its put is safe in a signal handler
-        self._batches: tuple[Batch, ...] = ()
-        self._loading: dict[Batch, Iterator[None]] = {}
-        self._active: set[Batch] = set()
+        self._on_phase = on_phase
+        self._phase: tuple[Phase, EngineCore | None] | None = ("idle", None)
+        self._queue: SimpleQueue[Work | None] = SimpleQueue()  # its put is safe in a signal handler
+        self._cores: tuple[EngineCore, ...] = ()
+        self._loading: dict[EngineCore, Iterator[None]] = {}
+        self._active: set[EngineCore] = set()
         self._reached_s = 0.0
         self._open = True
 
     @property
-    def batches(self) -> tuple[Batch, ...]:
+    def cores(self) -> tuple[EngineCore, ...]:
         """Those it steps."""
-        return self._batches
+        return self._cores
 
     @property
     def loading(self) -> bool:
-        """Whether a model is on its way: its last piece, warming up, may take long."""
+        """Whether a model is being loaded: its last piece, warming up, may take long."""
         return bool(self._loading)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is asked of it."""
-        return not self._loading and all(batch.idle for batch in self._batches)
+        """Whether there is nothing to do."""
+        return not self._loading and all(core.idle for core in self._cores)
 
     def wake(self) -> None:
-        """There is something to do."""
-        self._orders.put(None)
+        """Look for work."""
+        self._queue.put(None)
 
-    def open(self, batch: Batch) -> None:
-        """Load a model, then step it; `batch.loaded` tells how that went."""
-        self._order(lambda: self._loading.setdefault(batch, batch.loading()))
+    def open(self, core: EngineCore) -> None:
+        """Load a model, then step it; `core.loaded` has the result."""
+        self.do(lambda: self._loading.setdefault(core, core.loading()))
 
-    def shut(self, batch: Batch, then: Callable[[], object]) -> None:
-        """Let go of a model; `then` is called when that is done, and its memory is free."""
+    def shut(self, core: EngineCore, then: Callable[[], object]) -> None:
+        """Unload a model; `then` is called when its memory is free."""
 
         def closed() -> None:
-            self._batches = tuple(each for each in self._batches if each is not batch)
-            self._active.discard(batch)
-            batch.close()
+            self._cores = tuple(each for each in self._cores if each is not core)
+            self._active.discard(core)
+            core.close()
             release()
             then()
 
-        self._order(closed)
+        self.do(closed)
 
-    def do(self, work: Order) -> None:
+    def do(self, work: Work) -> None:
         """Have something done between two steps."""
-        self._order(work)
+        self._queue.put(work)
 
     def close(self) -> None:
-        """End the thread after its current step. What it holds stays unsettled: drain first."""
+        """End the thread after its current step. What it holds is handed back: drain first."""
 
         def ended() -> None:
             self._open = False
 
-        self._order(ended)
-
-    def _order(self, order: Order) -> None:
-        self._orders.put(order)
+        self.do(ended)
 
     def work(self) -> None:
-        """Step for as long as there is work, and sleep while there is none."""
+        """Step as long as there is work, and sleep while there is none."""
         while self._open:
             if self.idle:
                 self._sleep()
             self.turn()
-        for batch in self._batches:
-            batch.close()
+        for core in self._cores:
+            core.close()
 
     def turn(self) -> None:
-        """Hear what was asked; a piece of each load; a step of whoever's turn it is."""
-        while not self._orders.empty():
-            if (order := self._orders.get()) is not None:
-                order()
-        for batch, pieces in [*self._loading.items()]:
-            self._load_on(batch, pieces)
+        """Run the queued work, load a piece of each model that is being loaded, and step one model."""
+        while not self._queue.empty():
+            if (work := self._queue.get()) is not None:
+                self._work(work)
+        for core, pieces in [*self._loading.items()]:
+            self._load_piece(core, pieces)
         due = self._next()
         if due is not None:
-            due.spent_s += self._spent_on(due, due.step)
-        for batch in self._batches:  # of the others, too: what they tell of the process's memory changes meanwhile
-            batch.read_gauges()
+            due.spent_s += self._timed("step", due, due.step)
+        for core in self._cores:  # of the others, too: what they report of the process's memory changes meanwhile
+            core.read_gauges()
 
-    def _spent_on(self, batch: Batch, work: Order) -> float:
-        """Do something for a model; the seconds that takes, in which the time of the others stands still."""
+    def _work(self, work: Work) -> None:
+        work()
+        self._phase = None  # it may have changed the batch of another model than the one that is stepped
+
+    def _timed(self, phase: Phase, core: EngineCore, work: Work) -> float:
+        """Work for a model; the seconds that takes, in which the own time of the others stands still."""
+        self._enter(phase, core)
         started = time.perf_counter()
         work()
         took_s = time.perf_counter() - started
-        for other in (*self._batches, *self._loading):
-            if other is not batch:
+        for other in (*self._cores, *self._loading):
+            if other is not core:
                 other.own_time.away_s += took_s
         return took_s
 
-    def _load_on(self, batch: Batch, pieces: Iterator[None]) -> None:
-        self._spent_on(batch, lambda: next(pieces, None))
-        if not batch.loaded.done():
-            return
-        del self._loading[batch]
-        if batch.loaded.exception() is None:
-            self._batches = (*self._batches, batch)
+    def _enter(self, phase: Phase, core: EngineCore | None) -> None:
+        if (phase, core) != self._phase:
+            self._phase = (phase, core)
+            self._on_phase(phase, core)
 
-    def _next(self) -> Batch | None:
-        """The batch that has had the least, of those with something to do."""
-        if len(self._batches) == 1:  # nobody to be fair to, but whoever comes later begins where this one is
-            only = self._batches[0]
+    def _load_piece(self, core: EngineCore, pieces: Iterator[None]) -> None:
+        self._timed("load", core, lambda: next(pieces, None))
+        if not core.loaded.done():
+            return
+        del self._loading[core]
+        if core.loaded.exception() is None:
+            self._cores = (*self._cores, core)
+
+    def _next(self) -> EngineCore | None:
+        """The core with something to do that has used the least time."""
+        if len(self._cores) == 1:  # a model that comes later starts where this one is
+            only = self._cores[0]
             self._reached_s = max(self._reached_s, only.spent_s)
             return only
-        due = [batch for batch in self._batches if not batch.idle]
-        for batch in due:
-            if batch not in self._active:
-                batch.spent_s = max(batch.spent_s, self._reached_s)
+        due = [core for core in self._cores if not core.idle]
+        for core in due:
+            if core not in self._active:
+                core.spent_s = max(core.spent_s, self._reached_s)
         self._active = set(due)
         if not due:
             return None
-        batch = min(due, key=lambda each: each.spent_s)
-        self._reached_s = batch.spent_s
-        return batch
+        core = min(due, key=lambda each: each.spent_s)
+        self._reached_s = core.spent_s
+        return core
 
     def _sleep(self) -> None:
-        """Until something is asked, or gauges are due."""
-        due_s = min((batch.read_gauges() for batch in self._batches), default=IDLE_S)
+        """Until there is something to do, or gauges are due."""
+        self._enter("idle", None)
+        due_s = min((core.read_gauges() for core in self._cores), default=IDLE_S)
         with suppress(Empty):
-            if (order := self._orders.get(timeout=due_s)) is not None:
-                order()
+            if (work := self._queue.get(timeout=due_s)) is not None:
+                self._work(work)

@@ -1,19 +1,20 @@
-"""One row's whole state: what was asked, what was generated, what was said of it."""
+"""A running request's whole state: what was asked, what was generated, what was published of it."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-import time
+from collections.abc import Callable
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from shared.errors import JobFailure
-from shared.jobs.log import Written
 from shared.jobs.record import Ending, Job, Status
-from shared.queue.claims import Verdict
+from shared.jobs.request import Request
+from shared.queue.claims import ClaimedJob, Verdict
 from worker.engine.stops import StopMatcher
-from worker.runner.base import Backend, Media, Prompt, Row
+from worker.engine.timings import Timings
+from worker.runner.base import ModelRunner, Prompt, Row, TokenOutput
 
 _uids = itertools.count(1)
 
@@ -24,245 +25,208 @@ class Outcome(Enum):
     ENDED = auto()
     """Its ending is in Redis."""
     HANDED_BACK = auto()
-    """What it said is in Redis; the job is to go back to the queue."""
+    """What it generated is in Redis; the job returns to the queue."""
     FENCED = auto()
-    """The job is another's now, or has ended without us."""
+    """The job belongs to another attempt now, or has ended without this one."""
 
 
-class Said(NamedTuple):
-    """What a row has to tell Redis after a step; with an `outcome`, the last of it."""
+class SequenceOutput(NamedTuple):
+    """What the publisher writes about a sequence after a step.
+
+    Attributes:
+        outputs: the tokens whose text is complete with `text`, in order, without the end token.
+        text: to be appended to the job's text. A stop string may make it shorter than the texts of `outputs`.
+        started: the row was admitted to the batch: the attempt begins. Once per sequence, before everything else.
+        ending: the job ends with this.
+        outcome: set on the last output of a sequence; the publisher settles it when this is written.
+    """
 
     sequence: Sequence
+    outputs: tuple[TokenOutput, ...] = ()
     text: str = ""
-    tokens: tuple[int, ...] = ()
+    started: bool = False
     ending: Ending | None = None
     outcome: Outcome | None = None
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens."""
+        return tuple(output.token for output in self.outputs)
 
-class ReplayError(Exception):
-    """The tokens in the log do not give the text in the log: another model wrote it."""
+
+OnSettled: TypeAlias = Callable[["Sequence", Outcome], object]
+
+
+LEAST_LOGPROB: Final = -9999.0
+"""Stands for minus infinity and for what is no number: JSON has neither."""
+
+
+def _finite(logprob: float) -> float:
+    return round(max(LEAST_LOGPROB, logprob), 6)
 
 
 class Sequence:
     """A claimed job on its way through the engine.
 
-    Made and awaited by a task thread, pushed by the engine thread, settled by the publisher thread (or by whoever
-    learns first that the job is not ours any more). The completion tokens it counts are those consumed, with the
-    one that ended it, as mlx_lm.server counts them.
+    Created by the claimer, changed by the engine thread, settled by the publisher thread or the engine thread.
+
+    Args:
+        on_settled: called exactly once, by the thread that settles it; must not block.
 
     Attributes:
-        uid: its name in the engine and the backend.
+        uid: its name in the engine and the runner, unique in this process.
         next_event: number of its next chunk event; the publisher's.
-        prompt: the request's token ids, once they are known.
+        new_tokens: the prompt's token ids, if they are not stored with the job yet; written when the attempt starts.
         generated: token ids generated so far, those of earlier attempts first, without the end token.
+        limit: most tokens that may be generated in all.
+        unpublished: tokens whose text is not complete yet.
+        token_texts: of each token whose log-probability is published; empty for rows that do not ask.
+        started: whether it was admitted to the batch before.
+        blocked_at: moment at which it first found too little memory while it waits; the scheduler's.
+        ending: how the job ends, once that is known.
+        outcome: set when it is settled.
     """
 
-    def __init__(self, job: Job, backend: Backend) -> None:
+    def __init__(
+        self,
+        claimed: ClaimedJob,
+        prompt: Prompt,
+        runner: ModelRunner,
+        on_settled: OnSettled = lambda _sequence, _outcome: None,
+    ) -> None:
         self.uid = next(_uids)
-        self.job = job
-        self.next_event = job.last_event + 1
-        self.prompt: tuple[int, ...] = ()
-        self._begun = Prompt(())
+        self.claimed = claimed
+        self.prompt = prompt
+        self.next_event = self.job.last_event + 1
         self.generated: list[int] = []
+        self.limit = min(self.request.max_tokens, runner.card.context - len(prompt.tokens))
+        self.detokenizer = runner.detokenizer()
+        self.stops = StopMatcher(self.request.stop)
+        self.timings = Timings(claimed)
+        self.unpublished: list[TokenOutput] = []
+        self.token_texts: dict[int, str] = {}
+        self.started = False
+        self.blocked_at: float | None = None
+        self.new_tokens: tuple[int, ...] | None = None
         self.ending: Ending | None = None
         self.outcome: Outcome | None = None
-        self._eos = backend.eos
-        self._context = backend.card.context
-        self._limit = job.generation.max_tokens
-        self._detokenizer = backend.detokenizer()
-        self._stops = StopMatcher(job.generation.stop)
-        self._text: list[str] = []
-        self._text_known = job.attempt <= 1  # what earlier attempts wrote is not, before it is replayed
-        self._unsaid: list[int] = []
-        self._reused: int | None = None
-        self._clock = _Clock(job)
-        self._settled = threading.Event()
+        self._cached_tokens: int | None = None
+        self._on_settled = on_settled
+        self._settling = threading.Lock()
 
-    def replay(self, written: Written) -> Said | None:
-        """Take up what earlier attempts wrote, without saying it again; its end when that was all.
+    @property
+    def job(self) -> Job:
+        """The job's record as it was claimed."""
+        return self.claimed.job
 
-        Raises:
-            ReplayError: the log is not this model's.
-        """
-        words = (self.push(token) for token in written.tokens)
-        end = next((word for word in words if word is not None and word.ending), None)
-        text = "".join(self._text)
-        if not text.startswith(written.text) or (end is None and text != written.text):
-            raise ReplayError(self.job.id)
-        self._text_known = True
-        self._unsaid.clear()
-        self._clock.forget_first_token()
-        return end and end._replace(text=text[len(written.text) :], tokens=())
-
-    def begin(self, prompt: Prompt) -> Said | None:
-        """Give it its prompt; its end when that leaves nothing to generate."""
-        self._begun = prompt
-        self.prompt = prompt.tokens
-        self._limit = min(self._limit, self._context - len(self.prompt))
-        return self._end("length") if len(self.generated) >= self._limit else None
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.claimed.request
 
     @property
     def length(self) -> int:
-        """Its tokens so far, with its prompt."""
-        return len(self.prompt) + len(self.generated)
+        """Tokens of the prompt and those generated so far."""
+        return len(self.prompt.tokens) + len(self.generated)
 
     @property
-    def resumed(self) -> bool:
-        """Whether it has been running before, here or elsewhere."""
-        return self.job.attempt > 1 or bool(self.generated)
+    def remaining(self) -> int:
+        """Most tokens that may still be generated."""
+        return self.limit - len(self.generated)
 
     @property
     def longest(self) -> int:
-        """How many tokens it may grow to, with its prompt."""
-        return len(self.prompt) + self._limit
+        """Most tokens it may grow to, with its prompt."""
+        return len(self.prompt.tokens) + self.limit
 
     @property
-    def media(self) -> Media | None:
-        """What its prompt shows."""
-        return self._begun.media
+    def resumed(self) -> bool:
+        """Whether it has run before, here or elsewhere."""
+        return self.started or self.job.attempt > 1 or bool(self.generated)
 
     def row(self) -> Row:
-        """What the backend must know to go on from here."""
-        generated = len(self.generated)
+        """Return what the runner needs to continue from here."""
         return Row(
             uid=self.uid,
-            prompt=(*self.prompt, *self.generated),
-            generated=generated,
-            room=self._limit - generated,
-            sampling=self.job.generation.sampling,
+            request=self.request,
+            prompt=(*self.prompt.tokens, *self.generated),
+            generated=len(self.generated),
+            max_new_tokens=self.remaining,
             owner=self.job.owner,
-            shared=self._begun.shared,
-            media=self.media,
+            shared=self.prompt.shared,
+            media=self.prompt.media,
         )
 
-    def admitted(self) -> None:
-        """It has a slot; its prefill begins."""
-        self._clock.admitted()
+    def start(self) -> SequenceOutput:
+        """Note the first admission to the batch."""
+        self.started = True
+        return SequenceOutput(self, started=True)
 
-    def prefilled(self, reused: int = 0) -> None:
-        """Its prompt is in the cache, and so many of its tokens were there before."""
-        if self._reused is None:  # what it finds when it begins again here, it has left there itself
-            self._reused = reused
-        self._clock.prefilled()
+    def prefilled(self, cached_tokens: int) -> None:
+        """Note that the prompt is in the cache; `cached_tokens` of it came from the prefix cache."""
+        if self._cached_tokens is None:  # after a preemption it finds its own tokens
+            self._cached_tokens = cached_tokens
+        self.timings.prefilled()
 
-    def push(self, token: int) -> Said | None:
-        """Take the next token; what there is to say now, if anything."""
-        self._clock.token()
-        if token in self._eos:
-            return self._end("stop", unseen=1)
-        self.generated.append(token)
-        self._unsaid.append(token)
-        text, stopped = self._stops.push(self._detokenizer.add(token))
-        if stopped:
-            return self._finish(Status.SUCCEEDED, text, reason="stop")
-        if len(self.generated) >= self._limit:
-            return self._end("length", text)
-        if not text:
-            return None  # the tokens go with the text they become part of: a later attempt makes them again
-        self._text.append(text)
-        tokens, self._unsaid = tuple(self._unsaid), []
-        return Said(self, text, tokens)
+    def stop(self, verdict: Verdict) -> SequenceOutput:
+        """End the job as cancelled or expired, with the text so far."""
+        return self.finish(Status(verdict.value))
 
-    def stop(self, verdict: Verdict) -> Said:
-        """End it as cancelled or expired, with the text so far."""
-        return self._finish(Status(verdict.value))
+    def fail(self, code: JobFailure, message: str) -> SequenceOutput:
+        """End the job as failed, with the text so far."""
+        return self.finish(Status.FAILED, code=code, message=message)
 
-    def fail(self, failure: JobFailure, message: str) -> Said:
-        """End it as failed, with the text so far."""
-        return self._finish(Status.FAILED, code=failure, message=message, text_known=self._text_known)
+    def hand_back(self) -> SequenceOutput:
+        """Leave the job to another attempt."""
+        return SequenceOutput(self, outcome=Outcome.HANDED_BACK)
 
-    def hand_back(self) -> Said:
-        """Leave it to another attempt."""
-        return Said(self, outcome=Outcome.HANDED_BACK)
+    def describe_logprob(self, output: TokenOutput) -> dict[str, Any]:
+        """Return a token's log-probability and its alternatives', as a chunk event carries them."""
+        top = [
+            {"token": self.token_texts.get(token, ""), "logprob": _finite(each)} for token, each in output.top_logprobs
+        ]
+        return {
+            "token": self.token_texts.get(output.token, output.text),
+            "logprob": _finite(output.logprob or 0.0),
+            "top": top,
+        }
 
-    def settle(self, outcome: Outcome) -> None:
-        """Tell the task thread that this process is done with it. The first outcome counts."""
-        if self.outcome is None:
-            self.outcome = outcome
-            self._settled.set()
-
-    def wait(self) -> Outcome:
-        """Wait until it is settled. The job's deadline, the watchdog and the drain see to it that it will be."""
-        while self.outcome is None:
-            self._settled.wait()
-        return self.outcome
-
-    def _end(self, reason: str, text: str = "", unseen: int = 0) -> Said:
-        """End by itself: what detokenizer and matcher hold back is text after all, if no stop string is in it."""
-        tail, stopped = self._stops.push(self._detokenizer.finish())
-        if not stopped:
-            tail += self._stops.flush()
-        return self._finish(Status.SUCCEEDED, text + tail, reason="stop" if stopped else reason, unseen=unseen)
-
-    def _finish(
+    def finish(
         self,
         status: Status,
         text: str = "",
         *,
         reason: str | None = None,
-        unseen: int = 0,
+        end_tokens: int = 0,
         code: JobFailure | None = None,
         message: str | None = None,
-        text_known: bool = True,
-    ) -> Said:
-        self._text.append(text)
+    ) -> SequenceOutput:
+        """End the job.
+
+        Args:
+            text: the last text.
+            end_tokens: tokens that count as generated beside those of `generated`: the end token.
+        """
         self.ending = Ending(
             status=status,
-            text="".join(self._text) if text_known else None,
             finish_reason=reason,
-            prompt_tokens=len(self.prompt),
-            completion_tokens=len(self.generated) + unseen,
-            cached_tokens=min(self._reused or 0, len(self.prompt)),
-            timings=self._clock.timings(),
+            prompt_tokens=len(self.prompt.tokens),
+            completion_tokens=len(self.generated) + end_tokens,
+            cached_tokens=min(self._cached_tokens or 0, len(self.prompt.tokens)),
+            timings=self.timings.as_dict(),
             error_code=code,
             error_message=message,
         )
-        return Said(self, text, tuple(self._unsaid), self.ending, Outcome.ENDED)
+        # A job that ends by itself before it was admitted has had its attempt.
+        starts = not self.started and status in (Status.SUCCEEDED, Status.FAILED)
+        self.started = self.started or starts
+        outputs, self.unpublished = tuple(self.unpublished), []
+        return SequenceOutput(self, outputs, text, starts, self.ending, Outcome.ENDED)
 
-
-class _Clock:
-    """A job's timings. Redis stamped its creation and its first start; from the claim on, our own clock counts.
-
-    A job is queued until the engine takes it into the batch. A first token that an earlier attempt gave has no time
-    here: unknown is better than wrong.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._first_attempt = job.attempt <= 1
-        self._queue_s = (job.started_at or job.created_at) - job.created_at
-        self._claimed = time.monotonic()
-        # A first attempt was claimed at its start. Of a later one only the wall clock knows how old the job is.
-        self._age = self._queue_s if self._first_attempt else max(self._queue_s, time.time() - job.created_at)
-        self._admitted: float | None = None
-        self._prefilled: float | None = None
-        self._first_token: float | None = None
-        self._tell_first_token = True
-
-    def admitted(self) -> None:
-        if self._admitted is None:
-            self._admitted = time.monotonic()
-
-    def prefilled(self) -> None:
-        if self._prefilled is None:
-            self._prefilled = time.monotonic()
-
-    def token(self) -> None:
-        if self._first_token is None:
-            self._first_token = time.monotonic()
-
-    def forget_first_token(self) -> None:
-        if self._first_token is not None:
-            self._tell_first_token = False
-
-    def _queued(self) -> float:
-        if self._first_attempt and self._admitted is not None:
-            return self._queue_s + self._admitted - self._claimed
-        return self._queue_s
-
-    def timings(self) -> dict[str, float]:
-        timings = {"queue_s": self._queued(), "total_s": self._age + time.monotonic() - self._claimed}
-        if self._admitted is not None and self._prefilled is not None:
-            timings["prefill_s"] = self._prefilled - self._admitted
-        if self._first_token is not None and self._tell_first_token:
-            timings["first_token_s"] = self._age + self._first_token - self._claimed
-        return timings
+    def settle(self, outcome: Outcome) -> None:
+        """Report that this process is done with it. The first outcome counts."""
+        with self._settling:
+            if self.outcome is not None:
+                return
+            self.outcome = outcome
+        self._on_settled(self, outcome)

@@ -16,8 +16,8 @@ class StopMatcher:
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         longest = max(map(len, self._stops), default=0)
-        # For each length, longest first, the beginnings of stops: `endswith` takes them all in one call.
-        self._beginnings = tuple(
+        # Proper prefixes of the stops by length, longest first; `endswith` checks all of one length in one call.
+        self._prefixes = tuple(
             (length, tuple({stop[:length] for stop in self._stops if len(stop) > length}))
             for length in range(longest - 1, 0, -1)
         )
@@ -47,7 +47,7 @@ class StopMatcher:
         return min(ends)[1] if ends else None
 
     def _undecided(self, text: str) -> int:
-        for length, beginnings in self._beginnings[max(0, len(self._beginnings) - len(text)) :]:
-            if text.endswith(beginnings):
+        for length, prefixes in self._prefixes[max(0, len(self._prefixes) - len(text)) :]:
+            if text.endswith(prefixes):
                 return length
         return 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from shared.models.facts import GROUP, context_of
 from shared.models.folder import ModelError, check_adapter, check_folder
-from shared.models.registry import ModelCard, digest
+from shared.models.registry import ModelCard
+
+T = TypeVar("T")
 
 FALLBACK_CONTEXT = 4096
 """Tokens of context of a model that does not say."""
@@ -50,12 +54,10 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
         check_adapter(adapter)
     from mlx_lm import load
 
-    try:
+    with contained(f"The model in {folder} cannot be loaded"):
         model, tokenizer, config = load(  # type: ignore[misc]
             str(folder), NO_CODE, adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
         )
-    except Exception as error:  # a broken folder makes the libraries raise anything
-        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
     return loaded_as("text", folder, model, tokenizer, config)
 
 
@@ -71,10 +73,8 @@ def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
     if dtype is not None:
         loaded.model.set_dtype(getattr(mx, dtype))
     if bits is not None and not loaded.config.get("quantization"):
-        try:
+        with contained(f"The model cannot be packed to {bits} bits"):
             quantize(loaded.model, group_size=GROUP, bits=bits, class_predicate=_can_be_packed)
-        except Exception as error:
-            raise ModelError(f"The model cannot be packed to {bits} bits: {first_line(error)}") from error
         loaded.config["quantization"] = {"group_size": GROUP, "bits": bits}
 
 
@@ -91,12 +91,51 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
-        tokenizer=digest(file.read_text(encoding="utf-8")) if (file := folder / "tokenizer.json").exists() else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
 
 
+def tokenizer_defaults(folder: Path) -> dict[str, Any] | None:
+    """What mlx-lm's model says of tokenizers that do not say it themselves, for `worker.models.tokenizer_helper`."""
+    from mlx_lm import utils
+
+    with contained(f"The model in {folder} cannot be loaded"):
+        found: dict[str, Any] | None = utils._tokenizer_defaults(folder)  # noqa: SLF001 - there is no other way
+    return found
+
+
+@contextmanager
+def contained(what: str) -> Iterator[None]:
+    """Turn anything that model libraries raise for a folder into one line for the user.
+
+    They raise anything for a broken folder. Some of their modules call `sys.exit` when they are imported, and the
+    tokenizer library panics. Neither is an `Exception`, and neither must end the worker and its other models.
+
+    Raises:
+        ModelError: that line; it begins with `what`.
+    """
+    try:
+        yield
+    except (ModelError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{what}: {first_line(error)}") from error
+
+
+def never_exits(load: Callable[[], Generator[float, None, T] | T], folder: Path) -> Generator[float, None, T]:
+    """Load and warm a model as `load` does; what would end the process is a `ModelError`, other errors stay."""
+    try:
+        made = load()
+        return (yield from made) if isinstance(made, Generator) else made
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
+    if isinstance(error, SystemExit):
+        return f"its library would end the process (exit status {error.code})"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """Loading and unloading models on a running worker, one operation after another, in a thread of its own.
 
-A model is loaded beside those that are warm where the memory suffices, else in the place of the least recently used
-ones that are not pinned: those drain first. What fails leaves, or puts back, what was there before.
+A model is loaded beside the loaded ones where there is enough memory, else in the place of the least recently used
+ones that are not pinned: those drain first. If loading fails, the previous models stay loaded or are loaded again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operation, Operations, OperationState
 from shared.models.registry import LEAST_CACHE
 from shared.queue.redis import passes
-from worker.model_worker import Desk
+from worker.model_worker import ModelWorker
 from worker.models.load import first_line
 
 logger = logging.getLogger(__name__)
 
-TOLD_EVERY_S: Final = 0.5
+PUBLISH_EVERY_S: Final = 0.5
+"""Time between two publications of an operation's progress, and between two tries while Redis is away."""
 PATIENCE_S: Final = 120.0
-"""So long the end of an operation waits for a Redis that is away; then it counts as lost."""
+"""Longest time for which the end of an operation is kept while Redis is away."""
 
 T = TypeVar("T")
 
 
 class Refused(Exception):
-    """Why an operation cannot be done; `code` is stable."""
+    """An operation cannot be done; `code` is stable."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -48,36 +49,36 @@ class Models(Protocol):
     memory_limit: int
 
     @property
-    def desks(self) -> Sequence[Desk]:
-        """Those there are."""
+    def workers(self) -> Sequence[ModelWorker]:
+        """The workers of this process."""
         ...
 
-    def open_desk(self, model: CatalogModel, *, pinned: bool = False) -> Desk:
+    def open_worker(self, model: CatalogModel, *, pinned: bool = False) -> ModelWorker:
         """Begin to load a model."""
         ...
 
-    def consume(self, desk: Desk) -> None:
-        """Take its jobs from now on: it is warm."""
+    def consume(self, worker: ModelWorker) -> None:
+        """Claim its jobs from now on: it is loaded."""
         ...
 
-    def close_desk(self, desk: Desk) -> None:
-        """Drain it and let go of it; returns when that is done."""
+    def close_worker(self, worker: ModelWorker) -> None:
+        """Drain and unload it; returns when that is done."""
         ...
 
     def make_room(self, coming: int) -> bool:
-        """Have the caches of those there are give way to so many bytes of weights; whether they do in time."""
+        """Shrink the caches of the loaded models by `coming` bytes; whether that succeeds in time."""
         ...
 
     def divide_memory(self) -> None:
-        """Let caches have what the models leave."""
+        """Divide the memory that the models leave among their caches."""
         ...
 
     def memory_used(self) -> int:
-        """Bytes that the model library holds in use."""
+        """Bytes in use by the model library."""
         ...
 
     def announce(self) -> None:
-        """Have others know which models there are now."""
+        """Announce which models this process has now."""
         ...
 
 
@@ -87,7 +88,7 @@ class Order:
 
     Attributes:
         operation: its id.
-        replace: whether what is warm goes, unless it is pinned, also where there is memory for both.
+        replace: whether the loaded models are unloaded, unless pinned, even where there is memory for all.
     """
 
     operation: str
@@ -98,10 +99,10 @@ class Order:
 
 
 class Switcher(threading.Thread):
-    """Does one order after another.
+    """Executes one order after another.
 
     Args:
-        tell: has others told soon what is in hand.
+        tell: announces `in_hand` soon.
     """
 
     def __init__(self, models: Models, operations: Operations, tell: Callable[[], object] = lambda: None) -> None:
@@ -115,14 +116,14 @@ class Switcher(threading.Thread):
 
     @property
     def in_hand(self) -> tuple[str, ...]:
-        """Ids of the operations under way and in line: they are not lost."""
+        """Ids of the operations that are queued or under way here."""
         return self._in_hand
 
     def put(self, order: Order) -> None:
-        """Have it done; that it is in line is told at once, for what comes before may take long."""
+        """Queue an order; its operation says so at once, because earlier ones may take long."""
         with self._lock:
             if order.operation in self._in_hand:
-                return  # told twice
+                return  # the order came twice
             self._in_hand = (*self._in_hand, order.operation)
         self._tell()
         try:
@@ -130,7 +131,7 @@ class Switcher(threading.Thread):
             if operation and not operation.state.terminal:
                 self._operations.put(replace(operation, state=OperationState.WAITING))
         except RedisError as error:
-            logger.warning("that an operation is in line cannot be told: %s", error)
+            logger.warning("operation_not_published", extra={"operation": order.operation, "reason": str(error)})
         self._orders.put(order)
 
     def close(self) -> None:
@@ -143,149 +144,152 @@ class Switcher(threading.Thread):
             try:
                 self._do(order)
             except RedisError as error:
-                logger.warning("an operation is not told: Redis is away: %s", error)
-            except Exception:  # of one that cannot be read, say: those in line have their turn all the same
-                logger.exception("an operation is not told")
+                logger.warning("operation_not_published", extra={"operation": order.operation, "reason": str(error)})
+            except Exception:  # such as one that cannot be read: the others in the queue have their turn
+                logger.exception("operation_not_published", extra={"operation": order.operation})
             with self._lock:
                 self._in_hand = tuple(name for name in self._in_hand if name != order.operation)
 
-    def fits(self, model: CatalogModel, beside: Iterable[Desk]) -> bool:
-        """Whether it has place beside these, and their jobs some, too."""
-        taken = sum(desk.weights_bytes for desk in beside)
+    def fits(self, model: CatalogModel, beside: Iterable[ModelWorker]) -> bool:
+        """Whether it fits beside these workers, with some memory left for their jobs."""
+        taken = sum(worker.weights_bytes for worker in beside)
         return model.measure() + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
 
     def _do(self, order: Order) -> None:
         operation = _patiently(lambda: self._operations.read(order.operation))
         if operation is None or operation.state.terminal:
-            logger.warning("an operation that nobody knows, or that has ended: %s", order.operation)
+            logger.warning("operation_unknown_or_ended", extra={"operation": order.operation})
             return
-        teller = _Teller(self._operations, replace(operation, memory_before=self._models.memory_used()))
+        progress = _Progress(self._operations, replace(operation, memory_before=self._models.memory_used()))
         end: dict[str, Any]
         try:
-            self._load(order, teller) if order.kind == "load" else self._unload(order, teller)
+            self._load(order, progress) if order.kind == "load" else self._unload(order, progress)
         except Refused as refused:
             end = {"state": OperationState.FAILED, "error_code": refused.code, "error_message": str(refused)}
         except RedisError:
             raise
         except Exception:
-            logger.exception("the operation failed")
+            logger.exception("operation_failed", extra={"operation": order.operation})
             end = {"state": OperationState.FAILED, "error_code": "internal", "error_message": "The operation failed."}
         else:
             end = {"state": OperationState.SUCCEEDED, "progress": 1.0, "memory_after": self._models.memory_used()}
-        with suppress(RedisError):  # or they are told with the next sign of life
-            self._models.announce()  # before the end is: whoever sees that may ask for the next thing at once
-        teller.tell(**end)
+        with suppress(RedisError):  # then the next announcement has them
+            self._models.announce()  # before the end is published: clients may send the next order at once
+        progress.publish(**end)
 
-    def _load(self, order: Order, teller: _Teller) -> None:
+    def _load(self, order: Order, progress: _Progress) -> None:
         model = self._models.catalog.resolve(order.model)
         if model is None:
             raise Refused("model_not_found", f"This worker's catalog has no model {order.model}.")
-        warm = self._desk(model.id)
+        warm = self._worker(model.id)
         if warm is not None:
             warm.pinned = warm.pinned or order.pin
-            others = [desk for desk in self._models.desks if desk is not warm and not desk.pinned]
-            self._close(others if order.replace else [], teller)
+            others = [worker for worker in self._models.workers if worker is not warm and not worker.pinned]
+            self._close(others if order.replace else [], progress)
             return
-        going = self._to_make_place(model, everything=order.replace)
-        fits_beside = self.fits(model, self._models.desks)
-        if fits_beside and order.replace and going:  # jobs of those that go anyway hold nothing up
+        going = self._to_unload(model, everything=order.replace)
+        fits_beside = self.fits(model, self._models.workers)
+        if fits_beside and order.replace and going:  # running jobs of models that are unloaded anyway must not block
             fits_beside = self._models.make_room(model.measure())
         if not fits_beside:  # it cannot be tried before they have gone
-            self._close(going, teller)
+            self._close(going, progress)
         try:
-            self._warm_up(model, teller, pinned=order.pin)
+            self._warm_up(model, progress, pinned=order.pin)
         except Refused:
             if not fits_beside:
                 self._put_back(going)
             raise
         if fits_beside:
-            self._close(going, teller)
+            self._close(going, progress)
 
-    def _unload(self, order: Order, teller: _Teller) -> None:
+    def _unload(self, order: Order, progress: _Progress) -> None:
         model = self._models.catalog.resolve(order.model)
-        desk = self._desk(model.id if model else order.model)
-        if desk is None:
-            raise Refused("model_not_loaded", f"This worker does not have {order.model}.")
-        self._close([desk], teller)
+        worker = self._worker(model.id if model else order.model)
+        if worker is None:
+            raise Refused("model_not_loaded", f"This worker has not loaded {order.model}.")
+        self._close([worker], progress)
 
-    def _desk(self, model: str) -> Desk | None:
-        return next((desk for desk in self._models.desks if desk.model.id == model), None)
+    def _worker(self, model: str) -> ModelWorker | None:
+        return next((worker for worker in self._models.workers if worker.model.id == model), None)
 
-    def _to_make_place(self, model: CatalogModel, *, everything: bool) -> list[Desk]:
-        """The desks that go, the least recently used first.
+    def _to_unload(self, model: CatalogModel, *, everything: bool) -> list[ModelWorker]:
+        """The workers that go, the least recently used first.
 
         Raises:
             Refused: it would not be enough.
         """
-        may_go = sorted((desk for desk in self._models.desks if not desk.pinned), key=_last_used)
+        may_go = sorted((worker for worker in self._models.workers if not worker.pinned), key=_last_used)
         if everything:
             going = may_go
         else:
             going = []
-            while not self.fits(model, [desk for desk in self._models.desks if desk not in going]):
+            while not self.fits(model, [worker for worker in self._models.workers if worker not in going]):
                 if len(going) == len(may_go):
                     break
                 going.append(may_go[len(going)])
-        stays = [desk for desk in self._models.desks if desk not in going]
+        stays = [worker for worker in self._models.workers if worker not in going]
         if not self.fits(model, stays):
-            pinned = [desk.model.id for desk in stays]
-            beside = f" beside {', '.join(pinned)}, which stay" if pinned else ""
+            pinned = [worker.model.id for worker in stays]
+            beside = f" beside {', '.join(pinned)}, which stay loaded" if pinned else ""
             needed, limit = model.measure() / 2**20, self._models.memory_limit / 2**20
-            told = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may take {limit:,.0f} MiB in all"
-            told += f", and {LEAST_CACHE:.0%} of that are for jobs."
-            raise Refused("not_enough_memory", told)
+            message = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may use {limit:,.0f} MiB in all"
+            message += f" (MEMORY_LIMIT_BYTES), and {LEAST_CACHE:.0%} of that are kept for jobs."
+            raise Refused("not_enough_memory", message)
         return going
 
-    def _close(self, desks: Iterable[Desk], teller: _Teller) -> None:
-        for desk in desks:
-            teller.tell(OperationState.DRAINING)
-            self._models.close_desk(desk)
-            teller.unloaded(desk.model.id)
+    def _close(self, workers: Iterable[ModelWorker], progress: _Progress) -> None:
+        for worker in workers:
+            progress.publish(OperationState.DRAINING)
+            self._models.close_worker(worker)
+            progress.unloaded(worker.model.id)
 
-    def _warm_up(self, model: CatalogModel, teller: _Teller, *, pinned: bool) -> None:
-        """Load it, telling how far that is.
+    def _warm_up(self, model: CatalogModel, progress: _Progress, *, pinned: bool) -> None:
+        """Load it, and publish the progress.
 
         Raises:
-            Refused: it does not load; nothing is left of it.
+            Refused: it does not load; its memory is free again.
         """
         if not self._models.make_room(model.measure()):
             self._models.divide_memory()
-            raise Refused("not_enough_memory", f"Running jobs need the memory that {model.id} would take.")
-        desk = self._models.open_desk(model, pinned=pinned)
-        while not desk.batch.loaded.done():
-            teller.tell(OperationState.LOADING, progress=round(desk.batch.load_progress, 3))
-            _wait(desk, TOLD_EVERY_S)
-        error = desk.batch.loaded.exception()
+            raise Refused("not_enough_memory", f"Running jobs use the memory that {model.id} needs. Try again later.")
+        worker = self._models.open_worker(model, pinned=pinned)
+        while not worker.core.loaded.done():
+            progress.publish(OperationState.LOADING, progress=round(worker.core.load_progress, 3))
+            _wait(worker, PUBLISH_EVERY_S)
+        error = worker.core.loaded.exception()
         if error is None:
             try:
-                self._models.consume(desk)
-            except Exception as unserved:  # noqa: BLE001 - it is loaded, and of no use
+                self._models.consume(worker)
+            except Exception as unserved:  # noqa: BLE001 - it is loaded and cannot be served
                 error = unserved
         if error is not None:
-            logger.error("%s does not load: %s", model.id, error)
-            self._models.close_desk(desk)
+            logger.error("model_not_loaded", extra={"model": model.id, "reason": str(error)})
+            self._models.close_worker(worker)
             reason = first_line(error).replace(str(model.path), model.path.name)  # paths are this machine's business
             raise Refused("load_failed", f"{model.id} does not load: {reason}")
 
-    def _put_back(self, gone: Iterable[Desk]) -> None:
-        """Load again what had to go in vain."""
-        for desk in gone:
-            again = self._models.open_desk(desk.model, pinned=desk.pinned)
-            if again.batch.loaded.exception() is None:
+    def _put_back(self, gone: Iterable[ModelWorker]) -> None:
+        """Load the models again that were unloaded in vain."""
+        for worker in gone:
+            again = self._models.open_worker(worker.model, pinned=worker.pinned)
+            if again.core.loaded.exception() is None:
                 self._models.consume(again)
             else:
-                logger.error("%s cannot be put back: %s", desk.model.id, again.batch.loaded.exception())
-                self._models.close_desk(again)
+                logger.error(
+                    "model_not_loaded_again",
+                    extra={"model": worker.model.id, "reason": str(again.core.loaded.exception())},
+                )
+                self._models.close_worker(again)
 
 
-class _Teller:
-    """Writes how an operation goes; that nobody can read it for a while does not end it."""
+class _Progress:
+    """Publishes the progress of an operation, which continues while Redis is away."""
 
     def __init__(self, operations: Operations, operation: Operation) -> None:
         self._operations = operations
         self._operation = operation
 
-    def tell(self, state: OperationState, **more: object) -> None:
+    def publish(self, state: OperationState, **more: object) -> None:
         self._operation = replace(self._operation, state=state, **more)  # type: ignore[arg-type]
         if state.terminal:
             _patiently(lambda: self._operations.put(self._operation))
@@ -293,15 +297,15 @@ class _Teller:
         try:
             self._operation = self._operations.put(self._operation)
         except RedisError as error:
-            logger.warning("how far an operation is cannot be told: %s", error)
+            logger.warning("operation_not_published", extra={"operation": self._operation.id, "reason": str(error)})
 
     def unloaded(self, model: str) -> None:
         self._operation = replace(self._operation, unloaded=(*self._operation.unloaded, model))
 
 
-def _last_used(desk: Desk) -> tuple[bool, float]:
+def _last_used(worker: ModelWorker) -> tuple[bool, float]:
     """What has jobs is in use, however long ago they came."""
-    return not desk.batch.idle, desk.batch.used_at
+    return not worker.core.idle, worker.core.used_at
 
 
 def _patiently(call: Callable[[], T]) -> T:
@@ -317,10 +321,10 @@ def _patiently(call: Callable[[], T]) -> T:
         except RedisError as error:
             if not passes(error) or time.monotonic() > until:
                 raise
-            time.sleep(TOLD_EVERY_S)
+            time.sleep(PUBLISH_EVERY_S)
 
 
-def _wait(desk: Desk, seconds: float) -> None:
+def _wait(worker: ModelWorker, seconds: float) -> None:
     until = time.monotonic() + seconds
-    while not desk.batch.loaded.done() and time.monotonic() < until:
+    while not worker.core.loaded.done() and time.monotonic() < until:
         time.sleep(0.01)

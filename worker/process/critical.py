@@ -1,7 +1,7 @@
-"""Threads that the process cannot do without: when one of them dies, so does the process, and says why.
+"""Critical threads: when one of them dies, the process ends and logs why.
 
-A worker that lives on with a dead engine or publisher would keep its lease and its jobs for ever. Ended, its jobs
-continue elsewhere and its supervisor starts it again.
+A worker that lived on with a dead engine or publisher would keep its lease and its jobs forever. When it ends, its jobs
+continue elsewhere, and its supervisor starts it again.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from worker.process.exits import EXIT_BROKEN
+
 logger = logging.getLogger(__name__)
 
-EXIT_BROKEN = 70
-"""Exit status of a worker that found itself broken (EX_SOFTWARE)."""
-
-LAST_ACTS_S = 2.0
-"""What is done and said at the end has so long; whatever hangs then, the process ends."""
+FINAL_STEPS_S = 2.0
+"""Bound on the final steps of a process; whatever hangs then, it ends."""
 
 OnDeath = Callable[[str], object]
 """Called with the reason; ends the process."""
 
-LastAct = Callable[[], object]
+FinalStep = Callable[[], object]
 
 
-def leave(status: int) -> NoReturn:
-    """End this process now: threads that are stuck and destructors of model libraries have no say in its status."""
+def exit_now(status: int) -> NoReturn:
+    """End this process with this status, whatever stuck threads and destructors of model libraries do."""
     try:
         logging.shutdown()
         sys.stdout.flush()
@@ -36,25 +35,25 @@ def leave(status: int) -> NoReturn:
         os._exit(status)
 
 
-def depart(status: int, *last_acts: LastAct) -> NoReturn:
-    """Do the last there is to do, and end this process within `LAST_ACTS_S` in any case."""
-    timer = threading.Timer(LAST_ACTS_S, os._exit, [status])
+def exit_after(status: int, *final_steps: FinalStep) -> NoReturn:
+    """Take the final steps, and end this process within `FINAL_STEPS_S` in any case."""
+    timer = threading.Timer(FINAL_STEPS_S, os._exit, [status])
     timer.daemon = True
     timer.start()
-    for act in last_acts:
+    for step in final_steps:
         try:
-            act()
+            step()
         except Exception as error:  # noqa: BLE001 - nothing may keep it from ending
-            logger.warning("left undone at the end: %s", error)
-    leave(status)
+            logger.warning("final_step_failed", extra={"reason": str(error)})
+    exit_now(status)
 
 
-def end_process(reason: str, *last_acts: LastAct) -> NoReturn:
-    """End this process because it is broken, and say why."""
-    depart(EXIT_BROKEN, lambda: logger.critical("the worker ends itself: %s", reason), *last_acts)
+def end_process(reason: str, *final_steps: FinalStep) -> NoReturn:
+    """End this process because it is broken, and log why."""
+    exit_after(EXIT_BROKEN, lambda: logger.critical("worker_ends", extra={"reason": reason}), *final_steps)
 
 
-class VitalThread(threading.Thread):
+class CriticalThread(threading.Thread):
     """A thread whose failure ends the process."""
 
     def __init__(self, name: str, on_death: OnDeath = end_process) -> None:
@@ -62,11 +61,11 @@ class VitalThread(threading.Thread):
         self._on_death = on_death
 
     def run(self) -> None:
-        """Work until done; announce anything that ends it otherwise."""
+        """Work until done; report anything that ends the thread otherwise."""
         try:
             self.work()
         except BaseException as error:
-            logger.critical("thread %s died", self.name, exc_info=error)
+            logger.critical("thread_died", exc_info=error, extra={"critical_thread": self.name})
             self._on_death(f"its {self.name} thread died ({type(error).__name__})")
 
     def work(self) -> None:

@@ -1,4 +1,4 @@
-"""What is under way must get on: judged by what it gains, not by whether its thread lives."""
+"""Ends a process in which a task makes no progress, also while its thread is alive."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Callable, Hashable, Mapping
 from time import monotonic
 from typing import Final, NamedTuple
 
-from worker.process.critical import OnDeath, VitalThread, end_process
+from worker.process.critical import CriticalThread, OnDeath, end_process
 
 TICK_S: Final = 0.25
 _MOST_TICK_S: Final = 2 * TICK_S
 
 
-class Sign(NamedTuple):
-    """Something under way: a value that changes whenever it gains something, and how long it may stay the same."""
+class Progress(NamedTuple):
+    """A task's progress: a value that changes with it, and how long the value may stay the same."""
 
     value: float
-    patience_s: float
+    limit_s: float
 
 
-Signs = Mapping[Hashable, Sign]
+ProgressByTask = Mapping[Hashable, Progress]
 
 
-class Watchdog(VitalThread):
-    """Tells what has gained nothing for too long, and when the time to end is over.
+class Watchdog(CriticalThread):
+    """Reports tasks that have made no progress for too long, and a drain that takes too long.
 
-    Only the time in which this process runs counts: one that was stopped, or whose machine slept, has not stood still.
+    Only the time in which this process runs counts: not that in which it was stopped, or its machine slept.
 
     Args:
-        look: what is under way now.
-        on_stuck: told what is stuck; should end the process.
+        look: the tasks under way now.
+        on_stuck: called with the stuck tasks; should end the process.
         on_late: called when the process should have ended by itself.
 
     Attributes:
-        tripped: whether something is stuck; from then on the lease must not be renewed, whatever else hangs.
+        tripped: whether a task is stuck; from then on the lease must not be renewed.
     """
 
     def __init__(
         self,
-        look: Callable[[], Signs],
+        look: Callable[[], ProgressByTask],
         on_stuck: Callable[[list[Hashable]], object],
         on_late: Callable[[], object],
         on_death: OnDeath = end_process,
@@ -54,7 +54,7 @@ class Watchdog(VitalThread):
         self._ended = threading.Event()
 
     def end_within(self, seconds: float) -> None:
-        """The process is to be gone by then. May be called in a signal handler."""
+        """The process must have ended by then. Safe in a signal handler."""
         self._end_by = min(self._end_by, monotonic() + seconds)
 
     def stop(self) -> None:
@@ -70,16 +70,16 @@ class Watchdog(VitalThread):
             checked_at = now
 
     def check(self, passed_s: float) -> None:
-        """See what has changed since the last check, so many seconds ago."""
-        signs = self._look()
-        self._still = {key: self._aged(key, sign, passed_s) for key, sign in signs.items()}
-        stuck = [key for key, (_, still_s) in self._still.items() if still_s > signs[key].patience_s]
+        """Compare with the last check, `passed_s` seconds ago."""
+        tasks = self._look()
+        self._still = {key: self._aged(key, progress, passed_s) for key, progress in tasks.items()}
+        stuck = [key for key, (_, still_s) in self._still.items() if still_s > tasks[key].limit_s]
         if stuck:
             self.tripped = True
             self._on_stuck(stuck)
         if monotonic() > self._end_by:
             self._on_late()
 
-    def _aged(self, key: Hashable, sign: Sign, passed_s: float) -> tuple[float, float]:
+    def _aged(self, key: Hashable, progress: Progress, passed_s: float) -> tuple[float, float]:
         value, still_s = self._still.get(key, (None, 0.0))
-        return sign.value, still_s + passed_s if value == sign.value else 0.0
+        return progress.value, still_s + passed_s if value == progress.value else 0.0

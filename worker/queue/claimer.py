@@ -1,223 +1,244 @@
-"""The Celery task: claim a job, hand it to the engine, wait until its end is written."""
+"""Claims jobs for one model of this process, as many as the engine can run, and prepares them for it."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
-from celery import Celery
-from kombu.exceptions import OperationalError
 from redis import RedisError
 
-from shared.errors import Gone, JobFailure
-from shared.jobs.log import JobLog
+from shared.errors import JobFailure, PromptRefused
 from shared.jobs.record import Ending, Job, Status
 from shared.logging import about
-from shared.queue.claims import Append, Claims, LeftToOthers, NoLease
+from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, Verdict
 from shared.queue.redis import passes
-from shared.queue.wakeups import TASK, TicketOffice
-from worker.engine.core import Batch, Unloaded
-from worker.engine.sequence import Outcome, Said, Sequence
-from worker.queue.lease import Claim
-from worker.queue.left import Caller
-from worker.queue.publisher import Publisher
-from worker.queue.seats import Seats
-from worker.runner.base import Backend, Prompt, PromptError
+from shared.queue.task_events import TaskEvents
+from shared.queue.wakeups import Notifier
+from worker.engine.core import EngineCore, Unloaded
+from worker.engine.output import OutputProcessor
+from worker.engine.sequence import Outcome, Sequence, SequenceOutput
+from worker.process.critical import CriticalThread, OnDeath, end_process
+from worker.queue.prepare import Preparer, TryLater
 
 logger = logging.getLogger(__name__)
 
-RENEWALS_AWAITED = 3
-_NOT_STARTED = "The worker could not start this job."
+LOOK_S: Final = 1.0
+"""Longest time between two rounds, with or without wake-ups."""
+LEASE_WAIT_S: Final = 0.1
+"""Pause after a claim that found no lease: the lease thread renews it."""
+TRY_AGAIN_S: Final = 1.0
+"""Time for which a job that cannot be prepared now is kept: released at once, it would be claimed again at once."""
+NOT_STARTED: Final = "The worker could not start this job."
+LOOK_AHEAD: Final = 8
+"""A worker claims one spare job per this many slots, so that the next job is at hand when a row ends."""
+PREPARERS: Final = 4
+"""Threads for jobs that need images, the log or the tokenizer; the claimer's thread prepares all others."""
 
 
-class Runner:
-    """What the task threads share.
+class Claimer(CriticalThread):
+    """Keeps the engine of one model supplied.
 
     Args:
-        held: the claims the threads work on, for others to read.
-        wait_renewal: waits for the lease to be renewed, at most so many seconds; whether it was.
-        slots: jobs worked on at a time.
-        beside: names of the workers of other models in this process.
-        images: the files of a job's images, by digest, as far as they are kept.
+        core: the model's engine.
+        preparer: makes prompts of claimed jobs.
+        publish: writes the end of a job that never reaches the engine.
+        beside: ids of all workers of this process.
+        events: sends Celery's task events of jobs.
 
     Attributes:
         draining: whether no more jobs are claimed.
-        encoding: the job whose prompt is being read now; those that wait for their turn are not to blame for it.
     """
 
     def __init__(
         self,
-        batch: Batch,
-        publisher: Publisher,
+        model: str,
+        core: EngineCore,
         claims: Claims,
-        log: JobLog,
-        tickets: TicketOffice,
-        held: set[Claim],
-        wait_renewal: Callable[[float], bool],
-        images: Callable[[str, Collection[str]], Mapping[str, bytes]],
+        preparer: Preparer,
+        publish: Callable[[list[SequenceOutput]], object],
+        notifier: Notifier,
+        events: TaskEvents,
         slots: int,
         beside: Callable[[], Iterable[str]] = tuple,
+        on_death: OnDeath = end_process,
     ) -> None:
-        self._beside = beside
-        self._batch = batch
-        self._publisher = publisher
-        self._claims = claims
-        self._log = log
-        self._tickets = tickets
-        self._caller = Caller(tickets)
-        self._wait_renewal = wait_renewal
-        self._images = images
-        self._seats = Seats(slots)
-        self._held = held
+        super().__init__("claimer", on_death)
         self.draining = False
-        self.encoding: tuple[Claim, Job] | None = None
-        self._turn = threading.Lock()
+        self._model = model
+        self._core = core
+        self._claims = claims
+        self._preparer = preparer
+        self._publish = publish
+        self._notifier = notifier
+        self._events = events
+        self._spare = max(1, slots // LOOK_AHEAD)
+        self._beside = beside
+        self._held: dict[str, ClaimedJob] = {}
+        self._preparing: set[str] = set()
+        # By claim (job id, claimed_at), with the time of the release. All threads add to it, only this one removes.
+        self._given_up: dict[tuple[str, str], tuple[float, ClaimedJob]] = {}
+        self._wake = threading.Event()
+        self._ended = False
+        self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
+
+    @property
+    def held(self) -> dict[str, ClaimedJob]:
+        """The jobs that this worker has claimed and not finished, by id."""
+        return dict(self._held)
 
     @property
     def idle(self) -> bool:
-        """Whether no thread works on a job, or is about to claim one."""
-        return self._seats.empty
+        """Whether this worker holds no job."""
+        return not self._held
 
-    def run(self, model: str, ticket_for: str) -> None:
-        """Work on the next job of a model, if one waits: perhaps the one the ticket was sent for."""
-        seated = self._seats.take()
-        while seated:
-            try:
-                self._work(model, ticket_for)
-            except Exception:  # of a claim; raised further it would keep the seat, and those owed theirs
-                logger.exception("nothing is done for a ticket")
-            seated = not self._seats.leave()
+    def wake(self) -> None:
+        """Look at the queue now: a wake-up came, or a row has ended."""
+        self._wake.set()
 
-    def _work(self, model: str, ticket_for: str) -> None:
-        job = None if self.draining else self._claim(model)
-        if job is None:
-            # A ticket too many, or one that came too late: what waits still gets another.
-            logger.debug("nothing to do for a ticket", extra={"job_id": ticket_for})
-            return
-        claim = (job.id, job.attempt)
-        self._held.add(claim)
+    def stop(self) -> None:
+        """End the thread after its present round."""
+        self.draining = self._ended = True
+        self._wake.set()
+        if self.is_alive():
+            self.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def work(self) -> None:
+        """Claim whenever there is room, until stopped."""
+        while not self._ended:
+            again_s = self.round()
+            self._wake.wait(again_s)
+            self._wake.clear()
+
+    def round(self) -> float:
+        """Release the jobs that were given up, and claim what there is room for; seconds until the next round."""
         try:
-            with about(request_id=job.request_id, job_id=job.id):
-                try:
-                    self._work_on(job)
-                except Exception:
-                    logger.exception("the task failed")
-                    self.fail(job)
-        finally:
-            self._held.discard(claim)
-        if job.alone:
-            self._call_next(model)
-
-    def _claim(self, model: str) -> Job | None:
-        for _ in range(RENEWALS_AWAITED):
-            try:
-                return self._claims.claim(model, self._beside())
-            except NoLease:
-                self._wait_renewal(1.0)
-            except LeftToOthers as left:
-                self._caller.call(model, left.jobs)
-                return None
-            except RedisError as error:
-                if not passes(error):
-                    raise
-                # If it was claimed and only the answer is lost, the lease keeper finds and releases it.
-                logger.warning("no claim: Redis is away: %s", error)
-                return None
-        logger.warning("no claim: the lease was not renewed")
-        return None
-
-    def _work_on(self, job: Job) -> None:
-        try:
-            backend = self._batch.loaded.result()
-        except Unloaded:  # while it was being claimed
-            self._hand_back(job)
-            return
-        sequence = Sequence(job, backend)
-        end = self._prepare(sequence, backend)
-        if end is None:
-            self._batch.submit(sequence)
-        else:
-            self._publisher.put([end])
-        match sequence.wait():
-            case Outcome.ENDED:
-                _log_end(job, sequence.ending)
-            case Outcome.HANDED_BACK:
-                self._hand_back(job)
-            case Outcome.FENCED:
-                logger.info("the job is not this worker's any more", extra={"attempt": job.attempt})
-
-    def _prepare(self, sequence: Sequence, backend: Backend) -> Said | None:
-        """Make a sequence ready for the engine; its end when it does not get that far."""
-        job = sequence.job
-        try:
-            end = sequence.replay(self._log.written(job.id, job.last_event)) if job.attempt > 1 else None
-            return end or sequence.begin(self._encode(job, backend, self._images_of(job)))
-        except PromptError as error:
-            return sequence.fail(JobFailure(error.code), str(error))
-        except Gone as error:
-            logger.error("the job cannot be continued: %s", error)
-            return sequence.fail(JobFailure.LOG_LOST, "What was generated before is not all in the job's log any more.")
+            self._release_given_up()
+            return LOOK_S if self.draining else self._claim()
+        except NoLease:
+            return LEASE_WAIT_S
         except RedisError as error:
             if not passes(error):
                 raise
-            logger.warning("handing the job back: its log cannot be read: %s", error)
-            return sequence.hand_back()
-        except Exception:
-            logger.exception("the job cannot be started")
-            return sequence.fail(JobFailure.ENGINE, _NOT_STARTED)
+            # A claim whose answer was lost is found by the lease thread, which releases it.
+            logger.warning("claim_failed", extra={"model": self._model, "reason": str(error)})
+            return LOOK_S
 
-    def _images_of(self, job: Job) -> Mapping[str, bytes]:
-        """The files that the job's messages name.
+    def _claim(self) -> float:
+        capacity, waiting = self._core.capacity(), tuple(self._core.waiting())
+        coming = len(self._preparing)
+        full = capacity.rows <= 0 or capacity.tokens <= 0
+        # Jobs in preparation take rows first; those beyond the rows, and those that wait in the engine, are spare ones.
+        demand = Demand(
+            rows=max(0, capacity.rows - coming),
+            tokens=capacity.tokens,
+            spare=self._spare - len(waiting) - max(0, coming - capacity.rows),
+            waiting=waiting if full else (),
+        )
+        if not (demand.rows or demand.spare > 0 or waiting):
+            return LOOK_S
+        claim = self._claims.claim(self._model, demand, self._beside())
+        for job_id in claim.lost:
+            if claimed := self._held.get(job_id):
+                self._core.apply_verdict(job_id, claimed.job.attempt, Verdict.FENCED)
+        for claimed in claim.jobs:
+            self._begin(claimed)
+        return LOOK_S if claim.again_s is None else min(LOOK_S, claim.again_s)
 
-        Raises:
-            PromptError: they are not all there any more.
-        """
-        digests = {part["image"] for part in job.generation.image_parts}
-        images = self._images(job.id, digests) if digests else {}
-        if len(images) < len(digests):
-            raise PromptError(JobFailure.IMAGE_LOST, "An image of this job is not kept any more.")
-        return images
+    def _begin(self, claimed: ClaimedJob) -> None:
+        self._held[claimed.job.id] = claimed
+        self._preparing.add(claimed.job.id)
+        if claimed.tokens is not None and not claimed.request.image_parts and claimed.job.started_at is None:
+            self._prepare(claimed)
+        else:
+            self._pool.submit(self._prepare, claimed)
 
-    def _encode(self, job: Job, backend: Backend, images: Mapping[str, bytes]) -> Prompt:
-        """Read the prompt, when it is this job's turn."""
-        with self._turn:
-            self.encoding = ((job.id, job.attempt), job)
+    def _prepare(self, claimed: ClaimedJob) -> None:
+        job = claimed.job
+        with about(request_id=job.request_id, job_id=job.id):
             try:
-                return backend.encode(job.generation, images)
+                self._submit(claimed)
+            except (TryLater, Unloaded) as error:
+                logger.warning("job_not_prepared", extra={"reason": str(error)})
+                self._give_up(claimed, time.monotonic() + TRY_AGAIN_S)
+            except PromptRefused as error:
+                self._fail(claimed, JobFailure(error.code), str(error))
+            except Exception:
+                logger.exception("job_not_prepared")
+                self._fail(claimed, JobFailure.ENGINE, NOT_STARTED)
             finally:
-                self.encoding = None
+                self._preparing.discard(job.id)
 
-    def fail(self, job: Job) -> None:
-        """End a job that has no sequence to say so."""
+    def _submit(self, claimed: ClaimedJob) -> None:
+        """Make the job's prompt and submit it, unless earlier attempts have already written the whole answer."""
+        runner = self._core.loaded.result()
+        prepared = self._preparer.prepare(claimed, runner)
+        sequence = Sequence(claimed, prepared.prompt, runner, self._settled)
+        sequence.new_tokens = prepared.new_tokens
+        end = OutputProcessor(runner.eos).replay(sequence, prepared.written) if prepared.written else None
+        if end is None:
+            self._core.submit(sequence)
+        else:
+            self._publish([end])
+
+    def _fail(self, claimed: ClaimedJob, code: JobFailure, message: str) -> None:
+        """Fail a job that has no sequence yet. Its attempt begins and ends with this write."""
+        job = claimed.job
+        ending = Ending(Status.FAILED, error_code=code, error_message=message)
+        row = Append(job.id, job.attempt, job.claimed_at, job.last_event + 2, start=True, ending=ending)
         try:
-            ending = Ending(Status.FAILED, error_code=JobFailure.ENGINE, error_message=_NOT_STARTED)
-            self._claims.append([Append.of(job, job.last_event + 1, ending=ending)])
+            (verdict,) = self._claims.append([row])
         except Exception:
-            # The lease keeper will find a claim that nobody works on, and hand it back as lost.
-            logger.exception("the job's end is not written")
+            logger.exception("job_end_not_written")  # the lease thread releases it
+        else:
+            if verdict is not Verdict.FENCED:
+                _log_end(job, ending)
+                self._events.started(job)
+                self._events.ended(job, ending)
+        self._forget(claimed)
 
-    def _call_next(self, model: str) -> None:
-        """Send a ticket at once for one of those that had to wait until this worker was free again."""
-        try:
-            self._tickets.rescue_model(model, slots=1)
-        except (RedisError, OperationalError) as error:
-            logger.warning("no ticket sent: Redis or the broker is away: %s", error)  # the rescue will
+    def _settled(self, sequence: Sequence, outcome: Outcome) -> None:
+        """The engine or the publisher is done with a sequence."""
+        job = sequence.job
+        with about(request_id=job.request_id, job_id=job.id):
+            if outcome is Outcome.HANDED_BACK:
+                logger.info("job_handed_back", extra={"attempt": job.attempt})
+                self._events.retried(job)
+                self._give_up(sequence.claimed)
+                self.wake()
+                return
+            if outcome is Outcome.ENDED and sequence.ending is not None:
+                _log_end(job, sequence.ending)
+                self._events.ended(job, sequence.ending)
+            elif outcome is Outcome.FENCED:
+                logger.info("job_fenced", extra={"attempt": job.attempt})
+        self._forget(sequence.claimed)
 
-    def _hand_back(self, job: Job) -> None:
-        logger.info("handing the job back", extra={"attempt": job.attempt})
-        try:
-            self._tickets.send_all(self._claims.release([(job.id, job.attempt)]))
-        except RedisError as error:
-            logger.warning("not handed back yet: Redis is away: %s", error)  # the lease keeper will, or the reaper
-        except OperationalError as error:
-            logger.warning("no ticket sent: the broker is away: %s", error)  # the rescue will
+    def _give_up(self, claimed: ClaimedJob, moment: float = 0.0) -> None:
+        self._given_up[claimed.job.id, claimed.job.claimed_at] = moment, claimed
+
+    def _release_given_up(self) -> None:
+        now = float("inf") if self.draining else time.monotonic()
+        due = [claim for claim, (moment, _) in tuple(self._given_up.items()) if moment <= now]
+        if not due:
+            return
+        models = self._claims.release(due)
+        for claim in due:
+            self._forget(self._given_up.pop(claim)[1])
+        self._notifier.wake(models)
+
+    def _forget(self, claimed: ClaimedJob) -> None:
+        if self._held.get(claimed.job.id) is claimed:  # or the job was claimed again meanwhile
+            del self._held[claimed.job.id]
+        self.wake()
 
 
-def _log_end(job: Job, ending: Ending | None) -> None:
-    """One line a job, with what it took."""
-    if ending is None:
-        return
+def _log_end(job: Job, ending: Ending) -> None:
+    """Log one line per job, with its tokens and timings."""
     facts = {
         "status": ending.status.value,
         "finish_reason": ending.finish_reason,
@@ -228,12 +249,4 @@ def _log_end(job: Job, ending: Ending | None) -> None:
         "cached_tokens": ending.cached_tokens,
         **{name: round(seconds, 4) for name, seconds in ending.timings.items()},
     }
-    logger.info("job ended", extra=facts)
-
-
-def register(app: Celery, work: Callable[[str, str], object]) -> None:
-    """Make the task known to Celery: `work` is called with a model and the job that a ticket was sent for."""
-
-    @app.task(name=TASK, ignore_result=True)
-    def run(model: str, job_id: str) -> None:
-        work(model, job_id)
+    logger.info("job_ended", extra=facts)

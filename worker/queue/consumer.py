@@ -1,142 +1,133 @@
-"""Celery's part of the worker process: the consumer of tickets, with our signals and our logging."""
+"""Celery's part of the worker process: wake-ups, remote control, heartbeats. It runs no tasks.
+
+Flower and `celery inspect` see the process as a Celery node; jobs appear there as tasks by the events of
+`shared.queue.task_events`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import socket
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Final
 
-from celery import Celery
+from celery import Celery, bootsteps
 from celery.apps.worker import Worker
 from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
 from celery.signals import setup_logging
 from celery.worker import WorkController, state
 from celery.worker.consumer import Consumer as BrokerConsumer
-from kombu import Connection, Queue
+from kombu import Connection
+from kombu import Consumer as KombuConsumer
 from redis import ResponseError
 
-from shared.queue.wakeups import PREFIX
+from shared.queue.wakeups import wakeup_queue
 from shared.settings import Settings
 
-# It warns root of what pickled messages can do; ours are JSON.
+# Celery warns root about pickled messages; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
-# Whenever a connection is lost it says that tasks run on, which is what they are to do.
+# Celery warns about running tasks when a connection is lost; there are none.
 warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
-LOOK_AGAIN_S: Final = 0.25
-"""Between two looks at which models are warm."""
-ASK_AGAIN_S: Final = 0.05
-"""Longest wait for tickets of some models while others are full, which may have a free slot at any moment."""
 RECONNECT_S: Final = 0.5
 """Between two tries to reach a broker that is away."""
 REFUSED_PAUSE_S: Final = 2.0
 """Before another try with a broker that answers but refuses: one without memory stays so for a while."""
-_TELL_AGAIN_S: Final = 60.0
+_LOG_AGAIN_S: Final = 60.0
+
+OnWakeup = Callable[[str], object]
+"""Called with the model that has work."""
 
 
-class TicketConsumer(BrokerConsumer):
-    """Celery's consumer, patient with a broker that is away or refuses.
+class PatientConsumer(BrokerConsumer):
+    """Celery's consumer, which keeps trying to reach a broker that is away or refuses.
 
-    Celery itself would look for one that is away less and less often, in the end every half minute: so long would jobs
-    wait for it to notice.
+    Celery itself backs off to a try every half minute.
     """
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Connect anew."""
         super().on_connection_error_after_connected(exc)
-        if isinstance(exc, ResponseError):
-            time.sleep(REFUSED_PAUSE_S)
+        _pause_when_refused(exc)
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """Try again to connect."""
+        super().on_connection_error_before_connected(exc)
+        _pause_when_refused(exc)
 
     def ensure_connected(self, conn: Any) -> Connection:  # Any: its stubs take whole seconds only
-        """The connection, once it stands; that it does not is told once a minute."""
+        """Connect; failures are logged at most once a minute."""
         ensure: Callable[..., Connection] = conn.ensure_connection
-        told_at = -_TELL_AGAIN_S
+        logged_at = -_LOG_AGAIN_S
 
-        def look(tell: Callable[[Exception, float], object], *args: Any, **kwargs: Any) -> Connection:
-            def tell_rarely(error: Exception, interval: float) -> None:
-                nonlocal told_at
-                if time.monotonic() - told_at >= _TELL_AGAIN_S:
-                    told_at = time.monotonic()
-                    tell(error, interval)
+        def ensure_patiently(log: Callable[[Exception, float], object], *args: Any, **kwargs: Any) -> Connection:
+            def log_rarely(error: Exception, interval: float) -> None:
+                nonlocal logged_at
+                if time.monotonic() - logged_at >= _LOG_AGAIN_S:
+                    logged_at = time.monotonic()
+                    log(error, interval)
 
             pauses = {"interval_start": RECONNECT_S, "interval_step": 0, "interval_max": RECONNECT_S}
-            return ensure(tell_rarely, *args, **pauses, **kwargs)
+            return ensure(log_rarely, *args, **pauses, **kwargs)
 
-        conn.ensure_connection = look
+        conn.ensure_connection = ensure_patiently
         connected: Connection = super().ensure_connected(conn)
         return connected
 
 
-@dataclass(frozen=True, slots=True)
-class WarmModel:
-    """A model whose tickets are taken: its queues, and how many at a time."""
-
-    queues: tuple[str | Queue, ...]
-    slots: int
+def _pause_when_refused(error: Exception) -> None:
+    if isinstance(error, ResponseError):
+        time.sleep(REFUSED_PAUSE_S)
 
 
-class OpenQueues:
-    """The order in which kombu asks for tickets, without the queues of models that have no slot free.
+def _wakeup_step(node: str, on_wakeup: OnWakeup) -> type[bootsteps.ConsumerStep]:
+    """A consumer on Celery's own connection: Celery takes a class and instantiates it."""
 
-    Celery only knows whether a thread of the pool is free. A ticket that was taken for a full model would be lost to
-    the workers that have a slot for it.
+    def receive(body: Any, _message: Any) -> None:
+        if isinstance(body, dict) and isinstance(model := body.get("model"), str):
+            on_wakeup(model)
 
-    Args:
-        channel: kombu's, whose order this takes over.
-        closed: the queues to leave out now.
-    """
+    class Wakeups(bootsteps.ConsumerStep):
+        """Receives wake-ups."""
 
-    def __init__(self, channel: Any, closed: Callable[[], Collection[str]]) -> None:
-        self._channel = channel
-        self._usual_s: float = channel.brpop_timeout
-        # kombu makes it of a class that is named in the options, and tells that class nothing.
-        self._order, channel._queue_cycle = channel._queue_cycle, self  # noqa: SLF001
-        self._closed = closed
-        self.update, self.rotate = self._order.update, self._order.rotate
+        def get_consumers(self, channel: Any) -> list[KombuConsumer]:
+            """The consumer of this process's queue."""
+            return [
+                KombuConsumer(channel, queues=[wakeup_queue(node)], callbacks=[receive], accept=["json"], no_ack=True)
+            ]
 
-    def consume(self, n: int) -> list[str]:
-        """The queues to ask now."""
-        asked, closed = self._order.consume(n), self._closed()
-        found = [name for name in asked if name not in closed]
-        self._channel.brpop_timeout = self._usual_s if len(found) == len(asked) else ASK_AGAIN_S
-        return found
+        def stop(self, parent: Any) -> None:
+            """Cancel the consumer, if there is still a connection to cancel it on."""
+            if parent.connection is not None:
+                super().stop(parent)
+
+        def shutdown(self, parent: Any) -> None:
+            """Close its channel, if there is still a connection."""
+            if parent.connection is not None:
+                super().shutdown(parent)
+
+    return Wakeups
 
 
 class Consumer(Worker):
-    """A Celery worker with a thread for each slot, which leaves signals to `worker.app`.
+    """A Celery worker without tasks, which leaves signals to `worker.app`.
 
-    Args:
-        warm: the models that are; asked again and again.
-
-    Celery's own handlers print what is no JSON, give SIGINT an exit status of failure, and know a cold shutdown that
-    would not wait for jobs to be handed back.
+    Celery's own signal handlers print lines that are not JSON, exit with a failure status on SIGINT, and have a cold
+    shutdown that does not wait until jobs are handed back.
     """
 
-    def __init__(
-        self,
-        app: Celery,
-        node: str,
-        threads: int,
-        warm: Callable[[], Iterable[WarmModel]],
-        on_ready: Callable[[], object],
-    ) -> None:
-        self._app = app
-        self._warm = warm
-        self._tell_ready = on_ready
+    def __init__(self, app: Celery, node: str, on_wakeup: OnWakeup, on_connected: Callable[[], object]) -> None:
+        self._on_connected = on_connected
+        app.steps["consumer"].add(_wakeup_step(node, on_wakeup))
         super().__init__(
             app=app,
             hostname=node,
-            consumer_cls=TicketConsumer,
-            pool="threads",
-            concurrency=threads,
-            queues=sorted(self._wanted()),
+            consumer_cls=PatientConsumer,
+            pool="solo",
+            exclude_queues=[app.conf.task_default_queue],
             task_events=True,
             without_gossip=True,
             without_mingle=True,
@@ -152,47 +143,13 @@ class Consumer(Worker):
         """Install no signal handlers."""
 
     def on_consumer_ready(self, consumer: Any) -> None:
-        """Celery consumes."""
+        """Celery is connected; called again after each reconnection."""
         super().on_consumer_ready(consumer)
-        self._consumer = consumer
-        OpenQueues(consumer.task_consumer.channel, lambda: frozenset(self._closed()))
-        # In its own thread, which alone may: again after each reconnection, when it is another consumer.
-        consumer.hub.call_repeatedly(LOOK_AGAIN_S, self._consume_what_is_warm, consumer)
-        self._tell_ready()
-
-    def _consume_what_is_warm(self, consumer: Any) -> None:
-        """Consume the queues of the models that are warm now, and no others."""
-        if consumer is not self._consumer or state.should_stop is not None:
-            return
-        wanted = self._wanted()
-        consumed = {name for name in consumer.app.amqp.queues.consume_from if name.startswith(PREFIX)}
-        for name in wanted - consumed:
-            consumer.add_task_queue(name)
-        for name in consumed - wanted:
-            consumer.cancel_task_queue(name)
-
-    def _wanted(self) -> set[str]:
-        return {self._known(queue) for model in self._warm() for queue in model.queues}
-
-    def _closed(self) -> Iterator[str]:
-        """The queues of models that have as many tickets in hand as slots."""
-        in_hand = Counter(request.delivery_info.get("routing_key") for request in list(state.requests.values()))
-        for model in self._warm():
-            names = [self._known(queue) for queue in model.queues]
-            if sum(in_hand[name] for name in names) >= model.slots:
-                yield from names
-
-    def _known(self, queue: str | Queue) -> str:
-        """Its name; one that has options is known by them from now on."""
-        if isinstance(queue, str):
-            return queue
-        if queue.name not in self._app.amqp.queues:
-            self._app.amqp.queues.add(queue)
-        return str(queue.name)
+        self._on_connected()
 
 
 def stop_consuming() -> None:
-    """Make `Consumer.start` return once its tasks have ended. May be called in a signal handler."""
+    """Make `Consumer.start` return. May be called in a signal handler."""
     state.should_stop = os.EX_OK  # type: ignore[assignment]  # the stubs know only its default
 
 
@@ -204,7 +161,4 @@ def node_name(settings: Settings, index: int) -> str:
 
 @setup_logging.connect
 def _keep_our_logging(**_: object) -> None:
-    """Celery sets logging up unless somebody listens to this signal."""
-    # It says of each ticket that it came and went; the job's own line, with its ids, says more.
-    for name in ("celery.worker.strategy", "celery.app.trace"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Celery configures logging unless a receiver is connected to this signal."""

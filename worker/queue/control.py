@@ -1,6 +1,6 @@
 """Celery's remote control: the commands by which models are switched on a running worker.
 
-They put the order in line and answer at once; how it goes is told by the operation (`shared.models.operations`).
+They queue the order and answer at once; its operation (`shared.models.operations`) has the progress.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _put: Callable[[Order], object] | None = None
 
 
 def take_orders(put: Callable[[Order], object]) -> None:
-    """Have what is asked from now on put there."""
+    """Pass all orders from now on to `put`."""
     global _put
     _put = put
 
 
 @control_command(name=LOAD, args=[("operation", str), ("model", str)], signature="<operation> <model>")
 def load_model(_state: Any, operation: str, model: str, replace: bool = False, pin: bool = False) -> dict[str, str]:
-    """Load a model of the catalog, beside what is warm or in its place."""
+    """Load a model of the catalog, beside the loaded models or in their place."""
     return _order(Order(operation, "load", model, replace, pin))
 
 
 @control_command(name=UNLOAD, args=[("operation", str), ("model", str)], signature="<operation> <model>")
 def unload_model(_state: Any, operation: str, model: str) -> dict[str, str]:
-    """Drain a model and let go of it."""
+    """Drain a model and unload it."""
     return _order(Order(operation, "unload", model))
 
 

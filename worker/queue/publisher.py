@@ -1,14 +1,15 @@
-"""What rows say goes to Redis: one thread, and one script call for all that was said since the last.
+"""Writes what rows generate to Redis, in one thread, with one script call for everything since the last call.
 
-While Redis is away nothing is lost and nothing is said twice. A batch whose answer did not come may have been
-written, so it is sent again as it was, under the same numbers, which the script passes over when it has them; what
-is said meanwhile waits behind it, one event a job. An error that will not pass ends the process: the jobs go elsewhere.
+While Redis is away nothing is lost and nothing is written twice. If a call is not answered, its batch may have been
+written. So the same batch is sent again with the same event numbers, and the script skips events that it has. Newer
+output waits behind the batch, merged into one event per job. An error that will not pass ends the process, and its jobs
+continue elsewhere.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from queue import Empty, SimpleQueue
@@ -17,17 +18,18 @@ from typing import NamedTuple
 
 from redis import RedisError
 
+from shared.jobs.record import Job
 from shared.queue.claims import Append, Claims, Verdict
 from shared.queue.redis import passes
-from worker.engine.sequence import Outcome, Said, Sequence
-from worker.process.critical import OnDeath, VitalThread, end_process
+from shared.wire import to_json
+from worker.engine.sequence import Outcome, Sequence, SequenceOutput
+from worker.process.critical import CriticalThread, OnDeath, end_process
+from worker.queue.lease import ApplyVerdict
+from worker.runner.base import TokenOutput
 
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 1.0
-
-Heed = Callable[[str, int, Verdict], object]
-"""Told what Redis says of a job: id, attempt, verdict."""
 
 
 class _Row(NamedTuple):
@@ -38,20 +40,30 @@ class _Row(NamedTuple):
     outcome: Outcome | None
 
 
-class Publisher(VitalThread):
-    """Writes what is `put`, settles the sequences that said their last, passes verdicts on.
+class Publisher(CriticalThread):
+    """Writes what is `put`, settles the sequences whose last output is written, passes verdicts on.
+
+    Args:
+        on_started: called when a job's admission to the batch has been written.
 
     Attributes:
         attempts: calls made so far, answered or not.
     """
 
-    def __init__(self, claims: Claims, heed: Heed, on_death: OnDeath = end_process) -> None:
+    def __init__(
+        self,
+        claims: Claims,
+        apply_verdict: ApplyVerdict,
+        on_death: OnDeath = end_process,
+        on_started: Callable[[Job], object] = lambda _job: None,
+    ) -> None:
         super().__init__("publisher", on_death)
         self.attempts = 0
         self._claims = claims
-        self._heed = heed
-        self._inbox: SimpleQueue[list[Said] | None] = SimpleQueue()
-        self._unsent: dict[Sequence, list[Said]] = {}
+        self._apply_verdict = apply_verdict
+        self._on_started = on_started
+        self._inbox: SimpleQueue[list[SequenceOutput] | None] = SimpleQueue()
+        self._unsent: dict[Sequence, list[SequenceOutput]] = {}
         self._batch: list[_Row] = []
         self._failures = 0
         self._open = True
@@ -59,12 +71,12 @@ class Publisher(VitalThread):
 
     @property
     def backlog(self) -> int:
-        """Jobs with something to say that is not known to be written."""
+        """Jobs with output that is not known to be written."""
         return len(self._unsent) + len(self._batch)
 
-    def put(self, said: list[Said]) -> None:
-        """Have this written soon; does not wait. After the end it is left to another attempt to say it."""
-        self._inbox.put(said)
+    def put(self, outputs: list[SequenceOutput]) -> None:
+        """Queue output for writing; does not wait. After the thread has ended, the output is dropped."""
+        self._inbox.put(outputs)
         if self._ended:
             self._turn_away()
 
@@ -82,7 +94,7 @@ class Publisher(VitalThread):
         self._turn_away()
 
     def write(self) -> None:
-        """Write all there is, in one call; on an error wait a little, and leave it to the next."""
+        """Write all there is, in one call; after an error, pause, so that the next call sends it again."""
         while not self._inbox.empty():
             self._sort(self._inbox.get())
         if not self._batch:
@@ -94,7 +106,7 @@ class Publisher(VitalThread):
         try:
             verdicts = self._claims.append([row.append for row in self._batch])
         except RedisError as error:
-            if not passes(error):  # it would never be written, and the lease be held for nothing
+            if not passes(error):  # the write would never succeed
                 raise
             self._pause(error)
             return
@@ -102,27 +114,31 @@ class Publisher(VitalThread):
         for row, verdict in zip(batch, verdicts, strict=True):
             self._answer(row, verdict)
         if self._failures:
-            logger.info("Redis takes writes again")
+            logger.info("writes_resumed")
             self._failures = 0
 
     def _turn_away(self) -> None:
-        """Let nobody wait for what came too late to be written."""
+        """Hand back the sequences whose last output came too late to be written."""
         with suppress(Empty):
             while True:
-                for said in self._inbox.get_nowait() or ():
-                    if said.outcome is not None:
-                        said.sequence.settle(Outcome.HANDED_BACK)
+                for output in self._inbox.get_nowait() or ():
+                    if output.outcome is not None:
+                        output.sequence.settle(Outcome.HANDED_BACK)
 
-    def _sort(self, words: list[Said] | None) -> None:
-        if words is None:
+    def _sort(self, outputs: list[SequenceOutput] | None) -> None:
+        if outputs is None:
             self._open = False
             return
-        for said in words:
-            if said.sequence.outcome is None:
-                self._unsent.setdefault(said.sequence, []).append(said)
+        for output in outputs:
+            if output.outcome is Outcome.HANDED_BACK and not output.sequence.started:
+                output.sequence.settle(Outcome.HANDED_BACK)  # its attempt has not begun: there is nothing to write
+            elif output.sequence.outcome is None:
+                self._unsent.setdefault(output.sequence, []).append(output)
 
     def _answer(self, row: _Row, verdict: Verdict) -> None:
         job = row.append
+        if job.start and verdict is not Verdict.FENCED:
+            self._on_started(row.sequence.job)
         if verdict is Verdict.FENCED:
             self._unsent.pop(row.sequence, None)
             row.sequence.settle(Outcome.FENCED)
@@ -130,25 +146,42 @@ class Publisher(VitalThread):
             row.sequence.settle(row.outcome)
             return
         if verdict is not Verdict.OK:
-            self._heed(job.job_id, job.attempt, verdict)
+            self._apply_verdict(job.job_id, job.attempt, verdict)
 
     def _pause(self, error: RedisError) -> None:
         if not self._failures:
-            logger.warning("Redis does not take writes; they are kept and sent again: %s", error)
+            logger.warning("writes_paused", extra={"reason": str(error)})
         sleep(min(LONGEST_PAUSE_S, 0.05 * 2.0**self._failures))
         self._failures = min(self._failures + 1, 10)
 
 
-def _as_row(sequence: Sequence, parts: list[Said]) -> _Row:
-    """One event out of all that a job said; it takes a number only when it has text."""
-    last = parts[-1]
-    append = Append.of(
-        sequence.job,
-        sequence.next_event,
-        text="".join(part.text for part in parts),
-        tokens=tuple(chain.from_iterable(part.tokens for part in parts)),
+def _as_row(sequence: Sequence, outputs: list[SequenceOutput]) -> _Row:
+    """Merge all outputs of a job into one event; an event without text takes no number."""
+    last, claimed = outputs[-1], sequence.claimed
+    start = any(output.started for output in outputs)
+    if start:
+        sequence.next_event += 1  # admission writes an event of its own
+    tokens = tuple(chain.from_iterable(output.outputs for output in outputs))
+    append = Append(
+        job_id=claimed.job.id,
+        attempt=claimed.job.attempt,
+        claimed_at=claimed.job.claimed_at,
+        n=sequence.next_event,
+        text="".join(output.text for output in outputs),
+        tokens=tuple(token.token for token in tokens),
+        extra=_extra(sequence, tokens),
+        start=start,
+        prompt=sequence.new_tokens if start else None,
         ending=last.ending,
     )
     if append.text:
         sequence.next_event += 1
     return _Row(sequence, append, last.outcome)
+
+
+def _extra(sequence: Sequence, tokens: Iterable[TokenOutput]) -> str:
+    """The members of the chunk event beside its text."""
+    if sequence.request.logprobs is None:
+        return ""
+    entries = [sequence.describe_logprob(token) for token in tokens]
+    return '"logprobs":' + to_json(entries)

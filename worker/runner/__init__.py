@@ -1,34 +1,29 @@
-"""The model libraries a worker can run on; which one is a matter of settings."""
+"""Model runners: which one serves a model is a matter of settings."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
 from functools import partial
 
 from shared.models.catalog import CatalogModel
 from shared.settings import Settings
-from worker.runner.base import BackendLoader
+from worker.runner.base import RunnerLoader
 
 
-def choose_loader(settings: Settings, model: CatalogModel, clock: Callable[[], float]) -> BackendLoader:
-    """The loader of the backend that a model and BACKEND ask for; it will judge by the clock what its steps take.
+def choose_loader(settings: Settings, model: CatalogModel) -> RunnerLoader:
+    """The loader of the runner that BACKEND asks for.
 
-    Libraries are imported only here, and only the one needed: `fake` runs where MLX is not installed, and MLX must
-    not be imported before its BLAS is chosen.
+    Libraries are imported only here, and only those needed: `fake` runs where MLX is not installed, and MLX must not be
+    imported before its BLAS is chosen.
     """
     if settings.backend == "fake":
         from worker.runner import fake
 
         return partial(fake.load, model)
-    if model.kind == "vision":
-        from worker.runner.vision import family as vision
+    from worker.runner import loading
 
-        return partial(vision.load, settings, model, clock)
-    from worker.runner import model_runner as text
-
-    return partial(text.load, settings, model, clock)
+    return partial(loading.load, settings, model)
 
 
 def memory_limit(settings: Settings) -> int:
@@ -47,7 +42,12 @@ def memory_in_use() -> int:
 
 
 def release() -> None:
-    """Give back to the machine what a model that is gone has held, if a model library is in use."""
+    """Return to the machine what a model that was unloaded has held, if a model library is in use."""
+    # `shared.garbage` froze what there was when the process was ready; frozen cycles are never collected.
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
     gc.collect()
+    if frozen:
+        gc.freeze()
     if (core := sys.modules.get("mlx.core")) is not None:
         core.clear_cache()

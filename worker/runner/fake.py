@@ -1,11 +1,11 @@
-"""A backend without a model: the same contract, deterministic words, and faults on demand.
+"""A runner without a model: the same contract, deterministic words, and faults on demand.
 
 The next token is a function of the prompt, the seed, the position and the token before, so a continued row says
 what an undisturbed one says, or a test notices. Orders in the prompt:
 
     !words=N        the end token comes after N words
     !pause=S        each step takes S seconds longer while this row is in the batch
-    !encode=S       reading the prompt takes S seconds
+    !encode=S       tokenising the prompt takes S seconds
     !stall=N        from its Nth token on this row gets nothing
     !every=S        steps begin S seconds apart, or later, while this row is in the batch
     !clock=1        words are the moments at which they are said, to see how long they are on their way
@@ -31,12 +31,23 @@ from dataclasses import dataclass
 from time import monotonic, sleep
 from zlib import crc32
 
-from shared.errors import JobFailure
+from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Request
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
-from worker.runner.base import Fit, Media, OutOfMemory, Prompt, PromptError, Row, StepResult
+from worker.runner.base import (
+    UNKNOWN_COST,
+    Media,
+    OutOfMemory,
+    PrefillWork,
+    Prompt,
+    Row,
+    StepOutput,
+    StepPlan,
+    TokenOutput,
+    Unread,
+)
 
 EOS = 256
 FIRST_WORD = 257
@@ -97,6 +108,7 @@ class _FakeRow:
     last: int
     digest: int
     orders: dict[str, float]
+    unread: int
 
     @classmethod
     def of(cls, row: Row) -> _FakeRow:
@@ -108,6 +120,7 @@ class _FakeRow:
             last=row.prompt[-1],
             digest=crc32(f"{row.sampling.seed}:{text}".encode()),
             orders=_orders(text),
+            unread=len(row.prompt),
         )
 
     def at(self, order: str) -> bool:
@@ -132,6 +145,19 @@ class _FakeRow:
             raise _RowFails("the row fails, as ordered")
         return self.orders.get("stall", math.inf) > self.position + 1
 
+    def output(self) -> TokenOutput:
+        """The next token, with log-probabilities if they are asked for."""
+        position, asked = self.position, self.row.request.logprobs
+        output = TokenOutput(self.row.uid, self.next())
+        if asked is not None:
+            # The chosen token is the most probable one, and words take the places behind it.
+            output.logprob = best = -((self.digest + position) % 97) / 100
+            words = (FIRST_WORD + (position + rank) % len(WORDS) for rank in range(asked))
+            output.top_logprobs = tuple(
+                (word if rank else output.token, best - rank) for rank, word in enumerate(words)
+            )
+        return output
+
     def next(self) -> int:
         """The next token."""
         if self.orders.get("words") == self.position:
@@ -145,72 +171,116 @@ class _FakeRow:
         return self.last
 
 
-class FakeBackend:
-    """See `worker.runner.base.Backend`.
+class FakeRunner:
+    """See `worker.runner.base.ModelRunner`. A token takes one byte of memory.
 
     Args:
-        memory: tokens that its rows may grow to in all.
+        memory: bytes for caches.
+        chunk: most tokens of a long prompt that are read in a step.
     """
 
     def __init__(
-        self, model: str = "fake", context: int = 4096, memory: int = 1_000_000_000, weights_bytes: int = 0
+        self,
+        model: str = "fake",
+        context: int = 4096,
+        memory: int = 1_000_000_000,
+        weights_bytes: int = 0,
+        chunk: int = 1_000_000,
     ) -> None:
-        self._memory = memory
         self.card = ModelCard(id=model, kind="fake", context=context)
         self.eos = frozenset({EOS})
         self.about: dict[str, object] = {"device": "none"}
         self.weights_bytes = weights_bytes
+        self.cache_bytes = memory
+        self.chunk = chunk
+        self.depth = 1
+        self.cost = UNKNOWN_COST
         self._rows: dict[int, _FakeRow] = {}
-        self._unread: list[int] = []
         self._stepped_at = 0.0
 
-    def encode(self, generation: Request, images: Mapping[str, bytes]) -> Prompt:  # noqa: ARG002
-        """The bytes of the prompt, or of the messages one after another; images are passed over."""
-        text = generation.prompt
+    def tokenize(self, request: Request) -> list[int]:
+        """The bytes of the prompt, or of the messages one after another."""
+        text = request.prompt
         if text is None:
-            text = "\n".join(f"{each['role']}: {each['content']}" for each in generation.messages or ())
+            text = "\n".join(f"{each['role']}: {each['content']}" for each in request.messages or ())
         sleep(_orders(text).get("encode", 0.0))
-        tokens = tuple(text.encode())
+        return list(text.encode())
+
+    def prompt(
+        self,
+        tokens: Sequence[int],
+        shared: int,
+        request: Request,  # noqa: ARG002
+        images: Mapping[str, bytes],  # noqa: ARG002
+    ) -> Prompt:
+        """The tokens as they are; images are ignored."""
         if not tokens or len(tokens) >= self.card.context:
-            raise PromptError(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
-        return Prompt(tokens)
+            raise PromptRefused(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
+        return Prompt(tuple(tokens), shared)
 
     def detokenizer(self) -> FakeDetokenizer:
-        """A fresh one."""
+        """Return a fresh one."""
         return FakeDetokenizer()
 
-    def fits(self, tokens: int, media: Media | None = None) -> Fit:  # noqa: ARG002 - it sees nothing
-        """Whether there is memory for another row."""
-        if tokens > self._memory:
-            return Fit.NEVER
-        taken = sum(len(each.row.prompt) + each.row.room for each in self._rows.values())
-        return Fit.NOW if tokens + taken <= self._memory else Fit.LATER
+    def row_bytes(self, length: int) -> int:
+        """A byte per token."""
+        return length
+
+    def batch_bytes(self, lengths: Sequence[int]) -> int:
+        """A byte per token: nothing is padded."""
+        return sum(lengths)
+
+    def encode_bytes(self, media: Media | None) -> int:  # noqa: ARG002 - it sees nothing
+        """None."""
+        return 0
+
+    def set_prefix_limit(self, most_bytes: int) -> None:
+        """It keeps no prefixes."""
 
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows."""
-        for row in rows:
-            self._rows[row.uid] = _FakeRow.of(row)
-            self._unread.append(row.uid)
+        self._rows |= {row.uid: _FakeRow.of(row) for row in rows}
 
-    def step(self) -> StepResult:
-        """One token for each row, after doing what the prompts order."""
+    def prefillable(self) -> dict[int, Unread]:
+        """Rows whose prompt is not read."""
+        return {
+            uid: Unread(row.unread, len(row.row.prompt) - row.unread) for uid, row in self._rows.items() if row.unread
+        }
+
+    def images_waiting(self) -> None:
+        """No images."""
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """One token for each row that has its prompt, after doing what the prompts order."""
         self._keep_pace()
-        prefilled, self._unread = self._unread, []
+        prompt_tokens, prefilled = self._prefill(plan.prefill)
         failed: list[tuple[int, Exception]] = []
-        tokens: list[tuple[int, int]] = []
+        tokens: list[TokenOutput] = []
         pause = 0.0
         for uid, row in self._rows.items():
             pause = max(pause, row.orders.get("pause", 0.0))
             try:
-                if row.may_go_on():
-                    tokens.append((uid, row.next()))
+                if not row.unread and row.may_go_on():
+                    tokens.append(row.output())
             except _RowFails as error:
                 failed.append((uid, error))
         if pause:
             sleep(pause)
-        prompt_tokens = sum(len(self._rows[uid].row.prompt) for uid in prefilled)
         self.remove(uid for uid, _ in failed)
-        return StepResult(tokens, dict.fromkeys(prefilled, 0), failed, prompt_tokens)
+        return StepOutput(
+            tokens, dict.fromkeys(prefilled, 0), failed, prompt_tokens=prompt_tokens, predicted_s=float(prompt_tokens)
+        )
+
+    def _prefill(self, work: PrefillWork | None) -> tuple[int, list[int]]:
+        """Read prompts; how many tokens, and which rows have all of theirs."""
+        if work is None:
+            return 0, []
+        done = 0
+        for row in (self._rows[uid] for uid in work.uids):
+            read = row.unread if work.tokens is None else min(row.unread, work.tokens)
+            row.unread -= read
+            done += read
+        return done, [uid for uid in work.uids if not self._rows[uid].unread]
 
     def _keep_pace(self) -> None:
         every = max((row.orders.get("every", 0.0) for row in self._rows.values() if row.orders), default=0.0)
@@ -222,26 +292,20 @@ class FakeBackend:
         """Drop rows."""
         for uid in uids:
             self._rows.pop(uid, None)
-            if uid in self._unread:
-                self._unread.remove(uid)
-
-    def grant(self, most_bytes: int, hoped_bytes: int = 0) -> None:
-        """It needs none."""
 
     def reset(self) -> None:
         """Drop every row."""
         self._rows.clear()
-        self._unread.clear()
 
     def stats(self) -> dict[str, float]:
-        """Nothing to tell."""
+        """Nothing to report."""
         return {}
 
     def close(self) -> None:
         """Nothing to keep."""
 
 
-def load(model: CatalogModel) -> Generator[float, None, FakeBackend]:
+def load(model: CatalogModel) -> Generator[float, None, FakeRunner]:
     """A fake under the name of the model that would be served, as large as the files of its weights."""
     config = model.path / "config.json"
     orders = _orders(config.read_text() if config.is_file() else "")
@@ -251,4 +315,4 @@ def load(model: CatalogModel) -> Generator[float, None, FakeBackend]:
         yield piece / (pieces + 1)
         if "load-fails" in orders and 2 * piece >= pieces:
             raise ModelError(f"the model in {model.path} fails, as ordered")
-    return FakeBackend(model.id, weights_bytes=model.measure())
+    return FakeRunner(model.id, weights_bytes=model.measure())

@@ -1,8 +1,8 @@
 """What is kept of a row's cache after it has left the batch, in the two kinds that models allow.
 
-Plain attention has a key and a value for each token: any run of tokens can be kept, cut and put together again. What
-sliding windows and state-space layers remember of a row cannot be cut: it is kept whole, and is of use at the very
-token where it was taken.
+Plain attention has a key and a value for each token: any run of tokens can be kept, cut and joined again. The state of
+sliding windows and state-space layers cannot be cut: it is kept whole and is of use only at the token where it was
+taken.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import Any, Protocol, Self, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
-from mlx_lm.models.cache import KVCache
 
-from worker.runner import kv_cache as kv
+from worker.runner import kv_cache
+from worker.runner.kv_cache import Columns, KVCache, RowCache
 from worker.runner.prefix_blocks import Block, Tensor
 
 _TYPES = {mx.float32: ("F32", np.float32), mx.float16: ("F16", np.float16), mx.bfloat16: ("BF16", np.uint16)}
-"""Safetensors' names of the types that a cache may have, and those that carry the same bits in numpy."""
+"""Safetensors' names of the types that a cache may have, and numpy types that carry the same bits."""
 
 
-class Piece(Protocol):
+class Segment(Protocol):
     """What is kept of a run of tokens of a row. Never changed.
 
     Attributes:
@@ -33,121 +32,108 @@ class Piece(Protocol):
     nbytes: int
 
     @classmethod
-    def of(cls, layers: kv.Layers, row: int, start: int, stop: int) -> Self:
-        """Take it out of a batch's cache, in which this row has `stop` tokens. Queues a copy on the device."""
+    def of(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
+        """Copy it from a batch's cache, in which this row has `stop` tokens. Queues the copy on the device."""
         ...
 
     def cut(self, at: int) -> tuple[Self | None, Self]:
-        """What is kept of the first `at` tokens alone, and of the rest behind them."""
+        """Split it into its first `at` tokens and the rest."""
         ...
 
     @classmethod
-    def join(cls, pieces: Sequence[Any], length: int) -> kv.Layers:
-        """A cache for one row that has so many tokens, out of the pieces along its way."""
+    def join(cls, segments: Sequence[Any], length: int) -> RowCache:
+        """The cache of one row with `length` tokens, from the segments of its path."""
         ...
 
 
-class Columns:
-    """Keys and values of a run of tokens: plain attention."""
+class AttentionSegment:
+    """Keys and values of a run of tokens."""
 
     cuttable = True
 
-    def __init__(self, arrays: list[tuple[mx.array, mx.array]]) -> None:
-        self.arrays = arrays
-        self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in arrays)
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in columns)
 
     @classmethod
-    def of(cls, layers: kv.Layers, row: int, start: int, stop: int) -> Self:
-        """See `Piece.of`."""
-        arrays = []
-        for layer in layers:
-            end = layer._idx  # noqa: SLF001 - there is no public name for where the rows end
-            arrays.append(_copied(layer.keys, layer.values, row, end - stop + start, end))
-        return cls._queued(arrays)
+    def of(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
+        """See `Segment.of`."""
+        return cls._queued(cache.read_columns(row, start, stop))
 
     def cut(self, at: int) -> tuple[Self, Self]:
-        """See `Piece.cut`."""
+        """See `Segment.cut`."""
         return self._part(0, at), self._part(at, self.length)
 
     @classmethod
-    def join(cls, pieces: Sequence[Columns], length: int) -> kv.Layers:
-        """See `Piece.join`."""
-        layers = []
-        for parts in zip(*(piece.arrays for piece in pieces), strict=True):
-            layer = KVCache()  # type: ignore[no-untyped-call]
-            layer.keys, layer.values = (_joined(arrays, length) for arrays in zip(*parts, strict=True))
-            layer.offset = length
-            layers.append(layer)
-        return layers
+    def join(cls, segments: Sequence[AttentionSegment], length: int) -> RowCache:
+        """See `Segment.join`."""
+        layers = zip(*(segment.columns for segment in segments), strict=True)
+        joined = ([_joined(arrays, length) for arrays in zip(*parts, strict=True)] for parts in layers)
+        return kv_cache.row_of_columns([(keys, values) for keys, values in joined], length)
 
     @property
     def length(self) -> int:
         """How many tokens it has."""
-        return int(self.arrays[0][0].shape[2])
+        return int(self.columns[0][0].shape[2])
 
     def behind(self, at: int) -> Self:
-        """What is kept behind the first `at` tokens."""
+        """What follows the first `at` tokens."""
         return self._part(at, self.length) if at else self
 
     def tensors(self) -> Block:
-        """What it holds, as bytes of the host that are not copied; it must be held as long as they are used."""
-        return [_tensor(array) for pair in self.arrays for array in pair]
+        """Its arrays as host memory, not copied; the segment must be kept as long as they are used."""
+        return [_tensor(array) for pair in self.columns for array in pair]
 
     @classmethod
     def from_tensors(cls, block: Block) -> Self:
-        """The opposite of `tensors`. Copies them, so nothing of theirs is held."""
+        """The opposite of `tensors`. Copies them."""
         arrays = [_array(tensor) for tensor in block]
         return cls._queued(list(zip(arrays[::2], arrays[1::2], strict=True)))
 
     def _part(self, start: int, stop: int) -> Self:
-        return self._queued([_copied(keys, values, 0, start, stop) for keys, values in self.arrays])
+        return self._queued([kv_cache.copied(keys, values, 0, start, stop) for keys, values in self.columns])
 
     @classmethod
-    def _queued(cls, arrays: list[tuple[mx.array, mx.array]]) -> Self:
-        # At once: a slice that waits would keep the whole batch's cache, and make the next step copy it.
-        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-        return cls(arrays)
+    def _queued(cls, columns: Columns) -> Self:
+        # At once: a lazy slice would keep the whole batch's cache, and make the next step copy it.
+        mx.async_eval(columns)  # type: ignore[no-untyped-call]
+        return cls(columns)
 
 
-class State:
-    """All that a model remembers of a row at one token: for sliding windows, state-space layers and mixtures."""
+class StateSegment:
+    """All that a model holds of a row at one token: for sliding windows, state-space layers and mixtures."""
 
     cuttable = False
 
-    def __init__(self, layers: kv.Layers) -> None:
-        self.layers = layers
-        self.nbytes = kv.nbytes(layers)
+    def __init__(self, row: RowCache) -> None:
+        self.row = row
+        self.nbytes = kv_cache.row_nbytes(row)
 
     @classmethod
-    def of(cls, layers: kv.Layers, row: int, start: int, stop: int) -> Self:  # noqa: ARG003 - it is whole or nothing
-        """See `Piece.of`."""
-        taken = [layer.extract(row) for layer in layers]
-        for layer in taken:
-            layer.state = tree_map(_owned, layer.state)
-        mx.async_eval(kv.states(taken))  # type: ignore[no-untyped-call]
-        return cls(taken)
+    def of(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:  # noqa: ARG003 - it is whole or nothing
+        """See `Segment.of`."""
+        return cls(cache.read_row(row))
 
     def cut(self, at: int) -> tuple[None, Self]:  # noqa: ARG002
-        """See `Piece.cut`."""
+        """See `Segment.cut`."""
         return None, self
 
     @classmethod
-    def join(cls, pieces: Sequence[State], length: int) -> kv.Layers:  # noqa: ARG003
-        """See `Piece.join`."""
-        return pieces[-1].layers
+    def join(cls, segments: Sequence[StateSegment], length: int) -> RowCache:  # noqa: ARG003
+        """See `Segment.join`."""
+        return segments[-1].row
 
 
-def kind_for(model: Any) -> type[Piece] | None:
-    """The kind of piece that this model's cache can be kept in; None when it cannot."""
-    layers = kv.single(model)
-    if all(type(layer) is KVCache for layer in layers):
-        return Columns
-    return State if all(hasattr(layer, "extract") for layer in kv.flat(kv.merge([layers]))) else None
+def kind_for(model: Any) -> type[Segment] | None:
+    """The kind of segment that this model's cache can be kept in; None when it cannot be kept."""
+    if kv_cache.plain(model):
+        return AttentionSegment
+    return StateSegment if kv_cache.extractable(model) else None
 
 
 def storable(model: Any) -> bool:
-    """Whether pieces of this model's cache can be written to files: plain attention only."""
-    return kind_for(model) is Columns
+    """Whether segments of this model's cache can be written to files: plain attention only."""
+    return kind_for(model) is AttentionSegment
 
 
 def _tensor(array: mx.array) -> Tensor:
@@ -157,15 +143,6 @@ def _tensor(array: mx.array) -> Tensor:
 def _array(tensor: Tensor) -> mx.array:
     dtype, bits = next((dtype, bits) for dtype, (name, bits) in _TYPES.items() if name == tensor.dtype)
     return mx.array(tensor.data.view(bits).reshape(tensor.shape)).view(dtype)
-
-
-def _copied(keys: mx.array, values: mx.array, row: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
-    return _owned(keys[row : row + 1, :, start:stop]), _owned(values[row : row + 1, :, start:stop])
-
-
-def _owned(part: Any) -> Any:
-    """A copy with a buffer of its own: a mere slice would keep all of what it was cut from."""
-    return mx.contiguous(part) if isinstance(part, mx.array) else part
 
 
 def _joined(arrays: Sequence[mx.array], length: int) -> mx.array:

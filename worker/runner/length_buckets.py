@@ -1,109 +1,118 @@
-"""The rows that decode, in lanes: rows of about the same length have a batch of their own.
+"""Length buckets: rows of about the same length decode in a batch of their own.
 
-In one batch every row is padded to the longest, and a row that joins makes all others be copied to its length. A lane
-more is a pass more, which reads all weights once more. So a row goes where the padding that a step reads is less than
-the weights are, and has a lane of its own where there is no such place: a long row then neither copies nor widens the
-short ones. Lanes become one when rows have left and their padding is worth less than a pass.
+In one batch every row is padded to the longest, and a row that joins makes all others be copied to its length. One more
+bucket is one more pass, which reads all weights once more. So a row joins the bucket where the padding that a step
+reads is less than the weights are, and gets one of its own where there is none: a long row then neither copies nor
+widens the short ones. Two buckets become one when rows have left and the padding is worth less than a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import combinations
-from typing import Any
 
-from worker.runner import kv_cache as kv
-from worker.runner.base import Row
+from worker.runner.base import Row, TokenOutput
 from worker.runner.decode import DecodeBatch
-from worker.runner.memory import Footprint
-from worker.runner.prefix_cache import PrefixCache
-from worker.runner.speculation.verification import Speculation
+from worker.runner.kv_cache import Footprint, KVCache
 
-_WORTH_A_COPY = 2
-"""Two lanes become one when their padding is so many times less than what a lane may have: rows come again."""
+WORTH_A_COPY = 2
+"""Two buckets are merged when their padding would be at most 1/2 of the limit, because new rows will add some."""
 
 
-class Lanes:
+class LengthBuckets:
     """Rows that have their prompts in the cache.
 
     Args:
-        model: an mlx-lm model.
-        prefixes: keeps what rows have in the cache when they leave.
+        make_batch: makes an empty bucket.
         footprint: of a row of this model.
-        most_padding: bytes of padding that cost a step as much as a lane more, which reads all weights again.
-        speculation: guesses for a few rows.
+        most_padding: bytes of padding that a bucket may have.
     """
 
-    def __init__(
-        self, model: Any, prefixes: PrefixCache, footprint: Footprint, most_padding: int, speculation: Speculation
-    ) -> None:
-        self._model = model
-        self._prefixes = prefixes
+    def __init__(self, make_batch: Callable[[], DecodeBatch], footprint: Footprint, most_padding: int) -> None:
+        self._make_batch = make_batch
         self._footprint = footprint
         self._most_padding = most_padding
-        self._speculation = speculation
-        self._lanes: list[DecodeBatch] = []
+        self._buckets: list[DecodeBatch] = []
+        self._failures: list[tuple[int, Exception]] = []
         self._rows_before = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._lanes))
+        return sum(map(len, self._buckets))
 
     @property
     def lengths(self) -> list[list[int]]:
-        """Tokens that each row has in the cache, by lane."""
-        return [lane.lengths for lane in self._lanes if len(lane)]
+        """Tokens that each row has in the cache, by bucket."""
+        return [bucket.lengths for bucket in self._buckets if len(bucket)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their caches."""
+        return sum(bucket.nbytes for bucket in self._buckets)
 
     def clear(self) -> None:
         """Drop every row and free the caches."""
-        self._lanes = []
+        self._buckets = []
 
-    def join(self, rows: Sequence[Row], cache: kv.Layers) -> None:
-        """Add rows; `cache` has all but the last token of their prompts, and belongs to their lane from now on."""
-        lengths = [len(row.prompt) for row in rows]
-        self._lane_for(lengths).join(rows, cache)
+    def join(self, rows: Sequence[Row], cache: KVCache) -> None:
+        """Add rows; `cache` has all but the last token of their prompts, and belongs to their bucket from now on."""
+        self._bucket_for([len(row.prompt) for row in rows]).join(rows, cache)
 
     def remove(self, uids: Collection[int]) -> None:
         """Drop rows."""
-        for lane in self._lanes:
-            lane.remove(uids)
+        for bucket in self._buckets:
+            bucket.remove(uids)
 
-    def step(self, *, quiet: bool = False) -> list[tuple[int, int]]:
-        """Queue the next token of every row and read the last one of each, lane by lane; see `DecodeBatch.step`.
-
-        Args:
-            quiet: whether the device has nothing else to do.
-        """
+    def step(self, *, speculate: bool = False) -> list[TokenOutput]:
+        """Queue the next token of every row and read the last one of each, bucket by bucket; see `DecodeBatch.step`."""
         rows = len(self)
         if rows < self._rows_before:
             self._unite()
         self._rows_before = rows
-        tokens = [pair for lane in self._lanes for pair in lane.step(quiet=quiet and len(self._lanes) == 1)]
-        self._lanes = [lane for lane in self._lanes if len(lane)]
-        return tokens
+        alone = speculate and len(self._buckets) == 1
+        outputs: list[TokenOutput] = []
+        for bucket in self._buckets:
+            outputs += bucket.step(speculate=alone)
+            self._failures += bucket.failures
+            bucket.failures = []
+        self._buckets = [bucket for bucket in self._buckets if len(bucket)]
+        return outputs
 
-    def nbytes(self) -> int:
-        """Bytes of their caches."""
-        return sum(lane.nbytes() for lane in self._lanes)
+    def take_failures(self) -> list[tuple[int, Exception]]:
+        """(uid, error) of rows that raised and were dropped since this was asked last."""
+        failures, self._failures = self._failures, []
+        return failures
 
-    def _lane_for(self, lengths: list[int]) -> DecodeBatch:
-        """The lane where these rows make the least padding; a new one where all have too much."""
-        padded = [(self._padding([*lane.lengths, *lengths]), lane) for lane in self._lanes]
-        least, lane = min(padded, key=lambda pair: pair[0], default=(0, None))
-        if lane is None or least > self._most_padding:
-            lane = DecodeBatch(self._model, self._prefixes, self._speculation)
-            self._lanes.append(lane)
-        return lane
+    def bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes of cache that rows of these lengths take, each at the length of the longest row of its bucket.
 
-    def _padding(self, lengths: Collection[int]) -> int:
-        """Bytes of padding where rows of these lengths share a batch."""
-        longest = self._footprint.filled(max(lengths, default=0))
-        return sum(longest - self._footprint.filled(length) for length in lengths)
+        They are grouped from the longest on, as far as a bucket may have padding. Rows join in any order and may be
+        grouped otherwise, with the padding of one more bucket at most.
+        """
+        if not lengths:
+            return 0
+        total = padding = widest = width = 0
+        for length in sorted(lengths, reverse=True):
+            filled = self._footprint.filled(length)
+            padding += widest - filled
+            if not total or padding > self._most_padding:
+                padding, widest, width = 0, filled, self._footprint.allocated(length)
+            total += width
+        return min(total + self._most_padding, len(lengths) * self._footprint.allocated(max(lengths)))
+
+    def _bucket_for(self, lengths: list[int]) -> DecodeBatch:
+        """The bucket where these rows make the least padding; a new one where all have too much."""
+        padded = [(self._footprint.padding([*bucket.lengths, *lengths]), bucket) for bucket in self._buckets]
+        least, bucket = min(padded, key=lambda pair: pair[0], default=(0, None))
+        if bucket is None or least > self._most_padding:
+            bucket = self._make_batch()
+            self._buckets.append(bucket)
+        return bucket
 
     def _unite(self) -> None:
-        """Make one lane of two where that has become cheaper."""
-        self._lanes = [lane for lane in self._lanes if len(lane)]
-        for one, other in combinations(self._lanes, 2):
-            if self._padding([*one.lengths, *other.lengths]) * _WORTH_A_COPY <= self._most_padding:
+        """Make one bucket of two where that has become cheaper."""
+        self._buckets = [bucket for bucket in self._buckets if len(bucket)]
+        for one, other in combinations(self._buckets, 2):
+            if self._footprint.padding([*one.lengths, *other.lengths]) * WORTH_A_COPY <= self._most_padding:
                 one.absorb(other)
-                self._lanes.remove(other)
+                self._buckets.remove(other)
                 return

@@ -1,7 +1,7 @@
 """Blocks of prefixes as files: how they are named, written and read. Nothing here knows MLX.
 
 A block is what a model's cache has of `BLOCK` tokens. Its name is a hash of the owner and of every token up to its
-end, so whoever has the same tokens asks for the same name, two workers write the same file, and no name tells a
+end, so a worker with the same tokens asks for the same name, two workers write the same file, and no name reveals a
 prompt. A file is a plain safetensors file with a checksum over all that it says.
 """
 
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -41,12 +41,55 @@ class Tensor:
 Block: TypeAlias = list[Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockChain:
+    """The running hash of a sequence of tokens, from which the names of the blocks that follow are computed.
+
+    A node of the prefix tree keeps one, so naming its blocks costs no more than hashing its own tokens.
+
+    Attributes:
+        hashed: hash of the owner and of all whole blocks so far.
+        start: tokens in those blocks.
+        rest: tokens behind them, fewer than a block.
+    """
+
+    hashed: Any
+    start: int = 0
+    rest: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, owner: str) -> Self:
+        """Before the first token of an owner's sequence."""
+        return cls(hashlib.sha256(owner.encode() + b"\0"))
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return self.start + len(self.rest)
+
+    @property
+    def name(self) -> str:
+        """Of the last whole block; of no block where there is none."""
+        return str(self.hashed.hexdigest())
+
+    def blocks(self, tokens: Sequence[int]) -> Iterator[BlockChain]:
+        """The chain up to the end of each whole block that ends in these tokens, which follow; lazily."""
+        chain, unhashed = self, (*self.rest, *tokens)
+        for at in range(0, len(unhashed) - BLOCK + 1, BLOCK):
+            hashed = chain.hashed.copy()
+            hashed.update(array("I", unhashed[at : at + BLOCK]))
+            chain = BlockChain(hashed, self.start + at + BLOCK)
+            yield chain
+
+    def after(self, tokens: Sequence[int]) -> BlockChain:
+        """The chain up to the end of these tokens, which follow."""
+        *_, last = (self, *self.blocks(tokens))
+        return BlockChain(last.hashed, last.start, (*self.rest, *tokens)[last.start - self.start :])
+
+
 def names(owner: str, tokens: Sequence[int]) -> Iterator[str]:
     """Of each whole block of these tokens, from the first."""
-    running = hashlib.sha256(owner.encode() + b"\0")
-    for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-        running.update(array("I", tokens[start : start + BLOCK]))
-        yield running.copy().hexdigest()
+    return (chain.name for chain in BlockChain.of(owner).blocks(tokens))
 
 
 def write(path: Path, name: str, block: Block) -> None:

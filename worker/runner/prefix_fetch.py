@@ -1,56 +1,54 @@
-"""Rows that have come and wait for what disk has of their prompts; the others go on in the meantime."""
+"""Rows that wait for the part of their prompt that is on disk. Other rows continue meanwhile."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from concurrent.futures import wait
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from worker.runner.base import Row
 from worker.runner.prefix_cache import PrefixCache
 from worker.runner.spill import Fetch
 
 PATIENCE_S = 5.0
-"""A disk that takes longer is not waited for: the prompt is read instead."""
-_PAUSE_S = 0.02
-"""How long a step that has nothing else to do waits for the disk."""
+"""Longest wait for the disk; after that the prompt is prefilled instead."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
+class _Waiting:
     row: Row
     fetch: Fetch
     until: float
 
 
-class Arrivals:
+class PrefixFetch:
     """Rows on their way to `worker.runner.prefill`.
 
     Args:
-        prefixes: into which the blocks go, one a step, so that no step takes long.
+        prefixes: to which the blocks are added, one a step, so that no step takes long.
     """
 
     def __init__(self, prefixes: PrefixCache) -> None:
         self._prefixes = prefixes
-        self._waiting: dict[int, _Arrival] = {}
+        self._waiting: dict[int, _Waiting] = {}
 
     def add(self, row: Row) -> bool:
         """Take a row in, if disk has something for it; whether it has."""
         fetch = self._prefixes.fetch(row.owner, row.prompt[:-1])
         if fetch is not None:
-            self._waiting[row.uid] = _Arrival(row, fetch, time.monotonic() + PATIENCE_S)
+            self._waiting[row.uid] = _Waiting(row, fetch, time.monotonic() + PATIENCE_S)
         return fetch is not None
 
-    def ready(self, *, idle: bool) -> list[Row]:
-        """Those whose prefixes are in memory now, or will not be.
+    def next_read(self) -> Future[Any] | None:
+        """The block that the first row waits for."""
+        first = next(iter(self._waiting.values()), None)
+        return first.fetch.blocks[0][1] if first else None
 
-        Args:
-            idle: there is nothing else to do, so it may wait for the disk a moment.
-        """
-        if idle and self._waiting:
-            wait([next(iter(self._waiting.values())).fetch.blocks[0][1]], _PAUSE_S)
-        rows = [arrival.row for arrival in self._waiting.values() if not self._advance(arrival)]
+    def ready(self) -> list[Row]:
+        """Take out the rows whose prefixes are in memory now, or will not be."""
+        rows = [waiting.row for waiting in self._waiting.values() if not self._advance(waiting)]
         self.remove([row.uid for row in rows])
         return rows
 
@@ -63,8 +61,8 @@ class Arrivals:
         """Drop all of them."""
         self._waiting.clear()
 
-    def _advance(self, arrival: _Arrival) -> bool:
-        """Take in a block of this row that has been read; whether there is more to wait for."""
-        if arrival.fetch.blocks[0][1].done():
-            return self._prefixes.place(arrival.fetch)
-        return time.monotonic() < arrival.until
+    def _advance(self, waiting: _Waiting) -> bool:
+        """Add a block that has been read; whether there is more to wait for."""
+        if waiting.fetch.blocks[0][1].done():
+            return self._prefixes.place(waiting.fetch)
+        return time.monotonic() < waiting.until

@@ -1,9 +1,9 @@
 """The folder of prefixes that outlive a worker: a subfolder for each model, a file for each block.
 
-Workers of one DATA_DIR share it. Whoever writes or deletes holds its lock, which ends with the process that has it;
-files appear under their names whole, so a reader needs no lock, and what a crash left half written is deleted by the
-next who writes. The folder stays under its limit with all that is in it, and leaves the disk some room: what was not
-used for longest goes first, whichever model it is of, and what nobody used within a time goes in any case.
+Workers of one DATA_DIR share it. A process that writes or deletes holds its lock, which ends with the process. Files
+appear under their names whole, so a reader needs no lock; the next writer deletes what a crash left half written. The
+whole folder stays under its limit and leaves the disk some room: the least recently used files of all models go first,
+and files that were not used for a while go in any case.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PrefixFiles:
 
     Args:
         folder: of all models; made if it is not there.
-        model: what tells this model and its layout from every other, as `fingerprint` does.
+        model: distinguishes this model and its layout from every other, as `fingerprint` does.
         most_bytes: what the folder may hold.
         keep_s: files that were not used for longer are deleted.
     """
@@ -68,14 +68,14 @@ class PrefixFiles:
         return self._sizes.get(name, 0)
 
     def look(self) -> None:
-        """See what there is, others' blocks too, and delete what is too old or too much."""
+        """List all blocks, also those of other processes, and delete what is too old or over the limit."""
         with self._alone():
             self._trim(0)
 
     def write(self, blocks: Sequence[tuple[str, Block]]) -> int:
-        """Add those that are not there, as far as they fit, from the first; how many it added.
+        """Write the blocks that are missing, in order, as far as they fit; how many were written.
 
-        Beginnings count as used later than what follows them.
+        Earlier blocks of a prefix count as used later than the blocks after them, so they are deleted last.
         """
         with self._alone():
             new = [(name, block) for name, block in blocks if not self._path(name).exists()]
@@ -97,13 +97,13 @@ class PrefixFiles:
         except FileNotFoundError:
             pass
         except (BrokenBlock, OSError) as error:
-            logger.warning("a prefix on disk is broken and is read from the prompt instead: %s", error)
+            logger.warning("prefix_block_broken", extra={"reason": str(error)})
             self._path(name).unlink(missing_ok=True)
         self._sizes.pop(name, None)
         return None
 
     def touch(self, names: Sequence[str]) -> None:
-        """These, which follow each other, were used now."""
+        """Mark consecutive blocks as used now."""
         now = time.time_ns()
         for place, name in enumerate(names):
             try:
@@ -140,7 +140,7 @@ class PrefixFiles:
         return min(self._most_bytes, self.nbytes + shutil.disk_usage(self._root).free - ROOM_BYTES)
 
     def _trim(self, needed: int) -> None:
-        """Delete until there is room for so much more; under the lock, so that what is half written is nobody's."""
+        """Delete files until `needed` more bytes fit. Under the lock: a half-written file is left over from a crash."""
         entries = sorted(self._entries(), key=lambda entry: entry.used_ns)
         self.nbytes = sum(entry.size for entry in entries)
         most, oldest = max(0, self._limit() - needed), time.time_ns() - self._keep_ns
@@ -170,7 +170,7 @@ class PrefixFiles:
 
 
 def fingerprint(folder: Path, layout: str, config: str = "config.json") -> str:
-    """What tells these weights in this quantisation, and what keeps of them on this device, from all others.
+    """A hash of these weights, their quantisation, and the layout of what is stored of them on this device.
 
     Of each weight file it takes the size, the time of its last change and samples all over its content.
     """

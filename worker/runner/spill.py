@@ -1,8 +1,8 @@
-"""What memory gives up of prefixes goes to disk, and comes back when a row begins with it.
+"""Prefixes that memory evicts are written to disk, and read back when a row begins with them.
 
-The engine's thread hands arrays over and takes bytes back; files are read on one thread and written on another, so
-neither holds the rows that decode, nor a read a write. MLX's arrays are read here through plain memory, and the last
-reference to them is dropped by the engine's thread. When the disk fails, this goes off, with one line.
+The engine's thread hands arrays over and takes bytes back. Files are read on one thread and written on another, so
+neither delays decoding, and a write does not delay a read. MLX's arrays are read here as plain memory, and the engine's
+thread drops the last reference to them. When the disk fails, spilling stops for good with one log line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from worker.runner import prefix_blocks
-from worker.runner.kv_segments import Columns
+from worker.runner.kv_segments import AttentionSegment
 from worker.runner.prefix_blocks import BLOCK, Block, Tensor
 from worker.runner.prefix_files import PrefixFiles
 
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 LOOK_S = 5.0
-"""After so long it is looked what other workers have written, when a row might have use for it."""
+"""Time after which the next row causes another look for what other workers have written."""
 LEAST_GAIN = BLOCK // 2
-"""Tokens that disk must have beyond memory, to be read."""
+"""Minimum tokens that disk must have in addition to memory, to be worth reading."""
 _MOST_WRITES = 8
-"""Prefixes on their way to disk; further ones are not written when the disk is slower than that."""
+"""Maximum writes in progress; while the disk is slower, further prefixes are not written."""
 
 
 @dataclass(slots=True)
@@ -45,83 +45,80 @@ class Fetch:
 
 @dataclass(slots=True)
 class _Write:
-    """Pieces on their way to disk, held until they are there."""
+    """Segments on their way to disk, held until they are there."""
 
-    pieces: list[Columns]
+    segments: list[AttentionSegment]
     names: frozenset[str]
     done: Future[None]
 
 
 @dataclass(slots=True)
-class Totals:
-    """What was read and written, in blocks."""
-
-    read: int = 0
-    written: int = 0
-
-
-@dataclass(slots=True)
 class Spill:
-    """The disk beneath a cache of prefixes; only the engine's thread calls it.
+    """The disk beneath the prefix cache; only the engine's thread calls it.
 
     Attributes:
         files: the folder.
-        most_held: bytes of pieces that memory has given up and that are not written yet.
+        most_held: most bytes of evicted segments that are not written yet.
     """
 
     files: PrefixFiles
     most_held: int
-    totals: Totals = field(default_factory=Totals)
     _writes: list[_Write] = field(default_factory=list)
     _reading: dict[str, Future[Block | None]] = field(default_factory=dict)
     _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prefixes-read"))
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prefixes-write"))
     _looked_at: float = 0.0
     _off: bool = False
+    _blocks_read: int = 0
+    _blocks_written: int = 0
 
     def open(self) -> None:
-        """See what is there. Waits for it."""
+        """List what is on disk. Waits for it."""
         self._looked_at = time.monotonic()
         self._guarded(self.files.look)
 
     @property
     def held(self) -> int:
-        """Bytes of the pieces that are being written."""
+        """Bytes of the segments that are being written."""
         self._writes = [write for write in self._writes if not write.done.done()]
-        return sum(piece.nbytes for write in self._writes for piece in write.pieces)
+        return sum(segment.nbytes for write in self._writes for segment in write.segments)
 
-    def keep(self, owner: str, tokens: tuple[int, ...], pieces: Sequence[Columns], *, given_up: bool = False) -> None:
-        """Write what is not on disk yet of these tokens, whose cache from the first token on is in these pieces.
+    def has(self, name: str) -> bool:
+        """Whether a block is on disk or on its way there."""
+        return self.files.has(name) or any(name in write.names for write in self._writes)
+
+    def keep(
+        self, blocks: Sequence[tuple[str, int]], begin: int, segments: Sequence[AttentionSegment], *, evicted: bool
+    ) -> None:
+        """Write those of these blocks that are not on disk yet.
 
         Args:
-            given_up: memory has no other use for them: they are only written if not too much waits for that.
+            blocks: name and first token of each, in order.
+            begin: token with which the first segment begins; no block begins before it.
+            segments: what the cache has from there on, without gaps.
+            evicted: memory has no other use for the segments: they are written only if not too much waits for that.
         """
         held = self.held
         if self._off or len(self._writes) >= _MOST_WRITES:
             return
-        coming = frozenset[str]().union(*(write.names for write in self._writes))
-        wanted = [
-            (name, place * BLOCK)
-            for place, name in enumerate(prefix_blocks.names(owner, tokens))
-            if not self.files.has(name) and name not in coming
-        ]
+        wanted = [block for block in blocks if not self.has(block[0])]
         if not wanted:
             return
-        begin, needed = _from(pieces, wanted[0][1])
-        if given_up and held + sum(piece.nbytes for piece in needed) > self.most_held:
+        begin, needed = _from(segments, begin, wanted[0][1])
+        if evicted and held + sum(segment.nbytes for segment in needed) > self.most_held:
             return
-        runs = self._guarded(lambda: [piece.tensors() for piece in needed])
+        runs = self._guarded(lambda: [segment.tensors() for segment in needed])
         if runs is None:
             return
         done = self._writer.submit(self._guarded, lambda: self._write(wanted, begin, runs))
         self._writes.append(_Write(needed, frozenset(name for name, _ in wanted), done))
 
     def fetch(self, owner: str, tokens: tuple[int, ...], known: int, enough: int, most_bytes: int) -> Fetch | None:
-        """Begin to read what disk has of an owner's tokens; None when that is not worth it.
+        """Start reading an owner's tokens from disk; None when it is not worth it.
 
         Args:
-            known: so many of them memory has.
-            enough: so many of them need not be read anyway.
+            known: number of these tokens that memory has in this owner's tree.
+            enough: number of these tokens that the row can take from memory, whatever tree has them.
         """
         if self._off or len(tokens) - enough < LEAST_GAIN:
             return None
@@ -150,8 +147,8 @@ class Spill:
         """Gauges and counters for `/metrics`."""
         return {
             "prefix_disk_bytes": self.files.nbytes,
-            "prefix_disk_read_blocks_total": self.totals.read,
-            "prefix_disk_written_blocks_total": self.totals.written,
+            "prefix_disk_read_blocks_total": self._blocks_read,
+            "prefix_disk_written_blocks_total": self._blocks_written,
         }
 
     def _look_again(self) -> None:
@@ -169,38 +166,38 @@ class Spill:
 
     def _read_block(self, name: str) -> Block | None:
         block = self._guarded(lambda: self.files.read(name))
-        self.totals.read += block is not None
+        self._blocks_read += block is not None
         return block
 
     def _write(self, wanted: Sequence[tuple[str, int]], begin: int, runs: list[Block]) -> None:
         try:
-            self.totals.written += self.files.write([(name, _block(runs, start - begin)) for name, start in wanted])
+            self._blocks_written += self.files.write([(name, _block(runs, start - begin)) for name, start in wanted])
         finally:
-            runs.clear()  # before it counts as done: the engine's thread is to have the last reference
+            runs.clear()  # before the write counts as done: the engine's thread must drop the last reference
 
     def _guarded(self, work: Callable[[], _T]) -> _T | None:
-        """Do a part of this; when it cannot be done, now is the end of all of it."""
+        """Do a part of the work; when that raises, spilling stops."""
         if self._off:
             return None
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - whatever is raised, rows go on without
+        except Exception as error:  # noqa: BLE001 - whatever it is, rows go on without the disk
             if not self._off:
-                logger.warning("prefixes are not kept on disk from now on: %s", error)
+                logger.warning("prefix_disk_off", extra={"reason": str(error)})
             self._off = True
             return None
 
 
-def _from(pieces: Sequence[Columns], start: int) -> tuple[int, list[Columns]]:
-    """Those of the pieces that have something from this token on, and the token that they begin with."""
-    begin, needed = 0, list(pieces)
+def _from(segments: Sequence[AttentionSegment], begin: int, start: int) -> tuple[int, list[AttentionSegment]]:
+    """The segments that have something from token `start` on, and the token with which they begin."""
+    needed = list(segments)
     while begin + needed[0].length <= start:
         begin += needed.pop(0).length
     return begin, needed
 
 
 def _block(runs: Sequence[Block], start: int) -> Block:
-    """The block that begins there, out of runs of tokens that follow each other."""
+    """The block that begins at token `start` of these consecutive runs of tokens."""
     parts, begin = [], 0
     for run in runs:
         length = run[0].shape[2]

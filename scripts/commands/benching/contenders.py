@@ -14,16 +14,19 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Protocol
 
 import psutil
 
+from scripts.commands.benching.checkouts import Checkout
 from scripts.commands.benching.endpoints import ChatCompletions, Endpoint, Own
 from scripts.commands.benching.load import send
+from scripts.commands.benching.peers import PEERS, Peer
 from scripts.commands.benching.plans import Plan
 from scripts.commands.benching.processes import NotUp, answers, process, wait_for, wait_until
 from scripts.commands.benching.samples import Outcome
@@ -66,7 +69,7 @@ class OwnStack(Served):
 
     def __init__(self, pid: int, endpoint: Own, data_dir: Path) -> None:
         super().__init__(pid, endpoint)
-        self._data_dir = data_dir
+        self.data_dir = data_dir
 
     def restart_worker(self) -> None:
         """End the workers in an orderly way, and wait until their successors are ready.
@@ -93,7 +96,7 @@ class OwnStack(Served):
 
     def workers(self) -> list[psutil.Process]:
         """The processes that hold the model."""
-        return [each for each in leftovers.find(self._data_dir) if "worker.app" in " ".join(each.cmdline())]
+        return [each for each in leftovers.find(self.data_dir) if "worker.app" in " ".join(each.cmdline())]
 
 
 class Bare:
@@ -114,20 +117,24 @@ class Bare:
 
 
 @contextmanager
-def own_stack(model: Path, slots: int, *, always_jobs: bool = False) -> Iterator[OwnStack]:
-    """This project, as `scripts/serve` starts it, in a folder of its own."""
+def own_stack(
+    model: Path, slots: int, *, always_jobs: bool = False, checkout: Checkout | None = None, **variables: str
+) -> Iterator[OwnStack]:
+    """This project, as `scripts/serve` starts it, in a folder of its own; perhaps another checkout of it."""
+    source = checkout or Checkout()
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         home, port = Path(folder), free_port()
-        env = {
-            "ENV_FILE": str(home / "env"),
-            "DATA_DIR": str(home / "data"),
-            "MODEL_PATH": str(model),
-            "PORT": str(port),
-            "FLOWER_PORT": str(free_port()),
-            "SLOTS": str(slots),
-            "RATE_LIMIT": "1000000/minute",
-        }
-        child = exits.enter_context(process([str(ROOT / "scripts/serve")], home / "log", env))
+        env = source.environment(
+            ENV_FILE=str(home / "env"),
+            DATA_DIR=str(home / "data"),
+            MODEL_PATH=str(model),
+            PORT=str(port),
+            FLOWER_PORT=str(free_port()),
+            SLOTS=str(slots),
+            RATE_LIMIT="1000000/minute",
+            **variables,
+        )
+        child = exits.enter_context(process(source.serve, home / "log", env, source.root))
         url = f"http://127.0.0.1:{port}"
         # Not /readyz: what it starts last would take its time from the first measurement.
         wait_until(lambda: " is ready" in (home / "log").read_text(errors="replace"), child, home / "log")
@@ -165,13 +172,31 @@ def mlx_vlm_server(model: Path, slots: int) -> Iterator[Served]:
         yield Served(pid, ChatCompletions(url, model=str(model)))
 
 
+def peer_server(peer: Peer) -> Callable[[Path, int], AbstractContextManager[Served]]:
+    """Another project's server with the same BLAS as ours and batches, otherwise as it comes."""
+
+    @contextmanager
+    def start(model: Path, slots: int) -> Iterator[Served]:
+        del slots
+        options = ["serve", str(model), "--host", "127.0.0.1", *peer.options]
+        more = dict(peer.environment)
+        with _library_server(str(peer.python), peer.module, options, "/health", more) as (pid, url):
+            yield Served(pid, ChatCompletions(url, model=str(model)))
+
+    return start
+
+
 @contextmanager
-def _library_server(python: str, module: str, options: list[str], health: str) -> Iterator[tuple[int, str]]:
-    with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
+def _library_server(
+    python: str, module: str, options: list[str], health: str, more: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[int, str]]:
+    with tempfile.TemporaryDirectory(prefix="mlxq-bench-", ignore_cleanup_errors=True) as folder, ExitStack() as exits:
         log, port = Path(folder) / "log", free_port()
         start = f"from shared.blas import prefer_openblas; prefer_openblas(); from {module} import main; main()"
         command = [python, "-c", start, *options, "--port", str(port)]
-        child = exits.enter_context(process(command, log, {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}))
+        # A home of its own: some keep prefixes there, which a later turn would find.
+        env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": folder, **more}
+        child = exits.enter_context(process(command, log, env))
         wait_for(f"http://127.0.0.1:{port}{health}", child, log)
         yield child.pid, f"http://127.0.0.1:{port}"
 
@@ -237,6 +262,7 @@ CONTENDERS = {
         Contender(PEER, mlx_lm_server),
         Contender(f"{PEER}-wide", mlx_lm_server_wide, ("closed",)),
         Contender("mlx_vlm.server", mlx_vlm_server, missing=_without_vlm),
+        *(Contender(each.name, peer_server(each), ("single", "closed"), each.missing) for each in PEERS.values()),
         Contender(BARE, bare),
     )
 }

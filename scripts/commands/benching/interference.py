@@ -26,14 +26,14 @@ from shared.blas import prefer_openblas
 from shared.settings import ROOT
 
 if TYPE_CHECKING:
-    from worker.runner.model_runner import TextBackend
+    from scripts.commands.benching.in_process import InProcess
+    from worker.engine.sequence import Sequence as RunningSequence
 
 ROWS, SHORT, LONG = 8, 24, 4000
 """Rows that decode, tokens of their prompts, and of the long one."""
 _WARM, _QUIET, _AFTER = 20, 60, 10
 """Steps before anything is measured, in quiet, and after the long row's first token and its end."""
 _SLOWEST = 5
-_BYTES = 2**30
 _MEGABYTE = 2**20
 
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -41,58 +41,61 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": tim
 
 @dataclass(slots=True)
 class Step:
-    """One step of the backend: how long by each clock, and what it was beside decoding."""
+    """One step of the engine: how long by each clock, and what it did beside decoding."""
 
     seconds: dict[str, float]
     what: str
-    uids: frozenset[int]
 
 
 @dataclass(slots=True)
 class Bench:
-    """A backend that is stepped, and the steps so far."""
+    """An engine that is stepped, and the steps so far."""
 
-    backend: TextBackend
+    engine: InProcess
     steps: list[Step] = field(default_factory=list)
-    _uid: int = 0
+    _rows: list[RunningSequence] = field(default_factory=list)
     _collected: list[int] = field(default_factory=list)
+    _number: int = 0
 
-    def insert(self, tokens: int) -> int:
-        """A row with a prompt like no other; its uid."""
-        from shared.jobs.request import Sampling
-        from worker.runner.base import Row
+    def insert(self, tokens: int) -> RunningSequence:
+        """A row with a prompt like no other."""
+        self._number += 1
+        prompt = [(self._number * 977 + i * 131) % 40_000 + 100 for i in range(tokens)]
+        self._rows.append(self.engine.submit(prompt, 100_000))
+        return self._rows[-1]
 
-        self._uid += 1
-        prompt = tuple((self._uid * 977 + i * 131) % 40_000 + 100 for i in range(tokens))
-        self.backend.insert([Row(self._uid, prompt, 0, 100_000, Sampling(0.0), "bench")])
-        return self._uid
+    def clear(self) -> None:
+        """Remove all rows and prefixes."""
+        self.engine.clear(self._rows)
+        self._rows.clear()
 
     def run(self, steps: int) -> list[Step]:
         """So many steps."""
         return [self.step() for _ in range(steps)]
 
-    def until(self, uid: int) -> list[Step]:
+    def until(self, row: RunningSequence) -> list[Step]:
         """Steps until this row has its first token."""
         begun = len(self.steps)
-        while uid not in self.step().uids:
-            pass
+        while not row.generated:
+            self.step()
         return self.steps[begun:]
 
     def step(self) -> Step:
         """The next one."""
-        before = self.backend.stats()
+        runner, totals = self.engine.runner, self.engine.core.totals
+        before, prompt_tokens = runner.stats(), totals.prompt_tokens
         self._collected.clear()
         begun = {name: clock() for name, clock in _CLOCKS.items()}
-        result = self.backend.step()
+        self.engine.step()
         seconds = {name: clock() - begun[name] for name, clock in _CLOCKS.items()}
-        parts = [f"{result.prompt_tokens} tokens read"] if result.prompt_tokens else []
-        parts += [f"{len(result.prefilled)} joined"] if result.prefilled else []
+        prefilled = totals.prompt_tokens - prompt_tokens
+        parts = [f"{prefilled} tokens prefilled"] if prefilled else []
         parts += [f"gc {generation}" for generation in self._collected]
-        after = self.backend.stats()
+        after = runner.stats()
         for name, key in (("of prefixes", "prefix_cache_bytes"), ("of caches", "kv_bytes")):
             if (more := after[key] - before[key]) and abs(more) > _MEGABYTE / 10:
                 parts.append(f"{more / _MEGABYTE:+.1f} MB {name}")
-        self.steps.append(Step(seconds, ", ".join(parts) or "nothing else", frozenset(uid for uid, _ in result.tokens)))
+        self.steps.append(Step(seconds, ", ".join(parts) or "nothing else"))
         return self.steps[-1]
 
     @contextmanager
@@ -114,7 +117,7 @@ def once(bench: Bench) -> dict[str, Any]:
     """The long prompt alone, then among rows that decode."""
     alone = bench.insert(LONG)
     figures: dict[str, Any] = {"alone_s": _seconds(bench.until(alone))}
-    bench.backend.reset()
+    bench.clear()
     for _ in range(ROWS):
         bench.insert(SHORT)
     bench.run(_WARM)
@@ -123,10 +126,10 @@ def once(bench: Bench) -> dict[str, Any]:
     reading = bench.until(long)
     figures["among_s"] = _seconds(reading)
     reading += bench.run(_AFTER)
-    bench.backend.remove([long])
+    bench.engine.stop([long])
     reading += bench.run(_AFTER)
     later = bench.run(_QUIET)
-    bench.backend.reset()
+    bench.clear()
     for clock in _CLOCKS:
         figures[clock] = ratios(*([step.seconds[clock] for step in steps] for steps in (quiet, reading, later)))
     figures["slowest"] = [
@@ -192,13 +195,10 @@ def lines(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Load the model, measure, print it as JSON."""
     prefer_openblas()
-    from worker.models.load import load_model
-    from worker.runner.memory import Memory
-    from worker.runner.model_runner import TextBackend, default_chunk
+    from scripts.commands.benching.in_process import InProcess, load_runner
 
     folder, repeats = Path(sys.argv[1]), int(sys.argv[2])
-    bench = Bench(TextBackend(load_model(folder), default_chunk(), Memory(4 * _BYTES, _BYTES)))
-    bench.backend.warm()
+    bench = Bench(InProcess(load_runner(folder)))
     gc.collect()
     gc.freeze()
     with bench.heard():

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from scripts.commands.benching.checkouts import Checkout
 from scripts.commands.benching.processes import process, wait_for
+from scripts.commands.benching.resources import cpu_s
 from scripts.commands.ports import free_port
-from scripts.commands.stack.config import programs, valkey_conf, valkey_conf_path
-from shared.settings import ROOT, Settings
 
 KEY = "mlxq_00000000_" + "k" * 43
 
@@ -34,42 +34,37 @@ class Stack:
         return {name: each.pid for name, each in self.processes.items()}
 
     def cpu_s(self) -> dict[str, float]:
-        """User and system time that each process has used, in seconds."""
-        times = {name: each.cpu_times() for name, each in self.processes.items()}
-        return {name: each.user + each.system for name, each in times.items()}
+        """User and system time that each process has used with all below it, in seconds."""
+        return {name: cpu_s(each) for name, each in self.processes.items()}
 
 
 @contextmanager
-def modelless(*, worker: bool = True, **variables: str) -> Iterator[Stack]:
-    """Start Valkey, one API process and, unless told otherwise, one worker; end them."""
+def modelless(*, worker: bool = True, checkout: Checkout | None = None, **variables: str) -> Iterator[Stack]:
+    """Start Valkey, one API process and, unless told otherwise, one worker; end them. Perhaps of another checkout."""
+    source = checkout or Checkout()
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
-        home, port = Path(folder), free_port()
-        env = {
-            "ENV_FILE": os.devnull,
-            "DATA_DIR": str(home),
-            "REDIS_URL": "",
-            "BROKER_URL": "",
-            "BACKEND": "fake",
-            "PORT": str(port),
-            "MLXQ_API_KEY": KEY,
-            "RATE_LIMIT": "1000000/second",
-            "WEB_WORKERS": "1",
-            "PYTHONPATH": str(ROOT),
+        port = free_port()
+        env = source.environment(
+            ENV_FILE=os.devnull,
+            DATA_DIR=folder,
+            REDIS_URL="",
+            BROKER_URL="",
+            BACKEND="fake",
+            PORT=str(port),
+            MLXQ_API_KEY=KEY,
+            RATE_LIMIT="1000000/second",
+            WEB_WORKERS="1",
             **variables,
-        }
-        settings = Settings(_env_file=None, data_dir=home)
-        for each in (settings.run_dir, home / "valkey"):
-            each.mkdir()
-        valkey_conf_path(settings).write_text(valkey_conf(settings))
-        commands = {program.name: list(program.command) for program in programs(settings)}
+        )
+        commands = source.programs(env)
         wanted = ["valkey", "web", *(["worker"] if worker else [])]
         found: dict[str, psutil.Process] = {}
         for name in wanted:
-            log = home / f"{name}.log"
-            child = exits.enter_context(process(commands[name], log, env))
+            log = Path(folder) / f"{name}.log"
+            child = exits.enter_context(process(commands[name], log, env, source.root))
             if name != "valkey":
                 path = "readyz" if name == "worker" else "livez"
                 wait_for(f"http://127.0.0.1:{port}/{path}", child, log)
             found[name] = psutil.Process(child.pid)
-        (found["web"],) = found["web"].children()
+        found["web"] = found["web"].children()[0]
         yield Stack(port, found)

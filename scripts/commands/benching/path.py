@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from scripts.commands.benching.checkouts import Checkout
 from scripts.commands.benching.modelless import KEY, Stack, modelless
 from scripts.commands.benching.processes import asked
 
@@ -46,22 +47,22 @@ CASES = {
 }
 
 
-def pipeline(rounds: int) -> dict[str, list[dict[str, Any]]]:
+def pipeline(rounds: int, checkout: Checkout | None = None) -> dict[str, list[dict[str, Any]]]:
     """Every case once a round."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
     for _ in range(rounds):
-        with modelless(SLOTS="1024") as stack:
+        with modelless(checkout=checkout, SLOTS="1024") as stack:
             for name, case in CASES.items():
                 results[name].append(case.run(stack))
     return results
 
 
-def submits(rounds: int) -> dict[str, list[dict[str, Any]]]:
+def submits(rounds: int, checkout: Checkout | None = None) -> dict[str, list[dict[str, Any]]]:
     """Jobs of one token, submitted where no worker takes them, and where one does."""
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for worker in (False, True):
-            with modelless(worker=worker, SLOTS="32", MAX_QUEUE="1000000") as stack:
+            with modelless(worker=worker, checkout=checkout, SLOTS="32", MAX_QUEUE="1000000") as stack:
                 for clients, jobs in _JOBS.items():
                     name = f"{clients} clients, {'a worker' if worker else 'no worker'}"
                     results.setdefault(name, []).append(submit(stack, clients, jobs))

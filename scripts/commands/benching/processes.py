@@ -46,14 +46,18 @@ class NotUp(Exception):
     def __init__(self, why: str, log: str = "") -> None:
         super().__init__(why)
         self.log = log
+        if log:
+            self.add_note(log)  # a traceback shows it
 
 
 @contextmanager
-def process(command: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    command: list[str], log: Path, env: dict[str, str] | None = None, folder: Path = ROOT
+) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a group of its own, ended with SIGTERM, and SIGKILL after a while."""
     with log.open("wb") as out:
         child = subprocess.Popen(
-            command, stdout=out, stderr=out, cwd=ROOT, env={**os.environ, **(env or {})}, start_new_session=True
+            command, stdout=out, stderr=out, cwd=folder, env={**os.environ, **(env or {})}, start_new_session=True
         )
         try:
             yield child

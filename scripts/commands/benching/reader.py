@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from scripts.commands.benching.resources import cpu_s
 from scripts.commands.benching.samples import quantile
 from scripts.commands.benching.wire import RECEIVE, check_status, connect, request
 from worker.runner.fake import CLOCK_LAP, TICKS_PER_S, ticks
@@ -130,8 +131,7 @@ def read(port: int, key: str, streams: int, body: dict[str, Any], pids: dict[str
 
 
 def _cpu_s(watched: dict[str, psutil.Process]) -> dict[str, float]:
-    times = {name: each.cpu_times() for name, each in watched.items()}
-    return {name: each.user + each.system for name, each in times.items()}
+    return {name: cpu_s(each) for name, each in watched.items()}
 
 
 def _summed_up(tally: Tally, seconds: float, cpu: dict[str, float]) -> dict[str, Any]:

@@ -66,6 +66,14 @@ class Meter:
         return sum(sum(_times(process)) for process in self._family)
 
 
+def cpu_s(process: psutil.Process) -> float:
+    """User and system time that a process and all below it have used so far, in seconds."""
+    family = [process]
+    with suppress(psutil.Error):
+        family += process.children(recursive=True)
+    return sum(sum(_times(each)[:2]) for each in family)
+
+
 def _times(process: psutil.Process) -> tuple[float, ...]:
     with suppress(psutil.Error):
         times = process.cpu_times()

@@ -10,18 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scripts.commands.benching.processes import asked
 from shared.blas import prefer_openblas
-from shared.jobs.record import Job
-from shared.jobs.request import Request, Sampling
 
 if TYPE_CHECKING:
-    from worker.engine.sequence import Sequence as Row
-    from worker.runner.model_runner import TextBackend
+    from worker.runner.model_runner import MLXRunner
 
 ROWS: Final = 8
 _PROMPT: Final = 64
@@ -49,17 +45,15 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     """Turns of the engine with two models of this folder."""
     import mlx.core as mx
 
-    from worker.models.load import load_model
-    from worker.runner.model_runner import TextBackend, default_chunk
+    from scripts.commands.benching.in_process import load_runner
 
-    backends = [TextBackend(load_model(folder), default_chunk()) for _ in range(2)]
-    for backend in backends:
-        backend.warm()
-        backend.eos = frozenset()  # all rows stay to the end
+    runners = [load_runner(folder) for _ in range(2)]
+    for runner in runners:
+        runner.eos = frozenset()  # all rows stay to the end
     alone_s, in_turns_s = [], []
     for _ in range(rounds):
-        alone_s += [_turn_s([backend]) for backend in backends]
-        in_turns_s.append(_turn_s(backends))
+        alone_s += [_turn_s([runner]) for runner in runners]
+        in_turns_s.append(_turn_s(runners))
     alone, in_turns = statistics.median(alone_s), statistics.median(in_turns_s)
     return {
         "rows": ROWS,
@@ -70,45 +64,27 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def _turn_s(backends: Sequence[TextBackend]) -> float:
-    """The engine's median turn, where it has these models: one step of one of them."""
-    from worker.engine.core import Batch
-    from worker.engine.engine import Engine
+def _turn_s(runners: Sequence[MLXRunner]) -> float:
+    """The median turn of an engine thread that has these models: one step of one of them."""
+    from scripts.commands.benching.in_process import InProcess
+    from worker.engine.engine import EngineThread
 
-    engine = Engine()
-    for backend in backends:
-        batch = Batch(partial(_the, backend), ROWS, lambda _: None, engine.wake)
-        engine.open(batch)
+    engine = EngineThread()
+    for runner in runners:
+        model = InProcess(runner, load=False)
+        engine.open(model.core)
         engine.turn()
         for row in range(ROWS):
-            batch.submit(_sequence(backend, row))
+            model.submit([100 + (row * 977 + i * 131) % 40_000 for i in range(_PROMPT)], 10 * _STEPS)
     took_s = []
-    for number in range(_STEPS * len(backends)):
+    for number in range(_STEPS * len(runners)):
         start = time.perf_counter()
         engine.turn()
-        if number >= _SETTLED * len(backends):
+        if number >= _SETTLED * len(runners):
             took_s.append(time.perf_counter() - start)
-    for backend in backends:
-        backend.reset()
+    for runner in runners:
+        runner.reset()
     return statistics.median(took_s)
-
-
-def _the(backend: TextBackend) -> TextBackend:
-    """It is loaded."""
-    return backend
-
-
-def _sequence(backend: TextBackend, row: int) -> Row:
-    """A job that the engine can be given."""
-    from worker.engine.sequence import Sequence as Row
-    from worker.runner.base import Prompt
-
-    asked = Request("tiny", 10 * _STEPS, Sampling(0.0), prompt="")
-    record = dict.fromkeys(("owner", "request_id"), "bench") | dict.fromkeys(("attempt", "class"), "1")
-    record |= {"id": f"job_{row}", "model": "tiny", "status": "running", "seq": "0", "created_at": "0"}
-    sequence = Row(Job.from_record(record | {"generation": asked.to_json(), "metadata": "{}"}), backend)
-    sequence.begin(Prompt(tuple(100 + (row * 977 + i * 131) % 40_000 for i in range(_PROMPT))))
-    return sequence
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def _retold(job: RemoteJob, log: Sequence[Event], read: Sequence[Event], style: 
     for event in read:
         if (truth := logged.get(event.n)) is None:
             yield Fault.WRONG, f"the stream has event {event.n}, the log has not"
-        elif event.kind is not truth.kind:
+        elif event.kind != truth.kind:
             yield Fault.WRONG, f"event {event.n} is {event.kind} in the stream, {truth.kind} in the log"
         elif event.kind is EventKind.DONE:
             yield from _end_told(job, event)
@@ -126,7 +126,7 @@ def overdue(job_id: str, finished_at: float, due_at: float, what: str) -> list[F
 def _story(log: Sequence[Event]) -> Found:
     kinds = [event.kind for event in log]
     if kinds[:1] != [EventKind.QUEUED] or kinds[-1:] != [EventKind.DONE]:
-        yield Fault.WRONG, f"the log begins or ends with the wrong event: {[kind.value for kind in kinds]}"
+        yield Fault.WRONG, f"the log begins or ends with the wrong event: {[str(kind) for kind in kinds]}"
 
 
 def _text(job: RemoteJob, log: Sequence[Event], style: Style, expected: Reference) -> Found:

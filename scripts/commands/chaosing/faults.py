@@ -180,8 +180,8 @@ class Hand:
     def _strike_worker(self, strike: Strike) -> bool:
         worker = self._fleet.workers[strike.target]
         match strike.kind:
-            case Kind.WORKER_KILLED:
-                return worker.kill()
+            case Kind.WORKER_KILLED:  # in every third case with its launcher, so that nobody reports the death at once
+                return worker.kill() if self.struck[strike.kind] % 3 == 2 else worker.kill_child()
             case Kind.WORKER_PAUSED:
                 return self._hold(self._pauses[strike.target], strike)
             case Kind.WORKER_CUT_OFF:

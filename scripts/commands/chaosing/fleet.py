@@ -66,6 +66,14 @@ class Member:
         with self._lock:
             return self._process.pid if self._process is not None and self._process.poll() is None else None
 
+    @property
+    def child(self) -> psutil.Process | None:
+        """The process below it that does its work, as a launcher has one."""
+        try:
+            return next(iter(psutil.Process(self.pid).children()), None) if self.pid is not None else None
+        except psutil.Error:
+            return None
+
     def keep(self) -> None:
         """Start it if it is not running and its time has come."""
         with self._lock:
@@ -88,6 +96,19 @@ class Member:
             if hit:
                 self._start_at = time.monotonic() + down_s
             return hit
+
+    def kill_child(self) -> bool:
+        """SIGKILL the process below it alone: it ends in the same way. Whether there was one."""
+        child = self.child
+        if child is None:
+            return False
+        with self._lock:
+            self._explained.add(-signal.SIGKILL)
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            return False
+        return True
 
     def signal(self, number: int) -> bool:
         """Send a signal to it and its children; whether it ran."""
@@ -181,7 +202,7 @@ class Fleet:
 
     def ready(self) -> list[WorkerInfo]:
         """The cards of the workers that are alive and ready; none while Redis is away."""
-        pids = {member.pid for member in self.workers}
+        pids = {member.child.pid for member in self.workers if member.child is not None}
         try:
             return [card for card in self.registry.workers() if card.state == "ready" and card.pid in pids]
         except redis.RedisError:
@@ -189,7 +210,8 @@ class Fleet:
 
     def card(self, index: int) -> WorkerInfo | None:
         """What a worker tells of itself, while it is ready and Redis answers."""
-        return next((card for card in self.ready() if card.pid == self.workers[index].pid), None)
+        child = self.workers[index].child
+        return next((card for card in self.ready() if child is not None and card.pid == child.pid), None)
 
     def api_processes(self) -> list[psutil.Process]:
         """The processes that answer requests; their parent only starts them again."""
@@ -237,19 +259,20 @@ class Fleet:
             return False
 
 
-def build(home: Path, model: Path, slots: int, network: str = "auto") -> Fleet:
+def build(home: Path, model: Path, slots: int, network: str = "auto", backend: str = "auto") -> Fleet:
     """Prepare a stack in a folder; nothing is started.
 
     Args:
         network: `namespace`, `proxy`, or `auto`: namespaces where they work.
+        backend: `auto` or `fake`.
     """
     with ExitStack() as undo:
-        fleet = _build(home, model, slots, network, undo)
+        fleet = _build(home, model, slots, network, backend, undo)
         undo.pop_all()  # from here on, the fleet's own matter
         return fleet
 
 
-def _build(home: Path, model: Path, slots: int, network: str, undo: ExitStack) -> Fleet:
+def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo: ExitStack) -> Fleet:
     port, api_port, key = free_port(), free_port(), new_key()
     use_namespaces = network == "namespace" or (network == "auto" and namespaces_work())
     cables: list[Cable] = []
@@ -265,6 +288,7 @@ def _build(home: Path, model: Path, slots: int, network: str, undo: ExitStack) -
     variables = {
         "DATA_DIR": str(home / "data"),
         "MODEL_PATH": str(model),
+        "BACKEND": backend,
         "PORT": str(api_port),
         "WEB_WORKERS": str(API_PROCESSES),
         "MLXQ_API_KEY": key,
@@ -286,7 +310,7 @@ def _build(home: Path, model: Path, slots: int, network: str, undo: ExitStack) -
         **variables,
     }
     python = (sys.executable, "-m")
-    worker = (*python, "worker.app")
+    worker = (*python, "worker.process.launcher")
     return Fleet(
         home=home,
         settings=settings,

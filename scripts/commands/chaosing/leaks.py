@@ -7,11 +7,52 @@ from collections.abc import Iterator
 
 from scripts.commands.chaosing.checks import Ledger
 from scripts.commands.chaosing.fleet import WORKERS, Fleet
+from shared.jobs.record import Status
 from shared.queue import keys
-from shared.queue.wakeups import own_queue, queue_name
+from shared.queue.redis import Redis
 
 _SETTLE_S = 20.0
-"""A ticket too many is taken and dropped, a lapsed lease reaped: that takes a moment."""
+"""A lapsed lease is reaped, an end reported: that takes a moment."""
+
+_GONE = (
+    keys.QUEUE,
+    keys.TURNS,
+    keys.WAKE,
+    keys.RUNNING,
+    keys.RESERVED,
+    keys.TIMERS,
+    keys.IMAGES,
+    keys.ENDS,
+    keys.DEMAND,
+    keys.OLD_QUEUE,
+)
+"""Keys that only unfinished jobs have."""
+_OF_A_JOB = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER)
+"""Keys of ended jobs: each must have a TTL."""
+_KEPT = (
+    keys.SPEED,
+    keys.FAILED,
+    keys.BYTES,
+    keys.MEMORY,
+    keys.LEASES,
+    keys.EXTENSIONS,
+    keys.PASSED,
+    keys.PREFIXES,
+    keys.ROUTED,
+    keys.WORKER,
+    keys.WORKERS,
+    keys.HOST,
+    keys.HOSTS,
+    keys.OPERATION,
+    keys.OPERATIONS,
+    keys.MODELS,
+    keys.TOKENIZER,
+    keys.ENDED,
+    "_kombu.",
+    "LIMITS",
+)
+"""Keys of workers and models, Celery's and the limiter's."""
+_KEPT_BYTES = {"failed", "failed_limit"}
 
 
 def leaks(fleet: Fleet, ledger: Ledger) -> list[str]:
@@ -24,20 +65,36 @@ def leaks(fleet: Fleet, ledger: Ledger) -> list[str]:
 
 def _now(fleet: Fleet, ledger: Ledger) -> Iterator[str]:
     store, cards = fleet.redis, fleet.ready()
-    for pattern in (keys.QUEUE, keys.RUNNING, keys.CLOCK, keys.TIMERS):
-        yield from (f"key {name}" for name in store.scan_iter(pattern + "*"))
+    yield from _keys(fleet)
     leases = set(store.zrange(keys.LEASES, 0, -1))
     if leases != {card.id for card in cards} or len(leases) != WORKERS:
         yield f"leases {sorted(leases)}, workers {[card.id for card in cards]}"
     for card in cards:
         if card.slots_used or card.stats["publisher_backlog"]:
             yield f"worker {card.id} has {card.slots_used} slots taken, {card.stats['publisher_backlog']:g} unsaid"
-    model = fleet.settings.model_id
-    queues = [queue_name(model), *(own_queue(model, card.node).name for card in cards)]
-    if tickets := sum(map(store.llen, queues)):
-        yield f"{tickets} tickets"
+    if held := set(store.hkeys(keys.BYTES)) - _KEPT_BYTES:
+        yield f"bytes of unfinished jobs: {sorted(held)}"
     recorded = {name.removeprefix(keys.JOB) for name in store.scan_iter(keys.JOB + "*")}
     if extra := recorded - set(ledger.accepted.values()):
         yield f"{len(extra)} jobs that nobody submitted, such as {min(extra)}"
     if missing := set(ledger.accepted.values()) - recorded:
         yield f"{len(missing)} accepted jobs without a record, such as {min(missing)}"
+
+
+def _keys(fleet: Fleet) -> Iterator[str]:
+    """Every key is one that ended jobs, workers or models have."""
+    store = fleet.redis
+    for name in store.scan_iter(count=1000):
+        if name.startswith(_OF_A_JOB):
+            if store.ttl(name) == -1:
+                yield f"key {name} for ever"
+            if name.startswith(keys.REQUEST):
+                yield from _request(store, name)
+        elif name.startswith(_GONE) or not name.startswith(_KEPT):
+            yield f"key {name}"
+
+
+def _request(store: Redis, name: str) -> Iterator[str]:
+    """Only a failed job keeps its request."""
+    if store.hget(keys.JOB + name.removeprefix(keys.REQUEST), "status") != Status.FAILED:
+        yield f"key {name} of a job that did not fail"

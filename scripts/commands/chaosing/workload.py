@@ -73,14 +73,17 @@ class Unstable(Exception):
     """Undisturbed runs disagree: there is nothing to compare with."""
 
 
-def prepare(client: Client, seed: int, count: int) -> list[Request]:
+def prepare(client: Client, seed: int, count: int, orders: str = "") -> list[Request]:
     """Make `count` requests and run them undisturbed: a third of them once more, with stop strings out of their texts.
+
+    Args:
+        orders: beginning of each prompt, for the fake model.
 
     Raises:
         Unstable: a request gave another text the second time, with other company in the batch.
     """
     rng = random.Random(seed)
-    bodies = [_body(rng) for _ in range(count)]
+    bodies = [_body(rng, orders) for _ in range(count)]
     texts = _run(client, bodies, at_once=12)
     bodies = [
         {**body, "stop": _stop_in(rng, reference.text)} if i % 3 == 0 and len(reference.text) > 12 else body
@@ -105,11 +108,12 @@ def _to_end(client: Client, body: dict[str, Any]) -> RemoteJob:
     return job
 
 
-def _body(rng: random.Random) -> dict[str, Any]:
+def _body(rng: random.Random, orders: str) -> dict[str, Any]:
     long = rng.random() < 0.5
     words = _LONG_PROMPT if rng.random() < 0.15 else rng.randint(3, 25)
-    text = " ".join(rng.choices(_WORDS, k=words))
-    body: dict[str, Any] = {"max_tokens": rng.randint(150, 500) if long else rng.randint(4, 50)}
+    text = orders + " ".join(rng.choices(_WORDS, k=words))
+    body: dict[str, Any] = {"seed": 0} if orders else {}  # the fake model takes its words from the seed
+    body |= {"max_tokens": rng.randint(150, 500) if long else rng.randint(4, 50)}
     if rng.random() < 0.5:
         body["messages"] = [{"role": "user", "content": text}]
     else:

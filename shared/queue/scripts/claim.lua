@@ -1,225 +1,167 @@
--- The next job of a model for a worker, as a new attempt. Those before it whose time is over end here.
--- ARGV: model, worker, then the workers of other models in the same process
--- Returns the record as name, value, … ; 'no lease' ; 'alone' when the worker must first be done with what it holds;
--- 'left', then id, node, seconds for each job that is left to another worker and that this one is to see to: it tells
--- that node, and after so many seconds anybody; or nothing when no job waits that it may have.
-local model, worker = ARGV[1], ARGV[2]
--- A call must not take long: what it does not come to, the next does.
-local MOST_LOOKED_AT = 100
+-- uses: affinity suspicion layout
+-- Reserves waiting jobs of a model for a worker: as many as it can run now, and a few spare ones to have at hand.
+-- ARGV: a JSON object with
+--   model, worker
+--   rows     jobs the worker can admit now, beyond those it has claimed
+--   tokens   tokens of prompts and answers that its memory admits now
+--   spare    jobs it may claim beyond that; less than 0 when it has too many
+--   waiting  ids it has claimed and cannot admit now: other workers may take them, and jobs that are to be served before
+--            them may be claimed in their stead
+--   beside   all workers of its process
+-- Returns 'no lease', or {now, seconds until a deferred job may be claimed or '', ids among `waiting` that it has lost,
+-- then for each job: {record as name, value, …}, {request as name, value, …}, score}
+local ask = cjson.decode(ARGV[1])
+local model, worker, at = ask.model, ask.worker, now()
+local MOST_LOOKED_AT = 200 -- a call must be short
+local PAGE = 32
+local STAY_S = 5 -- a job that was taken over stays for twice as long, four times after the second time, and so on
 
-local lease = redis.call('ZSCORE', K.LEASES, worker)
-if not lease or tonumber(lease) <= now() then
+if not has_lease(worker, at) then
   return 'no lease'
 end
--- A job that one more loss would fail runs alone: if it kills the process, it takes no neighbour with it, of no model.
--- One worker empties itself for it, and so do those beside it; the others pass it by, or all would stand still until one
--- of them happens to be empty.
-local EMPTYING_MS = 5000 -- each claim that finds such a job says so again
-local held = redis.call('SMEMBERS', K.RUNNING .. worker)
-local function in_company()
-  local count = #held
-  for i = 3, #ARGV do
-    count = count + redis.call('SCARD', K.RUNNING .. ARGV[i])
-  end
-  return count > 0
-end
-local function runs_one_alone(ids)
-  return #ids == 1 and redis.call('HGET', K.JOB .. ids[1], 'alone')
-end
-if runs_one_alone(held) then
-  return 'alone'
-end
-for i = 3, #ARGV do
-  local other = ARGV[i]
-  if redis.call('EXISTS', K.EMPTYING .. other) == 1 or runs_one_alone(redis.call('SMEMBERS', K.RUNNING .. other)) then
-    return 'alone'
-  end
-end
-local function emptying()
-  local other = redis.call('GET', K.ALONE .. model)
-  local holds = other and redis.call('ZSCORE', K.LEASES, other)
-  if holds and tonumber(holds) > now() then
-    return other
-  end
-  redis.call('SET', K.ALONE .. model, worker)
-  return worker
+redis.call('DEL', K.WAKE .. model)
+if redis.call('EXISTS', K.OLD_QUEUE .. model) == 1 then
+  adopt_queue(model, 100)
 end
 
--- A job whose beginning lies in another worker's cache is left to that one, once and not for long, if it is as good as
--- free. So a frozen or busy worker delays a job by no more than this, and one with the same prefix again and again
--- does not get all there is to do.
-local LEFT_S = 0.2
-local MOST_LEFT = 8
-local AHEAD = 1 / 4 -- of its slots: so many jobs more than this worker it may hold
-local MOST_KEEPERS = 3
-local PREFIXES_S = 3600
-local alone_here = redis.call('ZCARD', K.LEASES) == 1
-local nodes = {}
-
--- The Celery node of a worker that jobs may be left to; false of any other.
-local function node_of(other)
-  if nodes[other] == nil then
-    nodes[other] = false
-    local holds_until, card = redis.call('ZSCORE', K.LEASES, other), redis.call('GET', K.WORKER .. other)
-    if card and holds_until and tonumber(holds_until) > now() then
-      local told, busy = cjson.decode(card), redis.call('SCARD', K.RUNNING .. other)
-      local slots = math.min(told.slots, told.stats and told.stats.row_cap or told.slots)
-      local idle = busy < slots and busy - #held <= math.max(1, slots * AHEAD)
-      nodes[other] = told.model == model and told.state == 'ready' and idle and told.node
-    end
+local lost, scores = {}, {}
+for _, id in ipairs(ask.waiting) do
+  local status = holds(id, worker)
+  if status == 'queued' then
+    redis.call('HSET', K.JOB .. id, 'spare', 1)
+    scores[#scores + 1] = tonumber(redis.call('ZSCORE', K.QUEUE .. model, id))
+  elseif status ~= 'running' then -- a row that was preempted waits in its worker; its job is running
+    lost[#lost + 1] = id
   end
-  return nodes[other]
 end
 
--- A job's beginnings, the longest first, and the workers that last started a job which begins so, the newest first. A
--- mark has a place in the table, and a rest that tells it from others which fall on the same place.
-local function beginnings(marks)
-  local places, found = {}, {}
-  for place, rest in marks:gmatch('(%x%x%x%x)(%x+)') do
-    places[#places + 1] = place
-    found[#found + 1] = {place = place, rest = rest, workers = {}}
-  end
-  for i, entry in ipairs(redis.call('HMGET', K.PREFIXES .. model, unpack(places))) do
-    local rest, workers = (entry or ''):match('^(%x+)(.+)$')
-    for name in (rest == found[i].rest and workers or ''):gmatch('%S+') do
-      table.insert(found[i].workers, name)
-    end
-  end
-  return found
-end
-
--- Who has the longest beginning that anybody has who may take the job: this worker, another, or nobody.
-local function keeper_of(found)
-  for _, beginning in ipairs(found) do
-    local keeper
-    for _, name in ipairs(beginning.workers) do
-      if name == worker then
-        return worker
-      end
-      keeper = keeper or node_of(name) and name
-    end
-    if keeper then
-      return keeper
+local held = {}
+for _, name in ipairs(ask.beside) do
+  for _, key in ipairs({K.RUNNING, K.RESERVED}) do
+    for _, id in ipairs(redis.call('SMEMBERS', key .. name)) do
+      held[#held + 1] = id
     end
   end
 end
 
-local function keep(found)
-  local entries = {}
-  for _, beginning in ipairs(found) do
-    local workers = {worker}
-    for _, name in ipairs(beginning.workers) do
-      if name ~= worker and #workers < MOST_KEEPERS then
-        workers[#workers + 1] = name
-      end
-    end
-    entries[#entries + 1] = beginning.place
-    entries[#entries + 1] = beginning.rest .. ' ' .. table.concat(workers, ' ')
+local alone = redis.call('ZCARD', K.LEASES) == 1
+local cards, claimed = {}, {}
+local rows, tokens, spare = ask.rows, ask.tokens, ask.spare
+local again_s, deferred = nil, 0
+
+-- How many spare jobs may still be claimed at this place in the queue: those that wait behind it do not count.
+local function spare_before(score)
+  local left = spare
+  for _, other in ipairs(scores) do
+    left = left + (other > tonumber(score) and 1 or 0)
   end
-  redis.call('HSET', K.PREFIXES .. model, unpack(entries))
-  redis.call('EXPIRE', K.PREFIXES .. model, PREFIXES_S)
+  return left
 end
 
-local function count(outcome)
-  redis.call('HINCRBY', K.ROUTED, model .. ':' .. outcome, 1)
+local function take(id, score, job, prefixes, as_spare)
+  if job.worker ~= '' then
+    redis.call('SREM', K.RESERVED .. job.worker, id)
+    redis.call('HINCRBY', K.JOB .. id, 'moves', 1)
+  end
+  reserve(id, worker, as_spare)
+  if prefixes and #prefixes > 0 then
+    affinity.remember(model, worker, prefixes)
+  end
+  if as_spare then
+    spare = spare - 1
+  else
+    rows, tokens = rows - 1, tokens - job.size
+  end
+  held[#held + 1] = id
+  claimed[#claimed + 1] = {redis.call('HGETALL', K.JOB .. id), redis.call('HGETALL', K.REQUEST .. id), score}
 end
 
-local left = {}
--- Whether a job is left to another; then it is among those in `left`.
-local function leave(job)
-  if #left == MOST_LEFT then
+-- Whether a job's prefix makes it wait for another worker; else the job's prefixes, if it has any.
+local function deferred_to_another(id, job)
+  if alone or not job.prefixes or job.started then
+    return false, nil
+  end
+  local prefixes = affinity.prefixes(model, job.prefixes)
+  local preferred = affinity.preferred(prefixes, worker, model, cards)
+  if preferred and preferred ~= worker then
+    local left_s = affinity.defer(id, model, job.deferred_at)
+    if left_s then
+      again_s = math.min(again_s or left_s, left_s)
+      return true, nil
+    end
+  end
+  if preferred == worker then
+    affinity.count(model, 'preferred')
+  elseif job.deferred_at then
+    affinity.count(model, 'another')
+  end
+  return false, prefixes
+end
+
+-- Whether the job has been with its holder for so long that it may move. It may at once the first time. But two workers
+-- may both take it for smaller than it is: if it moved again and again, none would keep memory free for it.
+local function may_move(job)
+  return job.moves == 0 or at - job.claimed_at >= STAY_S * 2 ^ job.moves
+end
+
+-- Whether no live worker holds the job, or another one only as a spare job that this worker could run now.
+local function is_free(job, room)
+  if job.worker == '' then
+    return true
+  end
+  return job.worker ~= worker and (not has_lease(job.worker, at) or (job.spare and room and may_move(job)))
+end
+
+local function read_job(id)
+  local status, holder, is_spare, started, hashes, deferred_at, size, claimed_at, moves = unpack(redis.call('HMGET',
+    K.JOB .. id, 'status', 'worker', 'spare', 'started_at', 'prefixes', 'deferred_at', 'size', 'claimed_at', 'moves'))
+  return {status = status, worker = holder or '', spare = is_spare, started = started, prefixes = hashes,
+    deferred_at = deferred_at, size = tonumber(size or '0'), claimed_at = tonumber(claimed_at or '0'),
+    moves = tonumber(moves or '0')}
+end
+
+-- Looks at one job. Returns whether to continue with the next, and whether this one has left the queue.
+local function consider(id, score)
+  local job = read_job(id)
+  local due = redis.call('ZSCORE', K.TIMERS, id)
+  if job.status ~= 'queued' then
+    leave_queue(id, model) -- the record is gone, or an old process ended the job
+    settle_foreign_end(id)
+    return true, true
+  elseif due and tonumber(due) <= at then
+    finish(id, 'expired', {})
+    return true, true
+  end
+  -- Each deferred job keeps a row free, so that no job of lower rank delays it further.
+  local room = rows - deferred > 0 and tokens >= job.size
+  if rows - deferred <= 0 and spare_before(score) <= 0 then
     return false
+  elseif is_free(job, room) and may_join(id, held) then
+    local wait, prefixes = deferred_to_another(id, job)
+    if wait then
+      deferred = deferred + 1
+    elseif room or spare_before(score) > 0 then
+      take(id, score, job, prefixes, not room)
+    end
   end
-  if not job.left_at then
-    job.left_at = stamp(now())
-    redis.call('HSET', K.JOB .. job.id, 'left_at', job.left_at)
-    count('left')
-  end
-  local since = now() - tonumber(job.left_at)
-  if since < 0 or since >= LEFT_S then -- a clock that was set back makes no job wait
-    return false
-  end
-  job.node, job.seconds = node_of(job.keeper), stamp(LEFT_S - since)
-  left[#left + 1] = job
   return true
 end
 
--- Whether this worker has a slot for each job that it has left, beside the one that it would start before them. If not,
--- and nobody came for them, they would wait until it is done with that one.
-local function has_place_for_left()
-  local card = redis.call('GET', K.WORKER .. worker)
-  return card and cjson.decode(card).slots - #held > #left
-end
-
--- All that waits is left to others, and this call has used a ticket up. For each of them somebody will send one more, once
--- it is anybody's; so there are never fewer on their way than jobs wait.
-local function see_to()
-  local reply = {'left'}
-  for _, job in ipairs(left) do
-    if redis.call('HSETNX', K.JOB .. job.id, 'seen_to', 1) == 1 then
-      reply[#reply + 1], reply[#reply + 2], reply[#reply + 3] = job.id, job.node, job.seconds
+local place, looked = 0, 0
+local going = rows > 0 or spare + #scores > 0
+while going and looked < MOST_LOOKED_AT do
+  local page = redis.call('ZRANGE', K.QUEUE .. model, place, place + PAGE - 1, 'WITHSCORES')
+  going = #page > 0
+  for i = 1, #page, 2 do
+    local gone
+    going, gone = consider(page[i], page[i + 1])
+    looked = looked + 1
+    if not gone then
+      place = place + 1
+    end
+    if not going then
+      break
     end
   end
-  return #reply > 1 and reply
 end
-
-local function start(found)
-  local id, job, at = found.id, K.JOB .. found.id, now()
-  if found.alone then
-    redis.call('DEL', K.ALONE .. model, K.EMPTYING .. worker)
-  end
-  if not found.started and found.keeper == worker then
-    count('keeper')
-  elseif not found.started and found.left_at then
-    count('another')
-  end
-  if found.beginnings then
-    keep(found.beginnings)
-  end
-  reach_turn(model, found.class, found.score - tonumber(found.class) * CLASS_WIDTH)
-  leave_line(id, model)
-  local attempt = redis.call('HINCRBY', job, 'attempt', 1)
-  redis.call('HSET', job, 'status', 'running', 'worker', worker, 'claimed_at', stamp(at))
-  redis.call('SADD', K.RUNNING .. worker, id)
-  redis.call('ZADD', K.TIMERS, found.end_by, id)
-  if found.started then
-    emit(id, 'resumed', '{"attempt":' .. attempt .. '}')
-  else
-    redis.call('HSET', job, 'started_at', stamp(at))
-    emit(id, 'started', '{"attempt":' .. attempt .. '}')
-  end
-  return redis.call('HGETALL', job)
-end
-
-local place = 0
-for _ = 1, MOST_LOOKED_AT do
-  local head = redis.call('ZRANGE', K.QUEUE .. model, place, place, 'WITHSCORES')
-  if #head == 0 then
-    return see_to()
-  end
-  local job = {id = head[1], score = tonumber(head[2])}
-  local status, marks
-  status, job.class, job.started, job.end_by, job.alone, marks, job.left_at = unpack(redis.call('HMGET', K.JOB .. job.id,
-    'status', 'class', 'started_at', 'end_by', 'alone', 'marks', 'left_at'))
-  local due = redis.call('ZSCORE', K.TIMERS, job.id)
-  job.beginnings = marks and not alone_here and beginnings(marks)
-  job.keeper = job.beginnings and not job.alone and keeper_of(job.beginnings)
-  if status ~= 'queued' then
-    leave_line(job.id, model) -- a record that has gone
-  elseif due and tonumber(due) <= now() then
-    finish(job.id, 'expired', {})
-  elseif job.alone and in_company() then
-    if emptying() == worker then
-      redis.call('SET', K.EMPTYING .. worker, 1, 'PX', EMPTYING_MS)
-      return see_to() or 'alone'
-    end
-    place = place + 1
-  elseif job.keeper and job.keeper ~= worker and leave(job) then
-    place = place + 1
-  elseif #left > 0 and not has_place_for_left() then
-    return start(left[1])
-  else
-    return start(job)
-  end
-end
-return see_to()
+return {stamp(at), again_s and stamp(again_s) or '', lost, unpack(claimed)}

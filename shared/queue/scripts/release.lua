@@ -1,18 +1,16 @@
--- A worker hands running jobs back, to continue elsewhere.
--- ARGV: worker, losses a job may have when this counts as one or '', then id, attempt a job
--- Returns model, id for each job that waits again.
-local worker, most_losses = ARGV[1], tonumber(ARGV[2])
-local back = {}
-for i = 3, #ARGV, 2 do
+-- A worker gives jobs up, to continue elsewhere: running ones, or reserved ones that it did not admit.
+-- ARGV: worker, then id, claimed_at a job
+-- Returns the models that have waiting jobs now.
+local worker = ARGV[1]
+local models = {}
+for i = 2, #ARGV, 2 do
   local id = ARGV[i]
-  local status, attempt, holder = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'attempt', 'worker'))
-  if status == 'running' and attempt == ARGV[i + 1] and holder == worker then
-    if hand_back(id, worker, most_losses) then
-      back[#back + 1] = redis.call('HGET', K.JOB .. id, 'model')
-      back[#back + 1] = id
-    end
-  elseif holder ~= worker then -- or the worker has it again, as a later attempt
+  local claimed_at = redis.call('HGET', K.JOB .. id, 'claimed_at')
+  if not holds(id, worker) then -- it is another's, or an old process has ended it
     redis.call('SREM', K.RUNNING .. worker, id)
+    redis.call('SREM', K.RESERVED .. worker, id)
+  elseif claimed_at == ARGV[i + 1] then -- or the worker holds the job again, by a later claim
+    models[#models + 1] = give_back(id, worker, 'handed_back')
   end
 end
-return back
+return distinct(models)

@@ -1,4 +1,4 @@
-"""Penalties for tokens that came before, for all rows that use them at once.
+"""Penalties for tokens that came before: the first logits processor.
 
 They mean what they mean in `mlx_lm.sample_utils.make_logits_processors`. The window is the last 20 tokens of prompt
 and answer together. Repetition first: a logit is divided by the penalty when positive and multiplied when negative,
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from shared.jobs.request import Sampling
-from worker.runner.base import IMAGE_TOKENS
+from shared.jobs.request import Request, Sampling
+from worker.runner.base import IMAGE_TOKENS, Row
 
 WINDOW = 20
 """How many tokens back the penalties look."""
@@ -26,33 +26,29 @@ def penalised(sampling: Sampling) -> bool:
     return sampling.repetition_penalty not in (0, 1) or bool(sampling.presence_penalty or sampling.frequency_penalty)
 
 
+class Penalties:
+    """See `worker.runner.logits.processor.LogitsProcessor`."""
+
+    def wanted(self, request: Request) -> bool:
+        """Whether a request uses any penalty."""
+        return penalised(request.sampling)
+
+    def prepare(self, rows: Sequence[Row]) -> BatchPenalties:
+        """The penalties of these rows."""
+        return BatchPenalties([row.sampling for row in rows])
+
+
 class BatchPenalties:
-    """The penalties of one composition of the batch; make a new one when rows come or go."""
+    """The penalties of rows that all use some; make a new one when rows come or go."""
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
-        using = [(i, s) for i, s in enumerate(samplings) if penalised(s)]
-        self._penalised = [i for i, _ in using]
-        if using:
-            self._rows = mx.array(self._penalised)
-            self._repetition = mx.array([[s.repetition_penalty or 1.0] for _, s in using])
-            self._presence = mx.array([[s.presence_penalty] for _, s in using])
-            self._frequency = mx.array([[s.frequency_penalty] for _, s in using])
+        self._repetition = mx.array([[each.repetition_penalty or 1.0] for each in samplings])
+        self._presence = mx.array([[each.presence_penalty] for each in samplings])
+        self._frequency = mx.array([[each.frequency_penalty] for each in samplings])
 
-    def __call__(self, logits: mx.array, last: mx.array, before: Sequence[Sequence[int]]) -> mx.array:
-        """Apply them.
-
-        Args:
-            logits: [rows, vocabulary].
-            last: [rows] the newest token of each row; it need not be evaluated.
-            before: the tokens before that, oldest first.
-
-        Returns:
-            [rows, vocabulary]; rows without penalties as they came.
-        """
-        if self._penalised:
-            earlier = mx.array([_padded(before[i]) for i in self._penalised])
-            logits[self._rows] = self._apply(logits[self._rows], last[self._rows][:, None], earlier)
-        return logits
+    def __call__(self, logits: mx.array, last: mx.array, history: Sequence[Sequence[int]]) -> mx.array:
+        """See `worker.runner.logits.processor.BatchProcessor`. The newest tokens need not be evaluated."""
+        return self._apply(logits, last[:, None], mx.array([_padded(tokens) for tokens in history]))
 
     def _apply(self, logits: mx.array, last: mx.array, earlier: mx.array) -> mx.array:
         # Free places of the window repeat the newest token and count for nothing.

@@ -1,119 +1,107 @@
-"""Several tokens of a row in one pass of the model: guessed from its text, verified by the model.
+"""Several tokens of a row in one pass of the model: drafted by a proposer, verified by the model.
 
 A pass over a few tokens costs hardly more than one over a single token where a pass mostly reads the weights, and more
-where it mostly computes. So whether it pays is found while it runs: what the passes take, in medians, against how many
-tokens the guesses at hand will give, by how such guesses of the same rows did of late. Where it does not pay, nothing
-is verified, and rows decode as if this were not there: the odds are learned all the same, from tokens that come anyway.
+where it mostly computes. A draft is verified when the tokens that it will probably give are worth what the pass costs;
+otherwise rows decode as if there were no drafts.
 
-The choice of a token is a function of logits, seed and position (`worker.runner.sampler`). A guess is kept as far as it
-is what the model chooses at those positions, so the text is the one it would have been, drawn or not.
+The choice of a token is a function of logits, seed and position (`worker.runner.sampler`). A draft is accepted as far
+as it equals what the model chooses at those positions, so the text is the same as without drafts, greedy or sampled.
 """
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 
-from shared.jobs.request import Sampling
-from worker.runner import kv_cache as kv
-from worker.runner.base import Row
-from worker.runner.decode_row import Slot
-from worker.runner.logits.penalties import penalised
+from worker.runner import forward, kv_cache
+from worker.runner.decode_row import DecodeRow
+from worker.runner.kv_cache import KVCache
 from worker.runner.prefix_cache import common_length
 from worker.runner.sampler import GREEDY_BELOW, BatchSampler
-from worker.runner.speculation.pass_cost import LENGTHS, PassCosts
+from worker.runner.speculation.pass_cost import LENGTHS, UNKNOWN
+from worker.runner.speculation.proposer import Proposer
 
 MOST_ROWS = 4
-"""More rows fill a pass with tokens that need no guess, and seldom all have one."""
+"""Maximum rows: more of them use the device well without drafts, and seldom all have one."""
 
 MARGIN = 1.1
-"""It pays when it makes decoding so many times faster by our reckoning, which is not exact."""
+"""Minimum estimated speed-up at which drafts are verified: the estimate is not exact."""
 
 
 class Speculation:
-    """Decides for all rows of a model, and verifies.
+    """Decides whether the rows of a model verify drafts in a step, and verifies them.
 
     Args:
         model: an mlx-lm model.
-        most: tokens of a row that are guessed at a time, at most; 0: never.
+        most: maximum draft tokens per row and step; 0: no speculation.
+        proposer: drafts.
 
     Attributes:
-        drafted: tokens that were guessed and verified.
-        accepted: those of them that were right.
+        cost: of passes; measured while the model warms.
+        drafted: tokens that were drafted and verified.
+        accepted: those of them that the model chose as well.
+        lengths: of drafts.
+        able: whether this model can verify drafts.
     """
 
-    def __init__(self, model: Any, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    def __init__(self, model: Any, most: int, proposer: Proposer) -> None:
+        self.cost = UNKNOWN
         self.drafted = self.accepted = 0
+        self.lengths = [length for length in LENGTHS if length <= most]
         self._model = model
-        self._lengths = [length for length in LENGTHS if length <= most]
-        self._able = bool(self._lengths) and kv.trimmable(model)
-        self._costs: defaultdict[tuple[int, int], PassCosts] = defaultdict(PassCosts)
+        self._proposer = proposer
+        self.able = bool(self.lengths) and kv_cache.plain(model)
 
-    def suits(self, slots: Sequence[Slot]) -> bool:
-        """Whether these rows can be guessed together. Penalties depend on the tokens in between."""
-        return self._able and 0 < len(slots) <= MOST_ROWS and not any(penalised(slot.row.sampling) for slot in slots)
+    def suits(self, rows: int) -> bool:
+        """Whether drafts of this many rows can be verified together.
 
-    def costs(self, slots: Sequence[Slot]) -> PassCosts:
-        """What steps of such rows take: what is drawn costs more than what is only compared."""
-        return self._costs[len(slots), sum(slot.row.sampling.temperature >= GREEDY_BELOW for slot in slots)]
+        They must not use logits processors, which depend on the tokens in between, nor ask for log-probabilities.
+        """
+        return self.able and 0 < rows <= MOST_ROWS
 
-    def length(self, slots: Sequence[Slot]) -> int:
-        """How many tokens to guess now, so that the rows grow fastest and none by more than its room; 0: none."""
-        room = min(slot.room if slot.chosen else 0 for slot in slots)
-        fitting = [length for length in self._lengths if length < room]
-        guessed = [lookup for lookup in (slot.lookup for slot in slots) if lookup.length]
-        costs = self.costs(slots)
-        if not fitting or not guessed or not costs.known:
+    def length(self, rows: Sequence[DecodeRow]) -> int:
+        """How many tokens to draft now, so that the rows grow fastest and none beyond its limit; 0: none."""
+        left = min(row.left if row.sampled else 0 for row in rows)
+        fitting = [length for length in self.lengths if length < left]
+        # Asked for even where none fits: the proposer takes in the tokens of a prompt bit by bit.
+        accepted = [each for each in self._proposer.expected(rows, self.lengths[-1]) if each]
+        if not fitting or not accepted:
             return 0
-        right = [lookup.odds.expected(lookup.length, fitting[-1]) for lookup in guessed]
+        drawn = sum(row.row.sampling.temperature >= GREEDY_BELOW for row in rows)
+        position = max(row.length for row in rows)
 
         def speed(length: int) -> float:
-            return (1 + sum(each[length - 1] for each in right) / len(slots)) / costs.of(length)
+            gained = 1 + sum(each[length - 1] for each in accepted) / len(rows)
+            return gained / self.cost.ratio(len(rows), drawn, length, position)
 
         best = max(fitting, key=speed)
         return best if speed(best) > MARGIN else 0
 
-    def verify(self, cache: kv.Layers, slots: Sequence[Slot], length: int) -> list[list[int]]:
-        """Put the newest token of these rows, which are all of the batch, through the model, and what may follow it.
+    def verify(self, cache: KVCache, rows: Sequence[DecodeRow], length: int) -> list[list[int]]:
+        """Put the newest token and a draft of each row of a batch through the model.
 
         Returns:
-            The tokens that each row grows by: its guess as far as that is right, and one token more.
+            The tokens that each row grows by: its draft as far as it is accepted, and one token more.
         """
-        guesses = [slot.lookup.guess(length) for slot in slots]
-        fed = [
-            [slot.newest or 0, *guess, *[0] * (length - len(guess))] for slot, guess in zip(slots, guesses, strict=True)
+        drafts = self._proposer.propose(rows, length)
+        inputs = [
+            [row.newest or 0, *draft, *[0] * (length - len(draft))] for row, draft in zip(rows, drafts, strict=True)
         ]
-        logits = self._model(mx.array(fed), cache=cache, **kv.shifts([slot.row for slot in slots]))
-        chosen = self._choose(logits, slots)
-        found = [
-            tokens[: common_length(tuple(guess), tuple(tokens)) + 1]
-            for guess, tokens in zip(guesses, chosen, strict=True)
-        ]
-        for slot, tokens in zip(slots, found, strict=True):
-            slot.grow(tokens)
-        kv.take_back(cache, [length + 1 - len(tokens) for tokens in found])
-        self.drafted += sum(map(len, guesses))
+        logits = self._model(mx.array(inputs), cache=cache.layers, **forward.shifts([row.row for row in rows]))
+        chosen = self._choose(logits, rows)
+        found = [tokens[: common_length(draft, tokens) + 1] for draft, tokens in zip(drafts, chosen, strict=True)]
+        for row, tokens in zip(rows, found, strict=True):
+            row.grow(tokens)
+        cache.trim([length + 1 - len(tokens) for tokens in found])
+        self.drafted += sum(map(len, drafts))
         self.accepted += sum(map(len, found)) - len(found)
         return found
 
-    def warming(self) -> Iterator[None]:
-        """Run a pass of each length, so that every kernel is compiled, and again to see what it takes; in pieces."""
-        if not self._able:
-            return
-        slots = [Slot.of(Row(-1, (0,) * 9, 0, 1000, Sampling(temperature=0.0)))]
-        for length in self._lengths:
-            for _ in range(2):
-                start = self.clock()
-                self.verify(kv.empty(self._model, 1), slots, length)
-                took = self.clock() - start
-                yield
-            self.costs(slots).verified(length, took)
-        self.drafted = self.accepted = 0
+    def drop(self, uids: Collection[int]) -> None:
+        """Drop what is known of rows."""
+        self._proposer.drop(uids)
 
     def stats(self) -> dict[str, float]:
         """Counters for `/metrics`."""
@@ -122,10 +110,10 @@ class Speculation:
             "speculation_accepted_tokens_total": self.accepted,
         }
 
-    def _choose(self, logits: mx.array, slots: Sequence[Slot]) -> list[list[int]]:
-        """The model's choice at each place of a pass: of all rows, one after the other."""
-        rows, width, vocabulary = logits.shape
-        sampler = BatchSampler([slot.row.sampling for slot in slots for _ in range(width)])
-        positions = [slot.position + i for slot in slots for i in range(width)]
-        chosen = sampler(logits.reshape(rows * width, vocabulary), positions)
-        return cast("list[list[int]]", chosen.reshape(rows, width).tolist())
+    def _choose(self, logits: mx.array, rows: Sequence[DecodeRow]) -> list[list[int]]:
+        """The model's choice at each place of a pass."""
+        count, width, vocabulary = logits.shape
+        sampler = BatchSampler([row.row.sampling for row in rows for _ in range(width)])
+        positions = [row.position + i for row in rows for i in range(width)]
+        chosen = sampler(logits.reshape(count * width, vocabulary), positions)
+        return cast("list[list[int]]", chosen.reshape(count, width).tolist())

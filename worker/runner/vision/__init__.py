@@ -1,0 +1,1 @@
+"""Vision: what is particular to a family of vision models, and the stage that encodes images before prefill."""

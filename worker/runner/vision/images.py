@@ -1,7 +1,7 @@
-"""The images of a prompt: where their tokens are, which positions the model gives them, and how they are recognised.
+"""The images of a prompt: where their tokens are, and which positions the model gives them.
 
-A piece of an image is one token of the prompt. Its id says what it shows (a hash of the image's digest and of the
-piece's place in it), so whatever compares prompts by their tokens, as the prefix cache does, compares images as well.
+Each token of an image has an id that depends on its content (a hash of the image's digest and of the place in it), so
+whatever compares prompts by their tokens, as the prefix cache does, compares images as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Grid:
 
     Attributes:
         high, wide: patches; multiples of `merge`.
-        merge: so many patches a side become one token.
+        merge: patches per side that become one token.
     """
 
     high: int
@@ -101,7 +101,7 @@ class ImageMedia:
 def place(
     tokens: Sequence[int], image_token: int, images: Sequence[tuple[str, Grid, bytes]]
 ) -> tuple[list[int], ImageMedia]:
-    """Put the pieces of each image in the place of the token that stands for it.
+    """Replace the placeholder token of each image by the image's tokens.
 
     Args:
         tokens: with one `image_token` for each image, in order.
@@ -130,7 +130,7 @@ def opened(data: bytes) -> Image.Image:
     """The image in a file, upright and in RGB; of several frames the first. As `mlx_vlm.utils.load_image` does it."""
     image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
     if image.mode.startswith("I"):
-        # Grey in 16 bits. Pillow, and with it mlx-vlm, makes white of all but the darkest 256th of that.
+        # 16-bit grey. Pillow, and so mlx-vlm, clips it to 8 bits: all but the darkest 1/256 would become white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 

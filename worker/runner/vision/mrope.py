@@ -13,8 +13,8 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn
 
-from worker.runner import kv_cache as kv
 from worker.runner.base import IMAGE_TOKENS
+from worker.runner.forward import PlacedMedia
 from worker.runner.vision.images import ImageMedia, PlacedImage
 
 
@@ -41,8 +41,8 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
     def __call__(
         self,
         tokens: mx.array,
-        cache: kv.Layers,
-        media: Sequence[kv.Placed | None] = (),
+        cache: list[Any],
+        media: Sequence[PlacedMedia | None] = (),
         shifts: mx.array | None = None,
     ) -> mx.array:
         """Run it.
@@ -63,9 +63,9 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
 
     def _positions(
         self,
-        cache: kv.Layers,
+        cache: list[Any],
         shape: Sequence[int],
-        media: Sequence[kv.Placed | None],
+        media: Sequence[PlacedMedia | None],
         shifts: mx.array | None,
     ) -> mx.array:
         """[3, rows, length] positions of the tokens."""
@@ -84,7 +84,7 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
             axis=1,
         )
 
-    def _embedded(self, tokens: mx.array, media: Sequence[kv.Placed | None]) -> mx.array:
+    def _embedded(self, tokens: mx.array, media: Sequence[PlacedMedia | None]) -> mx.array:
         """[rows, length, hidden] embeddings: of the text from the vocabulary, of images what the encoder made."""
         text = mx.where(tokens < IMAGE_TOKENS, tokens, self.image_token)
         embeds: mx.array = self.language.model.embed_tokens(text)

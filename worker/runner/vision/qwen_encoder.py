@@ -1,8 +1,8 @@
-"""What makes of an image the vectors that a language model reads: the vision tower of the Qwen-VL family.
+"""The image encoder of the Qwen-VL family: mlx-vlm's vision tower, a block at a time.
 
-It computes what mlx-vlm's `VisionModel` does, with its layers, but a block at a time, so that rows which decode need
-not wait for a whole screenshot; and it reckons on the host what depends on the image's size alone, where mlx-vlm's own
-call asks the device and waits for whatever is queued there.
+It computes what mlx-vlm's `VisionModel` does, with its layers, but in stages, so that rows that decode need not wait
+for a whole screenshot; and it computes on the host what depends on the image's size alone, where mlx-vlm's own call
+asks the device and waits for whatever is queued there.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from shared.models.image_geometry import ImageGeometry
+from worker.runner.vision.family import Floats
 from worker.runner.vision.images import Grid, PlacedImage, opened
 
 _WARM_SIDES = (8, 16)
-"""Patches a side of the images that are encoded to see what that takes."""
-
-Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+"""Patches a side of the images that are encoded to measure what that takes."""
 
 
-class ImageEncoder:
-    """The encoder of one model.
+class QwenEncoder:
+    """See `worker.runner.vision.family.Encoder`.
 
     Args:
         tower: mlx-vlm's vision model of Qwen2.5-VL.
@@ -59,30 +58,21 @@ class ImageEncoder:
         return len(self.tower.blocks)
 
     def grid(self, width: int, height: int) -> Grid:
-        """How an image of that many pixels is cut. Any thread may ask.
-
-        Raises:
-            ValueError: it is so narrow that the processor refuses it.
-        """
+        """See `Encoder.grid`."""
         wide, high = self.geometry.resized(width, height)
         patch = self._processor.patch_size
         return Grid(high // patch, wide // patch, self._processor.merge_size)
 
     def pixels(self, image: PlacedImage) -> Floats:
-        """[patches, values] what the tower takes. For any thread.
-
-        Raises:
-            ValueError: the file is another size than was said.
-            Exception: it is broken; decoders raise anything.
-        """
+        """See `Encoder.pixels`."""
         processed = self._processor(images=[opened(image.data)])
         if processed["image_grid_thw"].tolist() != [[1, image.grid.high, image.grid.wide]]:
-            raise ValueError(f"image {image.digest[:12]} is not of the size it was said to be")
+            raise ValueError(f"image {image.digest[:12]} does not have the announced size")
         values: Floats = processed["pixel_values"]
         return values
 
     def warming(self) -> Iterator[None]:
-        """Encode images of two sizes, so that every kernel is compiled, and see what they take; in pieces."""
+        """See `Encoder.warming`."""
         small, large = (Grid(side, side, self._processor.merge_size) for side in _WARM_SIDES)
         took_s: dict[Grid, list[float]] = {small: [], large: []}
         for grid in (small, large) * 3:
@@ -93,12 +83,12 @@ class ImageEncoder:
         self._cost = (max(least - small.patches * each, 0.0), each)
 
     def seconds(self, grid: Grid) -> float:
-        """What an image takes, beside nothing else, by what was measured."""
+        """See `Encoder.seconds`."""
         fixed, each = self._cost
         return fixed + grid.patches * each
 
     def bytes(self, grid: Grid) -> int:
-        """About what encoding an image takes of the memory beside the weights, at its widest."""
+        """See `Encoder.bytes`."""
         config = self.tower.config
         values = config.hidden_size + config.intermediate_size
         # Only a GPU attends without writing all scores down, twice.
@@ -111,11 +101,7 @@ class ImageEncoder:
         return time.perf_counter() - start
 
     def stages(self, pixels: Floats, grid: Grid) -> Iterator[mx.array]:
-        """Encode, a block at a time; nothing is computed before it is evaluated.
-
-        Yields:
-            What the blocks have made, and at last [tokens, hidden]: what the language model reads.
-        """
+        """See `Encoder.stages`."""
         tower = self.tower
         order, whole, windows, freqs = self._order(grid)
         hidden = tower.patch_embed(mx.array(pixels).astype(tower.patch_embed.proj.weight.dtype))

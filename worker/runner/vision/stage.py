@@ -1,83 +1,37 @@
-"""Rows whose images are not encoded yet: an image, or some blocks of one, between two decode steps.
+"""The stage before prefill of rows with images: encode an image, or some blocks of one, between two decode steps.
 
 Files are decoded and cut into patches on a thread of their own, one image ahead of the encoder, so few are held as
-pixels. What the encoder made is kept for the next row of the same API key that shows the same image: whether it was
-there can be told from the time to the first token, so keys do not share.
+pixels. What the encoder computed is kept for the next row of the same owner that shows the same image. Owners do not
+share: the time to the first token reveals whether an image was cached.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeAlias
 
 import mlx.core as mx
 
-from worker.engine.prefill_budget import Pace
-from worker.runner.base import Row
-from worker.runner.prefill import Chunk
+from shared.errors import JobFailure, PromptRefused
+from shared.jobs.request import Request
+from worker.runner.base import IMAGE_TOKENS, EncodeWork, Media, Row
+from worker.runner.vision.family import Floats, VisionFamily
+from worker.runner.vision.features import FeatureCache, Key
 from worker.runner.vision.images import ImageMedia, PlacedImage
-from worker.runner.vision.qwen_encoder import Floats, ImageEncoder
 
 logger = logging.getLogger(__name__)
 
-Key: TypeAlias = tuple[str | None, str]
-"""API key and digest."""
-
 AHEAD_PATCHES = 2**14
-"""Images with so many patches in all are decoded to pixels before their turn, some 80 MB, and two at least."""
+"""Patches of waiting images that are decoded to pixels ahead (about 80 MB), at least two images."""
 SHORT_S = 0.02
-"""What takes no longer, nobody sees: small images are encoded whole whatever decodes, as many as take so long."""
-_PAUSE_S = 0.02
-"""How long a step that has nothing else to do waits for pixels."""
-
-
-class FeatureCache:
-    """What the encoder made, the least recently used forgotten first.
-
-    Args:
-        most_bytes: what all may occupy; 0 keeps none.
-    """
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self._kept: OrderedDict[Key, mx.array] = OrderedDict()
-        self.nbytes = 0
-        self.hits = 0
-
-    def get(self, key: Key) -> mx.array | None:
-        """What is kept of an image."""
-        features = self._kept.get(key)
-        if features is not None:
-            self.hits += 1
-            self._kept.move_to_end(key)
-        return features
-
-    def put(self, key: Key, features: mx.array) -> None:
-        """Keep it, unless it is too large or belongs to nobody."""
-        if key[0] is None or features.nbytes > self._most_bytes or key in self._kept:
-            return
-        self._kept[key] = features
-        self.nbytes += features.nbytes
-        self._forget()
-
-    def allow(self, most_bytes: int) -> None:
-        """Have so much from now on."""
-        self._most_bytes = most_bytes
-        self._forget()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self.nbytes = 0
-
-    def _forget(self) -> None:
-        while self.nbytes > self._most_bytes:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+"""Longest time for encoding several whole images in one step; a pause of this length goes unnoticed."""
+_NEARLY = 0.25
+"""Part of a block by which a step may exceed its time: predictions are not exact, and one block less may halve it."""
+_MISCOUNTED = "The text of a message contains the token that stands for an image, or the template leaves one out."
 
 
 @dataclass(slots=True)
@@ -98,34 +52,71 @@ class _Task:
     done: int = 0
 
 
-class Encoding:
-    """The stage before `worker.runner.prefill`, of rows with images.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a step did.
 
-    Args:
-        pace: says how much may be done beside rows that decode.
-        cache_bytes: for what the encoder made.
+    Attributes:
+        predicted_s: what it takes, as measured; 0 where nothing was done.
+        failed: rows whose images cannot be read; they are dropped.
     """
 
-    def __init__(self, encoder: ImageEncoder, pace: Pace, cache_bytes: int) -> None:
-        self._encoder = encoder
-        self._pace = pace
+    predicted_s: float = 0.0
+    failed: tuple[tuple[Row, Exception], ...] = ()
+
+
+class VisionStage:
+    """Rows whose images are not encoded yet.
+
+    Args:
+        cache_bytes: for what the encoder computed.
+    """
+
+    def __init__(self, family: VisionFamily, cache_bytes: int) -> None:
+        self._family = family
+        self._encoder = family.encoder
         self._cache = FeatureCache(cache_bytes)
         self._tasks: OrderedDict[Key, _Task] = OrderedDict()
         self._rows: dict[int, Row] = {}
         self._queued: list[mx.array] = []
         self._failed: list[tuple[Row, Exception]] = []
-        self._hands = ThreadPoolExecutor(1, thread_name_prefix="pixels")
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="pixels")
         self._encoded = 0
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def place(
+        self, tokens: Sequence[int], request: Request, images: Mapping[str, bytes]
+    ) -> tuple[list[int], Media | None]:
+        """Put the images of a request in the places of their tokens.
 
-    def add(self, row: Row, done: int) -> bool:
-        """Take a row in, `done` of whose tokens need not be read; False when nothing of it has to be encoded."""
+        Raises:
+            PromptRefused: they do not fit the tokens, or the model takes no image of such a shape.
+        """
+        parts = request.image_parts
+        if list(tokens).count(self._family.image_token) != len(parts):
+            raise PromptRefused(JobFailure.TEMPLATE, _MISCOUNTED)
+        if not parts:
+            return list(tokens), None
+        try:
+            grids = [self._encoder.grid(part["width"], part["height"]) for part in parts]
+        except ValueError as error:
+            raise PromptRefused(JobFailure.TEMPLATE, f"The model takes no image of such a shape: {error}") from error
+        shown = [(part["image"], grid, images[part["image"]]) for part, grid in zip(parts, grids, strict=True)]
+        expanded, media = self._family.place(tokens, shown)
+        if expanded[-1] >= IMAGE_TOKENS:
+            raise PromptRefused(JobFailure.TEMPLATE, "The prompt ends with an image.")
+        return expanded, media
+
+    def bytes(self, media: Media | None) -> int:
+        """Transient bytes for encoding these images one after another: those of the largest."""
+        grids = {image.grid for image in media.images} if isinstance(media, ImageMedia) else set()
+        return max(map(self._encoder.bytes, grids), default=0)
+
+    def add(self, row: Row, cached: int) -> bool:
+        """Take a row in, `cached` of whose tokens need no prefill; False when none of its images has to be encoded."""
         media = row.media
         if not isinstance(media, ImageMedia):
             return False
-        for image in media.unread(done):
+        for image in media.unread(cached):
             key = (row.owner, image.digest)
             if (features := self._cache.get(key)) is not None:
                 media.features[image.digest] = features
@@ -136,50 +127,59 @@ class Encoding:
         return row.uid in self._rows
 
     def ready(self) -> list[Row]:
-        """Rows whose images are all encoded, or on the device's way."""
+        """Take out the rows whose images are all encoded, or queued on the device."""
         waiting = {row.uid for task in self._tasks.values() for row in task.rows}
         return [self._rows.pop(uid) for uid in [*self._rows] if uid not in waiting]
 
-    def advance(self, decoding: bool) -> Chunk | None:
-        """Queue the next image, some small ones or some blocks of a large one; None when none is ready to be.
+    def next_pixels(self) -> Future[Floats] | None:
+        """Pixels of the next image, which may still be on their way."""
+        task = next(iter(self._tasks.values()), None)
+        return task.pixels if task else None
 
-        Args:
-            decoding: whether rows wait for their next token meanwhile.
-        """
-        task = self._next(idle=not decoding)
-        if task is None or (decoding and self._is_long(task) and self._pace.rests()):
+    def waiting_s(self) -> float | None:
+        """Seconds that the rest of the next image takes; None when none can be encoded now."""
+        task = self._next()
+        if task is None:
             return None
+        return self._encoder.seconds(task.image.grid) * (1 - task.done / self._encoder.blocks)
+
+    def advance(self, work: EncodeWork | None) -> Encoded:
+        """Queue the next image, several small ones, or some blocks of a large one."""
+        task = self._next() if work else None
+        if task is None or work is None:
+            return Encoded(failed=self._take_failed())
         mx.eval(self._queued)  # no more than one step ahead of the device
         self._queued = []
-        if decoding and self._is_long(task):
-            blocks = self._pace.part(self._encoder.seconds(task.image.grid), self._encoder.blocks)
-            return Chunk(foretold=self._deepen(task, blocks), failed=self._take_failed())
-        took = 0.0
+        if work.seconds is not None:
+            took = self._deepen(task, self._blocks_in(work.seconds, task))
+        else:
+            took = self._whole(task)
+        return Encoded(took, self._take_failed())
+
+    def _blocks_in(self, seconds: float, task: _Task) -> int:
+        blocks, cost = self._encoder.blocks, self._encoder.seconds(task.image.grid)
+        return max(int(blocks * min(seconds / max(cost, 1e-9), 1.0) + _NEARLY), 1)
+
+    def _whole(self, task: _Task | None) -> float:
+        took = 0.0  # also after an image that could not be read
         while task is not None and (took == 0.0 or took + self._encoder.seconds(task.image.grid) <= SHORT_S):
             took += self._deepen(task, self._encoder.blocks)
-            task = self._next(idle=False)
-        return Chunk(foretold=took, failed=self._take_failed())
+            task = self._next()
+        return took
 
-    def _next(self, *, idle: bool) -> _Task | None:
+    def _next(self) -> _Task | None:
         """The first in line, if its pixels are there."""
         task = next(iter(self._tasks.values()), None)
-        if task is None or task.pixels is None:
-            return None
-        if idle:
-            wait([task.pixels], _PAUSE_S)
-        return task if task.pixels.done() else None
-
-    def _is_long(self, task: _Task) -> bool:
-        return self._encoder.seconds(task.image.grid) > SHORT_S
+        return task if task is not None and task.pixels is not None and task.pixels.done() else None
 
     def _deepen(self, task: _Task, blocks: int) -> float:
-        """Queue so many more blocks of an image, if it has as many; what that takes."""
+        """Queue up to `blocks` more blocks of an image; their predicted seconds."""
         if task.under_way is None:
-            assert task.pixels is not None  # noqa: S101 - its turn came when they were there
+            assert task.pixels is not None  # noqa: S101 - `_next` gave it
             try:
                 pixels = task.pixels.result()
             except Exception as error:  # decoders raise anything, and it is these rows' own
-                logger.warning("an image cannot be read", exc_info=error)
+                logger.warning("image_not_read", exc_info=error)
                 self._give_up(task, error)
                 return 0.0
             task.under_way = self._encoder.stages(pixels, task.image.grid)
@@ -220,15 +220,19 @@ class Encoding:
                 self._drop(key)
 
     def clear(self) -> None:
-        """Drop every row, and forget what was encoded."""
+        """Drop every row and all that was encoded."""
         self.remove([*self._rows])
         self._queued = []
         self._failed = []
         self._cache.clear()
 
     def allow(self, cache_bytes: int) -> None:
-        """Keep so many bytes of what the encoder made, from now on."""
+        """Limit the cache of encoded images."""
         self._cache.allow(cache_bytes)
+
+    def warming(self) -> Iterator[None]:
+        """Compile and measure the encoder; in pieces."""
+        return self._encoder.warming()
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges for `/metrics`."""
@@ -240,7 +244,7 @@ class Encoding:
 
     def close(self) -> None:
         """End the thread."""
-        self._hands.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _drop(self, key: Key) -> None:
         task = self._tasks.pop(key)
@@ -256,4 +260,4 @@ class Encoding:
             if number > 1 and patches > AHEAD_PATCHES:
                 return
             if task.pixels is None:
-                task.pixels = self._hands.submit(self._encoder.pixels, task.image)
+                task.pixels = self._threads.submit(self._encoder.pixels, task.image)

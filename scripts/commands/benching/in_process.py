@@ -1,0 +1,104 @@
+"""A worker's engine without queue and network: what the parts of the bench that run in process step.
+
+MLX must not be imported before its BLAS is chosen, so this imports it only inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.jobs.request import Request, Sampling
+from shared.queue.claims import ClaimedJob
+
+if TYPE_CHECKING:
+    from worker.engine.core import EngineCore
+    from worker.engine.sequence import Sequence as RunningSequence
+    from worker.engine.sequence import SequenceOutput
+    from worker.runner.model_runner import MLXRunner
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def load_runner(folder: Path, speculation_tokens: int = 0, memory_bytes: int = 4 * 2**30) -> MLXRunner:
+    """The warm runner of a text model; a quarter of the memory is for prefixes."""
+    from worker.models.load import load_model
+    from worker.runner.memory import Memory
+    from worker.runner.model_runner import MLXRunner, default_chunk
+
+    memory = Memory(memory_bytes, memory_bytes // 4)
+    runner = MLXRunner(load_model(folder), default_chunk(), memory, speculation_tokens=speculation_tokens)
+    for _ in runner.warming():
+        pass
+    return runner
+
+
+class InProcess:
+    """An engine that is stepped by hand, with rows made up for it.
+
+    Args:
+        load: whether the engine is loaded here; an engine thread that it is opened in does that itself.
+
+    Attributes:
+        outputs: what the last step gave.
+    """
+
+    def __init__(self, runner: MLXRunner, slots: int = 64, *, load: bool = True) -> None:
+        from worker.engine.core import EngineCore
+
+        self.runner = runner
+        self.outputs: list[SequenceOutput] = []
+        self.core: EngineCore = EngineCore(lambda: runner, slots, self.outputs.extend)
+        if load:
+            self.core.load()
+        self._jobs = 0
+
+    def submit(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, owner: str = "bench"
+    ) -> RunningSequence:
+        """Add a row with this prompt."""
+        from worker.engine.sequence import Sequence as RunningSequence
+        from worker.runner.base import Prompt
+
+        self._jobs += 1
+        request = Request(self.runner.card.id, max_tokens, sampling, prompt="")
+        sequence = RunningSequence(_claimed(self._jobs, request, owner), Prompt(tuple(prompt)), self.runner)
+        self.core.submit(sequence)
+        return sequence
+
+    def step(self) -> list[SequenceOutput]:
+        """One step; what it gave."""
+        self.outputs.clear()
+        self.core.step()
+        return list(self.outputs)
+
+    def stop(self, sequences: Sequence[RunningSequence]) -> None:
+        """Cancel rows; they leave with the next step."""
+        from shared.queue.claims import Verdict
+
+        for sequence in sequences:
+            self.core.apply_verdict(sequence.job.id, sequence.job.attempt, Verdict.CANCELLED)
+
+    def clear(self, sequences: Sequence[RunningSequence]) -> None:
+        """Cancel these rows, let them leave, and forget all prefixes."""
+        self.stop(sequences)
+        self.step()
+        self.runner.reset()
+
+
+def _claimed(number: int, request: Request, owner: str) -> ClaimedJob:
+    from shared.jobs.record import Job
+
+    record: dict[str, Any] = {
+        **dict.fromkeys(("owner", "request_id"), owner),
+        "id": f"job_{number}",
+        "model": request.model,
+        "status": "queued",
+        "attempt": "1",
+        "class": "1",
+        "metadata": "{}",
+        "seq": "1",
+        "created_at": "0",
+    }
+    return ClaimedJob(Job.from_record(record), request, (), 0, float(number), 0.0)

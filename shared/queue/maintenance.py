@@ -1,0 +1,95 @@
+"""What every API and worker process does once a second: recover lost jobs, expire late ones, adopt old layouts.
+
+The scripts are atomic, so any number of processes may do it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import redis
+
+from shared.jobs.record import EndedJob
+from shared.jobs.store import Jobs
+from shared.queue.claims import Reaper
+from shared.queue.redis import passes
+from shared.queue.wakeups import Notifier
+
+log = logging.getLogger(__name__)
+
+ADOPT_AGAIN_S: Final = 10.0
+"""Time between two searches for jobs of the first layout while old workers still run some."""
+
+
+class Maintenance:
+    """The round, and the thread (a greenlet under gunicorn) that repeats it.
+
+    Args:
+        also: done in each round when Redis is there.
+        on_ended: called with each job that ended without its worker; None: other processes report them.
+    """
+
+    def __init__(
+        self,
+        reaper: Reaper,
+        notifier: Notifier,
+        jobs: Jobs,
+        also: Callable[[], object] = lambda: None,
+        on_ended: Callable[[EndedJob], object] | None = None,
+    ) -> None:
+        self._reaper = reaper
+        self._notifier = notifier
+        self._jobs = jobs
+        self._also = also
+        self._on_ended = on_ended
+        self._away = False
+        self._adopt_at: float | None = 0.0  # monotonic; None: nothing is left to adopt
+        self._ended = threading.Event()
+
+    def start(self, alive: Callable[[], bool] = lambda: True) -> None:
+        """Make rounds in the background while `alive` and until `stop`."""
+        threading.Thread(target=self._run, args=(alive,), name="maintenance", daemon=True).start()
+
+    def stop(self) -> None:
+        """End after the present round."""
+        self._ended.set()
+
+    def round(self) -> None:
+        """One round. What cannot be done now, the next round does."""
+        try:
+            self._notifier.wake(self._reaper.reap())
+            self._adopt()
+            self._report_ends()
+            self._also()
+        except redis.RedisError as error:
+            if not passes(error):
+                log.exception("maintenance_failed")
+            elif not self._away:
+                log.warning("maintenance_paused", extra={"reason": str(error)})
+            self._away = True
+        except Exception:
+            log.exception("maintenance_failed")
+        else:
+            self._away = False
+
+    def _adopt(self) -> None:
+        if self._adopt_at is None or time.monotonic() < self._adopt_at:
+            return
+        left = self._jobs.adopt_old_layout()
+        if not left:
+            self._jobs.drop_old_layout()
+        self._adopt_at = time.monotonic() + ADOPT_AGAIN_S if left else None
+
+    def _report_ends(self) -> None:
+        if self._on_ended is not None:
+            for job in self._reaper.take_ends():
+                self._on_ended(job)
+
+    def _run(self, alive: Callable[[], bool]) -> None:
+        while alive() and not self._ended.is_set():
+            self.round()
+            self._ended.wait(self._reaper.rest_s)

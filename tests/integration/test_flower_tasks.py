@@ -1,0 +1,106 @@
+"""Flower shows each job as a task, whatever became of it."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx2
+import pytest
+
+from scripts.commands.client import Client
+from scripts.commands.ports import free_port
+from shared.jobs.record import Status
+from shared.queue.wakeups import TASK
+from tests.plugins.stack import Stack, fake_stack_on
+from tests.support.servers import Server
+from tests.support.waiting import eventually
+
+PASSWORD = "hush"
+SLOW = "!pause=0.02"
+
+
+@pytest.fixture
+def broker() -> Iterator[Server]:
+    with TemporaryDirectory(prefix="mlxq-") as folder, closing(Server(Path(folder) / "b", "b")) as server:
+        yield server
+
+
+@pytest.fixture
+def stack(broker: Server) -> Iterator[Stack]:
+    """A stack with Flower, and with a broker of its own that can be emptied."""
+    with TemporaryDirectory(prefix="mlxq-") as folder:
+        queue = Server(Path(folder) / "q", "a", "appendonly yes", "appendfsync always")
+        with (
+            closing(queue),
+            fake_stack_on(
+                f"redis://:a@127.0.0.1:{queue.port}/0",
+                BROKER_URL=f"redis://:b@127.0.0.1:{broker.port}/1",
+                FLOWER_PORT=str(free_port()),
+                FLOWER_PASSWORD=PASSWORD,
+                SLOTS="4",
+                LEASE_S="1",
+            ) as stack,
+        ):
+            stack.start_flower()
+            yield stack
+
+
+def tasks(stack: Stack) -> dict[str, dict[str, Any]]:
+    """What Flower's API shows, by uuid."""
+    answer = httpx2.get(f"{stack.flower_url}/api/tasks", auth=("admin", PASSWORD), timeout=30)
+    shown: dict[str, dict[str, Any]] = answer.raise_for_status().json()
+    return shown
+
+
+def submit(client: Client, prompt: str, tokens: int = 10, **more: Any) -> str:
+    return client.submit({"prompt": prompt, "max_tokens": tokens, "seed": 0, "temperature": 0, **more}).id
+
+
+def cancel(client: Client, job_id: str) -> str:
+    client.cancel(job_id)
+    eventually(lambda: client.job(job_id).status is Status.CANCELLED, "it is cancelled")
+    return job_id
+
+
+def test_mixed_jobs_are_tasks_with_their_ids_and_states(stack: Stack, broker: Server) -> None:
+    wanted: dict[str, str] = {}
+    with stack.client() as client:
+        # Jobs that nobody ever holds.
+        for n in range(3):
+            wanted[cancel(client, submit(client, f"cancelled while it waits {n}"))] = "REVOKED"
+        for n in range(2):
+            wanted[submit(client, f"expires while it waits {n}", start_within_s=1)] = "REVOKED"
+        eventually(lambda: all(client.job(job).status.terminal for job in wanted), "they expire")
+
+        first = stack.start_worker()
+        wanted |= {submit(client, f"succeeds {n}"): "SUCCESS" for n in range(5)}
+        wanted |= {submit(client, f"!row-fails=3 fails {n}"): "FAILURE" for n in range(2)}
+        eventually(lambda: all(client.job(job).status.terminal for job in wanted), "they end")
+
+        for n in range(2):
+            job = submit(client, f"{SLOW} cancelled while it runs {n}", 4000)
+            eventually(lambda: client.job(job).text, "it runs")  # noqa: B023
+            wanted[cancel(client, job)] = "REVOKED"
+        wanted[submit(client, f"{SLOW} expires while it runs", 4000, deadline_s=1)] = "REVOKED"
+
+        lost = submit(client, f"{SLOW} its worker is killed", 150)
+        wanted[lost] = "SUCCESS"
+        eventually(lambda: client.job(lost).text, "it runs")
+        stack.stop(first, signal.SIGKILL)
+        stack.start_worker()
+
+        broker.client.flushall()
+        wanted |= {submit(client, f"with an emptied broker {n}"): "SUCCESS" for n in range(4)}
+        eventually(lambda: all(client.job(job).status.terminal for job in wanted), "all end")
+        assert {client.job(job).status for job in wanted if wanted[job] == "SUCCESS"} == {Status.SUCCEEDED}
+
+    assert len(wanted) == 20
+    eventually(lambda: {uuid: task["state"] for uuid, task in tasks(stack).items()} == wanted, "Flower shows them all")
+    shown = tasks(stack).values()
+    assert Counter((task["name"], task["kwargs"]) for task in shown) == {(TASK, "{'model': 'fake'}"): 20}

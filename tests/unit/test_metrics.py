@@ -1,0 +1,41 @@
+"""Every metric has a help text and a line in docs/metrics.md, and nothing else has."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.settings import ROOT
+from web.metrics import WORKER_HELP
+
+PAGE = (ROOT / "docs/metrics.md").read_text()
+REPORTING = {"stats", "_read_gauges", "_describe"}
+"""Functions of the worker that name what it reports, as the keys of a dictionary."""
+
+
+def reported(path: Path) -> Iterator[str]:
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and function.name in REPORTING:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Dict):
+                    yield from (key.value for key in node.keys if isinstance(key, ast.Constant))  # type: ignore[misc]
+
+
+def test_everything_that_workers_report_has_a_help_text_and_nothing_else_has() -> None:
+    names = {name for path in (ROOT / "worker").rglob("*.py") for name in reported(path)}
+    assert names | {"slots", "slots_used"} == set(WORKER_HELP)
+
+
+def test_the_page_lists_what_workers_report_with_the_same_words() -> None:
+    listed = dict(re.findall(r"^\| `mlxq_worker_(\w+)` \| (.+) \|$", PAGE, re.MULTILINE))
+    assert listed == WORKER_HELP
+
+
+def test_the_page_lists_the_metrics_of_the_api() -> None:
+    source = (ROOT / "web/metrics.py").read_text()
+    made = {(kind.startswith("Counter"), name) for kind, name in re.findall(r'(\w+)\(\s*"(mlxq_\w+)"', source)}
+    listed = set(re.findall(r"^\| `(mlxq_\w+)`", PAGE, re.MULTILINE))
+    of_api = {name for name in listed if not name.startswith("mlxq_worker_")}
+    assert of_api == {name + "_total" * counter for counter, name in made}

@@ -1,0 +1,193 @@
+"""Which prompts are prefilled together, in which order, and how much of them in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import pytest
+
+from worker.engine.prefill_budget import AIM, PAUSE, PrefillBudget
+from worker.engine.prefill_policy import MOST_TOGETHER, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
+from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, Unread
+
+CHUNK, DEPTH = 16, 8
+TOKENS = PrefillCost(1e-9, 1.0, 0.0)
+"""About a second per token."""
+
+
+class Prompts:
+    """Rows with prompts, as a runner reports them, and the plans for them."""
+
+    def __init__(self, seconds: float = 20.0, cost: PrefillCost = TOKENS, depth: int = DEPTH) -> None:
+        self.budget = PrefillBudget(CHUNK, cost)
+        for _ in range(9):
+            self.budget.stepped(seconds / (AIM - 1), 0.0)
+        for _ in range(PAUSE):
+            assert self.budget.pauses()
+        self.policy = PrefillPolicy(CHUNK, depth, cost, self.budget)
+        self.unread: dict[int, Unread] = {}
+        self.layers = self.depth = depth
+
+    def add(self, uid: int, tokens: int, cached: int = 0) -> None:
+        self.unread[uid] = Unread(tokens, cached)
+
+    def plan(self, image_s: float | None = None, *, decoding: bool = True, alone: tuple[int, ...] = ()) -> StepPlan:
+        """Plan a step, and do what it says."""
+        plan = self.policy.plan(self.unread, image_s, decoding=decoding, alone=alone)
+        if plan.prefill is not None:
+            self._read(plan.prefill)
+        return plan
+
+    def _read(self, work: PrefillWork) -> None:
+        if work.tokens is None:
+            self.unread = {uid: left for uid, left in self.unread.items() if uid not in work.uids}
+            return
+        (uid,) = work.uids
+        left = self.unread[uid]
+        size = left.under_way or work.tokens
+        layers = self.layers if left.under_way else self.depth
+        assert 0 < size <= left.tokens or left.tokens == 0
+        if work.layers is not None and work.layers < layers:
+            self.unread[uid], self.layers = Unread(left.tokens, left.position, size), layers - work.layers
+        elif size < left.tokens:
+            self.unread[uid] = Unread(left.tokens - size, left.position + size)
+        else:
+            del self.unread[uid]
+
+    def order(self, *, decoding: bool = True) -> list[tuple[int, ...]]:
+        """The rows of each step until all are read; of rows that follow themselves, once."""
+        steps: list[tuple[int, ...]] = []
+        while self.unread:
+            work = self.plan(decoding=decoding).prefill
+            steps += [work.uids] if work is not None else []
+            assert len(steps) < 1000
+        return [step for step, after in pairwise([*steps, ()]) if step != after]
+
+
+@pytest.fixture
+def prompts() -> Prompts:
+    return Prompts()
+
+
+def test_short_prompts_do_not_wait_behind_long_ones(prompts: Prompts) -> None:
+    for uid, tokens in enumerate((40 * CHUNK, 40 * CHUNK, CHUNK, CHUNK, CHUNK), 1):
+        prompts.add(uid, tokens)
+    assert prompts.order() == [(3, 4, 5), (1,), (2,)]
+
+
+def test_a_long_prompt_does_not_wait_for_short_ones_that_keep_coming(prompts: Prompts) -> None:
+    prompts.add(0, 5 * CHUNK)
+    for steps in range(1, 50):
+        prompts.add(steps, CHUNK)
+        prompts.plan()
+        if 0 not in prompts.unread:
+            break
+    assert steps < 14
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_short_prompts_that_come_at_once_are_read_together_whatever_decodes(prompts: Prompts, decoding: bool) -> None:
+    for uid in range(2 * MOST_TOGETHER):
+        prompts.add(uid, CHUNK)
+    assert [len(uids) for uids in prompts.order(decoding=decoding)] == [MOST_TOGETHER, MOST_TOGETHER]
+
+
+def test_prompts_whose_lengths_with_their_prefixes_differ_much_are_read_apart(prompts: Prompts) -> None:
+    prompts.add(1, CHUNK)
+    prompts.add(2, CHUNK, cached=100 * CHUNK)
+    prompts.add(3, CHUNK, cached=101 * CHUNK)
+    assert prompts.order() == [(1,), (2, 3)]
+
+
+def test_few_tokens_far_behind_the_beginning_may_be_a_long_prompt() -> None:
+    prompts = Prompts(cost=PrefillCost(0.0, 1.0, 0.1))
+    prompts.add(2, 4, cached=200)
+    prompts.add(3, 5)
+    assert prompts.order() == [(3,), (2,)]
+
+
+def test_a_row_without_unread_tokens_is_read_like_a_short_one(prompts: Prompts) -> None:
+    prompts.add(1, 0, cached=1)
+    assert prompts.plan().prefill == PrefillWork((1,))
+
+
+def test_the_rest_of_a_long_prompt_is_not_read_together_with_short_ones(prompts: Prompts) -> None:
+    prompts.add(1, 3 * CHUNK)
+    prompts.plan(decoding=False)
+    assert prompts.unread[1].tokens == SHORT_CHUNKS * CHUNK
+    prompts.add(2, CHUNK)
+    assert {len(uids) for uids in prompts.order(decoding=False)} == {1}
+
+
+def test_rows_that_are_to_go_alone_do(prompts: Prompts) -> None:
+    for uid in range(3):
+        prompts.add(uid, CHUNK)
+    steps = [prompts.plan(alone=(1,)).prefill for _ in range(2)]
+    assert {work.uids for work in steps if work} == {(0, 2), (1,)}
+
+
+def test_where_nothing_decodes_a_long_prompt_is_read_in_full_chunks(prompts: Prompts) -> None:
+    prompts.add(1, 40 * CHUNK)
+    assert {prompts.plan(decoding=False).prefill for _ in range(20)} == {PrefillWork((1,), CHUNK)}
+
+
+def test_beside_decoding_rows_a_chunk_goes_through_as_many_layers_as_there_is_time_for() -> None:
+    prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
+    prompts.add(1, 10 * CHUNK)
+    works = [prompts.plan().prefill for _ in range(9)]
+    assert {(work.tokens, work.layers) for work in works if work} == {(CHUNK, 3)}
+
+
+def test_the_rest_of_a_chunk_is_one_step_where_nothing_decodes_any_more() -> None:
+    prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
+    prompts.add(1, 10 * CHUNK)
+    prompts.plan()
+    assert prompts.unread[1].under_way == CHUNK
+    work = prompts.plan(decoding=False).prefill
+    assert work is not None and work.layers is None
+    assert prompts.unread[1] == Unread(9 * CHUNK, CHUNK)
+
+
+def test_a_long_prompt_pauses_now_and_then_and_short_ones_do_not(prompts: Prompts) -> None:
+    prompts.add(1, 400 * CHUNK)
+    works = [prompts.plan().prefill for _ in range(54)]
+    assert works.count(None) == 6
+    while prompts.plan().prefill is not None:
+        pass
+    prompts.add(2, CHUNK)
+    assert prompts.plan().prefill == PrefillWork((2,))
+
+
+def test_a_row_that_leaves_makes_way_for_the_next(prompts: Prompts) -> None:
+    prompts.add(1, 40 * CHUNK)
+    prompts.add(2, 40 * CHUNK)
+    prompts.plan()
+    del prompts.unread[1]
+    work = prompts.plan().prefill
+    assert work is not None and work.uids == (2,)
+
+
+def test_images_and_prompts_take_turns(prompts: Prompts) -> None:
+    prompts.add(1, 40 * CHUNK)
+    plans = [prompts.plan(image_s=1.0, decoding=False) for _ in range(6)]
+    assert [plan.encode is not None for plan in plans] == [True, False] * 3
+    assert [plan.prefill is not None for plan in plans] == [False, True] * 3
+
+
+def test_a_large_image_gets_the_time_there_is_and_a_small_one_is_encoded_whole(prompts: Prompts) -> None:
+    assert prompts.plan(image_s=100.0).encode == EncodeWork(pytest.approx(20.0))
+    assert prompts.plan(image_s=SHORT_IMAGE_S).encode == EncodeWork()
+    assert prompts.plan(image_s=100.0, decoding=False).encode == EncodeWork()
+
+
+def test_in_a_pause_no_large_image_is_encoded(prompts: Prompts) -> None:
+    plans = [prompts.plan(image_s=100.0) for _ in range(54)]
+    assert plans.count(StepPlan()) == 6
+
+
+def test_draft_tokens_are_verified_when_there_is_nothing_else_to_do(prompts: Prompts) -> None:
+    nothing: Mapping[int, Unread] = {}
+    assert prompts.policy.plan(nothing, None, decoding=True) == StepPlan(speculate=True)
+    prompts.add(1, 400 * CHUNK)
+    assert not any(prompts.plan().speculate for _ in range(40))

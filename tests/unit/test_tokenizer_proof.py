@@ -1,0 +1,197 @@
+"""What API hosts may tokenise: only what gives exactly the tokens that mlx-lm's tokenizer gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm import tokenizer_utils
+from mlx_vlm.models.base import load_chat_template
+
+from shared.models.registry import ModelCard, Registry
+from shared.queue.redis import connect
+from shared.settings import ROOT, Settings
+from shared.tokenizing.client import Tokenizing
+from shared.tokenizing.files import TokenizerStore
+from tests.support.tokenizers import ENDLESS, chat, plain
+from worker.models import tokenizer_proof
+from worker.models.load import tokenizer_defaults
+from worker.models.tokenizer_announcer import TokenizerAnnouncer
+from worker.models.tokenizer_helper import probes
+from worker.models.tokenizer_proof import HELPER, ModelTokenizer, prove, remembered, unproved
+
+UI_MICRO = ROOT / "models/ui-micro"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja")
+
+
+def text_card(folder: Path) -> ModelCard:
+    return ModelCard(folder.name, "text", 100)
+
+
+@pytest.fixture
+def folder(smollm2_path: Path, tmp_path: Path) -> Path:
+    """SmolLM2's tokenizer, without the model."""
+    made = tmp_path / "model"
+    made.mkdir()
+    for name in TOKENIZER_FILES:
+        if (smollm2_path / name).exists():
+            shutil.copy(smollm2_path / name, made / name)
+    return made
+
+
+def configure(folder: Path, **more: Any) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_file_and_folder_give_the_tokens_of_the_model_library(smollm2_path: Path, tmp_path: Path, kind: str) -> None:
+    model = UI_MICRO if kind == "vision" else smollm2_path
+    found = prove(unproved(model, ModelCard("m", kind, 100)), tmp_path)
+    assert found.file is not None and len(found.sources) == 2
+    wrapper: Any = tokenizer_utils.load(model, {"trust_remote_code": False})
+    if kind == "vision":
+        load_chat_template(wrapper, model)  # type: ignore[no-untyped-call]
+    assert found.fields is not None
+    compared = 0
+    with Tokenizing(60.0, HELPER) as tokenizing:
+        for probe in probes(found.fields, kind == "vision"):
+            request = plain(probe["prompt"]) if probe["messages"] is None else chat(*probe["messages"])
+            try:
+                if request.messages is None:
+                    bos = wrapper.bos_token
+                    plain_text = request.prompt or ""
+                    told = wrapper.encode(plain_text, add_special_tokens=bos is None or not plain_text.startswith(bos))
+                else:
+                    told = wrapper.apply_chat_template(list(request.messages), add_generation_prompt=True)
+            except Exception:  # noqa: BLE001 - a template may refuse
+                continue
+            if told:
+                compared += 1
+                assert [list(tokenizing.tokenize(source, request).tokens) for source in found.sources] == [told, told]
+    assert compared > 15
+
+
+def test_the_card_says_what_the_api_needs(folder: Path, tmp_path: Path) -> None:
+    found = prove(unproved(folder, text_card(folder)), tmp_path)
+    card = found.card(text_card(folder))
+    assert found.file is not None and card.tokenizer == found.file.digest
+    assert card.bos_token == "<|im_start|>" and card.template_variables is not None
+    assert card.template_variables["eos_token"] == "<|im_end|>"
+    assert ModelCard.from_json(card.to_json()) == card
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chat_template_type": "deepseek_v32"},  # a template in Python
+        {"tokenizer_class": "NewlineTokenizer"},  # a tokenizer that changes texts in Python
+    ],
+)
+def test_what_is_not_the_same_is_not_announced(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    configure(folder, **change)
+    found = prove(unproved(folder, text_card(folder)), tmp_path)
+    assert found.file is None and len(found.sources) == 1
+    assert found.card(text_card(folder)).tokenizer is None
+    with Tokenizing(60.0, HELPER) as tokenizing:  # but this worker knows
+        told = tokenizer_utils.load(folder, {}).encode("two\nlines")
+        assert list(tokenizing.tokenize(found.sources[0], plain("two\nlines")).tokens) == told
+
+
+def test_a_named_template_is_the_default_one(folder: Path, tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "{{ messages[0].content }}"}, {"name": "tool_use", "template": "no"}]
+    configure(folder, chat_template=named)
+    found = prove(unproved(folder, text_card(folder)), tmp_path)
+    assert found.card(text_card(folder)).chat_template == "{{ messages[0].content }}"
+
+
+def test_a_template_without_end_ends_its_proof(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_proof, "PROOF_S", 8.0)
+    configure(folder, chat_template=ENDLESS)
+    assert prove(unproved(folder, text_card(folder)), tmp_path).file is None
+    assert remembered(unproved(folder, text_card(folder)), tmp_path) is None  # another time it may be quicker
+
+
+def test_a_proof_is_remembered_until_something_changes(folder: Path, tmp_path: Path) -> None:
+    plain_source = unproved(folder, text_card(folder))
+    assert remembered(plain_source, tmp_path) is None
+    found = prove(plain_source, tmp_path)
+    assert remembered(plain_source, tmp_path) == found
+    configure(folder, clean_up_tokenization_spaces=True)
+    assert remembered(plain_source, tmp_path) is None
+    assert prove(plain_source, tmp_path).file == found.file
+    for file in tmp_path.glob("*.json.gz"):
+        file.unlink()
+    assert remembered(plain_source, tmp_path) is None
+    for file in tmp_path.glob("*.proof.json"):
+        file.write_text("torn")
+    assert remembered(plain_source, tmp_path) is None
+
+
+def test_a_folder_that_is_not_to_be_loaded_is_not_proved(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert prove(unproved(tmp_path, text_card(tmp_path)), tmp_path / "t").file is None
+
+
+def test_defaults_of_tokenizers_come_from_the_models_own_module(folder: Path) -> None:
+    assert tokenizer_defaults(folder) is None
+    (folder / "config.json").write_text('{"model_type": "muse_spark"}')
+    assert (tokenizer_defaults(folder) or {})["chat_template_type"] == "muse_spark"
+
+
+# On its way to API hosts
+
+
+@pytest.fixture
+def announcer_of(settings: Settings, valkey_client: Any, valkey: Any) -> Callable[..., TokenizerAnnouncer]:
+    url = f"unix://{valkey.unix_socket_path}"
+    placed = settings.model_copy(update={"redis_url": url})
+    return lambda changed: TokenizerAnnouncer(placed, changed)
+
+
+def test_a_tokenizer_is_proved_beside_and_brought_to_redis(
+    folder: Path,
+    announcer_of: Callable[..., TokenizerAnnouncer],
+    valkey: Any,
+    eventually: Callable[..., None],
+) -> None:
+    changes: list[bool] = []
+    announcer = announcer_of(lambda: changes.append(True))
+    card = text_card(folder)
+    assert announcer.card(card) == card and announcer.sources == ()
+    announcer.begin(folder, card, None)
+    assert [source.path for source in announcer.sources] == [str(folder)]  # it can be used at once
+    eventually(lambda: changes, within_s=60)
+    assert len(announcer.sources) == 2
+    client = connect(f"unix://{valkey.unix_socket_path}", decode_responses=False)
+    proved = announcer.card(card)
+    assert Registry(client).announce_model(proved)
+    announcer.upload()
+    eventually(lambda: TokenizerStore(client).get(str(proved.tokenizer)))
+    assert not Registry(client).announce_model(proved)
+    client.close()
+
+    again = announcer_of(lambda: changes.append(True))
+    again.begin(folder, card, None)
+    assert again.card(card) == proved and len(changes) == 1  # it was known at once
+
+
+def test_an_upload_waits_for_redis(
+    folder: Path, settings: Settings, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings.model_copy(update={"redis_url": "unix:///nowhere"})
+    announcer = TokenizerAnnouncer(settings, lambda: None)
+    source = unproved(folder, text_card(folder))
+    announcer._found = ModelTokenizer(source.folder, file=source.folder)
+    put: list[str] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"x")
+    announcer.upload()
+    eventually(announcer._uploading.locked)
+    monkeypatch.setattr(TokenizerStore, "put", lambda _, digest, __: put.append(digest))
+    eventually(lambda: put)
+    eventually(lambda: not announcer._uploading.locked())
+    announcer.close()

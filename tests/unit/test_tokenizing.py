@@ -1,0 +1,313 @@
+"""Tokenising in helper processes: the same ids, and nothing that a template does reaches further than its helper."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from shared.errors import PromptRefused
+from shared.settings import ROOT
+from shared.tokenizing.client import (
+    TokenizerBroken,
+    TokenizerBusy,
+    TokenizerCorrupt,
+    Tokenizing,
+)
+from shared.tokenizing.messages import Tokenized, TokenizerSource, digest
+from tests.support.tokenizers import CHATML, ENDLESS, HARM, chat, plain, word_tokenizer, written
+
+LONG = "word " * 20_000
+
+
+@pytest.fixture
+def tokenizing() -> Iterator[Tokenizing]:
+    with Tokenizing(20.0) as made:
+        yield made
+
+
+@pytest.fixture
+def hasty() -> Iterator[Tokenizing]:
+    with Tokenizing(1.0) as made:
+        yield made
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., TokenizerSource]:
+    path = written(tmp_path)
+    return lambda template=CHATML, **more: TokenizerSource(str(path), chat_template=template, **more)
+
+
+_others: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _know_other_processes() -> None:
+    """Earlier tests of the same run may have left processes of their own, as a server that all share."""
+    _others.clear()
+    _others.update(each.pid for each in psutil.Process().children(recursive=True))
+
+
+def helpers(of: int | None = None) -> list[psutil.Process]:
+    """The helper processes below a process: this one, unless another is given."""
+    return [each for each in psutil.Process(of).children(recursive=True) if each.pid not in _others]
+
+
+def refusal(tokenizing: Tokenizing, *asked: Any, **more: Any) -> tuple[str, str]:
+    with pytest.raises(PromptRefused) as caught:
+        tokenizing.tokenize(*asked, **more)
+    return caught.value.code, str(caught.value)
+
+
+def test_a_prompt_becomes_tokens(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+    assert tokenizing.tokenize(source(), plain("word other")) == Tokenized((2, 0, 1))
+    # One that writes the first special token itself gets no second one.
+    assert tokenizing.tokenize(source(bos_token="<s>"), plain("<s> word")) == Tokenized((2, 0))
+    assert tokenizing.tokenize(source(), chat("word")) == Tokenized((3, 0, 5))
+    assert len(helpers()) == 1
+
+
+def test_only_the_system_message_is_shared(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+    system = {"role": "system", "content": "word word"}
+    assert tokenizing.tokenize(source(), chat(system, "x", share=True)) == Tokenized((4, 0, 0, 3, 1, 5), shared=3)
+    assert tokenizing.tokenize(source(), chat(system, "x")).shared == 0
+    strict = "{% if messages|length < 2 %}{{ raise_exception('alone') }}{% endif %}" + CHATML
+    assert tokenizing.tokenize(source(strict), chat(system, "x", share=True)).shared == 0
+
+
+def test_each_image_is_one_token_and_its_facts_are_not_the_templates(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource]
+) -> None:
+    template = (
+        "{% for part in messages[0].content %}{{ '<image>' if part == {'type': 'image'} else part.text }} {% endfor %}"
+    )
+    image = {"type": "image", "image": "a" * 64, "width": 8, "height": 8}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "word"}, image]}
+    assert tokenizing.tokenize(source(template), chat(message)).tokens == (6, 0, 6)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "This model has no chat template: send a prompt."),
+        ("{{ raise_exception('roles must alternate') }}", "The model's chat template refused the messages: roles must"),
+        ("{{ messages[7].content.nothing }}", "The model's chat template refused the messages."),
+        ("{% nonsense %}", "The model's chat template refused the messages."),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "The model's chat template refused the messages."),
+        ("", "The prompt has no tokens."),
+    ],
+)
+def test_a_refusal_says_why(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], template: str | None, message: str
+) -> None:
+    code, said = refusal(tokenizing, source(template), chat("x"))
+    assert code == "template_error" and said.startswith(message)
+
+
+@pytest.mark.parametrize("request_of", [plain, chat])
+def test_a_prompt_longer_than_the_context_is_refused(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], request_of: Any
+) -> None:
+    fits = len(tokenizing.tokenize(source(), request_of("word " * 50)).tokens)
+    assert len(tokenizing.tokenize(source(), request_of("word " * 50), context=fits + 1).tokens) == fits
+    code, said = refusal(tokenizing, source(), request_of("word " * 50), context=fits)
+    assert code == "context_length_exceeded" and f"{fits} tokens with the answer: it has {fits}" in said
+    assert refusal(tokenizing, source(), request_of("word " * 50), context=fits + 2, reserved=2)[0] == code
+    # Far too long: that is known without counting all of it.
+    for many in (2_000, 3_000_000):
+        assert refusal(tokenizing, source(), request_of("word " * many), context=100) == (
+            code,
+            "The prompt is longer than the model's context of 100 tokens.",
+        )
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_harmful_template_fails_its_request_alone(
+    hasty: Tokenizing, source: Callable[..., TokenizerSource], harm: str
+) -> None:
+    begin = time.monotonic()
+    assert refusal(hasty, source(HARM[harm]), chat("x"), context=2**20)[0] == "template_error"
+    assert time.monotonic() - begin < 20
+    assert hasty.tokenize(source(), chat("word")).tokens == (3, 0, 5)
+    assert len(helpers()) <= 2
+
+
+def test_who_waits_for_a_late_helper_gets_the_next(hasty: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+    found: list[object] = []
+
+    def ask(template: str) -> None:
+        try:
+            found.append(hasty.tokenize(source(template), chat("word")).tokens)
+        except PromptRefused as refused:
+            found.append(refused.code)
+
+    threads = [threading.Thread(target=ask, args=[template]) for template in (ENDLESS, *[CHATML] * 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, found)) == [*["(3, 0, 5)"] * 8, "template_error"]
+
+
+def test_short_prompts_wait_neither_for_long_ones_nor_twice_for_a_slow_model(
+    source: Callable[..., TokenizerSource], eventually: Callable[..., None]
+) -> None:
+    with Tokenizing(1.0) as tokenizing:
+        refusal(tokenizing, source(ENDLESS), chat("x"))
+        for slow in (chat("x"), chat(LONG)):  # the first for its model's sake, the second for its length
+            late = threading.Thread(target=refusal, args=[tokenizing, source(ENDLESS), slow])
+            late.start()
+            eventually(tokenizing._long._turn.locked)
+            assert tokenizing.tokenize(source(), chat("word")).tokens
+            assert late.is_alive()
+            late.join()
+
+
+def test_waiting_has_an_end(source: Callable[..., TokenizerSource], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.tokenizing.client._TURNS", 0.01)
+    with Tokenizing(5.0) as tokenizing:
+        with tokenizing._short._turn, pytest.raises(TokenizerBusy):
+            tokenizing.tokenize(source(), plain("word"))
+        assert tokenizing.tokenize(source(), plain("word")).tokens
+
+
+def test_a_helper_that_was_killed_is_replaced(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None]
+) -> None:
+    tokenizing.tokenize(source(), plain("word"))
+    [helper] = helpers()
+    helper.kill()
+    eventually(lambda: helper.status() == psutil.STATUS_ZOMBIE)
+    assert tokenizing.tokenize(source(), plain("word")).tokens == (2, 0)
+
+
+def test_a_prompt_that_ends_helpers_is_refused(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None]
+) -> None:
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(refusal(tokenizing, source(ENDLESS), chat("x"))[1]))
+    asking.start()
+    killed: set[int] = set()
+
+    def kill() -> bool:
+        for helper in helpers():
+            if helper.pid not in killed and helper.cpu_times().user > 0.5:
+                killed.add(helper.pid)
+                helper.kill()
+        return not asking.is_alive()
+
+    eventually(kill)
+    assert len(killed) == 2 and found == ["The process that templates and tokenises prompts died twice on this prompt."]
+
+
+def test_helpers_that_do_not_come_up_are_nobodys_fault(source: Callable[..., TokenizerSource]) -> None:
+    with Tokenizing(5.0, "shared.no_such_helper") as tokenizing, pytest.raises(TokenizerBusy):
+        tokenizing.tokenize(source(), plain("word"))
+
+
+def test_a_file_is_compared_with_its_name(tokenizing: Tokenizing, tmp_path: Path) -> None:
+    path = written(tmp_path)
+    good = digest(word_tokenizer())
+    assert tokenizing.tokenize(TokenizerSource(str(path), good), plain("word")).tokens == (2, 0)
+    with pytest.raises(TokenizerCorrupt):
+        tokenizing.tokenize(TokenizerSource(str(path), "0" * 32), plain("word"))
+    with pytest.raises(TokenizerCorrupt):
+        tokenizing.tokenize(TokenizerSource(str(tmp_path / "gone.json.gz")), plain("word"))
+    (tmp_path / "torn.json.gz").write_bytes(b"\x1f\x8b torn")
+    with pytest.raises(TokenizerCorrupt):
+        tokenizing.tokenize(TokenizerSource(str(tmp_path / "torn.json.gz")), plain("word"))
+
+
+@pytest.mark.parametrize("text", ["{}", "no tokenizer", '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_file_that_is_no_tokenizer_is_said_to_be_broken(tokenizing: Tokenizing, tmp_path: Path, text: str) -> None:
+    with pytest.raises(TokenizerBroken):
+        tokenizing.tokenize(TokenizerSource(str(written(tmp_path, text))), plain("word"))
+
+
+def test_text_that_is_not_unicode_ends_nothing(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+    assert refusal(tokenizing, source(), plain("word \ud800"))[0] == "template_error"
+    assert refusal(tokenizing, source(), chat("word \ud800"))[0] == "template_error"
+    assert len(helpers()) == 1
+
+
+# What a helper is
+
+
+def test_a_helper_has_one_socket_no_passwords_and_ignores_ctrl_c(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://:secret@nowhere")
+    monkeypatch.setenv("MLXQ_API_KEY", "secret")
+    with (tmp_path / "open").open("w") as ours:
+        os.set_inheritable(ours.fileno(), True)
+        tokenizing.tokenize(source(), plain("word"))
+    [helper] = helpers()
+    helper.send_signal(signal.SIGINT)
+    assert tokenizing.tokenize(source(), plain("word")).tokens == (2, 0)
+    assert helper.is_running() and helper.status() != psutil.STATUS_ZOMBIE
+    assert "secret" not in str(helper.environ())
+    assert not [file for file in helper.open_files() if file.path.endswith("/open")]
+    assert helper.num_fds() <= 5  # the socket twice, nothing, and what the tests' errors go to
+
+
+PARENT = """
+import sys
+from shared.tokenizing.client import Tokenizing
+from tests.support.tokenizers import CHATML, ENDLESS, chat
+from shared.tokenizing.messages import TokenizerSource
+tokenizing = Tokenizing(2.0)
+tokenizing.tokenize(TokenizerSource(sys.argv[1], chat_template=CHATML), chat("word"))
+print("up", flush=True)
+sys.stdin.readline()
+tokenizing.tokenize(TokenizerSource(sys.argv[1], chat_template=ENDLESS), chat("word"))
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_helper_ends_with_its_client(tmp_path: Path, eventually: Callable[..., None], busy: bool) -> None:
+    command = [sys.executable, "-c", PARENT, str(written(tmp_path))]
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        assert parent.stdout.readline() == b"up\n"
+        [helper] = helpers(parent.pid)
+        if busy:
+            parent.stdin.write(b"\n")
+            parent.stdin.flush()
+            used = helper.cpu_times().user
+            eventually(lambda: helper.cpu_times().user > used + 0.2)
+        parent.kill()
+    eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_helper_that_has_grown_gives_its_memory_back(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None]
+) -> None:
+    grow = "{% if messages[0].content == 'grow' %}{{ ('x' * 10 ** 9)[:0] }}{% endif %}" + CHATML
+    tokenizing.tokenize(source(grow), chat("word"))
+    [helper] = helpers()
+    assert tokenizing.tokenize(source(grow), chat("grow")).tokens == (3, 1, 5)
+    eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
+    assert tokenizing.tokenize(source(grow), chat("word")).tokens == (3, 0, 5)
+
+
+def test_greenlets_wait_without_holding_up_others(tmp_path: Path) -> None:
+    script = ROOT / "tests/support/tokenizing_under_gevent.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, str(script), str(written(tmp_path))], env=environment, capture_output=True, check=True
+    )
+    said = json.loads(found.stdout)
+    assert (said["tokens"], said["code"], said["again"]) == ([[2, 0, 0]], "template_error", [2, 0, 0])
+    assert said["turns"] > 20  # in 1.5 s

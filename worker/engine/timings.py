@@ -1,0 +1,62 @@
+"""How long the stages of a job took."""
+
+from __future__ import annotations
+
+import time
+
+from shared.queue.claims import ClaimedJob
+
+
+class Timings:
+    """A job's timings in seconds: its age at the claim by Redis's clock, then this process's monotonic clock.
+
+    A job is queued until it is admitted to the batch for the first time, by this attempt or by an earlier one. When an
+    earlier attempt gave the first token, `first_token_s` is left out: unknown is better than wrong.
+    """
+
+    def __init__(self, claimed: ClaimedJob) -> None:
+        job = claimed.job
+        self._queued_before_s = None if job.started_at is None else job.started_at - job.created_at
+        self._age_s = claimed.age_s
+        self._claimed = time.monotonic()
+        self._admitted: float | None = None
+        self._prefilled: float | None = None
+        self._first_token: float | None = None
+        self._first_token_known = True
+
+    def admitted(self) -> None:
+        """Note the admission to the batch; the first one counts."""
+        if self._admitted is None:
+            self._admitted = time.monotonic()
+
+    def prefilled(self) -> None:
+        """Note that the prompt is in the cache; the first time counts."""
+        if self._prefilled is None:
+            self._prefilled = time.monotonic()
+
+    def token(self) -> None:
+        """Note a token; the first one counts."""
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+
+    def forget_first_token(self) -> None:
+        """Leave `first_token_s` out: an earlier attempt generated the first token."""
+        self._first_token_known = False
+
+    def as_dict(self) -> dict[str, float]:
+        """Return those of the timings `queue_s`, `prefill_s`, `first_token_s` and `total_s` that are known."""
+        now = time.monotonic()
+        timings = {"queue_s": self._queue_s(now), "total_s": self._since_creation(now)}
+        if self._admitted is not None and self._prefilled is not None:
+            timings["prefill_s"] = self._prefilled - self._admitted
+        if self._first_token is not None and self._first_token_known:
+            timings["first_token_s"] = self._since_creation(self._first_token)
+        return timings
+
+    def _queue_s(self, now: float) -> float:
+        if self._queued_before_s is not None:
+            return self._queued_before_s
+        return self._since_creation(now if self._admitted is None else self._admitted)
+
+    def _since_creation(self, moment: float) -> float:
+        return self._age_s + moment - self._claimed
