@@ -291,11 +291,14 @@ def test_a_helper_ends_with_its_client(tmp_path: Path, eventually: Callable[...,
     eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.parametrize("large", [0, 1_200_000_000], ids=["small", "large"])
 def test_a_helper_that_has_grown_gives_its_memory_back(
-    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None]
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None], large: int
 ) -> None:
+    memory = b"x" * large  # of the process that starts the helper
     grow = "{% if messages[0].content == 'grow' %}{{ ('x' * 10 ** 9)[:0] }}{% endif %}" + CHATML
     tokenizing.tokenize(source(grow), chat("word"))
+    del memory
     [helper] = helpers()
     assert tokenizing.tokenize(source(grow), chat("grow")).tokens == (3, 1, 5)
     eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
