@@ -97,7 +97,7 @@ class TaskEvents(threading.Thread):
                     return
             except (OperationalError, RedisError, OSError) as error:
                 logger.warning("task_events_dropped", extra={"reason": str(error)})
-            except Exception:
+            except Exception:  # events only inform operators: a fault in them must not end the thread
                 logger.exception("task_events_dropped")
             self._dead_until = monotonic() + PAUSE_S
 

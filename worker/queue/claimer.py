@@ -167,7 +167,7 @@ class Claimer(CriticalThread):
                 self._give_up(claimed, time.monotonic() + TRY_AGAIN_S)
             except PromptRefused as error:
                 self._fail(claimed, JobFailure(error.code), str(error))
-            except Exception:
+            except Exception:  # whatever it was, the job must end: nobody else prepares it while this worker lives
                 logger.exception("job_not_prepared")
                 self._fail(claimed, JobFailure.ENGINE, NOT_STARTED)
             finally:

@@ -35,7 +35,7 @@ def load_runner(folder: Path, speculation_tokens: int = 0, memory_bytes: int = 4
 
 
 class InProcess:
-    """An engine that is stepped by hand, with rows made up for it.
+    """An engine that the caller steps, with generated rows.
 
     Args:
         load: whether the engine is loaded here; an engine thread that it is opened in does that itself.

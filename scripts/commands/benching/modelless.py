@@ -40,7 +40,7 @@ class Stack:
 
 @contextmanager
 def modelless(*, worker: bool = True, checkout: Checkout | None = None, **variables: str) -> Iterator[Stack]:
-    """Start Valkey, one API process and, unless told otherwise, one worker; end them. Perhaps of another checkout."""
+    """Run Valkey, one API process and, by default, one worker, of this or another checkout; stop them on exit."""
     source = checkout or Checkout()
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         port = free_port()

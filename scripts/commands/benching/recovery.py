@@ -39,7 +39,7 @@ _SHORT: Final = {"prompt": "Go on. !every=0.02", "max_tokens": 14}
 WAITING_JOBS: Final = 1000
 _TINY: Final = {"prompt": "Go on.", "max_tokens": 4}
 _FIRST: Final = 40
-"""Of the waiting jobs, so many of the oldest are asked when they started."""
+"""Number of the oldest waiting jobs whose start time is read."""
 
 STREAMS, WORKERS, STREAM_SLOTS = 48, 2, 32
 _STREAM_TOKENS, _EVERY_S = 300, 0.05

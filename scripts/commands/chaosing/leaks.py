@@ -87,7 +87,7 @@ def _keys(fleet: Fleet) -> Iterator[str]:
     for name in store.scan_iter(count=1000):
         if name.startswith(_OF_A_JOB):
             if store.ttl(name) == -1:
-                yield f"key {name} for ever"
+                yield f"key {name} has no TTL"
             if name.startswith(keys.REQUEST):
                 yield from _request(store, name)
         elif name.startswith(_GONE) or not name.startswith(_KEPT):

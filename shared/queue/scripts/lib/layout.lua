@@ -1,5 +1,5 @@
--- Moves a job from the layout of the first versions, one hash for everything and a queue of its own, to today's. Old
--- processes may still run: they see neither the jobs that were moved nor new ones. Needs lib/job.lua.
+-- Converts a job from the first layout (one hash per job, a separate queue) to the present one. Old processes may still
+-- run: they see neither converted nor new jobs. Needs lib/job.lua.
 
 -- Reads what views need of a request: how its answer is parsed, and the size of its last image.
 local function parsing_of(request)

@@ -11,7 +11,7 @@
 --
 -- Simulated with 24 rows beside one poison job (tests/unit/test_suspicion.py): it fails after 3 + 1 + log2(rows) deaths at
 -- most, and no other job fails. Jobs with an alibi must take some suspicion as well. Otherwise a job that was suspected
--- before the poison job arrived would be blamed for everything that the poison job does.
+-- before the poison job arrived would be blamed for the deaths that the poison job causes.
 
 local FIRST_PATIENCE = 8
 local RESTRICTED_FROM = 2
