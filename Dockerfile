@@ -15,7 +15,7 @@ COPY requirements/web.txt requirements/
 RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes -r requirements/web.txt
 COPY shared shared
 COPY web web
-COPY scripts/commands scripts/commands
+COPY scripts/stack scripts/stack
 # The file system is read-only at run time: what is not compiled now is compiled at every start.
 RUN python -m compileall -q .
 USER mlxq
@@ -31,7 +31,7 @@ COPY requirements/worker.txt requirements/
 RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: --no-deps --require-hashes -r requirements/worker.txt
 COPY shared shared
 COPY worker worker
-COPY scripts/commands/container_health.py scripts/commands/
+COPY scripts/stack/container_health.py scripts/stack/
 RUN python -m compileall -q .
 USER mlxq
 CMD ["python", "-m", "worker.process.launcher"]

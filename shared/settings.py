@@ -1,7 +1,7 @@
 """Every setting of every process, read from the environment and `.env` (the environment wins).
 
 Names are the same in both places. `.env.example` and the table of README.md are made from this class by
-`python -m scripts.commands.document_settings`; a test compares them.
+`python -m scripts.docs.settings`; a test compares them.
 """
 
 from __future__ import annotations

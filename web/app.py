@@ -6,10 +6,12 @@ from flask import Flask
 
 from shared.queue.redis import Redis
 from shared.settings import Settings, load_settings
-from web import auth, limits, parameters, problems
-from web.correlation import Correlation
-from web.keystore import KeyStore
-from web.routes import health, inference, jobs, metrics, models, openai_models, openapi
+from web.access import auth, rate_limits
+from web.access.api_keys import KeyStore
+from web.http import problems
+from web.http.request import refuse_unknown_parameters
+from web.http.request_id import Correlation
+from web.routes import health, inference, jobs, models, openai_models, openapi
 from web.services import EXTENSION, build
 
 
@@ -34,10 +36,10 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     services.metrics.register(app)
     # The limiter stands between the two halves of authentication, so that it counts refused requests as well.
     app.before_request(lambda: auth.identify(keys))
-    limits.register(app, settings)
+    rate_limits.register(app, settings)
     app.before_request(auth.require_key)
-    app.before_request(parameters.refuse_unknown)
+    app.before_request(refuse_unknown_parameters)
     problems.register(app)
-    for module in (jobs, inference, models, openai_models, health, metrics, openapi):
+    for module in (jobs, inference, models, openai_models, health, openapi):
         app.register_blueprint(module.routes)
     return app

@@ -12,7 +12,7 @@ import gevent
 
 from shared.garbage import settle
 from shared.settings import load_or_exit
-from web.keystore import SCOPES, KeyStore
+from web.access.api_keys import SCOPES, KeyStore
 
 _settings = load_or_exit()
 
@@ -34,7 +34,7 @@ keepalive = 5  # idle connections hold up a graceful stop for as long
 timeout = 60
 graceful_timeout = max(1, round(_settings.drain_s))
 control_socket_disable = True
-logger_class = "web.access_log.JsonLogger"
+logger_class = "web.http.access_log.JsonLogger"
 
 
 def on_starting(server: Any) -> None:

@@ -21,18 +21,18 @@ from shared.queue.wakeups import Notifier, make_app
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
-from web.admission import Admission
-from web.admission_tokens import PromptTokenizer
-from web.cluster import Cluster
-from web.follow import Follower
-from web.health import Doctor
-from web.hub import Hub
-from web.image_urls import ImageUrls
+from web.admission.admit import Admission
+from web.admission.image_loader import Gatherer
+from web.admission.image_urls import ImageUrls
+from web.admission.prompt_tokenizer import PromptTokenizer
+from web.cluster.health_checker import Doctor
+from web.cluster.model_manager import Switchboard
+from web.cluster.ping import Pulse
+from web.cluster.snapshot import Cluster
 from web.metrics import Metrics
-from web.pictures import Gatherer
-from web.pulse import Pulse
-from web.switchboard import Switchboard
-from web.views import Views
+from web.results.job_views import Views
+from web.streaming.follower import Follower
+from web.streaming.hub import Hub
 
 EXTENSION: Final = "mlxq"
 

@@ -233,7 +233,7 @@ class Service:
                 share = max(1, (os.cpu_count() or 1) // self._settings.workers)
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", str(share))
             self._blas = prefer_openblas()
-            from worker.models.blas_speed import measure_gflops
+            from worker.models.load import measure_gflops
 
             self._gflops = measure_gflops()
         self.memory_limit = memory_limit(self._settings)

@@ -1,7 +1,7 @@
 """A job's log: what its readers see, and what a new attempt continues from.
 
 Events are numbered from 1 without gaps; event n is entry `n-0` of a Redis Stream, and a copy goes to the job's
-channel the moment it is written. Channels may lose messages, the log does not: `web.hub` reads the one and
+channel the moment it is written. Channels may lose messages, the log does not: `web.streaming.hub` reads the one and
 falls back to the other.
 """
 

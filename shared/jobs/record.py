@@ -61,7 +61,7 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Parsing:
-    """How the answer is parsed for its readers; see `web.views`.
+    """How the answer is parsed for its readers; see `web.results.job_views`.
 
     Attributes:
         format: what the request asked for, such as `ui_tars`.

@@ -38,7 +38,7 @@ class Request:
     messages: tuple[dict[str, Any], ...] | None = None
     stop: tuple[str, ...] = ()
     parse: str | None = None
-    """What its text is to be read as; see `web.views`."""
+    """What its text is to be read as; see `web.results.job_views`."""
     share_system_prompt: bool = False
     """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
     logprobs: int | None = None

@@ -25,7 +25,7 @@ name is defined only here.
 | `LEASES` | zset | worker → moment its lease lapses | until it lapses |
 | `EXTENSIONS` | hash | worker → seconds that its lease is extended by once after an outage | until it lapses |
 | `PASSED` | hash | `at`, `server`: when the reaper last passed, and on which Redis (its run_id) | forever |
-| `PREFIXES` + model | hash | 4 digits of a prefix hash → its rest, its workers (`web.marks`) | an hour unused |
+| `PREFIXES` + model | hash | 4 digits of a prefix hash → its rest, its workers (`web.admission`) | an hour unused |
 | `ROUTED` | hash | `model:preferred`, `:deferred`, `:another` → jobs that affinity routed so | forever, three a model |
 | `RUNNING` + worker | set | jobs in the worker's batch | until they end or the lease lapses |
 | `RESERVED` + worker | set | jobs the worker has claimed and not admitted yet | the same |

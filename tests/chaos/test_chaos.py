@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.commands.chaos import INTERRUPTED, main
-from scripts.commands.chaosing import homes
-from scripts.commands.chaosing.faults import Kind
-from scripts.commands.stack import leftovers
+from scripts.stack import leftovers
 from shared.settings import ROOT
+from tests.chaos import workspaces
+from tests.chaos.cli import INTERRUPTED, main
+from tests.chaos.faults import Kind
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
     options = ["--minutes", "5", "--requests", "3", "--clients", "2", "--model", str(tiny_model_path)]
     with said.open("wb") as out:
         run = subprocess.Popen(
-            [sys.executable, "-m", "scripts.commands.chaos", *options],
+            [sys.executable, "-m", "tests.chaos.cli", *options],
             cwd=ROOT,
             env={**os.environ, "TMPDIR": str(short_folder)},
             stdout=out,
@@ -73,11 +73,11 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
         run.send_signal(number)
         assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), said.read_text()
         if number == signal.SIGKILL:
-            homes.sweep()
+            workspaces.sweep()
         assert not leftovers.find(home)
         assert not (home / "data/valkey").is_mount()
         assert not list(Path("/run/netns").glob(f"mq{run.pid}*"))
     finally:
         run.kill()
         run.wait()
-        homes.sweep()
+        workspaces.sweep()

@@ -18,7 +18,7 @@ from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint, KVCache
 from worker.runner.length_buckets import LengthBuckets
 from worker.runner.prefill import Prefill
-from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
+from worker.runner.prefix.cache import LEAST_TOKENS, PrefixCache
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import Speculation
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.commands.client import Client
+from scripts.client.api import Client
 from shared.jobs.log import EventKind
 from shared.settings import ROOT
 from tests.plugins.stand_in import CHUNKS, KEY, StandIn, State
@@ -43,7 +43,7 @@ class Command:
 
     @contextmanager
     def started(self, *options: str) -> Iterator[subprocess.Popen[str]]:
-        module = [sys.executable, "-m", "scripts.commands.batch"]
+        module = [sys.executable, "-m", "scripts.client.batch"]
         arguments = [str(self.prompts), "-o", str(self.output), "--url", self.url, "--concurrency", "8", *options]
         with subprocess.Popen([*module, *arguments], env=self.env, stderr=subprocess.PIPE, text=True) as process:
             try:

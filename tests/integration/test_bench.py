@@ -12,14 +12,13 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
-from scripts.commands import bench
-from scripts.commands.benching import recovery, saving, speculation
-from scripts.commands.benching.contenders import BARE, OWN, PEER, own_stack
-from scripts.commands.benching.guessing import CASES, compare
-from scripts.commands.benching.plans import Ask, Client, Plan, opened
-from scripts.commands.benching.prompts import question, text_of
-from scripts.commands.benching.resources import Meter
 from shared.settings import ROOT
+from tests.bench import cli, recovery, saving, speculation
+from tests.bench.contenders import BARE, OWN, PEER, own_stack
+from tests.bench.draft_tokens import CASES, compare
+from tests.bench.plans import Ask, Client, Plan, opened
+from tests.bench.prompts import question, text_of
+from tests.bench.resources import Meter
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -38,11 +37,11 @@ def docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_quick_run_measures_every_scenario_and_keeps_it(
     tiny_model_path: Path, tiny_vision_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = tmp_path / "bench.json"
+    report = tmp_path / "cli.json"
     small = ["--quick", "--seconds", "1", "--who", *WHO, "--only", "load", "--vision-model", str(tiny_vision_path)]
-    status = bench.main([*small, "--json", str(report), "--save", "v1"])
+    status = cli.main([*small, "--json", str(report), "--save", "v1"])
 
-    assert status == bench.OK, capsys.readouterr().out
+    assert status == cli.OK, capsys.readouterr().out
     found = json.loads(report.read_text())
     records = {(each["scenario"], each["case"], each["who"]): each["figures"] for each in found["records"]}
     for who in WHO:
@@ -63,14 +62,14 @@ def test_a_quick_run_measures_every_scenario_and_keeps_it(
     first, again = (records["images", f"16 clients{more}", OWN] for more in ("", ", the same images again"))
     assert (first["failed"], first["images_encoded"], again["images_encoded"]) == (0, 16, 0)
     assert f"left out: {BARE}, images" in capsys.readouterr().out
-    ElementTree.parse(docs / "v1/bench.svg")
+    ElementTree.parse(docs / "v1/cli.svg")
     assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
 
 
 @pytest.mark.long
 def test_a_librarys_own_server_is_measured_by_the_same_load(tiny_model_path: Path, tmp_path: Path) -> None:
-    report = tmp_path / "bench.json"
-    assert not bench.main(["--quick", "--scenario", "closed", "--who", PEER, "--only", "load", "--json", str(report)])
+    report = tmp_path / "cli.json"
+    assert not cli.main(["--quick", "--scenario", "closed", "--who", PEER, "--only", "load", "--json", str(report)])
 
     (record,) = json.loads(report.read_text())["records"]
     assert (record["who"], record["figures"]["failed"], record["figures"]["tokens"]) == (PEER, 0, 4 * 16)
@@ -81,21 +80,21 @@ def libraries(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
         with suppress(psutil.NoSuchProcess):
-            found += [child] if "benching.bare" in " ".join(child.cmdline()) else []
+            found += [child] if "tests.bench.bare" in " ".join(child.cmdline()) else []
     return found
 
 
 @pytest.mark.long
 def test_a_run_that_is_ended_tells_what_it_has(tiny_model_path: Path, tmp_path: Path) -> None:
-    report = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "scripts.commands.bench", "--quick", "--scenario", "closed", "open"]
+    report = tmp_path / "cli.json"
+    command = [sys.executable, "-m", "tests.bench.cli", "--quick", "--scenario", "closed", "open"]
     options = ["--seconds", "600", "--who", BARE, "--only", "load", "--json", str(report)]
     with subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             (library,) = eventually(lambda: libraries(run.pid), "the library runs", 60)
             eventually(lambda: library.cpu_times().user > 6, "it is in its open loop", 120)
             run.terminate()
-            assert run.wait(60) == bench.INTERRUPTED
+            assert run.wait(60) == cli.INTERRUPTED
         finally:
             run.kill()
 

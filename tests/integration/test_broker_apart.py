@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from scripts.commands.client import Client, ClientError, Refused, RemoteJob
+from scripts.client.api import Client, ClientError, Refused, RemoteJob
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from shared.queue import keys

@@ -13,7 +13,7 @@ import pytest
 from redis import ConnectionError as RedisAway
 from redis import ReadOnlyError
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.errors import NotDurable
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status

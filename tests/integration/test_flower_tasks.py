@@ -13,8 +13,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from scripts.commands.client import Client
-from scripts.commands.ports import free_port
+from scripts.client.api import Client
+from scripts.stack.ports import free_port
 from shared.jobs.record import Status
 from shared.queue.wakeups import TASK
 from tests.plugins.stack import Stack, fake_stack_on

@@ -16,7 +16,7 @@ from worker.runner.base import Row
 from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint, KVCache
 from worker.runner.length_buckets import LengthBuckets
-from worker.runner.prefix_cache import PrefixCache
+from worker.runner.prefix.cache import PrefixCache
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import Speculation
 

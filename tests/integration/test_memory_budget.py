@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from scripts.commands.client import Client, ClientError, RemoteJob
+from scripts.client.api import Client, ClientError, RemoteJob
 from shared.jobs.record import Status
 from tests.plugins.stack import Stack, made_stack
 

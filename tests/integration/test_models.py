@@ -16,7 +16,7 @@ from shared.jobs.record import Status
 from tests.plugins.stack import catalog_stack
 from tests.support.admin import Admin
 from tests.support.waiting import eventually
-from web.keystore import KeyStore
+from web.access.api_keys import KeyStore
 
 MIB = 2**20
 TWO_FIT = 70 * MIB

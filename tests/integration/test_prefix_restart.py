@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from scripts.commands.client import Client, RemoteJob
+from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Status
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
-from web.keystore import KeyStore
+from web.access.api_keys import KeyStore
 
 SYSTEM = "You answer in few words and name your sources, whatever you are asked. " * 140
 LEAST_TOKENS = 2000

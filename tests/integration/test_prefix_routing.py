@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from scripts.commands.client import Client, RemoteJob
+from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Job, Status
 from shared.queue import keys
 from tests.plugins.fleet import SLOW, Fleet, wait

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from scripts.commands.client import Client
+from scripts.client.api import Client
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from shared.queue import keys

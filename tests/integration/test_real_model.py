@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from scripts.commands.client import RemoteJob
+from scripts.client.api import RemoteJob
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from tests.plugins.stack import Stack

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from scripts.commands.client import Client, Refused
+from scripts.client.api import Client, Refused
 from shared.jobs.log import JobLog
 from shared.jobs.record import Status
 from shared.queue.redis import Redis
@@ -16,7 +16,7 @@ from tests.plugins.stack import Stack
 from tests.plugins.web_stack import running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.waiting import eventually
-from web.keystore import new_key
+from web.access.api_keys import new_key
 from worker.runner.fake import FakeRunner
 
 TOKENS = 100

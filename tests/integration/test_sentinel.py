@@ -14,8 +14,8 @@ import httpx2
 import pytest
 import redis
 
-from scripts.commands.client import Client, ClientError, RemoteJob
-from scripts.commands.ports import free_port
+from scripts.client.api import Client, ClientError, RemoteJob
+from scripts.stack.ports import free_port
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from shared.queue.redis import connect, passes
@@ -129,7 +129,7 @@ def test_a_client_follows_a_new_master_and_leaves_a_demoted_one(watched: Watched
     client.close()
 
 
-PROCESSES = [("-m", "worker.app"), ("-m", "scripts.commands.flower"), ("-m", "gunicorn", "-c", "web/gunicorn.conf.py")]
+PROCESSES = [("-m", "worker.app"), ("-m", "scripts.stack.flower"), ("-m", "gunicorn", "-c", "web/gunicorn.conf.py")]
 
 
 @pytest.mark.parametrize("command", PROCESSES)

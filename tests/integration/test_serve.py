@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.commands.client import Client, Refused
-from scripts.commands.ports import free_port
-from scripts.commands.stack import leftovers
+from scripts.client.api import Client, Refused
+from scripts.stack import leftovers
+from scripts.stack.ports import free_port
 from shared.jobs.record import Status
 from shared.queue.redis import connect
 from shared.settings import ROOT

@@ -10,10 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from scripts.commands.stack.model import VISION
+from scripts.stack.model import VISION
 from scripts.ui_micro.evaluation import Trial, asker, held_out
 from tests.plugins.stack import Stack, made_stack
-from tests.support.pictures import data_url
+from tests.support.image_files import data_url
 
 pytest.importorskip("mlx_vlm")
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from scripts.commands.benching import job_load
-from scripts.commands.benching.checkouts import Checkout
-from scripts.commands.benching.endpoints import Own
-from scripts.commands.benching.processes import process, wait_until
-from scripts.commands.client import Client
-from scripts.commands.ports import free_port
+from scripts.client.api import Client
+from scripts.stack.ports import free_port
 from shared.jobs.log import EventKind
 from shared.queue import keys
 from shared.queue.maintenance import ADOPT_AGAIN_S
 from shared.queue.redis import Redis, connect
 from shared.settings import ROOT
+from tests.bench import job_load
+from tests.bench.checkouts import Checkout
+from tests.bench.endpoints import Own
+from tests.bench.processes import process, wait_until
 from tests.support import upgrade_data
 from tests.support.waiting import eventually
 

@@ -12,13 +12,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from scripts.commands.client import Client, RemoteJob
+from scripts.client.api import Client, RemoteJob
 from shared.jobs.images import SLACK_S, digest
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from shared.queue import keys
 from tests.plugins.stack import Stack
-from tests.support.pictures import data_url, picture
+from tests.support.image_files import data_url, picture
 from tests.support.waiting import eventually
 
 pytest.importorskip("mlx_vlm")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.models.registry import Registry
 from tests.plugins.web_stack import MODEL, ROOT, PretendWorker, WebStack, running_web
 

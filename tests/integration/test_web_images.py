@@ -15,8 +15,8 @@ from shared.jobs.images import UNACCEPTED_S, ImageStore, digest
 from shared.queue import keys
 from shared.queue.redis import connect
 from tests.plugins.web_stack import WebStack, running_web
+from tests.support.image_files import data_url, picture
 from tests.support.load import Load
-from tests.support.pictures import data_url, picture
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
 

@@ -16,7 +16,7 @@ from shared.queue.claims import Append, Claims, Demand
 from shared.queue.redis import Redis
 from tests.plugins.web_stack import MODEL, PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually
-from web.keystore import new_key
+from web.access.api_keys import new_key
 
 pytestmark = pytest.mark.usefixtures("empty")
 Pretend = Callable[..., PretendWorker]

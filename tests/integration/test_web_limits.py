@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.plugins.web_stack import WebStack, running_web
-from web.keystore import new_key
+from web.access.api_keys import new_key
 
 
 @pytest.fixture(scope="module")

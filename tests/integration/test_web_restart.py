@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from scripts.commands.client import Client
+from scripts.client.api import Client
 from shared.jobs.log import EventKind
 from shared.settings import ROOT
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
@@ -153,7 +153,7 @@ def test_the_client_of_our_commands_goes_on_by_itself(web: WebStack) -> None:
 def test_a_batch_goes_on_by_itself(web: WebStack, tmp_path: Path) -> None:
     prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"prompt {n}", "max_tokens": 40}) + "\n" for n in range(60)))
-    command = [sys.executable, "-m", "scripts.commands.batch", str(prompts), "-o", str(results)]
+    command = [sys.executable, "-m", "scripts.client.batch", str(prompts), "-o", str(results)]
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "ENV_FILE": os.devnull, "MLXQ_API_KEY": web.key}
     with (
         worker(web, slots=4, pause_s=0.01),

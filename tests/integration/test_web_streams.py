@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from scripts.commands.client import Client
+from scripts.client.api import Client
 from shared.jobs.log import EventKind
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
 from tests.support.waiting import eventually

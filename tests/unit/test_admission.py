@@ -22,10 +22,10 @@ from shared.queue.redis import Redis
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles
-from web.admission import Admission, Origin
-from web.admission_tokens import PromptTokenizer
-from web.cluster import Cluster
-from web.schemas import JobRequest, Message, Part, StoredImage
+from web.admission.admit import Admission, Origin
+from web.admission.prompt_tokenizer import PromptTokenizer
+from web.cluster.snapshot import Cluster
+from web.schemas.requests import JobRequest, Message, Part, StoredImage
 
 CARD = ModelCard("small", "text", context=64)
 

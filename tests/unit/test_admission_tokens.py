@@ -16,7 +16,7 @@ from shared.tokenizing.files import TokenizerFiles, TokenizerStore
 from shared.tokenizing.messages import Tokenized, digest
 from tests.support.fake_redis import FakeRedis
 from tests.support.tokenizers import CHATML, announce, chat, plain, word_tokenizer
-from web.admission_tokens import PromptTokenizer
+from web.admission.prompt_tokenizer import PromptTokenizer
 
 TOKENIZER = word_tokenizer()
 GEOMETRY = {"factor": 28, "min_pixels": 3136, "max_pixels": 1_000_000}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from scripts.commands import bench
-from scripts.commands.benching.checkouts import Checkout
-from scripts.commands.benching.comparison import BEFORE, NOW, compare, table
-from scripts.commands.benching.processes import NotUp
 from shared.settings import ROOT
+from tests.bench import cli
+from tests.bench.checkouts import Checkout
+from tests.bench.comparison import BEFORE, NOW, compare, table
+from tests.bench.processes import NotUp
 
 
 def shown(results: dict[str, object]) -> str:
@@ -60,12 +60,12 @@ def test_a_turn_that_fails_is_noted_and_the_others_count(tmp_path: Path) -> None
 
 def test_a_comparison_needs_another_checkout(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bench.arguments(["--only", "comparison"])
+        cli.arguments(["--only", "comparison"])
     assert "needs --before" in capsys.readouterr().err
 
 
 def test_a_part_that_compares_is_left_out_of_a_run_without_another_checkout(tmp_path: Path) -> None:
-    without = [name for name, _ in bench.due_parts(bench.arguments([]))]
-    beside = [name for name, _ in bench.due_parts(bench.arguments(["--before", str(tmp_path)]))]
+    without = [name for name, _ in cli.due_parts(cli.arguments([]))]
+    beside = [name for name, _ in cli.due_parts(cli.arguments(["--before", str(tmp_path)]))]
     assert "comparison" not in without
     assert set(beside) - set(without) == {"comparison"}

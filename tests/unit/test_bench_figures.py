@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.commands.benching.arrivals import poisson
-from scripts.commands.benching.plans import Ask, Client, Plan
-from scripts.commands.benching.samples import (
+from tests.bench.arrivals import poisson
+from tests.bench.plans import Ask, Client, Plan
+from tests.bench.samples import (
     Bound,
     Outcome,
     Sample,
@@ -23,8 +23,8 @@ from scripts.commands.benching.samples import (
     goodput,
     quantile,
 )
-from scripts.commands.benching.scenarios.base import LeftOut
-from scripts.commands.benching.scenarios.mixed import LONG, QUIET, RUNNING, disturbance
+from tests.bench.scenarios.base import LeftOut
+from tests.bench.scenarios.mixed import LONG, QUIET, RUNNING, disturbance
 
 
 def sample(*chunks: float, due_s: float = 0.0, client: int = 0, kind: str = "", ended: bool = True) -> Sample:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.commands.benching import peers
-from scripts.commands.benching.contenders import CONTENDERS, OWN
-from scripts.commands.benching.results import Absence
-from scripts.commands.benching.scenarios.base import Sizes
-from scripts.commands.benching.turns import Question, turns
+from tests.bench import peers
+from tests.bench.contenders import CONTENDERS, OWN
+from tests.bench.results import Absence
+from tests.bench.scenarios.base import Sizes
+from tests.bench.turns import Question, turns
 
 
 @pytest.fixture

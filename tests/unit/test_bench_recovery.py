@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from scripts.commands.benching import recovery
-from scripts.commands.benching.checkouts import Checkout
-from scripts.commands.benching.recovery import Figures, Scene
-from scripts.commands.benching.samples import Outcome, Sample
 from shared.settings import ROOT
+from tests.bench import recovery
+from tests.bench.checkouts import Checkout
+from tests.bench.recovery import Figures, Scene
+from tests.bench.samples import Outcome, Sample
 
 
 def stream(*arrivals: float, error: str = "") -> Sample:

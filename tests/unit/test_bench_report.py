@@ -10,18 +10,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from scripts.commands import bench
-from scripts.commands.benching import goals, machine, saving, tables
-from scripts.commands.benching.charts import picture
-from scripts.commands.benching.contenders import CONTENDERS, OWN, PEER
-from scripts.commands.benching.results import Absence, Place, Record, Results
-from scripts.commands.benching.samples import Figures, Sample, figures
-from scripts.commands.benching.scenarios import images
-from scripts.commands.benching.scenarios.closed_loop import case_name
-from scripts.commands.benching.scenarios.registry import SCENARIOS
-from scripts.commands.benching.svg import Chart, document, even_ticks, log_ticks
-from scripts.commands.benching.turns import turns
 from scripts.model_files.shapes import QWEN2_5_7B
+from tests.bench import cli, goals, machine, saving, tables
+from tests.bench.charts import picture
+from tests.bench.contenders import CONTENDERS, OWN, PEER
+from tests.bench.results import Absence, Place, Record, Results
+from tests.bench.samples import Figures, Sample, figures
+from tests.bench.scenarios import images
+from tests.bench.scenarios.closed_loop import case_name
+from tests.bench.scenarios.registry import SCENARIOS
+from tests.bench.svg import Chart, document, even_ticks, log_ticks
+from tests.bench.turns import turns
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -111,16 +110,16 @@ def test_goals_are_held_against_what_was_measured_only(results: Results) -> None
 def test_every_goal_is_of_a_case_that_the_whole_run_has() -> None:
     cases = {
         "single": {"1 client"},
-        "closed": {f"{n} clients" for n in bench.Sizes().clients},
-        "open": {f"{load:.0%} of capacity" for load in bench.Sizes().loads},
-        "prefix": {f"{bench.Sizes().prefix_tokens} tokens", "after a restart"},
-        "mixed": {f"{bench.Sizes().running} rows, {bench.Sizes().long_tokens} tokens"},
+        "closed": {f"{n} clients" for n in cli.Sizes().clients},
+        "open": {f"{load:.0%} of capacity" for load in cli.Sizes().loads},
+        "prefix": {f"{cli.Sizes().prefix_tokens} tokens", "after a restart"},
+        "mixed": {f"{cli.Sizes().running} rows, {cli.Sizes().long_tokens} tokens"},
         "images": {f"{case_name(n)}{more}" for n in images.CLIENTS for more in ("", f", {images.AGAIN}")},
     }
     for goal in goals.GOALS:
         scenario, model, case = goal.case
         assert case in cases[scenario]
-        assert model in (bench.SMOLLM2.name, bench.TINY.name, bench.VISION.name, QWEN2_5_7B.folder)
+        assert model in (cli.SMOLLM2.name, cli.TINY.name, cli.VISION.name, QWEN2_5_7B.folder)
         assert goal.beside in CONTENDERS
 
 
@@ -168,14 +167,14 @@ def test_logarithmic_ticks_are_powers_of_ten_around_the_values() -> None:
 def test_a_run_is_kept_with_its_data_picture_and_page(results: Results, report: dict[str, Any], tmp_path: Path) -> None:
     folder = saving.save(report, results, "v1", tmp_path)
 
-    assert json.loads((folder / "bench.json").read_text())["records"] == report["records"]
-    ElementTree.parse(folder / "bench.svg")
+    assert json.loads((folder / "cli.json").read_text())["records"] == report["records"]
+    ElementTree.parse(folder / "cli.svg")
     page = (folder / "README.md").read_text()
     for part in (
         report["commit"],
         report["machine"]["cpu"],
         "`scripts/bench`",
-        "bench.svg",
+        "cli.svg",
         "2,900.0",
         "queue hop 5 ms",
     ):
@@ -204,8 +203,8 @@ def test_where_figures_come_from_is_told() -> None:
     assert {"mlx", "mlx-lm", "celery"} <= set(about["versions"])
 
 
-def asked(*argv: str) -> bench.Question:
-    return bench.question(bench.arguments(argv))
+def asked(*argv: str) -> cli.Question:
+    return cli.question(cli.arguments(argv))
 
 
 def test_contenders_take_turns_within_each_scenario_and_round() -> None:

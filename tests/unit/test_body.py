@@ -11,8 +11,8 @@ import pytest
 from flask import Flask
 
 from shared.errors import BadRequest, Invalid
-from web.body import read_body, uploads
-from web.schemas import JobRequest
+from web.http.request import read_body, uploads
+from web.schemas.requests import JobRequest
 
 
 def refusal(body: bytes) -> BadRequest:

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from scripts.commands.chaosing.checks import LATE_S, Fault, Ledger, judge, overdue
-from scripts.commands.chaosing.report import summary
-from scripts.commands.chaosing.workload import Reference, Style
-from scripts.commands.client import RemoteJob
+from scripts.client.api import RemoteJob
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Status
+from tests.chaos.checks import LATE_S, Fault, Ledger, judge, overdue
+from tests.chaos.report import summary
+from tests.chaos.workload import Reference, Style
 
 EXPECTED = Reference("Once upon a time", "stop", 7, 5)
 JOB = RemoteJob(

@@ -15,11 +15,11 @@ from typing import Any, cast
 import pytest
 import redis
 
-from scripts.commands.chaosing import faults
-from scripts.commands.chaosing.disks import Disk
-from scripts.commands.chaosing.faults import Hand, Kind, Strike, Switch
-from scripts.commands.chaosing.fleet import Fleet, Member
-from scripts.commands.chaosing.recovery import Recovery, Watch
+from tests.chaos import faults
+from tests.chaos.disks import Disk
+from tests.chaos.faults import Hand, Kind, Strike, Switch
+from tests.chaos.fleet import Fleet, Member
+from tests.chaos.recovery import Recovery, Watch
 
 SLEEP = "import time; time.sleep(60)"
 LAUNCHES = f"""

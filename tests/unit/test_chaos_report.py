@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from scripts.commands.chaosing.checks import Fault, Finding, Ledger
-from scripts.commands.chaosing.faults import Kind
-from scripts.commands.chaosing.report import TAKEOVER_S, Report
+from tests.chaos.checks import Fault, Finding, Ledger
+from tests.chaos.faults import Kind
+from tests.chaos.report import TAKEOVER_S, Report
 
 KILLED = Kind.WORKER_KILLED
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from scripts.commands.chaosing.faults import LONGEST_S, Kind, schedule
-from scripts.commands.chaosing.fleet import LEASE_S, WORKERS
+from tests.chaos.faults import LONGEST_S, Kind, schedule
+from tests.chaos.fleet import LEASE_S, WORKERS
 
 
 def test_a_seed_is_a_schedule() -> None:

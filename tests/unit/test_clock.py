@@ -18,8 +18,8 @@ from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
 from shared.queue import keys
 from shared.queue.redis import Redis
 from shared.settings import Settings
+from web.access.api_keys import KeyStore
 from web.app import create_app
-from web.keystore import KeyStore
 
 MODEL = "pretend"
 SKEWS = [(0.0, 0.0), (10.0, -10.0), (-10.0, 10.0), (10.0, 10.0)]

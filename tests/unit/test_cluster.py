@@ -14,8 +14,8 @@ import redis
 from shared.models.registry import HostInfo, ModelCard, WorkerInfo
 from shared.settings import ROOT
 from tests.support.waiting import eventually
-from web import cluster
-from web.cluster import Cluster, ClusterSnapshot
+from web.cluster import snapshot
+from web.cluster.snapshot import Cluster, ClusterSnapshot
 
 REQUESTS = 200
 
@@ -126,7 +126,7 @@ def test_a_request_that_is_killed_in_the_middle_ends_no_other() -> None:
 
 
 def test_waiting_for_a_reading_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(snapshot, "_PATIENCE_S", 0.01)
     registry = Registry()
     shared = Cluster(registry)  # type: ignore[arg-type]
     with ThreadPoolExecutor(1) as pool:
@@ -141,7 +141,7 @@ GREENLETS = """
 from gevent import monkey
 monkey.patch_all()
 import gevent
-from web.cluster import Cluster
+from web.cluster.snapshot import Cluster
 
 class Registry:
     readings = 0
@@ -158,7 +158,7 @@ class Registry:
 
 registry = Registry()
 cluster = Cluster(registry)
-found = gevent.joinall([gevent.spawn(cluster.now) for _ in range(200)], timeout=30)
+found = gevent.joinall([gevent.spawn(snapshot.now) for _ in range(200)], timeout=30)
 assert len({id(each.value) for each in found if each.value}) == 1
 print(registry.readings)
 """

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
-from scripts.commands.container_health import CHECKS
-from scripts.commands.containers import COMPOSE_VARIABLES
-from scripts.commands.test_compose import SERVICES
+from scripts.stack.container_health import CHECKS
 from shared.settings import ROOT, Settings
+from tests.compose.cli import SERVICES
+from tests.compose.containers import COMPOSE_VARIABLES
 
 TEXT = (ROOT / "compose.yaml").read_text()
 FILE: dict[str, Any] = yaml.safe_load(TEXT)
@@ -105,7 +105,7 @@ def test_starts_when_redis_is_healthy(name: str) -> None:
 @each_of_ours
 def test_has_its_own_health_check(name: str) -> None:
     *command, argument = FILE["services"][name]["healthcheck"]["test"]
-    assert command == ["CMD", "python", "-m", "scripts.commands.container_health"]
+    assert command == ["CMD", "python", "-m", "scripts.stack.container_health"]
     assert argument == name
     assert name in CHECKS
 

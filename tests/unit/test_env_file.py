@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
-from scripts.commands.stack.env_file import add_missing
+from scripts.stack.env_file import add_missing
 
 
 def mode(path: Path) -> int:

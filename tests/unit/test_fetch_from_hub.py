@@ -16,8 +16,7 @@ import mlx.core as mx
 import pytest
 from huggingface_hub import HfApi, errors
 
-from scripts.commands import fetch_model
-from scripts.model_files import download, hub, progress
+from scripts.model_files import download, fetch, hub, progress
 from scripts.model_files.manifest import Origin, is_intact, read_origin
 from scripts.model_files.weights import save_weights
 from shared.settings import ROOT
@@ -46,7 +45,7 @@ def here(source: ModelHub, monkeypatch: pytest.MonkeyPatch) -> ModelHub:
 
 
 def run(models: Path, *arguments: object) -> int:
-    return fetch_model.main([str(argument) for argument in ("org/model", "-o", models, *arguments)])
+    return fetch.main([str(argument) for argument in ("org/model", "-o", models, *arguments)])
 
 
 def visible(models: Path) -> list[str]:
@@ -118,7 +117,7 @@ def test_the_same_name_from_another_owner_stays(
     here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path / "models") == 0
-    assert fetch_model.main(["other/model", "-o", str(tmp_path / "models")]) == 1
+    assert fetch.main(["other/model", "-o", str(tmp_path / "models")]) == 1
     assert "holds org/model" in one_line(capsys)
 
 
@@ -138,7 +137,7 @@ def test_a_process_that_is_killed_is_gone_on_from_by_the_next(source: ModelHub, 
     size, half = (source.folder / WEIGHTS).stat().st_size, 3 * 2**20
     source.held[WEIGHTS] = half
     models = tmp_path / "models"
-    command = [sys.executable, "-m", "scripts.commands.fetch_model", "org/model", "-o", str(models)]
+    command = [sys.executable, "-m", "scripts.model_files.fetch", "org/model", "-o", str(models)]
     environment = {"HF_ENDPOINT": source.url, "HF_HOME": str(tmp_path / "hub"), "PATH": os.environ["PATH"]}
 
     def fetch() -> subprocess.Popen[str]:
@@ -270,7 +269,7 @@ def test_where_there_is_no_terminal_a_line_tells_how_far_it_is_from_time_to_time
 
 def test_a_terminal_shows_a_bar(source: ModelHub, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "scripts.commands.fetch_model", "org/model", "-o", str(tmp_path / "models")]
+    command = [sys.executable, "-m", "scripts.model_files.fetch", "org/model", "-o", str(tmp_path / "models")]
     environment = {"HF_ENDPOINT": source.url, "HF_HOME": str(tmp_path / "hub"), "PATH": os.environ["PATH"]}
     environment |= {"TERM": "xterm", "COLUMNS": "120"}
     ended = subprocess.run(

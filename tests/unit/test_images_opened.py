@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("mlx.core")
 
-from tests.support.pictures import picture
+from tests.support.image_files import picture
 from worker.runner.vision.images import opened
 
 SHADES = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.commands import keys
-from web.keystore import KeyStore
+from scripts.stack import keys
+from web.access.api_keys import KeyStore
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.commands.stack.config import default_maxmemory, maxmemory
+from scripts.stack.config import default_maxmemory, maxmemory
 from shared.machine_memory import total_memory
 from shared.settings import Settings
 

@@ -19,9 +19,9 @@ from shared.queue import keys
 from shared.queue.redis import Redis
 from shared.settings import ROOT, Settings
 from tests.support.waiting import eventually
+from web.access.api_keys import KeyStore
 from web.app import create_app
-from web.hub import Hub
-from web.keystore import KeyStore
+from web.streaming.hub import Hub
 
 UNKNOWN = "of_a_newer_version"
 

@@ -13,9 +13,9 @@ from openapi_pydantic import parse_obj
 
 from shared.settings import ROOT, Settings
 from tests.support.fake_redis import FakeRedis
+from web.access.api_keys import KeyStore
 from web.app import create_app
-from web.keystore import KeyStore
-from web.schemas import JobRequest
+from web.schemas.requests import JobRequest
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from worker.runner import forward, prefill_cost
 from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, Row, Unread
 from worker.runner.kv_cache import KVCache
 from worker.runner.prefill import REFRESHED, STORED_TOKENS, Prefill, Prefilled
-from worker.runner.prefix_cache import PrefixCache
+from worker.runner.prefix.cache import PrefixCache
 
 CHUNK = 16
 PLENTY = 2**30

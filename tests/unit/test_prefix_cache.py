@@ -14,10 +14,10 @@ from mlx_lm.models import gemma3_text, llama
 from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
-from worker.runner.prefix_blocks import BLOCK, BlockChain
-from worker.runner.prefix_cache import LEAST_TOKENS, PrefixCache
-from worker.runner.prefix_files import SUFFIX, PrefixFiles
-from worker.runner.spill import Spill
+from worker.runner.prefix.blocks import BLOCK, BlockChain
+from worker.runner.prefix.cache import LEAST_TOKENS, PrefixCache
+from worker.runner.prefix.files import SUFFIX, PrefixFiles
+from worker.runner.prefix.spill import Spill
 
 PLENTY = 2**30
 TOKEN_BYTES = 2 * 2 * 2 * 4 * 4

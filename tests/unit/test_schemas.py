@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from shared.errors import Expiry, JobFailure
-from web.schemas import InferenceRequest, JobError, JobRequest
+from web.schemas.jobs import JobError
+from web.schemas.requests import InferenceRequest, JobRequest
 
 TURN = {"role": "user", "content": "hi"}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from scripts.commands import document_settings
+from scripts.docs import settings
 from shared.settings import ROOT, Settings
 
 
 def test_the_example_and_the_readme_have_every_variable_with_its_default() -> None:
-    assert document_settings.EXAMPLE.read_text() == document_settings.example()
-    assert document_settings.table() in document_settings.README.read_text()
+    assert settings.EXAMPLE.read_text() == settings.example()
+    assert settings.table() in settings.README.read_text()
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from scripts.commands import smoke
-from scripts.commands.client import Refused, Unreachable
-from scripts.commands.smoking.probe import Wrong
+from scripts.client.api import Refused, Unreachable
+from tests.smoke import cli
+from tests.smoke.probe import Wrong
 
 
 def failing(error: Exception) -> Callable[[], None]:
@@ -19,7 +19,7 @@ def failing(error: Exception) -> Callable[[], None]:
 
 
 def test_a_check_that_passes_is_a_line_with_a_tick(capsys: pytest.CaptureFixture[str]) -> None:
-    assert smoke.run("ready", lambda: None)
+    assert cli.run("ready", lambda: None)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("✓ ready ")
     assert line.endswith(" ms")
@@ -35,7 +35,7 @@ def test_a_check_that_passes_is_a_line_with_a_tick(capsys: pytest.CaptureFixture
     ],
 )
 def test_a_check_that_fails_says_why(capsys: pytest.CaptureFixture[str], error: Exception, said: str) -> None:
-    assert not smoke.run("ready", failing(error))
+    assert not cli.run("ready", failing(error))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("✗ ready ")
     assert said in line
@@ -46,7 +46,7 @@ def test_a_service_that_is_away_fails_every_check_and_the_key_stays_unsaid(
 ) -> None:
     monkeypatch.setenv("OWN_KEY", "mlxq_secret")
     nowhere = "http://127.0.0.1:9"
-    assert smoke.main(["--url", nowhere, "--flower-url", nowhere, "--api-key-env", "OWN_KEY"]) == 1
+    assert cli.main(["--url", nowhere, "--flower-url", nowhere, "--api-key-env", "OWN_KEY"]) == 1
     printed = capsys.readouterr()
     *lines, summary = printed.out.splitlines()
     assert all(line.startswith("✗") for line in lines)
@@ -55,5 +55,5 @@ def test_a_service_that_is_away_fails_every_check_and_the_key_stays_unsaid(
 
 
 def test_without_a_key_nothing_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert smoke.main(["--api-key-env", "NO_SUCH_VARIABLE"]) == 2
+    assert cli.main(["--api-key-env", "NO_SUCH_VARIABLE"]) == 2
     assert "no API key" in capsys.readouterr().err

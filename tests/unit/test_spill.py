@@ -18,11 +18,11 @@ from worker.runner import forward
 from worker.runner.base import Row
 from worker.runner.kv_cache import KVCache, RowCache
 from worker.runner.kv_segments import AttentionSegment
-from worker.runner.prefix_blocks import BLOCK
-from worker.runner.prefix_cache import PrefixCache
-from worker.runner.prefix_fetch import PrefixFetch
-from worker.runner.prefix_files import SUFFIX, PrefixFiles
-from worker.runner.spill import Spill
+from worker.runner.prefix.blocks import BLOCK
+from worker.runner.prefix.cache import PrefixCache
+from worker.runner.prefix.fetch import PrefixFetch
+from worker.runner.prefix.files import SUFFIX, PrefixFiles
+from worker.runner.prefix.spill import Spill
 
 PLENTY = 2**30
 TOKEN_BYTES = 2 * 2 * 2 * 4 * 4
@@ -254,7 +254,7 @@ def test_a_disk_that_fails_is_given_up_with_one_line(
         raise OSError(28, "No space left on device")
 
     cache = make(most_bytes=TOKEN_BYTES * 3 * BLOCK)
-    monkeypatch.setattr("worker.runner.prefix_blocks.write", full)
+    monkeypatch.setattr("worker.runner.prefix.blocks.write", full)
     for i in range(5):
         keep(cache, model, counting(i, 2 * BLOCK))
         settle(cache)
@@ -331,7 +331,7 @@ def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
         assert fetching.add(row(3, tokens))
         fetching.remove([2, 9])
         assert fetching.ready() == []
-        monkeypatch.setattr("worker.runner.prefix_fetch.PATIENCE_S", 0.0)
+        monkeypatch.setattr("worker.runner.prefix.fetch.PATIENCE_S", 0.0)
         assert fetching.add(row(4, tokens))
         assert [each.uid for each in fetching.ready()] == [4]
     came: list[int] = []

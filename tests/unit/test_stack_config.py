@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from supervisor.options import ServerOptions
 
-from scripts.commands.stack import config
+from scripts.stack import config
 from shared.settings import Settings
 from worker.process.exits import EXIT_CONFIG
 
@@ -89,6 +89,6 @@ def test_valkey_is_durable_private_and_can_be_found(tmp_path: Path, line: str) -
 def test_valkey_has_a_memory_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, machine: int, limit: int
 ) -> None:
-    monkeypatch.setattr("scripts.commands.stack.config.total_memory", lambda: machine)
+    monkeypatch.setattr("scripts.stack.config.total_memory", lambda: machine)
     text = config.valkey_conf(make(tmp_path, redis_maxmemory_bytes=setting))
     assert f"maxmemory {limit}" in text.splitlines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.commands.stack.logs import SupervisorLog, last_line
+from scripts.stack.logs import SupervisorLog, last_line
 
 STAMP = "2026-01-01 10:00:00,000"
 

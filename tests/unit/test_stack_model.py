@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.commands import serve
-from scripts.commands.stack import config, preflight
-from scripts.commands.stack.failure import StartFailed
-from scripts.commands.stack.model import VISION, choose_vision, ensure_model
-from scripts.commands.stack.screen import Screen
+from scripts.stack import config, preflight, serve
+from scripts.stack.failure import StartFailed
+from scripts.stack.model import VISION, choose_vision, ensure_model
+from scripts.stack.screen import Screen
 from shared.settings import ROOT, Settings
 from tests.support.small_models import make_folder
 

@@ -12,7 +12,7 @@ from redis import ConnectionError as RedisAway
 from redis import DataError, RedisError, ResponseError
 from redis import TimeoutError as NoAnswer
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.queue.redis import Redis, connect, passes
 from shared.queue.wakeups import make_app
 from shared.settings import Settings

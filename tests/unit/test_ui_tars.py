@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.models.image_geometry import ImageGeometry
-from web.ui_tars import Action, Point, parse
-from web.ui_tars_calls import ActionName
+from web.results.ui_tars import Action, Point, parse
+from web.results.ui_tars_calls import ActionName
 
 GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
 SIZE = (1120, 560)
@@ -399,7 +399,7 @@ def test_a_long_text_is_typed_whole() -> None:
 
 def test_the_web_reads_them_without_mlx() -> None:
     code = (
-        "import sys, web.ui_tars\n"
+        "import sys, web.results.ui_tars\n"
         "sys.exit(any(name.split('.')[0] in {'mlx', 'mlx_lm', 'mlx_vlm', 'worker'} for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

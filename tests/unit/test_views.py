@@ -17,8 +17,8 @@ from shared.queue import keys
 from shared.queue.claims import Append, Claims, Demand, Verdict
 from shared.queue.redis import Redis
 from shared.settings import Settings
-from web.cluster import Cluster, ClusterSnapshot
-from web.views import Views
+from web.cluster.snapshot import Cluster, ClusterSnapshot
+from web.results.job_views import Views
 
 MODEL = "m"
 WORKER = WorkerInfo(

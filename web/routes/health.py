@@ -1,12 +1,12 @@
-"""`/health` for people and monitors, `/livez` and `/readyz` for supervisors and balancers."""
+"""`/health`, the probes `/livez` and `/readyz`, and `/metrics` for Prometheus."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 from pydantic import BaseModel
 
-from web.apidoc import describe
-from web.schemas import HealthView, ProbeView
+from web.http.openapi import describe
+from web.schemas.health import HealthView, ProbeView
 from web.services import services
 
 routes = Blueprint("health", __name__)
@@ -33,6 +33,14 @@ def readyz() -> Response:
     """200 when Redis answers and a worker is ready, or has no model and loads the one that a job asks for."""
     ready = services().doctor.ready()
     return _answer(ProbeView(status="ok" if ready else "unavailable"), ok=ready)
+
+
+@routes.get("/metrics")
+@describe("Metrics for Prometheus", answers={200: "text/plain"})
+def metrics() -> Response:
+    """Of all API processes, the queues and the workers."""
+    page, content_type = services().metrics.page(request.headers.get("Accept", ""))
+    return Response(page, content_type=content_type)
 
 
 def _answer(view: BaseModel, *, ok: bool) -> Response:

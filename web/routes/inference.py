@@ -13,16 +13,17 @@ from flask import Blueprint, Response, request
 from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, Unavailable
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
-from web import apidoc
-from web.apidoc import describe
-from web.body import idempotency_key, read_body
-from web.connection import watching
-from web.problems import problem
-from web.schemas import InferenceRequest, InferenceView
+from web.admission.submit import submit
+from web.http import openapi
+from web.http.disconnect import watching
+from web.http.openapi import describe
+from web.http.problems import problem
+from web.http.request import idempotency_key, read_body
+from web.schemas.jobs import InferenceView
+from web.schemas.requests import InferenceRequest
 from web.services import Services, services
-from web.sse import Format, negotiate
-from web.streaming import stream
-from web.submitting import submit
+from web.streaming.formats import Format, negotiate
+from web.streaming.response import stream
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -40,7 +41,7 @@ _CALLERS_FAULT = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
     answers={200: InferenceView},
     streams=True,
     errors=(400, 406, 409, 410, 413, 415, 422, 504),
-    parameters=(apidoc.IDEMPOTENCY_KEY,),
+    parameters=(openapi.IDEMPOTENCY_KEY,),
 )
 def infer() -> Response:
     """The answer, or with `"stream": true` a stream of events.

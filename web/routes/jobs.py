@@ -11,16 +11,17 @@ from flask import Blueprint, Response, request
 from shared.errors import Invalid
 from shared.jobs.record import Job
 from shared.queue.redis import passes
-from web import apidoc
-from web.apidoc import describe
-from web.auth import caller
-from web.body import preferred_wait_s, read_body, wait_s, whole_number
-from web.schemas import JobList, JobRequest, JobView
+from web.access.auth import caller
+from web.admission.submit import submit
+from web.http import openapi
+from web.http.openapi import describe
+from web.http.request import preferred_wait_s, read_body, wait_s, whole_number
+from web.results.job_views import urls
+from web.schemas.jobs import JobList, JobView
+from web.schemas.requests import JobRequest
 from web.services import services
-from web.sse import EventStream, Format, negotiate
-from web.streaming import come_again, stream
-from web.submitting import submit
-from web.views import urls
+from web.streaming.formats import EventStream, Format, negotiate
+from web.streaming.response import come_again, stream
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _LAST_EVENT_ID = "Last-Event-ID"
     body=JobRequest,
     answers={202: JobView, 200: JobView},
     errors=(400, 409, 413, 415, 422),
-    parameters=(apidoc.IDEMPOTENCY_KEY, apidoc.PREFER),
+    parameters=(openapi.IDEMPOTENCY_KEY, openapi.PREFER),
 )
 def submit_job() -> Response:
     """Accepted means durable: the job survives everything but its deadline.
@@ -66,7 +67,7 @@ def submit_job() -> Response:
 
 
 @routes.get("/<job_id>")
-@describe("Get a job", answers={200: JobView}, errors=(404, 422), parameters=(apidoc.WAIT,))
+@describe("Get a job", answers={200: JobView}, errors=(404, 422), parameters=(openapi.WAIT,))
 def get_job(job_id: str) -> Response:
     """With `wait`, answer when the job has ended or the time is over."""
     job = services().jobs.get(job_id, caller().id)
@@ -74,7 +75,7 @@ def get_job(job_id: str) -> Response:
 
 
 @routes.get("")
-@describe("List jobs", answers={200: JobList}, errors=(422,), parameters=(apidoc.LIMIT, apidoc.BEFORE))
+@describe("List jobs", answers={200: JobList}, errors=(422,), parameters=(openapi.LIMIT, openapi.BEFORE))
 def list_jobs() -> Response:
     """The caller's own, newest first."""
     limit = whole_number("limit", request.args.get("limit", str(_PAGE)), 1, _LARGEST_PAGE)
@@ -84,7 +85,7 @@ def list_jobs() -> Response:
 
 
 @routes.post("/<job_id>/cancel")
-@describe("Cancel a job", answers={200: JobView, 202: JobView}, errors=(404, 409, 422), parameters=(apidoc.WAIT,))
+@describe("Cancel a job", answers={200: JobView, 202: JobView}, errors=(404, 409, 422), parameters=(openapi.WAIT,))
 def cancel_job(job_id: str) -> Response:
     """200 once it is over; 202 while its worker is being told. `wait` waits for that."""
     patience_s = wait_s(services().settings.max_wait_s)
@@ -105,7 +106,7 @@ def delete_job(job_id: str) -> Response:
     answers={204: None},
     streams=True,
     errors=(404, 406, 410, 422),
-    parameters=(apidoc.LAST_EVENT_ID, apidoc.STARTING_AFTER),
+    parameters=(openapi.LAST_EVENT_ID, openapi.STARTING_AFTER),
 )
 def stream_job(job_id: str) -> Response:
     """The job's events from any cursor on, live until its end, as often and by as many readers as wanted.

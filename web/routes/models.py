@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from shared.models.catalog import CatalogModel
 from shared.models.operations import Operation
 from shared.models.registry import WorkerInfo
-from web.apidoc import describe
-from web.auth import caller, require_scope
-from web.body import read_body
-from web.cluster import ClusterSnapshot
-from web.schemas import (
+from web.access.auth import caller, require_scope
+from web.cluster.snapshot import ClusterSnapshot
+from web.http.openapi import describe
+from web.http.request import read_body
+from web.schemas.models import (
     LoadRequest,
     ModelList,
     ModelState,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from flask import Blueprint, Response
 
-from web.apidoc import describe
+from web.http.openapi import describe
 from web.routes.models import views
-from web.schemas import ModelView, OpenAIError, OpenAIErrorDetails, OpenAIModel, OpenAIModelList
+from web.schemas.models import ModelView, OpenAIModel, OpenAIModelList
+from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 from web.services import services
 
 routes = Blueprint("openai_models", __name__)

@@ -8,7 +8,7 @@ from typing import Final
 
 from flask import Blueprint, Response, current_app, send_from_directory
 
-from web.apidoc import describe, document
+from web.http.openapi import describe, document
 
 routes = Blueprint("openapi", __name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,3 +140,29 @@ def first_line(error: BaseException) -> str:
         return f"its library would end the process (exit status {error.code})"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def measure_gflops(size: int = 1024, budget_s: float = 0.2, most: int = 20) -> float:
+    """Billions of float32 operations a second: the best of several products of two `size` × `size` matrices.
+
+    Call it on the thread that owns MLX. It ends after `budget_s`, or after one product where that takes longer.
+
+    Args:
+        size: rows and columns; small enough to be quick, large enough to keep every core busy.
+        budget_s: no further product is begun after this time.
+        most: products at the most.
+    """
+    import mlx.core as mx
+
+    left, right = mx.ones((size, size)), mx.full((size, size), 0.5)
+    mx.eval(left, right)
+    best = float("inf")
+    end = time.perf_counter() + budget_s
+    for _ in range(most):
+        start = time.perf_counter()
+        mx.eval(left @ right)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now >= end:
+            break
+    return 2 * size**3 / best / 1e9

@@ -23,7 +23,7 @@ from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import SLACK, KVCache, width
 from worker.runner.logits.logprobs import BatchLogprobs, Logprob, QueuedLogprobs
 from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor, RowFailures
-from worker.runner.prefix_cache import PrefixCache
+from worker.runner.prefix.cache import PrefixCache
 from worker.runner.sampler import BatchSampler
 from worker.runner.speculation.verification import Speculation
 

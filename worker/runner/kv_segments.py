@@ -15,7 +15,7 @@ import numpy as np
 
 from worker.runner import kv_cache
 from worker.runner.kv_cache import Columns, KVCache, RowCache
-from worker.runner.prefix_blocks import Block, Tensor
+from worker.runner.prefix.blocks import Block, Tensor
 
 _TYPES = {mx.float32: ("F32", np.float32), mx.float16: ("F16", np.float16), mx.bfloat16: ("BF16", np.uint16)}
 """Safetensors' names of the types that a cache may have, and numpy types that carry the same bits."""

@@ -16,8 +16,8 @@ from worker.models.load import LoadedModel, convert, first_line, load_model
 from worker.runner import kv_cache, kv_segments
 from worker.runner.memory import SHARE_OF_PREFIXES, Memory, device_limit
 from worker.runner.model_runner import MLXRunner, default_chunk
-from worker.runner.prefix_files import PrefixFiles, fingerprint
-from worker.runner.spill import Spill
+from worker.runner.prefix.files import PrefixFiles, fingerprint
+from worker.runner.prefix.spill import Spill
 from worker.runner.vision.family import VisionFamily
 
 SHARE_ON_THE_WAY = 8

@@ -42,12 +42,12 @@ from worker.runner.logits.penalties import Penalties
 from worker.runner.logits.processor import LogitsProcessor
 from worker.runner.memory import UNLIMITED, Memory, memory_errors
 from worker.runner.prefill import Prefill
-from worker.runner.prefix_cache import PrefixCache
-from worker.runner.prefix_fetch import PrefixFetch
+from worker.runner.prefix.cache import PrefixCache
+from worker.runner.prefix.fetch import PrefixFetch
+from worker.runner.prefix.spill import Spill
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import Speculation
 from worker.runner.speculation.warming import measuring as measuring_passes
-from worker.runner.spill import Spill
 from worker.runner.vision.family import VisionFamily
 from worker.runner.vision.stage import Encoded, VisionStage
 

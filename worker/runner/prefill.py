@@ -17,7 +17,7 @@ from worker.runner import forward
 from worker.runner.base import PrefillCost, PrefillWork, Row, Unread
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import is_out_of_memory
-from worker.runner.prefix_cache import PrefixCache
+from worker.runner.prefix.cache import PrefixCache
 
 RESERVE_STEPS = 8
 """Steps in which the cache of a long prompt is allocated beside rows that decode: at once it would take too long."""

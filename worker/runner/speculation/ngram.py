@@ -13,6 +13,7 @@ from itertools import count, takewhile
 from worker.runner.base import IMAGE_TOKENS
 from worker.runner.decode_row import DecodeRow
 from worker.runner.speculation.acceptance import LONGEST, Acceptance
+from worker.runner.speculation.proposer import Proposer
 
 INDEXED_TOKENS = 512
 """Maximum tokens indexed per row and call: a 100,000-token prompt at once delayed a step by 65 ms."""
@@ -103,7 +104,7 @@ class NgramIndex:
         return length
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """See `worker.runner.speculation.proposer.Proposer`."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ import mlx.core as mx
 from worker.runner import forward, kv_cache
 from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import KVCache
-from worker.runner.prefix_cache import common_length
+from worker.runner.prefix.cache import common_length
 from worker.runner.sampler import GREEDY_BELOW, BatchSampler
 from worker.runner.speculation.pass_cost import LENGTHS, UNKNOWN
 from worker.runner.speculation.proposer import Proposer

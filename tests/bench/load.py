@@ -1,0 +1,92 @@
+"""The load: sends the requests of a plan over HTTP and reads each stream to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import aiohttp
+
+from tests.bench.endpoints import Endpoint
+from tests.bench.plans import Ask, Client, Json, Plan
+from tests.bench.samples import Outcome, Sample
+
+ANSWER_S = 900
+"""An answer that takes longer is lost."""
+
+
+class Load:
+    """One plan under way."""
+
+    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+        self._endpoint = endpoint
+        self._session = session
+        self._start = time.perf_counter()
+        self._samples: list[Sample] = []
+
+    async def run(self, plan: Plan) -> Outcome:
+        """Send everything; a request that fails is a sample that says so."""
+        tasks = [asyncio.create_task(self._client(i, client)) for i, client in enumerate(plan.clients)]
+        awaited = [task for task, client in zip(tasks, plan.clients, strict=True) if not client.background]
+        try:
+            await asyncio.gather(*awaited)
+            wall_s = self._now()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return Outcome(self._samples, wall_s)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    async def _client(self, index: int, client: Client) -> None:
+        for ask in client.asks:
+            if (early_s := ask.at_s - self._now()) > 0:
+                await asyncio.sleep(early_s)
+            # Of a request with a time of its own, that time counts, however late it is sent.
+            sample = Sample(index, ask.kind, ask.at_s or self._now())
+            self._samples.append(sample)
+            await self._ask(ask, sample)
+
+    async def _ask(self, ask: Ask, sample: Sample) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_S), self._endpoint.stream(self._session, ask) as response:
+                response.raise_for_status()
+                await self._listen(response, sample)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            sample.error = str(error) or type(error).__name__
+
+    async def _listen(self, response: aiohttp.ClientResponse, sample: Sample) -> None:
+        async for event in _events(response):
+            reading = self._endpoint.read(event)
+            if reading.text:
+                sample.chunks.append(self._now())
+            sample.tokens = reading.tokens or sample.tokens
+            sample.error = reading.error or sample.error
+        if not sample.error and not (sample.chunks and sample.tokens):
+            sample.error = "the stream ended without an answer"
+        if not sample.error:
+            sample.ended_s = self._now()
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Json]:
+    async for line in response.content:
+        if line.startswith(b"data: {"):
+            with suppress(ValueError):
+                yield json.loads(line[6:])
+
+
+async def _send(endpoint: Endpoint, plan: Plan) -> Outcome:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+    ) as session:
+        return await Load(endpoint, session).run(plan)
+
+
+def send(endpoint: Endpoint, plan: Plan) -> Outcome:
+    """Do a plan; returns when every request that is waited for has ended, one way or the other."""
+    return asyncio.run(_send(endpoint, plan))

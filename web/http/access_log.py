@@ -1,0 +1,42 @@
+"""gunicorn's log as the rest of the process logs: JSON lines, one a request with its id."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+from gunicorn.glogging import Logger  # type: ignore[import-untyped]
+
+from shared.logging import configure
+from shared.settings import load_settings
+from web.http.request_id import ENVIRON
+
+log = logging.getLogger("web.access")
+
+
+class JsonLogger(Logger):  # type: ignore[misc]
+    """gunicorn's `logger_class`."""
+
+    def setup(self, cfg: Any) -> None:
+        """Hand all lines to the root logger instead of handlers of our own."""
+        self.cfg = cfg
+        configure("web", load_settings().log_level)
+        self.error_log.propagate = True
+
+    def access(self, resp: Any, req: Any, environ: dict[str, Any], request_time: timedelta) -> None:  # noqa: ARG002
+        """Log a request that was served; of a stream, once it has ended."""
+        status = int(str(resp.status).split()[0])
+        log.info(
+            "%s %s %d",
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            status,
+            extra={
+                "request_id": environ.get(ENVIRON, ""),
+                "status": status,
+                "duration_ms": round(request_time.total_seconds() * 1000, 1),
+                "bytes": resp.sent,
+                "client": environ.get("REMOTE_ADDR", ""),
+            },
+        )
