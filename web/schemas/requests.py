@@ -1,4 +1,4 @@
-"""What comes in and what goes out, as pydantic models: they validate, and OpenAPI is made from them."""
+"""Generation requests, as clients send them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -21,9 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from shared.jobs.attempts import AttemptEnd
-from shared.jobs.record import Status
-from shared.models.operations import OperationState
+from web.schemas.base import RequestModel
 
 MAX_STOPS = 16
 MAX_METADATA = 16
@@ -55,20 +51,14 @@ Metadata = Annotated[
 PriorityName = Literal["high", "normal", "batch"]
 
 
-class _Request(BaseModel):
-    """Strict: a number in quotes, NaN or a field nobody reads is a mistake worth telling."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class ImageUrl(_Request):
+class ImageUrl(RequestModel):
     """Where an image is, as OpenAI's clients send it."""
 
     url: str = Field(min_length=1, description="A data URL; http(s) where the service allows it")
     detail: Literal["auto", "low", "high"] = Field("auto", description="Taken, and without effect")
 
 
-class Part(_Request):
+class Part(RequestModel):
     """A part of what is said: text, or an image in OpenAI's form (`image_url`) or a shorter one (`image`)."""
 
     type: Literal["text", "image_url", "image"]
@@ -95,7 +85,7 @@ class Part(_Request):
         return {"type": "text", "text": self.text or ""}
 
 
-class StoredImage(_Request):
+class StoredImage(RequestModel):
     """What stands in a job's messages for an image: its digest and its size in pixels."""
 
     image: str
@@ -118,7 +108,7 @@ Content = Annotated[
 ]
 
 
-class Message(_Request):
+class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
@@ -140,7 +130,7 @@ class Message(_Request):
         return {"role": self.role, "content": "\n".join(part["text"] for part in parts) if plain else parts}
 
 
-class JobRequest(_Request):
+class JobRequest(RequestModel):
     """A generation request: `prompt`, or `messages` for the model's chat template."""
 
     model: str | None = Field(None, min_length=1, max_length=256, description="Default: the service's model")
@@ -266,359 +256,3 @@ class InferenceRequest(JobRequest):
         if self.prompt is not None and not self.messages and has_template and not self.raw:
             return ({"role": "user", "content": self.prompt},)
         return super().conversation(has_template=has_template)
-
-
-class _Answer(BaseModel):
-    # Defaults are always written: a client may rely on every field being there.
-    model_config = ConfigDict(json_schema_mode="serialization", json_schema_serialization_defaults_required=True)  # type: ignore[typeddict-unknown-key]
-
-
-class Alternative(_Answer):
-    """One of the likeliest tokens at a place of the text."""
-
-    token: str
-    logprob: float
-
-
-class TokenLogprob(_Answer):
-    """A token of the text with its log-probability, as the model gave it before sampling changed anything."""
-
-    token: str = Field(description="Its text; U+FFFD stands for bytes that are no whole character")
-    logprob: float
-    bytes: list[int] | None = Field(None, description="Its bytes, where its text does not show them")
-    top: list[Alternative] = Field([], description="The likeliest tokens at its place, best first")
-
-
-_LOGPROBS_ABOUT = "With `logprobs`, once the job has ended and while its log is kept; else null"
-
-
-class Output(_Answer):
-    """The text so far, or in all."""
-
-    text: str
-    finish_reason: str | None = Field(description="`stop`, `length`, or null while it runs or when it was cut")
-    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_ABOUT)
-
-
-class PointView(_Answer):
-    """A place in the last image of the request, in its own pixels."""
-
-    x: float
-    y: float
-    inside: bool = Field(description="Whether the image has such a place")
-
-
-class ActionView(_Answer):
-    """One action of an answer of UI-TARS."""
-
-    action: Literal[
-        "click", "left_double", "right_single", "drag", "hotkey", "type", "scroll", "wait", "finished", "call_user"
-    ]
-    raw: str = Field(description="As the model wrote it")
-    thought: str | None
-    start: PointView | None = Field(description="Where; of a drag where from")
-    end: PointView | None = Field(description="Of a drag: where to")
-    key: str | None = Field(description="Of a hotkey: the keys, as `ctrl c`")
-    text: str | None = Field(description="What to type (a newline at its end submits it), or what `finished` says")
-    direction: Literal["up", "down", "left", "right"] | None
-
-
-class Parsed(_Answer):
-    """What `parse` found in an answer."""
-
-    actions: list[ActionView] | None = Field(None, description="With `parse`, once the job has ended; else null")
-    parse_error: str | None = Field(None, description="Why the text has no actions, or no more of them")
-
-
-class Usage(_Answer):
-    """Tokens, once they are counted."""
-
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    cached_tokens: int | None
-
-
-class Timings(_Answer):
-    """Seconds; each is there once it is known."""
-
-    queue_s: float | None = None
-    prefill_s: float | None = None
-    first_token_s: float | None = None
-    total_s: float | None = None
-
-
-class JobError(_Answer):
-    """Why a job failed or expired."""
-
-    code: str = Field(
-        description="Stable. Of an expired job: `start_timeout` when it never started, `deadline_exceeded` when it was "
-        "cut off. Of a failed one: `worker_lost`, `context_length_exceeded`, `template_error`, `generation_error`, "
-        "`out_of_memory`, `engine_error`, `log_lost`, `image_lost`"
-    )
-    message: str
-
-
-class AttemptView(_Answer):
-    """One worker's try at a job. Times are seconds since the epoch."""
-
-    attempt: int
-    worker: str = Field(description="Tells workers apart; not a name that leads anywhere")
-    started_at: float
-    ended_at: float | None = Field(description="Null while it is under way")
-    outcome: AttemptEnd | None = Field(
-        description="`worker_lost`: it was lost with its worker; `handed_back` by a worker that had to stop; `ended`: "
-        "the job ended with it; null while it is under way"
-    )
-
-
-class Urls(_Answer):
-    """Where to go on."""
-
-    self: str
-    stream: str
-    cancel: str
-
-
-class JobView(Parsed):
-    """A job as its owner sees it. Times are seconds since the epoch."""
-
-    id: str
-    object: Literal["job"] = "job"
-    status: Status
-    model: str
-    attempt: int = Field(description="How often a worker has begun it")
-    history: list[AttemptView] = Field(description="What became of its attempts; of more than 20, the newest")
-    priority: PriorityName
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    queue_position: int | None = Field(description="1 is next; null when it does not wait")
-    estimated_start_s: float | None = Field(description="Seconds from now; null when that is not known")
-    output: Output | None = Field(description="The text so far, or in all; null in lists while the job runs")
-    usage: Usage
-    timings: Timings
-    error: JobError | None
-    metadata: dict[str, str]
-    urls: Urls
-
-
-class JobList(_Answer):
-    """A page of the caller's jobs, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[JobView]
-    next: str | None = Field(description="Value of `before` for the next page; null on the last")
-
-
-class InferenceView(Parsed):
-    """An answer in one piece."""
-
-    id: str
-    model: str
-    text: str
-    finish_reason: str | None
-    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_ABOUT)
-    usage: Usage
-    timings: Timings
-
-
-ModelState = Literal["warm", "loading", "draining", "cold", "absent"]
-
-
-class ModelWorkerView(_Answer):
-    """What one worker has of a model."""
-
-    worker: str = Field(description="Its name, for `load_model` and `unload_model`")
-    state: ModelState
-    slots: int
-    slots_used: int
-    pinned: bool
-    progress: float = Field(description="Of the loading, from 0 to 1")
-    memory_bytes: int = Field(description="What its weights take")
-    load_s: float = Field(description="What its loading took")
-    tokens_per_s: float = Field(description="Generated over the last minute")
-
-
-class ModelView(_Answer):
-    """A model that requests may name."""
-
-    id: str
-    object: Literal["model"] = "model"
-    aliases: list[str] = Field(description="Other names for it")
-    kind: str | None = Field(description="`text` or `vision`; null: not known")
-    context: int | None = Field(description="Most tokens of prompt and answer together; null: not known")
-    default: bool
-    state: ModelState = Field(
-        description="Of its workers, the best. `cold`: none has it; `absent`: nor has the catalog, and jobs wait until "
-        "a worker comes that does"
-    )
-    workers: list[ModelWorkerView]
-    slots: int
-    slots_used: int
-    waiting: int
-    memory_bytes: int | None = Field(
-        description="What its weights take in a worker; while it is cold, about what they will"
-    )
-    load_s: float | None = Field(description="What its loading took; null while it is cold")
-    tokens_per_s: float = Field(description="Generated over the last minute, by all its workers")
-
-
-class ModelList(_Answer):
-    """The models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelView]
-    faults: list[str] = Field(
-        description="Entries of the catalog that are wrong, by line; they do not serve. Only for the scope `admin`"
-    )
-
-
-class OpenAIModel(ModelView):
-    """A model in OpenAI's form, with ours beside it."""
-
-    created: int
-    owned_by: str = "mlxq"
-
-
-class OpenAIModelList(_Answer):
-    """The models in OpenAI's form."""
-
-    object: Literal["list"] = "list"
-    data: list[OpenAIModel]
-
-
-class OpenAIErrorDetails(_Answer):
-    """What is wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIError(_Answer):
-    """An error in OpenAI's form."""
-
-    error: OpenAIErrorDetails
-
-
-class LoadRequest(_Request):
-    """Which model to load, and where."""
-
-    model: str = Field(min_length=1, max_length=256, description="Id or alias of a model of the catalog")
-    worker: str | None = Field(None, min_length=1, description="Default: the one with most memory left")
-    mode: Literal["beside", "replace"] = Field(
-        "beside", description="`replace`: what is warm there and not pinned goes, also where there is memory for both"
-    )
-    pin: bool = Field(False, description="Never unload it to make place for another")
-
-
-class UnloadRequest(_Request):
-    """Which model to let go of, and where."""
-
-    model: str = Field(min_length=1, max_length=256)
-    worker: str | None = Field(None, min_length=1, description="Needed where several have it")
-
-
-class OperationError(_Answer):
-    """Why an operation failed."""
-
-    code: str = Field(
-        description="Stable: `not_enough_memory`, `load_failed`, `model_not_found`, `model_not_loaded`, `worker_lost`, "
-        "`worker_silent`, `internal`"
-    )
-    message: str
-
-
-class OperationView(_Answer):
-    """A loading or unloading. Times are seconds since the epoch."""
-
-    id: str
-    object: Literal["operation"] = "operation"
-    kind: str = Field(description="`load` or `unload`")
-    model: str
-    worker: str
-    state: OperationState
-    progress: float = Field(description="Of the loading, from 0 to 1")
-    unloaded: list[str] = Field(description="Models that had to make place")
-    memory_before: int | None = Field(description="Bytes that the worker's MLX held in use")
-    memory_after: int | None
-    created_at: float
-    updated_at: float
-    error: OperationError | None
-
-
-class OperationList(_Answer):
-    """Operations, the newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[OperationView]
-
-
-class WorkerMemory(_Answer):
-    """Bytes that MLX holds in a worker process."""
-
-    active_bytes: int = Field(description="In use")
-    cache_bytes: int = Field(description="Kept for later use")
-    peak_bytes: int = Field(description="Most that was in use")
-
-
-class WorkerView(_Answer):
-    """A worker, as it announced itself and as it answered a ping."""
-
-    id: str
-    host: str
-    node: str = Field(description="Its process, by the name that `load_model` and `unload_model` take")
-    model: str
-    state: str
-    heartbeat_age_s: float
-    response_s: float | None = Field(description="Of a Celery control ping; null when it did not answer")
-    slots: int
-    slots_used: int
-    uptime_s: float
-    memory: WorkerMemory | None = Field(description="Of its process, as MLX counts; null before a model is loaded")
-    about: dict[str, Any]
-
-
-class RedisView(_Answer):
-    """The queue's Redis."""
-
-    reachable: bool
-    response_s: float | None
-
-
-class HealthView(_Answer):
-    """How the service is. `down` means that no job can be run at present."""
-
-    status: Literal["ok", "degraded", "down"]
-    reasons: list[str]
-    redis: RedisView
-    workers: list[WorkerView]
-    queues: dict[str, int] = Field(description="Jobs that wait, by model")
-
-
-class ProbeView(_Answer):
-    """The answer of a probe."""
-
-    status: Literal["ok", "unavailable"]
-
-
-class Fault(_Answer):
-    """One of several things wrong with a request."""
-
-    field: str | None
-    code: str
-    detail: str
-
-
-class ProblemDetails(_Answer):
-    """An error (RFC 9457). `code` is stable; `detail` is for people."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    field: str | None = Field(None, description="The field or header at fault")
-    errors: list[Fault] | None = Field(None, description="All faults, when a body was checked")
-    request_id: str
