@@ -22,12 +22,12 @@ from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
 from web.admission.admit import Admission
-from web.admission.image_loader import Gatherer
+from web.admission.image_loader import ImageLoader
 from web.admission.image_urls import ImageUrls
 from web.admission.prompt_tokenizer import PromptTokenizer
-from web.cluster.health_checker import Doctor
-from web.cluster.model_manager import Switchboard
-from web.cluster.ping import Pulse
+from web.cluster.health_checker import HealthChecker
+from web.cluster.model_manager import ModelManager
+from web.cluster.ping import WorkerPing
 from web.cluster.snapshot import Cluster
 from web.metrics import Metrics
 from web.results.job_views import Views
@@ -46,16 +46,16 @@ class Services:
 
     settings: Settings
     catalog: Catalog
-    switchboard: Switchboard
+    model_manager: ModelManager
     jobs: Jobs
     cluster: Cluster
     registry: Registry
     admission: Admission
-    gatherer: Gatherer
+    image_loader: ImageLoader
     views: Views
     hub: Hub
     follower: Follower
-    doctor: Doctor
+    health_checker: HealthChecker
     metrics: Metrics
     maintenance: Maintenance
     events: TaskEvents
@@ -79,11 +79,11 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     notifier = Notifier(celery)
     tokenizers = TokenizerFiles(settings.tokenizers_dir, TokenizerStore(files).get)
     catalog = load_catalog(settings)
-    switchboard = Switchboard(celery, Operations(store), registry, catalog, on_demand=settings.load_on_demand)
+    model_manager = ModelManager(celery, Operations(store), registry, catalog, on_demand=settings.load_on_demand)
     return Services(
         settings=settings,
         catalog=catalog,
-        switchboard=switchboard,
+        model_manager=model_manager,
         jobs=jobs,
         cluster=cluster,
         registry=registry,
@@ -95,20 +95,20 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             cluster,
             PromptTokenizer(Tokenizing(settings.template_timeout_s), tokenizers),
             notifier,
-            switchboard.demand,
-            switchboard.check_demand,
+            model_manager.demand,
+            model_manager.check_demand,
         ),
-        gatherer=Gatherer(settings, ImageUrls().fetch if settings.image_urls else None),
+        image_loader=ImageLoader(settings, ImageUrls().fetch if settings.image_urls else None),
         views=Views(jobs, cluster, job_log),
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),
-        doctor=Doctor(settings, catalog, probe, Pulse(celery)),
+        health_checker=HealthChecker(settings, catalog, probe, WorkerPing(celery)),
         metrics=Metrics(Registry(probe)),
         maintenance=Maintenance(
             Reaper(store, settings.max_attempts, settings.failed_request_bytes),
             notifier,
             jobs,
-            switchboard.demand_waiting,
+            model_manager.demand_waiting,
             events.ended_without_worker,
         ),
         events=events,

@@ -50,7 +50,7 @@ from worker.process.parent import Launch, end_with_launcher
 from worker.process.watchdog import Progress, ProgressByTask, Watchdog
 from worker.queue.consumer import Consumer, node_name, stop_consuming
 from worker.queue.control import take_orders
-from worker.queue.lease import HostKeeper
+from worker.queue.lease import HostAnnouncer
 from worker.runner import choose_loader, memory_in_use, memory_limit
 from worker.runner.base import ModelRunner
 
@@ -88,8 +88,8 @@ class Service:
         self._engine = EngineThread(self._die, self._on_phase)
         self._watchdog = Watchdog(self._under_way, self._on_stuck, self._on_late, self._die)
         self._announcing = threading.Lock()
-        self._host_keeper = HostKeeper(self.announce, settings.lease_s, self._die)
-        self._switcher = Switcher(self, Operations(client), self._host_keeper.hurry)
+        self._host_announcer = HostAnnouncer(self.announce, settings.lease_s, self._die)
+        self._switcher = Switcher(self, Operations(client), self._host_announcer.hurry)
         reaper = Reaper(client, settings.max_attempts, settings.failed_request_bytes)
         self._maintenance = Maintenance(reaper, notifier, Jobs(client, settings))
         self._process = WorkerProcess(
@@ -273,7 +273,7 @@ class Service:
             worker.wake()  # wake-ups that were sent before have not come
         if not self._host_announced:
             self._host_announced = True
-            self._host_keeper.start()
+            self._host_announcer.start()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """End: the first signal drains, a later one hands back at once."""
@@ -300,7 +300,7 @@ class Service:
         self._engine.join()
         for worker in self.workers:
             worker.settle()
-        self._host_keeper.stop()
+        self._host_announcer.stop()
         self._forget_host()
         self._events.stop()
         logger.info("worker_ended")

@@ -37,7 +37,7 @@ from worker.models.tokenizer_announcer import TokenizerAnnouncer
 from worker.process.critical import OnDeath
 from worker.process.watchdog import Progress
 from worker.queue.claimer import Claimer
-from worker.queue.lease import LeaseKeeper
+from worker.queue.lease import LeaseRenewer
 from worker.queue.prepare import Preparer
 from worker.queue.publisher import Publisher
 from worker.runner.base import ModelRunner, RunnerLoader
@@ -114,7 +114,7 @@ class ModelWorker:
         claims = Claims(client, self.id)
         self._publisher = Publisher(
             claims,
-            lambda *verdict: self.core.apply_verdict(*verdict),  # noqa: PLW0108 - the core is made after it
+            lambda *write_result: self.core.apply_write_result(*write_result),  # noqa: PLW0108 - the core is made after it
             process.on_death,
             process.events.started,
         )
@@ -133,9 +133,9 @@ class ModelWorker:
             process.workers,
             process.on_death,
         )
-        self._keeper = LeaseKeeper(
+        self._keeper = LeaseRenewer(
             self._lease_claims,
-            self.core.apply_verdict,
+            self.core.apply_write_result,
             lambda: self._claimer.held,
             self._announce,
             settings.lease_s,

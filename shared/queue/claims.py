@@ -28,7 +28,7 @@ class NoLease(Exception):
     """The worker's lease has lapsed: it must renew before it may claim."""
 
 
-class Verdict(StrEnum):
+class WriteResult(StrEnum):
     """The answer to a write. An unknown answer, from a newer version's script, counts as `ok`."""
 
     OK = "ok"
@@ -143,7 +143,7 @@ class Held:
     job_id: str
     attempt: int
     claimed_at: str
-    stop_as: Verdict | None
+    stop_as: WriteResult | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +203,11 @@ class Claims:
         self.append([Append(fields["id"], attempt, fields["claimed_at"], 0, start=True, ending=ending)])
         return None
 
-    def append(self, rows: Sequence[Append]) -> list[Verdict]:
-        """Write all rows in one call; a verdict for each."""
-        return [member(Verdict, word, Verdict.OK) for word in self._append(args=[row.to_json() for row in rows])]
+    def append(self, rows: Sequence[Append]) -> list[WriteResult]:
+        """Write all rows in one call; a result for each."""
+        return [
+            member(WriteResult, word, WriteResult.OK) for word in self._append(args=[row.to_json() for row in rows])
+        ]
 
     def renew(self, seconds: float) -> Lease:
         """Extend the lease by that much from now."""
@@ -227,8 +229,8 @@ class Claims:
         return list(self._retire(args=[self._worker]))
 
 
-def _stop(word: str) -> Verdict | None:
-    return None if (verdict := member(Verdict, word, Verdict.OK)) is Verdict.OK else verdict
+def _stop(word: str) -> WriteResult | None:
+    return None if (write_result := member(WriteResult, word, WriteResult.OK)) is WriteResult.OK else write_result
 
 
 def _claimed(fields: dict[str, str], asked: dict[str, str], rank: float, now: float) -> ClaimedJob:

@@ -75,10 +75,10 @@ class InProcess:
 
     def stop(self, sequences: Sequence[RunningSequence]) -> None:
         """Cancel rows; they leave with the next step."""
-        from shared.queue.claims import Verdict
+        from shared.queue.claims import WriteResult
 
         for sequence in sequences:
-            self.core.apply_verdict(sequence.job.id, sequence.job.attempt, Verdict.CANCELLED)
+            self.core.apply_write_result(sequence.job.id, sequence.job.attempt, WriteResult.CANCELLED)
 
     def clear(self, sequences: Sequence[RunningSequence]) -> None:
         """Cancel these rows, let them leave, and forget all prefixes."""

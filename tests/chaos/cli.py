@@ -23,7 +23,7 @@ from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
 from tests.chaos import workspaces
 from tests.chaos.checks import Ledger
-from tests.chaos.clients import Customers
+from tests.chaos.clients import Clients
 from tests.chaos.faults import Hand, Kind, schedule
 from tests.chaos.fleet import Fleet, build
 from tests.chaos.leaks import leaks
@@ -48,19 +48,19 @@ def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
     ledger, recovery = Ledger(), Recovery(fleet)
     hand = Hand(fleet, recovery)
     impossible = {Kind.DISK_FILLED: _NO_DISK} if fleet.disk is None else {}
-    customers = Customers(fleet.client, requests, ledger, asked.seed, asked.clients)
-    customers.start()
+    clients = Clients(fleet.client, requests, ledger, asked.seed, asked.clients)
+    clients.start()
     try:
         hand.play(schedule(asked.seed, asked.minutes, [kind for kind in asked.only if kind not in impossible]))
         fleet.wait_whole()
     except BaseException:
-        customers.abandon()
+        clients.abandon()
         raise
-    customers.leave()
+    clients.leave()
     recovery.wait()
     left = leaks(fleet, ledger)
     left += fleet.stop()
-    return Report(asked.seed, asked.minutes, fleet.cables[0].kind, hand.struck, ledger, recovery, left, impossible)
+    return Report(asked.seed, asked.minutes, fleet.links[0].kind, hand.struck, ledger, recovery, left, impossible)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -30,7 +30,7 @@ class _NoEnd(Exception):
     """A job does not end."""
 
 
-class Customers:
+class Clients:
     """Threads that each have one job under way, until `leave`."""
 
     def __init__(self, client: Client, requests: Sequence[Request], ledger: Ledger, seed: int, count: int) -> None:

@@ -19,7 +19,7 @@ import redis
 
 from tests.chaos.disks import Disk
 from tests.chaos.fleet import LEASE_S, WORKERS, Fleet, Member
-from tests.chaos.network_faults import Cable
+from tests.chaos.network_faults import Link
 from tests.chaos.recovery import Recovery
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Hand:
         self._patience_s = patience_s
         self._menders: list[threading.Timer] = []
         self._pauses = [Switch(*_pause(worker)) for worker in fleet.workers]
-        self._cuts = [Switch(*_cut(cable)) for cable in fleet.cables]
+        self._cuts = [Switch(*_cut(link)) for link in fleet.links]
         self._disk = Switch(*_fill(fleet.disk, fleet.valkey)) if fleet.disk is not None else None
 
     def play(self, strikes: Sequence[Strike]) -> None:
@@ -230,12 +230,12 @@ def _pause(worker: Member) -> tuple[Callable[[], bool], Callable[[], object]]:
     return lambda: worker.signal(signal.SIGSTOP), lambda: worker.signal(signal.SIGCONT)
 
 
-def _cut(cable: Cable) -> tuple[Callable[[], bool], Callable[[], object]]:
+def _cut(link: Link) -> tuple[Callable[[], bool], Callable[[], object]]:
     def cut() -> bool:
-        cable.cut()
+        link.cut()
         return True
 
-    return cut, cable.mend
+    return cut, link.mend
 
 
 def _fill(disk: Disk, valkey: Member) -> tuple[Callable[[], bool], Callable[[], object]]:

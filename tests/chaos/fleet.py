@@ -27,7 +27,7 @@ from shared.models.registry import Registry, WorkerInfo
 from shared.queue.redis import Redis, connect
 from shared.settings import ROOT, Settings
 from tests.chaos.disks import Disk, disks_work
-from tests.chaos.network_faults import Cable, Namespace, Proxy, namespaces_work
+from tests.chaos.network_faults import Link, Namespace, Proxy, namespaces_work
 from web.access.api_keys import new_key
 
 WORKERS: Final = 2
@@ -165,7 +165,7 @@ class Fleet:
     valkey: Member
     workers: list[Member]
     api: Member
-    cables: list[Cable]
+    links: list[Link]
     disk: Disk | None
     client: Client
     redis: Redis = field(init=False)
@@ -241,8 +241,8 @@ class Fleet:
         leftovers.end_all(self.home, patience_s=0)
         for member in self.members:
             member.stop()
-        for cable in self.cables:
-            cable.close()
+        for link in self.links:
+            link.close()
         if self.disk is not None:
             self.disk.close()
         self.redis.close()
@@ -275,10 +275,10 @@ def build(home: Path, model: Path, slots: int, network: str = "auto", backend: s
 def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo: ExitStack) -> Fleet:
     port, api_port, key = free_port(), free_port(), new_key()
     use_namespaces = network == "namespace" or (network == "auto" and namespaces_work())
-    cables: list[Cable] = []
+    links: list[Link] = []
     for i in range(WORKERS):
-        cables.append(Namespace(i, port) if use_namespaces else Proxy(("127.0.0.1", port)))
-        undo.callback(cables[-1].close)
+        links.append(Namespace(i, port) if use_namespaces else Proxy(("127.0.0.1", port)))
+        undo.callback(links[-1].close)
     queue = home / "data/valkey"
     queue.mkdir(parents=True)
     (home / "data/run").mkdir()
@@ -314,28 +314,28 @@ def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo
     return Fleet(
         home=home,
         settings=settings,
-        valkey=Member("valkey", _valkey(settings, home, cables, port), env, home / "valkey.log"),
+        valkey=Member("valkey", _valkey(settings, home, links, port), env, home / "valkey.log"),
         workers=[
             Member(
                 f"worker-{i}",
-                cable.command(worker),
-                {**env, "MLXQ_WORKER_INDEX": str(i), "REDIS_URL": f"redis://{cable.address[0]}:{cable.address[1]}/0"},
+                link.command(worker),
+                {**env, "MLXQ_WORKER_INDEX": str(i), "REDIS_URL": f"redis://{link.address[0]}:{link.address[1]}/0"},
                 home / f"worker-{i}.log",
             )
-            for i, cable in enumerate(cables)
+            for i, link in enumerate(links)
         ],
         api=Member(
             "api", (*python, "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"), env, home / "api.log"
         ),
-        cables=cables,
+        links=links,
         disk=disk,
         client=Client(f"http://127.0.0.1:{api_port}", key, connections=256),
     )
 
 
-def _valkey(settings: Settings, home: Path, cables: Sequence[Cable], port: int) -> list[str]:
-    """The embedded server as `scripts/serve` runs it, and a TCP port for the workers' cables."""
-    hosts = dict.fromkeys(["127.0.0.1", *(cable.address[0] for cable in cables)])
+def _valkey(settings: Settings, home: Path, links: Sequence[Link], port: int) -> list[str]:
+    """The embedded server as `scripts/serve` runs it, and a TCP port for the workers' links."""
+    hosts = dict.fromkeys(["127.0.0.1", *(link.address[0] for link in links)])
     path = home / "valkey.conf"
     own = f"""\
 port {port}

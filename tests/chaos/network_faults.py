@@ -25,7 +25,7 @@ _CHECK_S = 0.05
 """How long a proxied connection may take to notice that it is cut, mended or closed."""
 
 
-class Cable(Protocol):
+class Link(Protocol):
     """A way from one worker to Redis."""
 
     address: tuple[str, int]
@@ -33,7 +33,7 @@ class Cable(Protocol):
     kind: str
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """What to run so that `command` uses this cable."""
+        """What to run so that `command` uses this link."""
         ...
 
     def cut(self) -> None:
@@ -55,7 +55,7 @@ class Namespace:
     kind = "network namespace"
 
     def __init__(self, number: int, port: int) -> None:
-        """Lay it. Redis must listen on `address` itself, whose host is this machine's end of the cable."""
+        """Lay it. Redis must listen on `address` itself, whose host is this machine's end of the link."""
         tag = f"mq{os.getpid()}{number}"
         self._name, self._here, there = tag, f"{tag}h", f"{tag}n"
         taken = {address.address for each in psutil.net_if_addrs().values() for address in each}
@@ -119,7 +119,7 @@ def sweep() -> None:
 
 
 def _remove(name: str) -> None:
-    """A namespace and its cable."""
+    """A namespace and its link."""
     with suppress(OSError):
         _ip("link", "del", f"{name}h")
     with suppress(OSError):
@@ -203,7 +203,7 @@ class Proxy:
 
 
 def namespaces_work() -> bool:
-    """Whether this machine lets us lay cables into namespaces."""
+    """Whether this machine lets us lay links into namespaces."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     try:

@@ -21,14 +21,14 @@ def new(pid: int) -> Path:
 
 def sweep() -> None:
     """End the processes that dead runs have left, and take their disks and networks away; their logs stay."""
-    for home in orphans(Path(tempfile.gettempdir())):
-        if leftovers.find(home):
-            leftovers.end_all(home, patience_s=0)
-        disks.sweep(home)
+    for workspace in orphans(Path(tempfile.gettempdir())):
+        if leftovers.find(workspace):
+            leftovers.end_all(workspace, patience_s=0)
+        disks.sweep(workspace)
     network_faults.sweep()
 
 
 def orphans(folder: Path) -> list[Path]:
     """The folders of runs that live no more."""
-    found = ((home, _NAME.fullmatch(home.name)) for home in folder.iterdir())
-    return [home for home, match in found if match and not psutil.pid_exists(int(match[1]))]
+    found = ((workspace, _NAME.fullmatch(workspace.name)) for workspace in folder.iterdir())
+    return [workspace for workspace, match in found if match and not psutil.pid_exists(int(match[1]))]

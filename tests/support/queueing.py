@@ -8,7 +8,7 @@ from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
-from shared.queue.claims import Append, ClaimedJob, Claims, Demand, Reaper, Verdict
+from shared.queue.claims import Append, ClaimedJob, Claims, Demand, Reaper, WriteResult
 from shared.queue.redis import Redis
 
 MODEL = "m"
@@ -56,13 +56,13 @@ def row(claimed: ClaimedJob, n: int = 0, text: str = "", *tokens: int, **more: A
 def started(worker: Claims) -> ClaimedJob:
     """Reserve one job and admit it to the batch."""
     claimed = taken(worker)
-    assert worker.append([row(claimed, start=True)]) == [Verdict.OK]
+    assert worker.append([row(claimed, start=True)]) == [WriteResult.OK]
     return claimed
 
 
 def end(worker: Claims, claimed: ClaimedJob, ending: Ending = SUCCESS) -> None:
     """End a job that was admitted."""
-    assert worker.append([row(claimed, ending=ending)]) == [Verdict.OK]
+    assert worker.append([row(claimed, ending=ending)]) == [WriteResult.OK]
 
 
 def run(worker: Claims) -> ClaimedJob:

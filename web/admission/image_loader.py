@@ -22,7 +22,7 @@ from shared.errors import Invalid, MlxqError, TooLarge
 from shared.jobs.images import digest
 from shared.models.image_geometry import MOST_ASPECT
 from shared.settings import Settings
-from web.http.threadpool import LARGE, aside
+from web.http.threadpool import LARGE, run_in_threadpool
 from web.schemas.requests import InferenceRequest, JobRequest, Message, Part, StoredImage
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ _MOST_SCANS, _MOST_SEGMENTS = 50, 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class LoadedRequest:
     """A request whose images are in `files` (by digest) instead of in its messages.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Image:
         return self.told or self.stored
 
 
-class Gatherer:
+class ImageLoader:
     """Takes images out of requests.
 
     Args:
@@ -88,14 +88,14 @@ class Gatherer:
         self._fetch = fetch
         self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
 
-    def gather(
+    def load(
         self,
         request: JobRequest,
         uploads: Sequence[bytes] = (),
         *,
         caller: str = "",
         repeated: Callable[[], bool] = lambda: False,
-    ) -> Gathered:
+    ) -> LoadedRequest:
         """Read all images of a request, in the order in which the model sees them.
 
         Args:
@@ -109,7 +109,7 @@ class Gatherer:
         """
         parts = request.image_parts
         if not (parts or request.images or uploads):
-            return Gathered(request, request)
+            return LoadedRequest(request, request)
         count = len(parts) + len(request.images) + len(uploads)
         if count > self._most:
             where = parts[self._most][0] if len(parts) > self._most else "images"
@@ -123,7 +123,7 @@ class Gatherer:
 
         def stored(where: str, read: Callable[[], bytes]) -> StoredImage:
             data = self._named(where, read)
-            name = aside(len(data), lambda: digest(data))
+            name = run_in_threadpool(len(data), lambda: digest(data))
             if name not in files:
                 files[name] = data
                 self._named(where, lambda: self._bound_in_all(files))
@@ -142,7 +142,7 @@ class Gatherer:
         loose = [one(f"images[{i}]", url) for i, url in enumerate(request.images)]
         for i, upload in enumerate(uploads, len(loose)):
             loose.append(_Image(stored(f"images[{i}]", partial(self._bounded, upload))))
-        return Gathered(
+        return LoadedRequest(
             _with(request, {part: image.stored for part, image in found.items()}, [image.stored for image in loose]),
             _with(request, {part: image.meant for part, image in found.items()}, [image.meant for image in loose]),
             files,
@@ -158,7 +158,7 @@ class Gatherer:
 
     def _read(self, url: str, caller: str) -> bytes:
         if url[:5].lower() == "data:":
-            return self._bounded(aside(len(url), lambda: _decoded(url)))
+            return self._bounded(run_in_threadpool(len(url), lambda: _decoded(url)))
         if not _is_remote(url):
             raise Invalid("An image is a data URL (data:image/png;base64,…).", code="image_url_refused")
         if self._fetch is None:
@@ -185,7 +185,7 @@ class Gatherer:
         # The wait ends: each holder decodes one image of at most `max_image_pixels`, in a thread.
         with self._decoding:
             # However few bytes it has, unpacked it may be large.
-            return aside(LARGE, lambda: self._decoded_size(data))
+            return run_in_threadpool(LARGE, lambda: self._decoded_size(data))
 
     def _decoded_size(self, data: bytes) -> tuple[int, int]:
         if data.startswith(_JPEG) and _piled_up(data):

@@ -23,7 +23,7 @@ from gevent.monkey import get_original
 from gevent.threadpool import ThreadPool
 
 from shared.errors import Invalid, TooLarge
-from web.http.threadpool import within
+from web.http.threadpool import run_with_timeout
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class ImageUrls:
         threads = self._lookups.get(caller)
         if threads is None:
             threads = self._lookups[caller] = ThreadPool(_LOOKUPS, idle_task_timeout=_IDLE_S)
-        addresses = within(_left(until), threads, lambda: self._resolve(place.host, place.port))
+        addresses = run_with_timeout(_left(until), threads, lambda: self._resolve(place.host, place.port))
         if not addresses or not all(map(self._public, addresses)):
             raise _refused("The URL leads to no public address.")
         raw = _first_that_answers(addresses, place.port, until)

@@ -9,7 +9,7 @@ from web.access.auth import caller
 from web.admission.admit import Origin
 from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
-from web.http.threadpool import aside
+from web.http.threadpool import run_in_threadpool
 from web.schemas.requests import JobRequest
 from web.services import services
 
@@ -22,16 +22,16 @@ def submit(wanted: JobRequest) -> Accepted:
         Unavailable: the queue is full.
     """
     key, owner = idempotency_key(), caller().id
-    gathered = services().gatherer.gather(
+    loaded = services().image_loader.load(
         wanted, uploads(), caller=owner, repeated=lambda: services().jobs.known(owner, key)
     )
     origin = Origin(
         owner=owner,
         request_id=current_request_id(),
         idempotency_key=key,
-        fingerprint=_fingerprint(gathered.meant) if key else "",
+        fingerprint=_fingerprint(loaded.meant) if key else "",
     )
-    accepted = services().admission.admit(gathered.request, origin, gathered.files, unread=gathered.unread)
+    accepted = services().admission.admit(loaded.request, origin, loaded.files, unread=loaded.unread)
     if accepted.new:
         job = accepted.job
         services().metrics.submitted.labels(job.model, job.priority.label).inc()
@@ -43,4 +43,6 @@ def _fingerprint(wanted: JobRequest) -> str:
     path, size = request.path, request.content_length or 0
     model = services().catalog.resolve(wanted.model)
     settled = model.sampling.model_dump(exclude_none=True) if model else {}
-    return aside(size, lambda: fingerprint(f"{path}\n{wanted.meaning(model.id if model else None, settled)}".encode()))
+    return run_in_threadpool(
+        size, lambda: fingerprint(f"{path}\n{wanted.meaning(model.id if model else None, settled)}".encode())
+    )

@@ -13,7 +13,7 @@ from shared.models.registry import Registry, WorkerInfo
 from shared.queue.durability import why_unproven
 from shared.queue.redis import Redis, has_memory
 from shared.settings import Settings
-from web.cluster.ping import Pulse
+from web.cluster.ping import WorkerPing
 from web.schemas.health import HealthView, RedisView, WorkerMemory, WorkerView
 
 _ABSENT: Final = RedisView(reachable=False, response_s=None)
@@ -21,15 +21,15 @@ _NEARLY_FULL: Final = 0.9
 _IDLE: Final = "No model is loaded; a job has its own loaded."
 
 
-class Doctor:
+class HealthChecker:
     """Examines the service within a second, whatever is gone. Its client has short timeouts and no retries."""
 
-    def __init__(self, settings: Settings, catalog: Catalog, probe: Redis, pulse: Pulse) -> None:
+    def __init__(self, settings: Settings, catalog: Catalog, probe: Redis, worker_ping: WorkerPing) -> None:
         self._settings = settings
         self._catalog = catalog
         self._probe = probe
         self._registry = Registry(probe)
-        self._pulse = pulse
+        self._worker_ping = worker_ping
 
     def ready(self) -> bool:
         """Whether a job submitted now would be run."""
@@ -38,7 +38,7 @@ class Doctor:
         except redis.RedisError:
             return False
 
-    def examine(self) -> HealthView:
+    def check(self) -> HealthView:
         """The whole picture."""
         try:
             asked_at = time.monotonic()
@@ -84,7 +84,7 @@ class Doctor:
 
     def _workers(self, now: float, workers: list[WorkerInfo]) -> list[WorkerView]:
         """The workers as they were at `now`, by Redis's clock, as are the moments that they tell."""
-        response_s = self._pulse.read(len({worker.node for worker in workers}))
+        response_s = self._worker_ping.read(len({worker.node for worker in workers}))
         return [
             WorkerView(
                 id=worker.id,

@@ -22,7 +22,7 @@ DEMAND_S: Final = 30
 """A model that jobs wait for is asked for once in so long: a load that failed is tried again."""
 
 
-class Switchboard:
+class ModelManager:
     """Begins operations and reads them."""
 
     def __init__(

@@ -19,7 +19,7 @@ _PATIENCE_S: Final = 0.6
 """Longest time a caller waits, whatever the broker does."""
 
 
-class Pulse:
+class WorkerPing:
     """Response times, measured at most once a second however many ask."""
 
     def __init__(self, app: Celery) -> None:

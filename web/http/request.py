@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
 from web.access.auth import is_open
 from web.http.openapi import query_names
-from web.http.threadpool import aside
+from web.http.threadpool import run_in_threadpool
 
 _REQUEST, _FILES = "request", "images"
 """Fields of a form."""
@@ -44,7 +44,7 @@ def read_body(model: type[Model]) -> Model:
         raise UnsupportedMedia(
             "Send the body as application/json, or with files as multipart/form-data.", field="Content-Type"
         )
-    return aside(len(body), lambda: model.model_validate(_parse(body)))
+    return run_in_threadpool(len(body), lambda: model.model_validate(_parse(body)))
 
 
 def uploads() -> list[bytes]:

@@ -18,7 +18,7 @@ LARGE: Final = 64 * 2**10
 """Bytes from which work is worth a thread."""
 
 
-def aside(size: int, work: Callable[[], T]) -> T:
+def run_in_threadpool(size: int, work: Callable[[], T]) -> T:
     """What `work` gives, or raises; done in a thread when it is about so many bytes.
 
     Nothing bounds the wait but the work itself, which therefore must: parsing, hashing and decoding of a body do.
@@ -29,7 +29,7 @@ def aside(size: int, work: Callable[[], T]) -> T:
     return done()
 
 
-def within(seconds: float, pool: ThreadPool, work: Callable[[], T]) -> T:
+def run_with_timeout(seconds: float, pool: ThreadPool, work: Callable[[], T]) -> T:
     """The same in a thread of `pool`.
 
     Raises:
@@ -44,7 +44,7 @@ def _tried(work: Callable[[], T]) -> Callable[[], T]:
     """What gives or raises what `work` did: gevent prints an exception that leaves the thread, whoever catches it."""
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 -- raised again by `aside`
+    except Exception as error:  # noqa: BLE001 -- raised again by `run_in_threadpool`
         return partial(_raise, error)
     return lambda: result
 

@@ -17,7 +17,7 @@ from shared import wire
 from shared.errors import Gone
 from shared.jobs.log import Event, EventKind, JobLog
 from shared.jobs.record import Job
-from web.http.threadpool import aside
+from web.http.threadpool import run_in_threadpool
 
 _PAGE: Final = 200
 _ABSENT: Final = '"logprobs":null'
@@ -38,7 +38,7 @@ def _read(job: Job, log: JobLog) -> str | None:
     try:
         while events := log.read(job.id, after, _PAGE):
             size = sum(len(event.data) for event in events)
-            pieces += aside(size, partial(_members, events))
+            pieces += run_in_threadpool(size, partial(_members, events))
             after = events[-1].n
     except Gone:
         return None

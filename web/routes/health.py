@@ -16,7 +16,7 @@ routes = Blueprint("health", __name__)
 @describe("How the service is", answers={200: HealthView, 503: HealthView})
 def health() -> Response:
     """Each worker with the response time of a real ping. 503 when no job can be run at present."""
-    view = services().doctor.examine()
+    view = services().health_checker.check()
     return _answer(view, ok=view.status != "down")
 
 
@@ -31,7 +31,7 @@ def livez() -> Response:
 @describe("Whether a job would be run", answers={200: ProbeView, 503: ProbeView})
 def readyz() -> Response:
     """200 when Redis answers and a worker is ready, or has no model and loads the one that a job asks for."""
-    ready = services().doctor.ready()
+    ready = services().health_checker.ready()
     return _answer(ProbeView(status="ok" if ready else "unavailable"), ok=ready)
 
 

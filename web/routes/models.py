@@ -59,7 +59,7 @@ def load_model() -> Response:
     require_scope("admin")
     wanted = read_body(LoadRequest)
     return _accepted(
-        services().switchboard.load(wanted.model, wanted.worker, replace=wanted.mode == "replace", pin=wanted.pin)
+        services().model_manager.load(wanted.model, wanted.worker, replace=wanted.mode == "replace", pin=wanted.pin)
     )
 
 
@@ -69,7 +69,7 @@ def unload_model() -> Response:
     """Needs the scope `admin`. What runs is given the time of a shutdown, then it waits for the model again."""
     require_scope("admin")
     wanted = read_body(UnloadRequest)
-    return _accepted(services().switchboard.unload(wanted.model, wanted.worker))
+    return _accepted(services().model_manager.unload(wanted.model, wanted.worker))
 
 
 @routes.get("/inference/operations")
@@ -77,7 +77,7 @@ def unload_model() -> Response:
 def list_operations() -> Response:
     """Those of the last day, the newest first. Needs the scope `admin`."""
     require_scope("admin")
-    return _json(OperationList(data=[_operation(each) for each in services().switchboard.recent()]))
+    return _json(OperationList(data=[_operation(each) for each in services().model_manager.recent()]))
 
 
 @routes.get("/inference/operations/<operation_id>")
@@ -85,7 +85,7 @@ def list_operations() -> Response:
 def get_operation(operation_id: str) -> Response:
     """How a loading or unloading goes, or went. Needs the scope `admin`."""
     require_scope("admin")
-    return _json(_operation(services().switchboard.get(operation_id)))
+    return _json(_operation(services().model_manager.get(operation_id)))
 
 
 def views() -> list[ModelView]:

@@ -1,6 +1,6 @@
 """One model's engine: receive, schedule, execute, publish, once per step. `worker.engine.engine` steps it.
 
-Knows nothing of Redis. The claimer submits sequences, any thread may pass on a verdict (cancelled, expired, fenced),
+Knows nothing of Redis. The claimer submits sequences, any thread may pass on a result (cancelled, expired, fenced),
 and what rows generate goes to the publisher.
 """
 
@@ -15,8 +15,8 @@ from traceback import clear_frames
 from typing import TypeAlias
 
 from shared.errors import JobFailure
-from shared.queue.claims import Verdict
-from worker.engine.inbox import Drain, Inbox, JobVerdict, Message
+from shared.queue.claims import WriteResult
+from worker.engine.inbox import Drain, Inbox, JobWriteResult, Message
 from worker.engine.output import OutputProcessor, row_failed
 from worker.engine.scheduler import Capacity, Schedule, Scheduler
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
@@ -64,8 +64,8 @@ class OwnTime:
 class EngineCore:
     """The engine of one model.
 
-    `submit`, `apply_verdict`, `drain`, `capacity` and `waiting` may be called from any thread, the rest belongs to the
-    engine thread.
+    Any thread may call `submit`, `apply_write_result`, `drain`, `capacity` and `waiting`; the rest is the engine
+    thread's alone.
 
     Args:
         load: gives the runner; a generator loads it in pieces and yields the progress.
@@ -140,10 +140,10 @@ class EngineCore:
                 if isinstance(message, Sequence):
                     message.settle(Outcome.HANDED_BACK)
 
-    def apply_verdict(self, job_id: str, attempt: int, verdict: Verdict) -> None:
+    def apply_write_result(self, job_id: str, attempt: int, write_result: WriteResult) -> None:
         """Pass on what Redis says of a job. Ignores jobs that are not here."""
-        if verdict is not Verdict.OK:
-            self._inbox.put(JobVerdict(job_id, attempt, verdict))
+        if write_result is not WriteResult.OK:
+            self._inbox.put(JobWriteResult(job_id, attempt, write_result))
 
     def drain(self, seconds: float) -> None:
         """Accept nothing new; hand back waiting rows at once, and rows that still run after `seconds`."""
@@ -294,23 +294,23 @@ class EngineCore:
                     self._scheduler.add(message)
                 else:
                     self._put_out([message.hand_back()])
-            case JobVerdict():
+            case JobWriteResult():
                 self._apply(message)
             case Drain(until):
                 self._drain_until = until
                 self._hand_back(self._scheduler.not_started)
 
-    def _apply(self, message: JobVerdict) -> None:
+    def _apply(self, message: JobWriteResult) -> None:
         """Take a row out of wherever it is; its slot is free at once."""
         sequence = self._scheduler.take(message.job_id, message.attempt)
         if sequence is None:
             return
         self._note_progress()
         self._runner.remove([sequence.uid])
-        if message.verdict is Verdict.FENCED:
+        if message.write_result is WriteResult.FENCED:
             sequence.settle(Outcome.FENCED)
         else:
-            self._put_out([sequence.stop(message.verdict)])
+            self._put_out([sequence.stop(message.write_result)])
 
     def _end_drain(self) -> None:
         if self._drain_until is not None and time.monotonic() >= self._drain_until and self.busy:

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
-from shared.queue.claims import Verdict
+from shared.queue.claims import WriteResult
 from worker.engine.scheduler import Capacity
 from worker.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class JobVerdict:
+class JobWriteResult:
     """What Redis says of a job: it must stop, or it belongs to another attempt."""
 
     job_id: str
     attempt: int
-    verdict: Verdict
+    write_result: WriteResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Drain:
     until: float
 
 
-Message: TypeAlias = Sequence | JobVerdict | Drain
+Message: TypeAlias = Sequence | JobWriteResult | Drain
 
 
 class Inbox:

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from shared.errors import JobFailure
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request
-from shared.queue.claims import ClaimedJob, Verdict
+from shared.queue.claims import ClaimedJob, WriteResult
 from worker.engine.stops import StopMatcher
 from worker.engine.timings import Timings
 from worker.runner.base import ModelRunner, Prompt, Row, TokenOutput
@@ -168,9 +168,9 @@ class Sequence:
             self._cached_tokens = cached_tokens
         self.timings.prefilled()
 
-    def stop(self, verdict: Verdict) -> SequenceOutput:
+    def stop(self, write_result: WriteResult) -> SequenceOutput:
         """End the job as cancelled or expired, with the text so far."""
-        return self.finish(Status(verdict.value))
+        return self.finish(Status(write_result.value))
 
     def fail(self, code: JobFailure, message: str) -> SequenceOutput:
         """End the job as failed, with the text so far."""

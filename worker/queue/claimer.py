@@ -14,7 +14,7 @@ from redis import RedisError
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.record import Ending, Job, Status
 from shared.logging import about
-from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, Verdict
+from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
 from shared.queue.redis import passes
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier
@@ -144,7 +144,7 @@ class Claimer(CriticalThread):
         claim = self._claims.claim(self._model, demand, self._beside())
         for job_id in claim.lost:
             if claimed := self._held.get(job_id):
-                self._core.apply_verdict(job_id, claimed.job.attempt, Verdict.FENCED)
+                self._core.apply_write_result(job_id, claimed.job.attempt, WriteResult.FENCED)
         for claimed in claim.jobs:
             self._begin(claimed)
         return LOOK_S if claim.again_s is None else min(LOOK_S, claim.again_s)
@@ -191,11 +191,11 @@ class Claimer(CriticalThread):
         ending = Ending(Status.FAILED, error_code=code, error_message=message)
         row = Append(job.id, job.attempt, job.claimed_at, job.last_event + 2, start=True, ending=ending)
         try:
-            (verdict,) = self._claims.append([row])
+            (write_result,) = self._claims.append([row])
         except Exception:
             logger.exception("job_end_not_written")  # the lease thread releases it
         else:
-            if verdict is not Verdict.FENCED:
+            if write_result is not WriteResult.FENCED:
                 _log_end(job, ending)
                 self._events.started(job)
                 self._events.ended(job, ending)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from redis import RedisError
 
-from shared.queue.claims import ClaimedJob, Claims, Lease, Verdict
+from shared.queue.claims import ClaimedJob, Claims, Lease, WriteResult
 from shared.queue.redis import passes
 from worker.process.critical import CriticalThread, OnDeath, end_process
 
@@ -72,15 +72,15 @@ class _Periodic(CriticalThread):
         raise NotImplementedError
 
 
-ApplyVerdict = Callable[[str, int, Verdict], object]
-"""Called with what Redis says of a job: id, attempt, verdict."""
+ApplyWriteResult = Callable[[str, int, WriteResult], object]
+"""Called with what Redis says of a job: id, attempt, write_result."""
 
 
-class LeaseKeeper(_Periodic):
+class LeaseRenewer(_Periodic):
     """Renews the lease, passes on which jobs must stop, and reconciles Redis's view of the held jobs with ours.
 
     Args:
-        apply_verdict: the engine's.
+        apply_write_result: the engine's.
         held: the jobs that this worker has claimed and not finished, by id.
         announce: writes the worker's card; called with True when Redis did not know the lease.
         given_up: whether the lease must lapse, because this process cannot continue.
@@ -89,7 +89,7 @@ class LeaseKeeper(_Periodic):
     def __init__(
         self,
         claims: Claims,
-        apply_verdict: ApplyVerdict,
+        apply_write_result: ApplyWriteResult,
         held: Callable[[], Mapping[str, ClaimedJob]],
         announce: Callable[[bool], object],
         lease_s: float,
@@ -98,7 +98,7 @@ class LeaseKeeper(_Periodic):
     ) -> None:
         super().__init__("lease", lease_s / 3, on_death)
         self._claims = claims
-        self._apply_verdict = apply_verdict
+        self._apply_write_result = apply_write_result
         self._held = held
         self._announce = announce
         self._lease_s = lease_s
@@ -116,7 +116,7 @@ class LeaseKeeper(_Periodic):
             self._fence(before, lease)
         for job in lease.running:
             if job.stop_as is not None:
-                self._apply_verdict(job.job_id, job.attempt, job.stop_as)
+                self._apply_write_result(job.job_id, job.attempt, job.stop_as)
         self._renewals += 1
         self._announce(not lease.unbroken)
         self._release_unknown(lease)
@@ -128,7 +128,7 @@ class LeaseKeeper(_Periodic):
         kept = {job.job_id for job in lease.running} | {job_id for job_id, _ in lease.reserved}
         for job_id, claimed in before.items():
             if job_id not in kept:
-                self._apply_verdict(job_id, claimed.job.attempt, Verdict.FENCED)
+                self._apply_write_result(job_id, claimed.job.attempt, WriteResult.FENCED)
 
     def _release_unknown(self, lease: Lease) -> None:
         """Release jobs that only Redis knows of, at two renewals in a row: the answer to their claim was lost."""
@@ -142,7 +142,7 @@ class LeaseKeeper(_Periodic):
             self._claims.release(lost)
 
 
-class HostKeeper(_Periodic):
+class HostAnnouncer(_Periodic):
     """Announces that this process lives, with or without models."""
 
     def __init__(self, announce: Callable[[], object], lease_s: float, on_death: OnDeath = end_process) -> None:

@@ -19,12 +19,12 @@ from typing import NamedTuple
 from redis import RedisError
 
 from shared.jobs.record import Job
-from shared.queue.claims import Append, Claims, Verdict
+from shared.queue.claims import Append, Claims, WriteResult
 from shared.queue.redis import passes
 from shared.wire import to_json
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
 from worker.process.critical import CriticalThread, OnDeath, end_process
-from worker.queue.lease import ApplyVerdict
+from worker.queue.lease import ApplyWriteResult
 from worker.runner.base import TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class _Row(NamedTuple):
 
 
 class Publisher(CriticalThread):
-    """Writes what is `put`, settles the sequences whose last output is written, passes verdicts on.
+    """Writes what is `put`, settles the sequences whose last output is written, passes results on.
 
     Args:
         on_started: called when a job's admission to the batch has been written.
@@ -53,14 +53,14 @@ class Publisher(CriticalThread):
     def __init__(
         self,
         claims: Claims,
-        apply_verdict: ApplyVerdict,
+        apply_write_result: ApplyWriteResult,
         on_death: OnDeath = end_process,
         on_started: Callable[[Job], object] = lambda _job: None,
     ) -> None:
         super().__init__("publisher", on_death)
         self.attempts = 0
         self._claims = claims
-        self._apply_verdict = apply_verdict
+        self._apply_write_result = apply_write_result
         self._on_started = on_started
         self._inbox: SimpleQueue[list[SequenceOutput] | None] = SimpleQueue()
         self._unsent: dict[Sequence, list[SequenceOutput]] = {}
@@ -104,15 +104,15 @@ class Publisher(CriticalThread):
             return
         self.attempts += 1
         try:
-            verdicts = self._claims.append([row.append for row in self._batch])
+            results = self._claims.append([row.append for row in self._batch])
         except RedisError as error:
             if not passes(error):  # the write would never succeed
                 raise
             self._pause(error)
             return
         batch, self._batch = self._batch, []
-        for row, verdict in zip(batch, verdicts, strict=True):
-            self._answer(row, verdict)
+        for row, write_result in zip(batch, results, strict=True):
+            self._answer(row, write_result)
         if self._failures:
             logger.info("writes_resumed")
             self._failures = 0
@@ -135,18 +135,18 @@ class Publisher(CriticalThread):
             elif output.sequence.outcome is None:
                 self._unsent.setdefault(output.sequence, []).append(output)
 
-    def _answer(self, row: _Row, verdict: Verdict) -> None:
+    def _answer(self, row: _Row, write_result: WriteResult) -> None:
         job = row.append
-        if job.start and verdict is not Verdict.FENCED:
+        if job.start and write_result is not WriteResult.FENCED:
             self._on_started(row.sequence.job)
-        if verdict is Verdict.FENCED:
+        if write_result is WriteResult.FENCED:
             self._unsent.pop(row.sequence, None)
             row.sequence.settle(Outcome.FENCED)
         elif row.outcome is not None:
             row.sequence.settle(row.outcome)
             return
-        if verdict is not Verdict.OK:
-            self._apply_verdict(job.job_id, job.attempt, verdict)
+        if write_result is not WriteResult.OK:
+            self._apply_write_result(job.job_id, job.attempt, write_result)
 
     def _pause(self, error: RedisError) -> None:
         if not self._failures:

@@ -7,7 +7,7 @@
 --   text, tokens ('a,b,c'), extra (further members of the event's JSON object, or nothing)
 --   ending   terminal record fields, with `status`
 -- An event whose number the log has already is skipped, so the call may be sent again.
--- Returns a verdict per row: 'ok'; 'cancelled' or 'expired' when the job must stop; 'fenced' when the job belongs to
+-- Returns a result per row: 'ok'; 'cancelled' or 'expired' when the job must stop; 'fenced' when the job belongs to
 -- another attempt: then nothing was written. The time of the claim is compared as well, because a Redis that came back
 -- without its last writes may give the same number to two attempts.
 

@@ -9,7 +9,7 @@
 --   deaths        deaths in a row with this job as the only suspect; counts half when other jobs had just started as well
 --   admitted_seq  number of the event that began the present attempt; each later event has at least one token
 --
--- Simulated with 24 rows beside one poison job (tests/unit/test_suspicion.py): it fails after 3 + 1 + log2(rows) deaths at
+-- Simulated with 24 rows beside one poison job (tests/unit/shared/test_suspicion.py): it fails after 3 + 1 + log2(rows) deaths at
 -- most, and no other job fails. Jobs with an alibi must take some suspicion as well. Otherwise a job that was suspected
 -- before the poison job arrived would be blamed for the deaths that the poison job causes.
 

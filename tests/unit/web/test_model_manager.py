@@ -13,7 +13,7 @@ from shared.models.registry import HostInfo, Registry
 from shared.queue import keys
 from shared.queue.redis import Redis
 from shared.queue.wakeups import LOAD
-from web.cluster.model_manager import Switchboard
+from web.cluster.model_manager import ModelManager
 
 
 class App:
@@ -40,10 +40,10 @@ def test_what_jobs_wait_for_and_no_worker_has_is_asked_for_once(
 ) -> None:
     registry, app = Registry(client), App()
     catalog = Catalog({name: CatalogModel(name, Path(name), "text") for name in names}, "one")
-    switchboard = Switchboard(app, Operations(client), registry, catalog, on_demand=on_demand)  # type: ignore[arg-type]
+    model_manager = ModelManager(app, Operations(client), registry, catalog, on_demand=on_demand)  # type: ignore[arg-type]
     registry.announce_host(HostInfo("here", "machine", 1, 0.0, 0.0, has, 100, 0), 60)
     if waits:
         client.zadd(f"{keys.QUEUE}one", {"job_1": 1.0})
     for _ in range(3):
-        switchboard.demand_waiting()
+        model_manager.demand_waiting()
     assert app.told == ([(LOAD, "one")] if waits and on_demand and not has else [])

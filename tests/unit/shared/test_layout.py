@@ -14,7 +14,7 @@ from shared.jobs.record import Parsing, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs
 from shared.queue import keys
-from shared.queue.claims import Claims, Verdict
+from shared.queue.claims import Claims, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
@@ -114,7 +114,7 @@ def test_a_reserved_job_that_an_old_process_ended_is_not_held_for_ever(client: R
     submit(jobs)
     claimed = taken(worker)
     client.hset(keys.JOB + claimed.job.id, mapping={"status": "expired", "finished_at": "1"})
-    assert worker.append([row(claimed, start=True)]) == [Verdict.FENCED]
+    assert worker.append([row(claimed, start=True)]) == [WriteResult.FENCED]
     assert worker.release([held(claimed)]) == []
     assert worker.renew(60).reserved == ()
 
@@ -262,7 +262,7 @@ def test_a_job_of_an_old_worker_that_died_can_be_claimed_at_once(
     assert (claimed.job.id, claimed.job.attempt, claimed.request.prompt) == (job_id, 2, "hi")
     worker.append([row(claimed, claimed.job.last_event + 2, "two", 8)])
     end_number = claimed.job.last_event + 3
-    assert worker.append([row(claimed, end_number, ending=None)]) == [Verdict.OK]
+    assert worker.append([row(claimed, end_number, ending=None)]) == [WriteResult.OK]
     end(worker, claimed)
     ended = jobs.get(job_id, "a")
     assert (ended.status, jobs.text(ended)) == (Status.SUCCEEDED, "one two")

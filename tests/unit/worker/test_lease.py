@@ -11,11 +11,11 @@ from redis import ResponseError
 from shared.jobs.record import Job, Status
 from shared.jobs.store import Jobs
 from shared.queue import keys
-from shared.queue.claims import ClaimedJob, Claims, NoLease, Verdict
+from shared.queue.claims import ClaimedJob, Claims, NoLease, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.support.queueing import lapse, lease, reap, reserved, row, submit, taken
-from worker.queue.lease import HostKeeper, LeaseKeeper
+from worker.queue.lease import HostAnnouncer, LeaseRenewer
 
 
 class Desk:
@@ -25,14 +25,14 @@ class Desk:
         self.client = client
         self.jobs = Jobs(client, settings)
         self.claims = Claims(client, "w1")
-        self.verdicts: list[tuple[str, int, Verdict]] = []
+        self.write_results: list[tuple[str, int, WriteResult]] = []
         self.held: dict[str, ClaimedJob] = {}
         self.announced: list[bool] = []
         self.deaths: list[str] = []
         self.given_up = False
-        self.keeper = LeaseKeeper(
+        self.keeper = LeaseRenewer(
             self.claims,
-            lambda *verdict: self.verdicts.append(verdict),
+            lambda *write_result: self.write_results.append(write_result),
             lambda: dict(self.held),
             self.announced.append,
             60,
@@ -78,7 +78,7 @@ def test_a_stop_word_reaches_the_engine(desk: Desk) -> None:
     claimed = desk.claim()
     desk.jobs.stop(claimed.job.id, "a")
     desk.keeper.round()
-    assert desk.verdicts == [(claimed.job.id, 1, Verdict.CANCELLED)]
+    assert desk.write_results == [(claimed.job.id, 1, WriteResult.CANCELLED)]
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["running", "reserved"])
@@ -120,7 +120,7 @@ def test_after_a_lapse_the_jobs_that_others_may_have_are_dropped(desk: Desk) -> 
     lapse(desk.client, "w1")
     reap(desk.client)
     desk.keeper.round()
-    assert desk.verdicts == [(each.job.id, 1, Verdict.FENCED) for each in (running, waiting)]
+    assert desk.write_results == [(each.job.id, 1, WriteResult.FENCED) for each in (running, waiting)]
     assert desk.announced == [True, True]
 
 
@@ -129,7 +129,7 @@ def test_a_lapse_that_nobody_noticed_costs_nothing(desk: Desk) -> None:
     running, waiting = desk.claim(), desk.claim(start=False)
     lapse(desk.client, "w1")
     desk.keeper.round()
-    assert desk.verdicts == []
+    assert desk.write_results == []
     assert (desk.status(running), desk.holder(waiting)) == (Status.RUNNING, "w1")
 
 
@@ -192,7 +192,7 @@ def test_the_host_is_announced_again_and_again_whatever_redis_does(eventually: A
             raise RedisAway
 
     deaths: list[str] = []
-    keeper = HostKeeper(announce, 0.003, deaths.append)
+    keeper = HostAnnouncer(announce, 0.003, deaths.append)
     keeper.start()
     eventually(lambda: len(calls) > 4)
     keeper.stop()

@@ -163,7 +163,7 @@ def test_an_operation_in_an_unknown_state_is_shown(api: FlaskClient, valkey_clie
 
 def test_words_that_come_from_redis_are_read_with_a_default() -> None:
     """`shared.wire.member` and the like, and not the enum itself, which knows only what this version knows."""
-    enums = {"Status", "Priority", "EventKind", "OperationState", "AttemptEnd", "Verdict"}
+    enums = {"Status", "Priority", "EventKind", "OperationState", "AttemptEnd", "WriteResult"}
     found: dict[str, set[str]] = {}
     for folder in ("shared", "web"):
         for path in (ROOT / folder).rglob("*.py"):

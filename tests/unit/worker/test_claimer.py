@@ -65,7 +65,7 @@ class Desk:
         self.images: dict[str, bytes] = {}
         self.publisher = Publisher(
             self.claims,
-            lambda *verdict: self.core.apply_verdict(*verdict),  # noqa: PLW0108 - the core is made after it
+            lambda *write_result: self.core.apply_write_result(*write_result),  # noqa: PLW0108 - the core is made after it
             on_started=self.recorder.started,
         )
         self.core = EngineCore(FakeRunner, slots, self.publisher.put)

@@ -58,7 +58,7 @@ def member(tmp_path: Path) -> Iterator[Callable[[str], Member]]:
 def hand(worker: Member, patience_s: float = 0.0) -> Hand:
     fleet: Any = SimpleNamespace(
         workers=[worker],
-        cables=[],
+        links=[],
         disk=None,
         valkey=worker,
         api=worker,

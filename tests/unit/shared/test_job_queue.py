@@ -12,7 +12,7 @@ from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Ending, Job, Priority, Status
 from shared.jobs.store import Jobs
 from shared.queue import keys
-from shared.queue.claims import Append, Claims, Demand, NoLease, Verdict
+from shared.queue.claims import Append, Claims, Demand, NoLease, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
@@ -152,9 +152,9 @@ def test_a_spare_job_moves_to_a_worker_with_room(client: Redis, jobs: Jobs, work
     assert reserved(other, 0, spare=4) == [], "one that has no room either leaves it where it is"
     (moved,) = reserved(other, 1)
     assert moved.job.id == job.id
-    assert worker.append([row(spare, start=True)]) == [Verdict.FENCED]
+    assert worker.append([row(spare, start=True)]) == [WriteResult.FENCED]
     assert worker.claim(MODEL, Demand(0, 0, waiting=(job.id,))).lost == (job.id,)
-    assert other.append([row(moved, start=True)]) == [Verdict.OK]
+    assert other.append([row(moved, start=True)]) == [WriteResult.OK]
     assert kinds(client, job) == ["queued", "started"]
     assert not client.exists(keys.RESERVED + "w1", keys.RESERVED + "w2")
 
@@ -187,7 +187,7 @@ def test_a_job_that_was_taken_over_stays_so_that_memory_can_be_kept_for_it(
             assert reserved(taker, 1) == []
             client.hset(keys.JOB + job.id, "claimed_at", claimed_at - stays_s)
         (moved,) = reserved(taker, 1)
-    assert other.append([row(moved, start=True)]) == [Verdict.OK]
+    assert other.append([row(moved, start=True)]) == [WriteResult.OK]
     assert not client.hexists(keys.JOB + job.id, "moves")
 
 
@@ -197,7 +197,7 @@ def test_what_a_worker_without_a_lease_has_reserved_is_free_at_once(client: Redi
     lapse(client, "w1")
     other = lease(client, "w2")
     assert taken(other).job.id == job.id
-    assert worker.append([row(late, start=True)]) == [Verdict.FENCED]
+    assert worker.append([row(late, start=True)]) == [WriteResult.FENCED]
     assert reap(client) == []
     assert jobs.get(job.id, "a").attempt == 0
 
@@ -206,7 +206,7 @@ def test_a_reserved_job_can_be_cancelled(client: Redis, jobs: Jobs, worker: Clai
     job = submit(jobs)
     claimed = taken(worker)
     assert jobs.stop(job.id, "a").status is Status.CANCELLED
-    assert worker.append([row(claimed, start=True)]) == [Verdict.FENCED]
+    assert worker.append([row(claimed, start=True)]) == [WriteResult.FENCED]
     assert kinds(client, job) == ["queued", "done"]
     assert not client.exists(keys.RESERVED + "w1")
 
@@ -217,7 +217,7 @@ def test_a_reserved_job_expires_when_its_time_to_start_is_over(client: Redis, jo
     over(client, job, 60)
     reap(client)
     assert jobs.get(job.id, "a").error_code == Expiry.START
-    assert worker.append([row(claimed, start=True)]) == [Verdict.FENCED]
+    assert worker.append([row(claimed, start=True)]) == [WriteResult.FENCED]
     assert not client.exists(keys.RESERVED + "w1")
 
 
@@ -235,7 +235,7 @@ def test_a_later_job_of_a_higher_class_is_claimed_before_those_that_wait(jobs: J
 def test_admission_starts_the_attempt_that_the_claim_foretold(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = taken(worker)
-    assert worker.append([row(claimed, start=True)]) == [Verdict.OK]
+    assert worker.append([row(claimed, start=True)]) == [WriteResult.OK]
     running = jobs.get(job.id, "a")
     assert (running.status, running.attempt, jobs.position(running)) == (Status.RUNNING, claimed.job.attempt, None)
     assert running.started_at is not None and running.started_at >= job.created_at
@@ -250,7 +250,7 @@ def test_writes_and_the_end_arrive_once_however_often_they_are_sent(client: Redi
     claimed = taken(worker)
     rows = [row(claimed, 3, "hel", 1, 2, start=True), row(claimed, 4, "lo", 3, ending=SUCCESS)]
     for each in rows:
-        assert [worker.append([each]) for _ in range(3)] == [[Verdict.OK]] * 3
+        assert [worker.append([each]) for _ in range(3)] == [[WriteResult.OK]] * 3
     done = jobs.get(job.id, "a")
     assert (done.status, jobs.text(done), done.finish_reason, done.completion_tokens) == (
         Status.SUCCEEDED, "hello", "stop", 2,
@@ -283,10 +283,10 @@ def test_an_older_attempt_writes_nothing(client: Redis, jobs: Jobs, worker: Clai
     lapse(client, "w1")
     assert reap(client) == [MODEL]
     late = [row(first, 4, "late", 1), row(first, 4, "late", 1, ending=SUCCESS), row(first, start=True)]
-    assert worker.append(late) == [Verdict.FENCED] * 3
+    assert worker.append(late) == [WriteResult.FENCED] * 3
     worker.renew(60)
     assert started(worker).job.attempt == 2
-    assert worker.append(late) == [Verdict.FENCED] * 3
+    assert worker.append(late) == [WriteResult.FENCED] * 3
     assert kinds(client, job) == ["queued", "started", "queued", "resumed"]
 
 
@@ -294,9 +294,9 @@ def test_a_log_that_lost_its_tail_gets_no_gap(client: Redis, jobs: Jobs, worker:
     submit(jobs)
     claimed = started(worker)
     worker.append([row(claimed, 3, "he", 1)])
-    assert worker.append([row(claimed, 5, "o", 3)]) == [Verdict.FENCED]
-    assert worker.append([row(claimed, 5, "o", 3, ending=SUCCESS)]) == [Verdict.FENCED]
-    assert worker.append([row(claimed, 5, ending=SUCCESS)]) == [Verdict.FENCED], "its text would lack its end"
+    assert worker.append([row(claimed, 5, "o", 3)]) == [WriteResult.FENCED]
+    assert worker.append([row(claimed, 5, "o", 3, ending=SUCCESS)]) == [WriteResult.FENCED]
+    assert worker.append([row(claimed, 5, ending=SUCCESS)]) == [WriteResult.FENCED], "its text would lack its end"
     worker.release([held(claimed)])
     again = started(worker)
     assert (again.job.attempt, JobLog(client).written(again.job.id).text) == (2, "he")
@@ -309,8 +309,8 @@ def test_a_write_by_another_claim_with_the_same_number_is_fenced(client: Redis, 
     worker.release([held(first)])
     second = taken(worker)
     assert first.job.attempt == second.job.attempt
-    assert worker.append([row(first, start=True)]) == [Verdict.FENCED]
-    assert worker.append([row(second, start=True)]) == [Verdict.OK]
+    assert worker.append([row(first, start=True)]) == [WriteResult.FENCED]
+    assert worker.append([row(second, start=True)]) == [WriteResult.OK]
 
 
 def test_live_copies_carry_what_the_log_has(client: Redis, jobs: Jobs, worker: Claims) -> None:
@@ -429,8 +429,8 @@ def test_cancelling_a_running_job_asks_its_worker(client: Redis, jobs: Jobs, wor
     job = submit(jobs)
     claimed = started(worker)
     assert jobs.stop(job.id, "a").status is Status.RUNNING
-    assert worker.append([row(claimed, 3, "he", 1)]) == [Verdict.CANCELLED]
-    assert [each.stop_as for each in worker.renew(60).running] == [Verdict.CANCELLED]
+    assert worker.append([row(claimed, 3, "he", 1)]) == [WriteResult.CANCELLED]
+    assert [each.stop_as for each in worker.renew(60).running] == [WriteResult.CANCELLED]
     worker.append([row(claimed, 4, ending=Ending(Status.CANCELLED))])
     ended = jobs.get(job.id, "a")
     assert (ended.status, jobs.text(ended)) == (Status.CANCELLED, "he")
@@ -495,10 +495,10 @@ def test_a_running_job_is_cut_off_at_its_deadline(client: Redis, jobs: Jobs, wor
     claimed = started(worker)
     over(client, job, 60)
     reap(client)
-    assert worker.append([row(claimed, 3, "he", 1)]) == [Verdict.OK], "the time to start is over and done with"
+    assert worker.append([row(claimed, 3, "he", 1)]) == [WriteResult.OK], "the time to start is over and done with"
     over(client, job, 60)
     reap(client)
-    assert worker.append([row(claimed, 4, "l", 2)]) == [Verdict.EXPIRED]
+    assert worker.append([row(claimed, 4, "l", 2)]) == [WriteResult.EXPIRED]
     worker.append([row(claimed, 5, ending=Ending(Status.EXPIRED, completion_tokens=2))])
     ended = jobs.get(job.id, "a")
     assert (ended.status, ended.error_code) == (Status.EXPIRED, Expiry.DEADLINE)
@@ -662,7 +662,7 @@ def test_an_append_without_news_changes_nothing(client: Redis, jobs: Jobs, worke
     job = submit(jobs)
     claimed = started(worker)
     before = client.hgetall(keys.JOB + job.id)
-    assert worker.append([Append(job.id, 1, claimed.job.claimed_at, 3)]) == [Verdict.OK]
+    assert worker.append([Append(job.id, 1, claimed.job.claimed_at, 3)]) == [WriteResult.OK]
     assert client.hgetall(keys.JOB + job.id) == before
 
 

@@ -1,4 +1,4 @@
-"""A cable that is cut lets nothing through and says nothing; mended, it lets through what was on its way."""
+"""A link that is cut lets nothing through and says nothing; mended, it lets through what was on its way."""
 
 from __future__ import annotations
 

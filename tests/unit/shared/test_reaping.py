@@ -12,7 +12,7 @@ from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Job, Priority, Status
 from shared.jobs.store import Jobs
 from shared.queue import keys
-from shared.queue.claims import REAP_S, Verdict
+from shared.queue.claims import REAP_S, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.support.queueing import MODEL, lapse, lease, make_reaper, reap, reserved, row, started, submit, taken
@@ -208,7 +208,7 @@ def test_a_late_write_of_a_job_that_failed_is_fenced(client: Redis, settings: Se
     claimed = started(worker)
     lapse(client, "w1")
     reap(client, max_deaths=1)
-    assert worker.append([row(claimed, 3, "late", 1)]) == [Verdict.FENCED]
+    assert worker.append([row(claimed, 3, "late", 1)]) == [WriteResult.FENCED]
     assert client.hgetall(keys.BYTES).keys() <= {"failed", "failed_limit"}
 
 

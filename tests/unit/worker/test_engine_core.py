@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import JobFailure
 from shared.jobs.record import Ending, Status
-from shared.queue.claims import Verdict
+from shared.queue.claims import WriteResult
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from worker.engine.core import EngineCore
 from worker.engine.scheduler import OVERTAKEN_S, Capacity, EngineBroken
@@ -109,13 +109,13 @@ def test_what_finds_no_slot_waits_in_order(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "status"), [(Verdict.CANCELLED, Status.CANCELLED), (Verdict.EXPIRED, Status.EXPIRED)]
+    ("write_result", "status"), [(WriteResult.CANCELLED, Status.CANCELLED), (WriteResult.EXPIRED, Status.EXPIRED)]
 )
-def test_a_stop_word_frees_the_slot_at_the_next_step(bench: Bench, verdict: Verdict, status: Status) -> None:
+def test_a_stop_word_frees_the_slot_at_the_next_step(bench: Bench, write_result: WriteResult, status: Status) -> None:
     stopped, *others = [bench.submit(f"row {i}", max_tokens=9) for i in range(4)]
     bench.core.step()
     late = bench.submit("late", max_tokens=2)
-    bench.core.apply_verdict(stopped.job.id, 1, verdict)
+    bench.core.apply_write_result(stopped.job.id, 1, write_result)
     bench.core.step()
     assert stopped.uid not in {token.uid for token in bench.runner.execute(StepPlan()).tokens}
     assert bench.ending(stopped).status is status
@@ -136,7 +136,7 @@ def test_the_end_is_published_only_once_the_slot_is_free(bench: Bench) -> None:
 def test_a_word_for_a_waiting_row_ends_it_without_a_step(bench: Bench) -> None:
     rows = [bench.submit(f"row {i}") for i in range(5)]
     bench.core.step()
-    bench.core.apply_verdict(rows[4].job.id, 1, Verdict.CANCELLED)
+    bench.core.apply_write_result(rows[4].job.id, 1, WriteResult.CANCELLED)
     bench.core.step()
     assert bench.ending(rows[4]).completion_tokens == 0
 
@@ -144,8 +144,8 @@ def test_a_word_for_a_waiting_row_ends_it_without_a_step(bench: Bench) -> None:
 def test_a_word_for_another_attempt_or_a_stranger_does_nothing(bench: Bench) -> None:
     row = bench.submit("row")
     bench.core.step()
-    bench.core.apply_verdict(row.job.id, 7, Verdict.CANCELLED)
-    bench.core.apply_verdict("job_other", 1, Verdict.FENCED)
+    bench.core.apply_write_result(row.job.id, 7, WriteResult.CANCELLED)
+    bench.core.apply_write_result("job_other", 1, WriteResult.FENCED)
     bench.run()
     assert bench.ending(row).status is Status.SUCCEEDED
 
@@ -153,7 +153,7 @@ def test_a_word_for_another_attempt_or_a_stranger_does_nothing(bench: Bench) -> 
 def test_a_fenced_row_is_dropped_without_a_word(bench: Bench) -> None:
     row = bench.submit("row")
     bench.core.step()
-    bench.core.apply_verdict(row.job.id, 1, Verdict.FENCED)
+    bench.core.apply_write_result(row.job.id, 1, WriteResult.FENCED)
     before = len(bench.published)
     bench.core.step()
     assert (row.outcome, bench.core.slots_used, len(bench.published)) == (Outcome.FENCED, 0, before)
@@ -290,10 +290,10 @@ def test_a_step_that_gives_nothing_is_no_progress(bench: Bench, monkeypatch: pyt
         bench.core.step()
         seen.append(bench.core.progress_at)
     assert [before < after for before, after in itertools.pairwise(seen)] == [True] + [False] * 6
-    bench.core.apply_verdict("job_other", 1, Verdict.CANCELLED)
+    bench.core.apply_write_result("job_other", 1, WriteResult.CANCELLED)
     bench.core.step()
     assert bench.core.progress_at == seen[-1]
-    bench.core.apply_verdict(row.job.id, 1, Verdict.CANCELLED)
+    bench.core.apply_write_result(row.job.id, 1, WriteResult.CANCELLED)
     bench.core.step()
     assert bench.core.progress_at > seen[-1]
 
@@ -320,7 +320,7 @@ def test_a_row_starts_once_when_it_is_admitted_and_before_its_tokens(bench: Benc
 def test_a_row_that_is_cancelled_while_it_waits_has_not_started(bench: Bench) -> None:
     rows = [bench.submit(f"row {i}") for i in range(5)]
     bench.core.step()
-    bench.core.apply_verdict(rows[4].job.id, 1, Verdict.CANCELLED)
+    bench.core.apply_write_result(rows[4].job.id, 1, WriteResult.CANCELLED)
     bench.core.step()
     assert [output.started for output in bench.published if output.sequence is rows[4]] == [False]
 
@@ -514,7 +514,7 @@ def test_a_row_that_is_cancelled_before_it_is_tried_again_is_not_inserted() -> N
     bench.core.load()
     row = bench.submit("never")
     bench.core.step()
-    bench.core.apply_verdict(row.job.id, 1, Verdict.CANCELLED)
+    bench.core.apply_write_result(row.job.id, 1, WriteResult.CANCELLED)
     bench.core.step()
     assert not bench.runner._rows
     assert bench.ending(row).status is Status.CANCELLED

@@ -11,7 +11,7 @@ import pytest
 from shared.errors import JobFailure
 from shared.jobs.log import Written
 from shared.jobs.record import Status
-from shared.queue.claims import Verdict
+from shared.queue.claims import WriteResult
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from worker.engine.output import OutputProcessor, ReplayError
 from worker.engine.sequence import LEAST_LOGPROB, Outcome, Sequence, SequenceOutput
@@ -161,7 +161,7 @@ def test_cached_tokens_are_those_of_the_first_prefill_and_never_more_than_the_pr
     assert (ending.prompt_tokens, ending.cached_tokens) == (5, 3)
     continued = sequence_for(claimed("hello", max_tokens=2))
     continued.prefilled(20)  # of prompt and answer together
-    assert continued.stop(Verdict.CANCELLED).ending.cached_tokens == 5  # type: ignore[union-attr]
+    assert continued.stop(WriteResult.CANCELLED).ending.cached_tokens == 5  # type: ignore[union-attr]
 
 
 def test_a_continued_job_counts_the_tokens_of_its_log_once(runner: FakeRunner) -> None:
@@ -208,12 +208,12 @@ def test_another_models_log_is_refused(runner: FakeRunner) -> None:
     assert (failed.text, failed.tokens) == ("", ()), "the log keeps what it has"
 
 
-@pytest.mark.parametrize(("verdict", "status"), [("cancelled", Status.CANCELLED), ("expired", Status.EXPIRED)])
-def test_a_stopped_job_keeps_its_text(runner: FakeRunner, verdict: str, status: Status) -> None:
+@pytest.mark.parametrize(("write_result", "status"), [("cancelled", Status.CANCELLED), ("expired", Status.EXPIRED)])
+def test_a_stopped_job_keeps_its_text(runner: FakeRunner, write_result: str, status: Status) -> None:
     sequence = sequence_for(claimed(), runner)
     sequence.start()
     (output,) = published_of(sequence, 300)
-    ending = sequence.stop(Verdict(verdict)).ending
+    ending = sequence.stop(WriteResult(write_result)).ending
     assert ending is not None
     assert output.text
     assert (ending.status, ending.completion_tokens, ending.finish_reason) == (status, 1, None)
@@ -279,7 +279,7 @@ def test_it_is_settled_once_whoever_settles_it() -> None:
 
 def test_a_job_that_ends_by_itself_before_it_was_admitted_starts_with_its_end(runner: FakeRunner) -> None:
     assert Sequence(claimed(), Prompt(()), runner).fail(JobFailure.TEMPLATE, "No.").started
-    assert not Sequence(claimed(), Prompt(()), runner).stop(Verdict.CANCELLED).started
+    assert not Sequence(claimed(), Prompt(()), runner).stop(WriteResult.CANCELLED).started
     admitted = sequence_for(claimed(), runner)
     assert admitted.start().started
     assert not admitted.fail(JobFailure.ROW, "No.").started

@@ -14,7 +14,7 @@ from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue import keys
-from shared.queue.claims import Append, Claims, Demand, Verdict
+from shared.queue.claims import Append, Claims, Demand, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from web.cluster.snapshot import Cluster, ClusterSnapshot
@@ -71,7 +71,7 @@ def start(client: Redis, name: str = "w") -> tuple[Claims, Job]:
     claims = Claims(client, name)
     claims.renew(30)
     (claimed,) = claims.claim(MODEL, Demand(rows=1, tokens=10**6)).jobs
-    assert claims.append([said(claimed.job, claimed.job.last_event, start=True)]) == [Verdict.OK]
+    assert claims.append([said(claimed.job, claimed.job.last_event, start=True)]) == [WriteResult.OK]
     return claims, claimed.job
 
 

@@ -19,7 +19,7 @@ from shared.jobs.images import digest
 from shared.models.image_geometry import ImageGeometry
 from shared.settings import Settings
 from tests.support.image_files import data_url, picture
-from web.admission.image_loader import Gatherer
+from web.admission.image_loader import ImageLoader
 from web.schemas.requests import InferenceRequest, JobRequest
 
 PNG = picture()
@@ -29,8 +29,8 @@ TEXT = {"type": "text", "text": "What?"}
 
 
 @pytest.fixture
-def gatherer(settings: Settings) -> Gatherer:
-    return Gatherer(settings, None)
+def image_loader(settings: Settings) -> ImageLoader:
+    return ImageLoader(settings, None)
 
 
 def settings_with(**more: Any) -> Settings:
@@ -45,9 +45,9 @@ def shown(content: Any) -> JobRequest:
     return asked(messages=[{"role": "user", "content": content}])
 
 
-def refusal(gatherer: Gatherer, request: JobRequest, *uploads: bytes) -> MlxqError:
+def refusal(image_loader: ImageLoader, request: JobRequest, *uploads: bytes) -> MlxqError:
     with pytest.raises(MlxqError) as caught:
-        gatherer.gather(request, uploads)
+        image_loader.load(request, uploads)
     return caught.value
 
 
@@ -60,17 +60,17 @@ def refusal(gatherer: Gatherer, request: JobRequest, *uploads: bytes) -> MlxqErr
         {"type": "image", "image": URL},
     ],
 )
-def test_a_part_becomes_what_the_record_says_of_it(gatherer: Gatherer, part: dict[str, Any]) -> None:
-    found = gatherer.gather(shown([part, TEXT]))
+def test_a_part_becomes_what_the_record_says_of_it(image_loader: ImageLoader, part: dict[str, Any]) -> None:
+    found = image_loader.load(shown([part, TEXT]))
     assert found.files == {digest(PNG): PNG}
     assert found.request.conversation(has_template=True) == ({"role": "user", "content": [STORED, TEXT]},)
     assert URL not in found.request.meaning()
 
 
 @pytest.mark.parametrize("body", [{"prompt": "What?"}, {"messages": [{"role": "user", "content": "What?"}]}])
-def test_loose_images_come_before_what_the_user_says(gatherer: Gatherer, body: dict[str, Any]) -> None:
+def test_loose_images_come_before_what_the_user_says(image_loader: ImageLoader, body: dict[str, Any]) -> None:
     for kind in (JobRequest, InferenceRequest):
-        found = gatherer.gather(kind.model_validate({**body, "images": [URL]}), [picture(seed=2)])
+        found = image_loader.load(kind.model_validate({**body, "images": [URL]}), [picture(seed=2)])
         (turn,) = found.request.conversation(has_template=True) or ()
         assert [part["type"] for part in turn["content"]] == ["image", "image", "text"]
         assert turn["content"][0] == STORED
@@ -78,41 +78,41 @@ def test_loose_images_come_before_what_the_user_says(gatherer: Gatherer, body: d
         assert list(found.files) == [digest(PNG), digest(picture(seed=2))]
 
 
-def test_loose_images_go_to_the_last_thing_the_user_says(gatherer: Gatherer) -> None:
+def test_loose_images_go_to_the_last_thing_the_user_says(image_loader: ImageLoader) -> None:
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
     request = asked(messages=[{"role": role, "content": text} for role, text in turns], images=[URL])
-    told = gatherer.gather(request).request.conversation(has_template=True) or ()
+    told = image_loader.load(request).request.conversation(has_template=True) or ()
     assert [turn["content"] for turn in told[:3]] == ["Be brief.", "a", "b"]
     assert told[3]["content"] == [STORED, {"type": "text", "text": "c"}]
 
 
-def test_a_raw_prompt_takes_no_images(gatherer: Gatherer) -> None:
+def test_a_raw_prompt_takes_no_images(image_loader: ImageLoader) -> None:
     for body, uploads in (({"images": [URL]}, []), ({}, [PNG])):
         with pytest.raises(Invalid) as caught:
-            gatherer.gather(InferenceRequest.model_validate({"prompt": "?", "raw": True, **body}), uploads)
+            image_loader.load(InferenceRequest.model_validate({"prompt": "?", "raw": True, **body}), uploads)
         assert caught.value.field == "raw"
 
 
-def test_the_same_image_is_kept_once(gatherer: Gatherer) -> None:
-    found = gatherer.gather(shown([{"type": "image", "image": URL}, {"type": "image", "image": URL}, TEXT]))
+def test_the_same_image_is_kept_once(image_loader: ImageLoader) -> None:
+    found = image_loader.load(shown([{"type": "image", "image": URL}, {"type": "image", "image": URL}, TEXT]))
     assert len(found.files) == 1
     assert [part["type"] for part in (found.request.conversation(has_template=True) or ())[0]["content"]] == [
         "image", "image", "text",
     ]  # fmt: skip
 
 
-def test_how_an_image_is_written_makes_no_other_request(gatherer: Gatherer) -> None:
+def test_how_an_image_is_written_makes_no_other_request(image_loader: ImageLoader) -> None:
     ways = [{"type": "image", "image": URL}, {"type": "image_url", "image_url": {"url": data_url(PNG, "image/jpeg")}}]
-    assert len({gatherer.gather(shown([way, TEXT])).request.meaning() for way in ways}) == 1
+    assert len({image_loader.load(shown([way, TEXT])).request.meaning() for way in ways}) == 1
     other = {"type": "image", "image": data_url(picture(seed=9))}
     assert (
-        gatherer.gather(shown([other, TEXT])).request.meaning()
-        != gatherer.gather(shown([ways[0], TEXT])).request.meaning()
+        image_loader.load(shown([other, TEXT])).request.meaning()
+        != image_loader.load(shown([ways[0], TEXT])).request.meaning()
     )
 
 
-def test_parts_that_are_all_text_are_one_text(gatherer: Gatherer) -> None:
-    request = gatherer.gather(shown([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])).request
+def test_parts_that_are_all_text_are_one_text(image_loader: ImageLoader) -> None:
+    request = image_loader.load(shown([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])).request
     assert request.conversation(has_template=True) == ({"role": "user", "content": "a\nb"},)
 
 
@@ -125,16 +125,18 @@ def test_parts_that_are_all_text_are_one_text(gatherer: Gatherer) -> None:
         ("GIF", "P", {"save_all": True, "append_images": [Image.new("P", (300, 200), 3)]}),
     ],
 )  # fmt: skip
-def test_kinds_of_images(gatherer: Gatherer, form: str, mode: str, save: dict[str, Any]) -> None:
-    found = gatherer.gather(shown([{"type": "image", "image": data_url(picture(form=form, mode=mode, **save))}, TEXT]))
+def test_kinds_of_images(image_loader: ImageLoader, form: str, mode: str, save: dict[str, Any]) -> None:
+    found = image_loader.load(
+        shown([{"type": "image", "image": data_url(picture(form=form, mode=mode, **save))}, TEXT])
+    )
     (turn,) = found.request.conversation(has_template=True) or ()
     assert (turn["content"][0]["width"], turn["content"][0]["height"]) == (300, 200)
 
 
-def test_a_picture_taken_upright_is_as_high_as_it_looks(gatherer: Gatherer) -> None:
+def test_a_picture_taken_upright_is_as_high_as_it_looks(image_loader: ImageLoader) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = gatherer.gather(asked(prompt="?", images=[data_url(picture(form="JPEG", exif=exif.tobytes()))]))
+    found = image_loader.load(asked(prompt="?", images=[data_url(picture(form="JPEG", exif=exif.tobytes()))]))
     (turn,) = found.request.conversation(has_template=True) or ()
     assert (turn["content"][0]["width"], turn["content"][0]["height"]) == (200, 300)
 
@@ -190,12 +192,12 @@ def bitmap() -> bytes:
         ("http://example.com/a.png", "image_url_refused"),
     ],
 )
-def test_what_is_no_image_is_refused_by_name(gatherer: Gatherer, url: str, code: str) -> None:
+def test_what_is_no_image_is_refused_by_name(image_loader: ImageLoader, url: str, code: str) -> None:
     for request, field in (
         (asked(prompt="?", images=[URL, url]), "images[1]"),
         (shown([TEXT, {"type": "image_url", "image_url": {"url": url}}]), "messages[0].content[1]"),
     ):
-        error = refusal(gatherer, request)
+        error = refusal(image_loader, request)
         assert (type(error), error.code, error.field) == (Invalid, code, field)
         assert error.detail.startswith(f"{field}: ")
         assert url[22:] not in error.detail or len(url) < 30
@@ -210,10 +212,10 @@ EXIF = b"\xff\xe1\0\x6cExif\0\0" + bytes(100)
     [jpeg_of(51), jpeg_of(5000), with_segments(EXIF, 1001), with_segments(b"\xff\xd9\xff\xf0\xff\xff" + EXIF, 1001)],
 )
 def test_a_jpeg_that_takes_its_time_over_and_over_is_not_decoded(
-    gatherer: Gatherer, image: bytes, monkeypatch: pytest.MonkeyPatch
+    image_loader: ImageLoader, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "open", None)
-    error = refusal(gatherer, asked(prompt="?", images=[data_url(image)]))
+    error = refusal(image_loader, asked(prompt="?", images=[data_url(image)]))
     assert (type(error), error.code, error.field) == (Invalid, "image_broken", "images[0]")
     assert "more segments" in error.detail
 
@@ -225,39 +227,39 @@ def test_a_jpeg_that_takes_its_time_over_and_over_is_not_decoded(
         picture(form="JPEG", restart_marker_blocks=1), picture(2000, 1500, form="JPEG", quality=100),
     ],
 )  # fmt: skip
-def test_a_jpeg_may_have_much_beside_its_picture(gatherer: Gatherer, image: bytes) -> None:
-    assert len(gatherer.gather(asked(prompt="?", images=[data_url(image)])).files) == 1
+def test_a_jpeg_may_have_much_beside_its_picture(image_loader: ImageLoader, image: bytes) -> None:
+    assert len(image_loader.load(asked(prompt="?", images=[data_url(image)])).files) == 1
 
 
 @pytest.mark.parametrize("url", ["data:" + "A" * 10**7, "data:image/png" + ";a" * 5 * 10**6])
-def test_a_data_url_without_data_is_not_looked_through(gatherer: Gatherer, url: str) -> None:
+def test_a_data_url_without_data_is_not_looked_through(image_loader: ImageLoader, url: str) -> None:
     started_at = time.monotonic()
-    assert refusal(gatherer, asked(prompt="?", images=[url])).code == "image_broken"
+    assert refusal(image_loader, asked(prompt="?", images=[url])).code == "image_broken"
     assert time.monotonic() - started_at < 0.3
 
 
 @pytest.mark.parametrize("size", [(200, 1), (20, 4000), (1, 1)])
-def test_a_long_or_small_image_is_taken_as_far_as_models_do(gatherer: Gatherer, size: tuple[int, int]) -> None:
-    assert gatherer.gather(asked(prompt="?", images=[data_url(picture(*size))])).files
+def test_a_long_or_small_image_is_taken_as_far_as_models_do(image_loader: ImageLoader, size: tuple[int, int]) -> None:
+    assert image_loader.load(asked(prompt="?", images=[data_url(picture(*size))])).files
     assert ImageGeometry(28, 3136, 12845056).resized(*size)
 
 
-def test_an_upload_is_named_by_its_place_behind_the_others(gatherer: Gatherer) -> None:
-    assert refusal(gatherer, asked(prompt="?", images=[URL]), PNG, b"no").field == "images[2]"
+def test_an_upload_is_named_by_its_place_behind_the_others(image_loader: ImageLoader) -> None:
+    assert refusal(image_loader, asked(prompt="?", images=[URL]), PNG, b"no").field == "images[2]"
 
 
 def test_limits(settings: Settings) -> None:
-    few = Gatherer(settings.model_copy(update={"max_images": 2}), None)
+    few = ImageLoader(settings.model_copy(update={"max_images": 2}), None)
     assert refusal(few, asked(prompt="?", images=[URL] * 3)).code == "too_many_images"
     error = refusal(few, shown([{"type": "image", "image": URL}] * 3))
     assert (error.code, error.field) == ("too_many_images", "messages[0].content[2]")
-    small = Gatherer(settings.model_copy(update={"max_image_bytes": len(PNG) - 1}), None)
+    small = ImageLoader(settings.model_copy(update={"max_image_bytes": len(PNG) - 1}), None)
     error = refusal(small, asked(prompt="?", images=[URL]))
     assert (type(error), error.code, error.field) == (TooLarge, "image_too_large", "images[0]")
-    narrow = Gatherer(settings.model_copy(update={"max_image_pixels": 300 * 200 - 1}), None)
+    narrow = ImageLoader(settings.model_copy(update={"max_image_pixels": 300 * 200 - 1}), None)
     assert refusal(narrow, asked(prompt="?", images=[URL])).code == "image_too_many_pixels"
     fitting = settings.model_copy(update={"max_image_bytes": len(PNG), "max_image_pixels": 60_000, "max_images": 1})
-    assert Gatherer(fitting, None).gather(asked(prompt="?", images=[URL])).files
+    assert ImageLoader(fitting, None).load(asked(prompt="?", images=[URL])).files
 
 
 @pytest.mark.parametrize(
@@ -288,44 +290,44 @@ def test_urls_are_read_where_that_is_switched_on(settings: Settings) -> None:
         read.append((url, most, caller))
         return PNG
 
-    found = Gatherer(settings, fetch).gather(asked(prompt="?", images=["https://example.com/a.png"]), caller="me")
+    found = ImageLoader(settings, fetch).load(asked(prompt="?", images=["https://example.com/a.png"]), caller="me")
     assert found.files == {digest(PNG): PNG}
     assert read == [("https://example.com/a.png", settings.max_image_bytes, "me")]
 
 
 def test_urls_are_told_apart_by_themselves_and_read_once(settings: Settings) -> None:
     pictures = iter([PNG, picture(seed=2)])
-    gatherer = Gatherer(settings, lambda *_: next(pictures))
+    image_loader = ImageLoader(settings, lambda *_: next(pictures))
     request = shown([{"type": "image", "image": "https://example.com/a.png"}, {"type": "image", "image": URL}, TEXT])
     request = request.model_copy(update={"images": ["http://example.com/a.png"]})
-    first = gatherer.gather(request, repeated=lambda: False)
-    again = gatherer.gather(request, repeated=lambda: True)
+    first = image_loader.load(request, repeated=lambda: False)
+    again = image_loader.load(request, repeated=lambda: True)
     assert first.meant.meaning() == again.meant.meaning() != first.request.meaning()
     assert (len(first.files), first.unread, len(again.files), again.unread) == (2, 0, 1, 2)
     other = request.model_copy(update={"images": ["http://example.com/b.png"]})
-    assert gatherer.gather(other, repeated=lambda: True).meant.meaning() != first.meant.meaning()
+    assert image_loader.load(other, repeated=lambda: True).meant.meaning() != first.meant.meaning()
 
 
 def test_nothing_is_asked_of_a_request_without_urls(settings: Settings) -> None:
     def repeated() -> bool:
         raise AssertionError
 
-    gatherer = Gatherer(settings, lambda *_: PNG)
-    found = gatherer.gather(asked(prompt="?", images=[URL]), [PNG], repeated=repeated)
+    image_loader = ImageLoader(settings, lambda *_: PNG)
+    found = image_loader.load(asked(prompt="?", images=[URL]), [PNG], repeated=repeated)
     assert found.meant.meaning() == found.request.meaning()
 
 
 def test_what_comes_from_urls_is_no_more_than_a_body_may_hold(settings: Settings) -> None:
     files = {f"https://example.com/{n}.png": picture(seed=n) for n in range(4)}
     most = sum(map(len, files.values()))
-    fitting = Gatherer(settings.model_copy(update={"max_body_bytes": most}), lambda url, *_: files[url])
-    assert len(fitting.gather(asked(prompt="?", images=[*files, *files])).files) == 4, "the same again is no more"
-    small = Gatherer(settings.model_copy(update={"max_body_bytes": most - 1}), lambda url, *_: files[url])
+    fitting = ImageLoader(settings.model_copy(update={"max_body_bytes": most}), lambda url, *_: files[url])
+    assert len(fitting.load(asked(prompt="?", images=[*files, *files])).files) == 4, "the same again is no more"
+    small = ImageLoader(settings.model_copy(update={"max_body_bytes": most - 1}), lambda url, *_: files[url])
     error = refusal(small, asked(prompt="?", images=list(files)))
     assert (type(error), error.code, error.field) == (TooLarge, "image_too_large", "images[3]")
 
 
-def test_few_images_are_decoded_at_once(gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images_are_decoded_at_once(image_loader: ImageLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, released = threading.Semaphore(0), threading.Event()
 
     def decode(data: bytes) -> tuple[int, int]:
@@ -333,9 +335,11 @@ def test_few_images_are_decoded_at_once(gatherer: Gatherer, monkeypatch: pytest.
         assert released.wait(30)
         return 1, 1
 
-    monkeypatch.setattr(gatherer, "_decoded_size", decode)
+    monkeypatch.setattr(image_loader, "_decoded_size", decode)
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(gatherer.gather, asked(prompt="?", images=[data_url(picture(seed=n))])) for n in range(4)]
+        asking = [
+            pool.submit(image_loader.load, asked(prompt="?", images=[data_url(picture(seed=n))])) for n in range(4)
+        ]
         try:
             assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
             assert not begun.acquire(timeout=0.2), "a third waits for one of them"
@@ -344,8 +348,8 @@ def test_few_images_are_decoded_at_once(gatherer: Gatherer, monkeypatch: pytest.
         assert all(each.result(10).files for each in asking)
 
 
-def test_a_png_with_a_wrong_checksum_is_broken(gatherer: Gatherer) -> None:
+def test_a_png_with_a_wrong_checksum_is_broken(image_loader: ImageLoader) -> None:
     bent = bytearray(PNG)
     bent[PNG.index(b"IDAT") + 40] ^= 0xFF
-    error = refusal(gatherer, asked(prompt="?", images=[data_url(bytes(bent))]))
+    error = refusal(image_loader, asked(prompt="?", images=[data_url(bytes(bent))]))
     assert (type(error), error.code, error.field) == (Invalid, "image_broken", "images[0]")

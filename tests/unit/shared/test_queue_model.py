@@ -25,7 +25,7 @@ from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
-from shared.queue.claims import Append, Claims, Demand, NoLease, Reaper, Verdict
+from shared.queue.claims import Append, Claims, Demand, NoLease, Reaper, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 
@@ -422,10 +422,10 @@ class Queue(RuleBasedStateMachine):
         starts, runs = expected.is_reserved_by(grip), expected.is_run_by(grip)
         row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 2, start=True)
         with sent(self.claims[grip.worker], "_append", twice):
-            (verdict,) = self.claims[grip.worker].append([row])
+            (write_result,) = self.claims[grip.worker].append([row])
         if starts:
             expected.start()
-        assert verdict == (Verdict(expected.stop_as or "ok") if starts or runs else Verdict.FENCED)
+        assert write_result == (WriteResult(expected.stop_as or "ok") if starts or runs else WriteResult.FENCED)
 
     @rule(grip=grips, chunk=chunks, twice=twice)
     def write(self, grip: Grip, chunk: tuple[str, int], twice: bool) -> None:
@@ -433,8 +433,8 @@ class Queue(RuleBasedStateMachine):
         holds, (text, count) = expected.is_run_by(grip), chunk
         row = Append(grip.job_id, grip.attempt, grip.claimed_at, len(expected.events) + 1, text, (1,) * count)
         with sent(self.claims[grip.worker], "_append", twice):
-            (verdict,) = self.claims[grip.worker].append([row])
-        assert verdict == (Verdict(expected.stop_as or "ok") if holds else Verdict.FENCED)
+            (write_result,) = self.claims[grip.worker].append([row])
+        assert write_result == (WriteResult(expected.stop_as or "ok") if holds else WriteResult.FENCED)
         if holds:
             expected.text += text
             expected.tokens += count
@@ -460,12 +460,12 @@ class Queue(RuleBasedStateMachine):
             expected.start()
         holds = expected.is_run_by(grip)
         with sent(self.claims[grip.worker], "_append", twice):
-            (verdict,) = self.claims[grip.worker].append([row])
+            (write_result,) = self.claims[grip.worker].append([row])
         if holds:
-            assert verdict == (Verdict.OK if twice else Verdict(expected.stop_as or "ok"))
+            assert write_result == (WriteResult.OK if twice else WriteResult(expected.stop_as or "ok"))
             expected.end(status, code)
         else:
-            assert verdict is (Verdict.OK if already else Verdict.FENCED)
+            assert write_result is (WriteResult.OK if already else WriteResult.FENCED)
 
     @rule(grip=grips, twice=twice)
     def hand_back(self, grip: Grip, twice: bool) -> None:

@@ -15,7 +15,7 @@ from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue.claims import Append, Claims, Verdict
+from shared.queue.claims import Append, Claims, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.plugins.work import run_alone, sequence_for, text_of
@@ -34,7 +34,7 @@ class Line:
         self.troubles: list[str] = []
         self.calls: list[list[Append]] = []
 
-    def append(self, rows: Rows[Append]) -> list[Verdict]:
+    def append(self, rows: Rows[Append]) -> list[WriteResult]:
         self.calls.append(list(rows))
         trouble = self.troubles.pop(0) if self.troubles else ""
         if trouble == "lost":
@@ -43,10 +43,10 @@ class Line:
             raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
         if trouble == "faulty":
             raise ResponseError("ERR user_script:12: attempt to index a nil value")
-        verdicts = self._claims.append(rows)
+        results = self._claims.append(rows)
         if trouble == "unanswered":
             raise RedisAway("unanswered")
-        return verdicts
+        return results
 
 
 class Desk:
@@ -58,11 +58,11 @@ class Desk:
         self.log = JobLog(client)
         self.claims = lease(client, "w1")
         self.line = Line(self.claims)
-        self.verdicts: list[tuple[str, int, Verdict]] = []
+        self.results: list[tuple[str, int, WriteResult]] = []
         self.began: list[str] = []
         self.publisher = Publisher(
             self.line,  # type: ignore[arg-type]
-            lambda *verdict: self.verdicts.append(verdict),
+            lambda *write_result: self.results.append(write_result),
             on_started=lambda job: self.began.append(job.id),
         )
         self.runner = FakeRunner()
@@ -222,7 +222,7 @@ def test_a_stop_word_is_passed_on(desk: Desk) -> None:
     desk.jobs.stop(job.id, "me")
     desk.put(first)
     desk.publisher.write()
-    assert desk.verdicts == [(job.id, 1, Verdict.CANCELLED)]
+    assert desk.results == [(job.id, 1, WriteResult.CANCELLED)]
     assert first.sequence.outcome is None
 
 
@@ -232,7 +232,7 @@ def test_a_job_that_was_cancelled_before_its_admission_is_dropped(desk: Desk) ->
     desk.jobs.stop(job.id, "me")
     desk.put(start)
     desk.publisher.write()
-    assert (start.sequence.outcome, desk.verdicts) == (Outcome.FENCED, [(job.id, 1, Verdict.FENCED)])
+    assert (start.sequence.outcome, desk.results) == (Outcome.FENCED, [(job.id, 1, WriteResult.FENCED)])
     assert desk.began == [] and desk.kinds(start.sequence) == ["queued", "done"]
 
 
@@ -245,7 +245,7 @@ def test_a_fenced_job_is_dropped_and_its_neighbour_is_not(desk: Desk) -> None:
     desk.put(lost[1])
     desk.publisher.write()
     assert lost[0].sequence.outcome is Outcome.FENCED
-    assert desk.verdicts == [(job.id, 1, Verdict.FENCED)]
+    assert desk.results == [(job.id, 1, WriteResult.FENCED)]
     assert len(desk.line.calls) == 1
     desk.check(ours)
 

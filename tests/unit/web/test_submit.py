@@ -14,7 +14,7 @@ from shared.settings import Settings
 from tests.support.fake_redis import FakeRedis
 from tests.support.image_files import picture
 from web.access.api_keys import KeyStore
-from web.admission.image_loader import Gatherer
+from web.admission.image_loader import ImageLoader
 from web.app import create_app
 from web.services import EXTENSION
 
@@ -41,7 +41,7 @@ def site() -> Site:
 @pytest.fixture
 def app(settings: Settings, site: Site) -> Flask:
     app = create_app(settings, FakeRedis())
-    app.extensions[EXTENSION] = replace(app.extensions[EXTENSION], gatherer=Gatherer(settings, site.fetch))
+    app.extensions[EXTENSION] = replace(app.extensions[EXTENSION], image_loader=ImageLoader(settings, site.fetch))
     return app
 
 
