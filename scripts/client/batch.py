@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from scripts.client import options, plan
+from scripts.client import connection, plan
 from scripts.client.api import Client, Refused, Unreachable
 from scripts.client.progress import Display, Tally, say
 from scripts.client.prompts import Malformed, Prompt, read_prompts
@@ -57,7 +57,7 @@ class Batch:
 
     def __init__(self, options: argparse.Namespace, settings: Settings) -> None:
         self._options = options
-        self._key = options.api_key(options.api_key_env, settings)
+        self._key = connection.api_key(options.api_key_env, settings)
         self._wait_s = int(min(WAIT_S, settings.max_wait_s))
         self._stop = Event()
 
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         return Batch(options, settings).run()
     except ValidationError as error:
         say("settings that do not fit: " + ", ".join(str(fault["loc"][0]).upper() for fault in error.errors()))
-    except (CannotStart, options.NoKey, OSError) as error:
+    except (CannotStart, connection.NoKey, OSError) as error:
         say(f"batch: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -167,7 +167,7 @@ def _parser(settings: Settings) -> argparse.ArgumentParser:
         "prompts", type=Path, help="one request a line: the body of POST /v1/jobs, or a string as its prompt"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="file with one result a line")
-    options.add_options(parser, settings)
+    connection.add_options(parser, settings)
     parser.add_argument("--concurrency", type=_positive, default=64, help="jobs at once (%(default)s)")
     parser.add_argument("--in-order", action="store_true", help="write results in the order of the prompts")
     parser.add_argument("--retry-failed", action="store_true", help="do again what failed in an earlier run")

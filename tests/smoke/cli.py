@@ -16,7 +16,7 @@ from typing import TypeVar
 import httpx2
 from pydantic import ValidationError
 
-from scripts.client import options
+from scripts.client import connection
 from scripts.client.api import Client, ClientError
 from shared.settings import Settings, load_settings
 from tests.smoke import api, flower
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings()
         options = _parser(settings).parse_args(arguments)
-        key = options.api_key(options.api_key_env, settings)
-    except (ValidationError, options.NoKey) as error:
+        key = connection.api_key(options.api_key_env, settings)
+    except (ValidationError, connection.NoKey) as error:
         print(f"smoke: {error}", file=sys.stderr)
         return 2
     with Client(options.url, key) as client, Client(options.url) as stranger, Client(options.url, IMPOSTOR) as impostor:
@@ -81,12 +81,12 @@ def _parser(settings: Settings) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "scripts/smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_options(parser, settings)
+    connection.add_options(parser, settings)
     parser.add_argument("--no-flower", dest="flower", action="store_false", help="leave Flower out")
     parser.add_argument(
         "--flower-url",
         metavar="URL",
-        default=os.environ.get("FLOWER_URL") or options.local_url(settings.host, settings.flower_port),
+        default=os.environ.get("FLOWER_URL") or connection.local_url(settings.host, settings.flower_port),
         help="where Flower is (%(default)s); it is entered with FLOWER_USER and FLOWER_PASSWORD",
     )
     return parser
