@@ -167,14 +167,14 @@ def test_logarithmic_ticks_are_powers_of_ten_around_the_values() -> None:
 def test_a_run_is_kept_with_its_data_picture_and_page(results: Results, report: dict[str, Any], tmp_path: Path) -> None:
     folder = saving.save(report, results, "v1", tmp_path)
 
-    assert json.loads((folder / "cli.json").read_text())["records"] == report["records"]
-    ElementTree.parse(folder / "cli.svg")
+    assert json.loads((folder / "bench.json").read_text())["records"] == report["records"]
+    ElementTree.parse(folder / "bench.svg")
     page = (folder / "README.md").read_text()
     for part in (
         report["commit"],
         report["machine"]["cpu"],
         "`scripts/bench`",
-        "cli.svg",
+        "bench.svg",
         "2,900.0",
         "queue hop 5 ms",
     ):
