@@ -37,7 +37,7 @@ def docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_quick_run_measures_every_scenario_and_keeps_it(
     tiny_model_path: Path, tiny_vision_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = tmp_path / "cli.json"
+    report = tmp_path / "bench.json"
     small = ["--quick", "--seconds", "1", "--who", *WHO, "--only", "load", "--vision-model", str(tiny_vision_path)]
     status = cli.main([*small, "--json", str(report), "--save", "v1"])
 
@@ -62,13 +62,13 @@ def test_a_quick_run_measures_every_scenario_and_keeps_it(
     first, again = (records["images", f"16 clients{more}", OWN] for more in ("", ", the same images again"))
     assert (first["failed"], first["images_encoded"], again["images_encoded"]) == (0, 16, 0)
     assert f"left out: {BARE}, images" in capsys.readouterr().out
-    ElementTree.parse(docs / "v1/cli.svg")
+    ElementTree.parse(docs / "v1/bench.svg")
     assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
 
 
 @pytest.mark.long
 def test_a_librarys_own_server_is_measured_by_the_same_load(tiny_model_path: Path, tmp_path: Path) -> None:
-    report = tmp_path / "cli.json"
+    report = tmp_path / "bench.json"
     assert not cli.main(["--quick", "--scenario", "closed", "--who", PEER, "--only", "load", "--json", str(report)])
 
     (record,) = json.loads(report.read_text())["records"]
@@ -86,7 +86,7 @@ def libraries(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.long
 def test_a_run_that_is_ended_tells_what_it_has(tiny_model_path: Path, tmp_path: Path) -> None:
-    report = tmp_path / "cli.json"
+    report = tmp_path / "bench.json"
     command = [sys.executable, "-m", "tests.bench.cli", "--quick", "--scenario", "closed", "open"]
     options = ["--seconds", "600", "--who", BARE, "--only", "load", "--json", str(report)]
     with subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
