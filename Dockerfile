@@ -20,7 +20,7 @@ COPY scripts/stack scripts/stack
 RUN python -m compileall -q .
 USER mlxq
 EXPOSE 8080
-CMD ["gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"]
+CMD ["python", "-m", "web"]
 
 FROM base AS worker
 # MLX's Linux wheel links the reference BLAS; the worker puts this one in front of it.

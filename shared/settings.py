@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.environment import drop_foreign_variables
 from shared.queue import redis_url
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +202,16 @@ class Settings(BaseSettings):
     def _broker_is_reachable_in_principle(cls, url: str) -> str:
         return url and redis_url.check_broker(url)
 
+    @field_validator("flower_user", "flower_password")
+    @classmethod
+    def _is_ascii(cls, value: str | SecretStr, info: ValidationInfo) -> str | SecretStr:
+        text = value if isinstance(value, str) else value.get_secret_value()
+        if not (text.isascii() and text.isprintable()):
+            raise ValueError("use printable ASCII characters only: Flower cannot compare others")
+        if info.field_name == "flower_user" and ":" in text:
+            raise ValueError("remove the colon: in HTTP's basic authentication it ends the user's name")
+        return value
+
     @field_validator("max_start_within_s", "max_deadline_s", "log_retention_s")
     @classmethod
     def _in_order(cls, value: float | None, info: ValidationInfo) -> float | None:
@@ -271,11 +282,12 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the environment and `.env` now.
+    """Read the environment and `.env` now, and remove the variables of libraries that would override them.
 
     Raises:
         pydantic.ValidationError: naming each variable that does not fit.
     """
+    drop_foreign_variables(os.environ)
     return Settings()
 
 

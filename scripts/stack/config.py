@@ -15,7 +15,7 @@ from shared.machine_memory import total_memory
 from shared.settings import ROOT, Settings
 from worker.process.exits import EXIT_CONFIG
 
-_PYTHON = (sys.executable, "-m")
+_PYTHON = (sys.executable, "-P", "-m")
 # Jobs and streams are let go after DRAIN_S; the rest is for the engine's last step and for Python's own end.
 _DRAIN_MARGIN_S = 10
 _LOG_BYTES = "20MB"
@@ -42,12 +42,11 @@ class Program:
 def programs(settings: Settings) -> list[Program]:
     """Everything that runs on this machine."""
     drain_s = int(settings.drain_s) + _DRAIN_MARGIN_S
-    gunicorn = (*_PYTHON, "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()")
     valkey = Program("valkey", (str(get_binary_path()), str(valkey_conf_path(settings))), stop_wait_s=30)
     worker = Program(
         "worker", (*_PYTHON, "worker.process.launcher"), stop_wait_s=drain_s, numbered=True, processes=settings.workers
     )
-    web = Program("web", gunicorn, stop_wait_s=drain_s)
+    web = Program("web", (*_PYTHON, "web"), stop_wait_s=drain_s)
     flower = Program("flower", (*_PYTHON, "scripts.stack.flower"), stop_wait_s=5)
     return [*([valkey] if settings.embedded_redis else []), worker, web, flower]
 

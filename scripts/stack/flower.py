@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import sys
 
+import celery.__main__
+import flower.options  # noqa: F401 - defines the options that are set here
+from tornado.options import options
+
 from shared.settings import load_or_exit
 
 
 def main() -> None:
-    """Become Flower. The password travels in the environment: a command line is seen by every user."""
+    """Run Flower in this process.
+
+    The password is set as an option, not in a variable or an argument. Flower splits a variable at its commas, and
+    every user of the machine can read a command line.
+    """
     settings = load_or_exit()
     password = settings.flower_password.get_secret_value()
     if not password:
         sys.exit("FLOWER_PASSWORD is empty: set it in the environment or .env")
-    environment = {**os.environ, "FLOWER_BASIC_AUTH": f"{settings.flower_user}:{password}"}
+    options.basic_auth = [f"{settings.flower_user}:{password}"]
+    no_file = f"--conf={os.devnull}"  # else Flower executes a flowerconfig.py in the current directory
     address = (f"--address={settings.host}", f"--port={settings.flower_port}")
-    command = [sys.executable, "-m", "celery", "-A", "shared.queue.wakeups:app", "flower", *address]
-    os.execve(sys.executable, command, environment)
+    sys.argv = ["celery", "-A", "shared.queue.wakeups:app", "flower", no_file, *address]
+    celery.__main__.main()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
             "MODEL_PATH" if path == settings.model_path else f"{settings.models_file.name}: the default model's folder"
         )
         raise StartFailed(f"{own} {path} holds no model (no config.json); see scripts/fetch_model")
-    fetch = subprocess.Popen([sys.executable, "-m", "scripts.model_files.fetch"], env=environment, cwd=ROOT)
+    fetch = subprocess.Popen([sys.executable, "-P", "-m", "scripts.model_files.fetch"], env=environment, cwd=ROOT)
     try:
         while fetch.poll() is None:
             signals.pause(0.2)

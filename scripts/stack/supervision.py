@@ -50,7 +50,7 @@ class Supervisor:
     """One supervisord. It runs in a session of its own, so that a Ctrl-C reaches serve and not the children."""
 
     def __init__(self, conf: Path, control: Path, environment: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf)]
+        command = [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(conf)]
         control.unlink(missing_ok=True)
         self._process = subprocess.Popen(
             command,

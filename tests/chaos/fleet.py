@@ -324,9 +324,7 @@ def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo
             )
             for i, link in enumerate(links)
         ],
-        api=Member(
-            "api", (*python, "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"), env, home / "api.log"
-        ),
+        api=Member("api", (*python, "web"), env, home / "api.log"),
         links=links,
         disk=disk,
         client=Client(f"http://127.0.0.1:{api_port}", key, connections=256),

@@ -129,7 +129,7 @@ def test_a_client_follows_a_new_master_and_leaves_a_demoted_one(watched: Watched
     client.close()
 
 
-PROCESSES = [("-m", "worker.app"), ("-m", "scripts.stack.flower"), ("-m", "gunicorn", "-c", "web/gunicorn.conf.py")]
+PROCESSES = [("-m", "worker.app"), ("-m", "scripts.stack.flower"), ("-m", "web")]
 
 
 @pytest.mark.parametrize("command", PROCESSES)

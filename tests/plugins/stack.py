@@ -62,8 +62,7 @@ class Stack:
         return Client(self.url, self.key, connections=128)
 
     def start_web(self) -> subprocess.Popen[bytes]:
-        gunicorn = [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py"]
-        child = self._start("web", [*gunicorn, "web.app:create_app()"])
+        child = self._start("web", [sys.executable, "-m", "web"])
         with Client(self.url) as client:
             eventually(lambda: self._answers(client, child, "web", "/livez"), "the API answers", START_WITHIN_S)
         return child

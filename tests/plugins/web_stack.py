@@ -225,7 +225,7 @@ def running_web(redis: dict[str, str] = DURABLE, **environment: str) -> Iterator
         def launch() -> subprocess.Popen[bytes]:
             with log.open("ab") as output:
                 return subprocess.Popen(
-                    [sys.executable, "-m", "gunicorn", "-c", "web/gunicorn.conf.py", "web.app:create_app()"],
+                    [sys.executable, "-m", "web"],
                     cwd=ROOT, env=stack_environment, stdout=output, stderr=output,
                 )  # fmt: skip
 

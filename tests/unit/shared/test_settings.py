@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from scripts.docs import settings
-from shared.settings import ROOT, Settings
+from shared.settings import ROOT, Settings, faults, load_settings
 
 
 def test_the_example_and_the_readme_have_every_variable_with_its_default() -> None:
@@ -96,3 +96,14 @@ def test_tickets_go_where_the_queue_is_unless_a_broker_is_named(
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)
     assert (settings.store_url, settings.celery_url) == (store, tickets)
+
+
+@pytest.mark.parametrize(("name", "value"), [("FLOWER_USER", "a:b"), ("FLOWER_USER", "é"), ("FLOWER_PASSWORD", "é")])
+def test_flower_gets_no_name_or_password_that_it_cannot_compare(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as caught:
+        load_settings()
+    assert faults(caught.value).startswith(f"{name}: ")
+    assert value not in faults(caught.value)
