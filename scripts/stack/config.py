@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shlex
 import sys
@@ -42,13 +43,23 @@ class Program:
 def programs(settings: Settings) -> list[Program]:
     """Everything that runs on this machine."""
     drain_s = int(settings.drain_s) + _DRAIN_MARGIN_S
-    valkey = Program("valkey", (str(get_binary_path()), str(valkey_conf_path(settings))), stop_wait_s=30)
+    valkey = Program("valkey", valkey_command(settings), stop_wait_s=30)
     worker = Program(
         "worker", (*_PYTHON, "worker.process.launcher"), stop_wait_s=drain_s, numbered=True, processes=settings.workers
     )
     web = Program("web", (*_PYTHON, "web"), stop_wait_s=drain_s)
     flower = Program("flower", (*_PYTHON, "scripts.stack.flower"), stop_wait_s=5)
     return [*([valkey] if settings.embedded_redis else []), worker, web, flower]
+
+
+def valkey_command(settings: Settings) -> tuple[str, ...]:
+    """How Valkey is started.
+
+    Valkey takes a path with `*` or `[` for a pattern, and starts with its defaults when nothing matches. So these
+    characters are escaped, and no port is opened even if the file is not read.
+    """
+    path = re.sub(r"([*[])", r"\\\1", str(valkey_conf_path(settings)))
+    return str(get_binary_path()), path, "--port", "0"
 
 
 def default_maxmemory(memory: int) -> int:

@@ -22,8 +22,8 @@ MIN_FREE_BYTES = 200 * 2**20
 _SOCKET_PATH_MAX = 103 if sys.platform == "darwin" else 107
 # Supervisor binds its socket under a temporary name: the path, a dot and its process id.
 _SOCKET_SUFFIX = len(".4194304")
-# They mean something in supervisor's configuration, which has no way of quoting them that holds everywhere.
-_BAD_PATH_CHARACTERS = set("%;#\"'\\\n")
+# Supervisor's configuration gives them a meaning and cannot quote them everywhere; `?` ends the path of a Redis URL.
+_BAD_PATH_CHARACTERS = set("%;#\"'\\\n?")
 
 
 def settings_or_fail() -> Settings:

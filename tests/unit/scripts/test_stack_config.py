@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import socket
+import string
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from supervisor.options import ServerOptions
 
-from scripts.stack import config
+from scripts.stack import config, preflight
+from scripts.stack.failure import StartFailed
+from scripts.stack.ports import free_port
+from shared.queue.redis import connect
 from shared.settings import Settings
+from tests.support.waiting import eventually
 from worker.process.exits import EXIT_CONFIG
+
+REFUSED = "%;#\"'\\?"
 
 
 def make(data_dir: Path, **values: Any) -> Settings:
@@ -20,7 +32,7 @@ def make(data_dir: Path, **values: Any) -> Settings:
 def parsed(settings: Settings) -> dict[str, Any]:
     """The process groups by name, as supervisord would run them."""
     for folder in (settings.run_dir, settings.log_dir):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     config.write(settings)
     options = ServerOptions()
     options.realize(["-c", str(config.supervisord_conf_path(settings))])
@@ -61,8 +73,48 @@ def test_a_path_with_spaces_survives(tmp_path: Path) -> None:
     settings = make(tmp_path / "my data")
     groups = parsed(settings)
     [valkey], [web] = groups["valkey"].process_configs, groups["web"].process_configs
-    assert valkey.command.endswith(f"'{settings.run_dir}/valkey.conf'")
+    assert shlex.split(valkey.command)[1] == str(config.valkey_conf_path(settings))
     assert web.stdout_logfile == str(settings.log_dir / "web.log")
+
+
+@pytest.mark.parametrize("character", [each for each in string.punctuation if each != "/"])
+def test_each_character_of_a_path_is_taken_as_it_is_or_refused(character: str) -> None:
+    """Neither supervisord nor Valkey takes it for a pattern, a comment, a variable or an expansion."""
+    with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
+        settings = make(Path(home) / f"a{character}b c")
+        if character in REFUSED:
+            with pytest.raises(StartFailed, match=re.escape(repr(character))):
+                preflight.prepare_data_dir(settings)
+            return
+        preflight.prepare_data_dir(settings)
+        groups = parsed(settings)
+        [valkey], [web] = groups["valkey"].process_configs, groups["web"].process_configs
+        assert web.stdout_logfile == str(settings.log_dir / "web.log")
+        with subprocess.Popen(shlex.split(valkey.command), stdout=subprocess.PIPE, text=True) as server:
+            try:
+                eventually(lambda: settings.redis_socket.is_socket() or server.poll() is not None, "it listens")
+                with connect(settings.store_url) as client:
+                    assert client.config_get("dir")["dir"] == str(settings.data_dir / "valkey")
+                    assert client.config_get("port")["port"] == "0"
+                    assert client.config_get("appendfsync")["appendfsync"] == "always"
+            finally:
+                server.terminate()
+
+
+def test_valkey_opens_no_port_even_without_its_configuration(tmp_path: Path) -> None:
+    settings = make(tmp_path)
+    port = free_port()
+    command = [*config.valkey_command(settings)]
+    assert command[-2:] == ["--port", "0"]
+    config.valkey_conf_path(settings).parent.mkdir(parents=True)
+    config.valkey_conf_path(settings).write_text(f"port {port}\nunixsocket {settings.redis_socket.name}\n")
+    with subprocess.Popen(command, cwd=settings.run_dir, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            eventually(lambda: settings.redis_socket.is_socket() or server.poll() is not None, "it listens")
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", port)) != 0
+        finally:
+            server.terminate()
 
 
 def test_no_secret_is_in_a_command_or_a_file(tmp_path: Path) -> None:
