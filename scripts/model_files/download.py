@@ -1,42 +1,44 @@
-"""Files over HTTP that are what was announced: an interrupted one goes on where it stopped, also in another process.
+"""Downloads of single hub files that continue where an earlier process stopped.
 
-The hub's own library begins a file again when the process that loaded it has ended.
+`huggingface_hub.hf_hub_download` starts a file again in every process: its partial file has a random name (2.4.0). Its
+`http_get`, which continues and retries, takes the partial file from the caller, so the partial file is kept here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx2
-from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # it has no __all__
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import http_get
 
 from scripts.model_files.manifest import sha256
 from shared.models.folder import ModelError
 
-TRIES: Final = 5
-"""Without a single new byte; after that it is given up."""
+# A cut connection or a killed process loses the chunk that is being received. The library's 10 MiB are too much of a
+# slow line's work.
+constants.DOWNLOAD_CHUNK_SIZE = 2**20
+
+RETRIES: Final = 5
+"""Attempts without a new byte before the download fails."""
 PAUSE_S: Final = 1.0
-_TIMEOUT_S: Final = 30.0
-_PARTIAL, _NOT_SATISFIABLE = 206, 416
-_BUSY: Final = (429, 500, 502, 503, 504)
-
-
-class _LaterPerhaps(httpx2.TransportError):
-    """The server cannot answer now."""
+_OVERLOADED: Final = (500, 502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as its server announces it.
+    """A file as the hub lists it.
 
     Attributes:
-        sha256: of its content; empty: not told, as of small files.
-        git_id: what git names its content by; empty: not told. Of large files it is not the content's.
+        sha256: of its content; empty for small files, which the hub stores in git.
+        git_id: git's object id. For files with a `sha256` it is that of a pointer file, not of the content.
     """
 
     name: str
@@ -45,86 +47,78 @@ class RemoteFile:
     git_id: str = ""
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the folder has it, whole and as announced."""
+        """Whether the folder holds the complete file."""
         path = folder / self.name
-        return path.is_file() and path.stat().st_size == self.size and self.is_like(path)
+        return path.is_file() and self.matches(path)
 
-    def is_like(self, path: Path) -> bool:
-        """Whether a file has the announced content."""
+    def matches(self, path: Path) -> bool:
+        """Whether a local file has the listed size and hash."""
+        if path.stat().st_size != self.size:
+            return False
         if self.sha256:
             return sha256(path) == self.sha256
         return not self.git_id or _git_id(path) == self.git_id
 
-    def part(self, folder: Path) -> Path:
-        """Where it is put together; another content of the same name has another place."""
+    def partial(self, folder: Path) -> Path:
+        """The partial file; its name contains the hash, so two versions of a file are never mixed."""
         return folder / f".{self.name}.{(self.sha256 or self.git_id)[:16]}.part"
 
 
-def download(
-    client: httpx2.Client, url: str, headers: dict[str, str], file: RemoteFile, folder: Path, tick: Callable[[], None]
-) -> None:
-    """Have a file in a folder, whole and checked.
+class _ReportingFile(io.BufferedWriter):
+    """A file that calls `tick` after each write, with the bytes already handed to the kernel."""
+
+    def __init__(self, path: Path, tick: Callable[[], None]) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._tick = tick
+
+    def write(self, data: Any, /) -> int:
+        count = super().write(data)
+        self.flush()
+        self._tick()
+        return count
+
+
+def download(url: str, headers: dict[str, str], file: RemoteFile, folder: Path, tick: Callable[[], None]) -> None:
+    """Download a file into a folder, continuing its partial file if there is one, and verify it.
 
     Args:
-        tick: called whenever there is more of it.
+        tick: called after each chunk.
 
     Raises:
-        ModelError: its content is not what was announced.
-        httpx2.HTTPError: the server does not give it, or cannot be reached for long.
+        ModelError: the content differs from what the hub lists.
+        httpx2.HTTPError: the server refuses, or the connection failed `RETRIES` times without a new byte.
     """
-    part = file.part(folder)
-    part.touch()
+    partial = file.partial(folder)
+    partial.touch()
     failures = 0
-    while (have := _size(part)) != file.size:
+    while (have := partial.stat().st_size) < file.size:
         try:
-            _read_on(client, url, headers, file, part, tick)
-        except httpx2.TransportError:
-            failures = 0 if _size(part) > have else failures + 1
-            if failures == TRIES:
+            _continue(url, headers, partial, tick)
+            break
+        except (httpx2.NetworkError, HfHubHTTPError) as error:
+            failures = 0 if partial.stat().st_size > have else failures + 1
+            if failures == RETRIES or not _is_temporary(error):
                 raise
             time.sleep(PAUSE_S)
-    if not file.is_like(part):
-        part.unlink()
-        raise ModelError(f"what came as {file.name} is not what the hub announced (its hash differs): not used")
-    part.replace(folder / file.name)
+    if not file.matches(partial):
+        partial.unlink()
+        raise ModelError(f"{file.name} was received with another size or hash than the hub lists: deleted")
+    partial.replace(folder / file.name)
 
 
-def _read_on(
-    client: httpx2.Client, url: str, headers: dict[str, str], file: RemoteFile, part: Path, tick: Callable[[], None]
-) -> None:
-    """Add to a part what it lacks."""
-    have = _size(part)
-    if have > file.size:
-        part.write_bytes(b"")
-        have = 0
-    # Whole bytes: ranges of what is compressed on the way would be of something else.
-    asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with client.stream("GET", url, headers=asked, timeout=_TIMEOUT_S, follow_redirects=True) as answer:
-        if answer.status_code == _NOT_SATISFIABLE and have:
-            part.unlink()
-            raise ModelError(f"{file.name} ends before the {file.size:,} bytes that the hub announced: not used")
-        if answer.status_code in _BUSY:
-            raise _LaterPerhaps(f"the server answers with {answer.status_code}")
-        hf_raise_for_status(answer)
-        goes_on = answer.status_code == _PARTIAL and answer.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        )
-        with part.open("ab" if goes_on else "wb") as sink:
-            for chunk in answer.iter_bytes():  # as it comes: what has come is kept
-                sink.write(chunk)
-                sink.flush()
-                tick()
-                if sink.tell() > file.size:
-                    raise ModelError(f"{file.name} has more than the {file.size:,} bytes that the hub announced")
-    if _size(part) < file.size:
-        raise httpx2.RemoteProtocolError("the answer ended early")
+def _continue(url: str, headers: dict[str, str], partial: Path, tick: Callable[[], None]) -> None:
+    # A byte range of a compressed answer would be a range of the compressed bytes.
+    headers = {**headers, "Accept-Encoding": "identity"}
+    with _ReportingFile(partial, tick) as sink:
+        http_get(url, sink, resume_size=sink.tell(), headers=headers)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _is_temporary(error: httpx2.NetworkError | HfHubHTTPError) -> bool:
+    """Failures that `http_get` does not retry itself: a reset connection and an overloaded server."""
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code in _OVERLOADED
 
 
 def _git_id(path: Path) -> str:
     content = path.read_bytes()
-    # Not our choice; git itself trusts it with all of a repository.
+    # Git itself identifies the content by SHA-1; it is no choice of ours.
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

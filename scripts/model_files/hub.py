@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
+from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx2
 from huggingface_hub import HfApi, errors, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # it has no __all__
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it has no __all__
+    build_hf_headers,
+    disable_progress_bars,
+    logging,
+)
 
 from scripts.model_files.download import RemoteFile, download
 from scripts.model_files.manifest import Origin, is_intact, read_origin, write_manifest
@@ -43,6 +48,9 @@ def fetch(target: Path, repository: str, revision: str | None) -> None:
     Raises:
         ModelError: it cannot be had, is not a model that can be served, or does not fit on the disk.
     """
+    # The library would draw a bar for each file and log each retry between our own lines.
+    disable_progress_bars()
+    logging.set_verbosity(ERROR)
     with _explained(repository):
         api = HfApi()
         info: ModelInfo = api.model_info(repository, revision=revision, files_metadata=True)
@@ -71,7 +79,7 @@ def _files(info: ModelInfo) -> list[RemoteFile]:
 
 def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], folder: Path) -> None:
     """Have all files in a folder and nothing else; what an earlier download has left there is used."""
-    _keep_only(folder, {file.name for file in files} | {file.part(folder).name for file in files})
+    _keep_only(folder, {file.name for file in files} | {file.partial(folder).name for file in files})
     missing = [file for file in files if not file.is_in(folder)]
     for file in missing:
         (folder / file.name).unlink(missing_ok=True)
@@ -84,7 +92,7 @@ def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], fo
             if file.name.endswith(_WEIGHTS):
                 check_config(folder)
             if file in missing:
-                download(get_session(), url(file.name), headers, file, folder, lambda: show(_bytes_in(folder) / total))
+                download(url(file.name), headers, file, folder, lambda: show(_bytes_in(folder) / total))
 
 
 def _bytes_in(folder: Path) -> int:

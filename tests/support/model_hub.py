@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ class ModelHub:
 
     Attributes:
         cuts: of a file, after how many bytes of each answer the connection is cut; the first is used up first.
+        resets: whether a cut is a TCP reset instead of an orderly close.
         held: of a file, after how many bytes an answer stops without an end, while this is set.
         content: of a file, what is sent in place of what it was announced as.
         statuses: of a file, statuses of the next answers.
@@ -43,6 +46,7 @@ class ModelHub:
     folder: Path
     url: str = ""
     cuts: dict[str, list[int]] = field(default_factory=dict)
+    resets: bool = False
     held: dict[str, int] = field(default_factory=dict)
     content: dict[str, bytes] = field(default_factory=dict)
     statuses: dict[str, list[int]] = field(default_factory=dict)
@@ -120,11 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
-        cut, held = hub.cuts.get(name), hub.held.get(name)
-        body = body[: cut.pop(0)] if cut else body[:held]
+        cuts, held = hub.cuts.get(name), hub.held.get(name)
+        cut = cuts.pop(0) if cuts else None
+        body = body[:held] if cut is None else body[:cut]
         self.wfile.write(body)
         self.wfile.flush()
         sent.bytes = len(body)
+        if cut is not None and hub.resets:
+            # Closing a socket that lingers for zero seconds resets the connection.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
         if held is not None:
             hub.stopping.wait(60)
         self.close_connection = True
