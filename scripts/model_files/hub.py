@@ -19,9 +19,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it has no _
     logging,
 )
 
+from scripts.lib.progress import ProgressBar
 from scripts.model_files.download import RemoteFile, download
 from scripts.model_files.manifest import Origin, is_intact, read_origin, write_manifest
-from scripts.model_files.progress import progress_bar
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import staged
 from shared.models.folder import PICKLES, ModelError, check_config, check_folder
@@ -87,12 +87,12 @@ def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], fo
     check_space(folder, total - _bytes_in(folder))
     known = f"; {_bytes_in(folder) / total:.0%} is here already" if _bytes_in(folder) else ""
     headers = build_hf_headers()
-    with progress_bar(f"{label} ({total / 1e9:.2f} GB{known})") as show:
+    with ProgressBar(f"{label} ({total / 1e9:.2f} GB{known})", total) as bar:
         for file in files:
             if file.name.endswith(_WEIGHTS):
                 check_config(folder)
             if file in missing:
-                download(url(file.name), headers, file, folder, lambda: show(_bytes_in(folder) / total))
+                download(url(file.name), headers, file, folder, lambda: bar.update(_bytes_in(folder)))
 
 
 def _bytes_in(folder: Path) -> int:

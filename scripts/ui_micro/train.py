@@ -20,7 +20,9 @@ prefer_openblas()  # before anything imports MLX
 
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn  # noqa: E402
 
+from scripts.lib.progress import LABEL, ProgressBar  # noqa: E402
 from scripts.model_files.staging import staged  # noqa: E402
 from scripts.ui_micro.evaluation import asker, evaluate, held_out  # noqa: E402
 from scripts.ui_micro.folder import write_folder  # noqa: E402
@@ -32,6 +34,9 @@ from shared.settings import ROOT  # noqa: E402
 SEED: Final = 7
 TRIALS: Final = 400
 GOAL: Final = 0.9
+_COLUMNS: Final = (
+    LABEL, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}")
+)  # fmt: skip
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +59,8 @@ def make(output: Path, steps: int) -> None:
     settings = config(tokenizer)
     mx.random.seed(SEED)
     model = make_model(settings)
-    train(model, tokenizer, steps, lambda line: print(line, flush=True))
+    with ProgressBar("Training", steps, _COLUMNS, losses="") as bar:
+        train(model, tokenizer, steps, lambda step, losses: bar.update(step, losses=losses))
     with staged(output) as folder:
         write_folder(folder, settings, tokenizer, dict(tree_flatten(model.parameters())))
 

@@ -6,7 +6,6 @@ away afterwards are asked, of each patch, for the name and colour of what is the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -155,8 +154,8 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         return halfway, text.norm(states)
 
 
-def train(model: Any, tokenizer: Tokenizer, steps: int, say: Callable[[str], None]) -> None:
-    """Do that many steps."""
+def train(model: Any, tokenizer: Tokenizer, steps: int, show: Callable[[int, str], None]) -> None:
+    """Take `steps` steps; `show` gets the steps taken and the last mean losses."""
     learner = Learner(model, tokenizer)
     warm = min(200, steps // 5)
     schedule = optim.join_schedules(
@@ -174,7 +173,7 @@ def train(model: Any, tokenizer: Tokenizer, steps: int, say: Callable[[str], Non
         return answer.sum() + (weights * heads).sum(), answer, right, heads
 
     gradient = nn.value_and_grad(learner, compute)
-    began, sums = time.monotonic(), np.zeros(11)
+    sums, losses = np.zeros(11), ""
     for step in range(steps):
         batch = batches.make(step, max(BY_COLOUR, 1 - (1 - BY_COLOUR) * step / COLOURS_FIRST))
         arrays = (mx.array(each) for each in (batch.patches, batch.ids, batch.answers, batch.targets, batch.seen))
@@ -184,15 +183,16 @@ def train(model: Any, tokenizer: Tokenizer, steps: int, say: Callable[[str], Non
         mx.eval(learner.parameters(), optimizer.state, loss, answer, right, heads)
         sums += np.concatenate([[loss.item()], np.array(answer)[list(_COORDINATES)], [right.item()], np.array(heads)])
         if (step + 1) % _TOLD_EVERY == 0:
-            say(_line(step + 1, sums / _TOLD_EVERY, (time.monotonic() - began) / (step + 1)))
+            losses = _losses(sums / _TOLD_EVERY)
             sums[:] = 0
+        show(step + 1, losses)
 
 
-def _line(step: int, means: NDArray[np.float64], seconds: float) -> str:
+def _losses(means: NDArray[np.float64]) -> str:
     loss, x, y, exact, name, colour, *_, pointed = means
     return (
-        f"step {step}: loss {loss:.3f}, x {x:.3f}, y {y:.3f}, {exact:.1%} to the letter, name {name:.3f}, "
-        f"colour {colour:.3f}, pointed {pointed:.3f}; {seconds:.2f} s a step"
+        f"loss {loss:.3f}, x {x:.3f}, y {y:.3f}, {exact:.1%} to the letter, name {name:.3f}, "
+        f"colour {colour:.3f}, pointed {pointed:.3f}"
     )
 
 

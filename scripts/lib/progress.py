@@ -1,0 +1,62 @@
+"""Progress of a long command on stderr: a bar on a terminal, a plain line from time to time elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+EVERY_S = 10.0
+"""Time between two plain lines."""
+LABEL = TextColumn("{task.description}", markup=False)
+PERCENT = (LABEL, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+
+
+class ProgressBar:
+    """Shows one task while the block runs.
+
+    Args:
+        total: value of `completed` at the end.
+        columns: what a terminal shows. A plain line has the same, without the bar.
+        fields: values that columns show as `{task.fields[NAME]}`.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: float = 1.0,
+        columns: Sequence[ProgressColumn] = PERCENT,
+        *,
+        completed: int = 0,
+        **fields: Any,
+    ) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._label = label
+        self._texts = [column for column in columns if not isinstance(column, BarColumn)]
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._id = self._progress.add_task(label, total=total, completed=completed, **fields)
+        self._printed_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._progress.disable and self._label:
+            self.print(self._label)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, completed: float, **fields: Any) -> None:
+        """Show this now, or with the next plain line."""
+        self._progress.update(self._id, completed=completed, **fields)
+        if self._progress.disable and time.monotonic() - self._printed_at >= EVERY_S:
+            self._printed_at = time.monotonic()
+            (task,) = self._progress.tasks
+            self.print(" ".join(str(column(task)) for column in self._texts))
+
+    def print(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        self._console.print(line, markup=False)
