@@ -195,7 +195,7 @@ class _Reader:
 
     def fault(self, name: str, key: str, what: str) -> None:
         """Note one of an entry, at the line of a key; or of the file itself."""
-        self._note(self._text.line(name, key), what)
+        self._note(self._text.line(*(("models", name) if name else ()), key), what)
 
     def _model(self, name: str, table: Any) -> CatalogModel | None:
         if not re.fullmatch(_NAME, name):
@@ -211,13 +211,8 @@ class _Reader:
 
     def _refuse(self, name: str, place: list[str], what: str) -> None:
         """Note what is wrong at a place of an entry, which may be in a table of it."""
-        key, *inner = place or [""]
-        if inner and self._text.has_table(name, key):
-            line = self._text.line(name, inner[0], key)
-        else:
-            line = self._text.line(name, key)
         where = " ".join(part for part in (f"[models.{name}]", ".".join(place)) if part)
-        self._note(line, f"{where}: {what}")
+        self._note(self._text.line("models", name, *place), f"{where}: {what}")
 
     def _checked(self, name: str, entry: _Entry) -> CatalogModel | None:
         """The entry as a model, if its folders are what it says."""

@@ -1,99 +1,106 @@
-"""The text of a catalog: what it says, also where a part of it is no TOML, and on which line it says so."""
+"""The text of a catalog: its content, also when some entries are not TOML, and the line of each key.
+
+tomllib has no positions for values, and neither has tomlkit. But each statement of a TOML file (a table's header, or a
+key and its value) is valid TOML by itself, so parsing statement by statement gives the line of every key.
+"""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-_TABLE: Final = re.compile(r"\s*\[")
-_ENTRY: Final = re.compile(r"\s*\[\s*[\"']?models[\"']?\s*\.\s*(?:\"([^\"]*)\"|'([^']*)'|([\w-]+))\s*[.\]]")
 _NUMBER: Final = re.compile(r"\(at line (\d+), column \d+\)$")
+
+_Path = tuple[str, ...]
 
 
 class CatalogText:
     """A file of tables [models.NAME].
 
     Attributes:
-        content: what it says, without the entries that are no TOML.
-        faults: (line, what is wrong) of those.
+        content: the parsed file, without the entries that are not TOML.
+        faults: (line, what is wrong) of each such entry.
     """
 
     def __init__(self, text: str) -> None:
-        self._lines = text.splitlines()
+        self._lines = text.split("\n")
+        self._first_lines: dict[_Path, int] = {}
+        self.content: dict[str, Any] = {}
         self.faults: list[tuple[int, str]] = []
-        self.content = self._parse()
+        entries = self._locate()
+        try:
+            self.content = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError):
+            self._parse_each(entries)
 
-    def line(self, name: str = "", key: str = "", table: str = "") -> int:
-        """Where a key stands in an entry, or in a table of it; else the entry. Without a name: above all entries."""
-        start = next((i for i, line in enumerate(self._lines, 1) if name and _opens(line, name, table)), 0)
-        if name and not start:
-            return self._headless(name, key)
-        for number, line in enumerate(self._lines[start:], start + 1):
-            if _TABLE.match(line):
-                break
-            if key and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
-                return number
-        return max(start, 1)
+    def line(self, *path: str) -> int:
+        """The line of a key, or of the innermost table around it that the file has; 1 if it has none."""
+        known = (self._first_lines.get(path[:end]) for end in range(len(path), 0, -1))
+        return next((line for line in known if line), 1)
 
-    def _headless(self, name: str, key: str) -> int:
-        """The same of an entry without a header of its own: `two.slots = 1`, `two = {…}`, `[[models.two]]`."""
-        entry = rf"\s*\[*\s*(?:[\"']?models[\"']?\s*\.\s*)?[\"']?{re.escape(name)}[\"']?\s*"
-        places = [rf"{entry}\.\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", rf"{entry}[=.\]]"]
-        found = (n for place in places for n, line in enumerate(self._lines, 1) if re.match(place, line))
-        return next(found, 1)
+    def _locate(self) -> dict[_Path, list[int]]:
+        """Find the line of each key; returns the lines of each entry, those of all its tables."""
+        entries: dict[_Path, list[int]] = defaultdict(list)
+        table: _Path = ()
+        for lines, content in _statements(self._lines):
+            paths = list(_paths(content))
+            if self._lines[lines[0] - 1].lstrip().startswith("["):
+                table, paths = max(paths, default=()), []
+            for path in (table, *(table + path for path in paths)):
+                for end in range(1, len(path) + 1):
+                    self._first_lines.setdefault(path[:end], lines[0])
+            entries[table[:2]].extend(lines)
+        return entries
 
-    def has_table(self, name: str, table: str) -> bool:
-        """Whether a table of an entry stands by itself."""
-        return any(_opens(line, name, table) for line in self._lines)
-
-    def _parse(self) -> dict[str, Any]:
-        while True:
+    def _parse_each(self, entries: dict[_Path, list[int]]) -> None:
+        """Parse as many entries as are TOML together."""
+        accepted: set[int] = set()
+        for path, lines in entries.items():
+            together = accepted.union(lines)
+            # Other lines become empty, so that the numbers in messages are those of the file.
+            texts = [text if number in together else "" for number, text in enumerate(self._lines, 1)]
             try:
-                return tomllib.loads("\n".join(self._lines))
+                self.content, accepted = tomllib.loads("\n".join(texts)), together
             except (tomllib.TOMLDecodeError, RecursionError) as error:
-                self._do_without(str(error))
+                entry = f"[{'.'.join(path)}] is " if len(path) == 2 else ""
+                said = str(error).partition(" (at ")[0]
+                self.faults.append((self._blamed(str(error), lines), f"{entry}not TOML: {said}"))
 
-    def _do_without(self, what: str) -> None:
-        """Empty the lines of the entry that is no TOML, in all its tables; the others keep their numbers."""
-        number = self._blamed(what)
-        begin = next((i for i in range(number - 1, -1, -1) if _TABLE.match(self._lines[i])), 0)
-        name = _name(self._lines[begin])
-        said = what.partition(" (at ")[0]
-        self.faults.append((number, f"[models.{name}] is not TOML: {said}" if name else f"not TOML: {said}"))
-        gone = False
-        for i, line in enumerate(self._lines):
-            if _TABLE.match(line):
-                gone = i == begin or (name is not None and _name(line) == name)
-            if gone or begin <= i < number:
-                self._lines[i] = ""
-
-    def _blamed(self, what: str) -> int:
-        """The line to which a fault is laid, never an empty one; where something has no end, the last."""
-        said = [number for number, line in enumerate(self._lines, 1) if line.strip()]
-        found = _NUMBER.search(what)
-        number = max((each for each in said if found and each <= int(found[1])), default=said[-1])
-        line = self._lines[number - 1]
-        if "twice" not in what and _TABLE.match(line) and _is_toml(line):
-            # A header that is right by itself: what stands before it has no end.
-            return max((each for each in said if each < number), default=number)
-        return number
+    def _blamed(self, message: str, lines: Sequence[int]) -> int:
+        """The line of an entry that a parser's message names; the last one with any text where it names none."""
+        found = _NUMBER.search(message)
+        texts = [line for line in lines if self._lines[line - 1].strip()]
+        return max((line for line in texts if not found or line <= int(found[1])), default=texts[-1])
 
 
-def _opens(line: str, name: str, table: str) -> bool:
-    """Whether a line opens an entry, or that table in it."""
-    found = _ENTRY.match(line)
-    return found is not None and _name(line) == name and line[found.end() - 1 :].strip(" .\"']\t").startswith(table)
+def _statements(lines: Sequence[str]) -> Iterator[tuple[range, dict[str, Any]]]:
+    """Line numbers and content of each statement. A line that is not TOML is one, without content."""
+    first = 1
+    while first <= len(lines):
+        last, content = _statement(lines, first)
+        yield range(first, last + 1), content
+        first = last + 1
 
 
-def _name(line: str) -> str | None:
-    """The entry that a line opens, or a table of which it opens."""
-    found = _ENTRY.match(line)
-    return next((name for name in found.groups() if name is not None), None) if found else None
+def _statement(lines: Sequence[str], first: int) -> tuple[int, dict[str, Any]]:
+    """Last line and content of the statement that begins on a line."""
+    for last in range(first, len(lines) + 1):
+        try:
+            return last, tomllib.loads("\n".join(lines[first - 1 : last]))
+        except tomllib.TOMLDecodeError as error:
+            found = _NUMBER.search(str(error))
+            if found and int(found[1]) <= last - first:
+                break  # an earlier line is wrong, so more lines change nothing
+        except RecursionError:
+            break
+    return first, {}
 
 
-def _is_toml(line: str) -> bool:
-    try:
-        return bool(tomllib.loads(line))
-    except tomllib.TOMLDecodeError:
-        return False
+def _paths(content: Any) -> Iterator[_Path]:
+    """The path of each key, outer ones first."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield (key,)
+        yield from ((key, *rest) for rest in _paths(value))

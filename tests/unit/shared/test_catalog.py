@@ -130,6 +130,9 @@ def test_a_fetched_folder_of_the_revision_that_is_named_serves(
         ('path = "HERE/two"\naliases = ["one"]', 5, "[models.two] aliases: one is one's already"),
         ('path = "HERE/two"\n\n# more\nsampling = { temperature = 9 }', 7, "[models.two] sampling.temperature"),
         ('path = "HERE/two"\n[models.two.sampling]\ntop_p = 7.5', 6, "[models.two] sampling.top_p"),
+        ('path = "HERE/two"\nsampling = {}\nslots = 0', 6, "[models.two] slots: "),
+        ('path = "HERE/two"\naliases = [\n  "x",\n  "a b",\n]\nslots = 4', 5, "[models.two] aliases.1: "),
+        ('path = """\\\n  HERE/\\\n  two"""\nslots = 0', 7, "[models.two] slots: "),
         (
             'hub = "org/fetched"\npath = "HERE/fetched"\nrevision = "v2"', 6,
             "[models.two] revision: HERE/fetched holds revision v1 (0123456789); scripts/fetch_model org/fetched --rev",
