@@ -1,7 +1,7 @@
-"""What listing and polling cost the API's event loop: CPU time of the thread that serves the request.
+"""The cost of listing and polling jobs for the API's event loop: CPU time of the thread that serves the request.
 
-One process, Flask's test client, a Valkey of its own. Waiting for Redis holds no other request up, so it does not
-count; reading its answer, making views and writing JSON do.
+One process with Flask's test client and its own Valkey. Waiting for Redis does not block other requests, so it does
+not count; parsing its reply, building the views and encoding JSON do.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ EVENTS: Final = (8_000, 100_000)
 GOAL_MS: Final = 10.0
 _CALLS: Final = 20
 _ROWS: Final = 500
-"""Events written in one call."""
+"""Events per call while a running job is prepared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The API with its store.
+    """The API and its store.
 
     Attributes:
-        owner: the key whose jobs are read.
+        owner: id of the API key whose jobs are read.
     """
 
     api: FlaskClient
@@ -52,12 +52,12 @@ class Site:
     owner: str
 
     def submit(self, model: str, prompt: str, max_tokens: int = 48) -> str:
-        """A waiting job; its id."""
+        """Submit a job that waits; its id."""
         request = Request(model, max_tokens, Sampling(temperature=0.0), prompt=prompt)
         return self.jobs.create(Submission(request, self.owner)).job.id
 
     def run(self, events: int) -> str:
-        """A running job that has written so many chunks; its id."""
+        """Make a running job that has written this many chunks; its id."""
         model = f"{MODEL}-{events}"
         job_id = self.submit(model, "Count.", max_tokens=events + 1)
         claims = Claims(self.redis, f"bench-{events}")
@@ -65,7 +65,7 @@ class Site:
         (claimed,) = claims.claim(model, Demand(rows=1, tokens=10**9)).jobs
         job = claimed.job
         claims.append([Append(job_id, job.attempt, job.claimed_at, 0, start=True)])
-        first = 3  # behind `queued` and `started`
+        first = 3  # after `queued` and `started`
         for start in range(first, events + first, _ROWS):
             numbers = range(start, min(start + _ROWS, events + first))
             claims.append([Append(job_id, job.attempt, job.claimed_at, n, " word", (n,)) for n in numbers])
@@ -74,7 +74,7 @@ class Site:
 
 @contextmanager
 def site() -> Iterator[Site]:
-    """Start one, without workers."""
+    """Start the API and its store, without workers."""
     with (
         tempfile.TemporaryDirectory(prefix="mlxq-bench-") as home,
         ValkeyServer(port=0, unix_socket_path=Path(home) / "s", data_dir=Path(home) / "v") as server,
@@ -95,37 +95,37 @@ def site() -> Iterator[Site]:
 
 
 def api_cost() -> dict[str, Any]:
-    """Milliseconds of event loop and bytes read from Redis, per call; median of some."""
-    with site() as place:
+    """Milliseconds of the event loop (the median) and bytes read from Redis (the mean), per call."""
+    with site() as target:
         figures = {}
         for events in EVENTS:
-            figures[f"poll a running job, {events:,} events"] = _cost(place, f"/v1/jobs/{place.run(events)}")
+            figures[f"poll a running job, {events:,} events"] = _cost(target, f"/v1/jobs/{target.run(events)}")
         for n in range(JOBS):
-            place.submit(MODEL, f"{n} " + "x" * PROMPT_BYTES)
-        figures[f"list {JOBS} jobs, prompts of {PROMPT_BYTES:,} bytes"] = _cost(place, f"/v1/jobs?limit={JOBS}")
+            target.submit(MODEL, f"{n} " + "x" * PROMPT_BYTES)
+        figures[f"list {JOBS} jobs, prompts of {PROMPT_BYTES:,} bytes"] = _cost(target, f"/v1/jobs?limit={JOBS}")
         return figures
 
 
 def table(figures: dict[str, Any]) -> Table:
-    """What people read."""
+    """The figures for the terminal."""
     out = Table("call", "event loop, ms", "read from Redis, kB", title=f"cost of reading jobs (goal: {GOAL_MS:g} ms)")
     for call, cost in figures.items():
         out.add_row(call, f"{cost['loop_ms']:.1f}", f"{cost['redis_bytes'] / 1000:,.0f}")
     return out
 
 
-def _cost(place: Site, path: str) -> dict[str, float]:
+def _cost(target: Site, path: str) -> dict[str, float]:
     took_ms = []
-    place.api.get(path)  # connections are open and code is warm
-    before = _sent_bytes(place.redis)
-    question = _sent_bytes(place.redis) - before
+    target.api.get(path)  # opens connections and warms caches
+    before = _sent_bytes(target.redis)
+    info_bytes = _sent_bytes(target.redis) - before
     for _ in range(_CALLS):
         start = time.thread_time()
-        answer = place.api.get(path)
+        response = target.api.get(path)
         took_ms.append((time.thread_time() - start) * 1000)
-        if answer.status_code != 200:
-            raise RuntimeError(f"{path}: {answer.status_code} {answer.text[:200]}")
-    sent = _sent_bytes(place.redis) - before - 2 * question
+        if response.status_code != 200:
+            raise RuntimeError(f"{path}: {response.status_code} {response.text[:200]}")
+    sent = _sent_bytes(target.redis) - before - 2 * info_bytes
     return {"loop_ms": statistics.median(took_ms), "redis_bytes": sent / _CALLS}
 
 

@@ -1,6 +1,6 @@
-"""How fast one client can be at most: every token reads all weights, and the memory is only so fast.
+"""The upper limit for one client: every token reads all weights, and memory bandwidth is limited.
 
-python -m tests.bench.bandwidth      # bytes a second, measured in two ways
+`python -m tests.bench.bandwidth` measures bytes per second in two ways.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.blas import prefer_openblas
 from shared.settings import ROOT
 
 CACHED_BYTES = 2**27
-"""Of weights smaller than this, a processor's own caches keep a good part: the memory is no limit then."""
+"""Smaller weights fit largely into the processor's caches, so memory bandwidth is no limit for them."""
 _TIMES = 10
 _BYTES = {"gpu": 2**30, "cpu": 2**28}
 _ROW = 4096
@@ -26,7 +26,7 @@ _HEAD = "lm_head.weight"
 
 
 def bytes_per_token(model: Path) -> int:
-    """Bytes of weights that a dense text model reads for each step: all, but of an embedding that is no output too."""
+    """Bytes of weights that a dense text model reads per step: all, except an untied input embedding."""
     sizes: dict[str, int] = {}
     for shard in sorted(model.glob("model*.safetensors")):
         with shard.open("rb") as file:
@@ -38,7 +38,7 @@ def bytes_per_token(model: Path) -> int:
 
 
 def memory_speed() -> dict[str, float]:
-    """Bytes a second of a copy (read and written), and of a matrix times a vector (read), at their best."""
+    """Bytes per second of a copy (read and written) and of a matrix-vector product (read), the best of several runs."""
     import mlx.core as mx
 
     kind = "gpu" if mx.default_device() == mx.gpu else "cpu"
@@ -52,7 +52,7 @@ def memory_speed() -> dict[str, float]:
 
 
 def _best(action: Callable[[], Any]) -> float:
-    """Seconds of the fastest of several times, after one that does not count."""
+    """Seconds of the fastest of several runs, after one that does not count."""
     action()
     times = []
     for _ in range(_TIMES):
@@ -63,26 +63,30 @@ def _best(action: Callable[[], Any]) -> float:
 
 
 def measured() -> dict[str, float]:
-    """`memory_speed` in a process of its own, which gives the memory back."""
+    """`memory_speed` in another process, so that its memory is freed."""
     command = [sys.executable, "-m", "tests.bench.bandwidth"]
     found: dict[str, float] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
     return found
 
 
 def limit(model: Path, speed: dict[str, float]) -> dict[str, float]:
-    """What a model reads for a token, what the memory gives, and how many tokens a second that makes."""
+    """The bytes that a model reads per token, the memory's bytes per second, and the resulting tokens per second."""
     needed, bytes_per_s = bytes_per_token(model), max(speed.values())
     return {"bytes_per_token": needed, "bytes_per_s": bytes_per_s, "tokens_per_s": bytes_per_s / needed}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """What `bench.add_bandwidth` found, for people."""
+    """The result of `bench.add_bandwidth` for the terminal."""
     speed = found.get("measured", {})
     limits = {name: each for name, each in found.items() if name != "measured"}
-    said = [f"memory: {', '.join(f'{name} {value / 1e9:.1f} GB/s' for name, value in speed.items())}"] if speed else []
-    return said + [
-        f"{name}: {each['bytes_per_token'] / 1e9:.3f} GB of weights a token, which memory gives one client "
-        f"{each['tokens_per_s']:.1f} times a second"
+    measured_line = (
+        [f"memory bandwidth: {', '.join(f'{name} {value / 1e9:.1f} GB/s' for name, value in speed.items())}"]
+        if speed
+        else []
+    )
+    return measured_line + [
+        f"{name}: {each['bytes_per_token'] / 1e9:.3f} GB of weights per token, at most {each['tokens_per_s']:.1f} "
+        f"tokens/s for one client"
         for name, each in limits.items()
     ]
 

@@ -1,4 +1,4 @@
-"""mlx-lm's BatchGenerator alone, in process: reads plans as JSON lines, writes what each gave.
+"""mlx-lm's BatchGenerator alone, in process: reads plans as JSON lines and writes the outcome of each.
 
 python -m tests.bench.bare MODEL_FOLDER ROWS
 """
@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from shared.blas import prefer_openblas
-from tests.bench.plans import Ask, Plan
+from tests.bench.plans import ChatRequest, Plan
 from tests.bench.samples import Outcome, Sample
-
-_IDLE_S = 0.001
 
 
 @dataclass(slots=True)
 class _Client:
     index: int
     background: bool
-    asks: deque[Ask]
+    requests: deque[ChatRequest]
     busy: bool = False
 
 
 class Run:
-    """One plan through one generator: what a server's load does with sockets is done here between two steps."""
+    """Runs one plan with one generator; requests are inserted between two steps."""
 
     def __init__(self, model: Any, tokenizer: Any, slots: int, plan: Plan) -> None:
         from mlx_lm.generate import BatchGenerator
@@ -38,19 +36,19 @@ class Run:
         self._generator: Any = BatchGenerator(
             model, stop_tokens=[[token] for token in tokenizer.eos_token_ids], completion_batch_size=slots
         )
-        self._clients = [_Client(i, each.background, deque(each.asks)) for i, each in enumerate(plan.clients)]
+        self._clients = [_Client(i, each.background, deque(each.requests)) for i, each in enumerate(plan.clients)]
         self._rows: dict[int, tuple[_Client, Sample]] = {}
         self._samples: list[Sample] = []
         self._start = time.perf_counter()
 
     def run(self) -> Outcome:
-        """All of it, until only background clients are left."""
-        while any((client.busy or client.asks) and not client.background for client in self._clients):
+        """Run until only background clients are left."""
+        while any((client.busy or client.requests) and not client.background for client in self._clients):
             self._admit()
             if self._rows:
                 self._step()
             else:
-                time.sleep(_IDLE_S)
+                self._sleep()
         wall_s = self._now()
         self._generator.close()
         return Outcome(self._samples, wall_s)
@@ -58,15 +56,20 @@ class Run:
     def _now(self) -> float:
         return time.perf_counter() - self._start
 
+    def _sleep(self) -> None:
+        """Sleep until the next request is due."""
+        due_s = min(client.requests[0].at_s for client in self._clients if client.requests)
+        time.sleep(max(0.0, due_s - self._now()))
+
     def _admit(self) -> None:
         for client in self._clients:
-            if client.asks and not client.busy and client.asks[0].at_s <= self._now():
-                self._insert(client, client.asks.popleft())
+            if client.requests and not client.busy and client.requests[0].at_s <= self._now():
+                self._insert(client, client.requests.popleft())
 
-    def _insert(self, client: _Client, ask: Ask) -> None:
-        sample = Sample(client.index, ask.kind, ask.at_s or self._now())
-        prompt = self._tokenizer.apply_chat_template(ask.messages, add_generation_prompt=True)
-        (uid,) = self._generator.insert([prompt], [ask.max_tokens])
+    def _insert(self, client: _Client, request: ChatRequest) -> None:
+        sample = Sample(client.index, request.kind, request.at_s or self._now())
+        prompt = self._tokenizer.apply_chat_template(request.messages, add_generation_prompt=True)
+        (uid,) = self._generator.insert([prompt], [request.max_tokens])
         self._rows[uid] = client, sample
         self._samples.append(sample)
         client.busy = True
@@ -83,7 +86,7 @@ class Run:
 
 
 def main() -> None:
-    """Load the model, answer until standard input ends."""
+    """Load the model and run plans until standard input ends."""
     prefer_openblas()
     from mlx_lm import load
 

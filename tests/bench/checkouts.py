@@ -1,6 +1,6 @@
-"""Checkouts of this repository: the present one, and perhaps an earlier one that is measured beside it.
+"""Checkouts of this repository: the present one, and optionally an earlier one to compare with.
 
-All of them run in this environment's Python, so requirements must be compatible.
+Both run in this Python environment, so their requirements must be compatible.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ print(json.dumps({each.name: each.command for each in programs(settings)}))
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A folder with the repository at some commit."""
+    """A folder with this repository at some commit."""
 
     root: Path = ROOT
 
     @property
     def commit(self) -> str:
-        """Its short name; empty outside of git."""
+        """The abbreviated commit; empty outside of git."""
         found = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=self.root, capture_output=True, text=True, check=False
         )
@@ -48,19 +48,19 @@ class Checkout:
 
     @property
     def serve(self) -> list[str]:
-        """The command that `scripts/serve` ends in; it installs no requirements."""
+        """The command of `scripts/serve`, without the installation of requirements."""
         return [sys.executable, "-m", self._module("scripts.stack.serve", "scripts.commands.serve")]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Environment variables for its processes; none of them sees the modules of another checkout."""
+        """Environment variables for its processes, which import this checkout's modules only."""
         return {**variables, "PYTHONPATH": str(self.root)}
 
     def programs(self, variables: dict[str, str]) -> dict[str, list[str]]:
-        """The commands that its `scripts/serve` supervises, by name; Valkey's configuration is written."""
+        """The commands that its `scripts/serve` runs, by name; writes Valkey's configuration."""
         found: dict[str, list[str]] = json.loads(self.run(["-c", _PROGRAMS], variables, 60))
         return found
 
-    def answer(self, module: str, arguments: Sequence[str], timeout_s: float) -> Any:
+    def module_output(self, module: str, arguments: Sequence[str], timeout_s: float) -> Any:
         """The JSON that one of its bench modules prints.
 
         Raises:
@@ -74,10 +74,10 @@ class Checkout:
         return now if (self.root / f"{now.replace('.', '/')}.py").exists() else earlier
 
     def run(self, arguments: Sequence[str], variables: dict[str, str], timeout_s: float) -> str:
-        """Run Python in its folder; what it prints.
+        """Run Python in its folder; its standard output.
 
         Raises:
-            NotUp: it failed; `log` is what it wrote to standard error.
+            NotUp: it failed; `log` is the end of its standard error.
         """
         done = subprocess.run(
             [sys.executable, *arguments],

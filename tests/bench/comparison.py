@@ -1,6 +1,6 @@
-"""An earlier checkout and the present one in turns (A B, A B, …): the kept bench in short.
+"""An earlier checkout and the present one, measured in turns (A B, A B, …).
 
-Load, clients and clock are the present checkout's for both; in-process figures come from each checkout's own module.
+The load generator is the present checkout's for both; in-process figures come from each checkout's own module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.bench import path
 from tests.bench.checkouts import Checkout
 from tests.bench.contenders import own_stack
 from tests.bench.modelless import modelless
-from tests.bench.plans import Ask, closed
+from tests.bench.plans import ChatRequest, closed
 from tests.bench.processes import NotUp
 from tests.bench.prompts import question
 from tests.bench.samples import figures
@@ -33,7 +33,7 @@ _MODULE_S: Final = 600.0
 
 
 Measure = Callable[[Checkout, Path], Iterator[tuple[str, float]]]
-"""Given a checkout and the folder of the models' folders: names and values of figures."""
+"""Measures a checkout, given the folder of the models' folders; yields names and values of figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Load:
     """Bursts of clients with one request each.
 
     Attributes:
-        bursts: how often each number of clients is tried on one start; the median counts.
+        bursts: repetitions for each number of clients; the median counts.
     """
 
     model: str
@@ -53,13 +53,13 @@ class Load:
         """Tokens/s and TTFT p99 by clients."""
         numbers = count()
 
-        def ask(tokens: int) -> Ask:
-            return Ask(question(next(numbers)), tokens)
+        def request(tokens: int) -> ChatRequest:
+            return ChatRequest(question(next(numbers)), tokens)
 
         with own_stack(models / self.model, _SLOTS, checkout=checkout) as stack:
-            stack.run(closed([[ask(_WARM_TOKENS)] for _ in range(2)]))
+            stack.run(closed([[request(_WARM_TOKENS)] for _ in range(2)]))
             for clients in self.clients:
-                plans = (closed([[ask(self.tokens)] for _ in range(clients)]) for _ in range(self.bursts))
+                plans = (closed([[request(self.tokens)] for _ in range(clients)]) for _ in range(self.bursts))
                 bursts = [figures(found.samples, found.wall_s) for found in map(stack.run, plans)]
                 name = f"{self.model}, {clients} client{'s' if clients > 1 else ''}"
                 for figure, unit in (("tokens_per_s", "tok/s"), ("ttft_p99_s", "TTFT p99 s"), ("failed", "failed")):
@@ -67,7 +67,7 @@ class Load:
 
 
 def _interference(checkout: Checkout, models: Path) -> Iterator[tuple[str, float]]:
-    found = checkout.answer("interference", [str(models / "tiny-random-llama"), "3"], _MODULE_S)
+    found = checkout.module_output("interference", [str(models / "tiny-random-llama"), "3"], _MODULE_S)
     for name in ("p50", "p99", "most"):
         yield f"interference, in process: step {name} over the quiet median", found["wall"][name]
     yield "interference, in process: quiet step ms", found["wall"]["quiet_ms"]
@@ -108,10 +108,11 @@ TURNS: Final[dict[str, Measure]] = {
 def compare(
     before: Path, rounds: int, models: Path, turns: Mapping[str, Measure] = TURNS, say: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Every turn of both checkouts, `rounds` times; a turn that fails is noted, and the others go on.
+    """Measure both checkouts in turns, `rounds` times. A turn that fails is recorded, and the run continues.
 
     Args:
         models: folder with the models' folders; both checkouts serve the same files.
+        say: prints a line of progress.
     """
     checkouts = {BEFORE: Checkout(before), NOW: Checkout(ROOT)}
     found: dict[str, dict[str, dict[int, float]]] = {}
@@ -137,13 +138,13 @@ def compare(
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what it says."""
+    """The last line of an error, or of the log that it has."""
     text = f"{error}\n{error.log}" if isinstance(error, NotUp) else str(error)
     return text.strip().splitlines()[-1] if text.strip() else type(error).__name__
 
 
 def table(results: dict[str, Any]) -> Table:
-    """What people read: medians, and the ratios of the pairs of turns in one round."""
+    """The figures for the terminal: medians, and the ratios of the two turns of each round."""
     commits, loads = results["commits"], results["loads"]
     out = Table(
         "figure",
@@ -151,7 +152,7 @@ def table(results: dict[str, Any]) -> Table:
         f"load average {min(loads):.1f} to {max(loads):.1f}",
         caption="\n".join(f"FAILED: {each}" for each in results["failed"]) or None,
     )
-    for heading in (f"before {commits[BEFORE]}", f"now {commits[NOW]}", "now / before", "least to most"):
+    for heading in (f"before {commits[BEFORE]}", f"now {commits[NOW]}", "now / before", "range"):
         out.add_column(heading, justify="right")
     for figure, sides in results["figures"].items():
         out.add_row(figure, *(_median(sides[side]) for side in (BEFORE, NOW)), *_ratios(sides[BEFORE], sides[NOW]))
@@ -163,6 +164,6 @@ def _median(by_round: Mapping[int, float]) -> str:
 
 
 def _ratios(before: Mapping[int, float], now: Mapping[int, float]) -> tuple[str, str]:
-    """Median and range of the ratios of the rounds that both have."""
+    """Median and range of the ratios, over the rounds that both checkouts have."""
     ratios = sorted(now[number] / before[number] for number in before.keys() & now.keys() if before[number])
     return (f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}") if ratios else ("", "")

@@ -1,6 +1,6 @@
-"""Who is measured: this stack, the libraries' own servers, and the bare library.
+"""The contenders: this stack, the libraries' own servers, servers of other projects, and the bare library.
 
-Each is started for its turn and ended after it.
+Each is started for its turn and stopped after it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -31,34 +31,34 @@ from tests.bench.endpoints import ChatCompletions, Endpoint, Own
 from tests.bench.load import send
 from tests.bench.peers import PEERS, Peer
 from tests.bench.plans import Plan
-from tests.bench.processes import NotUp, answers, process, wait_for, wait_until
+from tests.bench.processes import NotUp, answers, poll, process, wait_for, wait_until
 from tests.bench.samples import Outcome
 
 RESTART_WITHIN_S = 120.0
-_TOLD_S = 2.5
-"""Gauges are read once a second, and told with the next renewal of a lease."""
+_METRICS_WITHIN_S = 30.0
+_GENERATED = "mlxq_worker_generated_tokens"
 
 
 class Running(Protocol):
     """A contender that has been started."""
 
     pid: int
-    """Of the process that all its others descend from."""
+    """Its root process; all its other processes are descendants."""
 
     def run(self, plan: Plan) -> Outcome:
-        """Do a plan."""
+        """Run a plan."""
         ...
 
 
 class Served:
-    """A server, asked over HTTP."""
+    """A server that is measured over HTTP."""
 
     def __init__(self, pid: int, endpoint: Endpoint) -> None:
         self.pid = pid
         self.endpoint = endpoint
 
     def run(self, plan: Plan) -> Outcome:
-        """Send its requests."""
+        """Send the requests of a plan."""
         return send(self.endpoint, plan)
 
 
@@ -70,57 +70,81 @@ class OwnStack(Served):
     def __init__(self, pid: int, endpoint: Own, data_dir: Path) -> None:
         super().__init__(pid, endpoint)
         self.data_dir = data_dir
+        self._tokens = 0
+
+    def run(self, plan: Plan) -> Outcome:
+        """Send the requests of a plan."""
+        outcome = super().run(plan)
+        self._tokens += sum(sample.tokens for sample in outcome.samples)
+        return outcome
 
     def restart_worker(self) -> None:
-        """End the workers in an orderly way, and wait until their successors are ready.
+        """Stop the workers with SIGTERM, and wait until their successors are ready.
 
         Raises:
-            NotUp: they do not come back.
+            NotUp: they do not start in time.
         """
         before = self.workers()
         for worker in before:
             worker.terminate()
         psutil.wait_procs(before, timeout=RESTART_WITHIN_S)
-        end = time.monotonic() + RESTART_WITHIN_S
-        while not (self.workers() and answers(f"{self.endpoint.url}/readyz")):
-            if time.monotonic() > end:
-                raise NotUp("the worker did not come back")
-            time.sleep(0.1)
+        poll(lambda: self.workers() and answers(f"{self.endpoint.url}/readyz"), "the worker is ready", RESTART_WITHIN_S)
+        self._tokens = 0
 
     def metric(self, name: str) -> float:
-        """A number that the workers tell once a second, added up over them, as /metrics has it a moment later."""
-        time.sleep(_TOLD_S)
+        """A metric of the workers, summed, that covers everything that has been answered since they started.
+
+        Workers publish all their metrics together, about once a second: those that count every token received so far
+        are new enough.
+        """
+        found = poll(self._current_metrics, "the workers have published their metrics", _METRICS_WITHIN_S)
+        return found[name]
+
+    def _current_metrics(self) -> dict[str, float]:
+        """Sums by name; empty while they are older than the last answer."""
         with urllib.request.urlopen(f"{self.endpoint.url}/metrics", timeout=10) as page:
             lines = page.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        found: defaultdict[str, float] = defaultdict(float)
+        for line in lines:
+            if line.startswith("mlxq_worker_"):
+                name, value = re.split(r"[{ ]", line, maxsplit=1)[0], line.rsplit(" ", 1)[1]
+                found[name] += float(value)
+        return found if found[_GENERATED] >= self._tokens else {}
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that hold the model."""
+        """The worker processes."""
         return [each for each in leftovers.find(self.data_dir) if "worker.app" in " ".join(each.cmdline())]
 
 
 class Bare:
-    """mlx-lm's BatchGenerator in a process of its own, asked over its standard input."""
+    """mlx-lm's BatchGenerator in its own process, which reads plans from its standard input."""
 
-    def __init__(self, pid: int, questions: IO[str], answers: IO[str]) -> None:
+    def __init__(self, pid: int, plans: IO[str], outcomes: IO[str]) -> None:
         self.pid = pid
-        self._questions = questions
-        self._answers = answers
+        self._plans = plans
+        self._outcomes = outcomes
 
     def run(self, plan: Plan) -> Outcome:
-        """Hand it in and read what it gave."""
-        self._questions.write(json.dumps(asdict(plan)) + "\n")
-        self._questions.flush()
-        if not (answer := self._answers.readline()):
+        """Send it a plan and read the outcome."""
+        self._plans.write(json.dumps(asdict(plan)) + "\n")
+        self._plans.flush()
+        if not (outcome := self._outcomes.readline()):
             raise NotUp("the library's process ended")
-        return Outcome.from_json(json.loads(answer))
+        return Outcome.from_json(json.loads(outcome))
 
 
 @contextmanager
 def own_stack(
     model: Path, slots: int, *, always_jobs: bool = False, checkout: Checkout | None = None, **variables: str
 ) -> Iterator[OwnStack]:
-    """This project, as `scripts/serve` starts it, in a folder of its own; perhaps another checkout of it."""
+    """This stack, started by `scripts/serve` with its own data folder.
+
+    Args:
+        slots: the concurrency limit.
+        always_jobs: whether every request is submitted as a job.
+        checkout: another checkout than the present one.
+        variables: environment variables.
+    """
     source = checkout or Checkout()
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         home, port = Path(folder), free_port()
@@ -136,7 +160,7 @@ def own_stack(
         )
         child = exits.enter_context(process(source.serve, home / "log", env, source.root))
         url = f"http://127.0.0.1:{port}"
-        # Not /readyz: what it starts last would take its time from the first measurement.
+        # Not /readyz: programs that start later would disturb the first measurement.
         wait_until(lambda: " is ready" in (home / "log").read_text(errors="replace"), child, home / "log")
         found = re.search(r"^MLXQ_API_KEY=(\S+)", (home / "env").read_text(), re.MULTILINE)
         if found is None:
@@ -145,13 +169,13 @@ def own_stack(
 
 
 def own_stack_jobs(model: Path, slots: int) -> AbstractContextManager[OwnStack]:
-    """The same, with every request as a job that is submitted first and read then."""
+    """The same, with every request submitted as a job whose stream is read then."""
     return own_stack(model, slots, always_jobs=True)
 
 
 @contextmanager
 def mlx_lm_server(model: Path, slots: int, extra: tuple[str, ...] = ()) -> Iterator[Served]:
-    """mlx-lm's own server with the same BLAS as ours, otherwise as it comes (32 rows, prompts eight at a time)."""
+    """mlx-lm's own server with our BLAS and otherwise its defaults (32 rows, eight prompts at a time)."""
     del slots
     options = ["--model", str(model), "--log-level", "WARNING", *extra]
     with _library_server(sys.executable, "mlx_lm.server", options, "/v1/models") as (pid, url):
@@ -159,13 +183,13 @@ def mlx_lm_server(model: Path, slots: int, extra: tuple[str, ...] = ()) -> Itera
 
 
 def mlx_lm_server_wide(model: Path, slots: int) -> AbstractContextManager[Served]:
-    """The same with as many rows as ours."""
+    """The same with our concurrency limit."""
     return mlx_lm_server(model, slots, ("--decode-concurrency", str(slots)))
 
 
 @contextmanager
 def mlx_vlm_server(model: Path, slots: int) -> Iterator[Served]:
-    """mlx-vlm's own server with the same BLAS as ours, otherwise as it comes (as many rows as there are requests)."""
+    """mlx-vlm's own server with our BLAS and otherwise its defaults (as many rows as there are requests)."""
     del slots
     options = ["--model", str(model), "--host", "127.0.0.1", "--log-level", "WARNING"]
     with _library_server(vlm_python(), "mlx_vlm.server", options, "/health") as (pid, url):
@@ -173,7 +197,7 @@ def mlx_vlm_server(model: Path, slots: int) -> Iterator[Served]:
 
 
 def peer_server(peer: Peer) -> Callable[[Path, int], AbstractContextManager[Served]]:
-    """Another project's server with the same BLAS as ours and batches, otherwise as it comes."""
+    """Another project's server with our BLAS, batching, and otherwise its defaults."""
 
     @contextmanager
     def start(model: Path, slots: int) -> Iterator[Served]:
@@ -194,7 +218,7 @@ def _library_server(
         log, port = Path(folder) / "log", free_port()
         start = f"from shared.blas import prefer_openblas; prefer_openblas(); from {module} import main; main()"
         command = [python, "-c", start, *options, "--port", str(port)]
-        # A home of its own: some keep prefixes there, which a later turn would find.
+        # Its own home folder: some servers store prefixes there, which a later turn would find.
         env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": folder, **more}
         child = exits.enter_context(process(command, log, env))
         wait_for(f"http://127.0.0.1:{port}{health}", child, log)
@@ -203,7 +227,7 @@ def _library_server(
 
 @contextmanager
 def bare(model: Path, slots: int) -> Iterator[Bare]:
-    """The limit: the library alone, nobody served."""
+    """The upper limit: the library alone, without a server."""
     command = [sys.executable, "-m", "tests.bench.bare", str(model), str(slots)]
     with subprocess.Popen(
         command,
@@ -221,27 +245,27 @@ def bare(model: Path, slots: int) -> Iterator[Bare]:
                 raise NotUp("the library's process did not start")
             yield Bare(child.pid, child.stdin, child.stdout)
         finally:
-            child.terminate()  # it may be in the midst of a plan that nobody waits for any more
+            child.terminate()  # it may still run a plan that was interrupted
 
 
 def vlm_python() -> str:
-    """The interpreter that has mlx-vlm: MLX_VLM_PYTHON, or this one."""
+    """The Python interpreter that has mlx-vlm: MLX_VLM_PYTHON, or this one."""
     return os.environ.get("MLX_VLM_PYTHON", sys.executable)
 
 
 def _without_vlm() -> str:
     if "MLX_VLM_PYTHON" in os.environ or importlib.util.find_spec("mlx_vlm"):
         return ""
-    return "mlx-vlm is not installed; MLX_VLM_PYTHON=/path/to/python names an environment that has it"
+    return "mlx-vlm is not installed; set MLX_VLM_PYTHON to the Python of an environment that has it"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Somebody to be measured.
+    """A server or library that is measured.
 
     Attributes:
         scenarios: those it takes part in; None: all.
-        missing: why it cannot take part here; empty when it can.
+        missing: why it cannot be measured here; empty if it can.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What it costs that an accepted job is on disk: Valkey's ways of writing its log, with and without asking for a proof.
+"""The cost of durability: Valkey's `appendfsync` policies, with and without waiting for the disk (WAITAOF).
 
-Acceptances go through `shared.jobs.store.Jobs.create`, appends through `shared.queue.claims.Claims.append`: the calls
-that the API and the workers make, on a Unix socket.
+Jobs are accepted by `shared.jobs.store.Jobs.create` and tokens appended by `shared.queue.claims.Claims.append`, the
+calls that the API and the workers make, over a Unix socket.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ CLIENTS: Final = (1, 8, 32)
 ROWS: Final = 64
 _APPENDS: Final = 500
 _SENDING_S: Final = 2.0
-"""So long each client sends job after job."""
+"""How long each client submits jobs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How Redis writes, and whether acceptance asks for the proof."""
+class Policy:
+    """How Valkey writes its log, and whether acceptance waits until the job is on disk."""
 
     appendfsync: str
-    proof: bool
+    wait: bool
 
     @property
     def name(self) -> str:
-        """As the table calls it."""
-        return self.appendfsync + " + WAITAOF" * self.proof
+        """The name in the table."""
+        return self.appendfsync + " + WAITAOF" * self.wait
 
 
-WAYS: Final = (Way("no", False), *(Way(each, proof) for each in ("everysec", "always") for proof in (False, True)))
-"""`no` has no proof to give: it is there to show what writing alone costs."""
+POLICIES: Final = (
+    Policy("no", False),
+    *(Policy(each, wait) for each in ("everysec", "always") for wait in (False, True)),
+)
+"""`no` cannot wait for the disk; it shows the cost of writing alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What many calls of one kind took, in milliseconds, and how many went through in a second."""
+    """Latencies of calls of one kind, and calls per second."""
 
     p50_ms: float
     p99_ms: float
@@ -63,33 +66,33 @@ class Calls:
 
     @classmethod
     def of(cls, took_s: Sequence[float], wall_s: float) -> Calls:
-        """Sum up."""
+        """The figures of calls that took this many seconds each, in `wall_s` altogether."""
         return cls(statistics.median(took_s) * 1000, quantile(took_s, 0.99) * 1000, len(took_s) / wall_s)
 
     @classmethod
     def median(cls, rounds: Iterable[Calls]) -> Calls:
-        """The median of each figure."""
+        """The median of each figure over rounds."""
         return cls(*map(statistics.median, zip(*map(astuple, rounds), strict=True)))
 
 
 Costs = dict[str, Calls]
-"""`1 client`, … and `append`"""
+"""`1 client`, …, `append` → figures."""
 
 
 def durability(rounds: int, clients: Sequence[int] = CLIENTS) -> dict[str, Costs]:
-    """All ways in turns, on the disk of temporary files (`TMPDIR`): way → what was called → figures."""
-    turns = [{way.name: _measure(way, clients) for way in WAYS} for _ in range(rounds)]
+    """All policies in turns, on the disk of temporary files (`TMPDIR`): policy → call → figures."""
+    turns = [{policy.name: _measure(policy, clients) for policy in POLICIES} for _ in range(rounds)]
     return {
-        way.name: {what: Calls.median(turn[way.name][what] for turn in turns) for what in turns[0][way.name]}
-        for way in WAYS
+        policy.name: {call: Calls.median(turn[policy.name][call] for turn in turns) for call in turns[0][policy.name]}
+        for policy in POLICIES
     }
 
 
 def table(results: dict[str, Costs]) -> Table:
-    """What people read."""
+    """The figures for the terminal."""
     out = Table("appendfsync", title=f"acceptance: p50 / p99 ms, jobs/s; append of {ROWS} rows: p50 / p99 ms")
-    for what in next(iter(results.values())):
-        out.add_column(what, justify="right")
+    for call in next(iter(results.values())):
+        out.add_column(call, justify="right")
     for name, costs in results.items():
         cells = [f"{calls.p50_ms:.2f} / {calls.p99_ms:.2f}, {calls.per_s:,.0f}" for calls in costs.values()]
         out.add_row(name, *cells)
@@ -111,9 +114,9 @@ def _server(appendfsync: str) -> Iterator[Redis]:
         yield client
 
 
-def _measure(way: Way, clients: Sequence[int]) -> Costs:
-    with _server(way.appendfsync) as client:
-        jobs = Jobs(client, Settings(_env_file=None, durable=way.proof, max_queue=1_000_000))
+def _measure(policy: Policy, clients: Sequence[int]) -> Costs:
+    with _server(policy.appendfsync) as client:
+        jobs = Jobs(client, Settings(_env_file=None, durable=policy.wait, max_queue=1_000_000))
         costs = {f"{n} client{'s' * (n > 1)}": _accept(jobs, n) for n in clients}
         costs["append"] = _append(client)
     return costs
@@ -125,7 +128,7 @@ def _submission(index: int) -> Submission:
 
 
 def _accept(jobs: Jobs, clients: int) -> Calls:
-    """So many clients at once, each sending job after job."""
+    """Concurrent clients, each of which submits one job after another."""
     took_s: list[list[float]] = [[] for _ in range(clients)]
     end = time.perf_counter() + _SENDING_S
 
@@ -134,7 +137,7 @@ def _accept(jobs: Jobs, clients: int) -> Calls:
             jobs.create(_submission(len(own)))
             own.append(time.perf_counter() - start)
 
-    jobs.create(_submission(0))  # the script is loaded
+    jobs.create(_submission(0))  # loads the script
     threads = [threading.Thread(target=send, args=(own,)) for own in took_s]
     start = time.perf_counter()
     for thread in threads:
@@ -145,7 +148,7 @@ def _accept(jobs: Jobs, clients: int) -> Calls:
 
 
 def _append(client: Redis) -> Calls:
-    """A token for each of many running jobs, call after call."""
+    """Append a token to each of many running jobs, one call after another."""
     claims = Claims(client, "bench")
     claims.renew(600)
     running = [claimed.job for claimed in claims.claim(MODEL, Demand(ROWS, 10**9)).jobs]

@@ -1,21 +1,45 @@
-"""How each server is asked for a stream, and how its events are read."""
+"""How each server is asked for a stream, and how the events of its streams are read."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
 from urllib.parse import urljoin
 
 import aiohttp
 
-from tests.bench.plans import Ask, Json
+from tests.bench.plans import ChatRequest, Json
+
+KEY_HEADER: Final = "X-API-Key"
+
+
+def session(
+    url: str | None = None, headers: Mapping[str, str] | None = None, connections: int = 0
+) -> aiohttp.ClientSession:
+    """A client session without time limits.
+
+    Args:
+        url: the base of relative paths.
+        connections: the maximum; 0: any number.
+    """
+    return aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=connections),
+        headers=headers,
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one event tells."""
+    """What one event contains.
+
+    Attributes:
+        text: whether it has a piece of the answer.
+        tokens: the total number of generated tokens, if the event has it.
+    """
 
     text: bool = False
     tokens: int = 0
@@ -23,31 +47,40 @@ class Reading:
 
 
 class Endpoint(Protocol):
-    """A server's way."""
+    """The HTTP interface of a server."""
 
-    def stream(self, session: aiohttp.ClientSession, ask: Ask) -> Any:
-        """An asynchronous context with the response that streams the answer."""
+    def stream(
+        self, session: aiohttp.ClientSession, request: ChatRequest
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a request; the response streams the answer."""
         ...
 
     def read(self, event: Json) -> Reading:
-        """What one `data:` object of the stream tells."""
+        """Interpret one `data:` object of the stream."""
         ...
 
 
 @dataclass(frozen=True)
 class Own:
-    """This stack: `POST /inference`; `POST /v1/jobs` and the job's stream where a request may wait, or for all."""
+    """This stack.
+
+    Attributes:
+        always_jobs: whether every request is submitted as a job, whose stream is read then; otherwise only those of
+            the batch class are, and the others go to `POST /inference`.
+    """
 
     url: str
     headers: dict[str, str]
     always_jobs: bool = False
 
     @asynccontextmanager
-    async def stream(self, session: aiohttp.ClientSession, ask: Ask) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Greedy; batch class when it may wait."""
-        body = {"messages": ask.messages, "max_tokens": ask.max_tokens, "temperature": 0}
-        if ask.batch or self.always_jobs:
-            path = await self._submit(session, body | ({"priority": "batch"} if ask.batch else {}))
+    async def stream(
+        self, session: aiohttp.ClientSession, request: ChatRequest
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Greedy."""
+        body = {"messages": request.messages, "max_tokens": request.max_tokens, "temperature": 0}
+        if request.batch or self.always_jobs:
+            path = await self._submit(session, body | ({"priority": "batch"} if request.batch else {}))
             opening = session.get(urljoin(self.url, path), headers=self.headers)
         else:
             opening = session.post(f"{self.url}/inference", json={**body, "stream": True}, headers=self.headers)
@@ -55,12 +88,12 @@ class Own:
             yield response
 
     async def _submit(self, session: aiohttp.ClientSession, body: Json) -> str:
-        async with session.post(f"{self.url}/v1/jobs", json=body, headers=self.headers) as accepted:
-            accepted.raise_for_status()
-            return str((await accepted.json())["urls"]["stream"])
+        async with session.post(f"{self.url}/v1/jobs", json=body, headers=self.headers) as response:
+            response.raise_for_status()
+            return str((await response.json())["urls"]["stream"])
 
     def read(self, event: Json) -> Reading:
-        """A chunk, or the job at its end."""
+        """A chunk, or the job when it has ended."""
         if "text" in event:
             return Reading(text=True)
         if event.get("object") != "job":
@@ -71,29 +104,33 @@ class Own:
 
 @dataclass(frozen=True)
 class ChatCompletions:
-    """OpenAI's chat completions, as the libraries' own servers have them."""
+    """OpenAI's chat completions, which the other servers have.
+
+    Attributes:
+        model: the name to send; empty: none.
+    """
 
     url: str
     model: str = ""
-    more: Json = field(default_factory=dict)
 
     @asynccontextmanager
-    async def stream(self, session: aiohttp.ClientSession, ask: Ask) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Greedy, with the tokens counted."""
+    async def stream(
+        self, session: aiohttp.ClientSession, request: ChatRequest
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Greedy, with the number of tokens at the end."""
         body: Json = {
-            "messages": ask.messages,
-            "max_tokens": ask.max_tokens,
+            "messages": request.messages,
+            "max_tokens": request.max_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
             **({"model": self.model} if self.model else {}),
-            **self.more,
         }
         async with session.post(f"{self.url}/v1/chat/completions", json=body) as response:
             yield response
 
     def read(self, event: Json) -> Reading:
-        """A chunk, perhaps with the count."""
+        """A chunk, which may have the number of tokens."""
         choices = event.get("choices") or [{}]
         text = bool(choices[0].get("delta", {}).get("content"))
         return Reading(text, (event.get("usage") or {}).get("completion_tokens") or 0, str(event.get("error") or ""))

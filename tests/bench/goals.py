@@ -1,4 +1,4 @@
-"""What the figures are to reach, held against what a run has found."""
+"""Target values of figures, and whether a run reaches them."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from tests.bench.samples import Figures
 SMOLLM2: Final = "SmolLM2-135M-Instruct"
 TINY: Final = "tiny-random-llama"
 VISION: Final = "tiny-random-qwen2.5-vl"
-SEER: Final = "mlx_vlm.server"
+VLM_PEER: Final = "mlx_vlm.server"
 QWEN: Final = "random-qwen2.5-7b"
 """Measured where there is an NVIDIA GPU, with `--model`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One sentence with a number in it.
+    """A target value.
 
     Attributes:
         case: scenario, model and case.
-        value: of our figures, and of the one we compare with.
-        at_most: whether less is better.
+        value: computes the figure from ours and those of `peer`.
+        at_most: whether the target is a maximum.
+        peer: the contender that ours is compared with.
     """
 
-    says: str
+    text: str
     case: tuple[str, str, str]
     value: Callable[[Figures, Figures], float]
     target: float
     at_most: bool = False
-    beside: str = OWN
+    peer: str = OWN
 
-    def found(self, medians: Mapping[Place, Figures]) -> float | None:
-        """The number; None when the run did not measure it."""
-        own, other = (medians.get(Place(*self.case, who)) for who in (OWN, self.beside))
+    def measured(self, medians: Mapping[Place, Figures]) -> float | None:
+        """The figure; None if the run did not measure it."""
+        own, other = (medians.get(Place(*self.case, who)) for who in (OWN, self.peer))
         return None if own is None or other is None else self.value(own, other)
 
-    def reached(self, found: float) -> bool:
-        """Whether that is good enough."""
-        return found <= self.target if self.at_most else found >= self.target
+    def reached(self, value: float) -> bool:
+        """Whether a value reaches the target."""
+        return value <= self.target if self.at_most else value >= self.target
 
 
 def _speed(own: Figures, other: Figures) -> float:
@@ -55,14 +56,12 @@ def _later_ms(own: Figures, other: Figures) -> float:
 
 def _per_model(model: str) -> Iterator[Goal]:
     one = ("single", model, "1 client")
-    yield Goal(
-        f"{model}, one client: ms to the first token over {PEER}'s", one, _later_ms, 15, at_most=True, beside=PEER
-    )
-    yield Goal(f"{model}, one client: tokens/s of {PEER}'s", one, _speed, 0.95, beside=PEER)
+    yield Goal(f"{model}, one client: TTFT minus {PEER}'s, ms", one, _later_ms, 15, at_most=True, peer=PEER)
+    yield Goal(f"{model}, one client: tokens/s ÷ {PEER}'s", one, _speed, 0.95, peer=PEER)
     over = ("open", model, "120% of capacity")
     yield Goal(f"{model}, 120 % of capacity: requests lost", over, lambda own, _: own["failed"], 0, at_most=True)
     yield Goal(
-        f"{model}, 120 % of capacity: interactive TTFT p99, as a part of the batch class's median",
+        f"{model}, 120 % of capacity: interactive TTFT p99 ÷ median of the batch class",
         over,
         lambda own, _: own["ttft_p99_s"] / max(own["batch_ttft_p50_s"], 1e-9),
         1,
@@ -70,7 +69,7 @@ def _per_model(model: str) -> Iterator[Goal]:
     )
     rows = ("mixed", model, "8 rows, 4000 tokens")
     yield Goal(
-        f"{model}, 4,000-token prompts among running rows: ITL p99 of the quiet median",
+        f"{model}, 4,000-token prompts while rows decode: ITL p99 ÷ quiet median",
         rows,
         lambda own, _: own["disturbance"],
         3,
@@ -78,7 +77,7 @@ def _per_model(model: str) -> Iterator[Goal]:
     )
     for case, target in (("2000 tokens", 0.1), ("after a restart", 1 / 3)):
         yield Goal(
-            f"{model}, shared prefix, {case}: TTFT of the first request's",
+            f"{model}, shared prefix, {case}: TTFT ÷ the first request's",
             ("prefix", model, case),
             lambda own, _: own["second_ttft_s"] / own["first_ttft_s"],
             target,
@@ -87,27 +86,27 @@ def _per_model(model: str) -> Iterator[Goal]:
 
 
 GOALS: Final = (
-    Goal(f"{SMOLLM2}, 32 clients: tokens/s of {PEER}'s", ("closed", SMOLLM2, "32 clients"), _speed, 1.15, beside=PEER),
-    Goal(f"{SMOLLM2}, 32 clients: tokens/s of {BARE}'s", ("closed", SMOLLM2, "32 clients"), _speed, 1.0, beside=BARE),
-    Goal(f"{TINY}, 64 clients: tokens/s of {PEER}'s", ("closed", TINY, "64 clients"), _speed, 3.0, beside=PEER),
+    Goal(f"{SMOLLM2}, 32 clients: tokens/s ÷ {PEER}'s", ("closed", SMOLLM2, "32 clients"), _speed, 1.15, peer=PEER),
+    Goal(f"{SMOLLM2}, 32 clients: tokens/s ÷ {BARE}'s", ("closed", SMOLLM2, "32 clients"), _speed, 1.0, peer=BARE),
+    Goal(f"{TINY}, 64 clients: tokens/s ÷ {PEER}'s", ("closed", TINY, "64 clients"), _speed, 3.0, peer=PEER),
     Goal(f"{QWEN}, 64 clients: tokens/s", ("closed", QWEN, "64 clients"), lambda own, _: own["tokens_per_s"], 372),
     Goal(
-        f"{VISION}, 16 clients with an image each: tokens/s of {SEER}'s",
+        f"{VISION}, 16 clients with an image each: tokens/s ÷ {VLM_PEER}'s",
         ("images", VISION, "16 clients"),
         _speed,
         1.3,
-        beside=SEER,
+        peer=VLM_PEER,
     ),
     Goal(
-        f"{VISION}, 16 clients with an image each: TTFT p50 of {SEER}'s",
+        f"{VISION}, 16 clients with an image each: TTFT p50 ÷ {VLM_PEER}'s",
         ("images", VISION, "16 clients"),
         lambda own, other: own["ttft_p50_s"] / other["ttft_p50_s"],
         1.0,
         at_most=True,
-        beside=SEER,
+        peer=VLM_PEER,
     ),
     Goal(
-        f"{VISION}, the same images again: how often the encoder runs",
+        f"{VISION}, the same images again: images encoded",
         ("images", VISION, "16 clients, the same images again"),
         lambda own, _: own["images_encoded"],
         0,
@@ -119,23 +118,23 @@ GOALS: Final = (
 
 
 def verdicts(results: Results) -> list[dict[str, Any]]:
-    """Each goal that the run has measured, with what it found."""
+    """Each goal that the run has measured, with the measured value."""
     medians = results.medians()
     return [
         {
-            "goal": goal.says,
+            "goal": goal.text,
             "wanted": f"{'≤' if goal.at_most else '≥'} {goal.target:.3g}",
             "found": found,
             "reached": goal.reached(found),
         }
         for goal in GOALS
-        if (found := goal.found(medians)) is not None
+        if (found := goal.measured(medians)) is not None
     ]
 
 
 def lines(results: Results) -> list[str]:
-    """The same for people."""
+    """The same for the terminal."""
     return [
-        f"{'reached' if each['reached'] else 'MISSED '}  {each['found']:8.3g} (wanted {each['wanted']})  {each['goal']}"
+        f"{'reached' if each['reached'] else 'MISSED '}  {each['found']:8.3g} (target {each['wanted']})  {each['goal']}"
         for each in verdicts(results)
     ]

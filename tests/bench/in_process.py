@@ -1,6 +1,6 @@
-"""A worker's engine without queue and network: what the parts of the bench that run in process step.
+"""A worker's engine without queue and network, for the parts of the bench that run in process.
 
-MLX must not be imported before its BLAS is chosen, so this imports it only inside functions.
+MLX must not be imported before OpenBLAS is loaded, so imports that need it are inside functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def load_runner(folder: Path, speculation_tokens: int = 0, memory_bytes: int = 4 * 2**30) -> MLXRunner:
-    """The warm runner of a text model; a quarter of the memory is for prefixes."""
+    """The runner of a text model, warmed up; a quarter of the memory is for prefixes."""
     from worker.models.load import load_model
     from worker.runner.memory import Memory
     from worker.runner.model_runner import MLXRunner, default_chunk
@@ -35,13 +35,13 @@ def load_runner(folder: Path, speculation_tokens: int = 0, memory_bytes: int = 4
 
 
 class InProcess:
-    """An engine that the caller steps, with generated rows.
+    """An engine that the caller steps.
 
     Args:
-        load: whether the engine is loaded here; an engine thread that it is opened in does that itself.
+        load: whether to load the engine here; False for one that an engine thread opens, which loads it.
 
     Attributes:
-        outputs: what the last step gave.
+        outputs: the outputs of the last step.
     """
 
     def __init__(self, runner: MLXRunner, slots: int = 64, *, load: bool = True) -> None:
@@ -68,20 +68,20 @@ class InProcess:
         return sequence
 
     def step(self) -> list[SequenceOutput]:
-        """One step; what it gave."""
+        """Run one step; its outputs."""
         self.outputs.clear()
         self.core.step()
         return list(self.outputs)
 
     def stop(self, sequences: Sequence[RunningSequence]) -> None:
-        """Cancel rows; they leave with the next step."""
+        """Cancel rows; the next step removes them."""
         from shared.queue.claims import WriteResult
 
         for sequence in sequences:
             self.core.apply_write_result(sequence.job.id, sequence.job.attempt, WriteResult.CANCELLED)
 
     def clear(self, sequences: Sequence[RunningSequence]) -> None:
-        """Cancel these rows, let them leave, and forget all prefixes."""
+        """Remove these rows and all cached prefixes."""
         self.stop(sequences)
         self.step()
         self.runner.reset()

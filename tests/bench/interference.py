@@ -1,10 +1,10 @@
-"""What a long prompt does to rows that decode: the time between their tokens, in process, step by step.
+"""How much a long prompt delays rows that decode: the duration of each engine step, measured in process.
 
-python -m tests.bench.interference MODEL_FOLDER REPEATS
+`python -m tests.bench.interference MODEL_FOLDER REPEATS` measures one model.
 
-By the clock, and in the CPU time of the process, which others on the machine disturb less (the threads of a BLAS that
-wait for each other count in both). All in quiet times of the same run: the median step without a prompt is 1. As many
-of those are before as after it, for the rows grow meanwhile, and their steps with them.
+Steps are measured in wall time and in CPU time of the process, which other processes on the machine disturb less.
+Durations are multiples of the median quiet step of the same run. As many quiet steps are measured before the prompt as
+after it, because contexts grow meanwhile and steps become slower.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from worker.engine.sequence import Sequence as RunningSequence
 
 ROWS, SHORT, LONG = 8, 24, 4000
-"""Rows that decode, tokens of their prompts, and of the long one."""
+"""Number of decoding rows, tokens of their prompts, tokens of the long prompt."""
 _WARM, _QUIET, _AFTER = 20, 60, 10
-"""Steps before anything is measured, in quiet, and after the long row's first token and its end."""
+"""Number of steps before the measurement, of each quiet period, and after the long row's first token and its end."""
 _SLOWEST = 5
 _MEGABYTE = 2**20
 
@@ -41,15 +41,20 @@ _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": tim
 
 @dataclass(slots=True)
 class Step:
-    """One step of the engine: how long by each clock, and what it did beside decoding."""
+    """One step of the engine.
+
+    Attributes:
+        seconds: its duration by each clock.
+        work: what it did in addition to decoding.
+    """
 
     seconds: dict[str, float]
-    what: str
+    work: str
 
 
 @dataclass(slots=True)
 class Bench:
-    """An engine that is stepped, and the steps so far."""
+    """An engine, and the steps that it has run."""
 
     engine: InProcess
     steps: list[Step] = field(default_factory=list)
@@ -58,7 +63,7 @@ class Bench:
     _number: int = 0
 
     def insert(self, tokens: int) -> RunningSequence:
-        """A row with a prompt like no other."""
+        """Add a row with a unique prompt."""
         self._number += 1
         prompt = [(self._number * 977 + i * 131) % 40_000 + 100 for i in range(tokens)]
         self._rows.append(self.engine.submit(prompt, 100_000))
@@ -70,51 +75,51 @@ class Bench:
         self._rows.clear()
 
     def run(self, steps: int) -> list[Step]:
-        """So many steps."""
+        """Run this many steps."""
         return [self.step() for _ in range(steps)]
 
     def until(self, row: RunningSequence) -> list[Step]:
-        """Steps until this row has its first token."""
-        begun = len(self.steps)
+        """Run until this row has its first token."""
+        first = len(self.steps)
         while not row.generated:
             self.step()
-        return self.steps[begun:]
+        return self.steps[first:]
 
     def step(self) -> Step:
-        """The next one."""
+        """Run the next step."""
         runner, totals = self.engine.runner, self.engine.core.totals
         before, prompt_tokens = runner.stats(), totals.prompt_tokens
         self._collected.clear()
-        begun = {name: clock() for name, clock in _CLOCKS.items()}
+        started = {name: clock() for name, clock in _CLOCKS.items()}
         self.engine.step()
-        seconds = {name: clock() - begun[name] for name, clock in _CLOCKS.items()}
+        seconds = {name: clock() - started[name] for name, clock in _CLOCKS.items()}
         prefilled = totals.prompt_tokens - prompt_tokens
         parts = [f"{prefilled} tokens prefilled"] if prefilled else []
         parts += [f"gc {generation}" for generation in self._collected]
         after = runner.stats()
-        for name, key in (("of prefixes", "prefix_cache_bytes"), ("of caches", "kv_bytes")):
+        for name, key in (("of prefixes", "prefix_cache_bytes"), ("of KV caches", "kv_bytes")):
             if (more := after[key] - before[key]) and abs(more) > _MEGABYTE / 10:
                 parts.append(f"{more / _MEGABYTE:+.1f} MB {name}")
         self.steps.append(Step(seconds, ", ".join(parts) or "nothing else"))
         return self.steps[-1]
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Note garbage collections."""
+    def recording_collections(self) -> Iterator[None]:
+        """Record garbage collections."""
 
-        def note(phase: str, info: dict[str, int]) -> None:
+        def record(phase: str, info: dict[str, int]) -> None:
             if phase == "stop":
                 self._collected.append(info["generation"])
 
-        gc.callbacks.append(note)
+        gc.callbacks.append(record)
         try:
             yield
         finally:
-            gc.callbacks.remove(note)
+            gc.callbacks.remove(record)
 
 
 def once(bench: Bench) -> dict[str, Any]:
-    """The long prompt alone, then among rows that decode."""
+    """Measure the long prompt alone, then with rows that decode."""
     alone = bench.insert(LONG)
     figures: dict[str, Any] = {"alone_s": _seconds(bench.until(alone))}
     bench.clear()
@@ -123,19 +128,19 @@ def once(bench: Bench) -> dict[str, Any]:
     bench.run(_WARM)
     quiet = bench.run(_QUIET)
     long = bench.insert(LONG)
-    reading = bench.until(long)
-    figures["among_s"] = _seconds(reading)
-    reading += bench.run(_AFTER)
+    prefill = bench.until(long)
+    figures["among_s"] = _seconds(prefill)
+    prefill += bench.run(_AFTER)
     bench.engine.stop([long])
-    reading += bench.run(_AFTER)
+    prefill += bench.run(_AFTER)
     later = bench.run(_QUIET)
     bench.clear()
     for clock in _CLOCKS:
-        figures[clock] = ratios(*([step.seconds[clock] for step in steps] for steps in (quiet, reading, later)))
+        figures[clock] = ratios(*([step.seconds[clock] for step in steps] for steps in (quiet, prefill, later)))
     figures["slowest"] = [
-        f"{1000 * step.seconds['wall']:.1f} ms: {step.what}; before it: {before.what}"
+        f"{1000 * step.seconds['wall']:.1f} ms: {step.work}; the step before: {before.work}"
         for before, step in sorted(
-            zip([quiet[-1], *reading], reading, strict=False), key=lambda pair: -pair[1].seconds["wall"]
+            zip([quiet[-1], *prefill], prefill, strict=False), key=lambda pair: -pair[1].seconds["wall"]
         )[:_SLOWEST]
     ]
     return figures
@@ -145,22 +150,22 @@ def _seconds(steps: Sequence[Step]) -> float:
     return sum(step.seconds["wall"] for step in steps)
 
 
-def ratios(before: Sequence[float], reading: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """The steps' times over the quiet median."""
+def ratios(before: Sequence[float], prefill: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Durations divided by the median quiet step: of quiet steps before and after, and of steps during the prefill."""
     median = statistics.median([*before, *after])
     return {
         "quiet_ms": 1000 * median,
         "before": statistics.median(before) / median,
         "after": statistics.median(after) / median,
         "quiet_p99": quantile([*before, *after], 0.99) / median,
-        "p50": statistics.median(reading) / median,
-        "p99": quantile(reading, 0.99) / median,
-        "most": max(reading) / median,
+        "p50": statistics.median(prefill) / median,
+        "p99": quantile(prefill, 0.99) / median,
+        "most": max(prefill) / median,
     }
 
 
 def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each figure; the slowest steps are those of the last run."""
+    """The median of each figure over runs; the slowest steps are those of the last run."""
     figures: dict[str, Any] = {"rows": ROWS, "long_tokens": LONG, "repeats": len(runs), "slowest": runs[-1]["slowest"]}
     for name in ("alone_s", "among_s"):
         figures[name] = statistics.median(run[name] for run in runs)
@@ -170,30 +175,30 @@ def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def interference(model: Path, repeats: int) -> dict[str, Any]:
-    """All of it, in a process of its own, which gives the memory back."""
+    """Measure a model in another process, so that its memory is freed."""
     command = [sys.executable, "-m", "tests.bench.interference", str(model), str(repeats)]
     found: dict[str, Any] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
     return {"model": model.name, **found}
 
 
 def lines(figures: dict[str, Any]) -> str:
-    """For people."""
+    """The figures for the terminal."""
     form = (
-        "{model}: a prompt of {long_tokens} tokens among {rows} rows, medians of {repeats}: "
+        "{model}: a prompt of {long_tokens} tokens with {rows} decoding rows, medians of {repeats}: "
         "first token after {among_s:.2f} s, {alone_s:.2f} s alone"
     )
-    said = [form.format(**figures)]
+    found = [form.format(**figures)]
     for clock in _CLOCKS:
         form = (
-            "  {clock}: step in quiet {quiet_ms:.2f} ms (before {before:.2f} x, after {after:.2f} x, "
-            "p99 {quiet_p99:.2f} x), while it comes p50 {p50:.2f} x, p99 {p99:.2f} x, at most {most:.2f} x"
+            "  {clock}: quiet step {quiet_ms:.2f} ms (before {before:.2f} x, after {after:.2f} x, "
+            "p99 {quiet_p99:.2f} x), during prefill p50 {p50:.2f} x, p99 {p99:.2f} x, max {most:.2f} x"
         )
-        said.append(form.format(clock=clock, **figures[clock]))
-    return "\n".join([*said, *(f"  slowest, {each}" for each in figures["slowest"])])
+        found.append(form.format(clock=clock, **figures[clock]))
+    return "\n".join([*found, *(f"  slowest: {each}" for each in figures["slowest"])])
 
 
 def main() -> None:
-    """Load the model, measure, print it as JSON."""
+    """Load the model, measure, print the figures as JSON."""
     prefer_openblas()
     from tests.bench.in_process import InProcess, load_runner
 
@@ -201,7 +206,7 @@ def main() -> None:
     bench = Bench(InProcess(load_runner(folder)))
     gc.collect()
     gc.freeze()
-    with bench.heard():
+    with bench.recording_collections():
         runs = [once(bench) for _ in range(repeats)]
     print(json.dumps(medians(runs)))
 

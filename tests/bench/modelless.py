@@ -1,4 +1,4 @@
-"""A stack whose model costs nothing: Valkey, one API process, a worker with the fake backend, and the CPU each takes.
+"""A stack without a model: Valkey, one API process, a worker with the fake backend, and the CPU time of each.
 
 The commands and Valkey's configuration are those of `scripts/serve`.
 """
@@ -24,23 +24,23 @@ KEY = "mlxq_00000000_" + "k" * 43
 
 @dataclass(frozen=True)
 class Stack:
-    """What runs."""
+    """The running processes, by name, and the port of the API."""
 
     port: int
     processes: dict[str, psutil.Process]
 
     def pids(self) -> dict[str, int]:
-        """The process ids."""
+        """Their process ids."""
         return {name: each.pid for name, each in self.processes.items()}
 
     def cpu_s(self) -> dict[str, float]:
-        """User and system time that each process has used with all below it, in seconds."""
+        """User and system time of each process and its descendants, in seconds."""
         return {name: cpu_s(each) for name, each in self.processes.items()}
 
 
 @contextmanager
 def modelless(*, worker: bool = True, checkout: Checkout | None = None, **variables: str) -> Iterator[Stack]:
-    """Run Valkey, one API process and, by default, one worker, of this or another checkout; stop them on exit."""
+    """Run Valkey, one API process and, by default, one worker, of this or another checkout."""
     source = checkout or Checkout()
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ExitStack() as exits:
         port = free_port()

@@ -1,4 +1,4 @@
-"""Parts of the bench that measure this stack, each its own way: a name, a measurement, what people see of it."""
+"""Parts of the bench that measure this stack only: the name of each, its measurement, and its output."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from tests.bench import api_cost, comparison, durability, path, recovery, speculation, switching
-from tests.bench.hop import queue_hop
-from tests.bench.interference import interference, lines
-from tests.bench.streams import idle_streams
+from tests.bench import (
+    api_cost,
+    comparison,
+    durability,
+    interference,
+    path,
+    recovery,
+    speculation,
+    streams,
+    switching,
+)
+
+_IDLE_STREAMS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What a part measures.
+class Options:
+    """The options of a part.
 
     Attributes:
-        model: folder of a model, a small one unless the command line names one.
+        model: folder of a model, the tiny one unless the command line names another.
         rounds: number of repetitions; their medians are shown.
-        before: an earlier checkout of this repository that is measured in the same turns, where a part can.
+        before: an earlier checkout of this repository, which some parts measure in the same turns.
     """
 
     model: Path
@@ -39,50 +48,48 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of them.
+    """One part.
 
     Attributes:
         measure: returns figures.
-        show: the figures as a line or a table.
-        quick: whether it is short enough for `--quick`.
+        show: formats the figures as a line or a table.
+        quick: whether `--quick` includes it.
         compares: whether it needs an earlier checkout.
     """
 
-    measure: Callable[[Subject], dict[str, Any]]
+    measure: Callable[[Options], dict[str, Any]]
     show: Callable[[dict[str, Any]], str | Table]
     quick: bool = False
     compares: bool = False
 
     def due(self, *, quick: bool, before: bool) -> bool:
-        """Whether a run that names no part measures it."""
+        """Whether a run that names no part includes it."""
         return (self.quick or not quick) and (before or not self.compares)
 
 
 def _line(form: str) -> Callable[[dict[str, Any]], str]:
-    """A format string for the figures, as `show`."""
+    """A `show` that fills in a format string."""
     return lambda figures: form.format(**figures)
 
 
 PARTS: Final[dict[str, Part]] = {
     "hop": Part(
-        lambda subject: queue_hop(subject.model),
-        _line(
-            "queue hop, accepted → in the engine, idle worker, {jobs} jobs: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms"
-        ),
+        lambda options: path.queue_hop(options.model),
+        _line("queue latency, accepted to engine, idle worker, {jobs} jobs: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms"),
     ),
     "streams": Part(
-        lambda _: idle_streams(500),
+        lambda _: streams.idle_streams(_IDLE_STREAMS),
         _line("{streams} idle streams on one API process: {rss_mb:.0f} MB resident, {before_mb:.0f} MB before"),
     ),
-    "interference": Part(lambda subject: interference(subject.model, subject.rounds), lines),
-    "durability": Part(lambda subject: durability.durability(subject.rounds), durability.table),
-    "pipeline": Part(lambda subject: path.pipeline(subject.rounds), path.pipeline_table),
-    "submit": Part(lambda subject: path.submits(subject.rounds), path.submits_table),
-    "switching": Part(lambda subject: switching.switching(subject.model, subject.rounds), switching.line, quick=True),
-    "speculation": Part(lambda subject: speculation.speculation(subject.model, subject.rounds), speculation.table),
-    "recovery": Part(lambda subject: recovery.recovery(subject.model, subject.rounds, subject.before), recovery.table),
+    "interference": Part(lambda options: interference.interference(options.model, options.rounds), interference.lines),
+    "durability": Part(lambda options: durability.durability(options.rounds), durability.table),
+    "pipeline": Part(lambda options: path.pipeline(options.rounds), path.pipeline_table),
+    "submit": Part(lambda options: path.submits(options.rounds), path.submits_table),
+    "switching": Part(lambda options: switching.switching(options.model, options.rounds), switching.line, quick=True),
+    "speculation": Part(lambda options: speculation.speculation(options.model, options.rounds), speculation.table),
+    "recovery": Part(lambda options: recovery.recovery(options.model, options.rounds, options.before), recovery.table),
     "comparison": Part(
-        lambda subject: comparison.compare(subject.earlier, subject.rounds, subject.model.parent),
+        lambda options: comparison.compare(options.earlier, options.rounds, options.model.parent),
         comparison.table,
         compares=True,
     ),

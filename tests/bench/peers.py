@@ -1,6 +1,6 @@
-"""Servers of other projects that are measured in environments of their own: what they need, and where they are.
+"""Servers of other projects, each in its own virtual environment.
 
-They pin other versions of our libraries than we do, so `scripts/bench --install` makes a virtual environment for each.
+They pin other versions of our libraries than we do, so `scripts/bench --install` makes an environment for each.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FOLDER: Final = ROOT / ".venv-peers"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A server with OpenAI's chat completions.
+    """A server that has OpenAI's chat completions.
 
     Attributes:
-        requirements: what is installed; the libraries that decide its speed are pinned beside it.
-        module: has the `main` of its command line.
-        options: of its `serve`, beside model, host and port.
-        environment: variables that it is started with.
+        requirements: what to install; the libraries that determine its speed are pinned too.
+        module: the module with `main` of its command line.
+        options: of its `serve` command, in addition to model, host and port.
+        environment: environment variables.
     """
 
     name: str
@@ -36,20 +36,20 @@ class Peer:
 
     @property
     def python(self) -> Path:
-        """Its interpreter, installed or not."""
+        """Its Python interpreter, whether or not it is installed."""
         return FOLDER / self.name / "bin/python"
 
     def missing(self) -> str:
-        """Why it cannot be measured; empty when it can."""
+        """Why it cannot be measured; empty if it can."""
         if self.python.exists():
             return ""
-        return f"{self.name} is not installed; scripts/bench --install {self.name} does it (several GB)"
+        return f"{self.name} is not installed; run scripts/bench --install {self.name} (several GB)"
 
     def install(self) -> None:
-        """Make its environment anew.
+        """Create its environment, replacing an earlier one.
 
         Raises:
-            subprocess.CalledProcessError: pip failed, and has said why.
+            subprocess.CalledProcessError: pip failed; it has printed why.
         """
         folder = FOLDER / self.name
         shutil.rmtree(folder, ignore_errors=True)
@@ -58,7 +58,7 @@ class Peer:
             subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
             subprocess.run([str(self.python), "-m", "pip", "install", *self.requirements], check=True)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # half of it would be taken for the whole
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete environment would count as installed
             raise
 
 

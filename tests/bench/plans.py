@@ -1,6 +1,6 @@
-"""What is asked of a contender: clients, each with its requests, in order.
+"""What a contender is asked to do: clients, each with its requests, in order.
 
-A plan is data, so that every contender gets the same one, in this process or another.
+A plan is data, so that every contender gets the same one, in this process or in another.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ChatRequest:
     """One chat request.
 
     Attributes:
-        at_s: not before so many seconds after the plan's start.
-        kind: a word by which a scenario finds its samples again.
-        batch: whether it may wait for the others; only this stack can be told.
+        at_s: earliest time to send it, in seconds after the start of the plan.
+        kind: a label by which a scenario finds its samples.
+        batch: whether it has the batch priority class, which only this stack has.
     """
 
     messages: list[Json]
@@ -31,13 +31,13 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Requests sent one after another, each when its time has come and the one before has ended.
+    """Requests that one client sends, each when its time has come and the previous answer is complete.
 
     Attributes:
-        background: not waited for; what it has under way is cut when all others have ended.
+        background: the plan does not wait for this client; its open requests are cancelled when all others have ended.
     """
 
-    asks: list[Ask]
+    requests: list[ChatRequest]
     background: bool = False
 
 
@@ -49,15 +49,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Json) -> Self:
-        """Read what `dataclasses.asdict` made of one."""
-        return cls([Client([Ask(**ask) for ask in each["asks"]], each["background"]) for each in data["clients"]])
+        """Read the output of `dataclasses.asdict`."""
+        return cls([Client([ChatRequest(**each) for each in client["requests"]], client["background"])
+                    for client in data["clients"]])  # fmt: skip
 
 
-def closed(asks: Sequence[Sequence[Ask]]) -> Plan:
-    """Clients that begin at the same moment and send each next request when the last has ended."""
-    return Plan([Client(list(each)) for each in asks])
+def closed(requests: Sequence[Sequence[ChatRequest]]) -> Plan:
+    """A closed loop: clients that start together and send the next request when the previous answer is complete."""
+    return Plan([Client(list(each)) for each in requests])
 
 
-def opened(asks: Sequence[Ask]) -> Plan:
-    """Requests that come when they come, whatever became of the others."""
-    return Plan([Client([ask]) for ask in asks])
+def opened(requests: Sequence[ChatRequest]) -> Plan:
+    """An open loop: each request is sent at its own time, independently of the others."""
+    return Plan([Client([each]) for each in requests])

@@ -1,4 +1,4 @@
-"""Processes that are measured: started, waited for, ended."""
+"""Starting the measured processes, waiting for them, and stopping them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,36 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from shared.settings import ROOT
 
-START_WITHIN_S = 600
+T = TypeVar("T")
+
+_START_WITHIN_S: Final = 600.0
+_POLL_S: Final = 0.02
+_STOP_WITHIN_S: Final = 60.0
 
 
-def asked(module: str, question: dict[str, Any], timeout_s: float) -> Any:
-    """What a module of this package answers to a question, both as JSON, in a process of its own.
+class NotUp(Exception):
+    """A process did not start, or has ended; the text is one line with the reason, `log` is the end of its output."""
+
+    def __init__(self, why: str, log: str = "") -> None:
+        super().__init__(why)
+        self.log = log
+        if log:
+            self.add_note(log)  # shown in a traceback
+
+
+def run_module(module: str, parameters: dict[str, Any], timeout_s: float) -> Any:
+    """Run a module of this package in its own process: JSON on standard input, JSON on standard output.
 
     Raises:
-        RuntimeError: it failed; the text is what it wrote.
+        RuntimeError: it failed; the text is its standard error.
     """
     done = subprocess.run(
         [sys.executable, "-m", f"tests.bench.{module}"],
-        input=json.dumps(question),
+        input=json.dumps(parameters),
         capture_output=True,
         check=False,
         text=True,
@@ -40,21 +54,11 @@ def asked(module: str, question: dict[str, Any], timeout_s: float) -> Any:
     return json.loads(done.stdout)
 
 
-class NotUp(Exception):
-    """A process did not come up, or is gone; the text is a line that says why, `log` what it wrote last."""
-
-    def __init__(self, why: str, log: str = "") -> None:
-        super().__init__(why)
-        self.log = log
-        if log:
-            self.add_note(log)  # a traceback shows it
-
-
 @contextmanager
 def process(
     command: list[str], log: Path, env: dict[str, str] | None = None, folder: Path = ROOT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a group of its own, ended with SIGTERM, and SIGKILL after a while."""
+    """A child process in its own process group; stopped with SIGTERM, and with SIGKILL if it does not end in time."""
     with log.open("wb") as out:
         child = subprocess.Popen(
             command, stdout=out, stderr=out, cwd=folder, env={**os.environ, **(env or {})}, start_new_session=True
@@ -64,29 +68,50 @@ def process(
         finally:
             child.terminate()
             try:
-                child.wait(60)
+                child.wait(_STOP_WITHIN_S)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+
+
+def poll(probe: Callable[[], T], what: str, within_s: float) -> T:
+    """Call `probe` until it returns a true value, and return that.
+
+    Args:
+        what: the condition, for the error.
+
+    Raises:
+        NotUp: it did not within the time.
+    """
+    end = time.monotonic() + within_s
+    while not (value := probe()):
+        if time.monotonic() > end:
+            raise NotUp(f"not within {within_s:.0f} s: {what}")
+        time.sleep(_POLL_S)
+    return value
 
 
 def wait_for(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until `url` answers 200.
 
     Raises:
-        NotUp: the process ended, or it took too long.
+        NotUp: the process ended, or did not start in time.
     """
     wait_until(lambda: answers(url), child, log)
 
 
-def wait_until(up: Callable[[], bool], child: subprocess.Popen[bytes], log: Path) -> None:
-    """The same with a condition of one's own."""
-    end = time.monotonic() + START_WITHIN_S
-    while time.monotonic() < end and child.poll() is None:
-        if up():
-            return
-        time.sleep(0.1)
-    raise NotUp("it did not come up", log.read_text(errors="replace")[-2000:])
+def wait_until(started: Callable[[], bool], child: subprocess.Popen[bytes], log: Path) -> None:
+    """The same with another condition."""
+    try:
+        poll(lambda: child.poll() is not None or started(), "the process has started", _START_WITHIN_S)
+    except NotUp as error:
+        raise NotUp(str(error), _end_of(log)) from None
+    if child.poll() is not None:
+        raise NotUp(f"the process ended with status {child.returncode}", _end_of(log))
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
 
 
 def answers(url: str) -> bool:

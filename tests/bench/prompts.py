@@ -1,4 +1,4 @@
-"""What the requests say: short questions, and texts of a wanted length."""
+"""Prompts: short questions, and texts of a given length."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TOPICS = (
 
 
 def question(index: int, system: str = "") -> list[Json]:
-    """The messages of request `index`: short, and different for each; perhaps behind a system prompt."""
+    """The messages of request `index`: a short question, different for each index, with an optional system prompt."""
     topic = TOPICS[index % len(TOPICS)]
-    asked = {"role": "user", "content": f"Question {index}: explain {topic} in a few sentences."}
-    return [{"role": "system", "content": system}, asked] if system else [asked]
+    message = {"role": "user", "content": f"Question {index}: explain {topic} in a few sentences."}
+    return [{"role": "system", "content": system}, message] if system else [message]
 
 
 def text_of(tokens: int, seed: int, model: Path) -> str:
-    """A text of so many tokens of the model; texts of different seeds differ from their first words on."""
+    """A text with this many tokens of the model; texts of different seeds differ from the first words on."""
     draw = random.Random(seed)
-    # A sentence has at least eight tokens, whatever the tokenizer: more text than needed, then cut.
+    # One sentence per token is always too long, whatever the tokenizer; the text is then cut.
     sentences = [f"Text {seed}."] + [
         f"Note {draw.randrange(10_000)} is on {draw.choice(TOPICS)}." for _ in range(tokens)
     ]

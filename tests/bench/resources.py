@@ -1,4 +1,4 @@
-"""What a contender takes of the machine: CPU time and memory of its processes, children included."""
+"""CPU time and memory of a contender's processes, descendants included."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Final, Self
 
 import psutil
 
-_EVERY_S: Final = 0.25
-_LOOK_AGAIN_S: Final = 2.0
-"""Who the children are is asked less often: it takes a look at every process of the machine."""
+_SAMPLE_S: Final = 0.25
+_DESCENDANTS_S: Final = 2.0
+"""Looking for descendants reads every process of the machine, so it is done less often."""
 
 
 class Meter:
-    """Measures a process and all below it while the block runs.
+    """Measures a process and its descendants while the `with` block runs.
 
     Attributes:
-        cpu_s: user and system time spent, that of children which ended meanwhile included.
-        peak_mb: the largest sum of their resident memory seen, in MB; what they share counts for each.
+        cpu_s: user and system time, including that of descendants that ended meanwhile.
+        peak_mb: the largest sum of resident memory, in MB; shared memory counts for each process.
     """
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self._family: list[psutil.Process] = []
-        self._looked_at = 0.0
+        self._searched_at = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="meter", daemon=True)
         self.cpu_s = 0.0
         self.peak_mb = 0.0
 
     def __enter__(self) -> Self:
-        self._look()
+        self._find_family()
         self.cpu_s = -self._cpu()
         self._thread.start()
         return self
@@ -43,31 +43,31 @@ class Meter:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self._look()
-        self._weigh()
+        self._find_family()
+        self._update_peak()
         self.cpu_s += self._cpu()
 
     def _sample(self) -> None:
-        while not self._ended.wait(_EVERY_S):
-            if time.monotonic() - self._looked_at > _LOOK_AGAIN_S:
-                self._look()
-            self._weigh()
+        while not self._ended.wait(_SAMPLE_S):
+            if time.monotonic() - self._searched_at > _DESCENDANTS_S:
+                self._find_family()
+            self._update_peak()
 
-    def _look(self) -> None:
-        self._looked_at = time.monotonic()
+    def _find_family(self) -> None:
+        self._searched_at = time.monotonic()
         with suppress(psutil.NoSuchProcess):
             self._family = [self._root, *self._root.children(recursive=True)]
 
-    def _weigh(self) -> None:
+    def _update_peak(self) -> None:
         self.peak_mb = max(self.peak_mb, sum(map(_resident_mb, self._family)))
 
     def _cpu(self) -> float:
-        # A child that has ended lives on in its parent's count, where its parent has waited for it.
+        # The time of a child that has ended is part of its parent's, once the parent has waited for it.
         return sum(sum(_times(process)) for process in self._family)
 
 
 def cpu_s(process: psutil.Process) -> float:
-    """User and system time that a process and all below it have used so far, in seconds."""
+    """User and system time of a process and its descendants so far, in seconds."""
     family = [process]
     with suppress(psutil.Error):
         family += process.children(recursive=True)

@@ -1,4 +1,4 @@
-"""What a run has found: a record a case, contender and round, and the medians over rounds."""
+"""The results of a run: one record per case, contender and round, and the medians over rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from tests.bench.samples import Figures
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where a figure belongs."""
+    """What a figure belongs to.
+
+    Attributes:
+        who: the contender.
+    """
 
     scenario: str
     model: str
@@ -31,37 +35,40 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """Something that was not measured, and why."""
+    """Something that was not measured, and why.
+
+    Attributes:
+        fault: whether it should have been measured.
+    """
 
     scenario: str
     model: str
     who: str
     why: str
     fault: bool = False
-    """Whether it ought to have been."""
 
 
 @dataclass(slots=True)
 class Results:
-    """Everything of one run, in the order in which it was measured."""
+    """All results of one run, in the order of measurement."""
 
     records: list[Record] = field(default_factory=list)
     absences: list[Absence] = field(default_factory=list)
 
-    def leave_out(self, absence: Absence) -> None:
-        """Note an absence; one that was noted before is not noted again."""
+    def add_absence(self, absence: Absence) -> None:
+        """Record an absence, once."""
         if absence not in self.absences:
             self.absences.append(absence)
 
     def medians(self) -> dict[Place, Figures]:
-        """The median of each figure over rounds, the places in the order in which they first appeared."""
+        """The median of each figure over rounds, in the order of measurement."""
         rounds: dict[Place, list[Figures]] = {}
         for record in self.records:
             rounds.setdefault(record.place, []).append(record.figures)
         return {place: _median(each) for place, each in rounds.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The raw rounds, and the medians again for who only wants these."""
+        """The figures of every round, and the medians."""
         return {
             "records": [{**asdict(each.place), "round": each.round, "figures": each.figures} for each in self.records],
             "medians": [{**asdict(place), "figures": figures} for place, figures in self.medians().items()],
@@ -70,7 +77,7 @@ class Results:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
+        """Read the output of `to_json`."""
         records = [
             Record(Place(each["scenario"], each["model"], each["case"], each["who"]), each["round"], each["figures"])
             for each in data["records"]

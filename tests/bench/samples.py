@@ -1,4 +1,4 @@
-"""What was seen of each request, and the figures that are made of it."""
+"""Measurements of each request, and the figures that are computed from them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any, Self
 Figures = dict[str, float]
 
 TOGETHER_S = 0.0005
-"""Pieces that a client reads within so short a time came together."""
-_TELLING_S = 0.05
+"""Chunks that a client reads within this time arrived together."""
+_MIN_DECODE_S = 0.05
+"""A shorter decode time gives no meaningful speed."""
 
 
 @dataclass(slots=True)
 class Sample:
-    """One request; all moments are seconds since the plan's start.
+    """One request; all times are seconds since the start of the plan.
 
     Attributes:
-        due_s: when it was to be sent: a load that is late itself does not make a server look fast.
-        chunks: when each piece of text came.
-        ended_s: when the whole answer was there; None when it never was.
-        error: why not; empty when it was cut by the plan.
+        due_s: when it was due to be sent: a load generator that is late must not make a server look fast.
+        chunks: when each piece of text arrived.
+        ended_s: when the answer was complete; None if it never was.
+        error: why it was not; empty if the plan cancelled it.
     """
 
     client: int
@@ -35,57 +36,57 @@ class Sample:
 
     @property
     def ttft_s(self) -> float:
-        """Seconds to the first piece of text; without one, for ever."""
+        """Seconds to the first piece of text; infinite without one."""
         return self.chunks[0] - self.due_s if self.chunks else float("inf")
 
     @property
     def arrivals(self) -> list[float]:
-        """When text came: pieces that were read together are one arrival, whoever put them together."""
-        moments: list[float] = []
-        for moment in self.chunks:
-            if not moments or moment - moments[-1] > TOGETHER_S:
-                moments.append(moment)
-        return moments
+        """When text arrived: chunks that were read together count as one arrival."""
+        times: list[float] = []
+        for time in self.chunks:
+            if not times or time - times[-1] > TOGETHER_S:
+                times.append(time)
+        return times
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between two arrivals."""
+        """Seconds between successive arrivals."""
         return [after - before for before, after in pairwise(self.arrivals)]
 
     @property
     def decode_s(self) -> float:
-        """Seconds from the first piece to the last."""
+        """Seconds from the first chunk to the last."""
         return self.chunks[-1] - self.chunks[0] if self.chunks else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a plan gave."""
+    """The result of a plan."""
 
     samples: list[Sample]
     wall_s: float
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Read what `dataclasses.asdict` made of one."""
+        """Read the output of `dataclasses.asdict`."""
         return cls([Sample(**each) for each in data["samples"]], data["wall_s"])
 
     def of(self, *kinds: str) -> list[Sample]:
-        """The samples of some kinds."""
+        """The samples of these kinds."""
         return [sample for sample in self.samples if sample.kind in kinds]
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The q-quantile (nearest rank); 0 of nothing."""
+    """The q-quantile (nearest rank); 0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] if ordered else 0.0
 
 
 def figures(samples: Sequence[Sample], wall_s: float) -> Figures:
-    """Speed and latencies of requests; latencies are those of whole answers."""
-    whole = [sample for sample in samples if sample.ended_s is not None]
-    first = [sample.ttft_s for sample in whole]
-    gaps = [gap for sample in whole for gap in sample.gaps]
+    """Speed and latencies of requests; only complete answers count for latencies."""
+    complete = [sample for sample in samples if sample.ended_s is not None]
+    first = [sample.ttft_s for sample in complete]
+    gaps = [gap for sample in complete for gap in sample.gaps]
     tokens = sum(sample.tokens for sample in samples)
     return {
         "requests": len(samples),
@@ -101,35 +102,35 @@ def figures(samples: Sequence[Sample], wall_s: float) -> Figures:
 
 
 def decode_speed(samples: Iterable[Sample]) -> float:
-    """Tokens a second from the first token to the last: the speed without the wait. 0 when that was no time at all."""
-    whole = [sample for sample in samples if sample.ended_s is not None]
-    seconds = sum(sample.decode_s for sample in whole)
-    return sum(sample.tokens - 1 for sample in whole) / seconds if seconds > _TELLING_S else 0.0
+    """Tokens per second from the first token to the last; 0 if that time is too short to tell."""
+    complete = [sample for sample in samples if sample.ended_s is not None]
+    seconds = sum(sample.decode_s for sample in complete)
+    return sum(sample.tokens - 1 for sample in complete) / seconds if seconds > _MIN_DECODE_S else 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """The latency that makes an answer a good one."""
+class LatencyTarget:
+    """The latency of answers that count for goodput."""
 
     ttft_s: float
     gap_s: float
 
-    def holds(self, sample: Sample) -> bool:
-        """Whether the answer is whole, began in time, and went on in time on average."""
+    def met_by(self, sample: Sample) -> bool:
+        """Whether the answer is complete, its first token was in time, and the others were on average."""
         per_token_s = sample.decode_s / max(sample.tokens - 1, 1)
         return sample.ended_s is not None and sample.ttft_s <= self.ttft_s and per_token_s <= self.gap_s
 
 
-def goodput(samples: Sequence[Sample], bound: Bound, seconds: float) -> float:
-    """Good answers a second, of what was asked within so many seconds."""
-    return sum(map(bound.holds, samples)) / seconds
+def goodput(samples: Sequence[Sample], target: LatencyTarget, seconds: float) -> float:
+    """Answers per second that meet the target, of requests that were due within this many seconds."""
+    return sum(map(target.met_by, samples)) / seconds
 
 
 def capacity(outcome: Outcome) -> float:
-    """Requests a second that a contender answers while every client of a closed loop is kept busy.
+    """Requests per second that a contender answers while all clients of a closed loop are busy.
 
-    What comes after the first client has run out of requests does not count: the batch is no longer full. A request
-    half done by then counts by half.
+    Only the time until the first client has no request left counts: after that the batch is not full. A request that
+    is half done by then counts as half.
     """
     last: dict[int, float] = {}
     for sample in outcome.samples:
@@ -137,9 +138,6 @@ def capacity(outcome: Outcome) -> float:
     full_until = min(last.values(), default=0.0)
     if not full_until:
         return 0.0
-    done = sum(sum(moment <= full_until for moment in each.chunks) / len(each.chunks) for each in _begun(outcome))
+    begun = (sample.chunks for sample in outcome.samples if sample.chunks)
+    done = sum(sum(time <= full_until for time in chunks) / len(chunks) for chunks in begun)
     return done / full_until
-
-
-def _begun(outcome: Outcome) -> list[Sample]:
-    return [sample for sample in outcome.samples if sample.chunks]

@@ -1,80 +1,51 @@
-"""One client process that submits jobs over N connections, each its next when the last is accepted."""
+"""A client process that submits jobs over N connections, each of which waits for the answer before its next job."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
-import selectors
-import socket
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
+import aiohttp
+
+from tests.bench.endpoints import KEY_HEADER, session
 from tests.bench.samples import quantile
-from tests.bench.wire import RECEIVE, check_status, connect, request
-
-_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
 
-class Submitter:
-    """One connection."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self._sent_at = 0.0
-        self._answer = b""
-
-    def send(self, message: bytes) -> None:
-        """Submit the next."""
-        self._answer, self._sent_at = b"", time.perf_counter()
-        self.connection.sendall(message)
-
-    def receive(self) -> float | None:
-        """Seconds that the answer took, once it is whole."""
-        data = self.connection.recv(RECEIVE)
-        self._answer += data
-        head, gap, body = self._answer.partition(b"\r\n\r\n")
-        length = _LENGTH.search(head)
-        if not data or (gap and length is None):
-            raise RuntimeError(f"no answer: {self._answer!r}")
-        if not gap or length is None or len(body) < int(length[1]):
-            return None
-        check_status(self._answer, 202)
-        return time.perf_counter() - self._sent_at
-
-
-def submit(port: int, key: str, clients: int, jobs: int, body: dict[str, Any]) -> dict[str, Any]:
-    """Submit so many jobs in all."""
-    message = request("/v1/jobs", key, body)
-    took: list[float] = []
-    with selectors.DefaultSelector() as selector:
-        opened = [Submitter(connect(port)) for _ in range(clients)]
+async def _submit_each(
+    client: aiohttp.ClientSession, body: dict[str, Any], jobs: Iterable[int], took_s: list[float]
+) -> None:
+    for _ in jobs:
         start = time.perf_counter()
-        for each in opened:
-            selector.register(each.connection, selectors.EVENT_READ, each)
-            each.send(message)
-        left = jobs - clients
-        while len(took) < jobs:
-            for ready, _ in selector.select():
-                submitter: Submitter = ready.data
-                seconds = submitter.receive()
-                if seconds is not None:
-                    took.append(seconds)
-                    if left > 0:
-                        left -= 1
-                        submitter.send(message)
+        async with client.post("/v1/jobs", json=body) as response:
+            answer = await response.text()
+        took_s.append(time.perf_counter() - start)
+        if response.status != 202:
+            raise RuntimeError(answer)
+
+
+async def submit(port: int, key: str, clients: int, jobs: int, body: dict[str, Any]) -> dict[str, Any]:
+    """Submit this many jobs in all; jobs per second and latencies."""
+    took_s: list[float] = []
+    left = iter(range(jobs))  # shared: a connection that is faster sends more
+    async with session(f"http://127.0.0.1:{port}", {KEY_HEADER: key}) as client:
+        start = time.perf_counter()
+        async with asyncio.TaskGroup() as submitters:
+            for _ in range(clients):
+                submitters.create_task(_submit_each(client, body, left, took_s))
         wall_s = time.perf_counter() - start
-        for each in opened:
-            each.connection.close()
     return {
         "jobs": jobs,
         "clients": clients,
         "jobs_per_s": jobs / wall_s,
-        "p50_ms": 1000 * statistics.median(took),
-        "p99_ms": 1000 * quantile(took, 0.99),
+        "p50_ms": 1000 * statistics.median(took_s),
+        "p99_ms": 1000 * quantile(took_s, 0.99),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(submit(**json.load(sys.stdin))))
+    print(json.dumps(asyncio.run(submit(**json.load(sys.stdin)))))

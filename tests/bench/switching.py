@@ -1,6 +1,7 @@
-"""What switching between two warm models costs: the engine's turns with one alone, and with two, in one process.
+"""The cost of switching between two warm models: steps of one engine thread with one model, and with two.
 
-python -m tests.bench.switching, with `{"model": FOLDER, "rounds": …}` on standard input
+The engine runs in process: `python -m tests.bench.switching`, with `{"model": FOLDER, "rounds": …}` on
+standard input.
 """
 
 from __future__ import annotations
@@ -14,42 +15,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.blas import prefer_openblas
-from tests.bench.processes import asked
+from tests.bench.processes import run_module
 
 if TYPE_CHECKING:
     from worker.runner.model_runner import MLXRunner
 
 ROWS: Final = 8
-_PROMPT: Final = 64
+_PROMPT_TOKENS: Final = 64
 _STEPS: Final = 120
-"""Of each model in a turn; the first ones, in which prompts are read, do not count."""
+"""Steps of each model in a turn."""
 _SETTLED: Final = 20
+"""The first steps prefill the prompts and do not count."""
 
 
 def switching(tiny: Path, rounds: int) -> dict[str, Any]:
-    """Medians over all turns, measured in a process of its own: OpenBLAS must be there before MLX is."""
-    found: dict[str, Any] = asked("switching", {"model": str(tiny), "rounds": rounds}, 600)
+    """Medians over all turns, measured in another process: OpenBLAS must be loaded before MLX."""
+    found: dict[str, Any] = run_module("switching", {"model": str(tiny), "rounds": rounds}, 600)
     return found
 
 
 def line(found: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The figures for the terminal."""
     return (
-        f"two warm models, {found['rows']} rows each: a step takes {found['alone_ms']:.2f} ms where one steps alone, "
-        f"{found['in_turns_ms']:.2f} ms where they take turns: switching costs {found['cost']:+.0%} of a step; "
+        f"two warm models, {found['rows']} rows each: a step takes {found['alone_ms']:.2f} ms with one model and "
+        f"{found['in_turns_ms']:.2f} ms when two alternate: switching costs {found['cost']:+.0%} of a step; "
         f"memory peak {found['peak_mb']:.0f} MB"
     )
 
 
 def measured(folder: Path, rounds: int) -> dict[str, Any]:
-    """Turns of the engine with two models of this folder."""
+    """Measure an engine that loads the model of this folder twice."""
     import mlx.core as mx
 
     from tests.bench.in_process import load_runner
 
     runners = [load_runner(folder) for _ in range(2)]
     for runner in runners:
-        runner.eos = frozenset()  # all rows stay to the end
+        runner.eos = frozenset()  # no row ends early
     alone_s, in_turns_s = [], []
     for _ in range(rounds):
         alone_s += [_turn_s([runner]) for runner in runners]
@@ -65,7 +67,7 @@ def measured(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _turn_s(runners: Sequence[MLXRunner]) -> float:
-    """The median turn of an engine thread that has these models: one step of one of them."""
+    """Median seconds of one step of an engine thread that has these models."""
     from tests.bench.in_process import InProcess
     from worker.engine.engine import EngineThread
 
@@ -75,7 +77,7 @@ def _turn_s(runners: Sequence[MLXRunner]) -> float:
         engine.open(model.core)
         engine.turn()
         for row in range(ROWS):
-            model.submit([100 + (row * 977 + i * 131) % 40_000 for i in range(_PROMPT)], 10 * _STEPS)
+            model.submit([100 + (row * 977 + i * 131) % 40_000 for i in range(_PROMPT_TOKENS)], 10 * _STEPS)
     took_s = []
     for number in range(_STEPS * len(runners)):
         start = time.perf_counter()
@@ -89,5 +91,5 @@ def _turn_s(runners: Sequence[MLXRunner]) -> float:
 
 if __name__ == "__main__":
     prefer_openblas()
-    question = json.loads(sys.stdin.read())
-    print(json.dumps(measured(Path(question["model"]), question["rounds"])))
+    parameters = json.load(sys.stdin)
+    print(json.dumps(measured(Path(parameters["model"]), parameters["rounds"])))

@@ -1,4 +1,4 @@
-"""The table that people read: on the terminal, and as Markdown."""
+"""The table of results, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _COLUMNS = (
     ("CPU s/1k tok", "cpu_s_per_1k", ".2f"),
     ("peak MB", "peak_mb", ".0f"),
 )
-_LEFT = ("case", "who", "beside")
-HEADINGS = ("case", "who", "tok/s", f"of {PEER}", *(heading for heading, _, _ in _COLUMNS), "beside")
+_LEFT_ALIGNED = ("case", "contender", "remarks")
+HEADINGS = ("case", "contender", "tok/s", f"÷ {PEER}", *(heading for heading, _, _ in _COLUMNS), "remarks")
 
 
 def rows(results: Results) -> Iterator[tuple[str, ...]]:
-    """A row a case and contender, the scenarios and models together."""
+    """One row per case and contender, grouped by scenario and model."""
     medians = results.medians()
     order = {name: i for i, name in enumerate(SCENARIOS)}
-    by_case = sorted(medians, key=lambda place: (order[place.scenario], place.model))  # stable: cases stay as they came
+    by_case = sorted(medians, key=lambda place: (order[place.scenario], place.model))  # stable: cases keep their order
     for (scenario, model), places in groupby(by_case, key=lambda place: (place.scenario, place.model)):
         for case, found in _cases(list(places)):
             for i, place in enumerate(found):
@@ -51,15 +51,15 @@ def _cells(place: Place, medians: Mapping[Place, Figures]) -> Iterator[str]:
 
 
 def _warning(name: str, figures: Figures) -> str:
-    """Latencies are those of whole answers: what failed must not hide."""
+    """Latencies cover complete answers only, so the number of failures stands beside them."""
     return f" ({figures['failed']:.0f} failed)" if name == "ttft_p50_s" and figures["failed"] else ""
 
 
 def terminal(results: Results) -> Table:
-    """For the terminal."""
-    table = Table(title="medians of the rounds; greedy, streamed; TTFT and ITL as a client sees them")
+    """The table for the terminal."""
+    table = Table(title="medians over rounds; greedy, streamed; TTFT and ITL measured by the client")
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in _LEFT else "right")
+        table.add_column(heading, justify="left" if heading in _LEFT_ALIGNED else "right")
     for row in rows(results):
         if row[0] and table.rows:
             table.add_section()
@@ -68,17 +68,19 @@ def terminal(results: Results) -> Table:
 
 
 def markdown(results: Results) -> str:
-    """For a page."""
-    marks = ("---" if heading in _LEFT else "--:" for heading in HEADINGS)
+    """The table for a page."""
+    marks = ("---" if heading in _LEFT_ALIGNED else "--:" for heading in HEADINGS)
     return "".join(f"| {' | '.join(row)} |\n" for row in (HEADINGS, tuple(marks), *rows(results)))
 
 
 def absences(results: Results) -> list[str]:
-    """A line for each reason why something is missing."""
+    """One line per reason why something was not measured."""
     by_reason: dict[str, list[Absence]] = {}
     for each in results.absences:
         by_reason.setdefault(each.why, []).append(each)
-    return [f"{'FAILED' if each[0].fault else 'left out'}: {_names(each)}: {why}" for why, each in by_reason.items()]
+    return [
+        f"{'FAILED' if each[0].fault else 'not measured'}: {_names(each)}: {why}" for why, each in by_reason.items()
+    ]
 
 
 def _names(absences: list[Absence]) -> str:

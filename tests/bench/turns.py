@@ -1,4 +1,4 @@
-"""Whose turn it is: contenders alternate (A B C, A B C, …), so that a machine that drifts drifts for all."""
+"""The order of measurement: contenders alternate (A B C, A B C, …), so that a drifting machine affects all equally."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Final
 
 from tests.bench.contenders import CONTENDERS, Contender
 from tests.bench.plans import closed
 from tests.bench.processes import NotUp
 from tests.bench.results import Absence, Place, Record, Results
-from tests.bench.scenarios.base import LeftOut, Scenario, Sizes, Subject
+from tests.bench.scenarios.base import NotMeasured, Scenario, Sizes, Subject
 from tests.bench.scenarios.registry import SCENARIOS
 
 _WARM_CLIENTS, _WARM_TOKENS = 2, 8
-_NUMBERS_A_ROUND = 1_000_000
+_QUESTIONS_PER_ROUND: Final = 1_000_000
+_NO_VISION_MODEL: Final = (
+    "--vision-model is not a folder; scripts/make_tiny_model --shape tiny-vision makes a model with images"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What a run is about.
+class Selection:
+    """What a run measures.
 
     Attributes:
         models: folders, each with the sizes that fit it.
-        vision: the folder of the images' scenario.
-        at_once: all scenarios on one start of a contender: fewer starts, coarser turns.
+        vision: the folder of the model for images.
+        one_start: whether all scenarios of a contender share one start: fewer starts, coarser turns.
     """
 
     models: dict[Path, Sizes]
@@ -34,12 +38,12 @@ class Question:
     contenders: Sequence[str]
     rounds: int
     vision: Path | None = None
-    at_once: bool = False
+    one_start: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One start of one contender, and what it is asked."""
+    """One start of one contender, and the scenarios that it runs."""
 
     model: Path
     sizes: Sizes
@@ -52,75 +56,68 @@ class Turn:
         return f"{self.contender.name}: {names}, {self.model.name}, round {self.round + 1}"
 
 
-def turns(question: Question, absences: Callable[[Absence], None]) -> Iterator[Turn]:
-    """All turns in their order; who cannot take part is told to `absences`."""
-    for model, sizes, scenarios in _stages(question, absences):
-        for number in range(question.rounds):
-            for name in question.contenders:
+def turns(selection: Selection, absent: Callable[[Absence], None]) -> Iterator[Turn]:
+    """All turns in order; calls `absent` for each contender that cannot take part."""
+    for model, sizes, scenarios in _stages(selection, absent):
+        for number in range(selection.rounds):
+            for name in selection.contenders:
                 contender = CONTENDERS[name]
                 due = tuple(
                     each
                     for each in scenarios
-                    if (each.rounds is None or number < each.rounds) and _takes_part(contender, each, model, absences)
+                    if (each.rounds is None or number < each.rounds) and _takes_part(contender, each, model, absent)
                 )
                 if due:
                     yield Turn(model, sizes, due, contender, number)
 
 
 def _stages(
-    question: Question, absences: Callable[[Absence], None]
+    selection: Selection, absent: Callable[[Absence], None]
 ) -> Iterator[tuple[Path, Sizes, tuple[Scenario, ...]]]:
-    """Models with scenarios that share a start."""
-    asked = [SCENARIOS[name] for name in question.scenarios]
-    textual = [each for each in asked if not each.sees]
-    for model, sizes in question.models.items():
-        for group in [tuple(textual)] if question.at_once else [(each,) for each in textual]:
+    """Models with the scenarios that share a start."""
+    chosen = [SCENARIOS[name] for name in selection.scenarios]
+    text = [each for each in chosen if not each.needs_images]
+    for model, sizes in selection.models.items():
+        for group in [tuple(text)] if selection.one_start else [(each,) for each in text]:
             yield model, sizes, group
-    for each in asked:
-        if each.sees and question.vision:
-            yield question.vision, next(iter(question.models.values())), (each,)
-        elif each.sees:
-            absences(
-                Absence(
-                    each.name,
-                    "",
-                    "",
-                    "--vision-model names no folder; scripts/make_tiny_model --shape tiny-vision makes one",
-                )
-            )
+    for each in chosen:
+        if each.needs_images and selection.vision:
+            yield selection.vision, next(iter(selection.models.values())), (each,)
+        elif each.needs_images:
+            absent(Absence(each.name, "", "", _NO_VISION_MODEL))
 
 
-def _takes_part(contender: Contender, scenario: Scenario, model: Path, absences: Callable[[Absence], None]) -> bool:
+def _takes_part(contender: Contender, scenario: Scenario, model: Path, absent: Callable[[Absence], None]) -> bool:
     if contender.scenarios is not None and scenario.name not in contender.scenarios:
         return False
-    why = contender.missing() or scenario.excludes(contender.name)
+    why = contender.missing() or scenario.excluded(contender.name)
     if why:
-        absences(Absence(scenario.name, model.name, contender.name, why))
+        absent(Absence(scenario.name, model.name, contender.name, why))
     return not why
 
 
-def take(turn: Turn, results: Results) -> None:
-    """Start the contender, ask, note what it gave; what fails is noted too, and the run goes on."""
+def measure(turn: Turn, results: Results) -> None:
+    """Start the contender, run the scenarios, record the figures. A failure is recorded too, and the run continues."""
     slots = max(each.slots(turn.sizes) for each in turn.scenarios)
-    at = Absence("", turn.model.name, turn.contender.name, "", fault=True)
+    absence = Absence("", turn.model.name, turn.contender.name, "", fault=True)
     try:
         with turn.contender.start(turn.model, slots) as running:
-            # The same numbers in the same order for every contender of a round.
-            numbers = count(turn.round * _NUMBERS_A_ROUND)
+            # The same questions in the same order for every contender of a round.
+            numbers = count(turn.round * _QUESTIONS_PER_ROUND)
             subject = Subject(turn.contender, running, turn.model, turn.sizes, numbers)
-            if not turn.scenarios[0].sees:
-                running.run(closed([[subject.ask(_WARM_TOKENS)] for _ in range(_WARM_CLIENTS)]))
+            if not turn.scenarios[0].needs_images:
+                running.run(closed([[subject.request(_WARM_TOKENS)] for _ in range(_WARM_CLIENTS)]))
             for scenario in turn.scenarios:
-                _ask(scenario, subject, turn.round, results)
+                _measure(scenario, subject, turn.round, results)
     except NotUp as error:
         print(f"{turn}: {error}\n{error.log}", file=sys.stderr)
-        results.leave_out(replace(at, scenario=turn.scenarios[0].name, why=str(error)))
+        results.add_absence(replace(absence, scenario=turn.scenarios[0].name, why=str(error)))
 
 
-def _ask(scenario: Scenario, subject: Subject, number: int, results: Results) -> None:
+def _measure(scenario: Scenario, subject: Subject, number: int, results: Results) -> None:
     model, who = subject.model.name, subject.contender.name
     try:
         for case, figures in scenario.run(subject):
             results.records.append(Record(Place(scenario.name, model, case, who), number, figures))
-    except LeftOut as error:
-        results.leave_out(Absence(scenario.name, model, who, str(error)))
+    except NotMeasured as error:
+        results.add_absence(Absence(scenario.name, model, who, str(error)))

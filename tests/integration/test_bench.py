@@ -1,4 +1,4 @@
-"""`scripts/bench` for real, as small as it gets: every scenario, for this stack and for those beside it."""
+"""`scripts/bench` with real servers and small loads: every scenario, for this stack and for others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from shared.settings import ROOT
-from tests.bench import cli, recovery, saving, speculation
+from tests.bench import cli, recovery, saving, speculation, streams
 from tests.bench.contenders import BARE, OWN, PEER, own_stack
-from tests.bench.draft_tokens import CASES, compare
-from tests.bench.plans import Ask, Client, Plan, opened
+from tests.bench.modelless import modelless
+from tests.bench.path import Case, submit
+from tests.bench.plans import ChatRequest, Client, Plan, opened
 from tests.bench.prompts import question, text_of
 from tests.bench.resources import Meter
 from tests.support.waiting import eventually
@@ -28,13 +29,13 @@ WHO = [OWN, BARE]
 
 @pytest.fixture
 def docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where runs are kept, instead of the repository's own."""
+    """The folder of saved runs, in place of the repository's own."""
     monkeypatch.setattr(saving, "FOLDER", tmp_path / "bench")
     return tmp_path / "bench"
 
 
 @pytest.mark.long
-def test_a_quick_run_measures_every_scenario_and_keeps_it(
+def test_a_quick_run_measures_every_scenario_and_saves_it(
     tiny_model_path: Path, tiny_vision_path: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "bench.json"
@@ -61,13 +62,13 @@ def test_a_quick_run_measures_every_scenario_and_keeps_it(
     assert found["commit"]
     first, again = (records["images", f"16 clients{more}", OWN] for more in ("", ", the same images again"))
     assert (first["failed"], first["images_encoded"], again["images_encoded"]) == (0, 16, 0)
-    assert f"left out: {BARE}, images" in capsys.readouterr().out
+    assert f"not measured: {BARE}, images" in capsys.readouterr().out
     ElementTree.parse(docs / "v1/bench.svg")
     assert "[v1](v1/README.md)" in (docs / "README.md").read_text()
 
 
 @pytest.mark.long
-def test_a_librarys_own_server_is_measured_by_the_same_load(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_librarys_own_server_gets_the_same_load(tiny_model_path: Path, tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
     assert not cli.main(["--quick", "--scenario", "closed", "--who", PEER, "--only", "load", "--json", str(report)])
 
@@ -85,13 +86,13 @@ def libraries(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.long
-def test_a_run_that_is_ended_tells_what_it_has(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_reports_its_figures(tiny_model_path: Path, tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
     command = [sys.executable, "-m", "tests.bench.cli", "--quick", "--scenario", "closed", "open"]
     options = ["--seconds", "600", "--who", BARE, "--only", "load", "--json", str(report)]
     with subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
-            (library,) = eventually(lambda: libraries(run.pid), "the library runs", 60)
+            (library,) = eventually(lambda: libraries(run.pid), "the library is running", 60)
             eventually(lambda: library.cpu_times().user > 6, "it is in its open loop", 120)
             run.terminate()
             assert run.wait(60) == cli.INTERRUPTED
@@ -111,11 +112,18 @@ def test_every_kind_of_request_is_answered_by_this_stack(tiny_model_path: Path) 
         with Meter(stack.pid) as meter:
             outcome = stack.run(
                 Plan([
-                    *opened([Ask(question(1), 5, 0.2, "late"), Ask(question(2), 5, kind="waits", batch=True)]).clients,
-                    Client([Ask(question(3, long), 5, kind="first"), Ask(question(4, long), 5, kind="second")]),
-                    Client([Ask(question(5), 5000, kind="endless")], background=True),
+                    *opened([
+                        ChatRequest(question(1), 5, 0.2, "late"),
+                        ChatRequest(question(2), 5, kind="waits", batch=True),
+                    ]).clients,
+                    Client([
+                        ChatRequest(question(3, long), 5, kind="first"),
+                        ChatRequest(question(4, long), 5, kind="second"),
+                    ]),
+                    Client([ChatRequest(question(5), 5000, kind="endless")], background=True),
                 ])
             )  # fmt: skip
+        generated = stack.metric("mlxq_worker_generated_tokens")
 
     assert after
     assert not before & after
@@ -127,6 +135,7 @@ def test_every_kind_of_request_is_answered_by_this_stack(tiny_model_path: Path) 
     assert samples["late"].chunks[0] > 0.2
     assert samples["second"].due_s >= (samples["first"].ended_s or 0)
     assert meter.cpu_s > 0
+    assert generated >= 20
 
 
 def test_a_text_has_the_length_that_was_asked_for(tiny_model_path: Path) -> None:
@@ -138,11 +147,29 @@ def test_a_text_has_the_length_that_was_asked_for(tiny_model_path: Path) -> None
     assert text_of(50, 3, tiny_model_path) != text_of(50, 4, tiny_model_path)
 
 
-def test_guesses_are_measured_on_answers_that_repeat_their_prompts_and_on_others(tiny_model_path: Path) -> None:
-    found = compare(tiny_model_path, rounds=1, tokens=30)
+def test_speculation_is_measured_on_answers_that_repeat_their_prompts_and_on_others(tiny_model_path: Path) -> None:
+    found = speculation.compare(tiny_model_path, rounds=1, tokens=30)
     assert {turn["same"] for turns in found.values() for turn in turns} == {True}
     assert all(turn[way] > 0 for turns in found.values() for turn in turns for way in ("with", "without"))
-    assert speculation.table({"tiny": found}).row_count == len(CASES)
+    assert speculation.table({"tiny": found}).row_count == len(speculation.CASES)
+
+
+def test_the_token_path_and_submissions_are_measured_without_a_model() -> None:
+    with modelless(SLOTS="64") as stack:
+        streamed = Case(streams=40, tokens=200, every_s=0.02).run(stack)
+        submitted = submit(stack, clients=3, jobs=20)
+
+    assert streamed["tokens"] > 0
+    assert streamed["delay_p99_ms"] >= streamed["delay_p50_ms"] > 0
+    assert set(streamed["cpu_ms_per_1000_tokens"]) == {"valkey", "web", "worker", "client"}
+    assert (submitted["jobs"], submitted["clients"]) == (20, 3)
+    assert submitted["jobs_per_s"] > 0
+
+
+def test_memory_of_idle_streams_is_measured() -> None:
+    found = streams.idle_streams(5)
+    assert found["streams"] == 5
+    assert found["rss_mb"] >= found["before_mb"] > 10
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What a scenario is: a question put to each contender in the same words."""
+"""What a scenario is: the same requests for every contender, and the figures that are computed from the answers."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from tests.bench.contenders import Contender, Running
-from tests.bench.plans import Ask, Plan
+from tests.bench.plans import ChatRequest, Plan
 from tests.bench.prompts import question
 from tests.bench.resources import Meter
-from tests.bench.samples import Bound, Figures, Outcome, figures
+from tests.bench.samples import Figures, LatencyTarget, Outcome, figures
 
 SLOTS: Final = 32
-"""What every server has, unless told otherwise."""
-BOUND: Final = Bound(ttft_s=2.0, gap_s=0.25)
+"""Default concurrency limit of every contender."""
+TARGET: Final = LatencyTarget(ttft_s=2.0, gap_s=0.25)
 
 
-class LeftOut(Exception):
-    """A scenario says nothing of a contender, or of this machine; the text is the line that says why."""
+class NotMeasured(Exception):
+    """A scenario has no result for a contender; the text is one line with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is asked.
+    """How much is requested.
 
     Attributes:
-        clients: at once, in closed loops.
+        clients: numbers of concurrent clients in closed loops.
         tokens: of each answer.
-        alone: requests of the one client that is alone, one after another.
-        open_s: how long requests come in an open loop.
-        loads: the rates of open loops, as parts of the capacity.
-        slots_busy: clients that the capacity is measured with; each sends several requests.
-        bound: what makes an answer in an open loop a good one.
+        alone: requests of the single client, one after another.
+        open_s: how long requests arrive in an open loop.
+        loads: rates of the open loops, as fractions of the capacity.
+        slots_busy: clients that send requests while the capacity is measured.
+        target: the latency of answers that count for goodput.
         prefix_tokens: of the prompt that requests share.
-        running: rows that go on while long prompts come.
+        running: rows that decode while long prompts arrive.
         long_tokens: of each long prompt.
-        long_prompts: how many of them come.
+        long_prompts: how many of them arrive.
     """
 
     clients: tuple[int, ...] = (8, 32, 64)
@@ -48,14 +48,14 @@ class Sizes:
     open_s: float = 60.0
     loads: tuple[float, ...] = (0.5, 0.8, 1.2)
     slots_busy: int = 32
-    bound: Bound = BOUND
+    target: LatencyTarget = TARGET
     prefix_tokens: int = 2000
     running: int = 8
     long_tokens: int = 4000
     long_prompts: int = 2
 
 
-QUICK = Sizes(
+QUICK: Final = Sizes(
     clients=(4,), tokens=16, alone=2, open_s=4.0, slots_busy=4, prefix_tokens=300, running=2, long_tokens=600,
     long_prompts=1,
 )  # fmt: skip
@@ -63,10 +63,10 @@ QUICK = Sizes(
 
 @dataclass(slots=True)
 class Subject:
-    """A contender at its turn.
+    """A contender that has been started for its turn.
 
     Attributes:
-        numbers: of questions; every contender is asked the same ones, and none of them twice.
+        numbers: of the questions; every contender gets the same ones, each only once.
     """
 
     contender: Contender
@@ -75,50 +75,52 @@ class Subject:
     sizes: Sizes
     numbers: Iterator[int] = field(default_factory=count)
 
-    def ask(self, tokens: int | None = None, *, kind: str = "", at_s: float = 0.0, batch: bool = False) -> Ask:
-        """A short question that was not asked before."""
-        return Ask(question(next(self.numbers)), tokens or self.sizes.tokens, at_s, kind, batch)
+    def request(
+        self, tokens: int | None = None, *, kind: str = "", at_s: float = 0.0, batch: bool = False
+    ) -> ChatRequest:
+        """A short question that has not been sent before."""
+        return ChatRequest(question(next(self.numbers)), tokens or self.sizes.tokens, at_s, kind, batch)
 
     def measure(self, plan: Plan) -> tuple[Outcome, Figures]:
-        """Do a plan; its figures over all requests, with what they took of the machine."""
+        """Run a plan; figures over all requests, with the CPU time and memory that they took."""
         with Meter(self.running.pid) as meter:
             outcome = self.running.run(plan)
         found = figures(outcome.samples, outcome.wall_s)
-        text = sum(len(sample.chunks) if sample.ended_s is None else sample.tokens for sample in outcome.samples)
-        return outcome, {**found, "cpu_s_per_1k": meter.cpu_s * 1000 / max(text, 1), "peak_mb": meter.peak_mb}
+        tokens = sum(len(sample.chunks) if sample.ended_s is None else sample.tokens for sample in outcome.samples)
+        return outcome, {**found, "cpu_s_per_1k": meter.cpu_s * 1000 / max(tokens, 1), "peak_mb": meter.peak_mb}
 
 
 class Scenario(ABC):
-    """A question.
+    """A kind of load.
 
     Attributes:
-        rounds: how often at most; None: as often as the run has rounds.
-        sees: whether it needs a model that takes images.
+        rounds: maximum number of rounds; None: all rounds of the run.
+        needs_images: whether it needs a model that takes images.
     """
 
     name: ClassVar[str]
     rounds: ClassVar[int | None] = None
-    sees: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     def slots(self, sizes: Sizes) -> int:
-        """Rows that a contender which can be told shall have."""
+        """The concurrency limit, for contenders that have that option."""
         del sizes
         return SLOTS
 
-    def excludes(self, contender: str) -> str:
-        """Why a contender need not even be started; empty when it takes part."""
+    def excluded(self, contender: str) -> str:
+        """Why a contender cannot take part; empty if it can."""
         del contender
         return ""
 
     @abstractmethod
     def run(self, subject: Subject) -> Iterator[tuple[str, Figures]]:
-        """Ask; each case's name with its figures.
+        """Send the requests; the name of each case with its figures.
 
         Raises:
-            LeftOut: nothing, or no more, can be asked.
+            NotMeasured: no case, or no further case, can be measured.
         """
 
     def remark(self, figures: Figures) -> str:
-        """What is particular to this scenario, for the table's last column."""
+        """Figures that only this scenario has, for the last column of the table."""
         del figures
         return ""

@@ -1,4 +1,4 @@
-"""Closed loop: so many clients begin at the same moment, and each waits for its answer."""
+"""Closed loop: N clients start together, and each waits for its answer."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from tests.bench.scenarios.base import SLOTS, Scenario, Sizes, Subject
 
 
 def case_name(clients: int) -> str:
-    """How a case is called."""
+    """The name of a case."""
     return f"{clients} client{'s' if clients > 1 else ''}"
 
 
 class Closed(Scenario):
-    """Many at once, one request each."""
+    """Many concurrent clients with one request each."""
 
     name = "closed"
 
     def slots(self, sizes: Sizes) -> int:
-        """As many as clients."""
+        """As many as there are clients."""
         return max(SLOTS, *sizes.clients)
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Figures]]:
         """A burst for each number of clients."""
         for clients in subject.sizes.clients:
-            _, found = subject.measure(closed([[subject.ask()] for _ in range(clients)]))
+            _, found = subject.measure(closed([[subject.request()] for _ in range(clients)]))
             yield case_name(clients), {"clients": clients, **found}
 
 
 class Single(Scenario):
-    """One client, and nobody else."""
+    """One client, and no other load."""
 
     name = "single"
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Figures]]:
         """Several requests, one after another."""
-        outcome, found = subject.measure(closed([[subject.ask() for _ in range(subject.sizes.alone)]]))
+        outcome, found = subject.measure(closed([[subject.request() for _ in range(subject.sizes.alone)]]))
         yield case_name(1), {"clients": 1, **found, "decode_tokens_per_s": decode_speed(outcome.samples)}
 
     def remark(self, figures: Figures) -> str:
-        """The speed between first and last token, and beside it what the memory would allow."""
+        """The decode speed, and how much of the memory bandwidth's limit it reaches."""
         speed, limit = figures["decode_tokens_per_s"], figures.get("bandwidth_tokens_per_s")
-        beside = f", {speed / limit:.0%} of the {limit:.1f} that memory allows" if limit else ""
-        return f"{speed:.1f} tok/s after the first token{beside}" if speed else ""
+        part = f", {speed / limit:.0%} of the memory bandwidth's {limit:.1f}" if limit else ""
+        return f"{speed:.1f} tok/s after the first token{part}" if speed else ""

@@ -1,4 +1,4 @@
-"""The scenarios by name, in the order of the table."""
+"""All scenarios by name, in the order of the table."""
 
 from __future__ import annotations
 

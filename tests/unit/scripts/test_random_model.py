@@ -148,6 +148,4 @@ def test_the_memorys_limit_is_its_speed_over_what_a_token_reads(tokenizer_from: 
     found = limit(tmp_path / "made", {"copy": 50.0 * read, "matrix_vector": 100.0 * read})
 
     assert found == {"bytes_per_token": read, "bytes_per_s": 100.0 * read, "tokens_per_s": 100.0}
-    assert "made: 0.000 GB of weights a token, which memory gives one client 100.0 times a second" in lines(
-        {"made": found}
-    )
+    assert "made: 0.000 GB of weights per token, at most 100.0 tokens/s for one client" in lines({"made": found})

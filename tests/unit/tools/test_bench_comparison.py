@@ -1,4 +1,4 @@
-"""Two checkouts in turns: the order, the pairs, and what is left of a turn that fails."""
+"""Two checkouts in turns: the order, the ratios, and a turn that fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def shown(results: dict[str, object]) -> str:
     return out.getvalue()
 
 
-def test_checkouts_take_turns_and_ratios_are_those_of_pairs(tmp_path: Path) -> None:
+def test_checkouts_take_turns_and_ratios_are_within_a_round(tmp_path: Path) -> None:
     order: list[Path] = []
     values = iter([100.0, 110.0, 200.0, 180.0, 50.0, 60.0])
 
@@ -44,7 +44,7 @@ def test_checkouts_take_turns_and_ratios_are_those_of_pairs(tmp_path: Path) -> N
     ]
 
 
-def test_a_turn_that_fails_is_noted_and_the_others_count(tmp_path: Path) -> None:
+def test_a_turn_that_fails_is_reported_and_the_others_count(tmp_path: Path) -> None:
     def speed(checkout: Checkout, models: Path) -> Iterator[tuple[str, float]]:
         yield "first", 1.0
         if checkout.root == tmp_path:
@@ -64,7 +64,7 @@ def test_a_comparison_needs_another_checkout(capsys: pytest.CaptureFixture[str])
     assert "needs --before" in capsys.readouterr().err
 
 
-def test_a_part_that_compares_is_left_out_of_a_run_without_another_checkout(tmp_path: Path) -> None:
+def test_a_run_without_another_checkout_has_no_part_that_compares(tmp_path: Path) -> None:
     without = [name for name, _ in cli.due_parts(cli.arguments([]))]
     beside = [name for name, _ in cli.due_parts(cli.arguments(["--before", str(tmp_path)]))]
     assert "comparison" not in without

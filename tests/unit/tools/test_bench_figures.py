@@ -1,4 +1,4 @@
-"""What the bench makes of what it saw: arrivals, figures, goodput, capacity, disturbance."""
+"""The figures that the bench computes: arrivals, latencies, goodput, capacity, disturbance."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bench.arrivals import poisson
-from tests.bench.plans import Ask, Client, Plan
+from tests.bench.plans import ChatRequest, Client, Plan
 from tests.bench.samples import (
-    Bound,
+    LatencyTarget,
     Outcome,
     Sample,
     capacity,
@@ -23,31 +22,32 @@ from tests.bench.samples import (
     goodput,
     quantile,
 )
-from tests.bench.scenarios.base import LeftOut
+from tests.bench.scenarios.base import NotMeasured
 from tests.bench.scenarios.mixed import LONG, QUIET, RUNNING, disturbance
+from tests.bench.scenarios.open_loop import poisson
 
 
 def sample(*chunks: float, due_s: float = 0.0, client: int = 0, kind: str = "", ended: bool = True) -> Sample:
-    """One request with a token a chunk."""
+    """One request with one token per chunk."""
     return Sample(client, kind, due_s, list(chunks), len(chunks), chunks[-1] if ended and chunks else None)
 
 
-def test_poisson_arrivals_are_those_of_their_seed() -> None:
+def test_poisson_arrivals_depend_on_the_seed_only() -> None:
     assert poisson(5, 60, seed=1) == poisson(5, 60, seed=1)
     assert poisson(5, 60, seed=1) != poisson(5, 60, seed=2)
 
 
 def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
-    moments = poisson(50, 400, seed=7)
-    gaps = [after - before for before, after in pairwise(moments)]
+    times = poisson(50, 400, seed=7)
+    gaps = [after - before for before, after in pairwise(times)]
 
-    assert moments == sorted(moments)
-    assert moments[-1] < 400
-    assert len(moments) == pytest.approx(50 * 400, rel=0.03)
-    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)  # an exponential's
+    assert times == sorted(times)
+    assert times[-1] < 400
+    assert len(times) == pytest.approx(50 * 400, rel=0.03)
+    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)  # as in an exponential distribution
 
 
-def test_quantiles_are_values_that_were_seen() -> None:
+def test_quantiles_are_measured_values() -> None:
     values = list(range(101))
 
     assert (quantile(values, 0), quantile(values, 0.5), quantile(values, 0.99), quantile(values, 1)) == (0, 50, 99, 100)
@@ -57,7 +57,7 @@ def test_quantiles_are_values_that_were_seen() -> None:
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
-def test_a_quantile_parts_the_values(values: list[float], q: float) -> None:
+def test_a_quantile_splits_the_values(values: list[float], q: float) -> None:
     found = quantile(values, q)
 
     assert found in values
@@ -82,31 +82,31 @@ def test_a_failed_request_is_counted_and_its_latency_is_not() -> None:
     assert (found["failed"], found["ttft_p99_s"], found["tokens"]) == (1, 1.0, 2)
 
 
-def test_pieces_read_together_are_one_arrival() -> None:
+def test_chunks_read_together_are_one_arrival() -> None:
     merged = sample(1.0, 1.0001, 1.0002, 1.1, 1.1001)
 
     assert merged.arrivals == [1.0, 1.1]
     assert merged.gaps == pytest.approx([0.1])
 
 
-def test_the_time_from_the_first_token_on_is_what_decoding_took() -> None:
+def test_decode_speed_counts_from_the_first_token() -> None:
     assert decode_speed([sample(5.0, 5.1, 5.2), sample(1.0, 1.2, 1.4)]) == pytest.approx(4 / 0.6)
-    assert decode_speed([sample(5.0, 5.00001)]) == 0  # no time at all tells nothing
+    assert decode_speed([sample(5.0, 5.00001)]) == 0  # too short to tell
 
 
-def test_goodput_counts_whole_answers_within_both_bounds() -> None:
-    bound = Bound(ttft_s=1.0, gap_s=0.2)
+def test_goodput_counts_complete_answers_within_both_limits() -> None:
+    target = LatencyTarget(ttft_s=1.0, gap_s=0.2)
     good = sample(0.9, 1.0, 1.1)
     late = sample(1.1, 1.2, 1.3)
     slow = sample(0.5, 1.0, 1.5)
     hiccup = sample(0.5, 0.9, 0.91, 0.92, 0.93)  # on average fast enough
     cut = sample(0.5, 0.6, ended=False)
 
-    assert goodput([good, late, slow, hiccup, cut], bound, seconds=4.0) == 0.5
-    assert goodput([sample(10.9, 11.0, due_s=10.0)], bound, seconds=1.0) == 1.0  # in time for when it was due
+    assert goodput([good, late, slow, hiccup, cut], target, seconds=4.0) == 0.5
+    assert goodput([sample(10.9, 11.0, due_s=10.0)], target, seconds=1.0) == 1.0  # measured from its due time
 
 
-def test_capacity_counts_until_the_first_client_has_nothing_left_to_ask() -> None:
+def test_capacity_counts_until_the_first_client_has_no_request_left() -> None:
     first = [sample(1.0, 2.0), sample(3.0, 4.0)]  # done at 4 s: two requests
     second = [sample(1.0, 2.0, client=1), sample(4.0, 8.0, client=1)]  # one and a half by then
 
@@ -117,8 +117,8 @@ def test_without_an_answer_there_is_no_capacity() -> None:
     assert capacity(Outcome([Sample(0, "", 0.0, error="no")], wall_s=1.0)) == 0.0
 
 
-def test_a_long_prompt_disturbs_by_the_gaps_that_meet_its_reading() -> None:
-    row = sample(*[i / 10 for i in range(1, 31)], 4.0, 4.1, kind=RUNNING, ended=False)  # a second's gap from 3.0 on
+def test_disturbance_is_that_of_gaps_during_the_prefill_of_long_prompts() -> None:
+    row = sample(*[i / 10 for i in range(1, 31)], 4.0, 4.1, kind=RUNNING, ended=False)  # a gap of 1 s from 3.0 on
     quiet = sample(1.0, 2.0, kind=QUIET)
     long = sample(3.9, due_s=3.05, kind=LONG)
 
@@ -130,13 +130,13 @@ def test_a_long_prompt_disturbs_by_the_gaps_that_meet_its_reading() -> None:
     assert found["long_ttft_p50_s"] == pytest.approx(0.85)
 
 
-def test_without_running_rows_nothing_is_said_of_their_disturbance() -> None:
-    with pytest.raises(LeftOut, match="no gaps"):
+def test_without_running_rows_disturbance_is_not_measured() -> None:
+    with pytest.raises(NotMeasured, match="no gaps"):
         disturbance(Outcome([sample(1.0, 2.0, kind=QUIET), sample(3.0, kind=LONG)], wall_s=5.0))
 
 
 def test_plans_and_outcomes_pass_through_json() -> None:
-    plan = Plan([Client([Ask([{"role": "user", "content": "é"}], 3, 0.5, "x", batch=True)], background=True)])
+    plan = Plan([Client([ChatRequest([{"role": "user", "content": "é"}], 3, 0.5, "x", batch=True)], background=True)])
     outcome = Outcome([sample(1.0, 2.0), Sample(1, "x", 0.0, error="gone")], wall_s=2.0)
 
     assert Plan.from_json(json.loads(json.dumps(asdict(plan)))) == plan

@@ -1,4 +1,4 @@
-"""Servers of other projects in the bench: measured where they are installed, left out with a line where not."""
+"""Servers of other projects in the bench: measured if they are installed, otherwise reported with a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.bench import peers
 from tests.bench.contenders import CONTENDERS, OWN
 from tests.bench.results import Absence
 from tests.bench.scenarios.base import Sizes
-from tests.bench.turns import Question, turns
+from tests.bench.turns import Selection, turns
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def planned(*names: str) -> tuple[list[str], list[Absence]]:
     absences: list[Absence] = []
-    question = Question({Path("tiny"): Sizes()}, ["closed"], names, 1)
-    return [turn.contender.name for turn in turns(question, absences.append)], absences
+    selection = Selection({Path("tiny"): Sizes()}, ["closed"], names, 1)
+    return [turn.contender.name for turn in turns(selection, absences.append)], absences
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
-def test_a_peer_that_is_not_installed_is_left_out_with_the_command_that_installs_it(
+def test_a_peer_that_is_not_installed_is_reported_with_the_command_that_installs_it(
     nothing_installed: Path, name: str
 ) -> None:
     names, (absence,) = planned(name, OWN)
@@ -42,7 +42,7 @@ def test_a_peer_that_is_installed_takes_part(nothing_installed: Path, name: str)
     assert planned(name, OWN) == ([name, OWN], [])
 
 
-def test_every_peer_is_pinned_and_a_contender() -> None:
+def test_every_peer_is_a_contender_with_pinned_requirements() -> None:
     for name, peer in peers.PEERS.items():
         assert CONTENDERS[name].name == name
         assert all("==" in requirement for requirement in peer.requirements)

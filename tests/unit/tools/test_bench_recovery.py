@@ -1,4 +1,4 @@
-"""The scenes of recovery: the pauses that are found in streams, and what the table says of goals."""
+"""The scenes of recovery: pauses of streams, and the goals in the table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_longest_pause_is_that_of_any_stream() -> None:
 
 @pytest.fixture
 def scenes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Two scenes that take no time; the checkouts that were measured, in order."""
+    """Two scenes that measure nothing; returns the checkouts that were measured, in order."""
     measured: list[Path] = []
 
     def pause(model: Path, checkout: Checkout) -> Figures:

@@ -1,4 +1,4 @@
-"""What the bench says: medians, the table, the goals, the picture, the pages that are kept."""
+"""The output of the bench: medians, the table, the goals, the charts, the saved pages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from xml.etree import ElementTree
 import pytest
 
 from scripts.model_files.shapes import QWEN2_5_7B
+from shared.settings import ROOT
 from tests.bench import cli, goals, machine, saving, tables
-from tests.bench.charts import picture
+from tests.bench.charts import charts, draw, svg
 from tests.bench.contenders import CONTENDERS, OWN, PEER
 from tests.bench.results import Absence, Place, Record, Results
 from tests.bench.samples import Figures, Sample, figures
 from tests.bench.scenarios import images
 from tests.bench.scenarios.closed_loop import case_name
 from tests.bench.scenarios.registry import SCENARIOS
-from tests.bench.svg import Chart, document, even_ticks, log_ticks
 from tests.bench.turns import turns
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -52,9 +52,9 @@ def results() -> Results:
             ),
         ]
     )  # fmt: skip
-    found.leave_out(Absence("images", "", "", "there is no picture"))
-    found.leave_out(Absence("images", "", "", "there is no picture"))
-    found.leave_out(Absence("mixed", goals.TINY, PEER, "it fell over", fault=True))
+    found.add_absence(Absence("images", "", "", "there is no image"))
+    found.add_absence(Absence("images", "", "", "there is no image"))
+    found.add_absence(Absence("mixed", goals.TINY, PEER, "it failed", fault=True))
     return found
 
 
@@ -63,7 +63,7 @@ def report(results: Results) -> dict[str, Any]:
     return {**machine.about(), "command": "scripts/bench", "lines": ["queue hop 5 ms"], **results.to_json()}
 
 
-def test_a_median_is_that_of_the_rounds(results: Results) -> None:
+def test_medians_are_over_rounds(results: Results) -> None:
     assert results.medians()[Place("closed", goals.TINY, "64 clients", OWN)]["tokens_per_s"] == 2900.0
 
 
@@ -74,7 +74,7 @@ def test_results_pass_through_json(results: Results) -> None:
     assert {"scenario", "model", "case", "who", "round", "figures"} == set(data["records"][0])
 
 
-def test_a_row_a_case_and_contender_with_the_ratio_to_the_peer(results: Results) -> None:
+def test_the_table_has_a_row_per_case_and_contender_with_the_ratio_to_the_peer(results: Results) -> None:
     found = [(row[0], row[1], row[2], row[3]) for row in tables.rows(results)]
 
     assert found[:4] == [
@@ -92,22 +92,22 @@ def test_failed_requests_show_beside_the_latencies(results: Results) -> None:
     assert any("(3 failed)" in row[4] for row in tables.rows(results))
 
 
-def test_what_is_missing_is_told_once_with_its_reason(results: Results) -> None:
+def test_an_absence_is_reported_once_with_its_reason(results: Results) -> None:
     assert tables.absences(results) == [
-        "left out: images: there is no picture",
-        f"FAILED: {PEER}, mixed, tiny-random-llama: it fell over",
+        "not measured: images: there is no image",
+        f"FAILED: {PEER}, mixed, tiny-random-llama: it failed",
     ]
 
 
-def test_goals_are_held_against_what_was_measured_only(results: Results) -> None:
+def test_goals_that_were_not_measured_are_not_reported(results: Results) -> None:
     found = {each["goal"]: each for each in goals.verdicts(results)}
 
-    assert not found["tiny-random-llama, 64 clients: tokens/s of mlx_lm.server's"]["reached"]  # 2.9 of 3
+    assert not found["tiny-random-llama, 64 clients: tokens/s ÷ mlx_lm.server's"]["reached"]  # 2.9 of 3
     assert found["tiny-random-llama, 120 % of capacity: requests lost"]["reached"]
     assert not any(goals.SMOLLM2 in goal for goal in found)
 
 
-def test_every_goal_is_of_a_case_that_the_whole_run_has() -> None:
+def test_every_goal_is_of_a_case_of_a_full_run() -> None:
     cases = {
         "single": {"1 client"},
         "closed": {f"{n} clients" for n in cli.Sizes().clients},
@@ -120,51 +120,64 @@ def test_every_goal_is_of_a_case_that_the_whole_run_has() -> None:
         scenario, model, case = goal.case
         assert case in cases[scenario]
         assert model in (cli.SMOLLM2.name, cli.TINY.name, cli.VISION.name, QWEN2_5_7B.folder)
-        assert goal.beside in CONTENDERS
+        assert goal.peer in CONTENDERS
 
 
-def test_the_picture_is_svg_with_a_line_a_contender(results: Results) -> None:
-    root = ElementTree.fromstring(picture(results))
+def test_charts_have_the_medians_of_every_contender(results: Results) -> None:
+    speed, p50, p99 = charts(results)
+
+    assert (speed.x_label, speed.y_label) == ("clients", "tokens/s ÷ mlx_lm.server's")
+    assert speed.series == {OWN: [(8, 0.5), (64, 2.9)], PEER: [(8, 1.0), (64, 1.0)]}
+    assert (p50.x_label, p50.y_label) == ("load, % of own capacity", "TTFT, seconds")
+    assert p50.series == p99.series == {OWN: [(50, 0.25), (120, 0.25)], PEER: [(50, 0.25), (120, 0.25)]}
+
+
+def test_new_and_repeated_images_have_a_chart_each() -> None:
+    cases = {"1 client": 5.0, f"1 client, {images.AGAIN}": 7.0}
+    found = charts(Results([record(case, OWN, speed, scenario="images", clients=1) for case, speed in cases.items()]))
+
+    assert [chart.series for chart in found] == [{OWN: [(1, 5.0)]}, {OWN: [(1, 7.0)]}]
+
+
+def test_svg_has_a_line_per_contender_labels_and_the_caption(results: Results) -> None:
+    root = ElementTree.fromstring(svg(results, "a < b, 2 cores · 2026-01-02"))
 
     assert root.tag == f"{SVG}svg"
-    assert len(root.findall(f".//{SVG}polyline")) == 2 * 3  # speed, TTFT p50, TTFT p99
-    said = [text.text for text in root.findall(f".//{SVG}text")]
-    assert {OWN, PEER, "tiny-random-llama: speed by clients", "tiny-random-llama: TTFT p99 by load"} <= set(said)
+    ids = {group.get("id") for group in root.iter(f"{SVG}g")}
+    assert {
+        f"tiny-random-llama: {title}: {who}"
+        for title in ("speed", "time to first token, p50", "time to first token, p99")
+        for who in (OWN, PEER)
+    } <= ids
+    texts = {text.text for text in root.iter(f"{SVG}text")}
+    assert {OWN, PEER, "clients", "TTFT, seconds", "load, % of own capacity", "a < b, 2 cores · 2026-01-02"} <= texts
 
 
-def test_points_of_a_chart_lie_where_their_values_say() -> None:
-    chart = Chart("a < b", "x", "y", {"one & two": [(0, 0), (1, 5), (2, 10)]})
-    root = ElementTree.fromstring(document([chart], 1))
-    line = root.find(f".//{SVG}polyline")
-    assert line is not None
-    points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-
-    assert points[0][0] < points[1][0] < points[2][0]
-    assert points[0][1] > points[1][1] > points[2][1]  # y grows downwards
-    assert points[0][1] + points[2][1] == pytest.approx(2 * points[1][1], abs=0.2)
+def test_the_same_results_give_the_same_svg(results: Results) -> None:
+    assert svg(results, "caption") == svg(results, "caption")
 
 
-def test_a_chart_of_nothing_says_so() -> None:
-    assert "nothing was measured" in document([Chart("empty", "x", "y")], 1)
-    ElementTree.fromstring(document([], 1))
+def test_lines_of_charts_with_shared_axes_are_not_cut_off() -> None:
+    cases = {"1 client": 5.0, f"1 client, {images.AGAIN}": 7000.0}
+    found = charts(Results([record(case, OWN, speed, scenario="images", clients=1) for case, speed in cases.items()]))
+    for axes in draw(found, "caption").axes:
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 7000
 
 
-@pytest.mark.parametrize("high", [0.003, 0.9, 1.0, 3.4, 7.0, 99.0, 2769.0])
-def test_even_ticks_reach_the_value_in_a_few_round_steps(high: float) -> None:
-    ticks = even_ticks(high)
+def test_results_without_anything_to_draw_have_no_charts(report: dict[str, Any], tmp_path: Path) -> None:
+    folder = saving.save(report, Results(), "v1", tmp_path)
 
-    assert ticks[0] == 0
-    assert ticks[-2] < high <= ticks[-1]
-    assert 4 <= len(ticks) - 1 <= 8
-    assert re.fullmatch(r"[125]0*", f"{ticks[1]:g}".replace(".", "").lstrip("0"))
+    assert not (folder / "bench.svg").exists()
+    assert "bench.svg" not in (folder / "README.md").read_text()
 
 
-def test_logarithmic_ticks_are_powers_of_ten_around_the_values() -> None:
-    assert log_ticks(0.02, 3.0) == pytest.approx([0.01, 0.1, 1.0, 10.0])
-    assert log_ticks(1.0, 1.0) == pytest.approx([1.0, 10.0])
+def test_saved_runs_of_earlier_versions_can_be_read() -> None:
+    for path in (ROOT / "docs/bench").glob("*/bench.json"):
+        assert charts(Results.from_json(json.loads(path.read_text("utf-8")))), path
 
 
-def test_a_run_is_kept_with_its_data_picture_and_page(results: Results, report: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_is_saved_with_its_data_charts_and_page(results: Results, report: dict[str, Any], tmp_path: Path) -> None:
     folder = saving.save(report, results, "v1", tmp_path)
 
     assert json.loads((folder / "bench.json").read_text())["records"] == report["records"]
@@ -191,11 +204,11 @@ def test_the_list_of_runs_has_all_of_them_newest_first(
     assert re.findall(r"\| \[(\w+)\]", (tmp_path / "README.md").read_text()) == ["v2", "v1"]
 
 
-def test_a_run_without_a_name_is_called_by_date_and_commit() -> None:
+def test_the_default_name_of_a_run_is_date_and_commit() -> None:
     assert saving.default_name({"date": "2026-01-02T03:04:05+00:00", "commit": "abc1234+"}) == "2026-01-02-abc1234"
 
 
-def test_where_figures_come_from_is_told() -> None:
+def test_a_report_has_the_machine_and_the_versions() -> None:
     about = machine.about()
 
     assert about["machine"]["cores"] >= 1
@@ -203,12 +216,12 @@ def test_where_figures_come_from_is_told() -> None:
     assert {"mlx", "mlx-lm", "celery"} <= set(about["versions"])
 
 
-def asked(*argv: str) -> cli.Question:
-    return cli.question(cli.arguments(argv))
+def selected(*argv: str) -> cli.Selection:
+    return cli.selection(cli.arguments(argv))
 
 
 def test_contenders_take_turns_within_each_scenario_and_round() -> None:
-    found = list(turns(asked("--rounds", "2", "--who", OWN, PEER, "--scenario", "closed", "open"), lambda _: None))
+    found = list(turns(selected("--rounds", "2", "--who", OWN, PEER, "--scenario", "closed", "open"), lambda _: None))
 
     assert [(t.scenarios[0].name, t.model.name, t.round, t.contender.name) for t in found[:6]] == [
         ("closed", goals.SMOLLM2, 0, OWN),
@@ -220,30 +233,30 @@ def test_contenders_take_turns_within_each_scenario_and_round() -> None:
     ]
 
 
-def test_who_is_not_there_is_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLX_VLM_PYTHON", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     results = Results()
 
-    assert not list(turns(asked("--who", "mlx_vlm.server"), results.leave_out))
+    assert not list(turns(selected("--who", "mlx_vlm.server"), results.add_absence))
     lines = [line for line in tables.absences(results) if "mlx_vlm.server" in line]
     assert len(lines) == 1
     assert "MLX_VLM_PYTHON" in lines[0]
 
 
-def test_images_are_asked_of_those_who_see(tmp_path: Path) -> None:
+def test_images_are_sent_to_contenders_that_take_them(tmp_path: Path) -> None:
     results = Results()
-    question = asked("--scenario", "images", "--vision-model", str(tmp_path), "--who", OWN, PEER)
+    selection = selected("--scenario", "images", "--vision-model", str(tmp_path), "--who", OWN, PEER)
 
-    assert {turn.contender.name for turn in turns(question, results.leave_out)} == {OWN}
-    assert f"left out: {PEER}, images, {tmp_path.name}: it serves text only" in tables.absences(results)
+    assert {turn.contender.name for turn in turns(selection, results.add_absence)} == {OWN}
+    assert f"not measured: {PEER}, images, {tmp_path.name}: it serves text only" in tables.absences(results)
 
 
-def test_one_client_is_the_scenario_of_its_own() -> None:
-    question = asked("--model", "some/model", "--clients", "1", "8", "--tokens", "7")
-    (sizes,) = question.models.values()
+def test_one_client_is_a_scenario_of_its_own() -> None:
+    selection = selected("--model", "some/model", "--clients", "1", "8", "--tokens", "7")
+    (sizes,) = selection.models.values()
 
     assert (sizes.clients, sizes.tokens) == ((8,), 7)
-    assert "single" in question.scenarios
-    assert "single" not in asked("--clients", "8").scenarios
-    assert set(asked().scenarios) == set(SCENARIOS)
+    assert "single" in selection.scenarios
+    assert "single" not in selected("--clients", "8").scenarios
+    assert set(selected().scenarios) == set(SCENARIOS)
