@@ -1,10 +1,10 @@
-"""Puts OpenBLAS in front of the reference BLAS that MLX's Linux wheel brings for the CPU.
+"""Replaces the reference BLAS in MLX's Linux wheel by OpenBLAS.
 
-In front means: loaded into the process, symbols global, before MLX is. The loader then resolves MLX's BLAS calls
-to it, and nothing of MLX changes. float32 alone gains: the other types do not go through BLAS.
+OpenBLAS is loaded with global symbols before MLX is imported, so the dynamic linker resolves MLX's BLAS calls to it.
+Only float32 becomes faster: MLX does not use BLAS for other types.
 
-What it gains (SmolLM2-135M in float32, two cores of an AMD EPYC that others used too, best of two to four runs with
-OpenBLAS and of one without; `worker.models.blas_speed` and mlx-lm's BatchGenerator):
+Measured with SmolLM2-135M in float32 on two shared cores of an AMD EPYC, by `worker.models.blas_speed` and mlx-lm's
+BatchGenerator (best of two to four runs with OpenBLAS, one run without):
 
     ======================  =========  ========
     .                       reference  OpenBLAS
@@ -15,9 +15,9 @@ OpenBLAS and of one without; `worker.models.blas_speed` and mlx-lm's BatchGenera
     decode, 32 rows, tok/s         -        200
     ======================  =========  ========
 
-Its threads spin between two products: `OPENBLAS_NUM_THREADS=1` takes a fifth less CPU time per token at 32 rows, a
-third less at one. But two of them decode 32 rows a fifth to a third faster than one, so the number stays OpenBLAS's
-own choice, one a core. Several workers on one machine should share the cores by that variable.
+OpenBLAS starts one thread per core, and this default is kept. Its threads spin between products, so
+`OPENBLAS_NUM_THREADS=1` saves a fifth of the CPU time per token at 32 rows and a third at one row, but two threads
+decode 32 rows a fifth to a third faster. Several workers on one machine should divide the cores with that variable.
 """
 
 from __future__ import annotations
@@ -44,41 +44,41 @@ class Blas:
     """The BLAS that MLX computes with on the CPU."""
 
     name: str
-    """`openblas`, `accelerate` (macOS) or `reference` (what MLX's wheel brings)."""
+    """`openblas`, `accelerate` (macOS) or `reference` (part of MLX's wheel)."""
     path: str = ""
-    """The library that was loaded, as the loader found it."""
+    """Path or name of the loaded library."""
     version: str = ""
-    """What the library says of itself, such as `OpenBLAS 0.3.21 … SkylakeX MAX_THREADS=64`."""
+    """The library's own description, such as `OpenBLAS 0.3.21 … SkylakeX MAX_THREADS=64`."""
     reason: str = ""
     """Why OpenBLAS is not in use."""
 
 
 def prefer_openblas() -> Blas:
-    """Load OpenBLAS ahead of MLX where that gains something; call it before the first `import mlx.core`.
+    """Load OpenBLAS on Linux; must be called before the first `import mlx.core`.
 
-    `OPENBLAS_LIB`, the path of a library, goes before the names that distributions use. Never raises: without
-    OpenBLAS everything works, slowly.
+    The environment variable `OPENBLAS_LIB`, a path, takes precedence over the names that distributions use. Never
+    raises: without OpenBLAS everything works, but slowly.
     """
     if (system := platform.system()) == "Darwin":
-        return Blas("accelerate", reason="macOS has a fast BLAS of its own")
+        return Blas("accelerate", reason="macOS includes a fast BLAS")
     if system != "Linux":
-        return Blas("reference", reason=f"not looked for on {system}")
+        return Blas("reference", reason=f"not supported on {system}")
     if _MLX in sys.modules:
-        return Blas("reference", reason="too late: MLX is loaded already")
+        return Blas("reference", reason="MLX was imported before OpenBLAS could be loaded")
     for candidate in _candidates(os.environ):
         try:
             library = ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         return Blas("openblas", candidate, _version(library))
-    return Blas("reference", reason="no libopenblas found; on Debian and Ubuntu: apt-get install libopenblas0-pthread")
+    return Blas("reference", reason="libopenblas is missing; on Debian or Ubuntu: apt-get install libopenblas0-pthread")
 
 
 def _candidates(environment: Mapping[str, str]) -> Iterator[str]:
     if chosen := environment.get("OPENBLAS_LIB"):
         yield chosen
     yield from _NAMES
-    # A conda environment's libraries are not on the loader's path for every python that runs in it.
+    # The dynamic linker does not always search the libraries of a conda environment.
     for prefix in (environment.get("CONDA_PREFIX"), sys.prefix):
         if prefix:
             yield str(Path(prefix) / "lib" / _NAMES[0])
@@ -90,5 +90,5 @@ def _version(library: ctypes.CDLL) -> str:
     except AttributeError:
         return ""
     describe.restype = ctypes.c_char_p
-    described: bytes | None = describe()
-    return (described or b"").decode("ascii", "replace").strip()
+    description: bytes | None = describe()
+    return (description or b"").decode("ascii", "replace").strip()

@@ -1,29 +1,33 @@
-"""The exceptions that mean something to a caller, and the codes that the wire carries.
+"""Exceptions that API callers see, and the stable codes of failed and expired jobs.
 
-MlxqError                 has `code`, `status` (HTTP), `title`, and perhaps `field`
-├── BadRequest            400  a body that cannot be read at all
-├── Unauthorized          401  no key, or not one of ours
-├── Forbidden             403  a key without the scope
-├── NotFound              404  no such job (or not the caller's), no such route
-├── MethodNotAllowed      405
-├── NotAcceptable         406
-├── Conflict              409  not in this state
-├── Gone                  410  a log that was trimmed or has expired
-├── TooLarge              413  body over the limit
-├── UnsupportedMedia      415
-├── Invalid               422  a field that does not fit; `field` names it
-│   └── KeyReused         422  Idempotency-Key sent again with another body
-├── RateLimited           429
-│   └── KeyQueueFull      429  the key's unfinished jobs hold as many bytes as one key may
-├── Internal              500
-├── Unavailable           503  Redis away: try again after `retry_after` seconds
-│   ├── NotDurable        503  Redis does not prove that the job is on its disk
-│   ├── QueueFull         503  as many jobs wait for the model as may
-│   └── QueueMemoryFull   503  unfinished jobs hold as many bytes as they may, or Redis has no memory left
-└── Expired               504  a job that was waited for did not end within its time
+MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, for one field, `field`
+├── BadRequest            400  the request body cannot be parsed
+├── Unauthorized          401  the API key is missing or unknown
+├── Forbidden             403  the API key lacks a scope
+├── NotFound              404  the route or the job does not exist, or the job belongs to another key
+├── MethodNotAllowed      405  the route does not support the method
+├── NotAcceptable         406  no response format matches the Accept header
+├── Conflict              409  the operation is not possible in the current state
+├── Gone                  410  the job's log has expired or was trimmed
+├── TooLarge              413  the request body exceeds the limit
+├── UnsupportedMedia      415  the route does not accept the content type
+├── Invalid               422  a field has an invalid value; `field` names it
+│   └── KeyReused         422  the Idempotency-Key was used for a different request
+├── RateLimited           429  the API key exceeded its rate limit
+│   └── KeyQueueFull      429  the API key's unfinished jobs reached QUEUE_BYTES_PER_KEY
+├── Internal              500  a bug in the service
+├── Unavailable           503  a dependency is unreachable; retry after `retry_after` seconds
+│   ├── NotDurable        503  Redis did not confirm that the job is on disk
+│   ├── QueueFull         503  the model's queue reached MAX_QUEUE
+│   └── QueueMemoryFull   503  unfinished jobs reached QUEUE_BYTES, or Redis is out of memory
+└── Expired               504  the job did not end within its time limit
 
-Codes in a job's `error`: `JobFailure` for failed jobs, `Expiry` for expired ones. `PromptRefused` carries a
-`JobFailure` from tokenizers and model runners to the API or the claimer.
+A job's `error` carries a `JobFailure` code if it failed and an `Expiry` code if it expired. Tokenizers and model
+runners raise `PromptRefused` with a `JobFailure` code: the API then rejects the request, or the claimer fails the job.
+
+Exceptions that stay inside the service are defined in the module that raises them: `NoLease` (`shared.queue.claims`),
+`ModelError` (`shared.models.folder`), `InvalidUrl` (`shared.queue.redis_url`), `TokenizerError`
+(`shared.tokenizing.client`).
 """
 
 from __future__ import annotations
@@ -32,7 +36,14 @@ from enum import StrEnum
 
 
 class MlxqError(Exception):
-    """An error that an API caller may see: stable `code`, HTTP `status`, one sentence, the field at fault."""
+    """An error that is shown to an API caller.
+
+    Attributes:
+        detail: one sentence that names the problem and, where there is one, the fix.
+        code: stable identifier.
+        field: the request field at fault, if it is a single one.
+        retry_after: seconds after which the same request may succeed; None: retrying does not help.
+    """
 
     status = 500
     code = "internal"
@@ -54,148 +65,148 @@ class MlxqError(Exception):
 
 
 class BadRequest(MlxqError):
-    """The body cannot be read at all."""
+    """The request body cannot be parsed."""
 
     status, code, title = 400, "bad_request", "Bad request"
 
 
 class Unauthorized(MlxqError):
-    """No API key, or not one of ours."""
+    """The API key is missing or unknown."""
 
     status, code, title = 401, "unauthorized", "Unauthorized"
 
 
 class Forbidden(MlxqError):
-    """The key lacks the scope."""
+    """The API key lacks a scope."""
 
     status, code, title = 403, "forbidden", "Forbidden"
 
 
 class NotFound(MlxqError):
-    """No such thing, or it belongs to another key."""
+    """The resource does not exist, or belongs to another key."""
 
     status, code, title = 404, "not_found", "Not found"
 
 
 class MethodNotAllowed(MlxqError):
-    """The route exists, the method does not."""
+    """The route exists but does not support the method."""
 
     status, code, title = 405, "method_not_allowed", "Method not allowed"
 
 
 class NotAcceptable(MlxqError):
-    """No representation fits the Accept header."""
+    """No response format matches the Accept header."""
 
     status, code, title = 406, "not_acceptable", "Not acceptable"
 
 
 class Conflict(MlxqError):
-    """Not possible in the present state."""
+    """The operation is not possible in the current state."""
 
     status, code, title = 409, "conflict", "Conflict"
 
 
 class Gone(MlxqError):
-    """A log that has expired (`log_expired`), or that was trimmed, so that events are missing (`log_trimmed`)."""
+    """The job's log has expired (`log_expired`), or was trimmed and lacks events (`log_trimmed`)."""
 
     status, code, title = 410, "gone", "Gone"
 
 
 class TooLarge(MlxqError):
-    """The body is over the limit."""
+    """The request body exceeds the limit."""
 
     status, code, title = 413, "body_too_large", "Body too large"
 
 
 class UnsupportedMedia(MlxqError):
-    """The content type is not one the route reads."""
+    """The route does not accept the content type."""
 
     status, code, title = 415, "unsupported_media_type", "Unsupported media type"
 
 
 class Invalid(MlxqError):
-    """A field that does not fit; `field` names it."""
+    """A field has an invalid value; `field` names it."""
 
     status, code, title = 422, "invalid_request", "Invalid request"
 
 
 class KeyReused(Invalid):
-    """An Idempotency-Key came again with another body."""
+    """The Idempotency-Key was used for a different request."""
 
     code = "idempotency_key_reused"
 
 
 class RateLimited(MlxqError):
-    """Too many requests for this key."""
+    """The API key exceeded its rate limit."""
 
     status, code, title = 429, "rate_limited", "Too many requests"
 
 
 class KeyQueueFull(RateLimited):
-    """The unfinished jobs of this API key hold as many bytes as one key may (`QUEUE_BYTES_PER_KEY`)."""
+    """The API key's unfinished jobs reached its share of memory (`QUEUE_BYTES_PER_KEY`)."""
 
     code, title = "key_queue_full", "Too much queued"
 
 
 class Internal(MlxqError):
-    """A fault of ours; the request id leads to the log line."""
+    """A bug in the service; the request id leads to its log line."""
 
 
 class Unavailable(MlxqError):
-    """Something the service needs is away; trying again later makes sense."""
+    """A dependency is unreachable; the request may be retried after `retry_after` seconds."""
 
     status, code, title = 503, "unavailable", "Service unavailable"
 
 
 class NotDurable(Unavailable):
-    """Redis does not prove that it keeps the job: sent again with its Idempotency-Key, it will be the same job."""
+    """Redis did not confirm that the job is on disk. A retry with the same Idempotency-Key creates no second job."""
 
     code = "not_durable"
 
 
 class QueueFull(Unavailable):
-    """As many jobs wait for the model as may (`MAX_QUEUE`)."""
+    """The model's queue reached its maximum length (`MAX_QUEUE`)."""
 
     code = "queue_full"
 
 
 class QueueMemoryFull(Unavailable):
-    """Unfinished jobs hold as many bytes as they may (`QUEUE_BYTES`), or Redis itself has no memory left."""
+    """Unfinished jobs reached their share of memory (`QUEUE_BYTES`), or Redis is out of memory."""
 
     code = "queue_memory_full"
 
 
 class Expired(MlxqError):
-    """The job that was waited for did not end within its time."""
+    """The job did not end within its time limit."""
 
     status, code, title = 504, "job_expired", "Out of time"
 
 
 class JobFailure(StrEnum):
-    """Why a job ended `failed`: the stable code in its `error`."""
+    """Why a job failed: the stable code in its `error`."""
 
     WORKER_LOST = "worker_lost"
-    """It was lost with its worker as often as `MAX_ATTEMPTS` allows."""
+    """It crashed its worker as often as `MAX_ATTEMPTS` allows."""
     CONTEXT_LENGTH = "context_length_exceeded"
-    """The prompt does not fit the model."""
+    """The prompt exceeds the model's context."""
     TEMPLATE = "template_error"
-    """The model's chat template refused the messages."""
+    """The model's chat template rejected the messages."""
     ROW = "generation_error"
-    """Its row of the batch raised (sampler, detokeniser); its neighbours went on."""
+    """Sampling or detokenising this job raised; other jobs in the batch were not affected."""
     MEMORY = "out_of_memory"
-    """Its prompt and answer do not fit the worker's memory."""
+    """Prompt and answer need more memory than the worker has."""
     ENGINE = "engine_error"
-    """The engine raised while working on it."""
+    """The engine raised while it ran this job."""
     LOG_LOST = "log_lost"
-    """It was to be continued, and what was generated before is not all in its log any more."""
+    """The job was to be resumed, but its log no longer holds everything that was generated."""
     IMAGE_LOST = "image_lost"
-    """An image of it is not kept any more."""
+    """An image of the job is no longer stored."""
 
 
 class PromptRefused(Exception):
-    """A prompt that the model cannot take: its job fails, or is not accepted.
+    """The model cannot process a prompt: the request is rejected, or the job fails.
 
-    `code` is a `JobFailure`; the text is shown to the caller of the API.
+    `code` is a `JobFailure`; the text is shown to the API caller.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -204,9 +215,9 @@ class PromptRefused(Exception):
 
 
 class Expiry(StrEnum):
-    """Why a job ended `expired`: the stable code in its `error`."""
+    """Why a job expired: the stable code in its `error`."""
 
     START = "start_timeout"
-    """It never started: nothing was done of it. The limit is `start_within_s`, or `deadline_s` where that is less."""
+    """It never started. The limit is the smaller of `start_within_s` and `deadline_s`."""
     DEADLINE = "deadline_exceeded"
-    """It had started, and was not done by its deadline, whether it ran then or waited again: its text is cut off."""
+    """It started but did not end before its deadline, either running or queued again. Its text is incomplete."""

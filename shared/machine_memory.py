@@ -1,4 +1,4 @@
-"""How much memory this machine, or the control group (container) around this process, has in all."""
+"""Total memory available to this process: the machine's, or the limit of its control group (container)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ OWN: Final = Path("/proc/self/cgroup")
 
 
 class ControlGroup(NamedTuple):
-    """A control group that counts this process's memory: its folder, and whether its interface is cgroup v1."""
+    """A control group that limits this process's memory.
+
+    Attributes:
+        v1: whether its interface is that of cgroup v1.
+    """
 
     folder: Path
     v1: bool
 
 
 def control_groups(root: Path = ROOT, own: Path = OWN) -> Iterator[ControlGroup]:
-    """The control groups around this process, the innermost first; none where there are none.
+    """Yield the control groups of this process, innermost first; nothing on systems without control groups.
 
     Args:
-        root: where control groups are mounted.
-        own: the file that lists the process's groups.
+        root: mount point of the control group file system.
+        own: file that lists the control groups of the process.
     """
     try:
         lines = own.read_text().splitlines()
@@ -36,17 +40,17 @@ def control_groups(root: Path = ROOT, own: Path = OWN) -> Iterator[ControlGroup]
             continue
         top = root / "memory" if v1 else root
         inner = top / path.lstrip("/")
-        # Inside a container the path may be the host's; the group that counts is then at the top.
-        around = [inner, *(group for group in inner.parents if group.is_relative_to(top))]
-        yield from (ControlGroup(group, v1) for group in dict.fromkeys([*around, top]))
+        # Inside a container the path may be that of the host. The limit is then set at the top.
+        ancestors = [inner, *(group for group in inner.parents if group.is_relative_to(top))]
+        yield from (ControlGroup(group, v1) for group in dict.fromkeys([*ancestors, top]))
 
 
 def total_memory(root: Path = ROOT, own: Path = OWN) -> int:
-    """Bytes of memory that this process could use at most: the smallest of the machine's and its groups' limits."""
+    """Return the smallest of the memory limits of the machine and of the process's control groups, in bytes."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for group, v1 in control_groups(root, own):
         try:
             limits.append(int((group / ("memory.limit_in_bytes" if v1 else "memory.max")).read_text()))
-        except (OSError, ValueError):  # no such group here, or "max"
+        except (OSError, ValueError):  # the group does not exist, or has no limit ("max")
             continue
     return min(limits)

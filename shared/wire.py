@@ -1,4 +1,4 @@
-"""Messages of peers that are older or newer than this code: while an upgrade rolls, both are there."""
+"""Reading messages of older and newer processes: during a rolling upgrade both run side by side."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Final, TypeVar
 E = TypeVar("E", bound=Enum)
 
 to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-"""One line of JSON without spaces. `json.dumps` would make an encoder for each call."""
+"""Encode a value as one line of JSON without spaces. `json.dumps` would create an encoder for each call."""
 
 
 def paired(flat: Sequence[str]) -> dict[str, str]:
-    """The fields of a script's answer, in which names and values alternate."""
+    """Convert a script's reply of alternating names and values to a dictionary."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def known(message: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dataclass has fields for; the rest is a newer peer's."""
+    """Drop the entries that the dataclass `message` has no field for; newer processes may write more fields."""
     names = {field.name for field in fields(message)}
     return {name: value for name, value in data.items() if name in names}
 
 
-def member(kind: type[E], value: object, otherwise: E) -> E:
-    """The member of an enum with that value; `otherwise` for a value that only a newer peer knows."""
+def member(kind: type[E], value: object, default: E) -> E:
+    """Return the enum member with this value; `default` for a value that only newer processes know."""
     try:
         return kind(value)
     except ValueError:
-        return otherwise
+        return default

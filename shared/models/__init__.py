@@ -1,0 +1,1 @@
+"""What is known about models without loading them: the catalog, model folders, and the workers that serve them."""

@@ -144,8 +144,8 @@ class Registry:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
-        self._introduce = script(client, "introduce")
-        self._announce = script(client, "announce")
+        self._introduce = script(client, "announce_model")
+        self._announce = script(client, "announce_worker")
 
     def announce_model(self, card: ModelCard) -> bool:
         """Make a model known; it stays known while its workers restart.

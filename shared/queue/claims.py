@@ -1,6 +1,6 @@
-"""A worker's side of the queue (lease, claim, append, release), and the reaper, which recovers jobs of lost workers.
+"""The worker's operations on the queue (lease, claim, append, release), and the reaper, which recovers lost jobs.
 
-Every write is fenced by the attempt number and the time of the claim, and may be sent twice.
+Every write is fenced by the attempt number and the time of the claim. Every call may be sent twice.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = logging.getLogger(__name__)
 
 
 class NoLease(Exception):
-    """The worker's lease has lapsed: it must renew before it may claim."""
+    """The worker's lease has expired. It must be renewed before a claim."""
 
 
 class WriteResult(StrEnum):
-    """The answer to a write. An unknown answer, from a newer version's script, counts as `ok`."""
+    """The result of a write. An unknown value is read as `ok`."""
 
     OK = "ok"
     CANCELLED = "cancelled"
     """Written; the job was cancelled and must stop."""
     EXPIRED = "expired"
-    """Written; the job's time is over and it must stop."""
+    """Written; the job exceeded its time limit and must stop."""
     FENCED = "fenced"
-    """Not written: the job belongs to another attempt, or has ended. Drop it."""
+    """Not written: the job belongs to another attempt or has ended, and this worker must drop it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ class ClaimedJob:
     """A job that a worker has reserved.
 
     Attributes:
-        job: its record; `attempt` is the number that this claim's attempt will have.
-        tokens: token ids of its prompt; None when they are not known yet.
-        shared: number of its first tokens that other API keys may reuse.
-        rank: its place in the queue; lower ones are served first.
-        age_s: seconds since it was accepted, by Redis's clock at the claim.
+        job: the record; its `attempt` is the number that the attempt will have when the job is admitted.
+        tokens: token ids of the prompt; None if it has not been tokenised yet.
+        shared: number of leading tokens whose cache other API keys may reuse.
+        rank: score in the queue; lower scores are served first.
+        age_s: seconds from acceptance to the claim, by Redis's clock.
     """
 
     job: Job
@@ -62,14 +62,14 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a worker asks for in a claim.
+    """The free capacity that a worker wants to fill.
 
     Attributes:
-        rows: jobs that it can admit now, beyond those it has claimed.
-        tokens: tokens of prompts and answers for which it has memory now.
-        spare: further jobs that it may claim to have at hand; less than 0 when it has too many.
-        waiting: ids it has claimed and cannot admit now: other workers may take them, and it may claim a job that is to
-            be served before one of them as if that were not here.
+        rows: number of jobs that it can admit now, in addition to those it has claimed.
+        tokens: number of prompt and answer tokens that fit in its free memory.
+        spare: number of jobs that it may claim ahead of capacity; negative if it holds too many.
+        waiting: ids of claimed jobs that it cannot admit now. Other workers may take them over, and each one that ranks
+            behind a queued job does not count against `spare` for that job.
     """
 
     rows: int
@@ -80,12 +80,12 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The answer to a claim.
+    """The result of a claim.
 
     Attributes:
-        jobs: what was reserved.
-        lost: those of `Demand.waiting` that this worker does not hold any more.
-        again_s: seconds after which a job that is deferred to another worker may be claimed; None: there is none.
+        jobs: the reserved jobs.
+        lost: ids from `Demand.waiting` that this worker no longer holds.
+        again_s: seconds until a job that is deferred to another worker may be claimed; None if there is none.
     """
 
     jobs: tuple[ClaimedJob, ...]
@@ -95,16 +95,16 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """What one or several engine steps produced for one job.
+    """The output of one or more engine steps for one job.
 
     Attributes:
-        claimed_at: when it was claimed, as in its record.
-        start: whether the job was admitted to the batch; this begins its attempt.
-        prompt: token ids of its prompt, if this worker tokenised it; they are stored for later attempts.
-        n: number of the job's next event, which carries `text`; if Redis has lost one before it, nothing is written.
-        tokens: token ids of `text`; a later attempt prefills them to continue.
-        extra: further members of the event's JSON object, without braces; empty: none.
-        ending: set when the job ends with this.
+        claimed_at: time of the claim, as in the record.
+        n: number of the job's next event, which carries `text`. Nothing is written if the log lacks an earlier event.
+        tokens: token ids of `text`; a later attempt prefills them to resume.
+        extra: further members of the event's JSON object, without braces.
+        start: whether the job was admitted to the batch, which starts the attempt.
+        prompt: token ids of the prompt, if this worker tokenised it; stored for later attempts.
+        ending: how the job ends; None while it runs.
     """
 
     job_id: str
@@ -119,7 +119,7 @@ class Append:
     ending: Ending | None = None
 
     def to_json(self) -> str:
-        """The script's argument for a row."""
+        """Encode as an argument of `append.lua`."""
         row: dict[str, Any] = {"id": self.job_id, "attempt": self.attempt, "claimed_at": self.claimed_at}
         if self.start:
             row["start"] = True
@@ -138,7 +138,11 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A job that is in this worker's batch according to Redis."""
+    """A job that Redis lists in this worker's batch.
+
+    Attributes:
+        stop_as: `CANCELLED` or `EXPIRED` if the job must stop.
+    """
 
     job_id: str
     attempt: int
@@ -148,10 +152,12 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The answer to a renewal: whether the lease had held until now, and what the worker holds.
+    """The result of a renewal.
 
     Attributes:
-        reserved: (id, claimed_at) of the jobs it has claimed and not admitted.
+        unbroken: whether the previous lease was still valid.
+        running: the jobs in the worker's batch.
+        reserved: (id, claimed_at) of jobs that the worker has claimed but not admitted.
     """
 
     unbroken: bool
@@ -160,7 +166,7 @@ class Lease:
 
 
 class Claims:
-    """One worker's side of the queue. Methods raise `redis.RedisError` when Redis is away."""
+    """One worker's operations on the queue. Methods raise `redis.RedisError` if Redis is unreachable."""
 
     def __init__(self, client: Redis, worker: str) -> None:
         self._worker = worker
@@ -170,25 +176,26 @@ class Claims:
         self._release = script(client, "release")
         self._retire = script(client, "retire")
 
-    def claim(self, model: str, demand: Demand, beside: Iterable[str] = ()) -> Claim:
-        """Reserve waiting jobs of a model.
+    def claim(self, model: str, demand: Demand, process_workers: Iterable[str] = ()) -> Claim:
+        """Reserve queued jobs of a model.
 
         Args:
-            beside: the workers of this process, this one among them.
+            process_workers: ids of all workers of this process; this worker need not be among them.
 
         Raises:
-            NoLease: renew first.
+            NoLease: the lease has expired.
         """
-        ask = asdict(demand) | {"model": model, "worker": self._worker, "beside": [*{self._worker, *beside}]}
-        reply = self._claim(args=[json.dumps(ask)])
+        workers = [*{self._worker, *process_workers}]
+        request = asdict(demand) | {"model": model, "worker": self._worker, "process_workers": workers}
+        reply = self._claim(args=[json.dumps(request)])
         if reply == "no lease":
             raise NoLease(self._worker)
         now, again_s, lost, *claimed = reply
-        jobs = tuple(job for each in claimed if (job := self._read(*each, now=float(now))) is not None)
+        jobs = tuple(job for entry in claimed if (job := self._read(*entry, now=float(now))) is not None)
         return Claim(jobs, tuple(lost), float(again_s) if again_s else None)
 
     def _read(self, record: list[str], request: list[str], score: str, *, now: float) -> ClaimedJob | None:
-        """Read a claimed job. One that cannot be read fails here; otherwise every worker that claims it would fail."""
+        """Parse a claimed job. An invalid record fails the job, or it would raise in every worker that claims it."""
         fields = paired(record)
         try:
             return _claimed(fields, paired(request), float(score), now)
@@ -197,68 +204,77 @@ class Claims:
         ending = Ending(
             Status.FAILED,
             error_code=JobFailure.ENGINE,
-            error_message="The job's record cannot be read. Submit it again.",
+            error_message="The stored job cannot be parsed. Submit it again.",
         )
         attempt = int(fields["attempt"]) + 1
         self.append([Append(fields["id"], attempt, fields["claimed_at"], 0, start=True, ending=ending)])
         return None
 
     def append(self, rows: Sequence[Append]) -> list[WriteResult]:
-        """Write all rows in one call; a result for each."""
-        return [
-            member(WriteResult, word, WriteResult.OK) for word in self._append(args=[row.to_json() for row in rows])
-        ]
+        """Write all rows in one call and return a result for each."""
+        results = self._append(args=[row.to_json() for row in rows])
+        return [member(WriteResult, result, WriteResult.OK) for result in results]
 
     def renew(self, seconds: float) -> Lease:
-        """Extend the lease by that much from now."""
+        """Make the lease expire this many seconds from now."""
         unbroken, running, reserved = self._renew(args=[self._worker, seconds])
         held = zip(running[::4], running[1::4], running[2::4], running[3::4], strict=True)
         return Lease(
             unbroken=bool(unbroken),
-            running=tuple(Held(i, int(attempt), at, _stop(stop)) for i, attempt, at, stop in held),
+            running=tuple(Held(i, int(attempt), at, _stop_as(stop)) for i, attempt, at, stop in held),
             reserved=tuple(zip(reserved[::2], reserved[1::2], strict=True)),
         )
 
     def release(self, jobs: Iterable[tuple[str, str]]) -> list[str]:
-        """Give up (job id, claimed_at)s, to be continued by any worker; the models that have waiting jobs now."""
-        flat = [part for job in jobs for part in job]
+        """Return jobs to the queue.
+
+        Args:
+            jobs: (id, claimed_at) of each job.
+
+        Returns:
+            The models that have queued jobs because of it.
+        """
+        flat = [value for job in jobs for value in job]
         return list(self._release(args=[self._worker, *flat])) if flat else []
 
     def retire(self) -> list[str]:
-        """Return all jobs to the queue and end the lease; the models that have waiting jobs now."""
+        """Return all jobs to the queue and end the lease. Returns the models that have queued jobs because of it."""
         return list(self._retire(args=[self._worker]))
 
 
-def _stop(word: str) -> WriteResult | None:
-    return None if (write_result := member(WriteResult, word, WriteResult.OK)) is WriteResult.OK else write_result
+def _stop_as(value: str) -> WriteResult | None:
+    result = member(WriteResult, value, WriteResult.OK)
+    return None if result is WriteResult.OK else result
 
 
-def _claimed(fields: dict[str, str], asked: dict[str, str], rank: float, now: float) -> ClaimedJob:
+def _claimed(fields: dict[str, str], request: dict[str, str], rank: float, now: float) -> ClaimedJob:
     return ClaimedJob(
         job=Job.from_record(fields | {"attempt": str(int(fields["attempt"]) + 1)}),
-        request=Request.from_json(asked["request"]),
-        tokens=unpack_tokens(asked["tokens"]) if "tokens" in asked else None,
-        shared=int(asked.get("shared") or 0),
+        request=Request.from_json(request["request"]),
+        tokens=unpack_tokens(request["tokens"]) if "tokens" in request else None,
+        shared=int(request.get("shared") or 0),
         rank=rank,
         age_s=max(0.0, now - float(fields["created_at"])),
     )
 
 
 REAP_S: Final = 1.0
-"""Longest time between two passes of a process. `reap.lua` takes a gap of twice this time for an outage."""
-_MOST_EXPIRED: Final = 1000
-_MOST_ENDS: Final = 1000
+"""Maximum seconds between two passes of a process. `reap.lua` treats a gap of twice this time as an outage."""
+_MAX_EXPIRED: Final = 1000
+"""Maximum jobs expired per pass."""
+_MAX_ENDS: Final = 1000
+"""Maximum ended jobs returned per call."""
 
 
 class Reaper:
-    """Returns the jobs of lapsed leases to the queue and expires late jobs. Any number may run at once.
+    """Returns jobs of expired leases to the queue and expires late jobs. Several reapers may run at once.
 
     Args:
-        max_deaths: process deaths that a job may cause before it fails.
-        failed_request_bytes: what the kept requests of failed jobs may occupy.
+        max_deaths: number of process crashes with a job as the only suspect after which the job fails.
+        failed_request_bytes: maximum total size of the stored requests of failed jobs.
 
     Attributes:
-        rest_s: seconds until the next pass is due: when the first lease lapses, if that is soon.
+        rest_s: seconds until the next pass is due: `REAP_S`, or less if a lease may expire earlier.
     """
 
     def __init__(self, client: Redis, max_deaths: int, failed_request_bytes: int) -> None:
@@ -269,14 +285,14 @@ class Reaper:
         self._failed_request_bytes = failed_request_bytes
 
     def reap(self) -> list[str]:
-        """Make one pass; the models to which it returned jobs."""
+        """Make one pass. Returns the models that have queued jobs because of it."""
         self.rest_s = REAP_S
-        lapses_s, *models = self._reap(args=[self._max_deaths, _MOST_EXPIRED, self._failed_request_bytes])
-        if lapses_s:
-            # All processes wait for the same moment; the first one does the work, and jitter spreads the others.
-            self.rest_s = min(REAP_S, max(0.05, float(lapses_s)) + random.uniform(0.002, 0.03))
+        expires_s, *models = self._reap(args=[self._max_deaths, _MAX_EXPIRED, self._failed_request_bytes])
+        if expires_s:
+            # All processes wait for the same lease; jitter keeps them from making the pass at the same time.
+            self.rest_s = min(REAP_S, max(0.05, float(expires_s)) + random.uniform(0.002, 0.03))
         return list(models)
 
     def take_ends(self) -> list[EndedJob]:
-        """The jobs that ended without their worker since the last call of any process."""
-        return [EndedJob.from_json(text) for text in self._client.lpop(keys.ENDS, _MOST_ENDS) or ()]
+        """Remove and return the jobs that ended without a worker. Each one is returned to one caller only."""
+        return [EndedJob.from_json(text) for text in self._client.lpop(keys.ENDS, _MAX_ENDS) or ()]

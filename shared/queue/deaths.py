@@ -1,4 +1,4 @@
-"""The report of a dead worker process to the queue: who held what, and which jobs it was working on."""
+"""Reports the crash of a worker process to the queue."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shared.queue.redis import Redis, script
 
 @dataclass(frozen=True, slots=True)
 class Burial:
-    """What the report changed.
+    """What the report of a crash changed.
 
     Attributes:
-        models: those that have waiting jobs now.
-        suspects: ids of the jobs that share the blame.
-        failed: ids of the jobs that failed because they were the only suspect too often.
+        models: models that have queued jobs because of it.
+        suspects: ids of the jobs that may have caused the crash.
+        failed: ids of the jobs that failed, because they were the only suspect too often.
     """
 
     models: tuple[str, ...]
@@ -24,20 +24,25 @@ class Burial:
     failed: tuple[str, ...]
 
 
-def bury(client: Redis, workers: Sequence[str], in_flight: Sequence[str], most_deaths: int, exit: str) -> Burial:  # noqa: A002
-    """Return what the workers of a dead process held to the queue, and fail the job that is to blame.
+def bury(client: Redis, workers: Sequence[str], in_flight: Sequence[str], max_deaths: int, exit_status: str) -> Burial:
+    """Return the jobs of a crashed process to the queue, and fail the job that causes the crashes.
 
-    A second report of the same death changes nothing.
+    Repeated reports of the same crash change nothing.
 
     Args:
         workers: ids of all workers of the process; their leases end.
-        in_flight: ids of the jobs that the process was working on.
-        most_deaths: deaths in a row that a job may be the only suspect of.
-        exit: how the process ended, for the culprit's error message.
+        in_flight: ids of the jobs that the process was running.
+        max_deaths: number of consecutive crashes with a job as the only suspect after which the job fails.
+        exit_status: how the process ended, for the job's error message.
 
     Raises:
-        redis.RedisError: Redis is away.
+        redis.RedisError: Redis is unreachable.
     """
-    death = {"workers": list(workers), "in_flight": list(in_flight), "most_deaths": most_deaths, "exit": exit}
-    models, suspects, failed = script(client, "bury")(args=[json.dumps(death)])
+    crash = {
+        "workers": list(workers),
+        "in_flight": list(in_flight),
+        "max_deaths": max_deaths,
+        "exit_status": exit_status,
+    }
+    models, suspects, failed = script(client, "report_crash")(args=[json.dumps(crash)])
     return Burial(tuple(models), tuple(suspects), tuple(failed))

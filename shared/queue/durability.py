@@ -1,7 +1,7 @@
-"""Durable acceptance: a script whose answer counts only when everything it wrote is on Redis's disk.
+"""Durable acceptance: a script call that succeeds only when Redis confirms that its writes are on disk.
 
-The proof is a second command in the same pipeline, so it costs no further round trip. Its latency depends on
-`appendfsync`: one more turn of Redis's event loop with `always`, up to a second with `everysec`.
+The confirmation is a second command in the same pipeline, so it needs no further round trip. Its latency depends on
+`appendfsync`: one iteration of Redis's event loop with `always`, up to one second with `everysec`.
 `scripts/bench --only durability` measures it.
 """
 
@@ -18,7 +18,7 @@ from shared.errors import NotDurable
 from shared.queue.redis import Redis, passes, source
 
 PROOF_S: Final = 1.5
-"""Longest wait for the proof: longer than the second of `everysec`, shorter than callers wait for an answer."""
+"""Maximum wait for the confirmation. Above the one second of `everysec`, and below the timeouts of API clients."""
 
 _PROBE: Final = ("WAITAOF", 1, 0, 1)
 _APPEND: Final = ("CONFIG GET", "append*")
@@ -26,22 +26,26 @@ _APPEND: Final = ("CONFIG GET", "append*")
 
 @dataclass(frozen=True, slots=True)
 class _Proof:
-    """A command, and whether its answer says that what was written before it is on the disk."""
+    """A command whose reply confirms that earlier writes of the connection are on disk.
+
+    Attributes:
+        holds: whether a reply is such a confirmation.
+    """
 
     command: tuple[str | int, ...]
     holds: Callable[[Any], bool]
 
 
 _WAIT: Final = _Proof(("WAITAOF", 1, 0, round(PROOF_S * 1000)), lambda acks: bool(acks[0]))
-# With this setting, Redis answers a command only after it has written it to the disk.
+# With `appendfsync always`, Redis replies to a command only after it has written it to disk.
 _ALWAYS: Final = _Proof(_APPEND, lambda conf: (conf["appendonly"], conf["appendfsync"]) == ("yes", "always"))
 
 
 def why_unproven(client: Redis) -> str:
-    """Why this Redis cannot prove that it keeps what it accepts; empty when it can.
+    """Return why this Redis cannot confirm that accepted jobs are on disk; an empty string if it can.
 
     Raises:
-        redis.RedisError: Redis is away, or follows another one now.
+        redis.RedisError: Redis is unreachable or has become a replica.
     """
     try:
         _find_proof(client)
@@ -51,7 +55,7 @@ def why_unproven(client: Redis) -> str:
 
 
 class ProvenScript:
-    """The script `scripts/{name}.lua`, to be called with `args=[…]`; it must write something at each call."""
+    """The script `scripts/{name}.lua` with a durability check. It must write something in each call."""
 
     def __init__(self, client: Redis, name: str) -> None:
         self._client = client
@@ -59,67 +63,70 @@ class ProvenScript:
         self._proof: _Proof | None = None
 
     def __call__(self, args: Sequence[Any]) -> Any:
-        """Run it.
+        """Run the script and return its reply.
 
         Raises:
-            NotDurable: Redis cannot give a proof (then usually nothing was written), or gave none in time.
-            redis.RedisError: Redis is away, or refuses.
+            NotDurable: Redis cannot confirm its writes (then usually nothing was written), or did not in time.
+            redis.RedisError: Redis is unreachable or rejected the call.
         """
         proof = self._proof  # other threads may reset it
-        if proof is None:  # found before the script runs: a request that is refused must leave no job behind
+        if proof is None:  # checked before the script runs, so that a rejected request leaves no job behind
             proof = self._proof = _find_proof(self._client)
-        answer, evidence = self._ask(args, proof)
-        if isinstance(answer, NoScriptError):
+        reply, evidence = self._call(args, proof)
+        if isinstance(reply, NoScriptError):
             self._client.script_load(self._script.script)
-            answer, evidence = self._ask(args, proof)
-        if isinstance(answer, RedisError):
-            raise answer
+            reply, evidence = self._call(args, proof)
+        if isinstance(reply, RedisError):
+            raise reply
         if isinstance(evidence, RedisError) or not proof.holds(evidence):
             self._proof = None
             if isinstance(evidence, RedisError) and passes(evidence):
                 raise evidence
-            raise NotDurable("The queue did not prove in time that it keeps the job.", retry_after=1)
-        return answer
+            raise NotDurable(
+                "Redis did not confirm in time that the job is on disk. Retry with the same Idempotency-Key.",
+                retry_after=1,
+            )
+        return reply
 
-    def _ask(self, args: Sequence[Any], proof: _Proof) -> tuple[Any, Any]:
+    def _call(self, args: Sequence[Any], proof: _Proof) -> tuple[Any, Any]:
         with self._client.pipeline(transaction=False) as pipe:
             pipe.evalsha(self._script.sha, 0, *args)
             pipe.execute_command(*proof.command)
-            answer, evidence = pipe.execute(raise_on_error=False)
-        return answer, evidence
+            reply, evidence = pipe.execute(raise_on_error=False)
+        return reply, evidence
 
 
 def _find_proof(client: Redis) -> _Proof:
-    """The proof that this Redis can give.
+    """Return the kind of confirmation that this Redis supports.
 
     Raises:
-        NotDurable: none.
-        redis.ReadOnlyError: it follows another one, and has none to give meanwhile.
+        NotDurable: it supports none.
+        redis.ReadOnlyError: it is a replica now.
     """
     try:
         client.execute_command(*_PROBE)
     except ResponseError as error:
         if passes(error):
             raise
-        if "replica" in str(error):  # as a master that was replaced: clients find the new one soon
+        if "replica" in str(error):  # a failover is under way; clients find the new master soon
             raise ReadOnlyError(str(error)) from None
         if "appendonly" in str(error):
-            raise _unable("Redis writes no append-only file (appendonly no)") from None
+            raise _unable("the append-only file is off; set appendonly yes") from None
         if _ALWAYS.holds(_append_settings(client)):
             return _ALWAYS
-        raise _unable("Redis has no WAITAOF (it is older than 7.2, or forbids it) and no appendfsync always") from None
+        raise _unable("WAITAOF is not available; use Redis 7.2 or later, or set appendfsync always") from None
     if _append_settings(client)["appendfsync"] == "no":
-        raise _unable("Redis leaves it to the system when to write to the disk (appendfsync no)")
+        raise _unable("appendfsync is no; set appendfsync everysec or always")
     return _WAIT
 
 
 def _append_settings(client: Redis) -> dict[str, str]:
-    """What Redis says of its append-only file; empty words where it does not say, as with managed servers."""
-    found: dict[str, str] = {"appendonly": "", "appendfsync": ""}
+    """Return Redis's settings for the append-only file; empty strings if it hides them, as managed servers do."""
+    settings: dict[str, str] = {"appendonly": "", "appendfsync": ""}
     with suppress(ResponseError):
-        found |= client.execute_command(*_APPEND)
-    return found
+        settings |= client.execute_command(*_APPEND)
+    return settings
 
 
-def _unable(why: str) -> NotDurable:
-    return NotDurable(f"Accepted jobs could be lost, so none is accepted: {why}.", retry_after=10)
+def _unable(reason: str) -> NotDurable:
+    return NotDurable(f"Redis cannot confirm that jobs are on disk, so no job is accepted: {reason}.", retry_after=10)

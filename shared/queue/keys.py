@@ -1,51 +1,64 @@
-"""Every Redis key, its type, its lifetime, and who writes it.
+"""Every Redis key: type, content, lifetime.
 
-Most keys are a prefix and an id. The scripts in `shared/queue/scripts` get the prefixes as the Lua table `K`, so each
-name is defined only here.
+Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` receive the prefixes as the Lua table
+`K`, so each name is defined only here. "Job end" in the last column means that the key is deleted when the job ends.
 
-| key | type | holds | lives |
+| key | type | content | lifetime |
 | --- | --- | --- | --- |
-| `JOB` + job | hash | a job (`shared.jobs.record.Job`) without prompt and answer | retention after its end |
-| `REQUEST` + job | hash | `request` (JSON), `tokens` (packed), `shared` | until the end; if it failed, a while |
-| `OUTPUT` + job | string | the text so far | as the record |
-| `LOG` + job | stream | its log; entry `n-0` is event n | log retention after the end |
-| `LIVE` + job | channel | live copies of the log's entries | – |
-| `DONE` + job | channel | the status, once, when the job ends | – |
-| `QUEUE` + model | zset | jobs that wait, the reserved ones too; score = class, then fair turn | while jobs wait |
-| `TURNS` + model | hash | fair queueing: turn reached by the class and by each owner in it | while jobs wait |
-| `WAKE` + model | string | a wake-up is under way | 1 s, or until a claim |
-| `SPEED` + model | hash | `mean_s`, moving average of a job's running time | forever, one a model |
-| `OWNER` + key id | zset | the jobs of an API key by creation time | as its longest-lived job |
-| `IDEM` + key id + `:` + key | string | job id of an Idempotency-Key | as the record |
-| `IMAGES` + job | hash | its images, by digest (`shared.jobs.images`) | until it ends; unaccepted 2 min |
-| `TIMERS` | zset | job → moment it expires | until it ends |
-| `FAILED` | zset | `job bytes` of failed jobs whose requests are kept → moment they expire | retention, or its bound |
-| `BYTES` | hash | bytes of jobs: `total`, `growth`, `owner:` + key id; `failed`; `failed_limit` | the limit stays |
-| `MEMORY` | hash | `used`, `max`, `system`: Redis's memory at the last pass of the reaper | forever |
-| `LEASES` | zset | worker → moment its lease lapses | until it lapses |
-| `EXTENSIONS` | hash | worker → seconds that its lease is extended by once after an outage | until it lapses |
-| `PASSED` | hash | `at`, `server`: when the reaper last passed, and on which Redis (its run_id) | forever |
-| `PREFIXES` + model | hash | 4 digits of a prefix hash → its rest, its workers (`web.admission`) | an hour unused |
-| `ROUTED` | hash | `model:preferred`, `:deferred`, `:another` → jobs that affinity routed so | forever, three a model |
-| `RUNNING` + worker | set | jobs in the worker's batch | until they end or the lease lapses |
-| `RESERVED` + worker | set | jobs the worker has claimed and not admitted yet | the same |
-| `WORKER` + worker | string | JSON of `shared.models.registry.WorkerInfo` | a few leases |
-| `WORKERS` | zset | worker → its last heartbeat: the cards there may be | pruned when read |
-| `HOST` + node | string | JSON of `shared.models.registry.HostInfo`: a worker process | a few leases |
-| `HOSTS` | zset | node → its last heartbeat | pruned when read |
-| `OPERATION` + id | hash | a loading or unloading of a model (`shared.models.operations`) | a day |
-| `OPERATIONS` | zset | operation → when it was asked for | a day |
-| `DEMAND` + model | string | operation that loads a model for waiting jobs, once it has begun | half a minute |
-| `MODELS` | hash | model → JSON of `shared.models.registry.ModelCard` | forever, one a model |
-| `TOKENIZER` + digest | string | tokenizer.json of a model with gzip, for the API | while a model's card names it |
-| `ENDED` | hash | `model:status` → jobs that ended so | forever, four a model |
+| `JOB` + job | hash | the record (`shared.jobs.record.Job`), without prompt and answer | retention after job end |
+| `REQUEST` + job | hash | `request` (JSON), `tokens` (packed), `shared` | job end; if it failed, see `FAILED` |
+| `OUTPUT` + job | string | the generated text so far | as the record |
+| `LOG` + job | stream | the job's log (`shared.jobs.log`); entry `n-0` is event n | log retention after job end |
+| `LIVE` + job | channel | a copy of each log entry when it is written | – |
+| `DONE` + job | channel | the final status, once, when the job ends | – |
+| `QUEUE` + model | zset | queued jobs, reserved ones included; score = class, then turn | until empty |
+| `TURNS` + model | hash | fair queueing: turn reached by each class, and by each owner in it | as `QUEUE` |
+| `WAKE` + model | string | set while a wake-up is in flight | 1 s, or until the next claim |
+| `SPEED` + model | hash | `mean_s`: moving average of a job's running time in seconds | forever, one per model |
+| `OWNER` + key id | zset | job → creation time, for all jobs of an API key | as its longest-lived job |
+| `IDEM` + key id + `:` + key | string | job id for an Idempotency-Key | as the record |
+| `IMAGES` + job | hash | image digest → file (`shared.jobs.images`) | job end; 2 min if the job is never accepted |
+| `TIMERS` | zset | job → time at which it expires | job end |
+| `FAILED` | zset | `job bytes` of failed jobs → expiry of their stored requests | retention, or until over the limit |
+| `BYTES` | hash | bytes of jobs: `total`, `growth`, `owner:` + key id, `failed`; and `failed_limit` | forever |
+| `MEMORY` | hash | `used`, `max`, `system`: Redis's memory in bytes at the reaper's last pass | forever |
+| `LEASES` | zset | worker → time at which its lease expires | until the lease expires |
+| `EXTENSIONS` | hash | worker → seconds that its lease may be extended after an outage | as the lease |
+| `PASSED` | hash | time (`at`) and Redis run id (`server`) of the reaper's last pass | forever |
+| `PREFIXES` + model | hash | first 4 digits of a prefix hash → its other digits, workers | 1 h after the last claim |
+| `ROUTED` | hash | `model:preferred`, `…:deferred`, `…:another` → number of jobs | forever, 3 fields per model |
+| `RUNNING` + worker | set | jobs in the worker's batch | until they end or the lease expires |
+| `RESERVED` + worker | set | jobs that the worker has claimed but not admitted to its batch | as `RUNNING` |
+| `WORKER` + worker | string | JSON of `shared.models.registry.WorkerInfo` | a few lease lifetimes |
+| `WORKERS` | zset | worker → last heartbeat; the index of `WORKER` | entries are pruned when read |
+| `HOST` + node | string | JSON of `shared.models.registry.HostInfo`: one worker process | a few lease lifetimes |
+| `HOSTS` | zset | node → last heartbeat; the index of `HOST` | entries are pruned when read |
+| `OPERATION` + id | hash | a load or unload of a model (`shared.models.operations`) | 1 day |
+| `OPERATIONS` | zset | operation → creation time | entries are pruned after 1 day |
+| `DEMAND` + model | string | operation that loads a model for queued jobs; empty until it starts | half a minute |
+| `MODELS` | hash | model → JSON of `shared.models.registry.ModelCard` | forever, one field per model |
+| `TOKENIZER` + digest | string | a model's tokenizer.json, gzipped, for the API | until no model card names it |
+| `ENDED` | hash | `model:status` → number of jobs | forever, 4 fields per model |
 | `ENDS` | list | JSON of jobs that ended without their worker, for task events | until an API process reads it |
-| `OLD_QUEUE` + model | zset | the queue of the first layout; old processes write it during an upgrade | until adopted |
+| `OLD_QUEUE` + model | zset | queue of the first layout; old processes write it during an upgrade | until adopted |
 
-`PREFIXES` is written by claims while there are several workers. It has at most 65,536 fields: a hash replaces an
-earlier one with the same first four digits.
+`PREFIXES` is a direct-mapped table of at most 65,536 fields per model: a hash replaces an earlier one with the same
+first four digits. Only claims write it, and only while there are several workers. `web.admission` computes the hashes.
 
-Celery keeps its own keys in the same database (`_kombu.*`, channels of its remote control), Flask-Limiter `LIMITS:*`.
+Fields of `JOB` that mainly the scripts read:
+
+| field | content |
+| --- | --- |
+| `bytes`, `request_bytes`, `growth_bytes` | bytes counted in `BYTES`: the sum, the request, the expected growth |
+| `size` | tokens of worker memory that the job is expected to need at first |
+| `prefixes`, `deferred_at` | hashes of the prompt's prefixes; time of the first deferral to a preferred worker |
+| `spare`, `moves` | set while the job is reserved as a spare; how often another worker has taken it over |
+| `admitted_at`, `admitted_seq` | start of the current attempt: its time and the number of its first event |
+| `stop_as` | `cancelled` or `expired` when a running job must stop |
+| `end_by` | the deadline |
+| `suspicion`, `patience`, `cohort`, `deaths` | see `scripts/lib/suspicion.lua` |
+
+Celery keeps its own keys in the same database (`_kombu.*` and channels), and so does Flask-Limiter (`LIMITS:*`).
 """
 
 from typing import Final
@@ -92,3 +105,4 @@ LUA_TABLE: Final = (
     + ", ".join(f"{name} = '{value}'" for name, value in sorted(globals().items()) if name.isupper())
     + "}\n"
 )
+"""Lua source that defines the table `K` of all keys above."""

@@ -1,6 +1,6 @@
-"""What every API and worker process does once a second: recover lost jobs, expire late ones, adopt old layouts.
+"""Maintenance, once a second in every API and worker process: recover lost jobs, expire late jobs, adopt old layouts.
 
-The scripts are atomic, so any number of processes may do it at once.
+The scripts are atomic, so any number of processes may run it at once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from shared.queue.wakeups import Notifier
 log = logging.getLogger(__name__)
 
 ADOPT_AGAIN_S: Final = 10.0
-"""Time between two searches for jobs of the first layout while old workers still run some."""
+"""Interval of searches for jobs of the first layout while old workers still run some."""
 
 
 class Maintenance:
-    """The round, and the thread (a greenlet under gunicorn) that repeats it.
+    """Runs maintenance rounds in a thread (a greenlet under gunicorn).
 
     Args:
-        also: done in each round when Redis is there.
-        on_ended: called with each job that ended without its worker; None: other processes report them.
+        also: called at the end of each round that reached Redis.
+        on_ended: called with each job that ended without its worker; None if other processes report these jobs.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Maintenance:
         self._jobs = jobs
         self._also = also
         self._on_ended = on_ended
-        self._away = False
+        self._unreachable = False
         self._adopt_at: float | None = 0.0  # monotonic; None: nothing is left to adopt
-        self._ended = threading.Event()
+        self._stopping = threading.Event()
 
     def start(self, alive: Callable[[], bool] = lambda: True) -> None:
-        """Make rounds in the background while `alive` and until `stop`."""
+        """Run rounds in the background while `alive` returns True and until `stop` is called."""
         threading.Thread(target=self._run, args=(alive,), name="maintenance", daemon=True).start()
 
     def stop(self) -> None:
-        """End after the present round."""
-        self._ended.set()
+        """Stop after the current round."""
+        self._stopping.set()
 
     def round(self) -> None:
-        """One round. What cannot be done now, the next round does."""
+        """Run one round. Errors are logged; the next round continues where this one failed."""
         try:
             self._notifier.wake(self._reaper.reap())
             self._adopt()
@@ -68,13 +68,13 @@ class Maintenance:
         except redis.RedisError as error:
             if not passes(error):
                 log.exception("maintenance_failed")
-            elif not self._away:
+            elif not self._unreachable:
                 log.warning("maintenance_paused", extra={"reason": str(error)})
-            self._away = True
+            self._unreachable = True
         except Exception:
             log.exception("maintenance_failed")
         else:
-            self._away = False
+            self._unreachable = False
 
     def _adopt(self) -> None:
         if self._adopt_at is None or time.monotonic() < self._adopt_at:
@@ -90,6 +90,6 @@ class Maintenance:
                 self._on_ended(job)
 
     def _run(self, alive: Callable[[], bool]) -> None:
-        while alive() and not self._ended.is_set():
+        while alive() and not self._stopping.is_set():
             self.round()
-            self._ended.wait(self._reaper.rest_s)
+            self._stopping.wait(self._reaper.rest_s)

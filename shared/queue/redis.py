@@ -1,6 +1,6 @@
-"""The connection to Redis, and the Lua scripts that are all of the queue's logic.
+"""The connection to Redis, and the Lua scripts that implement the queue.
 
-Every change of a job's state is one script, so it happens whole or not at all.
+Every change of a job's state is one script call, so it is atomic.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from shared.queue.redis_url import is_sentinel, parse_sentinel
 from shared.queue.sentinel import master_pool
 
 POOL_WAIT_S = 5.0
-"""Longest wait for a free connection. Longer than calls take: a burst is no outage."""
+"""Maximum wait for a free connection. It exceeds the duration of calls, so a burst of calls does not fail."""
 
 SCRIPTS = Path(__file__).parent / "scripts"
 _USES: Final = "-- uses:"
 
-_PASSING = (
-    exceptions.ConnectionError,  # also while it loads its data
+_TRANSIENT_ERRORS = (
+    exceptions.ConnectionError,  # also raised while Redis loads its data
     exceptions.TimeoutError,
     exceptions.OutOfMemoryError,
     exceptions.ReadOnlyError,
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
 )
-_PASSING_WORDS = ("MISCONF ", "BUSY ", "NOREPLICAS ")
-"""How errors begin that redis-py has no class for."""
+_TRANSIENT_PREFIXES = ("MISCONF ", "BUSY ", "NOREPLICAS ")
+"""Prefixes of transient errors that have no class in redis-py."""
 
 Redis: TypeAlias = Any
-"""A client. redis-py's annotations cannot tell one that decodes its answers from one that does not, so that every
-call would need a cast; the functions here say what they return instead."""
+"""A Redis client. redis-py's annotations do not distinguish clients that decode replies from clients that return bytes,
+so each call would need a cast. The functions that use a client have annotated return types instead."""
 
 
 def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: int = 64, **options: Any) -> Redis:
-    """A client with a pool, text in and out.
+    """Create a client with a bounded pool of connections. By default it decodes replies to text.
 
     Args:
-        url: in redis-py's form, or that of `shared.queue.redis_url` for the master that sentinels know.
-        timeout_s: bound on connecting and on each call, in seconds.
-        retries: times a call is sent again when the connection breaks. The scripts are safe to send twice.
-        connections: most calls under way at once; further ones wait their turn.
-        options: of redis-py's connections, such as `decode_responses=False` for bytes.
+        url: a URL in redis-py's format, or a Sentinel URL (`shared.queue.redis_url`).
+        timeout_s: time limit in seconds for connecting and for each call.
+        retries: how often a call is repeated after a connection error. The scripts may be sent twice.
+        connections: maximum concurrent calls; further calls wait for a free connection.
+        options: options of redis-py's connections, such as `decode_responses=False`.
     """
     options = {
         "max_connections": connections,
@@ -67,42 +67,42 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
 
 
 def passes(error: exceptions.RedisError) -> bool:
-    """Whether Redis is away or takes nothing for the time being, so that the same call will be answered later.
+    """Whether an error is transient: Redis is unreachable or rejects calls for now, and a retry may succeed.
 
-    If not, the call itself is at fault, such as a script that raises, and sending it again changes nothing.
+    Other errors are caused by the call itself, such as a script that raises; a retry would fail again.
     """
-    return isinstance(error, _PASSING) or str(error).startswith(_PASSING_WORDS)
+    return isinstance(error, _TRANSIENT_ERRORS) or str(error).startswith(_TRANSIENT_PREFIXES)
 
 
-ACCEPTANCE: Final = "enqueue"
-"""The one script that is refused when Redis's memory is full: all others let jobs end."""
+_ENQUEUE: Final = "enqueue"
+"""The only script that Redis rejects when its memory is full: the others help jobs to end, which frees memory."""
 
 
 @cache
 def source(name: str) -> str:
-    """The whole text of a script: key prefixes, `lib/job.lua`, the libraries that its `-- uses:` line names, itself."""
+    """Assemble a script: key prefixes, `lib/job.lua`, the libraries named in its `-- uses:` line, and its own file."""
     body = (SCRIPTS / f"{name}.lua").read_text()
-    first = body.partition("\n")[0]
-    libraries = first.removeprefix(_USES).split() if first.startswith(_USES) else []
+    first_line = body.partition("\n")[0]
+    libraries = first_line.removeprefix(_USES).split() if first_line.startswith(_USES) else []
     parts = [(SCRIPTS / "lib" / f"{library}.lua").read_text() for library in ("job", *libraries)]
-    flags = "" if name == ACCEPTANCE else "#!lua flags=allow-oom\n"
+    flags = "" if name == _ENQUEUE else "#!lua flags=allow-oom\n"
     return flags + LUA_TABLE + "".join(parts) + body
 
 
 def has_memory(client: Redis) -> bool:
-    """Whether Redis has memory for what needs some.
+    """Whether Redis accepts commands that need memory.
 
     Raises:
-        redis.RedisError: Redis is away.
+        redis.RedisError: Redis is unreachable.
     """
     try:
-        client.eval("#!lua\nreturn 1", 0)  # with its first line, and no flag there, it is refused beforehand
+        client.eval("#!lua\nreturn 1", 0)  # a script with this line and no flags is rejected when memory is full
     except exceptions.OutOfMemoryError:
         return False
     return True
 
 
 def script(client: Redis, name: str) -> Callable[..., Any]:
-    """The script `shared/queue/scripts/{name}.lua`, to be called with `args=[…]`."""
+    """Load the script `shared/queue/scripts/{name}.lua`; call the result with `args=[…]`."""
     registered: Callable[..., Any] = client.register_script(source(name))
     return registered

@@ -1,9 +1,9 @@
-"""Where Redis is: what REDIS_URL and BROKER_URL may say, and the form that both have for Redis Sentinel.
+"""Validation of REDIS_URL and BROKER_URL, and the URL format for Redis Sentinel.
 
     sentinel://[user:password@]host[:port][,host[:port]…][/DB]?master=NAME[&sentinel_username=…][&sentinel_password=…]
 
-The hosts are the sentinels' (port 26379 unless said), user and password are Redis's own. What would end a part of the
-URL is written in percent as everywhere (`%40` for @). An error says what is wrong and never repeats a password.
+The hosts are those of the sentinels (default port 26379). User and password are those of Redis. Special characters are
+percent-encoded (`%40` for @). Error messages never contain a password.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ SENTINEL_PORT: Final = 26379
 _AUTHORITY: Final = re.compile(rf"{SENTINEL}://([^/?#]*)(.*)", re.DOTALL)
 _PLAIN: Final = ("redis", "rediss", "unix")
 _PARAMETERS: Final = ("master", "sentinel_username", "sentinel_password")
+_PORT_RANGE: Final = "must have a port from 1 to 65535"
 
 
-class WrongUrl(ValueError):
-    """The line says what is wrong."""
+class InvalidUrl(ValueError):
+    """The text completes a sentence that begins with the name of the setting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A user and a password, each perhaps absent."""
+    """User name and password; either may be missing."""
 
     username: str | None = None
     password: str | None = field(default=None, repr=False)
@@ -35,7 +36,7 @@ class Login:
 
 @dataclass(frozen=True, slots=True)
 class SentinelUrl:
-    """A master under the watch of sentinels."""
+    """The address of a Redis master that sentinels monitor."""
 
     sentinels: tuple[tuple[str, int], ...]
     master: str
@@ -45,30 +46,30 @@ class SentinelUrl:
 
 
 def is_sentinel(url: str) -> bool:
-    """Whether sentinels must be asked for the master."""
+    """Whether a URL names sentinels."""
     return url.startswith(f"{SENTINEL}://")
 
 
 def check_store(url: str) -> str:
-    """The URL of a queue's Redis, as it came.
+    """Validate REDIS_URL and return it unchanged.
 
     Raises:
-        WrongUrl: it is none.
+        InvalidUrl: the scheme is unknown, or a part is missing or invalid.
     """
     if _split(url).scheme not in (*_PLAIN, SENTINEL):
-        raise WrongUrl("must begin with redis://, rediss://, unix:// or sentinel://")
+        raise InvalidUrl("must begin with redis://, rediss://, unix:// or sentinel://")
     return check_broker(url)
 
 
 def check_broker(url: str) -> str:
-    """The URL of a broker, as it came. Any that kombu knows will do; those of Redis are looked at.
+    """Validate BROKER_URL and return it unchanged. Only URLs of Redis are checked; kombu supports other brokers.
 
     Raises:
-        WrongUrl: it is none.
+        InvalidUrl: a part is missing or invalid.
     """
     parts = _split(url)
     if not parts.scheme:
-        raise WrongUrl("is no URL, such as redis://host:6379/0")
+        raise InvalidUrl("must be a URL, such as redis://host:6379/0")
     if parts.scheme == SENTINEL:
         parse_sentinel(url)
     elif parts.scheme in _PLAIN:
@@ -77,57 +78,57 @@ def check_broker(url: str) -> str:
 
 
 def parse_sentinel(url: str) -> SentinelUrl:
-    """The parts of a URL that `is_sentinel`.
+    """Parse a Sentinel URL.
 
     Raises:
-        WrongUrl: a part is missing or makes no sense.
+        InvalidUrl: a part is missing or invalid.
     """
     parts = _split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
-    named = _parameters(parts.query)
-    if not named.get("master"):
-        raise WrongUrl("names no master: add ?master=NAME, the name that the sentinels know it by")
+    parameters = _parameters(parts.query)
+    if not parameters.get("master"):
+        raise InvalidUrl("must name the master: add ?master=NAME, the name configured in the sentinels")
     return SentinelUrl(
-        sentinels=tuple(_host(each) for each in hosts.split(",")),
-        master=named["master"],
+        sentinels=tuple(_host(host) for host in hosts.split(",")),
+        master=parameters["master"],
         db=_db(parts.path),
         login=_login(credentials),
-        sentinel_login=Login(named.get("sentinel_username"), named.get("sentinel_password")),
+        sentinel_login=Login(parameters.get("sentinel_username"), parameters.get("sentinel_password")),
     )
 
 
 def _split(url: str) -> SplitResult:
     try:
-        if is_sentinel(url):  # brackets in a list of hosts are an error to newer versions of Python
+        if is_sentinel(url):  # newer versions of urlsplit reject brackets in a list of hosts
             hosts, rest = _AUTHORITY.findall(url)[0]
             return urlsplit(f"{SENTINEL}://{rest}")._replace(netloc=hosts)
         return urlsplit(url)
-    except ValueError as error:  # brackets that do not close
-        raise WrongUrl(f"cannot be read: {error}") from None
+    except ValueError as error:  # unbalanced brackets
+        raise InvalidUrl(f"must be a valid URL: {error}") from None
 
 
 def _port_of(parts: SplitResult) -> int | None:
     try:
         return parts.port
     except ValueError:
-        raise WrongUrl("has a port that is no number from 1 to 65535") from None
+        raise InvalidUrl(_PORT_RANGE) from None
 
 
 def _host(text: str) -> tuple[str, int]:
-    """One sentinel's host and port; an IPv6 address stands in brackets."""
+    """Parse host and port of a sentinel; an IPv6 address is written in brackets."""
     parts = _split(f"//{text}")
     if not parts.hostname:
-        raise WrongUrl("names no sentinel: host:port, several with commas in between")
+        raise InvalidUrl("must name the sentinels: host:port, separated by commas")
     port = _port_of(parts)
     if port == 0:
-        raise WrongUrl("has a port that is no number from 1 to 65535")
+        raise InvalidUrl(_PORT_RANGE)
     return parts.hostname, port or SENTINEL_PORT
 
 
 def _db(path: str) -> int:
     text = path.strip("/")
     if text and not (text.isascii() and text.isdecimal()):
-        raise WrongUrl(f"has the database {text!r}, which is no number")
+        raise InvalidUrl(f"must end with the number of a database, not {text!r}")
     return int(text or 0)
 
 
@@ -137,7 +138,7 @@ def _login(credentials: str) -> Login:
 
 
 def _parameters(query: str) -> Mapping[str, str]:
-    named = dict(parse_qsl(query))
-    if unknown := sorted(named.keys() - set(_PARAMETERS)):
-        raise WrongUrl(f"has the unknown parameter {unknown[0]!r}; there are {', '.join(_PARAMETERS)}")
-    return named
+    parameters = dict(parse_qsl(query))
+    if unknown := sorted(parameters.keys() - set(_PARAMETERS)):
+        raise InvalidUrl(f"has the unknown parameter {unknown[0]!r}; supported are {', '.join(_PARAMETERS)}")
+    return parameters

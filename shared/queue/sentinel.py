@@ -1,7 +1,7 @@
-"""Redis under Sentinel: connections that are always the present master's.
+"""Redis Sentinel: connections that always lead to the current master.
 
-A connection asks the sentinels whenever it connects. It connects anew after the old master closed it, fell silent or
-refused a write as a replica, so a failover is for its user what any outage is.
+A connection asks the sentinels for the master each time it connects. It reconnects when the old master closes it, stops
+answering, or rejects a write because it became a replica. To callers, a failover looks like any other outage.
 """
 
 from __future__ import annotations
@@ -20,91 +20,92 @@ from shared.queue.redis_url import SentinelUrl
 
 
 class _Credentials(UsernamePasswordCredentialProvider):
-    """A login that is not shown: workers report the parameters of their broker connection to Flower."""
+    """Credentials that are hidden in JSON: workers report their broker connection's parameters to Flower."""
 
     def __json__(self) -> str:
         return "**"
 
 
-def asking_options(where: SentinelUrl, timeout_s: float) -> dict[str, Any]:
-    """How to connect to a sentinel. To ask all of them takes no longer than one call may."""
-    each_s = timeout_s / len(where.sentinels)
+def sentinel_options(url: SentinelUrl, timeout_s: float) -> dict[str, Any]:
+    """Return the options of connections to sentinels. Asking all of them takes at most `timeout_s`."""
+    each_s = timeout_s / len(url.sentinels)
     options: dict[str, Any] = {"socket_timeout": each_s, "socket_connect_timeout": each_s}
-    login = where.sentinel_login
+    login = url.sentinel_login
     if login.password is not None:
         options["credential_provider"] = _Credentials(login.username, login.password)
     return options
 
 
 class Sentinels(Sentinel):
-    """Those of one master.
+    """The sentinels of one master.
 
-    Each is asked once: where redis-py would ask a dead one eleven times, the next one knows.
+    Each sentinel is asked only once. By default redis-py would ask an unreachable one eleven times before the next.
     """
 
     def __init__(self, addresses: Iterable[tuple[str, int]], options: dict[str, Any]) -> None:
-        asked = list(addresses)
-        self._asked = "any of the sentinels " + ", ".join(f"{host}:{port}" for host, port in asked)
-        super().__init__(asked, sentinel_kwargs={**options, "retry": Retry(NoBackoff(), 0)})  # type: ignore[no-untyped-call]
+        sentinels = list(addresses)
+        self._addresses = ", ".join(f"{host}:{port}" for host, port in sentinels)
+        super().__init__(sentinels, sentinel_kwargs={**options, "retry": Retry(NoBackoff(), 0)})  # type: ignore[no-untyped-call]
 
     def discover_master(self, service_name: str) -> Any:
-        """The master's host and port, from the first that knows; that one is asked first from then on."""
-        # redis-py swaps two entries of its list: two threads at once could lose one.
-        turn = copy(self)
-        turn.sentinels = list(self.sentinels)
+        """Return the master's host and port. The first sentinel that answers is asked first from then on."""
+        # redis-py swaps two entries of its list, which is not thread-safe. So it works on a copy.
+        snapshot = copy(self)
+        snapshot.sentinels = list(self.sentinels)
         try:
-            address = Sentinel.discover_master(turn, service_name)  # type: ignore[no-untyped-call]
-        except MasterNotFoundError as error:  # its words are redis-py's objects
-            raise MasterNotFoundError(f"no master {service_name!r} is known to {self._asked}") from error
-        self.sentinels = turn.sentinels
+            address = Sentinel.discover_master(snapshot, service_name)  # type: ignore[no-untyped-call]
+        except MasterNotFoundError as error:  # its message contains representations of redis-py's objects
+            raise MasterNotFoundError(f"no sentinel knows the master {service_name!r}: {self._addresses}") from error
+        self.sentinels = snapshot.sentinels
         return address
 
 
 class MasterConnection(SentinelManagedConnection):
     """A connection that asks the sentinels each time it connects.
 
-    redis-py's asks only when a pool hands it out: a call that is sent again would go to the old master again, and be
-    lost there if that had come back and did not know yet.
+    redis-py asks only when a pool hands out a connection. A retried call would reach the old master again, and its
+    writes would be lost if that had restarted and did not yet know that it was replaced.
     """
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        """Send, to the present master if it is not connected."""
+        """Send a command; connect to the current master first if there is no connection."""
         if not self._sock:
             self.connect()  # type: ignore[no-untyped-call]
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
 
 class MasterPool(SentinelConnectionPool, BlockingConnectionPool):
-    """A bounded pool of connections to the master; who finds all of them in use waits."""
+    """A bounded pool of connections to the master; callers wait while all connections are in use."""
 
     def owns_connection(self, connection: Any) -> bool:
-        """Also an old master's or one that never came about: it will connect anew, to the present master.
+        """Whether a connection belongs to this pool, whatever master it was connected to.
 
-        redis-py drops those, but a blocking pool goes on to list them: an outage would fill the memory.
+        redis-py drops connections to an old master, but its blocking pool keeps listing them, so memory would grow
+        during an outage. Here they stay in the pool and reconnect to the current master.
         """
         return bool(ConnectionPool.owns_connection(self, connection))
 
     def release(self, connection: Any) -> None:
-        """Take a connection back."""
+        """Return a connection to the pool; disconnect it if the master has changed."""
         if self.master_address != (connection.host, connection.port):
             connection.disconnect()
         super().release(connection)  # type: ignore[no-untyped-call]
 
     def disconnect(self, inuse_connections: bool = True) -> None:
-        """Disconnect all, the sentinels too, or only those that nobody uses."""
+        """Disconnect idle connections; with `inuse_connections` all connections and those to sentinels."""
         super().disconnect(inuse_connections)
         if inuse_connections:
             self.sentinel_manager.close()
 
 
-def master_pool(where: SentinelUrl, timeout_s: float, **options: Any) -> MasterPool:
-    """A pool of connections to a master; `options` as for `redis.BlockingConnectionPool`."""
+def master_pool(url: SentinelUrl, timeout_s: float, **options: Any) -> MasterPool:
+    """Create a pool of connections to a master; `options` are those of `redis.BlockingConnectionPool`."""
     return MasterPool(  # type: ignore[no-untyped-call]
-        where.master,
-        Sentinels(where.sentinels, asking_options(where, timeout_s)),
-        db=where.db,
+        url.master,
+        Sentinels(url.sentinels, sentinel_options(url, timeout_s)),
+        db=url.db,
         connection_class=MasterConnection,
-        username=where.login.username,
-        password=where.login.password,
+        username=url.login.username,
+        password=url.login.password,
         **options,
     )

@@ -1,7 +1,7 @@
-"""Celery task events for jobs, so that Flower shows each job as a task: uuid = job id.
+"""Celery task events for jobs, so that Flower shows each job as a task whose uuid is the job id.
 
-Workers emit them for the jobs they run, API processes for jobs that end without a worker. Nothing depends on them:
-they are dropped when the queue is full or the broker is away.
+Workers send events for the jobs that they run, API processes for jobs that end without a worker. Events only inform
+operators: they are dropped when the queue is full or the broker is unreachable.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from shared.queue.wakeups import TASK
 
 logger = logging.getLogger(__name__)
 
-MOST_QUEUED: Final = 10_000
+MAX_QUEUED: Final = 10_000
 PAUSE_S: Final = 3.0
-"""How long events are dropped after the broker failed, before the next try."""
+"""Time after a broker failure in which events are dropped."""
 
 Event = tuple[str, dict[str, Any]]
 
 
 class TaskEvents(threading.Thread):
-    """Sends events on a connection and a thread of its own, several in one message.
+    """A thread with its own broker connection that sends events in batches.
 
     Args:
-        app: whose broker is used.
-        node: the Celery node name that the events carry.
+        app: the Celery app; its broker is used.
+        node: the Celery node name in the events.
     """
 
     QUEUE_NODE: Final = "mlxq-queue"
-    """The node of jobs that no worker holds."""
+    """Node name in events of jobs that no worker holds."""
 
     def __init__(self, app: Celery, node: str) -> None:
         super().__init__(name="task-events", daemon=True)
         self._app = app
         self._node = node
-        self._queue: Queue[Event | None] = Queue(MOST_QUEUED)
-        self._dead_until = 0.0
+        self._queue: Queue[Event | None] = Queue(MAX_QUEUED)
+        self._paused_until = 0.0
 
     def claimed(self, job: Job) -> None:
-        """A worker has claimed a job."""
-        self._put("task-received", job, **_about(job), retries=max(0, job.attempt - 1))
+        """Report that a worker has claimed a job."""
+        self._put("task-received", job, **_arguments(job), retries=max(0, job.attempt - 1))
 
     def started(self, job: Job) -> None:
-        """A job was admitted to the batch."""
+        """Report that a job was admitted to the batch."""
         self.claimed(job)
         self._put("task-started", job)
 
     def retried(self, job: Job) -> None:
-        """A job returns to the queue."""
+        """Report that a worker returned a job to the queue."""
         self._put("task-retried", job, exception="handed back to the queue")
 
     def ended(self, job: Job, ending: Ending) -> None:
-        """A job has ended."""
+        """Report that a job has ended."""
         runtime = ending.timings.get("total_s")
         match ending.status:
             case Status.SUCCEEDED:
@@ -74,8 +74,8 @@ class TaskEvents(threading.Thread):
                 self._put("task-revoked", job, terminated=not expired, signum=None, expired=expired)
 
     def ended_without_worker(self, job: EndedJob) -> None:
-        """A job has ended while it waited, or because its worker died."""
-        self._put("task-received", job, **_about(job))
+        """Report a job that ended while it was queued, or because its worker crashed."""
+        self._put("task-received", job, **_arguments(job))
         if job.status is Status.FAILED:
             self._put("task-failed", job, exception=f"{job.error_code}: {job.error_message}")
         else:
@@ -83,7 +83,7 @@ class TaskEvents(threading.Thread):
             self._put("task-revoked", job, terminated=False, signum=None, expired=expired)
 
     def stop(self) -> None:
-        """Send what is queued, for a second at most, and end the thread."""
+        """Send the queued events and end the thread; give up after one second."""
         with suppress(Full):
             self._queue.put_nowait(None)
         if self.is_alive():
@@ -97,13 +97,13 @@ class TaskEvents(threading.Thread):
                     return
             except (OperationalError, RedisError, OSError) as error:
                 logger.warning("task_events_dropped", extra={"reason": str(error)})
-            except Exception:  # events only inform operators: a fault in them must not end the thread
+            except Exception:  # a malformed event must not end the thread
                 logger.exception("task_events_dropped")
-            self._dead_until = monotonic() + PAUSE_S
+            self._paused_until = monotonic() + PAUSE_S
 
     def _send_until_stopped(self) -> bool:
         event = self._queue.get()
-        if event is None or monotonic() < self._dead_until:
+        if event is None or monotonic() < self._paused_until:
             return event is None
         with (
             self._app.connection_for_write() as connection,
@@ -128,5 +128,5 @@ class TaskEvents(threading.Thread):
             self._queue.put_nowait((kind, dict(event)))
 
 
-def _about(job: Job | EndedJob) -> dict[str, str]:
+def _arguments(job: Job | EndedJob) -> dict[str, str]:
     return {"args": "()", "kwargs": repr({"model": job.model})}

@@ -1,8 +1,8 @@
-"""Celery: the app that API, workers and Flower share, and the wake-ups that go through it.
+"""The Celery app shared by API, workers and Flower, and the notifier that sends wake-ups.
 
-A wake-up says "model M has work" to all workers at once. Nothing depends on it: a worker with room also looks once a
-second without one, so a lost, late or repeated wake-up changes nothing. `enqueue.lua` says when one is needed: while
-one is under way for a model, no other is sent.
+A wake-up tells all workers that a model has queued jobs. Correctness does not depend on it: a worker with free capacity
+also polls once a second, so wake-ups may be lost, late or repeated. `enqueue.lua` decides whether one is needed; at
+most one is in flight per model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from shared.settings import Settings, load_or_exit
 log = logging.getLogger(__name__)
 
 TASK: Final = "mlxq.run"
-"""The name under which Flower shows jobs."""
+"""Task name under which Flower shows jobs."""
 LOAD, UNLOAD = "mlxq_load_model", "mlxq_unload_model"
-"""Commands of Celery's remote control."""
+"""Commands of Celery's remote control that load and unload a model."""
 WAKEUPS: Final = Exchange("mlxq.wakeups", type="fanout", durable=False, delivery_mode="transient")
 
 
 def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
-    """The Celery app. It stores no results: they are in the job's record.
+    """Create the Celery app. It has no result backend: results are in the job's record.
 
     Args:
-        hasty: for processes that only send: fail after a second when the broker is away, and at once when it refuses.
-            kombu's default retries for six seconds, whatever `retry` says.
+        hasty: for processes that only send. Calls then fail after one second if the broker is unreachable, and at once
+            if it rejects them. By default kombu retries for six seconds, even with `retry=False`.
     """
     app = Celery("mlxq", broker=broker.kombu_url(settings.celery_url), set_as_current=not hasty)
     app.conf.update(
@@ -46,10 +46,10 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_channel_error_retry=True,  # a broker without memory will have some again
+        broker_channel_error_retry=True,  # such as a broker that is out of memory for now
         broker_transport_options={
             **broker.transport_options(settings.celery_url, timeout_s=1 if hasty else 5),
-            "ack_emulation": False,  # kombu would keep each message in Redis until it is acknowledged
+            "ack_emulation": False,  # otherwise kombu keeps each message in Redis until it is acknowledged
             **({"max_retries": 0} if hasty else {}),
         },
     )
@@ -57,14 +57,14 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
 
 
 def wakeup_queue(node: str) -> Queue:
-    """The queue on which one worker process receives wake-ups; it is deleted when the process ends."""
+    """Return the queue on which a worker process receives wake-ups; it is deleted when the process ends."""
     return Queue(f"mlxq.wakeups.{node}", WAKEUPS, auto_delete=True, durable=False, exclusive=True)
 
 
 SEND_S: Final = 2.0
-"""Longest wait for a free connection to the broker."""
+"""Maximum wait for a free connection to the broker."""
 PAUSE_S: Final = 3.0
-"""Pause in sending wake-ups after the broker failed. A try takes up to a second, and workers also look without one."""
+"""Time after a broker failure in which no wake-ups are sent: an attempt takes up to a second, and workers also poll."""
 
 
 class Notifier:
@@ -75,7 +75,7 @@ class Notifier:
         self._paused_until = float("-inf")
 
     def wake(self, models: Iterable[str]) -> None:
-        """Wake all workers because jobs wait for these models, unless the broker is away."""
+        """Tell all workers that these models have queued jobs. Errors of the broker are logged, not raised."""
         for model in models:
             if time.monotonic() < self._paused_until:
                 return

@@ -89,7 +89,7 @@ class TokenizerStore:
         return content
 
     def put(self, digest: str, content: bytes) -> None:
-        """Keep a tokenizer's file, as long as a model's card names it (`introduce.lua`)."""
+        """Keep a tokenizer's file, as long as a model's card names it (`announce_model.lua`)."""
         self._client.set(keys.TOKENIZER + digest, content)
 
 

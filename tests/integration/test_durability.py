@@ -20,7 +20,7 @@ from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.durability import ProvenScript, why_unproven
-from shared.queue.redis import ACCEPTANCE, Redis, connect
+from shared.queue.redis import Redis, connect
 from shared.settings import Settings
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import PretendWorker, WebStack, running_web
@@ -194,7 +194,7 @@ def test_a_redis_that_follows_another_one_takes_jobs_again_later(known: bool) ->
 def test_a_proof_that_one_does_not_get_is_no_matter_of_the_others(
     valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = ProvenScript(valkey_client, ACCEPTANCE)
+    enqueue = ProvenScript(valkey_client, "enqueue")
     asked, forgotten = threading.Event(), threading.Event()
 
     def ask_in_turn(args: list[str], proof: Any) -> tuple[Any, Any]:

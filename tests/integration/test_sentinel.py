@@ -139,4 +139,4 @@ def test_a_url_that_does_not_fit_is_one_line_and_the_end(command: tuple[str, ...
         [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode != 0 and not ended.stdout
-    assert ended.stderr == "BROKER_URL: names no master: add ?master=NAME, the name that the sentinels know it by\n"
+    assert ended.stderr == "BROKER_URL: must name the master: add ?master=NAME, the name configured in the sentinels\n"

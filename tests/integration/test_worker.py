@@ -79,7 +79,7 @@ def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fl
     assert [each.how for each in ended.history] == [AttemptEnd.WORKER_LOST] * deaths
     assert len({each.worker for each in ended.history}) == deaths
     assert (ended.error_message or "").startswith(
-        "This job was running each time that its worker process died: attempt 1 after "
+        "This job was running each time its worker process crashed: attempt 1 after "
     )
     written = fleet.log.written(bad.id, ended.last_event)
     assert fleet.text(bad) == written.text != "" and ended.completion_tokens == len(written.tokens) > 0

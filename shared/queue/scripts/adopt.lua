@@ -1,10 +1,10 @@
 -- uses: layout
--- Moves jobs of the first layout to today's, where no old worker runs them.
--- ARGV: ids
--- Returns how many are left because an old worker runs them.
-local left = 0
+-- Converts jobs from the first layout to the current one, except jobs that an old worker is running.
+-- ARGV: job ids
+-- Returns the number of jobs that were not converted.
+local remaining = 0
 for i = 1, #ARGV do
   adopt(ARGV[i])
-  left = left + redis.call('HEXISTS', K.JOB .. ARGV[i], 'generation')
+  remaining = remaining + redis.call('HEXISTS', K.JOB .. ARGV[i], 'generation')
 end
-return left
+return remaining

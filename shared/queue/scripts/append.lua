@@ -1,17 +1,18 @@
--- Writes the output of engine steps for all their rows: admissions, text with its tokens, and ends.
--- ARGV: a JSON object a row, with
+-- Writes the output of engine steps for all rows of a batch: admissions, text with its tokens, and endings.
+-- ARGV: one JSON object per row, with
 --   id, attempt, claimed_at
---   start    whether the row was admitted to the batch: its attempt begins
---   prompt   token ids of the prompt (packed), when this worker made them
---   n        number of the next event: the chunk event that carries `text`, or the end where there is no text
---   text, tokens ('a,b,c'), extra (further members of the event's JSON object, or nothing)
---   ending   terminal record fields, with `status`
--- An event whose number the log has already is skipped, so the call may be sent again.
--- Returns a result per row: 'ok'; 'cancelled' or 'expired' when the job must stop; 'fenced' when the job belongs to
--- another attempt: then nothing was written. The time of the claim is compared as well, because a Redis that came back
--- without its last writes may give the same number to two attempts.
+--   start    true if the row was admitted to the batch: its attempt starts
+--   prompt   packed token ids of the prompt, if this worker tokenised it
+--   n        number of the next event: the chunk event with `text`, or the terminal event if there is no text
+--   text, tokens ('a,b,c'), extra (further members of the event's JSON object, without braces)
+--   ending   record fields of a job that ends, with `status`
+-- Returns one result per row: 'ok'; 'cancelled' or 'expired' if the job must stop; 'fenced' if nothing was written.
+--
+-- Invariants: a row of another attempt or another claim is fenced. An event that the log already has is skipped, so
+-- the call may be repeated. An event that would leave a gap is fenced. `claimed_at` is compared in addition to the
+-- attempt: after a Redis failover that lost the last writes, two attempts may have the same number.
 
--- Begins the attempt that a claim reserved. Returns whether the row's attempt is the job's now.
+-- Starts the attempt that a claim reserved. Returns whether the row's attempt is the current one.
 local function begin(row, job)
   if job.status == 'queued' and job.claimed_at == row.claimed_at and job.worker ~= ''
     and tonumber(job.attempt) + 1 == row.attempt then
@@ -37,8 +38,8 @@ local function write_chunk(row)
   redis.call('APPEND', K.OUTPUT .. row.id, row.text)
 end
 
--- The job is not running. It may have ended by what is sent here again because the answer was lost.
-local function repeated(row, job)
+-- The result for a job that is not running. It is 'ok' if this is a repeated call whose first try ended the job.
+local function result_when_ended(row, job)
   local same = tonumber(job.attempt or '-1') == row.attempt and job.claimed_at == row.claimed_at
   return same and row.ending and row.ending.status == job.status and 'ok' or 'fenced'
 end
@@ -49,11 +50,11 @@ local function append(row)
     job = read_job(row.id)
   end
   if job.status ~= 'running' or tonumber(job.attempt) ~= row.attempt or job.claimed_at ~= row.claimed_at then
-    return repeated(row, job)
+    return result_when_ended(row, job)
   end
-  local reply = job.stop_as or 'ok'
+  local result = job.stop_as or 'ok'
   if (row.n or 0) > job.seq + 1 then
-    return 'fenced' -- Redis lost events before this one: another attempt writes them again
+    return 'fenced' -- Redis has lost earlier events: another attempt must generate them again
   elseif row.text and row.n > job.seq then
     write_chunk(row)
   end
@@ -63,11 +64,11 @@ local function append(row)
     fields.status = nil
     finish(row.id, status, fields, true)
   end
-  return reply
+  return result
 end
 
-local replies = {}
+local results = {}
 for i = 1, #ARGV do
-  replies[i] = append(cjson.decode(ARGV[i]))
+  results[i] = append(cjson.decode(ARGV[i]))
 end
-return replies
+return results

@@ -1,20 +1,23 @@
 -- uses: affinity suspicion layout
--- Reserves waiting jobs of a model for a worker: as many as it can run now, and a few spare ones to have at hand.
+-- Reserves queued jobs of a model for a worker: as many as it can run now, and a few spare ones ahead of capacity.
 -- ARGV: a JSON object with
 --   model, worker
---   rows     jobs the worker can admit now, beyond those it has claimed
---   tokens   tokens of prompts and answers that its memory admits now
---   spare    jobs it may claim beyond that; less than 0 when it has too many
---   waiting  ids it has claimed and cannot admit now: other workers may take them, and jobs that are to be served before
---            them may be claimed in their stead
---   beside   all workers of its process
--- Returns 'no lease', or {now, seconds until a deferred job may be claimed or '', ids among `waiting` that it has lost,
--- then for each job: {record as name, value, …}, {request as name, value, …}, score}
-local ask = cjson.decode(ARGV[1])
-local model, worker, at = ask.model, ask.worker, now()
-local MOST_LOOKED_AT = 200 -- a call must be short
+--   rows             number of jobs that the worker can admit now, in addition to those it has claimed
+--   tokens           number of prompt and answer tokens that fit in its free memory
+--   spare            number of jobs that it may claim ahead of capacity; negative if it holds too many
+--   waiting          ids of claimed jobs that it cannot admit now: other workers may take them over, and each one that
+--                    ranks behind a queued job does not count against `spare` for that job
+--   process_workers  ids of all workers of its process
+-- Returns 'no lease', or {time, seconds until a deferred job may be claimed or '', ids in `waiting` that the worker no
+-- longer holds, then for each job: {record as name, value, …}, {request as name, value, …}, score}
+--
+-- Invariants: jobs are examined in queue order, and each deferred job keeps one row free, so no job of lower rank delays
+-- a deferred one. A reserved job stays in the queue until it is admitted. At most one worker holds a job.
+local request = cjson.decode(ARGV[1])
+local model, worker, at = request.model, request.worker, now()
+local MAX_EXAMINED = 200 -- bounds the duration of a call
 local PAGE = 32
-local STAY_S = 5 -- a job that was taken over stays for twice as long, four times after the second time, and so on
+local MIN_STAY_S = 5 -- a job stays this long with the second worker that takes it over; each further time twice as long
 
 if not has_lease(worker, at) then
   return 'no lease'
@@ -24,19 +27,19 @@ if redis.call('EXISTS', K.OLD_QUEUE .. model) == 1 then
   adopt_queue(model, 100)
 end
 
-local lost, scores = {}, {}
-for _, id in ipairs(ask.waiting) do
+local lost, waiting_scores = {}, {}
+for _, id in ipairs(request.waiting) do
   local status = holds(id, worker)
   if status == 'queued' then
     redis.call('HSET', K.JOB .. id, 'spare', 1)
-    scores[#scores + 1] = tonumber(redis.call('ZSCORE', K.QUEUE .. model, id))
-  elseif status ~= 'running' then -- a row that was preempted waits in its worker; its job is running
+    waiting_scores[#waiting_scores + 1] = tonumber(redis.call('ZSCORE', K.QUEUE .. model, id))
+  elseif status ~= 'running' then -- a preempted row waits in its worker, but its job is running
     lost[#lost + 1] = id
   end
 end
 
 local held = {}
-for _, name in ipairs(ask.beside) do
+for _, name in ipairs(request.process_workers) do
   for _, key in ipairs({K.RUNNING, K.RESERVED}) do
     for _, id in ipairs(redis.call('SMEMBERS', key .. name)) do
       held[#held + 1] = id
@@ -44,18 +47,18 @@ for _, name in ipairs(ask.beside) do
   end
 end
 
-local alone = redis.call('ZCARD', K.LEASES) == 1
-local cards, claimed = {}, {}
-local rows, tokens, spare = ask.rows, ask.tokens, ask.spare
+local only_worker = redis.call('ZCARD', K.LEASES) == 1
+local room_cache, claimed = {}, {}
+local rows, tokens, spare = request.rows, request.tokens, request.spare
 local again_s, deferred = nil, 0
 
--- How many spare jobs may still be claimed at this place in the queue: those that wait behind it do not count.
-local function spare_before(score)
-  local left = spare
-  for _, other in ipairs(scores) do
-    left = left + (other > tonumber(score) and 1 or 0)
+-- How many spare jobs may be claimed at this place in the queue: waiting jobs that rank behind it do not count.
+local function spare_at(score)
+  local count = spare
+  for _, other in ipairs(waiting_scores) do
+    count = count + (other > tonumber(score) and 1 or 0)
   end
-  return left
+  return count
 end
 
 local function take(id, score, job, prefixes, as_spare)
@@ -76,17 +79,17 @@ local function take(id, score, job, prefixes, as_spare)
   claimed[#claimed + 1] = {redis.call('HGETALL', K.JOB .. id), redis.call('HGETALL', K.REQUEST .. id), score}
 end
 
--- Whether a job's prefix makes it wait for another worker; else the job's prefixes, if it has any.
-local function deferred_to_another(id, job)
-  if alone or not job.prefixes or job.started then
+-- Whether a job is deferred to the worker that has its prefix cached. If not, also returns the job's prefixes.
+local function is_deferred(id, job)
+  if only_worker or not job.prefixes or job.started then
     return false, nil
   end
   local prefixes = affinity.prefixes(model, job.prefixes)
-  local preferred = affinity.preferred(prefixes, worker, model, cards)
+  local preferred = affinity.preferred(prefixes, worker, model, room_cache)
   if preferred and preferred ~= worker then
-    local left_s = affinity.defer(id, model, job.deferred_at)
-    if left_s then
-      again_s = math.min(again_s or left_s, left_s)
+    local remaining_s = affinity.defer(id, model, job.deferred_at)
+    if remaining_s then
+      again_s = math.min(again_s or remaining_s, remaining_s)
       return true, nil
     end
   end
@@ -98,18 +101,19 @@ local function deferred_to_another(id, job)
   return false, prefixes
 end
 
--- Whether the job has been with its holder for so long that it may move. It may at once the first time. But two workers
--- may both take it for smaller than it is: if it moved again and again, none would keep memory free for it.
+-- Whether another worker may take over a job from its holder: at once the first time, later only after a time that
+-- doubles. Otherwise two workers that both underestimate the job's size could exchange it forever, and neither would
+-- keep memory free for it.
 local function may_move(job)
-  return job.moves == 0 or at - job.claimed_at >= STAY_S * 2 ^ job.moves
+  return job.moves == 0 or at - job.claimed_at >= MIN_STAY_S * 2 ^ job.moves
 end
 
--- Whether no live worker holds the job, or another one only as a spare job that this worker could run now.
-local function is_free(job, room)
+-- Whether no live worker holds the job, or another worker holds it as a spare and this worker could run it now.
+local function is_free(job, has_room)
   if job.worker == '' then
     return true
   end
-  return job.worker ~= worker and (not has_lease(job.worker, at) or (job.spare and room and may_move(job)))
+  return job.worker ~= worker and (not has_lease(job.worker, at) or (job.spare and has_room and may_move(job)))
 end
 
 local function read_job(id)
@@ -120,46 +124,45 @@ local function read_job(id)
     moves = tonumber(moves or '0')}
 end
 
--- Looks at one job. Returns whether to continue with the next, and whether this one has left the queue.
-local function consider(id, score)
+-- Examines one job. Returns whether to continue with the next one, and whether this one was removed from the queue.
+local function examine(id, score)
   local job = read_job(id)
   local due = redis.call('ZSCORE', K.TIMERS, id)
   if job.status ~= 'queued' then
-    leave_queue(id, model) -- the record is gone, or an old process ended the job
+    leave_queue(id, model) -- the record has expired, or an old process ended the job
     settle_foreign_end(id)
     return true, true
   elseif due and tonumber(due) <= at then
     finish(id, 'expired', {})
     return true, true
   end
-  -- Each deferred job keeps a row free, so that no job of lower rank delays it further.
-  local room = rows - deferred > 0 and tokens >= job.size
-  if rows - deferred <= 0 and spare_before(score) <= 0 then
+  local has_room = rows - deferred > 0 and tokens >= job.size
+  if rows - deferred <= 0 and spare_at(score) <= 0 then
     return false
-  elseif is_free(job, room) and may_join(id, held) then
-    local wait, prefixes = deferred_to_another(id, job)
-    if wait then
+  elseif is_free(job, has_room) and may_join(id, held) then
+    local defer, prefixes = is_deferred(id, job)
+    if defer then
       deferred = deferred + 1
-    elseif room or spare_before(score) > 0 then
-      take(id, score, job, prefixes, not room)
+    elseif has_room or spare_at(score) > 0 then
+      take(id, score, job, prefixes, not has_room)
     end
   end
   return true
 end
 
-local place, looked = 0, 0
-local going = rows > 0 or spare + #scores > 0
-while going and looked < MOST_LOOKED_AT do
+local place, examined = 0, 0
+local continue = rows > 0 or spare + #waiting_scores > 0
+while continue and examined < MAX_EXAMINED do
   local page = redis.call('ZRANGE', K.QUEUE .. model, place, place + PAGE - 1, 'WITHSCORES')
-  going = #page > 0
+  continue = #page > 0
   for i = 1, #page, 2 do
-    local gone
-    going, gone = consider(page[i], page[i + 1])
-    looked = looked + 1
-    if not gone then
+    local removed
+    continue, removed = examine(page[i], page[i + 1])
+    examined = examined + 1
+    if not removed then
       place = place + 1
     end
-    if not going then
+    if not continue then
       break
     end
   end

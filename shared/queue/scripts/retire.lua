@@ -1,6 +1,6 @@
--- A worker leaves: what it holds goes back to the queue, its lease and its card go.
+-- Removes a worker that shuts down: returns its jobs to the queue and deletes its lease and its state.
 -- ARGV: worker
--- Returns the models that have waiting jobs now.
+-- Returns the models that have queued jobs because of this.
 local worker = ARGV[1]
 local models = {}
 for _, key in ipairs({K.RESERVED, K.RUNNING}) do

@@ -100,7 +100,7 @@ def test_too_late_once_mlx_is_loaded(loader: Loader, monkeypatch: pytest.MonkeyP
     found = prefer_openblas()
 
     assert found.name == "reference"
-    assert "too late" in found.reason
+    assert "before OpenBLAS" in found.reason
     assert loader.asked == []
 
 

@@ -191,7 +191,7 @@ def test_a_job_that_is_to_blame_fails_and_states_when_its_workers_died(client: R
     failed = jobs.get(job.id, "a")
     assert (failed.status, failed.error_code) == (Status.FAILED, JobFailure.WORKER_LOST)
     message = failed.error_message or ""
-    assert message.startswith("This job was running each time that its worker process died: attempt 1 after 10")
+    assert message.startswith("This job was running each time its worker process crashed: attempt 1 after 10")
     assert ", attempt 3 after 30" in message and ", attempt 4 after 40" in message and "attempt 2" not in message
     assert [each.how for each in failed.history] == [
         AttemptEnd.WORKER_LOST, AttemptEnd.HANDED_BACK, AttemptEnd.WORKER_LOST, AttemptEnd.WORKER_LOST,

@@ -1,4 +1,4 @@
-"""What REDIS_URL and BROKER_URL may say, and what is said of those that are wrong."""
+"""Validation of REDIS_URL and BROKER_URL, and their conversion to kombu's format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kombu.transport import get_transport_cls
 from pydantic import ValidationError
 
 from shared.queue import broker
-from shared.queue.redis_url import Login, SentinelUrl, WrongUrl, check_broker, check_store, parse_sentinel
+from shared.queue.redis_url import InvalidUrl, Login, SentinelUrl, check_broker, check_store, parse_sentinel
 from shared.settings import Settings, faults
 
 
@@ -24,7 +24,7 @@ from shared.settings import Settings, faults
         ),
     ],
 )
-def test_the_parts_of_a_sentinel_url(url: str, parts: SentinelUrl) -> None:
+def test_sentinel_url_is_parsed(url: str, parts: SentinelUrl) -> None:
     assert parse_sentinel(url) == parts
     assert check_store(url) == check_broker(url) == url
 
@@ -32,23 +32,23 @@ def test_the_parts_of_a_sentinel_url(url: str, parts: SentinelUrl) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("sentinel://h1:1,h2:2/0", "names no master"),
-        ("sentinel://h1/0?master=", "names no master"),
-        ("sentinel:///0?master=m", "names no sentinel"),
-        ("sentinel://h1,,h2?master=m", "names no sentinel"),
+        ("sentinel://h1:1,h2:2/0", "must name the master"),
+        ("sentinel://h1/0?master=", "must name the master"),
+        ("sentinel:///0?master=m", "must name the sentinels"),
+        ("sentinel://h1,,h2?master=m", "must name the sentinels"),
         ("sentinel://h1:port?master=m", "port"),
         ("sentinel://h1:0?master=m", "port"),
         ("sentinel://h1:65536?master=m", "port"),
-        ("sentinel://[::1?master=m", "cannot be read"),
-        ("sentinel://h1/x?master=m", "database 'x'"),
-        ("sentinel://h1/-1?master=m", "database '-1'"),
+        ("sentinel://[::1?master=m", "must be a valid URL"),
+        ("sentinel://h1/x?master=m", "database, not 'x'"),
+        ("sentinel://h1/-1?master=m", "database, not '-1'"),
         ("sentinel://h1?master=m&passwort=hush", "unknown parameter 'passwort'"),
         ("redis://:hush@h:port/0", "port"),
         ("sentinels://h1?master=m", "must begin with redis://, rediss://, unix:// or sentinel://"),
         ("localhost:6379", "must begin with"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line_without_the_password(url: str, reason: str) -> None:
+def test_error_is_one_line_without_the_password(url: str, reason: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Settings(_env_file=None, redis_url=url)
     assert faults(caught.value).startswith("REDIS_URL: ") and reason in faults(caught.value)
@@ -56,23 +56,23 @@ def test_what_is_wrong_is_told_in_one_line_without_the_password(url: str, reason
     assert "hush" not in f"{caught.value}{faults(caught.value)}"
 
 
-def test_a_broker_may_be_any_that_celery_knows() -> None:
+def test_broker_may_be_any_that_kombu_supports() -> None:
     for url in ("redis://h", "rediss://h:1/2", "unix:///s", "redis+socket:///s", "memory://", "amqp://h//"):
         assert check_broker(url) == url
     for url in ("broker", "sentinel://h", "redis://h:x"):
-        with pytest.raises(WrongUrl):
+        with pytest.raises(InvalidUrl):
             check_broker(url)
     with pytest.raises(ValidationError) as caught:
         Settings(_env_file=None, broker_url="sentinel://h")
-    assert faults(caught.value).startswith("BROKER_URL: names no master")
+    assert faults(caught.value).startswith("BROKER_URL: must name the master")
 
 
-def test_no_password_is_shown_by_the_parts() -> None:
+def test_representation_hides_the_password() -> None:
     assert "hush" not in repr(parse_sentinel("sentinel://u:hush@h?master=m&sentinel_password=hush"))
 
 
 @pytest.mark.parametrize(
-    ("url", "kombus"),
+    ("url", "converted"),
     [
         ("redis://h:1/2", "redis://h:1/2"),
         ("unix:///d/s", "redis+socket:///d/s"),
@@ -81,15 +81,15 @@ def test_no_password_is_shown_by_the_parts() -> None:
         ("sentinel://u:p@s1?master=m", "sentinel://u:p@s1:26379/0"),
     ],
 )
-def test_kombu_gets_the_url_in_its_own_form(url: str, kombus: str) -> None:
-    assert broker.kombu_url(url) == kombus
+def test_url_is_converted_to_kombus_format(url: str, converted: str) -> None:
+    assert broker.kombu_url(url) == converted
 
 
-def test_kombu_gets_every_sentinel_and_shows_no_password() -> None:
+def test_kombu_receives_every_sentinel_and_hides_the_password() -> None:
     url = "sentinel://u:hush@s1,s2:2/3?master=m&sentinel_username=v&sentinel_password=hush"
     options = broker.transport_options(url, timeout_s=4)
     assert options["sentinels"] == (("s1", 26379), ("s2", 2)) and options["master_name"] == "m"
-    assert options["sentinel_kwargs"]["socket_timeout"] == 2  # both together take no longer than one call may
+    assert options["sentinel_kwargs"]["socket_timeout"] == 2  # asking both takes at most the time limit of a call
     assert options["sentinel_kwargs"]["credential_provider"].get_credentials() == ("v", "hush")
     connection = Connection(broker.kombu_url(url), transport_options=options)
     assert "hush" not in f"{options}{connection.as_uri()}"
@@ -97,6 +97,6 @@ def test_kombu_gets_every_sentinel_and_shows_no_password() -> None:
     assert get_transport_cls("sentinel") is broker.SentinelTransport
 
 
-def test_a_plain_broker_gets_the_time_limits_alone() -> None:
-    limits = {"socket_timeout": 4, "socket_connect_timeout": 4, "health_check_interval": broker.SILENCE_S}
+def test_plain_broker_receives_only_time_limits() -> None:
+    limits = {"socket_timeout": 4, "socket_connect_timeout": 4, "health_check_interval": broker.HEALTH_CHECK_S}
     assert broker.transport_options("redis://h", timeout_s=4) == limits

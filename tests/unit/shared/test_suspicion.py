@@ -139,7 +139,7 @@ def test_the_error_of_the_culprit_names_the_attempts_and_the_exit(client: Redis)
     record = client.hgetall(keys.JOB + poison.id)
     assert (record["status"], record["error_code"], farm.deaths) == ("failed", "worker_lost", MAX_DEATHS)
     message = record["error_message"]
-    assert message.startswith("This job was running each time that its worker process died: attempt 1 after ")
+    assert message.startswith("This job was running each time its worker process crashed: attempt 1 after ")
     assert "attempt 3 after " in message
     assert message.endswith(" Last exit: signal 9 (SIGKILL).")
 

@@ -205,7 +205,7 @@ def test_a_broker_that_is_away_drops_events_and_holds_nobody_up(
 
 
 def test_more_events_than_there_is_room_for_are_dropped(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_events, "MOST_QUEUED", 10)
+    monkeypatch.setattr(task_events, "MAX_QUEUED", 10)
     events = TaskEvents(make_app(settings), "node")
     for n in range(50):
         events.started(a_job(f"{n}"))

@@ -1,16 +1,20 @@
--- The clock, the job log, and every transition of a job between its states. Jobs change only through these functions.
+-- The clock, the job log, and every transition between a job's states. Jobs change only through these functions.
 --
--- Hot state lives in the hash K.JOB..id; the request, its token ids and its images, and the text so far, have keys of
--- their own (see shared/queue/keys.py), so that polling and listing move none of them.
+-- The hash K.JOB..id holds a job's state. The request with its token ids, the images and the text have their own keys
+-- (see shared/queue/keys.py), so that polling and listing do not read them.
 --
--- A claim reserves a queued job: `worker` and `claimed_at` are set, and the job keeps its place in the queue. Admission
--- to a worker's batch starts an attempt: the job becomes `running`, gets the next attempt number and leaves the queue.
+-- Transitions: reserve (a claim sets `worker` and `claimed_at`; the job keeps its place in the queue) → admit (the job
+-- joins the worker's batch: it becomes `running`, gets the next attempt number and leaves the queue) → finish, or requeue.
+--
+-- Invariants:
+-- * A job is in exactly one of these: K.QUEUE (status `queued`), K.RUNNING of one worker (`running`), none (it has ended).
+--   A reserved job is in K.QUEUE and in K.RESERVED of one worker.
+-- * Events are numbered from 1 without gaps; `seq` is the number of the last one. The terminal event is the last event.
+-- * K.BYTES counts each unfinished job exactly once.
 
--- Scores in a queue: the class comes first, the fair turn inside it second. Turn 0 is the front.
-local CLASS_WIDTH = 1e12
--- A record keeps this many attempts, the newest. Only a job that is handed back again and again has more.
-local ATTEMPTS_KEPT = 20
-local ENDS_KEPT = 10000
+local CLASS_WIDTH = 1e12 -- score in a queue = class * CLASS_WIDTH + turn; turn 0 is the front of the class
+local MAX_ATTEMPTS_KEPT = 20 -- newest attempts in a record; only a job that is handed back very often has more
+local MAX_ENDS_KEPT = 10000
 
 local function now()
   local time = redis.call('TIME')
@@ -21,7 +25,7 @@ local function stamp(seconds)
   return string.format('%.6f', seconds)
 end
 
--- Writes event n of a job's log and publishes a copy. `data` is JSON, `tokens` is 'a,b,c' or ''.
+-- Appends event n to a job's log and publishes a copy. `data` is JSON, `tokens` is 'a,b,c' or ''.
 local function write_event(id, n, event, data, tokens)
   local entry = {'e', event, 'd', data}
   if tokens ~= '' then
@@ -32,6 +36,7 @@ local function write_event(id, n, event, data, tokens)
   redis.call('PUBLISH', K.LIVE .. id, n .. ' ' .. event .. ' ' .. data)
 end
 
+-- Appends the next event to a job's log.
 local function emit(id, event, data)
   local last = tonumber(redis.call('HGET', K.JOB .. id, 'seq') or '0')
   write_event(id, last + 1, event, data, '')
@@ -39,8 +44,8 @@ end
 
 -- Queues ----------------------------------------------------------------------------------------------------------
 
--- Start-time fair queueing: an owner's next turn follows both the owner's last turn and the turn that the class has
--- reached, so one owner's hundred jobs and another's single job alternate.
+-- Start-time fair queueing: an owner's next turn comes after the owner's last turn and after the turn that the class has
+-- reached. So an owner with one job does not wait for all jobs of an owner with a hundred.
 local function next_turn(model, class, owner)
   local turns = K.TURNS .. model
   local reached = tonumber(redis.call('HGET', turns, class) or '0')
@@ -88,7 +93,7 @@ end
 
 -- Attempts --------------------------------------------------------------------------------------------------------
 
--- A reserved job enters the batch of the worker that holds it.
+-- Starts an attempt: a reserved job joins the batch of the worker that holds it.
 local function admit(id)
   local job = K.JOB .. id
   local worker, model, class, end_by, started = unpack(redis.call('HMGET', job,
@@ -114,22 +119,22 @@ local function admit(id)
   redis.call('HSET', job, 'admitted_seq', redis.call('HGET', job, 'seq')) -- for suspicion.lua
 end
 
--- The present attempt is over: 'worker_lost', 'handed_back' or 'ended'.
+-- Ends the current attempt and records it. `how` is 'worker_lost', 'handed_back' or 'ended'.
 local function end_attempt(id, worker, how)
   local job = K.JOB .. id
   local n, admitted, claimed, started = unpack(redis.call('HMGET', job,
     'attempt', 'admitted_at', 'claimed_at', 'started_at'))
   local entry = {worker = worker, started_at = admitted or claimed or started, ended_at = stamp(now()), how = how}
   redis.call('HSET', job, 'worker', '', 'attempt:' .. n, cjson.encode(entry))
-  redis.call('HDEL', job, 'attempt:' .. tonumber(n) - ATTEMPTS_KEPT, 'admitted_at')
+  redis.call('HDEL', job, 'attempt:' .. tonumber(n) - MAX_ATTEMPTS_KEPT, 'admitted_at')
   redis.call('SREM', K.RUNNING .. worker, id)
 end
 
--- How many tokens a job's log holds. Takes about 1 ms per 1,000 events.
+-- The number of tokens in a job's log. Takes about 1 ms per 1,000 events.
 local function tokens_in_log(id)
   local count = 0
   for _, entry in ipairs(redis.call('XRANGE', K.LOG .. id, '-', '+')) do
-    local ids = entry[2][6] -- as write_event writes it
+    local ids = entry[2][6] -- the field order is that of write_event
     if ids then
       count = count + select(2, ids:gsub(',', '')) + 1
     end
@@ -137,7 +142,7 @@ local function tokens_in_log(id)
   return count
 end
 
--- The error code and message of an expired job. The message names the limit that was reached.
+-- The error code and message of an expired job. The message names the limit that it exceeded.
 local function expiry_error(id)
   local created, started, end_by = unpack(redis.call('HMGET', K.JOB .. id, 'created_at', 'started_at', 'end_by'))
   local due = started and end_by or redis.call('ZSCORE', K.TIMERS, id) or end_by
@@ -150,8 +155,8 @@ end
 
 -- Bytes -----------------------------------------------------------------------------------------------------------
 
--- K.BYTES counts the bytes that unfinished jobs occupy and may grow by ('total', 'owner:…'), the growth alone ('growth'),
--- and the bytes of the requests of failed jobs ('failed') with their bound ('failed_limit').
+-- Fields of K.BYTES: what unfinished jobs occupy plus what they may grow by, in all ('total') and per owner ('owner:…');
+-- the growth alone ('growth'); requests of failed jobs ('failed') and their limit ('failed_limit').
 local function count_bytes(field, bytes)
   if redis.call('HINCRBY', K.BYTES, field, string.format('%.0f', bytes)) <= 0 then
     redis.call('HDEL', K.BYTES, field)
@@ -163,7 +168,7 @@ local function release_bytes(id, owner)
   if bytes then
     count_bytes('total', -bytes)
     count_bytes('owner:' .. owner, -bytes)
-    if growth then -- not of jobs of the first layout
+    if growth then -- jobs of the first layout have none
       count_bytes('growth', -growth)
     end
     redis.call('HDEL', K.JOB .. id, 'bytes', 'growth_bytes')
@@ -178,7 +183,8 @@ local function drop_failed_request(member)
   end
 end
 
--- Requests of failed jobs are kept for inspection, the newest within a bound; all other ended jobs lose theirs.
+-- Keeps the request of a failed job for inspection and drops the oldest such requests beyond the limit. Deletes the
+-- requests of jobs that ended otherwise.
 local function settle_request(id, status, retention)
   if status ~= 'failed' then
     redis.call('UNLINK', K.REQUEST .. id)
@@ -199,25 +205,25 @@ local function settle_request(id, status, retention)
   end
 end
 
--- Extends an owner's list of jobs so that it lives as long as the longest-lived job in it.
+-- Makes an owner's list of jobs live for at least this long: as long as the longest-lived job in it.
 local function keep_owner(owner, seconds)
-  local left = redis.call('TTL', K.OWNER .. owner)
-  if left < seconds then
+  if redis.call('TTL', K.OWNER .. owner) < seconds then
     redis.call('EXPIRE', K.OWNER .. owner, math.ceil(seconds))
   end
 end
 
 -- Ends ------------------------------------------------------------------------------------------------------------
 
--- Ends that no worker knows of, for Celery's task events. Only the newest are kept: nothing depends on them.
+-- Records a job that ended without a worker, for Celery's task events. They only inform operators, so only the newest are
+-- kept.
 local function report_end(id, model, status, fields)
   redis.call('RPUSH', K.ENDS, cjson.encode({id = id, model = model, status = status, error_code = fields.error_code,
     error_message = fields.error_message}))
-  redis.call('LTRIM', K.ENDS, -ENDS_KEPT, -1)
+  redis.call('LTRIM', K.ENDS, -MAX_ENDS_KEPT, -1)
 end
 
--- The only way into a terminal state. `fields`: further record fields to set, by name. `by_worker`: whether the worker
--- that holds the job ends it; other ends are reported for task events.
+-- Ends a job; the only transition to a terminal state. `fields`: further record fields to set. `by_worker`: whether the
+-- worker that runs the job ends it; all other ends are reported for task events.
 local function finish(id, status, fields, by_worker)
   local job = K.JOB .. id
   local at = now()
@@ -229,12 +235,12 @@ local function finish(id, status, fields, by_worker)
   if status == 'expired' then
     fields.error_code, fields.error_message = expiry_error(id)
   end
-  local set = {'status', status, 'finished_at', stamp(at)}
+  local record = {'status', status, 'finished_at', stamp(at)}
   for name, value in pairs(fields) do
-    set[#set + 1] = name
-    set[#set + 1] = value
+    record[#record + 1] = name
+    record[#record + 1] = value
   end
-  redis.call('HSET', job, unpack(set))
+  redis.call('HSET', job, unpack(record))
   leave_queue(id, model)
   redis.call('ZREM', K.TIMERS, id)
   redis.call('UNLINK', K.IMAGES .. id)
@@ -261,20 +267,20 @@ local function finish(id, status, fields, by_worker)
   end
   redis.call('HINCRBY', K.ENDED, model .. ':' .. status, 1)
   if status == 'succeeded' and started then
-    local took = at - tonumber(started)
-    local mean = tonumber(redis.call('HGET', K.SPEED .. model, 'mean_s') or took)
-    redis.call('HSET', K.SPEED .. model, 'mean_s', stamp(0.9 * mean + 0.1 * took))
+    local duration = at - tonumber(started)
+    local mean = tonumber(redis.call('HGET', K.SPEED .. model, 'mean_s') or duration)
+    redis.call('HSET', K.SPEED .. model, 'mean_s', stamp(0.9 * mean + 0.1 * duration))
   end
 end
 
--- A running job returns to the front of its class, to be continued by the next attempt; one that was asked to stop
--- ends instead. `how` is the end of the attempt: 'worker_lost' or 'handed_back'. Returns whether the job waits again.
+-- Returns a running job to the front of its class; the next attempt resumes it. A job that must stop ends instead. `how`
+-- says how the attempt ended: 'worker_lost' or 'handed_back'. Returns whether the job is queued.
 local function requeue(id, worker, how)
   local job = K.JOB .. id
-  local model, class, stop = unpack(redis.call('HMGET', job, 'model', 'class', 'stop_as'))
+  local model, class, stop_as = unpack(redis.call('HMGET', job, 'model', 'class', 'stop_as'))
   end_attempt(id, worker, how)
-  if stop then
-    finish(id, stop, {})
+  if stop_as then
+    finish(id, stop_as, {})
     return false
   end
   redis.call('HSET', job, 'status', 'queued')
@@ -283,19 +289,19 @@ local function requeue(id, worker, how)
   return true
 end
 
--- The attempts that ended with their worker, as the end of a sentence.
+-- Describes the attempts whose worker was lost: 'attempt 1 after 10.0 s, attempt 3 after 2.0 s'.
 local function describe_losses(id)
   local job = K.JOB .. id
   local newest = tonumber(redis.call('HGET', job, 'attempt'))
-  local described = {}
-  for n = math.max(1, newest - ATTEMPTS_KEPT + 1), newest do
+  local losses = {}
+  for n = math.max(1, newest - MAX_ATTEMPTS_KEPT + 1), newest do
     local entry = redis.call('HGET', job, 'attempt:' .. n)
     local attempt = entry and cjson.decode(entry)
     if attempt and attempt.how == 'worker_lost' then
-      described[#described + 1] = string.format('attempt %d after %.1f s', n, attempt.ended_at - attempt.started_at)
+      losses[#losses + 1] = string.format('attempt %d after %.1f s', n, attempt.ended_at - attempt.started_at)
     end
   end
-  return table.concat(described, ', ')
+  return table.concat(losses, ', ')
 end
 
 -- Workers ---------------------------------------------------------------------------------------------------------
@@ -305,13 +311,13 @@ local function has_lease(worker, at)
   return expires and tonumber(expires) > at
 end
 
--- Whether a worker may write for a job: an attempt that was admitted, or a reservation that it still holds.
+-- Returns a job's status if the worker holds it, running or reserved; else false.
 local function holds(id, worker)
   local status, holder = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'worker'))
   return holder == worker and (status == 'running' or status == 'queued') and status
 end
 
--- Gives up one job that a worker holds, running or reserved. Returns the job's model when it waits for another worker now.
+-- Returns one job that a worker holds, running or reserved, to the queue. Returns the job's model if it is queued now.
 local function give_back(id, worker, how)
   local status = holds(id, worker)
   local model = redis.call('HGET', K.JOB .. id, 'model')
@@ -323,21 +329,21 @@ local function give_back(id, worker, how)
   end
 end
 
--- A worker is gone: its lease, its card, and its sets of jobs.
+-- Deletes a worker's lease, its state, and its sets of jobs.
 local function forget_worker(worker)
   redis.call('DEL', K.RUNNING .. worker, K.RESERVED .. worker, K.WORKER .. worker)
   redis.call('ZREM', K.LEASES, worker)
   redis.call('HDEL', K.EXTENSIONS, worker)
 end
 
--- The models of a list, each once.
+-- Removes duplicates from a list of models.
 local function distinct(models)
-  local seen, found = {}, {}
+  local seen, unique = {}, {}
   for _, model in ipairs(models) do
     if not seen[model] then
       seen[model] = true
-      found[#found + 1] = model
+      unique[#unique + 1] = model
     end
   end
-  return found
+  return unique
 end

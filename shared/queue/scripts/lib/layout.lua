@@ -1,18 +1,18 @@
--- Converts a job from the first layout (one hash per job, a separate queue) to the present one. Old processes may still
--- run: they see neither converted nor new jobs. Needs lib/job.lua.
+-- Converts jobs from the first layout (one hash per job, a separate queue) to the current one. Old processes may still be
+-- running: they see neither converted nor new jobs. Needs lib/job.lua.
 
--- Reads what views need of a request: how its answer is parsed, and the size of its last image.
+-- Returns the JSON of `shared.jobs.record.Parsing` for a request; nil if its answer is not parsed.
 local function parsing_of(request)
   if not request.parse or request.parse == cjson.null then
     return nil
   end
-  local image
+  local image_size
   for _, message in ipairs(type(request.messages) == 'table' and request.messages or {}) do
     for _, part in ipairs(type(message.content) == 'table' and message.content or {}) do
-      image = part.type == 'image' and {part.width, part.height} or image
+      image_size = part.type == 'image' and {part.width, part.height} or image_size
     end
   end
-  return cjson.encode({format = request.parse, image_size = image})
+  return cjson.encode({format = request.parse, image_size = image_size})
 end
 
 local function text_in_log(id)
@@ -34,8 +34,8 @@ local function move_queued(id, model, class, owner)
   redis.call('HSET', K.TURNS .. model, class .. ':' .. owner, math.max(last, turn))
 end
 
--- Moves a job that no old worker runs, or whose old worker is gone (`lost`). Returns its model when it waits, else
--- nothing.
+-- Converts a job unless an old worker is running it; `lost` says that this worker is dead. Returns the job's model if it
+-- was converted and is queued, else nil.
 local function adopt(id, lost)
   local job = K.JOB .. id
   local request, status, model, class, owner, retention, text, attempt = unpack(redis.call('HMGET', job,
@@ -66,17 +66,17 @@ local function adopt(id, lost)
   elseif status == 'running' then
     return nil
   end
-  local left = redis.call('TTL', job)
-  settle_request(id, status, left > 0 and left or retention)
-  if left > 0 and text ~= '' then
-    redis.call('EXPIRE', K.OUTPUT .. id, left)
+  local ttl_s = redis.call('TTL', job)
+  settle_request(id, status, ttl_s > 0 and ttl_s or retention)
+  if ttl_s > 0 and text ~= '' then
+    redis.call('EXPIRE', K.OUTPUT .. id, ttl_s)
   end
 end
 
--- Moves what old processes have queued for a model meanwhile, the first `most` jobs. That may be a job of today's
--- layout which an old reaper took from a worker whose lease had lapsed.
-local function adopt_queue(model, most)
-  for _, id in ipairs(redis.call('ZRANGE', K.OLD_QUEUE .. model, 0, most - 1)) do
+-- Converts the first `limit` jobs that old processes have queued for a model. Some may have the current layout already: an
+-- old reaper puts jobs into the old queue when the lease of a new worker expires.
+local function adopt_queue(model, limit)
+  for _, id in ipairs(redis.call('ZRANGE', K.OLD_QUEUE .. model, 0, limit - 1)) do
     if not adopt(id) then
       local status, class, owner = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'class', 'owner'))
       if status == 'queued' and not redis.call('ZSCORE', K.QUEUE .. model, id) then
@@ -87,7 +87,7 @@ local function adopt_queue(model, most)
   end
 end
 
--- A job of today's layout that an old process ended: what that knew nothing of goes as with every end.
+-- Completes the end of a job of the current layout that an old process ended: it does not know the newer keys.
 local function settle_foreign_end(id)
   local owner, status, retention, bytes = unpack(redis.call('HMGET', K.JOB .. id,
     'owner', 'status', 'retention_s', 'bytes'))
