@@ -1,4 +1,4 @@
-"""Structured logging: one JSON object per line, with the ids of the request and the job that caused the line."""
+"""One JSON object a line, with the request id of whatever the line is about."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from pythonjsonlogger.json import JsonFormatter
 
-_VERBOSE_LIBRARY: Final = "PIL"
-"""At DEBUG, Pillow logs the metadata of images: comments, places, names of people. It also emits one warning, which is
-not JSON, for each malformed tag, and an image may have thousands of them."""
+_TELLS_TOO_MUCH: Final = "PIL"
+"""At DEBUG it logs what it finds in images: comments, places, names of cameras and of people. And it warns of each of
+thousands of tags that may be wrong in one, on a line that is no JSON."""
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 _job_id: ContextVar[str] = ContextVar("job_id", default="")
@@ -22,7 +22,7 @@ _job_id: ContextVar[str] = ContextVar("job_id", default="")
 
 @contextmanager
 def about(*, request_id: str = "", job_id: str = "") -> Iterator[None]:
-    """Add these ids to every line logged inside the block, also by greenlets and threads that copy the context."""
+    """Lines logged inside carry these ids (also in greenlets and threads that copy the context)."""
     tokens = (_request_id.set(request_id), _job_id.set(job_id or _job_id.get()))
     try:
         yield
@@ -31,8 +31,8 @@ def about(*, request_id: str = "", job_id: str = "") -> Iterator[None]:
         _request_id.reset(tokens[0])
 
 
-class _AddIds(logging.Filter):
-    """Adds the ids to a record unless the caller passed them in `extra`."""
+class _Correlate(logging.Filter):
+    """Adds the ids to a record, unless the caller gave them with `extra`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         for name, variable in (("request_id", _request_id), ("job_id", _job_id)):
@@ -42,7 +42,7 @@ class _AddIds(logging.Filter):
 
 
 class _Formatter(JsonFormatter):
-    """Omits empty fields."""
+    """Leaves out what is empty, so that lines stay readable."""
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in log_data.items() if value not in (None, "")}
@@ -52,7 +52,7 @@ def configure(process: str, level: str) -> None:
     """Send every logger of this process to stdout as JSON lines.
 
     Args:
-        process: `web`, `worker-0`, …; a field of every line.
+        process: `web`, or a worker's name; in every line.
         level: least severe level logged.
     """
     handler = logging.StreamHandler(sys.stdout)
@@ -65,9 +65,9 @@ def configure(process: str, level: str) -> None:
             static_fields={"process": process},
         )
     )
-    handler.addFilter(_AddIds())
+    handler.addFilter(_Correlate())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    logging.getLogger(_VERBOSE_LIBRARY).setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module=rf"{_VERBOSE_LIBRARY}\.")
+    logging.getLogger(_TELLS_TOO_MUCH).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=rf"{_TELLS_TOO_MUCH}\.")

@@ -134,13 +134,16 @@ class FleetCollector(Collector):
 
 
 def _workers(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:
+    """What workers report, labelled with the name of the process, which stays the same over restarts."""
+    # The card of a process that died is still there while its successor has announced itself: the newest one counts.
+    newest = {(each.node, each.model): each for each in sorted(workers, key=lambda each: each.heartbeat_at)}
     families: dict[str, Metric] = {}
-    for worker in workers:
+    for (process, model), worker in sorted(newest.items()):
         numbers = {"slots": worker.slots, "slots_used": worker.slots_used, **worker.stats}
         for name, value in numbers.items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             metric = f"mlxq_worker_{name.removesuffix('_total')}"
             about = WORKER_HELP.get(name, f"As a worker reports it: {name}")
             family = families.setdefault(metric, kind(metric, about, labels=["worker", "model"]))
-            family.add_metric([worker.id, worker.model], value)  # type: ignore[attr-defined]
+            family.add_metric([process, model], value)  # type: ignore[attr-defined]
     yield from families.values()

@@ -42,13 +42,13 @@ from worker.model_worker import ModelWorker, WorkerProcess, named
 from worker.models.load import first_line, never_exits
 from worker.models.switching import Switcher
 from worker.models.tokenizer_proof import HELPER
-from worker.process.breadcrumb import Breadcrumb
 from worker.process.critical import end_process, exit_after, exit_now
-from worker.process.death import report_leftovers, wait_for_predecessor, worker_index
+from worker.process.death import report_leftovers
 from worker.process.exits import EXIT_BROKEN, EXIT_CONFIG
+from worker.process.identity import Identity, claim_identity, worker_index
 from worker.process.parent import Launch, end_with_launcher
 from worker.process.watchdog import Progress, ProgressByTask, Watchdog
-from worker.queue.consumer import Consumer, node_name, stop_consuming
+from worker.queue.consumer import Consumer, stop_consuming
 from worker.queue.control import take_orders
 from worker.queue.lease import HostAnnouncer
 from worker.runner import choose_loader, memory_in_use, memory_limit
@@ -67,24 +67,24 @@ LOAD_PATIENCE_S: Final = 600.0
 class Service:
     """The parts of a worker process, and the order in which they start and stop."""
 
-    def __init__(self, settings: Settings, index: int, breadcrumb: Breadcrumb) -> None:
+    def __init__(self, settings: Settings, index: int, identity: Identity) -> None:
         self.catalog: Catalog = load_catalog(settings)
         self.memory_limit = 0
         self._settings = settings
-        self._node = node_name(settings, index)
+        self._name = identity.name
         self._index = index
-        self._breadcrumb = breadcrumb
+        self._breadcrumb = identity.breadcrumb
         self._signalled_at = 0.0
         self._ending = self._draining = self._was_ready = self._host_announced = False
         self._blas: Blas | None = None
         self._gflops = 0.0
-        self._error_file = settings.run_dir / f"worker-{index}.error"
+        self._error_file = settings.run_dir / f"{identity.label}.error"
         self._workers: dict[str, ModelWorker] = {}
 
         client, sender = connect(settings.store_url), make_app(settings, hasty=True)
         notifier = Notifier(sender)
         self._registry = Registry(connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1))
-        self._events = TaskEvents(sender, self._node)
+        self._events = TaskEvents(sender, self._name)
         self._engine = EngineThread(self._die, self._on_phase)
         self._watchdog = Watchdog(self._under_way, self._on_stuck, self._on_late, self._die)
         self._announcing = threading.Lock()
@@ -94,8 +94,7 @@ class Service:
         self._maintenance = Maintenance(reaper, notifier, Jobs(client, settings))
         self._process = WorkerProcess(
             settings=settings,
-            index=index,
-            node=self._node,
+            name=self._name,
             started_at=time.monotonic(),
             engine=self._engine,
             notifier=notifier,
@@ -103,7 +102,7 @@ class Service:
             given_up=lambda: self._watchdog.tripped or self._ending,
             workers=lambda: frozenset(worker.id for worker in self.workers),
             on_death=self._die,
-            trace=breadcrumb.step,
+            trace=self._breadcrumb.step,
             tokenizing=Tokenizing(settings.template_timeout_s, HELPER),
         )
 
@@ -133,7 +132,7 @@ class Service:
         self._events.start()
         self._switcher.start()
         take_orders(self._switcher.put)
-        consumer = Consumer(app, self._node, self._on_wakeup, self._on_connected)
+        consumer = Consumer(app, self._name, self._on_wakeup, self._on_connected)
         self._begin()
         consumer.start()
         self._wind_up()
@@ -143,7 +142,7 @@ class Service:
         """See `worker.models.switching.Models`."""
         worker = ModelWorker(self._process, model, partial(self._load, model), pinned=pinned)
         self._workers[model.id] = worker
-        self._breadcrumb.workers(each.id for each in self.workers)
+        self._breadcrumb.workers({each.id: each.model.id for each in self.workers})
         worker.open()
         return worker
 
@@ -343,13 +342,13 @@ class Service:
     def _forget_host(self) -> None:
         """This process must not be asked for a model any more."""
         with suppress(RedisError):  # its card soon expires anyway
-            self._registry.forget_host(self._node)
+            self._registry.forget_host(self._name)
 
     def _announce_now(self) -> None:
         workers = self.workers
         self._registry.announce_host(
             HostInfo(
-                node=self._node,
+                node=self._name,
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 started_at=self._process.started_at,
@@ -370,13 +369,13 @@ def main() -> int:
     launch = Launch.present()
     end_with_launcher(launch)
     settings, index = load_settings(), worker_index()
-    configure(f"worker-{index}", settings.log_level)
+    configure("worker", settings.log_level)
     try:
-        wait_for_predecessor(settings, index)
-        report_leftovers(settings, index)
-        breadcrumb = Breadcrumb.create(settings.run_dir, index, launch.token)
-        status = Service(settings, index, breadcrumb).run()
-        breadcrumb.remove()
+        identity = claim_identity(settings, index, launch.token)
+        configure(identity.name, settings.log_level)
+        report_leftovers(settings, identity.label)
+        status = Service(settings, index or 0, identity).run()
+        identity.breadcrumb.remove()
         return status
     except BaseException:
         # Raised further it would end the interpreter, which MLX's threads do not survive in peace: they abort.

@@ -57,8 +57,7 @@ class WorkerProcess:
     """What the model workers of one process share.
 
     Attributes:
-        index: of the process on this machine.
-        node: its Celery node name.
+        name: of the process (`worker.process.identity`).
         given_up: whether leases are to lapse, because the process cannot continue.
         workers: ids of all its model workers.
         trace: notes which jobs of a model worker are in its batch, for the case that the process dies.
@@ -66,8 +65,7 @@ class WorkerProcess:
     """
 
     settings: Settings
-    index: int
-    node: str
+    name: str
     started_at: float
     engine: EngineThread
     notifier: Notifier
@@ -95,8 +93,8 @@ class ModelWorker:
         self.pinned = pinned or model.pin
         self.slots = model.slots or settings.slots
         self.state = "loading"
-        # A restarted worker is another worker: the old one's lease lapses.
-        self.id = f"{socket.gethostname()}-{process.index}-{secrets.token_hex(4)}"
+        # Leases need a new id for each loading, also after a restart: the old lease lapses, and its writes are fenced.
+        self.id = f"{process.name}/{secrets.token_hex(4)}"
         self._process = process
         self._opened_at = time.monotonic()
         self._load_s = 0.0
@@ -271,7 +269,7 @@ class ModelWorker:
         }
         return WorkerInfo(
             id=self.id,
-            node=self._process.node,
+            node=self._process.name,
             host=socket.gethostname(),
             pid=os.getpid(),
             model=self.model.id,

@@ -68,7 +68,8 @@ class WorkerInfo:
     one gives the present moment and its start by any one clock: only the time between them is used.
 
     Attributes:
-        node: its Celery node name, which answers pings.
+        id: of its lease and its claims: `node`, a slash and a few characters that are new after each loading.
+        node: its process's name, which is also a Celery node and answers pings. One process may have several models.
         state: `loading`, `ready` or `draining`; only a ready worker takes jobs.
         slots, slots_used: rows of the batch, and those taken.
         heartbeat_at: when the card was written.
@@ -106,7 +107,7 @@ class HostInfo:
     """What a worker process says of itself, whatever models it has. Times are as those of `WorkerInfo`.
 
     Attributes:
-        node: its Celery node name.
+        node: its name (`worker.process.identity`), which is also its Celery node name.
         models: ids of those it has or is loading.
         memory_limit: bytes that models and caches may take together.
         memory_used, memory_pinned: bytes that models take, and those of them that no other model may have.

@@ -135,7 +135,7 @@ def test_a_dead_workers_jobs_wait_again_before_its_lease_lapses(fleet: Fleet) ->
     line = fleet.lines(launcher)[-1]
     assert (line["message"], line["exit"], line["phase"]) == ("worker_process_died", "signal 9 (SIGKILL)", "step")
     assert (line["in_flight"], sorted(line["suspects"])) == (3, sorted(job.id for job in jobs))
-    assert list(leftovers(fleet.settings.run_dir, 0)) == []
+    assert list(leftovers(fleet.settings.run_dir, "worker-0")) == []
 
 
 def test_a_process_that_dies_with_its_launcher_is_reported_by_the_next_start(fleet: Fleet) -> None:
@@ -147,7 +147,7 @@ def test_a_process_that_dies_with_its_launcher_is_reported_by_the_next_start(fle
     child.kill()
     launcher.kill()
     launcher.wait()
-    wait(lambda: list(leftovers(fleet.settings.run_dir, 0)))
+    wait(lambda: list(leftovers(fleet.settings.run_dir, "worker-0")))
     following = fleet.start(LAUNCHER, MLXQ_WORKER_INDEX="0")
     fleet.check(job)
     assert any(line["message"] == "worker_process_died" for line in fleet.lines(following))

@@ -54,7 +54,7 @@ def test_a_worker_that_does_not_answer_pings_degrades(web: WebStack, pretend: Pr
     pretend()
     status, view = health(web)
     assert (status, view["status"]) == (200, "degraded")
-    assert view["reasons"] == ["Worker w1 does not answer pings."]
+    assert view["reasons"] == ["Worker w1@pretend (pretend) does not answer pings."]
     (worker,) = view["workers"]
     assert worker["model"] == MODEL and worker["slots"] == 128 and worker["response_s"] is None
     assert worker["heartbeat_age_s"] < 2 and worker["about"] == {"device": "none"}
@@ -111,7 +111,7 @@ def test_a_worker_that_only_loads_is_no_help(web: WebStack, pretend: Pretend) ->
     client.close()
     status, view = health(web)
     assert (status, view["reasons"][0]) == (503, "No worker is ready.")
-    assert "Worker w1 is loading." in view["reasons"]
+    assert f"Worker {info.node} ({info.model}) is loading." in view["reasons"]
 
 
 def asdict_of(info: Any) -> dict[str, Any]:

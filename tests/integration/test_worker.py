@@ -156,6 +156,24 @@ def test_a_full_worker_answers_pings_and_leaves_jobs_to_others(fleet: Fleet) -> 
         fleet.check(job)
 
 
+def test_a_worker_has_one_name_and_shares_it_with_no_other(fleet: Fleet) -> None:
+    workers = [fleet.start(MLXQ_WORKER_INDEX="", SLOTS="1") for _ in range(2)]
+    cards = [card for worker in workers if (card := fleet.card(worker))]
+    names = [card.node for card in cards]
+    assert [name.partition("@")[0].rpartition("-")[0] for name in names] == ["standalone-0", "standalone-1"]
+    assert [card.id.rpartition("/")[0] for card in cards] == names
+    wait(lambda: [host.node for host in fleet.registry.hosts()] == names)
+    assert {name for answer in fleet.celery.control.ping(timeout=1) or [] for name in answer} == {*names}
+    jobs = [fleet.submit(f"{SLOW} {i}", 200) for i in range(2)]
+    wait(lambda: all(fleet.says(job, 3) for job in jobs))
+    assert sorted(fleet.get(job).history[-1].worker.rpartition("/")[0] for job in jobs) == names
+    for worker, name in zip(workers, names, strict=True):
+        assert {line["process"] for line in fleet.lines(worker)} == {name}
+    assert fleet.stop(workers[0]) == 0
+    restarted = fleet.card(fleet.start(MLXQ_WORKER_INDEX=""))
+    assert restarted and (restarted.node, restarted.id != cards[0].id) == (names[0], True)
+
+
 def test_a_stuck_engine_ends_its_worker(fleet: Fleet) -> None:
     worker = fleet.start(WATCHDOG_S="0.5")
     fleet.submit("!pause=60")

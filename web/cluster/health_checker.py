@@ -128,7 +128,11 @@ def _memory(stats: Mapping[str, float]) -> WorkerMemory | None:
 
 def _worker_faults(workers: list[WorkerView], lease_s: float) -> list[str]:
     return [
-        *(f"Worker {worker.id} is {worker.state}." for worker in workers if worker.state != "ready"),
-        *(f"Worker {worker.id} does not answer pings." for worker in workers if worker.response_s is None),
-        *(f"Worker {worker.id} has been silent." for worker in workers if worker.heartbeat_age_s > lease_s),
+        *(f"{_named(worker)} is {worker.state}." for worker in workers if worker.state != "ready"),
+        *(f"{_named(worker)} does not answer pings." for worker in workers if worker.response_s is None),
+        *(f"{_named(worker)} has been silent." for worker in workers if worker.heartbeat_age_s > lease_s),
     ]
+
+
+def _named(worker: WorkerView) -> str:
+    return f"Worker {worker.node} ({worker.model})"

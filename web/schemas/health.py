@@ -22,9 +22,9 @@ class WorkerMemory(ResponseModel):
 class WorkerView(ResponseModel):
     """A worker, as it announced itself and as it answered a ping."""
 
-    id: str
+    id: str = Field(description="Of its lease; new each time that the model is loaded")
     host: str
-    node: str = Field(description="Its process, by the name that `load_model` and `unload_model` take")
+    node: str = Field(description="Name of its process, as in `/metrics`, logs, Flower and `load_model`")
     model: str
     state: str
     heartbeat_age_s: float

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import mmap
 import os
 import socket
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final
 
 from shared.wire import known
-
-logger = logging.getLogger(__name__)
 
 SIZE: Final = 64 * 1024
 _SLOT: Final = SIZE // 2
@@ -46,7 +43,7 @@ class Trace:
         worker: the model worker whose batch it is.
         workers: all model workers of the process: what they hold must return to the queue.
         jobs: ids of the jobs in that batch, the newest last.
-        model: the one that is being loaded.
+        model: the model that is being stepped or loaded.
         torn: whether the process died while it wrote a newer trace.
     """
 
@@ -66,7 +63,7 @@ class Breadcrumb:
     """
 
     def __init__(self, path: Path | None) -> None:
-        """Create the file; without a path, keep the breadcrumb in anonymous memory only.
+        """Create the file. Without a path, write to memory: if the process dies, all its jobs are suspects.
 
         Raises:
             OSError: it cannot be created or locked.
@@ -77,27 +74,14 @@ class Breadcrumb:
         self._lock = threading.Lock()
         self._number = 0
         self._batches: dict[str, tuple[str, ...]] = {}
+        self._models: dict[str, str] = {}
         self._trace = Trace(pid=os.getpid())
         self._write()
 
-    @classmethod
-    def create(cls, folder: Path, index: int, token: str) -> Self:
-        """The breadcrumb of the process with this index, in the folder of all of them.
-
-        Where it cannot be written, as on a full disk, the process does without: if it dies, all it holds is suspect.
-
-        Args:
-            token: distinguishes it from those of earlier processes.
-        """
-        try:
-            return cls(breadcrumb_path(folder, index, token))
-        except OSError as error:
-            logger.warning("breadcrumb_not_written", extra={"reason": str(error)})
-            return cls(None)
-
-    def workers(self, ids: Iterable[str]) -> None:
-        """Note the model workers of this process."""
-        self._change(workers=tuple(ids))
+    def workers(self, models: Mapping[str, str]) -> None:
+        """Note the models of this process, by the ids of their model workers."""
+        self._models = dict(models)
+        self._change(workers=tuple(models))
 
     def step(self, worker: str, jobs: Sequence[str]) -> None:
         """The engine works on these jobs of a model worker from now on; the newest come last."""
@@ -106,7 +90,8 @@ class Breadcrumb:
 
     def resume(self, worker: str) -> None:
         """The engine steps a model worker again, with the batch that was last noted for it."""
-        self._enter(Trace(phase="step", worker=worker, jobs=self._batches.get(worker, ())))
+        jobs, model = self._batches.get(worker, ()), self._models.get(worker, "")
+        self._enter(Trace(phase="step", worker=worker, jobs=jobs, model=model))
 
     def loading(self, model: str) -> None:
         """The engine loads a model from now on."""
@@ -177,9 +162,19 @@ def _fields(trace: Trace) -> dict[str, object]:
     return {name: getattr(trace, name) for name in _WRITTEN}
 
 
-def breadcrumb_path(folder: Path, index: int, token: str) -> Path:
-    """Where the process with this index and token has its breadcrumb."""
-    return folder / f"worker-{index}.{socket.gethostname()}.{token}{_SUFFIX}"
+def breadcrumb_path(folder: Path, label: str, token: str) -> Path:
+    """Where the process with this label and token (`worker.process.identity`) has its breadcrumb."""
+    return folder / f"{label}.{socket.gethostname()}.{token}{_SUFFIX}"
+
+
+def find(folder: Path, token: str) -> Path | None:
+    """The breadcrumb of the process with this token; None if it never wrote one."""
+    return next(folder.glob(f"*.{token}{_SUFFIX}"), None)
+
+
+def label_of(path: Path) -> str:
+    """The label of the process that wrote this breadcrumb."""
+    return path.name.partition(".")[0]
 
 
 def read(path: Path) -> Trace | None:
@@ -222,20 +217,20 @@ def _read_slot(content: bytes, start: int) -> _Slot:
     return _Slot(number, payload if whole else None, begun=any(slot[: _HEADER.size + 1]))
 
 
-def leftovers(folder: Path, index: int) -> Iterator[Path]:
-    """Breadcrumbs that processes with this index have left behind, also of other hosts that shared the folder.
+def leftovers(folder: Path, label: str) -> Iterator[Path]:
+    """Breadcrumbs that processes with this label have left behind, also of other hosts that shared the folder.
 
     Those of processes that live are not among them.
     """
-    for path in sorted(folder.glob(f"worker-{index}.*{_SUFFIX}")):
+    for path in sorted(folder.glob(f"{label}.*{_SUFFIX}")):
         with suppress(OSError), path.open("r+b") as file:
             if not _is_locked(file):
                 yield path
 
 
-def has_predecessor(folder: Path, index: int) -> bool:
-    """Whether an earlier process with this index still lives on this host."""
-    return any(map(_lives, folder.glob(f"worker-{index}.{socket.gethostname()}.*{_SUFFIX}")))
+def is_taken(folder: Path, label: str) -> bool:
+    """Whether a living process on this host has this label."""
+    return any(map(_lives, folder.glob(f"{label}.{socket.gethostname()}.*{_SUFFIX}")))
 
 
 def _lives(path: Path) -> bool:

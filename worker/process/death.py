@@ -1,13 +1,12 @@
 """The report of a dead worker process: to the queue, and one line to the log.
 
-Redis may be away. The report is tried a few times; then the breadcrumb stays for the next start with the same index,
+Redis may be away. The report is tried a few times; then the breadcrumb stays for the next start with the same label,
 and the leases lapse by themselves.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,7 @@ from shared.settings import Settings, load_settings
 from worker.process import breadcrumb
 from worker.process.breadcrumb import Trace
 from worker.process.exits import Exit
+from worker.process.identity import process_name
 
 logger = logging.getLogger("worker.process")
 
@@ -32,42 +32,32 @@ PAUSE_S: Final = 0.3
 
 def report_exit(ended: Exit, token: str) -> None:
     """Report the death of the process that a launcher started."""
-    settings, index = load_settings(), worker_index()
-    configure(f"worker-{index}", settings.log_level)
-    report(settings, breadcrumb.breadcrumb_path(settings.run_dir, index, token), ended)
+    settings = load_settings()
+    path = breadcrumb.find(settings.run_dir, token)
+    configure(process_name(settings, breadcrumb.label_of(path)) if path else "worker", settings.log_level)
+    report(settings, path, ended)
 
 
-def report_leftovers(settings: Settings, index: int) -> None:
-    """Report what earlier processes with this index have left behind when their launcher died as well."""
-    for path in breadcrumb.leftovers(settings.run_dir, index):
+def report_leftovers(settings: Settings, label: str) -> None:
+    """Report what earlier processes with this label have left behind when their launcher died as well."""
+    for path in breadcrumb.leftovers(settings.run_dir, label):
         report(settings, path, None)
 
 
-def wait_for_predecessor(settings: Settings, index: int) -> None:
-    """Wait until an earlier process with this index has drained: its memory is needed for the models of this one."""
-    until = time.monotonic() + settings.drain_s + 5.0
-    while breadcrumb.has_predecessor(settings.run_dir, index) and time.monotonic() < until:
-        time.sleep(0.1)
-
-
-def report(settings: Settings, path: Path, ended: Exit | None) -> None:
+def report(settings: Settings, path: Path | None, ended: Exit | None) -> None:
     """Report one death, and remove its breadcrumb once the queue knows.
 
     Args:
+        path: its breadcrumb; None: it wrote none.
         ended: how the process ended; None: unknown.
     """
-    trace = breadcrumb.read(path)
+    trace = breadcrumb.read(path) if path else None
     how = ended.describe() if ended else "unknown"
     burial = _bury(settings, trace or Trace(), how if ended else "")
-    if burial is not None:
+    if path and burial is not None:
         path.unlink(missing_ok=True)
     if ended or (burial and burial.models):  # not for a leftover whose jobs have long been continued
         _log(trace, ended, how, burial)
-
-
-def worker_index() -> int:
-    """This process's number among the workers of its machine."""
-    return int(os.environ.get("MLXQ_WORKER_INDEX", "0"))
 
 
 def _bury(settings: Settings, trace: Trace, how: str) -> Burial | None:
@@ -96,7 +86,7 @@ def _log(trace: Trace | None, ended: Exit | None, how: str, burial: Burial | Non
         facts["breadcrumb"] = "missing"
     else:
         facts |= {"phase": trace.phase, "in_flight": len(trace.jobs), "breadcrumb": "torn" if trace.torn else "whole"}
-        facts |= {"pid": trace.pid, "model_worker": trace.worker, "model": trace.model}
+        facts |= {"pid": trace.pid, "model": trace.model}
     if burial is not None:
         facts |= {"suspects": list(burial.suspects), "failed": list(burial.failed)}
     logger.error("worker_process_died", extra=facts)

@@ -6,9 +6,7 @@ Flower and `celery inspect` see the process as a Celery node; jobs appear there 
 
 from __future__ import annotations
 
-import hashlib
 import os
-import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +23,6 @@ from kombu import Consumer as KombuConsumer
 from redis import ResponseError
 
 from shared.queue.wakeups import wakeup_queue
-from shared.settings import Settings
 
 # Celery warns root about pickled messages; ours are JSON.
 warnings.filterwarnings("ignore", category=SecurityWarning)
@@ -151,12 +148,6 @@ class Consumer(Worker):
 def stop_consuming() -> None:
     """Make `Consumer.start` return. May be called in a signal handler."""
     state.should_stop = os.EX_OK  # type: ignore[assignment]  # the stubs know only its default
-
-
-def node_name(settings: Settings, index: int) -> str:
-    """The Celery node name: the same after a restart, another for each data folder and worker of a machine."""
-    stack = hashlib.sha256(str(settings.data_dir).encode()).hexdigest()[:6]
-    return f"mlxq-{index}-{stack}@{socket.gethostname()}"
 
 
 @setup_logging.connect

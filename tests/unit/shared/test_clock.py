@@ -81,7 +81,7 @@ def test_health_is_the_same(
     (worker,) = view["workers"]
     assert 0 <= worker["heartbeat_age_s"] < 2
     assert worker["uptime_s"] == pytest.approx(60, abs=2)
-    assert view["reasons"] == ["Worker w does not answer pings."], "of which there is none"
+    assert view["reasons"] == [f"Worker w@h ({MODEL}) does not answer pings."], "of which there is none"
 
 
 @each_skew
@@ -95,7 +95,7 @@ def test_a_silent_worker_is_seen_to_be_silent(
     moment = card.partition('"heartbeat_at":')[2].partition(",")[0]
     valkey_client.set(keys.WORKER + "w", card.replace(moment, str(seconds - 9), 1))
     with skewed(web_s):
-        assert "Worker w has been silent." in get(api, "/health")["reasons"]
+        assert f"Worker w@h ({MODEL}) has been silent." in get(api, "/health")["reasons"]
 
 
 @each_skew

@@ -1,4 +1,4 @@
-"""Every metric has a help text and a line in docs/metrics.md, and nothing else has."""
+"""Every metric has a help text and a line in docs/metrics.md, and nothing else has; workers keep their labels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from shared.models.registry import Registry, WorkerInfo
+from shared.queue.redis import Redis
 from shared.settings import ROOT
-from web.metrics import WORKER_HELP
+from web.metrics import WORKER_HELP, FleetCollector
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
 REPORTING = {"stats", "_read_gauges", "_describe"}
@@ -39,3 +41,22 @@ def test_the_page_lists_the_metrics_of_the_api() -> None:
     listed = set(re.findall(r"^\| `(mlxq_\w+)`", PAGE, re.MULTILINE))
     of_api = {name for name in listed if not name.startswith("mlxq_worker_")}
     assert of_api == {name + "_total" * counter for counter, name in made}
+
+
+def test_a_restarted_worker_continues_its_time_series(client: Redis) -> None:
+    registry = Registry(client)
+
+    def announce(number: int, model: str, tokens: float) -> None:
+        card = WorkerInfo(
+            f"w@h/{number}", "w@h", "h", number, model, "ready", 4, 0, 0.0, 0.0, {"tokens_per_s": tokens}, {}
+        )
+        registry.announce_worker(card, 60)
+
+    announce(2, "a", 1.0)  # the predecessor, which died: its card has not expired yet
+    announce(1, "a", 2.0)
+    announce(3, "b", 3.0)
+    [family] = [each for each in FleetCollector(registry).collect() if each.name == "mlxq_worker_tokens_per_s"]
+    assert [(sample.labels, sample.value) for sample in family.samples] == [
+        ({"worker": "w@h", "model": "a"}, 2.0),
+        ({"worker": "w@h", "model": "b"}, 3.0),
+    ]

@@ -13,15 +13,15 @@ import pytest
 
 from shared.settings import ROOT
 from worker.process import breadcrumb
-from worker.process.breadcrumb import SIZE, Breadcrumb, Trace, read
+from worker.process.breadcrumb import SIZE, Breadcrumb, Trace, breadcrumb_path, read
 
 JOBS = tuple(f"job_{i:028x}" for i in range(24))
 
 
 @pytest.fixture
 def crumb(tmp_path: Path) -> Iterator[Breadcrumb]:
-    crumb = Breadcrumb.create(tmp_path / "run", 0, "token")
-    crumb.workers(["host-0-a", "host-0-b"])
+    crumb = Breadcrumb(breadcrumb_path(tmp_path / "run", "worker-0", "token"))
+    crumb.workers({"host-0-a": "a", "host-0-b": "b"})
     yield crumb
     crumb.close()
 
@@ -32,7 +32,7 @@ def test_it_says_what_the_engine_does(crumb: Breadcrumb) -> None:
     crumb.loading("tiny")
     assert read(crumb.path) == Trace("load", os.getpid(), workers=both, model="tiny")
     crumb.step("host-0-a", JOBS)
-    assert read(crumb.path) == Trace("step", os.getpid(), "host-0-a", both, JOBS)
+    assert read(crumb.path) == Trace("step", os.getpid(), "host-0-a", both, JOBS, "a")
     crumb.idle()
     assert read(crumb.path) == Trace("idle", os.getpid(), workers=both)
 
@@ -41,7 +41,7 @@ def test_models_that_are_stepped_in_turn_each_have_their_batch(crumb: Breadcrumb
     crumb.step("host-0-a", JOBS[:2])
     crumb.step("host-0-b", JOBS[2:])
     crumb.resume("host-0-a")
-    assert read(crumb.path) == Trace("step", os.getpid(), "host-0-a", ("host-0-a", "host-0-b"), JOBS[:2])
+    assert read(crumb.path) == Trace("step", os.getpid(), "host-0-a", ("host-0-a", "host-0-b"), JOBS[:2], "a")
     crumb.loading("tiny")
     crumb.resume("host-0-b")
     trace = read(crumb.path)
@@ -70,7 +70,7 @@ def test_one_of_another_version_does_not_keep_the_next_process_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: object, known: Trace | None
 ) -> None:
     monkeypatch.setattr(breadcrumb, "_fields", lambda _trace: fields)
-    other = Breadcrumb.create(tmp_path / "run", 0, "token")
+    other = Breadcrumb(breadcrumb_path(tmp_path / "run", "worker-0", "token"))
     other.close()
     assert other.path is not None
     assert read(other.path) == known
@@ -111,9 +111,9 @@ def test_what_is_no_breadcrumb_says_nothing(tmp_path: Path, content: bytes) -> N
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from worker.process.breadcrumb import Breadcrumb
-crumb = Breadcrumb.create(Path(sys.argv[1]), 3, "dead")
-crumb.workers(["w"])
+from worker.process.breadcrumb import Breadcrumb, breadcrumb_path
+crumb = Breadcrumb(breadcrumb_path(Path(sys.argv[1]), "worker-3", "dead"))
+crumb.workers({"w": "m"})
 crumb.step("w", ["a", "b"])
 print("ready", flush=True)
 signal.pause()
@@ -124,25 +124,27 @@ def test_it_survives_a_kill_and_tells_the_living_from_the_dead(tmp_path: Path) -
     process = subprocess.Popen([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    assert breadcrumb.has_predecessor(tmp_path, 3)
-    assert list(breadcrumb.leftovers(tmp_path, 3)) == []
+    assert breadcrumb.is_taken(tmp_path, "worker-3")
+    assert list(breadcrumb.leftovers(tmp_path, "worker-3")) == []
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert not breadcrumb.has_predecessor(tmp_path, 3)
-    [path] = breadcrumb.leftovers(tmp_path, 3)
-    assert read(path) == Trace("step", process.pid, "w", ("w",), ("a", "b"))
-    assert list(breadcrumb.leftovers(tmp_path, 4)) == []
+    assert not breadcrumb.is_taken(tmp_path, "worker-3")
+    [path] = breadcrumb.leftovers(tmp_path, "worker-3")
+    assert read(path) == Trace("step", process.pid, "w", ("w",), ("a", "b"), "m")
+    assert breadcrumb.find(tmp_path, "dead") == path
+    assert breadcrumb.find(tmp_path, "other") is None
+    assert breadcrumb.label_of(path) == "worker-3"
+    assert list(breadcrumb.leftovers(tmp_path, "worker-4")) == []
 
 
-def test_a_process_that_can_write_no_breadcrumb_does_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "run").write_text("a file where the folder would be")
-    crumb = Breadcrumb.create(tmp_path / "run", 0, "token")
-    crumb.workers(["w"])
+def test_a_breadcrumb_without_a_file_changes_nothing_on_disk() -> None:
+    crumb = Breadcrumb(None)
+    crumb.workers({"w": "m"})
     crumb.step("w", JOBS)
     crumb.remove()
     crumb.close()
-    assert [record.message for record in caplog.records] == ["breadcrumb_not_written"]
+    assert crumb.path is None
 
 
 def test_a_breadcrumb_has_all_its_blocks_from_the_start(crumb: Breadcrumb) -> None:

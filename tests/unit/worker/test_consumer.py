@@ -25,7 +25,6 @@ from worker.queue.consumer import (
     Consumer,
     PatientConsumer,
     _wakeup_step,
-    node_name,
     stop_consuming,
 )
 
@@ -101,7 +100,7 @@ class Running:
         self.app = make_app(settings)
         self.woken: list[str] = []
         self.connected = threading.Event()
-        self.consumer = Consumer(self.app, node_name(settings, 0), self.woken.append, self.connected.set)
+        self.consumer = Consumer(self.app, "worker-0@host", self.woken.append, self.connected.set)
         self.thread = threading.Thread(target=self.consumer.start, daemon=True)
         self.thread.start()
         assert self.connected.wait(20)
@@ -142,9 +141,3 @@ def test_it_ends_when_asked_to_and_its_queue_with_it(running: Running, valkey_cl
     running.stop()
     assert not running.thread.is_alive() and running.consumer.status == 0
     assert not valkey_client.exists(f"mlxq.wakeups.{running.consumer.hostname}")
-
-
-def test_the_node_name_stays_after_a_restart_and_tells_stacks_and_workers_apart(settings: Settings) -> None:
-    other = settings.model_copy(update={"data_dir": settings.data_dir / "other"})
-    names = [node_name(settings, 0), node_name(settings, 0), node_name(settings, 1), node_name(other, 0)]
-    assert names[0] == names[1] and len(set(names)) == 3

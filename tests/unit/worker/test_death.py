@@ -14,7 +14,7 @@ from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.support.farm import Farm
 from worker.process import death
-from worker.process.breadcrumb import Breadcrumb
+from worker.process.breadcrumb import Breadcrumb, breadcrumb_path
 from worker.process.exits import Exit
 
 KILLED = Exit(-9, uptime_s=12.34, oom_kills=1, pid=77)
@@ -22,8 +22,8 @@ KILLED = Exit(-9, uptime_s=12.34, oom_kills=1, pid=77)
 
 @pytest.fixture
 def crumb(tmp_path: Path) -> Iterator[Breadcrumb]:
-    crumb = Breadcrumb.create(tmp_path / "data/run", 0, "token")
-    crumb.workers(["w0-0"])
+    crumb = Breadcrumb(breadcrumb_path(tmp_path / "data/run", "worker-0", "token"))
+    crumb.workers({"w0-0": "m"})
     yield crumb
     crumb.close()
 
@@ -86,12 +86,12 @@ def test_leftovers_are_reported_and_removed(
     job = farm.submit(50).id
     farm.run(3)
     crumb.step("w0-0", [job])
-    death.report_leftovers(settings, 0)
+    death.report_leftovers(settings, "worker-0")
     assert crumb.path.exists(), "its process lives"
     crumb.close()
-    death.report_leftovers(settings, 1)
+    death.report_leftovers(settings, "worker-1")
     assert crumb.path.exists(), "it is another worker's"
-    death.report_leftovers(settings, 0)
+    death.report_leftovers(settings, "worker-0")
     assert not crumb.path.exists()
     assert on_fake.hmget(keys.JOB + job, "status", "suspicion") == ["queued", "1"]
     assert [record.message for record in caplog.records] == ["worker_process_died"]
@@ -102,6 +102,6 @@ def test_a_leftover_whose_jobs_have_long_gone_on_is_no_news(
 ) -> None:
     crumb.step("w0-0", ["job_gone"])
     crumb.close()
-    death.report_leftovers(settings, 0)
+    death.report_leftovers(settings, "worker-0")
     assert not crumb.path.exists()
     assert caplog.records == []
