@@ -1,6 +1,6 @@
 """Every setting of every process, read from the environment and `.env` (the environment wins).
 
-Names are the same in both places. `.env.example` and the table of README.md are made from this class by
+Names are the same in both places. `.env.example` and `docs/configuration.md` are generated from this class by
 `python -m scripts.docs.settings`; a test compares them.
 """
 
@@ -43,153 +43,175 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # it may be a password
     )
 
-    # Where things are
+    # Locations
     data_dir: Path = Field(
-        ROOT / "data", description="Folder of everything that is written: queue, keys, logs, sockets"
+        ROOT / "data",
+        description="Folder for everything the service writes: queue, API keys, logs, sockets, cached prefixes",
     )
-    model_path: Path = Field(ROOT / "models/SmolLM2-135M-Instruct", description="The MLX model folder to serve")
+    model_path: Path = Field(
+        ROOT / "models/SmolLM2-135M-Instruct", description="MLX model folder to serve as the default model"
+    )
     models_file: Path = Field(
         ROOT / "models/catalog.toml",
-        description="The catalog of all models that may be served; without the file: MODEL_PATH alone",
+        description="Catalog of the models that may be served. If the file does not exist, only the "
+        "model of MODEL_PATH is served",
     )
     redis_url: str = Field(
         "",
-        description="Redis or Valkey to use: `redis://`, `rediss://`, `unix://` or "
-        "`sentinel://host,host/0?master=NAME`; empty: an embedded Valkey in DATA_DIR",
+        description="Redis or Valkey server for the queue: `redis://`, `rediss://`, `unix://` or "
+        "`sentinel://host,host/0?master=NAME`. Empty: start an embedded Valkey in DATA_DIR",
     )
     redis_maxmemory_bytes: Literal["auto"] | Annotated[int, Field(ge=64 * 2**20)] = Field(
         "auto",
-        description="Memory limit (`maxmemory`) of the embedded Valkey; `auto`: a quarter of the machine's memory, "
-        "at least 256 MiB and at most 4 GiB",
+        description="Memory limit (`maxmemory`) of the embedded Valkey. `auto`: a quarter of the "
+        "machine's memory, at least 256 MiB and at most 4 GiB",
     )
-    broker_url: str = Field("", description="Celery's broker, in the same forms as REDIS_URL; empty: REDIS_URL")
+    broker_url: str = Field("", description="Celery broker, in the same forms as REDIS_URL. Empty: use REDIS_URL")
 
-    # The API
-    host: str = Field("127.0.0.1", description="Address the API and Flower listen on")
+    # API
+    host: str = Field("127.0.0.1", description="Address that the API and Flower listen on")
     port: int = Field(8080, ge=1, le=65535, description="Port of the API")
-    web_workers: int = Field(1, ge=1, le=64, description="API processes")
-    mlxq_api_key: SecretStr = Field(SecretStr(""), description="API key for local use; written on the first run")
-    rate_limit: str = Field("100/minute", pattern=RATE, description="Rate limit of an API key that has none of its own")
+    web_workers: int = Field(1, ge=1, le=64, description="Number of API processes")
+    mlxq_api_key: SecretStr = Field(
+        SecretStr(""), description="API key for local use. The first run of scripts/serve writes one"
+    )
+    rate_limit: str = Field(
+        "100/minute", pattern=RATE, description="Rate limit for API keys that have no limit of their own"
+    )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Maximum size of a request body")
-    max_images: int = Field(16, ge=0, description="Maximum images per request")
-    max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Maximum size of an image file")
-    max_image_pixels: int = Field(7680 * 4320, ge=1, description="Maximum pixels of an image")
+    max_images: int = Field(16, ge=0, description="Maximum number of images per request")
+    max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Maximum size of one image file")
+    max_image_pixels: int = Field(7680 * 4320, ge=1, description="Maximum number of pixels in one image")
     image_urls: bool = Field(
         False,
-        description="Also read images from http(s) URLs, at most MAX_BODY_BYTES per request, never from private, "
-        "loopback or link-local addresses",
+        description="Allow images from http(s) URLs, at most MAX_BODY_BYTES per request. Private, "
+        "loopback and link-local addresses are never contacted",
     )
-    heartbeat_s: float = Field(15.0, gt=0, description="Interval of the comments that keep idle streams open")
-    max_wait_s: float = Field(60.0, gt=0, description="Longest wait of a long poll")
+    heartbeat_s: float = Field(15.0, gt=0, description="Interval between heartbeats on idle streams")
+    max_wait_s: float = Field(60.0, gt=0, description="Maximum duration of a long poll")
 
     # Jobs
     template_timeout_s: float = Field(
         10.0,
         gt=0,
-        description="Time limit for templating and tokenising a prompt, plus 5 s per MiB of the prompt; a prompt that "
-        "takes longer is refused",
+        description="Time limit for applying the chat template and tokenising a prompt, plus 5 s per MiB "
+        "of prompt. Slower prompts are rejected",
     )
-    max_tokens: int = Field(512, ge=1, description="Default of a request's max_tokens")
-    temperature: float = Field(0.0, ge=0, le=2, description="Default of a request's temperature")
+    max_tokens: int = Field(512, ge=1, description="Default for max_tokens in requests")
+    temperature: float = Field(0.0, ge=0, le=2, description="Default for temperature in requests")
     durable: bool = Field(
-        True, description="Accept a job only when Redis proves that it is on disk; false: trust Redis"
+        True,
+        description="Accept a job only if Redis confirms that it is on disk. `false`: accept it as soon "
+        "as Redis answers",
     )
-    max_queue: int = Field(10_000, ge=1, description="Maximum waiting jobs per model; more are refused with 503")
+    max_queue: int = Field(
+        10_000, ge=1, description="Maximum number of waiting jobs per model. Further jobs are rejected with 503"
+    )
     queue_bytes: Literal["auto"] | Annotated[int, Field(ge=2**20)] = Field(
         "auto",
-        description="Maximum bytes of Redis that unfinished jobs reserve in all; more are refused with 503; `auto`: "
-        "half of Redis's memory limit, or an eighth of its machine's memory where it has none",
+        description="Maximum Redis memory that all unfinished jobs may reserve. Further jobs are "
+        "rejected with 503. `auto`: half of Redis's memory limit, or an eighth of the memory "
+        "of Redis's machine if there is no limit",
     )
     queue_bytes_per_key: Literal["auto"] | Annotated[int, Field(ge=2**20)] = Field(
         "auto",
-        description="Maximum bytes of Redis that the unfinished jobs of one API key reserve; more are refused with "
-        "429; `auto`: a quarter of QUEUE_BYTES",
+        description="Maximum Redis memory that the unfinished jobs of one API key may reserve. Further "
+        "jobs are rejected with 429. `auto`: a quarter of QUEUE_BYTES",
     )
     failed_request_bytes: int = Field(
         64 * 2**20,
         ge=0,
-        description="Maximum bytes of Redis for the requests of failed jobs, which are kept for inspection; the oldest "
-        "are dropped first",
+        description="Maximum Redis memory for the requests of failed jobs, which are kept for "
+        "inspection. The oldest are deleted first",
     )
     start_within_s: float = Field(
         24 * 3600.0,
         gt=0,
-        description="Default of a request's start_within_s: a job that has not started by then expires",
+        description="Default for start_within_s in requests: a job that has not started by then expires",
     )
     max_start_within_s: float = Field(
-        7 * 24 * 3600.0, gt=0, description="Maximum of a request's start_within_s", validate_default=True
+        7 * 24 * 3600.0, gt=0, description="Maximum for start_within_s in requests", validate_default=True
     )
     deadline_s: float = Field(
         24 * 3600.0,
         gt=0,
-        description="Default of a request's deadline_s: a job that takes longer, waiting included, expires",
+        description="Default for deadline_s in requests: a job that takes longer, including waiting, expires",
     )
     max_deadline_s: float = Field(
-        7 * 24 * 3600.0, gt=0, description="Maximum of a request's deadline_s", validate_default=True
+        7 * 24 * 3600.0, gt=0, description="Maximum for deadline_s in requests", validate_default=True
     )
-    retention_s: int = Field(24 * 3600, ge=1, description="How long finished jobs are kept, with their texts")
+    retention_s: int = Field(24 * 3600, ge=1, description="How long finished jobs and their output are kept")
     log_retention_s: int | None = Field(
         None,
         ge=1,
-        description="How long the logs of finished jobs are kept, from which streams are read; empty: RETENTION_S, "
-        "which is also the maximum",
+        description="How long the event logs of finished jobs are kept; streams are read from them. At "
+        "most RETENTION_S. Empty: RETENTION_S",
     )
     max_attempts: int = Field(
-        3, ge=1, description="Worker crashes with a job as the only suspect after which the job fails"
+        3, ge=1, description="Number of worker crashes with a job as the only suspect after which the job fails"
     )
 
-    # The workers
-    workers: int = Field(1, ge=1, le=64, description="Worker processes that scripts/serve starts")
+    # Workers
+    workers: int = Field(1, ge=1, le=64, description="Number of worker processes that scripts/serve starts")
     backend: Literal["auto", "fake"] = Field(
-        "auto", description="Model runner; `auto`: what the model folder needs; `fake`: made-up words, for tests"
+        "auto",
+        description="Model runner. `auto`: chosen by the model folder. `fake`: generates random words "
+        "without a model, for tests",
     )
     worker_models: str = Field(
         "",
-        description="Models of the catalog that workers load at their start, separated by commas; empty: the default "
-        "model. Lists separated by `;` are for one worker process each",
+        description="Catalog models that workers load when they start, separated by commas. Use `;` to "
+        "separate the lists of different worker processes. Empty: the default model",
     )
     load_on_demand: bool = Field(
         True,
-        description="Load a model of the catalog when a job asks for one that no worker has; false: refuse the job",
+        description="Load a catalog model when a job asks for it and no worker has it. `false`: reject the job",
     )
-    slots: int = Field(32, ge=1, le=1024, description="Maximum rows in a model's decode batch")
+    slots: int = Field(32, ge=1, le=1024, description="Maximum number of rows in a model's decode batch")
     prefill_step_tokens: int = Field(
-        0, ge=0, description="Maximum tokens of a long prompt per prefill chunk; 0: chosen by device"
+        0, ge=0, description="Maximum number of tokens of a long prompt in one prefill chunk. 0: chosen for the device"
     )
     speculation_tokens: int = Field(
-        16, ge=0, description="Maximum draft tokens per row and step of speculative decoding; 0: off"
+        16, ge=0, description="Maximum number of draft tokens per row and step in speculative decoding. 0: off"
     )
     memory_limit_bytes: int = Field(
-        0, ge=0, description="Memory limit of a worker process's models and caches; 0: chosen by device"
+        0, ge=0, description="Memory limit for the models and caches of one worker process. 0: chosen for the device"
     )
     prefix_cache_bytes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="Maximum memory for a model's prefix cache; 0: off; `auto`: a quarter of the memory for caches",
+        description="Maximum memory for a model's prefix cache. 0: off. `auto`: a quarter of the memory "
+        "available for caches",
     )
     prefix_disk_bytes: int = Field(
         8 * 2**30,
         ge=0,
-        description="Maximum disk space for evicted prefixes in DATA_DIR, where a restarted worker finds them; 0: off",
+        description="Maximum disk space in DATA_DIR for prefixes evicted from memory; workers reuse them "
+        "after a restart. 0: off",
     )
     lease_s: float = Field(
-        2.0, ge=0.2, description="Lifetime of a worker's lease; without a renewal its jobs return to the queue"
+        2.0,
+        ge=0.2,
+        description="Lifetime of a worker's lease. If the worker does not renew it in time, its jobs "
+        "return to the queue",
     )
     watchdog_s: float = Field(
-        60.0, gt=0, description="Longest time without progress before a worker process ends itself"
+        60.0, gt=0, description="A worker process that makes no progress for this long terminates itself"
     )
     drain_s: float = Field(
-        10.0, ge=0, description="Time that running jobs get at shutdown before they return to the queue"
+        10.0, ge=0, description="Time that running jobs get to finish at shutdown before they return to the queue"
     )
     wired_limit: bool = Field(False, description="Let MLX wire the model's memory on a Mac")
 
-    # Operations
+    # Operation
     flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower")
-    flower_user: str = Field("admin", min_length=1, description="Flower's user")
-    flower_password: SecretStr = Field(SecretStr(""), description="Flower's password; written on the first run")
+    flower_user: str = Field("admin", min_length=1, description="User name for Flower")
+    flower_password: SecretStr = Field(
+        SecretStr(""), description="Password for Flower. The first run of scripts/serve writes one"
+    )
     log_level: str = Field(
         "INFO",
         pattern="^(DEBUG|INFO|WARNING|ERROR)$",
-        description="Least severe log level: DEBUG, INFO, WARNING or ERROR",
+        description="Minimum log level: DEBUG, INFO, WARNING or ERROR",
     )
 
     @field_validator("redis_url")

@@ -44,7 +44,7 @@ R = TypeVar("R")
 _ATTRIBUTE: Final = "openapi"
 _REFUSALS: Final = (401, 403, 422, 429, 500, 503)
 """What any route that needs a key may answer."""
-_CODES: Final[Mapping[int, tuple[str, ...]]] = {
+ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request", "invalid_json", "invalid_utf8"),
     401: ("unauthorized",),
     403: ("forbidden",),
@@ -243,7 +243,7 @@ def _responses(about: Description, *, secured: bool) -> Iterator[tuple[str, Resp
         yield (
             str(status),
             Response(
-                description=f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in _CODES[status])}",
+                description=f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in ERROR_CODES[status])}",
                 headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
                 content={MEDIA_TYPE: _media(ProblemDetails)},
             ),

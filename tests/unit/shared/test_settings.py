@@ -11,9 +11,15 @@ from scripts.docs import settings
 from shared.settings import ROOT, Settings, faults, load_settings
 
 
-def test_the_example_and_the_readme_have_every_variable_with_its_default() -> None:
+def test_the_example_and_the_configuration_page_are_up_to_date() -> None:
     assert settings.EXAMPLE.read_text() == settings.example()
-    assert settings.table() in settings.README.read_text()
+    assert settings.PAGE.read_text() == settings.page()
+
+
+def test_every_setting_is_documented_with_its_meaning_type_and_readers() -> None:
+    variables = settings.variables()
+    assert {v.name for v in variables} == {name.upper() for name in Settings.model_fields}
+    assert [v.name for v in variables if not (v.meaning and v.type and v.section and v.readers)] == []
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
