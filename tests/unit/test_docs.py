@@ -1,0 +1,77 @@
+"""The documentation points only to what exists: files, headings, commands, settings and error codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from shared.errors import Expiry, JobFailure
+from shared.settings import ROOT
+from web.http.openapi import ERROR_CODES
+
+MOST_README_LINES = 150
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "THIRD_PARTY_NOTICES.md")),
+    *(ROOT / name for name in ("models/README.md", "models/ui-micro/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_SCRIPT = re.compile(r"(?<![\w/.])scripts/[\w/.-]*\w")
+_CODE_BLOCK = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", _CODE_BLOCK.sub("", page.read_text()), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def broken_links(page: Path) -> Iterator[str]:
+    for link in _LINK.findall(_CODE_BLOCK.sub("", page.read_text())):
+        path, _, anchor = unquote(link).partition("#")
+        if "://" in path:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield link
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@each_page
+def test_relative_links_resolve(page: Path) -> None:
+    assert list(broken_links(page)) == []
+
+
+@each_page
+def test_the_scripts_that_it_names_exist(page: Path) -> None:
+    named = set(_SCRIPT.findall(page.read_text()))
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+def test_the_checks_find_what_is_broken(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A heading, really\n[a](#a-heading-really) [b](#none) [c](none.md) [d](page.md) `scripts/none`\n")
+    assert list(broken_links(page)) == ["#none", "none.md"]
+    assert _SCRIPT.findall(page.read_text()) == ["scripts/none"]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_README_LINES
+
+
+def test_the_map_lists_every_page() -> None:
+    listed = set(_LINK.findall((ROOT / "docs/README.md").read_text()))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
+
+
+def test_every_error_code_is_documented() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    codes = {code for each in ERROR_CODES.values() for code in each} | {*JobFailure} | {*Expiry}
+    assert sorted(code for code in codes if f"`{code}`" not in page) == []
