@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import redis
 
-from scripts.stack import config, leftovers
+from scripts.stack import aof, config, leftovers
 from scripts.stack.failure import StartFailed
 from scripts.stack.logs import SupervisorLog, last_line
 from scripts.stack.preflight import full_disk
@@ -67,7 +67,7 @@ class Stack:
                     self._wait_for_api(progress)  # Flower asks the workers who they are, and asks once
                 self._supervisor.start(program.name)
                 if program.name == "valkey":
-                    self._wait_for_queue()
+                    self._wait_for_queue_or_repair_it()
             self._wait_for_flower()
             self._log.news()
 
@@ -107,6 +107,19 @@ class Stack:
             if not self._supervisor.alive or time.monotonic() > deadline:
                 raise StartFailed(f"supervisord did not start: {self._supervisor.last_words}")
             self._signals.pause(0.05)
+
+    def _wait_for_queue_or_repair_it(self) -> None:
+        try:
+            self._wait_for_queue()
+        except StartFailed:
+            self._supervisor.stop("valkey")
+            repair = aof.repair(self._settings)
+            if repair is None:
+                raise
+            self._screen.say(str(repair))
+            self._first_pids.pop("valkey", None)
+            self._supervisor.start("valkey")
+            self._wait_for_queue()
 
     def _wait_for_queue(self) -> None:
         deadline = time.monotonic() + _START_S  # it reads its whole log first

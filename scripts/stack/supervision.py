@@ -94,6 +94,10 @@ class Supervisor:
         """Start all processes of a program that do not run."""
         self._call("startProcessGroup", program, False)
 
+    def stop(self, program: str) -> None:
+        """Stop all processes of a program and wait for their ends."""
+        self._call("stopProcessGroup", program, True)
+
     def start_one(self, child: Child) -> None:
         """Start a process that was given up."""
         # A refusal means that it runs already, or cannot be run at all: its next state tells.

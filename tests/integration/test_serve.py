@@ -273,3 +273,22 @@ def test_a_missing_model_is_one_line(served: Served) -> None:
     result = served.run(MODEL_PATH=str(served.data_dir / "nothing"), BACKEND="auto")
     assert result.returncode == 1
     assert re.fullmatch(r"scripts/serve: MODEL_PATH .* holds no model .*\n", result.stderr)
+
+
+def test_a_queue_that_a_power_failure_damaged_is_repaired_and_keeps_its_jobs() -> None:
+    with tempfile.TemporaryDirectory(prefix="mlxq") as home:
+        served = Served(Path(home), BACKEND="fake")
+        try:
+            served.bring_up().kill()
+            with served.client() as client:
+                job = client.submit({"prompt": "Hello", "max_tokens": 2}, wait_s=30)
+            leftovers.end_all(served.data_dir, patience_s=0)
+            (file,) = (served.data_dir / "valkey/appendonlydir").glob("*.incr.aof")
+            with file.open("ab") as damaged:
+                damaged.write(b"\0" * 4096)
+            served.bring_up()
+            assert "its last 4096 bytes were cut" in served.said()
+            with served.client() as client:
+                assert client.job(job.id).status is Status.SUCCEEDED
+        finally:
+            served.clean_up()
