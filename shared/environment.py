@@ -1,4 +1,4 @@
-"""Environment variables of libraries that would override our settings.
+"""Names in the environment and in `.env` that are not ours: variables of libraries, and misspelled settings.
 
 Celery, Flower, gunicorn and Flask read variables by themselves, and most of these win over what a program passes. A
 variable that was set for another application could redirect our messages or open another port. Such variables are
@@ -8,7 +8,8 @@ removed from the environment of the process, and so of its children, before the 
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
+from difflib import get_close_matches
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -44,3 +45,28 @@ def drop_foreign_variables(environment: MutableMapping[str, str]) -> list[str]:
     if dropped:
         logger.warning("environment_variables_ignored", extra={"names": dropped})
     return dropped
+
+
+_COMPOSE: Final = frozenset({"MODELS_DIR", "PYTHON_IMAGE", "REDIS_IMAGE", "REDIS_MAXMEMORY", "REDIS_PORT"})
+"""Variables of compose.yaml, which reads the same `.env`."""
+_CLOSE: Final = 0.85
+"""Similarity, from 0 to 1, from which a name is taken for a misspelled setting."""
+
+
+def unknown_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, str]:
+    """Of names in `.env`: those that nothing reads, each with the setting that was probably meant, or an empty text."""
+    known = {name.upper() for name in settings}
+    unknown = [name.upper() for name in names if not name.upper().startswith("COMPOSE_")]
+    return {name: closest(name, known) for name in unknown if name not in known | _COMPOSE}
+
+
+def misspelled_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, str]:
+    """Of names in the environment: those that are probably misspelled settings, each with the setting meant."""
+    known = {name.upper() for name in settings}
+    found = {name: closest(name, known) for name in names if name not in known | _COMPOSE | _OURS}
+    return {name: meant for name, meant in found.items() if meant}
+
+
+def closest(name: str, settings: Iterable[str]) -> str:
+    """The setting whose name is most similar; empty if none is similar."""
+    return next(iter(get_close_matches(name, settings, n=1, cutoff=_CLOSE)), "")

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.environment import drop_foreign_variables
+from shared.environment import drop_foreign_variables, unknown_names
 from shared.queue import redis_url
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,14 +306,37 @@ class Settings(BaseSettings):
         return self.data_dir / "keys.json"
 
 
-def load_settings() -> Settings:
+def load_settings(*, env_file_may_be_missing: bool = False) -> Settings:
     """Read the environment and `.env` now, and remove the variables of libraries that would override them.
 
+    Args:
+        env_file_may_be_missing: do not insist on the file that ENV_FILE names.
+
     Raises:
-        pydantic.ValidationError: naming each variable that does not fit.
+        pydantic.ValidationError: naming each variable that does not fit, or that nothing reads.
     """
     drop_foreign_variables(os.environ)
-    return Settings()
+    settings = Settings()
+    wrong = dict(_wrong_names())
+    if "ENV_FILE" in os.environ and not ENV_FILE.exists() and not env_file_may_be_missing:
+        wrong["env_file"] = f"{ENV_FILE} does not exist"
+    if "models_file" in settings.model_fields_set and not settings.models_file.exists():
+        wrong["models_file"] = f"{settings.models_file} does not exist"
+    if wrong:
+        raise ValidationError.from_exception_data("settings", [_fault(name, why) for name, why in wrong.items()])
+    return settings
+
+
+def _wrong_names() -> Iterator[tuple[str, str]]:
+    if ENV_FILE.is_file():
+        for name, meant in unknown_names(dotenv_values(ENV_FILE), Settings.model_fields).items():
+            yield name, f"no such setting (in {ENV_FILE})" + f"; did you mean {meant}?" * bool(meant)
+
+
+def _fault(name: str, why: str) -> InitErrorDetails:
+    # The reason is a parameter: it may contain braces, which have a meaning in a template.
+    kind = PydanticCustomError("setting", "{why}", {"why": why})
+    return InitErrorDetails(type=kind, loc=(name,), input=None)
 
 
 def load_or_exit() -> Settings:

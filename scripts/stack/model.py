@@ -16,19 +16,29 @@ from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT, Settings
 
 VISION = ROOT / "models/ui-micro"
-"""The model of `--vision`; it comes with the repository."""
+"""The model that `--vision` adds; it comes with the repository."""
 
 
-def choose_vision(settings: Settings) -> Settings:
-    """The same settings with the vision model, for this process and all that it starts.
-
-    Raises:
-        StartFailed: MODEL_PATH names another.
-    """
-    if "model_path" in settings.model_fields_set and settings.model_path != VISION:
-        raise StartFailed(f"--vision serves {VISION}, but MODEL_PATH is {settings.model_path}; leave out one of them")
-    os.environ["MODEL_PATH"] = str(VISION)
+def add_vision_model(settings: Settings) -> Settings:
+    """The same settings with the vision model beside the others, for this process and all that it starts."""
+    catalog = load_catalog(settings)
+    name = next((model.id for model in catalog.models.values() if model.path == VISION), VISION.name)
+    if name not in catalog.models:
+        os.environ["MODELS_FILE"] = str(_extended_catalog(settings))
+        if catalog.default == settings.model_id:  # it is in no file, and stays the default only if it is set
+            os.environ["MODEL_PATH"] = str(settings.model_path)
+    lists = (settings.worker_models or catalog.default).split(";")
+    os.environ["WORKER_MODELS"] = ";".join(each if name in each.split(",") else f"{each},{name}" for each in lists)
     return preflight.settings_or_fail()
+
+
+def _extended_catalog(settings: Settings) -> Path:
+    """A copy of the catalog with the vision model as its last entry."""
+    file = settings.models_file
+    entries = file.read_text("utf-8") if file.exists() else ""
+    extended = settings.run_dir / "catalog.toml"
+    extended.write_text(f'{entries}\n[models.{VISION.name}]\npath = "{VISION}"\n', "utf-8")
+    return extended
 
 
 def ensure_model(settings: Settings, environment: Mapping[str, str], signals: StopSignals) -> None:

@@ -27,9 +27,9 @@ _BAD_PATH_CHARACTERS = set("%;#\"'\\\n?")
 
 
 def settings_or_fail() -> Settings:
-    """The settings; one line for each variable that does not fit."""
+    """The settings; one line for each variable that does not fit. The first run creates ENV_FILE."""
     try:
-        return load_settings()
+        return load_settings(env_file_may_be_missing=True)
     except ValidationError as error:
         raise StartFailed(faults(error)) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -72,7 +72,12 @@ class Screen:
         catalog = load_catalog(settings)
         of_each = (catalog.first(settings.worker_models, number)[0] for number in range(settings.workers))
         first = {model.id: model for models in of_each for model in models}
-        shown = first.get(catalog.default) or next(iter(first.values()), catalog.models[catalog.default])
+        text = first.get(catalog.default) or next(iter(first.values()), catalog.models[catalog.default])
+        shown = {text.id: text} | {model.id: model for model in first.values() if model.path == VISION}
+        command = f'curl -s {base}/inference -H "X-API-Key: {key}"'
+        examples = "\n".join(
+            f"{command} {_example(each, default=each.id == catalog.default)}" for each in shown.values()
+        )
         self.say(f"""
   {", ".join(first)} {"is" if len(first) == 1 else "are"} ready{made_up}: {workers}, queue in {queue}
 
@@ -85,7 +90,7 @@ password FLOWER_PASSWORD in {_shown(env_file)}
   Logs       {_shown(settings.log_dir)}
 
   Try it:
-curl -s {base}/inference -H "X-API-Key: {key}" {_example(shown, default=shown.id == catalog.default)}
+{examples}
 
   Ctrl-C ends everything (or: kill {os.getpid()}); jobs that are not done stay in the queue.
 """)

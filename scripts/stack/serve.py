@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from scripts.stack import config, env_file, leftovers, preflight
 from scripts.stack.failure import StartFailed
 from scripts.stack.instance import sole_instance
-from scripts.stack.model import choose_vision, ensure_model
+from scripts.stack.model import add_vision_model, ensure_model
 from scripts.stack.openblas import ensure_openblas
 from scripts.stack.screen import Screen, base_url
 from scripts.stack.signals import StopRequested, StopSignals
 from scripts.stack.stack import Stack
 from scripts.stack.supervision import SupervisorGone
+from shared.environment import misspelled_names
 from shared.models.catalog import load_catalog
 from shared.settings import ENV_FILE, Settings
 from web.access.api_keys import KeyStore, new_key
@@ -36,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     try:
         settings = preflight.settings_or_fail()
-        if vision:
-            settings = choose_vision(settings)
         preflight.prepare_data_dir(settings)
+        if vision:
+            settings = add_vision_model(settings)
         with sole_instance(settings.run_dir / "serve.lock", base_url(settings.host, settings.port)):
             _serve(settings, screen, signals)
     except StopRequested:
@@ -57,18 +58,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Starts everything on this machine, keeps it running until Ctrl-C: queue, workers, API, Flower.",
     )
     parser.add_argument(
-        "--vision", action="store_true", help="serve models/ui-micro, a small model that reads screenshots"
+        "--vision", action="store_true", help="also serve models/ui-micro, a small model that reads screenshots"
     )
     return parser
 
 
 def _serve(settings: Settings, screen: Screen, signals: StopSignals) -> None:
+    for name, meant in misspelled_names(os.environ, Settings.model_fields).items():
+        screen.say(f"{name} is not a setting and changes nothing; did you mean {meant}?")
     if ended := leftovers.end_all(settings.data_dir, patience_s=5):
         screen.say(f"ended {ended} processes that an earlier start had left behind")
     preflight.check_ports(settings)
     preflight.check_redis(settings)
-    preflight.check_broker(settings)
     settings = _with_secrets(settings, screen)
+    preflight.check_broker(settings)
     environment = config.child_environment(settings, leftovers.mark(settings.data_dir), ENV_FILE)
     for fault in load_catalog(settings).faults:
         screen.say(f"a model of the catalog is left out: {fault}")

@@ -33,7 +33,7 @@ class Command:
         self.env = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
-            "ENV_FILE": str(folder / "env"),
+            "ENV_FILE": os.devnull,
             "MLXQ_API_KEY": KEY,
         }
         self.write(*(json.dumps({"prompt": f"prompt {n % 50}", "id": f"n{n}"}) for n in range(1, COUNT + 1)))

@@ -40,7 +40,7 @@ class Stack:
         self.env = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
-            "ENV_FILE": str(home / "env"),
+            "ENV_FILE": os.devnull,
             "DATA_DIR": str(home / "data"),
             "REDIS_URL": redis_url,
             "MODEL_PATH": str(model),

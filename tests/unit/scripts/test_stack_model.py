@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 
 from scripts.stack import config, preflight, serve
 from scripts.stack.failure import StartFailed
-from scripts.stack.model import VISION, choose_vision, ensure_model
+from scripts.stack.model import add_vision_model, ensure_model
 from scripts.stack.screen import Screen
+from shared.models.catalog import load_catalog
 from shared.settings import ROOT, Settings
 from tests.support.small_models import make_folder
 
@@ -25,35 +25,52 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
 
 
-def test_vision_is_the_model_of_this_process_and_of_those_it_starts(tmp_path: Path) -> None:
-    settings = choose_vision(preflight.settings_or_fail())
-
-    assert settings.model_path == VISION
-    assert settings.model_id == "ui-micro"
-    assert config.child_environment(settings, "mark", tmp_path / "env")["MODEL_PATH"] == str(VISION)
-    assert preflight.settings_or_fail().model_path == VISION  # they are read again when .env has been written
+def with_vision() -> Settings:
+    settings = preflight.settings_or_fail()
+    preflight.prepare_data_dir(settings)
+    return add_vision_model(settings)
 
 
-def test_vision_and_the_same_model_path_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODEL_PATH", "models/ui-micro")
-
-    assert choose_vision(preflight.settings_or_fail()).model_path == VISION
+def first_models(settings: Settings) -> list[str]:
+    return [model.id for model in load_catalog(settings).first(settings.worker_models, 0)[0]]
 
 
-@pytest.mark.parametrize("path", ["models/another", "models/SmolLM2-135M-Instruct"])
-def test_vision_and_another_model_path_do_not(path: str, tmp_path: Path) -> None:
-    (tmp_path / "env").write_text(f"MODEL_PATH={path}\n")
-
-    with pytest.raises(StartFailed, match=rf"--vision serves .*/models/ui-micro, but MODEL_PATH is .*{path}; leave"):
-        choose_vision(preflight.settings_or_fail())
-    assert not os.environ["MODEL_PATH"]
+@pytest.fixture(autouse=True)
+def _vision_changes_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODELS_FILE", "WORKER_MODELS"):
+        monkeypatch.setenv(name, "")
 
 
-def test_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MODEL_PATH", "models/another")
+def test_vision_adds_a_model_and_keeps_the_default_one(tmp_path: Path) -> None:
+    settings = with_vision()
+    assert load_catalog(settings).default == "SmolLM2-135M-Instruct"
+    assert first_models(settings) == ["SmolLM2-135M-Instruct", "ui-micro"]
+    environment = config.child_environment(settings, "mark", tmp_path / "env")
+    assert environment["WORKER_MODELS"] == "SmolLM2-135M-Instruct,ui-micro"
+    assert first_models(preflight.settings_or_fail()) == first_models(settings)  # read again when .env was written
 
-    assert serve.main(["--vision"]) == 1
-    assert "--vision serves" in capsys.readouterr().err
+
+def test_vision_adds_a_model_to_a_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_PATH", str(make_folder(tmp_path / "mine")))
+    settings = with_vision()
+    assert load_catalog(settings).default == "mine"
+    assert first_models(settings) == ["mine", "ui-micro"]
+
+
+def test_vision_adds_a_model_to_a_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = (f'[models.{name}]\npath = "{make_folder(tmp_path / name)}"\n' for name in ("one", "two"))
+    (tmp_path / "catalog.toml").write_text('default = "two"\n' + "".join(entries))
+    monkeypatch.setenv("MODELS_FILE", str(tmp_path / "catalog.toml"))
+    settings = with_vision()
+    catalog = load_catalog(settings)
+    assert (catalog.default, list(catalog.models), catalog.faults) == ("two", ["one", "two", "ui-micro"], ())
+    assert first_models(settings) == ["two", "ui-micro"]
+
+
+def test_vision_uses_the_name_that_the_catalog_gives_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "catalog.toml").write_text('[models.screens]\npath = "models/ui-micro"\n')
+    monkeypatch.setenv("MODELS_FILE", str(tmp_path / "catalog.toml"))
+    assert first_models(with_vision()) == ["screens"]
 
 
 def test_an_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,13 +93,18 @@ def test_a_default_of_the_catalog_that_is_not_there_is_told(tmp_path: Path, monk
 def test_the_printed_example_is_one_that_the_small_vision_model_understands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Screen().ready(choose_vision(preflight.settings_or_fail()), tmp_path / "env", key_in_environment=True)
+    Screen().ready(with_vision(), tmp_path / "env", key_in_environment=True)
     said = capsys.readouterr().out
-    assert "ui-micro is ready" in said
-    (line,) = (line for line in said.splitlines() if line.startswith("curl"))
-    options = shlex.split(line)
+    assert "SmolLM2-135M-Instruct, ui-micro are ready" in said
+    text, vision = (line for line in said.splitlines() if line.startswith("curl"))
+    assert "capital of France" in text
+    options = shlex.split(vision)
     assert ROOT / options[options.index("-F") + 1].removeprefix("images=@") == ROOT / "docs/images/page.png"
-    assert json.loads(options[-1].removeprefix("request="))["prompt"] == "click the red Save button"
+    assert json.loads(options[-1].removeprefix("request=")) == {
+        "model": "ui-micro",
+        "prompt": "click the red Save button",
+        "temperature": 0,
+    }
 
 
 def test_the_printed_example_asks_a_model_that_is_there(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from scripts.docs import settings
+from shared.environment import misspelled_names
 from shared.settings import ROOT, Settings, faults, load_settings
 
 
@@ -113,3 +115,38 @@ def test_flower_gets_no_name_or_password_that_it_cannot_compare(
         load_settings()
     assert faults(caught.value).startswith(f"{name}: ")
     assert value not in faults(caught.value)
+
+
+def names(error: ValidationError) -> list[str]:
+    return [line.partition(":")[0] for line in faults(error).splitlines()]
+
+
+def test_a_name_in_the_file_that_nothing_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "{env}"
+    file.write_text("SLOT=4\nPORT=1234\nREDIS_PORT=1\nCOMPOSE_PROJECT_NAME=x\nELSEWHERE=1\n")
+    monkeypatch.setattr("shared.settings.ENV_FILE", file)
+    with pytest.raises(ValidationError) as caught:
+        load_settings()
+    slot, elsewhere = faults(caught.value).splitlines()
+    assert slot == f"SLOT: no such setting (in {file}); did you mean SLOTS?"
+    assert elsewhere == f"ELSEWHERE: no such setting (in {file})"
+
+
+@pytest.mark.parametrize("name", list(Settings.model_fields))
+def test_each_setting_that_lacks_a_letter_is_recognised(name: str) -> None:
+    setting = name.upper()
+    wrong = setting[:-1] if len(setting) > 4 else setting + "S"
+    assert misspelled_names([wrong, setting, "PATH", "HOSTNAME", "HOME"], Settings.model_fields) == {wrong: setting}
+
+
+@pytest.mark.parametrize("name", ["ENV_FILE", "MODELS_FILE"])
+def test_a_file_that_is_named_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("shared.settings.ENV_FILE", Path(os.devnull))
+    monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    if name == "ENV_FILE":
+        monkeypatch.setattr("shared.settings.ENV_FILE", tmp_path / "nowhere")
+        assert load_settings(env_file_may_be_missing=True)
+    with pytest.raises(ValidationError) as caught:
+        load_settings()
+    assert names(caught.value) == [name]
+    assert str(tmp_path / "nowhere") in faults(caught.value)
