@@ -30,8 +30,8 @@ from scripts.client.runner import Pace, Runner
 from shared.jobs.record import Priority
 from shared.settings import Settings, load_settings
 
-START_S = 30.0
-"""A service that does not answer is waited for this long before the first prompt."""
+START_S = 5.0
+"""Longest wait, before the first prompt, for a service that does not answer."""
 BUFFERED = 4096
 """Results kept back at most, with --in-order, until the ones before them have come."""
 WAIT_S = 30
@@ -60,12 +60,16 @@ class Batch:
         self._key = connection.api_key(options.api_key_env, settings)
         self._wait_s = int(min(WAIT_S, settings.max_wait_s))
         self._stop = Event()
+        self._max_bytes = 0
 
     def run(self) -> int:
         """Do what is missing; returns the exit status."""
         options = self._options
         if not options.prompts.is_file():
             raise CannotStart(f"{options.prompts} is not a file")
+        if options.output.exists() and not options.output.is_file():
+            raise CannotStart(f"{options.output} is not a regular file: results are read again when a run is continued")
+        self._max_bytes = options.prompts.stat().st_size
         try:
             with ResultFile(options.output) as results:
                 tally = plan.survey(self._lines(), results.index, retry_failed=options.retry_failed, report=_report)
@@ -87,7 +91,7 @@ class Batch:
         except KeyboardInterrupt:
             say(f"interrupted: {tally}. Jobs already sent go on; the same command continues from here.")
             return INTERRUPTED
-        except (GaveUp, Refused) as error:
+        except (GaveUp, Refused, OSError) as error:
             say(f"stopped: {error}. {tally}; the same command continues from here.")
             return FLAWED
         self._summarise(tally)
@@ -124,7 +128,7 @@ class Batch:
     def _lines(self) -> Iterator[Prompt | Malformed]:
         given = {name: getattr(self._options, name) for name in DEFAULTS}
         defaults = {name: value for name, value in given.items() if value is not None}
-        return read_prompts(self._options.prompts, defaults, self._options.run)
+        return read_prompts(self._options.prompts, defaults, self._options.run, self._max_bytes)
 
     def _summarise(self, tally: Tally) -> None:
         say(f"{tally}, {tally.tokens} tokens; results in {self._options.output}")

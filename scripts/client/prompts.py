@@ -30,27 +30,47 @@ class Malformed:
     reason: str
 
 
-def read_prompts(path: Path, defaults: Mapping[str, Any], run: str = "") -> Iterator[Prompt | Malformed]:
-    """The file's lines in order, empty ones left out.
+def read_prompts(
+    path: Path, defaults: Mapping[str, Any], run: str = "", max_bytes: int | None = None
+) -> Iterator[Prompt | Malformed]:
+    """The file's lines in order, without the empty ones.
 
-    `defaults` are fields of every request that does not have them itself. `run` is part of every digest, so that
-    the same file can be done again under another name.
+    Args:
+        defaults: fields of every request that does not have them itself.
+        run: part of every digest, so that the same file can be sent again under another name.
+        max_bytes: read only lines that begin before this offset: the file may grow while it is read.
     """
+    first_use: dict[str, int] = {}  # custom_id → line
+    offset = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
+            if max_bytes is not None and offset >= max_bytes:
+                return
+            offset += len(raw)
             text = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
             if not text.strip():
                 continue
             try:
-                yield _prompt(line, _fields(text), defaults, run)
+                prompt = _prompt(line, _fields(text.rstrip(b"\r\n")), defaults, run)
+                _refuse_second_use(prompt, first_use)
+                yield prompt
             except (ValueError, RecursionError) as error:
                 yield Malformed(line, _reason(error))
+
+
+def _refuse_second_use(prompt: Prompt, first_use: dict[str, int]) -> None:
+    if prompt.custom_id is not None:
+        first = first_use.setdefault(prompt.custom_id, prompt.line)
+        if first != prompt.line:
+            raise ValueError(f"has the `custom_id` {prompt.custom_id!r} of line {first}")
 
 
 def _prompt(line: int, fields: dict[str, Any], defaults: Mapping[str, Any], run: str) -> Prompt:
     own_id = fields.pop("id", None)
     custom_id = _name(fields.pop("custom_id", own_id))
     if "prompt" not in fields and "messages" not in fields:
+        if isinstance(fields.get("body"), dict):
+            raise ValueError("is in the format of OpenAI's batches: put the fields of `body` beside `custom_id`")
         raise ValueError("needs `prompt` or `messages`")
     body = {**defaults, **fields}
     # The line number is in it: the same prompt on two lines is two jobs.

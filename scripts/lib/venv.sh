@@ -1,4 +1,4 @@
-# Sourced by the scripts: . "$(dirname "$0")/lib/venv.sh" SET…
+# Sourced by the scripts: ARGUMENTS="$*"; . "$(dirname "$0")/lib/venv.sh" SET…
 # Makes .venv hold the requirement sets (requirements/SET.txt) and puts it first on PATH. When the pins have not
 # changed since the last time this costs milliseconds. The current directory stays: arguments may be relative paths.
 
@@ -91,8 +91,20 @@ venv_explain() { # LOG
   venv_fail "could not install requirements: ${reason:-pip failed} (see $1)"
 }
 
+# --help installs nothing: before the first start it shows the script's first comment.
+venv_help() {
+  case " ${ARGUMENTS:-} " in
+    *" -h "* | *" --help "*) ;;
+    *) return 0 ;;
+  esac
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  echo "The list of options needs the packages that the first start installs."
+  exit 0
+}
+
 venv_ensure() {
   venv_is_current "$@" && return
+  venv_help
   venv_lock
   if ! venv_is_current "$@"; then
     if [ ! -d "$VENV/pins" ] || ! "$VENV/bin/python" -c '' 2>/dev/null; then venv_create; fi

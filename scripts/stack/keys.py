@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 
 from shared.settings import load_or_exit
 from web.access.api_keys import SCOPES, ApiKey, KeyStore
@@ -17,11 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     settings = load_or_exit()
     options = _parser(settings.rate_limit).parse_args(arguments)
+    if options.action != "create" and not settings.keys_file.exists():
+        return _fail(f"there is no {settings.keys_file}; DATA_DIR must be that of the service")
     store = KeyStore(settings.keys_file)
     try:
         match options.action:
             case "create":
-                _create(store, options)
+                _create(store, options, settings.keys_file)
             case "list":
                 print(table(store.list(), settings.rate_limit))
             case "revoke":
@@ -41,10 +44,10 @@ def table(keys: Iterable[ApiKey], default_limit: str) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _create(store: KeyStore, options: argparse.Namespace) -> None:
+def _create(store: KeyStore, options: argparse.Namespace, file: Path) -> None:
     key = store.create(options.name, options.scope or ["infer"], options.rate_limit)
     # The key alone goes to stdout, so that a script can take it.
-    print("This key is shown only now:", file=sys.stderr)
+    print(f"Added to {file}. This key is shown only now:", file=sys.stderr)
     print(key)
 
 

@@ -177,6 +177,44 @@ def test_malformed_lines_are_reported_by_number_and_skipped(command: Command, ap
     assert sorted(command.lines()) == [1, 5]
 
 
+def test_a_broken_line_is_reported_with_its_column(command: Command) -> None:
+    command.write('"a"', '{"prompt": "b"', '{"prompt": "b",, "id": 1}')
+    said = command.run()[1]
+    assert "line 2 is not JSON (Expecting ',' delimiter at column 15)" in said
+    assert "line 3 is not JSON (Expecting property name enclosed in double quotes at column 16)" in said
+
+
+def test_a_custom_id_is_used_once(command: Command, api: StandIn) -> None:
+    same = ('{"prompt": "a", "custom_id": "x"}', '{"prompt": "b", "custom_id": "x"}')
+    command.write(*same, '{"prompt": "c", "id": "y"}')
+    status, said = command.run()
+    assert (status, sorted(command.lines())) == (1, [1, 3])
+    assert "line 2 has the `custom_id` 'x' of line 1; skipped" in said
+    assert command.run()[0] == 1, "the same again when it is continued"
+    assert len(api.state.sent) == 2
+
+
+def test_a_line_in_the_format_of_openai_says_what_to_change(command: Command) -> None:
+    command.write('{"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}')
+    assert "put the fields of `body` beside `custom_id`" in command.run()[1]
+
+
+def test_lines_that_are_added_while_it_runs_are_left_for_the_next_run(command: Command, api: StandIn) -> None:
+    command.write('"a"', '"b"')
+
+    def add_a_line() -> None:
+        with command.prompts.open("a") as file:
+            file.write('"late"\n')
+
+    api.state.on_submit = add_a_line
+    status, said = command.run("--concurrency", "1")
+    assert (status, sorted(command.lines())) == (0, [1, 2])
+    assert "2 of 2 done" in said
+    api.state.on_submit = lambda: None
+    assert command.run()[0] == 0
+    assert {body["prompt"] for _, body in api.state.sent} == {"a", "b", "late"}
+
+
 def test_defaults_go_with_every_line(command: Command, api: StandIn) -> None:
     command.write('"a"', '{"prompt": "b", "max_tokens": 1}')
     assert command.run("--max-tokens", "9", "--model", "tiny")[0] == 0
@@ -193,6 +231,9 @@ def test_what_cannot_start_is_one_line(command: Command, tmp_path: Path) -> None
 
     (tmp_path / "other.jsonl").write_text("notes\n")
     assert "not a result" in refusal("-o", str(tmp_path / "other.jsonl"))
+    os.mkfifo(tmp_path / "pipe")
+    assert "is not a regular file" in refusal("-o", str(tmp_path / "pipe"))
+    assert "is not a regular file" in refusal("-o", os.devnull)
     assert "no service at" in refusal("--url", "http://127.0.0.1:9")
     command.env["MLXQ_API_KEY"] = "wrong"
     assert "not one of our keys" in refusal()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
 
@@ -24,10 +24,12 @@ class State:
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.known: dict[str, str] = {}
         self.held = False
+        self.on_submit: Callable[[], object] = lambda: None
         self.troubles: Iterator[Trouble | None] = iter(())
 
     def submit(self, key: str, body: dict[str, Any]) -> dict[str, Any]:
         """Accept a job, or find the one accepted under this key."""
+        self.on_submit()
         with self.changed:
             if key not in self.known:
                 self.known[key] = f"job_{len(self.jobs) + 1}"

@@ -17,7 +17,7 @@ import httpx2
 from pydantic import ValidationError
 
 from scripts.client import connection
-from scripts.client.api import Client, ClientError
+from scripts.client.api import Client, ClientError, Refused, Unreachable
 from shared.settings import Settings, load_settings
 from tests.smoke import api, flower
 from tests.smoke.probe import Probe, Wrong
@@ -39,6 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"smoke: {error}", file=sys.stderr)
         return 2
     with Client(options.url, key) as client, Client(options.url) as stranger, Client(options.url, IMPOSTOR) as impostor:
+        try:
+            client.request("GET", "/livez")
+        except Unreachable as error:
+            print(f"smoke: no service at {options.url}: {error}", file=sys.stderr)
+            return 2
+        except Refused:
+            pass  # the checks say what is wrong
         checks = dict(_named("", api.CHECKS, Probe(client, stranger, impostor)))
         if options.flower:
             checks |= _named("flower ", flower.CHECKS, _flower(options, settings))
