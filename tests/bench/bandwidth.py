@@ -76,7 +76,7 @@ def limit(model: Path, speed: dict[str, float]) -> dict[str, float]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The result of `bench.add_bandwidth` for the terminal."""
+    """The result of `cli.add_bandwidth` for the terminal."""
     speed = found.get("measured", {})
     limits = {name: each for name, each in found.items() if name != "measured"}
     measured_line = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Final
 
-import matplotlib as mpl
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -22,14 +22,13 @@ from tests.bench.scenarios.images import AGAIN
 Series = dict[str, list[tuple[float, float]]]
 """Contender → points, in the order of their x."""
 
-_COLUMNS: Final = 3
-_WIDTH_IN, _HEIGHT_IN = 4.4, 3.3
-"""Inches of one chart."""
+_WIDTH_IN, _HEIGHT_IN, _LEGEND_IN = 4.4, 3.3, 0.7
+"""Inches: width and height of one chart, height of legend and caption together."""
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the markers tell them apart without colour.
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS: Final = "osD^vPX"
 _STYLE: Final[dict[Any, Any]] = {
-    "svg.hashsalt": "mlxq",  # the same ids in every run: drawing the same figures again changes nothing
+    "svg.hashsalt": "mlxq",  # the same ids in every run: drawing the same figures again gives the same file
     "svg.fonttype": "none",  # text stays text
     "figure.facecolor": "white",  # an opaque background is readable on light and on dark pages
     "font.size": 9,
@@ -75,7 +74,7 @@ def svg(results: Results, caption: str) -> str:
     if not found:
         return ""
     out = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with style.context(["default", _STYLE], after_reset=True):
         draw(found, caption).savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
@@ -83,28 +82,32 @@ def svg(results: Results, caption: str) -> str:
 def draw(found: Sequence[Chart], caption: str) -> Figure:
     """A row of charts per model."""
     rows = [list(group) for _, group in groupby(found, key=lambda chart: chart.model)]
-    columns = min(_COLUMNS, max(map(len, rows)))
+    columns = max(map(len, rows))
     figure = Figure(
-        figsize=(columns * _WIDTH_IN, len(rows) * _HEIGHT_IN + 0.7),
+        figsize=(columns * _WIDTH_IN, len(rows) * _HEIGHT_IN + _LEGEND_IN),
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
     )
     grid = figure.subplots(len(rows), columns, squeeze=False)
     names = list(dict.fromkeys(name for chart in found for name in chart.series))
-    for row, line in zip(rows, grid, strict=True):
-        for axes in line[len(row) :]:
-            axes.set_axis_off()
-        for i, (chart, axes) in enumerate(zip(row, line, strict=False)):
-            if i and chart.y_label == row[i - 1].y_label:
-                axes.sharey(line[i - 1])
-            _draw_chart(chart, axes, names)
-        for chart, axes in zip(row, line, strict=False):  # once the shared axes have all their lines
-            _scale(chart, axes)
-    drawn = {str(line.get_label()): line for line in (line for axes in figure.axes for line in axes.get_lines())}
-    figure.legend(
-        [drawn[name] for name in names], names, loc="outside upper center", ncols=min(len(names), 4), frameon=False
-    )
+    for row, cells in zip(rows, grid, strict=True):
+        _draw_row(row, cells, names)
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    handles = [lines[name] for name in names]
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False)
     figure.supxlabel(caption, fontsize=8, color="#555555")
     return figure
+
+
+def _draw_row(row: Sequence[Chart], cells: Sequence[Axes], names: Sequence[str]) -> None:
+    """Neighbours with the same quantity share its scale."""
+    for axes in cells[len(row) :]:
+        axes.set_axis_off()
+    for i, (chart, axes) in enumerate(zip(row, cells, strict=False)):
+        if i and chart.y_label == row[i - 1].y_label:
+            axes.sharey(cells[i - 1])
+        _draw_chart(chart, axes, names)
+    for chart, axes in zip(row, cells, strict=False):  # after all lines that share the scale are drawn
+        _scale(chart, axes)
 
 
 def _draw_chart(chart: Chart, axes: Axes, names: Sequence[str]) -> None:
@@ -112,8 +115,8 @@ def _draw_chart(chart: Chart, axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     for name, points in chart.series.items():
-        style = names.index(name)
-        colour, marker = _COLOURS[style % len(_COLOURS)], _MARKERS[style % len(_MARKERS)]
+        index = names.index(name)
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
         (line,) = axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, label=name)
         line.set_gid(f"{chart.model}: {chart.title}: {name}")
 

@@ -20,7 +20,6 @@ from shared.settings import ROOT
 T = TypeVar("T")
 
 _START_WITHIN_S: Final = 600.0
-_POLL_S: Final = 0.02
 _STOP_WITHIN_S: Final = 60.0
 
 
@@ -74,7 +73,7 @@ def process(
                 child.wait()
 
 
-def poll(probe: Callable[[], T], what: str, within_s: float) -> T:
+def poll(probe: Callable[[], T], what: str, within_s: float, every_s: float = 0.1) -> T:
     """Call `probe` until it returns a true value, and return that.
 
     Args:
@@ -87,7 +86,7 @@ def poll(probe: Callable[[], T], what: str, within_s: float) -> T:
     while not (value := probe()):
         if time.monotonic() > end:
             raise NotUp(f"not within {within_s:.0f} s: {what}")
-        time.sleep(_POLL_S)
+        time.sleep(every_s)
     return value
 
 

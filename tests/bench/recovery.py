@@ -49,6 +49,8 @@ _KILLS_S: Final = (2.0, 10.0)
 """When the first and the second worker are killed, after all jobs are running."""
 
 _WITHIN_S: Final = 600.0
+_POLL_S: Final = 0.01
+"""The resolution of the figures that are read in a loop."""
 _SUPERVISOR_SOCKET: Final = "run/ctl.sock"
 
 Figures = dict[str, float]
@@ -96,16 +98,15 @@ def full_queue(model: Path, checkout: Checkout) -> Figures:
 
     supervisord stops and starts the worker, as an operator would.
     """
-    with _stack(model, SHORT_SLOTS, checkout) as stack:
-        supervisor = _supervisor(stack.data_dir)
+    with _stack(model, SHORT_SLOTS, checkout) as stack, _supervisor(stack.data_dir) as supervisor:
         supervisor.stopProcessGroup("worker")
-        poll(lambda: not answers(f"{stack.endpoint.url}/readyz"), "the worker has stopped", _WITHIN_S)
+        poll(lambda: not answers(f"{stack.endpoint.url}/readyz"), "the worker has stopped", _WITHIN_S, _POLL_S)
         ids = job_load.submit(stack.endpoint, [_TINY] * WAITING_JOBS)
         began = time.time()
         supervisor.startProcessGroup("worker", False)
-        poll(lambda: answers(f"{stack.endpoint.url}/readyz"), "the worker is ready", _WITHIN_S)
+        poll(lambda: answers(f"{stack.endpoint.url}/readyz"), "the worker is ready", _WITHIN_S, _POLL_S)
         ready = time.time()
-        first = min(poll(lambda: _started(stack, ids[:_FIRST]), "a job has started", _WITHIN_S))
+        first = min(poll(lambda: _started(stack, ids[:_FIRST]), "a job has started", _WITHIN_S, _POLL_S))
         jobs = job_load.ended(stack.endpoint, ids, _WITHIN_S)
     last = max(each["finished_at"] for each in jobs)
     return {
@@ -115,10 +116,12 @@ def full_queue(model: Path, checkout: Checkout) -> Figures:
     }
 
 
-def _supervisor(data_dir: Path) -> Any:
+@contextmanager
+def _supervisor(data_dir: Path) -> Iterator[Any]:
     """The RPC interface of the supervisord that runs the stack in a data folder."""
     transport = SupervisorTransport(None, None, f"unix://{data_dir / _SUPERVISOR_SOCKET}")
-    return xmlrpc.client.ServerProxy("http://localhost", transport=transport).supervisor
+    with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as proxy:
+        yield proxy.supervisor
 
 
 def _started(stack: OwnStack, ids: Sequence[str]) -> list[float]:
@@ -135,7 +138,7 @@ def killed_workers(model: Path, checkout: Checkout) -> Figures:
         plan = closed([[request] for request in requests])
         with ThreadPoolExecutor(1) as pool:
             outcome = pool.submit(send, stack.endpoint, plan)
-            poll(lambda: job_load.running(stack.endpoint) >= STREAMS, "all jobs are running", _WITHIN_S)
+            poll(lambda: job_load.running(stack.endpoint) >= STREAMS, "all jobs are running", _WITHIN_S, _POLL_S)
             start = time.monotonic()
             for worker, kill_s in zip(stack.workers(), _KILLS_S, strict=True):
                 time.sleep(max(0.0, start + kill_s - time.monotonic()))

@@ -53,7 +53,8 @@ def test_a_quick_run_measures_every_scenario_and_saves_it(
             figures = records[scenario, case, who]
             assert figures["failed"] == 0, (scenario, case, who)
             assert figures["tokens_per_s"] > 0
-            assert figures["ttft_p50_s"] > 0
+            # The open loop is so short that all its requests may be of the batch class.
+            assert figures["ttft_p50_s"] > 0 or not figures.get("interactive", 1)
             assert figures["cpu_s_per_1k"] > 0
             assert figures["peak_mb"] > 50
     assert ("prefix", "after a restart", OWN) in records

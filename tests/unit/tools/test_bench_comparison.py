@@ -66,6 +66,6 @@ def test_a_comparison_needs_another_checkout(capsys: pytest.CaptureFixture[str])
 
 def test_a_run_without_another_checkout_has_no_part_that_compares(tmp_path: Path) -> None:
     without = [name for name, _ in cli.due_parts(cli.arguments([]))]
-    beside = [name for name, _ in cli.due_parts(cli.arguments(["--before", str(tmp_path)]))]
+    with_another = [name for name, _ in cli.due_parts(cli.arguments(["--before", str(tmp_path)]))]
     assert "comparison" not in without
-    assert set(beside) - set(without) == {"comparison"}
+    assert set(with_another) - set(without) == {"comparison"}

@@ -165,6 +165,16 @@ def test_lines_of_charts_with_shared_axes_are_not_cut_off() -> None:
         assert axes.get_ylim()[1] > 7000
 
 
+def test_every_chart_of_a_model_is_drawn(results: Results) -> None:
+    for case in ("1 client", f"1 client, {images.AGAIN}"):
+        results.records.append(record(case, OWN, 5.0, scenario="images", clients=1))
+    found = charts(results)
+    titles = [axes.get_title() for axes in draw(found, "caption").axes]
+
+    assert titles == [f"{goals.TINY}\n{chart.title}" for chart in found]
+    assert len(titles) == 5
+
+
 def test_results_without_anything_to_draw_have_no_charts(report: dict[str, Any], tmp_path: Path) -> None:
     folder = saving.save(report, Results(), "v1", tmp_path)
 
