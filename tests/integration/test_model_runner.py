@@ -17,19 +17,12 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Request, Sampling
-from shared.models.catalog import load_catalog
-from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
 from shared.settings import Settings
-from tests.support.runner import GREEDY, alone, resumed, run, step
-from tests.support.runner import row as row_of
+from tests.support.runner import GREEDY, alone, loaded, numbered, resumed, row, run, step
 from worker.models.load import LoadedModel, load_model
-from worker.runner import forward
-from worker.runner.base import OutOfMemory, PrefillWork, Row, StepPlan
-from worker.runner.kv_cache import KVCache
-from worker.runner.loading import load
-from worker.runner.memory import Memory
-from worker.runner.model_runner import SHARE_OF_PADDING, MLXRunner
+from worker.runner.base import PrefillWork, StepPlan
+from worker.runner.model_runner import MLXRunner
 
 CHUNK = 16
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -69,23 +62,6 @@ def runner(tiny: LoadedModel) -> MLXRunner:
     return MLXRunner(tiny, CHUNK)
 
 
-def row(uid: int, length: int, most: int = 12, sampling: Sampling = GREEDY) -> Row:
-    """A row with a prompt of so many tokens, different for each uid."""
-    return row_of(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], most, sampling)
-
-
-def loaded(settings: Settings) -> MLXRunner:
-    """The model of the settings, in all its pieces."""
-    catalog = load_catalog(settings)
-    pieces = load(settings, catalog.models[catalog.default])
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            runner: MLXRunner = end.value
-            return runner
-
-
 def said_in(runner: MLXRunner, steps: int) -> list[int]:
     return [output.token for _ in range(steps) for output in step(runner).tokens]
 
@@ -96,7 +72,7 @@ def test_greedy_rows_say_what_mlx_lm_says(smollm2: LoadedModel) -> None:
     prompts = [chat(smollm2, question) for question in QUESTIONS]
     expected = [generate(smollm2.model, smollm2.tokenizer, prompt, max_tokens=14) for prompt in prompts]
     assert "Paris" in expected[0]
-    rows = [row_of(uid, prompt, 14) for uid, prompt in enumerate(prompts)]
+    rows = [row(uid, prompt, 14) for uid, prompt in enumerate(prompts)]
     late = {3: rows[3:5], 4: rows[5:6], 9: rows[6:]}
     for said in (run(runner, rows), run(runner, rows[:3], lambda steps: late.get(steps, ()))):
         assert [text(runner, said[uid]) for uid in range(len(rows))] == expected
@@ -120,7 +96,7 @@ def text(runner: MLXRunner, tokens: Iterable[int]) -> str:
 
 def test_penalised_rows_say_what_mlx_lm_says(tiny: LoadedModel, runner: MLXRunner) -> None:
     sampling = Sampling(0.0, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2)
-    one = row(1, 30, most=40, sampling=sampling)
+    one = numbered(1, 30, most=40, sampling=sampling)
     processors = make_logits_processors(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2)
     answer = stream_generate(tiny.model, tiny.tokenizer, list(one.prompt), 40, logits_processors=processors)
     expected = [response.token for response in answer]
@@ -129,9 +105,9 @@ def test_penalised_rows_say_what_mlx_lm_says(tiny: LoadedModel, runner: MLXRunne
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_a_row_is_the_same_alone_and_in_company(runner: MLXRunner, sampling: Sampling) -> None:
-    one = row(1, 21, most=16, sampling=sampling)
+    one = numbered(1, 21, most=16, sampling=sampling)
     expected = alone(runner, one)
-    others = [row(10 + i, 1 + 7 * i, 3 + i, each) for i, each in enumerate(SAMPLINGS)]
+    others = [numbered(10 + i, 1 + 7 * i, 3 + i, each) for i, each in enumerate(SAMPLINGS)]
     late = {2: [one], 3: others[3:5], 9: others[5:]}
     assert run(runner, others[:3], lambda steps: late.get(steps, ()))[1] == expected
     assert run(runner, [*others[:4], one, *others[4:]])[1] == expected
@@ -140,14 +116,14 @@ def test_a_row_is_the_same_alone_and_in_company(runner: MLXRunner, sampling: Sam
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_a_row_goes_on_where_it_was_cut(runner: MLXRunner, sampling: Sampling) -> None:
-    whole = row(0, 9, most=12, sampling=sampling)
+    whole = numbered(0, 9, most=12, sampling=sampling)
     expected = alone(runner, whole)
     said = run(runner, [resumed(whole, cut, expected[:cut]) for cut in range(12)])
     assert [said[cut] for cut in range(12)] == [expected[cut:] for cut in range(12)]
 
 
 def test_rows_decode_while_others_are_prefilled(runner: MLXRunner) -> None:
-    decoding, long = row(1, 5, 400), row(2, 20 * CHUNK)
+    decoding, long = numbered(1, 5, 400), numbered(2, 20 * CHUNK)
     runner.insert([decoding])
     step(runner)
     runner.insert([long])
@@ -162,7 +138,7 @@ def test_rows_decode_while_others_are_prefilled(runner: MLXRunner) -> None:
 
 
 def test_a_long_prompt_has_place_for_all_of_it_from_its_second_chunk(runner: MLXRunner) -> None:
-    runner.insert([row(1, 50 * CHUNK)])
+    runner.insert([numbered(1, 50 * CHUNK)])
     seen = []
     while not step(runner).prefilled:
         seen.append(runner.stats()["kv_bytes"])
@@ -171,7 +147,7 @@ def test_a_long_prompt_has_place_for_all_of_it_from_its_second_chunk(runner: MLX
 
 
 def test_short_prompts_are_prefilled_together(runner: MLXRunner) -> None:
-    runner.insert([row(uid, 1 + uid) for uid in range(8)])
+    runner.insert([numbered(uid, 1 + uid) for uid in range(8)])
     assert step(runner).prompt_tokens == sum(range(8))
     output = step(runner)
     assert sorted(output.prefilled) == sorted(each.uid for each in output.tokens) == list(range(8))
@@ -179,10 +155,10 @@ def test_short_prompts_are_prefilled_together(runner: MLXRunner) -> None:
 
 def test_rows_leave_in_every_stage(runner: MLXRunner) -> None:
     """Removed before, between and after its chunks and tokens, a row is gone at once and changes nothing for others."""
-    stays = row(1, 20, most=12, sampling=SAMPLINGS[3])
+    stays = numbered(1, 20, most=12, sampling=SAMPLINGS[3])
     expected = alone(runner, stays)
     for steps in range(8):
-        leaves = [row(2, 3 * CHUNK), row(3, 4), row(4, 1)]
+        leaves = [numbered(2, 3 * CHUNK), numbered(3, 4), numbered(4, 1)]
         runner.insert([leaves[0], stays, *leaves[1:]])
         said = [each.token for _ in range(steps) for each in step(runner).tokens if each.uid == 1]
         runner.remove([2, 3, 4, 99])
@@ -196,7 +172,7 @@ def test_rows_leave_in_every_stage(runner: MLXRunner) -> None:
 
 def test_places_are_taken_over_again_and_again(runner: MLXRunner) -> None:
     """Rows that come and go for long leave the cache as narrow as the rows that are in it."""
-    rows = [row(uid, 1 + uid * 7 % 40, 5 + uid % 9, SAMPLINGS[uid % len(SAMPLINGS)]) for uid in range(60)]
+    rows = [numbered(uid, 1 + uid * 7 % 40, 5 + uid % 9, SAMPLINGS[uid % len(SAMPLINGS)]) for uid in range(60)]
     expected = {each.uid: alone(runner, each) for each in rows[::6]}
     for each in rows[:8]:
         runner.insert([each])
@@ -214,7 +190,7 @@ def test_places_are_taken_over_again_and_again(runner: MLXRunner) -> None:
 
 
 def test_a_row_that_cannot_be_decoded_fails_alone(runner: MLXRunner) -> None:
-    good = row(1, 5)
+    good = numbered(1, 5)
     expected = alone(runner, good)
     bad = [
         replace(good, uid=2, prompt=()),
@@ -231,9 +207,9 @@ def test_a_row_that_cannot_be_decoded_fails_alone(runner: MLXRunner) -> None:
 
 
 def test_reset_drops_everything(runner: MLXRunner) -> None:
-    one = row(1, 5)
+    one = numbered(1, 5)
     expected = alone(runner, one)
-    runner.insert([row(2, 3 * CHUNK), row(3, 4), replace(one, uid=4, max_new_tokens=0)])
+    runner.insert([numbered(2, 3 * CHUNK), numbered(3, 4), replace(one, uid=4, max_new_tokens=0)])
     step(runner)
     runner.reset()
     output = step(runner)
@@ -242,7 +218,7 @@ def test_reset_drops_everything(runner: MLXRunner) -> None:
 
 
 def test_it_works_on_a_thread_that_did_not_import_it(tiny_model_path: Path, runner: MLXRunner) -> None:
-    one = row(1, 40)
+    one = numbered(1, 40)
     expected = alone(runner, one)
     found: list[list[int]] = []
     settings = Settings(model_path=tiny_model_path, prefill_step_tokens=CHUNK, prefix_disk_bytes=0)
@@ -294,131 +270,8 @@ def test_what_is_said_of_the_model(runner: MLXRunner) -> None:
     assert runner.cost.seconds(CHUNK, 100) > 0
 
 
-MARK = 99
-"""A token that the rows of these tests have in their prompts when the device has no memory for them."""
-
-
-@pytest.fixture
-def scarce(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prefill of the mark fails for want of memory, as often as the list says (its only number)."""
-    times, fill = [10**9], forward.fill
-
-    def failing(model: object, cache: KVCache, tokens: Sequence[Sequence[int]], *more: object) -> None:
-        if any(MARK in row for row in tokens) and times[0]:
-            times[0] -= 1
-            raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
-        fill(model, cache, tokens, *more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(forward, "fill", failing)
-    return times
-
-
-def marked(one: Row, place: int) -> Row:
-    return replace(one, prompt=(*one.prompt[:place], MARK, *one.prompt[place + 1 :]))
-
-
-@pytest.mark.parametrize("length", [8, 5 * CHUNK], ids=["short", "long"])
-def test_rows_whose_prompts_find_no_memory_are_dropped_and_the_others_go_on(
-    tiny: LoadedModel, scarce: list[int], length: int
-) -> None:
-    runner = MLXRunner(tiny, CHUNK, Memory(2**30, 2**28))
-    running, bad = row(1, 40, most=30), marked(row(2, length), length - 3)
-    others = [row(uid, 8, most=6) for uid in (3, 4, 5)]
-    expected = {each.uid: alone(runner, each) for each in (running, *others)}
-    runner.insert([replace(running, owner="me")])
-    said: dict[int, list[int]] = defaultdict(list)
-    dropped: list[int] = []
-    for steps in range(60):
-        if steps == 4:
-            assert runner.stats()["prefix_cache_bytes"]
-            runner.insert([others[0], bad, *others[1:]])
-        output = step(runner)
-        assert not output.failed
-        if output.out_of_memory:
-            assert not runner.stats()["prefix_cache_bytes"]
-            dropped += output.out_of_memory
-            runner.insert([each for each in others if each.uid in output.out_of_memory])
-        for each in output.tokens:
-            said[each.uid].append(each.token)
-    assert 2 in dropped
-    assert said == expected
-    scarce[0] = 0
-    assert len(alone(runner, bad)) == bad.max_new_tokens
-
-
-def test_other_errors_are_not_taken_for_want_of_memory(runner: MLXRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "fill", lambda *_: 1 / 0)
-    runner.insert([row(1, 5)])
-    with pytest.raises(ZeroDivisionError):
-        step(runner)
-
-
-def test_want_of_memory_while_decoding_loses_the_batch(runner: MLXRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner.insert([row(1, 5)])
-    step(runner)
-
-    def full(_: object) -> None:
-        raise RuntimeError("[metal::malloc] Resource limit (499000) exceeded.")
-
-    monkeypatch.setattr("mlx.core.async_eval", full)
-    with pytest.raises(OutOfMemory):
-        step(runner)
-
-
-def test_rows_stay_within_the_memory_that_is_counted_for_them(tiny: LoadedModel) -> None:
-    """Rows of all lengths, admitted while what they may grow to fits: rows and prefixes never take more."""
-    limit = 12 * 768 * TOKEN_BYTES
-    runner = MLXRunner(tiny, CHUNK, Memory(limit, limit))
-    assert runner.row_bytes(12 * 768 + 1) > limit
-    waiting = [replace(row(uid, 1 + uid * 37 % 300, 50 + uid * 13 % 60), owner="me") for uid in range(60)]
-    running: dict[int, int] = {}
-    left: dict[int, int] = {}
-    rows = most = 0
-    while waiting or left:
-        while waiting and runner.batch_bytes([*running.values(), longest(waiting[0])]) <= limit:
-            one = waiting.pop(0)
-            running[one.uid], left[one.uid] = longest(one), one.max_new_tokens
-            runner.set_prefix_limit(limit - runner.batch_bytes([*running.values()]))
-            runner.insert([one])
-        output = step(runner)
-        rows = max(rows, len(output.tokens))
-        for each in output.tokens:
-            left[each.uid] -= 1
-        ended = [uid for uid, more in left.items() if not more]
-        runner.remove(ended)
-        for uid in ended:
-            del running[uid], left[uid]
-        stats = runner.stats()
-        most = max(most, stats["kv_bytes"] + stats["prefix_cache_bytes"])
-    assert rows > 6
-    assert limit / 4 < most <= limit
-
-
-def longest(one: Row) -> int:
-    return len(one.prompt) + one.max_new_tokens
-
-
-def test_a_long_row_makes_the_others_no_dearer_than_they_are(tiny: LoadedModel) -> None:
-    """What is counted for a batch is what its caches take: next to one long row, short ones keep their length."""
-    runner = MLXRunner(tiny, 256, Memory(2**24, 0))
-    rows = [row(0, 6000, 120), *(row(uid, 100, 120) for uid in range(1, 33))]
-    runner.insert(rows)
-    while runner.prefillable():
-        step(runner)
-    assert len(runner._batches) == len(rows)
-    taken = runner._batches.nbytes
-    counted, exact = runner.batch_bytes([longest(each) for each in rows]), runner.row_bytes(6120)
-    exact += 32 * runner.row_bytes(220)
-    assert taken <= exact <= counted <= exact + 2**24 // SHARE_OF_PADDING
-
-
-def test_a_model_that_leaves_no_memory_is_not_served(tiny_model_path: Path) -> None:
-    with pytest.raises(ModelError, match="MEMORY_LIMIT_BYTES"):
-        loaded(Settings(model_path=tiny_model_path, memory_limit_bytes=1))
-
-
 def test_an_empty_plan_waits_only_for_what_is_on_its_way(runner: MLXRunner) -> None:
     assert not runner.execute(StepPlan()).tokens
-    runner.insert([row(1, 5)])
+    runner.insert([numbered(1, 5)])
     assert not runner.execute(StepPlan()).tokens
     assert runner.execute(StepPlan(prefill=PrefillWork((1,)))).prompt_tokens == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
@@ -80,6 +81,19 @@ def held(claimed: ClaimedJob) -> tuple[str, str]:
 def lapse(client: Redis, worker: str) -> None:
     """The worker's lease runs out now."""
     client.zadd(keys.LEASES, {worker: 1.0})
+
+
+def over(client: Redis, job: Job, seconds: float) -> None:
+    """Move a job this many seconds into the past; its place in the queue stays."""
+    for name in ("created_at", "end_by"):
+        moment = float(client.hget(keys.JOB + job.id, name))
+        client.hset(keys.JOB + job.id, name, f"{moment - seconds:.6f}")
+    client.zincrby(keys.TIMERS, -seconds, job.id)
+
+
+def kinds(client: Redis, job: Job) -> list[str]:
+    """The kinds of the events in a job's log."""
+    return [str(event.kind) for event in JobLog(client).read(job.id)]
 
 
 def make_reaper(client: Redis, max_deaths: int = 3, failed_request_bytes: int = 2**20) -> Reaper:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from shared.jobs.request import Request, Sampling
+from shared.models.catalog import load_catalog
+from shared.settings import Settings
 from worker.runner.base import EncodeWork, ModelRunner, PrefillWork, Row, StepOutput, StepPlan
 
 GREEDY = Sampling(temperature=0.0)
@@ -22,6 +24,11 @@ def row(
 ) -> Row:
     """A row that begins with a prompt."""
     return Row(uid, Request("m", most, sampling, logprobs=logprobs), tuple(prompt), 0, most, owner)
+
+
+def numbered(uid: int, length: int, most: int = 12, sampling: Sampling = GREEDY) -> Row:
+    """A row with a prompt of `length` tokens, different for each uid."""
+    return row(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], most, sampling)
 
 
 def resumed(whole: Row, uid: int, said: Sequence[int]) -> Row:
@@ -78,3 +85,17 @@ def run(
 def alone(runner: ModelRunner, one: Row) -> list[int]:
     """What a row says when it runs alone."""
     return run(runner, [one])[one.uid]
+
+
+def loaded(settings: Settings) -> ModelRunner:
+    """The runner of the settings' model, loaded in all its steps."""
+    from worker.runner.loading import load  # MLX: only tests of real models need it
+
+    catalog = load_catalog(settings)
+    steps = load(settings, catalog.models[catalog.default])
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            runner: ModelRunner = end.value
+            return runner

@@ -1,0 +1,152 @@
+"""How the engine admits, preempts and retries rows by the memory that there is."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.errors import JobFailure
+from shared.jobs.record import Status
+from shared.queue.claims import WriteResult
+from tests.support.stepped_engine import SteppedEngine, alone
+from worker.engine.core import EngineCore
+from worker.engine.scheduler import OVERTAKEN_S
+from worker.runner.base import StepOutput, StepPlan
+from worker.runner.fake import FakeRunner
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the scheduler takes for the time."""
+    moment = [1000.0]
+    monkeypatch.setattr("worker.engine.scheduler.time.monotonic", lambda: moment[0])
+    return moment
+
+
+def test_rows_are_admitted_by_the_length_that_they_are_expected_to_reach() -> None:
+    engine = SteppedEngine(slots=8, memory=4000)
+    for i in range(8):
+        engine.submit(f"!words=9 {i}", max_tokens=3000)
+    engine.core.step()
+    assert engine.core.slots_used == 8
+
+
+def test_a_row_that_does_not_fit_is_overtaken_for_a_while_and_then_space_is_reserved(now: list[float]) -> None:
+    engine = SteppedEngine(slots=8, memory=400)
+    running = engine.submit("r" * 100, max_tokens=50)
+    engine.core.step()
+    large = engine.submit("l" * 300, max_tokens=8, rank=1)
+    small = [engine.submit(f"{i}", max_tokens=3, rank=2) for i in range(2)]
+    engine.core.step()
+    assert all(row.started for row in small) and not large.started
+    now[0] += OVERTAKEN_S - 0.1
+    overtaking = engine.submit("3", max_tokens=3, rank=2)
+    engine.core.step()
+    assert overtaking.started
+    now[0] += 0.2
+    held_up = engine.submit("4", max_tokens=3, rank=2)
+    while running.ending is None:
+        engine.core.step()
+        assert not held_up.started
+    engine.run()
+    starts = [output.sequence for output in engine.published if output.started]
+    assert starts[-2:] == [large, held_up]
+
+
+def test_when_memory_runs_short_the_newest_row_is_preempted_and_continues_as_if_it_had_not_been() -> None:
+    engine = SteppedEngine(slots=8, memory=1500)
+    rows = [engine.submit(f"row {i}", max_tokens=900) for i in range(3)]
+    engine.run()
+    for i, row in enumerate(rows):
+        ending = engine.ending(row)
+        assert (engine.text(row), ending.completion_tokens) == (alone(f"row {i}", max_tokens=900), 900)
+    assert engine.core._scheduler.preemptions > 0
+    assert [output.sequence for output in engine.published if output.ending] == rows
+    assert [output.sequence for output in engine.published if output.started] == rows
+
+
+def test_no_more_memory_is_used_than_there_is() -> None:
+    engine = SteppedEngine(slots=8, memory=2000)
+    for i in range(8):
+        engine.submit(f"row {i}", max_tokens=400 + 37 * i)
+    engine.core.step()
+    while engine.core.busy:
+        used = sum(len(row.row.prompt) + row.position - row.row.generated for row in engine.runner._rows.values())
+        assert used <= 2000
+        engine.core.step()
+
+
+def test_after_answers_have_ended_new_ones_are_expected_to_be_as_long() -> None:
+    engine = SteppedEngine(slots=8, memory=3000)
+    for i in range(40):
+        engine.submit(f"!words=900 {i}", max_tokens=2000)
+    engine.run()
+    preempted = engine.core._scheduler.preemptions
+    assert preempted > 0
+    rows = [engine.submit(f"!words=900 more {i}", max_tokens=2000) for i in range(8)]
+    engine.core.step()
+    assert sum(row.started for row in rows) == 3
+
+
+def test_prefixes_have_what_rows_are_expected_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(FakeRunner, "set_prefix_limit", lambda _, most: limits.append(most))
+    engine = SteppedEngine(memory=1000)
+    engine.submit("x" * 100, max_tokens=50)
+    engine.core.step()
+    assert (limits[0], limits[-1]) == (1000, 850)
+    engine.run()
+    assert limits[-1] == 1000
+    engine.core.grant(300)
+    assert limits[-1] == 300
+
+
+def test_rows_keep_memory_that_is_only_lent_to_another_model() -> None:
+    engine = SteppedEngine(memory=1000)
+    row = engine.submit("x" * 100, max_tokens=500)
+    engine.core.step()
+    engine.core.grant(10, 1000)
+    waits = engine.submit("y", max_tokens=20)
+    for _ in range(50):
+        engine.core.step()
+    assert len(row.generated) > 40 and not waits.started
+    engine.core.grant(1000)
+    engine.run()
+    assert waits.ending and waits.ending.status is Status.SUCCEEDED
+
+
+class Narrow(FakeRunner):
+    """Has memory to prefill two rows at a time, or none for a prompt that says so."""
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        uids = plan.prefill.uids if plan.prefill else ()
+        never = [uid for uid in uids if b"never" in bytes(self._rows[uid].row.prompt)]
+        if len(uids) > 2 or never:
+            self.remove(uids)
+            return StepOutput(out_of_memory=uids)
+        return super().execute(plan)
+
+
+def test_rows_whose_prefill_finds_no_memory_are_tried_once_more_alone() -> None:
+    engine = SteppedEngine()
+    engine.runner = Narrow()
+    engine.core = EngineCore(lambda: engine.runner, 4, engine.published.extend)
+    engine.core.load()
+    prompts = ["one", "two", "never", "three"]
+    rows = [engine.submit(prompt) for prompt in prompts]
+    engine.run()
+    assert engine.ending(rows[2]).error_code == JobFailure.MEMORY
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert prompt == "never" or engine.text(row) == alone(prompt)
+
+
+def test_a_row_that_is_cancelled_before_it_is_tried_again_is_not_inserted() -> None:
+    engine = SteppedEngine()
+    engine.runner = Narrow()
+    engine.core = EngineCore(lambda: engine.runner, 4, engine.published.extend)
+    engine.core.load()
+    row = engine.submit("never")
+    engine.core.step()
+    engine.core.apply_write_result(row.job.id, 1, WriteResult.CANCELLED)
+    engine.core.step()
+    assert not engine.runner._rows
+    assert engine.ending(row).status is Status.CANCELLED
