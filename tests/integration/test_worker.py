@@ -144,16 +144,17 @@ def test_a_job_over_its_time_expires_with_its_text(fleet: Fleet) -> None:
 
 def test_a_full_worker_answers_pings_and_leaves_jobs_to_others(fleet: Fleet) -> None:
     full = fleet.start(SLOTS="2")
-    jobs = [fleet.submit(f"{SLOW} {i}", 100) for i in range(6)]
+    running = [fleet.submit(f"{SLOW} {i}", 4000) for i in range(2)]
     wait(lambda: (card := fleet.card(full)) and card.slots_used == 2)
     other = fleet.start(SLOTS="4")
-    wait(lambda: (card := fleet.card(other)) and card.slots_used == 4)
-    answers = fleet.celery.control.ping(timeout=1) or []
-    nodes = {card.node for card in fleet.registry.workers()}
-    assert {name for answer in answers for name in answer} == nodes
-    assert len(nodes) == 2
+    jobs = [fleet.submit(f"{SLOW} more {i}", 20) for i in range(4)]
     for job in jobs:
         fleet.check(job)
+    assert (card := fleet.card(other)) and {each.worker for job in jobs for each in fleet.get(job).history} == {card.id}
+    answers = fleet.celery.control.ping(timeout=1) or []
+    assert {name for answer in answers for name in answer} == {card.node for card in fleet.registry.workers()}
+    assert len(answers) == 2
+    assert [fleet.get(job).status for job in running] == [Status.RUNNING] * 2
 
 
 def test_a_worker_has_one_name_and_shares_it_with_no_other(fleet: Fleet) -> None:

@@ -48,6 +48,7 @@ class Stack:
             "MLXQ_API_KEY": self.key,
             "RATE_LIMIT": "1000000/minute",
             "DRAIN_S": "2",
+            **{name: os.environ[name] for name in ("OPENBLAS_NUM_THREADS",) if name in os.environ},
             **variables,
         }
         (home / "data/run").mkdir(parents=True)
