@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 from tests.plugins.stack import Stack
 from tests.support.tokenizers import HARM
 from tests.support.waiting import eventually
 
-# The model's usual way of speaking, and harm for those who ask for it: so its tokenizer is proved.
+HARMFUL = ("endless", "huge", "talkative")
+# The model's usual template, and harm for those who ask for it: so its tokenizer is proved.
 TEMPLATE = (
-    "{%% if 'harm' in messages[-1].content %%}%s{%% endif %%}"
-    "{%% for message in messages %%}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{%% endfor %%}"
-    "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+    "{% set said = messages[-1].content %}"
+    + "".join(f"{{% if said == '{harm}' %}}{HARM[harm]}{{% endif %}}" for harm in HARMFUL)
+    + "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-@pytest.mark.parametrize("harm", ["endless", "huge", "talkative"])
-def test_a_harmful_template_fails_its_job_alone(tiny_stack: Stack, tmp_path: Path, harm: str) -> None:
+def test_a_harmful_template_fails_its_job_alone(tiny_stack: Stack, tmp_path: Path) -> None:
     folder = tmp_path / tiny_stack.model
     shutil.copytree(tiny_stack.settings.model_path, folder)
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE % HARM[harm]}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     def submit(said: str) -> str:
@@ -34,21 +34,20 @@ def test_a_harmful_template_fails_its_job_alone(tiny_stack: Stack, tmp_path: Pat
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
-    def ended(job_id: str) -> dict[str, object]:
-        def view() -> dict[str, object] | None:
-            found: dict[str, object] = client.request("GET", f"/v1/jobs/{job_id}").json()
+    def ended(job_id: str) -> dict[str, Any]:
+        def view() -> dict[str, Any] | None:
+            found: dict[str, Any] = client.request("GET", f"/v1/jobs/{job_id}").json()
             return found if found["status"] not in ("queued", "running") else None
 
-        return eventually(view, "the job's end", 60)  # type: ignore[return-value]
+        return eventually(view, "the job's end", 60)
 
     with tiny_stack.client() as client:
         # Nobody knows the model yet, so the API leaves the tokens to the worker.
-        bad, good = submit("harm"), submit("hello")
-        worker = tiny_stack.start_worker(
-            MODEL_PATH=str(folder), TEMPLATE_TIMEOUT_S="5"
-        )  # loading the tokenizer counts as well
+        bad, good = [submit(harm) for harm in HARMFUL], submit("hello")
+        # The time limit also covers loading the tokenizer.
+        worker = tiny_stack.start_worker(MODEL_PATH=str(folder), TEMPLATE_TIMEOUT_S="5")
         assert ended(good)["status"] == "succeeded"
-        failed = ended(bad)
-        assert (failed["status"], failed["error"]["code"]) == ("failed", "template_error")  # type: ignore[index]
+        for failed in map(ended, bad):
+            assert (failed["status"], failed["error"]["code"]) == ("failed", "template_error")
         assert worker.poll() is None
         assert ended(submit("hello again"))["status"] == "succeeded"
