@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 
 from shared.settings import ROOT
 from worker.runner.prefix import blocks
@@ -59,6 +60,17 @@ def test_what_was_written_is_found_by_the_next(tmp_path: Path) -> None:
     assert all(same(found.read(name), block(i)) for i, name in enumerate(NAMES))
     assert found.nbytes == 4 * SIZE == sum(path(tmp_path, name).stat().st_size for name in NAMES)
     assert found.write([(NAMES[0], block(0))]) == 0
+
+
+def test_a_file_is_what_the_safetensors_package_reads(tmp_path: Path) -> None:
+    files(tmp_path).write([(NAMES[0], block(0))])
+    content = path(tmp_path, NAMES[0]).read_bytes()
+    read = dict(safetensors.deserialize(content))  # type: ignore[no-untyped-call]
+    assert [(read[each]["dtype"], tuple(read[each]["shape"])) for each in ("0", "1")] == [
+        ("BF16", (1, 2, 256)),
+        ("F16", (1, 512)),
+    ]
+    assert [bytes(read[each]["data"]) for each in ("0", "1")] == [tensor.data.tobytes() for tensor in block(0)]
 
 
 def test_only_the_user_may_read_it(tmp_path: Path) -> None:
