@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, ParamSpec, TypeVar
@@ -127,45 +126,38 @@ Content = type[BaseModel] | str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
-    """What a route says of itself; see `describe`."""
+class describe:  # noqa: N801 - used as a decorator
+    """Describes a view function for the document; the function's docstring is the long description.
 
-    summary: str
-    body: type[BaseModel] | None
-    answers: Mapping[int, Content]
-    streams: bool
-    errors: tuple[int, ...]
-    parameters: tuple[Parameter, ...]
-
-
-def describe(
-    summary: str,
-    *,
-    body: type[BaseModel] | None = None,
-    answers: Mapping[int, Content],
-    streams: bool = False,
-    errors: tuple[int, ...] = (),
-    parameters: tuple[Parameter, ...] = (),
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Describe a view function for the document; its docstring is the long description.
-
-    Args:
-        answers: what it gives, by status.
-        streams: whether it can answer with a stream of events.
-        errors: statuses of its own refusals, beside those that every route knows.
+    Attributes:
+        answers: what the route answers, by status.
+        body: model of the request's body.
+        streams: whether the route can answer with a stream of events.
+        errors: statuses of the route's own errors, beside those of every route.
     """
 
-    def mark(view: Callable[P, R]) -> Callable[P, R]:
-        setattr(view, _ATTRIBUTE, Description(summary, body, answers, streams, errors, parameters))
+    summary: str
+    _: KW_ONLY
+    answers: Mapping[int, Content]
+    body: type[BaseModel] | None = None
+    streams: bool = False
+    errors: tuple[int, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+
+    def __call__(self, view: Callable[P, R]) -> Callable[P, R]:
+        """Mark the function."""
+        setattr(view, _ATTRIBUTE, self)
         return view
 
-    return mark
+
+def _description(view: Callable[..., object]) -> describe:
+    about: describe = getattr(view, _ATTRIBUTE)
+    return about
 
 
 def query_names(view: Callable[..., object]) -> frozenset[str]:
     """The query parameters that a described view knows."""
-    about: Description = getattr(view, _ATTRIBUTE)
-    return frozenset(parameter.name for parameter in about.parameters if parameter.param_in == "query")
+    return frozenset(parameter.name for parameter in _description(view).parameters if parameter.param_in == "query")
 
 
 @lru_cache(maxsize=1)
@@ -188,18 +180,16 @@ def document(app: Flask) -> str:
             }
         ),
     )
-    filled = construct_open_api_with_schema_class(whole)
-    return json.dumps(filled.model_dump(mode="json", by_alias=True, exclude_none=True))
+    return construct_open_api_with_schema_class(whole).model_dump_json(by_alias=True, exclude_none=True)
 
 
 def _operation(app: Flask, rule: Rule, method: str) -> Operation:
     view = app.view_functions[rule.endpoint]
-    about: Description = getattr(view, _ATTRIBUTE)
+    about = _description(view)
     tag = rule.endpoint.split(".")[0]
+    several = {"GET", "POST"} <= (rule.methods or set())
     return Operation(
-        operationId=f"{view.__name__}_{method.lower()}"
-        if len((rule.methods or set()) & {"GET", "POST"}) > 1
-        else view.__name__,
+        operationId=f"{view.__name__}_{method.lower()}" if several else view.__name__,
         tags=[tag],
         summary=about.summary,
         description=inspect.getdoc(view),
@@ -238,7 +228,7 @@ def _form(model: type[BaseModel]) -> Schema:
     )
 
 
-def _responses(about: Description, *, secured: bool) -> Iterator[tuple[str, Response]]:
+def _responses(about: describe, *, secured: bool) -> Iterator[tuple[str, Response]]:
     for status in sorted({*about.errors, *(_REFUSALS if secured else (500,))} - set(about.answers)):
         yield (
             str(status),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from importlib.resources import files
 from typing import Final
 
 from flask import Blueprint, Response, current_app, send_from_directory
@@ -60,11 +59,4 @@ def docs_start() -> Response:
 @describe("The page's assets", answers={200: "application/octet-stream"}, errors=(404,))
 def docs_asset(asset: str) -> Response:
     """A file of the Swagger UI distribution."""
-    return send_from_directory(_assets(), asset, max_age=3600)
-
-
-def _assets() -> Path:
-    spec = importlib.util.find_spec("flask_swagger_ui")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("flask-swagger-ui is not installed")
-    return Path(spec.origin).parent / "dist"
+    return send_from_directory(str(files("flask_swagger_ui") / "dist"), asset, max_age=3600)
