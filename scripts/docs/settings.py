@@ -81,7 +81,7 @@ These variables are read from the environment only, never from `.env`.
 | `ENV_FILE` | all processes | The file to read instead of `.env` |
 | `OPENBLAS_LIB` | worker on Linux without a GPU | Path of the OpenBLAS library to use. By default the worker looks for `libopenblas.so.0` |
 | `OPENBLAS_NUM_THREADS` | worker on Linux without a GPU | Threads that OpenBLAS uses. With `WORKERS` above 1, the default is an equal share of the cores |
-| `MLXQ_WORKER_INDEX` | worker | Number of a worker process, from 0, where your own supervisor starts several on one machine. `scripts/serve` sets it |
+| `MLXQ_WORKER_INDEX` | worker | Number of a worker process, from 0; part of its name. `scripts/serve` sets it. Without it, a worker takes the lowest free number |
 | `FLOWER_URL` | `scripts/smoke` | Where Flower is; the option `--flower-url` overrides it |
 
 Docker Compose reads a few more: [containers.md](containers.md).
