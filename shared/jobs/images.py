@@ -1,4 +1,4 @@
-"""Images of jobs, beside the records that name them: for as long as a job is on its way, and no longer."""
+"""Storage for the images of unfinished jobs."""
 
 from __future__ import annotations
 
@@ -10,41 +10,39 @@ from shared.queue import keys
 from shared.queue.redis import Redis
 
 UNACCEPTED_S: Final = 120
-"""Lifetime of images whose job is not accepted meanwhile, whatever happens to the process that put them."""
+"""Lifetime in seconds of images until their job is accepted."""
 SLACK_S: Final = 600
-"""Lifetime of an accepted job's images beyond its deadline; the script that ends the job deletes them."""
+"""Seconds that images outlive their job's deadline; normally they are deleted when the job ends."""
 
 
 class ImageStore:
-    """Images in Redis.
+    """Images in Redis. Methods raise `redis.RedisError` if Redis is unreachable.
 
     Args:
-        client: one that does not decode its answers (`connect(…, decode_responses=False)`): images are bytes.
-
-    Every method raises `redis.RedisError` when Redis is away.
+        client: a client that returns bytes (`connect(…, decode_responses=False)`).
     """
 
     def __init__(self, client: Redis) -> None:
         self._client = client
 
     def put(self, job_id: str, images: Mapping[str, bytes]) -> None:
-        """Keep a job's images by their digests. To be called before the job is accepted, which makes sure of them."""
+        """Store a job's images by digest. Must be called before the job is submitted: submission checks for them."""
         with self._client.pipeline() as pipe:
             pipe.hset(keys.IMAGES + job_id, mapping=dict(images))
             pipe.expire(keys.IMAGES + job_id, UNACCEPTED_S)
             pipe.execute()
 
     def get(self, job_id: str, digests: Collection[str]) -> dict[str, bytes]:
-        """Those of them that are kept."""
-        asked = list(digests)
-        found = self._client.hmget(keys.IMAGES + job_id, asked) if asked else []
-        return {digest: data for digest, data in zip(asked, found, strict=True) if data is not None}
+        """Return the images that are stored, by digest."""
+        names = list(digests)
+        images = self._client.hmget(keys.IMAGES + job_id, names) if names else []
+        return {name: image for name, image in zip(names, images, strict=True) if image is not None}
 
     def drop(self, job_id: str) -> None:
-        """Forget those of a job that was not accepted."""
+        """Delete the images of a job that was not accepted."""
         self._client.unlink(keys.IMAGES + job_id)
 
 
 def digest(image: bytes) -> str:
-    """The name of an image: SHA-256 of its file."""
+    """Return the name of an image: the SHA-256 of its file."""
     return hashlib.sha256(image).hexdigest()

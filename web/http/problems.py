@@ -121,7 +121,7 @@ def _redis(error: redis.RedisError) -> Response:
         return _internal(error)
     if isinstance(error, redis.exceptions.OutOfMemoryError):
         log.error("redis_out_of_memory", extra={"path": request.path, "reason": str(error)})
-        return problem(errors.QueueMemoryFull("The queue's memory is full; it empties as jobs end.", retry_after=10))
+        return problem(errors.QueueMemoryFull("The queue's memory is full. Try again later.", retry_after=10))
     log.warning("redis_away", extra={"path": request.path, "reason": str(error)})
     return problem(errors.Unavailable("The queue cannot be reached at the moment.", retry_after=1))
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final, cast
 
-from shared.jobs.attempts import Attempt
 from shared.jobs.log import JobLog
-from shared.jobs.record import Job, Status
+from shared.jobs.record import Attempt, Job, Status
 from shared.jobs.store import Accepted, Jobs
 from web.cluster.snapshot import Cluster
 from web.results import logprobs, ui_tars

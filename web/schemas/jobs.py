@@ -8,8 +8,7 @@ from pydantic import (
     Field,
 )
 
-from shared.jobs.attempts import AttemptEnd
-from shared.jobs.record import Status
+from shared.jobs.record import AttemptEnd, Status
 from web.schemas.base import ResponseModel
 from web.schemas.requests import PriorityName
 

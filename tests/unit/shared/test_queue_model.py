@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 
 from shared.errors import Conflict, KeyReused, NotFound
-from shared.jobs.attempts import AttemptEnd
-from shared.jobs.record import Ending, Status
+from shared.jobs.record import AttemptEnd, Ending, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
 from shared.queue import keys

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from shared.errors import JobFailure
-from shared.jobs.attempts import AttemptEnd
 from shared.jobs.log import EventKind, JobLog
-from shared.jobs.record import Ending, Priority, Status
+from shared.jobs.record import AttemptEnd, Ending, Priority, Status
 from shared.jobs.store import Jobs
 from shared.queue import keys
 from shared.queue.claims import Append, Claims, WriteResult
