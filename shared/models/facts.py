@@ -1,4 +1,4 @@
-"""What a model's files tell of it before anybody loads it: its context, and the bytes that its weights will take."""
+"""What a model's files declare: its context, the memory of its weights, and the repository it was fetched from."""
 
 from __future__ import annotations
 
@@ -10,78 +10,85 @@ from typing import Any, Final
 from shared.models.folder import ModelError, safetensors_header, weight_files
 
 MANIFEST: Final = "mlxq.json"
-"""Where scripts/fetch_model notes what it fetched; `scripts.model_files.manifest` writes it."""
+"""File that records what scripts/fetch_model fetched; `scripts.model_files.manifest` writes it."""
 _CONTEXT_NAMES: Final = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
-_MOST_SANE: Final = 100_000_000
-"""Tokenizers without a limit say 1e30."""
+_MAX_CONTEXT: Final = 100_000_000
+"""Tokenizers without a limit declare 1e30."""
 
 GROUP: Final = 64
-"""Weights that are packed together share a scale and a bias."""
-_NEVER_PACKED: Final = ("vision_tower.", "visual.", "model.visual.")
-"""What encodes images; the first name is MLX's."""
-_FLOATS: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Number of quantized weights that share a scale and a bias."""
+_NEVER_QUANTIZED: Final = ("vision_tower.", "visual.", "model.visual.")
+"""Prefixes of an image encoder's tensors; the first one is MLX's."""
+_FLOAT_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def context_of(config: Mapping[str, Any], tokenizers: float | None) -> int | None:
-    """Most tokens of prompt and answer: what the weights were made for, or less if the tokenizer says so."""
-    places = [place for place in (config, config.get("text_config")) if isinstance(place, Mapping)]
-    said = [place[name] for place in places for name in _CONTEXT_NAMES if isinstance(place.get(name), int)]
-    limits = [*said[:1], *([int(tokenizers)] if tokenizers and tokenizers < _MOST_SANE else [])]
+def context_of(config: Mapping[str, Any], tokenizer_limit: float | None) -> int | None:
+    """Return the maximum tokens of prompt and answer: the context in config.json, or the tokenizer's limit if lower."""
+    sections = [section for section in (config, config.get("text_config")) if isinstance(section, Mapping)]
+    declared = [section[name] for section in sections for name in _CONTEXT_NAMES if isinstance(section.get(name), int)]
+    limits = declared[:1]
+    if tokenizer_limit and tokenizer_limit < _MAX_CONTEXT:
+        limits.append(int(tokenizer_limit))
     return min(limits, default=None)
 
 
 def told_context(folder: Path) -> int | None:
-    """The same of a folder; None when it does not say, or is no model."""
+    """Return the context that a folder's files declare; None if they declare none."""
     config, tokenizer = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
     limit = tokenizer.get("model_max_length")
     return context_of(config, limit if isinstance(limit, int | float) else None)
 
 
 def weights_bytes(folder: Path, dtype: str | None = None, bits: int | None = None) -> int:
-    """About the bytes that a folder's weights take in memory, turned into a type or packed; 0: it is no model."""
+    """Estimate the bytes of a folder's weights in memory; 0 if it holds no model.
+
+    Args:
+        dtype: type to which the weights are converted; None to keep it.
+        bits: bits to which the weights are quantized; None to keep them.
+    """
     bits = None if _read(folder / "config.json").get("quantization") else bits
     try:
         headers = [safetensors_header(folder / name) for name in weight_files(folder)]
         tensors = [
-            (not name.startswith(_NEVER_PACKED), tensor)
+            (not name.startswith(_NEVER_QUANTIZED), tensor)
             for header in headers
             for name, tensor in header.items()
             if name != "__metadata__"
         ]
-        return round(sum(_bytes(tensor, dtype, bits if packs else None) for packs, tensor in tensors))
+        return round(sum(_bytes(tensor, dtype, bits if can_quantize else None) for can_quantize, tensor in tensors))
     except (ModelError, OSError, LookupError, TypeError, ValueError, OverflowError):
-        # Whoever loads it will say why not.
+        # The files are invalid; loading them reports the reason.
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def fetched_otherwise(folder: Path, repository: str, revision: str | None) -> str:
-    """What a folder holds instead of that revision of a hub's repository; empty when nobody knows of anything else.
+    """Return which other repository or revision a folder was fetched from; empty if it matches or is unknown.
 
     Args:
-        revision: branch, tag or commit; None: any.
+        revision: branch, tag or commit; None matches any.
     """
-    told = _read(folder / MANIFEST)
-    source, commit, asked = (str(told.get(key) or "") for key in ("source", "revision", "requested"))
-    if not source or Path(source).is_absolute():  # a copy of a folder that may be anything's
+    manifest = _read(folder / MANIFEST)
+    source, commit, requested = (str(manifest.get(key) or "") for key in ("source", "revision", "requested"))
+    if not source or Path(source).is_absolute():  # copied from a local folder: its repository is unknown
         return ""
     if source != repository:
         return source
-    # Who names no revision gets the hub's main branch.
-    fits = (
-        revision is None or revision in (commit, asked or "main") or (len(revision) > 6 and commit.startswith(revision))
-    )
-    return "" if fits else f"revision {asked or 'main'} ({commit})"
+    requested = requested or "main"  # the hub's default
+    is_prefix = revision is not None and len(revision) > 6 and commit.startswith(revision)
+    matches = revision in (None, commit, requested) or is_prefix
+    return "" if matches else f"revision {requested} ({commit})"
 
 
 def _bytes(tensor: Mapping[str, Any], dtype: str | None, bits: int | None) -> float:
     start, end = map(int, tensor["data_offsets"])
-    size = _FLOATS.get(str(tensor.get("dtype")))
-    if size is None:
-        return float(end - start)  # packed already
-    count, each, shape = (end - start) / size, _FLOATS.get(dtype or "", size), tensor.get("shape") or [0]
+    stored_bytes = _FLOAT_BYTES.get(str(tensor.get("dtype")))
+    if stored_bytes is None:
+        return float(end - start)  # quantized already
+    count, shape = (end - start) / stored_bytes, tensor.get("shape") or [0]
+    loaded_bytes = _FLOAT_BYTES.get(dtype or "", stored_bytes)
     if bits is not None and len(shape) > 1 and shape[-1] % GROUP == 0:
-        return count * (bits / 8 + 2 * each / GROUP)
-    return count * each
+        return count * (bits / 8 + 2 * loaded_bytes / GROUP)
+    return count * loaded_bytes
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What makes a folder a model that can be served, and the one line that says what is missing."""
+"""Checks that a folder holds a complete model and no code. Only headers are read, never the weights."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from pathlib import Path
 from typing import Any
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Endings of files that can run code when they are loaded."""
+"""Suffixes of pickle files, which can run code when they are loaded."""
 CODE = (*PICKLES, ".py")
-"""Endings of files that no folder may hold."""
+"""Suffixes of files that a model folder must not contain."""
 
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _NUMBERED = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 _LENGTH_BYTES = 8
-MOST_JSON = 200 * 2**20
-"""Bytes of a file of JSON that is read: the index of a model of a million tensors has half of it."""
-MOST_SHARDS = 10_000
-_MOST_HEADER = 100 * 10**6
-"""As the safetensors library has it."""
+MAX_JSON_BYTES = 200 * 2**20
+"""Maximum size of a JSON file: twice the size of the index of a model with a million tensors."""
+_MAX_SHARDS = 10_000
+_MAX_HEADER_BYTES = 100 * 10**6
+"""The limit of the safetensors library."""
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class ModelError(Exception):
-    """A model cannot be fetched or used; the text is one line for the user."""
+    """A model cannot be fetched or used. The text is one line that is shown to the user."""
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds everything a model needs, and no code.
-
-    Reads headers only, never the weights.
+    """Check that a folder holds a complete model and no code.
 
     Raises:
-        ModelError: naming the first thing that is missing or refused.
+        ModelError: something is missing or not allowed; the text names the first problem.
     """
     check_complete(folder)
-    # None of it would be run: but whoever brings it means it to be, and other tools may do so.
+    # The code would not be run here, but other tools may run it.
     if code := sorted(path.name for path in folder.iterdir() if path.suffix in CODE):
-        what = "Python code" if code[0].endswith(".py") else "a pickle file, which can run code"
-        raise ModelError(f"{folder} holds {what} ({code[0]!a}): refused; scripts/fetch_model --copy copies it without")
+        kind = "Python code" if code[0].endswith(".py") else "a pickle file, which can run code"
+        raise ModelError(
+            f"{folder} contains {kind} ({code[0]!a}), which is not allowed; scripts/fetch_model --copy omits it"
+        )
 
 
 def check_complete(folder: Path) -> None:
-    """Check that a folder holds everything a model needs, whatever else is in it.
+    """Check that a folder holds a complete model. Other files are ignored.
 
     Raises:
-        ModelError: naming the first thing that is missing or refused.
+        ModelError: something is missing or not allowed; the text names the first problem.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
@@ -59,34 +59,34 @@ def check_complete(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
     if model_kind(folder) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
-        raise ModelError(f"{folder} is a vision model without {_PROCESSORS[0]}")
+        raise ModelError(f"{folder} holds a vision model but lacks {_PROCESSORS[0]}")
 
 
 def check_config(folder: Path) -> None:
-    """Check what a model says of itself: it can be known before the weights are there.
+    """Check a model's config.json, which is available before the weights are downloaded.
 
     Raises:
-        ModelError: naming what is missing or refused.
+        ModelError: something is missing or not allowed.
     """
     config = _read_object(folder / "config.json")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
-        raise ModelError(f"{folder / 'config.json'} names no model_type")
+        raise ModelError(f"{folder / 'config.json'} has no model_type")
     if "model_file" in config:
-        raise ModelError(f"{folder} brings its own code ({_shown(config['model_file'])}): refused")
+        raise ModelError(f"{folder} needs its own code ({_shown(config['model_file'])}), which is not allowed")
 
 
 def check_adapter(folder: Path) -> None:
     """Check that a folder holds LoRA weights.
 
     Raises:
-        ModelError: naming what is missing or refused.
+        ModelError: something is missing or not allowed.
     """
     _read_object(folder / "adapter_config.json")
     _check_whole(folder / "adapters.safetensors")
 
 
 def model_kind(folder: Path) -> str:
-    """`vision` where the model has an encoder for images by its config.json, else `text`; also of no model."""
+    """Return `vision` if config.json describes an image encoder, else `text`, also if there is no valid config.json."""
     try:
         return "vision" if _read_object(folder / "config.json").get("vision_config") else "text"
     except (OSError, ModelError):
@@ -94,101 +94,103 @@ def model_kind(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the weight files: all that a library reads, whether the index has them or not.
+    """Return the names of all weight files that a model library would read, in the index or not.
 
     Raises:
-        ModelError: there are none, or the index is refused.
+        ModelError: there are none, or the index is invalid.
     """
     indexed = _indexed(folder)
-    # mlx-vlm without an index takes any.
+    # Without an index, mlx-vlm reads all safetensors files.
     pattern = "*.safetensors" if model_kind(folder) == "vision" and not indexed else "model*.safetensors"
-    found = {path.name for path in folder.glob(pattern)} - {"consolidated.safetensors"}
-    counts = {match[1] for name in found if (match := _NUMBERED.fullmatch(name))}
-    told = {
+    present = {path.name for path in folder.glob(pattern)} - {"consolidated.safetensors"}
+    counts = {match[1] for name in present if (match := _NUMBERED.fullmatch(name))}
+    numbered = {
         f"model-{n:0{len(count)}}-of-{count}.safetensors"
         for count in counts
-        for n in range(1, min(int(count), MOST_SHARDS) + 1)
+        for n in range(1, min(int(count), _MAX_SHARDS) + 1)
     }
-    if shards := indexed | found | told:
+    if shards := indexed | present | numbered:
         return sorted(shards)
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
-        raise ModelError(f"{folder} has its weights only as pickle files ({pickles[0]}), which can run code: refused")
+        raise ModelError(
+            f"{folder} has weights only as pickle files ({pickles[0]}), which can run code and are not allowed"
+        )
     raise ModelError(f"{folder} has no weights (model*.safetensors)")
 
 
 def _indexed(folder: Path) -> set[str]:
-    """The weight files that the index names, if there is one."""
+    """Return the weight files that the index names; none if there is no index."""
     if not (folder / _INDEX).is_file():
         return set()
-    named = _read_object(folder / _INDEX).get("weight_map")
-    if not isinstance(named, dict):
+    weight_map = _read_object(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise ModelError(f"{folder / _INDEX} has no weight_map")
-    for name in named.values():
-        if not _is_plain(name):
-            raise ModelError(f"{folder / _INDEX} names a file outside of its folder ({_shown(name)}): refused")
+    for name in weight_map.values():
+        if not _is_file_name(name):
+            raise ModelError(f"{folder / _INDEX} names a file outside its folder ({_shown(name)})")
         if not _SHARD.fullmatch(name):
-            raise ModelError(f"{folder / _INDEX} names no safetensors file ({_shown(name)}): refused")
-    return set(named.values())
+            raise ModelError(f"{folder / _INDEX} names a file that is not a safetensors file ({_shown(name)})")
+    return set(weight_map.values())
 
 
-def _is_plain(name: Any) -> bool:
-    """Whether it is the name of a file, and leads nowhere else."""
+def _is_file_name(name: Any) -> bool:
+    """Whether a value is a file name without a path."""
     return isinstance(name, str) and bool(name) and Path(name).name == name and "\\" not in name
 
 
 def _check_whole(path: Path) -> None:
-    """Compare a safetensors file's length with the one its header tells: a cut copy is found without loading it."""
-    header, actual = safetensors_header(path), path.stat().st_size
-    places = sorted(_place(tensor, path) for name, tensor in header.items() if name != "__metadata__")
-    if any(end > start for (_, end), (start, _) in pairwise(places)):
-        raise ModelError(f"{path} has tensors that overlap: refused")
-    expected = _begin(path) + max((end for _, end in places), default=0)
-    if actual != expected:
-        raise ModelError(f"{path} has {actual:,} of {expected:,} bytes")
+    """Check a safetensors file's size against its header, which detects a truncated file without loading it."""
+    header, size = safetensors_header(path), path.stat().st_size
+    ranges = sorted(_byte_range(tensor, path) for name, tensor in header.items() if name != "__metadata__")
+    if any(end > start for (_, end), (start, _) in pairwise(ranges)):
+        raise ModelError(f"{path} is not a valid safetensors file: tensors overlap")
+    expected = _data_offset(path) + max((end for _, end in ranges), default=0)
+    if size != expected:
+        raise ModelError(f"{path} has {size:,} of {expected:,} bytes; fetch it again")
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, by their names.
+    """Read the header of a safetensors file: the properties of each tensor by name.
 
     Raises:
-        ModelError: it says nothing that can be read.
+        ModelError: the file is missing, or its header is invalid.
     """
     if not path.is_file():
         raise ModelError(f"{path.parent} lacks the weight file {path.name}")
-    end = _begin(path)
+    end = _data_offset(path)
     if not _LENGTH_BYTES < end <= path.stat().st_size:
-        raise ModelError(f"{path} is not a whole safetensors file")
-    if end - _LENGTH_BYTES > _MOST_HEADER:
-        raise ModelError(f"{path} has a header of {end - _LENGTH_BYTES:,} bytes: refused")
+        raise ModelError(f"{path} is not a complete safetensors file; fetch it again")
+    if end - _LENGTH_BYTES > _MAX_HEADER_BYTES:
+        raise ModelError(f"{path} has a header of {end - _LENGTH_BYTES:,} bytes, more than {_MAX_HEADER_BYTES:,}")
     with path.open("rb") as file:
         file.seek(_LENGTH_BYTES)
         return _parse_object(file.read(end - _LENGTH_BYTES), path)
 
 
-def _begin(path: Path) -> int:
-    """Where the tensors of a safetensors file begin: behind its header."""
+def _data_offset(path: Path) -> int:
+    """Return the offset of the tensor data, which follows the header."""
     with path.open("rb") as file:
         return _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
 
 
-def _place(tensor: Any, path: Path) -> tuple[int, int]:
-    """Where a tensor of a safetensors file begins and ends, behind the header."""
+def _byte_range(tensor: Any, path: Path) -> tuple[int, int]:
+    """Return start and end of a tensor, relative to the tensor data."""
     match tensor:
         case {"data_offsets": [int(start), int(end)]} if 0 <= start <= end:
             return start, end
-    raise ModelError(f"{path} is not a whole safetensors file: a tensor is nowhere in it")
+    raise ModelError(f"{path} is not a valid safetensors file: a tensor has no valid data_offsets")
 
 
-def _shown(said: object) -> str:
-    """What a file says, as a part of one line."""
-    return ascii(said).strip("'")[:80]
+def _shown(value: object) -> str:
+    """Format a value from a file for an error message: ASCII, and not longer than 80 characters."""
+    return ascii(value).strip("'")[:80]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {path.name}")
-    if path.stat().st_size > MOST_JSON:
-        raise ModelError(f"{path} is larger than a file of its kind is: refused")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ModelError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes")
     return _parse_object(path.read_bytes(), path)
 
 

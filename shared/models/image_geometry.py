@@ -1,6 +1,6 @@
-"""The size to which a model of the Qwen-VL family brings an image before it looks at it.
+"""The size to which models of the Qwen-VL family resize images.
 
-Such a model says places in pixels of that size: to find them in the image that was sent, one has to know it.
+These models return coordinates in pixels of the resized image. The size is needed to convert them to the original.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Final
 
 MOST_ASPECT: Final = 200
-"""Images that are more times as long as wide are refused, by the API and by models."""
+"""Maximum ratio of an image's longer side to its shorter side."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
-    """What a model asks of an image's size.
+    """A model's rules for the size of images.
 
     Attributes:
-        factor: both sides become multiples of it: a patch's side times the patches that are merged along it.
-        min_pixels: a smaller image is magnified, 1 or more.
-        max_pixels: a larger one is made smaller, but no side less than `factor`.
+        factor: both sides become multiples of it: side of a patch times number of merged patches per side.
+        min_pixels: smaller images are enlarged to this size; at least 1.
+        max_pixels: larger images are reduced to this size, but no side becomes less than `factor`.
     """
 
     factor: int
@@ -28,13 +28,13 @@ class ImageGeometry:
     max_pixels: int
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of an image as the model sees it: about its shape, number for number what mlx-vlm makes.
+        """Return width and height after resizing: exactly the values that mlx-vlm computes.
 
         Raises:
-            ValueError: it is too long for its width, or has no pixels.
+            ValueError: the image has no pixels, or its aspect ratio is too high.
         """
         if min(width, height) < 1 or max(width, height) / min(width, height) > MOST_ASPECT:
-            raise ValueError(f"an image of {width} x {height} pixels has one side over {MOST_ASPECT} times the other")
+            raise ValueError(f"one side of an image of {width} x {height} pixels is over {MOST_ASPECT} times the other")
         pixels = self._nearest(width) * self._nearest(height)
         if pixels > self.max_pixels:
             shrink = math.sqrt(width * height / self.max_pixels)
@@ -48,7 +48,7 @@ class ImageGeometry:
         return round(side / self.factor) * self.factor
 
     def _shrunk(self, side: int, shrink: float) -> int:
-        # Two divisions: one by the product would round differently, and be off by a whole factor at times.
+        # Dividing by the product would round differently, and sometimes change the result by a whole factor.
         return max(self.factor, math.floor(side / shrink / self.factor) * self.factor)
 
     def _grown(self, side: int, growth: float) -> int:

@@ -1,4 +1,4 @@
-"""Operations: loading and unloading models on running workers, with their progress and result."""
+"""Operations: loads and unloads of models on running workers, with progress and result."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from shared.queue.redis import Redis, script
 from shared.wire import known, member
 
 LIFETIME_S: Final = 24 * 3600
+"""How long operations are kept."""
 SILENT_S: Final = 15.0
-"""A live worker that has not announced an operation for so long does not know of it."""
+"""An operation fails if its live worker has not listed it for this long after the last update."""
 GONE_S: Final = 5.0
-"""The same for a worker that is not there."""
+"""An operation fails if its worker process has not been seen for this long after the last update."""
 
 
 class OperationState(StrEnum):
-    """The state of an operation. A state that only newer versions know is read as `loading`."""
+    """The state of an operation. A state that only newer processes know is read as `loading`."""
 
     PENDING = "pending"
-    """The worker was asked."""
+    """The command was sent to the worker."""
     WAITING = "waiting"
-    """The worker has queued it."""
+    """The worker has queued the operation."""
     DRAINING = "draining"
-    """Jobs of a model that must be unloaded get time to end."""
+    """The worker waits for the jobs of a model that must be unloaded."""
     LOADING = "loading"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing follows."""
+        """Whether the state is final."""
         return self in (OperationState.SUCCEEDED, OperationState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One of them. Times are seconds since the epoch, by Redis's clock.
+    """One load or unload. Times are seconds since the epoch, by Redis's clock.
 
     Attributes:
         kind: `load` or `unload`.
-        node: Celery's name for the worker process.
-        progress: of the loading, from 0 to 1.
+        node: Celery node name of the worker process.
+        progress: share of the weights that is loaded, from 0 to 1.
         error_code, error_message: why it failed.
-        unloaded: models that were unloaded for it.
-        memory_before, memory_after: bytes that the model library held in use.
+        unloaded: models that were unloaded to free memory for it.
+        memory_before, memory_after: bytes in use by MLX.
     """
 
     id: str
@@ -68,7 +69,7 @@ class Operation:
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
-        """Read what `Operations` wrote."""
+        """Parse a record."""
         data: dict[str, Any] = known(cls, record)
         for name in ("created_at", "updated_at", "progress"):
             data[name] = float(data[name])
@@ -81,84 +82,88 @@ class Operation:
         return cls(**data)
 
     def to_record(self) -> dict[str, str]:
-        """As Redis holds it, without the moments: Redis's clock gives those."""
+        """Encode as a record without the times, which `operation.lua` adds."""
         fields = asdict(self) | {"unloaded": " ".join(self.unloaded)}
         del fields["created_at"], fields["updated_at"]
         return {name: "" if value is None else str(value) for name, value in fields.items()}
 
 
 class Operations:
-    """The operations in Redis. Methods raise `redis.RedisError` when Redis is away."""
+    """The operations in Redis. Methods raise `redis.RedisError` if Redis is unreachable."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client
         self._write = script(client, "operation")
 
     def begin(self, kind: str, model: str, node: str) -> Operation:
-        """A new one, which its worker is about to be asked for."""
-        name = f"op_{secrets.token_hex(12)}"
-        return self.put(Operation(name, kind, model, node, OperationState.PENDING, 0.0, 0.0))
+        """Create an operation before the command is sent to its worker."""
+        operation_id = f"op_{secrets.token_hex(12)}"
+        return self.put(Operation(operation_id, kind, model, node, OperationState.PENDING, 0.0, 0.0))
 
     def put(self, operation: Operation) -> Operation:
-        """Write how it is now."""
-        fields = [part for pair in operation.to_record().items() for part in pair]
+        """Store an operation and return it with its times."""
+        fields = [value for item in operation.to_record().items() for value in item]
         created_at, updated_at = self._write(args=[operation.id, LIFETIME_S, *fields])
         return replace(operation, created_at=float(created_at), updated_at=float(updated_at))
 
-    def read(self, name: str) -> Operation | None:
-        """An operation, as its worker last published it; None when there is none."""
-        return self._read([name])[1][0]
+    def read(self, operation_id: str) -> Operation | None:
+        """Return an operation as its worker last stored it; None if it does not exist."""
+        return self._read([operation_id])[1][0]
 
-    def get(self, name: str, hosts: Collection[HostInfo]) -> Operation | None:
-        """One; None when there is none. What no worker has in hand any more has failed.
+    def get(self, operation_id: str, hosts: Collection[HostInfo]) -> Operation | None:
+        """Return an operation; None if it does not exist. It is shown as failed if its worker has lost it.
 
         Args:
-            hosts: the workers that live.
+            hosts: the live worker processes.
         """
-        now, (operation,) = self._read([name])
-        return None if operation is None else _as_it_is(operation, now, hosts)
+        now, (operation,) = self._read([operation_id])
+        return None if operation is None else _fail_if_lost(operation, now, hosts)
 
-    def recent(self, hosts: Collection[HostInfo], most: int = 50) -> list[Operation]:
-        """The newest first."""
-        names = self._client.zrange(keys.OPERATIONS, "+inf", "-inf", byscore=True, desc=True, offset=0, num=most)
-        now, found = self._read(names)
-        return [_as_it_is(operation, now, hosts) for operation in found if operation is not None]
+    def recent(self, hosts: Collection[HostInfo], limit: int = 50) -> list[Operation]:
+        """Return the last operations, newest first."""
+        ids = self._client.zrange(keys.OPERATIONS, "+inf", "-inf", byscore=True, desc=True, offset=0, num=limit)
+        now, operations = self._read(ids)
+        return [_fail_if_lost(operation, now, hosts) for operation in operations if operation is not None]
 
-    def _read(self, names: Sequence[str]) -> tuple[float, list[Operation | None]]:
-        """The moment by Redis's clock, and the operations of these names."""
+    def _read(self, ids: Sequence[str]) -> tuple[float, list[Operation | None]]:
+        """Return the time by Redis's clock, and the operations with these ids."""
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
-            for name in names:
-                pipe.hgetall(keys.OPERATION + name)
+            for operation_id in ids:
+                pipe.hgetall(keys.OPERATION + operation_id)
             (seconds, microseconds), *records = pipe.execute()
-        found = [Operation.from_record(record) if record else None for record in records]
-        return seconds + microseconds / 1e6, found
+        operations = [Operation.from_record(record) if record else None for record in records]
+        return seconds + microseconds / 1e6, operations
 
     def may_demand(self, model: str, seconds: int) -> bool:
-        """Whether this call is the one that has a model loaded for waiting jobs; once in so many seconds."""
+        """Whether the caller may start loading a model for queued jobs: one caller per model in this many seconds."""
         return bool(self._client.set(keys.DEMAND + model, "", nx=True, ex=seconds))
 
     def demanded(self, operation: Operation) -> None:
-        """Note which operation that is."""
+        """Store the operation that loads a model for queued jobs."""
         self._client.set(keys.DEMAND + operation.model, operation.id, xx=True, keepttl=True)
 
     def on_demand(self, model: str) -> Operation | None:
-        """The newest operation that loads, or has tried to load, a model for waiting jobs; it is soon forgotten."""
-        name = self._client.get(keys.DEMAND + model)
-        return self.read(name) if name else None
+        """Return the last operation that loads a model for queued jobs; None if there was none recently."""
+        operation_id = self._client.get(keys.DEMAND + model)
+        return self.read(operation_id) if operation_id else None
 
 
-def _as_it_is(operation: Operation, now: float, hosts: Collection[HostInfo]) -> Operation:
-    """The operation; failed when no worker has it in hand any more."""
+def _fail_if_lost(operation: Operation, now: float, hosts: Collection[HostInfo]) -> Operation:
+    """Return the operation, as failed if no live worker process lists it any more."""
     if operation.state.terminal or any(operation.id in host.operations for host in hosts):
         return operation
     silent_s = now - operation.updated_at
     if silent_s > GONE_S and all(host.node != operation.node for host in hosts):
-        return _failed(operation, "worker_lost", "The worker is gone.")
+        return _failed(
+            operation, "worker_lost", "The worker process ended before the operation did. Start the operation again."
+        )
     if silent_s > SILENT_S and operation.state is OperationState.PENDING:
-        return _failed(operation, "worker_silent", "The worker was asked and did not answer.")
+        return _failed(
+            operation, "worker_silent", "The worker did not respond to the command. Start the operation again."
+        )
     if silent_s > SILENT_S:
-        return _failed(operation, "worker_lost", "The worker has been started anew.")
+        return _failed(operation, "worker_lost", "The worker process was restarted. Start the operation again.")
     return operation
 
 

@@ -101,8 +101,8 @@ def test_a_model_of_pickles_is_refused(here: ModelHub, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"model_type": "llama", "model_file": "evil.py"}, "its own code (evil.py): refused"),
-        ({"architectures": ["X"]}, "names no model_type"),
+        ({"model_type": "llama", "model_file": "evil.py"}, "its own code (evil.py), which is not allowed"),
+        ({"architectures": ["X"]}, "has no model_type"),
     ],
 )
 def test_what_is_refused_is_so_before_its_weights_are_fetched(

@@ -1,4 +1,4 @@
-"""Folders that are no models, or mean harm: told in one line, and nothing of them is run."""
+"""Invalid and malicious model folders: each is rejected with one line, and their code never runs."""
 
 from __future__ import annotations
 
@@ -32,67 +32,67 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "message"),
     [
         ("model.safetensors", safetensors({"w": {"data_offsets": [0, 8]}}, bytes(4)), "has 43 of 47 bytes"),
-        ("model.safetensors", safetensors({"w": {"data_offsets": [8, 4]}}), "nowhere"),
-        ("model.safetensors", safetensors({"w": {"data_offsets": [-8, 4]}}), "nowhere"),
-        ("model.safetensors", safetensors({"w": {"data_offsets": "ab"}}), "nowhere"),
-        ("model.safetensors", safetensors({"w": 7}), "nowhere"),
+        ("model.safetensors", safetensors({"w": {"data_offsets": [8, 4]}}), "no valid data_offsets"),
+        ("model.safetensors", safetensors({"w": {"data_offsets": [-8, 4]}}), "no valid data_offsets"),
+        ("model.safetensors", safetensors({"w": {"data_offsets": "ab"}}), "no valid data_offsets"),
+        ("model.safetensors", safetensors({"w": 7}), "no valid data_offsets"),
         ("model.safetensors", safetensors([1]), "not a JSON object"),
         ("model.safetensors", safetensors(b"\xff" * 9), "not valid JSON"),
         ("model.safetensors", safetensors(b"[" * 100_000), "not valid JSON"),
-        ("model.safetensors", safetensors({}, length=2**63), "not a whole"),
-        ("model.safetensors", b"", "not a whole"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "../../etc/passwd"}}), "outside of its"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "/etc/passwd"}}), "outside of its"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\\..\\b"}}), "outside of its"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": 7}}), "outside of its"),
+        ("model.safetensors", safetensors({}, length=2**63), "not a complete"),
+        ("model.safetensors", b"", "not a complete"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "../../etc/passwd"}}), "outside its"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "/etc/passwd"}}), "outside its"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\\..\\b"}}), "outside its"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": 7}}), "outside its"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "other.safetensors"}}), "lacks"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "model.bin"}}), "no safetensors file"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "m" * 300 + ".safetensors"}}), "no safetens"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\nb.safetensors"}}), "no safetensors file"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "\ud800.safetensors"}}), "no safet"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": None}}), "outside of its"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": []}}), "outside of its"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "model.bin"}}), "not a safetensors"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "m" * 300 + ".safetensors"}}), "not a safetensors"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\nb.safetensors"}}), "not a safetensors"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "\ud800.safetensors"}}), "not a safetensors"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": None}}), "outside its"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": []}}), "outside its"),
         ("model.safetensors", safetensors({n: {"data_offsets": [0, 8]} for n in "ab"}, bytes(8)), "overlap"),
         ("model-00001-of-00002.safetensors", safetensors({}), "lacks the weight file model-00002-of-00002.safetensors"),
         ("model-more.safetensors", safetensors({"w": {"data_offsets": [0, 8]}}), "has 39 of 47 bytes"),
         ("config.json", json.dumps({"model_type": "llama", "model_file": "evil.py"}), "its own code"),
         ("config.json", json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}), "preprocessor_config"),
         ("config.json", json.dumps({"model_type": "llama", "model_file": "a\nb"}), "its own code"),
-        ("config.json", json.dumps({"model_type": ["llama"]}), "names no model_type"),
+        ("config.json", json.dumps({"model_type": ["llama"]}), "has no model_type"),
         ("config.json", "{", "not valid JSON"),
     ],
 )  # fmt: skip
-def test_what_is_refused_is_told_in_a_line(folder: Path, file: str, content: str | bytes, told: str) -> None:
+def test_invalid_folder_is_rejected_with_one_line(folder: Path, file: str, content: str | bytes, message: str) -> None:
     (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ModelError, match=told) as refused:
+    with pytest.raises(ModelError, match=message) as caught:
         check_folder(folder)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_configuration_is_not_read_however_large_it_is(folder: Path) -> None:
-    os.truncate(folder / "config.json", model_folder.MOST_JSON + 1)  # takes no space, but would in memory
+def test_oversized_config_is_not_read(folder: Path) -> None:
+    os.truncate(folder / "config.json", model_folder.MAX_JSON_BYTES + 1)  # a sparse file
     assert model_kind(folder) == "text"
-    with pytest.raises(ModelError, match="is larger than a file of its kind is: refused"):
+    with pytest.raises(ModelError, match="is larger than 209,715,200 bytes"):
         check_folder(folder)
 
 
-def test_weights_that_a_library_would_read_beside_those_of_the_index_are_checked_too(folder: Path) -> None:
+def test_weight_files_outside_the_index_are_checked(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"weight": "model.safetensors"}}))
     check_folder(folder)
     (folder / "model-2.safetensors").write_bytes(b"x")  # mlx-lm reads model*.safetensors
-    with pytest.raises(ModelError, match=r"model-2\.safetensors is not a whole"):
+    with pytest.raises(ModelError, match=r"model-2\.safetensors is not a complete"):
         check_folder(folder)
 
 
-def test_of_a_vision_model_without_an_index_all_weights_are_checked(folder: Path) -> None:
+def test_all_weight_files_of_a_vision_model_without_an_index_are_checked(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}))
     (folder / "preprocessor_config.json").write_text("{}")
     (folder / "tower.safetensors").write_bytes(b"x")  # mlx-vlm reads *.safetensors
-    with pytest.raises(ModelError, match=r"tower\.safetensors is not a whole"):
+    with pytest.raises(ModelError, match=r"tower\.safetensors is not a complete"):
         check_folder(folder)
 
 
@@ -105,19 +105,19 @@ def test_of_a_vision_model_without_an_index_all_weights_are_checked(folder: Path
         {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
         {"dtype": "code", "shape": [2], "data_offsets": [0, 8]},
         {"shape": [2], "data_offsets": [0, 8]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},  # of another shape than the model's
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},  # not the shape in the model
     ],
 )
-def test_weights_that_lie_about_their_shapes_are_refused_when_they_are_loaded(
+def test_weights_with_false_shapes_are_rejected_when_loaded(
     tensor: dict[str, Any], tiny_model_path: Path, tmp_path: Path
 ) -> None:
     from worker.models.load import load_model
 
-    folder = tmp_path / "liar"
+    folder = tmp_path / "false-shapes"
     shutil.copytree(tiny_model_path, folder)
     name = "model.layers.0.self_attn.q_proj.weight"
-    (folder / "model-liar.safetensors").write_bytes(safetensors({name: tensor}, bytes(8)))
-    check_folder(folder)  # it has the bytes that it tells
+    (folder / "model-extra.safetensors").write_bytes(safetensors({name: tensor}, bytes(8)))
+    check_folder(folder)  # the file size matches its header
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(folder)
 
@@ -130,7 +130,7 @@ _JSON = st.recursive(
 
 @given(_JSON)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-def test_whatever_a_header_or_a_config_says_it_is_one_error_or_none(folder: Path, content: Any) -> None:
+def test_any_header_or_config_is_accepted_or_rejected_with_a_model_error(folder: Path, content: Any) -> None:
     for file, bytes_ in (
         ("model.safetensors", safetensors({"w": content})),
         ("model.safetensors", safetensors({"w": {"data_offsets": content}})),
@@ -150,7 +150,7 @@ def test_whatever_a_header_or_a_config_says_it_is_one_error_or_none(folder: Path
 
 
 def poisoned(source: Path, target: Path, marker: Path, **more: object) -> Path:
-    """A model with code beside it, wherever a library might look for some."""
+    """Copy a model and add code everywhere that a library might load it from."""
     shutil.copytree(source, target)
     code = f"open({str(marker)!r}, 'w').close()\n"
     for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "processing_evil", "__init__"):
@@ -165,20 +165,20 @@ def poisoned(source: Path, target: Path, marker: Path, **more: object) -> Path:
     }
     evil = {"auto_map": auto, "trust_remote_code": True, **more}
     for name in ("config.json", "tokenizer_config.json", *PROCESSORS):
-        said = json.loads((target / name).read_text()) if (target / name).exists() else {}
-        (target / name).write_text(json.dumps(said | evil))
+        content = json.loads((target / name).read_text()) if (target / name).exists() else {}
+        (target / name).write_text(json.dumps(content | evil))
     (target / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
     return target
 
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 UNKNOWN = dict.fromkeys(("tokenizer_class", "processor_class", "image_processor_type"), "EvilOne")
-"""Classes that no library has: then they ask for the code that comes with the model."""
+"""Class names that no library defines: libraries then look for code in the model folder."""
 
 
 @pytest.mark.parametrize("more", [{}, UNKNOWN], ids=["known", "unknown"])
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_code_that_comes_with_a_model_is_never_run(
+def test_code_in_a_model_folder_never_runs(
     kind: str,
     more: dict[str, object],
     tiny_model_path: Path,
@@ -188,17 +188,17 @@ def test_code_that_comes_with_a_model_is_never_run(
 ) -> None:
     marker = tmp_path / "was-run"
     folder = poisoned(tiny_model_path if kind == "text" else tiny_vision_path, tmp_path / "evil", marker, **more)
-    asked: list[object] = []
-    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")  # whoever asks is told to run it
+    prompts: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *args: prompts.append(args) or "y")  # consents to running remote code
     from worker.models.load import load_model
     from worker.runner.vision.load import load_vision_model
 
     load = load_model if kind == "text" else load_vision_model
-    with pytest.raises(ModelError, match=r"holds Python code .*: refused"):
+    with pytest.raises(ModelError, match=r"contains Python code .*not allowed"):
         load(folder)
-    monkeypatch.setattr(model_folder, "CODE", ())  # and if it were not refused
-    refused = kind == "text" and bool(more)  # mlx-vlm takes the tokenizer of the model's family, whatever is said
-    with pytest.raises(ModelError) if refused else contextlib.nullcontext():
+    monkeypatch.setattr(model_folder, "CODE", ())  # also if the check above were missing
+    fails = kind == "text" and bool(more)  # mlx-vlm ignores the declared class and uses the model family's tokenizer
+    with pytest.raises(ModelError) if fails else contextlib.nullcontext():
         load(folder)
     assert not marker.exists()
-    assert not asked
+    assert not prompts
