@@ -1,7 +1,7 @@
-"""Chat templates, rendered as transformers renders them, without transformers.
+"""Renders chat templates exactly as transformers does, without transformers.
 
-A template is a program that came with a model. It runs in Jinja's sandbox and only in a helper process, whose time and
-memory are bounded; here, the size of what it writes is bounded as well.
+A template is a program that comes with a model. It runs in Jinja's sandbox and only in a helper process, which has a
+time limit and a memory limit. This module also limits the length of its output.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MOST_BYTES: Final = 64 * 2**20
-"""Of rendered text: several times the largest request body."""
+MAX_CHARACTERS: Final = 64 * 2**20
+"""Default limit of a rendered prompt: several times the largest request body."""
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning; the first is the one that templates read."""
+"""Fields that may hold a message's reasoning; templates read the first one."""
 
 
-class TooMuchText(Exception):
-    """A template writes more than it may."""
+class OutputTooLong(Exception):
+    """A template's output exceeds the limit."""
 
 
 def render(
@@ -36,43 +36,44 @@ def render(
     variables: Mapping[str, Any],
     *,
     add_generation_prompt: bool,
-    most_bytes: int = MOST_BYTES,
+    max_characters: int = MAX_CHARACTERS,
 ) -> str:
-    """The text that a chat template makes of messages.
+    """Render messages with a chat template.
 
     Raises:
         ValueError: there are no messages.
-        TooMuchText: it is longer than `most_bytes`.
-        Exception: anything; a `jinja2.TemplateError` proper is what the template itself says.
+        OutputTooLong: the text has more than `max_characters`.
+        jinja2.TemplateError: exactly this class, not a subclass, if the template itself rejects the messages.
+        Exception: any other, because a template is a program.
     """
     if not messages:
-        raise ValueError("a conversation without messages")
-    pieces, size = [], 0
-    for piece in _compiled(source).generate(
+        raise ValueError("a conversation needs at least one message")
+    chunks, length = [], 0
+    for chunk in _compiled(source).generate(
         messages=[_cleaned(message) for message in messages],
         tools=None,
         documents=None,
         add_generation_prompt=add_generation_prompt,
         **variables,
     ):
-        pieces.append(piece)
-        size += len(piece)
-        if size > most_bytes:
-            raise TooMuchText(f"more than {most_bytes} characters")
-    return "".join(pieces)
+        chunks.append(chunk)
+        length += len(chunk)
+        if length > max_characters:
+            raise OutputTooLong(f"more than {max_characters} characters")
+    return "".join(chunks)
 
 
 def _cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to templates: without nulls, its reasoning under every name."""
+    """Convert a message as transformers does: drop nulls, and set both names of its reasoning."""
     message = {name: value for name, value in message.items() if value is not None}
     reasoning = next((message[name] for name in _REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}`, which marks for training what the assistant said; here it changes nothing."""
+    """`{% generation %}`, which marks the assistant's text for training and has no effect on the output."""
 
-    tags: Final = {"generation"}  # type: ignore[misc]  # Jinja has a plain attribute
+    tags: Final = {"generation"}  # type: ignore[misc]  # a plain attribute in Jinja
 
     def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
@@ -84,7 +85,7 @@ class _GenerationBlock(Extension):
 
 
 class _Dict:
-    """`dict` for templates, without its attributes."""
+    """`dict` for templates, without the attributes of a class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -94,9 +95,9 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that begin with an underscore."""
+    """Jinja's namespace, without attributes that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may call an attribute `self`
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no named `self`, so that a template may use it as an attribute
         self, *rest = args
         attributes = dict(*rest, **kwargs)
         for name in attributes:
@@ -110,7 +111,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace has no attribute {name!r}")
+        raise SecurityError(f"a namespace must not have the attribute {name!r}")
 
 
 @lru_cache(maxsize=32)
@@ -119,14 +120,14 @@ def _compiled(source: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     return environment.from_string(source)
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
@@ -137,5 +138,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Unlike Jinja's own, without escaping for HTML.
+    # Jinja's own filter escapes for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,10 +1,10 @@
-"""Tokenising requests in helper processes, for many threads or greenlets at once.
+"""Tokenises requests in helper processes, for several threads or greenlets at once.
 
-Two helpers, started when they are needed: one for short prompts, one for long ones and for models whose template was
-too slow before, so that a short prompt never waits for a long one. Each does one request at a time. One that is late
-is killed, its request fails, and the next request starts another.
+Two helpers are started on demand: one for short prompts, and one for long prompts and for models whose template has
+timed out before, so that a short prompt never waits for a long one. Each helper processes one request at a time. A
+helper that exceeds the time limit is killed, its request fails, and the next request starts a new one.
 
-Under gevent this works by its patched `socket`, `threading` and `subprocess`: a waiting greenlet lets others run.
+Under gevent, waiting greenlets do not block others, because gevent patches `socket`, `threading` and `subprocess`.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ from shared.tokenizing.messages import (
 MODULE: Final = "shared.tokenizing.helper"
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _LONG: Final = 64 * 2**10
-"""Characters from which a prompt counts as long: it takes about 50 ms."""
+"""Minimum characters of a long prompt; tokenising this many takes about 50 ms."""
 _PER_CHARACTER_S: Final = 5.0 / 2**20
-"""Additional time per character: a tokenizer takes about a seventh of it on an idle machine."""
+"""Additional time limit per character: seven times what a tokenizer needs on an idle machine."""
 _START_S: Final = 60.0
-"""Time limit for the start of a helper, and for loading a tokenizer; on an idle machine 0.1 s, and 2 s at most."""
-_TURNS: Final = 3
-"""Longest wait for a free helper, as a multiple of the request's time limit."""
+"""Time limit for starting a helper (0.1 s on an idle machine) and for loading a tokenizer (up to 2 s)."""
+_MAX_WAIT: Final = 3
+"""Maximum wait for a free helper, as a multiple of the request's time limit."""
 _ENVIRONMENT: Final = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
-"""Environment variables passed to a helper; none of them may hold a password."""
+"""Environment variables that a helper inherits. None of them may contain a secret."""
 
 
 class TokenizerError(Exception):
-    """A prompt was not tokenised for a reason that is not its own."""
+    """A prompt could not be tokenised, for a reason other than the prompt."""
 
 
 class TokenizerBroken(TokenizerError):
-    """The model's tokenizer is not usable from this source."""
+    """The model's tokenizer cannot be used from this source."""
 
 
 class TokenizerCorrupt(TokenizerError):
-    """The tokenizer's file is missing or has the wrong content: fetch it again."""
+    """The tokenizer's file is missing or damaged and must be fetched again."""
 
 
 class TokenizerBusy(TokenizerError):
-    """Too many prompts wait, or no helper starts: try again later."""
+    """Too many prompts are waiting, or a helper cannot be started. A retry may succeed."""
 
 
 class Tokenizing:
-    """Tokenises requests; safe to be used by several threads.
+    """Tokenises requests. Thread-safe.
 
     Args:
-        timeout_s: time limit of template and tokenizer together, without the wait for a free helper. A prompt gets 5 s
-            more per 2**20 characters.
-        module: the helper's module; a worker's helper also reads model folders.
+        timeout_s: time limit for template and tokenizer together, without the wait for a free helper. It is extended by
+            5 s per 2**20 characters of the prompt.
+        module: the helper's module; a worker's helper can also read model folders.
     """
 
     def __init__(self, timeout_s: float, module: str = MODULE) -> None:
@@ -85,99 +85,99 @@ class Tokenizing:
     def tokenize(
         self, source: TokenizerSource, request: Request, *, context: int | None = None, reserved: int = 0
     ) -> Tokenized:
-        """A request's token ids.
+        """Tokenise the prompt of a request.
 
         Args:
-            context: the model's context in tokens, at least one of which is for the answer; None: no limit.
-            reserved: tokens of the context that are taken by images, beyond one placeholder each.
+            context: the model's context in tokens, at least one of which is for the answer; None for no limit.
+            reserved: tokens of the context that images occupy, in addition to one placeholder each.
 
         Raises:
-            PromptRefused: the prompt is too long, or the model's template rejects it or takes too long.
-            TokenizerError: the tokenizer or its helper failed, not the prompt.
+            PromptRefused: the prompt is too long, or the model's template rejected it or timed out.
+            TokenizerError: the tokenizer or its helper failed.
         """
-        most_tokens = None if context is None else max(0, context - 1 - reserved)
-        asked = {"source": source.to_dict(), "most_tokens": most_tokens, **request_fields(request)}
-        model = hash(str(asked["source"]))
+        max_tokens = None if context is None else max(0, context - 1 - reserved)
+        fields = {"source": source.to_dict(), "max_tokens": max_tokens, **request_fields(request)}
+        model = hash(str(fields["source"]))
         size = _size(request.prompt if request.messages is None else request.messages)
         helpers = self._long if model in self._slow or size >= _LONG else self._short
         limit_s = self._timeout_s + size * _PER_CHARACTER_S
         try:
-            header, payload = helpers.ask("tokenize", asked, limit_s)
-        except _Late as late:
+            header, payload = helpers.call("tokenize", fields, limit_s)
+        except _TimedOut as error:
             self._slow.add(model)
             message = f"The model's chat template and tokenizer took more than {limit_s:.3g} s for this prompt."
-            raise PromptRefused(JobFailure.TEMPLATE, message) from late
-        except _Died as died:
-            message = "The process that templates and tokenises prompts died twice on this prompt."
-            raise PromptRefused(JobFailure.TEMPLATE, message) from died
-        _check(header, context, reserved)
+            raise PromptRefused(JobFailure.TEMPLATE, message) from error
+        except _Crashed as error:
+            message = "The model's chat template or tokenizer crashed twice on this prompt."
+            raise PromptRefused(JobFailure.TEMPLATE, message) from error
+        _raise_error(header, context, reserved)
         return Tokenized(tuple(array("I", payload)), int(header["shared"]))
 
-    def ask(self, operation: str, fields: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
-        """The header with which a helper answers another operation.
+    def call(self, operation: str, fields: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
+        """Call another operation of the helper and return the header of its reply.
 
         Raises:
-            TokenizerError: there is no answer, or it is an error.
+            TokenizerError: there was no reply, or it is an error.
         """
         try:
-            header, _ = self._long.ask(operation, fields, limit_s)
-        except (_Late, _Died) as error:
-            raise TokenizerBroken(f"no answer from the tokenizer helper: {error}") from error
+            header, _ = self._long.call(operation, fields, limit_s)
+        except (_TimedOut, _Crashed) as error:
+            raise TokenizerBroken(f"the tokenizer helper did not reply: {error!r}") from error
         if "error" in header:
             raise TokenizerBroken(str(header.get("message")))
         return header
 
     def close(self) -> None:
-        """End the helpers; a further request starts others."""
+        """Stop the helpers. A later request starts new ones."""
         self._short.close()
         self._long.close()
 
 
-class _Late(Exception):
-    """There was no answer in time."""
+class _TimedOut(Exception):
+    """The helper did not reply in time."""
 
 
-class _Died(Exception):
-    """The helper ended over a request, twice."""
+class _Crashed(Exception):
+    """The helper ended during a request and during its retry."""
 
 
 class _HelperQueue:
-    """One helper at a time, and the requests that wait for it."""
+    """One helper process, which requests use one after another."""
 
     def __init__(self, module: str) -> None:
         self._module = module
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._helper: _Helper | None = None
 
-    def ask(self, operation: str, fields: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], bytes]:
-        if not self._turn.acquire(timeout=_TURNS * limit_s):
-            raise TokenizerBusy("too many prompts wait to be tokenised")
+    def call(self, operation: str, fields: Mapping[str, Any], limit_s: float) -> tuple[dict[str, Any], bytes]:
+        if not self._lock.acquire(timeout=_MAX_WAIT * limit_s):
+            raise TokenizerBusy("too many prompts are waiting to be tokenised")
         try:
-            return self._ask({"op": operation, "limit_s": limit_s, **fields}, limit_s)
+            return self._call({"op": operation, "limit_s": limit_s, **fields}, limit_s)
         finally:
-            self._turn.release()
+            self._lock.release()
 
-    def _ask(self, asked: dict[str, Any], limit_s: float) -> tuple[dict[str, Any], bytes]:
-        """Ask, and retry once: the helper may have ended between two requests."""
+    def _call(self, request: dict[str, Any], limit_s: float) -> tuple[dict[str, Any], bytes]:
+        """Send a request, and retry once: the helper may have ended between two requests."""
         for _ in range(2):
             helper = self._helper = self._helper or _Helper(self._module)
             try:
-                return helper.load(asked.get("source")) or helper.ask(asked, time.monotonic() + limit_s)
+                return helper.load(request.get("source")) or helper.call(request, time.monotonic() + limit_s)
             except EOFError:
-                self._end()
+                self._kill()
             except TimeoutError as error:
-                self._end()
-                raise _Late from error
+                self._kill()
+                raise _TimedOut from error
             except BaseException:
-                self._end()  # or the next request would read this one's answer
+                self._kill()  # otherwise the next request would read the reply to this one
                 raise
-        raise _Died
+        raise _Crashed
 
     def close(self) -> None:
-        with self._turn:
-            self._end()
+        with self._lock:
+            self._kill()
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         helper, self._helper = self._helper, None
         if helper is not None:
             helper.close()
@@ -187,75 +187,78 @@ class _Helper:
     """A helper process.
 
     Raises:
-        TokenizerBusy: it does not come up.
+        TokenizerBusy: it cannot be started.
     """
 
     def __init__(self, module: str) -> None:
         self._loaded: set[str] = set()
-        self._peer, theirs = socket.socketpair()
+        self._socket, helpers_end = socket.socketpair()
         try:
-            with theirs:
+            with helpers_end:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", module],
-                    stdin=theirs.fileno(),
+                    stdin=helpers_end.fileno(),
                     stdout=subprocess.DEVNULL,
                     env=_environment(),
                 )
         except OSError as error:
-            self._peer.close()
-            raise TokenizerBusy(f"no tokenizer helper can be started: {error}") from error
+            self._socket.close()
+            raise TokenizerBusy(f"the tokenizer helper cannot be started: {error}") from error
         try:
-            receive(self._peer, time.monotonic() + _START_S)
+            receive(self._socket, time.monotonic() + _START_S)
         except (EOFError, OSError) as error:
             self.close()
-            raise TokenizerBusy(f"the tokenizer helper does not come up: {error}") from error
+            raise TokenizerBusy(f"the tokenizer helper did not start: {error}") from error
         except BaseException:
             self.close()
             raise
 
     def load(self, source: dict[str, Any] | None) -> tuple[dict[str, Any], bytes] | None:
-        """Have a tokenizer loaded, once: a request's own time is for its prompt. Returns the answer if it is an error.
+        """Load a tokenizer unless it is loaded, so that loading does not count against a request's time limit.
+
+        Returns:
+            The reply if it is an error, else None.
 
         Raises:
-            EOFError, TimeoutError: as `ask`.
+            EOFError, TimeoutError: as in `call`.
         """
         name = str(source)
         if source is None or name in self._loaded:
             return None
-        asked = {"op": "load", "limit_s": _START_S, "source": source}
-        answer = self.ask(asked, time.monotonic() + _START_S)
-        if "error" in answer[0]:
-            return answer
+        request = {"op": "load", "limit_s": _START_S, "source": source}
+        reply = self.call(request, time.monotonic() + _START_S)
+        if "error" in reply[0]:
+            return reply
         self._loaded.add(name)
         return None
 
-    def ask(self, asked: dict[str, Any], deadline: float) -> tuple[dict[str, Any], bytes]:
-        """Send a request, read the answer.
+    def call(self, request: dict[str, Any], deadline: float) -> tuple[dict[str, Any], bytes]:
+        """Send a request and return the reply.
 
         Raises:
             EOFError: the helper has ended.
-            TimeoutError: there is no answer by the deadline.
+            TimeoutError: there is no reply by the deadline (`time.monotonic`).
         """
-        self._peer.settimeout(max(0.001, deadline - time.monotonic()))
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            send(self._peer, asked)
+            send(self._socket, request)
         except ConnectionError as error:
-            raise EOFError("the helper is gone") from error
-        return receive(self._peer, deadline)
+            raise EOFError("the helper has ended") from error
+        return receive(self._socket, deadline)
 
     def close(self) -> None:
         """Kill the process."""
-        self._peer.close()
+        self._socket.close()
         with suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait()
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None}
-    return kept | {
+    inherited = {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None}
+    return inherited | {
         "PYTHONPATH": str(_ROOT),
-        "HF_HUB_OFFLINE": "1",  # a tokenizer is what its folder holds
+        "HF_HUB_OFFLINE": "1",  # a tokenizer must be complete in its folder
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -271,15 +274,15 @@ def _size(content: Any) -> int:
     return sum(map(_size, content)) if isinstance(content, list | tuple) else 0
 
 
-def _check(header: Mapping[str, Any], context: int | None, reserved: int) -> None:
-    """Raise the error that an answer reports."""
+def _raise_error(header: Mapping[str, Any], context: int | None, reserved: int) -> None:
+    """Raise the error that a reply reports, if there is one."""
     match header.get("error"):
         case None:
             return
         case JobFailure.CONTEXT_LENGTH:
             tokens = header.get("tokens")
-            counted = f" with the answer: it has {tokens + reserved}" if isinstance(tokens, int) else ""
-            message = f"The prompt is longer than the model's context of {context} tokens{counted}."
+            length = f": it has {tokens + reserved}, and the answer needs at least 1" if isinstance(tokens, int) else ""
+            message = f"The prompt is longer than the model's context of {context} tokens{length}."
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, message)
         case TokenizerFault.CORRUPT:
             raise TokenizerCorrupt(str(header.get("message")))

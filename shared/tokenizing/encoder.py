@@ -1,4 +1,4 @@
-"""From a request to token ids: templates and tokenizers as a helper process uses them."""
+"""Converts requests to token ids, inside a helper process."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from shared.errors import JobFailure
 from shared.tokenizing import chat_template
 from shared.tokenizing.messages import TokenizerFault, TokenizerSource, digest
 
-MOST_FILE: Final = 256 * 2**20
-"""Bytes of a `tokenizer.json`; the largest known have 35 MB."""
-_MOST_SAID: Final = 1000
-"""Maximum characters of a template's own error message."""
+_MAX_FILE_BYTES: Final = 256 * 2**20
+"""Maximum size of a `tokenizer.json`; the largest known ones have 35 MB."""
+_MAX_MESSAGE: Final = 1000
+"""Maximum characters of a template's error message."""
 _HEAD: Final = 6
-"""Characters per token of the context in the first part of a very long text. Most tokens have fewer characters, so a
-text that is far too long is rejected after its first part: each MB of text takes 0.7 s and 170 MB of memory."""
+"""Characters per allowed token in the part of a long text that is tokenised first. Most tokens have fewer characters,
+so a text that is far too long is rejected after this part. Each MB of text takes 0.7 s and 170 MB of memory."""
 _MARGIN: Final = 1.05
-"""The first part of a text may have a few more tokens alone than as part of the whole."""
+"""A part of a text may have slightly more tokens alone than within the whole text."""
 
 
 class Refusal(Exception):
-    """A request that cannot be tokenised: `code` is a `JobFailure` or a `TokenizerFault`."""
+    """A request cannot be tokenised. `code` is a `JobFailure` or a `TokenizerFault`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class Refusal(Exception):
 
 
 class TooLong(Exception):
-    """A prompt longer than it may be; `tokens` has its length, where that was counted."""
+    """A prompt exceeds the limit. `tokens` is its length; None if it was not tokenised completely."""
 
     def __init__(self, tokens: int | None = None) -> None:
         super().__init__(tokens)
@@ -46,27 +46,27 @@ class TooLong(Exception):
 class ChatTokenizer(Protocol):
     """A model's tokenizer and chat template.
 
-    Both methods raise `TooLong` when they can tell early that there are more tokens than `most_tokens`.
+    Both methods may raise `TooLong` early if a text certainly has more than `max_tokens` tokens.
     """
 
-    def plain(self, text: str, most_tokens: int | None) -> Sequence[int]:
-        """Ids of a text, with the special tokens that the tokenizer adds; a text that has the first gets no second."""
+    def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:
+        """Tokenise a text and add special tokens. The first one is not added to a text that begins with it."""
         ...
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, most_tokens: int | None = None
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, max_tokens: int | None = None
     ) -> Sequence[int]:
-        """Ids of what the template makes of messages, one for each image. Raises anything."""
+        """Render messages and tokenise the text, with one token per image. May raise any exception."""
         ...
 
     @property
     def has_template(self) -> bool:
-        """Whether it knows what to make of messages."""
+        """Whether there is a chat template."""
         ...
 
 
 class FileTokenizer:
-    """The tokenizer of a `tokenizer.json` and a template: no model library is needed."""
+    """A tokenizer from a `tokenizer.json` and a template, which needs no model library."""
 
     def __init__(self, source: TokenizerSource, tokenizer: Tokenizer) -> None:
         self._source = source
@@ -77,17 +77,17 @@ class FileTokenizer:
 
     @classmethod
     def load(cls, source: TokenizerSource) -> FileTokenizer:
-        """Read the source's file.
+        """Load the source's file.
 
         Raises:
-            Refusal: it is not there, not the right one, or no tokenizer.
+            Refusal: the file is missing, has the wrong digest, or is not a valid tokenizer.
         """
         text = _read(Path(source.path))
         if source.digest and digest(text) != source.digest:
-            raise Refusal(TokenizerFault.CORRUPT, "the tokenizer's file has another content")
+            raise Refusal(TokenizerFault.CORRUPT, "the tokenizer's file does not match its digest")
         try:
             return cls(source, Tokenizer.from_str(text))
-        except BaseException as error:  # the library raises nothing more precise, and panics
+        except BaseException as error:  # the library raises plain exceptions and panics
             raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
 
     @property
@@ -95,96 +95,102 @@ class FileTokenizer:
         """See `ChatTokenizer`."""
         return self._source.chat_template is not None
 
-    def plain(self, text: str, most_tokens: int | None) -> Sequence[int]:
+    def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:
         """See `ChatTokenizer`."""
         bos = self._source.bos_token
-        return self._encode(text, bos is None or not text.startswith(bos), most_tokens)
+        return self._tokenize(text, bos is None or not text.startswith(bos), max_tokens)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, most_tokens: int | None = None
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, max_tokens: int | None = None
     ) -> Sequence[int]:
         """See `ChatTokenizer`."""
         source = self._source
         if source.chat_template is None:
-            raise ValueError("no template")
+            raise ValueError("the tokenizer has no chat template")
         text = chat_template.render(
             source.chat_template, messages, source.variables, add_generation_prompt=add_generation_prompt
         )
-        return self._encode(text, False, most_tokens)
+        return self._tokenize(text, False, max_tokens)
 
-    def _encode(self, text: str, add_special_tokens: bool, most_tokens: int | None) -> Sequence[int]:
-        if most_tokens is not None:
-            self._check_length(text, most_tokens)
+    def _tokenize(self, text: str, add_special_tokens: bool, max_tokens: int | None) -> Sequence[int]:
+        if max_tokens is not None:
+            self._check_length(text, max_tokens)
         return self._ids(text, add_special_tokens)
 
     def _ids(self, text: str, add_special_tokens: bool) -> Sequence[int]:
-        # The fast variant skips the offsets of tokens, which are not needed.
+        # This method does not compute the offsets of tokens.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def _check_length(self, text: str, most_tokens: int) -> None:
-        """Refuse a text that is far too long, without tokenising all of it."""
-        if len(text) > max(most_tokens, 1) * self._longest:
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        """Raise `TooLong` for a text that is far too long, without tokenising all of it."""
+        if len(text) > max(max_tokens, 1) * self._longest:
             raise TooLong
-        head = _HEAD * most_tokens
+        head = _HEAD * max_tokens
         while head < len(text) // 2:
-            if len(self._ids(text[:head], False)) > _MARGIN * most_tokens + 64:
+            if len(self._ids(text[:head], False)) > _MARGIN * max_tokens + 64:
                 raise TooLong
             head *= 4
 
 
-def tokenize(tokenizer: ChatTokenizer, asked: Mapping[str, Any]) -> tuple[Sequence[int], int]:
-    """Ids of a request's prompt, and how many of them only its leading system message decides.
+def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequence[int], int]:
+    """Tokenise the prompt of a request.
 
     Args:
-        asked: `shared.tokenizing.messages.request_fields`, and `most_tokens`: ids that there may be; None: any number.
+        request: `shared.tokenizing.messages.request_fields`, and `max_tokens` if there is a limit.
+
+    Returns:
+        The token ids, and the length of the prefix that depends only on the leading system message.
 
     Raises:
-        Refusal: the template refuses the messages, or the prompt has no tokens.
-        TooLong: there are more.
+        Refusal: the template rejected the messages, or the prompt has no tokens.
+        TooLong: the prompt has more than `max_tokens` tokens.
     """
-    messages, most_tokens = asked["messages"], asked.get("most_tokens")
+    messages, max_tokens = request["messages"], request.get("max_tokens")
     if messages is None:
-        ids, shared = tokenizer.plain(asked["prompt"], most_tokens), 0
+        ids, shared = tokenizer.plain(request["prompt"], max_tokens), 0
     else:
         messages = [_with_placeholders(message) for message in messages]
-        ids = _chat(tokenizer, messages, most_tokens)
-        shared = _shared(tokenizer, messages[:1], ids) if asked["share_system_prompt"] else 0
+        ids = _chat(tokenizer, messages, max_tokens)
+        shared = _shared_length(tokenizer, messages[:1], ids) if request["share_system_prompt"] else 0
     if not ids:
-        raise Refusal(JobFailure.TEMPLATE, "The prompt has no tokens.")
-    if most_tokens is not None and len(ids) > most_tokens:
+        raise Refusal(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
+    if max_tokens is not None and len(ids) > max_tokens:
         raise TooLong(len(ids))
     return ids, shared
 
 
-def _chat(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], most_tokens: int | None) -> Sequence[int]:
+def _chat(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], max_tokens: int | None) -> Sequence[int]:
     if not tokenizer.has_template:
-        raise Refusal(JobFailure.TEMPLATE, "This model has no chat template: send a prompt.")
+        raise Refusal(JobFailure.TEMPLATE, "This model has no chat template. Send a prompt instead of messages.")
     try:
-        return tokenizer.chat(messages, add_generation_prompt=True, most_tokens=most_tokens)
+        return tokenizer.chat(messages, add_generation_prompt=True, max_tokens=max_tokens)
     except TooLong:
         raise
-    except chat_template.TooMuchText as error:
+    except chat_template.OutputTooLong as error:
         raise Refusal(JobFailure.TEMPLATE, f"The model's chat template wrote {error}.") from error
     except MemoryError as error:
-        raise Refusal(JobFailure.TEMPLATE, "The model's chat template took too much memory.") from error
+        raise Refusal(JobFailure.TEMPLATE, "The model's chat template needs too much memory.") from error
     except Exception as error:
-        # A template is a program and may raise anything. Only a message that it raises itself is passed on.
-        said = f": {str(error)[:_MOST_SAID]}" if type(error) is TemplateError else "."
-        raise Refusal(JobFailure.TEMPLATE, f"The model's chat template refused the messages{said}") from error
+        # A template may raise any exception. Only the message that it raises itself is shown to the caller.
+        reason = f": {str(error)[:_MAX_MESSAGE]}" if type(error) is TemplateError else "."
+        raise Refusal(JobFailure.TEMPLATE, f"The model's chat template rejected the messages{reason}") from error
 
 
-def _shared(tokenizer: ChatTokenizer, first: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
-    """The leading system message is rendered alone, so what follows it cannot be in it."""
+def _shared_length(tokenizer: ChatTokenizer, first: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
+    """Return the length of the prefix of `ids` that depends only on the first message.
+
+    The first message is also rendered alone; later messages cannot influence the tokens that both results begin with.
+    """
     try:
-        alone = tokenizer.chat(first, add_generation_prompt=False)
-    except Exception:  # noqa: BLE001 - a template may want more than a system message
+        system = tokenizer.chat(first, add_generation_prompt=False)
+    except Exception:  # noqa: BLE001 - a template may require further messages
         return 0
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(system, ids, strict=False)))
 
 
 def _with_placeholders(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Templates know images by the type of their part alone."""
+    """Reduce image parts to their type, which is all that templates use."""
     content = message["content"]
     if not isinstance(content, list):
         return message
@@ -194,9 +200,9 @@ def _with_placeholders(message: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read(path: Path) -> str:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MOST_FILE + 1)
-        if len(content) > MOST_FILE:
-            raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer's file has more than {MOST_FILE} bytes")
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer's file has more than {_MAX_FILE_BYTES:,} bytes")
         return content.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise Refusal(TokenizerFault.CORRUPT, f"the tokenizer's file cannot be read: {error}") from error

@@ -1,7 +1,7 @@
-"""Tokenizers as files with gzip, named for their content: on the disk of every host, and in Redis on their way there.
+"""Gzipped tokenizer files, named by digest: on the disk of every host, and in Redis to distribute them.
 
-A worker puts the file of its model's tokenizer into both; an API host fetches what it lacks. Nothing here reads what is
-in them: a process that loads one compares it with its name (`shared.tokenizing.encoder`), and fetches a wrong one
+A worker stores its model's tokenizer in both; API hosts fetch missing files from Redis. The content is not checked here
+but when it is loaded (`shared.tokenizing.encoder`); a file that does not match its digest is discarded and fetched
 again.
 """
 
@@ -19,15 +19,15 @@ from typing import Final
 from shared.queue import keys
 from shared.queue.redis import Redis
 
-_MOST_FILES: Final = 64
-"""Maximum tokenizers in the folder. The oldest are deleted, and fetched again when they are needed."""
+_MAX_FILES: Final = 64
+"""Maximum files in the folder. The oldest are deleted; if needed, they are fetched again."""
 
 
 class TokenizerFiles:
-    """The tokenizers that a host has.
+    """The tokenizer files of a host.
 
     Args:
-        fetch: returns the file of a missing tokenizer by its digest, or None.
+        fetch: returns the content of a missing file by its digest, or None.
     """
 
     def __init__(self, folder: Path, fetch: Callable[[str], bytes | None] = lambda _: None) -> None:
@@ -36,16 +36,16 @@ class TokenizerFiles:
         self._fetching = threading.Lock()
 
     def path(self, digest: str) -> Path | None:
-        """The file of a tokenizer; None when neither this host nor Redis has it.
+        """Return the file of a tokenizer, and fetch it if necessary. None if it is not available.
 
         Raises:
-            OSError: it cannot be written.
-            redis.RedisError: it cannot be fetched.
+            OSError: the file cannot be written.
+            redis.RedisError: the file cannot be fetched.
         """
         file = self._file(digest)
         if file.is_file():
             return file
-        with self._fetching:  # single flight
+        with self._fetching:  # only one thread fetches
             if not file.is_file():
                 content = self._fetch(digest)
                 if content is None:
@@ -54,13 +54,13 @@ class TokenizerFiles:
         return file
 
     def put(self, digest: str, text: str) -> Path:
-        """Keep a tokenizer; its file."""
+        """Store the text of a `tokenizer.json` and return its file."""
         file = self._file(digest)
         self._write(file, gzip.compress(text.encode(), compresslevel=6, mtime=0))
         return file
 
     def discard(self, digest: str) -> None:
-        """Delete a file that has the wrong content."""
+        """Delete a file that does not match its digest."""
         self._file(digest).unlink(missing_ok=True)
 
     def _file(self, digest: str) -> Path:
@@ -69,32 +69,40 @@ class TokenizerFiles:
     def _write(self, file: Path, content: bytes) -> None:
         write_private(file, content)
         files = sorted(self._folder.glob("*.json.gz"), key=_age, reverse=True)
-        for old in files[_MOST_FILES:]:
+        for old in files[_MAX_FILES:]:
             old.unlink(missing_ok=True)
 
 
 class TokenizerStore:
-    """The tokenizers in Redis.
+    """The tokenizer files in Redis.
 
     Args:
-        client: with answers in bytes, and used for nothing that must not wait: a tokenizer may have megabytes.
+        client: a client that returns bytes. It must not be used for latency-critical calls: files may have megabytes.
     """
 
     def __init__(self, client: Redis) -> None:
         self._client = client
 
     def get(self, digest: str) -> bytes | None:
-        """A tokenizer's file. Raises `redis.RedisError` when Redis is away."""
+        """Return a tokenizer's file; None if Redis does not have it.
+
+        Raises:
+            redis.RedisError: Redis is unreachable.
+        """
         content: bytes | None = self._client.get(keys.TOKENIZER + digest)
         return content
 
     def put(self, digest: str, content: bytes) -> None:
-        """Keep a tokenizer's file, as long as a model's card names it (`announce_model.lua`)."""
+        """Store a tokenizer's file. `announce_model.lua` deletes it when no model card names it any more."""
         self._client.set(keys.TOKENIZER + digest, content)
 
 
 def write_private(file: Path, content: bytes) -> None:
-    """Write a file atomically, readable by this user only. Raises OSError."""
+    """Write a file atomically, readable only by this user.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file.parent.chmod(0o700)
     part = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")

@@ -1,12 +1,11 @@
-"""What tokenizer helpers and their clients say to each other: frames over a socket, and the words in them.
+"""The protocol between tokenizer helpers and their clients: frames over a socket.
 
-A frame is the lengths of its two parts, a header (a JSON object) and a payload (bytes, in answers the token ids as
-unsigned 32-bit integers of this machine). A client sends one request and reads one answer; a helper that is closed or
-killed is end of file.
+A frame consists of two lengths, a header (a JSON object) and a payload. The client sends one request and reads one
+reply. When the helper ends, the client reads the end of the stream.
 
-Request header: `op` (`tokenize`, or what a worker's helper knows besides), `limit_s` (the helper ends itself that late,
-whatever becomes of its client), and the operation's own fields. Answer header: `error` and `message`, or what the
-operation gives.
+Request header: `op` (`load`, `tokenize`; more in a worker's helper), `limit_s` (the helper's own time limit, in case
+its client has died) and the fields of the operation. Reply header: `error` and `message`, or the operation's result.
+The payload of a reply to `tokenize` holds the token ids as unsigned 32-bit integers in native byte order.
 """
 
 from __future__ import annotations
@@ -24,31 +23,31 @@ from typing import Any, Final
 from shared.jobs.request import Request
 
 _LENGTHS: Final = struct.Struct(">II")
-_MOST_HEADER: Final = 256 * 2**20
-_MOST_PAYLOAD: Final = 2**30
+_MAX_HEADER_BYTES: Final = 256 * 2**20
+_MAX_PAYLOAD_BYTES: Final = 2**30
 
 
 class TokenizerFault(StrEnum):
-    """Answers of a helper that are no fault of the prompt."""
+    """Errors of a helper that are not caused by the prompt."""
 
     CORRUPT = "corrupt"
-    """The tokenizer's file is not the one that was asked for."""
+    """The tokenizer's file is missing or does not match its digest."""
     UNUSABLE = "unusable"
     """The tokenizer cannot be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """Where a model's tokenizer is, and how its prompts are made.
+    """The location of a model's tokenizer, and its chat template.
 
     Attributes:
-        path: a `tokenizer.json`, perhaps with gzip (`.gz`); or the model's folder, which only a worker's helper reads.
-        digest: what `digest` gives for the file's text, compared when it is loaded; empty: not compared.
-        chat_template: the Jinja template for messages; None when there is none. A folder brings its own.
-        bos_token: a prompt that begins with it gets no second one.
-        variables: what the template finds beside the messages.
-        defaults: of a folder: what mlx-lm's model says of tokenizers that do not say it themselves.
-        vision: of a folder: whether its template is looked for as mlx-vlm does.
+        path: a `tokenizer.json`, optionally gzipped (`.gz`), or a model folder, which only a worker's helper can read.
+        digest: digest of the file's text (see `digest`), which is checked when it is loaded; empty for no check.
+        chat_template: the Jinja template for messages; None if there is none. Ignored for a folder.
+        bos_token: first special token; it is not added to a prompt that begins with it.
+        variables: variables of the template in addition to the messages.
+        defaults: for a folder: mlx-lm's defaults for tokenizers of this model type.
+        vision: for a folder: whether the template is loaded as mlx-vlm does.
     """
 
     path: str
@@ -61,21 +60,21 @@ class TokenizerSource:
 
     @classmethod
     def of_card(cls, path: str, digest: str, fields: Mapping[str, Any]) -> TokenizerSource:
-        """The source that the fields of a model's card describe, with its tokenizer in a file."""
+        """Create the source for a tokenizer file and the fields of a `ModelCard`."""
         return cls(path, digest, fields["chat_template"], fields["bos_token"], fields["template_variables"] or {})
 
     def to_dict(self) -> dict[str, Any]:
-        """As it travels in a header."""
+        """Encode for a header."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A prompt as its model reads it.
+    """A tokenised prompt.
 
     Attributes:
-        tokens: ids, one for each image among them; never empty.
-        shared: length of the prefix that only the leading system message decides; 0 unless the request shares it.
+        tokens: token ids, with one placeholder per image; never empty.
+        shared: length of the prefix that depends only on the leading system message; 0 unless the request shares it.
     """
 
     tokens: tuple[int, ...]
@@ -83,12 +82,12 @@ class Tokenized:
 
 
 def digest(text: str) -> str:
-    """The name of a tokenizer: a hash of its `tokenizer.json`."""
+    """Return the name of a tokenizer: a hash of its `tokenizer.json`."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def request_fields(request: Request) -> dict[str, Any]:
-    """What a helper needs of a request."""
+    """Return the fields of a request that a helper needs."""
     return {
         "prompt": request.prompt or "",
         "messages": request.messages,
@@ -97,7 +96,11 @@ def request_fields(request: Request) -> dict[str, Any]:
 
 
 def send(peer: socket.socket, header: dict[str, Any], payload: bytes = b"") -> None:
-    """Send a frame. Raises OSError when the peer is gone or the socket's timeout is over."""
+    """Send a frame.
+
+    Raises:
+        OSError: the peer closed the connection, or the socket's timeout expired.
+    """
     text = json.dumps(header, ensure_ascii=False).encode(errors="surrogatepass")
     peer.sendall(_LENGTHS.pack(len(text), len(payload)) + text + payload)
 
@@ -106,38 +109,38 @@ def receive(peer: socket.socket, deadline: float | None = None) -> tuple[dict[st
     """Read a frame.
 
     Args:
-        deadline: by `time.monotonic`; None: wait without end.
+        deadline: a time of `time.monotonic`; None for no time limit.
 
     Raises:
-        EOFError: the peer is gone, or says what no peer of ours would.
-        TimeoutError: the frame is not whole by the deadline.
+        EOFError: the peer closed the connection or sent an invalid frame.
+        TimeoutError: the frame is not complete by the deadline.
     """
     header_bytes, payload_bytes = _LENGTHS.unpack(_read(peer, _LENGTHS.size, deadline))
-    if header_bytes > _MOST_HEADER or payload_bytes > _MOST_PAYLOAD:
-        raise EOFError("a frame of an absurd length")
+    if header_bytes > _MAX_HEADER_BYTES or payload_bytes > _MAX_PAYLOAD_BYTES:
+        raise EOFError("the frame is too long")
     text = _read(peer, header_bytes, deadline)
     payload = _read(peer, payload_bytes, deadline)
     try:
         header = json.loads(text.decode(errors="surrogatepass"))
     except ValueError as error:
-        raise EOFError("a header that is no JSON") from error
+        raise EOFError("the header is not valid JSON") from error
     if not isinstance(header, dict):
-        raise EOFError("a header that is no object")
+        raise EOFError("the header is not a JSON object")
     return header, bytes(payload)
 
 
 def _read(peer: socket.socket, size: int, deadline: float | None) -> bytearray:
     buffer = bytearray(size)
     view = memoryview(buffer)
-    done = 0
-    while done < size:
+    received = 0
+    while received < size:
         if deadline is not None:
             peer.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            got = peer.recv_into(view[done:])
+            count = peer.recv_into(view[received:])
         except ConnectionError as error:
-            raise EOFError("the peer is gone") from error
-        if got == 0:
-            raise EOFError("the peer is gone")
-        done += got
+            raise EOFError("the peer closed the connection") from error
+        if count == 0:
+            raise EOFError("the peer closed the connection")
+        received += count
     return buffer

@@ -1,9 +1,8 @@
-"""Tokenizers of a few words, and templates that do harm."""
+"""A tokenizer with a few words, harmful chat templates, and requests."""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ HARM = {
     "talkative": "{% for n in range(99999) %}{{ 'word ' * 999 }}{% endfor %}",
     "power": "{{ 9 ** (9 ** 9) }}",
 }
-"""By name: templates that take too long, too much memory, or write too much."""
+"""Templates that need too much time or memory, or produce too much output, by name."""
 
 
 def word_tokenizer() -> str:
-    """The `tokenizer.json` of a tokenizer with one token a word; it begins a text with `<s>`."""
+    """Return the `tokenizer.json` of a tokenizer with one token per word, which adds `<s>` in front."""
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.add_special_tokens(["<s>", "<image>"])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -45,24 +44,25 @@ def word_tokenizer() -> str:
 
 
 def announce(client: Redis, card: ModelCard, tokenizer: str | None = None) -> None:
-    """Make a model known, with its tokenizer."""
+    """Announce a model and store its tokenizer."""
     if tokenizer is not None:
         TokenizerStore(client).put(digest(tokenizer), gzip.compress(tokenizer.encode()))
     Registry(client).announce_model(card)
 
 
 def plain(text: str) -> Request:
+    """Return a request with a prompt."""
     return Request("m", 1, Sampling(0.0), prompt=text)
 
 
 def chat(*messages: dict[str, Any] | str, share: bool = False) -> Request:
-    """Messages; a string is what the user says."""
-    said: Sequence[dict[str, Any]] = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
-    return Request("m", 1, Sampling(0.0), messages=tuple(said), share_system_prompt=share)
+    """Return a request with messages; a string is the content of a user message."""
+    turns = tuple({"role": "user", "content": m} if isinstance(m, str) else m for m in messages)
+    return Request("m", 1, Sampling(0.0), messages=turns, share_system_prompt=share)
 
 
 def written(folder: Path, text: str | None = None) -> Path:
-    """A `tokenizer.json` on disk."""
+    """Write a `tokenizer.json`, by default that of `word_tokenizer`."""
     path = folder / "tokenizer.json"
     path.write_text(word_tokenizer() if text is None else text)
     return path

@@ -1,4 +1,4 @@
-"""Run under gevent, as the API is: tokenises while another greenlet counts its turns, and prints what came of it.
+"""Tokenises under gevent, as the API does, while another greenlet counts its turns. Prints the results as JSON.
 
 python tests/support/tokenizing_under_gevent.py TOKENIZER_JSON
 """
@@ -9,7 +9,6 @@ monkey.patch_all()
 
 import json  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 
 import gevent  # noqa: E402
 
@@ -23,35 +22,40 @@ TEMPLATE = "{% for n in range(99999) %}{% for n in range(99999) %}{% endfor %}{%
 
 def main(path: str) -> None:
     tokenizing = Tokenizing(1.5)
-    turns, longest = 0, 0.0
+    turns = 0
 
-    def others() -> None:
-        nonlocal turns, longest
+    def count_turns() -> None:
+        nonlocal turns
         while True:
-            before = time.monotonic()
             gevent.sleep(0.005)
-            turns, longest = turns + 1, max(longest, time.monotonic() - before)
+            turns += 1
 
-    counting = gevent.spawn(others)
+    counter = gevent.spawn(count_turns)
     short = Request("m", 1, Sampling(0.0), prompt="word word")
     slow = Request("m", 1, Sampling(0.0), messages=({"role": "user", "content": "x"},))
-    asked = [gevent.spawn(tokenizing.tokenize, TokenizerSource(path), short) for _ in range(20)]
-    gevent.joinall(asked)
-    tokens = {each.get().tokens for each in asked}
+    slow_source = TokenizerSource(path, chat_template=TEMPLATE)
+    greenlets = [gevent.spawn(tokenizing.tokenize, TokenizerSource(path), short) for _ in range(20)]
+    gevent.joinall(greenlets)
+    tokens = {greenlet.get().tokens for greenlet in greenlets}
     turns_before = turns
     try:
-        tokenizing.tokenize(TokenizerSource(path, chat_template=TEMPLATE), slow)
-    except PromptRefused as refused:
-        code = refused.code
-    turns_meanwhile = turns - turns_before
-    leaving = gevent.spawn(tokenizing.tokenize, TokenizerSource(path, chat_template=TEMPLATE), slow)
+        tokenizing.tokenize(slow_source, slow)
+    except PromptRefused as error:
+        slow_code = error.code
+    turns_of_others = turns - turns_before
+    killed = gevent.spawn(tokenizing.tokenize, slow_source, slow)
     gevent.sleep(0.2)
-    leaving.kill()  # as when a client goes away: the next must not get this one's answer
-    again = tokenizing.tokenize(TokenizerSource(path), short).tokens
-    counting.kill()
+    killed.kill()  # as when a client disconnects: the next request must not read the reply to this one
+    tokens_after_kill = tokenizing.tokenize(TokenizerSource(path), short).tokens
+    counter.kill()
     tokenizing.close()
-    print(json.dumps({"tokens": [*map(list, tokens)], "code": code, "turns": turns_meanwhile, "longest_s": longest,
-                      "again": list(again)}))  # fmt: skip
+    results = {
+        "tokens": [*map(list, tokens)],
+        "slow_code": slow_code,
+        "turns_of_others": turns_of_others,
+        "tokens_after_kill": list(tokens_after_kill),
+    }
+    print(json.dumps(results))
 
 
 main(sys.argv[1])

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from shared.tokenizing.encoder import ChatTokenizer, FileTokenizer, Refusal, tokenize
 from shared.tokenizing.files import TokenizerFiles
-from shared.tokenizing.helper import Answer, Tokenizers, serve
+from shared.tokenizing.helper import Reply, Tokenizers, serve
 from shared.tokenizing.messages import TokenizerFault, TokenizerSource, digest
 
 _TEXTS: Final = (
@@ -61,7 +61,7 @@ class FolderTokenizer:
         """See `ChatTokenizer`."""
         return bool(self.wrapper.has_chat_template) or self.wrapper.chat_template is not None
 
-    def plain(self, text: str, most_tokens: int | None) -> Sequence[int]:  # noqa: ARG002 - counted by the caller
+    def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:  # noqa: ARG002 - counted by the caller
         """See `ChatTokenizer`."""
         bos = self.wrapper.bos_token
         # As mlx-lm does: a prompt that writes the first special token itself gets no second one.
@@ -73,7 +73,7 @@ class FolderTokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
-        most_tokens: int | None = None,  # noqa: ARG002 - counted by the caller
+        max_tokens: int | None = None,  # noqa: ARG002 - counted by the caller
     ) -> Sequence[int]:
         """See `ChatTokenizer`."""
         ids: Sequence[int] = self.wrapper.apply_chat_template(
@@ -87,7 +87,7 @@ def load_tokenizer(source: TokenizerSource) -> ChatTokenizer:
     return FolderTokenizer.load(source) if Path(source.path).is_dir() else FileTokenizer.load(source)
 
 
-def prove(asked: Mapping[str, Any]) -> Answer:
+def prove(asked: Mapping[str, Any]) -> Reply:
     """The operation `prove`: whether a folder's tokenizer works the same from a file.
 
     Args:

@@ -79,7 +79,7 @@ def prove(unproved: ModelTokenizer, files: Path) -> ModelTokenizer:
     """
     try:
         with Tokenizing(PROOF_S, HELPER) as tokenizing:
-            found = tokenizing.ask("prove", {"source": unproved.folder.to_dict(), "files": str(files)}, PROOF_S)
+            found = tokenizing.call("prove", {"source": unproved.folder.to_dict(), "files": str(files)}, PROOF_S)
     except TokenizerError as error:
         logger.warning("tokenizer_not_proved", extra={"model_path": unproved.folder.path, "reason": str(error)})
         return unproved

@@ -151,7 +151,7 @@ class MLXRunner:
         else:
             placed, media = list(tokens), None
         if not placed:
-            raise PromptRefused(JobFailure.TEMPLATE, "The prompt has no tokens.")
+            raise PromptRefused(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
         if len(placed) + 1 > self.card.context:
             detail = f"The prompt has {len(placed)} tokens; the model takes {self.card.context} with the answer."
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, detail)

@@ -1,4 +1,4 @@
-"""Templates give what transformers gives."""
+"""Chat templates render as with transformers, and cannot leave the sandbox."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from shared.tokenizing.chat_template import TooMuchText, render
+from shared.tokenizing.chat_template import OutputTooLong, render
 from tests.support.tokenizers import CHATML
 
 TURNS: list[dict[str, Any]] = [
@@ -38,22 +38,24 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "ena
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("generation", [True, False])
-def test_templates_render_as_transformers_renders_them(template: str, generation: bool) -> None:
-    # What transformers does to messages before it calls this.
-    given = [{name: value for name, value in turn.items() if value is not None} for turn in TURNS]
-    [told], _ = render_jinja_template([given], chat_template=template, add_generation_prompt=generation, **VARIABLES)
-    assert render(template, TURNS, VARIABLES, add_generation_prompt=generation) == told
+def test_output_equals_that_of_transformers(template: str, generation: bool) -> None:
+    # transformers drops nulls before it calls this function.
+    messages = [{name: value for name, value in turn.items() if value is not None} for turn in TURNS]
+    [expected], _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=generation, **VARIABLES
+    )
+    assert render(template, TURNS, VARIABLES, add_generation_prompt=generation) == expected
 
 
-def said(template: str, **more: Any) -> str:
-    return render(template, TURNS, VARIABLES, add_generation_prompt=True, **more)
+def rendered(template: str, **options: Any) -> str:
+    return render(template, TURNS, VARIABLES, add_generation_prompt=True, **options)
 
 
-def test_a_template_may_refuse() -> None:
+def test_template_may_reject_messages() -> None:
     with pytest.raises(TemplateError, match="roles must alternate") as caught:
-        said("{{ raise_exception('roles must alternate') }}")
+        rendered("{{ raise_exception('roles must alternate') }}")
     assert type(caught.value) is TemplateError
-    with pytest.raises(ValueError, match="without messages"):
+    with pytest.raises(ValueError, match="at least one message"):
         render(CHATML, [], {}, add_generation_prompt=True)
 
 
@@ -70,16 +72,16 @@ def test_a_template_may_refuse() -> None:
         "{{ strftime_now.__globals__.os }}",
     ],
 )
-def test_a_template_does_not_escape(template: str) -> None:
+def test_template_cannot_leave_the_sandbox(template: str) -> None:
     with pytest.raises(SecurityError):
-        said(template)
+        rendered(template)
 
 
-def test_what_a_template_writes_is_bounded() -> None:
-    assert said("{% for n in range(10) %}xxxxx{% endfor %}", most_bytes=50) == "x" * 50
-    with pytest.raises(TooMuchText):
-        said("{% for n in range(10) %}xxxxx{% endfor %}", most_bytes=49)
+def test_output_length_is_limited() -> None:
+    assert rendered("{% for n in range(10) %}xxxxx{% endfor %}", max_characters=50) == "x" * 50
+    with pytest.raises(OutputTooLong):
+        rendered("{% for n in range(10) %}xxxxx{% endfor %}", max_characters=49)
 
 
 def test_json_is_not_escaped_for_html() -> None:
-    assert said("{{ messages[0].content | tojson }}") == json.dumps("Be <kind> & brief.")
+    assert rendered("{{ messages[0].content | tojson }}") == json.dumps("Be <kind> & brief.")

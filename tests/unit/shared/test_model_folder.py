@@ -50,7 +50,7 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": 7}}), "outside its"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "other.safetensors"}}), "lacks"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "model.bin"}}), "not a safetensors"),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "m" * 300 + ".safetensors"}}), "not a safetensors"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "m" * 300 + ".safetensors"}}), "not a safe"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "a\nb.safetensors"}}), "not a safetensors"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": "\ud800.safetensors"}}), "not a safetensors"),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"w": None}}), "outside its"),

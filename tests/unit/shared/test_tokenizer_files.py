@@ -1,4 +1,4 @@
-"""Tokenizers on disk and in Redis."""
+"""Tokenizer files on disk and in Redis."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CONTENT = gzip.compress(b"{}")
 
 @pytest.fixture(params=["fake", "valkey"])
 def bytes_client(request: pytest.FixtureRequest) -> Redis:
-    """A Redis that answers in bytes."""
+    """An empty Redis, with a client that returns bytes."""
     if request.param == "fake":
         return FakeRedis(decode_responses=False)
     request.getfixturevalue("valkey_client")
     return connect(f"unix://{request.getfixturevalue('valkey').unix_socket_path}", decode_responses=False)
 
 
-def test_a_tokenizer_is_fetched_once_and_kept_private(tmp_path: Path) -> None:
+def test_file_is_fetched_once_and_is_private(tmp_path: Path) -> None:
     fetched: list[str] = []
 
     def fetch(digest: str) -> bytes:
@@ -49,18 +49,18 @@ def test_a_tokenizer_is_fetched_once_and_kept_private(tmp_path: Path) -> None:
     assert files.path("a") == path and fetched == ["a", "a"]
 
 
-def test_a_folder_that_others_could_read_is_closed(tmp_path: Path) -> None:
+def test_folder_becomes_private(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir(mode=0o755)
     TokenizerFiles(tmp_path / "t").put("a", "{}")
     assert (tmp_path / "t").stat().st_mode & 0o777 == 0o700
 
 
-def test_what_is_nowhere_is_not_there(tmp_path: Path) -> None:
+def test_missing_tokenizer_has_no_file(tmp_path: Path) -> None:
     assert TokenizerFiles(tmp_path / "t").path("a") is None
     assert not (tmp_path / "t").exists()
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = TokenizerFiles(tmp_path)
 
     def full(*_: object) -> None:
@@ -72,8 +72,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_the_folder_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.tokenizing.files._MOST_FILES", 3)
+def test_oldest_files_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.tokenizing.files._MAX_FILES", 3)
     files = TokenizerFiles(tmp_path)
     for n in range(5):
         os.utime(files.put(f"{n}", "{}"), (n, n))
@@ -81,17 +81,17 @@ def test_the_folder_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytes
     assert sorted(file.name[:-8] for file in tmp_path.iterdir()) == ["3", "4", "last"]
 
 
-def test_a_tokenizer_is_kept_in_redis_while_a_card_names_it(bytes_client: Redis) -> None:
+def test_redis_keeps_a_tokenizer_while_a_card_names_it(bytes_client: Redis) -> None:
     store, registry = TokenizerStore(bytes_client), Registry(bytes_client)
-    assert registry.announce_model(ModelCard("m", "text", 1, tokenizer="a"))  # it is missing
+    assert registry.announce_model(ModelCard("m", "text", 1, tokenizer="a"))  # Redis lacks it
     store.put("a", CONTENT)
     assert not registry.announce_model(ModelCard("m", "text", 1, tokenizer="a"))
     assert not registry.announce_model(ModelCard("n", "text", 1))
     assert store.get("a") == CONTENT
     registry.announce_model(ModelCard("n", "text", 1, tokenizer="a"))
     registry.announce_model(ModelCard("m", "text", 1, tokenizer="b"))
-    assert store.get("a") == CONTENT  # `n` has it
-    bytes_client.set("mlxq:tokenizer:a", "of an earlier version")
+    assert store.get("a") == CONTENT  # model `n` names it
+    bytes_client.set("mlxq:tokenizer:a", "key of an earlier version")
     registry.announce_model(ModelCard("n", "text", 1))
     assert store.get("a") is None
     assert [key.decode() for key in bytes_client.keys("mlxq:*")] == [keys.MODELS]

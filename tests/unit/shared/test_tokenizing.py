@@ -1,4 +1,4 @@
-"""Tokenising in helper processes: the same ids, and nothing that a template does reaches further than its helper."""
+"""Tokenising in helper processes: correct ids, time and memory limits, and isolation of templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,32 +51,34 @@ _others: set[int] = set()
 
 
 @pytest.fixture(autouse=True)
-def _know_other_processes() -> None:
-    """Earlier tests of the same run may have left processes of their own, as a server that all share."""
+def _note_other_processes() -> None:
+    """Exclude processes of the test session, such as the shared Valkey server."""
     _others.clear()
-    _others.update(each.pid for each in psutil.Process().children(recursive=True))
+    _others.update(child.pid for child in psutil.Process().children(recursive=True))
 
 
 def helpers(of: int | None = None) -> list[psutil.Process]:
-    """The helper processes below a process: this one, unless another is given."""
-    return [each for each in psutil.Process(of).children(recursive=True) if each.pid not in _others]
+    """Return the helper processes of a process, by default of this one."""
+    return [child for child in psutil.Process(of).children(recursive=True) if child.pid not in _others]
 
 
-def refusal(tokenizing: Tokenizing, *asked: Any, **more: Any) -> tuple[str, str]:
+def refusal(tokenizing: Tokenizing, *args: Any, **options: Any) -> tuple[str, str]:
     with pytest.raises(PromptRefused) as caught:
-        tokenizing.tokenize(*asked, **more)
+        tokenizing.tokenize(*args, **options)
     return caught.value.code, str(caught.value)
 
 
-def test_a_prompt_becomes_tokens(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+def test_prompt_is_tokenised(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
     assert tokenizing.tokenize(source(), plain("word other")) == Tokenized((2, 0, 1))
-    # One that writes the first special token itself gets no second one.
+    # No second special token is added to a prompt that begins with it.
     assert tokenizing.tokenize(source(bos_token="<s>"), plain("<s> word")) == Tokenized((2, 0))
     assert tokenizing.tokenize(source(), chat("word")) == Tokenized((3, 0, 5))
     assert len(helpers()) == 1
 
 
-def test_only_the_system_message_is_shared(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+def test_shared_prefix_ends_with_the_system_message(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource]
+) -> None:
     system = {"role": "system", "content": "word word"}
     assert tokenizing.tokenize(source(), chat(system, "x", share=True)) == Tokenized((4, 0, 0, 3, 1, 5), shared=3)
     assert tokenizing.tokenize(source(), chat(system, "x")).shared == 0
@@ -85,7 +86,7 @@ def test_only_the_system_message_is_shared(tokenizing: Tokenizing, source: Calla
     assert tokenizing.tokenize(source(strict), chat(system, "x", share=True)).shared == 0
 
 
-def test_each_image_is_one_token_and_its_facts_are_not_the_templates(
+def test_image_is_one_token_and_templates_see_only_its_type(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource]
 ) -> None:
     template = (
@@ -99,31 +100,31 @@ def test_each_image_is_one_token_and_its_facts_are_not_the_templates(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "This model has no chat template: send a prompt."),
-        ("{{ raise_exception('roles must alternate') }}", "The model's chat template refused the messages: roles must"),
-        ("{{ messages[7].content.nothing }}", "The model's chat template refused the messages."),
-        ("{% nonsense %}", "The model's chat template refused the messages."),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "The model's chat template refused the messages."),
-        ("", "The prompt has no tokens."),
+        (None, "This model has no chat template. Send a prompt instead of messages."),
+        ("{{ raise_exception('roles must alternate') }}", "The model's chat template rejected the messages: roles"),
+        ("{{ messages[7].content.nothing }}", "The model's chat template rejected the messages."),
+        ("{% nonsense %}", "The model's chat template rejected the messages."),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "The model's chat template rejected the messages."),
+        ("", "The prompt is empty: it has no tokens."),
     ],
 )
-def test_a_refusal_says_why(
+def test_rejection_names_the_reason(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource], template: str | None, message: str
 ) -> None:
-    code, said = refusal(tokenizing, source(template), chat("x"))
-    assert code == "template_error" and said.startswith(message)
+    code, text = refusal(tokenizing, source(template), chat("x"))
+    assert code == "template_error" and text.startswith(message)
 
 
 @pytest.mark.parametrize("request_of", [plain, chat])
-def test_a_prompt_longer_than_the_context_is_refused(
+def test_prompt_longer_than_the_context_is_rejected(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource], request_of: Any
 ) -> None:
     fits = len(tokenizing.tokenize(source(), request_of("word " * 50)).tokens)
     assert len(tokenizing.tokenize(source(), request_of("word " * 50), context=fits + 1).tokens) == fits
-    code, said = refusal(tokenizing, source(), request_of("word " * 50), context=fits)
-    assert code == "context_length_exceeded" and f"{fits} tokens with the answer: it has {fits}" in said
+    code, text = refusal(tokenizing, source(), request_of("word " * 50), context=fits)
+    assert code == "context_length_exceeded" and f"{fits} tokens: it has {fits}, and the answer needs" in text
     assert refusal(tokenizing, source(), request_of("word " * 50), context=fits + 2, reserved=2)[0] == code
-    # Far too long: that is known without counting all of it.
+    # Prompts that are far too long are rejected before they are tokenised completely.
     for many in (2_000, 3_000_000):
         assert refusal(tokenizing, source(), request_of("word " * many), context=100) == (
             code,
@@ -132,56 +133,58 @@ def test_a_prompt_longer_than_the_context_is_refused(
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_a_harmful_template_fails_its_request_alone(
+def test_harmful_template_fails_only_its_request(
     hasty: Tokenizing, source: Callable[..., TokenizerSource], harm: str
 ) -> None:
-    begin = time.monotonic()
     assert refusal(hasty, source(HARM[harm]), chat("x"), context=2**20)[0] == "template_error"
-    assert time.monotonic() - begin < 20
     assert hasty.tokenize(source(), chat("word")).tokens == (3, 0, 5)
     assert len(helpers()) <= 2
 
 
-def test_who_waits_for_a_late_helper_gets_the_next(hasty: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
-    found: list[object] = []
+def test_waiting_requests_use_the_next_helper_after_a_timeout(
+    hasty: Tokenizing, source: Callable[..., TokenizerSource]
+) -> None:
+    results: list[object] = []
 
     def ask(template: str) -> None:
         try:
-            found.append(hasty.tokenize(source(template), chat("word")).tokens)
-        except PromptRefused as refused:
-            found.append(refused.code)
+            results.append(hasty.tokenize(source(template), chat("word")).tokens)
+        except PromptRefused as error:
+            results.append(error.code)
 
     threads = [threading.Thread(target=ask, args=[template]) for template in (ENDLESS, *[CHATML] * 8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(map(str, found)) == [*["(3, 0, 5)"] * 8, "template_error"]
+    assert sorted(map(str, results)) == [*["(3, 0, 5)"] * 8, "template_error"]
 
 
-def test_short_prompts_wait_neither_for_long_ones_nor_twice_for_a_slow_model(
+def test_short_prompts_wait_neither_for_long_prompts_nor_for_slow_models(
     source: Callable[..., TokenizerSource], eventually: Callable[..., None]
 ) -> None:
     with Tokenizing(1.0) as tokenizing:
         refusal(tokenizing, source(ENDLESS), chat("x"))
-        for slow in (chat("x"), chat(LONG)):  # the first for its model's sake, the second for its length
+        for slow in (chat("x"), chat(LONG)):  # of a model that has timed out before; a long prompt
             late = threading.Thread(target=refusal, args=[tokenizing, source(ENDLESS), slow])
             late.start()
-            eventually(tokenizing._long._turn.locked)
+            eventually(tokenizing._long._lock.locked)
             assert tokenizing.tokenize(source(), chat("word")).tokens
             assert late.is_alive()
             late.join()
 
 
-def test_waiting_has_an_end(source: Callable[..., TokenizerSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.tokenizing.client._TURNS", 0.01)
+def test_waiting_for_a_helper_is_limited(
+    source: Callable[..., TokenizerSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.tokenizing.client._MAX_WAIT", 0.01)
     with Tokenizing(5.0) as tokenizing:
-        with tokenizing._short._turn, pytest.raises(TokenizerBusy):
+        with tokenizing._short._lock, pytest.raises(TokenizerBusy):
             tokenizing.tokenize(source(), plain("word"))
         assert tokenizing.tokenize(source(), plain("word")).tokens
 
 
-def test_a_helper_that_was_killed_is_replaced(
+def test_killed_helper_is_replaced(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None]
 ) -> None:
     tokenizing.tokenize(source(), plain("word"))
@@ -191,12 +194,12 @@ def test_a_helper_that_was_killed_is_replaced(
     assert tokenizing.tokenize(source(), plain("word")).tokens == (2, 0)
 
 
-def test_a_prompt_that_ends_helpers_is_refused(
+def test_prompt_that_crashes_helpers_is_rejected(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None]
 ) -> None:
-    found: list[str] = []
-    asking = threading.Thread(target=lambda: found.append(refusal(tokenizing, source(ENDLESS), chat("x"))[1]))
-    asking.start()
+    messages: list[str] = []
+    thread = threading.Thread(target=lambda: messages.append(refusal(tokenizing, source(ENDLESS), chat("x"))[1]))
+    thread.start()
     killed: set[int] = set()
 
     def kill() -> bool:
@@ -204,60 +207,62 @@ def test_a_prompt_that_ends_helpers_is_refused(
             if helper.pid not in killed and helper.cpu_times().user > 0.5:
                 killed.add(helper.pid)
                 helper.kill()
-        return not asking.is_alive()
+        return not thread.is_alive()
 
     eventually(kill)
-    assert len(killed) == 2 and found == ["The process that templates and tokenises prompts died twice on this prompt."]
+    assert len(killed) == 2 and messages == ["The model's chat template or tokenizer crashed twice on this prompt."]
 
 
-def test_helpers_that_do_not_come_up_are_nobodys_fault(source: Callable[..., TokenizerSource]) -> None:
+def test_helper_that_cannot_start_is_not_blamed_on_the_prompt(source: Callable[..., TokenizerSource]) -> None:
     with Tokenizing(5.0, "shared.no_such_helper") as tokenizing, pytest.raises(TokenizerBusy):
         tokenizing.tokenize(source(), plain("word"))
 
 
-def test_a_file_is_compared_with_its_name(tokenizing: Tokenizing, tmp_path: Path) -> None:
+def test_file_must_match_its_digest(tokenizing: Tokenizing, tmp_path: Path) -> None:
     path = written(tmp_path)
     good = digest(word_tokenizer())
     assert tokenizing.tokenize(TokenizerSource(str(path), good), plain("word")).tokens == (2, 0)
     with pytest.raises(TokenizerCorrupt):
         tokenizing.tokenize(TokenizerSource(str(path), "0" * 32), plain("word"))
     with pytest.raises(TokenizerCorrupt):
-        tokenizing.tokenize(TokenizerSource(str(tmp_path / "gone.json.gz")), plain("word"))
-    (tmp_path / "torn.json.gz").write_bytes(b"\x1f\x8b torn")
+        tokenizing.tokenize(TokenizerSource(str(tmp_path / "missing.json.gz")), plain("word"))
+    (tmp_path / "damaged.json.gz").write_bytes(b"\x1f\x8b damaged")
     with pytest.raises(TokenizerCorrupt):
-        tokenizing.tokenize(TokenizerSource(str(tmp_path / "torn.json.gz")), plain("word"))
+        tokenizing.tokenize(TokenizerSource(str(tmp_path / "damaged.json.gz")), plain("word"))
 
 
 @pytest.mark.parametrize("text", ["{}", "no tokenizer", '{"version": "1.0", "model": {"type": "BPE"}}'])
-def test_a_file_that_is_no_tokenizer_is_said_to_be_broken(tokenizing: Tokenizing, tmp_path: Path, text: str) -> None:
+def test_invalid_tokenizer_file_is_reported_as_broken(tokenizing: Tokenizing, tmp_path: Path, text: str) -> None:
     with pytest.raises(TokenizerBroken):
         tokenizing.tokenize(TokenizerSource(str(written(tmp_path, text))), plain("word"))
 
 
-def test_text_that_is_not_unicode_ends_nothing(tokenizing: Tokenizing, source: Callable[..., TokenizerSource]) -> None:
+def test_invalid_unicode_does_not_end_the_helper(
+    tokenizing: Tokenizing, source: Callable[..., TokenizerSource]
+) -> None:
     assert refusal(tokenizing, source(), plain("word \ud800"))[0] == "template_error"
     assert refusal(tokenizing, source(), chat("word \ud800"))[0] == "template_error"
     assert len(helpers()) == 1
 
 
-# What a helper is
+# Properties of the helper process
 
 
-def test_a_helper_has_one_socket_no_passwords_and_ignores_ctrl_c(
+def test_helper_inherits_no_files_or_secrets_and_ignores_ctrl_c(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://:secret@nowhere")
     monkeypatch.setenv("MLXQ_API_KEY", "secret")
-    with (tmp_path / "open").open("w") as ours:
-        os.set_inheritable(ours.fileno(), True)
+    with (tmp_path / "open").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
         tokenizing.tokenize(source(), plain("word"))
     [helper] = helpers()
     helper.send_signal(signal.SIGINT)
     assert tokenizing.tokenize(source(), plain("word")).tokens == (2, 0)
     assert helper.is_running() and helper.status() != psutil.STATUS_ZOMBIE
     assert "secret" not in str(helper.environ())
-    assert not [file for file in helper.open_files() if file.path.endswith("/open")]
-    assert helper.num_fds() <= 5  # the socket twice, nothing, and what the tests' errors go to
+    assert not [opened for opened in helper.open_files() if opened.path.endswith("/open")]
+    assert helper.num_fds() <= 5  # the socket twice, /dev/null, and stderr of the tests
 
 
 PARENT = """
@@ -267,20 +272,20 @@ from tests.support.tokenizers import CHATML, ENDLESS, chat
 from shared.tokenizing.messages import TokenizerSource
 tokenizing = Tokenizing(2.0)
 tokenizing.tokenize(TokenizerSource(sys.argv[1], chat_template=CHATML), chat("word"))
-print("up", flush=True)
+print("ready", flush=True)
 sys.stdin.readline()
 tokenizing.tokenize(TokenizerSource(sys.argv[1], chat_template=ENDLESS), chat("word"))
 """
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_helper_ends_with_its_client(tmp_path: Path, eventually: Callable[..., None], busy: bool) -> None:
+def test_helper_ends_with_its_client(tmp_path: Path, eventually: Callable[..., None], busy: bool) -> None:
     command = [sys.executable, "-c", PARENT, str(written(tmp_path))]
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
         assert parent.stdin is not None and parent.stdout is not None
-        assert parent.stdout.readline() == b"up\n"
+        assert parent.stdout.readline() == b"ready\n"
         [helper] = helpers(parent.pid)
         if busy:
             parent.stdin.write(b"\n")
@@ -292,10 +297,10 @@ def test_a_helper_ends_with_its_client(tmp_path: Path, eventually: Callable[...,
 
 
 @pytest.mark.parametrize("large", [0, 1_200_000_000], ids=["small", "large"])
-def test_a_helper_that_has_grown_gives_its_memory_back(
+def test_helper_that_has_grown_is_replaced(
     tokenizing: Tokenizing, source: Callable[..., TokenizerSource], eventually: Callable[..., None], large: int
 ) -> None:
-    memory = b"x" * large  # of the process that starts the helper
+    memory = b"x" * large  # in the process that starts the helper
     grow = "{% if messages[0].content == 'grow' %}{{ ('x' * 10 ** 9)[:0] }}{% endif %}" + CHATML
     tokenizing.tokenize(source(grow), chat("word"))
     del memory
@@ -305,12 +310,14 @@ def test_a_helper_that_has_grown_gives_its_memory_back(
     assert tokenizing.tokenize(source(grow), chat("word")).tokens == (3, 0, 5)
 
 
-def test_greenlets_wait_without_holding_up_others(tmp_path: Path) -> None:
+def test_waiting_greenlet_does_not_block_others(tmp_path: Path) -> None:
     script = ROOT / "tests/support/tokenizing_under_gevent.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), str(written(tmp_path))], env=environment, capture_output=True, check=True
     )
-    said = json.loads(found.stdout)
-    assert (said["tokens"], said["code"], said["again"]) == ([[2, 0, 0]], "template_error", [2, 0, 0])
-    assert said["turns"] > 20  # in 1.5 s
+    output = json.loads(result.stdout)
+    assert output["tokens"] == [[2, 0, 0]]
+    assert output["slow_code"] == "template_error"
+    assert output["turns_of_others"] > 1
+    assert output["tokens_after_kill"] == [2, 0, 0]
