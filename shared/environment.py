@@ -1,8 +1,8 @@
-"""Names in the environment and in `.env` that are not ours: variables of libraries, and misspelled settings.
+"""Variables in the environment and in `.env` that are not settings: variables of libraries, and misspelled settings.
 
-Celery, Flower, gunicorn and Flask read variables by themselves, and most of these win over what a program passes. A
-variable that was set for another application could redirect our messages or open another port. Such variables are
-removed from the environment of the process, and so of its children, before the libraries read them.
+Celery, Flower, gunicorn and Flask read variables of their own, most of which override the arguments that a program
+passes. A variable that was set for another application could redirect messages or open another port. So these variables
+are removed from the environment of the process and its children before the libraries read them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAMES: Final = frozenset(
         "AUTOSCALE_KEEPALIVE",  # Celery
         "DEBUG_METRICS",  # prometheus_flask_exporter
         "GUNICORN_CMD_ARGS",
-        "FORWARDED_ALLOW_IPS",  # gunicorn: whose forwarded headers it trusts
+        "FORWARDED_ALLOW_IPS",  # gunicorn: proxies whose headers it trusts
         "MLXLM_USE_MODELSCOPE",  # mlx-lm: another hub
         "MLX_VLM_USE_MODELSCOPE",
         "SCRIPT_NAME",  # gunicorn: a prefix of every path
@@ -29,16 +29,16 @@ _NAMES: Final = frozenset(
     }
 )
 _OURS: Final = frozenset({"FLOWER_PASSWORD", "FLOWER_PORT", "FLOWER_URL", "FLOWER_USER", "PROMETHEUS_MULTIPROC_DIR"})
-"""Our own settings, and what `web/gunicorn.conf.py` sets itself."""
+"""Settings with such a prefix, and a variable that `web/gunicorn.conf.py` sets."""
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a library reads this variable to override what our settings say."""
+    """Whether a variable would let a library override settings."""
     return name not in _OURS and (name in _NAMES or name.startswith(_PREFIXES))
 
 
 def drop_foreign_variables(environment: MutableMapping[str, str]) -> list[str]:
-    """Remove the variables that only libraries read, log their names, and return them."""
+    """Remove the variables of libraries, log their names and return these."""
     dropped = sorted(name for name in environment if is_foreign(name))
     for name in dropped:
         del environment[name]
@@ -50,23 +50,23 @@ def drop_foreign_variables(environment: MutableMapping[str, str]) -> list[str]:
 _COMPOSE: Final = frozenset({"MODELS_DIR", "PYTHON_IMAGE", "REDIS_IMAGE", "REDIS_MAXMEMORY", "REDIS_PORT"})
 """Variables of compose.yaml, which reads the same `.env`."""
 _CLOSE: Final = 0.85
-"""Similarity, from 0 to 1, from which a name is taken for a misspelled setting."""
+"""Minimum similarity, from 0 to 1, of a misspelled name to a setting."""
 
 
 def unknown_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, str]:
-    """Of names in `.env`: those that nothing reads, each with the setting that was probably meant, or an empty text."""
+    """Return the names in `.env` that nothing reads, each with the most similar setting, or an empty string."""
     known = {name.upper() for name in settings}
     unknown = [name.upper() for name in names if not name.upper().startswith("COMPOSE_")]
     return {name: closest(name, known) for name in unknown if name not in known | _COMPOSE}
 
 
 def misspelled_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, str]:
-    """Of names in the environment: those that are probably misspelled settings, each with the setting meant."""
+    """Return the names in the environment that are probably misspelled settings, each with that setting."""
     known = {name.upper() for name in settings}
-    found = {name: closest(name, known) for name in names if name not in known | _COMPOSE | _OURS}
-    return {name: meant for name, meant in found.items() if meant}
+    similar = {name: closest(name, known) for name in names if name not in known | _COMPOSE | _OURS}
+    return {name: setting for name, setting in similar.items() if setting}
 
 
 def closest(name: str, settings: Iterable[str]) -> str:
-    """The setting whose name is most similar; empty if none is similar."""
+    """Return the setting with the most similar name; an empty string if none is similar."""
     return next(iter(get_close_matches(name, settings, n=1, cutoff=_CLOSE)), "")

@@ -1,6 +1,6 @@
-"""Every setting of every process, read from the environment and `.env` (the environment wins).
+"""Every setting of every process, read from the environment and from `.env`; the environment has precedence.
 
-Names are the same in both places. `.env.example` and `docs/configuration.md` are generated from this class by
+Names are the same in both. `.env.example` and `docs/configuration.md` are generated from this class by
 `python -m scripts.docs.settings`; a test compares them.
 """
 
@@ -24,18 +24,18 @@ from shared.queue import redis_url
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
 RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
-"""A rate as the `limits` package writes it."""
+"""A rate in the format of the `limits` package."""
 
 _IN_ORDER: Final = {
     "max_start_within_s": ("start_within_s", "max_start_within_s"),
     "max_deadline_s": ("deadline_s", "max_deadline_s"),
     "log_retention_s": ("log_retention_s", "retention_s"),
 }
-"""For the later of two variables: which of them must not be more than which."""
+"""Pairs of settings of which the first must not exceed the second, by the one that is validated last."""
 
 
 class Settings(BaseSettings):
-    """One attribute a variable; times are seconds, sizes bytes."""
+    """One attribute per variable. Times are in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
@@ -43,7 +43,7 @@ class Settings(BaseSettings):
         extra="ignore",
         env_ignore_empty=True,
         frozen=True,
-        hide_input_in_errors=True,  # it may be a password
+        hide_input_in_errors=True,  # values may be passwords
     )
 
     # Locations
@@ -219,12 +219,12 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _redis_is_reachable_in_principle(cls, url: str) -> str:
+    def _redis_url_is_valid(cls, url: str) -> str:
         return url and redis_url.check_store(url)
 
     @field_validator("broker_url")
     @classmethod
-    def _broker_is_reachable_in_principle(cls, url: str) -> str:
+    def _broker_url_is_valid(cls, url: str) -> str:
         return url and redis_url.check_broker(url)
 
     @field_validator("flower_user", "flower_password")
@@ -234,7 +234,7 @@ class Settings(BaseSettings):
         if not (text.isascii() and text.isprintable()):
             raise ValueError("use printable ASCII characters only: Flower cannot compare others")
         if info.field_name == "flower_user" and ":" in text:
-            raise ValueError("remove the colon: in HTTP's basic authentication it ends the user's name")
+            raise ValueError("remove the colon: HTTP basic authentication does not allow one in a user name")
         return value
 
     @field_validator("max_start_within_s", "max_deadline_s", "log_retention_s")
@@ -249,7 +249,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:
-        # Relative paths are meant from the repository, whatever directory a script is called from.
+        # Relative paths are resolved against the repository, not the working directory.
         object.__setattr__(self, "data_dir", ROOT / self.data_dir.expanduser())
         object.__setattr__(self, "model_path", ROOT / self.model_path.expanduser())
         object.__setattr__(self, "models_file", ROOT / self.models_file.expanduser())
@@ -262,22 +262,22 @@ class Settings(BaseSettings):
 
     @cached_property
     def log_dir(self) -> Path:
-        """What supervisord and its children write, a file each."""
+        """Log files of supervisord and its child processes."""
         return self.data_dir / "logs"
 
     @cached_property
     def prefixes_dir(self) -> Path:
-        """Prefixes that outlive their worker; all workers of DATA_DIR share it."""
+        """Cached prefixes on disk, shared by all workers of DATA_DIR."""
         return self.data_dir / "prefixes"
 
     @cached_property
     def tokenizers_dir(self) -> Path:
-        """Tokenizers of the models that API and workers of this host have met."""
+        """Tokenizer files, shared by the API and the workers of this host."""
         return self.data_dir / "tokenizers"
 
     @cached_property
     def embedded_redis(self) -> bool:
-        """Whether the queue lives in our own Valkey, on a Unix socket inside DATA_DIR."""
+        """Whether the queue is in the embedded Valkey, which listens on a Unix socket in DATA_DIR."""
         return not self.redis_url
 
     @cached_property
@@ -297,7 +297,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def model_id(self) -> str:
-        """The name requests use for the model of MODEL_PATH: its folder's name."""
+        """Id of the model of MODEL_PATH: the name of its folder."""
         return self.model_path.name
 
     @cached_property
@@ -307,40 +307,42 @@ class Settings(BaseSettings):
 
 
 def load_settings(*, env_file_may_be_missing: bool = False) -> Settings:
-    """Read the environment and `.env` now, and remove the variables of libraries that would override them.
+    """Read the environment and `.env`, and remove variables of libraries that would override settings.
 
     Args:
-        env_file_may_be_missing: do not insist on the file that ENV_FILE names.
+        env_file_may_be_missing: accept that the file named by ENV_FILE does not exist.
 
     Raises:
-        pydantic.ValidationError: naming each variable that does not fit, or that nothing reads.
+        pydantic.ValidationError: a variable is invalid or unknown; the error names each of them.
     """
     drop_foreign_variables(os.environ)
     settings = Settings()
-    wrong = dict(_wrong_names())
+    problems = dict(_unknown_settings())
     if "ENV_FILE" in os.environ and not ENV_FILE.exists() and not env_file_may_be_missing:
-        wrong["env_file"] = f"{ENV_FILE} does not exist"
+        problems["env_file"] = f"{ENV_FILE} does not exist"
     if "models_file" in settings.model_fields_set and not settings.models_file.exists():
-        wrong["models_file"] = f"{settings.models_file} does not exist"
-    if wrong:
-        raise ValidationError.from_exception_data("settings", [_fault(name, why) for name, why in wrong.items()])
+        problems["models_file"] = f"{settings.models_file} does not exist"
+    if problems:
+        raise ValidationError.from_exception_data(
+            "settings", [_error(name, reason) for name, reason in problems.items()]
+        )
     return settings
 
 
-def _wrong_names() -> Iterator[tuple[str, str]]:
+def _unknown_settings() -> Iterator[tuple[str, str]]:
     if ENV_FILE.is_file():
-        for name, meant in unknown_names(dotenv_values(ENV_FILE), Settings.model_fields).items():
-            yield name, f"no such setting (in {ENV_FILE})" + f"; did you mean {meant}?" * bool(meant)
+        for name, similar in unknown_names(dotenv_values(ENV_FILE), Settings.model_fields).items():
+            yield name, f"no such setting (in {ENV_FILE})" + f"; did you mean {similar}?" * bool(similar)
 
 
-def _fault(name: str, why: str) -> InitErrorDetails:
-    # The reason is a parameter: it may contain braces, which have a meaning in a template.
-    kind = PydanticCustomError("setting", "{why}", {"why": why})
+def _error(name: str, reason: str) -> InitErrorDetails:
+    # The reason is passed as a parameter because braces in it would be parsed as part of the template.
+    kind = PydanticCustomError("setting", "{reason}", {"reason": reason})
     return InitErrorDetails(type=kind, loc=(name,), input=None)
 
 
 def load_or_exit() -> Settings:
-    """The same for a process that cannot run with an invalid variable: it ends with one line for each of them."""
+    """Load the settings, or exit with one line per invalid variable."""
     try:
         return load_settings()
     except ValidationError as error:
@@ -348,7 +350,7 @@ def load_or_exit() -> Settings:
 
 
 def faults(error: ValidationError) -> str:
-    """A line for each variable that does not fit."""
+    """Format a validation error as one line per variable."""
     return "\n".join(
         f"{'.'.join(map(str, each['loc'])).upper() or 'settings'}: {each['msg'].removeprefix('Value error, ')}"
         for each in error.errors()

@@ -1,6 +1,6 @@
-"""The models that this service may serve: `models/catalog.toml`, or the one of MODEL_PATH alone.
+"""The catalog of models that the service may serve: `models/catalog.toml`, or only the model of MODEL_PATH.
 
-Whoever makes a mistake in the file is told by line, and the other entries serve.
+Mistakes in the file are reported with their line, and all other entries can be served.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from shared.models.folder import ModelError, check_adapter, check_folder, model_
 from shared.settings import ROOT, Settings
 
 _NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
-"""What a model may be called: it is part of a queue's name and of keys."""
+"""Allowed model names, which become part of Redis keys."""
 _HUB_ID: Final = r"^[\w.-]+/[\w.-]+$"
 
 
 class SamplingDefaults(BaseModel):
-    """What a request gets that does not say. The names are those of requests."""
+    """Defaults for requests. The names are those of request fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -40,7 +40,7 @@ class SamplingDefaults(BaseModel):
 
 
 class _Entry(BaseModel):
-    """A table of the file."""
+    """A table [models.NAME] of the file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -63,13 +63,13 @@ class CatalogModel:
     """A model that may be served.
 
     Attributes:
-        context: most tokens of prompt and answer, where that is to be less than the model allows.
-        slots: rows decoded at once; None: SLOTS.
-        dtype, quantize_bits: what its weights become when they are loaded; None: as they are.
-        adapter: a folder of LoRA weights.
-        pin: whether it is never unloaded to make place for another.
-        told_context: most tokens by its own files; None: they do not say.
-        weights_bytes: what `measure` said when the catalog was read.
+        context: maximum tokens of prompt and answer, if lower than the model's own limit.
+        slots: maximum rows in a batch; None for the setting SLOTS.
+        dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
+        adapter: a folder with LoRA weights.
+        pin: whether it is never unloaded to free memory for another model.
+        told_context: context declared by the model's files; None if they declare none.
+        weights_bytes: result of `measure` when the catalog was read.
     """
 
     id: str
@@ -87,28 +87,28 @@ class CatalogModel:
     weights_bytes: int = 0
 
     def measure(self) -> int:
-        """About the bytes that its weights take in memory, by its folder as it is now; 0: it holds no model."""
+        """Estimate the bytes of its weights in memory from the current files; 0 if the folder holds no model."""
         adapter = weights_bytes(self.adapter) if self.adapter else 0
         return weights_bytes(self.path, self.dtype, self.quantize_bits) + adapter
 
     @property
     def told_kind(self) -> str | None:
-        """Its kind by its own files; None: they are not here, but perhaps where a worker is."""
+        """The kind by the model's files; None if they are not on this host, but perhaps on that of a worker."""
         return self.kind if self.weights_bytes else None
 
     @property
     def most_tokens(self) -> int | None:
-        """Of prompt and answer together, as far as it is known without loading it."""
-        return min((each for each in (self.context, self.told_context) if each is not None), default=None)
+        """Maximum tokens of prompt and answer together, if it is known without loading the model."""
+        return min((limit for limit in (self.context, self.told_context) if limit is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """All of them.
+    """All models that may be served, by id.
 
     Attributes:
-        default: id of the one that a request gets which names none.
-        faults: a line for each entry that is wrong.
+        default: id of the model for requests that name none.
+        faults: one line for each mistake in the file.
     """
 
     models: dict[str, CatalogModel]
@@ -116,50 +116,58 @@ class Catalog:
     faults: tuple[str, ...] = ()
 
     def resolve(self, name: str | None) -> CatalogModel | None:
-        """The model that an id or an alias means; None when there is none."""
-        asked = name or self.default
-        if asked in self.models:
-            return self.models[asked]
-        return next((model for model in self.models.values() if asked in model.aliases), None)
+        """Return the model with an id or an alias, by default the default model; None if there is none."""
+        name = name or self.default
+        if name in self.models:
+            return self.models[name]
+        return next((model for model in self.models.values() if name in model.aliases), None)
 
     def first(self, worker_models: str, index: int) -> tuple[list[CatalogModel], list[str]]:
-        """The models that a worker loads at its start by WORKER_MODELS, and names there that mean none.
+        """Return the models that a worker loads at startup.
 
         Args:
-            index: which of the service's workers it is, from 0.
+            worker_models: the setting WORKER_MODELS.
+            index: number of the worker process on this host, from 0.
+
+        Returns:
+            The models, and the names in the setting that no model has.
         """
         lists = worker_models.split(";")
         names = [name.strip() for name in lists[index % len(lists)].split(",") if name.strip()] or [self.default]
-        found = [(name, self.resolve(name)) for name in names]
-        models = list({model.id: model for _, model in found if model is not None}.values())
-        return models, [name for name, model in found if model is None]
+        resolved = {name: self.resolve(name) for name in names}
+        models = {model.id: model for model in resolved.values() if model is not None}
+        return list(models.values()), [name for name, model in resolved.items() if model is None]
 
 
 def load_catalog(settings: Settings) -> Catalog:
-    """Read the catalog. A MODEL_PATH that somebody has set is the default, whatever the file says."""
+    """Read the catalog. If MODEL_PATH is set explicitly, its model is the default, whatever the file says."""
     path = settings.model_path
-    own = _told(CatalogModel(path.name, path, model_kind(path)))
+    own = _with_declared(CatalogModel(path.name, path, model_kind(path)))
     if not settings.models_file.exists():
-        wanted = "models_file" in settings.model_fields_set
-        return Catalog({own.id: own}, own.id, (f"MODELS_FILE: there is no {settings.models_file}",) * wanted)
+        is_set = "models_file" in settings.model_fields_set
+        return Catalog({own.id: own}, own.id, (f"MODELS_FILE: {settings.models_file} does not exist",) * is_set)
     reader = _Reader(settings)
     models = {model.id: model for model in reader.models()}
     if "model_path" in settings.model_fields_set or not models:
         same = [model for model in models.values() if model.path.resolve() == own.path.resolve()]
         known = min(same, key=lambda model: model.id != own.id, default=None)
         if known is None and own.id in models:
-            reader.fault(own.id, "path", f"[models.{own.id}] has the name of MODEL_PATH's model, which is another")
+            reader.fault(
+                own.id,
+                "path",
+                f"[models.{own.id}] has the same name as the model of MODEL_PATH but another path; rename it",
+            )
         default = known or own
         models[default.id] = default
     else:
         default = models.get(reader.default or "") or next(iter(models.values()))
         if reader.default not in (None, default.id):
-            reader.fault("", "default", f"there is no model {reader.default} that can be served")
-    return Catalog(models, default.id, tuple(told for _, told in sorted(reader.faults)))
+            reader.fault("", "default", f"default: the model {reader.default} does not exist or cannot be served")
+    return Catalog(models, default.id, tuple(text for _, text in sorted(reader.faults)))
 
 
 class _Reader:
-    """Reads the file, and notes what is wrong with it."""
+    """Parses the file and collects its mistakes as (line, text)."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -169,16 +177,16 @@ class _Reader:
             text = settings.models_file.read_text("utf-8", errors="replace")
         except OSError as error:
             text = ""
-            self._note(1, f"it cannot be read: {error.strerror}")
+            self._note(1, f"the file cannot be read: {error.strerror}")
         self._text = CatalogText(text)
         for line, what in self._text.faults:
             self._note(line, what)
 
     def models(self) -> Iterator[CatalogModel]:
-        """Those that are right."""
+        """Yield the models without mistakes."""
         content = self._text.content
         for key in content.keys() - {"models", "default"}:
-            self.fault("", key, f"{key} is unknown; a file has `default` and tables [models.NAME]")
+            self.fault("", key, f"{key} is unknown; supported are `default` and tables [models.NAME]")
         default, tables = content.get("default"), content.get("models", {})
         if isinstance(default, str) and default:
             self.default = default
@@ -199,13 +207,13 @@ class _Reader:
 
     def _model(self, name: str, table: Any) -> CatalogModel | None:
         if not re.fullmatch(_NAME, name):
-            self.fault(name, "", f"[models.{name}]: a name has letters, digits and . _ - only")
+            self.fault(name, "", f"[models.{name}]: a name must consist of letters, digits and . _ -")
             return None
         try:
             entry = _Entry.model_validate(table)
         except ValidationError as error:
-            for each in error.errors():
-                self._refuse(name, [str(part) for part in each["loc"]], _said(name, each))
+            for details in error.errors():
+                self._refuse(name, [str(part) for part in details["loc"]], _describe(name, details))
             return None
         return self._checked(name, entry)
 
@@ -215,16 +223,16 @@ class _Reader:
         self._note(self._text.line("models", name, *place), f"{where}: {what}")
 
     def _checked(self, name: str, entry: _Entry) -> CatalogModel | None:
-        """The entry as a model, if its folders are what it says."""
-        path = _placed(entry.path or f"models/{(entry.hub or name).rpartition('/')[2]}")
-        adapter = _placed(entry.adapter) if entry.adapter else None
-        there = _is_there(path)
-        kind = model_kind(path) if there else entry.kind or "text"
-        key, what = self._wrong_on_disk(entry, path, adapter) if there else _absent(entry, path)
-        if what:
-            self.fault(name, key, f"[models.{name}]{f' {key}' if there else ''}: {what}")
-            # Who names no model means this one, and no other: it may be fetched yet, and nothing serves until then.
-            if there or name != self.default:
+        """Convert an entry to a model after checking its folders; None if there is a mistake."""
+        path = _resolve_path(entry.path or f"models/{(entry.hub or name).rpartition('/')[2]}")
+        adapter = _resolve_path(entry.adapter) if entry.adapter else None
+        exists = _is_model(path)
+        kind = model_kind(path) if exists else entry.kind or "text"
+        key, problem = self._check_folders(entry, path, adapter) if exists else _missing(entry, path)
+        if problem:
+            self.fault(name, key, f"[models.{name}]{f' {key}' if exists else ''}: {problem}")
+            # A missing default model stays the default: it may still be fetched, and no other model must replace it.
+            if exists or name != self.default:
                 return None
         model = CatalogModel(
             id=name,
@@ -239,89 +247,89 @@ class _Reader:
             sampling=entry.sampling,
             pin=entry.pin,
         )
-        return _told(model)
+        return _with_declared(model)
 
-    def _wrong_on_disk(self, entry: _Entry, path: Path, adapter: Path | None) -> tuple[str, str]:
-        """The key that is at fault, and why; both empty when all is well."""
+    def _check_folders(self, entry: _Entry, path: Path, adapter: Path | None) -> tuple[str, str]:
+        """Return the key with a mistake and a description; both are empty if there is none."""
         kind = model_kind(path)
         if entry.kind not in (None, kind):
-            return "kind", f"the folder holds a {kind} model"
+            return "kind", f"{path} holds a {kind} model"
         if adapter is not None and kind == "vision":
-            return "adapter", "adapters are for text models"
+            return "adapter", "vision models do not support adapters"
         if self._settings.backend == "fake":
             return "", ""
         if entry.hub and (other := fetched_otherwise(path, entry.hub, entry.revision)):
             key = "revision" if other.startswith("revision ") else "hub"
-            return key, f"{path} holds {other}; {_how_to_fetch(entry, path)}"
-        if why := _refusal(check_folder, path):
-            return "path" if entry.path else "hub", why
-        return "adapter", _refusal(check_adapter, adapter) if adapter else ""
+            return key, f"{path} holds {other}; {_fetch_hint(entry, path)}"
+        if problem := _problem(check_folder, path):
+            return "path" if entry.path else "hub", problem
+        return "adapter", _problem(check_adapter, adapter) if adapter else ""
 
     def _names_are_free(self, model: CatalogModel, taken: dict[str, str]) -> bool:
         for alias in model.aliases:
             if alias in taken:
-                of = taken[alias] or alias
-                self.fault(model.id, "aliases", f"[models.{model.id}] aliases: {alias} is {of}'s already")
+                owner = taken[alias] or alias
+                self.fault(model.id, "aliases", f"[models.{model.id}] aliases: {alias} already belongs to {owner}")
                 return False
         taken.update(dict.fromkeys(model.aliases, model.id))
         return True
 
-    def _note(self, line: int, what: str) -> None:
+    def _note(self, line: int, text: str) -> None:
         path = self._settings.models_file
-        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-        self.faults.append((line, f"{shown}:{line}: {what}"))
+        file = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        self.faults.append((line, f"{file}:{line}: {text}"))
 
 
-def _said(name: str, error: ErrorDetails) -> str:
-    """What is wrong with a value, in the words of the file's format."""
+def _describe(name: str, error: ErrorDetails) -> str:
+    """Describe a validation error in terms of the file."""
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
         if isinstance(error["input"], dict):
-            return f'there is no such table; a name with dots stands in quotes: [models."{name}.{error["loc"][0]}"]'
-        return f"there is no such key; there are {', '.join(_Entry.model_fields)}"
+            return f'unknown table; quote a name that contains dots: [models."{name}.{error["loc"][0]}"]'
+        return f"unknown key; supported are {', '.join(_Entry.model_fields)}"
     if error["type"] == "extra_forbidden" and error["loc"][0] == "sampling":
-        return f"there is no such key; there are {', '.join(SamplingDefaults.model_fields)}"
+        return f"unknown key; supported are {', '.join(SamplingDefaults.model_fields)}"
     if not error["loc"]:
-        return "it must be a table"
+        return "must be a table"
     return error["msg"]
 
 
-def _told(model: CatalogModel) -> CatalogModel:
-    """With what its files tell before it is loaded."""
+def _with_declared(model: CatalogModel) -> CatalogModel:
+    """Add the properties that the model's files declare."""
     return replace(model, told_context=told_context(model.path), weights_bytes=model.measure())
 
 
-def _absent(entry: _Entry, path: Path) -> tuple[str, str]:
-    """That a model is not there, and how to get it."""
-    what = f"there is no model in {path}"
+def _missing(entry: _Entry, path: Path) -> tuple[str, str]:
+    """Return the key and the description of a missing model, with the command that fetches it."""
+    text = f"there is no model in {path}"
     if entry.hub is None:
-        return "path", what
-    return "path" if entry.path else "hub", f"{what}; {_how_to_fetch(entry, path)}"
+        return "path", text
+    return "path" if entry.path else "hub", f"{text}; {_fetch_hint(entry, path)}"
 
 
-def _how_to_fetch(entry: _Entry, path: Path) -> str:
+def _fetch_hint(entry: _Entry, path: Path) -> str:
     revision = f" --revision {entry.revision}" if entry.revision else ""
-    place = f" -o {path.parent} --name {path.name}" if entry.path else ""
-    return f"scripts/fetch_model {entry.hub}{revision}{place} gets it"
+    target = f" -o {path.parent} --name {path.name}" if entry.path else ""
+    return f"to fetch it, run scripts/fetch_model {entry.hub}{revision}{target}"
 
 
-def _placed(path: str) -> Path:
-    """A path of the file: those that are relative are meant from the repository."""
+def _resolve_path(path: str) -> Path:
+    """Resolve a path in the file. Relative paths are relative to the repository."""
     try:
         return ROOT / Path(path).expanduser()
-    except RuntimeError:  # nobody here is called so
+    except RuntimeError:  # unknown user in ~user
         return ROOT / path
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a folder has a model, as far as we may look."""
+def _is_model(path: Path) -> bool:
+    """Whether a folder holds a model; False also if it cannot be read."""
     try:
         return (path / "config.json").is_file()
     except OSError:
         return False
 
 
-def _refusal(check: Callable[[Path], None], folder: Path) -> str:
-    """Why a folder cannot be used; empty when it can."""
+def _problem(check: Callable[[Path], None], folder: Path) -> str:
+    """Return why a folder cannot be used; an empty string if it can."""
     try:
         check(folder)
     except ModelError as error:

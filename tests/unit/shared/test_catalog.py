@@ -1,4 +1,4 @@
-"""The catalog of models, and how its mistakes are told."""
+"""The catalog of models, and the reports of mistakes in it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def read(models: Path, text: str, **settings: object) -> Catalog:
     return load_catalog(Settings(models_file=models / "catalog.toml", **settings))  # type: ignore[arg-type]
 
 
-def test_without_a_file_the_model_of_the_settings_is_all(models: Path) -> None:
+def test_without_a_file_only_the_model_of_the_settings_is_served(models: Path) -> None:
     catalog = load_catalog(Settings(models_file=models / "none.toml", model_path=models / "seer"))
     assert list(catalog.models) == ["seer"] == [catalog.default]
     assert catalog.models["seer"].kind == "vision"
 
 
-def test_entries_with_all_they_can_say(models: Path) -> None:
+def test_entry_with_all_keys(models: Path) -> None:
     (models / "lora").mkdir()
     (models / "lora/adapter_config.json").write_text("{}")
     shutil.copy(models / "one/model.safetensors", models / "lora/adapters.safetensors")
@@ -90,7 +90,7 @@ def fetched(models: Path, source: str, requested: str) -> None:
         ("org/fetched", "", "main"), ("org/fetched", "v1", ""), ("/somewhere/else", "", "v1"),
     ],
 )  # fmt: skip
-def test_a_fetched_folder_of_the_revision_that_is_named_serves(
+def test_folder_fetched_at_the_named_revision_is_served(
     models: Path, source: str, requested: str, revision: str
 ) -> None:
     fetched(models, source, requested)
@@ -101,22 +101,22 @@ def test_a_fetched_folder_of_the_revision_that_is_named_serves(
 
 
 @pytest.mark.parametrize(
-    ("entry", "line", "what"),
+    ("entry", "line", "message"),
     [
         ('path = "HERE/two"\nslots = 0', 5, "[models.two] slots: Input should be greater than or equal to 1"),
-        ('path = "HERE/two"\nslot = 1', 5, "[models.two] slot: there is no such key; there are path, hub, revision, "),
+        ('path = "HERE/two"\nslot = 1', 5, "[models.two] slot: unknown key; supported are path, hub, revision, "),
         ('path = "HERE/nowhere"', 4, "[models.two]: there is no model in HERE/nowhere"),
         (
             'hub = "org/nowhere"\nrevision = "v2"', 4,
-            f"no model in {ROOT}/models/nowhere; scripts/fetch_model org/nowhere --revision v2 gets it",
+            f"no model in {ROOT}/models/nowhere; to fetch it, run scripts/fetch_model org/nowhere --revision v2",
         ),
         (
             'hub = "org/nowhere"\npath = "HERE/there"', 5,
-            "no model in HERE/there; scripts/fetch_model org/nowhere -o HERE --name there gets it",
+            "no model in HERE/there; to fetch it, run scripts/fetch_model org/nowhere -o HERE --name there",
         ),
-        ('path = "HERE/two"\nkind = "vision"', 5, "[models.two] kind: the folder holds a text model"),
+        ('path = "HERE/two"\nkind = "vision"', 5, "[models.two] kind: HERE/two holds a text model"),
         ('path = "HERE/two"\nadapter = "HERE/one"', 5, "[models.two] adapter: HERE/one has no adapter_config.json"),
-        ('path = "HERE/seer"\nadapter = "HERE/one"', 5, "[models.two] adapter: adapters are for text models"),
+        ('path = "HERE/seer"\nadapter = "HERE/one"', 5, "[models.two] adapter: vision models do not support adapters"),
         ('path = "~nobody-here/two"', 4, "[models.two]: there is no model in"),
         (f'path = "{"x" * 300}"', 4, "[models.two]: there is no model in"),
         ('path = "a\\u0000b"', 4, "[models.two]: there is no model in"),
@@ -127,7 +127,7 @@ def test_a_fetched_folder_of_the_revision_that_is_named_serves(
         ('path = "HERE/two"\n[models.two.sampling]\ntop_p = \n', 6, "[models.two] is not TOML: Invalid value"),
         ('path = "HERE/two"\n[models.two]\nslots = 4', 5, "[models.two] is not TOML: Cannot declare"),
         ('path = "HERE/two"\n[models.\'two\'.sampling]\ntop_p = 7.5', 6, "[models.two] sampling.top_p: Input"),
-        ('path = "HERE/two"\naliases = ["one"]', 5, "[models.two] aliases: one is one's already"),
+        ('path = "HERE/two"\naliases = ["one"]', 5, "[models.two] aliases: one already belongs to one"),
         ('path = "HERE/two"\n\n# more\nsampling = { temperature = 9 }', 7, "[models.two] sampling.temperature"),
         ('path = "HERE/two"\n[models.two.sampling]\ntop_p = 7.5', 6, "[models.two] sampling.top_p"),
         ('path = "HERE/two"\nsampling = {}\nslots = 0', 6, "[models.two] slots: "),
@@ -135,14 +135,16 @@ def test_a_fetched_folder_of_the_revision_that_is_named_serves(
         ('path = """\\\n  HERE/\\\n  two"""\nslots = 0', 7, "[models.two] slots: "),
         (
             'hub = "org/fetched"\npath = "HERE/fetched"\nrevision = "v2"', 6,
-            "[models.two] revision: HERE/fetched holds revision v1 (0123456789); scripts/fetch_model org/fetched --rev",
+            "[models.two] revision: HERE/fetched holds revision v1 (0123456789); to fetch it, run scripts/fetch_model",
         ),
-        ('hub = "org/other"\npath = "HERE/fetched"', 4, "[models.two] hub: HERE/fetched holds org/fetched; scripts/"),
-        ('path = "HERE/two"\nsampling = { heat = 1 }', 5, "[models.two] sampling.heat: there is no such key"),
+        ('hub = "org/other"\npath = "HERE/fetched"', 4, "[models.two] hub: HERE/fetched holds org/fetched; to fetch"),
+        ('path = "HERE/two"\nsampling = { heat = 1 }', 5, "[models.two] sampling.heat: unknown key"),
         ('path = "HERE/two"\ndtype = "int3"', 5, "[models.two] dtype: Input should be"),
     ],
 )  # fmt: skip
-def test_a_wrong_entry_is_named_by_line_and_the_others_serve(models: Path, entry: str, line: int, what: str) -> None:
+def test_mistake_is_reported_with_its_line_and_other_entries_are_served(
+    models: Path, entry: str, line: int, message: str
+) -> None:
     shutil.copytree(models / "one", models / "cut")
     fetched(models, "org/fetched", "v1")
     cut = models / "cut/model.safetensors"
@@ -153,38 +155,40 @@ def test_a_wrong_entry_is_named_by_line_and_the_others_serve(models: Path, entry
     assert list(catalog.models) == ["one", "seer"]
     (fault,) = catalog.faults
     assert fault.startswith(f"catalog.toml:{line}: ")
-    assert what.replace("HERE", str(models)) in fault
+    assert message.replace("HERE", str(models)) in fault
 
 
-def test_what_is_wrong_with_the_file_itself(models: Path) -> None:
+def test_mistakes_outside_entries_are_reported(models: Path) -> None:
     catalog = read(models, '[models.one]\npath = "HERE/one\n', model_path=models / "two")
     assert list(catalog.models) == ["two"]
     assert catalog.faults[0].startswith("catalog.toml:2: [models.one] is not TOML")
     catalog = read(models, 'defaults = 1\ndefault = "three"\n[models.one]\npath = "HERE/one"\n["models"."a b"]\n')
     assert catalog.default == "one"
     assert [fault.split(": ")[0] for fault in catalog.faults][:1] == ["catalog.toml:1"]
-    assert any("there is no model three" in fault and ":2: " in fault for fault in catalog.faults)
+    assert any("the model three does not exist" in fault and ":2: " in fault for fault in catalog.faults)
     assert any("[models.a b]" in fault for fault in catalog.faults)
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "what"),
+    ("text", "line", "message"),
     [
         ('[models]\none = { path = "HERE/one" }\ntwo = { path = "HERE/two", slots = 0 }', 3, "[models.two] slots: "),
         ('models.one.path = "HERE/one"\nmodels.two.path = "HERE/two"\nmodels.two.slots = 0', 3, "[models.two] slots: "),
         ('[models]\none.path = "HERE/one"\n"two".path = "HERE/two"\ntwo.slots = 0', 4, "[models.two] slots: "),
-        ('[models]\none.path = "HERE/one"\ntwo = 5', 3, "[models.two]: it must be a table"),
-        ('[models.one]\npath = "HERE/one"\n[[models.two]]\npath = "HERE/two"', 3, "[models.two]: it must be a table"),
+        ('[models]\none.path = "HERE/one"\ntwo = 5', 3, "[models.two]: must be a table"),
+        ('[models.one]\npath = "HERE/one"\n[[models.two]]\npath = "HERE/two"', 3, "[models.two]: must be a table"),
     ],
 )
-def test_entries_in_other_forms_are_named_by_line_too(models: Path, text: str, line: int, what: str) -> None:
+def test_mistakes_in_other_notations_are_reported_with_their_line(
+    models: Path, text: str, line: int, message: str
+) -> None:
     catalog = read(models, text)
     assert list(catalog.models) == ["one"]
     (fault,) = catalog.faults
-    assert fault.startswith(f"catalog.toml:{line}: {what}"), fault
+    assert fault.startswith(f"catalog.toml:{line}: {message}"), fault
 
 
-def test_tables_of_one_name_in_two_places_are_one_wrong_entry(models: Path) -> None:
+def test_table_that_is_declared_twice_is_one_mistake(models: Path) -> None:
     text = '[models.one]\npath = "HERE/one"\n[models.two]\npath = "HERE/two"\n[models."one"]\npath = "HERE/seer"\n'
     catalog = read(models, text + "[models.one.sampling]\ntop_p = 0.5\n")
     assert list(catalog.models) == ["two"]
@@ -192,11 +196,11 @@ def test_tables_of_one_name_in_two_places_are_one_wrong_entry(models: Path) -> N
     assert fault.startswith("catalog.toml:5: [models.one] is not TOML: Cannot declare")
 
 
-def test_a_name_with_dots_and_no_quotes_is_explained(models: Path) -> None:
+def test_unquoted_name_with_dots_is_explained(models: Path) -> None:
     catalog = read(
         models, '[models.Qwen2.5-7B]\npath = "HERE/one"\n[models."Qwen2.5-7B"]\npath = "HERE/two"\nslots = 0'
     )
-    assert 'stands in quotes: [models."Qwen2.5-7B"]' in catalog.faults[0]
+    assert 'quote a name that contains dots: [models."Qwen2.5-7B"]' in catalog.faults[0]
     assert catalog.faults[0].startswith("catalog.toml:1: [models.Qwen2]")
     assert catalog.faults[1].startswith("catalog.toml:5: [models.Qwen2.5-7B] slots")
 
@@ -204,7 +208,7 @@ def test_a_name_with_dots_and_no_quotes_is_explained(models: Path) -> None:
 @pytest.mark.parametrize(
     "text", ['"', "[", "[[", "=", 'a = """', "a = [1,\n\n", "[models", "[models.]", "\x00", "[models.a]\nb = [\n[c]"]
 )
-def test_no_file_is_so_wrong_that_nothing_serves(models: Path, text: str) -> None:
+def test_malformed_file_does_not_stop_the_service(models: Path, text: str) -> None:
     catalog = read(models, text, model_path=models / "two")
     assert list(catalog.models) == ["two"] and catalog.faults
 
@@ -247,9 +251,7 @@ LINES = [
 
 @given(st.lists(st.sampled_from(LINES), max_size=12))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-def test_whatever_stands_in_the_file_something_serves_and_each_fault_has_its_line(
-    models: Path, lines: list[str]
-) -> None:
+def test_any_file_leaves_a_default_and_each_mistake_has_a_valid_line(models: Path, lines: list[str]) -> None:
     catalog = read(models, "\n".join(lines), model_path=models / "seer")
     assert catalog.default in catalog.models
     assert {model.path.name for model in catalog.models.values()} <= {"one", "two", "seer"}
@@ -258,7 +260,7 @@ def test_whatever_stands_in_the_file_something_serves_and_each_fault_has_its_lin
         assert 1 <= number <= max(1, len(lines))
 
 
-def test_the_examples_of_the_file_that_comes_with_this_are_right() -> None:
+def test_examples_in_the_shipped_catalog_are_valid_and_complete() -> None:
     lines = (ROOT / "models/catalog.toml").read_text().splitlines()
     examples = [re.sub(r"^(# ?)+", "", line) for line in lines]
     tables = tomllib.loads("\n".join(line for line in examples if re.match(r"\[|[a-z_]+ = ", line)))["models"]
@@ -268,33 +270,35 @@ def test_the_examples_of_the_file_that_comes_with_this_are_right() -> None:
     assert {key for table in tables.values() for key in table} == set(catalog_module._Entry.model_fields)
 
 
-def test_a_file_that_cannot_be_read_is_told(models: Path) -> None:
+def test_unreadable_file_is_reported(models: Path) -> None:
     catalog = load_catalog(Settings(models_file=models, model_path=models / "two"))
     assert list(catalog.models) == ["two"]
-    assert catalog.faults == (f"{models.name}:1: it cannot be read: Is a directory",)
+    assert catalog.faults == (f"{models.name}:1: the file cannot be read: Is a directory",)
 
 
-def test_the_default_is_told_when_it_is_not_there_and_stays_it(models: Path) -> None:
+def test_missing_default_is_reported_and_stays_the_default(models: Path) -> None:
     catalog = read(models, 'default = "two"\n[models.one]\npath = "HERE/one"\n[models.two]\npath = "HERE/away"\n')
     assert catalog.default == "two"
     assert catalog.models["two"].path == models / "away"
     assert catalog.faults == (f"catalog.toml:5: [models.two]: there is no model in {models / 'away'}",)
 
 
-def test_a_model_that_is_set_is_served_though_an_entry_of_another_has_its_name(models: Path) -> None:
+def test_model_path_has_precedence_over_an_entry_with_the_same_name(models: Path) -> None:
     catalog = read(models, '[models.two]\npath = "HERE/one"\n', model_path=models / "two")
     assert catalog.models["two"].path == models / "two"
-    assert catalog.faults == ("catalog.toml:2: [models.two] has the name of MODEL_PATH's model, which is another",)
+    assert catalog.faults == (
+        "catalog.toml:2: [models.two] has the same name as the model of MODEL_PATH but another path; rename it",
+    )
 
 
-def test_folders_are_not_looked_into_where_words_are_made_up(models: Path) -> None:
+def test_fake_backend_does_not_check_folders(models: Path) -> None:
     (models / "two/model.safetensors").unlink()
     text = '[models.two]\npath = "HERE/two"\n'
     assert list(read(models, text, backend="fake").models) == ["two"]
     assert list(read(models, text).models) == ["SmolLM2-135M-Instruct"]
 
 
-def test_a_model_that_is_set_is_the_default_and_keeps_its_entry(models: Path) -> None:
+def test_model_path_is_the_default_and_uses_its_entry(models: Path) -> None:
     text = 'default = "first"\n[models.first]\npath = "HERE/one"\n[models.second]\npath = "HERE/two"\n'
     catalog = read(models, text, model_path=models / "two")
     assert (catalog.default, list(catalog.models)) == ("second", ["first", "second"])
@@ -303,29 +307,29 @@ def test_a_model_that_is_set_is_the_default_and_keeps_its_entry(models: Path) ->
     assert read(models, text).default == "first"
 
 
-def test_the_file_that_comes_with_this_has_no_fault() -> None:
+def test_shipped_catalog_has_no_mistakes() -> None:
     catalog = load_catalog(Settings())
     assert catalog.faults == ()
 
 
-def test_the_models_that_a_worker_begins_with(models: Path) -> None:
+def test_models_that_a_worker_loads_at_startup(models: Path) -> None:
     catalog = read(models, '[models.one]\npath = "HERE/one"\naliases = ["uno"]\n[models.two]\npath = "HERE/two"\n')
 
-    def begins(with_these: str, index: int = 0) -> tuple[list[str], list[str]]:
-        found, unknown = catalog.first(with_these, index)
-        return [model.id for model in found], unknown
+    def loads(worker_models: str, index: int = 0) -> tuple[list[str], list[str]]:
+        first, unknown = catalog.first(worker_models, index)
+        return [model.id for model in first], unknown
 
-    assert begins("") == (["one"], [])
-    assert begins("two, uno, one") == (["two", "one"], [])
-    assert begins("three,two") == (["two"], ["three"])
-    assert [begins("one;two", index)[0] for index in range(3)] == [["one"], ["two"], ["one"]]
+    assert loads("") == (["one"], [])
+    assert loads("two, uno, one") == (["two", "one"], [])
+    assert loads("three,two") == (["two"], ["three"])
+    assert [loads("one;two", index)[0] for index in range(3)] == [["one"], ["two"], ["one"]]
 
 
-def test_a_catalog_that_is_named_and_not_there_is_told(models: Path) -> None:
+def test_missing_file_that_is_set_explicitly_is_reported(models: Path) -> None:
     catalog = load_catalog(Settings(_env_file=None, model_path=models / "one", models_file=models / "none.toml"))
-    assert (list(catalog.models), catalog.faults) == (["one"], (f"MODELS_FILE: there is no {models / 'none.toml'}",))
+    assert (list(catalog.models), catalog.faults) == (["one"], (f"MODELS_FILE: {models / 'none.toml'} does not exist",))
 
 
-def test_faults_are_in_the_order_of_their_lines(models: Path) -> None:
+def test_mistakes_are_sorted_by_line(models: Path) -> None:
     catalog = read(models, '[models.two]\npath = "HERE/no"\n[models.one]\npath = "HERE/one"\nslots = 0\ncontext = 0\n')
     assert [int(fault.split(":")[1]) for fault in catalog.faults] == [2, 5, 6]
