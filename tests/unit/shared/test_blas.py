@@ -1,3 +1,5 @@
+"""Loading OpenBLAS in front of MLX's reference BLAS."""
+
 from __future__ import annotations
 
 import ctypes
@@ -14,50 +16,50 @@ from shared.blas import Blas, prefer_openblas
 
 
 class Loader:
-    """Stands in for `ctypes.CDLL`: knows some libraries, remembers what it was asked for."""
+    """A fake `ctypes.CDLL` that has some libraries and records its calls."""
 
-    def __init__(self, *known: str, library: Any = None) -> None:
-        self.known = known
+    def __init__(self, *available: str, library: Any = None) -> None:
+        self.available = available
         self.library = library or SimpleNamespace()
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.modes: list[int] = []
 
     def __call__(self, name: str, mode: int) -> Any:
-        self.asked.append(name)
+        self.requested.append(name)
         self.modes.append(mode)
-        if name not in self.known:
+        if name not in self.available:
             raise OSError(f"{name}: cannot open shared object file")
         return self.library
 
 
 @pytest.fixture
 def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
-    """Linux without MLX, without any BLAS."""
-    stand_in = Loader()
-    monkeypatch.setattr(ctypes, "CDLL", stand_in)
+    """A Linux system without MLX and without BLAS libraries."""
+    fake = Loader()
+    monkeypatch.setattr(ctypes, "CDLL", fake)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
     for name in ("OPENBLAS_LIB", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
-    return stand_in
+    return fake
 
 
-def test_none_found_says_what_to_install(loader: Loader) -> None:
-    found = prefer_openblas()
+def test_missing_library_reports_what_to_install(loader: Loader) -> None:
+    result = prefer_openblas()
 
-    assert (found.name, found.path) == ("reference", "")
-    assert "apt-get install libopenblas0-pthread" in found.reason
+    assert (result.name, result.path) == ("reference", "")
+    assert "apt-get install libopenblas0-pthread" in result.reason
 
 
-def test_first_name_that_loads_is_taken_with_its_symbols_global(loader: Loader) -> None:
-    loader.known = ("libopenblasp.so.0", "libopenblas.so")
+def test_first_available_library_is_loaded_with_global_symbols(loader: Loader) -> None:
+    loader.available = ("libopenblasp.so.0", "libopenblas.so")
 
     assert prefer_openblas() == Blas("openblas", "libopenblasp.so.0")
-    assert loader.asked == ["libopenblas.so.0", "libopenblasp.so.0"]
+    assert loader.requested == ["libopenblas.so.0", "libopenblasp.so.0"]
     assert set(loader.modes) == {ctypes.RTLD_GLOBAL}
 
 
-def test_version_is_what_the_library_says(loader: Loader) -> None:
+def test_version_is_the_librarys_description(loader: Loader) -> None:
     class Config:
         restype: Any = None
 
@@ -65,49 +67,49 @@ def test_version_is_what_the_library_says(loader: Loader) -> None:
             assert self.restype is ctypes.c_char_p
             return b"OpenBLAS 0.3.21 Haswell MAX_THREADS=64 "
 
-    loader.known = ("libopenblas.so.0",)
+    loader.available = ("libopenblas.so.0",)
     loader.library = SimpleNamespace(openblas_get_config=Config())
 
     assert prefer_openblas().version == "OpenBLAS 0.3.21 Haswell MAX_THREADS=64"
 
 
-def test_chosen_library_goes_first(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_library_has_precedence(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_LIB", "/opt/blas/libmine.so")
-    loader.known = ("libopenblas.so.0", "/opt/blas/libmine.so")
+    loader.available = ("libopenblas.so.0", "/opt/blas/libmine.so")
 
     assert prefer_openblas().path == "/opt/blas/libmine.so"
 
 
-def test_chosen_library_that_does_not_load_is_passed_over(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_library_that_does_not_load_is_skipped(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_LIB", "/nowhere/libmine.so")
-    loader.known = ("libopenblas.so.0",)
+    loader.available = ("libopenblas.so.0",)
 
     assert prefer_openblas().path == "libopenblas.so.0"
 
 
-def test_conda_environment_is_looked_at(loader: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_conda_environment_is_searched(loader: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = str(tmp_path / "lib/libopenblas.so.0")
     monkeypatch.setenv("CONDA_PREFIX", str(tmp_path))
-    loader.known = (library,)
+    loader.available = (library,)
 
     assert prefer_openblas().path == library
 
 
-def test_too_late_once_mlx_is_loaded(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader.known = ("libopenblas.so.0",)
+def test_nothing_is_loaded_after_mlx(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader.available = ("libopenblas.so.0",)
     monkeypatch.setitem(sys.modules, "mlx.core", SimpleNamespace())
 
-    found = prefer_openblas()
+    result = prefer_openblas()
 
-    assert found.name == "reference"
-    assert "before OpenBLAS" in found.reason
-    assert loader.asked == []
+    assert result.name == "reference"
+    assert "before OpenBLAS" in result.reason
+    assert loader.requested == []
 
 
 @pytest.mark.parametrize(("system", "name"), [("Darwin", "accelerate"), ("FreeBSD", "reference")])
-def test_other_systems_are_left_alone(loader: Loader, monkeypatch: pytest.MonkeyPatch, system: str, name: str) -> None:
-    loader.known = blas._NAMES
+def test_other_systems_load_nothing(loader: Loader, monkeypatch: pytest.MonkeyPatch, system: str, name: str) -> None:
+    loader.available = blas._NAMES
     monkeypatch.setattr(platform, "system", lambda: system)
 
     assert prefer_openblas().name == name
-    assert loader.asked == []
+    assert loader.requested == []

@@ -1,4 +1,4 @@
-"""All moments that are stored or compared are Redis's: a machine whose clock is wrong sees and changes nothing."""
+"""All stored and compared times use Redis's clock, so wrong clocks of other machines have no effect."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from web.app import create_app
 MODEL = "pretend"
 SKEWS = [(0.0, 0.0), (10.0, -10.0), (-10.0, 10.0), (10.0, 10.0)]
 each_skew = pytest.mark.parametrize(("worker_s", "web_s"), SKEWS)
-"""By how many seconds the clocks of the two machines are wrong."""
+"""Errors of the clocks of the worker's and the API's machines, in seconds."""
 
 
 @pytest.fixture
 def skewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Any]:
-    """A block in which this process's clock is wrong by so many seconds. The server is another process."""
-    right, right_ns = time.time, time.time_ns
+    """Return a context manager that shifts this process's clock. Redis, another process, is not affected."""
+    real, real_ns = time.time, time.time_ns
 
     @contextmanager
     def block(seconds: float) -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda: right() + seconds)
-            patch.setattr(time, "time_ns", lambda: right_ns() + round(seconds * 1e9))
+            patch.setattr(time, "time", lambda: real() + seconds)
+            patch.setattr(time, "time_ns", lambda: real_ns() + round(seconds * 1e9))
             yield
 
     return block
@@ -44,7 +44,7 @@ def skewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Any]:
 
 @pytest.fixture
 def app(valkey: ValkeyServer, valkey_client: Redis, tmp_path: Path) -> Flask:
-    del valkey_client  # it empties the server
+    del valkey_client  # the fixture empties the server
     url = f"unix://{valkey.unix_socket_path}"
     return create_app(Settings(data_dir=tmp_path, redis_url=url, model_path=Path(MODEL)))
 
@@ -58,12 +58,12 @@ def api(app: Flask) -> FlaskClient:
 
 
 def announce(client: Redis, uptime_s: float = 60.0) -> None:
-    """A worker that has been up for so long, as it announces itself: by the clock that it has."""
+    """Announce a worker by this process's clock."""
     registry, now = Registry(client), time.time()
-    began = now - uptime_s
+    started_at = now - uptime_s
     registry.announce_model(ModelCard(MODEL, "text", 64))
-    registry.announce_worker(WorkerInfo("w", "w@h", "h", 1, MODEL, "ready", 4, 4, began, now, {}, {}), 60)
-    registry.announce_host(HostInfo("w@h", "h", 1, began, now, (MODEL,), 100, 50), 60)
+    registry.announce_worker(WorkerInfo("w", "w@h", "h", 1, MODEL, "ready", 4, 4, started_at, now, {}, {}), 60)
+    registry.announce_host(HostInfo("w@h", "h", 1, started_at, now, (MODEL,), 100, 50), 60)
 
 
 def get(api: FlaskClient, path: str) -> Any:
@@ -71,7 +71,7 @@ def get(api: FlaskClient, path: str) -> Any:
 
 
 @each_skew
-def test_health_is_the_same(
+def test_health_does_not_depend_on_clocks(
     api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
 ) -> None:
     with skewed(worker_s):
@@ -81,25 +81,25 @@ def test_health_is_the_same(
     (worker,) = view["workers"]
     assert 0 <= worker["heartbeat_age_s"] < 2
     assert worker["uptime_s"] == pytest.approx(60, abs=2)
-    assert view["reasons"] == [f"Worker w@h ({MODEL}) does not answer pings."], "of which there is none"
+    assert view["reasons"] == [f"Worker w@h ({MODEL}) does not answer pings."], "the worker has no process"
 
 
 @each_skew
-def test_a_silent_worker_is_seen_to_be_silent(
+def test_silent_worker_is_detected(
     api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
 ) -> None:
     with skewed(worker_s):
         announce(valkey_client)
     card = valkey_client.get(keys.WORKER + "w")
     seconds, _ = valkey_client.time()
-    moment = card.partition('"heartbeat_at":')[2].partition(",")[0]
-    valkey_client.set(keys.WORKER + "w", card.replace(moment, str(seconds - 9), 1))
+    heartbeat_at = card.partition('"heartbeat_at":')[2].partition(",")[0]
+    valkey_client.set(keys.WORKER + "w", card.replace(heartbeat_at, str(seconds - 9), 1))
     with skewed(web_s):
         assert f"Worker w@h ({MODEL}) has been silent." in get(api, "/health")["reasons"]
 
 
 @each_skew
-def test_models_and_estimates_are_the_same(
+def test_models_and_estimates_do_not_depend_on_clocks(
     api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
 ) -> None:
     with skewed(worker_s):
@@ -115,28 +115,28 @@ def test_models_and_estimates_are_the_same(
 
 
 @each_skew
-def test_operations_are_the_same(
+def test_operations_do_not_depend_on_clocks(
     api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
 ) -> None:
     operations, before = Operations(valkey_client), valkey_client.time()[0]
     with skewed(web_s):
-        begun = operations.begin("load", MODEL, "w@h")
-        assert get(api, f"/inference/operations/{begun.id}")["state"] == "pending"
+        operation = operations.begin("load", MODEL, "w@h")
+        assert get(api, f"/inference/operations/{operation.id}")["state"] == "pending"
     with skewed(worker_s):
-        operations.put(begun)
+        operations.put(operation)
     with skewed(web_s):
-        view = get(api, f"/inference/operations/{begun.id}")
+        view = get(api, f"/inference/operations/{operation.id}")
         assert (view["state"], view["error"]) == ("pending", None)
-        assert [each["id"] for each in get(api, "/inference/operations")["data"]] == [begun.id]
+        assert [each["id"] for each in get(api, "/inference/operations")["data"]] == [operation.id]
     assert before <= view["created_at"] <= view["updated_at"] <= before + 2
-    valkey_client.hset(keys.OPERATION + begun.id, "updated_at", view["updated_at"] - SILENT_S - 1)
+    valkey_client.hset(keys.OPERATION + operation.id, "updated_at", view["updated_at"] - SILENT_S - 1)
     with skewed(web_s):
-        late = get(api, f"/inference/operations/{begun.id}")
+        late = get(api, f"/inference/operations/{operation.id}")
         assert (late["state"], late["error"]["code"]) == (OperationState.FAILED, "worker_lost")
 
 
 @each_skew
-def test_a_model_is_asked_for_once(
+def test_loading_for_queued_jobs_starts_once(
     api: FlaskClient, valkey_client: Redis, skewed: Callable[[float], Any], worker_s: float, web_s: float
 ) -> None:
     del api
@@ -146,5 +146,5 @@ def test_a_model_is_asked_for_once(
         operations.demanded(operations.begin("load", MODEL, "w@h"))
     with skewed(worker_s):
         assert not operations.may_demand(MODEL, 30)
-        found = operations.on_demand(MODEL)
-        assert found is not None and not found.state.terminal
+        operation = operations.on_demand(MODEL)
+        assert operation is not None and not operation.state.terminal

@@ -1,4 +1,4 @@
-"""Variables of libraries do not override our settings: every name that a library reads is known."""
+"""Variables of libraries do not override settings: every variable that a library reads is known."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ LIBRARIES = [
 READ = re.compile(r"""(?:environ(?:\.get|\.pop|\.setdefault)?[\[(]|getenv\()\s*["']([A-Z][A-Z0-9_]+)["']""")
 
 _HARMLESS_TEXT = """
-what the system and the terminal say:
+of the system and the terminal:
     COMP_CWORD COMP_WORDS ITERM_PROFILE LISTEN_FDS LISTEN_PID NOTIFY_SOCKET NO_COLOR PWD PYTHONSTARTUP
     SERVER_SOFTWARE TERM XDG_CONFIG_HOME XDG_RUNTIME_DIR
-parts of libraries that are not used here:
+of parts of libraries that are not used:
     AZURE_STORAGE_ACCOUNT AZURE_STORAGE_KEY DJANGO_SETTINGS_MODULE FORKED_BY_MULTIPROCESSING MP_MAIN_FILE
     NO_WORKER PICKLE_PROTOCOL PUBSUB_EMULATOR_HOST SLMQ_ACCOUNT SLMQ_HOST SLMQ_PORT SLMQ_SECURE SL_API_KEY
     SL_USERNAME TEST_BROKER TOKENIZERS_PARALLELISM TRANSFORMERS_NO_ADVISORY_WARNINGS USE_FAST_LOCALS
     WORKER_LOGLEVEL YOURAPPLICATION_SETTINGS
-diagnostics, which change no behaviour:
+of diagnostics, which do not change behaviour:
     C_FAKEFORK C_FORCE_ROOT C_IMPDEBUG C_REMDEBUG C_STRICT_APP C_WARN_APP C_WNOCONF DISABLE_TRACEBACKS
     EVENTLET_NOBLOCK MLX_GDN_PACKED MP_LOG NOSETPS TIMER_DEBUG
-by which gunicorn's own processes find each other:
+for communication between gunicorn's processes:
     GUNICORN_DIRTY_SOCKET GUNICORN_FD GUNICORN_PID
 keys of a WSGI request, which look the same in the source:
     CONTENT_LENGTH CONTENT_TYPE HTTP_AUTHORIZATION HTTP_REFERER HTTP_USER_AGENT HTTP_VERSION PATH_INFO
@@ -51,11 +51,11 @@ def variables_read(library: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_variable_that_a_library_reads_is_dropped_or_known_to_be_harmless(library: str) -> None:
-    found = set(variables_read(library))
-    assert {name for name in found if not is_foreign(name) and name not in HARMLESS} == set()
+    names = set(variables_read(library))
+    assert {name for name in names if not is_foreign(name) and name not in HARMLESS} == set()
 
 
-def test_none_of_our_settings_is_dropped() -> None:
+def test_no_setting_is_dropped() -> None:
     assert [name for name in Settings.model_fields if is_foreign(name.upper())] == []
 
 
@@ -71,7 +71,7 @@ def test_loading_settings_drops_the_variables_of_libraries(
     assert (record.message, record.names) == ("environment_variables_ignored", sorted(foreign))  # type: ignore[attr-defined]
 
 
-def test_an_environment_without_them_stays_as_it_is() -> None:
+def test_environment_without_variables_of_libraries_is_not_changed() -> None:
     environment = {"PATH": "/bin", "FLOWER_PORT": "1"}
     assert drop_foreign_variables(environment) == []
     assert environment == {"PATH": "/bin", "FLOWER_PORT": "1"}

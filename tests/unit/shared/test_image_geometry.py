@@ -1,4 +1,4 @@
-"""The size in which a model sees an image: what mlx-vlm makes of it."""
+"""Resized image dimensions equal those of mlx-vlm."""
 
 import pytest
 from hypothesis import given
@@ -9,10 +9,10 @@ from shared.models.image_geometry import ImageGeometry
 processing = pytest.importorskip("mlx_vlm.models.qwen3_vl.processing_qwen3_vl")
 
 LIMITS = [
-    (56 * 56, 14 * 14 * 4 * 1280),  # of mlx-vlm
-    (3136, 12_845_056),  # of Qwen2.5-VL
-    (100 * 28 * 28, 16384 * 28 * 28),  # of UI-TARS 1.5
-    (65_536, 16_777_216),  # of Qwen3-VL
+    (56 * 56, 14 * 14 * 4 * 1280),  # default of mlx-vlm
+    (3136, 12_845_056),  # Qwen2.5-VL
+    (100 * 28 * 28, 16384 * 28 * 28),  # UI-TARS 1.5
+    (65_536, 16_777_216),  # Qwen3-VL
     (1, 784),
     (200_000, 200_000),
 ]
@@ -20,7 +20,7 @@ PATCHES = [14, 16]
 SIDES = st.one_of(st.integers(1, 200), st.integers(1, 20_000))
 
 
-def of_mlx_vlm(patch: int, limits: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+def mlx_vlm_size(patch: int, limits: tuple[int, int], width: int, height: int) -> tuple[int, int]:
     processor = processing.Qwen3VLImageProcessor(
         patch_size=patch, merge_size=2, min_pixels=limits[0], max_pixels=limits[1]
     )
@@ -39,33 +39,33 @@ def outcome(resize: object, *arguments: object) -> object:
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("patch", PATCHES)
 @given(width=SIDES, height=SIDES)
-def test_it_is_what_mlx_vlm_makes(patch: int, limits: tuple[int, int], width: int, height: int) -> None:
+def test_size_equals_that_of_mlx_vlm(patch: int, limits: tuple[int, int], width: int, height: int) -> None:
     ours = ImageGeometry(2 * patch, *limits)
-    assert outcome(ours.resized, width, height) == outcome(of_mlx_vlm, patch, limits, width, height)
+    assert outcome(ours.resized, width, height) == outcome(mlx_vlm_size, patch, limits, width, height)
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-@given(width=st.integers(1, 150), short=st.integers(-1, 1))
-def test_it_is_so_at_the_longest_shape(limits: tuple[int, int], width: int, short: int) -> None:
-    height = 200 * width + short
+@given(width=st.integers(1, 150), offset=st.integers(-1, 1))
+def test_size_near_the_maximum_aspect_ratio(limits: tuple[int, int], width: int, offset: int) -> None:
+    height = 200 * width + offset
     ours = ImageGeometry(28, *limits)
-    assert outcome(ours.resized, width, height) == outcome(of_mlx_vlm, 14, limits, width, height)
-    assert outcome(ours.resized, height, width) == outcome(of_mlx_vlm, 14, limits, height, width)
+    assert outcome(ours.resized, width, height) == outcome(mlx_vlm_size, 14, limits, width, height)
+    assert outcome(ours.resized, height, width) == outcome(mlx_vlm_size, 14, limits, height, width)
 
 
 @pytest.mark.parametrize(
-    ("size", "seen"),
+    ("size", "resized"),
     [
         ((1920, 1080), (1932, 1092)),
         ((28, 28), (280, 280)),
-        ((10_000, 10_000), (3556, 3556)),  # 3584 but for the rounding of a float, and mlx-vlm rounds so
+        ((10_000, 10_000), (3556, 3556)),  # exactly 3584 without rounding errors, which mlx-vlm has as well
     ],
 )
-def test_screens(size: tuple[int, int], seen: tuple[int, int]) -> None:
-    assert ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28).resized(*size) == seen
+def test_typical_sizes(size: tuple[int, int], resized: tuple[int, int]) -> None:
+    assert ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28).resized(*size) == resized
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, 0), (0, 0), (-5, -5), (1, 201), (201, 1)])
-def test_what_no_model_takes_is_an_error(size: tuple[int, int]) -> None:
+def test_invalid_size_is_an_error(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="pixels"):
         ImageGeometry(28, 3136, 12_845_056).resized(*size)

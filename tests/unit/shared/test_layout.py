@@ -1,4 +1,4 @@
-"""Jobs of the first layout are moved to today's, wherever they are in their life; old processes run beside new ones."""
+"""Jobs of the first layout are converted in every state, while old and new processes run side by side."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ RETENTION_S = 500
 
 
 class OldProcesses:
-    """What processes of the first layout write: one hash a job, and a queue of their own."""
+    """Writes what processes of the first layout write: one hash per job, and a separate queue."""
 
     def __init__(self, client: Redis) -> None:
         self.client = client
         self.turn = 0
 
     def submit(self, job_id: str, owner: str = "a", job_class: int = 1, **request: Any) -> str:
-        asked = Request(**{"model": MODEL, "max_tokens": 9, "sampling": Sampling(0.0), "prompt": "hi"} | request)
-        generation = {name: value for name, value in json.loads(asked.to_json()).items() if name != "logprobs"}
+        converted = Request(**{"model": MODEL, "max_tokens": 9, "sampling": Sampling(0.0), "prompt": "hi"} | request)
+        generation = {name: value for name, value in json.loads(converted.to_json()).items() if name != "logprobs"}
         now = self.client.time()[0]
         record = {
             "id": job_id, "owner": owner, "model": MODEL, "class": job_class, "status": "queued", "attempt": 0,
@@ -69,8 +69,8 @@ class OldProcesses:
         attempt = self.client.hincrby(keys.JOB + job_id, "attempt", 1)
         self.client.zrem(keys.OLD_QUEUE + MODEL, job_id)
         now = self.client.time()[0]
-        moments = {"claimed_at": now, "started_at": now}
-        self.client.hset(keys.JOB + job_id, mapping={"status": "running", "worker": worker, **moments})
+        times = {"claimed_at": now, "started_at": now}
+        self.client.hset(keys.JOB + job_id, mapping={"status": "running", "worker": worker, **times})
         self.client.sadd(keys.RUNNING + worker, job_id)
         self.emit(job_id, "started", {"attempt": attempt})
         for text in chunks:
@@ -109,7 +109,7 @@ def worker(client: Redis) -> Claims:
     return lease(client, "w1")
 
 
-def test_a_reserved_job_that_an_old_process_ended_is_not_held_for_ever(client: Redis, jobs: Jobs) -> None:
+def test_worker_drops_a_reserved_job_that_an_old_process_ended(client: Redis, jobs: Jobs) -> None:
     worker = lease(client, "w1")
     submit(jobs)
     claimed = taken(worker)
@@ -119,20 +119,20 @@ def test_a_reserved_job_that_an_old_process_ended_is_not_held_for_ever(client: R
     assert worker.renew(60).reserved == ()
 
 
-def test_waiting_jobs_keep_their_order_and_run(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
-    made = [old.submit(f"job_{n}", owner) for n, owner in enumerate("aab")]
+def test_queued_jobs_keep_their_order(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
+    submitted = [old.submit(f"job_{n}", owner) for n, owner in enumerate("aab")]
     urgent = old.submit("job_urgent", job_class=0)
     assert jobs.adopt_old_layout() == 0
     assert not client.exists(keys.OLD_QUEUE + MODEL)
-    assert [jobs.position(jobs.get(urgent, "a")), jobs.position(jobs.get(made[2], "b"))] == [1, 4]
+    assert [jobs.position(jobs.get(urgent, "a")), jobs.position(jobs.get(submitted[2], "b"))] == [1, 4]
     claimed = run(worker)
     assert (claimed.job.id, claimed.request.prompt, claimed.tokens) == (urgent, "hi", None)
-    assert [run(worker).job.id for _ in made] == made
-    assert jobs.get(made[0], "a").status is Status.SUCCEEDED
+    assert [run(worker).job.id for _ in submitted] == submitted
+    assert jobs.get(submitted[0], "a").status is Status.SUCCEEDED
     assert client.hgetall(keys.BYTES) == {}
 
 
-def test_new_jobs_take_turns_with_adopted_ones(old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
+def test_fair_queueing_includes_converted_jobs(old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     for n in range(3):
         old.submit(f"job_{n}", "a")
     jobs.adopt_old_layout()
@@ -141,18 +141,18 @@ def test_new_jobs_take_turns_with_adopted_ones(old: OldProcesses, jobs: Jobs, wo
     assert order.index(other.id) < order.index(late.id) == 4
 
 
-def test_a_claim_adopts_what_old_api_processes_queue_meanwhile(old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
+def test_claim_converts_jobs_that_old_api_processes_queue(old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     job_id = old.submit("job_1")
     assert run(worker).job.id == job_id
     assert jobs.adopt_old_layout() == 0
 
 
-def test_adopting_twice_changes_nothing(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
+def test_converting_twice_changes_nothing(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     old.submit("job_1")
     old.end(old.run(old.submit("job_2")), text="done")
     jobs.adopt_old_layout()
     before = {key: client.dump(key) for key in client.keys("*")}
-    old.wait("job_1", 10**12 + 1)  # as the search and a claim do it at once
+    old.wait("job_1", 10**12 + 1)  # as if the search and a claim converted the job at the same time
     assert jobs.adopt_old_layout() == 0
     reserved(worker, 0, spare=1)
     assert client.hgetall(keys.BYTES)["total"] == client.hget(keys.JOB + "job_1", "bytes")
@@ -160,7 +160,7 @@ def test_adopting_twice_changes_nothing(client: Redis, old: OldProcesses, jobs: 
     assert all(client.dump(key) == value for key, value in before.items() if "job_2" in key)
 
 
-def test_a_job_that_an_old_worker_runs_is_left_to_it(client: Redis, old: OldProcesses, jobs: Jobs) -> None:
+def test_job_that_an_old_worker_runs_is_not_converted(client: Redis, old: OldProcesses, jobs: Jobs) -> None:
     lease(client, "old")
     job_id = old.run(old.submit("job_1"), "old", "one ", "two")
     record = client.hgetall(keys.JOB + job_id)
@@ -172,7 +172,7 @@ def test_a_job_that_an_old_worker_runs_is_left_to_it(client: Redis, old: OldProc
     assert (ended.status, jobs.text(ended)) == (Status.SUCCEEDED, "one two")
 
 
-def test_a_job_that_an_old_worker_hands_back_continues(old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
+def test_job_that_an_old_worker_hands_back_is_resumed(old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     job_id = old.run(old.submit("job_1"), "old", "one ")
     old.wait(job_id, 10**12)
     claimed = started(worker)
@@ -181,9 +181,9 @@ def test_a_job_that_an_old_worker_hands_back_continues(old: OldProcesses, jobs: 
     assert jobs.text(jobs.get(job_id, "a")) == "one two"
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_an_ended_job_keeps_its_text(client: Redis, old: OldProcesses, jobs: Jobs, known: bool) -> None:
-    fields = {"text": "one two"} if known else {}  # a cancelled job has it in its log alone
+@pytest.mark.parametrize("in_record", [True, False])
+def test_ended_job_keeps_its_text(client: Redis, old: OldProcesses, jobs: Jobs, in_record: bool) -> None:
+    fields = {"text": "one two"} if in_record else {}  # a cancelled job has its text only in the log
     job_id = old.end(old.run(old.submit("job_1"), "old", "one ", "two"), Status.CANCELLED, **fields)
     assert jobs.adopt_old_layout() == 0
     job = jobs.get(job_id, "a")
@@ -194,7 +194,7 @@ def test_an_ended_job_keeps_its_text(client: Redis, old: OldProcesses, jobs: Job
     assert not [key for key in client.keys("*") if job_id in key]
 
 
-def test_the_request_of_a_failed_job_is_kept_within_the_bound(client: Redis, old: OldProcesses, jobs: Jobs) -> None:
+def test_request_of_a_failed_job_is_kept_within_the_limit(client: Redis, old: OldProcesses, jobs: Jobs) -> None:
     job_id = old.end(old.run(old.submit("job_1")), Status.FAILED, error_code=JobFailure.ENGINE)
     jobs.adopt_old_layout()
     assert 0 < client.ttl(keys.REQUEST + job_id) <= RETENTION_S
@@ -205,17 +205,15 @@ def test_the_request_of_a_failed_job_is_kept_within_the_bound(client: Redis, old
     assert not client.keys(keys.REQUEST + "*") and not client.exists(keys.FAILED)
 
 
-def test_a_request_with_images_and_parsing_keeps_both(
-    client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims
-) -> None:
+def test_request_keeps_images_and_parsing(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     def image(name: str, width: int) -> dict[str, Any]:
         return {"type": "image", "image": name, "width": width, "height": 48}
 
     content = [image("a" * 64, 64), {"type": "text", "text": "What?"}, image("b" * 64, 96)]
-    asked = {"prompt": None, "messages": ({"role": "user", "content": content},), "parse": "ui_tars"}
+    parsed = {"prompt": None, "messages": ({"role": "user", "content": content},), "parse": "ui_tars"}
     plain = {"prompt": None, "messages": ({"role": "user", "content": "hello"},)}
     ImageStore(client).put("job_1", {"a" * 64: b"A"})
-    old.submit("job_1", **asked)
+    old.submit("job_1", **parsed)
     old.submit("job_2", **plain)
     jobs.adopt_old_layout()
     assert jobs.get("job_1", "a").parsing == Parsing("ui_tars", (96, 48))
@@ -226,7 +224,7 @@ def test_a_request_with_images_and_parsing_keeps_both(
     assert client.exists(keys.IMAGES + "job_1")
 
 
-def test_cancelling_and_expiring_reach_jobs_that_are_not_adopted_yet(
+def test_unconverted_jobs_can_be_cancelled_and_expire(
     client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims
 ) -> None:
     cancelled, late = old.submit("job_1"), old.submit("job_2")
@@ -240,20 +238,16 @@ def test_cancelling_and_expiring_reach_jobs_that_are_not_adopted_yet(
     assert not client.keys(keys.REQUEST + "*")
 
 
-def test_no_permanent_key_is_left_of_what_was_adopted(
-    client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims
-) -> None:
+def test_every_key_of_a_converted_job_expires(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     old.submit("job_1")
     old.end(old.run(old.submit("job_2"), "old", "text"), text="text")
     jobs.adopt_old_layout()
     end(worker, started(worker))
-    left = [key for key in client.keys("*") if client.ttl(key) == -1 and "job_" in key]
-    assert left == []
+    permanent = [key for key in client.keys("*") if client.ttl(key) == -1 and "job_" in key]
+    assert permanent == []
 
 
-def test_a_job_of_an_old_worker_that_died_can_be_claimed_at_once(
-    client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims
-) -> None:
+def test_job_of_a_crashed_old_worker_is_recovered(client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims) -> None:
     lease(client, "old")
     job_id = old.run(old.submit("job_1"), "old", "one ")
     lapse(client, "old")
@@ -270,7 +264,7 @@ def test_a_job_of_an_old_worker_that_died_can_be_claimed_at_once(
     assert client.hgetall(keys.BYTES) == {"failed_limit": str(2**20)}
 
 
-def test_a_job_that_an_old_reaper_takes_from_a_new_worker_is_not_lost(
+def test_job_that_an_old_reaper_takes_from_a_new_worker_is_recovered(
     client: Redis, old: OldProcesses, jobs: Jobs, worker: Claims
 ) -> None:
     job = submit(jobs)
@@ -285,7 +279,7 @@ def test_a_job_that_an_old_reaper_takes_from_a_new_worker_is_not_lost(
     assert not client.exists(keys.OLD_QUEUE + MODEL)
 
 
-def test_a_job_that_an_old_process_ends_leaves_nothing_behind(client: Redis, old: OldProcesses, jobs: Jobs) -> None:
+def test_job_that_an_old_process_ends_leaves_no_keys(client: Redis, old: OldProcesses, jobs: Jobs) -> None:
     job = submit(jobs)
     old.end(job.id, Status.CANCELLED)
     assert reserved(lease(client, "w1")) == []

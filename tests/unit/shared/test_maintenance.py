@@ -1,4 +1,4 @@
-"""The round that every process makes: recovering jobs depends neither on the broker nor on one failing part."""
+"""Maintenance loop: jobs are recovered even if the broker or a part of the round fails."""
 
 from __future__ import annotations
 
@@ -17,112 +17,112 @@ from shared.settings import Settings
 from tests.support.queueing import lapse, lease, make_reaper, started, submit
 
 
-class Stage:
-    """Reaper, notifier and jobs in one; Redis may be away, and what is done is noted."""
+class FakeQueue:
+    """A fake reaper, notifier and job store in one, which records calls and can fail like an unreachable Redis."""
 
     def __init__(self) -> None:
-        self.done: list[str] = []
+        self.calls: list[str] = []
         self.error: Exception | None = None
-        self.left = 0
+        self.remaining = 0
         self.ends: list[EndedJob] = []
         self.rest_s = 0.01
 
     def reap(self) -> list[str]:
-        self.done.append("reap")
+        self.calls.append("reap")
         if self.error is not None:
             raise self.error
         return ["m"]
 
     def wake(self, models: Iterable[str]) -> None:
-        self.done.append(f"wake {' '.join(models)}")
+        self.calls.append(f"wake {' '.join(models)}")
 
     def adopt_old_layout(self) -> int:
-        self.done.append("adopt")
-        return self.left
+        self.calls.append("adopt")
+        return self.remaining
 
     def drop_old_layout(self) -> None:
-        self.done.append("drop")
+        self.calls.append("drop")
 
     def take_ends(self) -> list[EndedJob]:
         ends, self.ends = self.ends, []
         return ends
 
     def also(self) -> None:
-        self.done.append("also")
+        self.calls.append("also")
 
 
 @pytest.fixture
-def stage() -> Stage:
-    return Stage()
+def queue() -> FakeQueue:
+    return FakeQueue()
 
 
-def make(stage: Stage, **more: Any) -> Maintenance:
-    return Maintenance(stage, stage, stage, stage.also, **more)  # type: ignore[arg-type]
+def make(queue: FakeQueue, **options: Any) -> Maintenance:
+    return Maintenance(queue, queue, queue, queue.also, **options)  # type: ignore[arg-type]
 
 
-def test_a_round_reaps_wakes_and_adopts(stage: Stage) -> None:
-    make(stage).round()
-    assert stage.done == ["reap", "wake m", "adopt", "drop", "also"]
+def test_round_reaps_wakes_and_adopts(queue: FakeQueue) -> None:
+    make(queue).round()
+    assert queue.calls == ["reap", "wake m", "adopt", "drop", "also"]
 
 
 @pytest.mark.parametrize(
-    "error", [redis.ConnectionError("away"), redis.ResponseError("WRONGTYPE"), RuntimeError("bug")]
+    "error", [redis.ConnectionError("unreachable"), redis.ResponseError("WRONGTYPE"), RuntimeError("bug")]
 )
-def test_a_round_that_fails_is_followed_by_a_whole_one(
-    stage: Stage, error: Exception, caplog: pytest.LogCaptureFixture
+def test_failed_round_is_followed_by_a_complete_one(
+    queue: FakeQueue, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rounds = make(stage)
-    stage.error = error
+    loop = make(queue)
+    queue.error = error
     for _ in range(3):
-        rounds.round()
+        loop.round()
     assert len(caplog.records) == (1 if isinstance(error, redis.ConnectionError) else 3)
-    stage.error = None
-    rounds.round()
-    assert stage.done == ["reap"] * 4 + ["wake m", "adopt", "drop", "also"]
+    queue.error = None
+    loop.round()
+    assert queue.calls == ["reap"] * 4 + ["wake m", "adopt", "drop", "also"]
 
 
-def test_it_searches_for_old_jobs_until_none_is_left_and_not_in_each_round(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+def test_old_jobs_are_searched_at_intervals_until_none_remains(
+    queue: FakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds, stage.left = make(stage), 2
+    loop, queue.remaining = make(queue), 2
     for _ in range(3):
-        rounds.round()
-    assert (stage.done.count("adopt"), stage.done.count("drop")) == (1, 0)
+        loop.round()
+    assert (queue.calls.count("adopt"), queue.calls.count("drop")) == (1, 0)
     later = maintenance.time.monotonic() + maintenance.ADOPT_AGAIN_S
     monkeypatch.setattr(maintenance.time, "monotonic", lambda: later)
-    stage.left = 0
-    rounds.round()
+    queue.remaining = 0
+    loop.round()
     later += 10 * maintenance.ADOPT_AGAIN_S
-    rounds.round()
-    assert (stage.done.count("adopt"), stage.done.count("drop")) == (2, 1)
+    loop.round()
+    assert (queue.calls.count("adopt"), queue.calls.count("drop")) == (2, 1)
 
 
-def test_ends_that_no_worker_knows_of_are_reported_where_that_is_asked_for(stage: Stage) -> None:
+def test_jobs_that_ended_without_a_worker_are_reported_only_with_a_callback(queue: FakeQueue) -> None:
     ended = EndedJob("job_1", "m", Status.CANCELLED)
-    stage.ends, reported = [ended], list[EndedJob]()
-    make(stage).round()
-    assert stage.ends == [ended]
-    make(stage, on_ended=reported.append).round()
-    assert reported == [ended] and stage.ends == []
+    queue.ends, reported = [ended], list[EndedJob]()
+    make(queue).round()
+    assert queue.ends == [ended]
+    make(queue, on_ended=reported.append).round()
+    assert reported == [ended] and queue.ends == []
 
 
-def test_it_goes_on_in_the_background_until_stopped(stage: Stage, eventually: Callable[..., None]) -> None:
-    rounds = make(stage)
-    rounds.start()
-    eventually(lambda: stage.done.count("reap") > 3)
-    rounds.stop()
+def test_rounds_repeat_in_the_background_until_stopped(queue: FakeQueue, eventually: Callable[..., None]) -> None:
+    loop = make(queue)
+    loop.start()
+    eventually(lambda: queue.calls.count("reap") > 3)
+    loop.stop()
 
 
-def test_the_jobs_of_a_dead_worker_are_recovered_and_others_woken(
-    client: Redis, settings: Settings, stage: Stage
+def test_jobs_of_a_dead_worker_are_recovered_and_workers_woken(
+    client: Redis, settings: Settings, queue: FakeQueue
 ) -> None:
     jobs = Jobs(client, settings)
     job = submit(jobs)
     started(lease(client, "w1"))
-    rounds = Maintenance(make_reaper(client), stage, jobs)  # type: ignore[arg-type]
-    rounds.round()
-    assert stage.done == ["wake "]
+    loop = Maintenance(make_reaper(client), queue, jobs)  # type: ignore[arg-type]
+    loop.round()
+    assert queue.calls == ["wake "]
     lapse(client, "w1")
-    rounds.round()
-    assert stage.done == ["wake ", "wake m"]
+    loop.round()
+    assert queue.calls == ["wake ", "wake m"]
     assert jobs.get(job.id, "a").status is Status.QUEUED and not client.exists(keys.RUNNING + "w1")

@@ -1,4 +1,4 @@
-"""While an upgrade rolls, older processes read what newer ones wrote: no word they do not know stops them."""
+"""During a rolling upgrade, older processes read what newer ones write, including unknown values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNKNOWN = "of_a_newer_version"
 
 @pytest.fixture
 def app(valkey: ValkeyServer, valkey_client: Redis, tmp_path: Path) -> Flask:
-    del valkey_client  # it empties the server
+    del valkey_client  # the fixture empties the server
     url = f"unix://{valkey.unix_socket_path}"
     return create_app(Settings(data_dir=tmp_path, redis_url=url, model_path=Path("pretend"), heartbeat_s=0.2))
 
@@ -42,9 +42,9 @@ def api(app: Flask) -> FlaskClient:
 
 
 def submit(api: FlaskClient) -> str:
-    answer = api.post("/v1/jobs", json={"prompt": "hi"})
-    assert answer.status_code == 202, answer.text
-    return str(answer.json["id"])  # type: ignore[index]
+    response = api.post("/v1/jobs", json={"prompt": "hi"})
+    assert response.status_code == 202, response.text
+    return str(response.json["id"])  # type: ignore[index]
 
 
 def write(client: Redis, job: str, n: int, kind: str, data: str) -> None:
@@ -60,17 +60,17 @@ def end(client: Redis, job: str, n: int) -> None:
     client.publish(keys.DONE + job, "succeeded")
 
 
-def listeners(client: Redis, channel: str) -> int:
+def count_subscribers(client: Redis, channel: str) -> int:
     return int(client.pubsub_numsub(channel)[0][1])
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_stream_goes_on_past_unknown_events(api: FlaskClient, valkey_client: Redis, live: bool) -> None:
+def test_stream_passes_on_unknown_events(api: FlaskClient, valkey_client: Redis, live: bool) -> None:
     job = submit(api)
 
     def write_all() -> None:
         if live:
-            eventually(lambda: listeners(valkey_client, keys.LIVE + job))
+            eventually(lambda: count_subscribers(valkey_client, keys.LIVE + job))
         for n, kind, data in ((2, "started", "{}"), (3, UNKNOWN, '{"x":1}'), (4, "chunk", '{"text":"a","y":2}')):
             write(valkey_client, job, n, kind, data)
         end(valkey_client, job, 5)
@@ -79,16 +79,16 @@ def test_a_stream_goes_on_past_unknown_events(api: FlaskClient, valkey_client: R
         written = pool.submit(write_all)
         if not live:
             written.result(30)
-        answer = api.get(f"/v1/jobs/{job}/stream", headers={"Accept": "application/x-ndjson"})
-        events = [json.loads(line) for line in answer.text.splitlines()]
+        response = api.get(f"/v1/jobs/{job}/stream", headers={"Accept": "application/x-ndjson"})
+        events = [json.loads(line) for line in response.text.splitlines()]
     events = [event for event in events if event["event"] != "heartbeat"]
     assert [event["id"] for event in events] == [1, 2, 3, 4, 5]
-    assert events[2] == {"id": 3, "event": UNKNOWN, "data": {"x": 1}}, "a client may know more than we do"
+    assert events[2] == {"id": 3, "event": UNKNOWN, "data": {"x": 1}}, "the client may be newer"
     assert JobLog(valkey_client).read(job)[2] == Event(3, UNKNOWN, '{"x":1}')
     assert JobLog(valkey_client).written(job).text == "a"
 
 
-def test_a_wait_gets_a_message_or_two_however_many_tokens_there_are(
+def test_waiting_request_receives_only_the_final_message(
     app: Flask, api: FlaskClient, valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = submit(api)
@@ -97,7 +97,7 @@ def test_a_wait_gets_a_message_or_two_however_many_tokens_there_are(
     monkeypatch.setattr(Hub, "_dispatch", lambda hub, reply: (received.append(reply), dispatch(hub, reply)))
 
     def write_all() -> None:
-        eventually(lambda: listeners(valkey_client, keys.DONE + job))
+        eventually(lambda: count_subscribers(valkey_client, keys.DONE + job))
         with valkey_client.pipeline() as pipe:
             for n in range(2, 1002):
                 write(pipe, job, n, "chunk" if n % 2 else UNKNOWN, '{"text":"a"}')
@@ -106,15 +106,15 @@ def test_a_wait_gets_a_message_or_two_however_many_tokens_there_are(
 
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit(write_all)
-        answer = api.get(f"/v1/jobs/{job}?wait=20")
+        response = api.get(f"/v1/jobs/{job}?wait=20")
         written.result(30)
-    assert answer.json is not None and answer.json["status"] == "succeeded"
+    assert response.json is not None and response.json["status"] == "succeeded"
     messages = [reply for reply in received if reply[0] == "message"]
     assert messages == [["message", keys.DONE + job, "succeeded"]]
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_job_in_an_unknown_state_is_shown_and_listed(api: FlaskClient, valkey_client: Redis, finished: bool) -> None:
+def test_job_with_unknown_status_is_shown_and_listed(api: FlaskClient, valkey_client: Redis, finished: bool) -> None:
     job = submit(api)
     valkey_client.hset(keys.JOB + job, mapping={"status": UNKNOWN, "class": 7})
     if finished:
@@ -130,7 +130,7 @@ def test_a_job_in_an_unknown_state_is_shown_and_listed(api: FlaskClient, valkey_
         assert view["history"][0]["outcome"] == "handed_back"
 
 
-def test_a_worker_in_an_unknown_state_is_shown(api: FlaskClient, valkey_client: Redis) -> None:
+def test_worker_with_unknown_state_is_shown(api: FlaskClient, valkey_client: Redis) -> None:
     card = {
         "id": "w", "node": "w@h", "host": "h", "pid": 1, "model": "pretend", "state": UNKNOWN, "slots": 4,
         "slots_used": 0, "started_at": 1.0, "heartbeat_at": 2.0, "stats": {"novel": {"a": 1}, "steps": 1.0},
@@ -139,7 +139,7 @@ def test_a_worker_in_an_unknown_state_is_shown(api: FlaskClient, valkey_client: 
     model = {"id": "pretend", "kind": UNKNOWN, "context": 10, "image": {"patch": 14, "merge": 2, "novel": 1}}
     valkey_client.set(keys.WORKER + "w", json.dumps(card))
     valkey_client.zadd(keys.WORKERS, {"w": 2.0})
-    valkey_client.set(keys.WORKER + "x", json.dumps({"a card": "of which nothing is known"}))
+    valkey_client.set(keys.WORKER + "x", json.dumps({"unknown": "format"}))
     valkey_client.zadd(keys.WORKERS, {"x": 2.0})
     valkey_client.hset(keys.MODELS, "pretend", json.dumps(model))
     health, models, metrics = api.get("/health"), api.get("/inference/models"), api.get("/metrics")
@@ -148,7 +148,7 @@ def test_a_worker_in_an_unknown_state_is_shown(api: FlaskClient, valkey_client: 
     assert metrics.status_code == 200 and "mlxq_worker_steps" in metrics.text
 
 
-def test_an_operation_in_an_unknown_state_is_shown(api: FlaskClient, valkey_client: Redis) -> None:
+def test_operation_with_unknown_state_is_shown(api: FlaskClient, valkey_client: Redis) -> None:
     record = {
         "id": "op_1", "kind": UNKNOWN, "model": "m", "node": "n", "state": UNKNOWN, "created_at": "1.0",
         "updated_at": "2.0", "progress": "0.5", "unloaded": "", "novel": "x",
@@ -161,16 +161,16 @@ def test_an_operation_in_an_unknown_state_is_shown(api: FlaskClient, valkey_clie
     assert listed.json and listed.json["data"][0]["kind"] == UNKNOWN
 
 
-def test_words_that_come_from_redis_are_read_with_a_default() -> None:
-    """`shared.wire.member` and the like, and not the enum itself, which knows only what this version knows."""
+def test_enum_values_from_redis_are_read_with_a_default() -> None:
+    """Code must call `shared.wire.member` or `read` instead of an enum class, which raises for unknown values."""
     enums = {"Status", "Priority", "EventKind", "OperationState", "AttemptEnd", "WriteResult"}
-    found: dict[str, set[str]] = {}
+    violations: dict[str, set[str]] = {}
     for folder in ("shared", "web"):
         for path in (ROOT / folder).rglob("*.py"):
             calls = {node.func.id for node in ast.walk(ast.parse(path.read_text())) if is_call_of_a_name(node)}
             if strict := calls & enums:
-                found[str(path.relative_to(ROOT))] = strict
-    assert found == {}
+                violations[str(path.relative_to(ROOT))] = strict
+    assert violations == {}
 
 
 def is_call_of_a_name(node: ast.AST) -> TypeGuard[Any]:

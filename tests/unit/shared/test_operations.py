@@ -1,4 +1,4 @@
-"""Operations in Redis: told by their worker, and failed when nobody has them in hand any more."""
+"""Operations in Redis: stored by their worker, and failed when no worker process lists them any more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def host(node: str = "here", *operations: str) -> HostInfo:
     return HostInfo(node, "machine", 1, 0.0, 0.0, ("one",), 100, 50, operations=operations)
 
 
-def test_a_model_fits_beside_what_is_pinned_if_it_leaves_some_memory_for_jobs() -> None:
+def test_model_fits_if_pinned_models_and_caches_leave_enough_memory() -> None:
     worker = replace(host(), memory_pinned=30)
     assert [worker.could_take(size) for size in (10, 68, 69)] == [True, True, False]
 
@@ -28,23 +28,23 @@ def operations(client: Redis) -> Operations:
 
 
 @pytest.fixture
-def told(operations: Operations, client: Redis) -> Callable[[float, str], Operation]:
-    """Makes one that its worker told of so long ago."""
+def stored(operations: Operations, client: Redis) -> Callable[[float, str], Operation]:
+    """Return a function that creates an operation with a given state, stored some seconds ago."""
 
-    def tell(seconds_ago: float, state: str) -> Operation:
-        begun = operations.begin("load", "two", "here")
-        told = operations.put(replace(begun, state=OperationState(state), progress=0.25))
-        told = replace(told, updated_at=told.updated_at - seconds_ago)
-        client.hset(keys.OPERATION + told.id, "updated_at", told.updated_at)
-        return told
+    def store(seconds_ago: float, state: str) -> Operation:
+        pending = operations.begin("load", "two", "here")
+        operation = operations.put(replace(pending, state=OperationState(state), progress=0.25))
+        operation = replace(operation, updated_at=operation.updated_at - seconds_ago)
+        client.hset(keys.OPERATION + operation.id, "updated_at", operation.updated_at)
+        return operation
 
-    return tell
+    return store
 
 
-def test_what_was_told_is_read_again(operations: Operations) -> None:
-    begun = operations.begin("load", "two", "here")
+def test_stored_operation_is_read_back(operations: Operations) -> None:
+    pending = operations.begin("load", "two", "here")
     ended = replace(
-        begun,
+        pending,
         state=OperationState.FAILED,
         progress=0.5,
         error_code="load_failed",
@@ -53,56 +53,55 @@ def test_what_was_told_is_read_again(operations: Operations) -> None:
         memory_before=12,
         memory_after=0,
     )
-    assert operations.put(ended) == operations.read(begun.id) == operations.get(begun.id, [])
+    assert operations.put(ended) == operations.read(pending.id) == operations.get(pending.id, [])
     assert operations.read("op_none") is None
     other = operations.begin("unload", "one", "there")
-    assert {each.id for each in operations.recent([])} == {begun.id, other.id}
+    assert {each.id for each in operations.recent([])} == {pending.id, other.id}
 
 
 @pytest.mark.parametrize("state", ["pending", "waiting", "draining", "loading"])
-def test_what_a_worker_has_in_hand_goes_on_however_long_it_is_silent(
-    operations: Operations, told: Callable[[float, str], Operation], state: str
+def test_operation_that_its_worker_lists_does_not_time_out(
+    operations: Operations, stored: Callable[[float, str], Operation], state: str
 ) -> None:
-    """So does what waits in its line behind another loading."""
-    operation = told(1000, state)
+    operation = stored(1000, state)
     assert operations.get(operation.id, [host("here", "op_other", operation.id)]) == operation
 
 
 @pytest.mark.parametrize("state", ["pending", "waiting", "draining", "loading"])
-def test_what_a_worker_that_is_gone_had_in_hand_has_failed(
-    operations: Operations, told: Callable[[float, str], Operation], state: str
+def test_operation_of_a_dead_worker_fails(
+    operations: Operations, stored: Callable[[float, str], Operation], state: str
 ) -> None:
-    operation = told(GONE_S + 1, state)
-    found = operations.get(operation.id, [host("elsewhere")])
-    assert found
-    assert (found.state, found.error_code) == (OperationState.FAILED, "worker_lost")
-    assert found.progress == 0.25
+    operation = stored(GONE_S + 1, state)
+    result = operations.get(operation.id, [host("elsewhere")])
+    assert result
+    assert (result.state, result.error_code) == (OperationState.FAILED, "worker_lost")
+    assert result.progress == 0.25
 
 
 @pytest.mark.parametrize(("state", "code"), [("pending", "worker_silent"), ("loading", "worker_lost")])
-def test_what_a_worker_that_was_started_anew_does_not_know_has_failed(
-    operations: Operations, told: Callable[[float, str], Operation], state: str, code: str
+def test_operation_that_a_restarted_worker_does_not_list_fails(
+    operations: Operations, stored: Callable[[float, str], Operation], state: str, code: str
 ) -> None:
-    """It has the same name as before."""
-    operation = told(SILENT_S + 1, state)
-    found = operations.get(operation.id, [host("here")])
-    assert found
-    assert (found.state, found.error_code) == (OperationState.FAILED, code)
+    """The restarted worker has the same name as before."""
+    operation = stored(SILENT_S + 1, state)
+    result = operations.get(operation.id, [host("here")])
+    assert result
+    assert (result.state, result.error_code) == (OperationState.FAILED, code)
 
 
-def test_the_newest_comes_first(operations: Operations) -> None:
+def test_recent_operations_are_sorted_newest_first(operations: Operations) -> None:
     first = operations.begin("load", "one", "here")
     second = operations.begin("unload", "one", "here")
     assert [each.id for each in operations.recent([host()])] == [second.id, first.id]
 
 
-def test_what_was_told_just_now_may_be_on_its_way(operations: Operations) -> None:
+def test_new_operation_may_not_be_listed_yet(operations: Operations) -> None:
     operation = operations.begin("load", "two", "here")
     for hosts in ([], [host("here")]):
         assert operations.get(operation.id, hosts) == operation
 
 
-def test_one_of_many_has_a_model_loaded_for_jobs_and_all_see_how_it_goes(operations: Operations) -> None:
+def test_one_process_starts_loading_for_queued_jobs_and_all_see_the_operation(operations: Operations) -> None:
     assert operations.on_demand("two") is None
     assert [operations.may_demand("two", 30) for _ in range(3)] == [True, False, False]
     assert operations.on_demand("two") is None

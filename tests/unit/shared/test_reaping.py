@@ -1,4 +1,4 @@
-"""When a lease lapses and when it does not, and what becomes of the jobs of a worker that is gone."""
+"""The reaper: when leases expire, outages that extend them, and the recovery of lost jobs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shared.settings import Settings
 from tests.support.queueing import MODEL, lapse, lease, make_reaper, reap, reserved, row, started, submit, taken
 from tests.support.waiting import eventually
 
-OUTAGES = ["another server", "out of reach"]
+OUTAGES = ["failover", "unreachable"]
 
 
-class Desk:
-    """A worker with a running job, and the reaper."""
+class Harness:
+    """A worker with a running job, and a reaper."""
 
     def __init__(self, client: Redis, settings: Settings) -> None:
         self.client = client
@@ -33,16 +33,16 @@ class Desk:
         self.reaper.reap()
 
     def outage(self, kind: str) -> None:
-        """Redis was away, and the lease has run out meanwhile."""
+        """Simulate an outage of Redis during which the lease expired."""
         lapse(self.client, "w1")
-        changed = {"server": "before"} if kind == "another server" else {"at": self.passed_at() - 3}
+        changed = {"server": "before"} if kind == "failover" else {"at": self.passed_at() - 3}
         self.client.hset(keys.PASSED, mapping=changed)
 
     def passed_at(self) -> float:
         return float(self.client.hget(keys.PASSED, "at"))
 
-    def left_s(self) -> float:
-        """What is left of the lease."""
+    def remaining_s(self) -> float:
+        """Return the remaining time of the lease."""
         seconds, micros = self.client.time()
         return float(self.client.zscore(keys.LEASES, "w1")) - seconds - micros / 1e6
 
@@ -55,126 +55,126 @@ class Desk:
 
 
 @pytest.fixture
-def desk(client: Redis, settings: Settings) -> Desk:
-    return Desk(client, settings)
+def harness(client: Redis, settings: Settings) -> Harness:
+    return Harness(client, settings)
 
 
-# When a lease lapses
+# Expiry of leases
 
 
-def test_a_lease_that_was_not_renewed_lapses(desk: Desk) -> None:
-    lapse(desk.client, "w1")
-    assert desk.reaper.reap() == [MODEL]
-    assert not desk.client.exists(keys.LEASES, keys.EXTENSIONS, keys.RUNNING + "w1", keys.RESERVED + "w1")
-
-
-@pytest.mark.parametrize("kind", OUTAGES)
-def test_after_an_outage_a_lease_has_its_full_time_again(desk: Desk, kind: str) -> None:
-    desk.outage(kind)
-    assert desk.reaper.reap() == []
-    assert desk.left_s() == pytest.approx(60, abs=5)
-    assert desk.worker.renew(60).unbroken
-    assert desk.status is Status.RUNNING and not desk.client.hexists(keys.JOB + desk.job.id, "deaths")
+def test_lease_that_is_not_renewed_expires(harness: Harness) -> None:
+    lapse(harness.client, "w1")
+    assert harness.reaper.reap() == [MODEL]
+    assert not harness.client.exists(keys.LEASES, keys.EXTENSIONS, keys.RUNNING + "w1", keys.RESERVED + "w1")
 
 
 @pytest.mark.parametrize("kind", OUTAGES)
-def test_a_worker_that_died_in_an_outage_is_taken_back_after_that(desk: Desk, kind: str) -> None:
-    desk.outage(kind)
-    desk.reaper.reap()
-    lapse(desk.client, "w1")
-    assert desk.reaper.reap() == [MODEL]
-
-
-def test_one_outage_after_another_gives_a_dead_worker_no_further_time(desk: Desk) -> None:
-    desk.outage(OUTAGES[0])
-    desk.reaper.reap()
-    desk.outage(OUTAGES[1])
-    assert desk.reaper.reap() == [MODEL]
+def test_outage_extends_a_lease_by_its_full_lifetime(harness: Harness, kind: str) -> None:
+    harness.outage(kind)
+    assert harness.reaper.reap() == []
+    assert harness.remaining_s() == pytest.approx(60, abs=5)
+    assert harness.worker.renew(60).unbroken
+    assert harness.status is Status.RUNNING and not harness.client.hexists(keys.JOB + harness.job.id, "deaths")
 
 
 @pytest.mark.parametrize("kind", OUTAGES)
-def test_a_worker_that_renews_between_two_outages_outlasts_both(desk: Desk, kind: str) -> None:
+def test_worker_that_died_in_an_outage_loses_its_lease_after_the_extension(harness: Harness, kind: str) -> None:
+    harness.outage(kind)
+    harness.reaper.reap()
+    lapse(harness.client, "w1")
+    assert harness.reaper.reap() == [MODEL]
+
+
+def test_second_outage_does_not_extend_the_lease_of_a_dead_worker(harness: Harness) -> None:
+    harness.outage(OUTAGES[0])
+    harness.reaper.reap()
+    harness.outage(OUTAGES[1])
+    assert harness.reaper.reap() == [MODEL]
+
+
+@pytest.mark.parametrize("kind", OUTAGES)
+def test_lease_that_is_renewed_between_outages_is_extended_each_time(harness: Harness, kind: str) -> None:
     for _ in range(3):
-        desk.outage(kind)
-        assert desk.reaper.reap() == []
-        desk.worker.renew(60)
-    assert desk.status is Status.RUNNING
+        harness.outage(kind)
+        assert harness.reaper.reap() == []
+        harness.worker.renew(60)
+    assert harness.status is Status.RUNNING
 
 
-def test_every_process_may_pass_by_after_an_outage(desk: Desk) -> None:
-    desk.outage(OUTAGES[0])
-    assert [reap(desk.client) for _ in range(3)] == [[], [], []]
-    assert desk.status is Status.RUNNING
+def test_several_reapers_may_pass_after_an_outage(harness: Harness) -> None:
+    harness.outage(OUTAGES[0])
+    assert [reap(harness.client) for _ in range(3)] == [[], [], []]
+    assert harness.status is Status.RUNNING
 
 
-def test_passes_close_to_each_other_write_nothing(desk: Desk) -> None:
-    before = desk.passed_at()
-    reap(desk.client)
-    assert desk.passed_at() == before
+def test_passes_shortly_after_another_write_nothing(harness: Harness) -> None:
+    before = harness.passed_at()
+    reap(harness.client)
+    assert harness.passed_at() == before
 
 
-def test_the_clock_may_be_set_back(desk: Desk) -> None:
-    desk.client.hset(keys.PASSED, "at", desk.passed_at() + 3600)
-    desk.reaper.reap()
-    desk.worker.renew(60)
-    desk.outage(OUTAGES[1])
-    assert desk.reaper.reap() == []
+def test_clock_may_be_set_back(harness: Harness) -> None:
+    harness.client.hset(keys.PASSED, "at", harness.passed_at() + 3600)
+    harness.reaper.reap()
+    harness.worker.renew(60)
+    harness.outage(OUTAGES[1])
+    assert harness.reaper.reap() == []
 
 
-def test_the_jobs_of_a_dead_worker_do_not_wait_for_a_clock_that_was_set_back(desk: Desk) -> None:
-    hour = desk.passed_at() + 3600
-    desk.client.zadd(keys.LEASES, {"w1": hour})
-    desk.client.hset(keys.EXTENSIONS, "w1", 0.1)
-    desk.client.hset(keys.PASSED, "at", hour)
-    eventually(desk.reaper.reap, "its lease lapses by the new clock")
-    assert desk.status is Status.QUEUED
+def test_jobs_of_a_dead_worker_are_recovered_after_the_clock_was_set_back(harness: Harness) -> None:
+    hour = harness.passed_at() + 3600
+    harness.client.zadd(keys.LEASES, {"w1": hour})
+    harness.client.hset(keys.EXTENSIONS, "w1", 0.1)
+    harness.client.hset(keys.PASSED, "at", hour)
+    eventually(harness.reaper.reap, "the lease expires by the new clock")
+    assert harness.status is Status.QUEUED
 
 
-def test_the_next_pass_is_due_when_a_lease_may_lapse(desk: Desk) -> None:
-    assert desk.reaper.rest_s == REAP_S
-    desk.worker.renew(0.3)
-    desk.reaper.reap()
-    assert 0.05 <= desk.reaper.rest_s < 0.35
-    desk.worker.renew(0.001)
-    desk.reaper.reap()
-    assert 0.05 <= desk.reaper.rest_s <= REAP_S
-    desk.worker.retire()
-    desk.reaper.reap()
-    assert desk.reaper.rest_s == REAP_S
+def test_next_pass_is_due_when_a_lease_may_expire(harness: Harness) -> None:
+    assert harness.reaper.rest_s == REAP_S
+    harness.worker.renew(0.3)
+    harness.reaper.reap()
+    assert 0.05 <= harness.reaper.rest_s < 0.35
+    harness.worker.renew(0.001)
+    harness.reaper.reap()
+    assert 0.05 <= harness.reaper.rest_s <= REAP_S
+    harness.worker.retire()
+    harness.reaper.reap()
+    assert harness.reaper.rest_s == REAP_S
 
 
-def test_a_pass_notes_how_much_memory_the_server_has(valkey_client: Redis) -> None:
+def test_pass_records_the_memory_of_the_server(valkey_client: Redis) -> None:
     reap(valkey_client)
-    noted = valkey_client.hgetall(keys.MEMORY)
-    assert int(noted["used"]) > 0 and int(noted["system"]) > int(noted["used"]) and noted["max"] == "0"
+    memory = valkey_client.hgetall(keys.MEMORY)
+    assert 0 < int(memory["used"]) < int(memory["system"]) and memory["max"] == "0"
 
 
-# What becomes of the jobs
+# Recovery of jobs
 
 
-def test_what_a_dead_worker_held_waits_again_in_its_old_order(desk: Desk) -> None:
-    waiting = submit(desk.jobs)
-    urgent = submit(desk.jobs, priority=Priority.HIGH)
-    behind = submit(desk.jobs)
-    assert [each.job.id for each in reserved(desk.worker, 2)] == [urgent.id, waiting.id]
-    lapse(desk.client, "w1")
-    desk.reaper.reap()
-    other = lease(desk.client, "w2")
-    assert [each.job.id for each in reserved(other, 9)] == [urgent.id, desk.job.id, waiting.id, behind.id]
+def test_jobs_of_a_dead_worker_return_in_their_order(harness: Harness) -> None:
+    waiting = submit(harness.jobs)
+    urgent = submit(harness.jobs, priority=Priority.HIGH)
+    behind = submit(harness.jobs)
+    assert [each.job.id for each in reserved(harness.worker, 2)] == [urgent.id, waiting.id]
+    lapse(harness.client, "w1")
+    harness.reaper.reap()
+    other = lease(harness.client, "w2")
+    assert [each.job.id for each in reserved(other, 9)] == [urgent.id, harness.job.id, waiting.id, behind.id]
 
 
-def test_a_reservation_that_is_lost_costs_neither_attempt_nor_blame(desk: Desk) -> None:
-    waiting = submit(desk.jobs)
-    taken(desk.worker)
-    lapse(desk.client, "w1")
-    desk.reaper.reap()
-    job = desk.get(waiting)
+def test_lost_reservation_counts_neither_as_attempt_nor_as_crash(harness: Harness) -> None:
+    waiting = submit(harness.jobs)
+    taken(harness.worker)
+    lapse(harness.client, "w1")
+    harness.reaper.reap()
+    job = harness.get(waiting)
     assert (job.attempt, job.history) == (0, ())
-    assert not desk.client.hexists(keys.JOB + waiting.id, "deaths")
-    assert [event.kind for event in JobLog(desk.client).read(waiting.id)] == [EventKind.QUEUED]
+    assert not harness.client.hexists(keys.JOB + waiting.id, "deaths")
+    assert [event.kind for event in JobLog(harness.client).read(waiting.id)] == [EventKind.QUEUED]
 
 
-def test_a_job_that_is_to_blame_fails_and_states_when_its_workers_died(client: Redis, settings: Settings) -> None:
+def test_job_that_crashes_its_workers_fails_with_a_history(client: Redis, settings: Settings) -> None:
     jobs, log = Jobs(client, settings), JobLog(client)
     job = submit(jobs)
     for attempt in range(1, 5):
@@ -182,7 +182,7 @@ def test_a_job_that_is_to_blame_fails_and_states_when_its_workers_died(client: R
         claimed = started(worker)
         worker.append([row(claimed, claimed.job.last_event + 2, f"{attempt}é ", attempt, attempt)])
         if attempt == 2:
-            worker.retire()  # no death
+            worker.retire()  # not a crash
             continue
         client.hset(keys.JOB + job.id, "admitted_at", float(client.time()[0]) - 100 * attempt)
         lapse(client, f"w{attempt}")
@@ -200,7 +200,7 @@ def test_a_job_that_is_to_blame_fails_and_states_when_its_workers_died(client: R
     assert (last.kind, json.loads(last.data)) == (EventKind.DONE, {"status": "failed"})
 
 
-def test_a_late_write_of_a_job_that_failed_is_fenced(client: Redis, settings: Settings) -> None:
+def test_late_write_for_a_failed_job_is_fenced(client: Redis, settings: Settings) -> None:
     jobs = Jobs(client, settings)
     submit(jobs)
     worker = lease(client, "w1")
@@ -211,13 +211,13 @@ def test_a_late_write_of_a_job_that_failed_is_fenced(client: Redis, settings: Se
     assert client.hgetall(keys.BYTES).keys() <= {"failed", "failed_limit"}
 
 
-@pytest.mark.parametrize(("pid", "known"), [(1, 0), (2, 1)])
-def test_the_death_of_a_process_does_not_hide_the_one_that_took_its_place(client: Redis, pid: int, known: int) -> None:
-    """A process that is started again has the same node name, and its predecessor's lease may lapse later."""
+@pytest.mark.parametrize(("pid", "remaining"), [(1, 0), (2, 1)])
+def test_crash_deletes_the_state_of_its_own_process_only(client: Redis, pid: int, remaining: int) -> None:
+    """A restarted process has the same node name, and the lease of its predecessor may expire later."""
     lease(client, "w1")
     client.set(keys.WORKER + "w1", json.dumps({"id": "w1", "node": "n", "pid": 1}))
     client.set(keys.HOST + "n", json.dumps({"node": "n", "pid": pid}))
     client.zadd(keys.HOSTS, {"n": 1})
     lapse(client, "w1")
     reap(client)
-    assert (client.exists(keys.HOST + "n"), client.zcard(keys.HOSTS)) == (known, known)
+    assert (client.exists(keys.HOST + "n"), client.zcard(keys.HOSTS)) == (remaining, remaining)

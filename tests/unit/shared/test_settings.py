@@ -1,4 +1,4 @@
-"""Settings: one list of variables, the same everywhere, and clear refusals."""
+"""Settings: documentation, precedence, and error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.environment import misspelled_names
 from shared.settings import ROOT, Settings, faults, load_settings
 
 
-def test_the_example_and_the_configuration_page_are_up_to_date() -> None:
+def test_example_and_configuration_page_are_up_to_date() -> None:
     assert settings.EXAMPLE.read_text() == settings.example()
     assert settings.PAGE.read_text() == settings.page()
 
@@ -24,20 +24,20 @@ def test_every_setting_is_documented_with_its_meaning_type_and_readers() -> None
     assert [v.name for v in variables if not (v.meaning and v.type and v.section and v.readers)] == []
 
 
-def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_precedence_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "env").write_text("PORT=1234\nSLOTS=7\nWORKERS=\n")
     monkeypatch.setenv("PORT", "4321")
     settings = Settings(_env_file=tmp_path / "env")
     assert (settings.port, settings.slots, settings.workers) == (4321, 7, 1)
 
 
-def test_relative_paths_are_meant_from_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_relative_paths_are_resolved_against_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DATA_DIR", "elsewhere")
     monkeypatch.chdir(tmp_path)
     assert Settings(_env_file=None).data_dir == ROOT / "elsewhere"
 
 
-WRONG = [
+INVALID = [
     ("RATE_LIMIT", "foo"),
     ("RATE_LIMIT", "5/fortnight"),
     ("PORT", "70000"),
@@ -49,15 +49,15 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
-def test_what_does_not_fit_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "value"), INVALID)
+def test_invalid_value_is_reported_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError, match=name.lower()):
         Settings(_env_file=None)
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"DEADLINE_S": "604801"}, "DEADLINE_S (604801) is more than MAX_DEADLINE_S (604800)"),
         ({"MAX_DEADLINE_S": "60"}, "DEADLINE_S (86400) is more than MAX_DEADLINE_S (60)"),
@@ -65,49 +65,49 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: str, monkeypatch
         ({"LOG_RETENTION_S": "60", "RETENTION_S": "59"}, "LOG_RETENTION_S (60) is more than RETENTION_S (59)"),
     ],
 )
-def test_limits_that_contradict_each_other_are_refused_by_name(
-    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+def test_contradicting_limits_are_reported_by_name(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValidationError) as caught:
         Settings(_env_file=None)
-    (error,) = refused.value.errors()
-    assert error["msg"] == f"Value error, {said}"
-    assert str(error["loc"][0]).upper() in said
+    (error,) = caught.value.errors()
+    assert error["msg"] == f"Value error, {message}"
+    assert str(error["loc"][0]).upper() in message
 
 
-def test_limits_may_be_equal_and_one_that_is_wrong_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_may_be_equal_and_an_invalid_limit_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     equal = {"DEADLINE_S": "60", "MAX_DEADLINE_S": "60", "RETENTION_S": "60", "LOG_RETENTION_S": "60"}
     for name, value in equal.items():
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)
     assert (settings.max_deadline_s, settings.log_retention_s) == (60, 60)
     monkeypatch.setenv("DEADLINE_S", "soon")
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValidationError) as caught:
         Settings(_env_file=None)
-    assert [error["loc"] for error in refused.value.errors()] == [("deadline_s",)]
+    assert [error["loc"] for error in caught.value.errors()] == [("deadline_s",)]
 
 
 @pytest.mark.parametrize(
-    ("variables", "store", "tickets"),
+    ("variables", "store", "broker"),
     [
         ({"DATA_DIR": "/d"}, "unix:///d/run/valkey.sock", "unix:///d/run/valkey.sock"),
         ({"REDIS_URL": "redis://h:1/2"}, "redis://h:1/2", "redis://h:1/2"),
         ({"REDIS_URL": "redis://h:1/2", "BROKER_URL": "redis://b"}, "redis://h:1/2", "redis://b"),
     ],
 )
-def test_tickets_go_where_the_queue_is_unless_a_broker_is_named(
-    variables: dict[str, str], store: str, tickets: str, monkeypatch: pytest.MonkeyPatch
+def test_broker_is_the_queues_redis_unless_another_is_set(
+    variables: dict[str, str], store: str, broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings = Settings(_env_file=None)
-    assert (settings.store_url, settings.celery_url) == (store, tickets)
+    assert (settings.store_url, settings.celery_url) == (store, broker)
 
 
 @pytest.mark.parametrize(("name", "value"), [("FLOWER_USER", "a:b"), ("FLOWER_USER", "é"), ("FLOWER_PASSWORD", "é")])
-def test_flower_gets_no_name_or_password_that_it_cannot_compare(
+def test_flower_credentials_that_it_cannot_compare_are_rejected(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -121,7 +121,7 @@ def names(error: ValidationError) -> list[str]:
     return [line.partition(":")[0] for line in faults(error).splitlines()]
 
 
-def test_a_name_in_the_file_that_nothing_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_in_the_file_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "{env}"
     file.write_text("SLOT=4\nPORT=1234\nREDIS_PORT=1\nCOMPOSE_PROJECT_NAME=x\nELSEWHERE=1\n")
     monkeypatch.setattr("shared.settings.ENV_FILE", file)
@@ -133,20 +133,21 @@ def test_a_name_in_the_file_that_nothing_reads_is_refused(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("name", list(Settings.model_fields))
-def test_each_setting_that_lacks_a_letter_is_recognised(name: str) -> None:
+def test_setting_with_a_missing_letter_is_recognised(name: str) -> None:
     setting = name.upper()
-    wrong = setting[:-1] if len(setting) > 4 else setting + "S"
-    assert misspelled_names([wrong, setting, "PATH", "HOSTNAME", "HOME"], Settings.model_fields) == {wrong: setting}
+    misspelled = setting[:-1] if len(setting) > 4 else setting + "S"
+    names = [misspelled, setting, "PATH", "HOSTNAME", "HOME"]
+    assert misspelled_names(names, Settings.model_fields) == {misspelled: setting}
 
 
 @pytest.mark.parametrize("name", ["ENV_FILE", "MODELS_FILE"])
-def test_a_file_that_is_named_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_file_that_is_set_explicitly_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("shared.settings.ENV_FILE", Path(os.devnull))
-    monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    monkeypatch.setenv(name, str(tmp_path / "missing"))
     if name == "ENV_FILE":
-        monkeypatch.setattr("shared.settings.ENV_FILE", tmp_path / "nowhere")
+        monkeypatch.setattr("shared.settings.ENV_FILE", tmp_path / "missing")
         assert load_settings(env_file_may_be_missing=True)
     with pytest.raises(ValidationError) as caught:
         load_settings()
     assert names(caught.value) == [name]
-    assert str(tmp_path / "nowhere") in faults(caught.value)
+    assert str(tmp_path / "missing") in faults(caught.value)

@@ -1,4 +1,4 @@
-"""What an error of Redis means: wait, or a fault of ours."""
+"""Connections to Redis: transient and permanent errors, bounded pools, and Sentinel."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from threading import Thread
 
 import pytest
 from kombu.exceptions import OperationalError
-from redis import ConnectionError as RedisAway
+from redis import ConnectionError as RedisConnectionError
 from redis import DataError, RedisError, ResponseError
-from redis import TimeoutError as NoAnswer
+from redis import TimeoutError as RedisTimeoutError
 
 from scripts.stack.ports import free_port
 from shared.queue.redis import Redis, connect, passes
@@ -19,10 +19,10 @@ from shared.settings import Settings
 
 
 @pytest.mark.parametrize(
-    ("error", "passing"),
+    ("error", "transient"),
     [
-        (RedisAway("refused"), True),
-        (NoAnswer("no answer"), True),
+        (RedisConnectionError("refused"), True),
+        (RedisTimeoutError("timed out"), True),
         (ResponseError("BUSY Redis is busy running a script."), True),
         (ResponseError("MISCONF Errors writing to the AOF file"), True),
         (ResponseError("BUSYGROUP Consumer Group name already exists"), False),
@@ -30,24 +30,22 @@ from shared.settings import Settings
         (DataError("Invalid input of type: 'NoneType'"), False),
     ],
 )
-def test_only_what_time_heals_passes(error: RedisError, passing: bool) -> None:
-    assert passes(error) is passing
+def test_transient_errors_are_recognised(error: RedisError, transient: bool) -> None:
+    assert passes(error) is transient
 
 
-def test_a_script_that_raises_does_not_pass(client: Redis) -> None:
+def test_error_in_a_script_is_not_transient(client: Redis) -> None:
     with pytest.raises(ResponseError) as caught:
         client.eval("local job = nil; return job.status", 0)
     assert not passes(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("setting", "refusing", "usual"),
+    ("setting", "rejecting", "default"),
     [("maxmemory", "1", "0"), ("min-replicas-to-write", "1", "0")],
 )
-def test_a_server_that_takes_no_writes_now_will_later(
-    valkey_client: Redis, setting: str, refusing: str, usual: str
-) -> None:
-    valkey_client.config_set(setting, refusing)
+def test_rejected_write_is_transient(valkey_client: Redis, setting: str, rejecting: str, default: str) -> None:
+    valkey_client.config_set(setting, rejecting)
     try:
         for write in (
             lambda: valkey_client.set("key", "value"),
@@ -57,24 +55,24 @@ def test_a_server_that_takes_no_writes_now_will_later(
                 write()
             assert passes(caught.value)
     finally:
-        valkey_client.config_set(setting, usual)
+        valkey_client.config_set(setting, default)
 
 
-def test_an_outage_leaves_no_connections_behind() -> None:
+def test_outage_does_not_accumulate_connections() -> None:
     with connect(f"sentinel://127.0.0.1:{free_port()}?master=m", timeout_s=1, retries=0, connections=4) as client:
         for _ in range(20):
-            with pytest.raises(RedisAway):
+            with pytest.raises(RedisConnectionError):
                 client.ping()
         assert len(client.connection_pool._connections) <= 4
 
 
-class Dying:
-    """Sentinels that hang up on whoever asks, and count them."""
+class ClosingSentinels:
+    """Three sentinels that close each connection at once and count them."""
 
     def __init__(self) -> None:
         self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        self.asked = [0, 0, 0]
-        self._threads = [Thread(target=self._hang_up, args=(i,)) for i in range(3)]
+        self.connections = [0, 0, 0]
+        self._threads = [Thread(target=self._serve, args=(i,)) for i in range(3)]
         for thread in self._threads:
             thread.start()
 
@@ -83,13 +81,13 @@ class Dying:
         hosts = ",".join(f"127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners)
         return f"sentinel://{hosts}?master=m"
 
-    def _hang_up(self, i: int) -> None:
+    def _serve(self, i: int) -> None:
         while True:
             try:
                 connection, _ = self._listeners[i].accept()
             except OSError:  # closed
                 return
-            self.asked[i] += 1
+            self.connections[i] += 1
             connection.close()
 
     def close(self) -> None:
@@ -101,19 +99,19 @@ class Dying:
 
 
 @pytest.fixture
-def dying() -> Iterator[Dying]:
-    dying = Dying()
-    yield dying
-    dying.close()
+def sentinels() -> Iterator[ClosingSentinels]:
+    sentinels = ClosingSentinels()
+    yield sentinels
+    sentinels.close()
 
 
-def test_a_call_asks_each_sentinel_once(dying: Dying) -> None:
-    with connect(dying.url, retries=0) as client, pytest.raises(RedisAway):
+def test_call_asks_each_sentinel_once(sentinels: ClosingSentinels) -> None:
+    with connect(sentinels.url, retries=0) as client, pytest.raises(RedisConnectionError):
         client.ping()
-    assert dying.asked == [1, 1, 1]
+    assert sentinels.connections == [1, 1, 1]
 
 
-def test_a_ticket_asks_each_sentinel_once(dying: Dying) -> None:
-    with make_app(Settings(broker_url=dying.url), hasty=True) as app, pytest.raises(OperationalError):
+def test_wake_up_asks_each_sentinel_once(sentinels: ClosingSentinels) -> None:
+    with make_app(Settings(broker_url=sentinels.url), hasty=True) as app, pytest.raises(OperationalError):
         app.send_task("any", retry=False)
-    assert dying.asked == [1, 1, 1]
+    assert sentinels.connections == [1, 1, 1]

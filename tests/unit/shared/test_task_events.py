@@ -1,4 +1,4 @@
-"""Jobs as Celery tasks: those that end without their worker are reported once, a worker reports the others itself."""
+"""Jobs as Celery tasks in Flower: events of workers, and of jobs that end without a worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.queue.wakeups import TASK, make_app
 from shared.settings import Settings
 from tests.plugins.work import claimed
 
-ROOM = Demand(rows=1, tokens=1_000_000)
+DEMAND = Demand(rows=1, tokens=1_000_000)
 
 
 @pytest.fixture
@@ -44,28 +44,26 @@ def reaper(client: Redis) -> Reaper:
     return Reaper(client, 1, 0)
 
 
-def submit(jobs: Jobs, **more: float) -> str:
-    asked = Request("m", 10, Sampling(0.0), prompt="hi")
-    return jobs.create(Submission(asked, "me", **more)).job.id  # type: ignore[arg-type]
+def submit(jobs: Jobs, **options: float) -> str:
+    request = Request("m", 10, Sampling(0.0), prompt="hi")
+    return jobs.create(Submission(request, "me", **options)).job.id  # type: ignore[arg-type]
 
 
-def admit(worker: Claims, **more: Ending) -> Append:
-    (claimed,) = worker.claim("m", ROOM).jobs
-    row = Append(claimed.job.id, 1, claimed.job.claimed_at, 3, start=True, **more)
+def admit(worker: Claims, **options: Ending) -> Append:
+    (claimed,) = worker.claim("m", DEMAND).jobs
+    row = Append(claimed.job.id, 1, claimed.job.claimed_at, 3, start=True, **options)
     worker.append([row])
     return row
 
 
-def test_a_job_cancelled_while_it_waits_is_reported_once(jobs: Jobs, reaper: Reaper) -> None:
+def test_job_that_is_cancelled_in_the_queue_is_reported_once(jobs: Jobs, reaper: Reaper) -> None:
     job = submit(jobs)
     jobs.stop(job, "me")
     assert reaper.take_ends() == [EndedJob(job, "m", Status.CANCELLED)]
     assert reaper.take_ends() == []
 
 
-def test_a_job_that_expires_while_it_waits_is_reported_with_its_reason(
-    client: Redis, jobs: Jobs, reaper: Reaper
-) -> None:
+def test_job_that_expires_in_the_queue_is_reported_with_its_reason(client: Redis, jobs: Jobs, reaper: Reaper) -> None:
     job = submit(jobs, start_within_s=60)
     client.zadd(keys.TIMERS, {job: 1.0})
     reaper.reap()
@@ -73,9 +71,7 @@ def test_a_job_that_expires_while_it_waits_is_reported_with_its_reason(
     assert (ended.id, ended.status, ended.error_code) == (job, Status.EXPIRED, "start_timeout")
 
 
-def test_a_job_that_fails_with_its_worker_is_reported(
-    client: Redis, jobs: Jobs, worker: Claims, reaper: Reaper
-) -> None:
+def test_job_that_crashes_its_worker_is_reported(client: Redis, jobs: Jobs, worker: Claims, reaper: Reaper) -> None:
     job = submit(jobs)
     admit(worker)
     client.zadd(keys.LEASES, {"w1": 1.0})
@@ -84,16 +80,14 @@ def test_a_job_that_fails_with_its_worker_is_reported(
     assert (ended.id, ended.status, ended.error_code) == (job, Status.FAILED, "worker_lost")
 
 
-def test_a_job_that_its_worker_ends_is_not_reported(jobs: Jobs, worker: Claims, reaper: Reaper) -> None:
+def test_job_that_its_worker_ends_is_not_reported(jobs: Jobs, worker: Claims, reaper: Reaper) -> None:
     job = submit(jobs)
     admit(worker, ending=Ending(Status.SUCCEEDED))
     assert jobs.get(job, "me").status is Status.SUCCEEDED
     assert reaper.take_ends() == []
 
 
-def test_a_job_that_is_to_be_cancelled_when_its_worker_gives_it_back_is_reported(
-    jobs: Jobs, worker: Claims, reaper: Reaper
-) -> None:
+def test_cancelled_job_that_its_worker_hands_back_is_reported(jobs: Jobs, worker: Claims, reaper: Reaper) -> None:
     job = submit(jobs)
     row = admit(worker)
     jobs.stop(job, "me")
@@ -105,7 +99,7 @@ def test_a_job_that_is_to_be_cancelled_when_its_worker_gives_it_back_is_reported
 
 
 class Observer:
-    """What Flower sees: the events of a broker, and the tasks that Celery makes of them."""
+    """Receives events as Flower does, and converts them to tasks."""
 
     def __init__(self, settings: Settings) -> None:
         self.state = State()
@@ -114,7 +108,7 @@ class Observer:
         channel = self._connection.default_channel
         (consumer,) = receiver.get_consumers(partial(Consumer, channel), channel)
         consumer.consume()
-        self.listen(0.2)  # the subscription stands
+        self.listen(0.2)  # completes the subscription
 
     def listen(self, seconds: float = 0.5) -> None:
         with suppress(TimeoutError):
@@ -143,11 +137,11 @@ def observer(broker: Settings) -> Iterator[Observer]:
     observer.close()
 
 
-def a_job(name: str, attempt: int = 1) -> Job:
+def make_job(name: str, attempt: int = 1) -> Job:
     return replace(claimed(name).job, attempt=attempt)
 
 
-def test_jobs_are_tasks_in_the_right_states(
+def test_tasks_have_the_states_of_their_jobs(
     events: TaskEvents, observer: Observer, eventually: Callable[..., None]
 ) -> None:
     endings = {
@@ -155,7 +149,7 @@ def test_jobs_are_tasks_in_the_right_states(
         "FAILURE": Ending(Status.FAILED, error_code="engine_error", error_message="The model failed."),
         "REVOKED": Ending(Status.CANCELLED),
     }
-    jobs = {state: a_job(state) for state in (*endings, "STARTED", "RETRY", "RECEIVED")}
+    jobs = {state: make_job(state) for state in (*endings, "STARTED", "RETRY", "RECEIVED")}
     for state, job in jobs.items():
         if state == "RECEIVED":
             events.claimed(job)
@@ -165,7 +159,7 @@ def test_jobs_are_tasks_in_the_right_states(
             events.ended(job, endings[state])
         elif state == "RETRY":
             events.retried(job)
-    again = a_job("again")
+    again = make_job("again")
     events.started(again)
     events.retried(again)
     events.started(replace(again, attempt=2))
@@ -174,15 +168,15 @@ def test_jobs_are_tasks_in_the_right_states(
     expired = EndedJob("job_late", "fake", Status.EXPIRED, "start_timeout", "Too late.")
     events.ended_without_worker(lost)
     events.ended_without_worker(expired)
-    wanted = {job.id: state for state, job in jobs.items()}
-    wanted |= {again.id: "SUCCESS", "job_lost": "FAILURE", "job_late": "REVOKED"}
+    expected = {job.id: state for state, job in jobs.items()}
+    expected |= {again.id: "SUCCESS", "job_lost": "FAILURE", "job_late": "REVOKED"}
     events.start()
 
     def states() -> dict[str, str]:
         observer.listen()
         return {uuid: task.state for uuid, task in observer.state.tasks.items()}
 
-    eventually(lambda: states() == wanted)
+    eventually(lambda: states() == expected)
     task = observer.state.tasks[jobs["SUCCESS"].id]
     assert (task.name, task.worker.hostname, task.runtime) == (TASK, "mlxq-0@host", 1.5)
     assert "'fake'" in task.kwargs
@@ -190,24 +184,24 @@ def test_jobs_are_tasks_in_the_right_states(
     assert observer.state.tasks[again.id].retries == 1
 
 
-def test_a_broker_that_is_away_drops_events_and_holds_nobody_up(
+def test_unreachable_broker_drops_events_without_blocking(
     settings: Settings, eventually: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"redis://127.0.0.1:{free_port()}/0"
     events = TaskEvents(make_app(settings.model_copy(update={"broker_url": url}), hasty=True), "node")
     events.start()
     for n in range(50):
-        events.started(a_job(f"{n}"))
+        events.started(make_job(f"{n}"))
     eventually(events._queue.empty)
     assert caplog.text.count("task_events_dropped") == 1
     events.stop()
     assert not events.is_alive()
 
 
-def test_more_events_than_there_is_room_for_are_dropped(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_beyond_the_queue_limit_are_dropped(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_events, "MAX_QUEUED", 10)
     events = TaskEvents(make_app(settings), "node")
     for n in range(50):
-        events.started(a_job(f"{n}"))
+        events.started(make_job(f"{n}"))
     assert events._queue.qsize() == 10
     events.stop()

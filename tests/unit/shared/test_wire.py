@@ -1,4 +1,4 @@
-"""Messages of a newer version are read: what is unknown in them is passed over."""
+"""Messages survive a round trip, and unknown fields of newer versions are ignored."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ HOST = HostInfo("node", "host", 1, 1.0, 2.0, ("m",), 100, 50, operations=("op_1"
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
-def test_a_message_is_read_as_it_was_written(message: Message) -> None:
+def test_message_survives_a_round_trip(message: Message) -> None:
     assert type(message).from_json(message.to_json()) == message
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
-def test_what_a_newer_peer_adds_is_dropped(message: Message) -> None:
-    data = json.loads(message.to_json()) | {"novelty": [1]}
+def test_unknown_fields_of_a_message_are_ignored(message: Message) -> None:
+    data = json.loads(message.to_json()) | {"unknown": [1]}
     if isinstance(message, Request):
-        data["sampling"]["novelty"] = 1
+        data["sampling"]["unknown"] = 1
     assert type(message).from_json(json.dumps(data)) == message
 
 
-def test_cards_are_read_as_they_were_announced_with_moments_of_the_servers_clock(client: Redis) -> None:
+def test_announced_state_survives_a_round_trip_with_times_of_the_server(client: Redis) -> None:
     registry = Registry(client)
     registry.announce_worker(WORKER, 60)
     registry.announce_host(HOST, 60)
@@ -46,10 +46,10 @@ def test_cards_are_read_as_they_were_announced_with_moments_of_the_servers_clock
         assert card.heartbeat_at - card.started_at == pytest.approx(1)
 
 
-def test_what_a_newer_worker_adds_to_its_card_is_dropped(client: Redis) -> None:
+def test_unknown_fields_of_a_worker_are_ignored(client: Redis) -> None:
     registry = Registry(client)
     for name, info, key in ((WORKER.id, WORKER, keys.WORKER), (HOST.node, HOST, keys.HOST)):
-        card = {"started_at": 1.0, "heartbeat_at": 2.0, "novelty": [1], **json.loads(info.to_json())}
+        card = {"started_at": 1.0, "heartbeat_at": 2.0, "unknown": [1], **json.loads(info.to_json())}
         client.set(key + name, json.dumps(card))
     client.zadd(keys.WORKERS, {WORKER.id: 1})
     client.zadd(keys.HOSTS, {HOST.node: 1})
