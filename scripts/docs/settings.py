@@ -64,8 +64,8 @@ Every process reads its settings from environment variables and from a `.env` fi
 variables override the file. An empty value means the default. A process does not start, and says why in one line, if a
 value is not valid, if a name in `.env` is not a setting, or if the file in `ENV_FILE` or `MODELS_FILE` does not exist.
 
-Celery, Flower, gunicorn and Flask can be configured by environment variables of their own, such as `CELERY_BROKER_URL` or
-`GUNICORN_CMD_ARGS`. mlxq removes these variables, so that settings of another application cannot change it.
+Celery, Flower, gunicorn and Flask have environment variables of their own, such as `CELERY_BROKER_URL` and
+`GUNICORN_CMD_ARGS`. mlxq removes them, so that settings of another application cannot change it.
 
 Relative paths are relative to the repository, whatever the current directory is. Settings are read once, when a process
 starts. To change one, restart the processes in the column "Read by". On several machines, give every API process
