@@ -8,10 +8,17 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from pydantic import BaseModel
 
 from shared.errors import Expiry, JobFailure
-from shared.settings import ROOT
+from shared.settings import ROOT, Settings
+from tests.support.fake_redis import FakeRedis
+from web.app import create_app
 from web.http.openapi import ERROR_CODES
+from web.schemas.health import HealthView, RedisView, WorkerMemory, WorkerView
+from web.schemas.jobs import AttemptView, JobView, Output, Timings, TokenLogprob, Usage
+from web.schemas.models import LoadRequest, ModelView, OperationView, UnloadRequest
+from web.schemas.requests import InferenceRequest
 
 MOST_README_LINES = 150
 PAGES = [
@@ -75,3 +82,23 @@ def test_every_error_code_is_documented() -> None:
     page = (ROOT / "docs/api.md").read_text()
     codes = {code for each in ERROR_CODES.values() for code in each} | {*JobFailure} | {*Expiry}
     assert sorted(code for code in codes if f"`{code}`" not in page) == []
+
+
+DOCUMENTED: list[type[BaseModel]] = [
+    *(InferenceRequest, LoadRequest, UnloadRequest),
+    *(JobView, AttemptView, Output, TokenLogprob, Usage, Timings),
+    *(ModelView, OperationView, HealthView, RedisView, WorkerView, WorkerMemory),
+]
+
+
+@pytest.mark.parametrize("model", DOCUMENTED)
+def test_every_field_is_documented(model: type[BaseModel]) -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    assert sorted(name for name in model.model_fields if f"`{name}`" not in page) == []
+
+
+def test_every_route_is_documented(tmp_path: Path) -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    app = create_app(Settings(data_dir=tmp_path), FakeRedis())
+    paths = {re.sub(r"<\w+>", "{id}", rule.rule) for rule in app.url_map.iter_rules()}
+    assert sorted(path for path in paths if not path.startswith("/docs/") and path not in page) == []
