@@ -284,10 +284,9 @@ class ModelWorker:
 
 
 def named(runner: ModelRunner, model: CatalogModel) -> ModelRunner:
-    """The runner under the catalog's name, with no more context than the catalog gives."""
+    """The runner under the catalog's name, with the context that the catalog sets."""
     card = runner.card
-    context = min(card.context, model.context or card.context)
-    runner.card = replace(card, id=model.id, context=context)
+    runner.card = replace(card, id=model.id, context=model.context or card.context)
     return runner
 
 

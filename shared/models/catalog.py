@@ -63,7 +63,7 @@ class CatalogModel:
     """A model that may be served.
 
     Attributes:
-        context: maximum tokens of prompt and answer, if lower than the model's own limit.
+        context: maximum tokens of prompt and answer, in place of what the model's files declare.
         slots: maximum rows in a batch; None for the setting SLOTS.
         dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
         adapter: a folder with LoRA weights.
@@ -99,7 +99,7 @@ class CatalogModel:
     @property
     def most_tokens(self) -> int | None:
         """Maximum tokens of prompt and answer together, if it is known without loading the model."""
-        return min((limit for limit in (self.context, self.told_context) if limit is not None), default=None)
+        return self.context or self.told_context
 
 
 @dataclass(frozen=True, slots=True)

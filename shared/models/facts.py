@@ -11,7 +11,13 @@ from shared.models.folder import ModelError, safetensors_header, weight_files
 
 MANIFEST: Final = "mlxq.json"
 """File that records what scripts/fetch_model fetched; `scripts.model_files.manifest` writes it."""
-_CONTEXT_NAMES: Final = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length")
+_CONTEXT_NAMES: Final = (
+    *("max_position_embeddings", "max_sequence_length", "max_seq_length", "max_seq_len", "n_positions", "n_ctx"),
+    *("seq_length", "model_max_length"),
+)
+_SCALED_ALREADY: Final = ("default", "llama3", "longrope", "mrope", "su")
+"""Types of RoPE scaling with which `max_position_embeddings` is the length after scaling."""
+_MAX_FACTOR: Final = 10_000
 _MAX_CONTEXT: Final = 100_000_000
 """Tokenizers without a limit declare 1e30."""
 
@@ -23,13 +29,36 @@ _FLOAT_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "f
 
 
 def context_of(config: Mapping[str, Any], tokenizer_limit: float | None) -> int | None:
-    """Return the maximum tokens of prompt and answer: the context in config.json, or the tokenizer's limit if lower."""
-    sections = [section for section in (config, config.get("text_config")) if isinstance(section, Mapping)]
-    declared = [section[name] for section in sections for name in _CONTEXT_NAMES if isinstance(section.get(name), int)]
-    limits = declared[:1]
-    if tokenizer_limit and tokenizer_limit < _MAX_CONTEXT:
-        limits.append(int(tokenizer_limit))
-    return min(limits, default=None)
+    """Return the maximum tokens of prompt and answer; None if nothing declares them.
+
+    config.json decides, with its RoPE scaling. The tokenizer's limit counts only where config.json has none: it often
+    is that of an earlier model (16,384 for DeepSeek-R1's distillations, whose context is 131,072).
+    """
+    for section in (config, config.get("text_config")):
+        if isinstance(section, Mapping) and (declared := _declared_context(section)):
+            return declared
+    known = tokenizer_limit is not None and 0 < tokenizer_limit < _MAX_CONTEXT
+    return int(tokenizer_limit or 0) if known else None
+
+
+def _declared_context(section: Mapping[str, Any]) -> int | None:
+    for value in (section.get(name) for name in _CONTEXT_NAMES):
+        if type(value) is int and value > 0:
+            return max(value, _scaled_context(section, value))
+    return None
+
+
+def _scaled_context(section: Mapping[str, Any], declared: int) -> int:
+    """The context after RoPE scaling, which multiplies the length that the model was trained with."""
+    scaling = section.get("rope_scaling") or section.get("rope_parameters")
+    if not isinstance(scaling, Mapping):
+        return declared
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    factor = scaling.get("factor")
+    if kind in _SCALED_ALREADY or not isinstance(factor, int | float) or not 1 <= factor <= _MAX_FACTOR:
+        return declared
+    original = scaling.get("original_max_position_embeddings") if kind == "yarn" else None
+    return int((original if type(original) is int else declared) * factor)
 
 
 def told_context(folder: Path) -> int | None:

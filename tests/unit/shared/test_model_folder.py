@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.models import folder as model_folder
-from shared.models.facts import told_context, weights_bytes
+from shared.models.facts import context_of, told_context, weights_bytes
 from shared.models.folder import ModelError, check_folder, model_kind
 from tests.support.small_models import make_folder
 
@@ -120,6 +120,51 @@ def test_weights_with_false_shapes_are_rejected_when_loaded(
     check_folder(folder)  # the file size matches its header
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(folder)
+
+
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer_limit", "context"),
+    [
+        ({"max_position_embeddings": 131072}, 16384, 131072),  # DeepSeek-R1-Distill
+        ({"max_position_embeddings": 4096}, 10**30, 4096),
+        ({}, 8192, 8192),
+        ({}, 10**30, None),
+        ({}, None, None),
+        ({"max_position_embeddings": None}, 2048, 2048),
+        ({"text_config": {"max_position_embeddings": 128000}}, 32768, 128000),
+        ({"n_positions": 1024}, 512, 1024),
+        ({"max_position_embeddings": 32768, **YARN}, 131072, 131072),  # Qwen2.5 with YaRN
+        ({"max_position_embeddings": 131072, **YARN}, 131072, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4}}, 4096, 16384),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 4096, 8192),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            8192,
+            131072,
+        ),
+        (
+            {"max_position_embeddings": 131072, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            4096,
+            131072,
+        ),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "mrope", "mrope_section": [16]}}, 1, 32768),
+        ({"text_config": {"max_position_embeddings": 8192, "rope_parameters": YARN["rope_scaling"]}}, None, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": float("nan")}}, None, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": "4"}}, None, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": ["linear"]}, None, 4096),
+        ({"max_position_embeddings": -1, "n_positions": True}, 77, 77),
+    ],
+)
+def test_the_context_is_that_of_the_config_with_its_scaling(
+    config: dict[str, Any], tokenizer_limit: float | None, context: int | None
+) -> None:
+    assert context_of(config, tokenizer_limit) == context
 
 
 _JSON = st.recursive(
