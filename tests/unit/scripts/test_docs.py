@@ -26,8 +26,15 @@ PAGES = [
     *(ROOT / name for name in ("models/README.md", "models/ui-micro/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+SOURCES = {
+    path.name
+    for folder in ("web", "worker", "shared", "scripts", "tests")
+    for pattern in ("*.py", "*.lua")
+    for path in (ROOT / folder).rglob(pattern)
+}
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 _SCRIPT = re.compile(r"(?<![\w/.])scripts/[\w/.-]*\w")
+_PATH = re.compile(r"(web|worker|shared|scripts|tests|deploy|requirements)/[\w./-]+")
 _CODE_BLOCK = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -48,6 +55,20 @@ def broken_links(page: Path) -> Iterator[str]:
             yield link
 
 
+def missing_files(page: Path) -> Iterator[str]:
+    """Paths, and names of Python and Lua files, that are in backticks. Names in capitals are placeholders."""
+    names = set(re.findall(r"`([\w./-]+)`", _CODE_BLOCK.sub("", page.read_text())))
+    for name in sorted(names):
+        file = name.rpartition("/")[2]
+        if file.partition(".")[0].isupper():
+            continue
+        if _PATH.fullmatch(name):
+            if not (ROOT / name).exists():
+                yield name
+        elif name.endswith((".py", ".lua")) and file not in SOURCES:
+            yield name
+
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -62,11 +83,18 @@ def test_the_scripts_that_it_names_exist(page: Path) -> None:
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
+@each_page
+def test_the_source_files_that_it_names_exist(page: Path) -> None:
+    assert list(missing_files(page)) == []
+
+
 def test_the_checks_find_what_is_broken(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# A heading, really\n[a](#a-heading-really) [b](#none) [c](none.md) [d](page.md) `scripts/none`\n")
+    links = "[a](#a-heading-really) [b](#none) [c](none.md) [d](page.md)"
+    page.write_text(f"# A heading, really\n{links} `scripts/none` `none.lua`\n")
     assert list(broken_links(page)) == ["#none", "none.md"]
     assert _SCRIPT.findall(page.read_text()) == ["scripts/none"]
+    assert list(missing_files(page)) == ["none.lua", "scripts/none"]
 
 
 def test_the_readme_is_short() -> None:
