@@ -1,10 +1,10 @@
-"""What every test stands on: a clean environment, and Redis in two kinds, a fake one and a real one."""
+"""Fixtures of all tests: a clean environment, and a fake and a real Redis."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["ENV_FILE"] = os.devnull  # before anything reads settings: nobody's own `.env` may decide a test
+os.environ["ENV_FILE"] = os.devnull  # before settings are read: tests must not depend on a local `.env`
 
 import signal
 import tempfile
@@ -30,21 +30,21 @@ pytest_plugins = [
 ]
 
 
-# A shell that starts the suite in the background has it ignore Ctrl-C, and with it every process that it starts.
+# A shell that runs the suite in the background makes it ignore SIGINT, which child processes would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the shell decides a test."""
+    """Remove settings from the environment."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[ValkeyServer]:
-    """A server of this run's own. `client` empties it for each test."""
-    # Not pytest's folders: a socket's path may have hardly more than 100 characters.
+    """A Valkey server for the whole session. `valkey_client` empties it for each test."""
+    # The path of a Unix socket is limited to about 100 characters, so pytest's folders are too deep.
     with (
         tempfile.TemporaryDirectory(prefix="mlxq-") as home,
         ValkeyServer(port=0, unix_socket_path=Path(home) / "s", data_dir=Path(home) / "d", config=DURABLE) as server,
@@ -54,7 +54,7 @@ def valkey() -> Iterator[ValkeyServer]:
 
 @pytest.fixture
 def valkey_client(valkey: ValkeyServer) -> Iterator[Redis]:
-    """A client of the real server, which is empty."""
+    """A client of the real server, which is emptied first."""
     client = connect(f"unix://{valkey.unix_socket_path}")
     client.flushall()
     yield client
@@ -63,7 +63,7 @@ def valkey_client(valkey: ValkeyServer) -> Iterator[Redis]:
 
 @pytest.fixture(params=["fake", "valkey"])
 def client(request: pytest.FixtureRequest) -> Redis:
-    """An empty Redis: what holds on the one kind must hold on the other."""
+    """An empty Redis; each test runs with the fake and with the real one."""
     if request.param == "valkey":
         return request.getfixturevalue("valkey_client")
     return FakeRedis()
@@ -71,11 +71,11 @@ def client(request: pytest.FixtureRequest) -> Redis:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Settings of a worker without a model, in a folder of its own; the fake Redis can prove nothing."""
+    """Settings for the fake backend in a temporary folder. The fake Redis cannot confirm durability."""
     return Settings(data_dir=tmp_path / "data", model_path=Path("fake"), backend="fake", durable=False)
 
 
 @pytest.fixture(name="eventually")
 def _eventually() -> Callable[..., None]:
-    """Wait until a condition holds; fail when it does not within 10 s, unless told otherwise."""
+    """Wait for a condition, by default for at most 10 s."""
     return partial(eventually, within_s=10.0)

@@ -1,4 +1,4 @@
-"""What was answered with 202 survives the SIGKILL of Redis; what is not proven to survive it is not answered so."""
+"""A job that was accepted with 202 survives the SIGKILL of Redis; without a confirmation it is not accepted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from redis import ConnectionError as RedisAway
+from redis import ConnectionError as RedisConnectionError
 from redis import ReadOnlyError
 
 from scripts.stack.ports import free_port
@@ -32,11 +32,11 @@ from worker.runner.fake import FakeRunner
 
 EVERYSEC = {**DURABLE, "appendfsync": "everysec"}
 UNKNOWN_WAITAOF = {"rename-command": 'WAITAOF ""'}
-"""As a Redis older than 7.2."""
+"""Behaves like a Redis older than 7.2."""
 
 
 def prompt(key: str) -> str:
-    """What the fake backend says something to, slowly enough to be interrupted."""
+    """Return a prompt that the fake backend answers slowly enough to be interrupted."""
     return f"!pause=0.01 {key}"
 
 
@@ -46,7 +46,7 @@ def jobs_of(redis: Redis) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redis", [DURABLE, EVERYSEC], ids=["always", "everysec"])
-def test_what_was_accepted_survives_a_killed_redis(redis: dict[str, str]) -> None:
+def test_accepted_jobs_survive_a_killed_redis(redis: dict[str, str]) -> None:
     with running_web(redis) as web:
         load = Load(web.url, web.key, lambda key: {"prompt": key, "max_tokens": 1})
         with load.running(threads=8, each=60):
@@ -60,14 +60,14 @@ def test_what_was_accepted_survives_a_killed_redis(redis: dict[str, str]) -> Non
         assert len(load.accepted) == 480
         assert load.refused <= {503}
         with web.client() as client:
-            assert jobs_of(client) == set(load.accepted.values()), "a repeated submission is the same job"
+            assert jobs_of(client) == set(load.accepted.values()), "a repeated submission creates no second job"
 
 
 @pytest.mark.slow
-def test_a_killed_redis_under_load_loses_nothing_and_runs_nothing_twice(
+def test_killed_redis_under_load_loses_no_job_and_runs_none_twice(
     fake_stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # of the uninterrupted run in this process
     workers = [fake_stack.start_worker(LEASE_S="5", SLOTS="4") for _ in range(2)]
     load = Load(fake_stack.url, fake_stack.key, lambda key: {"prompt": prompt(key), "max_tokens": 20, "seed": 7})
     with load.running(threads=4, each=30):
@@ -80,8 +80,8 @@ def test_a_killed_redis_under_load_loses_nothing_and_runs_nothing_twice(
         for key, job_id in load.accepted.items():
             job = eventually(lambda i=job_id: (j := client.job(i, wait_s=10)).status.terminal and j, within_s=60)
             events = log.read(job_id)
-            undisturbed = run_alone(sequence_for(claimed(prompt(key), max_tokens=20, seed=7), runner), runner)
-            assert (job.status, job.text) == (Status.SUCCEEDED, text_of(undisturbed))
+            uninterrupted = run_alone(sequence_for(claimed(prompt(key), max_tokens=20, seed=7), runner), runner)
+            assert (job.status, job.text) == (Status.SUCCEEDED, text_of(uninterrupted))
             assert "".join(event.text for event in events) == job.text
             assert [event.n for event in events] == list(range(1, len(events) + 1))
             kinds = [event.kind for event in events]
@@ -93,21 +93,21 @@ def test_a_killed_redis_under_load_loses_nothing_and_runs_nothing_twice(
 @pytest.mark.parametrize(
     ("redis", "reason"),
     [
-        ({"appendonly": "no"}, "appendonly no"),
-        ({**DURABLE, "appendfsync": "no"}, "appendfsync no"),
-        ({**EVERYSEC, **UNKNOWN_WAITAOF}, "older than 7.2"),
-        ({**DURABLE, **UNKNOWN_WAITAOF, "rename-command ": 'CONFIG ""'}, "older than 7.2"),
+        ({"appendonly": "no"}, "set appendonly yes"),
+        ({**DURABLE, "appendfsync": "no"}, "appendfsync is no"),
+        ({**EVERYSEC, **UNKNOWN_WAITAOF}, "use Redis 7.2 or later"),
+        ({**DURABLE, **UNKNOWN_WAITAOF, "rename-command ": 'CONFIG ""'}, "use Redis 7.2 or later"),
     ],
-    ids=["no log", "no fsync", "old", "old and managed"],
+    ids=["no append-only file", "no fsync", "old", "old and managed"],
 )
-def test_a_redis_that_can_prove_nothing_is_given_nothing(redis: dict[str, str], reason: str) -> None:
+def test_redis_that_cannot_confirm_durability_gets_no_jobs(redis: dict[str, str], reason: str) -> None:
     with running_web(redis) as web:
         with ready(web):
             view = web.http.get("/health").json()
             assert view["status"] == "degraded" and reason in view["reasons"][0]
-        answer = web.http.post("/v1/jobs", json={"prompt": "hi"})
-        assert (answer.status_code, answer.json()["code"]) == (503, "not_durable")
-        assert reason in answer.json()["detail"] and answer.headers["Retry-After"] == "10"
+        response = web.http.post("/v1/jobs", json={"prompt": "hi"})
+        assert (response.status_code, response.json()["code"]) == (503, "not_durable")
+        assert reason in response.json()["detail"] and response.headers["Retry-After"] == "10"
         with web.client() as client:
             assert jobs_of(client) == set()
 
@@ -115,27 +115,27 @@ def test_a_redis_that_can_prove_nothing_is_given_nothing(redis: dict[str, str], 
 @pytest.mark.parametrize(
     "redis", [DURABLE | UNKNOWN_WAITAOF, DURABLE | {"rename-command": 'CONFIG ""'}], ids=["old", "managed"]
 )
-def test_an_old_and_a_managed_redis_may_do(redis: dict[str, str]) -> None:
+def test_old_and_managed_redis_with_appendfsync_always_are_durable(redis: dict[str, str]) -> None:
     with running_web(redis) as web, ready(web):
         web.submit()
-        assert not any("lost" in reason for reason in web.http.get("/health").json()["reasons"])
+        assert not any("on disk" in reason for reason in web.http.get("/health").json()["reasons"])
 
 
-def test_who_does_without_the_proof_says_so() -> None:
+def test_disabled_confirmation_is_reported() -> None:
     with running_web({"appendonly": "no"}, DURABLE="false") as web, ready(web):
         web.submit()
         view = web.http.get("/health").json()
         assert view["status"] == "degraded" and "DURABLE=false" in view["reasons"][0]
 
 
-def test_a_proof_that_does_not_come_is_a_503_and_the_same_job_later() -> None:
+def test_missing_confirmation_is_a_503_and_a_retry_creates_one_job() -> None:
     with running_web() as web, web.client() as client:
-        web.submit()  # the process knows what proof there is
+        web.submit()  # the process has found out how Redis confirms
         client.config_set("appendfsync", "no")
 
         def submit() -> tuple[int, Any]:
-            answer = web.http.post("/v1/jobs", json={"prompt": "once"}, headers={"Idempotency-Key": "k"})
-            return answer.status_code, answer.json()
+            response = web.http.post("/v1/jobs", json={"prompt": "once"}, headers={"Idempotency-Key": "k"})
+            return response.status_code, response.json()
 
         status, problem = submit()
         assert (status, problem["code"]) == (503, "not_durable")
@@ -145,78 +145,78 @@ def test_a_proof_that_does_not_come_is_a_503_and_the_same_job_later() -> None:
         assert client.hget("mlxq:job:" + job["id"], "idempotency_key") == "k"
 
 
-def test_an_answer_given_again_is_proven_again(valkey_client: Redis) -> None:
+def test_repeated_request_is_confirmed_again(valkey_client: Redis) -> None:
     jobs = Jobs(valkey_client, Settings())
-    asked = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me", idempotency_key="k")
-    job = jobs.create(asked).job
+    submission = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me", idempotency_key="k")
+    job = jobs.create(submission).job
     try:
         valkey_client.config_set("appendfsync", "no")
         with pytest.raises(NotDurable):
-            jobs.create(asked)  # it may be another connection than the one that wrote the record
+            jobs.create(submission)  # another connection may have written the record
     finally:
         valkey_client.config_set("appendfsync", "always")
-    again = jobs.create(asked)
+    again = jobs.create(submission)
     assert (again.job, again.new) == (job, False)
     assert valkey_client.ttl("mlxq:job:" + job.id) == -1
 
 
-def test_scripts_may_be_forgotten(valkey_client: Redis) -> None:
+def test_flushed_scripts_are_loaded_again(valkey_client: Redis) -> None:
     jobs = Jobs(valkey_client, Settings())
-    asked = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me")
-    jobs.create(asked)
+    submission = Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me")
+    jobs.create(submission)
     valkey_client.script_flush()
-    accepted = jobs.create(asked)
+    accepted = jobs.create(submission)
     assert accepted.new and jobs.get(accepted.job.id, "me") == accepted.job
 
 
-def test_a_redis_that_is_away_is_no_matter_of_proof(valkey_client: Redis) -> None:
-    with connect("unix:///nowhere/s", retries=0) as nobody, pytest.raises(RedisAway):
-        Jobs(nobody, Settings()).create(Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
+def test_unreachable_redis_is_not_reported_as_not_durable(valkey_client: Redis) -> None:
+    with connect("unix:///missing/s", retries=0) as client, pytest.raises(RedisConnectionError):
+        Jobs(client, Settings()).create(Submission(Request("m", 1, Sampling(0.0), prompt="hi"), owner="me"))
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["proof known", "proof asked for"])
-def test_a_redis_that_follows_another_one_takes_jobs_again_later(known: bool) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_demoted_redis_rejects_jobs_until_it_is_a_master_again(known: bool) -> None:
     with running_web() as web, web.client() as client:
         if known:
             web.submit()
-        client.execute_command("REPLICAOF", "127.0.0.1", free_port())  # nobody is there
-        answer = web.http.post("/v1/jobs", json={"prompt": "hi"})
-        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
-        assert answer.headers["Retry-After"] == "1"
+        client.execute_command("REPLICAOF", "127.0.0.1", free_port())  # no server listens there
+        response = web.http.post("/v1/jobs", json={"prompt": "hi"})
+        assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+        assert response.headers["Retry-After"] == "1"
         view = web.http.get("/health").json()
-        assert view["status"] == "down" and not any("lost" in reason for reason in view["reasons"])
+        assert view["status"] == "down" and not any("on disk" in reason for reason in view["reasons"])
         with pytest.raises(ReadOnlyError):
             why_unproven(client)
         client.execute_command("REPLICAOF", "NO", "ONE")
         web.submit()
 
 
-def test_a_proof_that_one_does_not_get_is_no_matter_of_the_others(
+def test_missing_confirmation_does_not_affect_concurrent_calls(
     valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enqueue = ProvenScript(valkey_client, "enqueue")
-    asked, forgotten = threading.Event(), threading.Event()
+    called, failed = threading.Event(), threading.Event()
 
-    def ask_in_turn(args: list[str], proof: Any) -> tuple[Any, Any]:
-        if args == ["late"]:
+    def call(args: list[str], proof: Any) -> tuple[Any, Any]:
+        if args == ["unconfirmed"]:
             return "created", [0, 0]
-        asked.set()
-        assert forgotten.wait(10)
+        called.set()
+        assert failed.wait(10)
         return "created", [1, 0]
 
-    monkeypatch.setattr(enqueue, "_ask", ask_in_turn)
+    monkeypatch.setattr(enqueue, "_call", call)
     with ThreadPoolExecutor(1) as pool:
-        kept = pool.submit(enqueue, ["kept"])
-        assert asked.wait(10)
+        confirmed = pool.submit(enqueue, ["confirmed"])
+        assert called.wait(10)
         with pytest.raises(NotDurable):
-            enqueue(["late"])
-        forgotten.set()
-        assert kept.result(10) == "created"
+            enqueue(["unconfirmed"])
+        failed.set()
+        assert confirmed.result(10) == "created"
 
 
 @contextmanager
 def ready(web: WebStack) -> Iterator[None]:
-    """A worker is there."""
+    """Run a fake worker."""
     worker = PretendWorker(web.redis_url)
     worker.announce()
     worker.start()

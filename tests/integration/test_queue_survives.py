@@ -1,4 +1,4 @@
-"""What workers, wake-ups and restarts may do without a job noticing; the tiny random model, real processes."""
+"""Crashes and restarts of real processes do not change the text of a job. Uses the tiny random model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 
 
 def body(n: int, tokens: int = 200) -> dict[str, Any]:
-    """Greedy for even n, sampled with a seed for odd ones."""
+    """Return a request that is greedy for even n, and sampled with a seed for odd n."""
     return {
         "prompt": f"Number {n}:",
         "max_tokens": tokens,
@@ -34,7 +34,7 @@ def finish(client: Client, job_id: str) -> str:
 def test_extra_and_lost_wakeups_change_nothing(tiny_stack: Stack) -> None:
     with tiny_stack.client() as client:
         jobs = [client.submit(body(n, 10)).id for n in range(6)]
-        tiny_stack.start_worker()  # nobody was there to receive a wake-up
+        tiny_stack.start_worker()  # the wake-ups were sent before a worker existed
         texts = [finish(client, job) for job in jobs]
         Notifier(make_app(tiny_stack.settings)).wake([tiny_stack.model, "no such model"] * 3)
         again = [finish(client, client.submit(body(n, 10)).id) for n in range(6)]
@@ -42,30 +42,30 @@ def test_extra_and_lost_wakeups_change_nothing(tiny_stack: Stack) -> None:
         assert all(client.job(job).text == text for job, text in zip(jobs, texts, strict=True))
 
 
-def test_jobs_of_a_killed_worker_go_on_in_another_to_the_same_text(tiny_stack: Stack) -> None:
+def test_jobs_of_a_killed_worker_are_resumed_with_the_same_text(tiny_stack: Stack) -> None:
     tokens = 600
     first = tiny_stack.start_worker()
     with tiny_stack.client() as client:
-        undisturbed = [finish(client, client.submit(body(n, tokens)).id) for n in range(4)]
+        uninterrupted = [finish(client, client.submit(body(n, tokens)).id) for n in range(4)]
         jobs = [client.submit(body(n, tokens)).id for n in range(4)]
         streams = [client.events(job) for job in jobs]
-        seen = [[next(stream) for _ in range(10)] for stream in streams]
-        tiny_stack.stop(first, signal.SIGKILL)  # at once: starting a worker takes longer than these jobs
+        received = [[next(stream) for _ in range(10)] for stream in streams]
+        tiny_stack.stop(first, signal.SIGKILL)  # at once: starting a worker takes longer than these jobs run
         tiny_stack.start_worker()
-        for events, stream in zip(seen, streams, strict=True):
+        for events, stream in zip(received, streams, strict=True):
             events.extend(stream)
-        assert ["".join(event.text for event in events) for events in seen] == undisturbed
-        assert [finish(client, job) for job in jobs] == undisturbed
-        assert any(EventKind.RESUMED in {event.kind for event in events} for events in seen)
-        for events, job in zip(seen, jobs, strict=True):
+        assert ["".join(event.text for event in events) for events in received] == uninterrupted
+        assert [finish(client, job) for job in jobs] == uninterrupted
+        assert any(EventKind.RESUMED in {event.kind for event in events} for events in received)
+        for events, job in zip(received, jobs, strict=True):
             assert [event.n for event in events] == list(range(1, len(events) + 1))
             assert client.job(job).usage["completion_tokens"] <= tokens
 
 
-def test_a_worker_told_to_stop_hands_its_jobs_back_and_leaves(tiny_stack: Stack) -> None:
+def test_stopped_worker_hands_back_its_jobs_and_deregisters(tiny_stack: Stack) -> None:
     worker = tiny_stack.start_worker(DRAIN_S="0.2")
     with tiny_stack.client() as client:
-        undisturbed = finish(client, client.submit(body(1, 1000)).id)
+        uninterrupted = finish(client, client.submit(body(1, 1000)).id)
         job = client.submit(body(1, 1000)).id
         events = client.events(job)
         next(event for event in events if event.kind is EventKind.CHUNK)
@@ -73,10 +73,10 @@ def test_a_worker_told_to_stop_hands_its_jobs_back_and_leaves(tiny_stack: Stack)
         assert client.job(job).status is Status.QUEUED
         assert tiny_stack.registry.workers() == []
         tiny_stack.start_worker()
-        assert finish(client, job) == undisturbed
+        assert finish(client, job) == uninterrupted
 
 
-def test_a_job_waits_for_its_worker(tiny_stack: Stack) -> None:
+def test_job_waits_for_a_worker(tiny_stack: Stack) -> None:
     with tiny_stack.client() as client:
         job = client.submit(body(0, 5)).id
         assert client.job(job, wait_s=1).status is Status.QUEUED
@@ -84,14 +84,14 @@ def test_a_job_waits_for_its_worker(tiny_stack: Stack) -> None:
         finish(client, job)
 
 
-def test_the_api_may_die_while_a_job_runs(tiny_stack: Stack) -> None:
+def test_job_runs_on_when_the_api_crashes(tiny_stack: Stack) -> None:
     tiny_stack.start_worker()
     with tiny_stack.client() as client:
-        undisturbed = finish(client, client.submit(body(2, 600)).id)
+        uninterrupted = finish(client, client.submit(body(2, 600)).id)
         job = client.submit(body(2, 600)).id
         tiny_stack.stop(tiny_stack.processes[0], signal.SIGKILL)
         eventually(lambda: tiny_stack.redis.hget(keys.JOB + job, "status") == "succeeded", "the job ends")
-        assert tiny_stack.redis.get(keys.OUTPUT + job) == undisturbed
+        assert tiny_stack.redis.get(keys.OUTPUT + job) == uninterrupted
 
 
 def test_more_jobs_than_slots_all_end(tiny_stack: Stack) -> None:

@@ -1,4 +1,4 @@
-"""Redis without memory (`noeviction`): nothing new is accepted, what was accepted goes on and ends."""
+"""Redis out of memory (`noeviction`): new jobs are rejected, and accepted jobs run and end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEASE_S = 1
 
 @contextmanager
 def memory_full(redis: Redis) -> Iterator[None]:
-    """Redis has more than it may hold, by far: what it frees in between makes no difference."""
+    """Set the memory limit far below the used memory, so that ending jobs do not free enough."""
     redis.config_set("maxmemory", redis.info("memory")["used_memory"] // 2)
     try:
         yield
@@ -42,30 +42,30 @@ def prompt(n: int) -> str:
 
 
 def check(stack: Stack, client: Client, n: int, job_id: str) -> None:
-    """The job ends with the text of an undisturbed run, told without a gap."""
+    """Check that a job ends with the text of an uninterrupted run, and that its log has no gap."""
     job = eventually(lambda: (j := client.job(job_id, wait_s=10)).status.terminal and j)
     runner = FakeRunner()
-    asked = claimed(prompt(n), max_tokens=TOKENS, seed=n)
-    assert (job.status, job.text) == (Status.SUCCEEDED, text_of(run_alone(sequence_for(asked, runner), runner)))
+    expected = run_alone(sequence_for(claimed(prompt(n), max_tokens=TOKENS, seed=n), runner), runner)
+    assert (job.status, job.text) == (Status.SUCCEEDED, text_of(expected))
     events = JobLog(stack.redis).read(job_id)
     assert "".join(event.text for event in events) == job.text
     assert [event.n for event in events] == list(range(1, len(events) + 1))
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+def _run_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # of the uninterrupted run in this process
 
 
-def refused(client: Client, n: int) -> None:
+def assert_rejected(client: Client, n: int) -> None:
     with pytest.raises(Refused) as caught:
         client.submit(body(n))
     assert (caught.value.status, caught.value.code) == (503, "queue_memory_full")
     assert caught.value.retry_after
 
 
-def taken(client: Client, n: int) -> str:
-    """A job's id, when it is accepted now."""
+def try_submit(client: Client, n: int) -> str:
+    """Submit a job; return its id, or an empty string if it is rejected."""
     try:
         return client.submit(body(n)).id
     except Refused:
@@ -73,15 +73,15 @@ def taken(client: Client, n: int) -> str:
 
 
 @pytest.mark.slow
-def test_jobs_go_on_and_start_while_nothing_new_is_accepted(fake_stack: Stack) -> None:
+def test_accepted_jobs_start_and_end_while_new_ones_are_rejected(fake_stack: Stack) -> None:
     worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
     [before] = fake_stack.ready_workers()
     with fake_stack.client() as client:
         jobs = [client.submit(body(n), idempotency_key=f"k{n}").id for n in range(10)]
         eventually(lambda: fake_stack.slots_used() == 4, "all slots are taken")
         with memory_full(fake_stack.redis):
-            refused(client, 99)
-            assert client.submit(body(0), idempotency_key="k0").id == jobs[0], "what was accepted stays so"
+            assert_rejected(client, 99)
+            assert client.submit(body(0), idempotency_key="k0").id == jobs[0], "a repeated request is accepted"
             client.cancel(jobs[3])
             client.cancel(jobs[9])
             for n in (0, 1, 2, 4, 5, 6, 7, 8):
@@ -92,15 +92,15 @@ def test_jobs_go_on_and_start_while_nothing_new_is_accepted(fake_stack: Stack) -
             assert view["status"] == "degraded" and "no memory left" in view["reasons"][0]
             [now] = fake_stack.ready_workers()
             assert now.id == before.id and now.heartbeat_at > before.heartbeat_at + 3 * LEASE_S
-            refused(client, 99)
-        later = eventually(lambda: taken(client, 10), "the API learns that there is memory again")
+            assert_rejected(client, 99)
+        later = eventually(lambda: try_submit(client, 10), "the API notices that there is memory again")
         check(fake_stack, client, 10, later)
     assert worker.poll() is None
     assert "CRITICAL" not in fake_stack.log("worker-0")
 
 
 @pytest.mark.slow
-def test_a_worker_that_starts_meanwhile_runs_what_was_accepted(fake_stack: Stack) -> None:
+def test_worker_that_starts_without_free_memory_runs_accepted_jobs(fake_stack: Stack) -> None:
     with fake_stack.client() as client:
         jobs = [client.submit(body(n)).id for n in range(3)]
         with memory_full(fake_stack.redis):
@@ -112,25 +112,25 @@ def test_a_worker_that_starts_meanwhile_runs_what_was_accepted(fake_stack: Stack
 
 
 @pytest.mark.slow
-def test_jobs_of_a_worker_that_is_killed_meanwhile_are_kept(fake_stack: Stack) -> None:
+def test_jobs_of_a_worker_that_is_killed_are_recovered(fake_stack: Stack) -> None:
     worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
     with fake_stack.client() as client:
         jobs = [client.submit(body(n)).id for n in range(3)]
         eventually(lambda: fake_stack.slots_used() == 3)
         with memory_full(fake_stack.redis):
             worker.kill()
-            eventually(lambda: {client.job(job).status for job in jobs} == {Status.QUEUED}, "they wait again")
+            eventually(lambda: {client.job(job).status for job in jobs} == {Status.QUEUED}, "the jobs are queued again")
             fake_stack.spawn_worker(SLOTS="4", LEASE_S=str(LEASE_S))
         for n, job in enumerate(jobs):
             check(fake_stack, client, n, job)
 
 
-def test_requests_are_limited_all_the_same() -> None:
+def test_rate_limits_still_apply() -> None:
     with running_web(RATE_LIMIT="5/minute") as web, web.client() as client:
         headers = {"X-API-Key": web.keys.create(new_key(), ["infer"])}
         with memory_full(client):
             statuses = [web.http.get("/v1/jobs", headers=headers).status_code for _ in range(6)]
             assert statuses == [200] * 5 + [429]
-            answer = web.http.post("/v1/jobs", json={"prompt": "hi"})
-            assert (answer.status_code, answer.json()["code"]) == (503, "queue_memory_full")
+            response = web.http.post("/v1/jobs", json={"prompt": "hi"})
+            assert (response.status_code, response.json()["code"]) == (503, "queue_memory_full")
         eventually(lambda: web.http.post("/v1/jobs", json={"prompt": "hi"}).status_code == 202)

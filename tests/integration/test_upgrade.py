@@ -1,4 +1,4 @@
-"""The present stack on data that an earlier commit left behind."""
+"""The current stack on stored data of an earlier version."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ STORED = ROOT / "tests/data/upgrade-81e8d55"
 JOBS: dict[str, dict[str, Any]] = json.loads((STORED / "expected.json").read_text())
 ENDED = [*sorted(upgrade_data.ENDED), "cancelled-waiting"]
 OPEN = sorted(JOBS.keys() - {*ENDED})
-"""Jobs that wait in the stored data, or whose worker is gone."""
+"""Jobs that are queued in the stored data, or whose worker was killed."""
 OLD_FIELDS = {"generation", "text", "losses"}
-"""Of records, before request and output had keys of their own."""
+"""Fields of records in the first layout."""
 WITHIN_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Upgraded:
-    """The present stack, on a copy of the stored data."""
+    """The current stack on a copy of the stored data."""
 
     port: int
     redis_url: str
@@ -53,13 +53,13 @@ class Upgraded:
         return Client(f"http://127.0.0.1:{self.port}", upgrade_data.KEYS[owner])
 
     def ended(self, name: str) -> dict[str, Any]:
-        """A job, once it has ended."""
-        job = JOBS[name]
-        (found,) = job_load.ended(self.endpoint(job["owner"]), [job["id"]], WITHIN_S)
-        return found
+        """Wait for the end of a job and return it."""
+        stored = JOBS[name]
+        (job,) = job_load.ended(self.endpoint(stored["owner"]), [stored["id"]], WITHIN_S)
+        return job
 
     def check_stream(self, name: str, text: str) -> None:
-        """A job's whole stream gives this text, without gap or repetition, and one end."""
+        """Check that a job's stream has this text, no gaps or duplicates, and one end."""
         job = JOBS[name]
         with self.client(job["owner"]) as client:
             events = list(client.events(job["id"]))
@@ -75,7 +75,7 @@ class Upgraded:
 @pytest.fixture(scope="module")
 def upgraded() -> Iterator[Upgraded]:
     checkout = Checkout()
-    # Not pytest's folders: a socket's path may have hardly more than 100 characters.
+    # The path of a Unix socket is limited to about 100 characters, so pytest's folders are too deep.
     with tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder:
         home, port = Path(folder), free_port()
         (home / "catalog.toml").write_text(upgrade_data.catalog(home))
@@ -89,24 +89,24 @@ def upgraded() -> Iterator[Upgraded]:
             yield Upgraded(port, f"unix://{home}/data/run/valkey.sock")
 
 
-def test_the_stored_data_has_jobs_of_every_kind() -> None:
+def test_stored_data_has_jobs_in_every_state() -> None:
     assert {JOBS[name]["status"] for name in ENDED} == {"succeeded", "failed", "cancelled"}
     assert {JOBS[name]["status"] for name in OPEN} == {"queued", "running"}
     for name in upgrade_data.CUT:
-        assert 0 < len(JOBS[name]["said"]) < len(JOBS[name]["text"]), name
+        assert 0 < len(JOBS[name]["partial_text"]) < len(JOBS[name]["text"]), name
     assert upgrade_data.ALL.keys() == JOBS.keys()
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_ended_jobs_are_read_as_before(upgraded: Upgraded, name: str) -> None:
+def test_ended_jobs_are_unchanged(upgraded: Upgraded, name: str) -> None:
     stored, job = JOBS[name], upgraded.ended(name)
     assert (job["status"], job["attempt"]) == (stored["status"], stored["attempt"])
-    assert ((job["output"] or {}).get("text") or "") == stored["said"]
-    upgraded.check_stream(name, stored["said"])
+    assert ((job["output"] or {}).get("text") or "") == stored["partial_text"]
+    upgraded.check_stream(name, stored["partial_text"])
 
 
 @pytest.mark.parametrize("name", OPEN)
-def test_jobs_that_waited_end_with_the_text_of_an_undisturbed_run(upgraded: Upgraded, name: str) -> None:
+def test_open_jobs_end_with_the_text_of_an_uninterrupted_run(upgraded: Upgraded, name: str) -> None:
     stored, job = JOBS[name], upgraded.ended(name)
     assert (job["status"], job["error"], job["output"]["text"]) == ("succeeded", None, stored["text"])
     assert job["attempt"] == stored["attempt"] + 1
@@ -114,7 +114,7 @@ def test_jobs_that_waited_end_with_the_text_of_an_undisturbed_run(upgraded: Upgr
 
 
 @pytest.mark.parametrize("name", upgrade_data.CUT)
-def test_an_interrupted_job_continues(upgraded: Upgraded, name: str) -> None:
+def test_interrupted_job_is_resumed(upgraded: Upgraded, name: str) -> None:
     job = upgraded.ended(name)
     assert job["attempt"] == 2
     assert [each["outcome"] for each in job["history"]] == ["worker_lost", "ended"]
@@ -128,35 +128,35 @@ def test_owners_find_their_jobs(upgraded: Upgraded) -> None:
 
 
 @pytest.mark.parametrize("name", ["succeeded-twice-sent", "twice-sent"])
-def test_a_request_that_is_repeated_after_the_upgrade_makes_no_second_job(upgraded: Upgraded, name: str) -> None:
-    asked = upgrade_data.ALL[name]
-    with upgraded.client(asked.owner) as client:
-        again = client.submit(asked.body, idempotency_key=asked.idempotency_key)
+def test_request_that_is_repeated_after_the_upgrade_creates_no_second_job(upgraded: Upgraded, name: str) -> None:
+    request = upgrade_data.ALL[name]
+    with upgraded.client(request.owner) as client:
+        again = client.submit(request.body, idempotency_key=request.idempotency_key)
     assert again.id == JOBS[name]["id"]
 
 
-def test_no_keys_of_the_earlier_layout_are_left(upgraded: Upgraded) -> None:
+def test_no_keys_of_the_first_layout_remain(upgraded: Upgraded) -> None:
     for name in JOBS:
         upgraded.ended(name)
-    ours = tuple(value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str))
-    known = (*ours, "_kombu.binding", "LIMITS:")
+    current = tuple(value for name, value in vars(keys).items() if name.isupper() and isinstance(value, str))
+    known = (*current, "_kombu.binding", "LIMITS:")
 
-    def strange(client: Redis) -> list[str]:
-        found = (key.decode() if isinstance(key, bytes) else key for key in client.scan_iter(count=1000))
-        return sorted(key for key in found if not key.startswith(known))
+    def unknown_keys(client: Redis) -> list[str]:
+        names = (key.decode() if isinstance(key, bytes) else key for key in client.scan_iter(count=1000))
+        return sorted(name for name in names if not name.startswith(known))
 
-    with upgraded.redis() as client:  # maintenance looks again some seconds after an old worker's last job
-        eventually(lambda: strange(client) == [], "no old key is left", 2 * ADOPT_AGAIN_S)
+    with upgraded.redis() as client:  # maintenance deletes old keys some seconds after the last old job has ended
+        eventually(lambda: unknown_keys(client) == [], "no old key remains", 2 * ADOPT_AGAIN_S)
 
 
-def test_no_fields_of_the_earlier_layout_are_left(upgraded: Upgraded) -> None:
+def test_no_fields_of_the_first_layout_remain(upgraded: Upgraded) -> None:
     with upgraded.redis() as client:
         for name, job in JOBS.items():
             upgraded.ended(name)
             assert OLD_FIELDS.isdisjoint(client.hkeys(keys.JOB + job["id"])), name
 
 
-def test_the_stored_data_has_the_earlier_layout() -> None:
+def test_stored_data_has_the_first_layout() -> None:
     (stored,) = (STORED / "valkey").rglob("*.base.aof")
     words = set(stored.read_text(errors="replace").split())
     assert words >= OLD_FIELDS

@@ -1,4 +1,4 @@
-"""A Redis in this process, for what needs no server: it runs the real scripts."""
+"""An in-process Redis that runs the real scripts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import fakeredis
 
 
 class FakeRedis(fakeredis.FakeRedis):
-    """Text in and out, unless asked otherwise.
+    """A fake Redis that returns text by default.
 
-    It has no memory limit, and does not know the line that says what a script does at one.
+    It has no memory limit, and does not support the `#!lua` line with a script's flags, which is removed.
     """
 
     def __init__(self, *, decode_responses: bool = True) -> None:
         super().__init__(decode_responses=decode_responses)
 
     def register_script(self, script: str) -> Any:  # type: ignore[override]
-        first, _, rest = script.partition("\n")
-        return super().register_script(rest if first.startswith("#!") else script)
+        first_line, _, rest = script.partition("\n")
+        return super().register_script(rest if first_line.startswith("#!") else script)

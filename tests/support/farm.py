@@ -1,4 +1,4 @@
-"""Worker processes that exist only as calls to the queue's scripts, and jobs that kill them."""
+"""A simulation of worker processes and of jobs that crash them, on the real queue scripts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 from shared.jobs.record import Ending, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
+from shared.queue import keys
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand
 from shared.queue.deaths import Burial, bury
 from shared.queue.redis import Redis
@@ -18,24 +19,24 @@ from shared.settings import Settings
 MODEL: Final = "m"
 MAX_DEATHS: Final = 3
 RESTART: Final = 20
-"""Turns that a process takes to start again. A turn is a step of the engine: a token for each row."""
+"""Turns that a process needs to restart. A turn is a step of the engine: one token per row."""
 
 Kills = Callable[["Row"], bool]
-"""Whether a row kills its process now."""
+"""Whether a row crashes its process now."""
 
 
 def on_prefill(row: Row) -> bool:
-    """Before its admission is even written."""
+    """Crash before the admission is written."""
     return row.generated == 0
 
 
 def after_tokens(count: int) -> Kills:
-    """After so many tokens of each attempt."""
+    """Crash after this many tokens of each attempt."""
     return lambda row: row.generated == count
 
 
 def at_position(position: int) -> Kills:
-    """At one token of its answer."""
+    """Crash at one position of the answer."""
     return lambda row: row.member.tokens == position
 
 
@@ -44,8 +45,10 @@ class Member:
     """A job of the farm.
 
     Attributes:
-        held_back: turns in which it waited although a process had room for it.
-        paused: longest time without a token, in turns, after the first one.
+        need: number of tokens that it generates.
+        tokens: number of tokens generated so far.
+        held_back: turns in which it was queued although a process had a free row.
+        pause, paused: turns since its last token, and their maximum.
     """
 
     id: str
@@ -72,7 +75,7 @@ class Row:
         return self.member.kills is not None and self.member.kills(self)
 
     def event(self) -> Append:
-        """What this turn gives: the admission, or a token."""
+        """Return the output of this turn: the admission or a token."""
         job = self.claimed.job
         self.seq += 1
         if not self.started:
@@ -99,12 +102,12 @@ class Process:
 
 
 class Farm:
-    """Processes, jobs, and what became of them.
+    """Simulated processes and jobs.
 
     Attributes:
-        deaths: of processes, by jobs.
-        killed: processes that `kill` ended.
-        slots: most rows of a process.
+        deaths: number of crashes that jobs caused.
+        killed: number of processes that `kill` ended.
+        slots: maximum rows per process.
     """
 
     def __init__(self, client: Redis, processes: int, slots: int, seed: int = 0) -> None:
@@ -118,7 +121,7 @@ class Farm:
         self.processes = [Process(f"w{i}", *self._start(f"w{i}-0")) for i in range(processes)]
 
     def submit(self, need: int, kills: Kills | None = None) -> Member:
-        """Add a job that generates so many tokens."""
+        """Add a job that generates `need` tokens."""
         accepted = self._jobs.create(Submission(Request(MODEL, need, Sampling(0.0), prompt="hi"), "me"))
         member = Member(accepted.job.id, need, kills)
         self.members[member.id] = member
@@ -128,18 +131,18 @@ class Farm:
         return self._jobs.get(member.id, "me").status
 
     def run(self, turns: int) -> None:
-        """Let so many turns pass, or until every job has ended."""
+        """Run for a number of turns, or until every job has ended."""
         until = self.turns + turns
         while self.turns < until and self.unfinished:
             self.turn()
 
     @property
     def unfinished(self) -> bool:
-        """Whether a job has not ended."""
+        """Whether some job has not ended."""
         return len(self._ended) < len(self.members)
 
     def turn(self) -> None:
-        """One step of every process."""
+        """Run one step of every process."""
         self.turns += 1
         for member in self.members.values():
             member.pause += member.tokens > 0 and member.id not in self._ended
@@ -149,21 +152,21 @@ class Farm:
                 self._step(process)
 
     def kill(self, process: Process) -> Burial | None:
-        """SIGKILL, which no job is to blame for."""
+        """Kill a process; no job causes this."""
         if process.up_at > self.turns:
             return None
         self.killed += 1
-        return self._die(process)
+        return self._crash(process)
 
     def _step(self, process: Process) -> None:
-        room = self.slots - len(process.rows)
-        for claimed in process.claims.claim(MODEL, Demand(rows=room, tokens=10**9)).jobs:
+        free_rows = self.slots - len(process.rows)
+        for claimed in process.claims.claim(MODEL, Demand(rows=free_rows, tokens=10**9)).jobs:
             process.rows.append(Row(self.members[claimed.job.id], claimed, claimed.job.last_event))
         if len(process.rows) < self.slots:
             self._note_held_back()
         if any(row.kills for row in process.rows):
             self.deaths += 1
-            self._die(process)
+            self._crash(process)
             return
         rows = [row.event() for row in process.rows]
         process.claims.append(rows)
@@ -173,13 +176,13 @@ class Farm:
                 self._ended.add(event.job_id)
 
     def _note_held_back(self) -> None:
-        """Jobs that nobody holds, and that this process has just passed over."""
-        mine = {row.member.id for process in self.processes for row in process.rows}
-        for job_id in self._client.zrange(f"mlxq:waiting:{MODEL}", 0, -1):
-            if job_id not in mine:
+        """Count the queued jobs that a process with a free row did not claim."""
+        running = {row.member.id for process in self.processes for row in process.rows}
+        for job_id in self._client.zrange(keys.QUEUE + MODEL, 0, -1):
+            if job_id not in running:
                 self.members[job_id].held_back += 1
 
-    def _die(self, process: Process) -> Burial:
+    def _crash(self, process: Process) -> Burial:
         in_flight = [row.member.id for row in process.rows]
         burial = bury(self._client, [process.worker], in_flight, MAX_DEATHS, "signal 9 (SIGKILL)")
         self._ended.update(burial.failed)

@@ -1,4 +1,4 @@
-"""The queue as tests drive it by hand: submit, reserve, admit, write, lapse."""
+"""Helpers to operate the queue step by step: submit, reserve, admit, write, expire a lease."""
 
 from __future__ import annotations
 
@@ -14,72 +14,72 @@ from shared.queue.redis import Redis
 
 MODEL = "m"
 MUCH = 1_000_000
-"""Tokens that a worker has memory for, where memory is not what a test is about."""
+"""Free tokens of a worker in tests that do not concern memory."""
 SUCCESS = Ending(Status.SUCCEEDED, finish_reason="stop", prompt_tokens=3, completion_tokens=2)
 
 
 def submission(
-    owner: str = "a", model: str = MODEL, *, prompt: str = "hi", max_tokens: int = 10, **more: Any
+    owner: str = "a", model: str = MODEL, *, prompt: str = "hi", max_tokens: int = 10, **options: Any
 ) -> Submission:
-    """A job about to be accepted."""
-    return Submission(Request(model, max_tokens, Sampling(0.0), prompt=prompt), owner, **more)
+    """Create a submission."""
+    return Submission(Request(model, max_tokens, Sampling(0.0), prompt=prompt), owner, **options)
 
 
-def submit(jobs: Jobs, owner: str = "a", **more: Any) -> Job:
-    """Accept a job."""
-    return jobs.create(submission(owner, **more)).job
+def submit(jobs: Jobs, owner: str = "a", **options: Any) -> Job:
+    """Submit a job."""
+    return jobs.create(submission(owner, **options)).job
 
 
 def lease(client: Redis, name: str) -> Claims:
-    """A worker with a lease."""
+    """Create a worker with a lease."""
     claims = Claims(client, name)
     claims.renew(60)
     return claims
 
 
-def reserved(worker: Claims, rows: int = 1, *, model: str = MODEL, **more: Any) -> list[ClaimedJob]:
-    """What a worker reserves when it has room for so many rows."""
-    return [*worker.claim(model, Demand(**{"rows": rows, "tokens": MUCH, **more})).jobs]
+def reserved(worker: Claims, rows: int = 1, *, model: str = MODEL, **options: Any) -> list[ClaimedJob]:
+    """Claim jobs for a worker with this many free rows."""
+    return [*worker.claim(model, Demand(**{"rows": rows, "tokens": MUCH, **options})).jobs]
 
 
 def taken(worker: Claims) -> ClaimedJob:
-    """Reserve one job."""
+    """Claim one job."""
     (claimed,) = reserved(worker)
     return claimed
 
 
-def row(claimed: ClaimedJob, n: int = 0, text: str = "", *tokens: int, **more: Any) -> Append:
-    """What a step gave for a job; `n` is the number of the event, by default the first after its admission."""
+def row(claimed: ClaimedJob, n: int = 0, text: str = "", *tokens: int, **options: Any) -> Append:
+    """Create the output of a step for a job; `n` is the event's number, by default the first after the admission."""
     job = claimed.job
-    return Append(job.id, job.attempt, job.claimed_at, n or job.last_event + 2, text, tokens, **more)
+    return Append(job.id, job.attempt, job.claimed_at, n or job.last_event + 2, text, tokens, **options)
 
 
 def started(worker: Claims) -> ClaimedJob:
-    """Reserve one job and admit it to the batch."""
+    """Claim one job and admit it to the batch."""
     claimed = taken(worker)
     assert worker.append([row(claimed, start=True)]) == [WriteResult.OK]
     return claimed
 
 
 def end(worker: Claims, claimed: ClaimedJob, ending: Ending = SUCCESS) -> None:
-    """End a job that was admitted."""
+    """End a running job."""
     assert worker.append([row(claimed, ending=ending)]) == [WriteResult.OK]
 
 
 def run(worker: Claims) -> ClaimedJob:
-    """Reserve one job, admit it, end it."""
+    """Claim, admit and end one job."""
     claimed = started(worker)
     end(worker, claimed)
     return claimed
 
 
 def held(claimed: ClaimedJob) -> tuple[str, str]:
-    """A claim as `Claims.release` takes it."""
+    """Return a claim as an argument of `Claims.release`."""
     return claimed.job.id, claimed.job.claimed_at
 
 
 def lapse(client: Redis, worker: str) -> None:
-    """The worker's lease runs out now."""
+    """Let a worker's lease expire now."""
     client.zadd(keys.LEASES, {worker: 1.0})
 
 
@@ -97,10 +97,10 @@ def kinds(client: Redis, job: Job) -> list[str]:
 
 
 def make_reaper(client: Redis, max_deaths: int = 3, failed_request_bytes: int = 2**20) -> Reaper:
-    """A reaper with the usual bounds."""
+    """Create a reaper with default limits."""
     return Reaper(client, max_deaths, failed_request_bytes)
 
 
 def reap(client: Redis, max_deaths: int = 3) -> list[str]:
-    """One pass of the reaper."""
+    """Make one pass of a reaper."""
     return make_reaper(client, max_deaths).reap()

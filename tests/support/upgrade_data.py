@@ -1,10 +1,10 @@
-"""Makes the stored data folder that the upgrade test starts on.
+"""Creates the stored data for the upgrade test.
 
 python -m tests.support.upgrade_data CHECKOUT FOLDER
 
-Runs the stack of an earlier checkout with the fake backend, leaves jobs in every state, and kills everything at once,
-as a power failure does. It keeps the queue's append-only file (as text), the hashes of two throwaway API keys, and the
-texts that undisturbed runs of the same requests give.
+Runs the stack of an earlier checkout with the fake backend, leaves jobs in every state, and kills all processes at
+once, as a power failure does. Stores the queue's append-only file (as text), the hashes of two throwaway API keys, and
+the texts that uninterrupted runs of the same requests generate.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from tests.support.waiting import eventually
 KEYS: Final = {name: f"mlxq_{digit * 8}_{digit * 43}" for name, digit in (("ann", "1"), ("bob", "2"))}
 """Throwaway API keys of two owners."""
 MODELS: Final = ("alpha", "beta")
-"""Each worker has one of them."""
-FOR_EVER_S: Final = 3_000_000_000
-"""Retention and deadlines: the data is to be as good in years to come."""
-SPOKEN: Final = 12
-"""Tokens of a job at which its worker is killed."""
+"""One model per worker."""
+FOREVER_S: Final = 3_000_000_000
+"""Retention and deadlines, so that the data does not expire."""
+TOKENS_BEFORE_KILL: Final = 12
+"""Minimum tokens of a job when its worker is killed."""
 
 _SLOW: Final = "!every=0.05"
 
 
 def catalog(home: Path) -> str:
-    """The text of a catalog with all models; their folders are made in `home`."""
+    """Create the model folders in `home` and return the text of a catalog."""
     for name in MODELS:
         (home / name).mkdir()
         (home / name / "config.json").write_text("{}")
@@ -53,7 +53,7 @@ def catalog(home: Path) -> str:
 
 
 def variables(home: Path, port: int) -> dict[str, str]:
-    """The environment of a stack in `home`, where `catalog.toml` is."""
+    """Return the environment of a stack in `home`, which contains `catalog.toml`."""
     return {
         "ENV_FILE": os.devnull,
         "DATA_DIR": str(home / "data"),
@@ -66,18 +66,18 @@ def variables(home: Path, port: int) -> dict[str, str]:
         "PORT": str(port),
         "RATE_LIMIT": "1000000/minute",
         "MLXQ_API_KEY": KEYS["ann"],
-        "RETENTION_S": str(FOR_EVER_S),
-        **dict.fromkeys(("START_WITHIN_S", "MAX_START_WITHIN_S"), str(FOR_EVER_S)),
-        **dict.fromkeys(("DEADLINE_S", "MAX_DEADLINE_S"), str(FOR_EVER_S)),
+        "RETENTION_S": str(FOREVER_S),
+        **dict.fromkeys(("START_WITHIN_S", "MAX_START_WITHIN_S"), str(FOREVER_S)),
+        **dict.fromkeys(("DEADLINE_S", "MAX_DEADLINE_S"), str(FOREVER_S)),
     }
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A request.
+class StoredRequest:
+    """A request whose job is in the stored data.
 
     Attributes:
-        end: the status that it has in the stored data.
+        end: status of the job in the stored data.
     """
 
     owner: str
@@ -86,8 +86,8 @@ class Asked:
     idempotency_key: str = ""
 
 
-def _body(model: str, tokens: int, said: str, **more: Any) -> dict[str, Any]:
-    return {"model": model, "prompt": said, "max_tokens": tokens, "seed": 7, **more}
+def _body(model: str, tokens: int, prompt: str, **more: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": prompt, "max_tokens": tokens, "seed": 7, **more}
 
 
 def _talk(model: str, *texts: Any, **more: Any) -> dict[str, Any]:
@@ -102,36 +102,36 @@ def _image(number: int) -> list[dict[str, Any]]:
 
 
 ENDED: Final = {
-    "succeeded": Asked("ann", _body("alpha", 10, "Over."), "succeeded"),
-    "succeeded-twice-sent": Asked("bob", _body("beta", 5, "Once."), "succeeded", idempotency_key="once"),
-    "failed": Asked("ann", _body("beta", 10, "Fail. !row-fails=4"), "failed"),
-    "cancelled-running": Asked("bob", _body("alpha", 400, f"Stop me. {_SLOW}"), "cancelled"),
+    "succeeded": StoredRequest("ann", _body("alpha", 10, "Over."), "succeeded"),
+    "succeeded-twice-sent": StoredRequest("bob", _body("beta", 5, "Once."), "succeeded", idempotency_key="once"),
+    "failed": StoredRequest("ann", _body("beta", 10, "Fail. !row-fails=4"), "failed"),
+    "cancelled-running": StoredRequest("bob", _body("alpha", 400, f"Stop me. {_SLOW}"), "cancelled"),
 }
 CUT: Final = {
-    "interrupted": Asked("ann", _body("alpha", 40, f"Interrupt me. {_SLOW}")),
-    "running": Asked("bob", _body("beta", 120, f"I run when the power fails. {_SLOW}"), "running"),
+    "interrupted": StoredRequest("ann", _body("alpha", 40, f"Interrupt me. {_SLOW}")),
+    "running": StoredRequest("bob", _body("beta", 120, f"I run when the power fails. {_SLOW}"), "running"),
 }
-"""What workers have begun."""
+"""Jobs that workers had started."""
 WAITING: Final = {
-    "plain": Asked("ann", _body("alpha", 8, "Wait.")),
-    "other-owner": Asked("bob", _body("alpha", 8, "Wait as well.")),
-    "high": Asked("bob", _body("alpha", 8, "In front.", priority="high")),
-    "batch": Asked("ann", _body("alpha", 8, "Whenever.", priority="batch", metadata={"line": "17"})),
-    "stop": Asked("ann", _body("alpha", 60, "Up to a word.", stop=["the", "river"])),
-    "sampled": Asked("ann", _body("alpha", 12, "Perhaps.", temperature=0.8, top_p=0.9)),
-    "talk": Asked("ann", _talk("alpha", "Be brief.", "Hello?", "Yes.", "Who is there?")),
-    "other-model": Asked("ann", _body("beta", 8, "Somewhere else.")),
-    "other-talk": Asked("bob", _talk("beta", "Be kind.", "Good morning.", priority="batch")),
-    "images": Asked("ann", _talk("beta", "Look.", _image(1))),
-    "twice-sent": Asked("bob", _body("beta", 8, "Only once."), idempotency_key="again"),
-    "cancelled-waiting": Asked("ann", _body("alpha", 8, "Never mind."), "cancelled"),
+    "plain": StoredRequest("ann", _body("alpha", 8, "Wait.")),
+    "other-owner": StoredRequest("bob", _body("alpha", 8, "Wait as well.")),
+    "high": StoredRequest("bob", _body("alpha", 8, "In front.", priority="high")),
+    "batch": StoredRequest("ann", _body("alpha", 8, "Whenever.", priority="batch", metadata={"line": "17"})),
+    "stop": StoredRequest("ann", _body("alpha", 60, "Up to a word.", stop=["the", "river"])),
+    "sampled": StoredRequest("ann", _body("alpha", 12, "Perhaps.", temperature=0.8, top_p=0.9)),
+    "talk": StoredRequest("ann", _talk("alpha", "Be brief.", "Hello?", "Yes.", "Who is there?")),
+    "other-model": StoredRequest("ann", _body("beta", 8, "Somewhere else.")),
+    "other-talk": StoredRequest("bob", _talk("beta", "Be kind.", "Good morning.", priority="batch")),
+    "images": StoredRequest("ann", _talk("beta", "Look.", _image(1))),
+    "twice-sent": StoredRequest("bob", _body("beta", 8, "Only once."), idempotency_key="again"),
+    "cancelled-waiting": StoredRequest("ann", _body("alpha", 8, "Never mind."), "cancelled"),
 }
 ALL: Final = ENDED | CUT | WAITING
 
 
 @dataclass
 class Running:
-    """A stack of the earlier checkout; its processes are started one by one."""
+    """A running stack of the earlier checkout."""
 
     checkout: Checkout
     home: Path
@@ -139,42 +139,43 @@ class Running:
     ids: dict[str, str] = field(default_factory=dict)
 
     def endpoint(self, owner: str, idempotency_key: str = "") -> Own:
-        """The API, asked by one owner."""
+        """Return the API as one owner accesses it."""
         headers = {"X-API-Key": KEYS[owner]}
         return Own(
             f"http://127.0.0.1:{self.port}", headers | ({"Idempotency-Key": idempotency_key} if idempotency_key else {})
         )
 
     def submit(self, *names: str) -> None:
-        """Submit some of `ALL`, one after another."""
+        """Submit requests of `ALL`, one after another."""
         for name in names:
-            asked = ALL[name]
-            (self.ids[name],) = job_load.submit(self.endpoint(asked.owner, asked.idempotency_key), [asked.body])
+            request = ALL[name]
+            endpoint = self.endpoint(request.owner, request.idempotency_key)
+            (self.ids[name],) = job_load.submit(endpoint, [request.body])
 
     def job(self, name: str) -> dict[str, Any]:
-        """The record, as the API shows it."""
-        (found,) = job_load.records(self.endpoint(ALL[name].owner), [self.ids[name]])
-        return found
+        """Return a job as the API shows it."""
+        (job,) = job_load.records(self.endpoint(ALL[name].owner), [self.ids[name]])
+        return job
 
-    def speaks(self, name: str) -> None:
-        """Wait until a job has said something."""
-        wanted = SPOKEN - 1
-        eventually(lambda: ((self.job(name)["output"] or {}).get("text") or "").count(" ") > wanted, name, 30)
+    def wait_for_text(self, name: str) -> None:
+        """Wait until a job has generated some text."""
+        spaces = TOKENS_BEFORE_KILL - 1
+        eventually(lambda: ((self.job(name)["output"] or {}).get("text") or "").count(" ") > spaces, name, 30)
 
     def end(self, *names: str) -> None:
-        """Wait until jobs have ended as they should."""
+        """Wait until jobs have ended with the expected status."""
         for name in names:
-            (found,) = job_load.ended(self.endpoint(ALL[name].owner), [self.ids[name]], 60)
-            assert found["status"] == ALL[name].end, found
+            (job,) = job_load.ended(self.endpoint(ALL[name].owner), [self.ids[name]], 60)
+            assert job["status"] == ALL[name].end, job
 
     def cancel(self, name: str) -> None:
-        """Ask for its end."""
+        """Cancel a job."""
         job_load.cancel(self.endpoint(ALL[name].owner), self.ids[name])
 
 
 @contextmanager
 def started(checkout: Checkout, home: Path, slots: int) -> Iterator[tuple[Running, dict[str, Any]]]:
-    """A stack with one worker for each model; and its processes."""
+    """Start a stack with one worker per model. Yields it and its processes by name."""
     port = free_port()
     (home / "catalog.toml").write_text(catalog(home))
     env = variables(home, port) | {"SLOTS": str(slots)}
@@ -185,26 +186,26 @@ def started(checkout: Checkout, home: Path, slots: int) -> Iterator[tuple[Runnin
     )
     checkout.run(["-c", register], env, 60)
     with ExitStack() as exits:
-        found: dict[str, Any] = {}
+        processes: dict[str, Any] = {}
 
         def start(name: str, program: str, **more: str) -> Path:
             log = home / f"{name}.log"
             env_of = checkout.environment(**env, **more)
-            found[name] = exits.enter_context(process(programs[program], log, env_of, checkout.root))
+            processes[name] = exits.enter_context(process(programs[program], log, env_of, checkout.root))
             return log
 
         start("valkey", "valkey")
         log = start("web", "web")
-        wait_for(f"http://127.0.0.1:{port}/livez", found["web"], log)
+        wait_for(f"http://127.0.0.1:{port}/livez", processes["web"], log)
         for index, model in enumerate(MODELS):
             start(model, "worker", MLXQ_WORKER_INDEX=str(index))
         running = Running(checkout, home, port)
         eventually(lambda: job_load.ready_models(running.endpoint("ann")) >= set(MODELS), "all models are ready", 60)
-        yield running, found
+        yield running, processes
 
 
 def undisturbed(checkout: Checkout) -> dict[str, str]:
-    """What each request says when nothing happens to it."""
+    """Return the text of each request in an uninterrupted run."""
     with _folder() as home, started(checkout, home, slots=32) as (running, _):
         names = [name for name in ALL if name != "cancelled-running"]
         running.submit(*names)
@@ -218,25 +219,25 @@ def disturbed(checkout: Checkout, target: Path, texts: dict[str, str]) -> None:
         running.submit(*(name for name in ENDED if name != "cancelled-running"))
         running.end(*(name for name in ENDED if name != "cancelled-running"))
         running.submit("cancelled-running")
-        running.speaks("cancelled-running")
+        running.wait_for_text("cancelled-running")
         running.cancel("cancelled-running")
         running.end("cancelled-running")
         running.submit(*CUT, *WAITING)
         running.cancel("cancelled-waiting")
         running.end("cancelled-waiting")
         for name in CUT:
-            running.speaks(name)
+            running.wait_for_text(name)
         processes[MODELS[0]].kill()
         eventually(lambda: running.job("interrupted")["status"] == "queued", "the job waits again", 30)
         _compact(home)
         shown = {name: running.job(name) for name in ALL}
-        for each in (processes["valkey"], processes[MODELS[1]], processes["web"]):
-            each.kill()
+        for name in ("valkey", MODELS[1], "web"):
+            processes[name].kill()
         _keep(home, target, running.ids, shown, texts)
 
 
 def _compact(home: Path) -> None:
-    """Have Valkey write its file anew: as text, without what is no more."""
+    """Make Valkey rewrite its append-only file as text, without deleted data."""
     with redis.Redis(unix_socket_path=str(home / "data/run/valkey.sock"), decode_responses=True) as client:
         client.config_set("aof-use-rdb-preamble", "no")
         client.bgrewriteaof()
@@ -257,26 +258,26 @@ def _keep(
     jobs = {
         name: {
             "id": ids[name],
-            "owner": asked.owner,
+            "owner": request.owner,
             "status": shown[name]["status"],
             "attempt": shown[name]["attempt"],
-            "said": (shown[name]["output"] or {}).get("text") or "",
+            "partial_text": (shown[name]["output"] or {}).get("text") or "",
             "text": texts.get(name),
         }
-        for name, asked in ALL.items()
+        for name, request in ALL.items()
     }
     (target / "expected.json").write_text(json.dumps(jobs, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    # Not pytest's folders: a socket's path may have hardly more than 100 characters.
+    # The path of a Unix socket is limited to about 100 characters, so pytest's folders are too deep.
     with tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 def main() -> None:
-    """See the module."""
+    """Create the stored data."""
     checkout, target = Checkout(Path(sys.argv[1]).resolve()), Path(sys.argv[2])
     target.mkdir(parents=True, exist_ok=True)
     disturbed(checkout, target, undisturbed(checkout))

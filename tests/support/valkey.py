@@ -1,4 +1,4 @@
-"""How the tests' Valkeys are set: as the product sets its own."""
+"""Configuration of Valkey servers in tests: the same durability as the embedded server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is blamed for dead worker processes: poison is found within few deaths, and nobody else fails for it."""
+"""Blame for crashes of worker processes: a poison job fails after few crashes, and no other job fails."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ KINDS: Final[dict[str, Kills]] = {
     "at its 30th token": at_position(30),
 }
 DOUBLINGS: Final = {"after 40 tokens of each attempt": 3}
-"""Deaths more, in which a job that makes progress is not told from those that do no harm: 8, 16, 32 tokens."""
+"""Additional crashes in which the poison job counts as proven: its patience doubles from 8 to 16, 32 and 64 tokens."""
 
 
-def most_deaths(rows: int, kind: str) -> int:
-    """Deaths within which poison among so many rows has failed."""
+def max_crashes(rows: int, kind: str) -> int:
+    """Return the maximum number of crashes before a poison job in a batch of `rows` fails."""
     return MAX_DEATHS + 1 + math.ceil(math.log2(max(rows, 2))) + DOUBLINGS.get(kind, 0)
 
 
@@ -36,7 +36,7 @@ def field(client: Redis, member: Member, name: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "processes"), [(1, 1), (8, 1), (24, 1), (24, 2)])
-def test_poison_fails_within_few_deaths_and_no_neighbour_does(
+def test_poison_job_fails_after_few_crashes_and_no_other_job_fails(
     valkey_client: Redis, rows: int, processes: int, kind: str
 ) -> None:
     farm = Farm(valkey_client, processes, slots=32, seed=rows)
@@ -46,11 +46,11 @@ def test_poison_fails_within_few_deaths_and_no_neighbour_does(
     farm.run(3000)
     assert farm.status(poison) is Status.FAILED
     assert {farm.status(each) for each in good} <= {Status.SUCCEEDED}
-    assert MAX_DEATHS <= farm.deaths <= most_deaths(rows, kind)
+    assert MAX_DEATHS <= farm.deaths <= max_crashes(rows, kind)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_two_poisons_that_come_late_fail_and_nobody_else_does(valkey_client: Redis, seed: int) -> None:
+def test_two_late_poison_jobs_fail_and_no_other_job_fails(valkey_client: Redis, seed: int) -> None:
     rng = random.Random(seed)
     farm = Farm(valkey_client, 2, slots=16, seed=seed)
     good = [farm.submit(rng.randint(50, 200)) for _ in range(20)]
@@ -63,7 +63,7 @@ def test_two_poisons_that_come_late_fail_and_nobody_else_does(valkey_client: Red
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_kills_that_no_job_is_to_blame_for_fail_none(valkey_client: Redis, seed: int) -> None:
+def test_crashes_that_no_job_causes_fail_no_job(valkey_client: Redis, seed: int) -> None:
     rng = random.Random(seed)
     farm = Farm(valkey_client, 2, slots=24, seed=seed)
     jobs = [farm.submit(rng.randint(20, 250)) for _ in range(48)]
@@ -74,10 +74,10 @@ def test_kills_that_no_job_is_to_blame_for_fail_none(valkey_client: Redis, seed:
     assert {farm.status(each) for each in jobs} == {Status.SUCCEEDED}
 
 
-def test_a_job_that_was_suspected_before_is_not_blamed_for_poison_that_comes_later(valkey_client: Redis) -> None:
+def test_earlier_suspect_is_not_blamed_for_a_later_poison_job(valkey_client: Redis) -> None:
     farm = Farm(valkey_client, 1, slots=8)
     bystander = farm.submit(60)
-    for _ in range(2):  # struck twice in a row before it gave a token, by nobody's fault
+    for _ in range(2):  # two crashes in a row before its first token, which no job causes
         farm.run(RESTART + 2)
         farm.kill(farm.processes[0])
     assert field(valkey_client, bystander, "suspicion") == 2
@@ -86,7 +86,7 @@ def test_a_job_that_was_suspected_before_is_not_blamed_for_poison_that_comes_lat
     assert (farm.status(bystander), farm.status(poison)) == (Status.SUCCEEDED, Status.FAILED)
 
 
-def test_one_kill_holds_nobody_back(valkey_client: Redis) -> None:
+def test_single_crash_holds_no_job_back(valkey_client: Redis) -> None:
     farm = Farm(valkey_client, 2, slots=24)
     jobs = [farm.submit(100) for _ in range(48)]
     farm.run(30)
@@ -97,13 +97,13 @@ def test_one_kill_holds_nobody_back(valkey_client: Redis) -> None:
     assert max(each.paused for each in jobs) < RESTART, "the other process has room"
 
 
-def test_jobs_of_processes_killed_one_after_the_other_wait_for_no_more_than_a_few_tokens(valkey_client: Redis) -> None:
+def test_jobs_of_two_consecutive_crashes_are_held_back_only_briefly(valkey_client: Redis) -> None:
     farm = Farm(valkey_client, 2, slots=24)
     jobs = [farm.submit(100) for _ in range(48)]
     farm.run(30)
     farm.slots = 48
     farm.kill(farm.processes[0])
-    farm.run(5)  # they run in the other one, and have not proven themselves there
+    farm.run(5)  # the jobs run in the other process and have not proven themselves there
     farm.kill(farm.processes[1])
     farm.run(500)
     assert {farm.status(each) for each in jobs} == {Status.SUCCEEDED}
@@ -111,18 +111,18 @@ def test_jobs_of_processes_killed_one_after_the_other_wait_for_no_more_than_a_fe
     assert max(each.paused for each in jobs) <= RESTART + 40
 
 
-def test_a_death_without_work_in_flight_blames_nobody(client: Redis) -> None:
+def test_crash_without_jobs_in_flight_blames_no_job(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     job = farm.submit(50)
     farm.run(3)
-    burial = bury(client, ["w0-0"], [], MAX_DEATHS, "status 70")
-    assert (burial.models, burial.suspects, burial.failed) == (("m",), (), ())
+    outcome = bury(client, ["w0-0"], [], MAX_DEATHS, "status 70")
+    assert (outcome.models, outcome.suspects, outcome.failed) == (("m",), (), ())
     assert (farm.status(job), field(client, job, "suspicion")) == (Status.QUEUED, 0)
     assert not client.exists(keys.RUNNING + "w0-0")
     assert client.zscore(keys.LEASES, "w0-0") is None
 
 
-def test_a_death_that_is_reported_twice_counts_once(client: Redis) -> None:
+def test_crash_that_is_reported_twice_counts_once(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     job = farm.submit(50)
     farm.run(3)
@@ -132,7 +132,7 @@ def test_a_death_that_is_reported_twice_counts_once(client: Redis) -> None:
     assert (field(client, job, "suspicion"), field(client, job, "deaths")) == (1, 1)
 
 
-def test_the_error_of_the_culprit_names_the_attempts_and_the_exit(client: Redis) -> None:
+def test_error_names_the_attempts_and_the_exit_status(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     poison = farm.submit(50, after_tokens(1))
     farm.run(500)
@@ -144,7 +144,7 @@ def test_the_error_of_the_culprit_names_the_attempts_and_the_exit(client: Redis)
     assert message.endswith(" Last exit: signal 9 (SIGKILL).")
 
 
-def test_poison_that_was_asked_to_stop_ends_as_asked(client: Redis) -> None:
+def test_poison_job_that_was_cancelled_ends_as_cancelled(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     poison = farm.submit(50, after_tokens(1))
     farm.run(2)
@@ -153,7 +153,7 @@ def test_poison_that_was_asked_to_stop_ends_as_asked(client: Redis) -> None:
     assert farm.status(poison) is Status.CANCELLED
 
 
-def test_the_most_suspected_of_the_lost_jobs_waits_last(client: Redis) -> None:
+def test_most_suspected_job_is_queued_last(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     jobs = [farm.submit(50) for _ in range(3)]
     farm.run(3)
