@@ -16,6 +16,7 @@ venv_fail() {
 # A copy of each installed pin file lies in .venv/pins: what differs from it is to be installed.
 venv_is_current() {
   local name
+  if cmp -s "$ROOT/requirements/dev.txt" "$VENV/pins/dev.txt"; then set -- dev; fi # it holds all the others
   for name in "$@"; do cmp -s "$ROOT/requirements/$name.txt" "$VENV/pins/$name.txt" || return 1; done
   "$VENV/bin/python" -c '' 2>/dev/null # a venv dies with the Python it was made from
 }
