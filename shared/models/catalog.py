@@ -227,8 +227,8 @@ class _Reader:
         path = _resolve_path(entry.path or f"models/{(entry.hub or name).rpartition('/')[2]}")
         adapter = _resolve_path(entry.adapter) if entry.adapter else None
         exists = _is_model(path)
-        kind = model_kind(path) if exists else entry.kind or "text"
-        key, problem = self._check_folders(entry, path, adapter) if exists else _missing(entry, path)
+        kind = model_kind(path) if exists and entry.kind != "text" else entry.kind or "text"
+        key, problem = self._check_folders(entry, path, kind, adapter) if exists else _missing(entry, path)
         if problem:
             self.fault(name, key, f"[models.{name}]{f' {key}' if exists else ''}: {problem}")
             # A missing default model stays the default: it may still be fetched, and no other model must replace it.
@@ -249,9 +249,8 @@ class _Reader:
         )
         return _with_declared(model)
 
-    def _check_folders(self, entry: _Entry, path: Path, adapter: Path | None) -> tuple[str, str]:
+    def _check_folders(self, entry: _Entry, path: Path, kind: str, adapter: Path | None) -> tuple[str, str]:
         """Return the key with a mistake and a description; both are empty if there is none."""
-        kind = model_kind(path)
         if entry.kind not in (None, kind):
             return "kind", f"{path} holds a {kind} model"
         if adapter is not None and kind == "vision":
@@ -261,7 +260,7 @@ class _Reader:
         if entry.hub and (other := fetched_otherwise(path, entry.hub, entry.revision)):
             key = "revision" if other.startswith("revision ") else "hub"
             return key, f"{path} holds {other}; {_fetch_hint(entry, path)}"
-        if problem := _problem(check_folder, path):
+        if problem := _problem(lambda folder: check_folder(folder, kind), path):
             return "path" if entry.path else "hub", problem
         return "adapter", _problem(check_adapter, adapter) if adapter else ""
 

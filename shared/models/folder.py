@@ -14,6 +14,8 @@ CODE = (*PICKLES, ".py")
 """Suffixes of files that a model folder must not contain."""
 
 _INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_VISION_TENSOR = re.compile(r"vision|visual|image|(?:^|\.)(?:vit|vpm|sam_model|mm_projector)\.")
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _NUMBERED = re.compile(r"model-\d+-of-(\d+)\.safetensors")
@@ -30,13 +32,16 @@ class ModelError(Exception):
     """A model cannot be fetched or used. The text is one line that is shown to the user."""
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, kind: str | None = None) -> None:
     """Check that a folder holds a complete model and no code.
+
+    Args:
+        kind: the kind as which it is served; None for the kind of its files.
 
     Raises:
         ModelError: something is missing or not allowed; the text names the first problem.
     """
-    check_complete(folder)
+    check_complete(folder, kind)
     # The code would not be run here, but other tools may run it.
     if code := sorted(path.name for path in folder.iterdir() if path.suffix in CODE):
         kind = "Python code" if code[0].endswith(".py") else "a pickle file, which can run code"
@@ -45,8 +50,11 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_complete(folder: Path) -> None:
+def check_complete(folder: Path, kind: str | None = None) -> None:
     """Check that a folder holds a complete model. Other files are ignored.
+
+    Args:
+        kind: the kind as which it is served; None for the kind of its files.
 
     Raises:
         ModelError: something is missing or not allowed; the text names the first problem.
@@ -58,7 +66,7 @@ def check_complete(folder: Path) -> None:
         _check_whole(folder / shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
-    if model_kind(folder) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
+    if (kind or model_kind(folder)) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
         raise ModelError(f"{folder} holds a vision model but lacks {_PROCESSORS[0]}")
 
 
@@ -86,11 +94,31 @@ def check_adapter(folder: Path) -> None:
 
 
 def model_kind(folder: Path) -> str:
-    """Return `vision` if config.json describes an image encoder, else `text`, also if there is no valid config.json."""
-    try:
-        return "vision" if _read_object(folder / "config.json").get("vision_config") else "text"
-    except (OSError, ModelError):
+    """Return `vision` if config.json describes an image encoder and the weights contain it, else `text`.
+
+    Text checkpoints of multimodal models keep the `vision_config` of their origin.
+    """
+    if not _declares_vision(folder):
         return "text"
+    try:
+        names = _tensor_names(folder)
+    except (OSError, ModelError):  # not here, or broken: loading reports the reason
+        return "vision"
+    return "vision" if any(map(_VISION_TENSOR.search, names)) else "text"
+
+
+def _declares_vision(folder: Path) -> bool:
+    try:
+        return bool(_read_object(folder / "config.json").get("vision_config"))
+    except (OSError, ModelError):
+        return False
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    files = weight_files(folder)
+    if _indexed(folder) == set(files):
+        return set(_read_object(folder / _INDEX)["weight_map"])
+    return {name for file in files for name in safetensors_header(folder / file)}
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -101,7 +129,7 @@ def weight_files(folder: Path) -> list[str]:
     """
     indexed = _indexed(folder)
     # Without an index, mlx-vlm reads all safetensors files.
-    pattern = "*.safetensors" if model_kind(folder) == "vision" and not indexed else "model*.safetensors"
+    pattern = "*.safetensors" if _declares_vision(folder) and not indexed else "model*.safetensors"
     present = {path.name for path in folder.glob(pattern)} - {"consolidated.safetensors"}
     counts = {match[1] for name in present if (match := _NUMBERED.fullmatch(name))}
     numbered = {
@@ -119,7 +147,10 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _indexed(folder: Path) -> set[str]:
-    """Return the weight files that the index names; none if there is no index."""
+    """Return the weight files that the index names; none if there is no index, or a stale one.
+
+    An index is stale if it describes shards that were later merged into one file: model libraries read that file.
+    """
     if not (folder / _INDEX).is_file():
         return set()
     weight_map = _read_object(folder / _INDEX).get("weight_map")
@@ -130,7 +161,9 @@ def _indexed(folder: Path) -> set[str]:
             raise ModelError(f"{folder / _INDEX} names a file outside its folder ({_shown(name)})")
         if not _SHARD.fullmatch(name):
             raise ModelError(f"{folder / _INDEX} names a file that is not a safetensors file ({_shown(name)})")
-    return set(weight_map.values())
+    shards = set(weight_map.values())
+    merged = (folder / _WHOLE).is_file() and not any((folder / shard).exists() for shard in shards)
+    return set() if merged and all(map(_NUMBERED.fullmatch, shards)) else shards
 
 
 def _is_file_name(name: Any) -> bool:

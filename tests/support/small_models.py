@@ -71,10 +71,10 @@ def write_gguf(path: Path) -> Path:
     return path
 
 
-def make_folder(path: Path) -> Path:
-    """A folder with every file that a model needs, though no model."""
+def make_folder(path: Path, tensor: str = "weight") -> Path:
+    """A folder with every file that a model needs, though no model; `tensor` is the name of its only weight."""
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llama"}')
     (path / "tokenizer.json").write_text("{}")
-    save_weights(path / "model.safetensors", {"weight": mx.zeros((4, 4))})
+    save_weights(path / "model.safetensors", {tensor: mx.zeros((4, 4))})
     return path

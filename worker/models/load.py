@@ -50,7 +50,7 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
     Raises:
         ModelError: there is no such folder, or something in it is missing or cannot be used.
     """
-    check_folder(folder)
+    check_folder(folder, "text")
     if adapter is not None:
         check_adapter(adapter)
     from mlx_lm import load

@@ -21,8 +21,9 @@ from tests.support.small_models import make_folder
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    for name in ("one", "two", "seer"):
+    for name in ("one", "two"):
         make_folder(tmp_path / name)
+    make_folder(tmp_path / "seer", "visual.weight")
     config = {"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}
     (tmp_path / "seer/config.json").write_text(json.dumps(config))
     (tmp_path / "seer/preprocessor_config.json").write_text("{}")
@@ -333,3 +334,10 @@ def test_missing_file_that_is_set_explicitly_is_reported(models: Path) -> None:
 def test_mistakes_are_sorted_by_line(models: Path) -> None:
     catalog = read(models, '[models.two]\npath = "HERE/no"\n[models.one]\npath = "HERE/one"\nslots = 0\ncontext = 0\n')
     assert [int(fault.split(":")[1]) for fault in catalog.faults] == [2, 5, 6]
+
+
+def test_a_vision_model_is_served_as_a_text_model_if_the_catalog_says_so(models: Path) -> None:
+    catalog = read(
+        models, '[models.reader]\npath = "HERE/seer"\nkind = "text"\nadapter = "HERE/lora"\n', backend="fake"
+    )
+    assert (catalog.models["reader"].kind, catalog.faults) == ("text", ())

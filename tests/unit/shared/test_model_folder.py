@@ -59,7 +59,6 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
         ("model-00001-of-00002.safetensors", safetensors({}), "lacks the weight file model-00002-of-00002.safetensors"),
         ("model-more.safetensors", safetensors({"w": {"data_offsets": [0, 8]}}), "has 39 of 47 bytes"),
         ("config.json", json.dumps({"model_type": "llama", "model_file": "evil.py"}), "its own code"),
-        ("config.json", json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}}), "preprocessor_config"),
         ("config.json", json.dumps({"model_type": "llama", "model_file": "a\nb"}), "its own code"),
         ("config.json", json.dumps({"model_type": ["llama"]}), "has no model_type"),
         ("config.json", "{", "not valid JSON"),
@@ -70,6 +69,47 @@ def test_invalid_folder_is_rejected_with_one_line(folder: Path, file: str, conte
     with pytest.raises(ModelError, match=message) as caught:
         check_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+VISION = json.dumps({"model_type": "qwen2_5_vl", "vision_config": {"depth": 2}})
+ENCODERS = (
+    "visual.patch_embed.weight",
+    "model.visual.w",
+    "vision_tower.w",
+    "model.vision_model.w",
+    "vpm.w",
+    "sam_model.w",
+)
+
+
+@pytest.mark.parametrize("tensor", ENCODERS)
+def test_a_folder_with_an_image_encoder_needs_its_processor(folder: Path, tensor: str) -> None:
+    (folder / "config.json").write_text(VISION)
+    header = {name: {"data_offsets": [0, 0]} for name in ("lm_head.w", tensor)}
+    (folder / "model.safetensors").write_bytes(safetensors(header))
+    assert model_kind(folder) == "vision"
+    with pytest.raises(ModelError, match="lacks preprocessor_config"):
+        check_folder(folder)
+    check_folder(folder, kind="text")
+
+
+def test_a_text_checkpoint_that_keeps_the_vision_config_of_its_origin_is_text(folder: Path) -> None:
+    (folder / "config.json").write_text(VISION)
+    assert model_kind(folder) == "text"
+    check_folder(folder)
+    index = {"weight_map": {"model.layers.0.w": "model.safetensors", "visual.w": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert model_kind(folder) == "vision"
+
+
+def test_an_index_of_shards_that_were_merged_is_ignored(folder: Path) -> None:
+    index = {"weight_map": {"w": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_folder(folder)
+    assert model_folder.weight_files(folder) == ["model.safetensors"]
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match=r"lacks the weight file model-00002-of-00002\.safetensors"):
+        check_folder(folder)
 
 
 def test_oversized_config_is_not_read(folder: Path) -> None:
