@@ -1,6 +1,6 @@
-"""The API server: `python -m web` becomes gunicorn with our configuration.
+"""The API server: `python -m web` replaces itself with gunicorn and the configuration in `gunicorn.conf.py`.
 
-gunicorn reads GUNICORN_CMD_ARGS before its configuration file, and lets it win. So the variable is removed first.
+`load_or_exit` removes GUNICORN_CMD_ARGS from the environment, which would override the configuration file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG001, N999 -- names are gunicorn's
-"""How gunicorn runs the API: `gunicorn -c web/gunicorn.conf.py 'web.app:create_app()'`, from the repository."""
+"""Configuration of gunicorn: `gunicorn -c web/gunicorn.conf.py 'web.app:create_app()'` in the repository's root."""
 
 import hashlib
 import os
@@ -16,21 +16,24 @@ from web.access.api_keys import SCOPES, KeyStore
 
 _settings = load_or_exit()
 
-# Several processes add their metrics up through mapped files; writing to one on a full disk would end the process.
-_memory = Path("/dev/shm")  # noqa: S108 - a folder of our own there, and its name taken ends the start
-_stack = hashlib.sha256(str(_settings.data_dir).encode()).hexdigest()[:12]
-_metrics_dir = _memory / f"mlxq-{os.getuid()}-{_stack}" if _memory.is_dir() else _settings.run_dir / "metrics"
-_several = _settings.web_workers > 1
-if _several:  # prometheus_client looks for it when it is imported, in every process
+# Processes share their metrics through memory-mapped files. These are in memory where possible, because writing to a
+# mapped file on a full disk ends the process.
+_shared_memory = Path("/dev/shm")  # noqa: S108 - the folder in it is created with mode 700, or the start fails
+_instance = hashlib.sha256(str(_settings.data_dir).encode()).hexdigest()[:12]
+_metrics_dir = (
+    _shared_memory / f"mlxq-{os.getuid()}-{_instance}" if _shared_memory.is_dir() else _settings.run_dir / "metrics"
+)
+_multiprocess = _settings.web_workers > 1
+if _multiprocess:  # prometheus_client reads the variable when it is imported, in every process
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_dir)
 
 _host = f"[{_settings.host}]" if ":" in _settings.host else _settings.host
 bind = f"{_host}:{_settings.port}"
 workers = _settings.web_workers
 worker_class = "gevent"
-worker_connections = 4096  # each stream holds one, and a file descriptor
+worker_connections = 4096  # each stream occupies one, and a file descriptor
 backlog = 2048
-keepalive = 5  # idle connections hold up a graceful stop for as long
+keepalive = 5  # an idle connection delays a graceful stop for as long
 timeout = 60
 graceful_timeout = max(1, round(_settings.drain_s))
 control_socket_disable = True
@@ -38,9 +41,9 @@ logger_class = "web.http.access_log.JsonLogger"
 
 
 def on_starting(server: Any) -> None:
-    _allow_open_files(worker_connections + 256)
+    _raise_file_limit(worker_connections + 256)
     shutil.rmtree(_metrics_dir, ignore_errors=True)
-    if _several:
+    if _multiprocess:
         _metrics_dir.mkdir(mode=0o700, parents=True)
     key = _settings.mlxq_api_key.get_secret_value()
     if key:
@@ -59,7 +62,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    if _several:
+    if _multiprocess:
         from prometheus_client.multiprocess import mark_process_dead
 
         mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
@@ -69,16 +72,16 @@ def on_exit(server: Any) -> None:
     shutil.rmtree(_metrics_dir, ignore_errors=True)
 
 
-def _allow_open_files(wanted: int) -> None:
-    # Shells start with 256 (macOS) or 1024 allowed, and let us have more for the asking.
+def _raise_file_limit(needed: int) -> None:
+    # The soft limit of a shell is 256 (macOS) or 1024, but a process may raise it up to the hard limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _close_streams(worker: Any, hub: Any) -> None:
-    # gunicorn calls no hook when a graceful stop begins, and would cut the streams at its end.
+    # gunicorn has no hook for the beginning of a graceful stop, and would cut the streams at its end.
     while worker.alive:
         gevent.sleep(0.1)
     hub.close()

@@ -1,9 +1,9 @@
-"""Everything a process needs to serve requests, made once per process after the fork. Nothing connects before use."""
+"""The objects that serve requests, created once per process after the fork. They connect to Redis on first use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from flask import current_app
 
@@ -30,7 +30,7 @@ from web.cluster.model_manager import ModelManager
 from web.cluster.ping import WorkerPing
 from web.cluster.snapshot import Cluster
 from web.metrics import Metrics
-from web.results.job_views import Views
+from web.results.job_views import JobViews
 from web.streaming.follower import Follower
 from web.streaming.hub import Hub
 
@@ -42,7 +42,7 @@ _PROBE_TIMEOUT_S: Final = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The parts, wired."""
+    """The objects that routes use."""
 
     settings: Settings
     catalog: Catalog
@@ -52,7 +52,7 @@ class Services:
     registry: Registry
     admission: Admission
     image_loader: ImageLoader
-    views: Views
+    job_views: JobViews
     hub: Hub
     follower: Follower
     health_checker: HealthChecker
@@ -61,25 +61,47 @@ class Services:
     events: TaskEvents
 
 
+@dataclass(frozen=True, slots=True)
+class _Clients:
+    """Redis clients.
+
+    Attributes:
+        store: for the queue and everything else.
+        probe: short timeout and no retries, for health checks and metrics.
+        pubsub: for the hub. RESP 2, because there a published message is an ordinary reply.
+        binary: returns bytes instead of text, for images and tokenizers.
+    """
+
+    store: Redis
+    probe: Redis
+    pubsub: Redis
+    binary: Redis
+
+    @classmethod
+    def connect(cls, url: str) -> Self:
+        return cls(
+            store=connect(url, timeout_s=_CALL_TIMEOUT_S, retries=1),
+            probe=connect(url, timeout_s=_PROBE_TIMEOUT_S, retries=0),
+            pubsub=connect(url, timeout_s=_CALL_TIMEOUT_S, retries=0, protocol=2),
+            binary=connect(url, timeout_s=_CALL_TIMEOUT_S, retries=1, decode_responses=False),
+        )
+
+
 def build(settings: Settings, client: Redis | None = None) -> Services:
-    """Wire the parts.
+    """Create all services.
 
     Args:
-        client: used for everything instead of connections of our own; for tests.
+        client: a Redis client to use for everything, in tests.
     """
-    store = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=1)
-    probe = client or connect(settings.store_url, timeout_s=_PROBE_TIMEOUT_S, retries=0)
-    # RESP 2: there, a message on a channel is an ordinary answer.
-    live = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=0, protocol=2)
-    files = client or connect(settings.store_url, timeout_s=_CALL_TIMEOUT_S, retries=1, decode_responses=False)
+    clients = _Clients(client, client, client, client) if client is not None else _Clients.connect(settings.store_url)
     celery = make_app(settings, hasty=True)
-    events = TaskEvents(celery, TaskEvents.QUEUE_NODE)
-    registry = Registry(store)
-    jobs, job_log, cluster, hub = Jobs(store, settings), JobLog(store), Cluster(registry), Hub(live)
-    notifier = Notifier(celery)
-    tokenizers = TokenizerFiles(settings.tokenizers_dir, TokenizerStore(files).get)
-    catalog = load_catalog(settings)
-    model_manager = ModelManager(celery, Operations(store), registry, catalog, on_demand=settings.load_on_demand)
+    notifier, events = Notifier(celery), TaskEvents(celery, TaskEvents.QUEUE_NODE)
+    catalog, registry = load_catalog(settings), Registry(clients.store)
+    jobs, job_log = Jobs(clients.store, settings), JobLog(clients.store)
+    cluster, hub = Cluster(registry), Hub(clients.pubsub)
+    model_manager = ModelManager(
+        celery, Operations(clients.store), registry, catalog, on_demand=settings.load_on_demand
+    )
     return Services(
         settings=settings,
         catalog=catalog,
@@ -91,24 +113,24 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             settings,
             catalog,
             jobs,
-            ImageStore(files),
+            ImageStore(clients.binary),
             cluster,
-            PromptTokenizer(Tokenizing(settings.template_timeout_s), tokenizers),
+            _prompt_tokenizer(settings, clients.binary),
             notifier,
-            model_manager.demand,
-            model_manager.check_demand,
+            model_manager.load_on_demand,
+            model_manager.check_load_on_demand,
         ),
         image_loader=ImageLoader(settings, ImageUrls().fetch if settings.image_urls else None),
-        views=Views(jobs, cluster, job_log),
+        job_views=JobViews(jobs, cluster, job_log),
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),
-        health_checker=HealthChecker(settings, catalog, probe, WorkerPing(celery)),
-        metrics=Metrics(Registry(probe)),
+        health_checker=HealthChecker(settings, catalog, clients.probe, WorkerPing(celery)),
+        metrics=Metrics(Registry(clients.probe)),
         maintenance=Maintenance(
-            Reaper(store, settings.max_attempts, settings.failed_request_bytes),
+            Reaper(clients.store, settings.max_attempts, settings.failed_request_bytes),
             notifier,
             jobs,
-            model_manager.demand_waiting,
+            model_manager.load_for_waiting_jobs,
             events.ended_without_worker,
         ),
         events=events,
@@ -116,6 +138,11 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
 
 
 def services() -> Services:
-    """Those of the application that serves the request."""
-    found: Services = current_app.extensions[EXTENSION]
-    return found
+    """Return the services of the application that serves the current request."""
+    current: Services = current_app.extensions[EXTENSION]
+    return current
+
+
+def _prompt_tokenizer(settings: Settings, client: Redis) -> PromptTokenizer:
+    files = TokenizerFiles(settings.tokenizers_dir, TokenizerStore(client).get)
+    return PromptTokenizer(Tokenizing(settings.template_timeout_s), files)

@@ -200,7 +200,7 @@ def test_a_service_without_models_is_ready_where_a_job_has_its_own_loaded(
     operator.stack.start_worker()
     eventually(operator.stack.registry.hosts, "the worker can be asked")
     assert operator.ask("unload", "one")["state"] == "succeeded"
-    expected = (200, "degraded", ["No model is loaded; a job has its own loaded."])
+    expected = (200, "degraded", ["No model is loaded. The first job will load its model."])
     if not on_demand:
         expected = (503, "down", ["No worker is ready."])
 

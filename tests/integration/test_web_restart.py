@@ -209,7 +209,7 @@ def test_every_kind_of_answer_ends_in_time_and_every_job_goes_on(web: WebStack, 
         for text in told[:2]:
             location = text.split("\n", 1)[0]
             assert text.endswith(
-                f"retry: 1000\n: the job goes on, reconnect to {location}/stream with Last-Event-ID\n\n"
+                f"retry: 1000\n: the job continues; reconnect to {location}/stream with Last-Event-ID\n\n"
             )
         for text in told[2:]:
             hint = json.loads(text.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Many clients who submit and do not give up."""
+"""Concurrent clients that retry until their job is accepted."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ from scripts.client.api import Client, ClientError
 
 
 class Load:
-    """Threads that submit job after job, each with an Idempotency-Key that it repeats until it is answered."""
+    """Submits jobs from several threads. Each submission is repeated with the same Idempotency-Key until it succeeds.
+
+    Attributes:
+        accepted: job ids by Idempotency-Key.
+        refused: HTTP statuses of refusals; None for a connection error.
+    """
 
     def __init__(self, url: str, key: str, body: Callable[[str], dict[str, Any]]) -> None:
         self._client = Client(url, key, connections=64)
         self._body = body
-        self._ended = threading.Event()
+        self._stopped = threading.Event()
         self.accepted: dict[str, str] = {}
-        """Idempotency-Key → id of the job."""
         self.refused: set[int | None] = set()
 
     @contextmanager
     def running(self, threads: int, each: int) -> Iterator[None]:
+        """Submit `each` jobs per thread during the block; wait at its end until all are accepted."""
         with self._client, ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(self._send, f"{name}-{n}") for n in range(each) for name in range(threads)]
+            futures = [pool.submit(self._submit, f"{name}-{n}") for n in range(each) for name in range(threads)]
             try:
                 yield
                 for future in futures:
                     future.result(120)
             finally:
-                self._ended.set()
+                self._stopped.set()
 
-    def _send(self, key: str) -> None:
-        while not self._ended.is_set():
+    def _submit(self, key: str) -> None:
+        while not self._stopped.is_set():
             try:
                 self.accepted[key] = self._client.submit(self._body(key), idempotency_key=key).id
                 return
             except ClientError as error:
                 self.refused.add(getattr(error, "status", None))
-                self._ended.wait(0.02)
+                self._stopped.wait(0.02)

@@ -1,8 +1,8 @@
-"""API keys: one JSON file, mode 600, that holds hashes and never a key.
+"""API keys, stored as hashes in one JSON file with mode 600.
 
-A key is `mlxq_`, its public id, `_`, and 256 random bits. So much randomness needs no slow hash, and the id in the
-key makes looking it up one comparison. The file is read again whenever it changes: keys made or revoked by
-`scripts/keys` hold without a restart.
+A key has the form `mlxq_<public id>_<secret>`. The secret has 256 random bits, so a fast hash is enough, and thanks to
+the id a lookup compares one hash. The file is read again whenever it changes: keys that `scripts/keys` creates or
+revokes take effect without a restart.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from limits import parse_many
 log = logging.getLogger(__name__)
 
 SCOPES: Final = frozenset({"infer", "admin"})
-LOCK_S: Final = 10.0
-"""Longest wait for another writer, who has a file to read and to write."""
-_FORM: Final = re.compile(r"mlxq_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
-_NOBODY: Final = hashlib.sha256(secrets.token_bytes()).hexdigest()
-"""What the key of an unknown id is compared with, so that it takes as long as a known one."""
+LOCK_TIMEOUT_S: Final = 10.0
+"""Longest wait for another process that is writing the file."""
+_KEY_FORMAT: Final = re.compile(r"mlxq_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
+_DUMMY_HASH: Final = hashlib.sha256(secrets.token_bytes()).hexdigest()
+"""Compared with keys of unknown ids, so that a lookup takes the same time for known and unknown ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What is kept of a key.
+    """The stored entry of a key.
 
     Attributes:
-        id: its public part, safe to show and to log; it owns the jobs submitted with the key.
+        id: the public part of the key, safe to show and to log; it owns the jobs submitted with the key.
         hash: SHA-256 of the whole key.
-        scopes: what it may do: `infer`, `admin`.
-        rate_limit: as in `100/minute`; None for the service's default.
-        created_at, revoked_at: seconds since the epoch; a revoked key opens nothing.
+        scopes: permissions: `infer`, `admin`.
+        rate_limit: for example `100/minute`; None for the service's default.
+        created_at, revoked_at: seconds since the epoch; `revoked_at` is None for a valid key.
     """
 
     id: str
@@ -55,44 +55,44 @@ class ApiKey:
     revoked_at: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """Return the entry as it is stored in the file."""
         return {**asdict(self), "scopes": sorted(self.scopes)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ApiKey:
-        """Read what `to_dict` gave."""
+        """Read an entry that `to_dict` wrote."""
         return cls(**{**data, "scopes": frozenset(data["scopes"])})
 
 
 def new_key() -> str:
-    """A key nobody has."""
+    """Generate a random key."""
     return f"mlxq_{secrets.token_hex(4)}_{secrets.token_urlsafe(32)}"
 
 
 class KeyStore:
-    """The keys of one file. Any number of processes may read and write it."""
+    """The keys in one file, which any number of processes may read and write."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int, int] | None = None
+        self._file_version: tuple[int, int, int] | None = None
         self._keys: dict[str, ApiKey] = {}
 
     def ensure(self, key: str, name: str, scopes: Iterable[str]) -> ApiKey:
-        """Make a given key known, unless its id is known already, and the only one of its name that is valid.
+        """Store a given key unless it is stored already, and revoke all other keys with the same name.
 
-        A key that was revoked stays so.
+        A revoked key stays revoked.
 
         Raises:
-            ValueError: it does not have the form of a key, or its id belongs to another one.
+            ValueError: the key is malformed, or another key has the same id.
         """
-        match = _FORM.fullmatch(key)
+        match = _KEY_FORMAT.fullmatch(key)
         if match is None:
-            raise ValueError("An API key is mlxq_, 8 hex digits, _ and 43 characters of A-Z a-z 0-9 _ -")
-        entry = ApiKey(match[1], name, _hash(key), _checked(scopes), None, time.time())
-        with self._writing() as keys:
+            raise ValueError("an API key is mlxq_, 8 hex digits, _ and 43 characters of A-Z a-z 0-9 _ -")
+        entry = ApiKey(match[1], name, _hash(key), _valid_scopes(scopes), None, time.time())
+        with self._editing() as keys:
             known = keys.setdefault(entry.id, entry)
             if known.hash != entry.hash:
-                raise ValueError(f"Another API key has the id {entry.id}")
+                raise ValueError(f"another API key has the id {entry.id}")
             for other in [*keys.values()]:
                 if other.name == name and other.id != known.id and other.revoked_at is None:
                     keys[other.id] = replace(other, revoked_at=entry.created_at)
@@ -101,29 +101,29 @@ class KeyStore:
         return known
 
     def create(self, name: str, scopes: Iterable[str], rate_limit: str | None = None) -> str:
-        """Make a key. It is shown this once: only its hash is kept.
+        """Create a key and return it. It cannot be read again later: only its hash is stored.
 
         Raises:
-            ValueError: an unknown scope, a rate limit that cannot be read, or a name in use.
+            ValueError: a scope is unknown, the rate limit is malformed, or the name is in use.
         """
-        granted = _checked(scopes)
+        granted = _valid_scopes(scopes)
         if rate_limit is not None:
             parse_many(rate_limit)
         key = new_key()
         entry = ApiKey(key.split("_")[1], name, _hash(key), granted, rate_limit, time.time())
-        with self._writing() as keys:
+        with self._editing() as keys:
             if any(other.name == name and other.revoked_at is None for other in keys.values()):
-                raise ValueError(f"There is a key named {name!r} already")
+                raise ValueError(f"the name {name!r} is in use by another API key")
             keys[entry.id] = entry
         return key
 
     def revoke(self, id_or_name: str) -> ApiKey:
-        """Make a key useless, from the next request on.
+        """Revoke a key. It is refused from the next request on.
 
         Raises:
-            KeyError: no such key, or it is revoked already.
+            KeyError: there is no valid key with this id or name.
         """
-        with self._writing() as keys:
+        with self._editing() as keys:
             for entry in keys.values():
                 if id_or_name in (entry.id, entry.name) and entry.revoked_at is None:
                     keys[entry.id] = replace(entry, revoked_at=time.time())
@@ -131,39 +131,39 @@ class KeyStore:
         raise KeyError(id_or_name)
 
     def list(self) -> list[ApiKey]:
-        """All keys, revoked ones too, oldest first."""
+        """Return all keys, including revoked ones, oldest first."""
         self._refresh()
         return sorted(self._keys.values(), key=lambda entry: entry.created_at)
 
     def find(self, key: str) -> ApiKey | None:
-        """The entry of a key that is valid now. Takes as long for a wrong key as for a right one."""
+        """Return the entry of a valid key, otherwise None. Takes the same time for valid and invalid keys."""
         self._refresh()
-        match = _FORM.fullmatch(key)
+        match = _KEY_FORMAT.fullmatch(key)
         entry = self._keys.get(match[1]) if match else None
-        same = hmac.compare_digest(entry.hash if entry else _NOBODY, _hash(key))
-        return entry if entry and same and entry.revoked_at is None else None
+        matches = hmac.compare_digest(entry.hash if entry else _DUMMY_HASH, _hash(key))
+        return entry if entry and matches and entry.revoked_at is None else None
 
     def _refresh(self) -> None:
-        """Read the file if it changed. One that cannot be read leaves what was known."""
+        """Read the file if it has changed. If it cannot be read, the keys read before stay valid."""
         try:
             stat = self._path.stat()
-            mark = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-            if mark == self._seen:
+            version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+            if version == self._file_version:
                 return
-            self._seen = mark
+            self._file_version = version
             self._keys = _read(self._path)
         except FileNotFoundError:
-            self._seen, self._keys = None, {}
+            self._file_version, self._keys = None, {}
         except (OSError, ValueError, TypeError, KeyError):
-            log.exception("api_keys_not_read", extra={"path": str(self._path)})  # those read before stay in force
+            log.exception("api_keys_unreadable", extra={"path": str(self._path)})
 
     @contextmanager
-    def _writing(self) -> Iterator[dict[str, ApiKey]]:
-        """The keys as they are now; what the block leaves in them is written, whole or not at all."""
+    def _editing(self) -> Iterator[dict[str, ApiKey]]:
+        """Yield the stored keys by id, under a lock; write the changes that the block makes atomically."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with _private(self._path.with_suffix(".lock")) as lock:
-            _lock(lock)
-            # Not the cached ones: a file that cannot be read must stop a writer, who would replace it.
+        with _open_private(self._path.with_suffix(".lock")) as lock:
+            _acquire(lock)
+            # Read the file, not the cache: if it is unreadable, this must fail rather than overwrite it.
             keys = _read(self._path) if self._path.exists() else {}
             before = dict(keys)
             yield keys
@@ -171,23 +171,23 @@ class KeyStore:
                 self._replace(keys)
 
     def _replace(self, keys: dict[str, ApiKey]) -> None:
-        scratch = self._path.with_suffix(".new")
-        with _private(scratch) as file:
+        new_file = self._path.with_suffix(".new")
+        with _open_private(new_file) as file:
             file.truncate()
             json.dump({"keys": [entry.to_dict() for entry in keys.values()]}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        scratch.replace(self._path)
+        new_file.replace(self._path)
 
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _checked(scopes: Iterable[str]) -> frozenset[str]:
+def _valid_scopes(scopes: Iterable[str]) -> frozenset[str]:
     granted = frozenset(scopes)
     if not granted or not granted <= SCOPES:
-        raise ValueError(f"Scopes are {' and '.join(sorted(SCOPES))}")
+        raise ValueError(f"an API key needs one or more of the scopes {', '.join(sorted(SCOPES))}")
     return granted
 
 
@@ -196,24 +196,25 @@ def _read(path: Path) -> dict[str, ApiKey]:
     return {entry.id: entry for entry in entries}
 
 
-def _lock(file: Any) -> None:
-    """Take the lock of a file that other processes write with.
+def _acquire(file: Any) -> None:
+    """Lock a file against other processes.
 
     Raises:
-        TimeoutError: another process has held it for too long.
+        TimeoutError: another process held the lock for `LOCK_TIMEOUT_S`.
     """
-    until = time.monotonic() + LOCK_S
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > until:
-                raise TimeoutError(f"Another process has held the lock of the API keys for {LOCK_S:.0f} s") from None
+            if time.monotonic() > deadline:
+                held = f"another process has held the lock of the API keys file for {LOCK_TIMEOUT_S:.0f} s"
+                raise TimeoutError(held) from None
             time.sleep(0.02)
         else:
             return
 
 
-def _private(path: Path) -> Any:
-    """The file, opened for writing and readable by its owner alone from the first byte on."""
+def _open_private(path: Path) -> Any:
+    """Open a file for writing that only its owner may read, from its creation on."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w")

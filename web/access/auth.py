@@ -1,7 +1,7 @@
-"""Who is asking: API keys on requests.
+"""Authentication by API key.
 
-Two steps, because the rate limiter stands between them: `identify` looks the key up, `require_key` refuses. So
-requests without a valid key are counted as well, by address.
+There are two steps, because the rate limiter runs between them: `identify` looks up the key, `require_key` refuses
+requests without a valid one. That way refused requests count towards the limit of their address.
 """
 
 from __future__ import annotations
@@ -13,53 +13,56 @@ from flask import g, request
 from shared.errors import Forbidden, Unauthorized
 from web.access.api_keys import ApiKey, KeyStore
 
-OPEN: Final = frozenset({"health", "metrics", "openapi"})
-"""Blueprints that need no key: they hold no secrets, and monitors, balancers and browsers send none."""
+PUBLIC_BLUEPRINTS: Final = frozenset({"health", "openapi"})
+"""Blueprints that need no key: they reveal no secrets, and monitors, load balancers and browsers send no key."""
 
 
-def is_open() -> bool:
-    """Whether the request needs no key. One without a route ends as 404 or 405, whoever sent it."""
-    return request.endpoint is None or request.blueprint in OPEN
+def is_public_route() -> bool:
+    """Whether the request needs no key. A request without a route gets 404 or 405 with or without a key."""
+    return request.endpoint is None or request.blueprint in PUBLIC_BLUEPRINTS
 
 
 def identify(store: KeyStore) -> None:
-    """Note the key of the request, if it has a valid one."""
-    key = _presented()
-    g.key = store.find(key) if key and not is_open() else None
+    """Store the request's API key in `g.key`; None if it has no valid key."""
+    key = _sent_key()
+    g.key = store.find(key) if key and not is_public_route() else None
 
 
 def require_key() -> None:
-    """Refuse a request that needs a key and has none.
+    """Refuse a request that needs a key and has no valid one.
 
     Raises:
-        Unauthorized: no key, or not one of ours.
-        Forbidden: the key may not run jobs.
+        Unauthorized: the request has no key, or an unknown or revoked one.
+        Forbidden: the key does not have the scope `infer`.
     """
-    if is_open():
+    if is_public_route():
         return
     if g.key is None:
-        reason = "The API key is not valid." if _presented() else "Send an API key as X-API-Key or Bearer token."
-        raise Unauthorized(reason)
+        raise Unauthorized(
+            "The API key is unknown or revoked."
+            if _sent_key()
+            else "No API key was sent. Send one as X-API-Key or as a Bearer token."
+        )
     require_scope("infer")
 
 
 def require_scope(scope: str) -> None:
-    """Refuse a key without the scope; `admin` includes every other.
+    """Refuse a key without the scope. The scope `admin` includes all others.
 
     Raises:
-        Forbidden: it lacks it.
+        Forbidden: the key does not have the scope.
     """
     if not caller().scopes & {scope, "admin"}:
-        raise Forbidden(f"This API key lacks the scope {scope!r}.")
+        raise Forbidden(f"This API key does not have the scope {scope!r}.")
 
 
 def caller() -> ApiKey:
-    """The key of the request; its id owns the jobs."""
+    """Return the API key of the request. Its id owns the jobs that the request creates."""
     key: ApiKey = g.key
     return key
 
 
-def _presented() -> str:
-    bearer = request.authorization
-    token = bearer.token if bearer is not None and bearer.type == "bearer" else None
+def _sent_key() -> str:
+    authorization = request.authorization
+    token = authorization.token if authorization is not None and authorization.type == "bearer" else None
     return request.headers.get("X-API-Key") or token or ""

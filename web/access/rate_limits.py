@@ -1,4 +1,4 @@
-"""Requests per key and time, counted in Redis; locally in each process while Redis is away."""
+"""Rate limits per API key, counted in Redis; while Redis is unavailable, each process counts for itself."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from flask_limiter import Limiter
 
 from shared.queue.redis import connect
 from shared.settings import Settings
-from web.access.auth import is_open
+from web.access.auth import is_public_route
 
-ANONYMOUS: Final = "300/minute"
-"""Requests without a valid key, by address: generous for a client that is set up wrongly, slow for guessing."""
+ANONYMOUS_LIMIT: Final = "300/minute"
+"""Limit per address for requests without a valid key: enough for a misconfigured client, too slow to guess keys."""
 
 _TIMEOUT_S: Final = 1.0
-"""A limiter that waits is worse than one that counts locally."""
+"""Timeout of calls to Redis: counting locally is better than waiting."""
 
 
 def register(app: Flask, settings: Settings) -> Limiter:
-    """Count and limit every request that needs a key."""
+    """Count and limit all requests that need a key."""
     pool: Any = connect(settings.store_url, timeout_s=_TIMEOUT_S, retries=0).connection_pool
     limiter = Limiter(
-        _whose,
-        # An application limit counts all routes together; a default limit would count each by itself.
-        application_limits=[lambda: _allowance(settings)],
+        _limit_key,
+        # An application limit counts all routes together; a default limit would count each route separately.
+        application_limits=[lambda: _current_limit(settings)],
         strategy="sliding-window-counter",
-        storage_uri="redis://",  # the kind only: where it is, the pool knows
+        storage_uri="redis://",  # selects the storage class; the pool has the address
         storage_options={"connection_pool": pool},
         in_memory_fallback_enabled=True,
-        # Of requests that find Redis gone at the same moment the first switches to local counting, and for the
-        # others Flask-Limiter raises: they pass.
+        # When Redis goes away, the first failing request switches to local counting. Flask-Limiter raises for others
+        # that fail at the same moment; they pass uncounted.
         swallow_errors=True,
     )
-    limiter.request_filter(is_open)
+    limiter.request_filter(is_public_route)
     limiter.init_app(app)
-    app.after_request(lambda response: _tell(limiter, response))
+    app.after_request(lambda response: _add_headers(limiter, response))
     return limiter
 
 
-def _whose() -> str:
+def _limit_key() -> str:
     return f"key:{g.key.id}" if g.key else f"address:{request.remote_addr}"
 
 
-def _allowance(settings: Settings) -> str:
-    return (g.key.rate_limit or settings.rate_limit) if g.key else ANONYMOUS
+def _current_limit(settings: Settings) -> str:
+    return (g.key.rate_limit or settings.rate_limit) if g.key else ANONYMOUS_LIMIT
 
 
-def _tell(limiter: Limiter, response: Response) -> Response:
-    """Add the headers. Flask-Limiter's own would put Retry-After on every answer, refused or not."""
+def _add_headers(limiter: Limiter, response: Response) -> Response:
+    """Add the rate limit headers. Flask-Limiter's own would add Retry-After to responses that were not limited."""
     limit = limiter.current_limit
     if limit is None:
         return response
@@ -58,10 +58,9 @@ def _tell(limiter: Limiter, response: Response) -> Response:
         reset_at, remaining = limit.window
     except redis.RedisError:
         return response  # the next request counts locally
-    wait_s = max(1, round(reset_at - time.time() + 0.5))
     response.headers["X-RateLimit-Limit"] = str(limit.limit.amount)
     response.headers["X-RateLimit-Remaining"] = str(remaining)
     response.headers["X-RateLimit-Reset"] = str(round(reset_at + 0.5))
     if limit.breached:
-        response.headers["Retry-After"] = str(wait_s)
+        response.headers["Retry-After"] = str(max(1, round(reset_at - time.time() + 0.5)))
     return response

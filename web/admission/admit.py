@@ -1,7 +1,6 @@
-"""From a request to a job in the queue.
+"""Turn a request into a job in the queue.
 
-The record is written before the wake-up is sent: a job that was accepted is never lost, at worst it starts a second
-later.
+The job is stored before its worker is woken. If the wake-up is lost, the job starts up to a second later.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a request comes from.
+class RequestContext:
+    """What a job needs to know of its HTTP request, besides the body.
 
     Attributes:
         owner: id of the API key.
-        idempotency_key: as the caller chose it; empty for none.
-        fingerprint: hash of what the request means; empty without a key.
+        idempotency_key: the Idempotency-Key header; empty if absent.
+        fingerprint: hash of the request's meaning; empty without an Idempotency-Key.
     """
 
     owner: str
@@ -49,7 +48,12 @@ class Origin:
 
 
 class Admission:
-    """Checks requests and accepts jobs."""
+    """Checks requests and creates jobs.
+
+    Args:
+        load_on_demand: starts loading a model that no worker has.
+        check_load_on_demand: raises `Unavailable` if such a model cannot be loaded.
+    """
 
     def __init__(
         self,
@@ -60,135 +64,132 @@ class Admission:
         cluster: Cluster,
         prompts: PromptTokenizer,
         notifier: Notifier,
-        demand: Callable[[str], object] = lambda _: None,
-        check_demand: Callable[[str], object] = lambda _: None,
+        load_on_demand: Callable[[str], object] = lambda _: None,
+        check_load_on_demand: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
-        self._demand = demand
-        self._check_demand = check_demand
         self._jobs = jobs
         self._images = images
         self._cluster = cluster
         self._prompts = prompts
         self._notifier = notifier
+        self._load_on_demand = load_on_demand
+        self._check_load_on_demand = check_load_on_demand
 
     def admit(
-        self, request: JobRequest, origin: Origin, files: Mapping[str, bytes] | None = None, unread: int = 0
+        self,
+        request: JobRequest,
+        context: RequestContext,
+        files: Mapping[str, bytes] | None = None,
+        skipped_images: int = 0,
     ) -> Accepted:
-        """Accept a request as a job.
+        """Create a job, or find the job that the same request created before.
 
         Args:
-            files: the images that its messages name, by digest.
-            unread: how many more it has, which are not here: it is repeated, and no new job is made of it.
+            files: the images that the messages refer to, by digest.
+            skipped_images: number of further images that were not read, because the request seems to be a repetition.
+                If it turns out to be new, no job is created.
 
         Raises:
-            Invalid: it cannot be run as it is; nothing was enqueued.
-            Conflict: no worker has the model, and it is not loaded on demand.
-            Unavailable: the queue is full, or the model does not load.
-            redis.RedisError: Redis is away.
+            Invalid: the request cannot be run; nothing was enqueued.
+            Conflict: no worker has the model, and models are not loaded on demand.
+            Unavailable: the queue is full, or the model cannot be loaded.
+            redis.RedisError: Redis is unavailable.
         """
-        image_bytes = sum(map(len, (files or {}).values()))
+        files = files or {}
         submission = replace(
-            self.submission(request, origin), images=len(files or ()) + unread, image_bytes=image_bytes
+            self.submission(request, context),
+            images=len(files) + skipped_images,
+            image_bytes=sum(map(len, files.values())),
         )
+        accepted = self._create(submission, files)
+        if accepted.wake:
+            self._notifier.wake([accepted.job.model])
+        if accepted.new:
+            self._request_model(accepted.job)
+        return accepted
+
+    def _create(self, submission: Submission, files: Mapping[str, bytes]) -> Accepted:
         job_id = new_job_id()
         if files:
-            # Before the job that names them: what proves the job to be on the disk proves all that was written before.
+            # Written before the job: the proof that the job is on disk also covers everything written before it.
             self._images.put(job_id, files)
         try:
             accepted = self._jobs.create(submission, job_id)
         except (Invalid, KeyQueueFull, Unavailable, OutOfMemoryError) as refused:
-            if files and not isinstance(refused, NotDurable):  # then it may have been accepted
+            if files and not isinstance(refused, NotDurable):  # NotDurable: the job may exist
                 self._images.drop(job_id)
             raise
         if files and not accepted.new:
             self._images.drop(job_id)
-        if accepted.wake:
-            self._notifier.wake([accepted.job.model])
-        if accepted.new:
-            self._ask_for_model(accepted.job)
         return accepted
 
-    def submission(self, request: JobRequest, origin: Origin) -> Submission:
-        """The request as the queue takes it, with every default filled in.
+    def submission(self, request: JobRequest, context: RequestContext) -> Submission:
+        """Return the job that a request describes, with all defaults filled in.
 
         Raises:
-            Invalid: it cannot be run as it is.
+            Invalid: the request cannot be run.
         """
         model, card = self._resolve(request.model)
-        self._check_cold(model, origin)
-        wanted = self._request_for(request, model, card)
-        entry = self._catalog.models.get(model)
-        kind = card.kind if card else entry.told_kind if entry else None
-        if kind == "text" and wanted.image_parts:
-            raise Invalid(f"{model} is a text model: it takes no images.", code="no_images", field="model")
-        tokenized = None if card is None else self._prompts.tokenize(card, wanted, request.prompt_field)
+        self._check_loaded(model, context)
+        generation = self._generation(request, model, card)
+        self._check_images(generation, card)
+        tokenized = None if card is None else self._prompts.tokenize(card, generation, request.prompt_field)
         return Submission(
-            request=wanted,
-            owner=origin.owner,
+            request=generation,
+            owner=context.owner,
             priority=Priority[request.priority.upper()],
             metadata=request.metadata,
-            request_id=origin.request_id,
-            idempotency_key=origin.idempotency_key,
-            fingerprint=origin.fingerprint,
-            start_within_s=_at_most("start_within_s", request.start_within_s, self._settings.max_start_within_s),
-            deadline_s=_at_most("deadline_s", request.deadline_s, self._settings.max_deadline_s),
-            prefixes=prefix_hashes(wanted, origin.owner) if self._settings.prefix_cache_bytes else (),
+            request_id=context.request_id,
+            idempotency_key=context.idempotency_key,
+            fingerprint=context.fingerprint,
+            start_within_s=_limited("start_within_s", request.start_within_s, self._settings.max_start_within_s),
+            deadline_s=_limited("deadline_s", request.deadline_s, self._settings.max_deadline_s),
+            prefixes=prefix_hashes(generation, context.owner) if self._settings.prefix_cache_bytes else (),
             tokens=tokenized.tokens if tokenized else None,
             shared=tokenized.shared if tokenized else 0,
         )
 
-    def _resolve(self, asked: str | None) -> tuple[str, ModelCard | None]:
-        """A model's id and card; the default model has none before its first worker has come up."""
-        entry = self._catalog.resolve(asked)
-        model = entry.id if entry else asked or self._catalog.default
-        card = self._cluster.now().models.get(model)
+    def _resolve(self, name: str | None) -> tuple[str, ModelCard | None]:
+        """Return a model's id and its card; the card is None until a worker has first announced the model."""
+        entry = self._catalog.resolve(name)
+        model = entry.id if entry else name or self._catalog.default
+        card = self._cluster.snapshot().models.get(model)
         if card is None and entry is None:
-            raise Invalid("There is no such model.", code="model_not_found", field="model")
+            detail = f"There is no model {model!r}. GET /inference/models lists the available models."
+            raise Invalid(detail, code="model_not_found", field="model")
         return model, card
 
-    def _check_cold(self, model: str, origin: Origin) -> None:
-        """Refuse a new job for a model that no worker has, where it is not loaded for it."""
-        if self._cluster.now().has(model) or self._jobs.known(origin.owner, origin.idempotency_key):
+    def _check_loaded(self, model: str, context: RequestContext) -> None:
+        """Refuse a new job for a model that no worker has and that will not be loaded on demand."""
+        known = self._jobs.known
+        if self._cluster.snapshot().has(model) or known(context.owner, context.idempotency_key):
             return
         if self._settings.load_on_demand:
-            self._check_demand(model)
+            self._check_load_on_demand(model)
             return
-        snapshot = self._cluster.now(max_age_s=0)
-        # The default model's first worker may be about to come up, or to come back.
+        snapshot = self._cluster.snapshot(max_age_s=0)
+        # While there is no worker at all, jobs for the default model are accepted: one may be starting.
         if not snapshot.has(model) and (snapshot.hosts or model != self._catalog.default):
-            raise Conflict("No worker has this model loaded.", code="model_not_loaded", field="model")
+            detail = f"No worker has the model {model!r} loaded. Load it with POST /inference/load_model."
+            raise Conflict(detail, code="model_not_loaded", field="model")
 
-    def _request_for(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:
+    def _check_images(self, generation: Request, card: ModelCard | None) -> None:
+        model = generation.model
         entry = self._catalog.models.get(model)
-        most = card.context if card else entry.most_tokens if entry else None
-        default = entry.sampling if entry else SamplingDefaults()
+        kind = card.kind if card else entry.told_kind if entry else None
+        if kind == "text" and generation.image_parts:
+            detail = f"{model} is a text model and does not accept images. Use a vision model."
+            raise Invalid(detail, code="no_images", field="model")
 
-        def value(name: str) -> Any:
-            """What the request says; else the model's default, else the API's."""
-            said, given = getattr(request, name), getattr(default, name)
-            return given if said is None or (given is not None and name not in request.model_fields_set) else said
-
-        if request.max_tokens is not None and most is not None and request.max_tokens > most:
-            raise Invalid(f"The model's context is {most} tokens.", field="max_tokens")
-        # Before its first worker has come up, a model is taken for one that knows conversations: most do.
-        messages = request.conversation(has_template=card is None or card.chat_template is not None)
-        temperature, usual = value("temperature"), default.max_tokens or self._settings.max_tokens
+    def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:
+        # A model without a card is assumed to have a chat template; most do.
+        messages = request.chat_messages(has_template=card is None or card.chat_template is not None)
         return Request(
             model=model,
-            max_tokens=request.max_tokens or min(usual, most or usual),
-            sampling=Sampling(
-                temperature=self._settings.temperature if temperature is None else temperature,
-                top_p=value("top_p"),
-                top_k=value("top_k"),
-                min_p=value("min_p"),
-                repetition_penalty=value("repetition_penalty"),
-                presence_penalty=value("presence_penalty"),
-                frequency_penalty=value("frequency_penalty"),
-                # Chosen now and stored, so that another attempt continues as the first would have.
-                seed=secrets.randbits(63) if request.seed is None else request.seed,
-            ),
+            max_tokens=self._max_tokens(request, model, card),
+            sampling=self._sampling(request, model),
             prompt=None if messages else request.prompt,
             messages=messages,
             stop=tuple(request.stop),
@@ -197,16 +198,54 @@ class Admission:
             logprobs=request.logprobs,
         )
 
-    def _ask_for_model(self, job: Job) -> None:
-        """Request the model of an accepted job if no worker has it; if that fails now, maintenance tries again."""
+    def _max_tokens(self, request: JobRequest, model: str, card: ModelCard | None) -> int:
+        entry = self._catalog.models.get(model)
+        context = card.context if card else entry.most_tokens if entry else None
+        if request.max_tokens is not None:
+            if context is not None and request.max_tokens > context:
+                detail = f"max_tokens can be at most {context}, the model's context length."
+                raise Invalid(detail, field="max_tokens")
+            return request.max_tokens
+        default = self._defaults(model).max_tokens or self._settings.max_tokens
+        return min(default, context or default)
+
+    def _sampling(self, request: JobRequest, model: str) -> Sampling:
+        defaults = self._defaults(model)
+
+        def value(name: str) -> Any:
+            """Return the request's value, otherwise the model's default, otherwise the API's default."""
+            requested, default = getattr(request, name), getattr(defaults, name)
+            omitted = requested is None or (default is not None and name not in request.model_fields_set)
+            return default if omitted else requested
+
+        temperature = value("temperature")
+        return Sampling(
+            temperature=self._settings.temperature if temperature is None else temperature,
+            top_p=value("top_p"),
+            top_k=value("top_k"),
+            min_p=value("min_p"),
+            repetition_penalty=value("repetition_penalty"),
+            presence_penalty=value("presence_penalty"),
+            frequency_penalty=value("frequency_penalty"),
+            # Chosen here and stored, so that every attempt generates the same text.
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+        )
+
+    def _defaults(self, model: str) -> SamplingDefaults:
+        entry = self._catalog.models.get(model)
+        return entry.sampling if entry else SamplingDefaults()
+
+    def _request_model(self, job: Job) -> None:
+        """Load the job's model if no worker has it. If Redis fails now, maintenance tries again."""
         try:
-            if not self._cluster.now().has(job.model):
-                self._demand(job.model)
+            if not self._cluster.snapshot().has(job.model):
+                self._load_on_demand(job.model)
         except redis.RedisError as error:
-            log.warning("model_not_demanded", extra={"model": job.model, "job_id": job.id, "reason": str(error)})
+            extra = {"model": job.model, "job_id": job.id, "reason": str(error)}
+            log.warning("load_on_demand_failed", extra=extra)
 
 
-def _at_most(field: str, asked: float | None, most: float) -> float | None:
-    if asked is not None and asked > most:
-        raise Invalid(f"{field} can be at most {most:.15g} seconds.", field=field)
-    return asked
+def _limited(field: str, value: float | None, maximum: float) -> float | None:
+    if value is not None and value > maximum:
+        raise Invalid(f"{field} can be at most {maximum:.15g} seconds.", field=field)
+    return value

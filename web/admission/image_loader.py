@@ -1,7 +1,7 @@
-"""The images of a request: read, checked, and replaced by what the job's record says of them.
+"""Load the images of a request, and replace them in its messages by references.
 
-An image comes as a data URL, as an uploaded file or, where that is switched on, as an http(s) URL. It is decoded here
-once, so that a broken one is refused with its name instead of failing a job later; the worker decodes it again.
+An image is a data URL, an uploaded file or, if the service allows it, an http(s) URL. The job's record stores only the
+digest and the size of each image; the files are stored separately until the job has ended.
 """
 
 from __future__ import annotations
@@ -13,80 +13,75 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from typing import Any, Final, TypeVar
-
-from PIL import Image, UnidentifiedImageError
 
 from shared.errors import Invalid, MlxqError, TooLarge
 from shared.jobs.images import digest
-from shared.models.image_geometry import MOST_ASPECT
 from shared.settings import Settings
+from web.admission.image_decoder import decoded_size
 from web.http.threadpool import LARGE, run_in_threadpool
 from web.schemas.requests import InferenceRequest, JobRequest, Message, Part, StoredImage
 
 T = TypeVar("T")
 
-Image.MAX_IMAGE_PIXELS = None  # the limit is ours, and known before anything is unpacked
-
-_DECODED_AT_ONCE: Final = 2
-"""Images: one takes up to seventeen bytes a pixel (an animated WebP) while it is decoded, however small its file is."""
-FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
+_MAX_CONCURRENT_DECODES: Final = 2
+"""Decoding takes up to 17 bytes per pixel (an animated WebP), however small the file is."""
 _DATA_URL: Final = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*?(;base64)?,", re.IGNORECASE)
-_LONGEST_HEAD: Final = 256
-"""Characters of a data URL before its data. To look for the comma in all of one that has none would take seconds."""
-_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
-"""Of a camera's pictures: the tag, and the values with which width and height change places."""
-_PNG: Final = b"\x89PNG\r\n\x1a\n"
-_JPEG: Final = b"\xff\xd8\xff"
-_MARKER: Final = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
-"""What begins a segment with a length, or ends a JPEG; decoders pass over all others, or end at them."""
-_SCAN, _END = b"\xda", b"\xd9"
-_MOST_SCANS, _MOST_SEGMENTS = 50, 1000
-"""Of a JPEG; programs write a dozen, and some hundred where they keep a profile or a second picture."""
+_MAX_DATA_URL_HEAD: Final = 256
+"""Maximum characters before the comma of a data URL. Searching a whole URL that has no comma would take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedRequest:
-    """A request whose images are in `files` (by digest) instead of in its messages.
+    """A request whose messages refer to images by digest.
 
     Attributes:
-        meant: what tells it from another request: images at http(s) URLs are those URLs, whatever is there today.
-        unread: images that were left where they are.
+        fingerprint_source: the request from which its fingerprint is computed. Here an image at an http(s) URL is
+            identified by the URL, because its content may have changed when the request is repeated.
+        files: the image files, by digest.
+        skipped: number of images at URLs that were not read, because the request is repeated.
     """
 
     request: JobRequest
-    meant: JobRequest
+    fingerprint_source: JobRequest
     files: dict[str, bytes] = field(default_factory=dict)
-    unread: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """What stands for an image in the record; and in what tells requests apart, if that is something else."""
+    """The references to an image: in the job's messages, and in the source of the fingerprint."""
 
     stored: StoredImage
-    told: StoredImage | None = None
+    fingerprinted: StoredImage
+
+
+@dataclass(slots=True)
+class _Files:
+    """The distinct image files of one request, and their sizes in pixels, by digest."""
+
+    data: dict[str, bytes] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def meant(self) -> StoredImage:
-        return self.told or self.stored
+    def total_bytes(self) -> int:
+        return sum(map(len, self.data.values()))
 
 
 class ImageLoader:
-    """Takes images out of requests.
+    """Loads images according to the service's limits.
 
     Args:
-        fetch: reads an http(s) URL, at most so many bytes, for a caller; None: such URLs are refused.
+        fetch: reads an http(s) URL, given the maximum size in bytes and the API key's id; None: refuse such URLs.
     """
 
     def __init__(self, settings: Settings, fetch: Callable[[str, int, str], bytes] | None) -> None:
-        self._most = settings.max_images
-        self._most_bytes = settings.max_image_bytes
-        self._most_bytes_in_all = settings.max_body_bytes
-        self._most_pixels = settings.max_image_pixels
+        self._max_images = settings.max_images
+        self._max_bytes = settings.max_image_bytes
+        self._max_total_bytes = settings.max_body_bytes
+        self._max_pixels = settings.max_image_pixels
         self._fetch = fetch
-        self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
+        self._decoding = threading.BoundedSemaphore(_MAX_CONCURRENT_DECODES)
 
     def load(
         self,
@@ -94,166 +89,152 @@ class ImageLoader:
         uploads: Sequence[bytes] = (),
         *,
         caller: str = "",
-        repeated: Callable[[], bool] = lambda: False,
+        is_repeated: Callable[[], bool] = lambda: False,
     ) -> LoadedRequest:
-        """Read all images of a request, in the order in which the model sees them.
+        """Load all images of a request, in the order in which the model gets them.
 
         Args:
-            caller: the API key's id.
-            repeated: whether there is a job of this request already. Then images at http(s) URLs are not read again:
-                they may be gone, or others, and the job has those that it began with.
+            uploads: image files of the form; they come after `request.images`.
+            caller: id of the API key.
+            is_repeated: whether this request has created a job before. If so, images at http(s) URLs are not read
+                again: they may have changed or disappeared, and the job has its own copies.
 
         Raises:
-            Invalid: one is broken, too large, of another kind or cannot be had; the field names it.
-            TooLarge: one has too many bytes.
+            Invalid: an image is broken, too large, of another format or unreachable; the field names it.
+            TooLarge: an image, or all together, have too many bytes.
         """
         parts = request.image_parts
         if not (parts or request.images or uploads):
             return LoadedRequest(request, request)
-        count = len(parts) + len(request.images) + len(uploads)
-        if count > self._most:
-            where = parts[self._most][0] if len(parts) > self._most else "images"
-            raise Invalid(
-                f"A request has {self._most} images at most, not {count}.", code="too_many_images", field=where
-            )
-        if isinstance(request, InferenceRequest) and request.raw:
-            raise Invalid("A raw prompt says nowhere where its images are: leave raw out.", field="raw")
-        files: dict[str, bytes] = {}
-        sizes: dict[str, tuple[int, int]] = {}
+        self._check_request(request, uploads)
+        urls = [*(part.source for _, part in parts), *request.images]
+        remote = sum(map(self._is_fetchable, urls))
+        skip_remote = bool(remote) and is_repeated()
+        files = _Files()
 
-        def stored(where: str, read: Callable[[], bytes]) -> StoredImage:
-            data = self._named(where, read)
-            name = run_in_threadpool(len(data), lambda: digest(data))
-            if name not in files:
-                files[name] = data
-                self._named(where, lambda: self._bound_in_all(files))
-                sizes[name] = self._named(where, lambda: self._size(data))
-            return StoredImage(image=name, width=sizes[name][0], height=sizes[name][1])
+        def load_url(name: str, url: str) -> _Image:
+            by_url = StoredImage(image=url, width=0, height=0) if self._is_fetchable(url) else None
+            if by_url and skip_remote:
+                return _Image(by_url, by_url)
+            stored = self._add(files, name, partial(self._read, url, caller))
+            return _Image(stored, by_url or stored)
 
-        urls = [part.source for _, part in parts] + request.images
-        remote = [url for url in urls if _is_remote(url)] if self._fetch else []
-        leave = bool(remote) and repeated()
-
-        def one(where: str, url: str) -> _Image:
-            told = StoredImage(image=url, width=0, height=0) if self._fetch and _is_remote(url) else None
-            return _Image(told if told and leave else stored(where, partial(self._read, url, caller)), told)
-
-        found = {id(part): one(where, part.source) for where, part in parts}
-        loose = [one(f"images[{i}]", url) for i, url in enumerate(request.images)]
-        for i, upload in enumerate(uploads, len(loose)):
-            loose.append(_Image(stored(f"images[{i}]", partial(self._bounded, upload))))
+        in_parts = {id(part): load_url(name, part.source) for name, part in parts}
+        others = [load_url(f"images[{i}]", url) for i, url in enumerate(request.images)]
+        for i, upload in enumerate(uploads, len(others)):
+            stored = self._add(files, f"images[{i}]", partial(self._check_bytes, upload))
+            others.append(_Image(stored, stored))
         return LoadedRequest(
-            _with(request, {part: image.stored for part, image in found.items()}, [image.stored for image in loose]),
-            _with(request, {part: image.meant for part, image in found.items()}, [image.meant for image in loose]),
-            files,
-            len(remote) if leave else 0,
+            request=_with_images(
+                request, {part: image.stored for part, image in in_parts.items()}, [image.stored for image in others]
+            ),
+            fingerprint_source=_with_images(
+                request,
+                {part: image.fingerprinted for part, image in in_parts.items()},
+                [image.fingerprinted for image in others],
+            ),
+            files=files.data,
+            skipped=remote if skip_remote else 0,
         )
 
-    def _named(self, where: str, work: Callable[[], T]) -> T:
-        """Do something with an image; what it raises names the image."""
-        try:
-            return work()
-        except MlxqError as error:
-            raise type(error)(f"{where}: {error.detail}", code=error.code, field=where) from error.__cause__
+    def _check_request(self, request: JobRequest, uploads: Sequence[bytes]) -> None:
+        parts = request.image_parts
+        count = len(parts) + len(request.images) + len(uploads)
+        if count > self._max_images:
+            name = parts[self._max_images][0] if len(parts) > self._max_images else "images"
+            detail = f"The request has {count} images; at most {self._max_images} are allowed."
+            raise Invalid(detail, code="too_many_images", field=name)
+        if isinstance(request, InferenceRequest) and request.raw:
+            raise Invalid("raw cannot be used with images. Leave out raw or the images.", field="raw")
+
+    def _is_fetchable(self, url: str) -> bool:
+        return self._fetch is not None and _is_http(url)
+
+    def _add(self, files: _Files, name: str, read: Callable[[], bytes]) -> StoredImage:
+        """Read and check an image, unless the same file was added before; return the reference to it."""
+        data = _named(name, read)
+        key = run_in_threadpool(len(data), lambda: digest(data))
+        if key not in files.data:
+            files.data[key] = data
+            _named(name, lambda: self._check_total(files))
+            files.sizes[key] = _named(name, lambda: self._decoded_size(data))
+        width, height = files.sizes[key]
+        return StoredImage(image=key, width=width, height=height)
 
     def _read(self, url: str, caller: str) -> bytes:
         if url[:5].lower() == "data:":
-            return self._bounded(run_in_threadpool(len(url), lambda: _decoded(url)))
-        if not _is_remote(url):
-            raise Invalid("An image is a data URL (data:image/png;base64,…).", code="image_url_refused")
+            return self._check_bytes(run_in_threadpool(len(url), lambda: _decode_data_url(url)))
+        if not _is_http(url):
+            raise Invalid("An image must be a data URL (data:image/png;base64,…).", code="image_url_refused")
         if self._fetch is None:
-            detail = "This service reads no images from other places: send a data URL or a file."
+            detail = "This service does not read images from URLs. Send a data URL or upload the file."
             raise Invalid(detail, code="image_url_refused")
-        return self._bounded(self._fetch(url, self._most_bytes, caller))
+        return self._check_bytes(self._fetch(url, self._max_bytes, caller))
 
-    def _bounded(self, data: bytes) -> bytes:
-        if len(data) > self._most_bytes:
-            detail = f"The image has {len(data):,} bytes; {self._most_bytes:,} are allowed."
+    def _check_bytes(self, data: bytes) -> bytes:
+        if len(data) > self._max_bytes:
+            detail = f"The image has {len(data):,} bytes; at most {self._max_bytes:,} are allowed."
             raise TooLarge(detail, code="image_too_large")
         if not data:
             raise Invalid("The image is empty.", code="image_broken")
         return data
 
-    def _bound_in_all(self, files: dict[str, bytes]) -> None:
-        """What is read from URLs comes on top of the body, and must not be more than a body may hold."""
-        if sum(map(len, files.values())) > self._most_bytes_in_all:
-            detail = f"The images have more than the {self._most_bytes_in_all:,} bytes that are allowed in all."
+    def _check_total(self, files: _Files) -> None:
+        """Images read from URLs are not part of the body, so its size limit is applied to all images here."""
+        if files.total_bytes > self._max_total_bytes:
+            detail = f"The images together have more than {self._max_total_bytes:,} bytes."
             raise TooLarge(detail, code="image_too_large")
 
-    def _size(self, data: bytes) -> tuple[int, int]:
-        """Width and height of the upright image; all of its first frame is decoded."""
-        # The wait ends: each holder decodes one image of at most `max_image_pixels`, in a thread.
-        with self._decoding:
-            # However few bytes it has, unpacked it may be large.
-            return run_in_threadpool(LARGE, lambda: self._decoded_size(data))
-
     def _decoded_size(self, data: bytes) -> tuple[int, int]:
-        if data.startswith(_JPEG) and _piled_up(data):
-            raise Invalid("The image is broken: it has more segments than a JPEG has.", code="image_broken")
-        try:
-            with Image.open(BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > self._most_pixels:  # before anything is unpacked
-                    detail = f"The image has {width} x {height} pixels; {self._most_pixels:,} are allowed."
-                    raise Invalid(detail, code="image_too_many_pixels")
-                if max(width, height) > MOST_ASPECT * min(width, height):
-                    detail = f"The image has {width} x {height} pixels: one side is over {MOST_ASPECT} times the other."
-                    raise Invalid(detail, code="image_shape")
-                image.load()
-                if data.startswith(_PNG):  # decoding does not compare all checksums
-                    with Image.open(BytesIO(data), formats=("PNG",)) as whole:
-                        whole.verify()
-                turned = image.getexif().get(_ORIENTATION) in _LYING
-        except UnidentifiedImageError as error:
-            raise Invalid(f"The image is none of {', '.join(FORMATS)}.", code="image_format") from error
-        except MlxqError:
-            raise
-        except Exception as error:  # decoders raise anything on what is no image
-            raise Invalid("The image is broken: it cannot be decoded.", code="image_broken") from error
-        return (height, width) if turned else (width, height)
+        # Waiting here is bounded: each holder decodes one image of at most `max_image_pixels`.
+        with self._decoding:
+            # LARGE: always in a thread, because a small file may take long to decode.
+            return run_in_threadpool(LARGE, lambda: decoded_size(data, self._max_pixels))
 
 
-def _is_remote(url: str) -> bool:
+def _named(name: str, work: Callable[[], T]) -> T:
+    """Call `work`; name the image in errors that it raises."""
+    try:
+        return work()
+    except MlxqError as error:
+        raise type(error)(f"{name}: {error.detail}", code=error.code, field=name) from error.__cause__
+
+
+def _is_http(url: str) -> bool:
     return url.split(":", 1)[0].lower() in ("http", "https")
 
 
-def _piled_up(jpeg: bytes) -> bool:
-    """Whether it has more scans or segments than a picture needs.
-
-    Each scan goes over all of the picture, and each segment over those before it, however few bytes they have: a small
-    file could be decoded for an hour.
-    """
-    at = scans = 0
-    for _ in range(_MOST_SEGMENTS):
-        found = _MARKER.search(jpeg, at)
-        if found is None or (found[1] == _END and scans):
-            return False
-        scans += found[1] == _SCAN
-        if scans > _MOST_SCANS:
-            return True
-        at = found.end()
-        at += 0 if found[1] == _END else int.from_bytes(jpeg[at : at + 2])
-    return True
-
-
-def _decoded(url: str) -> bytes:
-    head = _DATA_URL.match(url, 0, _LONGEST_HEAD)
+def _decode_data_url(url: str) -> bytes:
+    head = _DATA_URL.match(url, 0, _MAX_DATA_URL_HEAD)
     if head is None or not head[1]:
-        raise Invalid("The data URL is not in base64 (data:image/png;base64,…).", code="image_broken")
+        raise Invalid("The data URL must have the form data:image/png;base64,….", code="image_broken")
     try:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Invalid("The data URL's base64 is broken.", code="image_broken") from error
+        raise Invalid("The data URL does not contain valid base64.", code="image_broken") from error
 
 
-def _with(request: JobRequest, found: dict[int, StoredImage], loose: list[StoredImage]) -> JobRequest:
-    """The request with these in the place of its images, and `loose` ones before the last thing the user says."""
-    turns = request.messages if request.messages is not None else [Message(role="user", content=request.prompt or "")]
-    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=len(turns) - 1)
-    told = []
-    for number, turn in enumerate(turns):
-        parts = [Part(type="text", text=turn.content)] if isinstance(turn.content, str) else turn.content
-        shown: list[Any] = [*(loose if number == last else []), *(found.get(id(part), part) for part in parts)]
-        plain = isinstance(turn.content, str) and not (loose and number == last)
-        told.append(turn if plain else Message.model_construct(role=turn.role, content=shown))
-    return request.model_copy(update={"messages": told, "images": []})
+def _with_images(request: JobRequest, in_parts: dict[int, StoredImage], others: list[StoredImage]) -> JobRequest:
+    """Replace the images of a request by references.
+
+    Args:
+        in_parts: references for image parts of messages, by the `id` of the part.
+        others: references for the remaining images; they go to the beginning of the last user message.
+    """
+    messages = request.messages
+    if messages is None:
+        messages = [Message(role="user", content=request.prompt or "")]
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
+    replaced = [_with_references(message, in_parts, others if i == last else []) for i, message in enumerate(messages)]
+    return request.model_copy(update={"messages": replaced, "images": []})
+
+
+def _with_references(message: Message, in_parts: dict[int, StoredImage], first: list[StoredImage]) -> Message:
+    if isinstance(message.content, str):
+        if not first:
+            return message
+        parts = [Part(type="text", text=message.content)]
+    else:
+        parts = message.content
+    content: list[Any] = [*first, *(in_parts.get(id(part), part) for part in parts)]
+    return Message.model_construct(role=message.role, content=content)

@@ -1,7 +1,7 @@
-"""Prefix hashes of requests, by which a claim finds the worker whose prefix cache holds a job's prefix.
+"""Prefix hashes of a request. A claim uses them to find the worker whose prefix cache has a prefix of the job.
 
-A hash covers the text of a prefix and the API key: it reveals no text, and those of two keys never match. Only the hash
-of a shared system message is the same for all keys, as its cached prefix is.
+A hash covers the text of a prefix and the API key, so it does not reveal the text and differs between keys. The one
+exception is the hash of a shared system message: like its cached prefix, it is the same for all keys.
 """
 
 from __future__ import annotations
@@ -13,38 +13,40 @@ from typing import Final
 
 from shared.jobs.request import Request
 
-LEAST: Final = 256
-"""Bytes of text; computing a shorter prefix again costs less than waiting."""
-CUTS: Final = (2**10, 2**12, 2**14)
-"""Where a first question is hashed, beside its end: the same text may be followed by another question."""
-_LAST_ENDS: Final = 3
-"""A conversation grows by two messages, and its last message may be rewritten."""
-_EVERYBODY: Final = ""
+MIN_BYTES: Final = 256
+"""Shortest text that is hashed. Computing a shorter prefix again costs less than waiting for the worker that has it."""
+OFFSETS: Final = (2**10, 2**12, 2**14)
+"""Bytes after which a first message is hashed, in addition to its end: it may be a document with a question after it,
+and the next request may have another question."""
+_LAST_MESSAGES: Final = 3
+"""Number of message ends that are hashed. A conversation grows by two messages per turn, and its last message may
+change."""
+_ALL_KEYS: Final = ""
 
 
-def prefix_hashes(asked: Request, owner: str) -> tuple[str, ...]:
-    """Hashes of a request's prefixes, the longest first: five at most, of 16 hex digits."""
-    texts = _texts(asked)
+def prefix_hashes(request: Request, owner: str) -> tuple[str, ...]:
+    """Return hashes of a request's prefixes, the longest first: at most five, of 16 hex digits each."""
+    texts = _texts(request)
     text, ends = b"".join(texts), [*accumulate(map(len, texts))]
-    places = {ends[0], *ends[-_LAST_ENDS:]}
+    lengths = {ends[0], *ends[-_LAST_MESSAGES:]}
     if len(ends) <= 2:
-        places.update(cut for cut in CUTS if cut < ends[-1])
-    shared = {ends[0]} if asked.share_system_prompt else set()
-    found = dict(_hashes(asked.model, owner, text, places - shared))
-    found.update(_hashes(asked.model, _EVERYBODY, text, shared))
-    return tuple(found[place] for place in sorted(found, reverse=True))
+        lengths.update(offset for offset in OFFSETS if offset < ends[-1])
+    shared = {ends[0]} if request.share_system_prompt else set()
+    hashes = dict(_hashes(request.model, owner, text, lengths - shared))
+    hashes.update(_hashes(request.model, _ALL_KEYS, text, shared))
+    return tuple(hashes[length] for length in sorted(hashes, reverse=True))
 
 
-def _texts(asked: Request) -> list[bytes]:
-    if asked.messages is None:
-        return [(asked.prompt or "").encode(errors="replace")]
-    return [f"{each['role']}\n{each['content']}\n".encode(errors="replace") for each in asked.messages]
+def _texts(request: Request) -> list[bytes]:
+    if request.messages is None:
+        return [(request.prompt or "").encode(errors="replace")]
+    return [f"{message['role']}\n{message['content']}\n".encode(errors="replace") for message in request.messages]
 
 
-def _hashes(model: str, whose: str, text: bytes, places: Iterable[int]) -> Iterator[tuple[int, str]]:
-    """For each place that is far enough from the start, the hash of the text before it."""
-    so_far, start = hashlib.blake2b(f"{model}\0{whose}\0".encode(), digest_size=8, person=b"mlxq.mark"), 0
-    for place in sorted(place for place in places if place >= LEAST):
-        so_far.update(text[start:place])
-        yield place, so_far.hexdigest()
-        start = place
+def _hashes(model: str, owner: str, text: bytes, lengths: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """Yield each prefix length of at least `MIN_BYTES` with the hash of that prefix."""
+    state, start = hashlib.blake2b(f"{model}\0{owner}\0".encode(), digest_size=8, person=b"mlxq.mark"), 0
+    for length in sorted(length for length in lengths if length >= MIN_BYTES):
+        state.update(text[start:length])
+        yield length, state.hexdigest()
+        start = length

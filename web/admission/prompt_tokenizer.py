@@ -1,7 +1,7 @@
-"""Token ids of a request before it is accepted: a prompt that is too long, or that the template refuses, never waits.
+"""Tokenise prompts at admission, so that a prompt that does not fit its model is refused instead of queued.
 
-The work is done in a helper process (`shared.tokenizing`). Where the API does not have the model's tokenizer, the
-worker tokenises the prompt.
+A helper process does the work (`shared.tokenizing`). If the API does not have a model's tokenizer, the worker tokenises
+the prompt later.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from shared.tokenizing.messages import Tokenized, TokenizerSource
 log = logging.getLogger(__name__)
 
 _BROKEN_S: Final = 60.0
-"""Time after which a tokenizer that could not be loaded is tried again."""
+"""Seconds before a tokenizer that could not be loaded is tried again."""
 _RETRY_AFTER_S: Final = 5.0
 
 
 class PromptTokenizer:
-    """Tokenises requests for models whose tokenizer is known.
+    """Tokenises requests for models whose tokenizer is available.
 
     Args:
         files: the tokenizers that this host has or can fetch.
@@ -40,53 +40,54 @@ class PromptTokenizer:
     def __init__(self, tokenizing: Tokenizing, files: TokenizerFiles) -> None:
         self._tokenizing = tokenizing
         self._files = files
-        self._broken: dict[str, float] = {}
+        self._broken_until: dict[str, float] = {}
 
     def tokenize(self, card: ModelCard, request: Request, field: str) -> Tokenized | None:
-        """A request's token ids; None when the worker has to find them.
+        """Return a request's token ids, or None if the worker has to tokenise the prompt.
 
         Args:
-            field: where the prompt came in.
+            field: name of the request field with the prompt, for error messages.
 
         Raises:
-            Invalid: it leaves no room for an answer, or the model's template refuses it.
-            Unavailable: too many prompts wait to be tokenised.
-            redis.RedisError: Redis is away.
+            Invalid: the prompt exceeds the context, or the model's chat template refuses it.
+            Unavailable: too many prompts are waiting to be tokenised.
+            redis.RedisError: Redis is unavailable.
         """
-        if card.tokenizer is None or self._broken.get(card.tokenizer, 0.0) > time.monotonic():
+        if card.tokenizer is None or self._broken_until.get(card.tokenizer, 0.0) > time.monotonic():
             return None
         try:
-            return self._tokenized(card, card.tokenizer, request, field)
+            return self._tokenize(card, card.tokenizer, request, field)
         except PromptRefused as refused:
             raise Invalid(str(refused), code=refused.code, field=field) from refused
         except TokenizerBusy as busy:
             log.warning("tokenizer_busy", extra={"reason": str(busy)})
-            raise Unavailable("Too many prompts wait to be tokenised.", retry_after=_RETRY_AFTER_S) from busy
+            detail = "Too many prompts are waiting to be tokenised. Try again shortly."
+            raise Unavailable(detail, retry_after=_RETRY_AFTER_S) from busy
         except (TokenizerBroken, OSError) as error:
             log.warning("tokenizer_unusable", extra={"model": card.id, "reason": str(error)})
-            self._broken[card.tokenizer] = time.monotonic() + _BROKEN_S
+            self._broken_until[card.tokenizer] = time.monotonic() + _BROKEN_S
             return None
 
-    def _tokenized(self, card: ModelCard, digest: str, request: Request, field: str) -> Tokenized | None:
-        reserved = _image_tokens(card, request, field)
+    def _tokenize(self, card: ModelCard, digest: str, request: Request, field: str) -> Tokenized | None:
+        image_tokens = _image_tokens(card, request, field)
         for _ in range(2):
             path = self._files.path(digest)
             if path is None:
                 return None
             source = TokenizerSource.of_card(str(path), digest, asdict(card))
             try:
-                return self._tokenizing.tokenize(source, request, context=card.context, reserved=reserved)
+                return self._tokenizing.tokenize(source, request, context=card.context, reserved=image_tokens)
             except TokenizerCorrupt as corrupt:
                 log.warning("tokenizer_corrupt", extra={"model": card.id, "reason": str(corrupt)})
                 self._files.discard(digest)
-        raise TokenizerBroken("what was fetched is not what it should be, either")
+        raise TokenizerBroken("the tokenizer file was corrupt again after it was fetched again")
 
 
 def _image_tokens(card: ModelCard, request: Request, field: str) -> int:
-    """Tokens that the images of a request take beyond the one that stands for each in the template.
+    """Return how many tokens a request's images occupy in addition to one placeholder each.
 
     Raises:
-        Invalid: the model takes no image of such a shape.
+        Invalid: the model does not support the shape of an image.
     """
     geometry = card.geometry
     if geometry is None:
@@ -94,5 +95,5 @@ def _image_tokens(card: ModelCard, request: Request, field: str) -> int:
     try:
         sizes = [geometry.resized(part["width"], part["height"]) for part in request.image_parts]
     except ValueError as error:
-        raise Invalid(f"The model takes no image of such a shape: {error}", field=field) from error
+        raise Invalid(f"The model does not support the shape of an image: {error}", field=field) from error
     return sum(width * height // geometry.factor**2 - 1 for width, height in sizes)

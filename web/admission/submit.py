@@ -1,4 +1,4 @@
-"""Accepting the job of the request being served: what the routes that take generation requests have in common."""
+"""Submit a job for the HTTP request that is being served. All routes that generate text start here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flask import request
 
 from shared.jobs.store import Accepted, fingerprint
 from web.access.auth import caller
-from web.admission.admit import Origin
+from web.admission.admit import RequestContext
 from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
 from web.http.threadpool import run_in_threadpool
@@ -14,35 +14,38 @@ from web.schemas.requests import JobRequest
 from web.services import services
 
 
-def submit(wanted: JobRequest) -> Accepted:
-    """Accept a job for the caller.
+def submit(job_request: JobRequest) -> Accepted:
+    """Accept a job for the caller, or find the job that the same request created before.
 
     Raises:
-        Invalid: it cannot be run as it is; nothing was enqueued.
+        Invalid: the request cannot be run; nothing was enqueued.
         Unavailable: the queue is full.
     """
     key, owner = idempotency_key(), caller().id
     loaded = services().image_loader.load(
-        wanted, uploads(), caller=owner, repeated=lambda: services().jobs.known(owner, key)
+        job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.known(owner, key)
     )
-    origin = Origin(
+    context = RequestContext(
         owner=owner,
         request_id=current_request_id(),
         idempotency_key=key,
-        fingerprint=_fingerprint(loaded.meant) if key else "",
+        fingerprint=_fingerprint(loaded.fingerprint_source) if key else "",
     )
-    accepted = services().admission.admit(loaded.request, origin, loaded.files, unread=loaded.unread)
+    accepted = services().admission.admit(loaded.request, context, loaded.files, skipped_images=loaded.skipped)
     if accepted.new:
         job = accepted.job
         services().metrics.submitted.labels(job.model, job.priority.label).inc()
     return accepted
 
 
-def _fingerprint(wanted: JobRequest) -> str:
-    """Of what is asked and where, not of the bytes: who tries again may write the same JSON differently."""
+def _fingerprint(job_request: JobRequest) -> str:
+    """Hash the route and the request's meaning, not its bytes: a retry may format the same JSON differently."""
     path, size = request.path, request.content_length or 0
-    model = services().catalog.resolve(wanted.model)
-    settled = model.sampling.model_dump(exclude_none=True) if model else {}
-    return run_in_threadpool(
-        size, lambda: fingerprint(f"{path}\n{wanted.meaning(model.id if model else None, settled)}".encode())
-    )
+    model = services().catalog.resolve(job_request.model)
+    model_id = model.id if model else None
+    model_defaults = model.sampling.model_dump(exclude_none=True) if model else {}
+
+    def compute() -> str:
+        return fingerprint(f"{path}\n{job_request.canonical_json(model_id, model_defaults)}".encode())
+
+    return run_in_threadpool(size, compute)

@@ -1,4 +1,4 @@
-"""How the service is: which workers live, how fast they answer, and what is wrong."""
+"""Health of the service: which workers are alive, how fast they respond, and what is wrong."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from shared.queue.durability import why_unproven
 from shared.queue.redis import Redis, has_memory
 from shared.settings import Settings
 from web.cluster.ping import WorkerPing
-from web.schemas.health import HealthView, RedisView, WorkerMemory, WorkerView
+from web.schemas.health import HealthStatus, HealthView, RedisView, WorkerMemory, WorkerView
 
-_ABSENT: Final = RedisView(reachable=False, response_s=None)
 _NEARLY_FULL: Final = 0.9
-_IDLE: Final = "No model is loaded; a job has its own loaded."
+_IDLE: Final = "No model is loaded. The first job will load its model."
 
 
 class HealthChecker:
-    """Examines the service within a second, whatever is gone. Its client has short timeouts and no retries."""
+    """Checks the service within a second, even if Redis or workers are down.
+
+    Args:
+        probe: a Redis client with short timeouts and without retries.
+    """
 
     def __init__(self, settings: Settings, catalog: Catalog, probe: Redis, worker_ping: WorkerPing) -> None:
         self._settings = settings
@@ -32,59 +35,61 @@ class HealthChecker:
         self._worker_ping = worker_ping
 
     def ready(self) -> bool:
-        """Whether a job submitted now would be run."""
+        """Whether a job submitted now would run."""
         try:
-            return any(worker.state == "ready" for worker in self._registry.workers()) or self._would_load()
+            return any(worker.state == "ready" for worker in self._registry.workers()) or self._can_load_on_demand()
         except redis.RedisError:
             return False
 
     def check(self) -> HealthView:
-        """The whole picture."""
+        """Check Redis, the workers and the queues."""
         try:
-            asked_at = time.monotonic()
-            self._probe.ping()
-            answered = RedisView(reachable=True, response_s=round(time.monotonic() - asked_at, 6))
-            now, workers = self._registry.workers_now()
-            models = sorted({*self._registry.models(), self._catalog.default})
-            queues = dict(zip(models, self._registry.waiting_each(models), strict=True))
-            would_load = self._would_load()
-            store_faults = [*self._durability_faults(), *self._memory_faults()]
+            return self._check()
         except redis.RedisError:
-            return HealthView(status="down", reasons=["Redis does not answer."], redis=_ABSENT, workers=[], queues={})
-        views = self._workers(now, workers)
-        reasons = [*store_faults, *_worker_faults(views, self._settings.lease_s), *self._queue_faults(workers, queues)]
-        if not any(worker.state == "ready" for worker in workers):
-            return HealthView(
-                status="degraded" if would_load else "down",
-                reasons=[_IDLE if would_load else "No worker is ready.", *reasons],
-                redis=answered,
-                workers=views,
-                queues=queues,
-            )
-        return HealthView(
-            status="degraded" if reasons else "ok",
-            reasons=reasons,
-            redis=answered,
-            workers=views,
-            queues=queues,
-        )
+            unreachable = RedisView(reachable=False, response_s=None)
+            reasons = ["Redis does not respond."]
+            return HealthView(status="down", reasons=reasons, redis=unreachable, workers=[], queues={})
 
-    def _would_load(self) -> bool:
-        """Whether some worker has no model because all were unloaded, and would load the one that a job asks for."""
+    def _check(self) -> HealthView:
+        sent_at = time.monotonic()
+        self._probe.ping()
+        redis_view = RedisView(reachable=True, response_s=round(time.monotonic() - sent_at, 6))
+        now, workers = self._registry.workers_now()
+        queues = self._queues()
+        views = self._worker_views(now, workers)
+        reasons = [
+            *self._durability_reasons(),
+            *self._memory_reasons(),
+            *_worker_reasons(views, self._settings.lease_s),
+            *self._queue_reasons(workers, queues),
+        ]
+        status: HealthStatus = "degraded" if reasons else "ok"
+        if not any(worker.state == "ready" for worker in workers):
+            idle = self._can_load_on_demand()
+            status = "degraded" if idle else "down"
+            reasons.insert(0, _IDLE if idle else "No worker is ready.")
+        return HealthView(status=status, reasons=reasons, redis=redis_view, workers=views, queues=queues)
+
+    def _queues(self) -> dict[str, int]:
+        models = sorted({*self._registry.models(), self._catalog.default})
+        return dict(zip(models, self._registry.waiting_each(models), strict=True))
+
+    def _can_load_on_demand(self) -> bool:
+        """Whether a worker without any model would load the one that a job needs."""
         return self._settings.load_on_demand and any(not host.models for host in self._registry.hosts())
 
-    def _memory_faults(self) -> list[str]:
-        return [] if has_memory(self._probe) else ["Redis has no memory left, so no job is accepted."]
+    def _memory_reasons(self) -> list[str]:
+        return [] if has_memory(self._probe) else ["Redis has no memory left, so no jobs are accepted."]
 
-    def _durability_faults(self) -> list[str]:
+    def _durability_reasons(self) -> list[str]:
         if not self._settings.durable:
-            return ["Jobs are accepted without proof that Redis keeps them (DURABLE=false)."]
-        why = why_unproven(self._probe)
-        return [why] if why else []
+            return ["Jobs are accepted without proof that Redis has written them to disk (DURABLE=false)."]
+        reason = why_unproven(self._probe)
+        return [reason] if reason else []
 
-    def _workers(self, now: float, workers: list[WorkerInfo]) -> list[WorkerView]:
-        """The workers as they were at `now`, by Redis's clock, as are the moments that they tell."""
-        response_s = self._worker_ping.read(len({worker.node for worker in workers}))
+    def _worker_views(self, now: float, workers: list[WorkerInfo]) -> list[WorkerView]:
+        """Return the workers as of `now`, by Redis's clock, which their timestamps use too."""
+        response_s = self._worker_ping.response_times(len({worker.node for worker in workers}))
         return [
             WorkerView(
                 id=worker.id,
@@ -103,16 +108,16 @@ class HealthChecker:
             for worker in workers
         ]
 
-    def _queue_faults(self, workers: list[WorkerInfo], queues: dict[str, int]) -> list[str]:
+    def _queue_reasons(self, workers: list[WorkerInfo], queues: dict[str, int]) -> list[str]:
         served = {worker.model for worker in workers if worker.state == "ready"}
-        full = self._settings.max_queue * _NEARLY_FULL
+        nearly_full = self._settings.max_queue * _NEARLY_FULL
         return [
             *(
-                f"Jobs wait for {model}, which no ready worker has."
-                for model in queues
-                if queues[model] and model not in served
+                f"Jobs are waiting for {model}, but no worker with this model is ready."
+                for model, waiting in queues.items()
+                if waiting and model not in served
             ),
-            *(f"The queue of {model} is nearly full." for model in queues if queues[model] >= full),
+            *(f"The queue of {model} is nearly full." for model, waiting in queues.items() if waiting >= nearly_full),
         ]
 
 
@@ -126,13 +131,17 @@ def _memory(stats: Mapping[str, float]) -> WorkerMemory | None:
     )
 
 
-def _worker_faults(workers: list[WorkerView], lease_s: float) -> list[str]:
+def _worker_reasons(workers: list[WorkerView], lease_s: float) -> list[str]:
     return [
-        *(f"{_named(worker)} is {worker.state}." for worker in workers if worker.state != "ready"),
-        *(f"{_named(worker)} does not answer pings." for worker in workers if worker.response_s is None),
-        *(f"{_named(worker)} has been silent." for worker in workers if worker.heartbeat_age_s > lease_s),
+        *(f"{_name(worker)} is {worker.state}." for worker in workers if worker.state != "ready"),
+        *(f"{_name(worker)} does not answer pings." for worker in workers if worker.response_s is None),
+        *(
+            f"{_name(worker)} has not sent a heartbeat for {worker.heartbeat_age_s:.1f} s."
+            for worker in workers
+            if worker.heartbeat_age_s > lease_s
+        ),
     ]
 
 
-def _named(worker: WorkerView) -> str:
+def _name(worker: WorkerView) -> str:
     return f"Worker {worker.node} ({worker.model})"

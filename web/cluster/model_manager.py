@@ -1,4 +1,7 @@
-"""Switches models on running workers: asks one by Celery's remote control; an operation has the progress."""
+"""Load and unload models on running workers.
+
+A worker is asked through Celery's remote control. It reports progress in an operation (`shared.models.operations`).
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from shared.queue.wakeups import LOAD, UNLOAD
 
 log = logging.getLogger(__name__)
 
-DEMAND_S: Final = 30
-"""A model that jobs wait for is asked for once in so long: a load that failed is tried again."""
+DEMAND_INTERVAL_S: Final = 30
+"""Seconds between requests to load the same model on demand. A load that failed is tried again after this time."""
 
 
 class ModelManager:
-    """Begins operations and reads them."""
+    """Starts operations and reads their state."""
 
     def __init__(
         self, app: Celery, operations: Operations, registry: Registry, catalog: Catalog, *, on_demand: bool
@@ -34,119 +37,128 @@ class ModelManager:
         self._catalog = catalog
         self._on_demand = on_demand
 
-    def load(self, asked: str, worker: str | None = None, *, replace: bool = False, pin: bool = False) -> Operation:
-        """Have a worker load a model: the one named, or one that has it already, or the one with most memory left.
+    def load(self, name: str, worker: str | None = None, *, replace: bool = False, pin: bool = False) -> Operation:
+        """Ask a worker to load a model.
+
+        Without `worker`, a worker that already has the model is chosen, otherwise the one with the most free memory.
 
         Raises:
             NotFound: the catalog has no such model.
             Invalid: there is no such worker.
-            Unavailable: there is no worker at all, or the broker is away.
+            Unavailable: there is no worker at all, or the broker is unavailable.
         """
-        model = self._catalog.resolve(asked)
+        model = self._catalog.resolve(name)
         if model is None:
-            raise NotFound("The catalog has no such model.", code="model_not_found", field="model")
+            detail = f"The catalog has no model {name!r}. GET /inference/models lists the available models."
+            raise NotFound(detail, code="model_not_found", field="model")
         hosts = self._hosts(worker)
-        having = [host for host in hosts if model.id in host.models]
-        host = having[0] if having else _roomiest(hosts, model.measure())
+        with_model = [host for host in hosts if model.id in host.models]
+        host = with_model[0] if with_model else _host_for(hosts, model.measure())
         operation = self._operations.begin("load", model.id, host.node)
-        self._tell(LOAD, host, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
+        self._send(LOAD, host, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
         return operation
 
-    def unload(self, asked: str, worker: str | None = None) -> Operation:
-        """Have a worker let go of a model.
+    def unload(self, name: str, worker: str | None = None) -> Operation:
+        """Ask a worker to unload a model.
 
         Raises:
-            NotFound: no worker has it.
-            Invalid: there is no such worker, or several have the model and none is named.
-            Unavailable: there is no worker at all, or the broker is away.
+            NotFound: no worker has the model.
+            Invalid: there is no such worker, or several workers have the model and `worker` is None.
+            Unavailable: there is no worker at all, or the broker is unavailable.
         """
-        model = self._catalog.resolve(asked)
-        name = model.id if model else asked
-        having = [host for host in self._hosts(worker) if name in host.models]
-        if not having:
-            raise NotFound("No worker has this model loaded.", code="model_not_loaded", field="model")
-        if len(having) > 1:
-            nodes = ", ".join(host.node for host in having)
-            raise Invalid(f"Several workers have it, name one: {nodes}.", code="worker_needed", field="worker")
-        operation = self._operations.begin("unload", name, having[0].node)
-        self._tell(UNLOAD, having[0], {"operation": operation.id, "model": name})
+        model = self._catalog.resolve(name)
+        model_id = model.id if model else name
+        with_model = [host for host in self._hosts(worker) if model_id in host.models]
+        if not with_model:
+            detail = f"No worker has the model {model_id!r} loaded."
+            raise NotFound(detail, code="model_not_loaded", field="model")
+        if len(with_model) > 1:
+            detail = f"Several workers have this model. Set worker to one of: {_names(with_model)}."
+            raise Invalid(detail, code="worker_needed", field="worker")
+        host = with_model[0]
+        operation = self._operations.begin("unload", model_id, host.node)
+        self._send(UNLOAD, host, {"operation": operation.id, "model": model_id})
         return operation
 
-    def get(self, name: str) -> Operation:
-        """One of the last day.
+    def get(self, operation_id: str) -> Operation:
+        """Return an operation of the last 24 hours.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such operation.
         """
-        found = self._operations.get(name, self._registry.hosts())
-        if found is None:
-            raise NotFound("There is no such operation.", code="operation_not_found")
-        return found
+        operation = self._operations.get(operation_id, self._registry.hosts())
+        if operation is None:
+            detail = "There is no such operation. Operations are kept for 24 hours."
+            raise NotFound(detail, code="operation_not_found")
+        return operation
 
     def recent(self) -> list[Operation]:
-        """The newest first."""
+        """Return the operations of the last 24 hours, newest first."""
         return self._operations.recent(self._registry.hosts())
 
-    def demand(self, model: str) -> None:
-        """Have a model loaded that a job waits for and no worker has; maintenance repeats what fails now."""
+    def load_on_demand(self, model: str) -> None:
+        """Load a model for a waiting job, unless a worker has it. On failure, maintenance tries again later."""
         if not self._on_demand or model not in self._catalog.models:
             return
         try:
             hosts = self._registry.hosts()
             if not hosts or any(model in host.models for host in hosts):
                 return
-            if self._operations.may_demand(model, DEMAND_S):
-                log.info("model_demanded", extra={"model": model})
+            if self._operations.may_demand(model, DEMAND_INTERVAL_S):
+                log.info("load_on_demand", extra={"model": model})
                 self._operations.demanded(self.load(model))
         except (redis.RedisError, OperationalError, OSError, Unavailable) as error:
-            log.warning("model_not_demanded", extra={"model": model, "reason": str(error)})
+            log.warning("load_on_demand_failed", extra={"model": model, "reason": str(error)})
 
-    def check_demand(self, model: str) -> None:
-        """Check that a model which no worker has fits one, and has not just failed to load.
-
-        Raises:
-            Unavailable: it does not fit, or has failed.
-        """
-        entry, hosts = self._catalog.models.get(model), self._registry.hosts()
-        if entry and hosts and not any(host.could_take(entry.weights_bytes) for host in hosts):
-            told = f"The model is not loaded: no worker has {entry.weights_bytes / 2**20:,.0f} MiB for it."
-            raise Unavailable(told, code="model_not_loaded", field="model", retry_after=DEMAND_S)
-        tried = self._operations.on_demand(model)
-        if tried is not None and tried.state is OperationState.FAILED:
-            told = f"The model is not loaded, and loading it failed: {tried.error_message}"
-            raise Unavailable(told, code="model_not_loaded", field="model", retry_after=DEMAND_S)
-
-    def demand_waiting(self) -> None:
-        """The same for all models that jobs wait for."""
+    def load_for_waiting_jobs(self) -> None:
+        """Call `load_on_demand` for every model that jobs are waiting for."""
         if self._on_demand:
             for model in self._catalog.models:
                 if self._registry.waiting(model):
-                    self.demand(model)
+                    self.load_on_demand(model)
+
+    def check_load_on_demand(self, model: str) -> None:
+        """Check that a model which no worker has can be loaded.
+
+        Raises:
+            Unavailable: no worker has enough memory, or loading it has just failed.
+        """
+        entry, hosts = self._catalog.models.get(model), self._registry.hosts()
+        if entry and hosts and not any(host.could_take(entry.weights_bytes) for host in hosts):
+            raise _not_loaded(f"No worker has {entry.weights_bytes / 2**20:,.0f} MiB of memory for this model.")
+        last = self._operations.on_demand(model)
+        if last is not None and last.state is OperationState.FAILED:
+            raise _not_loaded(f"Loading the model failed: {last.error_message}")
 
     def _hosts(self, worker: str | None) -> list[HostInfo]:
+        """Return all workers, or only the named one."""
         hosts = self._registry.hosts()
         if not hosts:
-            raise Unavailable("No worker is there.", code="no_worker", retry_after=5)
-        named = [host for host in hosts if worker in (None, host.node)]
-        if not named:
-            raise Invalid(
-                f"There is no such worker; there are {_names(hosts)}.", code="worker_not_found", field="worker"
-            )
-        return named
+            raise Unavailable("No worker is running.", code="no_worker", retry_after=5)
+        matching = [host for host in hosts if worker in (None, host.node)]
+        if not matching:
+            detail = f"There is no such worker. The workers are: {_names(hosts)}."
+            raise Invalid(detail, code="worker_not_found", field="worker")
+        return matching
 
-    def _tell(self, command: str, host: HostInfo, arguments: dict[str, object]) -> None:
+    def _send(self, command: str, host: HostInfo, arguments: dict[str, object]) -> None:
         try:
             self._app.control.broadcast(command, arguments=arguments, destination=[host.node])
         except (OperationalError, OSError) as error:
-            log.warning("worker_not_reached", extra={"node": host.node, "reason": str(error)})
-            raise Unavailable("The workers cannot be reached at the moment.", retry_after=2) from error
+            log.warning("worker_unreachable", extra={"node": host.node, "reason": str(error)})
+            detail = "The message broker is unavailable. Try again shortly."
+            raise Unavailable(detail, retry_after=2) from error
 
 
-def _roomiest(hosts: Collection[HostInfo], needed: int) -> HostInfo:
-    """The worker with most memory left; where that is too little, the one where most can be had by unloading."""
-    free = max(hosts, key=lambda host: host.memory_limit - host.memory_used)
-    if free.memory_limit - free.memory_used >= needed:
-        return free
+def _not_loaded(detail: str) -> Unavailable:
+    return Unavailable(detail, code="model_not_loaded", field="model", retry_after=DEMAND_INTERVAL_S)
+
+
+def _host_for(hosts: Collection[HostInfo], needed_bytes: int) -> HostInfo:
+    """Choose the worker with the most free memory; if that is not enough, the one that can free the most."""
+    freest = max(hosts, key=lambda host: host.memory_limit - host.memory_used)
+    if freest.memory_limit - freest.memory_used >= needed_bytes:
+        return freest
     return max(hosts, key=lambda host: host.memory_limit - host.memory_pinned)
 
 

@@ -1,4 +1,4 @@
-"""How fast workers answer: a real ping through Celery's remote control."""
+"""Response times of workers, measured by a ping through Celery's remote control."""
 
 from __future__ import annotations
 
@@ -15,49 +15,50 @@ log = logging.getLogger(__name__)
 
 _MAX_AGE_S: Final = 1.0
 _COLLECT_S: Final = 0.5
-_PATIENCE_S: Final = 0.6
-"""Longest time a caller waits, whatever the broker does."""
+"""How long a ping collects replies."""
+_TIMEOUT_S: Final = 0.6
+"""Longest time that a caller waits, whatever the broker does."""
 
 
 class WorkerPing:
-    """Response times, measured at most once a second however many ask."""
+    """Measures at most once a second, however many callers there are."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._lock = threading.Lock()
-        self._under_way: threading.Event | None = None
-        self._taken_at = float("-inf")
+        self._pending: threading.Event | None = None
+        self._measured_at = float("-inf")
         self._response_s: dict[str, float] = {}
 
-    def read(self, expected: int) -> dict[str, float]:
-        """Seconds that each Celery node took to answer; one that did not answer is absent.
+    def response_times(self, expected: int) -> dict[str, float]:
+        """Return the seconds that each Celery node took to reply. Nodes that did not reply are missing.
 
         Args:
-            expected: number of nodes; once as many have answered, nobody waits any longer.
+            expected: number of nodes. When as many have replied, the measurement ends early.
         """
         with self._lock:
-            if not expected or time.monotonic() - self._taken_at < _MAX_AGE_S:
+            if not expected or time.monotonic() - self._measured_at < _MAX_AGE_S:
                 return self._response_s
-            measured = self._under_way
-            if measured is None:
-                measured = self._under_way = threading.Event()
-                threading.Thread(target=self._measure, args=(expected, measured), daemon=True).start()
-        measured.wait(_PATIENCE_S)
+            done = self._pending
+            if done is None:
+                done = self._pending = threading.Event()
+                threading.Thread(target=self._measure, args=(expected, done), daemon=True).start()
+        done.wait(_TIMEOUT_S)
         return self._response_s
 
-    def _measure(self, expected: int, measured: threading.Event) -> None:
+    def _measure(self, expected: int, done: threading.Event) -> None:
         response_s: dict[str, float] = {}
         sent_at = time.monotonic()
 
-        def note(reply: dict[str, Any]) -> None:
+        def record(reply: dict[str, Any]) -> None:
             for node in reply:
                 response_s.setdefault(node, time.monotonic() - sent_at)
 
         try:
-            self._app.control.broadcast("ping", reply=True, timeout=_COLLECT_S, limit=expected, callback=note)
+            self._app.control.broadcast("ping", reply=True, timeout=_COLLECT_S, limit=expected, callback=record)
         except (redis.RedisError, OperationalError, OSError) as error:
-            log.warning("workers_not_pinged", extra={"reason": str(error)})
+            log.warning("worker_ping_failed", extra={"reason": str(error)})
         finally:
             with self._lock:
-                self._response_s, self._taken_at, self._under_way = response_s, time.monotonic(), None
-            measured.set()
+                self._response_s, self._measured_at, self._pending = response_s, time.monotonic(), None
+            done.set()

@@ -1,7 +1,6 @@
-"""Models and workers as they were a moment ago, so that Redis need not be asked for each request.
+"""A cached view of models and workers, so that not every request has to read them from Redis.
 
-However many requests find the snapshot stale at the same moment, one of them takes the next one and the others wait for
-it.
+If several requests find the snapshot stale at the same time, one of them reads the next one and the others wait for it.
 """
 
 from __future__ import annotations
@@ -17,15 +16,18 @@ import redis
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
 
 _MAX_AGE_S: Final = 0.5
-_PATIENCE_S: Final = 10.0
-"""Longest wait for a snapshot that another request takes. The client's own timeouts and retries take less."""
+_TIMEOUT_S: Final = 10.0
+"""Longest wait for a snapshot that another request reads. The Redis client's timeouts and retries take less."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """The models and workers that Redis knew at `taken_at` (monotonic clock, when the reading began).
+    """The models and workers in Redis at one moment.
 
-    `mean_job_s` has the models that have ended a job.
+    Attributes:
+        mean_job_s: mean duration of a model's jobs in seconds, if any have ended.
+        taken_at: when the reading began, by the monotonic clock.
+        hosts: worker processes, including those without a model.
     """
 
     models: dict[str, ModelCard]
@@ -34,30 +36,30 @@ class ClusterSnapshot:
     taken_at: float
     hosts: tuple[HostInfo, ...] = ()
 
-    def ready(self, model: str) -> list[WorkerInfo]:
-        """The workers that take a model's jobs."""
+    def ready_workers(self, model: str) -> list[WorkerInfo]:
+        """Return the workers that take jobs of a model."""
         return [worker for worker in self.workers if worker.model == model and worker.state == "ready"]
 
     def has(self, model: str) -> bool:
-        """Whether some worker has a model, or is loading it."""
+        """Whether any worker has a model or is loading it."""
         return any(worker.model == model for worker in self.workers)
 
     def estimated_start_s(self, model: str, position: int) -> float | None:
-        """When a job at `position` of the queue starts, in seconds from now; None when that is not known."""
-        ready = self.ready(model)
+        """Estimate in how many seconds the job at a queue position starts; None if that cannot be estimated."""
+        ready = self.ready_workers(model)
         slots = sum(worker.slots for worker in ready)
-        ahead = position - (slots - sum(worker.slots_used for worker in ready))
+        free = slots - sum(worker.slots_used for worker in ready)
         if not slots:
             return None
-        if ahead <= 0:
+        if position <= free:
             return 0.0
         mean_s = self.mean_job_s.get(model)
-        # With all slots taken, one comes free every `mean_s / slots`.
-        return None if mean_s is None else round(ahead * mean_s / slots, 3)
+        # When all slots are in use, one becomes free every `mean_s / slots` seconds.
+        return None if mean_s is None else round((position - free) * mean_s / slots, 3)
 
 
 class Cluster:
-    """The present snapshot, renewed when it is asked for and too old."""
+    """Provides the current snapshot."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -65,44 +67,44 @@ class Cluster:
         self._snapshot: ClusterSnapshot | None = None
         self._pending: tuple[float, Future[ClusterSnapshot]] | None = None
 
-    def now(self, max_age_s: float = _MAX_AGE_S) -> ClusterSnapshot:
-        """A snapshot whose reading began at most `max_age_s` seconds before this call.
+    def snapshot(self, max_age_s: float = _MAX_AGE_S) -> ClusterSnapshot:
+        """Return a snapshot whose reading began at most `max_age_s` seconds before this call.
 
         Raises:
-            redis.RedisError: Redis is away. All requests that waited for the same snapshot get the error; the next
-                request tries again.
+            redis.RedisError: Redis is unavailable. All requests that waited for the same snapshot get the error; the
+                next request tries again.
         """
         oldest = time.monotonic() - max_age_s
-        while True:  # twice at most: a reading that was under way may be too old, the one behind it is not
+        while True:  # at most twice: a reading that was in progress may be too old, the next one is not
             with self._lock:
                 if self._snapshot is not None and self._snapshot.taken_at >= oldest:
                     return self._snapshot
-                pending, mine = self._pending, self._pending is None
+                pending, is_reader = self._pending, self._pending is None
                 if pending is None:
                     pending = self._pending = time.monotonic(), Future()
             began_at, future = pending
-            snapshot = self._lead(began_at, future) if mine else _join(future)
+            snapshot = self._read_for_all(began_at, future) if is_reader else _wait_for(future)
             if began_at >= oldest:
                 return snapshot
 
-    def _lead(self, began_at: float, future: Future[ClusterSnapshot]) -> ClusterSnapshot:
+    def _read_for_all(self, began_at: float, future: Future[ClusterSnapshot]) -> ClusterSnapshot:
         try:
-            snapshot = self._take(began_at)
+            snapshot = self._read(began_at)
         except BaseException as error:
-            self._settle(None)
-            # Another request must not end as this one is killed.
-            shared = error if isinstance(error, Exception) else redis.ConnectionError("reading was interrupted")
+            self._finish(None)
+            # If this greenlet is killed, the requests that wait must not get its GreenletExit.
+            shared = error if isinstance(error, Exception) else redis.ConnectionError("the reading was interrupted")
             future.set_exception(shared)
             raise
-        self._settle(snapshot)
+        self._finish(snapshot)
         future.set_result(snapshot)
         return snapshot
 
-    def _settle(self, snapshot: ClusterSnapshot | None) -> None:
+    def _finish(self, snapshot: ClusterSnapshot | None) -> None:
         with self._lock:
             self._snapshot, self._pending = snapshot or self._snapshot, None
 
-    def _take(self, began_at: float) -> ClusterSnapshot:
+    def _read(self, began_at: float) -> ClusterSnapshot:
         workers = tuple(self._registry.workers())
         return ClusterSnapshot(
             models=self._registry.models(),
@@ -113,10 +115,10 @@ class Cluster:
         )
 
 
-def _join(future: Future[ClusterSnapshot]) -> ClusterSnapshot:
+def _wait_for(future: Future[ClusterSnapshot]) -> ClusterSnapshot:
     try:
-        return future.result(_PATIENCE_S)
+        return future.result(_TIMEOUT_S)
     except TimeoutError as error:
-        if future.done():  # the reading itself failed so
+        if future.done():  # the reading itself raised this error
             raise
-        raise redis.TimeoutError("the cluster's state was not read in time") from error
+        raise redis.TimeoutError("the state of the cluster was not read in time") from error

@@ -1,0 +1,1 @@
+"""HTTP concerns that all routes share: request ids, body parsing, error responses, access log and OpenAPI."""

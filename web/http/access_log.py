@@ -1,4 +1,4 @@
-"""gunicorn's log as the rest of the process logs: JSON lines, one a request with its id."""
+"""gunicorn's log in the format of the rest of the process: one JSON line per request, with its id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from shared.logging import configure
 from shared.settings import load_settings
-from web.http.request_id import ENVIRON
+from web.http.request_id import ENVIRON_KEY
 
 log = logging.getLogger("web.access")
 
@@ -19,13 +19,13 @@ class JsonLogger(Logger):  # type: ignore[misc]
     """gunicorn's `logger_class`."""
 
     def setup(self, cfg: Any) -> None:
-        """Hand all lines to the root logger instead of handlers of our own."""
+        """Send gunicorn's messages to the root logger instead of to handlers of its own."""
         self.cfg = cfg
         configure("web", load_settings().log_level)
         self.error_log.propagate = True
 
     def access(self, resp: Any, req: Any, environ: dict[str, Any], request_time: timedelta) -> None:  # noqa: ARG002
-        """Log a request that was served; of a stream, once it has ended."""
+        """Log a request after its response was sent; a stream is logged when it ends."""
         status = int(str(resp.status).split()[0])
         log.info(
             "%s %s %d",
@@ -33,7 +33,7 @@ class JsonLogger(Logger):  # type: ignore[misc]
             environ["PATH_INFO"],
             status,
             extra={
-                "request_id": environ.get(ENVIRON, ""),
+                "request_id": environ.get(ENVIRON_KEY, ""),
                 "status": status,
                 "duration_ms": round(request_time.total_seconds() * 1000, 1),
                 "bytes": resp.sent,

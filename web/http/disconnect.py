@@ -1,7 +1,7 @@
-"""Whether the client is still there.
+"""Detect that a client has closed its connection.
 
-An answer that takes long, or a stream that is idle, writes nothing and so learns nothing of a client that went
-away. The socket knows at once: reading from it ends.
+A response that takes long, or an idle stream, writes nothing and so would not notice. The socket does: reading from it
+returns end of file.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def watching(environ: WSGIEnvironment, gone: Callable[[], None]) -> Iterator[None]:
-    """Call `gone` when the client closes its connection inside the block.
+def watch_disconnect(environ: WSGIEnvironment, on_disconnect: Callable[[], None]) -> Iterator[None]:
+    """Call `on_disconnect` if the client closes its connection inside the block.
 
-    A client that only closes its sending half counts as gone: nothing tells the two apart, and HTTP clients that
-    wait for an answer do not do that.
+    A client that closes only its sending half counts as disconnected: the two cases cannot be distinguished, and HTTP
+    clients that wait for a response do not do that.
     """
     connection = environ.get("gunicorn.socket")
-    if connection is None:  # another server, or a test's client
+    if connection is None:  # another server, or Flask's test client
         yield
         return
-    watcher = gevent.spawn(_watch, connection, gone)
+    watcher = gevent.spawn(_watch, connection, on_disconnect)
     try:
         yield
     finally:
-        # Until it is dead: gunicorn reads the next request from the same socket.
+        # Waits until the watcher has ended: gunicorn reads the next request from the same socket.
         watcher.kill()
 
 
-def _watch(connection: Any, gone: Callable[[], None]) -> None:
+def _watch(connection: Any, on_disconnect: Callable[[], None]) -> None:
     try:
-        # Peeking leaves a request that was sent ahead to gunicorn. There the watch ends: the client is alive.
-        ended = not connection.recv(1, socket.MSG_PEEK)
+        # MSG_PEEK leaves a pipelined request to gunicorn. If there is one, the client is alive and the watch ends.
+        closed = not connection.recv(1, socket.MSG_PEEK)
     except OSError:
-        ended = True
-    if ended:
-        # Apart, because the end of the block kills this greenlet and must not cut `gone` short.
-        gevent.spawn(gone)
+        closed = True
+    if closed:
+        # In a greenlet of its own: leaving the block kills this one, which must not interrupt the callback.
+        gevent.spawn(on_disconnect)

@@ -1,4 +1,4 @@
-"""The API's OpenAPI document: each route says what it takes and gives, and the document is made of that."""
+"""The OpenAPI document of the API, generated from the descriptions that the routes carry (`describe`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from werkzeug.routing import Rule
 
 from shared.errors import Expiry
-from web.access.auth import OPEN
+from web.access.auth import PUBLIC_BLUEPRINTS
 from web.http.problems import MEDIA_TYPE
 from web.schemas.problems import ProblemDetails
 from web.schemas.requests import JobRequest
@@ -41,8 +41,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _ATTRIBUTE: Final = "openapi"
-_REFUSALS: Final = (401, 403, 422, 429, 500, 503)
-"""What any route that needs a key may answer."""
+_COMMON_ERRORS: Final = (401, 403, 422, 429, 500, 503)
+"""Error statuses that every route with authentication may return."""
 ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request", "invalid_json", "invalid_utf8"),
     401: ("unauthorized",),
@@ -90,89 +90,125 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     ),
     504: (*Expiry, "job_expired"),
 }
-"""What an error's `code` may be, by status; of jobs that failed, `/inference` passes the job's own code on."""
-_RETRY_AFTER: Final = {"Retry-After": Header(description="Seconds to wait", param_schema=Schema(type="integer"))}
-_ABOUT: Final = """Durable, streaming inference jobs for MLX models.
+"""Possible values of an error's `code`, by status. `/inference` also returns the codes of failed jobs."""
+_RETRY_AFTER: Final = {
+    "Retry-After": Header(description="Seconds to wait before trying again", param_schema=Schema(type="integer"))
+}
+_DESCRIPTION: Final = """Durable, streaming inference jobs for MLX models.
 
-Send an API key as `X-API-Key` or as a Bearer token. Every answer carries `X-Request-ID`, the caller's own when it is
-1 to 128 characters of `A-Z a-z 0-9 . _ -`. Errors are `application/problem+json` with a stable `code`.
+## Authentication
 
-A stream has the events `queued`, `started`, `chunk`, `resumed` and, last and once, `done` with the whole job. The
-texts of all chunks together are the job's text. A chunk of a job with `logprobs` has a list of that name beside its
-`text`. Skip events of kinds that you do not know. A stream can be read again from any event on."""
+Send an API key in the header `X-API-Key`, or as `Authorization: Bearer <key>`. Generating text needs the scope `infer`,
+loading and unloading models needs `admin`.
+
+## Request ids
+
+Every response has the header `X-Request-ID`. A request may set it to 1 to 128 characters of `A-Z a-z 0-9 . _ -`;
+otherwise the service generates an id. The same id is in the service's log.
+
+## Errors
+
+Errors are `application/problem+json` (RFC 9457). `code` is stable and meant for programs, `detail` is meant for people,
+and `field` names the field, parameter or header that is wrong.
+
+## Streams
+
+A stream consists of numbered events: `queued`, `started`, `chunk` and `resumed`, and finally exactly one `done`, which
+contains the complete job. The concatenated texts of all `chunk` events are the job's text. If the job has `logprobs`,
+each `chunk` has a list `logprobs` in addition to `text`. A stream can be resumed after any event. Ignore events of
+unknown types: later versions may add some."""
+_TAGS: Final = {
+    "jobs": "Submit jobs and read them later: poll, stream, list, cancel, delete.",
+    "inference": "Generate text and get it in the response.",
+    "models": "List models; load and unload them on running workers.",
+    "openai_models": "The list of models in the format of the OpenAI API.",
+    "health": "Health, probes and metrics. No API key is needed.",
+    "openapi": "This documentation. No API key is needed.",
+}
 
 
-def _parameter(name: str, where: str, about: str, **schema: Any) -> Parameter:
-    return Parameter(name=name, **{"in": where}, description=about, param_schema=Schema(**schema))
+def _parameter(name: str, location: str, description: str, **schema: Any) -> Parameter:
+    return Parameter(name=name, **{"in": location}, description=description, param_schema=Schema(**schema))
 
 
-WAIT: Final = _parameter("wait", "query", "Seconds to wait for the job's end", type="number", minimum=0)
-LIMIT: Final = _parameter("limit", "query", "Jobs a page", type="integer", minimum=1, maximum=100, default=20)
-BEFORE: Final = _parameter("before", "query", "`next` of the page before", type="string")
+WAIT: Final = _parameter(
+    "wait", "query", "Seconds to wait for the job to end before responding", type="number", minimum=0
+)
+LIMIT: Final = _parameter(
+    "limit", "query", "Maximum number of jobs to return", type="integer", minimum=1, maximum=100, default=20
+)
+BEFORE: Final = _parameter("before", "query", "`next` of the previous page", type="string")
 STARTING_AFTER: Final = _parameter(
-    "starting_after", "query", "Number of the last event seen", type="integer", minimum=0, default=0
+    "starting_after", "query", "Number of the last event received", type="integer", minimum=0, default=0
 )
 LAST_EVENT_ID: Final = _parameter(
-    "Last-Event-ID", "header", "The same, as browsers send it when they reconnect", type="integer", minimum=0
+    "Last-Event-ID",
+    "header",
+    "The same as `starting_after`, and takes precedence: browsers send it when they reconnect",
+    type="integer",
+    minimum=0,
 )
 IDEMPOTENCY_KEY: Final = _parameter(
-    "Idempotency-Key", "header", "Sent again with the same key, the request makes no second job; another is refused",
-    type="string", maxLength=255,
-)  # fmt: skip
-PREFER: Final = _parameter("Prefer", "header", "`wait=N`: answer when the job ends within N seconds", type="string")
+    "Idempotency-Key",
+    "header",
+    "A key of your choice. A request that repeats it gets the existing job instead of creating a second one; a "
+    "different request with the same key is refused",
+    type="string",
+    maxLength=255,
+)
+PREFER: Final = _parameter(
+    "Prefer", "header", "`wait=N`: wait up to N seconds for the job to end before responding", type="string"
+)
 
 Content = type[BaseModel] | str | None
-"""A model, a media type, or nothing."""
+"""The body of a response: JSON of a model, text of a media type, or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class describe:  # noqa: N801 - used as a decorator
-    """Describes a view function for the document; the function's docstring is the long description.
+    """Documents a view function. The function's docstring is the long description.
 
     Attributes:
-        answers: what the route answers, by status.
-        body: model of the request's body.
-        streams: whether the route can answer with a stream of events.
-        errors: statuses of the route's own errors, beside those of every route.
+        summary: one line, in the imperative.
+        responses: contents of the responses, by status.
+        body: model of the request body.
+        streams: whether the route can respond with a stream of events.
+        errors: further error statuses, in addition to those that all routes have.
+        parameters: query parameters and headers.
     """
 
     summary: str
     _: KW_ONLY
-    answers: Mapping[int, Content]
+    responses: Mapping[int, Content]
     body: type[BaseModel] | None = None
     streams: bool = False
     errors: tuple[int, ...] = ()
     parameters: tuple[Parameter, ...] = ()
 
     def __call__(self, view: Callable[P, R]) -> Callable[P, R]:
-        """Mark the function."""
+        """Attach the documentation to the function."""
         setattr(view, _ATTRIBUTE, self)
         return view
 
 
 def _description(view: Callable[..., object]) -> describe:
-    about: describe = getattr(view, _ATTRIBUTE)
-    return about
+    description: describe = getattr(view, _ATTRIBUTE)
+    return description
 
 
 def query_names(view: Callable[..., object]) -> frozenset[str]:
-    """The query parameters that a described view knows."""
+    """Return the names of a view's query parameters."""
     return frozenset(parameter.name for parameter in _description(view).parameters if parameter.param_in == "query")
 
 
 @lru_cache(maxsize=1)
 def document(app: Flask) -> str:
-    """The document of all the application's routes, as JSON."""
-    paths: dict[str, PathItem] = {}
-    for rule in app.url_map.iter_rules():
-        item = paths.setdefault(re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), PathItem())
-        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            setattr(item, method.lower(), _operation(app, rule, method))
-    whole = OpenAPI(
+    """Return the OpenAPI document of all routes of an application, as JSON."""
+    openapi = OpenAPI(
         openapi="3.1.0",
-        info=Info(title="mlxq", version="1", description=_ABOUT),
-        paths=paths,
-        tags=[Tag(name=name) for name in app.blueprints],
+        info=Info(title="mlxq", version="1", description=_DESCRIPTION),
+        paths=_paths(app),
+        tags=[Tag(name=name, description=_TAGS[name]) for name in app.blueprints],
         components=Components(
             securitySchemes={
                 "ApiKey": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
@@ -180,23 +216,36 @@ def document(app: Flask) -> str:
             }
         ),
     )
-    return construct_open_api_with_schema_class(whole).model_dump_json(by_alias=True, exclude_none=True)
+    return construct_open_api_with_schema_class(openapi).model_dump_json(by_alias=True, exclude_none=True)
+
+
+def _paths(app: Flask) -> dict[str, PathItem]:
+    paths: dict[str, PathItem] = {}
+    for rule in app.url_map.iter_rules():
+        item = paths.setdefault(re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), PathItem())
+        for method in _methods(rule):
+            setattr(item, method.lower(), _operation(app, rule, method))
+    return paths
+
+
+def _methods(rule: Rule) -> list[str]:
+    return sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
 
 
 def _operation(app: Flask, rule: Rule, method: str) -> Operation:
     view = app.view_functions[rule.endpoint]
-    about = _description(view)
+    description = _description(view)
     tag = rule.endpoint.split(".")[0]
-    several = {"GET", "POST"} <= (rule.methods or set())
+    public = tag in PUBLIC_BLUEPRINTS
     return Operation(
-        operationId=f"{view.__name__}_{method.lower()}" if several else view.__name__,
+        operationId=view.__name__ if len(_methods(rule)) == 1 else f"{view.__name__}_{method.lower()}",
         tags=[tag],
-        summary=about.summary,
+        summary=description.summary,
         description=inspect.getdoc(view),
-        parameters=[*_path_parameters(rule), *about.parameters] or None,
-        requestBody=_body(about.body),
-        responses=dict(_responses(about, secured=tag not in OPEN)),
-        security=None if tag in OPEN else [{"ApiKey": []}, {"Bearer": []}],
+        parameters=[*_path_parameters(rule), *description.parameters] or None,
+        requestBody=_request_body(description.body),
+        responses=dict(_responses(description, public=public)),
+        security=None if public else [{"ApiKey": []}, {"Bearer": []}],
     )
 
 
@@ -207,52 +256,59 @@ def _path_parameters(rule: Rule) -> list[Parameter]:
     ]
 
 
-def _body(model: type[BaseModel] | None) -> RequestBody | None:
+def _request_body(model: type[BaseModel] | None) -> RequestBody | None:
     if model is None:
         return None
-    content = {"application/json": _media(model)}
+    content = {"application/json": _media_type(model)}
     if issubclass(model, JobRequest):
-        content["multipart/form-data"] = MediaType(media_type_schema=_form(model))
+        content["multipart/form-data"] = MediaType(media_type_schema=_form_schema(model))
     return RequestBody(required=True, content=content)
 
 
-def _form(model: type[BaseModel]) -> Schema:
-    """The same with files."""
+def _form_schema(model: type[BaseModel]) -> Schema:
     return Schema(
         type="object",
         required=["request"],
         properties={
-            "request": Schema(type="string", description=f"A {model.__name__} as JSON"),
-            "images": Schema(type="array", items=Schema(type="string", schema_format="binary")),
+            "request": Schema(type="string", description=f"A `{model.__name__}` as JSON"),
+            "images": Schema(
+                type="array",
+                items=Schema(type="string", schema_format="binary"),
+                description="Image files; they come after the images in the request's field `images`",
+            ),
         },
     )
 
 
-def _responses(about: describe, *, secured: bool) -> Iterator[tuple[str, Response]]:
-    for status in sorted({*about.errors, *(_REFUSALS if secured else (500,))} - set(about.answers)):
-        yield (
-            str(status),
-            Response(
-                description=f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in ERROR_CODES[status])}",
-                headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
-                content={MEDIA_TYPE: _media(ProblemDetails)},
-            ),
-        )
-    for status, content in about.answers.items():
+def _responses(description: describe, *, public: bool) -> Iterator[tuple[str, Response]]:
+    errors = {*description.errors, *((500,) if public else _COMMON_ERRORS)}
+    for status in sorted(errors - set(description.responses)):
+        yield str(status), _error_response(status)
+    for status, content in description.responses.items():
         yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
-    if about.streams:
-        events = {media_type: _media(None) for media_type in FORMATS}
-        plain = about.answers.get(200)
-        yield "200", Response(description="The answer, or its events", content={**(_content(plain) or {}), **events})
+    if description.streams:
+        events = {media_type: _media_type(None) for media_type in FORMATS}
+        whole = _content(description.responses.get(200)) or {}
+        meaning = "The result, or a stream of events" if whole else "A stream of events"
+        yield "200", Response(description=meaning, content={**whole, **events})
+
+
+def _error_response(status: int) -> Response:
+    codes = ", ".join(f"`{code}`" for code in ERROR_CODES[status])
+    return Response(
+        description=f"{HTTPStatus(status).phrase}: {codes}",
+        headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
+        content={MEDIA_TYPE: _media_type(ProblemDetails)},
+    )
 
 
 def _content(content: Content) -> dict[str, MediaType] | None:
     if content is None:
         return None
     if isinstance(content, str):
-        return {content: _media(None)}
-    return {"application/json": _media(content)}
+        return {content: _media_type(None)}
+    return {"application/json": _media_type(content)}
 
 
-def _media(model: type[BaseModel] | None) -> MediaType:
+def _media_type(model: type[BaseModel] | None) -> MediaType:
     return MediaType(media_type_schema=PydanticSchema(schema_class=model) if model else Schema(type="string"))

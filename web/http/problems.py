@@ -1,6 +1,7 @@
-"""Every error as `application/problem+json` (RFC 9457): what may be said, and nothing else.
+"""Errors as `application/problem+json` (RFC 9457).
 
-A traceback or a library's message goes to the log; the request id in the answer leads to the line.
+Responses contain only what clients may know. Tracebacks and messages of libraries go to the log; the request id in the
+response leads to the log line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shared import errors
 from shared.errors import MlxqError
 from shared.queue.redis import passes
 from web.http.request_id import current_request_id
-from web.schemas.problems import Fault, ProblemDetails
+from web.schemas.problems import FieldError, ProblemDetails
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,14 @@ _BY_STATUS: dict[int, type[MlxqError]] = {
     )
 }
 _DETAILS = {
-    404: "There is nothing at this address.",
-    405: "The address exists, but not for this method.",
-    413: "The body is larger than this service accepts.",
+    404: "There is no route with this path.",
+    405: "This route does not support the method; the Allow header lists the supported ones.",
+    413: "The request body is larger than this service accepts.",
 }
 
 
 def register(app: Flask) -> None:
-    """Answer every exception of a request as a problem."""
+    """Answer every exception with a problem document."""
     app.register_error_handler(MlxqError, problem)
     app.register_error_handler(ValidationError, _invalid)
     app.register_error_handler(RateLimitExceeded, _rate_limited)
@@ -61,8 +62,8 @@ def register(app: Flask) -> None:
     app.register_error_handler(Exception, _internal)
 
 
-def problem(error: MlxqError, faults: Sequence[Fault] = ()) -> Response:
-    """The answer that tells an error."""
+def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Response:
+    """Return the response for an error."""
     body = ProblemDetails(
         type=f"urn:mlxq:problem:{error.code}",
         title=error.title,
@@ -70,37 +71,40 @@ def problem(error: MlxqError, faults: Sequence[Fault] = ()) -> Response:
         detail=error.detail,
         code=error.code,
         field=error.field,
-        errors=list(faults) or None,
+        errors=list(field_errors) or None,
         request_id=current_request_id(),
     )
-    answer = Response(body.model_dump_json(exclude_none=True), error.status, content_type=MEDIA_TYPE)
+    response = Response(body.model_dump_json(exclude_none=True), error.status, content_type=MEDIA_TYPE)
     if error.retry_after is not None:
-        answer.headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        response.headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.status == HTTPStatus.UNAUTHORIZED:
-        answer.headers["WWW-Authenticate"] = 'Bearer realm="mlxq"'
-    return answer
+        response.headers["WWW-Authenticate"] = 'Bearer realm="mlxq"'
+    return response
 
 
 def _invalid(error: ValidationError) -> Response:
-    faults = [_fault(each) for each in error.errors(include_url=False, include_context=False, include_input=False)]
-    first = faults[0]
-    where = f"{first.field}: " if first.field else ""
-    return problem(errors.Invalid(where + first.detail, field=first.field), faults)
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    field_errors = [_field_error(each) for each in details]
+    first = field_errors[0]
+    prefix = f"{first.field}: " if first.field else ""
+    return problem(errors.Invalid(prefix + first.detail, field=first.field), field_errors)
 
 
-def _fault(error: ErrorDetails) -> Fault:
-    return Fault(field=_path(error["loc"]) or None, code=error["type"], detail=error["msg"])
+def _field_error(error: ErrorDetails) -> FieldError:
+    return FieldError(field=_path(error["loc"]) or None, code=error["type"], detail=error["msg"])
 
 
-def _path(parts: Sequence[int | str]) -> str:
-    """`("messages", 0, "role")` as `messages[0].role`."""
-    named = [part for part in parts if isinstance(part, int) or not part.startswith("(")]  # which kind it was taken for
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named)
+def _path(location: Sequence[int | str]) -> str:
+    """Write pydantic's location `("messages", 0, "role")` as `messages[0].role`."""
+    # Names in brackets are the tags of unions, which are no part of the request.
+    parts = [part for part in location if isinstance(part, int) or not part.startswith("(")]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return path.removeprefix(".")
 
 
 def _rate_limited(error: RateLimitExceeded) -> Response:
-    return problem(errors.RateLimited(f"More requests than {error.description} are not allowed."))
+    detail = f"The rate limit of {error.description} is exceeded. Wait for the number of seconds in Retry-After."
+    return problem(errors.RateLimited(detail))
 
 
 def _http(error: HTTPException) -> Response:
@@ -108,24 +112,24 @@ def _http(error: HTTPException) -> Response:
     kind = _BY_STATUS.get(status, errors.BadRequest if status < 500 else errors.Internal)
     detail = _DETAILS.get(status, "The request cannot be served.")
     code = "route_not_found" if isinstance(error, NotFound) else None
-    answer = problem(kind(detail, code=code))
-    answer.status_code = status
+    response = problem(kind(detail, code=code))
+    response.status_code = status
     allowed = getattr(error, "valid_methods", None)
     if allowed:
-        answer.headers["Allow"] = ", ".join(sorted(allowed))
-    return answer
+        response.headers["Allow"] = ", ".join(sorted(allowed))
+    return response
 
 
 def _redis(error: redis.RedisError) -> Response:
-    if not passes(error):  # a script that raises, say: a fault of ours
+    if not passes(error):  # for example a script that raises: a bug of ours
         return _internal(error)
     if isinstance(error, redis.exceptions.OutOfMemoryError):
         log.error("redis_out_of_memory", extra={"path": request.path, "reason": str(error)})
         return problem(errors.QueueMemoryFull("The queue's memory is full. Try again later.", retry_after=10))
-    log.warning("redis_away", extra={"path": request.path, "reason": str(error)})
-    return problem(errors.Unavailable("The queue cannot be reached at the moment.", retry_after=1))
+    log.warning("redis_unavailable", extra={"path": request.path, "reason": str(error)})
+    return problem(errors.Unavailable("The queue is unavailable. Try again shortly.", retry_after=1))
 
 
 def _internal(error: Exception) -> Response:
     log.error("request_failed", exc_info=error, extra={"path": request.path})
-    return problem(errors.Internal("Something went wrong here. The request id leads to the cause."))
+    return problem(errors.Internal("An internal error occurred. Its cause is in the log, under this request_id."))

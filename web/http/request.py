@@ -1,4 +1,4 @@
-"""Reading a request: its body, and the headers and parameters that several routes know."""
+"""Read request bodies, and the headers and query parameters that several routes have."""
 
 from __future__ import annotations
 
@@ -10,168 +10,178 @@ from flask import current_app, request
 from pydantic import BaseModel
 
 from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
-from web.access.auth import is_open
+from web.access.auth import is_public_route
 from web.http.openapi import query_names
 from web.http.threadpool import run_in_threadpool
 
-_REQUEST, _FILES = "request", "images"
-"""Fields of a form."""
-_UNREADABLE: Final = "\ufffd"
-"""What werkzeug puts where a field's bytes are no text."""
+_REQUEST_FIELD, _FILES_FIELD = "request", "images"
+"""Names of the form fields."""
+_REPLACEMENT_CHARACTER: Final = "\ufffd"
+"""werkzeug replaces bytes of form fields that are not UTF-8 with it."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
-_MOST_NAMES: Final = 1000
-"""Names in one object. Each that nobody knows is an error of its own, and a body has room for a million."""
+_MAX_NAMES: Final = 1000
+"""Maximum names in one JSON object. Every unknown name is a validation error, and a body has space for a million."""
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", re.IGNORECASE)
 
 
 def read_body(model: type[Model]) -> Model:
-    """The body as a model.
+    """Read and validate the request body: JSON, or a form whose field `request` is JSON.
 
     Raises:
-        TooLarge: it is over the limit.
-        UnsupportedMedia: it is not declared as JSON.
-        BadRequest: it is not JSON.
-        pydantic.ValidationError: it does not fit.
+        TooLarge: the body exceeds the size limit.
+        UnsupportedMedia: the content type is neither JSON nor a form.
+        BadRequest: the body is not a JSON object.
+        pydantic.ValidationError: a field is invalid.
     """
     if request.mimetype == "multipart/form-data":
-        body = _from_form()
+        body = _form_json()
     elif request.is_json:
-        body = _whole()
+        body = _raw_body()
     else:
-        raise UnsupportedMedia(
-            "Send the body as application/json, or with files as multipart/form-data.", field="Content-Type"
-        )
-    return run_in_threadpool(len(body), lambda: model.model_validate(_parse(body)))
+        detail = "Send the body as application/json, or as multipart/form-data to upload images."
+        raise UnsupportedMedia(detail, field="Content-Type")
+    return run_in_threadpool(len(body), lambda: model.model_validate(_parse_json(body)))
 
 
 def uploads() -> list[bytes]:
-    """The files of a form, those of its field `images`, in order; none of another body.
+    """Return the files in the form field `images`, in order; an empty list if the body is not a form.
 
     Raises:
-        Invalid: there are files in another field.
+        Invalid: another form field contains files.
     """
     if request.mimetype != "multipart/form-data":
         return []
-    if strange := next((name for name in request.files if name not in (_FILES, _REQUEST)), None):
-        raise Invalid(f"Files belong in the field {_FILES}.", field=strange)
-    return [file.read() for file in request.files.getlist(_FILES)]
+    unknown = next((name for name in request.files if name not in (_FILES_FIELD, _REQUEST_FIELD)), None)
+    if unknown:
+        raise Invalid(f"Upload files in the form field {_FILES_FIELD!r}.", field=unknown)
+    return [file.read() for file in request.files.getlist(_FILES_FIELD)]
 
 
-def _from_form() -> bytes:
-    """The JSON body in the form's field `request`, which may be a file."""
-    if strange := next((name for name in request.form if name != _REQUEST), None):
-        raise Invalid(f"A form has the fields {_REQUEST} (JSON) and {_FILES} (files).", field=strange)
-    texts = request.form.getlist(_REQUEST)
-    if any(_UNREADABLE in text for text in texts):
-        detail = "The form's request is not UTF-8. One that means to have U+FFFD is sent as a file."
-        raise BadRequest(detail, code="invalid_utf8", field=_REQUEST)
-    found = [text.encode() for text in texts]
-    found += [file.read() for file in request.files.getlist(_REQUEST)]
-    if len(found) != 1:
-        raise Invalid(f"A form has one request, a JSON object, and not {len(found)}.", field=_REQUEST)
-    return found[0]
+def _form_json() -> bytes:
+    """Return the JSON in the form field `request`, which may be a text field or a file."""
+    unknown = next((name for name in request.form if name != _REQUEST_FIELD), None)
+    if unknown:
+        detail = f"Unknown form field. A form has the fields {_REQUEST_FIELD!r} (JSON) and {_FILES_FIELD!r} (files)."
+        raise Invalid(detail, field=unknown)
+    texts = request.form.getlist(_REQUEST_FIELD)
+    if any(_REPLACEMENT_CHARACTER in text for text in texts):
+        detail = "The form field 'request' is not valid UTF-8. To send the character U+FFFD, send the field as a file."
+        raise BadRequest(detail, code="invalid_utf8", field=_REQUEST_FIELD)
+    values = [text.encode() for text in texts]
+    values += [file.read() for file in request.files.getlist(_REQUEST_FIELD)]
+    if len(values) != 1:
+        detail = f"A form needs exactly one field {_REQUEST_FIELD!r} with a JSON object; this one has {len(values)}."
+        raise Invalid(detail, field=_REQUEST_FIELD)
+    return values[0]
 
 
-def _whole() -> bytes:
+def _raw_body() -> bytes:
     body = request.get_data(cache=True)
-    # Of a body sent without its length, werkzeug reads as much as is allowed and does not tell that there is more.
+    # If a body has no Content-Length, werkzeug silently truncates it at the limit.
     if request.content_length is None and len(body) >= (request.max_content_length or len(body) + 1):
-        raise TooLarge("The body is larger than this service accepts.")
+        raise TooLarge("The request body is larger than this service accepts.")
     return body
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _parse_json(body: bytes) -> dict[str, Any]:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
-        raise BadRequest(f"The body is not UTF-8 (byte {error.start}).", code="invalid_utf8") from error
+        detail = f"The body is not valid UTF-8 (byte {error.start})."
+        raise BadRequest(detail, code="invalid_utf8") from error
     try:
-        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise BadRequest(f"The body is not JSON: {error.msg} ({where}).", code="invalid_json") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise BadRequest("The body holds a value that cannot be read.", code="invalid_json") from error
+        position = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"The body is not valid JSON: {error.msg} ({position}).", code="invalid_json") from error
+    except (ValueError, RecursionError) as error:
+        detail = "The body has a number with too many digits or is nested too deeply."
+        raise BadRequest(detail, code="invalid_json") from error
     if not isinstance(data, dict):
         raise BadRequest("The body is not a JSON object.", code="invalid_json")
     return data
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise BadRequest(f"The body is not JSON: {name} is not a JSON number.", code="invalid_json")
+def _refuse_constant(name: str) -> NoReturn:
+    raise BadRequest(f"The body is not valid JSON: {name} is not a JSON number.", code="invalid_json")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > _MOST_NAMES:
-        raise BadRequest(f"The body has an object of more than {_MOST_NAMES} names.", code="invalid_json")
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; refuse one with too many names or with a name that occurs twice."""
+    if len(pairs) > _MAX_NAMES:
+        raise BadRequest(f"The body has an object with more than {_MAX_NAMES} names.", code="invalid_json")
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        shown = twice.encode(errors="replace").decode()  # it may hold half a character
-        raise BadRequest("The body has a name twice in one object.", code="invalid_json", field=shown)
+        duplicate = next(name for name in names if names.count(name) > 1)
+        printable = duplicate.encode(errors="replace").decode()  # it may contain an unpaired surrogate
+        raise BadRequest("This name occurs twice in one object.", code="invalid_json", field=printable)
     return data
 
 
 def idempotency_key() -> str:
-    """The Idempotency-Key header; empty when there is none.
+    """Return the Idempotency-Key header; empty if it is absent.
 
     Raises:
-        Invalid: it is not 1 to 255 visible ASCII characters.
+        Invalid: the header is not 1 to 255 visible ASCII characters.
     """
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return ""
     if not _IDEMPOTENCY_KEY.fullmatch(key):
-        raise Invalid("1 to 255 visible ASCII characters are needed.", field="Idempotency-Key")
+        raise Invalid("Idempotency-Key must be 1 to 255 visible ASCII characters.", field="Idempotency-Key")
     return key
 
 
-def preferred_wait_s(most: float) -> float:
-    """N of `Prefer: wait=N` (RFC 7240), at most the service's longest wait. What cannot be met is ignored."""
+def preferred_wait_s(max_wait_s: float) -> float:
+    """Return N of the header `Prefer: wait=N` (RFC 7240), limited to `max_wait_s`; 0 if absent or malformed."""
     match = _PREFER_WAIT.search(",".join(request.headers.getlist("Prefer")))
-    return min(float(match[1]), most) if match else 0.0
+    return min(float(match[1]), max_wait_s) if match else 0.0
 
 
-def wait_s(most: float) -> float:
-    """The parameter `wait`, in seconds, but at most the service's longest wait; 0 when absent.
+def wait_s(max_wait_s: float) -> float:
+    """Return the query parameter `wait` in seconds, limited to `max_wait_s`; 0 if absent.
 
     Raises:
-        Invalid: not a number, or below 0.
+        Invalid: the parameter is not a number or is negative.
     """
     text = request.args.get("wait", "0")
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not seconds >= 0:  # NaN neither
-        raise Invalid("A number of seconds from 0 on is needed.", field="wait")
-    return min(seconds, most)
+    if not seconds >= 0:  # also refuses NaN
+        raise Invalid("wait must be a number of seconds, 0 or more.", field="wait")
+    return min(seconds, max_wait_s)
 
 
-def whole_number(name: str, text: str, least: int = 0, most: int = 2**53) -> int:
-    """A parameter or header as a number.
+def parse_integer(name: str, text: str, minimum: int = 0, maximum: int = 2**53) -> int:
+    """Read a query parameter or header as an integer.
 
     Raises:
-        Invalid: it is none, or out of range.
+        Invalid: the value is not an integer or is out of range.
     """
-    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and least <= int(text) <= most):
-        raise Invalid(f"A whole number from {least} to {most} is needed.", field=name)
+    valid = text.isascii() and text.isdecimal() and len(text) <= 16 and minimum <= int(text) <= maximum
+    if not valid:
+        raise Invalid(f"{name} must be an integer from {minimum} to {maximum}.", field=name)
     return int(text)
 
 
 def refuse_unknown_parameters() -> None:
-    """Look at the request's parameters.
+    """Refuse query parameters that the route does not have.
+
+    A client would take an ignored filter for one that works.
 
     Raises:
-        Invalid: the route knows no such parameter. A filter that is silently ignored would be taken for one that works.
+        Invalid: the route has no parameter with this name.
     """
-    if request.endpoint is None or not request.args or is_open():
+    if request.endpoint is None or not request.args or is_public_route():
         return
     known = query_names(current_app.view_functions[request.endpoint])
     for name in request.args:
         if name not in known:
-            raise Invalid("There is no such parameter.", code="unknown_parameter", field=name[:64])
+            detail = f"Unknown query parameter. This route has: {', '.join(sorted(known)) or 'none'}."
+            raise Invalid(detail, code="unknown_parameter", field=name[:64])

@@ -1,4 +1,4 @@
-"""One id for a request and all that it causes: in the answer, in every log line, in the job."""
+"""Request ids: the same id appears in the response, in every log line of the request and in the job it creates."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from shared.logging import about
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-ENVIRON: Final = "mlxq.request_id"
-_WELL_FORMED: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+ENVIRON_KEY: Final = "mlxq.request_id"
+_VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class Correlation:
-    """WSGI middleware, because answers and streams must carry the id whatever the application does."""
+class RequestIdMiddleware:
+    """WSGI middleware that assigns request ids.
+
+    A Flask hook would not be enough: error responses and log lines of running streams must carry the id too.
+    """
 
     def __init__(self, app: WSGIApplication) -> None:
         self._app = app
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Serve a request. A generator, so that lines logged while a stream runs carry the id too."""
-        request_id = _accepted(environ.get("HTTP_X_REQUEST_ID", ""))
-        environ[ENVIRON] = request_id
+        """Serve a request. This is a generator, so the logging context lasts until a stream has ended."""
+        request_id = _client_id_or_new(environ.get("HTTP_X_REQUEST_ID", ""))
+        environ[ENVIRON_KEY] = request_id
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             return start_response(status, [*headers, ("X-Request-ID", request_id)], exc_info)
@@ -43,9 +46,9 @@ class Correlation:
 
 
 def current_request_id() -> str:
-    """The id of the request being served."""
-    return str(request.environ.get(ENVIRON, ""))
+    """Return the id of the request that is being served."""
+    return str(request.environ.get(ENVIRON_KEY, ""))
 
 
-def _accepted(sent: str) -> str:
-    return sent if _WELL_FORMED.fullmatch(sent) else secrets.token_hex(16)
+def _client_id_or_new(header: str) -> str:
+    return header if _VALID_ID.fullmatch(header) else secrets.token_hex(16)

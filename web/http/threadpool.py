@@ -1,6 +1,6 @@
-"""Heavy work beside the event loop, so that it does not hold every stream of the process.
+"""Run CPU-bound work in a thread, so that it does not block the event loop and every stream of the process.
 
-A thread helps where its work lets go of the interpreter, as Python code does every few milliseconds.
+A thread helps only if the work releases the GIL; pure Python code does so every few milliseconds.
 """
 
 from __future__ import annotations
@@ -15,36 +15,42 @@ from gevent.threadpool import ThreadPool
 T = TypeVar("T")
 
 LARGE: Final = 64 * 2**10
-"""Bytes from which work is worth a thread."""
+"""Input size in bytes from which a thread is worth its cost."""
 
 
 def run_in_threadpool(size: int, work: Callable[[], T]) -> T:
-    """What `work` gives, or raises; done in a thread when it is about so many bytes.
+    """Return or raise what `work` returns or raises; run it in a thread if its input has `LARGE` bytes or more.
 
-    Nothing bounds the wait but the work itself, which therefore must: parsing, hashing and decoding of a body do.
+    There is no timeout. The work must be bounded by its input, as parsing, hashing and decoding are.
+
+    Args:
+        size: size of the input in bytes.
     """
     if size < LARGE:
         return work()
-    done: Callable[[], T] = gevent.get_hub().threadpool.apply(_tried, (work,))
-    return done()
+    outcome: Callable[[], T] = gevent.get_hub().threadpool.apply(_captured, (work,))
+    return outcome()
 
 
-def run_with_timeout(seconds: float, pool: ThreadPool, work: Callable[[], T]) -> T:
-    """The same in a thread of `pool`.
+def run_with_timeout(timeout_s: float, pool: ThreadPool, work: Callable[[], T]) -> T:
+    """Return or raise what `work` returns or raises in a thread of `pool`.
 
     Raises:
-        TimeoutError: there is no answer in time. The thread goes on, and is the pool's again when it is done.
+        TimeoutError: the work has not finished in time. It continues and occupies its thread until it ends.
     """
-    with gevent.Timeout(seconds, TimeoutError("no answer in time")):
-        done: Callable[[], T] = pool.apply(_tried, (work,))
-    return done()
+    with gevent.Timeout(timeout_s, TimeoutError("the work did not finish in time")):
+        outcome: Callable[[], T] = pool.apply(_captured, (work,))
+    return outcome()
 
 
-def _tried(work: Callable[[], T]) -> Callable[[], T]:
-    """What gives or raises what `work` did: gevent prints an exception that leaves the thread, whoever catches it."""
+def _captured(work: Callable[[], T]) -> Callable[[], T]:
+    """Run `work` and return a function that repeats its outcome.
+
+    gevent prints any exception that leaves a pool thread, even if the caller handles it.
+    """
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 -- raised again by `run_in_threadpool`
+    except Exception as error:  # noqa: BLE001 -- raised again in the caller's greenlet
         return partial(_raise, error)
     return lambda: result
 

@@ -1,0 +1,1 @@
+"""Jobs as JSON responses: job views, token log-probabilities and parsed UI-TARS actions."""

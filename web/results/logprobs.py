@@ -1,7 +1,7 @@
-"""The log-probabilities of an ended job's tokens, put together from its log.
+"""The log-probabilities of an ended job, collected from the chunks in its log.
 
-They may be many megabytes of JSON, so they are read page by page, rewritten in threads, and never made into objects of
-a view.
+They can be many megabytes of JSON. Therefore the log is read in pages, the pages are processed in threads, and the
+result is inserted into the JSON of a view instead of being validated as part of it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _ABSENT: Final = '"logprobs":null'
 
 
 def to_json(view: BaseModel, job: Job, log: JobLog) -> str:
-    """The JSON of a job's view, with the job's log-probabilities where it asked for them and its log has them."""
+    """Return the JSON of a job's view, with log-probabilities if the job has ended, requested them, and has its log."""
     text = view.model_dump_json()
-    found = _read(job, log) if job.logprobs and job.status.terminal else None
-    # The first place is the member: inside a JSON string each quote has a backslash before it.
-    return text if found is None else text.replace(_ABSENT, f'"logprobs":[{found}]', 1)
+    elements = _read(job, log) if job.logprobs and job.status.terminal else None
+    # The first occurrence is the field of the view: inside a JSON string, the quotes would be escaped.
+    return text if elements is None else text.replace(_ABSENT, f'"logprobs":[{elements}]', 1)
 
 
 def _read(job: Job, log: JobLog) -> str | None:
-    """The members of the array; None when the log is not whole any more."""
-    pieces: list[str] = []
+    """Return the elements of the JSON array; None if the log is incomplete."""
+    elements: list[str] = []
     after = 0
     try:
         while events := log.read(job.id, after, _PAGE):
             size = sum(len(event.data) for event in events)
-            pieces += run_in_threadpool(size, partial(_members, events))
+            elements += run_in_threadpool(size, partial(_elements, events))
             after = events[-1].n
     except Gone:
         return None
-    return ",".join(pieces) if after >= job.last_event else None
+    return ",".join(elements) if after >= job.last_event else None
 
 
-def _members(events: Sequence[Event]) -> list[str]:
-    found = (json.loads(event.data).get("logprobs") for event in events if event.kind is EventKind.CHUNK)
-    return [wire.to_json(tokens)[1:-1] for tokens in found if tokens]
+def _elements(events: Sequence[Event]) -> list[str]:
+    lists = (json.loads(event.data).get("logprobs") for event in events if event.kind is EventKind.CHUNK)
+    return [wire.to_json(tokens)[1:-1] for tokens in lists if tokens]

@@ -1,12 +1,12 @@
-r"""What a UI-TARS model wants done: its answer as actions, with places in pixels of the image that was asked about.
+r"""Parse the output of a UI-TARS model into actions, with coordinates in pixels of the image in the request.
 
     Thought: The search field is empty.
     Action: click(start_box='(197,525)')
 
     type(content='weather\n')
 
-UI-TARS 1.5 says places in pixels of the image as it sees it, which is not the size that was sent. An answer is read
-as a whole or not at all: whoever acts on half of one does what the model did not mean.
+UI-TARS 1.5 gives coordinates in pixels of the resized image that it sees; they are converted here. If any part of the
+output is invalid, there are no actions at all: carrying out only some of them could do harm.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.models.image_geometry import ImageGeometry
-from web.results.ui_tars_calls import ActionName, Call, Unreadable, brief, calls
+from web.results.ui_tars_calls import ActionName, Call, ParseError, parse_calls, shortened
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A place in the image as it was sent, in pixels to one decimal, from the upper left.
+    """A point in the image as it was sent: pixels from the upper left, with one decimal.
 
     Attributes:
-        inside: it lies in the image. False too when there is no image: the numbers are then the model's own.
+        inside: whether the point is inside the image. False if there is no image; the coordinates are then those that
+            the model wrote.
     """
 
     x: float
@@ -35,14 +36,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing to do. What an action does not take is None.
+    """An action. Fields that do not apply to it are None.
 
     Attributes:
-        thought: what the model said before it, for all actions that follow.
-        start: where; of a drag, from where. A scroll without one is where the pointer is.
+        thought: what the model wrote before the action; it also applies to the actions that follow directly.
+        start: where to act, or where a drag starts. A scroll without it applies at the pointer.
         end: where a drag ends.
-        key: keys to press together, as the model names them: "ctrl c".
-        text: what to type, or the last word. A line break at its end means Enter.
+        key: keys to press together, in the model's notation: "ctrl c".
+        text: the text to type, or the closing message. A line break at the end means Enter.
         direction: of a scroll: up, down, left or right.
         raw: the call as the model wrote it.
     """
@@ -58,21 +59,21 @@ class Action:
 
 
 def parse(text: str, size: tuple[int, int] | None, geometry: ImageGeometry | None) -> tuple[list[Action], str | None]:
-    """The actions in an answer; or none, and in one line why.
+    """Return the actions in a text, or an empty list and the reason in one line.
 
     Args:
-        size: width and height of the image that was asked about.
-        geometry: how the model resizes images; without it places are taken to be in the image's own pixels.
+        size: width and height of the last image of the request.
+        geometry: how the model resizes images; without it, the model is assumed to see images in their own size.
     """
     try:
-        picture = _Picture.of(size, geometry)
-        return [_action(call, picture) for call in calls(text)], None
-    except Unreadable as error:
+        scale = _Scale.of(size, geometry)
+        return [_action(call, scale) for call in parse_calls(text)], None
+    except ParseError as error:
         return [], str(error)
 
 
 _DIRECTIONS: Final = frozenset({"up", "down", "left", "right"})
-_NEEDS: Final[Mapping[ActionName, tuple[str, ...]]] = {
+_REQUIRED: Final[Mapping[ActionName, tuple[str, ...]]] = {
     ActionName.CLICK: ("start_box",),
     ActionName.LEFT_DOUBLE: ("start_box",),
     ActionName.RIGHT_SINGLE: ("start_box",),
@@ -84,7 +85,7 @@ _NEEDS: Final[Mapping[ActionName, tuple[str, ...]]] = {
     ActionName.FINISHED: (),
     ActionName.CALL_USER: (),
 }
-_MAY_HAVE: Final[Mapping[ActionName, tuple[str, ...]]] = {
+_OPTIONAL: Final[Mapping[ActionName, tuple[str, ...]]] = {
     ActionName.SCROLL: ("start_box",),
     ActionName.FINISHED: ("content",),
 }
@@ -95,74 +96,73 @@ _ESCAPE: Final = re.compile(r"\\(['\"n\\])")
 
 
 @dataclass(frozen=True, slots=True)
-class _Picture:
-    """The image that was asked about, as it was sent and as the model saw it."""
+class _Scale:
+    """Converts coordinates from the image that the model sees to the image that was sent."""
 
-    size: tuple[int, int] | None
+    sent: tuple[int, int] | None
     seen: tuple[int, int] | None
 
     @classmethod
-    def of(cls, size: tuple[int, int] | None, geometry: ImageGeometry | None) -> _Picture:
+    def of(cls, size: tuple[int, int] | None, geometry: ImageGeometry | None) -> _Scale:
         try:
             return cls(size, geometry.resized(*size) if size and geometry else size)
         except ValueError as error:
-            raise Unreadable(f"There is no place in it: {error}.") from error
+            raise ParseError(f"The image has no valid coordinates: {error}.") from error
 
     def point(self, x: float, y: float) -> Point:
-        """A place the model named."""
-        if self.size is None or self.seen is None:
+        if self.sent is None or self.seen is None:
             return Point(_rounded(x), _rounded(y), inside=False)
-        (width, height), (seen_width, seen_height) = self.size, self.seen
+        (width, height), (seen_width, seen_height) = self.sent, self.seen
         x, y = _rounded(x * width / seen_width), _rounded(y * height / seen_height)
         return Point(x, y, inside=0 <= x < width and 0 <= y < height)
 
 
 def _rounded(number: float) -> float:
-    return round(number, 1) + 0.0  # which makes 0 of -0
+    return round(number, 1) + 0.0  # adding 0 turns -0.0 into 0.0
 
 
-def _action(call: Call, picture: _Picture) -> Action:
-    needs = _NEEDS[call.name]
-    for argument in needs:
+def _action(call: Call, scale: _Scale) -> Action:
+    required = _REQUIRED[call.name]
+    for argument in required:
         if argument not in call.arguments:
-            raise Unreadable(f"{call.name} has no {argument}.")
-    given = {each: call.arguments.get(each) for each in (*needs, *_MAY_HAVE.get(call.name, ()))}
+            raise ParseError(f"{call.name} needs the argument {argument}.")
+    used = {name: call.arguments.get(name) for name in (*required, *_OPTIONAL.get(call.name, ()))}
     return Action(
         action=call.name,
         thought=call.thought,
-        start=_point(call.name, "start_box", given.get("start_box"), picture),
-        end=_point(call.name, "end_box", given.get("end_box"), picture),
-        key=_key(given.get("key")),
-        text=_text(given.get("content")),
-        direction=_direction(given.get("direction")),
+        start=_point(call.name, "start_box", used.get("start_box"), scale),
+        end=_point(call.name, "end_box", used.get("end_box"), scale),
+        key=_key(used.get("key")),
+        text=_unescaped(used.get("content")),
+        direction=_direction(used.get("direction")),
         raw=call.raw,
     )
 
 
-def _point(name: ActionName, argument: str, said: str | None, picture: _Picture) -> Point | None:
-    """A point, or the centre of a box."""
-    if said is None:
+def _point(name: ActionName, argument: str, value: str | None, scale: _Scale) -> Point | None:
+    """Parse a point, or a box, of which the center is returned."""
+    if value is None:
         return None
-    numbers = _TAGS.sub(" ", said).translate(_BRACKETS).split()
+    numbers = _TAGS.sub(" ", value).translate(_BRACKETS).split()
     if len(numbers) not in {2, 4} or not all(map(_NUMBER.fullmatch, numbers)):
-        raise Unreadable(f"The {argument} of {name} is neither a point nor a box: {brief(said)}.")
+        raise ParseError(f"The {argument} of {name} is neither a point nor a box: {shortened(value)}.")
     corners = [float(number) for number in numbers]
-    return picture.point((corners[0] + corners[-2]) / 2, (corners[1] + corners[-1]) / 2)
+    return scale.point((corners[0] + corners[-2]) / 2, (corners[1] + corners[-1]) / 2)
 
 
-def _key(said: str | None) -> str | None:
-    if said is not None and not said.strip():
-        raise Unreadable(f"{ActionName.HOTKEY} has no key.")
-    return said
+def _key(value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise ParseError(f"The key of {ActionName.HOTKEY} is empty.")
+    return value
 
 
-def _text(said: str | None) -> str | None:
-    r"""Without the escapes that the model is told to use, and \\; other backslashes stay: C:\temp has no tab in it."""
-    return None if said is None else _ESCAPE.sub(lambda escape: escape[1].replace("n", "\n"), said)
+def _unescaped(value: str | None) -> str | None:
+    r"""Resolve the escapes that the model is prompted to use, and \\. Other backslashes stay: C:\temp has no tab."""
+    return None if value is None else _ESCAPE.sub(lambda escape: escape[1].replace("n", "\n"), value)
 
 
-def _direction(said: str | None) -> str | None:
-    direction = None if said is None else said.strip().lower()
+def _direction(value: str | None) -> str | None:
+    direction = None if value is None else value.strip().lower()
     if direction is not None and direction not in _DIRECTIONS:
-        raise Unreadable(f"The direction of {ActionName.SCROLL} is not known: {brief(direction)}.")
+        raise ParseError(f"Unknown direction of {ActionName.SCROLL}: {shortened(direction)}.")
     return direction

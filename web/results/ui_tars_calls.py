@@ -1,7 +1,7 @@
-"""Calls in the text of a UI-TARS model: where they are, their arguments, and what was thought before them.
+"""Find the calls in the output of a UI-TARS model, with their arguments and the thoughts before them.
 
-The text is a model's, so anything may be in it. It is read from front to back in time linear in its length: patterns
-take what they can and give nothing back, and none is tried twice over the same stretch but for a few times.
+A model can write anything, so parsing takes time linear in the length of the text: patterns use possessive quantifiers,
+which do not backtrack, and each part of the text is matched only a few times.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 
 class ActionName(StrEnum):
-    """What can be done, in the model's words."""
+    """The actions of UI-TARS, under the names that the model uses."""
 
     CLICK = "click"
     LEFT_DOUBLE = "left_double"
@@ -24,19 +24,19 @@ class ActionName(StrEnum):
     TYPE = "type"
     SCROLL = "scroll"
     WAIT = "wait"
-    """Some seconds, and then another look."""
+    """Wait a few seconds and take a new screenshot."""
     FINISHED = "finished"
     CALL_USER = "call_user"
     """The task cannot be solved without the user."""
 
 
-class Unreadable(Exception):
-    """This is no answer of UI-TARS; the message says why, in one line."""
+class ParseError(Exception):
+    """The text has no actions of UI-TARS; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call as it stands in the text, its arguments by their first names and still escaped."""
+    """A call in the text. Its arguments have their canonical names (see `_ALIASES`), and are still escaped."""
 
     name: ActionName
     arguments: Mapping[str, str]
@@ -54,113 +54,126 @@ _ALIASES: Final[Mapping[str, str]] = {
 _ARGUMENTS: Final = ("direction", *_ALIASES, *_ALIASES.values())
 
 _NAME: Final = r"[A-Za-z_][A-Za-z0-9_]*+"
-_COLON: Final = r"[ \t]*+[:\uff1a]"  # the second is the one of Chinese keyboards
+_COLON: Final = r"[ \t]*+[:\uff1a]"  # U+FF1A is the full-width colon of Chinese input methods
 _CALL: Final = rf"(?P<name>{_NAME})\("
-_MARK: Final = rf"Action{_COLON}\s*+"
-_ON_A_LINE: Final = re.compile(rf"^[ \t]*+{_MARK}{_CALL}", re.MULTILINE)
-_ANYWHERE: Final = re.compile(rf"\b{_MARK}{_CALL}")
-_AT_ONCE: Final = re.compile(rf"\s*+(?P<name>{'|'.join(ActionName)})\(")
-_UNKNOWN_AT_ONCE: Final = re.compile(rf"\s*+{_CALL}")
-_ANOTHER: Final = re.compile(rf"[\s;]*+(?:{_MARK})?{_CALL}")
-_SAID: Final = re.compile(rf"^[ \t]*+Thought{_COLON}|\bAction_Summary{_COLON}", re.MULTILINE)
+_ACTION_LABEL: Final = rf"Action{_COLON}\s*+"
+_CALL_ON_LINE: Final = re.compile(rf"^[ \t]*+{_ACTION_LABEL}{_CALL}", re.MULTILINE)
+_CALL_ANYWHERE: Final = re.compile(rf"\b{_ACTION_LABEL}{_CALL}")
+_CALL_AT_START: Final = re.compile(rf"\s*+(?P<name>{'|'.join(ActionName)})\(")
+_UNKNOWN_CALL_AT_START: Final = re.compile(rf"\s*+{_CALL}")
+_NEXT_CALL: Final = re.compile(rf"[\s;]*+(?:{_ACTION_LABEL})?{_CALL}")
+_THOUGHT: Final = re.compile(rf"^[ \t]*+Thought{_COLON}|\bAction_Summary{_COLON}", re.MULTILINE)
 _REFLECTION: Final = re.compile(rf"^[ \t]*+Reflection{_COLON}", re.MULTILINE)
 
 _ARGUMENT: Final = re.compile(rf"[\s,]*+(?P<name>{_NAME})\s*+=\s*+")
 _CLOSE: Final = re.compile(r"[\s,]*+\)")
 _UNQUOTED: Final = re.compile(r"[(\[][^()\[\]'\"]*+[)\]]|[^\s,()\[\]'\"]++")
 _QUOTE_OR_ESCAPE: Final = {quote: re.compile(rf"\\.|{quote}", re.DOTALL) for quote in "'\""}
-_GOES_ON: Final = rf"\s*+,\s*+(?:{'|'.join(_ARGUMENTS)})\s*+="  # any name would do for code that is typed
-_ENDS: Final = rf"{_CLOSE.pattern}(?=[^\S\n]*+(?:[\n;<]|\Z|{_MARK}|{_NAME}\())"
-_AFTER_A_STRING: Final = re.compile(f"{_GOES_ON}|{_ENDS}")
+_NEXT_ARGUMENT: Final = rf"\s*+,\s*+(?:{'|'.join(_ARGUMENTS)})\s*+="  # known names only: typed code may have any
+_CALL_END: Final = rf"{_CLOSE.pattern}(?=[^\S\n]*+(?:[\n;<]|\Z|{_ACTION_LABEL}|{_NAME}\())"
+_AFTER_STRING: Final = re.compile(f"{_NEXT_ARGUMENT}|{_CALL_END}")
 
 
-def calls(text: str) -> Iterator[Call]:
-    """Calls in their order. A new "Action:" may follow with a thought of its own; other words after a call are none.
+def parse_calls(text: str) -> Iterator[Call]:
+    """Yield the calls of a text in order.
+
+    Further "Action:" lines may follow, each with a thought of its own. Other words after a call are ignored.
 
     Raises:
-        Unreadable: there is none, or one of them is not known or cannot be read.
+        ParseError: there is no call, or a call is unknown or malformed.
     """
-    section = _AT_ONCE.match(text) or _ON_A_LINE.search(text) or _ANYWHERE.search(text) or _UNKNOWN_AT_ONCE.match(text)
+    section = (
+        _CALL_AT_START.match(text)
+        or _CALL_ON_LINE.search(text)
+        or _CALL_ANYWHERE.search(text)
+        or _UNKNOWN_CALL_AT_START.match(text)
+    )
     if section is None:
-        raise Unreadable('There is no action in it: "Action:" and a call such as wait().')
-    thought = _thought(text[: section.start()], unnamed=True)
+        raise ParseError('The text has no action. An action is "Action:" and a call, for example wait().')
+    thought = _thought(text[: section.start()], allow_unlabeled=True)
     while section:
-        opened: re.Match[str] | None = section
-        while opened:
-            call, end = _call(opened, thought)
+        opening: re.Match[str] | None = section
+        while opening:
+            call, end = _call(opening, thought)
             yield call
-            opened = _ANOTHER.match(text, end)
-        section = _ON_A_LINE.search(text, end)
+            opening = _NEXT_CALL.match(text, end)
+        section = _CALL_ON_LINE.search(text, end)
         thought = (_thought(text[end : section.start()]) if section else None) or thought
 
 
-def _thought(before: str, *, unnamed: bool = False) -> str | None:
-    """What is said before an action: a thought or a summary, else a reflection, else, if `unnamed` will do, all."""
-    said = _SAID.search(before) or _REFLECTION.search(before)
-    if said is None:
-        return (before.strip() or None) if unnamed else None
-    return before[said.end() :].strip() or None
+def _thought(before: str, *, allow_unlabeled: bool = False) -> str | None:
+    """Return the thought or summary in the text before an action, otherwise the reflection.
+
+    Args:
+        allow_unlabeled: if the text has none of these labels, return all of it.
+    """
+    label = _THOUGHT.search(before) or _REFLECTION.search(before)
+    if label is None:
+        return (before.strip() or None) if allow_unlabeled else None
+    return before[label.end() :].strip() or None
 
 
-def _call(opened: re.Match[str], thought: str | None) -> tuple[Call, int]:
-    """The call that is opened there, and where it ends."""
-    text, at, name = opened.string, opened.end(), _known(opened["name"])
+def _call(opening: re.Match[str], thought: str | None) -> tuple[Call, int]:
+    """Parse the call that begins with `opening`; return it and its end position."""
+    text, position, name = opening.string, opening.end(), _action_name(opening["name"])
     arguments: dict[str, str] = {}
-    while not (closed := _CLOSE.match(text, at)):
-        argument = _ARGUMENT.match(text, at)
+    while not (closing := _CLOSE.match(text, position)):
+        argument = _ARGUMENT.match(text, position)
         if argument is None:
-            raise Unreadable(f"The arguments of {name} cannot be read, or are cut off.")
-        value, at = _value(text, argument.end(), name)
+            raise ParseError(f"The arguments of {name} are malformed or incomplete.")
+        value, position = _value(text, argument.end(), name)
         arguments.setdefault(_ALIASES.get(argument["name"], argument["name"]), value)
-    return Call(name, arguments, thought, text[opened.start("name") : closed.end()]), closed.end()
+    return Call(name, arguments, thought, text[opening.start("name") : closing.end()]), closing.end()
 
 
-def _known(name: str) -> ActionName:
+def _action_name(name: str) -> ActionName:
     try:
         return ActionName(name)
     except ValueError:
-        raise Unreadable(f"There is no action of this name: {brief(name)}.") from None
+        raise ParseError(f"Unknown action {shortened(name)}.") from None
 
 
 def _value(text: str, start: int, name: ActionName) -> tuple[str, int]:
-    """The value that begins there, and where it ends. Numbers and single words are known without quotes too."""
+    """Parse the value at `start`; return it and its end position. Numbers, points and single words need no quotes."""
     quote = text[start : start + 1]
     if quote in _QUOTE_OR_ESCAPE:
         end = _end_of_string(text, start + 1, quote)
         if end is None:
-            raise Unreadable(f"A string in {name} has no end, or the call is cut off.")
+            raise ParseError(f"A string in {name} is not closed.")
         return text[start + 1 : end], end + 1
     unquoted = _UNQUOTED.match(text, start)
     if unquoted is None:
-        raise Unreadable(f"The arguments of {name} cannot be read, or are cut off.")
+        raise ParseError(f"The arguments of {name} are malformed or incomplete.")
     return unquoted[0], unquoted.end()
 
 
 def _end_of_string(text: str, start: int, quote: str) -> int | None:
-    """Where the closing quote is. Models forget to escape, so it is the first after which the call goes on or ends.
+    """Return the position of the closing quote.
 
-    A call ends where its line does, or where another follows. A quote before any other parenthesis counts when its
-    line has none better. (No call follows on that line then, so that no line is looked through twice.)
+    Models forget to escape quotes. Therefore the first quote is taken after which another argument or the end of the
+    call follows; a call ends at the end of a line, or where another call follows. If there is none, the first quote
+    before any other closing parenthesis is taken, unless its line has a better one. No call follows on that line then,
+    so no line is searched twice.
     """
-    second_best, last = None, len(text)
-    for found in _QUOTE_OR_ESCAPE[quote].finditer(text, start):
-        at = found.start()
-        if at > last:
+    fallback, limit = None, len(text)
+    for match in _QUOTE_OR_ESCAPE[quote].finditer(text, start):
+        position = match.start()
+        if position > limit:
             break
-        if found[0] != quote:
+        if match[0] != quote:
             continue
-        if _AFTER_A_STRING.match(text, at + 1):
-            return at
-        if second_best is None and _CLOSE.match(text, at + 1):
-            second_best, last = at, _end_of_line(text, at)
-    return second_best
+        if _AFTER_STRING.match(text, position + 1):
+            return position
+        if fallback is None and _CLOSE.match(text, position + 1):
+            fallback, limit = position, _end_of_line(text, position)
+    return fallback
 
 
-def _end_of_line(text: str, at: int) -> int:
-    end = text.find("\n", at)
+def _end_of_line(text: str, position: int) -> int:
+    end = text.find("\n", position)
     return len(text) if end < 0 else end
 
 
-def brief(said: str) -> str:
-    """Something the model wrote, for one line."""
-    return repr(said if len(said) <= 60 else f"{said[:60]}…")
+def shortened(text: str) -> str:
+    """Quote a text of the model for a one-line message; cut it after 60 characters."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")

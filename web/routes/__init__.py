@@ -1,0 +1,1 @@
+"""The endpoints, one Flask blueprint (`routes`) per module. Routes hold no logic of their own."""

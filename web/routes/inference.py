@@ -1,4 +1,4 @@
-"""`POST /inference`: prompt in, text out, on one connection. Behind it is a job like any other."""
+"""`POST /inference`: generate text and return it in the response. It creates a job like any other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
 from web.admission.submit import submit
 from web.http import openapi
-from web.http.disconnect import watching
+from web.http.disconnect import watch_disconnect
 from web.http.openapi import describe
 from web.http.problems import problem
 from web.http.request import idempotency_key, read_body
@@ -23,7 +23,7 @@ from web.schemas.jobs import InferenceView
 from web.schemas.requests import InferenceRequest
 from web.services import Services, services
 from web.streaming.formats import Format, negotiate
-from web.streaming.response import stream
+from web.streaming.response import stream_response
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -31,105 +31,115 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 routes = Blueprint("inference", __name__)
 
-_CALLERS_FAULT = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
+_CAUSED_BY_REQUEST = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
 
 
 @routes.post("/inference")
 @describe(
     "Generate text",
     body=InferenceRequest,
-    answers={200: InferenceView},
+    responses={200: InferenceView},
     streams=True,
     errors=(400, 406, 409, 410, 413, 415, 422, 504),
     parameters=(openapi.IDEMPOTENCY_KEY,),
 )
 def infer() -> Response:
-    """The answer, or with `"stream": true` a stream of events.
+    """Returns the generated text when it is complete, or a stream of events if `stream` is true.
 
-    A client that goes away cancels its job, but not when it sent an Idempotency-Key: sent again, the request gets the
-    same job, which ends by its deadline.
+    The `Accept` header selects the format of the stream: `text/event-stream` (default) or `application/x-ndjson`. The
+    `Location` header has the path of the job.
 
-    When this API process is stopped, nobody's job is cancelled: a stream ends with a hint where it goes on, and who
-    waits for a whole answer gets 503 `restarting`. `Location` names the job.
+    If the client disconnects, the job is cancelled. With an `Idempotency-Key` it is not: the same request sent again
+    returns the same job.
+
+    If the API process is restarted, jobs continue. A stream ends with a hint where to resume it, and a request that
+    waits for complete text gets status 503 with code `restarting`.
     """
-    wanted = read_body(InferenceRequest)
-    form = negotiate(request.accept_mimetypes) if wanted.stream else None
-    accepted = submit(wanted)
+    body = read_body(InferenceRequest)
+    form = negotiate(request.accept_mimetypes) if body.stream else None
+    accepted = submit(body)
     job = accepted.job
-    # Under an Idempotency-Key others may wait for the same job, now or later.
-    gone = _leave if idempotency_key() else _canceller(services(), job)
-    reply = _stream(job, form, gone) if form else _whole(job, wanted.prompt_field, gone)
-    reply.headers["Location"] = f"/v1/jobs/{job.id}"
+    # With an Idempotency-Key, other requests may be waiting for the same job, now or later.
+    on_disconnect = _keep_job if idempotency_key() else _job_canceller(services(), job)
+    response = _stream(job, form, on_disconnect) if form else _complete_text(job, body.prompt_field, on_disconnect)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not accepted.new:
-        reply.headers["Idempotency-Replayed"] = "true"
-    return reply
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
 
 
-def _whole(job: Job, prompt_field: str, gone: Callable[[], None]) -> Response:
-    parts = services()
-    with watching(request.environ, gone):
-        parts.follower.wait(job.id, None, linger_s=parts.settings.drain_s / 2)
-    ended = parts.jobs.get(job.id, job.owner)
+def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None]) -> Response:
+    app = services()
+    with watch_disconnect(request.environ, on_disconnect):
+        app.follower.wait(job.id, None, linger_s=app.settings.drain_s / 2)
+    ended = app.jobs.get(job.id, job.owner)
     if not ended.status.terminal:
-        return problem(Unavailable("This process ends; the job goes on at Location.", code="restarting", retry_after=1))
+        detail = "The API process is restarting. The job continues; its path is in the Location header."
+        return problem(Unavailable(detail, code="restarting", retry_after=1))
     if ended.status is not Status.SUCCEEDED:
-        raise failure(ended, prompt_field)
-    return Response(parts.views.answer(ended), content_type="application/json")
+        raise _failure(ended, prompt_field)
+    return Response(app.job_views.inference_json(ended), content_type="application/json")
 
 
-def _stream(job: Job, form: Format, gone: Callable[[], None]) -> Response:
-    parts = services()
-    return stream(
-        _watched(parts.follower.follow(job.id, 0), request.environ, gone),
+def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Response:
+    app = services()
+    return stream_response(
+        _watched(app.follower.follow(job.id, 0), request.environ, on_disconnect),
         form,
         job.id,
-        lambda: parts.views.full(parts.jobs.get(job.id, job.owner)),
-        parts.metrics,
+        lambda: app.job_views.job_json(app.jobs.get(job.id, job.owner)),
+        app.metrics,
     )
 
 
 def _watched(
-    events: Generator[list[Event]], environ: WSGIEnvironment, gone: Callable[[], None]
+    events: Generator[list[Event]], environ: WSGIEnvironment, on_disconnect: Callable[[], None]
 ) -> Generator[list[Event]]:
-    with closing(events), watching(environ, gone):
+    """Pass events on; call `on_disconnect` if the client disconnects before the last one."""
+    with closing(events), watch_disconnect(environ, on_disconnect):
         for ready in events:
             ended = bool(ready) and ready[-1].kind is EventKind.DONE
             try:
                 yield ready
             except GeneratorExit:
-                if not ended:  # it could not be sent, which the watch may miss
-                    gone()
+                if not ended:  # sending failed; `watch_disconnect` may not have noticed yet
+                    on_disconnect()
                 raise
 
 
-def _leave() -> None:
-    """Let the job go on without its client."""
+def _keep_job() -> None:
+    """Let the job continue without its client."""
 
 
-def _canceller(parts: Services, job: Job) -> Callable[[], None]:
-    told = False
+def _job_canceller(app: Services, job: Job) -> Callable[[], None]:
+    """Return a function that cancels the job the first time it is called."""
+    called = False
 
     def cancel() -> None:
-        nonlocal told
-        if told or parts.hub.closing:  # then it is not the client who ends the connection
+        nonlocal called
+        if called or app.hub.closing:  # while the process shuts down, connections are not closed by clients
             return
-        told = True
+        called = True
         try:
-            parts.jobs.stop(job.id, job.owner)
-            log.info("job_cancelled_without_client", extra={"job_id": job.id})
+            app.jobs.stop(job.id, job.owner)
+            log.info("job_cancelled_on_disconnect", extra={"job_id": job.id})
         except (MlxqError, redis.RedisError) as error:
-            log.info("job_not_cancelled", extra={"job_id": job.id, "reason": str(error)})
+            log.info("job_cancel_failed", extra={"job_id": job.id, "reason": str(error)})
 
     return cancel
 
 
-def failure(job: Job, prompt_field: str) -> MlxqError:
-    """The error that tells why a job gave no answer; its prompt came in `prompt_field`."""
+def _failure(job: Job, prompt_field: str) -> MlxqError:
+    """Return the error for a job that ended without success.
+
+    Args:
+        prompt_field: name of the request field with the prompt.
+    """
     code, message = job.error_code, job.error_message or "The job failed."
     if job.status is Status.CANCELLED:
         return Conflict("The job was cancelled.", code="job_cancelled")
     if job.status is Status.EXPIRED:
-        return Expired(job.error_message or "The job did not end within its time.", code=code)
-    if code in _CALLERS_FAULT:
+        return Expired(job.error_message or "The job did not end within its deadline.", code=code)
+    if code in _CAUSED_BY_REQUEST:
         return Invalid(message, code=code, field=prompt_field)
     return Internal(message, code=code)

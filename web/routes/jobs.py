@@ -1,4 +1,4 @@
-"""`/v1/jobs`: submit, look, list, cancel, forget, stream."""
+"""`/v1/jobs`: submit jobs; read, stream, list, cancel and delete them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from web.access.auth import caller
 from web.admission.submit import submit
 from web.http import openapi
 from web.http.openapi import describe
-from web.http.request import preferred_wait_s, read_body, wait_s, whole_number
-from web.results.job_views import urls
+from web.http.request import parse_integer, preferred_wait_s, read_body, wait_s
 from web.schemas.jobs import JobList, JobView
 from web.schemas.requests import JobRequest
 from web.services import services
 from web.streaming.formats import EventStream, Format, negotiate
-from web.streaming.response import come_again, stream
+from web.streaming.response import reconnect_response, stream_response
 
 log = logging.getLogger(__name__)
 
 routes = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 
-_PAGE = 20
-_LARGEST_PAGE = 100
+_DEFAULT_LIMIT = 20
+_MAX_LIMIT = 100
 _LAST_EVENT_ID = "Last-Event-ID"
 
 
@@ -36,66 +35,74 @@ _LAST_EVENT_ID = "Last-Event-ID"
 @describe(
     "Submit a job",
     body=JobRequest,
-    answers={202: JobView, 200: JobView},
+    responses={202: JobView, 200: JobView},
     errors=(400, 409, 413, 415, 422),
     parameters=(openapi.IDEMPOTENCY_KEY, openapi.PREFER),
 )
 def submit_job() -> Response:
-    """Accepted means durable: the job survives everything but its deadline.
+    """An accepted job is durable: it survives restarts and crashes of every process of the service.
 
-    202 while it is under way, 200 when it ended within `Prefer: wait`.
+    The status is 202 while the job is queued or running, and 200 if it has ended, for example within `Prefer: wait=N`.
+    The `Location` header has the path of the job.
 
-    Repeated with the same Idempotency-Key, it gives the first job again, however that went, with the header
-    `Idempotency-Replayed: true`. Another request under the key is refused with 422, `idempotency_key_reused`. Requests
-    are the same when they ask for the same: spaces, the order of names and the API's own defaults that are spelt out do
-    not count; what the settings decide (model, max_tokens, temperature, times) does when it is spelt out. Images are
-    the same when their bytes are, however they are sent; at http(s) URLs when the URLs are, and those are read once.
-    The key is the API key's own; it is kept until the job is deleted or its retention is over.
+    **Idempotency.** If the same request is sent again with the same `Idempotency-Key`, the response is the existing
+    job, whatever its status, with the header `Idempotency-Replayed: true`. A different request with the same key gets
+    422 with code `idempotency_key_reused`. Keys are separate for each API key. They are valid until the job is deleted
+    or its retention ends.
+
+    Two requests are the same if their route and the values of all fields are the same. The formatting of the JSON, the
+    order of names, and default values that are fixed by this API make no difference. Values whose default depends on
+    the model or the service (`model`, `max_tokens`, `temperature`, time limits) do, even if they equal that
+    default. Images are compared by their content, and images at http(s) URLs, which are read only once, by their URL.
     """
     accepted = submit(read_body(JobRequest))
-    job, patience_s = accepted.job, preferred_wait_s(services().settings.max_wait_s)
-    if patience_s:
-        answer = _answer_job(_wait(job, patience_s))
+    job, max_wait_s = accepted.job, preferred_wait_s(services().settings.max_wait_s)
+    if max_wait_s:
+        response = _job_response(_wait(job, max_wait_s))
+        response.headers["Preference-Applied"] = f"wait={max_wait_s:g}"
     else:
-        answer = _json(services().views.accepted(accepted), 200 if job.status.terminal else 202)
-    answer.headers["Location"] = f"/v1/jobs/{job.id}"
-    if patience_s:
-        answer.headers["Preference-Applied"] = f"wait={patience_s:g}"
+        response = _json(services().job_views.accepted_json(accepted), 200 if job.status.terminal else 202)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not accepted.new:
-        answer.headers["Idempotency-Replayed"] = "true"
-    return answer
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
 
 
 @routes.get("/<job_id>")
-@describe("Get a job", answers={200: JobView}, errors=(404, 422), parameters=(openapi.WAIT,))
+@describe("Get a job", responses={200: JobView}, errors=(404, 422), parameters=(openapi.WAIT,))
 def get_job(job_id: str) -> Response:
-    """With `wait`, answer when the job has ended or the time is over."""
+    """The job with its text so far. With `wait`, the response comes when the job has ended or the time is over."""
     job = services().jobs.get(job_id, caller().id)
-    return _json(services().views.full(_wait(job, wait_s(services().settings.max_wait_s))))
+    ended = _wait(job, wait_s(services().settings.max_wait_s))
+    return _json(services().job_views.job_json(ended))
 
 
 @routes.get("")
-@describe("List jobs", answers={200: JobList}, errors=(422,), parameters=(openapi.LIMIT, openapi.BEFORE))
+@describe("List jobs", responses={200: JobList}, errors=(422,), parameters=(openapi.LIMIT, openapi.BEFORE))
 def list_jobs() -> Response:
-    """The caller's own, newest first."""
-    limit = whole_number("limit", request.args.get("limit", str(_PAGE)), 1, _LARGEST_PAGE)
+    """The jobs of the API key, newest first. To get the next page, pass `next` as `before`."""
+    limit = parse_integer("limit", request.args.get("limit", str(_DEFAULT_LIMIT)), 1, _MAX_LIMIT)
     jobs = services().jobs.recent(caller().id, limit=limit, before=_before())
-    following = repr(jobs[-1].created_at) if len(jobs) == limit else None
-    return _json(JobList(data=services().views.brief(jobs), next=following).model_dump_json())
+    next_page = repr(jobs[-1].created_at) if len(jobs) == limit else None
+    return _json(JobList(data=services().job_views.list_items(jobs), next=next_page).model_dump_json())
 
 
 @routes.post("/<job_id>/cancel")
-@describe("Cancel a job", answers={200: JobView, 202: JobView}, errors=(404, 409, 422), parameters=(openapi.WAIT,))
+@describe("Cancel a job", responses={200: JobView, 202: JobView}, errors=(404, 409, 422), parameters=(openapi.WAIT,))
 def cancel_job(job_id: str) -> Response:
-    """200 once it is over; 202 while its worker is being told. `wait` waits for that."""
-    patience_s = wait_s(services().settings.max_wait_s)
-    return _answer_job(_wait(services().jobs.stop(job_id, caller().id), patience_s))
+    """The status is 200 if the job has been cancelled, and 202 if it is running and will be cancelled shortly.
+
+    With `wait`, the response comes when the job has ended or the time is over. Cancelling a job that has ended in
+    another way is refused with 409.
+    """
+    max_wait_s = wait_s(services().settings.max_wait_s)
+    return _job_response(_wait(services().jobs.stop(job_id, caller().id), max_wait_s))
 
 
 @routes.delete("/<job_id>")
-@describe("Delete a job", answers={204: None}, errors=(404, 409))
+@describe("Delete a job", responses={204: None}, errors=(404, 409))
 def delete_job(job_id: str) -> Response:
-    """Forget a job that has ended, with its log."""
+    """Deletes a job that has ended, with its text and events. A job that has not ended must be cancelled first."""
     services().jobs.forget(job_id, caller().id)
     return Response(status=204)
 
@@ -103,56 +110,62 @@ def delete_job(job_id: str) -> Response:
 @routes.get("/<job_id>/stream")
 @describe(
     "Stream a job",
-    answers={204: None},
+    responses={204: None},
     streams=True,
     errors=(404, 406, 410, 422),
     parameters=(openapi.LAST_EVENT_ID, openapi.STARTING_AFTER),
 )
 def stream_job(job_id: str) -> Response:
-    """The job's events from any cursor on, live until its end, as often and by as many readers as wanted.
+    """The events of the job: first those that exist, then new ones as they occur, until the job ends.
 
-    204 when nothing follows any more, which tells a browser's EventSource not to reconnect. 410 when the events after
-    the cursor are not kept any more (`log_expired`), or not all (`log_trimmed`): an ended job still has its text.
+    The `Accept` header selects the format: `text/event-stream` (default) or `application/x-ndjson`. Any number of
+    clients can read a stream, and each can resume it after any event with `Last-Event-ID` or `starting_after`.
 
-    While the queue cannot be reached, an EventSource that reconnects gets an empty stream instead of 503: it would take
-    that as final.
+    The status is 204 if no events will follow; a browser's EventSource then stops reconnecting. It is 410 if the events
+    after the cursor are no longer stored (`log_expired`) or are incomplete (`log_trimmed`). The job still has its text.
+
+    While the queue is unavailable, an EventSource that reconnects gets a stream without events, because it would not
+    reconnect after an error. Other clients get 503.
     """
     form = negotiate(request.accept_mimetypes)
     cursor = _cursor()
     try:
         return _stream(job_id, form, cursor)
     except redis.RedisError as error:
-        if passes(error) and _reconnects(form):
+        if passes(error) and _is_reconnecting_event_source(form):
             log.warning("stream_postponed", extra={"job_id": job_id, "reason": str(error)})
-            return come_again(form, urls(quote(job_id)).stream)  # whose job it is, nobody knows now
+            return reconnect_response(form, quote(job_id))  # the id is unverified: it could break the stream's format
         raise
 
 
 def _stream(job_id: str, form: Format, cursor: int) -> Response:
-    jobs, views, owner = services().jobs, services().views, caller().id
+    jobs, views, owner = services().jobs, services().job_views, caller().id
     job = jobs.get(job_id, owner)
     if job.status.terminal and cursor >= job.last_event:
         return Response(status=204)
-    return stream(
+    return stream_response(
         services().follower.follow(job_id, cursor),
         form,
         job_id,
-        lambda: views.full(jobs.get(job_id, owner)),
+        lambda: views.job_json(jobs.get(job_id, owner)),
         services().metrics,
     )
 
 
-def _reconnects(form: Format) -> bool:
-    """Whether this may be a browser's EventSource that had events before."""
+def _is_reconnecting_event_source(form: Format) -> bool:
+    """Whether the client may be a browser's EventSource that has received events before."""
     return isinstance(form, EventStream) and bool(request.headers.get(_LAST_EVENT_ID))
 
 
 def _cursor() -> int:
-    """Last-Event-ID wins: a browser that reconnects sends it to the address it first opened."""
+    """Return the number of the last event received.
+
+    Last-Event-ID takes precedence: an EventSource that reconnects sends it along with the original query parameters.
+    """
     last = request.headers.get(_LAST_EVENT_ID)
     if last:
-        return whole_number(_LAST_EVENT_ID, last)
-    return whole_number("starting_after", request.args.get("starting_after", "0"))
+        return parse_integer(_LAST_EVENT_ID, last)
+    return parse_integer("starting_after", request.args.get("starting_after", "0"))
 
 
 def _before() -> float | None:
@@ -160,25 +173,25 @@ def _before() -> float | None:
     if text is None:
         return None
     try:
-        moment = float(text)
+        created_at = float(text)
     except ValueError:
-        moment = -1.0
-    if not 0 <= moment < 1e11:
-        raise Invalid("Give the `next` of the page before.", field="before")
-    return moment
+        created_at = -1.0
+    if not 0 <= created_at < 1e11:
+        raise Invalid("before must be the value of next from the previous page.", field="before")
+    return created_at
 
 
-def _wait(job: Job, patience_s: float) -> Job:
-    """The job, as it is when it has ended or patience is over."""
-    if job.status.terminal or not patience_s:
+def _wait(job: Job, max_wait_s: float) -> Job:
+    """Wait for a job to end; return its latest state."""
+    if job.status.terminal or not max_wait_s:
         return job
-    services().follower.wait(job.id, patience_s)
+    services().follower.wait(job.id, max_wait_s)
     return services().jobs.get(job.id, job.owner)
 
 
-def _answer_job(job: Job) -> Response:
-    return _json(services().views.full(job), 200 if job.status.terminal else 202)
+def _job_response(job: Job) -> Response:
+    return _json(services().job_views.job_json(job), 200 if job.status.terminal else 202)
 
 
-def _json(view: str, status: int = 200) -> Response:
-    return Response(view, status, content_type="application/json")
+def _json(body: str, status: int = 200) -> Response:
+    return Response(body, status, content_type="application/json")

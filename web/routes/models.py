@@ -1,4 +1,4 @@
-"""`/inference/models`: what requests may name, and who has it; `load_model`, `unload_model` and their operations."""
+"""`/inference/models`, `/inference/load_model`, `/inference/unload_model` and `/inference/operations`."""
 
 from __future__ import annotations
 
@@ -32,83 +32,85 @@ routes = Blueprint("models", __name__)
 
 _BEST_FIRST: Final[tuple[ModelState, ...]] = ("warm", "loading", "draining")
 _STATES: Final[Mapping[str, ModelState]] = {"ready": "warm", "draining": "draining"}
-"""A worker's state as its model's. One that only a newer worker knows counts as `loading`: it may take no jobs."""
+"""Model states by worker state. Other states, including those of newer versions, count as `loading`: the worker takes
+no jobs."""
 
 
 @routes.route("/inference/models", methods=["GET", "POST"])
-@describe("List models", answers={200: ModelList})
+@describe("List models", responses={200: ModelList})
 def list_models() -> Response:
-    """All that requests may name: those of the catalog, and those that workers have or jobs wait for.
+    """The models of the catalog, and those that workers have or jobs wait for. The default model comes first.
 
-    POST does the same, without reading a body: some platforms' clients ask that way. What is wrong with the catalog is
-    told to keys with the scope `admin`.
+    POST is the same as GET and ignores the body, for clients that can only send POST. Invalid entries of the catalog
+    are reported only to API keys with the scope `admin`.
     """
-    # They name paths of this machine.
+    # They contain paths of this machine.
     faults = services().catalog.faults if "admin" in caller().scopes else ()
-    return _json(ModelList(data=views(), faults=list(faults)))
+    return _json(ModelList(data=model_views(), faults=list(faults)))
 
 
 @routes.post("/inference/load_model")
-@describe("Load a model", body=LoadRequest, answers={202: OperationView}, errors=(400, 404, 413, 415, 422))
+@describe("Load a model", body=LoadRequest, responses={202: OperationView}, errors=(400, 404, 413, 415, 422))
 def load_model() -> Response:
-    """Needs the scope `admin`.
+    """Needs the scope `admin`. Starts loading and returns an operation; its path is in the `Location` header.
 
-    Loads beside what is warm, as far as the memory goes; else the least recently used models that are not pinned drain
-    and go first. `Location` is the operation; a load that fails leaves, or puts back, what was there.
+    If the worker has too little free memory, it first unloads the least recently used models that are not pinned, after
+    their running jobs have had time to end. If loading fails, the previous models stay loaded or are loaded again.
     """
     require_scope("admin")
-    wanted = read_body(LoadRequest)
-    return _accepted(
-        services().model_manager.load(wanted.model, wanted.worker, replace=wanted.mode == "replace", pin=wanted.pin)
-    )
+    body = read_body(LoadRequest)
+    operation = services().model_manager.load(body.model, body.worker, replace=body.mode == "replace", pin=body.pin)
+    return _accepted(operation)
 
 
 @routes.post("/inference/unload_model")
-@describe("Unload a model", body=UnloadRequest, answers={202: OperationView}, errors=(400, 404, 413, 415, 422))
+@describe("Unload a model", body=UnloadRequest, responses={202: OperationView}, errors=(400, 404, 413, 415, 422))
 def unload_model() -> Response:
-    """Needs the scope `admin`. What runs is given the time of a shutdown, then it waits for the model again."""
+    """Needs the scope `admin`. Starts unloading and returns an operation; its path is in the `Location` header.
+
+    Running jobs have as long to end as at a shutdown. Then they return to the queue and wait for the model.
+    """
     require_scope("admin")
-    wanted = read_body(UnloadRequest)
-    return _accepted(services().model_manager.unload(wanted.model, wanted.worker))
+    body = read_body(UnloadRequest)
+    return _accepted(services().model_manager.unload(body.model, body.worker))
 
 
 @routes.get("/inference/operations")
-@describe("List operations", answers={200: OperationList})
+@describe("List operations", responses={200: OperationList})
 def list_operations() -> Response:
-    """Those of the last day, the newest first. Needs the scope `admin`."""
+    """Needs the scope `admin`. The operations of the last 24 hours, newest first."""
     require_scope("admin")
-    return _json(OperationList(data=[_operation(each) for each in services().model_manager.recent()]))
+    return _json(OperationList(data=[_operation_view(each) for each in services().model_manager.recent()]))
 
 
 @routes.get("/inference/operations/<operation_id>")
-@describe("Get an operation", answers={200: OperationView}, errors=(404,))
+@describe("Get an operation", responses={200: OperationView}, errors=(404,))
 def get_operation(operation_id: str) -> Response:
-    """How a loading or unloading goes, or went. Needs the scope `admin`."""
+    """Needs the scope `admin`. The state of the loading or unloading of a model."""
     require_scope("admin")
-    return _json(_operation(services().model_manager.get(operation_id)))
+    return _json(_operation_view(services().model_manager.get(operation_id)))
 
 
-def views() -> list[ModelView]:
-    """Every model, the default one first."""
-    parts = services()
-    # As it is now: whoever has just seen a loading succeed must not be told that the model is cold.
-    snapshot, catalog = parts.cluster.now(max_age_s=0), parts.catalog
+def model_views() -> list[ModelView]:
+    """Return all models, the default one first."""
+    app = services()
+    # The latest state: a client that has just seen a load succeed must not read that the model is cold.
+    snapshot, catalog = app.cluster.snapshot(max_age_s=0), app.catalog
     names = sorted({*snapshot.models, *catalog.models}, key=lambda name: (name != catalog.default, name))
     return [
-        _view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
-        for name, waiting in zip(names, parts.registry.waiting_each(names), strict=True)
-        if waiting or name in catalog.models or snapshot.has(name)  # others were served once
+        _model_view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
+        for name, waiting in zip(names, app.registry.waiting_each(names), strict=True)
+        if waiting or name in catalog.models or snapshot.has(name)  # others were only served in the past
     ]
 
 
-def _view(
+def _model_view(
     name: str, snapshot: ClusterSnapshot, entry: CatalogModel | None, *, default: bool, waiting: int
 ) -> ModelView:
     card = snapshot.models.get(name)
     workers = [worker for worker in snapshot.workers if worker.model == name]
-    otherwise: ModelState = "cold" if entry else "absent"
+    unloaded: ModelState = "cold" if entry else "absent"
     states = {_state(worker) for worker in workers}
-    best = next((state for state in _BEST_FIRST if state in states), otherwise)
     kind = card.kind if card else entry.told_kind if entry else None
     return ModelView(
         id=name,
@@ -116,13 +118,13 @@ def _view(
         kind=kind,
         context=card.context if card else entry.most_tokens if entry else None,
         default=default,
-        state=best,
-        workers=[_worker(worker) for worker in workers],
+        state=next((state for state in _BEST_FIRST if state in states), unloaded),
+        workers=[_worker_view(worker) for worker in workers],
         slots=sum(worker.slots for worker in workers),
         slots_used=sum(worker.slots_used for worker in workers),
         waiting=waiting,
-        memory_bytes=round(_most(workers, "model_bytes")) or (entry.weights_bytes if entry else 0) or None,
-        load_s=round(_most(workers, "load_s"), 3) or None,
+        memory_bytes=round(_max_stat(workers, "model_bytes")) or (entry.weights_bytes if entry else 0) or None,
+        load_s=round(_max_stat(workers, "load_s"), 3) or None,
         tokens_per_s=round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1),
     )
 
@@ -131,7 +133,7 @@ def _state(worker: WorkerInfo) -> ModelState:
     return _STATES.get(worker.state, "loading")
 
 
-def _worker(worker: WorkerInfo) -> ModelWorkerView:
+def _worker_view(worker: WorkerInfo) -> ModelWorkerView:
     stats = worker.stats
     return ModelWorkerView(
         worker=worker.node,
@@ -146,11 +148,11 @@ def _worker(worker: WorkerInfo) -> ModelWorkerView:
     )
 
 
-def _most(workers: Sequence[WorkerInfo], name: str) -> float:
+def _max_stat(workers: Sequence[WorkerInfo], name: str) -> float:
     return max((worker.stats.get(name, 0.0) for worker in workers), default=0.0)
 
 
-def _operation(operation: Operation) -> OperationView:
+def _operation_view(operation: Operation) -> OperationView:
     error = None
     if operation.error_code:
         error = OperationError(code=operation.error_code, message=operation.error_message or "")
@@ -171,9 +173,9 @@ def _operation(operation: Operation) -> OperationView:
 
 
 def _accepted(operation: Operation) -> Response:
-    answer = _json(_operation(operation), 202)
-    answer.headers["Location"] = f"/inference/operations/{operation.id}"
-    return answer
+    response = _json(_operation_view(operation), 202)
+    response.headers["Location"] = f"/inference/operations/{operation.id}"
+    return response
 
 
 def _json(view: BaseModel, status: int = 200) -> Response:

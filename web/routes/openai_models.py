@@ -1,11 +1,11 @@
-"""`/v1/models`: the models as OpenAI's clients list them, with what else there is to know of them."""
+"""`/v1/models`: the models in the format of the OpenAI API."""
 
 from __future__ import annotations
 
 from flask import Blueprint, Response
 
 from web.http.openapi import describe
-from web.routes.models import views
+from web.routes.models import model_views
 from web.schemas.models import ModelView, OpenAIModel, OpenAIModelList
 from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 from web.services import services
@@ -14,31 +14,34 @@ routes = Blueprint("openai_models", __name__)
 
 
 @routes.get("/v1/models")
-@describe("List models (OpenAI)", answers={200: OpenAIModelList})
+@describe("List models (OpenAI format)", responses={200: OpenAIModelList})
 def list_openai_models() -> Response:
-    """As `/inference/models`, in OpenAI's form."""
-    found = OpenAIModelList(data=[_model(view) for view in views()])
-    return Response(found.model_dump_json(), content_type="application/json")
+    """The models of `/inference/models` in OpenAI's format, with all fields of the original in addition."""
+    models = OpenAIModelList(data=[_openai_model(view) for view in model_views()])
+    return Response(models.model_dump_json(), content_type="application/json")
 
 
 @routes.get("/v1/models/<model_id>")
-@describe("Get a model (OpenAI)", answers={200: OpenAIModel, 404: OpenAIError})
+@describe("Get a model (OpenAI format)", responses={200: OpenAIModel, 404: OpenAIError})
 def get_openai_model(model_id: str) -> Response:
-    """By its id or an alias; that there is none is told in OpenAI's form."""
+    """The model with this id or alias. If there is none, the error is in OpenAI's format too."""
     entry = services().catalog.resolve(model_id)
     name = entry.id if entry else model_id
-    view = next((view for view in views() if view.id == name), None)
+    view = next((view for view in model_views() if view.id == name), None)
     if view is None:
-        details = OpenAIErrorDetails(
-            message=f"The model {model_id!r} does not exist",
-            type="invalid_request_error",
-            param="model",
-            code="model_not_found",
-        )
-        error = OpenAIError(error=details)
-        return Response(error.model_dump_json(), 404, content_type="application/json")
-    return Response(_model(view).model_dump_json(), content_type="application/json")
+        return _not_found(model_id)
+    return Response(_openai_model(view).model_dump_json(), content_type="application/json")
 
 
-def _model(view: ModelView) -> OpenAIModel:
+def _not_found(model_id: str) -> Response:
+    details = OpenAIErrorDetails(
+        message=f"The model {model_id!r} does not exist",
+        type="invalid_request_error",
+        param="model",
+        code="model_not_found",
+    )
+    return Response(OpenAIError(error=details).model_dump_json(), 404, content_type="application/json")
+
+
+def _openai_model(view: ModelView) -> OpenAIModel:
     return OpenAIModel(**view.model_dump(exclude={"object"}), created=0)

@@ -1,4 +1,4 @@
-"""`/openapi.json`, and `/docs`: a page that shows it, with all its assets from here."""
+"""`/openapi.json`, and `/docs`: Swagger UI, with all its assets served from here."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ _PAGE: Final = """<!doctype html>
 </body>
 </html>
 """
-_START: Final = """SwaggerUIBundle({
+_INITIALIZER: Final = """SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, persistAuthorization: true, tryItOutEnabled: true
 });
 """
-_POLICY: Final = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+_CONTENT_SECURITY_POLICY: Final = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 
 
 @routes.get("/openapi.json")
-@describe("This document", answers={200: "application/json"})
+@describe("Get the OpenAPI document", responses={200: "application/json"})
 def openapi() -> Response:
-    """OpenAPI 3.1, made from the models that validate requests."""
+    """OpenAPI 3.1, generated from the models that validate requests."""
     return Response(document(current_app), content_type="application/json")
 
 
 @routes.get("/docs")
-@describe("This document as a page", answers={200: "text/html"})
+@describe("Show the documentation in a browser", responses={200: "text/html"})
 def docs() -> Response:
-    """Swagger UI."""
-    return Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _POLICY})
+    """Swagger UI with this document."""
+    return Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
 
 
 @routes.get("/docs/start.js")
-@describe("The page's start", answers={200: "text/javascript"})
+@describe("Get the script that starts Swagger UI", responses={200: "text/javascript"})
 def docs_start() -> Response:
-    """A file of its own, so that the page's policy can forbid inline scripts."""
-    return Response(_START, mimetype="text/javascript")
+    """A separate file, because the page's Content-Security-Policy forbids inline scripts."""
+    return Response(_INITIALIZER, mimetype="text/javascript")
 
 
 @routes.get("/docs/<asset>")
-@describe("The page's assets", answers={200: "application/octet-stream"}, errors=(404,))
+@describe("Get a file of Swagger UI", responses={200: "application/octet-stream"}, errors=(404,))
 def docs_asset(asset: str) -> Response:
-    """A file of the Swagger UI distribution."""
+    """Scripts, styles and icons of the page."""
     return send_from_directory(str(files("flask_swagger_ui") / "dist"), asset, max_age=3600)

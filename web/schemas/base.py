@@ -1,4 +1,4 @@
-"""What all request and response models have in common."""
+"""Base classes of all request and response models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict
 
 
 class RequestModel(BaseModel):
-    """Strict: a number in quotes, NaN or a field nobody reads is a mistake worth telling."""
+    """Refuses unknown fields, numbers in quotes, NaN and infinity, instead of ignoring or converting them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class ResponseModel(BaseModel):
-    """Nothing is left out of a response: a field with a default is always written."""
+    """Every field is present in a response, so the schema marks fields with a default as required too."""
 
     model_config = ConfigDict(json_schema_mode="serialization", json_schema_serialization_defaults_required=True)  # type: ignore[typeddict-unknown-key]

@@ -1,59 +1,59 @@
-"""The state of the service."""
+"""Health of the service."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from web.schemas.base import ResponseModel
 
+HealthStatus = Literal["ok", "degraded", "down"]
+
 
 class WorkerMemory(ResponseModel):
-    """Bytes that MLX holds in a worker process."""
+    """MLX memory of a worker process, in bytes."""
 
-    active_bytes: int = Field(description="In use")
-    cache_bytes: int = Field(description="Kept for later use")
-    peak_bytes: int = Field(description="Most that was in use")
+    active_bytes: int = Field(description="Memory in use")
+    cache_bytes: int = Field(description="Free memory that MLX keeps for reuse")
+    peak_bytes: int = Field(description="Highest memory in use so far")
 
 
 class WorkerView(ResponseModel):
-    """A worker, as it announced itself and as it answered a ping."""
+    """A model on a worker process: what the worker reports, and how fast it answers a ping."""
 
-    id: str = Field(description="Of its lease; new each time that the model is loaded")
+    id: str = Field(description="Id of the worker's lease; changes each time the model is loaded")
     host: str
-    node: str = Field(description="Name of its process, as in `/metrics`, logs, Flower and `load_model`")
+    node: str = Field(description="Name of the process, as in `/metrics`, logs and Flower; `load_model` accepts it")
     model: str
-    state: str
-    heartbeat_age_s: float
-    response_s: float | None = Field(description="Of a Celery control ping; null when it did not answer")
-    slots: int
-    slots_used: int
+    state: str = Field(description="`loading`, `ready` or `draining`; only a ready worker takes jobs")
+    heartbeat_age_s: float = Field(description="Seconds since the last heartbeat")
+    response_s: float | None = Field(description="Seconds that a ping took; null if there was no reply")
+    slots: int = Field(description="Maximum jobs that run at the same time")
+    slots_used: int = Field(description="Jobs that are running")
     uptime_s: float
-    memory: WorkerMemory | None = Field(description="Of its process, as MLX counts; null before a model is loaded")
-    about: dict[str, Any]
+    memory: WorkerMemory | None = Field(description="Memory of the process; null before a model is loaded")
+    about: dict[str, Any] = Field(description="Facts that do not change: device, BLAS library, versions")
 
 
 class RedisView(ResponseModel):
-    """The queue's Redis."""
+    """The Redis server that holds the queue."""
 
     reachable: bool
-    response_s: float | None
+    response_s: float | None = Field(description="Seconds that a ping took")
 
 
 class HealthView(ResponseModel):
-    """How the service is. `down` means that no job can be run at present."""
+    """Health of the service."""
 
-    status: Literal["ok", "degraded", "down"]
-    reasons: list[str]
+    status: HealthStatus = Field(description="`degraded`: jobs run, but something is wrong; `down`: no job can run now")
+    reasons: list[str] = Field(description="Why the status is not `ok`, for people")
     redis: RedisView
     workers: list[WorkerView]
-    queues: dict[str, int] = Field(description="Jobs that wait, by model")
+    queues: dict[str, int] = Field(description="Number of waiting jobs, by model")
 
 
 class ProbeView(ResponseModel):
-    """The answer of a probe."""
+    """Result of a liveness or readiness probe."""
 
     status: Literal["ok", "unavailable"]

@@ -1,12 +1,10 @@
-"""Jobs and answers, as clients read them."""
+"""Jobs and generated text, as clients receive them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from shared.jobs.record import AttemptEnd, Status
 from web.schemas.base import ResponseModel
@@ -14,105 +12,113 @@ from web.schemas.requests import PriorityName
 
 
 class Alternative(ResponseModel):
-    """One of the likeliest tokens at a place of the text."""
+    """A likely token at a position of the text."""
 
     token: str
     logprob: float
 
 
 class TokenLogprob(ResponseModel):
-    """A token of the text with its log-probability, as the model gave it before sampling changed anything."""
+    """A generated token with its log-probability under the model's distribution, before temperature and penalties."""
 
-    token: str = Field(description="Its text; U+FFFD stands for bytes that are no whole character")
+    token: str = Field(description="Text of the token; U+FFFD stands for bytes that are not a complete character")
     logprob: float
-    bytes: list[int] | None = Field(None, description="Its bytes, where its text does not show them")
-    top: list[Alternative] = Field([], description="The likeliest tokens at its place, best first")
+    bytes: list[int] | None = Field(None, description="Bytes of the token, if its text does not determine them")
+    top: list[Alternative] = Field([], description="The most likely tokens at this position, best first")
 
 
-_LOGPROBS_ABOUT = "With `logprobs`, once the job has ended and while its log is kept; else null"
+_LOGPROBS_DESCRIPTION = (
+    "One entry per token, if the request set `logprobs`, the job has ended and its log is still stored; otherwise null"
+)
 
 
 class Output(ResponseModel):
-    """The text so far, or in all."""
+    """The text generated so far."""
 
     text: str
-    finish_reason: str | None = Field(description="`stop`, `length`, or null while it runs or when it was cut")
-    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_ABOUT)
+    finish_reason: str | None = Field(
+        description="`stop` or `length`; null while the job runs, or if it did not finish"
+    )
+    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_DESCRIPTION)
 
 
 class PointView(ResponseModel):
-    """A place in the last image of the request, in its own pixels."""
+    """A point in the last image of the request, in pixels of the image as it was sent, from the upper left."""
 
     x: float
     y: float
-    inside: bool = Field(description="Whether the image has such a place")
+    inside: bool = Field(description="Whether the point is inside the image")
 
 
 class ActionView(ResponseModel):
-    """One action of an answer of UI-TARS."""
+    """An action that a UI-TARS model requests. Fields that do not apply to the action are null."""
 
     action: Literal[
         "click", "left_double", "right_single", "drag", "hotkey", "type", "scroll", "wait", "finished", "call_user"
     ]
-    raw: str = Field(description="As the model wrote it")
-    thought: str | None
-    start: PointView | None = Field(description="Where; of a drag where from")
-    end: PointView | None = Field(description="Of a drag: where to")
-    key: str | None = Field(description="Of a hotkey: the keys, as `ctrl c`")
-    text: str | None = Field(description="What to type (a newline at its end submits it), or what `finished` says")
-    direction: Literal["up", "down", "left", "right"] | None
+    raw: str = Field(description="The call as the model wrote it")
+    thought: str | None = Field(description="The reasoning that the model wrote before the action")
+    start: PointView | None = Field(description="Where to act; for `drag`, where to start")
+    end: PointView | None = Field(description="Where `drag` ends")
+    key: str | None = Field(description="Keys of `hotkey`, for example `ctrl c`")
+    text: str | None = Field(
+        description="Text to `type`, where a newline at the end submits it; or the closing message of `finished`"
+    )
+    direction: Literal["up", "down", "left", "right"] | None = Field(description="Direction of `scroll`")
 
 
 class Parsed(ResponseModel):
-    """What `parse` found in an answer."""
+    """Structured data from the text, if the request set `parse`."""
 
-    actions: list[ActionView] | None = Field(None, description="With `parse`, once the job has ended; else null")
-    parse_error: str | None = Field(None, description="Why the text has no actions, or no more of them")
+    actions: list[ActionView] | None = Field(
+        None, description="Actions in the text, if the request set `parse` and the job has ended; otherwise null"
+    )
+    parse_error: str | None = Field(None, description="Why no actions could be read from the text")
 
 
 class Usage(ResponseModel):
-    """Tokens, once they are counted."""
+    """Token counts; null until they are known."""
 
     prompt_tokens: int | None
     completion_tokens: int | None
-    cached_tokens: int | None
+    cached_tokens: int | None = Field(description="Prompt tokens that the prefix cache supplied")
 
 
 class Timings(ResponseModel):
-    """Seconds; each is there once it is known."""
+    """Durations in seconds; null until they are known."""
 
-    queue_s: float | None = None
-    prefill_s: float | None = None
-    first_token_s: float | None = None
-    total_s: float | None = None
+    queue_s: float | None = Field(None, description="Waiting in the queue")
+    prefill_s: float | None = Field(None, description="Processing the prompt")
+    first_token_s: float | None = Field(None, description="From submission to the first token")
+    total_s: float | None = Field(None, description="From submission to the end")
 
 
 class JobError(ResponseModel):
     """Why a job failed or expired."""
 
     code: str = Field(
-        description="Stable. Of an expired job: `start_timeout` when it never started, `deadline_exceeded` when it was "
-        "cut off. Of a failed one: `worker_lost`, `context_length_exceeded`, `template_error`, `generation_error`, "
-        "`out_of_memory`, `engine_error`, `log_lost`, `image_lost`"
+        description="Stable code. Expired jobs: `start_timeout` (the job did not start in time), `deadline_exceeded` "
+        "(it started and did not finish in time). Failed jobs: `worker_lost`, `context_length_exceeded`, "
+        "`template_error`, `generation_error`, `out_of_memory`, `engine_error`, `log_lost`, `image_lost`"
     )
-    message: str
+    message: str = Field(description="The reason, for people")
 
 
 class AttemptView(ResponseModel):
-    """One worker's try at a job. Times are seconds since the epoch."""
+    """One attempt of a worker to run a job. Times are in seconds since the epoch."""
 
     attempt: int
-    worker: str = Field(description="Tells workers apart; not a name that leads anywhere")
+    worker: str = Field(description="Opaque id that distinguishes workers")
     started_at: float
-    ended_at: float | None = Field(description="Null while it is under way")
+    ended_at: float | None = Field(description="Null while the attempt runs")
     outcome: AttemptEnd | None = Field(
-        description="`worker_lost`: it was lost with its worker; `handed_back` by a worker that had to stop; `ended`: "
-        "the job ended with it; null while it is under way"
+        description="`ended`: the job ended; `worker_lost`: the worker died or became unreachable; `handed_back`: the "
+        "worker stopped and returned the job to the queue; null while the attempt runs"
     )
 
 
 class Urls(ResponseModel):
-    """Where to go on."""
+    """Paths of a job."""
 
     self: str
     stream: str
@@ -120,21 +126,21 @@ class Urls(ResponseModel):
 
 
 class JobView(Parsed):
-    """A job as its owner sees it. Times are seconds since the epoch."""
+    """A job. Times are in seconds since the epoch."""
 
     id: str
     object: Literal["job"] = "job"
     status: Status
     model: str
-    attempt: int = Field(description="How often a worker has begun it")
-    history: list[AttemptView] = Field(description="What became of its attempts; of more than 20, the newest")
+    attempt: int = Field(description="Number of the current or last attempt; 0 before the first")
+    history: list[AttemptView] = Field(description="The attempts, oldest first; at most the last 20")
     priority: PriorityName
     created_at: float
     started_at: float | None
     finished_at: float | None
-    queue_position: int | None = Field(description="1 is next; null when it does not wait")
-    estimated_start_s: float | None = Field(description="Seconds from now; null when that is not known")
-    output: Output | None = Field(description="The text so far, or in all; null in lists while the job runs")
+    queue_position: int | None = Field(description="1 is next; null if the job is not waiting")
+    estimated_start_s: float | None = Field(description="Estimated seconds until the job starts; null if unknown")
+    output: Output | None = Field(description="The text generated so far; null in lists until the job has ended")
     usage: Usage
     timings: Timings
     error: JobError | None
@@ -147,16 +153,16 @@ class JobList(ResponseModel):
 
     object: Literal["list"] = "list"
     data: list[JobView]
-    next: str | None = Field(description="Value of `before` for the next page; null on the last")
+    next: str | None = Field(description="Pass it as `before` to get the next page; null on the last page")
 
 
 class InferenceView(Parsed):
-    """An answer in one piece."""
+    """The result of a request to `/inference`."""
 
-    id: str
+    id: str = Field(description="Id of the job")
     model: str
     text: str
-    finish_reason: str | None
-    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_ABOUT)
+    finish_reason: str | None = Field(description="`stop` or `length`")
+    logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_DESCRIPTION)
     usage: Usage
     timings: Timings

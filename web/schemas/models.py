@@ -1,12 +1,10 @@
-"""Models, and requests to load and unload them."""
+"""Models, and the requests that load and unload them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from shared.models.operations import OperationState
 from web.schemas.base import RequestModel, ResponseModel
@@ -15,97 +13,104 @@ ModelState = Literal["warm", "loading", "draining", "cold", "absent"]
 
 
 class ModelWorkerView(ResponseModel):
-    """What one worker has of a model."""
+    """A model on one worker."""
 
-    worker: str = Field(description="Its name, for `load_model` and `unload_model`")
+    worker: str = Field(description="Name of the worker, as `load_model` and `unload_model` accept it")
     state: ModelState
-    slots: int
-    slots_used: int
-    pinned: bool
-    progress: float = Field(description="Of the loading, from 0 to 1")
-    memory_bytes: int = Field(description="What its weights take")
-    load_s: float = Field(description="What its loading took")
-    tokens_per_s: float = Field(description="Generated over the last minute")
+    slots: int = Field(description="Maximum jobs that run at the same time")
+    slots_used: int = Field(description="Jobs that are running")
+    pinned: bool = Field(description="Whether the model is never unloaded to free memory for another")
+    progress: float = Field(description="Progress of loading, from 0 to 1")
+    memory_bytes: int = Field(description="Size of the weights in memory")
+    load_s: float = Field(description="Seconds that loading took")
+    tokens_per_s: float = Field(description="Generated tokens per second over the last minute")
 
 
 class ModelView(ResponseModel):
-    """A model that requests may name."""
+    """A model that requests can name."""
 
     id: str
     object: Literal["model"] = "model"
-    aliases: list[str] = Field(description="Other names for it")
-    kind: str | None = Field(description="`text` or `vision`; null: not known")
-    context: int | None = Field(description="Most tokens of prompt and answer together; null: not known")
-    default: bool
+    aliases: list[str] = Field(description="Other names that requests can use")
+    kind: str | None = Field(description="`text` or `vision`; null if unknown")
+    context: int | None = Field(description="Maximum tokens of prompt and output together; null if unknown")
+    default: bool = Field(description="Whether requests that name no model use this one")
     state: ModelState = Field(
-        description="Of its workers, the best. `cold`: none has it; `absent`: nor has the catalog, and jobs wait until "
-        "a worker comes that does"
+        description="The best state among its workers: `warm` (ready for jobs), `loading` or `draining`. `cold`: no "
+        "worker has loaded it. `absent`: it is not in the catalog either; its jobs wait for a worker that has it"
     )
     workers: list[ModelWorkerView]
-    slots: int
-    slots_used: int
-    waiting: int
+    slots: int = Field(description="Maximum jobs that run at the same time, on all workers")
+    slots_used: int = Field(description="Jobs that are running, on all workers")
+    waiting: int = Field(description="Jobs in the queue")
     memory_bytes: int | None = Field(
-        description="What its weights take in a worker; while it is cold, about what they will"
+        description="Size of the weights in a worker's memory; estimated from the files if the model is cold"
     )
-    load_s: float | None = Field(description="What its loading took; null while it is cold")
-    tokens_per_s: float = Field(description="Generated over the last minute, by all its workers")
+    load_s: float | None = Field(description="Seconds that loading took; null if the model is cold")
+    tokens_per_s: float = Field(description="Generated tokens per second over the last minute, on all workers")
 
 
 class ModelList(ResponseModel):
-    """The models."""
+    """All models."""
 
     object: Literal["list"] = "list"
     data: list[ModelView]
     faults: list[str] = Field(
-        description="Entries of the catalog that are wrong, by line; they do not serve. Only for the scope `admin`"
+        description="Invalid entries of the catalog, with their line; these models are not available. Empty unless the "
+        "API key has the scope `admin`"
     )
 
 
 class OpenAIModel(ModelView):
-    """A model in OpenAI's form, with ours beside it."""
+    """A model in OpenAI's format, with the fields of `ModelView` in addition."""
 
-    created: int
+    created: int = Field(description="Always 0")
     owned_by: str = "mlxq"
 
 
 class OpenAIModelList(ResponseModel):
-    """The models in OpenAI's form."""
+    """All models in OpenAI's format."""
 
     object: Literal["list"] = "list"
     data: list[OpenAIModel]
 
 
 class LoadRequest(RequestModel):
-    """Which model to load, and where."""
+    """A model to load on a worker."""
 
-    model: str = Field(min_length=1, max_length=256, description="Id or alias of a model of the catalog")
-    worker: str | None = Field(None, min_length=1, description="Default: the one with most memory left")
-    mode: Literal["beside", "replace"] = Field(
-        "beside", description="`replace`: what is warm there and not pinned goes, also where there is memory for both"
+    model: str = Field(min_length=1, max_length=256, description="Id or alias of a model in the catalog")
+    worker: str | None = Field(
+        None, min_length=1, description="Name of the worker. Default: the worker with the most free memory"
     )
-    pin: bool = Field(False, description="Never unload it to make place for another")
+    mode: Literal["beside", "replace"] = Field(
+        "beside",
+        description="`beside`: unload other models only if memory is needed; `replace`: always unload the worker's "
+        "other models, except pinned ones",
+    )
+    pin: bool = Field(False, description="Never unload the model to free memory for another")
 
 
 class UnloadRequest(RequestModel):
-    """Which model to let go of, and where."""
+    """A model to unload from a worker."""
 
-    model: str = Field(min_length=1, max_length=256)
-    worker: str | None = Field(None, min_length=1, description="Needed where several have it")
+    model: str = Field(min_length=1, max_length=256, description="Id or alias of a model")
+    worker: str | None = Field(
+        None, min_length=1, description="Name of the worker; required if several workers have the model"
+    )
 
 
 class OperationError(ResponseModel):
     """Why an operation failed."""
 
     code: str = Field(
-        description="Stable: `not_enough_memory`, `load_failed`, `model_not_found`, `model_not_loaded`, `worker_lost`, "
-        "`worker_silent`, `internal`"
+        description="Stable code: `not_enough_memory`, `load_failed`, `model_not_found`, `model_not_loaded`, "
+        "`worker_lost`, `worker_silent`, `internal`"
     )
-    message: str
+    message: str = Field(description="The reason, for people")
 
 
 class OperationView(ResponseModel):
-    """A loading or unloading. Times are seconds since the epoch."""
+    """The loading or unloading of a model. Times are in seconds since the epoch."""
 
     id: str
     object: Literal["operation"] = "operation"
@@ -113,17 +118,17 @@ class OperationView(ResponseModel):
     model: str
     worker: str
     state: OperationState
-    progress: float = Field(description="Of the loading, from 0 to 1")
-    unloaded: list[str] = Field(description="Models that had to make place")
-    memory_before: int | None = Field(description="Bytes that the worker's MLX held in use")
-    memory_after: int | None
+    progress: float = Field(description="Progress of loading, from 0 to 1")
+    unloaded: list[str] = Field(description="Models that were unloaded to free memory")
+    memory_before: int | None = Field(description="Bytes of MLX memory in use on the worker before the operation")
+    memory_after: int | None = Field(description="Bytes of MLX memory in use on the worker after the operation")
     created_at: float
     updated_at: float
     error: OperationError | None
 
 
 class OperationList(ResponseModel):
-    """Operations, the newest first."""
+    """Operations of the last 24 hours, newest first."""
 
     object: Literal["list"] = "list"
     data: list[OperationView]

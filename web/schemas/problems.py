@@ -1,37 +1,35 @@
-"""Errors: RFC 9457 problem details, and OpenAI's envelope."""
+"""Error responses: RFC 9457 problem details, and OpenAI's error format."""
 
 from __future__ import annotations
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from web.schemas.base import ResponseModel
 
 
-class Fault(ResponseModel):
-    """One of several things wrong with a request."""
+class FieldError(ResponseModel):
+    """One invalid field of a request body."""
 
-    field: str | None
-    code: str
-    detail: str
+    field: str | None = Field(description="Path of the field, for example `messages[0].role`")
+    code: str = Field(description="Kind of the validation error")
+    detail: str = Field(description="What is wrong, for people")
 
 
 class ProblemDetails(ResponseModel):
-    """An error (RFC 9457). `code` is stable; `detail` is for people."""
+    """An error (RFC 9457)."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    field: str | None = Field(None, description="The field or header at fault")
-    errors: list[Fault] | None = Field(None, description="All faults, when a body was checked")
-    request_id: str
+    type: str = Field(description="URN of the kind of error")
+    title: str = Field(description="Name of the kind of error")
+    status: int = Field(description="HTTP status")
+    detail: str = Field(description="What is wrong and how to fix it, for people")
+    code: str = Field(description="Stable code, for programs")
+    field: str | None = Field(None, description="The field, parameter or header that is wrong")
+    errors: list[FieldError] | None = Field(None, description="All invalid fields, if the body failed validation")
+    request_id: str = Field(description="The request's id, also in the `X-Request-ID` header and in the log")
 
 
 class OpenAIErrorDetails(ResponseModel):
-    """What is wrong."""
+    """The error itself."""
 
     message: str
     type: str
@@ -40,6 +38,6 @@ class OpenAIErrorDetails(ResponseModel):
 
 
 class OpenAIError(ResponseModel):
-    """An error in OpenAI's form."""
+    """An error in OpenAI's format."""
 
     error: OpenAIErrorDetails

@@ -1,4 +1,4 @@
-"""Generation requests, as clients send them."""
+"""Generation requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Stop = Annotated[
     list[StopString],
     Field(max_length=MAX_STOPS),
-    # One string means a list of one. Told by a validator rather than a union: errors then name the element.
+    # A single string means a list of one. With a union instead, errors would not name the invalid element.
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     WithJsonSchema(
         {
@@ -49,164 +49,201 @@ Metadata = Annotated[
     Field(max_length=MAX_METADATA),
 ]
 PriorityName = Literal["high", "normal", "batch"]
+_IMAGE_DESCRIPTION = "A data URL (`data:image/png;base64,…`), or an http(s) URL if the service allows it"
 
 
 class ImageUrl(RequestModel):
-    """Where an image is, as OpenAI's clients send it."""
+    """The URL of an image, in OpenAI's format."""
 
-    url: str = Field(min_length=1, description="A data URL; http(s) where the service allows it")
-    detail: Literal["auto", "low", "high"] = Field("auto", description="Taken, and without effect")
+    url: str = Field(min_length=1, description=_IMAGE_DESCRIPTION)
+    detail: Literal["auto", "low", "high"] = Field("auto", description="Accepted for compatibility; has no effect")
 
 
 class Part(RequestModel):
-    """A part of what is said: text, or an image in OpenAI's form (`image_url`) or a shorter one (`image`)."""
+    """A part of a message: text, or an image as `image_url` (OpenAI's format) or `image`."""
 
     type: Literal["text", "image_url", "image"]
-    text: str | None = None
+    text: str | None = Field(None, description="Required for type `text`")
     image_url: Annotated[
         ImageUrl | None, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)
-    ] = None
-    image: str | None = Field(None, min_length=1, description="A data URL; http(s) where the service allows it")
+    ] = Field(None, description="Required for type `image_url`")
+    image: str | None = Field(None, min_length=1, description=f"Required for type `image`. {_IMAGE_DESCRIPTION}")
 
     @model_validator(mode="after")
-    def _what_its_type_says(self) -> Self:
-        given = {name for name in ("text", "image_url", "image") if getattr(self, name) is not None}
-        if given != {self.type}:
-            raise PydanticCustomError("part", "A part of type {type} has {type} and nothing else", {"type": self.type})
+    def _has_only_the_field_of_its_type(self) -> Self:
+        fields = {name for name in ("text", "image_url", "image") if getattr(self, name) is not None}
+        if fields != {self.type}:
+            message = "A part of type {type} must have the field {type}, and no other besides type"
+            raise PydanticCustomError("part", message, {"type": self.type})
         return self
 
     @property
     def source(self) -> str:
-        """The URL of an image."""
+        """The URL of an image part."""
         return self.image_url.url if self.image_url else self.image or ""
 
-    def record(self) -> dict[str, Any]:
-        """As a job's record has it; images are replaced by `StoredImage` before."""
+    def to_record(self) -> dict[str, Any]:
+        """Return a text part as the job's record stores it; image parts have been replaced by `StoredImage`."""
         return {"type": "text", "text": self.text or ""}
 
 
 class StoredImage(RequestModel):
-    """What stands in a job's messages for an image: its digest and its size in pixels."""
+    """A reference to an image in a job's messages: the digest of its file and its size in pixels."""
 
     image: str
     width: int
     height: int
 
-    def record(self) -> dict[str, Any]:
-        """As a job's record has it."""
+    def to_record(self) -> dict[str, Any]:
+        """Return the reference as the job's record stores it."""
         return {"type": "image", **self.model_dump()}
 
 
-def _text_or_parts(content: object) -> str:
+def _content_tag(content: object) -> str:
     return "(text)" if isinstance(content, str) else "(parts)"
 
 
-# In brackets: what is no name of a field is left out where an error tells the way to one.
+# The tags are in brackets so that `web.http.problems` can omit them from the path of an invalid field.
 Content = Annotated[
     Annotated[str, Tag("(text)")] | Annotated[list[Part], Field(min_length=1, max_length=1000), Tag("(parts)")],
-    Discriminator(_text_or_parts),
+    Discriminator(_content_tag),
 ]
 
 
 class Message(RequestModel):
-    """One turn of a conversation."""
+    """A message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Content
+    content: Content = Field(description="Text, or a list of text and image parts")
 
     @property
-    def empty(self) -> bool:
-        """Whether it says nothing and shows nothing."""
+    def is_empty(self) -> bool:
+        """Whether the message has neither text nor images."""
         if isinstance(self.content, str):
             return not self.content
         return not any(part.type != "text" or part.text for part in self.content)
 
-    def record(self) -> dict[str, Any]:
-        """As a job's record has it. Parts that are all text are one text: most models' templates know no parts."""
+    def to_record(self) -> dict[str, Any]:
+        """Return the message as the job's record stores it.
+
+        Parts that are all text are joined into one string, because the templates of most models support only strings.
+        """
         if isinstance(self.content, str):
             return {"role": self.role, "content": self.content}
-        parts = [part.record() for part in self.content]
-        plain = all(part["type"] == "text" for part in parts)
-        return {"role": self.role, "content": "\n".join(part["text"] for part in parts) if plain else parts}
+        parts = [part.to_record() for part in self.content]
+        text_only = all(part["type"] == "text" for part in parts)
+        return {"role": self.role, "content": "\n".join(part["text"] for part in parts) if text_only else parts}
 
 
 class JobRequest(RequestModel):
-    """A generation request: `prompt`, or `messages` for the model's chat template."""
+    """A generation request: either `prompt`, or `messages` for the model's chat template."""
 
-    model: str | None = Field(None, min_length=1, max_length=256, description="Default: the service's model")
-    prompt: str | None = Field(None, min_length=1, description="Plain text, instead of messages")
+    model: str | None = Field(
+        None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
+    )
+    prompt: str | None = Field(None, min_length=1, description="Text to continue; instead of `messages`")
     messages: list[Message] | None = Field(
         None,
         min_length=1,
         max_length=MAX_MESSAGES,
         fail_fast=True,
         validate_default=True,
-        description="A conversation to answer",
+        description="The conversation to continue; instead of `prompt`",
     )
     images: list[Annotated[str, StringConstraints(min_length=1)]] = Field(
         [],
         max_length=1000,
-        description="Data URLs of images (http(s) where the service allows it), shown before the prompt or before the "
-        "last thing that the user says",
+        description="Images to place before the prompt or at the beginning of the last user message. Each is a data "
+        "URL, or an http(s) URL if the service allows it",
     )
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Most tokens to generate")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token each time")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability")
-    top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many likeliest tokens; 0: from all")
-    min_p: float = Field(0.0, ge=0, le=1, description="Least probability, relative to the likeliest token's")
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1, tokens seen before get less likely")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken from the logits of tokens generated before")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, times how often")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed gives the same text; default: random")
-    stop: Stop = Field([], description=f"Ends the text before any of these, at most {MAX_STOPS}")
-    priority: PriorityName = Field("normal", description="A higher class is always served first")
+    max_tokens: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Maximum tokens to generate. Default: the model's, then the service's"
+    )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="Sampling temperature; 0 always selects the most likely token. Default: the model's, then the "
+        "service's",
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the most likely tokens whose probabilities sum to this value"
+    )
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many most likely tokens; 0 for all")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Minimum probability of a token, relative to that of the most likely token"
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="Above 1, tokens among the last 20 of prompt and output become less likely"
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Subtracted from the logits of tokens among the last 20"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Subtracted from a token's logit for each of its occurrences among the last 20"
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="The same request with the same seed gives the same text. Default: random"
+    )
+    stop: Stop = Field([], description=f"Up to {MAX_STOPS} strings that end the text; they are not part of it")
+    priority: PriorityName = Field("normal", description="Jobs of a higher priority always start first")
     start_within_s: float | None = Field(
-        None, gt=0, description="Expires when it has not started by then; once it has, only the deadline counts"
+        None,
+        gt=0,
+        description="Seconds from submission within which the job must start, otherwise it expires. Default: the "
+        "service's",
     )
-    deadline_s: float | None = Field(None, gt=0, description="Expires when it takes longer in all, waiting included")
-    metadata: Metadata = Field({}, description="Kept with the job and given back")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds from submission within which the job must end, otherwise it expires. Default: the "
+        "service's",
+    )
+    metadata: Metadata = Field({}, description="Strings that are stored and returned with the job")
     parse: Literal["ui_tars"] | None = Field(
         None,
-        description="`ui_tars`: give the answer's actions as data, too, with places in the image's own pixels",
+        description="`ui_tars`: also return the actions in the text as structured data, with coordinates in pixels of "
+        "the last image",
     )
     share_system_prompt: bool = Field(
         False,
-        description="Let jobs of all keys that begin with the same system message start as fast as if it were their "
-        "own; they can tell that somebody sent it. Nothing behind it is shared",
+        description="Share the cached prefix of the system message with all API keys that send the same one with this "
+        "option. These keys start faster, and can tell from the timing that another key has used it. Messages after "
+        "the system message are never shared",
     )
-
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="Give the log-probability of each token, and of so many of the likeliest tokens at its place "
-        f"(0 to {MAX_LOGPROBS}); null: none",
+        description="Return the log-probability of each generated token and of this many most likely tokens at its "
+        f"position (0 to {MAX_LOGPROBS})",
     )
 
     @field_validator("messages")
     @classmethod
     def _one_prompt(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
         if "prompt" in info.data and (info.data["prompt"] is None) == (messages is None):
-            raise PydanticCustomError("prompt_or_messages", "Exactly one of prompt and messages is needed")
-        if messages is not None and all(message.empty for message in messages):
-            raise PydanticCustomError("empty_messages", "No message holds any text")
+            raise PydanticCustomError("prompt_or_messages", "Send either prompt or messages, and not both")
+        if messages is not None and all(message.is_empty for message in messages):
+            raise PydanticCustomError("empty_messages", "At least one message must have text or an image")
         return messages
 
     @field_validator("share_system_prompt")
     @classmethod
-    def _system_prompt_to_share(cls, share: bool, info: ValidationInfo) -> bool:
+    def _system_message_first(cls, share: bool, info: ValidationInfo) -> bool:
         if share and not ((messages := info.data.get("messages")) and messages[0].role == "system"):
-            raise PydanticCustomError("no_system_prompt", "It needs messages of which the first is the system's")
+            message = "The first of the messages must be a system message to share it"
+            raise PydanticCustomError("no_system_prompt", message)
         return share
 
     @property
     def prompt_field(self) -> str:
-        """The field that the prompt came in."""
+        """Name of the field that has the prompt."""
         return "messages" if self.prompt is None else "prompt"
 
     @property
     def image_parts(self) -> list[tuple[str, Part]]:
-        """The images among the parts of its messages, each with the way to it."""
+        """The image parts of all messages, each with its path in the request."""
         return [
             (f"messages[{i}].content[{k}]", part)
             for i, message in enumerate(self.messages or [])
@@ -215,44 +252,45 @@ class JobRequest(RequestModel):
             if part.type != "text"
         ]
 
-    def meaning(self, model: str | None = None, settled: Collection[str] = ()) -> str:
-        """The request as a line that is the same for all ways to write it: sorted, and without what is default.
+    def canonical_json(self, model_id: str | None = None, model_defaults: Collection[str] = ()) -> str:
+        """Return JSON that is equal for all equivalent requests: names are sorted, default values omitted.
 
         Args:
-            model: the id of the model that it names, maybe by an alias.
-            settled: what this model has defaults of its own for: there, the API's is an answer like any other.
+            model_id: id of the requested model, which the request may name by an alias.
+            model_defaults: fields for which this model has a default. For these, sending the API's default value
+                differs from omitting the field.
         """
-        meant = self.model_dump(mode="json", exclude_defaults=True, exclude={"messages"})
-        meant |= self.model_dump(mode="json", include=self.model_fields_set & set(settled), exclude_none=True)
+        fields = self.model_dump(mode="json", exclude_defaults=True, exclude={"messages"})
+        fields |= self.model_dump(mode="json", include=self.model_fields_set & set(model_defaults), exclude_none=True)
         if self.model:
-            meant["model"] = model or self.model
+            fields["model"] = model_id or self.model
         if self.messages:
-            meant["messages"] = [message.record() for message in self.messages]
-        return json.dumps(meant, sort_keys=True)
+            fields["messages"] = [message.to_record() for message in self.messages]
+        return json.dumps(fields, sort_keys=True)
 
-    def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
-        """The messages for the model's chat template; None when the prompt goes to the model as it is."""
+    def chat_messages(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
+        """Return the messages for the chat template; None if the prompt goes to the model without a template."""
         del has_template
-        return tuple(message.record() for message in self.messages) if self.messages else None
+        return tuple(message.to_record() for message in self.messages) if self.messages else None
 
 
 class InferenceRequest(JobRequest):
-    """A generation request to be answered on the same connection; its prompt is a question to the model."""
+    """A generation request that is answered in the response. `prompt` is sent to the model as a user message."""
 
-    stream: bool = Field(False, description="Send the text as it comes")
+    stream: bool = Field(False, description="Respond with a stream of events instead of the complete result")
     raw: bool = Field(
-        False, description="Go on from the prompt as it is, without the model's chat template; not with images"
+        False, description="Continue `prompt` directly, without the model's chat template; not possible with images"
     )
 
     @field_validator("raw")
     @classmethod
-    def _prompt_to_go_on_from(cls, raw: bool, info: ValidationInfo) -> bool:
+    def _raw_needs_prompt(cls, raw: bool, info: ValidationInfo) -> bool:
         if raw and info.data.get("messages"):
-            raise PydanticCustomError("no_raw_prompt", "It needs a prompt; messages go through the chat template")
+            raise PydanticCustomError("no_raw_prompt", "raw needs a prompt; messages always use the chat template")
         return raw
 
-    def conversation(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
-        """As for a job, but a prompt is what a user says, unless it is raw or the model knows no conversations."""
+    def chat_messages(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
+        """Return the messages as for a job; a prompt becomes a user message, unless `raw` or without a template."""
         if self.prompt is not None and not self.messages and has_template and not self.raw:
             return ({"role": "user", "content": self.prompt},)
-        return super().conversation(has_template=has_template)
+        return super().chat_messages(has_template=has_template)

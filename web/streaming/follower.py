@@ -1,7 +1,7 @@
-"""A job's events from any cursor on: each once, in order, whatever pub/sub loses.
+"""Follow a job: each event after a cursor exactly once and in order, even if pub/sub loses messages.
 
-The log is the truth and the hub only says sooner what is new. When a number is missing, when the hub has doubts,
-and with each heartbeat, the log is read.
+The job log is authoritative; the hub only reports new events sooner. The log is read when an event number is missing,
+when the hub sends `RESYNC`, and with each heartbeat.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ log = logging.getLogger(__name__)
 
 _PAGE: Final = 500
 _CHECK_S: Final = 5.0
-"""Interval at which a wait reads the job's record, because older processes do not publish ends."""
+"""Interval at which `wait` reads the job's record: processes of older versions do not publish the end of a job."""
 
 
 class Follower:
-    """Reads jobs' events as they come."""
+    """Reads the events of jobs."""
 
-    def __init__(self, job_log: JobLog, live: Hub, heartbeat_s: float) -> None:
+    def __init__(self, job_log: JobLog, hub: Hub, heartbeat_s: float) -> None:
         self._log = job_log
-        self._live = live
+        self._hub = hub
         self._heartbeat_s = heartbeat_s
 
     def follow(self, job_id: str, cursor: int) -> Generator[list[Event]]:
-        """The events after number `cursor`, those that are there at once together, until the job's end.
+        """Yield the events after number `cursor` until the job has ended. Events that are ready come in one list.
 
-        An empty list when a heartbeat is due. With a cursor past the end only the end comes. It ends without a `done`
-        event only when the process is about to end.
+        An empty list means that a heartbeat is due. If the cursor is past the end, only the `done` event comes. If the
+        process is shutting down, the generator ends without a `done` event.
 
         Raises:
-            Gone: the log was trimmed or has expired; now, or in mid-stream.
-            redis.RedisError: Redis is away now. Once it runs, the stream outlasts that.
+            Gone: the log was trimmed or has expired. Raised by this call, or later by the generator.
+            redis.RedisError: Redis is unavailable. Raised only by this call; the generator waits for Redis instead.
         """
         return self._events(job_id, cursor, self._page(job_id, cursor))
 
     def wait(self, job_id: str, timeout_s: float | None, linger_s: float = 0.0) -> None:
-        """Return when the job has ended, when time is over, or `linger_s` after the process is about to end.
+        """Return when the job has ended, after `timeout_s`, or `linger_s` after the process begins to shut down.
 
-        Without a timeout the job's own deadline bounds it. It outlasts Redis being away.
+        Without a timeout, the job's deadline bounds the wait. While Redis is unavailable, the wait continues.
 
         Raises:
             redis.RedisError: the job cannot be read, and trying again will not help.
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        with self._live.subscribe_end(job_id) as live:
-            while (left_s := deadline - time.monotonic()) > 0:
-                items = live.take(min(left_s, _CHECK_S))
+        with self._hub.subscribe_end(job_id) as subscription:
+            while (remaining_s := deadline - time.monotonic()) > 0:
+                items = subscription.take(min(remaining_s, _CHECK_S))
                 if Signal.ENDED in items:
                     return
                 if Signal.CLOSING in items:
@@ -70,54 +70,55 @@ class Follower:
         except redis.RedisError as error:
             if not passes(error):
                 raise
-            # As with a stream: whatever comes next leads here again.
-            log.warning("job_not_read", extra={"job_id": job_id, "reason": str(error)})
-            return False
+            log.warning("job_read_failed", extra={"job_id": job_id, "reason": str(error)})
+            return False  # `wait` tries again after the next item or interval
 
     def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[list[Event]]:
-        cursor, ended = yield from _after(cursor, page)
+        cursor, ended = yield from _yield_new(cursor, page)
         if ended:
             return
-        with self._live.subscribe(job_id) as live:
+        with self._hub.subscribe(job_id) as subscription:
             while not ended:
-                items = live.take(self._heartbeat_s)
+                items = subscription.take(self._heartbeat_s)
                 if not items:
                     yield []
-                following, doubtful = _sift(cursor, items)
+                following, read_log = _following(cursor, items)
                 if following:
                     yield following
                     cursor, ended = following[-1].n, following[-1].kind is EventKind.DONE
-                if doubtful and not ended:
-                    cursor, ended = yield from self._missed(job_id, cursor)
+                if read_log and not ended:
+                    cursor, ended = yield from self._from_log(job_id, cursor)
                 if Signal.CLOSING in items:
                     return
 
-    def _missed(self, job_id: str, cursor: int) -> Generator[list[Event], None, tuple[int, bool]]:
+    def _from_log(self, job_id: str, cursor: int) -> Generator[list[Event], None, tuple[int, bool]]:
+        """Yield all logged events after the cursor; return the new cursor and whether the job has ended."""
         ended, full = False, True
         while full and not ended:
             try:
                 page = self._page(job_id, cursor)
             except redis.RedisError as error:
-                # Whatever comes next (an event, the hub's return, a heartbeat) leads here again.
-                log.warning("job_log_not_read", extra={"job_id": job_id, "reason": str(error)})
+                # The log is read again after the next event, `RESYNC` or heartbeat.
+                log.warning("job_log_read_failed", extra={"job_id": job_id, "reason": str(error)})
                 break
             full = len(page) == _PAGE
-            cursor, ended = yield from _after(cursor, page)
+            cursor, ended = yield from _yield_new(cursor, page)
         return cursor, ended
 
     def _page(self, job_id: str, cursor: int) -> list[Event]:
-        """The next events after the cursor; the last event alone when the cursor is past the end of an ended job."""
+        """Return the next events after the cursor; if the cursor is past the end of an ended job, the last event."""
         last = self._log.last(job_id)
         if last is not None and last.n <= cursor:
             return [last] if last.kind is EventKind.DONE else []
         events = self._log.read(job_id, cursor, _PAGE) if last is not None else []
         if not events:
-            raise Gone("The job's log is not kept any more.", code="log_expired")
+            detail = "The events of this job are no longer stored. GET the job to read its text."
+            raise Gone(detail, code="log_expired")
         return events
 
 
-def _sift(cursor: int, items: Sequence[Item]) -> tuple[list[Event], bool]:
-    """The events that follow the cursor without a gap, and whether the log may have more than these."""
+def _following(cursor: int, items: Sequence[Item]) -> tuple[list[Event], bool]:
+    """Return the events that continue from the cursor without a gap, and whether the log may have further events."""
     following: list[Event] = []
     for item in items:
         if isinstance(item, Event):
@@ -131,8 +132,8 @@ def _sift(cursor: int, items: Sequence[Item]) -> tuple[list[Event], bool]:
     return following, not items
 
 
-def _after(cursor: int, events: list[Event]) -> Generator[list[Event], None, tuple[int, bool]]:
-    """Pass on what is new, and the end in any case; the new cursor, and whether that was the end."""
+def _yield_new(cursor: int, events: list[Event]) -> Generator[list[Event], None, tuple[int, bool]]:
+    """Yield the events after the cursor, and `done` in any case; return the new cursor and whether it was `done`."""
     new = [event for event in events if event.n > cursor or event.kind is EventKind.DONE]
     if not new:
         return cursor, False

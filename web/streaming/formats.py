@@ -1,6 +1,6 @@
-"""A stream of events as bytes: Server-Sent Events, or JSON lines.
+"""Wire formats of event streams: Server-Sent Events and NDJSON.
 
-An event's data is the JSON text the worker wrote: it is passed on, not parsed.
+The data of an event is JSON text that the worker wrote. It is copied without parsing it.
 """
 
 from __future__ import annotations
@@ -14,53 +14,56 @@ from shared.errors import NotAcceptable
 from shared.jobs.log import Event
 
 _RETRY_MS: Final = 1000
+"""Reconnection time that clients of Server-Sent Events are told."""
 
 
 class Format(Protocol):
-    """How events are written."""
+    """A wire format."""
 
     media_type: str
     opening: bytes
+    """Sent first."""
     heartbeat: bytes
+    """Sent while there are no events."""
 
-    def farewell(self, where: str) -> bytes:
-        """Said before a stream ends although its job has not; `where` it goes on."""
+    def reconnect_hint(self, stream_path: str) -> bytes:
+        """Return the end of a stream whose job has not ended; the client can continue at `stream_path`."""
         ...
 
     def events(self, events: Iterable[Event]) -> bytes:
-        """Events whose data is JSON on one line."""
+        """Encode events. Their data must be JSON on one line."""
         ...
 
 
 class EventStream:
-    """`text/event-stream`, as browsers' EventSource reads it."""
+    """`text/event-stream`, as the EventSource of browsers reads it."""
 
     media_type = "text/event-stream"
     opening = f"retry: {_RETRY_MS}\n\n".encode()
     heartbeat = b": heartbeat\n\n"
 
-    def farewell(self, where: str) -> bytes:
-        """A reconnection time, and a comment for whoever reads along."""
-        return f"retry: {_RETRY_MS}\n: the job goes on, reconnect to {where} with Last-Event-ID\n\n".encode()
+    def reconnect_hint(self, stream_path: str) -> bytes:
+        """Return a reconnection time, which EventSource obeys, and a comment for people."""
+        return f"retry: {_RETRY_MS}\n: the job continues; reconnect to {stream_path} with Last-Event-ID\n\n".encode()
 
     def events(self, events: Iterable[Event]) -> bytes:
-        """`id`, `event` and `data`."""
+        """Encode each event as the fields `id`, `event` and `data`."""
         return "".join([f"id: {n}\nevent: {kind}\ndata: {data}\n\n" for n, kind, data, _ in events]).encode()
 
 
 class JsonLines:
-    """`application/x-ndjson`: the same events, one JSON object a line."""
+    """`application/x-ndjson`: one JSON object per line."""
 
     media_type = "application/x-ndjson"
     opening = b""
     heartbeat = b'{"event":"heartbeat"}\n'
 
-    def farewell(self, where: str) -> bytes:
-        """An event without a number."""
-        return f'{{"event":"reconnect","stream":"{where}"}}\n'.encode()
+    def reconnect_hint(self, stream_path: str) -> bytes:
+        """Return an event without a number."""
+        return f'{{"event":"reconnect","stream":"{stream_path}"}}\n'.encode()
 
     def events(self, events: Iterable[Event]) -> bytes:
-        """`id`, `event` and `data` as members."""
+        """Encode each event as an object with `id`, `event` and `data`."""
         return "".join([f'{{"id":{n},"event":"{kind}","data":{data}}}\n' for n, kind, data, _ in events]).encode()
 
 
@@ -68,12 +71,12 @@ FORMATS: Final[dict[str, Format]] = {each.media_type: each for each in (EventStr
 
 
 def negotiate(accept: MIMEAccept) -> Format:
-    """The format that fits an Accept header best; Server-Sent Events when all do.
+    """Return the format that an Accept header prefers; Server-Sent Events if it has no preference.
 
     Raises:
-        NotAcceptable: none fits.
+        NotAcceptable: the header accepts neither format.
     """
     best = accept.best_match(list(FORMATS), default="") if accept.provided else EventStream.media_type
     if not best:
-        raise NotAcceptable(f"A stream is sent as {' or '.join(FORMATS)}.", field="Accept")
+        raise NotAcceptable(f"A stream can be sent as {' or '.join(FORMATS)}.", field="Accept")
     return FORMATS[best]

@@ -1,8 +1,7 @@
-"""Live events: one pub/sub connection per process, shared by all its streams.
+"""Live events over one pub/sub connection per process, shared by all its streams.
 
-What comes over pub/sub may be lost: while the connection is away, or because a slow client's queue is full. The
-hub never hides that. It sends a subscriber `RESYNC` whenever something may have been missed; the subscriber then
-reads the job's log.
+Messages can be lost: while the connection is down, or because the queue of a slow reader is full. Whenever a reader may
+have missed a message, the hub sends it `RESYNC`, and the reader reads the job's log.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from shared.queue.redis import Redis
 log = logging.getLogger(__name__)
 
 _QUEUE_LENGTH: Final = 256
-_QUIET_S: Final = 5.0
-"""A connection this silent is asked for a sign of life; one that stays silent as long again is dropped."""
+_PING_AFTER_S: Final = 5.0
+"""Seconds without a message after which the hub sends a ping; after as long again, it reconnects."""
 _RECONNECT_S: Final = 0.25
 _ANCHOR: Final = "anchor"
-"""A channel without messages: without any subscription, Redis would treat the connection as an ordinary one."""
+"""A channel without messages. It keeps the connection in subscriber mode while there are no readers."""
 
 
 class Signal(Enum):
-    """What a subscriber gets beside events."""
+    """What a reader gets besides events."""
 
     RESYNC = auto()
-    """From here on events come live; what was written before stands in the log."""
+    """Events are live from here on; earlier ones must be read from the log."""
     CLOSING = auto()
-    """The process is about to end."""
+    """The process is shutting down."""
     ENDED = auto()
     """The job has ended; only for subscriptions to a job's end."""
 
@@ -49,14 +48,14 @@ Item: TypeAlias = Event | Signal
 
 
 class Subscription:
-    """One reader's bounded queue. The hub fills it and never waits for the reader."""
+    """The bounded queue of one reader. The hub never waits for the reader: if the queue is full, it drops events."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._overflowed = False
 
     def take(self, timeout_s: float) -> list[Item]:
-        """All that is there, in order; waits until there is something, and is empty when nothing came in time."""
+        """Return all queued items in order; wait for the first one. The list is empty after a timeout."""
         items: list[Item] = []
         if self._overflowed:
             self._overflowed = False
@@ -70,8 +69,8 @@ class Subscription:
         return items
 
     def put(self, item: Item) -> None:
-        """Hand an item over, or note that there was no room for it."""
-        droppable = isinstance(item, Event) or item is Signal.RESYNC  # the overflow says the same
+        """Queue an item. If the queue is full, drop it, and let the reader start with `RESYNC`."""
+        droppable = isinstance(item, Event) or item is Signal.RESYNC
         if droppable and self._items.qsize() >= _QUEUE_LENGTH:
             self._overflowed = True
         else:
@@ -80,36 +79,39 @@ class Subscription:
 
 @dataclass(slots=True)
 class _Channel:
+    """The readers of a channel, and whether Redis has acknowledged the subscription (`live`)."""
+
     readers: set[Subscription] = field(default_factory=set)
     live: bool = False
 
-    def tell(self, item: Item) -> None:
+    def send(self, item: Item) -> None:
         for reader in self.readers:
             reader.put(item)
 
 
 class Hub:
-    """Hands each job's live events to its subscribers.
+    """Distributes live events of jobs to their readers.
 
-    Only the reader thread (a greenlet under gunicorn) reads from the connection and opens it anew; others only send
-    on it. redis-py's own PubSub would reconnect silently, and nobody would know of the gap.
+    Only the receiver thread (a greenlet under gunicorn) reads from the connection and reopens it; other threads only
+    send commands. redis-py's PubSub class is not used because it reconnects silently, which would hide gaps.
     """
 
     def __init__(self, client: Redis) -> None:
         self._client = client
         self._lock = threading.Lock()
         self._channels: dict[str, _Channel] = {}
-        self._unanswered: Counter[str] = Counter()
+        self._unacknowledged: Counter[str] = Counter()
+        """Subscribe commands without an acknowledgement, by channel."""
         self._connection: Any = None
-        self._reader: threading.Thread | None = None
+        self._receiver: threading.Thread | None = None
         self._closing = False
 
     def subscribe(self, job_id: str) -> AbstractContextManager[Subscription]:
-        """A job's live events; the first item is `RESYNC`, once Redis has acknowledged."""
+        """Subscribe to a job's live events. The first item is `RESYNC`, after Redis has acknowledged."""
         return self._subscribe(keys.LIVE + job_id)
 
     def subscribe_end(self, job_id: str) -> AbstractContextManager[Subscription]:
-        """A job's end alone, as `ENDED`: one message however long the answer; the first item is `RESYNC`."""
+        """Subscribe to a job's end, which arrives as `ENDED`. The first item is `RESYNC`."""
         return self._subscribe(keys.DONE + job_id)
 
     @contextmanager
@@ -123,15 +125,15 @@ class Hub:
 
     @property
     def closing(self) -> bool:
-        """Whether the process is about to end."""
+        """Whether the process is shutting down."""
         return self._closing
 
     def close(self) -> None:
-        """Tell every reader, those to come too, that the process is about to end."""
+        """Send `CLOSING` to all present and future readers."""
         with self._lock:
             self._closing = True
             for channel in self._channels.values():
-                channel.tell(Signal.CLOSING)
+                channel.send(Signal.CLOSING)
 
     def _join(self, name: str, subscription: Subscription) -> None:
         with self._lock:
@@ -143,9 +145,9 @@ class Hub:
                 subscription.put(Signal.RESYNC)
             elif len(channel.readers) == 1:
                 self._send("SUBSCRIBE", name)
-            if self._reader is None:
-                self._reader = threading.Thread(target=self._read_for_ever, name="hub", daemon=True)
-                self._reader.start()
+            if self._receiver is None:
+                self._receiver = threading.Thread(target=self._run, name="hub", daemon=True)
+                self._receiver.start()
 
     def _leave(self, name: str, subscription: Subscription) -> None:
         with self._lock:
@@ -157,25 +159,25 @@ class Hub:
 
     def _send(self, command: str, *names: str) -> None:
         if self._connection is None:
-            return  # the reader subscribes to everything once it has a connection
+            return  # the receiver subscribes to all channels when it has connected
         if command == "SUBSCRIBE":
-            self._unanswered.update(names)
-        # The reader notices a broken connection by itself. A health check would read here what is the reader's.
+            self._unacknowledged.update(names)
+        # The receiver notices a broken connection. A health check here would read replies meant for the receiver.
         with suppress(redis.RedisError, OSError):
             self._connection.send_command(command, *names, check_health=False)
 
-    def _read_for_ever(self) -> None:
-        away = False
+    def _run(self) -> None:
+        failing = False
         while True:
             try:
                 self._open()
-                away = False
-                self._read()
+                failing = False
+                self._receive()
             except (redis.RedisError, OSError) as error:
-                if not away:
-                    log.warning("live_events_away", extra={"reason": str(error)})
-                away = True
-            except Exception:  # a message that cannot be read, say: without the reader every stream would wait in vain
+                if not failing:
+                    log.warning("live_events_unavailable", extra={"reason": str(error)})
+                failing = True
+            except Exception:  # for example a malformed message: if this thread ended, all streams would stall
                 log.exception("live_events_failed")
             self._drop()
             time.sleep(_RECONNECT_S)
@@ -189,49 +191,49 @@ class Hub:
     def _drop(self) -> None:
         with self._lock:
             connection, self._connection = self._connection, None
-            self._unanswered.clear()
+            self._unacknowledged.clear()
             for channel in self._channels.values():
                 channel.live = False
         if connection is not None:
             connection.disconnect()
             self._client.connection_pool.release(connection)
 
-    def _read(self) -> None:
-        asked = False
+    def _receive(self) -> None:
+        pinged = False
         while True:
             try:
-                reply = self._connection.read_response(timeout=_QUIET_S, disconnect_on_error=False)
+                reply = self._connection.read_response(timeout=_PING_AFTER_S, disconnect_on_error=False)
             except redis.TimeoutError:
-                if asked:
+                if pinged:
                     raise
-                asked = True
+                pinged = True
                 with self._lock:
                     self._connection.send_command("PING", check_health=False)
                 continue
-            asked = False
+            pinged = False
             self._dispatch(reply)
 
     def _dispatch(self, reply: list[Any]) -> None:
         kind, name = reply[0], reply[1]
         with self._lock:
             if kind == "message" and name in self._channels:
-                self._channels[name].tell(_item(name, reply[2]))
+                self._channels[name].send(_item(name, reply[2]))
             elif kind == "subscribe":
-                self._acknowledged(name)
+                self._acknowledge(name)
 
-    def _acknowledged(self, name: str) -> None:
-        # A channel left and joined again is live only after the last of its acknowledgements.
-        self._unanswered[name] -= 1
-        if self._unanswered[name] <= 0:
-            del self._unanswered[name]
+    def _acknowledge(self, name: str) -> None:
+        # If a channel was left and joined again, only the last acknowledgement belongs to the present subscription.
+        self._unacknowledged[name] -= 1
+        if self._unacknowledged[name] <= 0:
+            del self._unacknowledged[name]
             channel = self._channels.get(name)
             if channel is not None:
                 channel.live = True
-                channel.tell(Signal.RESYNC)
+                channel.send(Signal.RESYNC)
 
 
 def _item(name: str, message: str) -> Item:
-    """The item of a message; `RESYNC` when it cannot be read, because then the log must be."""
+    """Parse a message. A malformed one becomes `RESYNC`, so that its reader gets the event from the log."""
     if name.startswith(keys.DONE):
         return Signal.ENDED
     try:

@@ -1,4 +1,4 @@
-"""A job's events as the body of an answer."""
+"""HTTP responses that stream a job's events."""
 
 from __future__ import annotations
 
@@ -20,36 +20,45 @@ log = logging.getLogger(__name__)
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
-_COUNT_EACH = 32
-"""Chunks of a stream that are counted together: a counter that all processes share costs as much as a chunk."""
+_COUNTED_TOGETHER = 32
+"""Chunks after which the counter is updated. Updating a counter that processes share costs as much as a chunk."""
 
 
-def stream(
+def stream_response(
     events: Generator[list[Event]], form: Format, job_id: str, ended_job: Callable[[], str], metrics: Metrics
 ) -> Response:
-    """Send a job's events as they come.
+    """Respond with a job's events, as they arrive.
 
     Args:
-        ended_job: the whole job as JSON, once it has ended.
+        events: from `Follower.follow`.
+        ended_job: returns the complete job as JSON after it has ended.
     """
-    body = _body(events, form, urls(job_id).stream, ended_job, metrics)
+    return _response(form, _body(events, form, urls(job_id).stream, ended_job, metrics))
+
+
+def reconnect_response(form: Format, job_id: str) -> Response:
+    """Respond with a stream that has no events and asks the client to reconnect.
+
+    A browser's EventSource reconnects after this, but gives up after an error status.
+    """
+    return _response(form, form.opening + form.reconnect_hint(urls(job_id).stream))
+
+
+def _response(form: Format, body: Iterator[bytes] | bytes) -> Response:
     return Response(body, content_type=f"{form.media_type}; charset=utf-8", headers=_HEADERS)
 
 
-def come_again(form: Format, where: str) -> Response:
-    """A stream without events, for a reader who is to ask again: a browser's EventSource takes any error as final."""
-    return Response(
-        form.opening + form.farewell(where), content_type=f"{form.media_type}; charset=utf-8", headers=_HEADERS
-    )
-
-
 def _body(
-    events: Generator[list[Event]], form: Format, where: str, ended_job: Callable[[], str], metrics: Metrics
+    events: Generator[list[Event]],
+    form: Format,
+    stream_path: str,
+    ended_job: Callable[[], str],
+    metrics: Metrics,
 ) -> Iterator[bytes]:
-    with metrics.streams_open.track_inprogress(), closing(_metered(events, metrics)) as passing:
+    with metrics.streams_open.track_inprogress(), closing(_metered(events, metrics)) as metered:
         yield form.opening
         try:
-            for ready in passing:
+            for ready in metered:
                 done = ready[-1] if ready and ready[-1].kind is EventKind.DONE else None
                 others = ready[:-1] if done else ready
                 if others:
@@ -60,21 +69,22 @@ def _body(
                     yield form.events([done._replace(data=ended_job())])
                     return
         except (MlxqError, redis.RedisError) as error:
-            log.warning("stream_ended_early", extra={"reason": str(error)})
-        yield form.farewell(where)
+            log.warning("stream_interrupted", extra={"reason": str(error)})
+        yield form.reconnect_hint(stream_path)
 
 
 def _metered(events: Generator[list[Event]], metrics: Metrics) -> Generator[list[Event]]:
+    """Pass events on; measure the time to the first chunk and count the chunks."""
     opened_at, chunks, uncounted = time.monotonic(), 0, 0
     try:
         with closing(events):
             for ready in events:
-                new = len([event for event in ready if event.kind is EventKind.CHUNK])
+                new = sum(event.kind is EventKind.CHUNK for event in ready)
                 if new and not chunks:
                     metrics.first_chunk.observe(time.monotonic() - opened_at)
                 chunks += new
                 uncounted += new
-                if uncounted >= _COUNT_EACH:
+                if uncounted >= _COUNTED_TOGETHER:
                     metrics.chunks.inc(uncounted)
                     uncounted = 0
                 yield ready

@@ -1,4 +1,4 @@
-"""From requests to jobs: defaults, models, limits, wake-ups."""
+"""Admission: defaults, models, limits, images and wake-ups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.queue.redis import Redis
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles
-from web.admission.admit import Admission, Origin
+from web.admission.admit import Admission, RequestContext
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.snapshot import Cluster
 from web.schemas.requests import JobRequest, Message, Part, StoredImage
@@ -30,13 +30,8 @@ from web.schemas.requests import JobRequest, Message, Part, StoredImage
 CARD = ModelCard("small", "text", context=64)
 
 
-def untokenized(settings: Settings) -> PromptTokenizer:
-    """For models whose tokenizers are not known: it starts no helper."""
-    return PromptTokenizer(Tokenizing(1.0), TokenizerFiles(settings.tokenizers_dir))
-
-
-class Bell:
-    """Takes wake-ups. The real one swallows that the broker is away (`shared.queue.wakeups.Notifier`)."""
+class FakeNotifier:
+    """Records wake-ups."""
 
     def __init__(self) -> None:
         self.woken: list[str] = []
@@ -46,81 +41,96 @@ class Bell:
 
 
 @pytest.fixture
-def bell() -> Bell:
-    return Bell()
+def notifier() -> FakeNotifier:
+    return FakeNotifier()
+
+
+def make_admission(
+    client: Redis, settings: Settings, notifier: FakeNotifier, catalog: Catalog | None = None
+) -> Admission:
+    """An admission without tokenizers, so it starts no helper process."""
+    return Admission(
+        settings,
+        catalog or load_catalog(settings),
+        Jobs(client, settings),
+        ImageStore(client),
+        Cluster(Registry(client)),
+        PromptTokenizer(Tokenizing(1.0), TokenizerFiles(settings.tokenizers_dir)),
+        notifier,  # type: ignore[arg-type]
+    )
 
 
 @pytest.fixture
-def admission(client: Redis, settings: Settings, bell: Bell) -> Admission:
-    registry = Registry(client)
-    registry.announce_model(CARD)
-    jobs, images = Jobs(client, settings), ImageStore(client)
-    return Admission(settings, load_catalog(settings), jobs, images, Cluster(registry), untokenized(settings), bell)  # type: ignore[arg-type]
+def admission(client: Redis, settings: Settings, notifier: FakeNotifier) -> Admission:
+    Registry(client).announce_model(CARD)
+    return make_admission(client, settings, notifier)
 
 
-def wanted(**more: object) -> JobRequest:
+def job_request(**more: object) -> JobRequest:
     return JobRequest.model_validate({"prompt": "hi", "model": "small", **more})
 
 
 def refusal(admission: Admission, request: JobRequest) -> MlxqError:
     with pytest.raises(MlxqError) as caught:
-        admission.admit(request, Origin("me"))
+        admission.admit(request, RequestContext("me"))
     return caught.value
 
 
 def test_a_job_is_recorded_before_its_workers_are_woken(
-    admission: Admission, bell: Bell, client: Redis, monkeypatch: pytest.MonkeyPatch
+    admission: Admission, notifier: FakeNotifier, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(bell, "wake", lambda models: seen.extend([*models, *client.keys("mlxq:job:*")]))
-    accepted = admission.admit(wanted(), Origin("me", request_id="r1"))
+    monkeypatch.setattr(notifier, "wake", lambda models: seen.extend([*models, *client.keys("mlxq:job:*")]))
+    accepted = admission.admit(job_request(), RequestContext("me", request_id="r1"))
     assert accepted.new and seen == ["small", f"mlxq:job:{accepted.job.id}"]
     assert client.hget(f"mlxq:job:{accepted.job.id}", "owner") == "me"
 
 
-def test_workers_are_woken_once_for_jobs_that_come_together(admission: Admission, bell: Bell) -> None:
-    assert [admission.admit(wanted(), Origin("me")).new for _ in range(5)] == [True] * 5
-    assert bell.woken == ["small"]
+def test_workers_are_woken_once_for_several_jobs(admission: Admission, notifier: FakeNotifier) -> None:
+    assert [admission.admit(job_request(), RequestContext("me")).new for _ in range(5)] == [True] * 5
+    assert notifier.woken == ["small"]
 
 
-def test_redis_going_away_behind_the_acceptance_does_not_refuse_the_job(
-    admission: Admission, bell: Bell, client: Redis, monkeypatch: pytest.MonkeyPatch
+def test_a_redis_failure_after_the_job_was_stored_does_not_refuse_it(
+    admission: Admission, notifier: FakeNotifier, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_: object) -> None:
+    def unavailable(*_: object) -> None:
         raise RedisConnectionError
 
-    monkeypatch.setattr(bell, "wake", lambda _: monkeypatch.setattr(admission._cluster, "now", away))
-    accepted = admission.admit(wanted(), Origin("me"))
+    monkeypatch.setattr(notifier, "wake", lambda _: monkeypatch.setattr(admission._cluster, "snapshot", unavailable))
+    accepted = admission.admit(job_request(), RequestContext("me"))
     assert accepted.new and client.zrank(f"{keys.QUEUE}small", accepted.job.id) is not None
 
 
-def test_a_repeated_request_wakes_nobody(admission: Admission, bell: Bell) -> None:
-    origin = Origin("me", idempotency_key="k", fingerprint="f")
-    first = admission.admit(wanted(), origin)
-    bell.woken.clear()
-    again = admission.admit(wanted(), origin)
-    assert (again.job.id, again.new, bell.woken) == (first.job.id, False, [])
+def test_a_repeated_request_wakes_no_worker(admission: Admission, notifier: FakeNotifier) -> None:
+    origin = RequestContext("me", idempotency_key="k", fingerprint="f")
+    first = admission.admit(job_request(), origin)
+    notifier.woken.clear()
+    again = admission.admit(job_request(), origin)
+    assert (again.job.id, again.new, notifier.woken) == (first.job.id, False, [])
 
 
-def test_defaults_are_the_services(admission: Admission, settings: Settings) -> None:
-    generation = admission.submission(JobRequest.model_validate({"prompt": "hi"}), Origin("me")).request
-    assert generation.model == settings.model_id
-    assert (generation.max_tokens, generation.sampling.temperature) == (settings.max_tokens, settings.temperature)
+def test_the_service_has_defaults(admission: Admission, settings: Settings) -> None:
+    request = admission.submission(JobRequest.model_validate({"prompt": "hi"}), RequestContext("me")).request
+    assert request.model == settings.model_id
+    assert (request.max_tokens, request.sampling.temperature) == (settings.max_tokens, settings.temperature)
 
 
-def test_the_default_length_is_held_within_the_context(admission: Admission) -> None:
-    assert admission.submission(wanted(), Origin("me")).request.max_tokens == CARD.context
+def test_the_default_of_max_tokens_is_limited_to_the_context(admission: Admission) -> None:
+    assert admission.submission(job_request(), RequestContext("me")).request.max_tokens == CARD.context
 
 
-def test_a_seed_is_chosen_and_kept(admission: Admission) -> None:
-    seeds = {admission.submission(wanted(), Origin("me")).request.sampling.seed for _ in range(20)}
+def test_a_seed_is_random_unless_requested(admission: Admission) -> None:
+    seeds = {admission.submission(job_request(), RequestContext("me")).request.sampling.seed for _ in range(20)}
     assert len(seeds) == 20
-    assert admission.submission(wanted(seed=0), Origin("me")).request.sampling.seed == 0
+    assert admission.submission(job_request(seed=0), RequestContext("me")).request.sampling.seed == 0
 
 
-def test_what_was_asked_reaches_the_job(admission: Admission) -> None:
-    asked = wanted(priority="batch", deadline_s=5, start_within_s=3, metadata={"a": "b"}, stop="x", temperature=0)
-    submission = admission.submission(asked, Origin("me"))
+def test_the_fields_of_a_request_reach_the_job(admission: Admission) -> None:
+    request = job_request(
+        priority="batch", deadline_s=5, start_within_s=3, metadata={"a": "b"}, stop="x", temperature=0
+    )
+    submission = admission.submission(request, RequestContext("me"))
     assert (submission.priority, submission.deadline_s, submission.start_within_s) == (Priority.BATCH, 5, 3)
     assert (submission.metadata, submission.request.stop) == ({"a": "b"}, ("x",))
     assert submission.request.sampling.temperature == 0
@@ -135,52 +145,37 @@ def test_what_was_asked_reaches_the_job(admission: Admission) -> None:
         ({"start_within_s": 1e6}, "invalid_request", "start_within_s"),
     ],
 )
-def test_what_cannot_be_run_is_refused_and_not_enqueued(
+def test_an_invalid_request_is_refused_and_not_enqueued(
     admission: Admission, client: Redis, more: dict[str, object], code: str, field: str
 ) -> None:
-    error = refusal(admission, wanted(**more))
+    error = refusal(admission, job_request(**more))
     assert isinstance(error, Invalid) and (error.code, error.field) == (code, field)
     assert client.keys("mlxq:job:*") == [] and client.keys("mlxq:queue:*") == []
 
 
-def test_a_request_may_ask_for_more_than_the_default_and_not_for_more_than_the_maximum(
-    client: Redis, settings: Settings, bell: Bell
+def test_time_limits_may_exceed_the_default_but_not_the_maximum(
+    client: Redis, settings: Settings, notifier: FakeNotifier
 ) -> None:
-    registry = Registry(client)
     limits = {"start_within_s": 10, "max_start_within_s": 20, "deadline_s": 30, "max_deadline_s": 2592000}
-    settings = settings.model_copy(update=limits)
-    jobs = Jobs(client, settings)
-    admission = Admission(
-        settings, load_catalog(settings), jobs, ImageStore(client), Cluster(registry), untokenized(settings), bell
-    )  # type: ignore[arg-type]
+    admission = make_admission(client, settings.model_copy(update=limits), notifier)
 
     def times(**more: object) -> tuple[float, float]:
-        job = admission.admit(JobRequest.model_validate({"prompt": "hi", **more}), Origin("me")).job
-        moments = client.zscore("mlxq:timers", job.id), float(client.hget("mlxq:job:" + job.id, "end_by"))
-        return tuple(round(moment - job.created_at, 3) for moment in moments)  # type: ignore[return-value]
+        job = admission.admit(JobRequest.model_validate({"prompt": "hi", **more}), RequestContext("me")).job
+        expires_at = client.zscore("mlxq:timers", job.id), float(client.hget("mlxq:job:" + job.id, "end_by"))
+        return tuple(round(at - job.created_at, 3) for at in expires_at)  # type: ignore[return-value]
 
     assert times() == (10, 30)
     assert times(start_within_s=20, deadline_s=2592000) == (20, 2592000)
     assert times(deadline_s=5) == (5, 5)
-    for field, most in (("start_within_s", "20"), ("deadline_s", "2592000")):
-        error = refusal(admission, JobRequest.model_validate({"prompt": "hi", field: float(most) + 0.5}))
-        assert (error.status, error.field, error.detail) == (422, field, f"{field} can be at most {most} seconds.")
+    for field, maximum in (("start_within_s", "20"), ("deadline_s", "2592000")):
+        error = refusal(admission, JobRequest.model_validate({"prompt": "hi", field: float(maximum) + 0.5}))
+        assert (error.status, error.field, error.detail) == (422, field, f"{field} can be at most {maximum} seconds.")
 
 
-def test_a_full_queue_is_told_with_a_time_to_come_back(client: Redis, settings: Settings, bell: Bell) -> None:
-    registry = Registry(client)
-    full = settings.model_copy(update={"max_queue": 1})
-    admission = Admission(
-        full,
-        load_catalog(full),
-        Jobs(client, full),
-        ImageStore(client),
-        Cluster(registry),
-        untokenized(settings),
-        bell,
-    )  # type: ignore[arg-type]
+def test_a_full_queue_refuses_jobs_with_a_retry_time(client: Redis, settings: Settings, notifier: FakeNotifier) -> None:
+    admission = make_admission(client, settings.model_copy(update={"max_queue": 1}), notifier)
     request = JobRequest.model_validate({"prompt": "hi"})
-    admission.admit(request, Origin("me"))
+    admission.admit(request, RequestContext("me"))
     error = refusal(admission, request)
     assert (error.status, error.code) == (503, "queue_full") and error.retry_after
 
@@ -189,154 +184,141 @@ def no_memory(args: object) -> None:
     raise OutOfMemoryError
 
 
-def test_images_of_what_is_not_accepted_are_dropped(
+def test_images_of_refused_and_repeated_requests_are_deleted(
     admission: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"a" * 64: b"picture"}
-    origin = Origin("me", idempotency_key="k", fingerprint="f")
-    job = admission.admit(wanted(), origin, files).job
+    origin = RequestContext("me", idempotency_key="k", fingerprint="f")
+    job = admission.admit(job_request(), origin, files).job
     assert client.hgetall(keys.IMAGES + job.id)
-    again = admission.admit(wanted(), origin, files)
+    again = admission.admit(job_request(), origin, files)
     assert (again.job.id, again.new) == (job.id, False)
     with pytest.raises(KeyReused):
-        admission.admit(wanted(), Origin("me", idempotency_key="k", fingerprint="other"), files)
+        admission.admit(job_request(), RequestContext("me", idempotency_key="k", fingerprint="other"), files)
     monkeypatch.setattr(admission._jobs, "_enqueue", no_memory)
     with pytest.raises(OutOfMemoryError):
-        admission.admit(wanted(), origin, files)
+        admission.admit(job_request(), origin, files)
     assert [*client.scan_iter(f"{keys.IMAGES}*")] == [keys.IMAGES + job.id]
 
 
-def test_no_job_is_made_of_a_repeated_request_without_its_images(admission: Admission, client: Redis) -> None:
-    origin, files = Origin("me", idempotency_key="k", fingerprint="f"), {"a" * 64: b"picture"}
-    job = admission.admit(wanted(), origin, {**files, "b" * 64: b"other"}).job
-    again = admission.admit(wanted(), origin, files, unread=1)
+def test_a_request_with_skipped_images_creates_no_job(admission: Admission, client: Redis) -> None:
+    origin, files = RequestContext("me", idempotency_key="k", fingerprint="f"), {"a" * 64: b"picture"}
+    job = admission.admit(job_request(), origin, {**files, "b" * 64: b"other"}).job
+    again = admission.admit(job_request(), origin, files, skipped_images=1)
     assert (again.job, again.new) == (job, False)
     client.delete(keys.JOB + job.id)  # its retention is over
     with pytest.raises(Unavailable):
-        admission.admit(wanted(), origin, files, unread=1)
+        admission.admit(job_request(), origin, files, skipped_images=1)
     assert not client.keys(f"{keys.JOB}*")
 
 
-# What the catalog says of a model
-
-
 @pytest.fixture
-def known(client: Redis, settings: Settings, bell: Bell) -> Admission:
-    """With a catalog of `small`, also called `tiny`, which is warm, and `other`, which is not."""
-    registry = Registry(client)
-    registry.announce_model(CARD)
-    usual = SamplingDefaults(max_tokens=9, temperature=0.25, top_p=0.5, repetition_penalty=1.5)
+def catalog_admission(client: Redis, settings: Settings, notifier: FakeNotifier) -> Admission:
+    """An admission whose catalog has `small`, with the alias `tiny`, which is warm, and `other`, which is cold."""
+    Registry(client).announce_model(CARD)
+    defaults = SamplingDefaults(max_tokens=9, temperature=0.25, top_p=0.5, repetition_penalty=1.5)
     models = {
-        "small": CatalogModel("small", Path("small"), "text", aliases=("tiny",), sampling=usual),
+        "small": CatalogModel("small", Path("small"), "text", aliases=("tiny",), sampling=defaults),
         "other": CatalogModel("other", Path("other"), "text", context=32, sampling=SamplingDefaults(max_tokens=1000)),
     }
-    catalog, jobs = Catalog(models, "small"), Jobs(client, settings)
-    return Admission(
-        settings,
-        catalog,
-        jobs,
-        ImageStore(client),
-        Cluster(registry),
-        untokenized(settings),
-        bell,  # type: ignore[arg-type]
-    )
+    return make_admission(client, settings, notifier, Catalog(models, "small"))
 
 
-def asked(admission: Admission, **fields: object) -> Request:
+def generation(admission: Admission, **fields: object) -> Request:
     request = JobRequest.model_validate({"prompt": "hi", **fields})
-    return admission.submission(request, Origin("me")).request
+    return admission.submission(request, RequestContext("me")).request
 
 
 @pytest.mark.parametrize("name", [{}, {"model": None}, {"model": "small"}, {"model": "tiny"}])
-def test_a_model_goes_by_its_id_whatever_it_was_called(known: Admission, name: dict[str, object]) -> None:
-    assert asked(known, **name).model == "small"
+def test_an_alias_is_resolved_to_the_id_of_the_model(catalog_admission: Admission, name: dict[str, object]) -> None:
+    assert generation(catalog_admission, **name).model == "small"
 
 
-def test_a_models_defaults_fill_what_a_request_leaves_out(known: Admission, settings: Settings) -> None:
-    found = asked(known)
-    assert (found.max_tokens, found.sampling.temperature, found.sampling.top_p) == (9, 0.25, 0.5)
-    assert (found.sampling.repetition_penalty, found.sampling.top_k, found.sampling.min_p) == (1.5, 0, 0)
-    said = asked(known, max_tokens=3, temperature=1, top_p=1.0, repetition_penalty=1)
-    assert (said.max_tokens, said.sampling.temperature, said.sampling.top_p) == (3, 1, 1)
-    assert said.sampling.repetition_penalty == 1
-    null = asked(known, max_tokens=None, temperature=None)
+def test_the_defaults_of_a_model_fill_omitted_fields(catalog_admission: Admission, settings: Settings) -> None:
+    omitted = generation(catalog_admission)
+    assert (omitted.max_tokens, omitted.sampling.temperature, omitted.sampling.top_p) == (9, 0.25, 0.5)
+    assert (omitted.sampling.repetition_penalty, omitted.sampling.top_k, omitted.sampling.min_p) == (1.5, 0, 0)
+    explicit = generation(catalog_admission, max_tokens=3, temperature=1, top_p=1.0, repetition_penalty=1)
+    assert (explicit.max_tokens, explicit.sampling.temperature, explicit.sampling.top_p) == (3, 1, 1)
+    assert explicit.sampling.repetition_penalty == 1
+    null = generation(catalog_admission, max_tokens=None, temperature=None)
     assert (null.max_tokens, null.sampling.temperature) == (9, 0.25)
-    assert asked(known, model="other").sampling.temperature == settings.temperature
+    assert generation(catalog_admission, model="other").sampling.temperature == settings.temperature
 
 
-def test_a_models_default_length_is_held_within_its_context(known: Admission) -> None:
-    assert asked(known, model="other").max_tokens == 32
+def test_a_cold_models_default_of_max_tokens_is_limited_to_its_context(catalog_admission: Admission) -> None:
+    assert generation(catalog_admission, model="other").max_tokens == 32
     request = JobRequest.model_validate({"prompt": "hi", "model": "other", "max_tokens": 33})
-    assert refusal(known, request).field == "max_tokens"
+    assert refusal(catalog_admission, request).field == "max_tokens"
 
 
 @pytest.mark.parametrize(
-    ("weights_bytes", "kind", "taken"), [(8, "text", False), (8, "vision", True), (0, "text", True)]
+    ("weights_bytes", "kind", "accepted"), [(8, "text", False), (8, "vision", True), (0, "text", True)]
 )
-def test_a_text_model_takes_no_images_before_it_is_loaded_either(
-    known: Admission, weights_bytes: int, kind: str, taken: bool
+def test_a_cold_text_model_refuses_images(
+    catalog_admission: Admission, weights_bytes: int, kind: str, accepted: bool
 ) -> None:
-    known._catalog.models["other"] = CatalogModel("other", Path("other"), kind, weights_bytes=weights_bytes)
+    catalog_admission._catalog.models["other"] = CatalogModel("other", Path("other"), kind, weights_bytes=weights_bytes)
     content = [StoredImage(image="a" * 64, width=64, height=48), Part(type="text", text="What?")]
     message = Message.model_construct(role="user", content=content)
-    request = wanted(model="other").model_copy(update={"prompt": None, "messages": [message]})
-    if taken:
-        assert known.submission(request, Origin("me")).request.image_parts
+    request = job_request(model="other").model_copy(update={"prompt": None, "messages": [message]})
+    if accepted:
+        assert catalog_admission.submission(request, RequestContext("me")).request.image_parts
     else:
-        error = refusal(known, request)
+        error = refusal(catalog_admission, request)
         assert (error.status, error.code, error.field) == (422, "no_images", "model")
 
 
-def test_a_model_that_has_just_been_loaded_is_not_refused(
-    known: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_was_just_loaded_is_accepted(
+    catalog_admission: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known, "_settings", known._settings.model_copy(update={"load_on_demand": False}))
-    error = refusal(known, wanted(model="other"))
+    monkeypatch.setattr(
+        catalog_admission, "_settings", catalog_admission._settings.model_copy(update={"load_on_demand": False})
+    )
+    error = refusal(catalog_admission, job_request(model="other"))
     assert (error.status, error.code, error.field) == (409, "model_not_loaded", "model")
     now = time.time()
     worker = WorkerInfo("w1", "w1@here", "here", 1, "other", "ready", 8, 0, now, now, {}, {})
     Registry(client).announce_worker(worker, 60.0)
-    assert known.submission(wanted(model="other"), Origin("me")).request.model == "other"
+    assert catalog_admission.submission(job_request(model="other"), RequestContext("me")).request.model == "other"
 
 
-def test_the_default_model_is_waited_for_only_until_some_worker_is_there(
-    known: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
+def test_jobs_for_the_default_model_are_accepted_cold_only_while_there_is_no_worker(
+    catalog_admission: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known, "_settings", known._settings.model_copy(update={"load_on_demand": False}))
-    assert known.submission(wanted(), Origin("me")).request.model == "small"
+    monkeypatch.setattr(
+        catalog_admission, "_settings", catalog_admission._settings.model_copy(update={"load_on_demand": False})
+    )
+    assert catalog_admission.submission(job_request(), RequestContext("me")).request.model == "small"
     Registry(client).announce_host(HostInfo("w1@here", "here", 1, 0.0, time.time(), (), 100, 0), 60.0)
-    error = refusal(known, wanted())
+    error = refusal(catalog_admission, job_request())
     assert (error.status, error.code, error.field) == (409, "model_not_loaded", "model")
 
 
-@pytest.mark.parametrize("asked_for", [None, 0, 20])
-def test_log_probabilities_are_asked_for_in_the_request_and_noted_in_the_record(
-    admission: Admission, client: Redis, asked_for: int | None
+@pytest.mark.parametrize("logprobs", [None, 0, 20])
+def test_logprobs_are_stored_in_the_request_and_flagged_in_the_record(
+    admission: Admission, client: Redis, logprobs: int | None
 ) -> None:
-    job = admission.admit(wanted(logprobs=asked_for), Origin("me")).job
-    assert job.logprobs is (asked_for is not None)
+    job = admission.admit(job_request(logprobs=logprobs), RequestContext("me")).job
+    assert job.logprobs is (logprobs is not None)
     stored = Request.from_json(client.hget(keys.REQUEST + job.id, "request"))
-    assert stored.logprobs == asked_for
+    assert stored.logprobs == logprobs
 
 
 @pytest.mark.parametrize(
     ("setting", "status", "code"),
     [("queue_bytes_per_key", 429, "key_queue_full"), ("queue_bytes", 503, "queue_memory_full")],
 )
-def test_a_queue_that_holds_its_bytes_is_told_with_a_time_to_come_back(
-    client: Redis, settings: Settings, bell: Bell, setting: str, status: int, code: str
+def test_a_queue_without_free_bytes_refuses_jobs_with_a_retry_time(
+    client: Redis, settings: Settings, notifier: FakeNotifier, setting: str, status: int, code: str
 ) -> None:
     tight = settings.model_copy(update={"queue_bytes": 2**30, "queue_bytes_per_key": 2**29} | {setting: 2**20})
-    registry = Registry(client)
-    catalog, jobs = load_catalog(tight), Jobs(client, tight)
-    admission = Admission(
-        tight, catalog, jobs, ImageStore(client), Cluster(registry), untokenized(tight), bell,  # type: ignore[arg-type]
-    )  # fmt: skip
+    admission = make_admission(client, tight, notifier)
     request = JobRequest.model_validate({"prompt": "x" * 400_000, "max_tokens": 1})
-    accepted = [admission.admit(request, Origin("me")).job for _ in range(2)]
+    accepted = [admission.admit(request, RequestContext("me")).job for _ in range(2)]
     error = refusal(admission, request)
     assert (error.status, error.code) == (status, code) and error.retry_after
     if status == 429:
-        assert admission.admit(request, Origin("somebody else")).new
-    jobs.stop(accepted[0].id, "me")
-    assert admission.admit(request, Origin("me")).new, "a job that has ended makes room"
+        assert admission.admit(request, RequestContext("another")).new
+    Jobs(client, tight).stop(accepted[0].id, "me")
+    assert admission.admit(request, RequestContext("me")).new, "a job that has ended frees its bytes"

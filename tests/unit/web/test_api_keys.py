@@ -1,4 +1,4 @@
-"""API keys: one file of hashes, several writers, and readers that never see half of it."""
+"""API keys: one file of hashes, with concurrent writers and readers."""
 
 import fcntl
 import json
@@ -20,12 +20,12 @@ def path_of(store: KeyStore) -> Path:
     return store._path
 
 
-def test_a_key_has_its_form_and_is_never_the_same_twice() -> None:
+def test_new_keys_are_well_formed_and_unique() -> None:
     assert re.fullmatch(r"mlxq_[0-9a-f]{8}_[A-Za-z0-9_-]{43}", new_key())
     assert len({new_key() for _ in range(100)}) == 100
 
 
-def test_a_made_key_is_found_and_the_file_does_not_hold_it(store: KeyStore) -> None:
+def test_a_created_key_is_found_and_not_stored_in_plain_text(store: KeyStore) -> None:
     key = store.create("alice", ["infer"], "10/minute")
     found = store.find(key)
     assert found is not None
@@ -36,17 +36,17 @@ def test_a_made_key_is_found_and_the_file_does_not_hold_it(store: KeyStore) -> N
 
 
 @pytest.mark.parametrize("wrong", ["", "x", "mlxq_00000000_" + "a" * 43, "mlxq_zz", "é", "\udcff"])
-def test_what_is_no_key_of_ours_finds_nothing(store: KeyStore, wrong: str) -> None:
+def test_an_unknown_or_malformed_key_is_not_found(store: KeyStore, wrong: str) -> None:
     store.create("alice", ["infer"])
     assert store.find(wrong) is None
 
 
-def test_a_known_id_with_another_secret_finds_nothing(store: KeyStore) -> None:
+def test_a_known_id_with_another_secret_is_not_found(store: KeyStore) -> None:
     key = store.create("alice", ["infer"])
     assert store.find(key[:14] + new_key()[14:]) is None
 
 
-def test_a_revoked_key_opens_nothing_and_frees_its_name(store: KeyStore) -> None:
+def test_a_revoked_key_is_not_found_and_its_name_is_free(store: KeyStore) -> None:
     key = store.create("alice", ["infer"])
     store.revoke("alice")
     assert store.find(key) is None
@@ -56,7 +56,7 @@ def test_a_revoked_key_opens_nothing_and_frees_its_name(store: KeyStore) -> None
     assert store.find(store.create("alice", ["infer"])) is not None
 
 
-def test_ensure_makes_a_key_known_once(store: KeyStore) -> None:
+def test_ensure_stores_a_key_once(store: KeyStore) -> None:
     key = new_key()
     first = store.ensure(key, "local", SCOPES)
     assert store.ensure(key, "local", SCOPES) == first == store.find(key)
@@ -67,7 +67,7 @@ def test_ensure_makes_a_key_known_once(store: KeyStore) -> None:
         store.ensure("secret", "other", SCOPES)
 
 
-def test_a_key_that_is_replaced_is_valid_no_more(store: KeyStore) -> None:
+def test_ensure_revokes_the_previous_key_of_the_same_name(store: KeyStore) -> None:
     old, new, others = new_key(), new_key(), store.create("alice", ["infer"])
     store.ensure(old, "local", SCOPES)
     store.ensure(new, "local", SCOPES)
@@ -78,7 +78,7 @@ def test_a_key_that_is_replaced_is_valid_no_more(store: KeyStore) -> None:
     assert store.find(old) is None and store.find(new) is None
 
 
-def test_a_key_that_is_refused_revokes_none(store: KeyStore) -> None:
+def test_a_refused_key_revokes_no_other(store: KeyStore) -> None:
     key, others = new_key(), store.create("alice", ["infer"])
     store.ensure(key, "local", SCOPES)
     with pytest.raises(ValueError, match="id"):
@@ -86,15 +86,15 @@ def test_a_key_that_is_refused_revokes_none(store: KeyStore) -> None:
     assert store.find(key) is not None
 
 
-def test_bad_scopes_limits_and_names_are_refused(store: KeyStore) -> None:
+def test_invalid_scopes_limits_and_names_are_refused(store: KeyStore) -> None:
     store.create("alice", ["infer"])
     for arguments in (("bob", ["root"]), ("bob", []), ("bob", ["infer"], "often"), ("alice", ["infer"])):
-        with pytest.raises(ValueError):  # noqa: PT011 -- four messages, one kind
+        with pytest.raises(ValueError):  # noqa: PT011 -- four different messages
             store.create(*arguments)
     assert len(store.list()) == 1
 
 
-def test_another_processs_changes_are_seen(store: KeyStore) -> None:
+def test_changes_by_another_process_take_effect(store: KeyStore) -> None:
     other = KeyStore(path_of(store))
     key = store.create("alice", ["infer"])
     assert other.find(key) is not None
@@ -103,7 +103,7 @@ def test_another_processs_changes_are_seen(store: KeyStore) -> None:
 
 
 @pytest.mark.parametrize("content", ["", '{"keys": [', '{"keys": [{"id": "a"}]}', "[]", "\x00"])
-def test_a_broken_file_keeps_what_was_known_and_stops_writers(store: KeyStore, content: str) -> None:
+def test_a_corrupt_file_keeps_the_known_keys_valid_and_is_not_overwritten(store: KeyStore, content: str) -> None:
     key = store.create("alice", ["infer"])
     assert store.find(key) is not None
     path_of(store).write_text(content)
@@ -113,15 +113,15 @@ def test_a_broken_file_keeps_what_was_known_and_stops_writers(store: KeyStore, c
     assert path_of(store).read_text() == content
 
 
-def test_writers_at_the_same_time_lose_nothing(store: KeyStore) -> None:
+def test_concurrent_writers_lose_no_keys(store: KeyStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         keys = list(pool.map(lambda n: KeyStore(path_of(store)).create(f"key {n}", ["infer"]), range(40)))
     assert all(store.find(key) is not None for key in keys)
     assert len(json.loads(path_of(store).read_text())["keys"]) == 40
 
 
-def test_a_writer_that_never_ends_holds_nobody_up_for_ever(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("web.access.api_keys.LOCK_S", 0.05)
+def test_waiting_for_the_lock_times_out(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web.access.api_keys.LOCK_TIMEOUT_S", 0.05)
     store.create("alice", ["infer"])
     with path_of(store).with_suffix(".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

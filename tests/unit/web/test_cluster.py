@@ -1,4 +1,4 @@
-"""The cluster's state is read once, however many requests want it at the same moment: threads or greenlets."""
+"""Concurrent requests share one reading of the cluster's state, with threads and with greenlets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUESTS = 200
 
 
 class Registry:
-    """Counts readings; each waits until it is let go."""
+    """Counts readings; each blocks until `open` is set."""
 
     def __init__(self) -> None:
         self.readings = 0
@@ -46,8 +46,8 @@ class Registry:
         return []
 
 
-def many(read: Callable[[], ClusterSnapshot], registry: Registry) -> list[ClusterSnapshot | Exception]:
-    """What so many requests get that all come before the first reading has ended."""
+def read_concurrently(read: Callable[[], ClusterSnapshot], registry: Registry) -> list[ClusterSnapshot | Exception]:
+    """Start all requests before the first reading ends; return their results."""
     arrived = threading.Semaphore(0)
 
     def request() -> ClusterSnapshot | Exception:
@@ -65,80 +65,80 @@ def many(read: Callable[[], ClusterSnapshot], registry: Registry) -> list[Cluste
         return [future.result(30) for future in futures]
 
 
-def test_requests_that_find_it_stale_together_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "_MAX_AGE_S", 60.0)  # a busy machine may keep a thread from asking for long
+def test_concurrent_requests_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_MAX_AGE_S", 60.0)  # on a busy machine, some threads start much later
     registry = Registry()
-    found = many(Cluster(registry).now, registry)  # type: ignore[arg-type]
+    results = read_concurrently(Cluster(registry).snapshot, registry)  # type: ignore[arg-type]
     assert registry.readings == 1
-    assert len(set(map(id, found))) == 1
+    assert len(set(map(id, results))) == 1
 
 
-def test_those_that_want_it_as_it_is_now_read_it_at_most_twice() -> None:
-    """One that came while a reading was under way must not get what that had read before."""
+def test_concurrent_requests_for_the_latest_state_read_at_most_twice() -> None:
+    """A request that arrives during a reading needs a later one."""
     registry = Registry()
-    shared = Cluster(registry)  # type: ignore[arg-type]
-    many(lambda: shared.now(max_age_s=0), registry)
+    cluster = Cluster(registry)  # type: ignore[arg-type]
+    read_concurrently(lambda: cluster.snapshot(max_age_s=0), registry)
     assert registry.readings <= 2
 
 
-def test_one_that_comes_in_the_middle_of_a_reading_and_wants_it_new_gets_the_next() -> None:
+def test_a_request_for_the_latest_state_during_a_reading_gets_the_next_one() -> None:
     registry = Registry()
-    shared = Cluster(registry)  # type: ignore[arg-type]
+    cluster = Cluster(registry)  # type: ignore[arg-type]
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(shared.now)
+        first = pool.submit(cluster.snapshot)
         eventually(lambda: registry.readings)
-        second = pool.submit(lambda: shared.now(max_age_s=0))
+        second = pool.submit(lambda: cluster.snapshot(max_age_s=0))
         registry.open.set()
         assert first.result(30).models["m"].context == 1
         assert second.result(30).models["m"].context == 2
 
 
-def test_a_reading_that_fails_fails_for_all_that_waited_and_the_next_request_tries_again() -> None:
+def test_a_failed_reading_fails_all_waiting_requests_and_the_next_request_tries_again() -> None:
     registry = Registry()
-    shared = Cluster(registry)  # type: ignore[arg-type]
-    registry.error = redis.ConnectionError("away")
-    found = many(shared.now, registry)
-    assert {type(each) for each in found} == {redis.ConnectionError}
-    assert registry.readings < REQUESTS / 2, "a request that comes later may try anew, those that waited do not"
+    cluster = Cluster(registry)  # type: ignore[arg-type]
+    registry.error = redis.ConnectionError("unavailable")
+    results = read_concurrently(cluster.snapshot, registry)
+    assert {type(each) for each in results} == {redis.ConnectionError}
+    assert registry.readings < REQUESTS / 2, "only requests that arrive later try again"
     registry.error, before = None, registry.readings
-    assert shared.now().models
+    assert cluster.snapshot().models
     assert registry.readings == before + 1
 
 
-def test_a_request_that_is_killed_in_the_middle_ends_no_other() -> None:
+def test_killing_the_reading_request_kills_no_waiting_request() -> None:
     registry = Registry()
-    shared = Cluster(registry)  # type: ignore[arg-type]
+    cluster = Cluster(registry)  # type: ignore[arg-type]
     registry.error = KeyboardInterrupt()
     with ThreadPoolExecutor(2) as pool:
 
-        def leader() -> None:
+        def reader() -> None:
             with pytest.raises(KeyboardInterrupt):
-                shared.now()
+                cluster.snapshot()
 
-        leading = pool.submit(leader)
+        reading = pool.submit(reader)
         eventually(lambda: registry.readings)
-        waiting = pool.submit(shared.now)
+        waiting = pool.submit(cluster.snapshot)
         registry.error = None
         registry.open.set()
-        leading.result(30)
+        reading.result(30)
         error = waiting.exception(30)
         assert error is None or isinstance(error, redis.ConnectionError)
-    assert shared.now().models
+    assert cluster.snapshot().models
 
 
-def test_waiting_for_a_reading_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "_PATIENCE_S", 0.01)
+def test_waiting_for_a_reading_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_TIMEOUT_S", 0.01)
     registry = Registry()
-    shared = Cluster(registry)  # type: ignore[arg-type]
+    cluster = Cluster(registry)  # type: ignore[arg-type]
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(shared.now)
+        pool.submit(cluster.snapshot)
         eventually(lambda: registry.readings)
         with pytest.raises(redis.TimeoutError):
-            shared.now()
+            cluster.snapshot()
         registry.open.set()
 
 
-GREENLETS = """
+GEVENT_SCRIPT = """
 from gevent import monkey
 monkey.patch_all()
 import gevent
@@ -159,15 +159,15 @@ class Registry:
 
 registry = Registry()
 cluster = Cluster(registry)
-found = gevent.joinall([gevent.spawn(cluster.now) for _ in range(200)], timeout=30)
-assert len({id(each.value) for each in found if each.value}) == 1
+greenlets = gevent.joinall([gevent.spawn(cluster.snapshot) for _ in range(200)], timeout=30)
+assert len({id(each.value) for each in greenlets if each.value}) == 1
 print(registry.readings)
 """
 
 
-def test_greenlets_read_it_once_too() -> None:
-    """As under gunicorn: in a process of its own, where all waiting is gevent's."""
-    ran = subprocess.run(
-        [sys.executable, "-c", GREENLETS], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+def test_greenlets_read_once() -> None:
+    """In a separate process, patched by gevent as under gunicorn."""
+    script = subprocess.run(
+        [sys.executable, "-c", GEVENT_SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert (ran.returncode, ran.stdout.strip()) == (0, "1"), ran.stderr
+    assert (script.returncode, script.stdout.strip()) == (0, "1"), script.stderr

@@ -1,4 +1,4 @@
-"""A stream of `/inference`: who stops reading before the end is gone, who has read the end is not."""
+"""A stream of `/inference` that is closed before its end means that the client has disconnected."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def events() -> Generator[list[Event]]:
 
 
 @pytest.mark.parametrize(("read", "calls"), [(1, 1), (2, 1), (3, 0)])
-def test_a_stream_closed_before_its_end_has_lost_its_client(read: int, calls: int) -> None:
-    called: list[None] = []
-    stream = _watched(events(), {}, lambda: called.append(None))
+def test_closing_a_stream_before_its_end_counts_as_a_disconnect(read: int, calls: int) -> None:
+    calls_made: list[None] = []
+    stream = _watched(events(), {}, lambda: calls_made.append(None))
     for _ in range(read):
         next(stream)
     stream.close()
-    assert len(called) == calls
+    assert len(calls_made) == calls

@@ -1,4 +1,4 @@
-"""Jobs as their owners see them: place in line, estimated start, and few questions to Redis."""
+"""Job views: queue position, estimated start, text, history and log-probabilities."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.queue.claims import Append, Claims, Demand, WriteResult
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from web.cluster.snapshot import Cluster, ClusterSnapshot
-from web.results.job_views import Views
+from web.results.job_views import JobViews
 
 MODEL = "m"
 WORKER = WorkerInfo(
@@ -32,9 +32,9 @@ def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> ClusterSnapsh
 
 
 @pytest.mark.parametrize(
-    ("seen", "position", "start_s"),
+    ("cluster_snapshot", "position", "start_s"),
     [
-        (snapshot(WORKER), 1, 2.5),  # of four slots one comes free every 10 s / 4
+        (snapshot(WORKER), 1, 2.5),  # one of four slots becomes free every 10 s / 4
         (snapshot(WORKER), 4, 10.0),
         (snapshot(WORKER, replace(WORKER, slots=6, slots_used=6)), 5, 5.0),
         (snapshot(replace(WORKER, slots_used=2)), 2, 0.0),
@@ -48,9 +48,9 @@ def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> ClusterSnapsh
     ],
 )
 def test_the_estimated_start_is_the_time_until_enough_slots_come_free(
-    seen: ClusterSnapshot, position: int, start_s: float | None
+    cluster_snapshot: ClusterSnapshot, position: int, start_s: float | None
 ) -> None:
-    assert seen.estimated_start_s(MODEL, position) == start_s
+    assert cluster_snapshot.estimated_start_s(MODEL, position) == start_s
 
 
 @pytest.fixture
@@ -58,66 +58,66 @@ def jobs(client: Redis, settings: Settings) -> Jobs:
     return Jobs(client, settings)
 
 
-def submit(jobs: Jobs, **asked: Any) -> Job:
-    return jobs.create(Submission(Request(MODEL, 1, Sampling(0.0), prompt="hi", **asked), owner="me")).job
+def submit(jobs: Jobs, **fields: Any) -> Job:
+    return jobs.create(Submission(Request(MODEL, 1, Sampling(0.0), prompt="hi", **fields), owner="me")).job
 
 
-def said(job: Job, n: int, text: str = "", tokens: tuple[int, ...] = (), **more: Any) -> Append:
+def write(job: Job, n: int, text: str = "", tokens: tuple[int, ...] = (), **more: Any) -> Append:
     return Append(job.id, job.attempt, job.claimed_at, n, text, tokens, **more)
 
 
 def start(client: Redis, name: str = "w") -> tuple[Claims, Job]:
-    """The next job, admitted to a worker's batch."""
+    """Claim the next job and start it."""
     claims = Claims(client, name)
     claims.renew(30)
     (claimed,) = claims.claim(MODEL, Demand(rows=1, tokens=10**6)).jobs
-    assert claims.append([said(claimed.job, claimed.job.last_event, start=True)]) == [WriteResult.OK]
+    assert claims.append([write(claimed.job, claimed.job.last_event, start=True)]) == [WriteResult.OK]
     return claims, claimed.job
 
 
 @pytest.fixture
-def views(client: Redis, jobs: Jobs) -> Views:
-    return Views(jobs, Cluster(Registry(client)), JobLog(client))
+def views(client: Redis, jobs: Jobs) -> JobViews:
+    return JobViews(jobs, Cluster(Registry(client)), JobLog(client))
 
 
-def shown(views: Views, jobs: Jobs, job: Job) -> dict[str, Any]:
-    view: dict[str, Any] = json.loads(views.full(jobs.get(job.id, "me")))
+def read_view(views: JobViews, jobs: Jobs, job: Job) -> dict[str, Any]:
+    view: dict[str, Any] = json.loads(views.job_json(jobs.get(job.id, "me")))
     return view
 
 
-def test_a_list_tells_the_places_in_the_queue_of_those_that_wait(client: Redis, jobs: Jobs, views: Views) -> None:
+def test_a_list_has_the_queue_positions_of_waiting_jobs(client: Redis, jobs: Jobs, views: JobViews) -> None:
     for _ in range(4):
         submit(jobs)
     start(client)
-    listed = views.brief(jobs.recent("me", limit=10))
+    listed = views.list_items(jobs.recent("me", limit=10))
     assert [view.queue_position for view in listed] == [3, 2, 1, None]
 
 
-def test_a_list_shows_the_texts_of_those_that_have_ended(client: Redis, jobs: Jobs, views: Views) -> None:
+def test_a_list_has_the_texts_of_ended_jobs(client: Redis, jobs: Jobs, views: JobViews) -> None:
     for _ in range(2):
         submit(jobs)
     for text, ending in (("all of it", Ending(Status.SUCCEEDED, "stop")), ("a part", None)):
         claims, job = start(client)
-        claims.append([said(job, job.last_event + 2, text, (1,), ending=ending)])
-    running, ended = views.brief(jobs.recent("me", limit=10))
+        claims.append([write(job, job.last_event + 2, text, (1,), ending=ending)])
+    running, ended = views.list_items(jobs.recent("me", limit=10))
     assert running.output is None
     assert ended.output and (ended.output.text, ended.output.finish_reason) == ("all of it", "stop")
 
 
-def test_the_text_of_a_running_job_needs_no_log(client: Redis, jobs: Jobs, views: Views) -> None:
+def test_the_text_of_a_running_job_does_not_depend_on_the_log(client: Redis, jobs: Jobs, views: JobViews) -> None:
     submit(jobs)
     claims, job = start(client)
-    claims.append([said(job, n, f"{n} ", (n,)) for n in (3, 4)])
+    claims.append([write(job, n, f"{n} ", (n,)) for n in (3, 4)])
     client.xtrim(keys.LOG + job.id, maxlen=1, approximate=False)
-    assert shown(views, jobs, job)["output"]["text"] == "3 4 "
+    assert read_view(views, jobs, job)["output"]["text"] == "3 4 "
 
 
-def test_the_history_names_no_host(client: Redis, jobs: Jobs, views: Views) -> None:
+def test_the_history_does_not_reveal_host_names(client: Redis, jobs: Jobs, views: JobViews) -> None:
     job = submit(jobs)
     for name in ("host-0-a", "host-0-b", "host-0-a"):
         start(client, name)[0].retire()
     start(client, "host-0-b")
-    view = shown(views, jobs, job)
+    view = read_view(views, jobs, job)
     workers = [each["worker"] for each in view["history"]]
     assert workers == [workers[0], workers[1], workers[0], workers[1]] and workers[0] != workers[1]
     assert "host" not in json.dumps(view)
@@ -125,16 +125,16 @@ def test_the_history_names_no_host(client: Redis, jobs: Jobs, views: Views) -> N
     assert view["history"][-1]["ended_at"] is None
 
 
-def test_places_in_the_queue_are_one_question_however_many_jobs(
+def test_queue_positions_of_all_jobs_are_read_in_one_round_trip(
     valkey_client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(valkey_client, settings)
     waiting = [submit(jobs) for _ in range(20)]
-    monkeypatch.setattr(valkey_client, "execute_command", None)  # one command, one round trip
+    monkeypatch.setattr(valkey_client, "execute_command", None)  # a pipeline does not use it
     assert sorted(jobs.positions(waiting).values()) == [*range(1, 21)]
 
 
-def test_a_job_that_left_the_queue_meanwhile_has_no_place(jobs: Jobs) -> None:
+def test_a_job_that_has_left_the_queue_has_no_position(jobs: Jobs) -> None:
     job = submit(jobs)
     jobs.stop(job.id, "me")
     assert jobs.positions([job]) == {}
@@ -145,31 +145,31 @@ def token(n: int) -> dict[str, Any]:
 
 
 def run_with_logprobs(client: Redis, jobs: Jobs, chunks: int, *, ends: bool = True) -> Job:
-    """A job that wrote so many chunks of a token each, with what it asked for."""
+    """A job with this many chunks of one token each, with log-probabilities."""
     submit(jobs, logprobs=1)
     claims, job = start(client)
     claims.append([
-        said(job, n, '"logprobs":null', (n,), extra=f'"logprobs":{json.dumps([token(n)])},"novel":[1]')
+        write(job, n, '"logprobs":null', (n,), extra=f'"logprobs":{json.dumps([token(n)])},"novel":[1]')
         for n in range(3, chunks + 3)
     ])  # fmt: skip
     if ends:
-        claims.append([said(job, chunks + 3, ending=Ending(Status.SUCCEEDED, "stop"))])
+        claims.append([write(job, chunks + 3, ending=Ending(Status.SUCCEEDED, "stop"))])
     return jobs.get(job.id, "me")
 
 
 @pytest.mark.parametrize("chunks", [1, 199, 200, 201, 1000])
-def test_log_probabilities_are_put_together_from_the_log(client: Redis, jobs: Jobs, views: Views, chunks: int) -> None:
+def test_logprobs_are_collected_from_the_log(client: Redis, jobs: Jobs, views: JobViews, chunks: int) -> None:
     job = run_with_logprobs(client, jobs, chunks)
     expected = [token(n) for n in range(3, chunks + 3)]
-    assert shown(views, jobs, job)["output"]["logprobs"] == expected
-    answer = json.loads(views.answer(job))
-    assert answer["logprobs"] == expected
-    assert answer["text"] == '"logprobs":null' * chunks, "a text that looks like the member's name is no member"
+    assert read_view(views, jobs, job)["output"]["logprobs"] == expected
+    inference = json.loads(views.inference_json(job))
+    assert inference["logprobs"] == expected
+    assert inference["text"] == '"logprobs":null' * chunks, "a text that looks like the field is not replaced"
 
 
-def test_log_probabilities_are_shown_whole_or_not_at_all(client: Redis, jobs: Jobs, views: Views) -> None:
+def test_logprobs_are_complete_or_null(client: Redis, jobs: Jobs, views: JobViews) -> None:
     running = run_with_logprobs(client, jobs, 3, ends=False)
-    assert shown(views, jobs, running)["output"]["logprobs"] is None
+    assert read_view(views, jobs, running)["output"]["logprobs"] is None
     for damage in ("trimmed at its start", "expired", "cut at its end"):
         job = run_with_logprobs(client, jobs, 5)
         if damage == "expired":
@@ -178,27 +178,25 @@ def test_log_probabilities_are_shown_whole_or_not_at_all(client: Redis, jobs: Jo
             client.xtrim(keys.LOG + job.id, maxlen=3, approximate=False)
         else:
             client.xdel(keys.LOG + job.id, f"{job.last_event}-0")
-        view = shown(views, jobs, job)
+        view = read_view(views, jobs, job)
         assert (view["output"]["logprobs"], view["status"]) == (None, "succeeded"), damage
 
 
-def test_a_job_that_asked_for_none_has_its_log_left_alone(
+def test_the_log_is_not_read_for_a_job_without_logprobs(
     valkey_client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(valkey_client, settings)
     submit(jobs)
     claims, job = start(valkey_client)
-    claims.append([said(job, 3, "text", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
+    claims.append([write(job, 3, "text", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
     monkeypatch.setattr(JobLog, "read", None)
-    views = Views(jobs, Cluster(Registry(valkey_client)), JobLog(valkey_client))
-    assert shown(views, jobs, job)["output"] == {"text": "text", "finish_reason": "stop", "logprobs": None}
+    views = JobViews(jobs, Cluster(Registry(valkey_client)), JobLog(valkey_client))
+    assert read_view(views, jobs, job)["output"] == {"text": "text", "finish_reason": "stop", "logprobs": None}
 
 
-def test_an_answer_that_is_to_be_parsed_in_a_way_only_a_newer_version_knows_is_shown_unparsed(
-    client: Redis, jobs: Jobs, views: Views
-) -> None:
-    submit(jobs, parse="of a newer version")
+def test_an_unknown_value_of_parse_leaves_the_text_unparsed(client: Redis, jobs: Jobs, views: JobViews) -> None:
+    submit(jobs, parse="newer_format")
     claims, job = start(client)
-    claims.append([said(job, 3, "wait()", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
-    view = shown(views, jobs, job)
+    claims.append([write(job, 3, "wait()", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
+    view = read_view(views, jobs, job)
     assert (view["actions"], view["parse_error"], view["output"]["text"]) == (None, None, "wait()")

@@ -1,4 +1,4 @@
-"""Every metric has a help text and a line in docs/metrics.md, and nothing else has; workers keep their labels."""
+"""Metrics: labels of workers, and the completeness of help texts and docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.redis import Redis
 from shared.settings import ROOT
-from web.metrics import WORKER_HELP, FleetCollector
+from web.metrics import WORKER_HELP, ClusterCollector
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
 REPORTING = {"stats", "_read_gauges", "_describe"}
-"""Functions of the worker that name what it reports, as the keys of a dictionary."""
+"""Functions of the worker that return its numbers in a dictionary."""
 
 
 def reported(path: Path) -> Iterator[str]:
@@ -25,22 +25,22 @@ def reported(path: Path) -> Iterator[str]:
                     yield from (key.value for key in node.keys if isinstance(key, ast.Constant))  # type: ignore[misc]
 
 
-def test_everything_that_workers_report_has_a_help_text_and_nothing_else_has() -> None:
+def test_help_texts_exist_for_exactly_the_numbers_that_workers_report() -> None:
     names = {name for path in (ROOT / "worker").rglob("*.py") for name in reported(path)}
     assert names | {"slots", "slots_used"} == set(WORKER_HELP)
 
 
-def test_the_page_lists_what_workers_report_with_the_same_words() -> None:
+def test_the_page_has_the_help_texts_of_worker_metrics() -> None:
     listed = dict(re.findall(r"^\| `mlxq_worker_(\w+)` \| (.+) \|$", PAGE, re.MULTILINE))
     assert listed == WORKER_HELP
 
 
-def test_the_page_lists_the_metrics_of_the_api() -> None:
+def test_the_page_lists_exactly_the_metrics_of_the_api() -> None:
     source = (ROOT / "web/metrics.py").read_text()
-    made = {(kind.startswith("Counter"), name) for kind, name in re.findall(r'(\w+)\(\s*"(mlxq_\w+)"', source)}
+    defined = {(kind.startswith("Counter"), name) for kind, name in re.findall(r'(\w+)\(\s*"(mlxq_\w+)"', source)}
     listed = set(re.findall(r"^\| `(mlxq_\w+)`", PAGE, re.MULTILINE))
     of_api = {name for name in listed if not name.startswith("mlxq_worker_")}
-    assert of_api == {name + "_total" * counter for counter, name in made}
+    assert of_api == {name + "_total" * counter for counter, name in defined}
 
 
 def test_a_restarted_worker_continues_its_time_series(client: Redis) -> None:
@@ -52,10 +52,10 @@ def test_a_restarted_worker_continues_its_time_series(client: Redis) -> None:
         )
         registry.announce_worker(card, 60)
 
-    announce(2, "a", 1.0)  # the predecessor, which died: its card has not expired yet
+    announce(2, "a", 1.0)  # the predecessor, which has died; its card has not expired yet
     announce(1, "a", 2.0)
     announce(3, "b", 3.0)
-    [family] = [each for each in FleetCollector(registry).collect() if each.name == "mlxq_worker_tokens_per_s"]
+    [family] = [each for each in ClusterCollector(registry).collect() if each.name == "mlxq_worker_tokens_per_s"]
     assert [(sample.labels, sample.value) for sample in family.samples] == [
         ({"worker": "w@h", "model": "a"}, 2.0),
         ({"worker": "w@h", "model": "b"}, 3.0),

@@ -1,4 +1,4 @@
-"""Models that jobs wait for are asked for, however many the catalog has."""
+"""Loading models on demand for waiting jobs."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from shared.queue.wakeups import LOAD
 from web.cluster.model_manager import ModelManager
 
 
-class App:
-    """Of Celery, what tells workers."""
+class FakeCelery:
+    """Records commands to workers."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, str]] = []
+        self.commands: list[tuple[str, str]] = []
 
     @property
-    def control(self) -> App:
+    def control(self) -> FakeCelery:
         return self
 
     def broadcast(self, command: str, *, arguments: dict[str, Any], destination: list[str]) -> None:
         assert destination == ["here"]
-        self.told.append((command, arguments["model"]))
+        self.commands.append((command, arguments["model"]))
 
 
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
-@pytest.mark.parametrize(("has", "waits", "on_demand"), [
+@pytest.mark.parametrize(("loaded", "waiting", "on_demand"), [
     ((), True, True), (("one",), True, True), ((), False, True), ((), True, False),
 ])  # fmt: skip
-def test_what_jobs_wait_for_and_no_worker_has_is_asked_for_once(
-    client: Redis, names: tuple[str, ...], has: tuple[str, ...], waits: bool, on_demand: bool
+def test_a_model_is_loaded_once_if_jobs_wait_for_it_and_no_worker_has_it(
+    client: Redis, names: tuple[str, ...], loaded: tuple[str, ...], waiting: bool, on_demand: bool
 ) -> None:
-    registry, app = Registry(client), App()
+    registry, celery = Registry(client), FakeCelery()
     catalog = Catalog({name: CatalogModel(name, Path(name), "text") for name in names}, "one")
-    model_manager = ModelManager(app, Operations(client), registry, catalog, on_demand=on_demand)  # type: ignore[arg-type]
-    registry.announce_host(HostInfo("here", "machine", 1, 0.0, 0.0, has, 100, 0), 60)
-    if waits:
+    model_manager = ModelManager(celery, Operations(client), registry, catalog, on_demand=on_demand)  # type: ignore[arg-type]
+    registry.announce_host(HostInfo("here", "machine", 1, 0.0, 0.0, loaded, 100, 0), 60)
+    if waiting:
         client.zadd(f"{keys.QUEUE}one", {"job_1": 1.0})
     for _ in range(3):
-        model_manager.demand_waiting()
-    assert app.told == ([(LOAD, "one")] if waits and on_demand and not has else [])
+        model_manager.load_for_waiting_jobs()
+    assert celery.commands == ([(LOAD, "one")] if waiting and on_demand and not loaded else [])

@@ -1,4 +1,4 @@
-"""Errors as answers: all that may be told, nothing that may not."""
+"""Error responses: complete, and without internal details."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shared.jobs.store import Jobs, Submission
 from shared.queue.redis import Redis
 from shared.settings import Settings
 from web.http import problems
-from web.http.request_id import Correlation
+from web.http.request_id import RequestIdMiddleware
 
 
-def kinds(of: type[MlxqError] = MlxqError) -> list[type[MlxqError]]:
-    return [kind for each in of.__subclasses__() for kind in (each, *kinds(each))]
+def subclasses(parent: type[MlxqError] = MlxqError) -> list[type[MlxqError]]:
+    return [kind for child in parent.__subclasses__() for kind in (child, *subclasses(child))]
 
 
 @pytest.fixture
 def app() -> Flask:
     app = Flask("test")
-    app.wsgi_app = Correlation(app.wsgi_app)  # type: ignore[method-assign]
+    app.wsgi_app = RequestIdMiddleware(app.wsgi_app)  # type: ignore[method-assign]
     problems.register(app)
     return app
 
@@ -37,12 +37,12 @@ def raising(app: Flask, error: Exception) -> FlaskClient:
     return app.test_client()
 
 
-@pytest.mark.parametrize("kind", kinds())
-def test_every_error_of_ours_is_a_problem(app: Flask, kind: type[MlxqError]) -> None:
-    answer = raising(app, kind("What happened.", field="f", retry_after=0.2)).get("/", headers={"X-Request-ID": "r"})
-    assert answer.content_type == "application/problem+json"
-    assert answer.status_code == kind.status
-    assert answer.json == {
+@pytest.mark.parametrize("kind", subclasses())
+def test_every_mlxq_error_is_a_problem(app: Flask, kind: type[MlxqError]) -> None:
+    response = raising(app, kind("What happened.", field="f", retry_after=0.2)).get("/", headers={"X-Request-ID": "r"})
+    assert response.content_type == "application/problem+json"
+    assert response.status_code == kind.status
+    assert response.json == {
         "type": f"urn:mlxq:problem:{kind.code}",
         "title": kind.title,
         "status": kind.status,
@@ -51,14 +51,14 @@ def test_every_error_of_ours_is_a_problem(app: Flask, kind: type[MlxqError]) -> 
         "field": "f",
         "request_id": "r",
     }
-    assert answer.headers["Retry-After"] == "1"
-    assert ("WWW-Authenticate" in answer.headers) == (kind is errors.Unauthorized)
+    assert response.headers["Retry-After"] == "1"
+    assert ("WWW-Authenticate" in response.headers) == (kind is errors.Unauthorized)
 
 
-def test_a_fault_of_ours_is_logged_and_not_told(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
-    answer = raising(app, RuntimeError("/secret/path")).get("/")
-    assert (answer.status_code, answer.json["code"]) == (500, "internal")  # type: ignore[index]
-    assert "secret" not in answer.text
+def test_an_unexpected_error_is_logged_but_not_revealed(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    response = raising(app, RuntimeError("/secret/path")).get("/")
+    assert (response.status_code, response.json["code"]) == (500, "internal")  # type: ignore[index]
+    assert "secret" not in response.text
     assert caplog.records[-1].exc_info is not None and "/secret/path" in caplog.text
 
 
@@ -73,29 +73,27 @@ def test_a_fault_of_ours_is_logged_and_not_told(app: Flask, caplog: pytest.LogCa
         redis.ResponseError("BUSY Redis is busy running a script"),
     ],
 )
-def test_redis_away_means_try_again(app: Flask, error: redis.RedisError) -> None:
-    answer = raising(app, error).get("/")
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    assert answer.json["code"] == "unavailable" and "6379" not in answer.text  # type: ignore[index]
+def test_an_unavailable_redis_is_503_with_a_retry_time(app: Flask, error: redis.RedisError) -> None:
+    response = raising(app, error).get("/")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    assert response.json["code"] == "unavailable" and "6379" not in response.text  # type: ignore[index]
 
 
-def test_a_redis_without_memory_is_told_apart(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
-    answer = raising(app, redis.exceptions.OutOfMemoryError("used memory > 'maxmemory'")).get("/")
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
-    assert answer.json["code"] == "queue_memory_full" and "maxmemory" not in answer.text  # type: ignore[index]
+def test_a_redis_without_memory_has_a_code_of_its_own(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    response = raising(app, redis.exceptions.OutOfMemoryError("used memory > 'maxmemory'")).get("/")
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "10")
+    assert response.json["code"] == "queue_memory_full" and "maxmemory" not in response.text  # type: ignore[index]
     assert caplog.records[-1].levelname == "ERROR"
 
 
-def test_a_fault_in_what_redis_was_asked_is_ours(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
-    answer = raising(app, redis.ResponseError("ERR user_script:12: attempt to index a nil value")).get("/")
-    assert (answer.status_code, answer.json["code"]) == (500, "internal")  # type: ignore[index]
-    assert "Retry-After" not in answer.headers and "user_script" not in answer.text
+def test_an_error_in_a_script_is_an_internal_error(app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    response = raising(app, redis.ResponseError("ERR user_script:12: attempt to index a nil value")).get("/")
+    assert (response.status_code, response.json["code"]) == (500, "internal")  # type: ignore[index]
+    assert "Retry-After" not in response.headers and "user_script" not in response.text
     assert caplog.records[-1].exc_info is not None and "nil value" in caplog.text
 
 
-def test_a_redis_without_memory_refuses_a_job_with_that_code(
-    app: Flask, valkey_client: Redis, settings: Settings
-) -> None:
+def test_a_redis_without_memory_refuses_a_job(app: Flask, valkey_client: Redis, settings: Settings) -> None:
     jobs = Jobs(valkey_client, settings)
 
     @app.get("/")
@@ -106,14 +104,14 @@ def test_a_redis_without_memory_refuses_a_job_with_that_code(
     before = valkey_client.config_get("maxmemory")["maxmemory"]
     valkey_client.config_set("maxmemory", 1)
     try:
-        answer = app.test_client().get("/")
+        response = app.test_client().get("/")
     finally:
         valkey_client.config_set("maxmemory", before)
-    assert (answer.status_code, answer.json["code"]) == (503, "queue_memory_full")  # type: ignore[index]
+    assert (response.status_code, response.json["code"]) == (503, "queue_memory_full")  # type: ignore[index]
 
 
-def test_a_request_id_is_made_when_none_fits(app: Flask) -> None:
+def test_a_request_id_is_generated_unless_the_client_sends_a_valid_one(app: Flask) -> None:
     client = app.test_client()
-    made = client.get("/nothing", headers={"X-Request-ID": "no spaces allowed"})
-    assert made.json["request_id"] == made.headers["X-Request-ID"] != "no spaces allowed"  # type: ignore[index]
+    generated = client.get("/nothing", headers={"X-Request-ID": "no spaces allowed"})
+    assert generated.json["request_id"] == generated.headers["X-Request-ID"] != "no spaces allowed"  # type: ignore[index]
     assert client.get("/nothing", headers={"X-Request-ID": "a.b-C_9"}).headers["X-Request-ID"] == "a.b-C_9"

@@ -1,4 +1,4 @@
-"""Token ids at submission: counted where the tokenizer is known, left to the worker where it is not."""
+"""Tokenising at admission, and leaving it to the worker if the API does not have the tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GEOMETRY = {"factor": 28, "min_pixels": 3136, "max_pixels": 1_000_000}
 
 
 class Api:
-    """An API host whose tokenizers come from a Redis."""
+    """An API host that fetches tokenizers from Redis."""
 
     def __init__(self, folder: Path) -> None:
         self.redis = FakeRedis(decode_responses=False)
@@ -50,12 +50,12 @@ class Api:
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
-    made = Api(tmp_path / "tokenizers")
-    with made.tokenizing:
-        yield made
+    api = Api(tmp_path / "tokenizers")
+    with api.tokenizing:
+        yield api
 
 
-def test_what_fits_has_its_tokens_and_what_does_not_is_refused(api: Api) -> None:
+def test_prompts_are_tokenised_up_to_the_context_and_refused_beyond(api: Api) -> None:
     card = api.announce()
     assert api.tokenize(card, plain("word")) == Tokenized((2, 0))
     assert len(api.tokenize(card, plain("word " * 98)).tokens) == 99  # type: ignore[union-attr]
@@ -64,13 +64,13 @@ def test_what_fits_has_its_tokens_and_what_does_not_is_refused(api: Api) -> None
     assert api.refusal(card, chat("word " * 98)) == ("context_length_exceeded", "messages")
 
 
-def test_a_template_that_refuses_names_the_field(api: Api) -> None:
+def test_a_refusal_of_the_template_names_the_field(api: Api) -> None:
     card = api.announce(chat_template="{{ raise_exception('roles must alternate') }}")
     assert api.refusal(card, chat("x")) == ("template_error", "messages")
     assert api.refusal(api.announce(chat_template=None), chat("x")) == ("template_error", "messages")
 
 
-def test_images_take_the_tokens_that_their_model_gives_them(api: Api) -> None:
+def test_images_count_as_many_tokens_as_their_model_uses(api: Api) -> None:
     template = "{% for part in messages[0].content %}<image> {% endfor %}"
     card = api.announce(chat_template=template, image=GEOMETRY)
     side = 28 * 7  # 49 tokens
@@ -81,11 +81,11 @@ def test_images_take_the_tokens_that_their_model_gives_them(api: Api) -> None:
     assert api.refusal(card, chat({"role": "user", "content": [{**odd, "width": 1000}]}))[1] == "messages"
 
 
-def test_where_nobody_can_tell_the_worker_will(api: Api) -> None:
+def test_without_a_tokenizer_the_worker_tokenises(api: Api) -> None:
     card = api.announce(text=None)
     assert api.tokenize(card, plain("word " * 1000)) is None
     known = api.announce()
-    api.redis.flushall()  # the card is known, the tokenizer is on its way
+    api.redis.flushall()  # the card is cached, but its tokenizer is not stored yet
     assert api.tokenize(known, plain("word " * 1000)) is None
 
 
@@ -97,7 +97,7 @@ def test_a_tokenizer_is_fetched_once(api: Api) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x1f\x8b torn", b"other"])
-def test_a_file_that_is_not_what_it_should_be_is_fetched_again(api: Api, content: bytes) -> None:
+def test_a_corrupt_tokenizer_file_is_fetched_again(api: Api, content: bytes) -> None:
     card = api.announce()
     file = api.folder / f"{card.tokenizer}.json.gz"
     file.parent.mkdir()
@@ -107,21 +107,21 @@ def test_a_file_that_is_not_what_it_should_be_is_fetched_again(api: Api, content
 
 
 @pytest.mark.parametrize("text", ["{}", "not a tokenizer at all"])
-def test_a_tokenizer_that_cannot_be_used_is_left_alone_for_a_while(api: Api, text: str) -> None:
+def test_a_broken_tokenizer_is_not_tried_again_for_a_while(api: Api, text: str) -> None:
     card = api.announce(text=text)
     assert api.tokenize(card, plain("word")) is None
     api.tokenizing.close()
     assert api.tokenize(card, plain("word")) is None
-    assert api.tokenizing._short._helper is None  # nobody was asked
+    assert api.tokenizing._short._helper is None  # no helper was started
 
 
-def test_what_redis_holds_may_be_wrong_too(api: Api) -> None:
+def test_a_corrupt_tokenizer_in_redis_leaves_the_prompt_to_the_worker(api: Api) -> None:
     card = api.announce()
     TokenizerStore(api.redis).put(str(card.tokenizer), b"torn")
     assert api.tokenize(card, plain("word")) is None
 
 
-def test_a_disk_that_is_full_refuses_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_prompt_to_the_worker(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: str) -> Path:
         raise OSError(28, "No space left on device")
 
@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_refuses_nobody(api: Api, monkeypatch: pytest.Monkey
     assert api.tokenize(api.announce(), plain("word")) is None
 
 
-def test_too_many_that_wait_are_told_to_come_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_helper_refuses_with_a_retry_time(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(*_: object, **__: object) -> Tokenized:
         raise TokenizerBusy
 

@@ -1,4 +1,4 @@
-"""Requests that are sent again: the same job, whatever has become of what they name."""
+"""Repeated requests return the same job, even if the images at their URLs have changed."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from web.app import create_app
 from web.services import EXTENSION
 
 
-class Site:
-    """Has a picture, another one each time, until it is gone."""
+class ChangingImage:
+    """An image URL that has different content at each request, until it disappears."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.requests = 0
         self.gone = False
 
-    def fetch(self, url: str, most: int, caller: str) -> bytes:
-        self.asked += 1
+    def fetch(self, url: str, max_bytes: int, caller: str) -> bytes:
+        self.requests += 1
         if self.gone:
-            raise Invalid("It is gone.", code="image_unreachable")
-        return picture(seed=self.asked)
+            raise Invalid("Not found.", code="image_unreachable")
+        return picture(seed=self.requests)
 
 
 @pytest.fixture
-def site() -> Site:
-    return Site()
+def image() -> ChangingImage:
+    return ChangingImage()
 
 
 @pytest.fixture
-def app(settings: Settings, site: Site) -> Flask:
+def app(settings: Settings, image: ChangingImage) -> Flask:
     app = create_app(settings, FakeRedis())
-    app.extensions[EXTENSION] = replace(app.extensions[EXTENSION], image_loader=ImageLoader(settings, site.fetch))
+    app.extensions[EXTENSION] = replace(app.extensions[EXTENSION], image_loader=ImageLoader(settings, image.fetch))
     return app
 
 
@@ -50,25 +50,25 @@ def caller(settings: Settings) -> dict[str, str]:
     return {"X-API-Key": KeyStore(settings.keys_file).create("caller", ["infer"])}
 
 
-def sent(
+def submit(
     app: Flask, caller: dict[str, str], key: str, url: str = "https://example.com/a.png", **more: Any
 ) -> TestResponse:
     body, headers = {"prompt": "?", "images": [url], **more}, {**caller, "Idempotency-Key": key}
     return app.test_client().post("/v1/jobs", json=body, headers=headers)
 
 
-def test_an_image_at_a_url_is_not_read_again_for_the_same_request(
-    app: Flask, site: Site, caller: dict[str, str]
+def test_a_repeated_request_does_not_fetch_its_images_again(
+    app: Flask, image: ChangingImage, caller: dict[str, str]
 ) -> None:
-    first = sent(app, caller, "k")
-    assert (first.status_code, site.asked) == (202, 1)
-    site.gone = True
-    again = sent(app, caller, "k")
-    assert (again.status_code, again.headers["Idempotency-Replayed"], site.asked) == (202, "true", 1)
+    first = submit(app, caller, "k")
+    assert (first.status_code, image.requests) == (202, 1)
+    image.gone = True
+    again = submit(app, caller, "k")
+    assert (again.status_code, again.headers["Idempotency-Replayed"], image.requests) == (202, "true", 1)
     assert again.get_json()["id"] == first.get_json()["id"]
     for other in ({"url": "https://example.com/b.png"}, {"prompt": "!"}):
-        refused = sent(app, caller, "k", **other)
+        refused = submit(app, caller, "k", **other)
         assert (refused.status_code, refused.get_json()["code"]) == (422, "idempotency_key_reused")
-    assert site.asked == 1
-    new = sent(app, caller, "k2")
-    assert (new.status_code, new.get_json()["code"], site.asked) == (422, "image_unreachable", 2)
+    assert image.requests == 1
+    new = submit(app, caller, "k2")
+    assert (new.status_code, new.get_json()["code"], image.requests) == (422, "image_unreachable", 2)

@@ -1,4 +1,4 @@
-"""Answers of UI-TARS models as actions."""
+"""Parsing the output of UI-TARS models into actions."""
 
 import re
 import subprocess
@@ -14,25 +14,25 @@ from web.results.ui_tars_calls import ActionName
 
 GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
 SIZE = (1120, 560)
-"""Multiples of 28: the model sees this image as it is."""
+"""Multiples of 28, so the model sees this image in its own size."""
 LONG = 1_000_000
-"""Characters: what takes the square of it does not end."""
+"""Characters. Parsing in quadratic time would not end."""
 
 
 def actions(text: str, size: tuple[int, int] = SIZE) -> list[Action]:
-    found, reason = parse(text, size, GEOMETRY)
-    assert reason is None and found
-    return found
+    parsed, reason = parse(text, size, GEOMETRY)
+    assert reason is None and parsed
+    return parsed
 
 
-def only(text: str) -> Action:
+def single(text: str) -> Action:
     (action,) = actions(text)
     return action
 
 
-def why(text: str) -> str:
-    found, reason = parse(text, SIZE, GEOMETRY)
-    assert found == [] and reason is not None
+def parse_error(text: str) -> str:
+    parsed, reason = parse(text, SIZE, GEOMETRY)
+    assert parsed == [] and reason is not None
     return reason
 
 
@@ -40,13 +40,13 @@ def at(x: float, y: float) -> Point:
     return Point(x, y, inside=True)
 
 
-def done(action: ActionName, raw: str, **has: object) -> Action:
-    nothing = dict.fromkeys(("thought", "start", "end", "key", "text", "direction"))
-    return Action(action=action, raw=raw, **(nothing | has))  # type: ignore[arg-type]
+def action_of(name: ActionName, raw: str, **fields: object) -> Action:
+    absent = dict.fromkeys(("thought", "start", "end", "key", "text", "direction"))
+    return Action(action=name, raw=raw, **(absent | fields))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("call", "action", "has"),
+    ("call", "name", "fields"),
     [
         ("click(start_box='(197,525)')", ActionName.CLICK, {"start": at(197, 525)}),
         ("click(start_box='<|box_start|>(197,525)<|box_end|>')", ActionName.CLICK, {"start": at(197, 525)}),
@@ -90,9 +90,9 @@ def done(action: ActionName, raw: str, **has: object) -> Action:
     ],
 )
 @pytest.mark.parametrize("thought", [None, "Here it is."])
-def test_every_published_form(call: str, action: ActionName, has: dict[str, object], thought: str | None) -> None:
+def test_every_documented_form(call: str, name: ActionName, fields: dict[str, object], thought: str | None) -> None:
     text = f"Thought: {thought}\nAction: {call}" if thought else call
-    assert only(text) == done(action, call, thought=thought, **has)
+    assert single(text) == action_of(name, call, thought=thought, **fields)
 
 
 @pytest.mark.parametrize(
@@ -117,20 +117,20 @@ def test_every_published_form(call: str, action: ActionName, has: dict[str, obje
         ("\r\nThought: One.\r\nAction: wait()\r\n", "One."),
     ],
 )
-def test_what_was_thought(text: str, thought: str | None) -> None:
-    assert only(text) == done(ActionName.WAIT, "wait()", thought=thought)
+def test_the_thought_before_an_action(text: str, thought: str | None) -> None:
+    assert single(text) == action_of(ActionName.WAIT, "wait()", thought=thought)
 
 
 @pytest.mark.parametrize(
     "between",
     ["\n\n", "\n", "\r\n\r\n", "\nAction: ", "\n\nAction：", "; ", " ", " Action: "],  # noqa: RUF001
 )
-def test_several_actions_of_one_thought(between: str) -> None:
+def test_several_actions_after_one_thought(between: str) -> None:
     text = between.join(["Thought: All.\nAction: click(start_box='(1,2)')", "type(content='a b')", "wait()"])
     assert actions(text) == [
-        done(ActionName.CLICK, "click(start_box='(1,2)')", thought="All.", start=at(1, 2)),
-        done(ActionName.TYPE, "type(content='a b')", thought="All.", text="a b"),
-        done(ActionName.WAIT, "wait()", thought="All."),
+        action_of(ActionName.CLICK, "click(start_box='(1,2)')", thought="All.", start=at(1, 2)),
+        action_of(ActionName.TYPE, "type(content='a b')", thought="All.", text="a b"),
+        action_of(ActionName.WAIT, "wait()", thought="All."),
     ]
 
 
@@ -146,12 +146,12 @@ def test_each_action_has_the_thought_before_it() -> None:
 @pytest.mark.parametrize(
     "after", [" then wait()", "\n</Output>", "<|im_end|>", "\n```", "\n\nThat (I hope) does it.", ")"]
 )
-def test_other_words_after_a_call_are_none(after: str) -> None:
-    assert only(f"Action: click(start_box='(1,2)'){after}").raw == "click(start_box='(1,2)')"
+def test_other_words_after_a_call_are_ignored(after: str) -> None:
+    assert single(f"Action: click(start_box='(1,2)'){after}").raw == "click(start_box='(1,2)')"
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("written", "typed"),
     [
         (r"it\'s", "it's"),
         ("it's", "it's"),
@@ -174,16 +174,16 @@ def test_other_words_after_a_call_are_none(after: str) -> None:
     ],
 )
 @pytest.mark.parametrize("rest", ["", "\n\nhotkey(key='enter')"])
-def test_what_is_typed(written: str, meant: str, rest: str) -> None:
+def test_quotes_and_escapes_in_typed_text(written: str, typed: str, rest: str) -> None:
     first, *others = actions(f"Thought: Type.\nAction: type(content='{written}'){rest}")
-    assert first.text == meant
+    assert first.text == typed
     assert [each.key for each in others] == (["enter"] if rest else [])
 
 
 @given(st.text(), st.sampled_from("'\""))
-def test_whatever_is_escaped_is_typed(meant: str, quote: str) -> None:
-    written = re.sub(r"[\\'\"]", r"\\\g<0>", meant).replace("\n", r"\n")
-    assert only(f"Action: type(content={quote}{written}{quote})").text == meant
+def test_escaped_text_is_typed_unchanged(typed: str, quote: str) -> None:
+    written = re.sub(r"[\\'\"]", r"\\\g<0>", typed).replace("\n", r"\n")
+    assert single(f"Action: type(content={quote}{written}{quote})").text == typed
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_whatever_is_escaped_is_typed(meant: str, quote: str) -> None:
         ("Action: press_home()", "'press_home'"),
         ("fly(to='(1,2)')", "'fly'"),
         ("Action: wait()\n\nfly(to='(1,2)')", "'fly'"),
-        ("Action: click()", "click has no start_box"),
-        ("Action: click(end_box='(1,2)')", "click has no start_box"),
-        ("Action: drag(start_box='(1,2)')", "drag has no end_box"),
-        ("Action: hotkey()", "hotkey has no key"),
-        ("Action: hotkey(key=' ')", "hotkey has no key"),
-        ("Action: type()", "type has no content"),
-        ("Action: scroll(start_box='(1,2)')", "scroll has no direction"),
-        ("Action: scroll(start_box='(1,2)', direction='in')", "direction of scroll is not known: 'in'"),
+        ("Action: click()", "click needs the argument start_box"),
+        ("Action: click(end_box='(1,2)')", "click needs the argument start_box"),
+        ("Action: drag(start_box='(1,2)')", "drag needs the argument end_box"),
+        ("Action: hotkey()", "hotkey needs the argument key"),
+        ("Action: hotkey(key=' ')", "key of hotkey is empty"),
+        ("Action: type()", "type needs the argument content"),
+        ("Action: scroll(start_box='(1,2)')", "scroll needs the argument direction"),
+        ("Action: scroll(start_box='(1,2)', direction='in')", "Unknown direction of scroll: 'in'"),
         ("Action: click(start_box='')", "start_box of click is neither a point nor a box: ''"),
         ("Action: click(start_box='[]')", "neither a point nor a box"),
         ("Action: click(start_box='(1)')", "neither a point nor a box"),
@@ -215,106 +215,166 @@ def test_whatever_is_escaped_is_typed(meant: str, quote: str) -> None:
         (f"Action: click(start_box='({'9' * 400},1)')", "neither a point nor a box"),
         ("Action: click(start_box='(１,２)')", "neither a point nor a box"),  # noqa: RUF001
         ("Action: drag(start_box='(1,2)', end_box='here')", "end_box of drag is neither"),
-        ("Action: click('(1,2)')", "arguments of click cannot be read"),
-        ("Action: click(start_box=", "arguments of click cannot be read, or are cut off"),
-        ("Action: click(start_box='(1,2)'", "string in click has no end, or the call is cut off"),
-        ("Action: type(content='and so", "string in type has no end"),
+        ("Action: click('(1,2)')", "arguments of click are malformed"),
+        ("Action: click(start_box=", "arguments of click are malformed or incomplete"),
+        ("Action: click(start_box='(1,2)'", "string in click is not closed"),
+        ("Action: type(content='and so", "string in type is not closed"),
         ("Action: __import__('os').system('true')", "'__import__'"),
     ],
 )
-def test_what_is_no_answer_and_why(text: str, reason: str) -> None:
-    assert reason in why(text)
+def test_invalid_output_gives_a_reason(text: str, reason: str) -> None:
+    assert reason in parse_error(text)
 
 
-def test_one_action_that_is_none_leaves_none() -> None:
-    assert "'fly'" in why("Action: click(start_box='(1,2)')\n\nfly()\n\nwait()")
+def test_one_invalid_action_invalidates_all() -> None:
+    assert "'fly'" in parse_error("Action: click(start_box='(1,2)')\n\nfly()\n\nwait()")
 
 
 @pytest.mark.parametrize(
-    ("size", "said", "point"),
+    ("size", "written", "point"),
     [
-        ((1920, 1080), (197, 525), Point(195.8, 519.2, inside=True)),  # seen as 1932 x 1092
+        ((1920, 1080), (197, 525), Point(195.8, 519.2, inside=True)),  # the model sees 1932 x 1092
         ((1920, 1080), (1931, 1091), Point(1919.0, 1079.0, inside=True)),
         ((1920, 1080), (1932, 1091), Point(1920.0, 1079.0, inside=False)),
         ((1920, 1080), (0, 0), Point(0.0, 0.0, inside=True)),
         ((1920, 1080), (-1, 5), Point(-1.0, 4.9, inside=False)),
         ((1920, 1080), (5, 1092), Point(5.0, 1080.0, inside=False)),
-        ((14, 28), (112, 112), Point(7.0, 7.5, inside=True)),  # seen as 224 x 420: small ones are magnified
-        ((7168, 7168), (1778, 3555), Point(3556.0, 7110.0, inside=True)),  # seen as 3584 x 3584
+        ((14, 28), (112, 112), Point(7.0, 7.5, inside=True)),  # the model sees 224 x 420: small images are enlarged
+        ((7168, 7168), (1778, 3555), Point(3556.0, 7110.0, inside=True)),  # the model sees 3584 x 3584
     ],
 )
-def test_places_are_in_the_image_that_was_sent(size: tuple[int, int], said: tuple[int, int], point: Point) -> None:
-    (action,) = actions(f"click(start_box='({said[0]},{said[1]})')", size)
+def test_coordinates_are_converted_to_the_image_that_was_sent(
+    size: tuple[int, int], written: tuple[int, int], point: Point
+) -> None:
+    (action,) = actions(f"click(start_box='({written[0]},{written[1]})')", size)
     assert action.start == point
 
 
 @given(st.integers(20, 6000), st.integers(20, 6000), st.floats(0, 1), st.floats(0, 1))
-def test_a_place_is_found_again(width: int, height: int, right: float, down: float) -> None:
+def test_converting_coordinates_there_and_back(width: int, height: int, right: float, down: float) -> None:
     size = (width, height)
     x, y = int(right * (width - 1)), int(down * (height - 1))
     try:
         seen = GEOMETRY.resized(*size)
     except ValueError:
         return
-    said = (round(x * seen[0] / width, 3), round(y * seen[1] / height, 3))
-    (action,) = actions(f"drag(start_box='({said[0]},{said[1]})', end_box='{[*said, *said]}')", size)
+    written = (round(x * seen[0] / width, 3), round(y * seen[1] / height, 3))
+    (action,) = actions(f"drag(start_box='({written[0]},{written[1]})', end_box='{[*written, *written]}')", size)
     assert action.start == action.end == at(pytest.approx(x, abs=0.11), pytest.approx(y, abs=0.11))
 
 
-def test_minus_nothing_is_nothing() -> None:
-    start = only("click(start_box='(-0.001,-0)')").start
+def test_negative_zero_becomes_zero() -> None:
+    start = single("click(start_box='(-0.001,-0)')").start
     assert repr(start) == "Point(x=0.0, y=0.0, inside=True)"
 
 
-def test_without_a_geometry_places_are_the_images_own() -> None:
-    found, _ = parse("click(start_box='(197,1079)')", (1920, 1080), None)
-    assert found[0].start == at(197, 1079)
-    found, _ = parse("click(start_box='(197,1080)')", (1920, 1080), None)
-    assert found[0].start == Point(197, 1080, inside=False)
+def test_without_a_geometry_coordinates_are_not_converted() -> None:
+    parsed, _ = parse("click(start_box='(197,1079)')", (1920, 1080), None)
+    assert parsed[0].start == at(197, 1079)
+    parsed, _ = parse("click(start_box='(197,1080)')", (1920, 1080), None)
+    assert parsed[0].start == Point(197, 1080, inside=False)
 
 
 @pytest.mark.parametrize("geometry", [None, GEOMETRY])
-def test_without_an_image_nothing_lies_in_it(geometry: ImageGeometry | None) -> None:
-    found, _ = parse("click(start_box='(1,2)')", None, geometry)
-    assert found[0].start == Point(1, 2, inside=False)
+def test_without_an_image_no_point_is_inside(geometry: ImageGeometry | None) -> None:
+    parsed, _ = parse("click(start_box='(1,2)')", None, geometry)
+    assert parsed[0].start == Point(1, 2, inside=False)
 
 
 @pytest.mark.parametrize("size", [(1, 201), (0, 0)])
-def test_an_image_that_no_model_takes_is_a_reason(size: tuple[int, int]) -> None:
-    found, reason = parse("click(start_box='(1,2)')", size, GEOMETRY)
-    assert found == [] and reason is not None and f"{size[0]} x {size[1]} pixels" in reason
+def test_an_image_of_an_unsupported_shape_gives_a_reason(size: tuple[int, int]) -> None:
+    parsed, reason = parse("click(start_box='(1,2)')", size, GEOMETRY)
+    assert parsed == [] and reason is not None and f"{size[0]} x {size[1]} pixels" in reason
 
 
-PIECES = [
+FRAGMENTS = [
     *[f"{name}(" for name in (*ActionName, "fly")],
-    "Action:", "Action\uff1a", "Thought:", "Action_Summary:", "Reflection:", "start_box=", "content=", "key=",
-    "direction=", "'", '"', "\\", ")", "(", "[", "]", ",", "\n", " ", ";", "up", "(1,2)", "<point>1 2</point>",
-    "-1.5", "x", "\ud800",
-]  # fmt: skip
-TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+    *[
+        "Action:",
+        "Action\uff1a",
+        "Thought:",
+        "Action_Summary:",
+        "Reflection:",
+        "start_box=",
+        "content=",
+        "key=",
+        "direction=",
+    ],
+    *[
+        "'",
+        '"',
+        "\\",
+        ")",
+        "(",
+        "[",
+        "]",
+        ",",
+        "\n",
+        " ",
+        ";",
+        "up",
+        "(1,2)",
+        "<point>1 2</point>",
+        "-1.5",
+        "x",
+        "\ud800",
+    ],
+]
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join))
 IMAGES = st.none() | st.tuples(st.integers(0, 5000), st.integers(0, 5000))
 
 
 @given(TEXTS, IMAGES, st.sampled_from([None, GEOMETRY]))
 @example("Action: fly\u2028()", None, None)
 @example("click(start_box='\n\u2028\x85')", None, None)
-def test_any_text_gives_actions_or_one_line(
+def test_any_text_gives_either_actions_or_a_reason_of_one_line(
     text: str, size: tuple[int, int] | None, geometry: ImageGeometry | None
 ) -> None:
-    found, reason = parse(text, size, geometry)
-    assert bool(found) == (reason is None)
+    parsed, reason = parse(text, size, geometry)
+    assert bool(parsed) == (reason is None)
     assert reason is None or (len(reason.splitlines()) == 1 and len(reason) < 500)
-    assert all(each.raw in text and each.raw.startswith(f"{each.action}(") for each in found)
+    assert all(each.raw in text and each.raw.startswith(f"{each.action}(") for each in parsed)
 
 
-HOSTILE = [
-    "'", "' ", "')", "')x", "', )x", "\\", "\\'", "', a=", ",", "a=b,", "a='', ", " ", "\n", "\n ", ";", "(",
-    "a", "a(", "1", "1 ", "<point>", "<|box_start|>", "Action:", "Action: ", "Action:\n", "\nAction:",
-    "\nAction:a", "Action: type(content='", "\nAction: type(content='')x", "wait()\n\n",
-    "\nAction: wait() \nThought: a", "type(content='', )b", "\nThought", "Thought:", "Action_Summary",
+REPEATED = [
+    "'",
+    "' ",
+    "')",
+    "')x",
+    "', )x",
+    "\\",
+    "\\'",
+    "', a=",
+    ",",
+    "a=b,",
+    "a='', ",
+    " ",
+    "\n",
+    "\n ",
+    ";",
+    "(",
+    "a",
+    "a(",
+    "1",
+    "1 ",
+    "<point>",
+    "<|box_start|>",
+    "Action:",
+    "Action: ",
+    "Action:\n",
+    "\nAction:",
+    "\nAction:a",
+    "Action: type(content='",
+    "\nAction: type(content='')x",
+    "wait()\n\n",
+    "\nAction: wait() \nThought: a",
+    "type(content='', )b",
+    "\nThought",
+    "Thought:",
+    "Action_Summary",
     "Reflection:",
-]  # fmt: skip
-STARTS = [
+]
+BEGINNINGS = [
     "",
     "Action: ",
     "Action: type(content='",
@@ -324,22 +384,22 @@ STARTS = [
 ]
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_long_texts_come_to_an_end(start: str, piece: str) -> None:
-    text = start + piece * (LONG // 10 // len(piece))
+@pytest.mark.parametrize("start", BEGINNINGS)
+@pytest.mark.parametrize("fragment", REPEATED)
+def test_long_texts_are_parsed_in_linear_time(start: str, fragment: str) -> None:
+    text = start + fragment * (LONG // 10 // len(fragment))
     for whole in (text, f"{text}\nAction: wait()", f"{text}')"):
-        found, reason = parse(whole, SIZE, GEOMETRY)
-        assert bool(found) == (reason is None)
+        parsed, reason = parse(whole, SIZE, GEOMETRY)
+        assert bool(parsed) == (reason is None)
         assert reason is None or len(reason) < 500
 
 
-def test_a_long_text_is_typed_whole() -> None:
-    assert only(f"Action: type(content='{'it is ' * LONG}')").text == "it is " * LONG
+def test_long_output_is_parsed_completely() -> None:
+    assert single(f"Action: type(content='{'it is ' * LONG}')").text == "it is " * LONG
     assert len(actions("Action: " + "wait()\n\n" * (LONG // 10))) == LONG // 10
 
 
-def test_the_web_reads_them_without_mlx() -> None:
+def test_the_parser_does_not_import_mlx() -> None:
     code = (
         "import sys, web.results.ui_tars\n"
         "sys.exit(any(name.split('.')[0] in {'mlx', 'mlx_lm', 'mlx_vlm', 'worker'} for name in sys.modules))"

@@ -1,4 +1,4 @@
-"""Files of images as the model sees them: whatever a file is like, upright and in colours of eight bits."""
+"""Image files as a model gets them: upright and in 8-bit RGB, whatever their format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("mlx.core")
 from tests.support.image_files import picture
 from worker.runner.vision.images import opened
 
-SHADES = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+GRADIENT = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
 
 
 def file_of(image: Image.Image, form: str = "PNG", **save: object) -> bytes:
@@ -22,22 +22,22 @@ def file_of(image: Image.Image, form: str = "PNG", **save: object) -> bytes:
     return file.getvalue()
 
 
-def test_sixteen_bits_of_grey_are_the_same_grey() -> None:
-    seen = np.asarray(opened(file_of(Image.fromarray(SHADES))))
+def test_16_bit_gray_is_scaled_to_8_bits() -> None:
+    seen = np.asarray(opened(file_of(Image.fromarray(GRADIENT))))
     assert seen.shape == (48, 64, 3)
-    assert (seen == (SHADES >> 8).astype(np.uint8)[..., None]).all()
+    assert (seen == (GRADIENT >> 8).astype(np.uint8)[..., None]).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_every_mode_is_seen_in_colours(mode: str) -> None:
+def test_every_mode_is_converted_to_rgb(mode: str) -> None:
     form = "JPEG" if mode == "CMYK" else "PNG"
-    image = Image.fromarray(SHADES) if mode.startswith("I") else Image.new("L", (64, 48), 200).convert(mode)
+    image = Image.fromarray(GRADIENT) if mode.startswith("I") else Image.new("L", (64, 48), 200).convert(mode)
     seen = opened(file_of(image.convert(mode), form))
     assert (seen.mode, seen.size) == ("RGB", (64, 48))
     assert 100 < np.asarray(seen).mean() < 230 or mode == "1"
 
 
-def test_of_several_frames_the_first_is_seen_and_a_lying_picture_is_upright() -> None:
+def test_the_first_frame_is_used_and_the_exif_orientation_is_applied() -> None:
     red, blue = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")
     for form in ("GIF", "WEBP"):
         frames = file_of(red, form, save_all=True, append_images=[blue], duration=100)
