@@ -18,7 +18,7 @@ from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint, KVCache
 from worker.runner.length_buckets import LengthBuckets
 from worker.runner.prefill import Prefill
-from worker.runner.prefix.cache import LEAST_TOKENS, PrefixCache
+from worker.runner.prefix.cache import MIN_TOKENS, PrefixCache
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import Speculation
 
@@ -92,12 +92,12 @@ def together(
     model: Any,
     prompts: list[list[int]],
     prefixes: PrefixCache,
-    most_padding: int = MUCH,
+    max_padding_bytes: int = MUCH,
     work: tuple[int, int | None] = (32, None),
 ) -> list[list[int]]:
     """A row joins every third step; every second one leaves early. `work`: tokens and layers of a step's prefill."""
     prefill, speculation = Prefill(model, 32, prefixes, UNKNOWN_COST), Speculation(model, 0, NgramProposer())
-    batches = LengthBuckets(lambda: DecodeBatch(model, prefixes, speculation), Footprint.of(model), most_padding)
+    batches = LengthBuckets(lambda: DecodeBatch(model, prefixes, speculation), Footprint.of(model), max_padding_bytes)
     said: list[list[int]] = [[] for _ in prompts]
     waiting = [row_of(i, prompt, TOKENS - 9 * (i % 2), owner="me") for i, prompt in enumerate(prompts)]
     step = 0
@@ -123,14 +123,14 @@ def planned_for(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWor
     return PrefillWork(tuple(unread)) if unread else None
 
 
-@pytest.mark.parametrize("most_padding", [MUCH, 50_000], ids=["one bucket", "buckets"])
+@pytest.mark.parametrize("max_padding_bytes", [MUCH, 50_000], ids=["one bucket", "buckets"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_batch_says_what_each_row_says_alone(name: str, most_padding: int) -> None:
+def test_a_batch_says_what_each_row_says_alone(name: str, max_padding_bytes: int) -> None:
     model, draw = make(name), random.Random(0)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
     expected = [alone(model, prompt) for prompt in prompts]
     assert all(len(set(answer)) > 10 for answer in expected), "answers that would hide a mistake"
-    for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0), most_padding), strict=True):
+    for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0), max_padding_bytes), strict=True):
         assert len(said) >= TOKENS - 9
         assert said == answer[: len(said)]
 
@@ -151,7 +151,7 @@ def test_a_batch_goes_on_with_what_earlier_rows_left(name: str) -> None:
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
     first = together(model, prompts, prefixes)
     assert together(model, prompts, prefixes) == first
-    assert reused(prefixes) == sum(len(prompt) - 1 for prompt in prompts if len(prompt) > LEAST_TOKENS)
+    assert reused(prefixes) == sum(len(prompt) - 1 for prompt in prompts if len(prompt) > MIN_TOKENS)
     longer = [[*prompt, *said, 1, 2, 3] for prompt, said in zip(prompts, first, strict=True)]
     before = reused(prefixes)
     for prompt, said in zip(longer, together(model, longer, prefixes), strict=True):

@@ -202,8 +202,8 @@ def test_prompts_that_cannot_be_read_say_why(runner: MLXRunner, pictures: Pictur
             prompt_of(runner, asked, pictures)
         return told.value
 
-    assert "stands for an image" in str(refused(ask("<|image_pad|>", picture)))
-    assert "stands for an image" in str(refused(ask("<|image_pad|>")))
+    assert "image placeholder" in str(refused(ask("<|image_pad|>", picture)))
+    assert "image placeholder" in str(refused(ask("<|image_pad|>")))
     assert "shape" in str(refused(ask("?", picture | {"width": 3000, "height": 2})))
     long = refused(ask("?", *[picture] * 200))
     assert long.code == JobFailure.CONTEXT_LENGTH

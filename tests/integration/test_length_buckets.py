@@ -35,10 +35,10 @@ def batches(tiny: LoadedModel) -> LengthBuckets:
     return made(tiny, MOST_PADDING)
 
 
-def made(tiny: LoadedModel, most_padding: int) -> LengthBuckets:
+def made(tiny: LoadedModel, max_padding_bytes: int) -> LengthBuckets:
     speculation = Speculation(tiny.model, 0, NgramProposer())
     prefixes = PrefixCache(tiny.model, 0)
-    return LengthBuckets(lambda: DecodeBatch(tiny.model, prefixes, speculation), Footprint.of(tiny.model), most_padding)
+    return LengthBuckets(lambda: DecodeBatch(tiny.model, prefixes, speculation), Footprint.of(tiny.model), max_padding_bytes)
 
 
 def row(uid: int, length: int, most: int) -> Row:

@@ -113,7 +113,7 @@ class Only:
         self._fails_at = fails_at
         self._in_prepare = in_prepare
 
-    def wanted(self, request: Request) -> bool:
+    def applies_to(self, request: Request) -> bool:
         return request.sampling.seed >= 1000 or request.sampling.seed == 666
 
     def prepare(self, rows: Sequence[Row]) -> BatchProcessor:

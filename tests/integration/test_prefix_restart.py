@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 
 SYSTEM = "You answer in few words and name your sources, whatever you are asked. " * 140
-LEAST_TOKENS = 2000
+MIN_TOKENS = 2000
 
 
 def ask(stack: Stack, question: str, key: str = "", **more: Any) -> RemoteJob:
@@ -46,16 +46,16 @@ def test_a_restarted_worker_finds_what_its_predecessor_knew(tiny_stack: Stack) -
     stack = tiny_stack
     first = stack.start_worker()
     job = ask(stack, "Why is the sky blue?")
-    assert job.usage["prompt_tokens"] > LEAST_TOKENS
+    assert job.usage["prompt_tokens"] > MIN_TOKENS
     assert cached(job) == 0
     assert stack.stop(first) == 0
-    assert len(files(stack)) > LEAST_TOKENS // 128
+    assert len(files(stack)) > MIN_TOKENS // 128
     stack.start_worker()
     again = ask(stack, "Why is the sky blue?")
-    assert cached(again) > LEAST_TOKENS
+    assert cached(again) > MIN_TOKENS
     assert again.text == job.text
-    assert cached(ask(stack, "Is it so at night?")) > LEAST_TOKENS
-    eventually(lambda: stat(stack, "prefix_disk_read_blocks_total") >= LEAST_TOKENS // 128, "it came from disk", 10)
+    assert cached(ask(stack, "Is it so at night?")) > MIN_TOKENS
+    eventually(lambda: stat(stack, "prefix_disk_read_blocks_total") >= MIN_TOKENS // 128, "it came from disk", 10)
 
 
 def test_what_was_of_use_survives_a_kill_and_serves_the_workers_beside_it(tiny_stack: Stack) -> None:
@@ -63,11 +63,11 @@ def test_what_was_of_use_survives_a_kill_and_serves_the_workers_beside_it(tiny_s
     first = stack.start_worker()
     for question in ("Why is the sky blue?", "Is it so at night?"):
         job = ask(stack, question)
-    eventually(lambda: stat(stack, "prefix_disk_written_blocks_total") >= LEAST_TOKENS // 128, "it is on disk", 10)
+    eventually(lambda: stat(stack, "prefix_disk_written_blocks_total") >= MIN_TOKENS // 128, "it is on disk", 10)
     assert stack.stop(first, signal.SIGKILL) == -signal.SIGKILL
     stack.start_worker()
     again = ask(stack, "Is it so at night?")
-    assert cached(again) > LEAST_TOKENS
+    assert cached(again) > MIN_TOKENS
     assert again.text == job.text
 
 
@@ -92,12 +92,12 @@ def test_broken_files_are_read_anew_and_written_anew(tiny_stack: Stack) -> None:
         path.write_bytes(content)
     second = stack.start_worker()
     again = ask(stack, "Hi")
-    assert cached(again) < LEAST_TOKENS
+    assert cached(again) < MIN_TOKENS
     assert again.text == job.text
     assert stack.stop(second) == 0
     assert "broken" in stack.log("worker-1")
     stack.start_worker()
-    assert cached(ask(stack, "Hi")) > LEAST_TOKENS
+    assert cached(ask(stack, "Hi")) > MIN_TOKENS
 
 
 def test_other_keys_have_what_was_marked_as_shared_and_nothing_else(tiny_stack: Stack) -> None:
@@ -113,5 +113,5 @@ def test_other_keys_have_what_was_marked_as_shared_and_nothing_else(tiny_stack: 
     ask(stack, "Is it so at night?", share_system_prompt=True)
     fourth = KeyStore(stack.settings.keys_file).create("fourth", ["infer"])
     shared = ask(stack, "Why is the sky blue?", fourth)
-    assert LEAST_TOKENS < cached(shared) < shared.usage["prompt_tokens"] - 5
+    assert MIN_TOKENS < cached(shared) < shared.usage["prompt_tokens"] - 5
     assert shared.text == job.text

@@ -19,7 +19,7 @@ from worker.runner import forward
 from worker.runner.base import OutOfMemory, Row
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import Memory
-from worker.runner.model_runner import SHARE_OF_PADDING, MLXRunner
+from worker.runner.model_runner import PADDING_DIVISOR, MLXRunner
 
 CHUNK = 16
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -151,7 +151,7 @@ def test_a_long_row_makes_the_others_no_dearer_than_they_are(tiny: LoadedModel) 
     taken = runner._batches.nbytes
     counted, exact = runner.batch_bytes([longest(each) for each in rows]), runner.row_bytes(6120)
     exact += 32 * runner.row_bytes(220)
-    assert taken <= exact <= counted <= exact + 2**24 // SHARE_OF_PADDING
+    assert taken <= exact <= counted <= exact + 2**24 // PADDING_DIVISOR
 
 
 def test_a_model_that_leaves_no_memory_is_not_served(tiny_model_path: Path) -> None:

@@ -32,7 +32,7 @@ from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.pass_cost import LENGTHS, PassCost
-from worker.runner.speculation.verification import MOST_ROWS, Speculation
+from worker.runner.speculation.verification import MAX_ROWS, Speculation
 
 CHUNK = 16
 GREEDY = Sampling(temperature=0.0)
@@ -90,7 +90,7 @@ def drafting(rows: Sequence[Row], expected: Said, wrong: Callable[[int], bool]) 
     lengths = cycle(LENGTHS)
 
     def propose(_: NgramProposer, some: Sequence[DecodeRow], most: int) -> list[list[int]]:
-        starts = [row.length + (row.newest is not None) for row in some]
+        starts = [row.length + (row.next_input is not None) for row in some]
         texts = [whole[row.row.uid][start:][:most] for row, start in zip(some, starts, strict=True)]
         return [
             [token + wrong(start + i) for i, token in enumerate(text)]
@@ -98,7 +98,7 @@ def drafting(rows: Sequence[Row], expected: Said, wrong: Callable[[int], bool]) 
         ]
 
     def length(_: Speculation, some: Sequence[DecodeRow]) -> int:
-        left = min(row.left if row.sampled else 0 for row in some)
+        left = min(row.remaining if row.sampled else 0 for row in some)
         return next((each for each in [next(lengths), *LENGTHS[::-1]] if each < left), 0)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +164,7 @@ def test_a_few_rows_are_guessed_together_as_they_come_and_go(plain: MLXRunner, r
 
 
 def test_more_rows_than_a_few_are_not_guessed(plain: MLXRunner, runner: MLXRunner) -> None:
-    rows = [row(uid, 9, 12) for uid in range(MOST_ROWS + 1)]
+    rows = [row(uid, 9, 12) for uid in range(MAX_ROWS + 1)]
     expected = answers(plain, rows)
     with drafting(rows, expected, fifth):
         assert run(runner, rows) == expected
@@ -223,7 +223,7 @@ def test_what_is_left_when_a_row_is_removed_is_what_it_had(
     assert length in {len(one.prompt) - 1, len(one.prompt) + len(said) - 1, len(one.prompt) + len(said)}
     fresh = KVCache.empty(tiny.model)
     forward.fill(tiny.model, fresh, [text[:length]])
-    for found, (keys, values) in zip(layers, fresh.read_columns(0, 0, length), strict=True):
+    for found, (keys, values) in zip(layers, fresh.copy_columns(0, 0, length), strict=True):
         assert mx.allclose(found.keys[:, :, :length], keys, rtol=1e-3, atol=1e-5)
         assert mx.allclose(found.values[:, :, :length], values, rtol=1e-3, atol=1e-5)
     again = replace(one, uid=2, prompt=(*text[:length], 7, 8), max_new_tokens=9)

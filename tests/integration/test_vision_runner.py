@@ -145,7 +145,7 @@ def test_what_was_encoded_is_forgotten_when_there_is_no_room(
     model: tuple[LoadedModel, VisionFamily], pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, family = model
-    monkeypatch.setattr(model_runner, "MOST_FEATURES", 30_000)
+    monkeypatch.setattr(model_runner, "MAX_FEATURE_BYTES", 30_000)
     runner = MLXRunner(loaded, CHUNK, family=family)
     for seed in (1, 2, 1):
         answer(runner, ask("What?", pictures.part(300, 200, seed)), pictures, "me")

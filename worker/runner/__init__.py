@@ -1,4 +1,4 @@
-"""Model runners: which one serves a model is a matter of settings."""
+"""Model runners: everything that computes tokens, behind the `ModelRunner` protocol that the engine calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from worker.runner.base import RunnerLoader
 
 
 def choose_loader(settings: Settings, model: CatalogModel) -> RunnerLoader:
-    """The loader of the runner that BACKEND asks for.
+    """Return the loader of the runner that the BACKEND setting selects.
 
-    Libraries are imported only here, and only those needed: `fake` runs where MLX is not installed, and MLX must not be
-    imported before its BLAS is chosen.
+    Imports a runner's libraries only when that runner is selected: the fake runner works where MLX is not installed,
+    and MLX must not be imported before its BLAS library is chosen.
     """
     if settings.backend == "fake":
         from worker.runner import fake
@@ -27,7 +27,7 @@ def choose_loader(settings: Settings, model: CatalogModel) -> RunnerLoader:
 
 
 def memory_limit(settings: Settings) -> int:
-    """Bytes that all models of this process and their caches may take."""
+    """Return the maximum bytes for all models of this process and their caches."""
     if settings.backend == "fake":
         return settings.memory_limit_bytes or sys.maxsize
     from worker.runner.memory import device_limit
@@ -36,14 +36,14 @@ def memory_limit(settings: Settings) -> int:
 
 
 def memory_in_use() -> int:
-    """Bytes that the model library holds, if one is in use."""
+    """Return the bytes that MLX has allocated; 0 if MLX is not loaded."""
     core = sys.modules.get("mlx.core")
     return int(core.get_active_memory()) if core is not None else 0
 
 
 def release() -> None:
-    """Return to the machine what a model that was unloaded has held, if a model library is in use."""
-    # `shared.garbage` froze what there was when the process was ready; frozen cycles are never collected.
+    """Free the memory of models that were unloaded, including the buffers that MLX keeps for reuse."""
+    # `shared.garbage` freezes all objects once the process is ready, and frozen cycles are never collected.
     frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()

@@ -1,12 +1,13 @@
-"""A batch of rows that decode: one forward pass and one choice of tokens a step, for all of them.
+"""A batch of decoding rows: one forward pass and one sampling operation per step for all of them.
 
-The next step is always queued on the device before the tokens of the last one are read, so the device works while the
-host deals with those tokens. A row that ends has therefore run one step too many, unless it ends at its limit. A few
-rows may get several tokens each in a step (`worker.runner.speculation`); such a step reads first.
+The next step is always queued on the device before the tokens of the previous step are read, so the device keeps
+working while the host handles those tokens. A row that meets a stop condition has therefore run one step too many; a
+row that reaches its token limit has not. A few rows may get several tokens each in a step
+(`worker.runner.speculation`); such a step reads before it queues.
 
-It replaces `mlx_lm.generate.GenerationBatch`, on mlx-lm's models and caches, and avoids three costs that exceed a
-small model's own: it computes log-probabilities only for rows that ask, samples all rows together, and does not copy
-the cache of the rows that stay when others come or go.
+It replaces `mlx_lm.generate.GenerationBatch` on top of mlx-lm's models and caches, and avoids three costs that exceed
+the forward pass of a small model: it computes log-probabilities only for rows that ask for them, samples all rows
+together, and does not copy the cache of the remaining rows when other rows join or leave.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shared.jobs.request import Sampling
 from worker.runner import forward
 from worker.runner.base import Row, TokenOutput
 from worker.runner.decode_row import DecodeRow
-from worker.runner.kv_cache import SLACK, KVCache, width
+from worker.runner.kv_cache import SLACK, KVCache, allocated_columns
 from worker.runner.logits.logprobs import BatchLogprobs, Logprob, QueuedLogprobs
 from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor, RowFailures
 from worker.runner.prefix.cache import PrefixCache
@@ -31,16 +32,16 @@ _GREEDY = Sampling(temperature=0.0)
 
 
 class DecodeBatch:
-    """Rows that have their prompts in the cache.
+    """Rows that share a cache and decode together. A batch index without a row is empty until another row takes it.
 
     Args:
         model: an mlx-lm model.
-        prefixes: keeps what rows have in the cache when they leave.
-        speculation: drafts for a few rows.
-        processors: of logits, in the order in which they are applied.
+        prefixes: stores the cache of rows that leave.
+        speculation: verifies draft tokens while the batch has few rows.
+        processors: logits processors, in the order in which they are applied.
 
     Attributes:
-        failures: (uid, error) of rows that raised and were dropped; the reader clears them.
+        failures: (uid, error) of rows that raised and were removed. The reader clears the list.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class DecodeBatch:
         self._prefixes = prefixes
         self._speculation = speculation
         self._processors = processors
-        self._rows: list[DecodeRow | None] = []  # None: a place whose row has ended
+        self._rows: list[DecodeRow | None] = []  # by batch index; None: empty
         self.clear()
 
     def __len__(self) -> int:
@@ -59,127 +60,136 @@ class DecodeBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each row has in the cache."""
+        """Number of cached tokens of each row."""
         return [row.length for row in self._rows if row is not None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its cache."""
+        """Bytes of the cache."""
         return self._cache.nbytes
 
     def clear(self) -> None:
         """Drop every row and free the cache."""
         self._rows = []
         self._cache = KVCache([])
-        self._input = mx.array([], dtype=mx.uint32)  # of the next pass, by place; may still be on the device
-        self._logprobs: list[QueuedLogprobs] = []  # of those tokens
-        self._dead_steps = 0
+        self._input_ids = mx.array([], dtype=mx.uint32)  # by batch index; may still be unevaluated
+        self._logprobs: list[QueuedLogprobs] = []  # of the input ids
+        self._empty_row_steps = 0
         self._columns = 0
-        self._recompose()
+        self._rows_changed()
 
     def join(self, rows: Sequence[Row], cache: KVCache) -> None:
-        """Add rows; `cache` has all but the last token of their prompts, and belongs to the batch from now on."""
-        joining = [DecodeRow.of(row) for row in rows]
-        last = mx.array([row.prompt[-1] for row in rows], dtype=mx.uint32)
-        free = [place for place, row in enumerate(self._rows) if row is None][: len(rows)]
-        if len(free) == len(rows) and self._cache.overwrite(free, cache):
-            for place, row in zip(free, joining, strict=True):
-                self._rows[place] = row
-            self._input[mx.array(free)] = last
-        else:
-            self._append(joining, last, cache)
-        self._columns = max(self._columns, *(row.length for row in joining))
-        self._recompose()
-
-    def absorb(self, other: DecodeBatch) -> None:
-        """Take over all rows of another batch, which has some and is of no use afterwards. Copies both."""
-        other._compact()
-        self._append([row for row in other._rows if row is not None], other._input, other._cache)
-        self._logprobs += other._logprobs
-        self._columns = max(self._columns, other._columns)
-        self._recompose()
-
-    def remove(self, uids: Collection[int]) -> None:
-        """Drop rows. Their places stay empty until other rows take them, or the batch is compacted."""
-        self._empty([place for place, row in enumerate(self._rows) if row is not None and row.row.uid in uids])
-
-    def step(self, *, speculate: bool = False) -> list[TokenOutput]:
-        """Queue the next token of every row, then read the last one.
+        """Add rows.
 
         Args:
-            speculate: whether the device has nothing else to do: then a few rows may get several tokens each.
+            cache: holds all tokens of their prompts but the last. The batch takes it over.
+        """
+        joining = [DecodeRow.after_prefill(row) for row in rows]
+        input_ids = mx.array([row.prompt[-1] for row in rows], dtype=mx.uint32)
+        empty = [index for index, row in enumerate(self._rows) if row is None][: len(rows)]
+        if len(empty) == len(rows) and self._cache.overwrite(empty, cache):
+            for index, row in zip(empty, joining, strict=True):
+                self._rows[index] = row
+            self._input_ids[mx.array(empty)] = input_ids
+        else:
+            self._append(joining, input_ids, cache)
+        self._columns = max(self._columns, *(row.length for row in joining))
+        self._rows_changed()
+
+    def absorb(self, other: DecodeBatch) -> None:
+        """Add all rows of another batch. Copies both caches; `other` must not be empty or be used afterwards."""
+        other._compact()
+        self._append([row for row in other._rows if row is not None], other._input_ids, other._cache)
+        self._logprobs += other._logprobs
+        self._columns = max(self._columns, other._columns)
+        self._rows_changed()
+
+    def remove(self, uids: Collection[int]) -> None:
+        """Remove rows. Their batch indices stay empty until other rows take them or the batch is compacted."""
+        self._vacate([index for index, row in enumerate(self._rows) if row is not None and row.uid in uids])
+
+    def step(self, *, speculate: bool = False) -> list[TokenOutput]:
+        """Queue the next token of every row, then read the previous one.
+
+        Args:
+            speculate: the device has no other work, so a few rows may get several tokens each.
 
         Returns:
-            Of each row that had a token to read. A row that has reached its limit is dropped.
+            The tokens that were read. Rows that have reached their limit are removed.
         """
         rows = [row for row in self._rows if row is not None]
         full = len(rows) == len(self._rows)
-        if speculate and full and self._speculation.suits(len(rows)) and not (self._pipeline or self._batch_logprobs):
+        if speculate and full and self._speculation.can_verify(len(rows)) and not self._changes_logits:
             return self._step_drafting(rows) or self._step()
         return self._step()
 
     def verify(self, length: int) -> list[TokenOutput]:
-        """Verify drafts of `length` tokens unconditionally; all inputs must have been read."""
+        """Verify `length` draft tokens per row, whether it pays or not. All input ids must have been read."""
         rows = [row for row in self._rows if row is not None]
         outputs = [
-            TokenOutput(row.row.uid, token)
+            TokenOutput(row.uid, token)
             for row, tokens in zip(rows, self._speculation.verify(self._cache, rows, length), strict=True)
             for token in tokens
         ]
-        self._input = mx.array([row.newest for row in rows], dtype=mx.uint32)
+        self._input_ids = mx.array([row.next_input for row in rows], dtype=mx.uint32)
         self._columns = self._cache.columns
-        self._empty([place for place, row in enumerate(rows) if not row.left])
+        self._vacate([index for index, row in enumerate(rows) if not row.remaining])
         return outputs
 
     def read(self) -> list[TokenOutput]:
-        """Wait for the queued tokens and read them, without queueing more."""
+        """Wait for the queued tokens and return them, without queueing another step."""
         unread = self._unread()
-        tokens = cast("list[int]", self._input.tolist())
+        tokens = cast("list[int]", self._input_ids.tolist())
         outputs = self._outputs(unread, tokens, self._take_logprobs())
-        for place, row in unread:
-            row.newest = tokens[place]
+        for index, row in unread:
+            row.next_input = tokens[index]
         return outputs
 
+    @property
+    def _changes_logits(self) -> bool:
+        """Whether a row uses a logits processor or asks for log-probabilities."""
+        return bool(self._pipeline or self._batch_logprobs)
+
     def _step(self) -> list[TokenOutput]:
-        current, unread, logprobs = self._input, self._unread(), self._take_logprobs()
-        self._empty([place for place, row in unread if not row.left])
-        self._tidy()
+        current, unread, logprobs = self._input_ids, self._unread(), self._take_logprobs()
+        self._vacate([index for index, row in unread if not row.remaining])
+        self._compact_if_worthwhile()
         failures = self._queue() if self._rows else []
         if not unread:
             self._fail(failures)
             return []
         tokens = cast("list[int]", current.tolist())
-        for place, row in unread:
-            row.cached.append(tokens[place])
+        for index, row in unread:
+            row.cached_ids.append(tokens[index])
         return self._without_failed(self._outputs(unread, tokens, logprobs), failures)
 
     def _step_drafting(self, rows: Sequence[DecodeRow]) -> list[TokenOutput]:
-        """Where drafts pay: read what is queued, then verify them. Empty where nothing was done."""
-        if not self._speculation.length(rows):
+        """Read the queued tokens, then verify drafts if that pays. Returns an empty list if no draft was worthwhile."""
+        if not self._speculation.draft_length(rows):
             return []
         outputs = self.read()
-        if length := self._speculation.length(rows):
+        if length := self._speculation.draft_length(rows):
             return outputs + self.verify(length)
         return self._without_failed(outputs, self._queue())
 
     def _unread(self) -> list[tuple[int, DecodeRow]]:
-        return [(place, row) for place, row in enumerate(self._rows) if row is not None and row.newest is None]
+        return [(index, row) for index, row in enumerate(self._rows) if row is not None and row.next_input is None]
 
     def _outputs(
         self, unread: Sequence[tuple[int, DecodeRow]], tokens: Sequence[int], queued: Sequence[QueuedLogprobs]
     ) -> list[TokenOutput]:
         if not queued:
-            return [TokenOutput(row.row.uid, tokens[place]) for place, row in unread]
-        known: dict[int, Logprob] = {}
+            return [TokenOutput(row.uid, tokens[index]) for index, row in unread]
+        logprobs: dict[int, Logprob] = {}
         for each in queued:
-            known |= each.read()
-        return [TokenOutput(row.row.uid, tokens[place], *known.get(row.row.uid, ())) for place, row in unread]
+            logprobs |= each.read()
+        return [TokenOutput(row.uid, tokens[index], *logprobs.get(row.uid, ())) for index, row in unread]
 
     def _take_logprobs(self) -> list[QueuedLogprobs]:
         taken, self._logprobs = self._logprobs, []
         return taken
 
-    def _append(self, rows: list[DecodeRow], last: mx.array, cache: KVCache) -> None:
+    def _append(self, rows: list[DecodeRow], input_ids: mx.array, cache: KVCache) -> None:
         if None in self._rows:
             self._compact()
         if self._rows:
@@ -187,23 +197,25 @@ class DecodeBatch:
         else:
             self._cache = cache
         self._rows.extend(rows)
-        self._input = mx.concatenate([self._input, last])
+        self._input_ids = mx.concatenate([self._input_ids, input_ids])
 
     def _queue(self) -> RowFailures:
-        """Queue a pass over the inputs, and the choice of the next ones; the rows whose processors raised."""
+        """Queue a forward pass and the sampling of the next input ids. Returns the rows whose processors raised."""
         self._cache.grow_ahead()
-        logits = self._model(self._input[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
-        raw = self._batch_logprobs.select(logits)
-        logits, failures = self._pipeline(logits, self._input, [row.cached if row else () for row in self._rows])
-        self._input = self._sampler(logits, [row.position if row else 0 for row in self._rows])
-        queued = [self._input]
-        if raw is not None:
-            self._logprobs.append(self._batch_logprobs.queue(raw, self._input))
+        logits = self._model(self._input_ids[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
+        unchanged = self._batch_logprobs.select(logits)
+        logits, failures = self._pipeline(
+            logits, self._input_ids, [row.cached_ids if row else () for row in self._rows]
+        )
+        self._input_ids = self._sampler(logits, [row.position if row else 0 for row in self._rows])
+        queued = [self._input_ids]
+        if unchanged is not None:
+            self._logprobs.append(self._batch_logprobs.queue(unchanged, self._input_ids))
             queued += self._logprobs[-1].arrays
         mx.async_eval(queued)  # type: ignore[no-untyped-call]
         self._columns += 1
         for row in filter(None, self._rows):
-            row.stepped()
+            row.advance()
         return failures
 
     def _without_failed(self, outputs: list[TokenOutput], failures: RowFailures) -> list[TokenOutput]:
@@ -214,47 +226,52 @@ class DecodeBatch:
         return [output for output in outputs if output.uid not in failed]
 
     def _fail(self, failures: RowFailures) -> None:
-        """Drop rows whose logits processors raised."""
-        for place, error in failures:
-            if row := self._rows[place]:
-                self.failures.append((row.row.uid, error))
-        self._empty([place for place, _ in failures])
+        """Remove rows whose logits processors raised."""
+        for index, error in failures:
+            if row := self._rows[index]:
+                self.failures.append((row.uid, error))
+        self._vacate([index for index, _ in failures])
 
-    def _recompose(self) -> None:
+    def _rows_changed(self) -> None:
+        """Rebuild everything that depends on which rows the batch has."""
         rows = [row.row if row else None for row in self._rows]
         self._sampler = BatchSampler([row.sampling if row else _GREEDY for row in rows])
         self._pipeline = LogitsPipeline(self._processors, rows)
         self._batch_logprobs = BatchLogprobs(rows)
         self._shifts = forward.shifts(rows)
 
-    def _empty(self, places: Sequence[int]) -> None:
-        if not places:
+    def _vacate(self, indices: Sequence[int]) -> None:
+        """Store the prefixes of rows and empty their batch indices."""
+        if not indices:
             return
-        for place in places:
-            if row := self._rows[place]:
-                self._prefixes.store(row.row.owner, row.cached, self._cache, place)
-                self._speculation.drop([row.row.uid])
-            self._rows[place] = None
+        for index in indices:
+            if row := self._rows[index]:
+                self._prefixes.store(row.row.owner, row.cached_ids, self._cache, index)
+                self._speculation.drop([row.uid])
+            self._rows[index] = None
         if any(self._rows):
-            self._recompose()
+            self._rows_changed()
         else:
             self.clear()
 
-    def _tidy(self) -> None:
-        """Compact the batch when empty places have cost about as much as the copy, or when it is too wide."""
+    def _compact_if_worthwhile(self) -> None:
+        """Compact if empty batch indices have cost about as much as the copy, or if the cache is too wide."""
         live = self.lengths
-        self._dead_steps += len(self._rows) - len(live)
-        if live and (self._dead_steps > len(live) or width(self._columns) > width(max(live) + SLACK)):
-            self._compact()
-            self._recompose()
-
-    def _compact(self) -> None:
-        live = [(place, row) for place, row in enumerate(self._rows) if row is not None]
-        self._dead_steps = 0
+        self._empty_row_steps += len(self._rows) - len(live)
         if not live:
             return
-        places = [place for place, _ in live]
-        self._cache.keep(places)
-        self._input = self._input[mx.array(places)]
+        too_wide = allocated_columns(self._columns) > allocated_columns(max(live) + SLACK)
+        if too_wide or self._empty_row_steps > len(live):
+            self._compact()
+            self._rows_changed()
+
+    def _compact(self) -> None:
+        live = [(index, row) for index, row in enumerate(self._rows) if row is not None]
+        self._empty_row_steps = 0
+        if not live:
+            return
+        indices = [index for index, _ in live]
+        self._cache.keep_rows(indices)
+        self._input_ids = self._input_ids[mx.array(indices)]
         self._rows = [row for _, row in live]
         self._columns = max(row.length for _, row in live)

@@ -1,4 +1,4 @@
-"""A row of a decode batch: how far it has come."""
+"""A row of a decode batch, with its progress."""
 
 from __future__ import annotations
 
@@ -10,48 +10,53 @@ from worker.runner.base import Row
 
 @dataclass(slots=True, eq=False)
 class DecodeRow:
-    """A row that has all but the last token of its prompt in the cache.
+    """A row with all tokens of its prompt but the last in the cache.
 
     Attributes:
-        position: of the token sampled next, in the whole answer.
-        cached: the tokens in the cache: all but the one that is the next input.
-        newest: the next input; None while it is on the device and not read yet.
+        position: answer position of the token that is sampled next.
+        cached_ids: the tokens in the cache: all but the next input.
+        next_input: the token that is the next input; None while it is on the device and has not been read.
     """
 
     row: Row
     position: int
-    cached: list[int]
-    newest: int | None
+    cached_ids: list[int]
+    next_input: int | None
 
     @classmethod
-    def of(cls, row: Row) -> DecodeRow:
-        """A row whose prompt was just prefilled."""
+    def after_prefill(cls, row: Row) -> DecodeRow:
+        """Return a row that was just prefilled."""
         return cls(row, row.generated, list(row.prompt[:-1]), row.prompt[-1])
 
     @property
+    def uid(self) -> int:
+        """See `Row.uid`."""
+        return self.row.uid
+
+    @property
     def sampled(self) -> int:
-        """Tokens sampled here so far; the newest may not be read yet."""
+        """Number of tokens sampled since the prefill, including one that has not been read yet."""
         return self.position - self.row.generated
 
     @property
-    def left(self) -> int:
-        """Tokens that may still be sampled."""
+    def remaining(self) -> int:
+        """Number of tokens that may still be sampled."""
         return self.row.max_new_tokens - self.sampled
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
-        return len(self.cached)
+        """Number of tokens in the cache."""
+        return len(self.cached_ids)
 
-    def stepped(self) -> None:
-        """The next input was put into the cache, and the one after it is sampled but not read."""
-        if self.newest is not None:
-            self.cached.append(self.newest)
-            self.newest = None
+    def advance(self) -> None:
+        """Record a decode step: the next input was cached, and its successor was sampled but not read."""
+        if self.next_input is not None:
+            self.cached_ids.append(self.next_input)
+            self.next_input = None
         self.position += 1
 
-    def grow(self, tokens: Sequence[int]) -> None:
-        """These were sampled; all but the last of them, and the input before them, were put into the cache."""
-        self.cached += [*([] if self.newest is None else [self.newest]), *tokens[:-1]]
-        self.newest = tokens[-1]
+    def append(self, tokens: Sequence[int]) -> None:
+        """Record several sampled tokens: the next input and all of these tokens but the last were cached."""
+        self.cached_ids += [*([] if self.next_input is None else [self.next_input]), *tokens[:-1]]
+        self.next_input = tokens[-1]
         self.position += len(tokens)

@@ -1,23 +1,23 @@
-"""A runner without a model: the same contract, deterministic words, and faults on demand.
+"""A runner without a model, for tests and demonstrations: deterministic words, and faults on demand.
 
-The next token is a function of the prompt, the seed, the position and the token before, so a continued row says
-what an undisturbed one says, or a test notices. Orders in the prompt:
+The next token is a function of the prompt, the seed, the position and the previous token. So a row that continues after
+an interruption generates the same words as an uninterrupted one. Directives in the prompt control the row:
 
-    !words=N        the end token comes after N words
-    !pause=S        each step takes S seconds longer while this row is in the batch
-    !encode=S       tokenising the prompt takes S seconds
-    !stall=N        from its Nth token on this row gets nothing
-    !every=S        steps begin S seconds apart, or later, while this row is in the batch
-    !clock=1        words are the moments at which they are said, to see how long they are on their way
-    !row-fails=N    this row raises at its Nth token
-    !step-fails=N   the whole step raises while this row is at its Nth token
-    !no-memory=N    the whole step raises for want of memory while this row is at its Nth token
-    !die=N          the process is gone at its Nth token
+    !words=N        end the answer after N words
+    !pause=S        make each step S seconds longer while this row is in the batch
+    !encode=S       take S seconds to tokenise the prompt
+    !stall=N        generate nothing from token N on
+    !every=S        begin steps at least S seconds apart while this row is in the batch
+    !clock=1        generate timestamps instead of words, to measure the delivery delay
+    !row-fails=N    raise an error for this row at token N
+    !step-fails=N   raise an error for the whole step at token N
+    !no-memory=N    raise `OutOfMemory` for the whole step at token N
+    !die=N          kill the process at token N
 
-Orders in the config.json of its folder, if it has one:
+Directives in the model folder's config.json, if it exists, control the loading:
 
-    !load=S         loading takes S seconds, in pieces
-    !load-fails=1   it fails half-way
+    !load=S         take S seconds to load, in short steps
+    !load-fails=1   fail half-way
 """
 
 from __future__ import annotations
@@ -59,55 +59,62 @@ WORDS = (  # noqa: SIM905 - easier to read than a list of 49
 
 TICKS_PER_S = 10_000
 CLOCK_LAP = 1000 * TICKS_PER_S
-"""Ticks after which the clock's words begin again."""
-_FIRST_MOMENT = FIRST_WORD + 1000
+"""Ticks after which the clock restarts at 0."""
+_FIRST_TIMESTAMP = FIRST_WORD + 1000
 
-_ORDER = re.compile(
+_DIRECTIVE = re.compile(
     r"!(words|pause|every|clock|encode|stall|row-fails|step-fails|no-memory|die|load|load-fails)=([\d.]+)"
 )
-_PIECE_S = 0.02
-"""Of a loading."""
+_LOAD_STEP_S = 0.02
+"""Seconds per step of the loading."""
 
 
 def ticks() -> int:
-    """This machine's monotonic clock, which all its processes share, in ticks and round a lap."""
+    """Return the machine's monotonic clock, which all its processes share, in ticks modulo `CLOCK_LAP`."""
     return int(monotonic() * TICKS_PER_S) % CLOCK_LAP
 
 
-def _orders(prompt: str) -> dict[str, float]:
-    return {name: float(value) for name, value in _ORDER.findall(prompt)}
+def _directives(text: str) -> dict[str, float]:
+    return {name: float(value) for name, value in _DIRECTIVE.findall(text)}
 
 
 class FakeDetokenizer:
-    """Words as they are; the bytes of a prompt as UTF-8."""
+    """Decodes words, timestamps, and the bytes of a prompt as UTF-8."""
 
     def __init__(self) -> None:
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text of this token."""
-        if token >= _FIRST_MOMENT:
-            return f" @{token - _FIRST_MOMENT};"
+        """See `Detokenizer.add`."""
+        if token >= _FIRST_TIMESTAMP:
+            return f" @{token - _FIRST_TIMESTAMP};"
         return f" {WORDS[token - FIRST_WORD]}" if token >= FIRST_WORD else self._bytes.decode(bytes([token]))
 
     def finish(self) -> str:
-        """A character cut short."""
+        """See `Detokenizer.finish`."""
         return self._bytes.decode(b"", final=True)
 
 
-class _RowFails(RuntimeError):
-    """As ordered."""
+class _RowError(RuntimeError):
+    """The error of the directive `!row-fails`."""
 
 
 @dataclass(slots=True)
 class _FakeRow:
-    """A row, and the orders its prompt gives."""
+    """A row, and the directives in its prompt.
+
+    Attributes:
+        position: answer position of the next token.
+        previous: the previous token.
+        digest: hash of the seed and the prompt.
+        unread: number of prompt tokens not prefilled yet.
+    """
 
     row: Row
     position: int
-    last: int
+    previous: int
     digest: int
-    orders: dict[str, float]
+    directives: dict[str, float]
     unread: int
 
     @classmethod
@@ -117,66 +124,69 @@ class _FakeRow:
         return cls(
             row=row,
             position=row.generated,
-            last=row.prompt[-1],
+            previous=row.prompt[-1],
             digest=crc32(f"{row.sampling.seed}:{text}".encode()),
-            orders=_orders(text),
+            directives=_directives(text),
             unread=len(row.prompt),
         )
 
-    def at(self, order: str) -> bool:
-        """Whether this is the token that an order names, counted from 1."""
-        return self.orders.get(order) == self.position + 1
+    def applies(self, directive: str) -> bool:
+        """Return whether a directive names the next token, counted from 1."""
+        return self.directives.get(directive) == self.position + 1
 
-    def may_go_on(self) -> bool:
-        """Do what the prompt orders for the next token; False when the row is to get none.
+    def follow_directives(self) -> bool:
+        """Do what the directives say about the next token. Returns whether the row generates a token.
 
         Raises:
-            _RowFails: only this row fails. Any other exception is the whole step's.
+            _RowError: only this row fails.
+            Exception: the whole step fails.
         """
-        if not self.orders:
+        if not self.directives:
             return True
-        if self.at("die"):
+        if self.applies("die"):
             os._exit(9)
-        if self.at("step-fails"):
-            raise RuntimeError("the step fails, as ordered")
-        if self.at("no-memory"):
-            raise OutOfMemory("there is no memory, as ordered")
-        if self.at("row-fails"):
-            raise _RowFails("the row fails, as ordered")
-        return self.orders.get("stall", math.inf) > self.position + 1
+        if self.applies("step-fails"):
+            raise RuntimeError("the prompt contains !step-fails")
+        if self.applies("no-memory"):
+            raise OutOfMemory("the prompt contains !no-memory")
+        if self.applies("row-fails"):
+            raise _RowError("the prompt contains !row-fails")
+        return self.directives.get("stall", math.inf) > self.position + 1
 
     def output(self) -> TokenOutput:
-        """The next token, with log-probabilities if they are asked for."""
-        position, asked = self.position, self.row.request.logprobs
+        """Generate the next token, with log-probabilities if the request asks for them."""
+        position, alternatives = self.position, self.row.request.logprobs
         output = TokenOutput(self.row.uid, self.next())
-        if asked is not None:
-            # The chosen token is the most probable one, and words take the places behind it.
+        if alternatives is not None:
+            # The chosen token is the most likely one, and words follow it in the ranking.
             output.logprob = best = -((self.digest + position) % 97) / 100
-            words = (FIRST_WORD + (position + rank) % len(WORDS) for rank in range(asked))
+            words = (FIRST_WORD + (position + rank) % len(WORDS) for rank in range(alternatives))
             output.top_logprobs = tuple(
                 (word if rank else output.token, best - rank) for rank, word in enumerate(words)
             )
         return output
 
     def next(self) -> int:
-        """The next token."""
-        if self.orders.get("words") == self.position:
+        """Choose the next token and advance the position."""
+        if self.directives.get("words") == self.position:
             return EOS
-        if "clock" in self.orders:
+        if "clock" in self.directives:
             self.position += 1
-            return _FIRST_MOMENT + ticks()
-        chosen = (self.digest ^ (self.position * 0x9E3779B1) ^ (self.last * 0x85EBCA6B)) * 0xC2B2AE35
-        self.last = FIRST_WORD + (chosen >> 16) % len(WORDS)
+            return _FIRST_TIMESTAMP + ticks()
+        mixed = (self.digest ^ (self.position * 0x9E3779B1) ^ (self.previous * 0x85EBCA6B)) * 0xC2B2AE35
+        self.previous = FIRST_WORD + (mixed >> 16) % len(WORDS)
         self.position += 1
-        return self.last
+        return self.previous
 
 
 class FakeRunner:
-    """See `worker.runner.base.ModelRunner`. A token takes one byte of memory.
+    """See `worker.runner.base.ModelRunner`. Each token takes one byte of cache.
 
     Args:
+        model: id of the model.
+        context: maximum tokens of prompt and answer.
         memory: bytes for caches.
-        chunk: most tokens of a long prompt that are read in a step.
+        chunk: maximum tokens per chunk of a long prompt.
     """
 
     def __init__(
@@ -196,14 +206,14 @@ class FakeRunner:
         self.depth = 1
         self.cost = UNKNOWN_COST
         self._rows: dict[int, _FakeRow] = {}
-        self._stepped_at = 0.0
+        self._step_started = 0.0
 
     def tokenize(self, request: Request) -> list[int]:
-        """The bytes of the prompt, or of the messages one after another."""
+        """Return the bytes of the prompt, or of all messages."""
         text = request.prompt
         if text is None:
-            text = "\n".join(f"{each['role']}: {each['content']}" for each in request.messages or ())
-        sleep(_orders(text).get("encode", 0.0))
+            text = "\n".join(f"{message['role']}: {message['content']}" for message in request.messages or ())
+        sleep(_directives(text).get("encode", 0.0))
         return list(text.encode())
 
     def prompt(
@@ -213,56 +223,56 @@ class FakeRunner:
         request: Request,  # noqa: ARG002
         images: Mapping[str, bytes],  # noqa: ARG002
     ) -> Prompt:
-        """The tokens as they are; images are ignored."""
+        """Return the tokens unchanged. Ignores images."""
         if not tokens or len(tokens) >= self.card.context:
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, f"The prompt has {len(tokens)} tokens.")
         return Prompt(tuple(tokens), shared)
 
     def detokenizer(self) -> FakeDetokenizer:
-        """Return a fresh one."""
+        """See `ModelRunner.detokenizer`."""
         return FakeDetokenizer()
 
     def row_bytes(self, length: int) -> int:
-        """A byte per token."""
+        """Return one byte per token."""
         return length
 
     def batch_bytes(self, lengths: Sequence[int]) -> int:
-        """A byte per token: nothing is padded."""
+        """Return one byte per token, without padding."""
         return sum(lengths)
 
-    def encode_bytes(self, media: Media | None) -> int:  # noqa: ARG002 - it sees nothing
-        """None."""
+    def encode_bytes(self, media: Media | None) -> int:  # noqa: ARG002 - no images
+        """Return 0."""
         return 0
 
-    def set_prefix_limit(self, most_bytes: int) -> None:
-        """It keeps no prefixes."""
+    def set_prefix_limit(self, max_bytes: int) -> None:
+        """Do nothing: this runner stores no prefixes."""
 
     def insert(self, rows: Sequence[Row]) -> None:
-        """Add rows."""
+        """See `ModelRunner.insert`."""
         self._rows |= {row.uid: _FakeRow.of(row) for row in rows}
 
     def prefillable(self) -> dict[int, Unread]:
-        """Rows whose prompt is not read."""
+        """See `ModelRunner.prefillable`."""
         return {
             uid: Unread(row.unread, len(row.row.prompt) - row.unread) for uid, row in self._rows.items() if row.unread
         }
 
     def images_waiting(self) -> None:
-        """No images."""
+        """Return None: this runner ignores images."""
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """One token for each row that has its prompt, after doing what the prompts order."""
-        self._keep_pace()
+        """Generate one token for each prefilled row, following the directives of all prompts."""
+        self._wait_for_step()
         prompt_tokens, prefilled = self._prefill(plan.prefill)
         failed: list[tuple[int, Exception]] = []
         tokens: list[TokenOutput] = []
         pause = 0.0
         for uid, row in self._rows.items():
-            pause = max(pause, row.orders.get("pause", 0.0))
+            pause = max(pause, row.directives.get("pause", 0.0))
             try:
-                if not row.unread and row.may_go_on():
+                if not row.unread and row.follow_directives():
                     tokens.append(row.output())
-            except _RowFails as error:
+            except _RowError as error:
                 failed.append((uid, error))
         if pause:
             sleep(pause)
@@ -272,47 +282,55 @@ class FakeRunner:
         )
 
     def _prefill(self, work: PrefillWork | None) -> tuple[int, list[int]]:
-        """Read prompts; how many tokens, and which rows have all of theirs."""
+        """Prefill rows. Returns the number of tokens processed and the rows that are complete."""
         if work is None:
             return 0, []
-        done = 0
+        total = 0
         for row in (self._rows[uid] for uid in work.uids):
-            read = row.unread if work.tokens is None else min(row.unread, work.tokens)
-            row.unread -= read
-            done += read
-        return done, [uid for uid in work.uids if not self._rows[uid].unread]
+            tokens = row.unread if work.tokens is None else min(row.unread, work.tokens)
+            row.unread -= tokens
+            total += tokens
+        return total, [uid for uid in work.uids if not self._rows[uid].unread]
 
-    def _keep_pace(self) -> None:
-        every = max((row.orders.get("every", 0.0) for row in self._rows.values() if row.orders), default=0.0)
+    def _wait_for_step(self) -> None:
+        """Follow the directive `!every`."""
+        every = max((row.directives.get("every", 0.0) for row in self._rows.values() if row.directives), default=0.0)
         if every:
-            sleep(max(0.0, self._stepped_at + every - monotonic()))
-            self._stepped_at = monotonic()
+            sleep(max(0.0, self._step_started + every - monotonic()))
+            self._step_started = monotonic()
 
     def remove(self, uids: Iterable[int]) -> None:
-        """Drop rows."""
+        """See `ModelRunner.remove`."""
         for uid in uids:
             self._rows.pop(uid, None)
 
     def reset(self) -> None:
-        """Drop every row."""
+        """See `ModelRunner.reset`."""
         self._rows.clear()
 
     def stats(self) -> dict[str, float]:
-        """Nothing to report."""
+        """Return nothing: there are no statistics."""
         return {}
 
     def close(self) -> None:
-        """Nothing to keep."""
+        """Do nothing: there is nothing to write."""
 
 
 def load(model: CatalogModel) -> Generator[float, None, FakeRunner]:
-    """A fake under the name of the model that would be served, as large as the files of its weights."""
+    """Return a fake runner with the id of a catalog model and the size of its weight files.
+
+    Yields:
+        The progress, 0 to 1.
+
+    Raises:
+        ModelError: config.json contains `!load-fails`.
+    """
     config = model.path / "config.json"
-    orders = _orders(config.read_text() if config.is_file() else "")
-    pieces = math.ceil(orders.get("load", 0.0) / _PIECE_S)
-    for piece in range(1, pieces + 1):
-        sleep(_PIECE_S)
-        yield piece / (pieces + 1)
-        if "load-fails" in orders and 2 * piece >= pieces:
-            raise ModelError(f"the model in {model.path} fails, as ordered")
+    directives = _directives(config.read_text() if config.is_file() else "")
+    steps = math.ceil(directives.get("load", 0.0) / _LOAD_STEP_S)
+    for step in range(1, steps + 1):
+        sleep(_LOAD_STEP_S)
+        yield step / (steps + 1)
+        if "load-fails" in directives and 2 * step >= steps:
+            raise ModelError(f"{config} contains !load-fails")
     return FakeRunner(model.id, weights_bytes=model.measure())

@@ -1,7 +1,8 @@
-"""The KV cache of a batch, one entry per layer, and everything that is known here of mlx-lm's cache classes.
+"""The KV cache of a batch. This module alone knows the internals of mlx-lm's cache classes.
 
-In a batch cache all rows end at the same column and shorter rows are padded on the left. So a row can join others, or
-take the place of one that has ended, only when it is moved to that column.
+A column of a cache holds the keys and values of one token per row. All rows of a batch cache end at the same column;
+shorter rows are padded on the left. A row that joins a batch, or takes the batch index of a row that has ended, must
+therefore be moved to that column.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from mlx_lm.models.cache import BatchKVCache, CacheList, make_prompt_cache
 from mlx_lm.models.cache import KVCache as AttentionCache
 
 RowCache: TypeAlias = list[Any]
-"""The cache of one row outside any batch: mlx-lm's single caches, one per layer."""
+"""The cache of one row outside any batch: mlx-lm's single-sequence caches, one per layer."""
 
 Columns: TypeAlias = list[tuple[mx.array, mx.array]]
-"""Keys and values of a run of tokens of one row, per layer: [1, heads, tokens, width]."""
+"""Keys and values of consecutive tokens of one row, per layer, each [1, heads, tokens, head size]."""
 
 GROW_AHEAD = 32
-"""Free columns at which the layers of a cache start to grow, one after another."""
+"""Number of free columns at which the layers of a cache start to grow, one after another."""
 
-COLUMNS = 256
-"""Columns by which caches grow."""
+GROWTH_COLUMNS = 256
+"""Caches are allocated in multiples of this number of columns."""
 
 SLACK = 64
-"""Unused columns that a cache may keep: cutting them would make it grow, and be copied, again soon."""
+"""Unused columns that a cache may keep. Without them it would soon grow, and be copied, again."""
 
 
 class KVCache:
-    """Cached keys, values and states of several rows.
+    """Cached keys, values and states of the rows of a batch.
 
     Attributes:
-        layers: for the model's call: one of mlx-lm's batch caches per layer.
+        layers: the `cache` argument of the model: one of mlx-lm's batch caches per layer.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -44,33 +45,37 @@ class KVCache:
 
     @classmethod
     def empty(cls, model: Any, rows: int = 1) -> Self:
-        """A cache without tokens."""
+        """Return a cache without tokens."""
         return cls(_merged([empty_row(model) for _ in range(rows)]))
 
     @classmethod
     def of_rows(cls, rows: Sequence[RowCache]) -> Self:
-        """A batch of these rows, at least one. Copies them; plain keys and values of a single row are taken over."""
+        """Return a batch of one or more rows. Copies them, except for a single row of plain attention."""
         if len(rows) == 1 and all(type(layer) is AttentionCache and layer.keys is not None for layer in rows[0]):
             return cls([_as_batch(layer) for layer in rows[0]])
         return cls(_merged(rows))
 
     @property
     def columns(self) -> int:
-        """The column at which all rows end; plain attention only."""
+        """The column at which all rows end. For plain attention only."""
         return _end(self.layers[0])
 
     @property
     def states(self) -> list[Any]:
-        """What to evaluate to have the cache filled."""
+        """The arrays to evaluate in order to fill the cache."""
         return [layer.state for layer in self.layers]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it occupies."""
+        """Bytes that the cache occupies."""
         return sum(layer.nbytes for layer in self.layers)
 
     def pad(self, lengths: Sequence[int]) -> bool:
-        """Announce tokens of different lengths, padded on the right; whether `unpad` is to follow them."""
+        """Prepare the layers for a pass over rows of different lengths, padded on the right.
+
+        Returns:
+            Whether any row is padded. If so, call `unpad` after the pass.
+        """
         padding = [max(lengths) - length for length in lengths]
         if any(padding):
             for layer in self.layers:
@@ -78,100 +83,100 @@ class KVCache:
         return any(padding)
 
     def unpad(self) -> None:
-        """Move the padding that was announced to the left of each row."""
+        """Move the padding of the last pass to the left of each row."""
         for layer in self.layers:
             layer.finalize()
 
-    def part(self, start: int, stop: int) -> KVCache:
-        """Some of the layers; they are shared with this cache."""
+    def layer_range(self, start: int, stop: int) -> KVCache:
+        """Return a cache of some of the layers. It shares them with this cache."""
         return KVCache(self.layers[start:stop])
 
     def queue(self) -> list[Any]:
-        """Have the device fill the cache, without waiting; returns what to evaluate in order to wait."""
+        """Start filling the cache on the device. Returns the arrays to evaluate in order to wait for it."""
         filled = self.states
         mx.async_eval(filled)  # type: ignore[no-untyped-call]  # mlx's stub has no types for it
         return filled
 
-    def reserve(self, columns: int, most_layers: int | None = None) -> bool:
-        """Allocate columns at once; otherwise a cache grows, and is copied, every few hundred tokens.
+    def reserve(self, columns: int, max_layers: int | None = None) -> bool:
+        """Allocate columns for a long row at once. Otherwise its cache is copied every `GROWTH_COLUMNS` tokens.
 
         Args:
-            most_layers: layers to widen in this call: those of a long row take longer than a decode step.
+            max_layers: maximum layers to widen in this call: all layers of a long row take longer than a decode step.
 
         Returns:
-            Whether there was something to do.
+            Whether any layer was widened.
         """
-        narrow = [layer for layer in self.layers if _filled(layer) and layer.keys.shape[2] < columns][:most_layers]
+        narrow = [layer for layer in self.layers if _filled(layer) and layer.keys.shape[2] < columns][:max_layers]
         for layer in narrow:
-            _widen(layer, width(columns) - layer.keys.shape[2])
+            _widen(layer, allocated_columns(columns) - layer.keys.shape[2])
         return bool(narrow)
 
     def grow_ahead(self) -> None:
-        """Widen a few of the layers that are nearly full: all in the same step would make it far longer."""
+        """Widen a few of the layers that are nearly full. Widening all of them would delay the step."""
         near = [
             layer for layer in self.layers if _filled(layer) and 0 < layer.keys.shape[2] - _end(layer) <= GROW_AHEAD
         ]
         for layer in near[: -(-len(self.layers) // GROW_AHEAD)]:
-            _widen(layer, COLUMNS)
+            _widen(layer, GROWTH_COLUMNS)
 
-    def pretend(self, columns: int) -> None:
-        """Pretend that the only row has this many tokens, to measure the cost of attending to them."""
+    def set_columns(self, columns: int) -> None:
+        """Set the length of the only row without filling it, to measure the cost of attending to that many tokens."""
         for layer in filter(_filled, self.layers):
             _end_at(layer, columns)
 
     def extend(self, other: KVCache) -> None:
-        """Add the rows of another cache behind these. Copies both."""
+        """Append the rows of another cache. Copies both caches."""
         for layer, more in zip(self.layers, other.layers, strict=True):
             layer.extend(more)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows, at least one, and cut columns that none of them needs. Copies them."""
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep one or more rows, by batch index, and cut the columns that none of them needs. Copies the rows."""
         for layer in self.layers:
             layer.filter(list(rows))
-            if _filled(layer) and layer.keys.shape[2] > (most := width(_end(layer) + SLACK)):
-                layer.keys, layer.values = layer.keys[:, :, :most], layer.values[:, :, :most]
+            if _filled(layer) and layer.keys.shape[2] > (limit := allocated_columns(_end(layer) + SLACK)):
+                layer.keys, layer.values = layer.keys[:, :, :limit], layer.values[:, :, :limit]
 
     def overwrite(self, rows: Sequence[int], other: KVCache) -> bool:
-        """Put the rows of another cache in the places of these, without copying the rest.
+        """Replace rows, given by batch index, with the rows of another cache. Does not copy the other rows.
 
         Returns:
-            Whether that was possible: it takes plain attention, and rows that are no longer than this cache is wide.
+            False if that is impossible: a layer is not plain attention, or the new rows are longer than the batch.
         """
         pairs = list(zip(self.layers, other.layers, strict=False))
         if not pairs or not all(_filled(one) and _filled(two) and _end(two) <= _end(one) for one, two in pairs):
             return False
-        places = mx.array(list(rows))
+        indices = mx.array(list(rows))
         for layer, more in pairs:
             end, length = _end(layer), _end(more)
             for i, row in enumerate(rows):
                 layer.keys[row : row + 1, :, end - length : end] = more.keys[i : i + 1, :, :length]
                 layer.values[row : row + 1, :, end - length : end] = more.values[i : i + 1, :, :length]
-            layer.offset[places] = more.offset
-            layer.left_padding[places] = more.left_padding + (end - length)
+            layer.offset[indices] = more.offset
+            layer.left_padding[indices] = more.left_padding + (end - length)
         return True
 
     def trim(self, tokens: Sequence[int]) -> None:
-        """Drop the newest `tokens[i]` tokens of row i; the model must be `plain`."""
-        least, most = min(tokens), max(tokens)
+        """Drop the newest `tokens[i]` tokens of row i. For plain attention only."""
+        common, uneven = min(tokens), max(tokens) > min(tokens)
         for layer in self.layers:
-            layer.trim(least)
-            if most > least:  # rows end at the same column: those that lose more are moved there
-                layer.prepare(right_padding=[each - least for each in tokens])
+            layer.trim(common)
+            if uneven:  # rows end at the same column: a row that loses more tokens is moved there
+                layer.prepare(right_padding=[each - common for each in tokens])
                 layer.finalize()
-        if most > least:
+        if uneven:
             mx.eval(self.states)
 
-    def read_columns(self, row: int, start: int, stop: int) -> Columns:
-        """Copy what plain attention holds of tokens `start` to `stop` of a row that has `stop` tokens."""
+    def copy_columns(self, row: int, start: int, stop: int) -> Columns:
+        """Copy tokens `start` to `stop` of a row that has `stop` tokens. For plain attention only."""
         return [copied(layer.keys, layer.values, row, _end(layer) - stop + start, _end(layer)) for layer in self.layers]
 
-    def read_row(self, row: int) -> RowCache:
-        """Copy all that the layers hold of a row."""
-        taken = [layer.extract(row) for layer in self.layers]
-        for layer in taken:
+    def copy_row(self, row: int) -> RowCache:
+        """Copy the whole cache of a row. Queues the copy on the device."""
+        layers = [layer.extract(row) for layer in self.layers]
+        for layer in layers:
             layer.state = tree_map(_owned, layer.state)
-        mx.async_eval([layer.state for layer in taken])  # type: ignore[no-untyped-call]
-        return taken
+        mx.async_eval([layer.state for layer in layers])  # type: ignore[no-untyped-call]
+        return layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +184,8 @@ class Footprint:
     """Cache memory of a row, by its length.
 
     Attributes:
-        fixed: bytes whatever the length.
-        growing: (bytes per token, most tokens) of layers; None: no limit.
+        fixed: bytes that do not depend on the length.
+        growing: (bytes per token, maximum tokens) of groups of layers; None: no maximum.
     """
 
     fixed: int
@@ -188,7 +193,7 @@ class Footprint:
 
     @classmethod
     def of(cls, model: Any) -> Footprint:
-        """Measured on one token."""
+        """Measure the footprint on one token."""
         cache = KVCache.empty(model)
         model(mx.array([[0]], dtype=mx.uint32), cache=cache.layers)
         parts = _flat(cache.layers)
@@ -197,51 +202,54 @@ class Footprint:
         for part in keyed:
             growing[getattr(part, "max_size", None)] += part.nbytes // part.keys.shape[2]
         fixed = sum(part.nbytes for part in parts if not hasattr(part, "keys"))
-        return cls(fixed, tuple((each, most) for most, each in growing.items()))
+        return cls(fixed, tuple((token_bytes, limit) for limit, token_bytes in growing.items()))
 
     def allocated(self, tokens: int) -> int:
-        """Bytes of a row in a batch whose longest row has this many tokens."""
-        columns = width(tokens + SLACK)
-        # A sliding window holds the chunk that is being processed beside its own tokens.
-        return self.fixed + sum(each * min(columns, most + COLUMNS if most else columns) for each, most in self.growing)
+        """Return the bytes allocated per row in a batch with a longest row of this many tokens."""
+        columns = allocated_columns(tokens + SLACK)
+        # A sliding window also holds the chunk that is being processed.
+        return self.fixed + sum(
+            token_bytes * min(columns, limit + GROWTH_COLUMNS if limit else columns)
+            for token_bytes, limit in self.growing
+        )
 
     def filled(self, tokens: int) -> int:
-        """Bytes that a decode step reads for a row with this many tokens."""
-        return self.fixed + sum(each * min(tokens, most or tokens) for each, most in self.growing)
+        """Return the bytes that a decode step reads for a row of this many tokens."""
+        return self.fixed + sum(token_bytes * min(tokens, limit or tokens) for token_bytes, limit in self.growing)
 
     def padding(self, lengths: Iterable[int]) -> int:
-        """Bytes of padding that a decode step reads where rows of these lengths share a batch."""
+        """Return the bytes of padding that a decode step reads for a batch of rows of these lengths."""
         filled = [self.filled(length) for length in lengths]
         return len(filled) * max(filled, default=0) - sum(filled)
 
 
-def width(columns: int) -> int:
-    """Allocated columns of a cache that uses this many."""
-    return -(-columns // COLUMNS) * COLUMNS
+def allocated_columns(columns: int) -> int:
+    """Return the number of columns that a cache allocates to use this many."""
+    return -(-columns // GROWTH_COLUMNS) * GROWTH_COLUMNS
 
 
 def batchable(model: Any) -> bool:
-    """Whether several rows of this model can share a cache."""
+    """Return whether several rows of this model can share a cache."""
     return all(hasattr(layer, "merge") for layer in empty_row(model))
 
 
 def plain(model: Any) -> bool:
-    """Whether every layer is plain attention: a key and a value for each token, so rows can be cut at any token."""
+    """Return whether every layer is plain attention: a key and a value per token, so rows can be cut at any token."""
     return all(type(layer) is AttentionCache for layer in empty_row(model))
 
 
 def extractable(model: Any) -> bool:
-    """Whether the cache of a row can be taken out of a batch."""
+    """Return whether the cache of a single row can be copied out of a batch."""
     return all(hasattr(layer, "extract") for layer in _flat(KVCache.empty(model).layers))
 
 
 def empty_row(model: Any) -> RowCache:
-    """The cache of one row, without tokens."""
+    """Return the cache of one row without tokens."""
     return list(make_prompt_cache(model))
 
 
 def row_of_columns(columns: Columns, length: int) -> RowCache:
-    """The cache of one row with these keys and values."""
+    """Return the cache of one row of `length` tokens with these keys and values."""
     layers = []
     for keys, values in columns:
         layer = AttentionCache()  # type: ignore[no-untyped-call]
@@ -251,17 +259,17 @@ def row_of_columns(columns: Columns, length: int) -> RowCache:
 
 
 def row_nbytes(row: RowCache) -> int:
-    """Bytes that a row's cache occupies."""
+    """Return the bytes of a row's cache."""
     return sum(layer.nbytes for layer in row)
 
 
 def copied(keys: mx.array, values: mx.array, row: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
-    """Copies of some columns of a row, with buffers of their own."""
+    """Copy columns `start` to `stop` of a row into new buffers."""
     return _owned(keys[row : row + 1, :, start:stop]), _owned(values[row : row + 1, :, start:stop])
 
 
 def _owned(part: Any) -> Any:
-    """A copy: a mere slice would keep all of what it was cut from."""
+    """Copy an array, because a slice keeps the whole array that it was cut from in memory."""
     return mx.contiguous(part) if isinstance(part, mx.array) else part
 
 
@@ -277,28 +285,28 @@ def _as_batch(layer: AttentionCache) -> BatchKVCache:
 
 
 def _flat(layers: Iterable[Any]) -> list[Any]:
-    """The caches themselves, where a layer has several."""
+    """Return the caches of all layers, with the lists of layers that have several flattened."""
     return [part for layer in layers for part in (_flat(layer.caches) if isinstance(layer, CacheList) else [layer])]
 
 
 def _filled(layer: Any) -> bool:
-    """Whether a layer is plain attention and has tokens."""
+    """Return whether a layer is plain attention and has tokens."""
     return type(layer) is BatchKVCache and layer.keys is not None
 
 
 def _end(layer: Any) -> int:
-    """The column at which the rows of a batch cache end."""
-    return int(layer._idx)  # noqa: SLF001 - there is no public name for it
+    """Return the column at which the rows of a batch cache end."""
+    return int(layer._idx)  # noqa: SLF001 - no public name
 
 
 def _end_at(layer: Any, columns: int) -> None:
-    """Let the only row of a batch cache end there."""
+    """Set the column at which the only row of a batch cache ends."""
     layer.offset = mx.array([columns])
-    layer._idx = columns  # noqa: SLF001 - as in `_end`
+    layer._idx = columns  # noqa: SLF001 - no public name
 
 
-def _widen(layer: Any, more: int) -> None:
-    layer.keys, layer.values = (_widened(each, more) for each in (layer.keys, layer.values))
+def _widen(layer: Any, columns: int) -> None:
+    layer.keys, layer.values = (_widened(each, columns) for each in (layer.keys, layer.values))
 
 
 def _widened(array: mx.array, columns: int) -> mx.array:

@@ -1,8 +1,8 @@
-"""What is kept of a row's cache after it has left the batch, in the two kinds that models allow.
+"""KV segments: the parts of row caches that the prefix cache stores. The model decides which of two types is possible.
 
-Plain attention has a key and a value for each token: any run of tokens can be kept, cut and joined again. The state of
-sliding windows and state-space layers cannot be cut: it is kept whole and is of use only at the token where it was
-taken.
+Plain attention has a key and a value per token, so any consecutive tokens can be stored, split and joined again. The
+state of sliding windows and state-space layers cannot be split: it is stored whole and can only be used at the token
+where it was taken.
 """
 
 from __future__ import annotations
@@ -18,50 +18,54 @@ from worker.runner.kv_cache import Columns, KVCache, RowCache
 from worker.runner.prefix.blocks import Block, Tensor
 
 _TYPES = {mx.float32: ("F32", np.float32), mx.float16: ("F16", np.float16), mx.bfloat16: ("BF16", np.uint16)}
-"""Safetensors' names of the types that a cache may have, and numpy types that carry the same bits."""
+"""Safetensors names of the number types that a cache may have, and numpy types of the same size."""
 
 
 class Segment(Protocol):
-    """What is kept of a run of tokens of a row. Never changed.
+    """The stored cache of consecutive tokens of a row. Immutable.
 
     Attributes:
-        cuttable: whether a row that shares only its first tokens can use those.
+        splittable: whether a row that shares only the first tokens can use these.
     """
 
-    cuttable: bool
+    splittable: bool
     nbytes: int
 
     @classmethod
-    def of(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
-        """Copy it from a batch's cache, in which this row has `stop` tokens. Queues the copy on the device."""
+    def copy_from(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
+        """Copy tokens `start` to `stop` of a row, which has `stop` tokens. Queues the copy on the device.
+
+        Args:
+            row: batch index.
+        """
         ...
 
-    def cut(self, at: int) -> tuple[Self | None, Self]:
-        """Split it into its first `at` tokens and the rest."""
+    def split(self, at: int) -> tuple[Self | None, Self]:
+        """Split into the first `at` tokens and the rest. The first part is None if it cannot be separated."""
         ...
 
     @classmethod
     def join(cls, segments: Sequence[Any], length: int) -> RowCache:
-        """The cache of one row with `length` tokens, from the segments of its path."""
+        """Return the cache of one row of `length` tokens from consecutive segments that begin with its first token."""
         ...
 
 
 class AttentionSegment:
-    """Keys and values of a run of tokens."""
+    """Keys and values of consecutive tokens."""
 
-    cuttable = True
+    splittable = True
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
         self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in columns)
 
     @classmethod
-    def of(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
-        """See `Segment.of`."""
-        return cls._queued(cache.read_columns(row, start, stop))
+    def copy_from(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
+        """See `Segment.copy_from`."""
+        return cls._queued(cache.copy_columns(row, start, stop))
 
-    def cut(self, at: int) -> tuple[Self, Self]:
-        """See `Segment.cut`."""
+    def split(self, at: int) -> tuple[Self, Self]:
+        """See `Segment.split`."""
         return self._part(0, at), self._part(at, self.length)
 
     @classmethod
@@ -73,20 +77,20 @@ class AttentionSegment:
 
     @property
     def length(self) -> int:
-        """How many tokens it has."""
+        """Number of tokens."""
         return int(self.columns[0][0].shape[2])
 
-    def behind(self, at: int) -> Self:
-        """What follows the first `at` tokens."""
+    def after(self, at: int) -> Self:
+        """Return the segment without its first `at` tokens."""
         return self._part(at, self.length) if at else self
 
     def tensors(self) -> Block:
-        """Its arrays as host memory, not copied; the segment must be kept as long as they are used."""
+        """Return the arrays as host memory. They are not copied, so keep the segment as long as they are used."""
         return [_tensor(array) for pair in self.columns for array in pair]
 
     @classmethod
     def from_tensors(cls, block: Block) -> Self:
-        """The opposite of `tensors`. Copies them."""
+        """Return the segment of these tensors; the inverse of `tensors`. Copies them."""
         arrays = [_array(tensor) for tensor in block]
         return cls._queued(list(zip(arrays[::2], arrays[1::2], strict=True)))
 
@@ -95,27 +99,27 @@ class AttentionSegment:
 
     @classmethod
     def _queued(cls, columns: Columns) -> Self:
-        # At once: a lazy slice would keep the whole batch's cache, and make the next step copy it.
+        # Copy now: a lazy slice would keep the cache of the whole batch, and the next step would have to copy it.
         mx.async_eval(columns)  # type: ignore[no-untyped-call]
         return cls(columns)
 
 
 class StateSegment:
-    """All that a model holds of a row at one token: for sliding windows, state-space layers and mixtures."""
+    """The whole state of a row at one token: for sliding windows, state-space layers and hybrids."""
 
-    cuttable = False
+    splittable = False
 
     def __init__(self, row: RowCache) -> None:
         self.row = row
         self.nbytes = kv_cache.row_nbytes(row)
 
     @classmethod
-    def of(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:  # noqa: ARG003 - it is whole or nothing
-        """See `Segment.of`."""
-        return cls(cache.read_row(row))
+    def copy_from(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:  # noqa: ARG003 - always whole
+        """See `Segment.copy_from`."""
+        return cls(cache.copy_row(row))
 
-    def cut(self, at: int) -> tuple[None, Self]:  # noqa: ARG002
-        """See `Segment.cut`."""
+    def split(self, at: int) -> tuple[None, Self]:  # noqa: ARG002
+        """See `Segment.split`."""
         return None, self
 
     @classmethod
@@ -124,16 +128,16 @@ class StateSegment:
         return segments[-1].row
 
 
-def kind_for(model: Any) -> type[Segment] | None:
-    """The kind of segment that this model's cache can be kept in; None when it cannot be kept."""
+def segment_type(model: Any) -> type[Segment] | None:
+    """Return the type of segment for this model's cache; None if the cache of a row cannot be stored."""
     if kv_cache.plain(model):
         return AttentionSegment
     return StateSegment if kv_cache.extractable(model) else None
 
 
 def storable(model: Any) -> bool:
-    """Whether segments of this model's cache can be written to files: plain attention only."""
-    return kind_for(model) is AttentionSegment
+    """Return whether segments of this model can be written to files. Only plain attention can."""
+    return segment_type(model) is AttentionSegment
 
 
 def _tensor(array: mx.array) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loads a model and makes its runner, in pieces between which rows of other models decode."""
+"""Loads a model and creates its runner, in short steps so that rows of other models can decode in between."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from shared.models.folder import ModelError
 from shared.settings import Settings
 from worker.models.load import LoadedModel, convert, first_line, load_model
 from worker.runner import kv_cache, kv_segments
-from worker.runner.memory import SHARE_OF_PREFIXES, Memory, device_limit
+from worker.runner.memory import PREFIX_SHARE, Memory, device_limit
 from worker.runner.model_runner import MLXRunner, default_chunk
 from worker.runner.prefix.files import PrefixFiles, fingerprint
 from worker.runner.prefix.spill import Spill
 from worker.runner.vision.family import VisionFamily
 
-SHARE_ON_THE_WAY = 8
-"""Divisor: evicted prefixes that are not on disk yet may take 1/8 of the memory for prefixes."""
+PENDING_WRITES_DIVISOR = 8
+"""Evicted prefixes that are waiting to be written to disk may take 1/8 of the memory for prefixes."""
 
 PIECE_BYTES = 64 * 2**20
-"""Bytes of weights that are read between two steps of other models."""
+"""Bytes of weights that are read between two decode steps of other models."""
 READ_SHARE = 0.9
-"""The part of the loading that is reading; the rest is warming."""
-_LEFT_A_PIECE = 0.95
-"""Each piece of warming leaves this part of the remaining progress: the number of pieces depends on the model."""
+"""Fraction of the progress for reading weights; the rest is for the warm-up."""
+_WARM_UP_DECAY = 0.95
+"""Each warm-up step leaves this fraction of the remaining progress: the number of steps depends on the model."""
 
 
 def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXRunner]:
-    """Load and warm a model, in pieces; each yields the progress.
+    """Load and warm a model.
+
+    Yields:
+        The progress, 0 to 1, after each short step.
 
     Raises:
-        ModelError: it cannot be served.
+        ModelError: the model cannot be served.
     """
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
@@ -47,32 +50,35 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
             family.encoder.tower.set_dtype(getattr(mx, model.dtype))
         yield from read_weights(family.encoder.tower, model)
     runner = _runner(settings, model, loaded, family)
-    left = 1 - READ_SHARE
+    remaining = 1 - READ_SHARE
     for _ in runner.warming():
-        left *= _LEFT_A_PIECE
-        yield 1 - left
+        remaining *= _WARM_UP_DECAY
+        yield 1 - remaining
     return runner
 
 
 def read_weights(module: Any, model: CatalogModel) -> Generator[float, None, None]:
-    """Read the weights of a lazily loaded module, some tens of megabytes at a time.
+    """Read the weights of a lazily loaded module, `PIECE_BYTES` at a time.
+
+    Yields:
+        The progress, 0 to `READ_SHARE`.
 
     Raises:
-        ModelError: they cannot be read.
+        ModelError: the weights cannot be read.
     """
     arrays: list[mx.array] = list(dict(tree_flatten(module.parameters())).values())
     total = sum(array.nbytes for array in arrays)
-    done = piece = 0
-    waiting: list[mx.array] = []
+    done = pending_bytes = 0
+    pending: list[mx.array] = []
     for array in arrays:
-        waiting.append(array)
-        piece += array.nbytes
-        if piece >= PIECE_BYTES or array is arrays[-1]:
+        pending.append(array)
+        pending_bytes += array.nbytes
+        if pending_bytes >= PIECE_BYTES or array is arrays[-1]:
             try:
-                mx.eval(waiting)
-            except Exception as error:  # of a file that was cut, say
+                mx.eval(pending)
+            except Exception as error:  # for example a truncated file
                 raise ModelError(f"The weights in {model.path} cannot be read: {first_line(error)}") from error
-            done, piece, waiting = done + piece, 0, []
+            done, pending_bytes, pending = done + pending_bytes, 0, []
             yield READ_SHARE * done / max(total, 1)
 
 
@@ -81,7 +87,7 @@ def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
         return load_model(model.path, adapter=model.adapter, lazy=True), None
     if model.adapter is not None:
         raise ModelError(
-            f"{model.path}: `adapter` is for text models; remove it from the catalog entry of this vision model."
+            f"{model.path}: `adapter` works only with text models; remove it from this vision model's catalog entry."
         )
     from worker.runner.vision.load import load_vision_model
 
@@ -90,9 +96,9 @@ def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
 
 def _runner(settings: Settings, model: CatalogModel, loaded: LoadedModel, family: VisionFamily | None) -> MLXRunner:
     if not kv_cache.batchable(loaded.model):
-        raise ModelError(f"{model.path} cannot be served: mlx-lm has no batch cache for its kind of model.")
+        raise ModelError(f"{model.path} cannot be served: mlx-lm has no batch cache for this architecture.")
     memory = _memory(settings)
-    mx.set_memory_limit(mx.get_active_memory() + memory.most_bytes)
+    mx.set_memory_limit(mx.get_active_memory() + memory.max_bytes)
     runner = MLXRunner(
         loaded,
         settings.prefill_step_tokens or default_chunk(),
@@ -101,28 +107,28 @@ def _runner(settings: Settings, model: CatalogModel, loaded: LoadedModel, family
         family,
         speculation_tokens=settings.speculation_tokens,
     )
-    if runner.row_bytes(1) > memory.most_bytes:
-        raise ModelError(f"{model.path} leaves no memory for jobs; see MEMORY_LIMIT_BYTES.")
+    if runner.row_bytes(1) > memory.max_bytes:
+        raise ModelError(f"{model.path} leaves no memory for jobs; raise MEMORY_LIMIT_BYTES or choose a smaller model.")
     return runner
 
 
 def _memory(settings: Settings) -> Memory:
-    """What the model, which is loaded, leaves of the memory that MEMORY_LIMIT_BYTES or the device allows."""
+    """Return the memory for caches: the limit minus the memory that is allocated for this and other models."""
     limit = settings.memory_limit_bytes or device_limit(settings.workers)
-    left = max(0, limit - mx.get_active_memory())
-    asked = settings.prefix_cache_bytes
-    return Memory(left, int(SHARE_OF_PREFIXES * left) if asked == "auto" else asked)
+    free = max(0, limit - mx.get_active_memory())
+    prefix_bytes = settings.prefix_cache_bytes
+    return Memory(free, int(PREFIX_SHARE * free) if prefix_bytes == "auto" else prefix_bytes)
 
 
 def _spill(settings: Settings, module: Any, model: CatalogModel, memory: Memory) -> Spill | None:
-    """The disk for prefixes, opened; None where there is to be none, or this model's cannot be written."""
+    """Open the disk store for prefixes; None if it is disabled or this model's prefixes cannot be written."""
     if not settings.prefix_disk_bytes or not memory.prefix_bytes or not kv_segments.storable(module):
         return None
     layout = f"{mx.default_device()} {type(module).__module__} {model.dtype} {model.quantize_bits}"
-    if model.adapter is not None:  # one folder may be several models
+    if model.adapter is not None:  # several catalog models may share a folder
         layout += fingerprint(model.adapter, "", "adapter_config.json")
     name = fingerprint(model.path, layout)
     files = PrefixFiles(settings.prefixes_dir, name, settings.prefix_disk_bytes, settings.retention_s)
-    spill = Spill(files, memory.prefix_bytes // SHARE_ON_THE_WAY)
+    spill = Spill(files, memory.prefix_bytes // PENDING_WRITES_DIVISOR)
     spill.open()
     return spill

@@ -1,8 +1,8 @@
 """The model runner on MLX: mlx-lm's language models, and vision models through a `VisionFamily`.
 
-The path of a row: `insert` checks it, `PrefixFetch` waits for what disk has of its prompt, `VisionStage` encodes its
-images, `Prefill` puts the rest of the prompt into a cache, `LengthBuckets` decode it beside other rows. Each step
-queues the planned work and one decode step on the device, then reads the tokens of the step before.
+A row passes through these stages: `insert` checks it, `PrefixFetch` reads its prefix from disk, `VisionStage` encodes
+its images, `Prefill` computes the cache of the rest of its prompt, and `LengthBuckets` decodes it together with other
+rows. Each step queues the planned work and one decode step on the device, then reads the tokens of the previous step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from worker.runner.base import (
 from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint
 from worker.runner.length_buckets import LengthBuckets
-from worker.runner.logits.logprobs import MOST_ALTERNATIVES
+from worker.runner.logits.logprobs import MAX_ALTERNATIVES
 from worker.runner.logits.penalties import Penalties
 from worker.runner.logits.processor import LogitsProcessor
 from worker.runner.memory import UNLIMITED, Memory, memory_errors
@@ -47,31 +47,31 @@ from worker.runner.prefix.fetch import PrefixFetch
 from worker.runner.prefix.spill import Spill
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import Speculation
-from worker.runner.speculation.warming import measuring as measuring_passes
+from worker.runner.speculation.warming import measure_passes
 from worker.runner.vision.family import VisionFamily
 from worker.runner.vision.stage import Encoded, VisionStage
 
 CHUNK_CPU = 32
-"""Prompt tokens of a chunk on a CPU. A token costs a sixth more than in chunks of 64 or more, but decoding rows
-wait half as long."""
+"""Prompt tokens per chunk on a CPU. A token costs a sixth more than in chunks of 64 or more, but decoding rows wait
+half as long."""
 CHUNK_GPU = 512
-"""A GPU is only busy with some hundreds of tokens at a time."""
-PADDING_PRICE_CPU = 4
+"""Prompt tokens per chunk on a GPU, which needs several hundred tokens to be fully used."""
+PADDING_COST_CPU = 4
 """On a CPU, attending to a byte of the cache takes 3 to 5 times as long as multiplying by a byte of the weights."""
-SHARE_OF_PADDING = 32
-"""Divisor: the padding of a length bucket may take 1/32 of the memory for caches, however large the model is."""
+PADDING_DIVISOR = 32
+"""The padding of a length bucket may take at most 1/32 of the memory for caches, regardless of the model size."""
 
-SHARE_OF_FEATURES = 16
-"""Divisor: encoded images may take 1/16 of the memory that rows leave."""
-MOST_FEATURES = 2**30
+FEATURES_DIVISOR = 16
+"""Encoded images may take 1/16 of the memory that rows do not need."""
+MAX_FEATURE_BYTES = 2**30
 """Maximum bytes of encoded images: about a hundred screenshots of a large model."""
 
 CLOSE_S = 1.0
-"""Time limit for writing prefixes at the end; the rest is lost."""
+"""Time limit for writing prefixes on shutdown. The rest is lost."""
 IDLE_WAIT_S = 0.02
-"""Longest wait of an idle step for the disk or for pixels."""
+"""Maximum wait of an idle step for the disk or for decoded images."""
 _CLEAR_EVERY = 512
-"""Steps between two calls that free MLX's spare buffers: their sizes fit a changed batch less and less."""
+"""Steps between two calls that free MLX's unused buffers: after the batch has changed, their sizes rarely fit."""
 
 
 class TextDetokenizer:
@@ -95,11 +95,12 @@ class MLXRunner:
     """See `worker.runner.base.ModelRunner`.
 
     Args:
-        chunk: most tokens of a long prompt's chunk.
-        memory: for the caches of rows and prefixes.
-        spill: the disk for prefixes.
-        family: what is particular to a vision model; None for a language model.
-        processors: of logits, beside penalties.
+        chunk: maximum tokens per chunk of a long prompt.
+        memory: limits for the caches of rows and prefixes.
+        spill: the disk store for prefixes; None: prefixes stay in memory.
+        family: the vision part of the model; None for a language model.
+        speculation_tokens: maximum draft tokens per row and step; 0: no speculation.
+        processors: logits processors in addition to the penalties.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class MLXRunner:
         self.chunk = chunk
         self.depth = max(len(kv_cache.empty_row(loaded.model)) - 1, 1)  # the last layer's output is not needed
         self.cost = UNKNOWN_COST
-        self.cache_bytes = memory.most_bytes
+        self.cache_bytes = memory.max_bytes
         self.about = _about(loaded, family)
         self.weights_bytes = _weights_bytes(loaded) + (family.encoder.nbytes if family else 0)
         self._model = loaded.model
@@ -131,39 +132,42 @@ class MLXRunner:
         self._fetch = PrefixFetch(self._prefixes)
         self._prefill = Prefill(self._model, chunk, self._prefixes, self.cost)
         self._speculation = Speculation(self._model, speculation_tokens, NgramProposer())
-        self._batches = LengthBuckets(self._new_batch, self._footprint, _most_padding(loaded, memory))
-        # A row is reported as prefilled with its first token: before that its prompt is only queued.
+        self._batches = LengthBuckets(self._new_batch, self._footprint, _max_padding_bytes(loaded, memory))
+        # A row is reported as prefilled together with its first token: until then its prompt is only queued.
         self._joined: dict[int, int] = {}
-        self._refused: dict[int, Exception] = {}
+        self._rejected: dict[int, Exception] = {}
         self._steps = 0
-        self.set_prefix_limit(memory.most_bytes)
+        self.set_prefix_limit(memory.max_bytes)
 
     def tokenize(self, request: Request) -> list[int] | None:  # noqa: ARG002
-        """The tokenizing helper does that."""
+        """Return None: a separate tokenizer process does this."""
         return None
 
     def prompt(self, tokens: Sequence[int], shared: int, request: Request, images: Mapping[str, bytes]) -> Prompt:
         """See `ModelRunner.prompt`."""
         if self._vision is not None:
-            placed, media = self._vision.place(tokens, request, images)
+            expanded, media = self._vision.expand(tokens, request, images)
         elif images:
-            raise PromptRefused(JobFailure.TEMPLATE, "This model takes no images.")
+            raise PromptRefused(JobFailure.TEMPLATE, "This model does not accept images.")
         else:
-            placed, media = list(tokens), None
-        if not placed:
+            expanded, media = list(tokens), None
+        if not expanded:
             raise PromptRefused(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
-        if len(placed) + 1 > self.card.context:
-            detail = f"The prompt has {len(placed)} tokens; the model takes {self.card.context} with the answer."
+        if len(expanded) + 1 > self.card.context:
+            detail = (
+                f"The prompt has {len(expanded)} tokens, which leaves no room for an answer in the model's context of "
+                f"{self.card.context} tokens."
+            )
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, detail)
-        if fault := self._unknown_token(placed, images=media is not None):
-            raise PromptRefused(JobFailure.TEMPLATE, fault)
-        return Prompt(tuple(placed), shared, media)
+        if problem := self._unknown_token(expanded, images=media is not None):
+            raise PromptRefused(JobFailure.TEMPLATE, problem)
+        return Prompt(tuple(expanded), shared, media)
 
     def detokenizer(self) -> Detokenizer:
-        """See `ModelRunner.detokenizer`. A space that begins the text stays for vision models, as in mlx-vlm."""
+        """See `ModelRunner.detokenizer`. Vision models keep a leading space of the text, as in mlx-vlm."""
         inner = self._tokenizer.detokenizer
         if self._vision is not None and hasattr(inner, "_maybe_trim_space"):
-            inner._maybe_trim_space = str  # noqa: SLF001 - there is no option for it
+            inner._maybe_trim_space = str  # noqa: SLF001 - no public option
         return TextDetokenizer(inner)
 
     def row_bytes(self, length: int) -> int:
@@ -178,32 +182,33 @@ class MLXRunner:
         """See `ModelRunner.encode_bytes`."""
         return self._vision.bytes(media) if self._vision else 0
 
-    def set_prefix_limit(self, most_bytes: int) -> None:
+    def set_prefix_limit(self, max_bytes: int) -> None:
         """See `ModelRunner.set_prefix_limit`."""
         if self._vision is not None:
-            features = min(most_bytes // SHARE_OF_FEATURES, MOST_FEATURES)
-            self._vision.allow(features)
-            most_bytes -= features
-        self._prefixes.allow(most_bytes)
+            feature_bytes = min(max_bytes // FEATURES_DIVISOR, MAX_FEATURE_BYTES)
+            self._vision.set_cache_limit(feature_bytes)
+            max_bytes -= feature_bytes
+        self._prefixes.set_limit(max_bytes)
 
     def insert(self, rows: Sequence[Row]) -> None:
-        """Add rows. One that the model cannot take fails with the next step, alone."""
+        """Add rows. A row that the model cannot process is reported as failed by the next step."""
         for row in rows:
-            if fault := self._fault(row):
-                self._refused[row.uid] = ValueError(fault)
+            if problem := self._problem(row):
+                self._rejected[row.uid] = ValueError(problem)
             elif not self._fetch.add(row):
-                self._fetched(row)
+                self._encode_or_prefill(row)
 
     def remove(self, uids: Iterable[int]) -> None:
         """See `ModelRunner.remove`."""
-        gone = frozenset(uids)
-        self._fetch.remove(gone)
+        removed = frozenset(uids)
+        self._fetch.remove(removed)
         if self._vision is not None:
-            self._vision.remove(gone)
-        self._prefill.remove(gone)
-        self._batches.remove(gone)
-        self._joined = {uid: reused for uid, reused in self._joined.items() if uid not in gone}
-        self._refused = {uid: error for uid, error in self._refused.items() if uid not in gone}
+            self._vision.remove(removed)
+        self._prefill.remove(removed)
+        self._batches.remove(removed)
+        for uid in removed:
+            self._joined.pop(uid, None)
+            self._rejected.pop(uid, None)
 
     def reset(self) -> None:
         """See `ModelRunner.reset`."""
@@ -214,19 +219,19 @@ class MLXRunner:
         self._prefill = Prefill(self._model, self.chunk, self._prefixes, self.cost)
         self._batches.clear()
         self._joined.clear()
-        self._refused.clear()
+        self._rejected.clear()
 
     def prefillable(self) -> Mapping[int, Unread]:
         """See `ModelRunner.prefillable`."""
         for row in self._fetch.ready():
-            self._fetched(row)
+            self._encode_or_prefill(row)
         for row in self._vision.ready() if self._vision else ():
             self._prefill.add(row)
         return self._prefill.unread()
 
     def images_waiting(self) -> float | None:
         """See `ModelRunner.images_waiting`."""
-        return self._vision.waiting_s() if self._vision else None
+        return self._vision.next_image_s() if self._vision else None
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """See `ModelRunner.execute`."""
@@ -257,7 +262,7 @@ class MLXRunner:
         )
 
     def stats(self) -> dict[str, float]:
-        """Memory in bytes, also what MLX keeps for later and its peak; buckets; prefixes, drafts, images."""
+        """See `ModelRunner.stats`. Covers MLX memory, caches, length buckets, prefixes, speculation and images."""
         return {
             "memory_active_bytes": mx.get_active_memory(),
             "memory_spare_bytes": mx.get_cache_memory(),
@@ -276,22 +281,22 @@ class MLXRunner:
         self._prefixes.close(CLOSE_S)
 
     def warm(self) -> None:
-        """Run a chunk and a few steps, so that the first job finds every kernel compiled."""
+        """Run a chunk and a few steps to compile every kernel, and measure the cost of passes."""
         for _ in self.warming():
             pass
 
     def warming(self) -> Iterator[None]:
-        """The same in pieces."""
+        """Do the same as `warm`; yields after each short step."""
         if self._vision is not None:
             yield from self._vision.warming()
         yield from self._warm_steps()
-        if self.row_bytes(prefill_cost.BEHIND + self.chunk) <= self.cache_bytes:
-            self.cost = yield from prefill_cost.measuring(self._model, self.chunk)
+        if self.row_bytes(prefill_cost.CONTEXT_TOKENS + self.chunk) <= self.cache_bytes:
+            self.cost = yield from prefill_cost.measure(self._model, self.chunk)
         yield from self._warm_passes()
         self.reset()
 
     def _warm_steps(self) -> Iterator[None]:
-        """Two rows of different sampling, chunk by chunk, alone and together."""
+        """Run two rows with different sampling through chunked prefill and decoding."""
         prompt = (0,) * (self.chunk + 1)
         requests = [Request("", 3, Sampling(temperature=float(i), top_p=0.9)) for i in range(2)]
         self.insert([Row(-1 - i, request, prompt, 0, 3) for i, request in enumerate(requests)])
@@ -300,66 +305,66 @@ class MLXRunner:
             yield
 
     def _warm_passes(self) -> Generator[None, None, None]:
-        if self._speculation.able:
+        if self._speculation.supported:
             batch = self._new_batch()
-            self._speculation.cost = yield from measuring_passes(self._model, self._speculation, batch, self.cost)
+            self._speculation.cost = yield from measure_passes(self._model, self._speculation, batch, self.cost)
 
     def _wait(self) -> None:
-        """Wait a moment for what keeps rows from being prefilled."""
-        waits: list[Future[Any] | None] = [self._fetch.next_read()]
+        """Wait up to `IDLE_WAIT_S` for the disk read or the image file that holds back the next row."""
+        futures: list[Future[Any] | None] = [self._fetch.next_read()]
         if self._vision is not None:
-            waits.append(self._vision.next_pixels())
-        if pending := [each for each in waits if each is not None]:
+            futures.append(self._vision.next_pixels())
+        if pending := [future for future in futures if future is not None]:
             wait(pending, IDLE_WAIT_S, return_when="FIRST_COMPLETED")
 
-    def _fetched(self, row: Row) -> None:
-        """Go on with a row that has what disk had of its prompt."""
+    def _encode_or_prefill(self, row: Row) -> None:
+        """Pass a row to its next stage after its prefix was read from disk."""
         cached = self._prefixes.length(row.owner, row.prompt[:-1]) if row.media is not None else 0
         if self._vision is None or not self._vision.add(row, cached):
             self._prefill.add(row)
 
     def _take_failures(self, encoded: Encoded) -> list[tuple[int, Exception]]:
-        refused, self._refused = self._refused, {}
-        unread = [(row.uid, error) for row, error in encoded.failed]
-        return [*refused.items(), *unread, *self._batches.take_failures()]
+        rejected, self._rejected = self._rejected, {}
+        not_encoded = [(row.uid, error) for row, error in encoded.failed]
+        return [*rejected.items(), *not_encoded, *self._batches.take_failures()]
 
     def _new_batch(self) -> DecodeBatch:
         return DecodeBatch(self._model, self._prefixes, self._speculation, self._processors)
 
-    def _fault(self, row: Row) -> str | None:
-        """Why a row cannot go into a batch. What would raise, or read outside an array, must not get that far."""
+    def _problem(self, row: Row) -> str | None:
+        """Return why a row cannot be processed. Such a row would raise in the batch, or read outside of an array."""
         if not row.prompt or row.max_new_tokens < 1:
-            return "the row has no prompt or nothing to generate"
+            return "the row has an empty prompt or no tokens to generate"
         if not all(map(math.isfinite, astuple(row.sampling))):
-            return "a sampling value is not a finite number"
-        if row.request.logprobs is not None and not 0 <= row.request.logprobs <= MOST_ALTERNATIVES:
-            return f"log-probabilities of 0 to {MOST_ALTERNATIVES} alternatives can be computed"
+            return "a sampling option is not a finite number"
+        if row.request.logprobs is not None and not 0 <= row.request.logprobs <= MAX_ALTERNATIVES:
+            return f"the number of log-probability alternatives is not between 0 and {MAX_ALTERNATIVES}"
         return self._unknown_token(row.prompt, images=row.media is not None)
 
     def _unknown_token(self, tokens: Sequence[int], *, images: bool) -> str | None:
         text = [token for token in tokens if token < IMAGE_TOKENS] if images else tokens
         if text and (min(text) < 0 or max(text) >= self._vocabulary):
-            return f"The prompt has a token that the model does not know: it has {self._vocabulary} tokens."
+            return f"The prompt contains a token id outside of the model's vocabulary of {self._vocabulary} tokens."
         return None
 
 
 def default_chunk() -> int:
-    """Prompt tokens per chunk that suit the device."""
+    """Return the default number of prompt tokens per chunk for the device."""
     return CHUNK_CPU if mx.default_device() == mx.cpu else CHUNK_GPU
 
 
 def padding_worth_a_pass(loaded: LoadedModel) -> int:
-    """Bytes of padding to which a step attends in the time in which it reads all weights once."""
-    price = PADDING_PRICE_CPU if mx.default_device() == mx.cpu else 1
-    return _weights_bytes(loaded) // price
+    """Return the bytes of padding that take as long to attend to as one pass over all weights."""
+    cost = PADDING_COST_CPU if mx.default_device() == mx.cpu else 1
+    return _weights_bytes(loaded) // cost
 
 
-def _most_padding(loaded: LoadedModel, memory: Memory) -> int:
-    return min(padding_worth_a_pass(loaded), memory.most_bytes // SHARE_OF_PADDING)
+def _max_padding_bytes(loaded: LoadedModel, memory: Memory) -> int:
+    return min(padding_worth_a_pass(loaded), memory.max_bytes // PADDING_DIVISOR)
 
 
 def _vocabulary(loaded: LoadedModel) -> int:
-    """How many tokens the embedding has."""
+    """Return the number of tokens that the embedding has."""
     config = loaded.config
     return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(loaded.tokenizer))
 

@@ -1,8 +1,8 @@
-"""Prompts on their way into the cache. The scheduler decides what a step processes; this does it.
+"""Prefill: computes the cache of prompts. The scheduler decides what a step processes; this module executes it.
 
-Several short prompts are processed together, whole. A long one has a cache of its own and is processed chunk by chunk;
-a chunk may go through the model some layers at a time, so that rows that decode wait for a part of it only. The longest
-cached prefix of each prompt is taken over, and each prompt is stored as a prefix for later rows.
+Several short prompts are processed together, each in one pass. A long prompt has a cache of its own and is processed
+chunk by chunk. A chunk may run through a few layers per step, so that decoding rows wait for a part of it only. Each
+prompt starts from its longest cached prefix and is itself stored as a prefix for later rows.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from worker.runner.memory import is_out_of_memory
 from worker.runner.prefix.cache import PrefixCache
 
 RESERVE_STEPS = 8
-"""Steps in which the cache of a long prompt is allocated beside rows that decode: at once it would take too long."""
+"""Number of steps over which the cache of a long prompt is allocated while other rows decode."""
 
 STORED_TOKENS = 256
-"""Tokens of a long prompt that become a prefix at a time: storing all of it at the end would delay that step."""
+"""Tokens of a long prompt that are stored as a prefix at a time. Storing all of them at the end would delay a step."""
 
-REFRESHED = 8
-"""Maximum waiting rows per step whose cached prefix is looked up again after the prefix cache has changed."""
+MAX_REFRESHED = 8
+"""Maximum waiting rows per step for which the prefix is looked up again after the prefix cache has changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """What a step processed.
+    """The prefill work that a step has done.
 
     Attributes:
-        rows: those that have all but their last prompt token in `cache` now.
-        reused: prompt tokens of each that the prefix cache had.
-        tokens: processed, of chunks that have gone through all layers now.
-        predicted_s: predicted cost of what was done; None where a cache was allocated or copied.
-        out_of_memory: rows for which there was no memory; they are dropped.
+        rows: rows with a complete prefill: `cache` holds all tokens of their prompts but the last.
+        reused: by row, the number of prompt tokens that came from the prefix cache.
+        tokens: number of prompt tokens that have passed all layers in this step.
+        predicted_s: predicted seconds of the work; None if a cache was allocated or copied.
+        out_of_memory: uids of rows that were dropped because an allocation failed.
     """
 
     rows: tuple[Row, ...] = ()
@@ -51,7 +51,12 @@ class Prefilled:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A row without a cache of its own, and how many of its tokens were in which version of the prefix cache."""
+    """A row with no prefill yet.
+
+    Attributes:
+        reused: number of its prompt tokens that the prefix cache had when it was last looked up.
+        version: `PrefixCache.version` at that time.
+    """
 
     row: Row
     reused: int
@@ -67,11 +72,11 @@ class _Partial:
     """A row that is processed chunk by chunk.
 
     Attributes:
-        reused: tokens taken from the prefix cache.
-        done: tokens that have gone through all layers.
-        stored: those of them that are stored as a prefix.
-        under_way: tokens of the chunk that has gone through some layers.
-        layers: that it has gone through.
+        reused: number of tokens taken from the prefix cache.
+        done: number of tokens that have passed all layers.
+        stored: number of tokens that are stored as a prefix.
+        chunk: size of the unfinished chunk, in tokens; 0 if there is none.
+        layers: number of layers that the chunk has passed.
     """
 
     row: Row
@@ -79,33 +84,33 @@ class _Partial:
     reused: int
     done: int
     stored: int
-    under_way: int = 0
+    chunk: int = 0
     layers: int = 0
 
     @property
     def depth(self) -> int:
-        """Layers of a pass. What the last one computes is not needed: only its cache is filled."""
+        """Number of layers of a pass. The last layer does not count: only its cache is needed, not its output."""
         return max(len(self.cache.layers) - 1, 1)
 
     @property
     def unread(self) -> Unread:
-        return Unread(len(self.row.prompt) - 1 - self.done, self.done, self.under_way)
+        return Unread(len(self.row.prompt) - 1 - self.done, self.done, self.chunk)
 
-    def deepen(self, layers: int | None) -> KVCache:
-        """Advance the chunk by `layers` layers; returns the part of the cache that they fill."""
+    def advance(self, layers: int | None) -> KVCache:
+        """Advance the chunk by `layers` layers; None: all. Returns the part of the cache to evaluate for this."""
         filled = self.layers + 1 if self.layers else 0
         self.layers = self.depth if layers is None else min(self.layers + max(layers, 1), self.depth)
-        return self.cache.part(filled, self.layers + 1)
+        return self.cache.layer_range(filled, self.layers + 1)
 
 
 class Prefill:
-    """Rows whose prompts are not in the cache yet.
+    """The prefill of all rows that do not decode yet.
 
     Args:
         model: an mlx-lm model.
-        chunk: most tokens of a long prompt's chunk.
-        prefixes: has and keeps prefixes of prompts.
-        cost: predicts what a chunk takes.
+        chunk: maximum tokens per chunk of a long prompt.
+        prefixes: provides and stores prefixes.
+        cost: predicts the duration of a chunk.
     """
 
     def __init__(self, model: Any, chunk: int, prefixes: PrefixCache, cost: PrefillCost) -> None:
@@ -116,110 +121,113 @@ class Prefill:
         self._waiting: dict[int, _Waiting] = {}
         self._partial: dict[int, _Partial] = {}
         self._order: dict[int, None] = {}
-        self._queued: list[Any] = []
-        self._at_hand: tuple[int, ...] = ()
+        self._queued: list[Any] = []  # arrays that the device is computing
+        self._current: tuple[int, ...] = ()  # uids that the step processes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of cache that half-processed prompts occupy."""
+        """Bytes of the caches of partially processed prompts."""
         return sum(partial.cache.nbytes for partial in self._partial.values())
 
     def add(self, row: Row) -> None:
-        """Take a row in."""
+        """Add a row."""
         self._order[row.uid] = None
-        self._waiting[row.uid] = self._looked_up(row)
+        self._waiting[row.uid] = self._look_up(row)
 
     def remove(self, uids: Collection[int]) -> None:
-        """Drop rows; what is processed of them is stored."""
+        """Remove rows. The processed part of their prompts is stored as a prefix."""
         for uid in uids:
             partial = self._drop(uid)
-            if partial is not None and not partial.under_way:
+            if partial is not None and not partial.chunk:
                 row = partial.row
                 self._prefixes.store(row.owner, row.prompt[: partial.done], partial.cache, 0)
 
     def unread(self) -> dict[int, Unread]:
-        """What is left to process of each row, in the order in which they came."""
+        """Return the remaining prompt of each row, in the order of arrival."""
         version = self._prefixes.version
         stale = [each for each in self._waiting.values() if each.version != version]
-        for each in stale[:REFRESHED]:
-            self._waiting[each.row.uid] = self._looked_up(each.row)
+        for each in stale[:MAX_REFRESHED]:
+            self._waiting[each.row.uid] = self._look_up(each.row)
         return {uid: (self._partial.get(uid) or self._waiting[uid]).unread for uid in self._order}
 
     def advance(self, work: PrefillWork | None, *, decoding: bool) -> Prefilled:
         """Queue the work on the device.
 
         Args:
-            decoding: whether rows wait for their next token meanwhile.
+            decoding: whether other rows wait for their next token meanwhile.
 
         Raises:
-            Exception: any error but out of memory, or one that belongs to rows that already decode.
+            Exception: the step failed, other than by running out of memory for the rows of `work`.
         """
         try:
-            # Stay at most one chunk ahead of the device; otherwise all waiting prompts would pile up there.
+            # Stay at most one chunk ahead of the device. Otherwise the caches of all prompts would be queued there.
             mx.eval(self._queued)
             self._queued = []
-            self._at_hand = tuple(uid for uid in work.uids if uid in self._order) if work else ()
-            return self._work(work, decoding=decoding) if work and self._at_hand else Prefilled()
+            self._current = tuple(uid for uid in work.uids if uid in self._order) if work else ()
+            return self._execute(work, decoding=decoding) if work and self._current else Prefilled()
         except Exception as error:
-            if not self._at_hand or not is_out_of_memory(error):
+            if not self._current or not is_out_of_memory(error):
                 raise
-            return self._give_up()
+            return self._drop_current()
 
-    def _work(self, work: PrefillWork, *, decoding: bool) -> Prefilled:
-        first, *others = self._at_hand
+    def _execute(self, work: PrefillWork, *, decoding: bool) -> Prefilled:
+        first, *others = self._current
         partial = self._partial.get(first)
-        whole = bool(others) or (work.tokens is None and work.layers is None and not self._long(first))
+        whole = bool(others) or (work.tokens is None and work.layers is None and not self._is_long(first))
         if whole and partial is None:
-            return self._together(self._at_hand)
-        self._at_hand = (first,)
+            return self._prefill_together(self._current)
+        self._current = (first,)
         if partial is None:
-            partial = self._begin(first)
+            partial = self._start_row(first)
             if partial.reused and decoding:
                 return self._allocated(partial)
-        return self._read_on(partial, work, decoding=decoding)
+        return self._prefill_chunk(partial, work, decoding=decoding)
 
-    def _long(self, uid: int) -> bool:
-        """Whether a row's cache is worth being reserved at once."""
+    def _is_long(self, uid: int) -> bool:
+        """Return whether a row's cache should be allocated for the whole prompt at once."""
         waiting = self._waiting.get(uid)
         return waiting is not None and len(waiting.row.prompt) > 2 * self._chunk + 1
 
-    def _together(self, uids: Sequence[int]) -> Prefilled:
-        """Process rows whole that have not been begun."""
-        rows = self._as_announced(uids)
+    def _prefill_together(self, uids: Sequence[int]) -> Prefilled:
+        """Prefill several waiting rows in one pass."""
+        rows = self._as_planned(uids)
         if not rows:
             return Prefilled()
-        reused, caches = zip(*(self._prefixes.load(row.owner, _unread_tokens(row)) for row in rows), strict=True)
+        reused, caches = zip(*(self._prefixes.load(row.owner, _prefill_ids(row)) for row in rows), strict=True)
         cache = KVCache.of_rows(caches)
-        unread = [_unread_tokens(row)[length:] for row, length in zip(rows, reused, strict=True)]
+        input_ids = [_prefill_ids(row)[length:] for row, length in zip(rows, reused, strict=True)]
         media = [forward.placed(row, length) for row, length in zip(rows, reused, strict=True)]
-        forward.fill(self._model, cache, unread, media)
+        forward.fill(self._model, cache, input_ids, media)
         self._queued = cache.queue()
-        return self._done(Prefilled(tuple(rows), cache, reused, sum(map(len, unread))))
+        return self._done(Prefilled(tuple(rows), cache, reused, sum(map(len, input_ids))))
 
-    def _as_announced(self, uids: Sequence[int]) -> list[Row]:
-        """The rows with no more tokens left to process than the scheduler knew of; others wait for its next plan."""
+    def _as_planned(self, uids: Sequence[int]) -> list[Row]:
+        """Return the rows that have no more tokens to process than planned. The others wait for the next plan.
+
+        A row has more tokens to process if its prefix has been evicted since the scheduler made the plan.
+        """
         rows = []
-        for before in [self._waiting[uid] for uid in uids if uid in self._waiting]:
-            after = self._waiting[before.row.uid] = self._looked_up(before.row)
-            if after.reused >= before.reused:
-                rows.append(before.row)
-        self._at_hand = tuple(row.uid for row in rows)
+        for planned in [self._waiting[uid] for uid in uids if uid in self._waiting]:
+            current = self._waiting[planned.row.uid] = self._look_up(planned.row)
+            if current.reused >= planned.reused:
+                rows.append(planned.row)
+        self._current = tuple(row.uid for row in rows)
         return rows
 
-    def _begin(self, uid: int) -> _Partial:
+    def _start_row(self, uid: int) -> _Partial:
         row = self._waiting[uid].row
-        reused, cache = self._prefixes.load(row.owner, _unread_tokens(row))
+        reused, cache = self._prefixes.load(row.owner, _prefill_ids(row))
         partial = self._partial[uid] = _Partial(row, KVCache.of_rows([cache]), reused, reused, reused)
         del self._waiting[uid]
         return partial
 
-    def _read_on(self, partial: _Partial, work: PrefillWork, *, decoding: bool) -> Prefilled:
-        if not partial.under_way:
+    def _prefill_chunk(self, partial: _Partial, work: PrefillWork, *, decoding: bool) -> Prefilled:
+        if not partial.chunk:
             if self._reserve(partial, decoding=decoding):
                 return self._allocated(partial)
             self._start_chunk(partial, work.tokens)
-        size, before = partial.under_way, partial.layers
-        self._queued = partial.deepen(work.layers).queue()
+        size, before = partial.chunk, partial.layers
+        self._queued = partial.advance(work.layers).queue()
         predicted_s = self._cost.seconds(size, partial.done) * (partial.layers - before) / partial.depth
         if partial.layers < partial.depth:
             return Prefilled(predicted_s=predicted_s)
@@ -228,25 +236,25 @@ class Prefill:
     def _start_chunk(self, partial: _Partial, tokens: int | None) -> None:
         row, start = partial.row, partial.done
         stop = None if tokens is None else start + max(tokens, 1)
-        unread = _unread_tokens(row)[start:stop]
-        forward.fill(self._model, partial.cache, [unread], [forward.placed(row, start)])
-        partial.under_way, partial.layers = len(unread), 0
+        input_ids = _prefill_ids(row)[start:stop]
+        forward.fill(self._model, partial.cache, [input_ids], [forward.placed(row, start)])
+        partial.chunk, partial.layers = len(input_ids), 0
 
     def _chunk_done(self, partial: _Partial, size: int, predicted_s: float) -> Prefilled:
         row = partial.row
-        partial.done, partial.under_way = partial.done + size, 0
-        if partial.done < len(_unread_tokens(row)):
+        partial.done, partial.chunk = partial.done + size, 0
+        if partial.done < len(_prefill_ids(row)):
             self._store_partial(partial)
             return Prefilled(tokens=size, predicted_s=predicted_s)
         return self._done(Prefilled((row,), partial.cache, (partial.reused,), size))
 
     def _reserve(self, partial: _Partial, *, decoding: bool) -> bool:
-        """Allocate the whole prompt's cache; whether that is enough for this step."""
-        at_once = -(-len(partial.cache.layers) // RESERVE_STEPS) if decoding else None
-        return partial.cache.reserve(len(_unread_tokens(partial.row)), at_once) and decoding
+        """Allocate the cache of the whole prompt. Returns whether this step should do nothing else."""
+        max_layers = -(-len(partial.cache.layers) // RESERVE_STEPS) if decoding else None
+        return partial.cache.reserve(len(_prefill_ids(partial.row)), max_layers) and decoding
 
     def _allocated(self, partial: _Partial) -> Prefilled:
-        """A step for a cache that was allocated or copied, which takes as long as a chunk."""
+        """End a step that allocated or copied a cache, because that takes as long as a chunk."""
         self._queued = partial.cache.queue()
         return Prefilled(predicted_s=None)
 
@@ -256,20 +264,20 @@ class Prefill:
             self._prefixes.store_partial(row.owner, row.prompt[: partial.done], partial.cache, 0)
 
     def _done(self, prefilled: Prefilled) -> Prefilled:
-        """Store the prompts at once: rows that begin with the same need not wait until these have ended."""
-        for place, row in enumerate(prefilled.rows):
-            self._prefixes.store(row.owner, _unread_tokens(row), prefilled.cache, place)
+        """Store the prompts as prefixes now, so that other rows can reuse them while these rows decode."""
+        for index, row in enumerate(prefilled.rows):
+            self._prefixes.store(row.owner, _prefill_ids(row), prefilled.cache, index)
             if row.shared:
-                self._prefixes.share(row.owner, _unread_tokens(row)[: row.shared])
+                self._prefixes.share(row.owner, _prefill_ids(row)[: row.shared])
             if row.media is not None:
                 row.media.release()
             self._drop(row.uid)
-        self._at_hand = ()
+        self._current = ()
         return replace(prefilled, predicted_s=None)
 
-    def _give_up(self) -> Prefilled:
-        """An allocation failed: drop the rows at hand, and free what can be freed."""
-        uids, self._at_hand, self._queued = self._at_hand, (), []
+    def _drop_current(self) -> Prefilled:
+        """Drop the current rows after a failed allocation, and free prefixes and unused buffers."""
+        uids, self._current, self._queued = self._current, (), []
         for uid in uids:
             self._drop(uid)
         self._prefixes.clear()
@@ -277,15 +285,15 @@ class Prefill:
         return Prefilled(predicted_s=None, out_of_memory=uids)
 
     def _drop(self, uid: int) -> _Partial | None:
-        self._at_hand = tuple(each for each in self._at_hand if each != uid)
+        self._current = tuple(each for each in self._current if each != uid)
         self._order.pop(uid, None)
         self._waiting.pop(uid, None)
         return self._partial.pop(uid, None)
 
-    def _looked_up(self, row: Row) -> _Waiting:
-        return _Waiting(row, self._prefixes.length(row.owner, _unread_tokens(row)), self._prefixes.version)
+    def _look_up(self, row: Row) -> _Waiting:
+        return _Waiting(row, self._prefixes.length(row.owner, _prefill_ids(row)), self._prefixes.version)
 
 
-def _unread_tokens(row: Row) -> tuple[int, ...]:
-    # The last token of a prompt is the first input of the decode batch.
+def _prefill_ids(row: Row) -> tuple[int, ...]:
+    # The last token of a prompt is not prefilled: it is the first input of the decode batch.
     return row.prompt[:-1]

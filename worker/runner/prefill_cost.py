@@ -1,4 +1,4 @@
-"""Measures what prefill costs on this device with this model; see `worker.runner.base.PrefillCost`."""
+"""Measures the cost of prefill on this device with this model; see `worker.runner.base.PrefillCost`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from worker.runner import forward
 from worker.runner.base import PrefillCost
 from worker.runner.kv_cache import KVCache
 
-BEHIND = 1024
-"""Cached tokens behind which a chunk is measured; the cost per cached token is linear."""
-_TIMES = 4
-"""Measurements of one action; the first compiles kernels."""
+CONTEXT_TOKENS = 1024
+"""Cached tokens before the chunk that measures attention; its cost is linear in them."""
+_REPETITIONS = 4
+"""Runs per measurement; the first one compiles kernels."""
 
 
-def measuring(model: Any, most: int) -> Generator[None, None, PrefillCost]:
-    """Process chunks of one token and of `most`, and one far behind the beginning; in pieces."""
+def measure(model: Any, chunk: int) -> Generator[None, None, PrefillCost]:
+    """Measure passes over one token, over `chunk` tokens, and over a few tokens after `CONTEXT_TOKENS` cached ones.
+
+    Yields:
+        None, before each pass.
+
+    Returns:
+        The cost.
+    """
     one = yield from _seconds(model, 1, 0)
-    many = yield from _seconds(model, most, 0)
-    token = max(many - one, 0.0) / max(most - 1, 1)
-    some = max(most // 4, 1)
-    far = yield from _seconds(model, some, BEHIND)
+    many = yield from _seconds(model, chunk, 0)
+    token = max(many - one, 0.0) / max(chunk - 1, 1)
+    few = max(chunk // 4, 1)
+    with_context = yield from _seconds(model, few, CONTEXT_TOKENS)
     return PrefillCost(
         fixed=max(one - token, 0.0),
-        token=max(token, many / most / 100),  # a token costs something, whatever was measured
-        behind=max(far - one - (some - 1) * token, 0.0) / (some * BEHIND),
+        token=max(token, many / chunk / 100),  # never 0, even if the measurement says so
+        behind=max(with_context - one - (few - 1) * token, 0.0) / (few * CONTEXT_TOKENS),
     )
 
 
@@ -37,21 +44,25 @@ def _seconds(model: Any, tokens: int, position: int) -> Generator[None, None, fl
     cache = KVCache.empty(model)
     forward.fill(model, cache, [(0,) * tokens])
     cache.reserve(position + tokens)
-    return (yield from measured(partial(_read_at, model, cache, tokens, position)))
+    return (yield from shortest_seconds(partial(_run_pass, model, cache, tokens, position)))
 
 
-def _read_at(model: Any, cache: KVCache, tokens: int, position: int) -> None:
-    cache.pretend(position)
+def _run_pass(model: Any, cache: KVCache, tokens: int, position: int) -> None:
+    cache.set_columns(position)
     forward.fill(model, cache, [(0,) * tokens])
     mx.eval(cache.states)
 
 
-def measured(action: Callable[[], object]) -> Generator[None, None, float]:
-    """Seconds that an action takes: the least of several times, because other load on the machine only adds to it."""
-    least = float("inf")
-    for _ in range(_TIMES):
+def shortest_seconds(action: Callable[[], object]) -> Generator[None, None, float]:
+    """Return the shortest duration of several runs, because other load on the machine only adds to it.
+
+    Yields:
+        None, before each run.
+    """
+    shortest = float("inf")
+    for _ in range(_REPETITIONS):
         yield
         start = time.perf_counter()
         action()
-        least = min(least, time.perf_counter() - start)
-    return least
+        shortest = min(shortest, time.perf_counter() - start)
+    return shortest

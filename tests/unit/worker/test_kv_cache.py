@@ -53,7 +53,7 @@ def test_a_cache_that_grew_ahead_gives_what_one_that_did_not_gives(model: Any) -
 def test_place_is_made_in_so_many_layers_at_a_time(model: Any) -> None:
     cache = read(model, 10)
     steps = []
-    while cache.reserve(600, most_layers=2):
+    while cache.reserve(600, max_layers=2):
         steps.append(capacities(cache))
     assert steps == [[768, 768, 256], [768, 768, 768]]
     assert not cache.reserve(600)

@@ -41,13 +41,13 @@ def test_other_errors_are_raised_as_they_are(error: Exception) -> None:
         raise error
 
 
-def buckets(most_padding: int, footprint: Footprint | None = None) -> LengthBuckets:
+def buckets(max_padding_bytes: int, footprint: Footprint | None = None) -> LengthBuckets:
     hundred = Footprint(0, ((100, None),))
-    return LengthBuckets(lambda: pytest.fail("no batch is needed to count"), footprint or hundred, most_padding)
+    return LengthBuckets(lambda: pytest.fail("no batch is needed to count"), footprint or hundred, max_padding_bytes)
 
 
 def test_rows_are_charged_the_length_of_their_bucket() -> None:
-    batches = buckets(most_padding=500 * 100)
+    batches = buckets(max_padding_bytes=500 * 100)
     assert batches.bytes([]) == 0
     assert batches.bytes([3]) == 256 * 100
     assert batches.bytes([250]) == 512 * 100, "it has grown ahead by then"
@@ -58,7 +58,7 @@ def test_rows_are_charged_the_length_of_their_bucket() -> None:
 
 def test_a_long_row_does_not_make_short_ones_dear() -> None:
     """Beside a row of 32k tokens there is room for nearly as many short rows as without it."""
-    batches, short, long = buckets(most_padding=1000 * 100), 680, 32_000
+    batches, short, long = buckets(max_padding_bytes=1000 * 100), 680, 32_000
     limit = 300 * batches.bytes([short])
     rows = next(n for n in range(1, 400) if batches.bytes([long, *[short] * n]) > limit) - 1
     assert 300 - batches.bytes([long]) / batches.bytes([short]) - rows < 3

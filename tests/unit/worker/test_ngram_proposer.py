@@ -8,14 +8,14 @@ import pytest
 
 from tests.support.runner import row
 from worker.runner.decode_row import DecodeRow
-from worker.runner.speculation.acceptance import LONGEST, Acceptance
+from worker.runner.speculation.acceptance import MAX_MATCH, Acceptance
 from worker.runner.speculation.ngram import INDEXED_TOKENS, NgramIndex, NgramProposer
 from worker.runner.speculation.pass_cost import PassCost
 
 
 def of(tokens: list[int]) -> NgramIndex:
     index = NgramIndex()
-    index.take(tokens)
+    index.extend(tokens)
     return index
 
 
@@ -72,14 +72,14 @@ def test_it_finds_what_a_search_finds_however_the_tokens_came() -> None:
 
 def test_the_acceptance_follow_what_came_true_of_late() -> None:
     acceptance = Acceptance()
-    surer = [acceptance.rate(length) for length in range(2, LONGEST + 1)]
+    surer = [acceptance.rate(length) for length in range(2, MAX_MATCH + 1)]
     assert surer == sorted(surer)
     for _ in range(200):
-        acceptance.learn(3, hit=True)
+        acceptance.record(3, accepted=True)
     assert acceptance.rate(3) > 0.95
     assert acceptance.rate(2) == surer[0]
     for _ in range(30):
-        acceptance.learn(3, hit=False)
+        acceptance.record(3, accepted=False)
     assert acceptance.rate(3) < 0.35
 
 
@@ -95,10 +95,10 @@ def test_longer_guesses_give_more_but_less_and_less() -> None:
 def test_a_long_prompt_is_indexed_bit_by_bit(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step takes in more than so many tokens, however long the prompt is; until it has all there is no draft."""
     prompt = [i % 97 for i in range(length + 1)]
-    decoding, proposer = DecodeRow.of(row(1, prompt)), NgramProposer()
+    decoding, proposer = DecodeRow.after_prefill(row(1, prompt)), NgramProposer()
     seen, known = [], 0
     while not proposer.expected([decoding], 4)[0]:
-        seen.append(len(proposer._rows[1]) - known)
+        seen.append(len(proposer._indexes[1]) - known)
         known += seen[-1]
         assert proposer.propose([decoding], 4) == [[]]
         assert len(seen) < 100
@@ -111,20 +111,20 @@ def test_a_long_prompt_is_indexed_bit_by_bit(length: int, monkeypatch: pytest.Mo
 
 def test_tokens_that_were_missed_are_taken_in_later() -> None:
     """As when more rows than can be drafted for were in the batch meanwhile."""
-    decoding, proposer = DecodeRow.of(row(1, [1, 2, 3, 4, 5, 1])), NgramProposer()
+    decoding, proposer = DecodeRow.after_prefill(row(1, [1, 2, 3, 4, 5, 1])), NgramProposer()
     proposer.expected([decoding], 4)
     for token in (2, 3, 4, 5, 1, 2, 3):
-        decoding.stepped()
-        decoding.newest = token
+        decoding.advance()
+        decoding.next_input = token
     assert proposer.expected([decoding], 2)[0]
     assert proposer.propose([decoding], 2) == [[4, 5]]
-    assert len(proposer._rows[1]) == 13
+    assert len(proposer._indexes[1]) == 13
 
 
 def test_what_a_pass_costs_is_told_in_plain_steps() -> None:
-    cost = PassCost({1: 2.0, 3: 3.0, 5: 4.0, 9: 4.0, 17: 8.0}, drawn=0.5, behind=0.001)
-    assert cost.ratio(rows=1, drawn=0, length=2, position=0) == 1.5
-    assert cost.ratio(rows=1, drawn=0, length=3, position=0) == 1.75, "between two that were measured"
-    assert cost.ratio(rows=2, drawn=0, length=16, position=0) == 16.5 / 2.5, "beyond what was measured"
-    assert cost.ratio(rows=1, drawn=1, length=4, position=0) == (4 + 5 * 0.5) / 2.5
-    assert cost.ratio(rows=1, drawn=0, length=4, position=2000) == (4 + 5 * 2) / (2 + 2)
+    cost = PassCost({1: 2.0, 3: 3.0, 5: 4.0, 9: 4.0, 17: 8.0}, sampling=0.5, attention=0.001)
+    assert cost.ratio(rows=1, sampled_rows=0, length=2, position=0) == 1.5
+    assert cost.ratio(rows=1, sampled_rows=0, length=3, position=0) == 1.75, "between two that were measured"
+    assert cost.ratio(rows=2, sampled_rows=0, length=16, position=0) == 16.5 / 2.5, "beyond what was measured"
+    assert cost.ratio(rows=1, sampled_rows=1, length=4, position=0) == (4 + 5 * 0.5) / 2.5
+    assert cost.ratio(rows=1, sampled_rows=0, length=4, position=2000) == (4 + 5 * 2) / (2 + 2)

@@ -15,7 +15,7 @@ from tests.support.small_models import small_model
 from worker.runner import forward, prefill_cost
 from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, Row, Unread
 from worker.runner.kv_cache import KVCache
-from worker.runner.prefill import REFRESHED, STORED_TOKENS, Prefill, Prefilled
+from worker.runner.prefill import MAX_REFRESHED, STORED_TOKENS, Prefill, Prefilled
 from worker.runner.prefix.cache import PrefixCache
 
 CHUNK = 16
@@ -79,7 +79,7 @@ def test_rows_are_processed_together_and_whole(model: Any, prefill: Prefill) -> 
         forward.fill(model, alone, [each.prompt[:-1]])
         length = len(each.prompt) - 1
         for ours, theirs in zip(
-            done.cache.read_columns(place, 0, length), alone.read_columns(0, 0, length), strict=True
+            done.cache.copy_columns(place, 0, length), alone.copy_columns(0, 0, length), strict=True
         ):
             assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
     assert list(prefill.unread()) == [2]
@@ -105,12 +105,12 @@ def test_nothing_planned_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
 
 def test_what_earlier_rows_left_is_known_beforehand(prefill: Prefill) -> None:
     """Also to rows that came before it was left, a few of them a step."""
-    rows = [row(uid, 0, (*prompt(1, 40), uid)) for uid in range(2, 2 + 2 * REFRESHED)]
+    rows = [row(uid, 0, (*prompt(1, 40), uid)) for uid in range(2, 2 + 2 * MAX_REFRESHED)]
     for each in (row(1, 40), *rows):
         prefill.add(each)
     prefill.advance(PrefillWork((1,)), decoding=False)
     known = [sum(each.position == 40 for each in prefill.unread().values()) for _ in range(2)]
-    assert known == [REFRESHED, 2 * REFRESHED]
+    assert known == [MAX_REFRESHED, 2 * MAX_REFRESHED]
     done = prefill.advance(PrefillWork(tuple(each.uid for each in rows)), decoding=False)
     assert done.tokens == 0
     assert set(done.reused) == {40}
@@ -155,7 +155,7 @@ def test_a_long_prompt_is_stored_along_its_way(prefill: Prefill, prefixes: Prefi
     assert known[-1] == 4 * STORED_TOKENS + 7
     assert prefixes.nbytes == known[-1] * 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, width, bytes
     length, layers = prefixes.load("me", long.prompt)
-    for kept, (keys, values) in zip(layers, cache.read_columns(0, 0, length), strict=True):
+    for kept, (keys, values) in zip(layers, cache.copy_columns(0, 0, length), strict=True):
         assert mx.array_equal(kept.keys, keys)
         assert mx.array_equal(kept.values, values)
 
@@ -215,7 +215,7 @@ def test_a_chunk_runs_a_few_layers_a_step_and_fills_the_same_cache(deep: Any, sl
         done = list(chunks(prefill, 1, layers=layers))
         assert [each.tokens for each in done if each.tokens] == [CHUNK] * 10 + [5]
         caches.append(done[-1].cache)
-    for ours, theirs in zip(*(cache.read_columns(0, 0, 10 * CHUNK + 5) for cache in caches), strict=True):
+    for ours, theirs in zip(*(cache.copy_columns(0, 0, 10 * CHUNK + 5) for cache in caches), strict=True):
         assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -262,7 +262,7 @@ def test_a_row_that_leaves_amid_a_chunk_leaves_what_was_stored_along_its_way(dee
     assert length == STORED_TOKENS
     whole = KVCache.empty(deep)
     forward.fill(deep, whole, [long.prompt[:length]])
-    for ours, (keys, values) in zip(layers, whole.read_columns(0, 0, length), strict=True):
+    for ours, (keys, values) in zip(layers, whole.copy_columns(0, 0, length), strict=True):
         assert mx.allclose(ours.keys, keys, atol=1e-5)
         assert mx.allclose(ours.values, values, atol=1e-5)
 
@@ -293,7 +293,7 @@ def test_rows_for_which_there_is_no_memory_are_dropped_and_prefixes_with_them(
 def test_what_a_chunk_costs_is_measured_on_the_model(model: Any) -> None:
     def measured() -> Generator[None, None, None]:
         nonlocal found
-        found = yield from prefill_cost.measuring(model, CHUNK)
+        found = yield from prefill_cost.measure(model, CHUNK)
 
     found = UNKNOWN_COST
     assert sum(1 for _ in measured()) > 3, "in pieces"

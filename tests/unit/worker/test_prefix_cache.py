@@ -15,7 +15,7 @@ from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
 from worker.runner.prefix.blocks import BLOCK, BlockChain
-from worker.runner.prefix.cache import LEAST_TOKENS, PrefixCache
+from worker.runner.prefix.cache import MIN_TOKENS, PrefixCache
 from worker.runner.prefix.files import SUFFIX, PrefixFiles
 from worker.runner.prefix.spill import Spill
 
@@ -75,7 +75,7 @@ def test_a_prefix_is_what_the_model_would_have_read(model: Any) -> None:
     second = [*first[:29], *counting(50, 20)]
     assert cache.length("me", second) == 29
     length, layers = cache.load("me", second)
-    expected = read(model, second[:29]).read_row(0)
+    expected = read(model, second[:29]).copy_row(0)
     assert length == 29
     for layer, wanted in zip(layers, expected, strict=True):
         assert layer.offset == 29
@@ -128,11 +128,11 @@ def test_owners_share_nothing(model: Any) -> None:
 
 def test_what_is_short_is_not_worth_it(model: Any) -> None:
     cache = PrefixCache(model, PLENTY)
-    keep(cache, model, counting(1, LEAST_TOKENS - 1))
+    keep(cache, model, counting(1, MIN_TOKENS - 1))
     assert cache.nbytes == 0
-    keep(cache, model, counting(1, LEAST_TOKENS))
-    assert cache.length("me", counting(1, LEAST_TOKENS)) == LEAST_TOKENS
-    assert cache.length("me", counting(1, LEAST_TOKENS - 1)) == 0
+    keep(cache, model, counting(1, MIN_TOKENS))
+    assert cache.length("me", counting(1, MIN_TOKENS)) == MIN_TOKENS
+    assert cache.length("me", counting(1, MIN_TOKENS - 1)) == 0
 
 
 def test_the_least_recently_used_goes_first_and_ends_before_beginnings(model: Any) -> None:
@@ -145,9 +145,9 @@ def test_the_least_recently_used_goes_first_and_ends_before_beginnings(model: An
     keep(cache, model, [*system, *counting(6, 20)])
     assert [cache.length("me", [*system, *tail]) for tail in tails] == [60, 40, 60]
     assert whole(cache, limit)
-    cache.allow(TOKEN_BYTES * 45)
+    cache.set_limit(TOKEN_BYTES * 45)
     assert cache.length("me", [*system, *tails[0]]) == 40
-    cache.allow(PLENTY)
+    cache.set_limit(PLENTY)
     keep(cache, model, counting(9, 120))  # more than it may keep at all: the others stay
     assert cache.length("me", [*system, *tails[0]]) == 40
     assert whole(cache, limit)
@@ -155,7 +155,7 @@ def test_the_least_recently_used_goes_first_and_ends_before_beginnings(model: An
 
 def test_nothing_is_kept_where_there_is_no_room(model: Any) -> None:
     off, full = PrefixCache(model, 0), PrefixCache(model, PLENTY)
-    full.allow(0)
+    full.set_limit(0)
     for cache in (off, full):
         keep(cache, model, counting(1, 50))
         assert cache.load("me", counting(1, 50))[0] == 0
@@ -184,9 +184,9 @@ def test_whatever_comes_it_stays_whole_and_finds_the_longest(model: Any, tokens_
         assert found == layers[0].size()
         assert found <= longest
         if tokens_kept == 100_000:
-            assert found == (longest if longest >= LEAST_TOKENS else 0)
+            assert found == (longest if longest >= MIN_TOKENS else 0)
         keep(cache, model, tokens)
-        if len(tokens) >= LEAST_TOKENS:
+        if len(tokens) >= MIN_TOKENS:
             kept.append(tokens)
         assert whole(cache, limit)
 
@@ -210,7 +210,7 @@ def test_a_state_is_of_use_at_its_own_place_only(sliding: Any) -> None:
     assert whole(cache)
     for _ in range(3):  # what it was not used for goes first, whether others begin with it or not
         cache.load("me", tokens)
-        cache.allow(cache.nbytes - 1)
+        cache.set_limit(cache.nbytes - 1)
         assert whole(cache)
     assert cache.nbytes == 0
 
@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_taken_apart_costs_nothing_but_the_reuse(
 ) -> None:
     cache = PrefixCache(model, PLENTY)
     keep(cache, model, counting(1, 50))
-    monkeypatch.setattr("worker.runner.kv_segments.AttentionSegment.of", lambda *_: 1 / 0)
+    monkeypatch.setattr("worker.runner.kv_segments.AttentionSegment.copy_from", lambda *_: 1 / 0)
     keep(cache, model, counting(2, 50))
     keep(cache, model, counting(3, 50))
     assert cache.load("me", counting(1, 50))[0] == 0
@@ -236,7 +236,7 @@ def test_where_memory_ends_what_is_kept_is_given_up(model: Any, monkeypatch: pyt
         raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.runner.kv_segments.AttentionSegment.of", full)
+        patch.setattr("worker.runner.kv_segments.AttentionSegment.copy_from", full)
         keep(cache, model, counting(2, 50))
     assert cache.nbytes == 0
     keep(cache, model, counting(1, 50))
@@ -286,7 +286,7 @@ def test_evicting_the_end_of_a_long_prefix_costs_what_is_evicted(
     blocks = BlockChain.blocks
     monkeypatch.setattr(BlockChain, "blocks", lambda chain, some: (hashed.append(len(some)), blocks(chain, some))[1])
     kept = cache.nbytes
-    cache.allow(kept - 1 + spill.held)
+    cache.set_limit(kept - 1 + spill.held)
     assert cache.length("me", tokens) == length - width
     assert hashed == [width]
     spill.close(10)

@@ -17,7 +17,7 @@ from shared.jobs.request import Sampling  # noqa: E402
 from tests.support.runner import row as row_of  # noqa: E402
 from worker.runner.logits.penalties import WINDOW, BatchPenalties, Penalties  # noqa: E402
 from worker.runner.logits.processor import LogitsPipeline  # noqa: E402
-from worker.runner.sampler import BatchSampler, gumbel, min_p_edge, top_k_edge, top_p_edge  # noqa: E402
+from worker.runner.sampler import BatchSampler, gumbel, min_p_threshold, top_k_threshold, top_p_threshold  # noqa: E402
 
 VOCABULARY = 12
 DRAWS = 4000
@@ -76,25 +76,25 @@ def test_successive_positions_of_one_seed_are_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("edge", "value", "library"),
+    ("threshold", "value", "library"),
     [
-        *((top_p_edge, p, apply_top_p) for p in (0.05, 0.5, 0.9, 0.999)),
-        *((min_p_edge, p, apply_min_p) for p in (0.01, 0.1, 0.9)),
-        *((top_k_edge, k, apply_top_k) for k in (1, 4, VOCABULARY - 1)),
+        *((top_p_threshold, p, apply_top_p) for p in (0.05, 0.5, 0.9, 0.999)),
+        *((min_p_threshold, p, apply_min_p) for p in (0.01, 0.1, 0.9)),
+        *((top_k_threshold, k, apply_top_k) for k in (1, 4, VOCABULARY - 1)),
     ],
 )
-def test_filters_keep_what_mlx_lm_keeps(edge: Any, value: float, library: Any) -> None:
+def test_filters_keep_what_mlx_lm_keeps(threshold: Any, value: float, library: Any) -> None:
     values = logits(rows=64)
-    more = {"most": value} if edge is top_k_edge else {}
-    kept = values >= edge(values, mx.full((64, 1), value), **more)
+    more = {"max_k": value} if threshold is top_k_threshold else {}
+    kept = values >= threshold(values, mx.full((64, 1), value), **more)
     expected = library(values - mx.logsumexp(values, axis=-1, keepdims=True), value) > -mx.inf
     assert mx.array_equal(kept, expected)
 
 
 def test_top_k_over_the_vocabulary_keeps_all() -> None:
     values = logits()
-    edge = top_k_edge(values, mx.array([[VOCABULARY + 5]]), most=VOCABULARY + 5)
-    assert edge.item() == mx.min(values).item()
+    threshold = top_k_threshold(values, mx.array([[VOCABULARY + 5]]), max_k=VOCABULARY + 5)
+    assert threshold.item() == mx.min(values).item()
 
 
 def test_the_best_token_stays_however_small_top_p() -> None:

@@ -81,7 +81,7 @@ def bring(cache: PrefixCache, tokens: Sequence[int], owner: str = "me") -> int:
     fetch = cache.fetch(owner, tokens)
     while fetch is not None:
         fetch.blocks[0][1].result(10)
-        if not cache.place(fetch):
+        if not cache.add_fetched(fetch):
             break
     return cache.length(owner, tokens)
 
@@ -144,7 +144,7 @@ def test_disk_goes_on_where_memory_ends_also_inside_a_block(make: Maker, model: 
     assert second.stats()["prefix_disk_read_blocks_total"] == 3
     assert second.nbytes == TOKEN_BYTES * 4 * BLOCK
     # As many tokens as were read at once: the last bits depend on that.
-    assert equal(second.load("me", tokens)[1], read(model, tokens[: BLOCK + 30]).read_row(0), BLOCK)
+    assert equal(second.load("me", tokens)[1], read(model, tokens[: BLOCK + 30]).copy_row(0), BLOCK)
 
 
 def test_what_memory_gives_up_goes_to_disk_and_comes_back(make: Maker, model: Any) -> None:
@@ -169,12 +169,12 @@ def test_what_was_of_use_is_on_disk_before_any_end(make: Maker, model: Any) -> N
     keep(cache, model, tokens)
     cache.load("me", [*tokens, 1, 2])
     assert make.on_disk() == 0  # not while the row that it is for waits for its first token
-    cache.allow(PLENTY)
+    cache.set_limit(PLENTY)
     settle(cache)
     assert make.on_disk() == 3
     assert bring(make(), tokens) == 3 * BLOCK  # beside the first, which has not ended
     cache.load("me", [*tokens, 1, 2])
-    cache.allow(PLENTY)
+    cache.set_limit(PLENTY)
     settle(cache)
     assert cache.stats()["prefix_disk_written_blocks_total"] == 3
 
@@ -185,7 +185,7 @@ def test_what_waits_for_the_disk_is_bounded(make: Maker, model: Any, monkeypatch
         for i in range(20):
             keep(cache, model, counting(i, 2 * BLOCK))
             assert cache._spill is not None and cache._spill.held <= TOKEN_BYTES * 5 * BLOCK
-        cache.allow(TOKEN_BYTES * 6 * BLOCK)
+        cache.set_limit(TOKEN_BYTES * 6 * BLOCK)
         assert cache.nbytes + cache._spill.held <= TOKEN_BYTES * 6 * BLOCK
     settle(cache)
     assert cache._spill.held == 0
@@ -272,7 +272,7 @@ def test_arrays_that_cannot_be_written_harm_no_row(
     cache = make()
     keep(cache, model, counting(1, 2 * BLOCK))
     assert cache.load("me", counting(1, 2 * BLOCK))[0] == 2 * BLOCK
-    cache.allow(PLENTY)
+    cache.set_limit(PLENTY)
     cache.close(1)
     assert make.on_disk() == 0
     assert len(caplog.records) == 1
@@ -304,9 +304,9 @@ def test_what_is_freed_of_mlx_is_freed_by_its_own_thread(
     for i in range(6):
         keep(cache, model, counting(i, 2 * BLOCK))
         settle(cache)
-    cache.allow(0)
+    cache.set_limit(0)
     settle(cache)
-    cache.allow(0)
+    cache.set_limit(0)
     assert len(freed) >= 6
     assert set(freed) == {threading.current_thread().name}
 
@@ -331,7 +331,7 @@ def test_rows_wait_for_the_disk_but_not_for_ever_and_not_for_each_other(
         assert fetching.add(row(3, tokens))
         fetching.remove([2, 9])
         assert fetching.ready() == []
-        monkeypatch.setattr("worker.runner.prefix.fetch.PATIENCE_S", 0.0)
+        monkeypatch.setattr("worker.runner.prefix.fetch.TIMEOUT_S", 0.0)
         assert fetching.add(row(4, tokens))
         assert [each.uid for each in fetching.ready()] == [4]
     came: list[int] = []

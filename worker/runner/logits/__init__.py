@@ -1,1 +1,1 @@
-"""What happens to logits between the forward pass and the sampler: processors, and log-probabilities beside them."""
+"""Work on logits between the forward pass and the sampler: processors such as penalties, and log-probabilities."""

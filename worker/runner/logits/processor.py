@@ -1,7 +1,7 @@
-"""Logits processors: changes to the logits of single rows before their tokens are sampled.
+"""Logits processors: change the logits of individual rows before sampling.
 
-A processor serves all rows of a batch that ask for it in one call. When that call raises, each of its rows is tried
-alone, and only those that raise then fail.
+A processor handles all rows of a batch that use it in one call. If that call raises, each of these rows is processed
+separately, and only the rows that raise again fail.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from worker.runner.base import Row
 logger = logging.getLogger(__name__)
 
 RowFailures: TypeAlias = list[tuple[int, Exception]]
-"""Places in the batch, and what was raised there."""
+"""(batch index, error) of rows whose processors raised."""
 
 
 class BatchProcessor(Protocol):
-    """A processor for one composition of rows."""
+    """A processor for one composition of a batch."""
 
     def __call__(self, logits: mx.array, last: mx.array, history: Sequence[Sequence[int]]) -> mx.array:
         """Return the changed logits.
 
         Args:
-            logits: [rows, vocabulary] of the rows that it was made for.
-            last: [rows] the newest token of each row. It may not be evaluated yet: using it lazily keeps the host ahead
-                of the device, reading it does not.
-            history: of each row the tokens before the newest, prompt included, oldest first.
+            logits: [rows, vocabulary] of the rows that it was prepared for.
+            last: [rows] newest token of each row. It may be unevaluated. Use it lazily: reading its value would make
+                the host wait for the device.
+            history: tokens before the newest one, by row, including the prompt, oldest first.
         """
         ...
 
 
 class LogitsProcessor(Protocol):
-    """One kind of change, for all rows of a model."""
+    """One type of processor, for all rows of a model."""
 
-    def wanted(self, request: Request) -> bool:
-        """Whether a request asks for it."""
+    def applies_to(self, request: Request) -> bool:
+        """Return whether a request uses this processor."""
         ...
 
     def prepare(self, rows: Sequence[Row]) -> BatchProcessor:
-        """Make it ready for these rows, all of which want it. Called whenever the rows of a batch change."""
+        """Return the processor for these rows, all of which use it. Called whenever rows join or leave the batch."""
         ...
 
 
@@ -53,8 +53,8 @@ class LogitsProcessor(Protocol):
 class _Prepared:
     processor: LogitsProcessor
     rows: Sequence[Row]
-    places: list[int]
-    indices: mx.array
+    indices: list[int]
+    index_array: mx.array
     batch: BatchProcessor
 
 
@@ -63,62 +63,64 @@ class LogitsPipeline:
 
     Args:
         processors: in the order in which they are applied.
-        rows: by place; None where a place has no row.
+        rows: by batch index; None: empty.
     """
 
     def __init__(self, processors: Sequence[LogitsProcessor], rows: Sequence[Row | None]) -> None:
         self._prepared: list[_Prepared] = []
         self._unprepared: RowFailures = []
         for processor in processors:
-            self._prepare(processor, [(i, row) for i, row in enumerate(rows) if row and processor.wanted(row.request)])
+            self._prepare(
+                processor, [(i, row) for i, row in enumerate(rows) if row and processor.applies_to(row.request)]
+            )
 
     def __bool__(self) -> bool:
-        """Whether any row has a processor."""
+        """Return whether any row uses a processor."""
         return bool(self._prepared or self._unprepared)
 
     def __call__(
         self, logits: mx.array, last: mx.array, history: Sequence[Sequence[int]]
     ) -> tuple[mx.array, RowFailures]:
-        """Apply all of them.
+        """Apply all processors.
 
         Args:
-            logits: [places, vocabulary].
-            last: [places].
-            history: by place.
+            logits: [batch, vocabulary].
+            last: [batch]; see `BatchProcessor`.
+            history: by batch index; see `BatchProcessor`.
 
         Returns:
-            [places, vocabulary], and the rows that raised, whose logits are of no use.
+            [batch, vocabulary] changed logits, and the rows that raised; ignore the logits of these rows.
         """
         failures, self._unprepared = self._unprepared, []
         for each in self._prepared:
-            before = [history[place] for place in each.places]
+            histories = [history[index] for index in each.indices]
             try:
-                changed = each.batch(logits[each.indices], last[each.indices], before)
-            except Exception:  # noqa: BLE001 - a processor may raise anything; which row it was is found below
-                changed, failed = _one_by_one(each, logits, last, before)
+                changed = each.batch(logits[each.index_array], last[each.index_array], histories)
+            except Exception:  # noqa: BLE001 - a processor may raise anything; the rows are retried separately
+                changed, failed = _one_by_one(each, logits, last, histories)
                 failures += failed
-            logits[each.indices] = changed
+            logits[each.index_array] = changed
         return logits, failures
 
-    def _prepare(self, processor: LogitsProcessor, wanting: Sequence[tuple[int, Row]]) -> None:
-        if not wanting:
+    def _prepare(self, processor: LogitsProcessor, users: Sequence[tuple[int, Row]]) -> None:
+        if not users:
             return
         try:
-            batch = processor.prepare([row for _, row in wanting])
+            batch = processor.prepare([row for _, row in users])
         except Exception:
-            good = [each for each in wanting if not self._raises(processor, *each)]
-            if len(good) == len(wanting):
+            good = [user for user in users if not self._raises(processor, *user)]
+            if len(good) == len(users):
                 raise
             self._prepare(processor, good)
             return
-        places, rows = [place for place, _ in wanting], [row for _, row in wanting]
-        self._prepared.append(_Prepared(processor, rows, places, mx.array(places), batch))
+        indices, rows = [index for index, _ in users], [row for _, row in users]
+        self._prepared.append(_Prepared(processor, rows, indices, mx.array(indices), batch))
 
-    def _raises(self, processor: LogitsProcessor, place: int, row: Row) -> bool:
+    def _raises(self, processor: LogitsProcessor, index: int, row: Row) -> bool:
         try:
             processor.prepare([row])
-        except Exception as error:  # noqa: BLE001 - it is this row's own
-            self._unprepared.append((place, error))
+        except Exception as error:  # noqa: BLE001 - fails this row only
+            self._unprepared.append((index, error))
             return True
         return False
 
@@ -126,14 +128,14 @@ class LogitsPipeline:
 def _one_by_one(
     each: _Prepared, logits: mx.array, last: mx.array, history: Sequence[Sequence[int]]
 ) -> tuple[mx.array, RowFailures]:
-    """The changed logits of all rows of a processor that can be processed, and those that cannot."""
+    """Apply a processor to each row separately. Returns the logits of all its rows, and the rows that raised."""
     changed, failures = [], []
-    for row, place, before in zip(each.rows, each.places, history, strict=True):
-        mine = logits[place : place + 1]
+    for row, index, tokens in zip(each.rows, each.indices, history, strict=True):
+        row_logits = logits[index : index + 1]
         try:
-            mine = each.processor.prepare([row])(mine, last[place : place + 1], [before])
+            row_logits = each.processor.prepare([row])(row_logits, last[index : index + 1], [tokens])
         except Exception as error:
             logger.warning("logits_processor_failed", exc_info=error)
-            failures.append((place, error))
-        changed.append(mine)
+            failures.append((index, error))
+        changed.append(row_logits)
     return mx.concatenate(changed), failures

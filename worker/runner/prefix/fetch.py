@@ -1,4 +1,4 @@
-"""Rows that wait for the part of their prompt that is on disk. Other rows continue meanwhile."""
+"""Rows that wait until their prefix has been read from disk. Other rows continue meanwhile."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from worker.runner.base import Row
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.prefix.spill import Fetch
 
-PATIENCE_S = 5.0
-"""Longest wait for the disk; after that the prompt is prefilled instead."""
+TIMEOUT_S = 5.0
+"""Maximum wait for the disk. After it, the prompt is prefilled without the prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     row: Row
     fetch: Fetch
-    until: float
+    deadline: float
 
 
 class PrefixFetch:
-    """Rows on their way to `worker.runner.prefill`.
+    """Rows with a prefix that is being read from disk.
 
     Args:
-        prefixes: to which the blocks are added, one a step, so that no step takes long.
+        prefixes: receives the blocks, one per step so that no step takes long.
     """
 
     def __init__(self, prefixes: PrefixCache) -> None:
@@ -35,34 +35,34 @@ class PrefixFetch:
         self._waiting: dict[int, _Waiting] = {}
 
     def add(self, row: Row) -> bool:
-        """Take a row in, if disk has something for it; whether it has."""
+        """Add a row if its prefix is on disk. Returns whether it was added."""
         fetch = self._prefixes.fetch(row.owner, row.prompt[:-1])
         if fetch is not None:
-            self._waiting[row.uid] = _Waiting(row, fetch, time.monotonic() + PATIENCE_S)
+            self._waiting[row.uid] = _Waiting(row, fetch, time.monotonic() + TIMEOUT_S)
         return fetch is not None
 
     def next_read(self) -> Future[Any] | None:
-        """The block that the first row waits for."""
+        """Return the block that the first row waits for."""
         first = next(iter(self._waiting.values()), None)
         return first.fetch.blocks[0][1] if first else None
 
     def ready(self) -> list[Row]:
-        """Take out the rows whose prefixes are in memory now, or will not be."""
+        """Remove and return the rows with a finished or abandoned read."""
         rows = [waiting.row for waiting in self._waiting.values() if not self._advance(waiting)]
         self.remove([row.uid for row in rows])
         return rows
 
     def remove(self, uids: Collection[int]) -> None:
-        """Drop rows."""
+        """Remove rows."""
         for uid in uids:
             self._waiting.pop(uid, None)
 
     def clear(self) -> None:
-        """Drop all of them."""
+        """Remove all rows."""
         self._waiting.clear()
 
     def _advance(self, waiting: _Waiting) -> bool:
-        """Add a block that has been read; whether there is more to wait for."""
+        """Add the next block if it has been read. Returns whether the row must still wait."""
         if waiting.fetch.blocks[0][1].done():
-            return self._prefixes.place(waiting.fetch)
-        return time.monotonic() < waiting.until
+            return self._prefixes.add_fetched(waiting.fetch)
+        return time.monotonic() < waiting.deadline

@@ -1,1 +1,1 @@
-"""Speculative decoding: proposers of draft tokens, and their verification by the model."""
+"""Speculative decoding: proposers of draft tokens, their acceptance rate, and their verification by the model."""

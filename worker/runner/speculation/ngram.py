@@ -1,8 +1,8 @@
-"""Draft tokens from the row's own text: text often repeats its prompt, or itself.
+"""A proposer of draft tokens from the row's own text, because text often repeats its prompt or itself.
 
-The last tokens are looked up in prompt and answer; the draft is what followed them there. As long as the draft is
-right, it continues from the same place. Otherwise the last three tokens are looked up, then the last two; the newest
-match counts. A token costs a few dictionary lookups, however long the row is.
+It looks up the last tokens of a row in the prompt and the answer; the draft is what followed them there. As long as the
+draft is right, the next draft continues from the same occurrence. Otherwise it looks up the last three tokens, then the
+last two, and uses the newest occurrence. Each token costs a few dictionary lookups, regardless of the row's length.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from itertools import count, takewhile
 
 from worker.runner.base import IMAGE_TOKENS
 from worker.runner.decode_row import DecodeRow
-from worker.runner.speculation.acceptance import LONGEST, Acceptance
+from worker.runner.speculation.acceptance import MAX_MATCH, Acceptance
 from worker.runner.speculation.proposer import Proposer
 
 INDEXED_TOKENS = 512
-"""Maximum tokens indexed per row and call: a 100,000-token prompt at once delayed a step by 65 ms."""
+"""Maximum tokens indexed per row and call. Indexing 100,000 prompt tokens at once delayed a step by 65 ms."""
 
 _SIZES = (3, 2)
-"""Tokens that are looked up together, in this order."""
+"""Sizes of the n-grams, in the order in which they are looked up."""
 
 
 class NgramIndex:
-    """The tokens of one row, and the draft that they suggest.
+    """The tokens of one row, indexed by n-grams, and the draft that they suggest.
+
+    Args:
+        prompt: number of prompt tokens.
 
     Attributes:
-        acceptance: how often drafts came true here.
-        match: how many of the last tokens equal those before the place that the draft is from; 0: there is no draft.
+        acceptance: acceptance rate of this row's drafts.
+        match: number of last tokens that equal those before the occurrence used for the draft; 0 if there is no draft.
     """
 
     def __init__(self, prompt: int = 0) -> None:
@@ -35,24 +38,24 @@ class NgramIndex:
         self.match = 0
         self._prompt = prompt
         self._tokens: list[int] = []
-        self._after: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in _SIZES}
+        self._next_index: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in _SIZES}
         self._indexed = 0
-        self._place = 0
+        self._draft_index = 0
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def catch_up(self, row: DecodeRow, most: int = INDEXED_TOKENS) -> bool:
-        """Index at most `most` of the row's new tokens; whether that is all of them."""
+    def catch_up(self, row: DecodeRow, max_tokens: int = INDEXED_TOKENS) -> bool:
+        """Index at most `max_tokens` of the row's new tokens. Returns whether all tokens are indexed."""
         known, length = len(self), row.length
-        self.take(row.cached[known : min(known + most, max(self._prompt, known))])
-        for token in row.cached[len(self) : known + most]:
+        self.extend(row.cached_ids[known : min(known + max_tokens, max(self._prompt, known))])
+        for token in row.cached_ids[len(self) : known + max_tokens]:
             self.add(token)
-        if row.newest is not None and len(self) == length:
-            self.add(row.newest)
+        if row.next_input is not None and len(self) == length:
+            self.add(row.next_input)
         return len(self) >= length
 
-    def take(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Index tokens for which there was no draft."""
         if tokens:
             self._tokens += tokens
@@ -60,46 +63,47 @@ class NgramIndex:
             self._look_up()
 
     def add(self, token: int) -> bool:
-        """Index the next token; whether the draft predicted it."""
-        hit = self.match > 0 and self._tokens[self._place] == token
+        """Index the next token. Returns whether the draft predicted it."""
+        accepted = self.match > 0 and self._tokens[self._draft_index] == token
         if self.match:
-            self.acceptance.learn(self.match, hit)
+            self.acceptance.record(self.match, accepted)
         self._tokens.append(token)
         self._index()
-        if hit:
-            self._place += 1
-            self.match = min(self.match + 1, LONGEST)
+        if accepted:
+            self._draft_index += 1
+            self.match = min(self.match + 1, MAX_MATCH)
         else:
             self._look_up()
-        return hit
+        return accepted
 
     def draft(self, length: int) -> list[int]:
-        """`length` tokens that may come next; none without a draft. A draft that reaches the row's end is repeated."""
+        """Return a draft of `length` tokens; empty if there is none. Repeats a draft that reaches the row's end."""
         if not self.match:
             return []
-        there = [*takewhile(lambda token: token < IMAGE_TOKENS, self._tokens[self._place : self._place + length])]
-        return [there[i % len(there)] for i in range(length)] if there else []
+        following = self._tokens[self._draft_index : self._draft_index + length]
+        text = [*takewhile(lambda token: token < IMAGE_TOKENS, following)]
+        return [text[i % len(text)] for i in range(length)] if text else []
 
     def _index(self) -> None:
-        """Index the end of each n-gram that is now followed by a token."""
-        for size, after in self._after.items():
+        """Index the n-grams that a token follows now."""
+        for size, next_index in self._next_index.items():
             start = max(0, self._indexed - size)
             grams: Iterator[tuple[int, ...]] = zip(*(self._tokens[start + i : -1] for i in range(size)), strict=False)
-            after.update(zip(grams, count(start + size)))
+            next_index.update(zip(grams, count(start + size)))
         self._indexed = len(self._tokens)
 
     def _look_up(self) -> None:
         self.match = 0
-        for size, after in self._after.items():
-            if place := after.get(tuple(self._tokens[-size:])):
-                self._place, self.match = place, self._common(place)
+        for size, next_index in self._next_index.items():
+            if index := next_index.get(tuple(self._tokens[-size:])):
+                self._draft_index, self.match = index, self._match_length(index)
                 return
 
-    def _common(self, place: int) -> int:
-        """How many tokens before this place equal the last ones of the row."""
+    def _match_length(self, index: int) -> int:
+        """Return how many tokens before this index equal the last ones of the row."""
         tokens, end = self._tokens, len(self._tokens)
         length = 0
-        while length < min(LONGEST, place) and tokens[place - 1 - length] == tokens[end - 1 - length]:
+        while length < min(MAX_MATCH, index) and tokens[index - 1 - length] == tokens[end - 1 - length]:
             length += 1
         return length
 
@@ -108,26 +112,26 @@ class NgramProposer(Proposer):
     """See `worker.runner.speculation.proposer.Proposer`."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, NgramIndex] = {}
+        self._indexes: dict[int, NgramIndex] = {}
 
-    def expected(self, rows: Sequence[DecodeRow], most: int) -> list[list[float]]:
-        """By how drafts with as long a match did in the same rows."""
-        found = []
-        for row in rows:
-            index = self._rows.setdefault(row.row.uid, NgramIndex(len(row.row.prompt)))
-            ready = index.catch_up(row) and index.match
-            found.append(index.acceptance.expected(index.match, most) if ready else [])
-        return found
+    def expected(self, rows: Sequence[DecodeRow], max_length: int) -> list[list[float]]:
+        """Estimate acceptance by earlier drafts of the same row with as long a match."""
+        return [self._expected(row, max_length) for row in rows]
 
     def propose(self, rows: Sequence[DecodeRow], length: int) -> list[list[int]]:
-        """What followed the last tokens where they came before."""
+        """Return the tokens that followed an earlier occurrence of the last tokens."""
         return [self._draft(row, length) for row in rows]
 
     def drop(self, uids: Collection[int]) -> None:
         """Drop the index of rows."""
         for uid in uids:
-            self._rows.pop(uid, None)
+            self._indexes.pop(uid, None)
+
+    def _expected(self, row: DecodeRow, max_length: int) -> list[float]:
+        index = self._indexes.setdefault(row.uid, NgramIndex(len(row.row.prompt)))
+        complete = index.catch_up(row)
+        return index.acceptance.expected(index.match, max_length) if complete and index.match else []
 
     def _draft(self, row: DecodeRow, length: int) -> list[int]:
-        index = self._rows.get(row.row.uid)
+        index = self._indexes.get(row.uid)
         return index.draft(length) if index is not None and len(index) >= row.length else []

@@ -1,7 +1,7 @@
-"""What a pass over several tokens of a row takes next to a plain decode step, measured once while the model warms.
+"""The cost of a pass over several tokens per row, relative to a plain decode step. Measured once, during warm-up.
 
-Online medians of every kind of step were here before. They adapt to a machine that becomes slower, but a slower machine
-changes both sides of the ratio alike.
+An earlier version kept running medians of every type of step. They adapt to a machine that becomes slower, but that
+changes both sides of the ratio equally.
 """
 
 from __future__ import annotations
@@ -12,45 +12,46 @@ from itertools import pairwise
 from typing import Final
 
 LENGTHS: Final = (2, 4, 8, 16)
-"""Of drafts, in tokens. Only these, so that each can be measured."""
+"""Possible draft lengths in tokens. There are few, so that each can be measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Seconds of a step, by the tokens in its pass; only their ratios matter.
+    """Seconds of a step, by the number of tokens in its pass. Only ratios matter.
 
     Attributes:
-        seconds: by tokens of the pass, behind a short context; 1 is a plain decode step of one row.
-        drawn: of sampling a token with a temperature, beyond what a greedy choice takes.
-        behind: of each token for each one in the cache before it.
+        seconds: seconds by tokens per pass, after a short context; 1 token is a plain decode step of one row.
+        sampling: additional seconds per token to sample with a temperature instead of greedily.
+        attention: seconds per pair of a token of the pass and a token in the cache.
     """
 
     seconds: Mapping[int, float]
-    drawn: float = 0.0
-    behind: float = 0.0
+    sampling: float = 0.0
+    attention: float = 0.0
 
-    def ratio(self, rows: int, drawn: int, length: int, position: int) -> float:
-        """What verifying drafts of `length` tokens costs, in plain steps.
+    def ratio(self, rows: int, sampled_rows: int, length: int, position: int) -> float:
+        """Return the cost of verifying drafts of `length` tokens, in plain decode steps.
 
         Args:
-            rows: of the batch.
-            drawn: those of them that have a temperature.
-            position: tokens that each has in the cache.
+            rows: number of rows in the batch.
+            sampled_rows: number of rows with a temperature.
+            position: number of tokens that each row has in the cache.
         """
-        wide = 1 + length
-        return self._of(rows * wide, drawn * wide, position) / self._of(rows, drawn, position)
+        width = 1 + length
+        plain = self._pass_seconds(rows, sampled_rows, position)
+        return self._pass_seconds(rows * width, sampled_rows * width, position) / plain
 
-    def _of(self, tokens: int, drawn: int, position: int) -> float:
-        return self._interpolated(tokens) + drawn * self.drawn + tokens * position * self.behind
+    def _pass_seconds(self, tokens: int, sampled: int, position: int) -> float:
+        return self._interpolated(tokens) + sampled * self.sampling + tokens * position * self.attention
 
     def _interpolated(self, tokens: int) -> float:
-        known = sorted(self.seconds.items())
-        for (low, least), (high, most) in pairwise(known):
-            if tokens <= high or high == known[-1][0]:
-                slope = max(most - least, 0.0) / (high - low)
-                return max(least + (tokens - low) * slope, 1e-9)
-        return max(known[0][1], 1e-9)
+        points = sorted(self.seconds.items())
+        for (low, low_s), (high, high_s) in pairwise(points):
+            if tokens <= high or high == points[-1][0]:
+                slope = max(high_s - low_s, 0.0) / (high - low)
+                return max(low_s + (tokens - low) * slope, 1e-9)
+        return max(points[0][1], 1e-9)
 
 
 UNKNOWN: Final = PassCost({1: 1.0, 1 + LENGTHS[-1]: 1.0})
-"""Nothing was measured: a pass over more tokens costs no more."""
+"""Used when nothing was measured: a pass over more tokens costs no more."""

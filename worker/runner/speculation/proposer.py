@@ -1,4 +1,4 @@
-"""What proposes draft tokens: n-grams of the row's own text; a draft model or extra heads can follow."""
+"""The interface of proposers. `ngram` implements it; a draft model or additional heads could implement it as well."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from worker.runner.decode_row import DecodeRow
 
 
 class Proposer(Protocol):
-    """Proposes the next tokens of rows. Keeps state per row until `drop`."""
+    """Proposes draft tokens for rows. Keeps state per row until `drop`."""
 
-    def expected(self, rows: Sequence[DecodeRow], most: int) -> list[list[float]]:
-        """How many draft tokens of each row will be accepted when 1, 2, …, `most` are drafted.
+    def expected(self, rows: Sequence[DecodeRow], max_length: int) -> list[list[float]]:
+        """Return, by row, the expected number of accepted tokens for drafts of 1, 2, …, `max_length` tokens.
 
-        Called once or twice per step, so the work per row must be bounded, however long the row is.
+        Called once or twice per step, so the work per row must be bounded regardless of the row's length.
 
         Returns:
-            By row; empty where it has no draft.
+            By row; empty for a row without a draft.
         """
         ...
 
     def propose(self, rows: Sequence[DecodeRow], length: int) -> list[list[int]]:
-        """`length` draft tokens per row; empty where there is no draft. Rows have not changed since `expected`."""
+        """Return `length` draft tokens by row; empty for a row without a draft. Call `expected` for the rows first."""
         ...
 
     def drop(self, uids: Collection[int]) -> None:
-        """Drop what it knows of rows."""
+        """Drop the state of rows."""
         ...

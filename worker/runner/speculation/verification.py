@@ -1,11 +1,11 @@
-"""Several tokens of a row in one pass of the model: drafted by a proposer, verified by the model.
+"""Verification of draft tokens: the model processes several tokens of a row in one pass.
 
-A pass over a few tokens costs hardly more than one over a single token where a pass mostly reads the weights, and more
-where it mostly computes. A draft is verified when the tokens that it will probably give are worth what the pass costs;
-otherwise rows decode as if there were no drafts.
+If a pass is limited by reading the weights, a few tokens cost hardly more than one; if it is limited by computation,
+they cost more. So a draft is verified only if its expected number of accepted tokens is worth the cost of the pass.
+Otherwise the rows decode without drafts.
 
-The choice of a token is a function of logits, seed and position (`worker.runner.sampler`). A draft is accepted as far
-as it equals what the model chooses at those positions, so the text is the same as without drafts, greedy or sampled.
+A token is a function of logits, seed and position (`worker.runner.sampler`). Draft tokens are accepted up to the first
+one that differs from the model's own choice, so the text is the same as without drafts, both greedy and sampled.
 """
 
 from __future__ import annotations
@@ -23,84 +23,89 @@ from worker.runner.sampler import GREEDY_BELOW, BatchSampler
 from worker.runner.speculation.pass_cost import LENGTHS, UNKNOWN
 from worker.runner.speculation.proposer import Proposer
 
-MOST_ROWS = 4
-"""Maximum rows: more of them use the device well without drafts, and seldom all have one."""
+MAX_ROWS = 4
+"""Maximum rows of a batch that verifies drafts. More rows use the device well anyway, and rarely all have a draft."""
 
-MARGIN = 1.1
-"""Minimum estimated speed-up at which drafts are verified: the estimate is not exact."""
+MIN_SPEEDUP = 1.1
+"""Minimum estimated speed-up at which drafts are verified. It is above 1 because the estimate is not exact."""
 
 
 class Speculation:
-    """Decides whether the rows of a model verify drafts in a step, and verifies them.
+    """Decides whether the rows of a batch verify drafts in a step, and verifies them.
 
     Args:
         model: an mlx-lm model.
-        most: maximum draft tokens per row and step; 0: no speculation.
-        proposer: drafts.
+        max_length: maximum draft tokens per row and step; 0: no speculation.
+        proposer: proposes the drafts.
 
     Attributes:
-        cost: of passes; measured while the model warms.
-        drafted: tokens that were drafted and verified.
-        accepted: those of them that the model chose as well.
-        lengths: of drafts.
-        able: whether this model can verify drafts.
+        cost: cost of passes, measured during warm-up.
+        drafted: total draft tokens that were verified.
+        accepted: total draft tokens that were accepted.
+        lengths: possible draft lengths.
+        supported: whether this model can verify drafts.
     """
 
-    def __init__(self, model: Any, most: int, proposer: Proposer) -> None:
+    def __init__(self, model: Any, max_length: int, proposer: Proposer) -> None:
         self.cost = UNKNOWN
         self.drafted = self.accepted = 0
-        self.lengths = [length for length in LENGTHS if length <= most]
+        self.lengths = [length for length in LENGTHS if length <= max_length]
         self._model = model
         self._proposer = proposer
-        self.able = bool(self.lengths) and kv_cache.plain(model)
+        self.supported = bool(self.lengths) and kv_cache.plain(model)
 
-    def suits(self, rows: int) -> bool:
-        """Whether drafts of this many rows can be verified together.
+    def can_verify(self, rows: int) -> bool:
+        """Return whether drafts of this many rows can be verified together.
 
-        They must not use logits processors, which depend on the tokens in between, nor ask for log-probabilities.
+        The rows must neither use logits processors, which depend on the tokens in between, nor ask for
+        log-probabilities. The caller checks this.
         """
-        return self.able and 0 < rows <= MOST_ROWS
+        return self.supported and 0 < rows <= MAX_ROWS
 
-    def length(self, rows: Sequence[DecodeRow]) -> int:
-        """How many tokens to draft now, so that the rows grow fastest and none beyond its limit; 0: none."""
-        left = min(row.left if row.sampled else 0 for row in rows)
-        fitting = [length for length in self.lengths if length < left]
-        # Asked for even where none fits: the proposer takes in the tokens of a prompt bit by bit.
+    def draft_length(self, rows: Sequence[DecodeRow]) -> int:
+        """Return the draft length with the highest speed-up that exceeds no row's token limit; 0: do not draft."""
+        remaining = min(row.remaining if row.sampled else 0 for row in rows)
+        fitting = [length for length in self.lengths if length < remaining]
+        # Call the proposer even if no length fits: each call lets it index more of a prompt.
         accepted = [each for each in self._proposer.expected(rows, self.lengths[-1]) if each]
         if not fitting or not accepted:
             return 0
-        drawn = sum(row.row.sampling.temperature >= GREEDY_BELOW for row in rows)
+        sampled_rows = sum(row.row.sampling.temperature >= GREEDY_BELOW for row in rows)
         position = max(row.length for row in rows)
 
-        def speed(length: int) -> float:
-            gained = 1 + sum(each[length - 1] for each in accepted) / len(rows)
-            return gained / self.cost.ratio(len(rows), drawn, length, position)
+        def speedup(length: int) -> float:
+            tokens = 1 + sum(each[length - 1] for each in accepted) / len(rows)
+            return tokens / self.cost.ratio(len(rows), sampled_rows, length, position)
 
-        best = max(fitting, key=speed)
-        return best if speed(best) > MARGIN else 0
+        best = max(fitting, key=speedup)
+        return best if speedup(best) > MIN_SPEEDUP else 0
 
     def verify(self, cache: KVCache, rows: Sequence[DecodeRow], length: int) -> list[list[int]]:
-        """Put the newest token and a draft of each row of a batch through the model.
+        """Run the next input and a draft of each row through the model, and append the resulting tokens to the rows.
+
+        Args:
+            rows: all rows of the batch that `cache` belongs to.
+            length: draft tokens per row.
 
         Returns:
-            The tokens that each row grows by: its draft as far as it is accepted, and one token more.
+            By row, the accepted draft tokens and one further token.
         """
         drafts = self._proposer.propose(rows, length)
         inputs = [
-            [row.newest or 0, *draft, *[0] * (length - len(draft))] for row, draft in zip(rows, drafts, strict=True)
+            [row.next_input or 0, *draft, *[0] * (length - len(draft))] for row, draft in zip(rows, drafts, strict=True)
         ]
         logits = self._model(mx.array(inputs), cache=cache.layers, **forward.shifts([row.row for row in rows]))
         chosen = self._choose(logits, rows)
-        found = [tokens[: common_length(draft, tokens) + 1] for draft, tokens in zip(drafts, chosen, strict=True)]
-        for row, tokens in zip(rows, found, strict=True):
-            row.grow(tokens)
-        cache.trim([length + 1 - len(tokens) for tokens in found])
+        results = [tokens[: common_length(draft, tokens) + 1] for draft, tokens in zip(drafts, chosen, strict=True)]
+        for row, tokens in zip(rows, results, strict=True):
+            row.append(tokens)
+        cache.trim([length + 1 - len(tokens) for tokens in results])
         self.drafted += sum(map(len, drafts))
-        self.accepted += sum(map(len, found)) - len(found)
-        return found
+        self.accepted += sum(map(len, results)) - len(results)
+        return results
 
     def drop(self, uids: Collection[int]) -> None:
-        """Drop what is known of rows."""
+        """Drop the proposer's state of rows."""
         self._proposer.drop(uids)
 
     def stats(self) -> dict[str, float]:
@@ -111,7 +116,7 @@ class Speculation:
         }
 
     def _choose(self, logits: mx.array, rows: Sequence[DecodeRow]) -> list[list[int]]:
-        """The model's choice at each place of a pass."""
+        """Return the token that the model chooses after each token of a pass, by row."""
         count, width, vocabulary = logits.shape
         sampler = BatchSampler([row.row.sampling for row in rows for _ in range(width)])
         positions = [row.position + i for row in rows for i in range(width)]

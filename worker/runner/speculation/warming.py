@@ -1,4 +1,4 @@
-"""Measures what a decode step and a verifying pass take, while the model warms; see `PassCost`."""
+"""Measures decode steps and verifying passes during warm-up; see `PassCost`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worker.runner import forward
 from worker.runner.base import PrefillCost, Row
 from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import KVCache
-from worker.runner.prefill_cost import measured
+from worker.runner.prefill_cost import shortest_seconds
 from worker.runner.sampler import BatchSampler
 from worker.runner.speculation.pass_cost import PassCost
 from worker.runner.speculation.verification import Speculation
@@ -21,39 +21,45 @@ from worker.runner.speculation.verification import Speculation
 _PROMPT = (0,) * 9
 
 
-def measuring(
+def measure_passes(
     model: Any, speculation: Speculation, batch: DecodeBatch, cost: PrefillCost
 ) -> Generator[None, None, PassCost]:
-    """Run plain and verifying steps of one row; in pieces.
+    """Measure plain and verifying steps of one row.
 
     Args:
-        batch: an empty one.
-        cost: of prefill, for what attending to a long context takes.
+        batch: an empty batch.
+        cost: cost of prefill, which includes the cost of attention.
+
+    Yields:
+        None, before each step.
+
+    Returns:
+        The cost.
     """
     cache = KVCache.empty(model)
     forward.fill(model, cache, [_PROMPT[:-1]])
     batch.join([Row(-1, Request("", 1000, Sampling(temperature=0.0)), _PROMPT, 0, 1000)], cache)
     batch.step()
-    seconds = {1: (yield from measured(batch.step))}
+    seconds = {1: (yield from shortest_seconds(batch.step))}
     batch.read()
     for length in speculation.lengths:
-        seconds[1 + length] = yield from measured(partial(batch.verify, length))
+        seconds[1 + length] = yield from shortest_seconds(partial(batch.verify, length))
     batch.clear()
     speculation.drop([-1])
     speculation.drafted = speculation.accepted = 0
-    drawn = yield from _drawn(model, speculation.lengths[-1])
-    return PassCost(seconds, drawn, cost.behind)
+    sampling = yield from _sampling_seconds(model, speculation.lengths[-1])
+    return PassCost(seconds, sampling, cost.behind)
 
 
-def _drawn(model: Any, rows: int) -> Generator[None, None, float]:
-    """Seconds of sampling a token with a temperature, beyond those of a greedy choice."""
+def _sampling_seconds(model: Any, rows: int) -> Generator[None, None, float]:
+    """Measure the additional seconds per token to sample with a temperature instead of greedily."""
     vocabulary = model(mx.array([[0]], dtype=mx.uint32), cache=KVCache.empty(model).layers).shape[-1]
     logits = mx.zeros((rows, vocabulary))
-    took = []
+    seconds = []
     for temperature in (0.0, 1.0):
         sampler = BatchSampler([Sampling(temperature=temperature)] * rows)
-        took.append((yield from measured(partial(_sample, sampler, logits))))
-    return max(took[1] - took[0], 0.0) / rows
+        seconds.append((yield from shortest_seconds(partial(_sample, sampler, logits))))
+    return max(seconds[1] - seconds[0], 0.0) / rows
 
 
 def _sample(sampler: BatchSampler, logits: mx.array) -> None:

@@ -1,1 +1,1 @@
-"""Vision: what is particular to a family of vision models, and the stage that encodes images before prefill."""
+"""Vision models: the families of models that are supported, and the stage that encodes images before prefill."""

@@ -1,4 +1,4 @@
-"""What the runner needs to know of a family of vision models. `qwen2_5_vl` is the first."""
+"""The interface between the runner and a family of vision models. `qwen2_5_vl` implements it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 class Encoder(Protocol):
-    """Computes the vectors that the language model reads in place of an image's tokens.
+    """Computes image features: the embeddings that the language model uses for image tokens.
 
     Attributes:
-        tower: the module that has the weights.
-        parameters: how many weights there are.
-        nbytes: bytes of them.
-        blocks: stages of an image.
+        tower: the MLX module that holds the weights.
+        parameters: number of weights.
+        nbytes: bytes of the weights.
+        blocks: number of transformer blocks, each a stage of `stages`.
     """
 
     tower: Any
@@ -35,61 +35,68 @@ class Encoder(Protocol):
     def blocks(self) -> int: ...  # noqa: D102
 
     def grid(self, width: int, height: int) -> Grid:
-        """How an image of that many pixels is cut. Any thread may ask.
+        """Return the grid of patches for an image of this size in pixels. Any thread may call this.
 
         Raises:
-            ValueError: the model takes no image of such a shape.
+            ValueError: the model does not support the aspect ratio.
         """
         ...
 
     def pixels(self, image: PlacedImage) -> Floats:
-        """[patches, values]: what the encoder takes. For any thread.
+        """Decode and resize an image. Any thread may call this.
+
+        Returns:
+            [patches, values] input of the encoder.
 
         Raises:
-            ValueError: the file has another size than was announced.
-            Exception: it is broken; decoders raise anything.
+            ValueError: the size of the image differs from the size in the request.
+            Exception: the file is broken. Image decoders raise any type of exception.
         """
         ...
 
     def stages(self, pixels: Floats, grid: Grid) -> Iterator[mx.array]:
-        """Encode, a block at a time; nothing is computed before it is evaluated.
+        """Encode an image lazily, one block per stage. Evaluate a result to compute it.
 
         Yields:
-            What the blocks computed, and at last [tokens, hidden]: what the language model reads.
+            The hidden state after each block; after the last block, the features [tokens, hidden size].
         """
         ...
 
     def seconds(self, grid: Grid) -> float:
-        """What an image takes while nothing else runs, as measured."""
+        """Return the seconds that an image takes on an otherwise idle device, by the measured cost."""
         ...
 
     def bytes(self, grid: Grid) -> int:
-        """About what encoding an image takes of the memory beside the weights, at its widest."""
+        """Return the approximate peak bytes for encoding an image, without the weights."""
         ...
 
     def warming(self) -> Iterator[None]:
-        """Encode images of two sizes, so that every kernel is compiled, and measure; in pieces."""
+        """Encode images of two sizes, to compile every kernel and measure the cost. Yields after each image."""
         ...
 
 
 class VisionFamily(Protocol):
     """A family of vision models.
 
-    The model that belongs to it is called as mlx-lm's models are (tokens and a cache in, logits out), with `media` and
-    `shifts` beside the tokens (`worker.runner.forward`) where rows have images.
+    The language model has the call signature of mlx-lm's models (tokens and cache in, logits out). For rows with images
+    it also takes the arguments `media` and `shifts` (`worker.runner.forward`).
 
     Attributes:
-        image_token: the token that stands for an image in a tokenised prompt.
+        image_token: placeholder token for an image in a tokenised prompt.
+        encoder: the image encoder of the model.
     """
 
     image_token: int
     encoder: Encoder
 
-    def place(self, tokens: Sequence[int], images: Sequence[tuple[str, Grid, bytes]]) -> tuple[list[int], ImageMedia]:
-        """Replace each image token by the tokens of its image, and compute the positions of all tokens.
+    def expand(self, tokens: Sequence[int], images: Sequence[tuple[str, Grid, bytes]]) -> tuple[list[int], ImageMedia]:
+        """Replace each placeholder with the tokens of its image, and compute the positions of all tokens.
 
         Args:
-            tokens: with one `image_token` for each image, in order.
-            images: digest, grid and file of each.
+            tokens: token ids, with one `image_token` for each image, in order.
+            images: digest, grid and file content of each image.
+
+        Returns:
+            The token ids and the media of the prompt.
         """
         ...

@@ -1,4 +1,4 @@
-"""What the image encoder computed, kept for rows that show the same image again."""
+"""A cache of image features, for rows that contain the same image again."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from typing import TypeAlias
 import mlx.core as mx
 
 Key: TypeAlias = tuple[str | None, str]
-"""Owner and digest."""
+"""Owner and digest of an image. Owners do not share features."""
 
 
 class FeatureCache:
-    """Features of images; the least recently used are evicted first.
+    """Image features; evicts the least recently used first.
 
     Args:
-        most_bytes: what all may occupy; 0 keeps none.
+        max_bytes: maximum bytes of all features; 0: keep none.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self._kept: OrderedDict[Key, mx.array] = OrderedDict()
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._features: OrderedDict[Key, mx.array] = OrderedDict()
         self.nbytes = 0
         self.hits = 0
 
     def get(self, key: Key) -> mx.array | None:
-        """What is kept of an image."""
-        features = self._kept.get(key)
+        """Return the features of an image; None if they are not cached."""
+        features = self._features.get(key)
         if features is not None:
             self.hits += 1
-            self._kept.move_to_end(key)
+            self._features.move_to_end(key)
         return features
 
     def put(self, key: Key, features: mx.array) -> None:
-        """Keep it, unless it is too large or has no owner."""
-        if key[0] is None or features.nbytes > self._most_bytes or key in self._kept:
+        """Add features, unless they exceed the limit or have no owner."""
+        if key[0] is None or features.nbytes > self._max_bytes or key in self._features:
             return
-        self._kept[key] = features
+        self._features[key] = features
         self.nbytes += features.nbytes
         self._evict()
 
-    def allow(self, most_bytes: int) -> None:
-        """Occupy no more than that from now on."""
-        self._most_bytes = most_bytes
+    def set_limit(self, max_bytes: int) -> None:
+        """Set the maximum bytes and evict features beyond it."""
+        self._max_bytes = max_bytes
         self._evict()
 
     def clear(self) -> None:
-        """Drop everything."""
-        self._kept.clear()
+        """Drop all features."""
+        self._features.clear()
         self.nbytes = 0
 
     def _evict(self) -> None:
-        while self.nbytes > self._most_bytes:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+        while self.nbytes > self._max_bytes:
+            self.nbytes -= self._features.popitem(last=False)[1].nbytes

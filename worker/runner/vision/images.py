@@ -1,7 +1,7 @@
-"""The images of a prompt: where their tokens are, and which positions the model gives them.
+"""The images of a prompt: their tokens, and the positions that the model assigns to these.
 
-Each token of an image has an id that depends on its content (a hash of the image's digest and of the place in it), so
-whatever compares prompts by their tokens, as the prefix cache does, compares images as well.
+The id of an image token is a hash of the image's digest and the token's index in the image. So code that compares
+prompts by their tokens, such as the prefix cache, compares images as well.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from PIL import Image, ImageOps
 
 from worker.runner.base import IMAGE_TOKENS
 
-Image.MAX_IMAGE_PIXELS = None  # the API has bounded it before it accepted the job
+Image.MAX_IMAGE_PIXELS = None  # the API limits the size before it accepts a job
 
 Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How an image is cut.
+    """The grid of patches that an image is divided into.
 
     Attributes:
-        high, wide: patches; multiples of `merge`.
-        merge: patches per side that become one token.
+        rows, columns: number of patches; multiples of `merge`.
+        merge: each square of `merge` by `merge` patches becomes one token.
     """
 
-    high: int
-    wide: int
+    rows: int
+    columns: int
     merge: int
 
     @property
     def patches(self) -> int:
-        """What the encoder computes."""
-        return self.high * self.wide
+        """Number of patches, the input of the encoder."""
+        return self.rows * self.columns
 
     @property
     def tokens(self) -> int:
-        """What the language model reads."""
+        """Number of tokens, the input of the language model."""
         return self.patches // self.merge**2
 
 
@@ -52,8 +52,10 @@ class PlacedImage:
     """An image of a prompt.
 
     Attributes:
-        digest: of its file.
-        start: place of its first token in the prompt.
+        digest: digest of the file.
+        grid: the grid of patches.
+        start: index of its first token in the prompt.
+        data: content of the file.
     """
 
     digest: str
@@ -63,7 +65,7 @@ class PlacedImage:
 
     @property
     def stop(self) -> int:
-        """Place of the first token behind it."""
+        """Index of the first token after it."""
         return self.start + self.grid.tokens
 
 
@@ -72,9 +74,10 @@ class ImageMedia:
     """The images of one prompt; see `worker.runner.base.Media`.
 
     Attributes:
-        positions: [3, tokens] of the prompt's tokens: time, height and width, as M-RoPE has them.
-        shift: by how much the position of a token behind the prompt differs from its place.
-        features: what the encoder made of the images, by digest, while the prompt is being read.
+        images: the images, in the order of their tokens.
+        positions: [3, tokens] positions of the prompt's tokens for M-RoPE: time, row and column.
+        shift: see `Media.shift`.
+        features: image features by digest, during the prefill.
     """
 
     images: tuple[PlacedImage, ...]
@@ -83,42 +86,37 @@ class ImageMedia:
     features: dict[str, mx.array] = field(default_factory=dict)
 
     def at(self, start: int, length: int) -> Ints:
-        """[3, length] positions of tokens from a place on, also behind the prompt."""
-        known = self.positions[:, start : start + length]
+        """Return the positions [3, length] of the tokens from index `start` on, in the prompt and after it."""
+        in_prompt = self.positions[:, start : start + length]
         first = max(start, self.positions.shape[1]) + self.shift
-        behind = np.arange(first, first + length - known.shape[1], dtype=np.int32)
-        return np.concatenate([known, np.broadcast_to(behind, (3, behind.size))], axis=1)
+        after = np.arange(first, first + length - in_prompt.shape[1], dtype=np.int32)
+        return np.concatenate([in_prompt, np.broadcast_to(after, (3, after.size))], axis=1)
 
     def release(self) -> None:
-        """See `worker.runner.base.Media`."""
+        """See `Media.release`."""
         self.features.clear()
 
-    def unread(self, done: int) -> list[PlacedImage]:
-        """Images of which some token is not among the first `done`."""
-        return [image for image in self.images if image.stop > done]
+    def not_prefilled(self, tokens: int) -> list[PlacedImage]:
+        """Return the images with at least one token after the first `tokens` tokens of the prompt."""
+        return [image for image in self.images if image.stop > tokens]
 
 
-def place(
+def expand(
     tokens: Sequence[int], image_token: int, images: Sequence[tuple[str, Grid, bytes]]
 ) -> tuple[list[int], ImageMedia]:
-    """Replace the placeholder token of each image by the image's tokens.
-
-    Args:
-        tokens: with one `image_token` for each image, in order.
-        images: digest, grid and file of each.
-    """
+    """Replace the placeholder token of each image with the image's tokens; see `VisionFamily.expand`."""
     expanded: list[int] = []
     placed: list[PlacedImage] = []
     positions: list[Ints] = []
     next_position = 0
-    waiting = iter(images)
+    remaining = iter(images)
     for token in tokens:
         if token == image_token:
-            digest, grid, data = next(waiting)
+            digest, grid, data = next(remaining)
             placed.append(PlacedImage(digest, grid, len(expanded), data))
-            expanded += _ids(digest, grid.tokens)
-            positions.append(next_position + _inside(grid))
-            next_position += max(grid.high, grid.wide) // grid.merge
+            expanded += _token_ids(digest, grid.tokens)
+            positions.append(next_position + _grid_positions(grid))
+            next_position += max(grid.rows, grid.columns) // grid.merge
         else:
             expanded.append(token)
             positions.append(np.full((3, 1), next_position, dtype=np.int32))
@@ -127,22 +125,22 @@ def place(
 
 
 def opened(data: bytes) -> Image.Image:
-    """The image in a file, upright and in RGB; of several frames the first. As `mlx_vlm.utils.load_image` does it."""
+    """Decode the first frame of an image file, upright and in RGB, like `mlx_vlm.utils.load_image`."""
     image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
     if image.mode.startswith("I"):
-        # 16-bit grey. Pillow, and so mlx-vlm, clips it to 8 bits: all but the darkest 1/256 would become white.
+        # 16-bit greyscale. Pillow, and thus mlx-vlm, clips values to 8 bits, which turns most of an image white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
-def _inside(grid: Grid) -> Ints:
-    """[3, tokens] positions within an image: all at the same time."""
-    high, wide = grid.high // grid.merge, grid.wide // grid.merge
-    rows, columns = np.divmod(np.arange(high * wide, dtype=np.int32), wide)
+def _grid_positions(grid: Grid) -> Ints:
+    """Return the positions [3, tokens] within an image: the time is 0 for all tokens."""
+    height, width = grid.rows // grid.merge, grid.columns // grid.merge
+    rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
     return np.stack([np.zeros_like(rows), rows, columns])
 
 
-def _ids(digest: str, tokens: int) -> list[int]:
-    """Ids of an image's pieces: the upper half of 32 bits."""
+def _token_ids(digest: str, tokens: int) -> list[int]:
+    """Return the ids of an image's tokens, in the upper half of the 32-bit range."""
     stream = hashlib.shake_128(digest.encode()).digest(4 * tokens)
     return [int(each) | IMAGE_TOKENS for each in np.frombuffer(stream, dtype="<u4")]

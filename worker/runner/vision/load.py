@@ -1,4 +1,4 @@
-"""Loads folders of vision models, by their family."""
+"""Loads vision models by their family."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from worker.models.load import LoadedModel, contained
 from worker.runner.vision.family import VisionFamily
 
 FAMILIES: Final = ("qwen2_5_vl",)
-"""What config.json calls the families, each a module of this package with a `load` function."""
+"""Supported values of `model_type` in config.json. Each is a module of this package with a `load` function."""
 
 
 def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, VisionFamily]:
-    """Load a model folder: its language model with the tokenizer, and its family's part.
+    """Load a model folder.
+
+    Args:
+        lazy: do not read the weights yet.
+
+    Returns:
+        The language model with its tokenizer, and the vision part.
 
     Raises:
-        ModelError: something in it is missing or cannot be used.
+        ModelError: the folder is incomplete, broken or of an unsupported family.
     """
     check_folder(folder)
-    folder = folder.resolve()  # a relative one looks like a hub id to the libraries
+    folder = folder.resolve()  # the libraries take a relative path for a hub id
     with contained(f"The model in {folder} cannot be loaded"):
         config = utils.load_config(folder)
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise ModelError(f"{folder} is of a kind ({family}) whose images are not understood here")
+            raise ModelError(
+                f"{folder}: images are not supported for model_type {family!r}, only for {', '.join(FAMILIES)}."
+            )
         module: Any = importlib.import_module(f"worker.runner.vision.{family}")
         loaded: tuple[LoadedModel, VisionFamily] = module.load(folder, config, lazy=lazy)
         return loaded

@@ -1,8 +1,8 @@
-"""The language model of the Qwen-VL family, called as mlx-lm's models are: tokens and a cache in, logits out.
+"""The language model of the Qwen-VL family with the call signature of mlx-lm's models.
 
-mlx-vlm's own call keeps the positions of the last prompt inside the model, which serves one prompt at a time. Here
-each row has its own: from its media while its prompt is read, and behind it from its place in the cache and the shift
-that its images made.
+mlx-vlm's own call keeps the positions of the last prompt in the model, so it serves only one prompt at a time. Here
+each row has its own positions: during the prefill they come from its media, and after it they are the token's index in
+the cache plus the shift that the images cause.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from worker.runner.vision.images import ImageMedia, PlacedImage
 
 
 class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no types for it
-    """A language model with positions of three axes (M-RoPE).
+    """A language model with three-dimensional positions (M-RoPE).
 
     Args:
         language: mlx-vlm's `LanguageModel` of Qwen2-VL or Qwen2.5-VL.
-        image_token: the token that the vocabulary has for a piece of an image.
-        encode: what the encoder makes of an image, for one whose features are not there when it is read.
+        image_token: the token id that the vocabulary has for image tokens.
+        encode: encodes an image; used if its features are missing during the prefill.
     """
 
     def __init__(self, language: Any, image_token: int, encode: Callable[[PlacedImage], mx.array]) -> None:
@@ -35,7 +35,7 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
 
     @property
     def layers(self) -> list[Any]:
-        """As mlx-lm's models have them, for `make_prompt_cache`."""
+        """The transformer layers, as `mlx_lm.models.cache.make_prompt_cache` expects them."""
         return cast("list[Any]", self.language.layers)
 
     def __call__(
@@ -45,21 +45,21 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
         media: Sequence[PlacedMedia | None] = (),
         shifts: mx.array | None = None,
     ) -> mx.array:
-        """Run it.
+        """Run a forward pass.
 
         Args:
-            tokens: [rows, length].
-            media: of each row what its image tokens stand for; none: all are text.
-            shifts: [rows] what to add to the places of tokens behind the prompts; None: nothing.
+            tokens: [rows, length] token ids.
+            media: media by row; empty if all tokens are text.
+            shifts: [rows] see `Media.shift`; None: 0 for all rows.
 
         Returns:
             [rows, length, vocabulary] logits.
         """
         positions = self._positions(cache, tokens.shape, media, shifts)
         embeds = self._embedded(tokens, media) if media else None
-        # With embeddings given, the tokens only tell the shape.
-        out = self.language(tokens, inputs_embeds=embeds, cache=cache, position_ids=positions)
-        return cast("mx.array", out.logits)
+        # When embeddings are given, mlx-vlm uses only the shape of the tokens.
+        output = self.language(tokens, inputs_embeds=embeds, cache=cache, position_ids=positions)
+        return cast("mx.array", output.logits)
 
     def _positions(
         self,
@@ -68,24 +68,24 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
         media: Sequence[PlacedMedia | None],
         shifts: mx.array | None,
     ) -> mx.array:
-        """[3, rows, length] positions of the tokens."""
+        """Return the positions [3, rows, length] of the tokens."""
         rows, length = shape
-        places = mx.broadcast_to(mx.array(cache[0].offset), (rows,))
+        offsets = mx.broadcast_to(mx.array(cache[0].offset), (rows,))
         if shifts is not None:
-            places = places + shifts
-        behind = mx.broadcast_to(places[:, None] + mx.arange(length), (3, rows, length))
+            offsets = offsets + shifts
+        text = mx.broadcast_to(offsets[:, None] + mx.arange(length), (3, rows, length))
         if not media:
-            return behind
+            return text
         return mx.concatenate(
             [
-                behind[:, row : row + 1] if each is None else mx.array(each.media.at(each.start, length))[:, None]
+                text[:, row : row + 1] if each is None else mx.array(each.media.at(each.start, length))[:, None]
                 for row, each in enumerate(media)
             ],
             axis=1,
         )
 
     def _embedded(self, tokens: mx.array, media: Sequence[PlacedMedia | None]) -> mx.array:
-        """[rows, length, hidden] embeddings: of the text from the vocabulary, of images what the encoder made."""
+        """Return embeddings [rows, length, hidden size], with image features for the image tokens."""
         text = mx.where(tokens < IMAGE_TOKENS, tokens, self.image_token)
         embeds: mx.array = self.language.model.embed_tokens(text)
         for row, placed in enumerate(media):
@@ -94,8 +94,8 @@ class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no ty
             for image in placed.media.images:
                 start, stop = max(image.start, placed.start), min(image.stop, placed.start + tokens.shape[1])
                 if start < stop:
-                    pieces = self._features(placed.media, image)[start - image.start : stop - image.start]
-                    embeds[row, start - placed.start : stop - placed.start] = pieces.astype(embeds.dtype)
+                    features = self._features(placed.media, image)[start - image.start : stop - image.start]
+                    embeds[row, start - placed.start : stop - placed.start] = features.astype(embeds.dtype)
         return embeds
 
     def _features(self, media: ImageMedia, image: PlacedImage) -> mx.array:

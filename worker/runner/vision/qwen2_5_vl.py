@@ -1,7 +1,7 @@
-"""Qwen2.5-VL (and UI-TARS): mlx-vlm's model, with positions of three axes and an encoder that works block by block.
+"""Qwen2.5-VL (and UI-TARS): mlx-vlm's model, with M-RoPE positions per row and an encoder that runs block by block.
 
-mlx-vlm's own `BatchGenerator` takes the sampling of a batch from its first request, admits only when a whole group of
-slots is free, and computes log-probabilities for every row; the runner does none of that.
+It does not use mlx-vlm's `BatchGenerator`, which takes the sampling options of a batch from its first request, admits
+rows only when a whole group of slots is free, and computes log-probabilities for every row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from mlx_vlm.models.base import load_chat_template
 from mlx_vlm.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from worker.models.load import NO_CODE, LoadedModel, loaded_as
-from worker.runner.vision import images
-from worker.runner.vision.images import Grid, ImageMedia
+from worker.runner.vision.images import Grid, ImageMedia, expand
 from worker.runner.vision.mrope import MRopeModel
 from worker.runner.vision.qwen_encoder import QwenEncoder
 
@@ -30,16 +29,19 @@ class Qwen25VL:
         self.encoder = encoder
         self.image_token = image_token
 
-    def place(self, tokens: Sequence[int], shown: Sequence[tuple[str, Grid, bytes]]) -> tuple[list[int], ImageMedia]:
-        """See `VisionFamily.place`."""
-        return images.place(tokens, self.image_token, shown)
+    def expand(self, tokens: Sequence[int], images: Sequence[tuple[str, Grid, bytes]]) -> tuple[list[int], ImageMedia]:
+        """See `VisionFamily.expand`."""
+        return expand(tokens, self.image_token, images)
 
 
 def load(folder: Path, config: dict[str, Any], *, lazy: bool) -> tuple[LoadedModel, Qwen25VL]:
-    """Load a folder of this family: the language model with its tokenizer, and what is particular to it.
+    """Load a model folder of this family; see `worker.runner.vision.load`.
+
+    Args:
+        config: content of config.json.
 
     Raises:
-        Exception: something in the folder is broken; the libraries raise anything.
+        Exception: the folder is broken. The libraries raise any type of exception.
     """
     model: Any = utils.load_model(folder, lazy=lazy)
     tokenizer = tokenizer_utils.load(folder, NO_CODE, eos_token_ids=config.get("eos_token_id"))

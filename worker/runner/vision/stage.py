@@ -1,8 +1,8 @@
-"""The stage before prefill of rows with images: encode an image, or some blocks of one, between two decode steps.
+"""The stage before the prefill of rows with images: encodes an image, or some blocks of one, between two decode steps.
 
-Files are decoded and cut into patches on a thread of their own, one image ahead of the encoder, so few are held as
-pixels. What the encoder computed is kept for the next row of the same owner that shows the same image. Owners do not
-share: the time to the first token reveals whether an image was cached.
+A thread decodes image files and cuts them into patches, a little ahead of the encoder so that few images are held as
+pixels. Features are cached for later rows of the same owner with the same image. Owners do not share features: the time
+to the first token reveals whether an image was cached.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from worker.runner.vision.images import ImageMedia, PlacedImage
 logger = logging.getLogger(__name__)
 
 AHEAD_PATCHES = 2**14
-"""Patches of waiting images that are decoded to pixels ahead (about 80 MB), at least two images."""
+"""Patches of waiting images that are decoded ahead (about 80 MB); at least two images."""
 SHORT_S = 0.02
-"""Longest time for encoding several whole images in one step; a pause of this length goes unnoticed."""
-_NEARLY = 0.25
-"""Part of a block by which a step may exceed its time: predictions are not exact, and one block less may halve it."""
-_MISCOUNTED = "The text of a message contains the token that stands for an image, or the template leaves one out."
+"""Maximum seconds for encoding several whole images in one step. Readers do not notice a pause of this length."""
+_ROUNDING = 0.25
+"""Fraction of a block by which a step may exceed its time. With one block less, its time may halve."""
+_PLACEHOLDERS = "A message contains the model's image placeholder as text, or the chat template omits an image."
 
 
 @dataclass(slots=True)
 class _Task:
-    """An image to be encoded, and the rows that show it.
+    """An image to encode, and the rows that contain it.
 
     Attributes:
-        pixels: on their way; None while it is too early.
-        under_way: its stages, once it has begun.
-        done: blocks that were queued on the device.
+        pixels: the decoded image; None: decoding has not been requested yet.
+        stages: iterator over the encoder's stages; None: encoding has not begun.
+        done: number of blocks that were queued on the device.
     """
 
     key: Key
     image: PlacedImage
     rows: list[Row] = field(default_factory=list)
     pixels: Future[Floats] | None = None
-    under_way: Iterator[mx.array] | None = None
+    stages: Iterator[mx.array] | None = None
     done: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What a step did.
+    """The encoding work that a step has done.
 
     Attributes:
-        predicted_s: what it takes, as measured; 0 where nothing was done.
-        failed: rows whose images cannot be read; they are dropped.
+        predicted_s: predicted seconds of the work; 0 if there was none.
+        failed: (row, error) of rows that were dropped because an image could not be decoded.
     """
 
     predicted_s: float = 0.0
@@ -66,10 +66,11 @@ class Encoded:
 
 
 class VisionStage:
-    """Rows whose images are not encoded yet.
+    """Rows with images that are not encoded yet.
 
     Args:
-        cache_bytes: for what the encoder computed.
+        family: the vision part of the model.
+        cache_bytes: maximum bytes of cached features.
     """
 
     def __init__(self, family: VisionFamily, cache_bytes: int) -> None:
@@ -83,40 +84,55 @@ class VisionStage:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="pixels")
         self._encoded = 0
 
-    def place(
+    def expand(
         self, tokens: Sequence[int], request: Request, images: Mapping[str, bytes]
     ) -> tuple[list[int], Media | None]:
-        """Put the images of a request in the places of their tokens.
+        """Replace the placeholder tokens of a request's images with image tokens.
+
+        Args:
+            images: file contents by digest.
+
+        Returns:
+            The token ids and the media of the prompt; None if it has no images.
 
         Raises:
-            PromptRefused: they do not fit the tokens, or the model takes no image of such a shape.
+            PromptRefused: the images do not match the placeholders, or the model does not support an aspect ratio.
         """
         parts = request.image_parts
         if list(tokens).count(self._family.image_token) != len(parts):
-            raise PromptRefused(JobFailure.TEMPLATE, _MISCOUNTED)
+            raise PromptRefused(JobFailure.TEMPLATE, _PLACEHOLDERS)
         if not parts:
             return list(tokens), None
         try:
             grids = [self._encoder.grid(part["width"], part["height"]) for part in parts]
         except ValueError as error:
-            raise PromptRefused(JobFailure.TEMPLATE, f"The model takes no image of such a shape: {error}") from error
-        shown = [(part["image"], grid, images[part["image"]]) for part, grid in zip(parts, grids, strict=True)]
-        expanded, media = self._family.place(tokens, shown)
+            raise PromptRefused(
+                JobFailure.TEMPLATE, f"The model does not support the shape of an image: {error}"
+            ) from error
+        placed = [(part["image"], grid, images[part["image"]]) for part, grid in zip(parts, grids, strict=True)]
+        expanded, media = self._family.expand(tokens, placed)
         if expanded[-1] >= IMAGE_TOKENS:
             raise PromptRefused(JobFailure.TEMPLATE, "The prompt ends with an image.")
         return expanded, media
 
     def bytes(self, media: Media | None) -> int:
-        """Transient bytes for encoding these images one after another: those of the largest."""
+        """Return the temporary bytes for encoding these images one after the other: those of the largest image."""
         grids = {image.grid for image in media.images} if isinstance(media, ImageMedia) else set()
         return max(map(self._encoder.bytes, grids), default=0)
 
     def add(self, row: Row, cached: int) -> bool:
-        """Take a row in, `cached` of whose tokens need no prefill; False when none of its images has to be encoded."""
+        """Add a row, unless all images that it needs are encoded already.
+
+        Args:
+            cached: number of its tokens that need no prefill.
+
+        Returns:
+            Whether the row was added.
+        """
         media = row.media
         if not isinstance(media, ImageMedia):
             return False
-        for image in media.unread(cached):
+        for image in media.not_prefilled(cached):
             key = (row.owner, image.digest)
             if (features := self._cache.get(key)) is not None:
                 media.features[image.digest] = features
@@ -127,70 +143,71 @@ class VisionStage:
         return row.uid in self._rows
 
     def ready(self) -> list[Row]:
-        """Take out the rows whose images are all encoded, or queued on the device."""
+        """Remove and return the rows with all images encoded or queued on the device."""
         waiting = {row.uid for task in self._tasks.values() for row in task.rows}
         return [self._rows.pop(uid) for uid in [*self._rows] if uid not in waiting]
 
     def next_pixels(self) -> Future[Floats] | None:
-        """Pixels of the next image, which may still be on their way."""
+        """Return the future of the next image's pixels; None if no image is being decoded."""
         task = next(iter(self._tasks.values()), None)
         return task.pixels if task else None
 
-    def waiting_s(self) -> float | None:
-        """Seconds that the rest of the next image takes; None when none can be encoded now."""
+    def next_image_s(self) -> float | None:
+        """Return the seconds that the rest of the next image takes; None if no image can be encoded now."""
         task = self._next()
         if task is None:
             return None
         return self._encoder.seconds(task.image.grid) * (1 - task.done / self._encoder.blocks)
 
     def advance(self, work: EncodeWork | None) -> Encoded:
-        """Queue the next image, several small ones, or some blocks of a large one."""
+        """Queue one image, several small ones, or some blocks of a large one."""
         task = self._next() if work else None
         if task is None or work is None:
             return Encoded(failed=self._take_failed())
-        mx.eval(self._queued)  # no more than one step ahead of the device
+        mx.eval(self._queued)  # stay at most one step ahead of the device
         self._queued = []
         if work.seconds is not None:
-            took = self._deepen(task, self._blocks_in(work.seconds, task))
+            predicted_s = self._advance_task(task, self._blocks_in(work.seconds, task))
         else:
-            took = self._whole(task)
-        return Encoded(took, self._take_failed())
+            predicted_s = self._encode_whole(task)
+        return Encoded(predicted_s, self._take_failed())
 
     def _blocks_in(self, seconds: float, task: _Task) -> int:
         blocks, cost = self._encoder.blocks, self._encoder.seconds(task.image.grid)
-        return max(int(blocks * min(seconds / max(cost, 1e-9), 1.0) + _NEARLY), 1)
+        return max(int(blocks * min(seconds / max(cost, 1e-9), 1.0) + _ROUNDING), 1)
 
-    def _whole(self, task: _Task | None) -> float:
-        took = 0.0  # also after an image that could not be read
-        while task is not None and (took == 0.0 or took + self._encoder.seconds(task.image.grid) <= SHORT_S):
-            took += self._deepen(task, self._encoder.blocks)
+    def _encode_whole(self, task: _Task | None) -> float:
+        """Queue the rest of an image and further small images. Returns the predicted seconds."""
+        predicted_s = 0.0  # stays 0 after images that could not be decoded
+        while task and (predicted_s == 0.0 or predicted_s + self._encoder.seconds(task.image.grid) <= SHORT_S):
+            predicted_s += self._advance_task(task, self._encoder.blocks)
             task = self._next()
-        return took
+        return predicted_s
 
     def _next(self) -> _Task | None:
-        """The first in line, if its pixels are there."""
+        """Return the first image in the queue if it has been decoded."""
         task = next(iter(self._tasks.values()), None)
         return task if task is not None and task.pixels is not None and task.pixels.done() else None
 
-    def _deepen(self, task: _Task, blocks: int) -> float:
-        """Queue up to `blocks` more blocks of an image; their predicted seconds."""
-        if task.under_way is None:
-            assert task.pixels is not None  # noqa: S101 - `_next` gave it
+    def _advance_task(self, task: _Task, max_blocks: int) -> float:
+        """Queue up to `max_blocks` more blocks of an image. Returns their predicted seconds."""
+        if task.stages is None:
+            assert task.pixels is not None  # noqa: S101 - `_next` checks it
             try:
                 pixels = task.pixels.result()
-            except Exception as error:  # decoders raise anything, and it is these rows' own
+            except Exception as error:  # decoders raise any exception, and only these rows fail
                 logger.warning("image_not_read", exc_info=error)
-                self._give_up(task, error)
+                self._fail(task, error)
                 return 0.0
-            task.under_way = self._encoder.stages(pixels, task.image.grid)
-        made = min(blocks, self._encoder.blocks - task.done)
-        *_, hidden = islice(task.under_way, made)
-        task.done += made
+            task.stages = self._encoder.stages(pixels, task.image.grid)
+        blocks = min(max_blocks, self._encoder.blocks - task.done)
+        *_, hidden = islice(task.stages, blocks)
+        task.done += blocks
         self._queued.append(hidden)
         mx.async_eval(hidden)  # type: ignore[no-untyped-call]
         if task.done == self._encoder.blocks:
             self._finish(task, hidden)
-        return self._encoder.seconds(task.image.grid) * made / self._encoder.blocks
+        return self._encoder.seconds(task.image.grid) * blocks / self._encoder.blocks
 
     def _finish(self, task: _Task, features: mx.array) -> None:
         self._encoded += 1
@@ -200,8 +217,8 @@ class VisionStage:
         self._cache.put(task.key, features)
         self._drop(task.key)
 
-    def _give_up(self, task: _Task, error: Exception) -> None:
-        """Fail the rows that show it."""
+    def _fail(self, task: _Task, error: Exception) -> None:
+        """Fail the rows that contain an image."""
         self._drop(task.key)
         self._failed += [(row, error) for row in task.rows]
         self.remove([row.uid for row in task.rows])
@@ -211,7 +228,7 @@ class VisionStage:
         return failed
 
     def remove(self, uids: Collection[int]) -> None:
-        """Drop rows, and the images that only they show."""
+        """Remove rows, and the images that no other row contains."""
         for uid in uids:
             self._rows.pop(uid, None)
         for key, task in [*self._tasks.items()]:
@@ -220,18 +237,18 @@ class VisionStage:
                 self._drop(key)
 
     def clear(self) -> None:
-        """Drop every row and all that was encoded."""
+        """Remove every row and drop all features."""
         self.remove([*self._rows])
         self._queued = []
         self._failed = []
         self._cache.clear()
 
-    def allow(self, cache_bytes: int) -> None:
-        """Limit the cache of encoded images."""
-        self._cache.allow(cache_bytes)
+    def set_cache_limit(self, max_bytes: int) -> None:
+        """Limit the bytes of cached features."""
+        self._cache.set_limit(max_bytes)
 
     def warming(self) -> Iterator[None]:
-        """Compile and measure the encoder; in pieces."""
+        """Compile and measure the encoder; see `Encoder.warming`."""
         return self._encoder.warming()
 
     def stats(self) -> dict[str, float]:
@@ -243,7 +260,7 @@ class VisionStage:
         }
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the decoding thread."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _drop(self, key: Key) -> None:
@@ -253,11 +270,11 @@ class VisionStage:
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        """Have the next images decoded to pixels."""
+        """Request the decoding of the next images."""
         patches = 0
-        for number, task in enumerate(self._tasks.values()):
+        for index, task in enumerate(self._tasks.values()):
             patches += task.image.grid.patches
-            if number > 1 and patches > AHEAD_PATCHES:
+            if index > 1 and patches > AHEAD_PATCHES:
                 return
             if task.pixels is None:
                 task.pixels = self._threads.submit(self._encoder.pixels, task.image)
