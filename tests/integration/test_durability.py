@@ -23,7 +23,7 @@ from shared.queue.durability import ProvenScript, why_unproven
 from shared.queue.redis import Redis, connect
 from shared.settings import Settings
 from tests.plugins.stack import Stack
-from tests.plugins.web_stack import PretendWorker, WebStack, running_web
+from tests.plugins.web_stack import StubWorker, WebStack, running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.load import Load
 from tests.support.valkey import DURABLE
@@ -217,7 +217,7 @@ def test_missing_confirmation_does_not_affect_concurrent_calls(
 @contextmanager
 def ready(web: WebStack) -> Iterator[None]:
     """Run a fake worker."""
-    worker = PretendWorker(web.redis_url)
+    worker = StubWorker(web.redis_url)
     worker.announce()
     worker.start()
     try:

@@ -1,4 +1,4 @@
-"""Several models on one worker: side by side, switched while it runs, by a memory budget."""
+"""Several models on one worker: running together, loaded and unloaded within a memory budget."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from web.access.api_keys import KeyStore
 
 MIB = 2**20
 TWO_FIT = 70 * MIB
-"""Each of the tiny models takes 25 MiB."""
+"""Enough for two models: each of the tiny models has 25 MiB."""
 
 
 @pytest.fixture
 def catalog(tiny_model_path: Path, tiny_vision_path: Path, tmp_path: Path) -> str:
-    """Three: a small one that is there twice, one that sees; and one that `spoil` makes one that cannot be loaded."""
+    """A catalog of a text model under two names, a vision model, and a model that `corrupt` makes unloadable."""
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_model_path.iterdir():
@@ -48,21 +48,21 @@ path = "{broken}"
 """
 
 
-def spoil(models: Path) -> None:
-    """Cut a model's weights in halves: had they been so before, the catalog would not have it."""
+def corrupt(models: Path) -> None:
+    """Truncate the weights of the model `broken`. If they were truncated earlier, the catalog would refuse it."""
     weights = models / "broken/model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
 
 
 @pytest.fixture
 def admin(catalog: str) -> Iterator[Callable[..., Admin]]:
-    """Makes an operator of a stack with one worker."""
+    """Starts a stack with one worker and returns a client for its admin routes."""
     with ExitStack() as exits:
 
         def make(**variables: str) -> Admin:
             stack = exits.enter_context(catalog_stack(catalog, **variables))
             stack.start_worker()
-            eventually(stack.registry.hosts, "the worker can be asked", 60)
+            eventually(stack.registry.hosts, "the worker is announced", 60)
             operator = Admin(stack)
             exits.callback(operator.http.close)
             return operator
@@ -70,7 +70,7 @@ def admin(catalog: str) -> Iterator[Callable[..., Admin]]:
         yield make
 
 
-def test_models_are_loaded_beside_each_other_and_speak_at_once(admin: Callable[..., Admin]) -> None:
+def test_several_models_run_on_one_worker(admin: Callable[..., Admin]) -> None:
     operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(200 * MIB))
     models = operator.models()
     assert {name: model["state"] for name, model in models.items()} == {
@@ -81,8 +81,8 @@ def test_models_are_loaded_beside_each_other_and_speak_at_once(admin: Callable[.
     assert (models["two"]["context"], models["eyes"]["kind"]) == (512, "vision")
     assert 20 * MIB < models["one"]["memory_bytes"] < 30 * MIB
     assert models["one"]["load_s"] > 0
-    alone = {name: operator.say(name, max_tokens=60).json()["text"] for name in ("one", "two")}
-    assert alone["one"] == alone["two"] == operator.say("first", max_tokens=60).json()["text"]
+    expected = {name: operator.say(name, max_tokens=60).json()["text"] for name in ("one", "two")}
+    assert expected["one"] == expected["two"] == operator.say("first", max_tokens=60).json()["text"]
     ids = {
         operator.http.post(
             "/v1/jobs", json={"model": name, "prompt": "hi"}, headers={"Idempotency-Key": "by-any-name"}
@@ -92,8 +92,8 @@ def test_models_are_loaded_beside_each_other_and_speak_at_once(admin: Callable[.
     assert len(ids) == 1
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(lambda i: operator.say(("one", "two")[i % 2], max_tokens=60).json()["text"], range(16)))
-    assert set(texts) == {alone["one"]}
-    eventually(lambda: operator.models()["one"]["tokens_per_s"] > 0, "its speed of late is told", 10)
+    assert set(texts) == {expected["one"]}
+    eventually(lambda: operator.models()["one"]["tokens_per_s"] > 0, "its speed is reported", 10)
     assert operator.say("two").json()["usage"]["completion_tokens"] == 7, "the catalog's default"
     loaded = operator.ask("load", "eyes")
     assert (loaded["state"], loaded["progress"], loaded["unloaded"]) == ("succeeded", 1.0, [])
@@ -107,7 +107,7 @@ def test_models_are_loaded_beside_each_other_and_speak_at_once(admin: Callable[.
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_the_least_recently_used_makes_place_and_a_pinned_one_stays(admin: Callable[..., Admin]) -> None:
+def test_the_least_recently_used_model_is_unloaded_unless_it_is_pinned(admin: Callable[..., Admin]) -> None:
     operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(TWO_FIT))
     operator.say("one", max_tokens=2)
     loaded = operator.ask("load", "eyes")
@@ -121,9 +121,9 @@ def test_the_least_recently_used_makes_place_and_a_pinned_one_stays(admin: Calla
     assert operator.say("one", max_tokens=2).status_code == operator.say("eyes", max_tokens=2).status_code == 200
 
 
-def test_a_load_that_fails_leaves_what_was_there(admin: Callable[..., Admin], tmp_path: Path) -> None:
+def test_a_failed_load_keeps_the_loaded_models(admin: Callable[..., Admin], tmp_path: Path) -> None:
     operator = admin(MEMORY_LIMIT_BYTES=str(200 * MIB))
-    spoil(tmp_path)
+    corrupt(tmp_path)
     expected = operator.say("one", max_tokens=20).json()["text"]
     for mode in ("beside", "replace"):
         failed = operator.ask("load", "broken", mode=mode)
@@ -133,16 +133,16 @@ def test_a_load_that_fails_leaves_what_was_there(admin: Callable[..., Admin], tm
         assert operator.say("one", max_tokens=20).json()["text"] == expected
 
 
-def test_what_had_to_go_for_a_load_that_fails_is_put_back(admin: Callable[..., Admin], tmp_path: Path) -> None:
+def test_models_unloaded_for_a_failed_load_are_loaded_again(admin: Callable[..., Admin], tmp_path: Path) -> None:
     operator = admin(MEMORY_LIMIT_BYTES=str(36 * MIB))
-    spoil(tmp_path)
+    corrupt(tmp_path)
     failed = operator.ask("load", "broken")
     assert (failed["state"], failed["error"]["code"]) == ("failed", "load_failed")
-    eventually(lambda: operator.models()["one"]["state"] == "warm", "it is put back", 30)
+    eventually(lambda: operator.models()["one"]["state"] == "warm", "it is loaded again", 30)
     assert operator.say("one", max_tokens=2).status_code == 200
 
 
-def test_a_model_is_replaced_while_a_stream_of_another_goes_on(admin: Callable[..., Admin]) -> None:
+def test_replacing_a_model_does_not_interrupt_a_stream_of_another(admin: Callable[..., Admin]) -> None:
     operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(200 * MIB))
     operator.ask("load", "two", pin=True)
     with operator.stack.client() as client:
@@ -159,13 +159,13 @@ def test_a_model_is_replaced_while_a_stream_of_another_goes_on(admin: Callable[.
         assert client.job(job.id).status is Status.SUCCEEDED
 
 
-def test_jobs_of_a_model_that_is_unloaded_wait_and_go_on_when_it_is_back(admin: Callable[..., Admin]) -> None:
+def test_jobs_of_an_unloaded_model_wait_and_continue_when_it_is_loaded_again(admin: Callable[..., Admin]) -> None:
     operator = admin(DRAIN_S="0.2", LOAD_ON_DEMAND="false", MEMORY_LIMIT_BYTES=str(200 * MIB))
     body = {"model": "one", "prompt": "Tell me.", "max_tokens": 1200, "temperature": 0}
     with operator.stack.client() as client:
-        undisturbed = client.submit(body).id
-        eventually(lambda: client.job(undisturbed).status.terminal, "it ends", 60)
-        expected = client.job(undisturbed).text
+        uninterrupted = client.submit(body).id
+        eventually(lambda: client.job(uninterrupted).status.terminal, "it ends", 60)
+        expected = client.job(uninterrupted).text
         job = client.submit(body)
         eventually(lambda: client.job(job.id).status is Status.RUNNING, "it runs", 10)
         unloaded = operator.ask("unload", "one")
@@ -174,18 +174,18 @@ def test_jobs_of_a_model_that_is_unloaded_wait_and_go_on_when_it_is_back(admin: 
         assert client.job(job.id).status is Status.QUEUED
         assert operator.models()["one"]["state"] == "cold"
         operator.ask("load", "one")
-        eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "it goes on", 60)
+        eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "it continues", 60)
         assert client.job(job.id).text == expected
 
 
-def test_a_model_is_loaded_when_a_job_asks_for_it(admin: Callable[..., Admin]) -> None:
+def test_a_model_is_loaded_on_demand(admin: Callable[..., Admin]) -> None:
     operator = admin(MEMORY_LIMIT_BYTES=str(TWO_FIT))
     assert operator.models()["two"]["state"] == "cold"
     assert operator.say("two").json()["usage"]["completion_tokens"] == 7
     assert operator.models()["two"]["state"] == "warm"
 
 
-def test_a_cold_model_is_refused_where_it_is_so_set(admin: Callable[..., Admin]) -> None:
+def test_jobs_for_a_cold_model_are_refused_without_load_on_demand(admin: Callable[..., Admin]) -> None:
     operator = admin(LOAD_ON_DEMAND="false")
     refused = operator.say("two")
     assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (409, "model_not_loaded", "model")
@@ -194,7 +194,7 @@ def test_a_cold_model_is_refused_where_it_is_so_set(admin: Callable[..., Admin])
     assert operator.say("one", max_tokens=2).status_code == 200
 
 
-def test_only_an_admin_switches_and_bad_requests_are_named(admin: Callable[..., Admin]) -> None:
+def test_loading_needs_the_admin_scope_and_valid_fields(admin: Callable[..., Admin]) -> None:
     operator = admin()
     guest = KeyStore(operator.stack.settings.keys_file).create("guest", ["infer"])
     for verb in ("load", "unload"):

@@ -1,4 +1,4 @@
-"""Bad input is refused with a stable code and the field named, and nothing is enqueued."""
+"""Invalid requests are refused with a stable code and the name of the field, and create no job."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def prompt(**more: Any) -> dict[str, Any]:
         ({"prompt": "\ud800"}, "invalid_request", "prompt"),
     ],
 )
-def test_a_field_that_does_not_fit(web: WebStack, path: str, body: Any, code: str, field: str) -> None:
-    answer = web.http.post(path, content=json.dumps(body), headers=JSON)
-    problem = answer.json()
-    assert answer.headers["Content-Type"] == "application/problem+json"
-    assert (answer.status_code, problem["status"], problem["code"], problem["field"]) == (422, 422, code, field)
-    assert problem["request_id"] == answer.headers["X-Request-ID"]
-    nothing_enqueued(web)
+def test_an_invalid_field_is_named(web: WebStack, path: str, body: Any, code: str, field: str) -> None:
+    response = web.http.post(path, content=json.dumps(body), headers=JSON)
+    problem = response.json()
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert (response.status_code, problem["status"], problem["code"], problem["field"]) == (422, 422, code, field)
+    assert problem["request_id"] == response.headers["X-Request-ID"]
+    check_no_job(web)
 
 
 @pytest.mark.parametrize(
@@ -72,17 +72,15 @@ def test_a_field_that_does_not_fit(web: WebStack, path: str, body: Any, code: st
         (b'{"prompt": "' + b"a" * 100_000 + b'"}', JSON, 413, "body_too_large"),
     ],
 )
-def test_a_body_that_cannot_be_read(
-    web: WebStack, content: bytes, headers: dict[str, str], status: int, code: str
-) -> None:
-    answer = web.http.post("/v1/jobs", content=content, headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
-    nothing_enqueued(web)
+def test_an_unreadable_body(web: WebStack, content: bytes, headers: dict[str, str], status: int, code: str) -> None:
+    response = web.http.post("/v1/jobs", content=content, headers=headers)
+    assert (response.status_code, response.json()["code"]) == (status, code)
+    check_no_job(web)
 
 
 def test_a_chunked_body_over_the_limit(web: WebStack) -> None:
-    answer = web.http.post("/v1/jobs", content=iter([b"a" * 60_000] * 3), headers=JSON)
-    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    response = web.http.post("/v1/jobs", content=iter([b"a" * 60_000] * 3), headers=JSON)
+    assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
 def test_routes_and_methods_that_do_not_exist(web: WebStack) -> None:
@@ -94,56 +92,60 @@ def test_routes_and_methods_that_do_not_exist(web: WebStack) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "wrong", "mlxq_00000000_" + "a" * 43, "é"])
-def test_no_key_no_service(web: WebStack, key: str) -> None:
-    answer = web.http.post("/v1/jobs", json=prompt(), headers={b"X-API-Key": key.encode()})
-    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
-    assert "WWW-Authenticate" in answer.headers
-    nothing_enqueued(web)
+def test_requests_without_a_valid_key_are_refused(web: WebStack, key: str) -> None:
+    response = web.http.post("/v1/jobs", json=prompt(), headers={b"X-API-Key": key.encode()})
+    assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
+    assert "WWW-Authenticate" in response.headers
+    check_no_job(web)
 
 
-def test_headers_and_parameters_that_do_not_fit(web: WebStack) -> None:
+def test_invalid_headers_and_parameters_are_named(web: WebStack) -> None:
     def refused(field: str, *, headers: dict[str, str] | None = None, **params: str) -> None:
-        answer = web.http.get("/v1/jobs", headers=headers, params=params)
-        assert (answer.status_code, answer.json()["field"]) == (422, field)
+        response = web.http.get("/v1/jobs", headers=headers, params=params)
+        assert (response.status_code, response.json()["field"]) == (422, field)
 
     refused("limit", limit="0")
     refused("limit", limit="ten")
     refused("before", before="nan")
     for value in ("x" * 256, "two words", "é"):
-        answer = web.http.post("/v1/jobs", json=prompt(), headers={b"Idempotency-Key": value.encode()})
-        assert (answer.status_code, answer.json()["field"]) == (422, "Idempotency-Key")
-    nothing_enqueued(web)
+        response = web.http.post("/v1/jobs", json=prompt(), headers={b"Idempotency-Key": value.encode()})
+        assert (response.status_code, response.json()["field"]) == (422, "Idempotency-Key")
+    check_no_job(web)
 
 
-def test_a_request_id_that_is_not_well_formed_is_replaced(web: WebStack) -> None:
+def test_a_malformed_request_id_is_replaced(web: WebStack) -> None:
     for sent in ("with space", "a" * 129, "<script>"):
         assert web.http.get("/livez", headers={"X-Request-ID": sent}).headers["X-Request-ID"] != sent
 
 
-def test_a_parameter_that_nobody_reads_is_refused(web: WebStack) -> None:
-    answer = web.http.get("/v1/jobs", params={"limit": "1", "status": "running"})
-    assert (answer.status_code, answer.json()["code"], answer.json()["field"]) == (422, "unknown_parameter", "status")
-    assert web.http.get("/livez", params={"at": "1"}).status_code == 200, "probes may carry what they like"
+def test_an_unknown_parameter_is_refused(web: WebStack) -> None:
+    response = web.http.get("/v1/jobs", params={"limit": "1", "status": "running"})
+    assert (response.status_code, response.json()["code"], response.json()["field"]) == (
+        422,
+        "unknown_parameter",
+        "status",
+    )
+    assert web.http.get("/livez", params={"at": "1"}).status_code == 200, "probes may send any parameter"
 
 
-def test_an_empty_job_id_is_no_job(web: WebStack) -> None:
+def test_an_empty_job_id_is_not_found(web: WebStack) -> None:
     assert web.http.get("/v1/jobs//stream").status_code == 404
 
 
-def test_cursors_that_are_none(web: WebStack) -> None:
+def test_invalid_cursors(web: WebStack) -> None:
     job = web.submit()
     for params, headers, field in (
         ({"starting_after": "-1"}, {}, "starting_after"),
         ({"starting_after": "x"}, {}, "starting_after"),
         ({}, {"Last-Event-ID": "1-0"}, "Last-Event-ID"),
     ):
-        answer = web.http.get(job["urls"]["stream"], params=params, headers=headers)
-        assert (answer.status_code, answer.json()["field"]) == (422, field)
+        response = web.http.get(job["urls"]["stream"], params=params, headers=headers)
+        assert (response.status_code, response.json()["field"]) == (422, field)
     assert web.http.get(job["urls"]["stream"], headers={"Accept": "text/html"}).status_code == 406
     assert web.http.get(job["urls"]["self"], params={"wait": "nan"}).json()["field"] == "wait"
     web.http.post(job["urls"]["cancel"])
     web.http.delete(job["urls"]["self"])
 
 
-def nothing_enqueued(web: WebStack) -> None:
+def check_no_job(web: WebStack) -> None:
     assert web.http.get("/v1/jobs").json()["data"] == []

@@ -1,4 +1,4 @@
-"""Health: what is there, what is wrong, and always soon."""
+"""Health checks: status, reasons and response times."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import pytest
 
 from scripts.stack.ports import free_port
 from shared.models.registry import Registry
-from tests.plugins.web_stack import MODEL, ROOT, PretendWorker, WebStack, running_web
+from tests.plugins.web_stack import MODEL, ROOT, StubWorker, WebStack, running_web
 
-Pretend = Callable[..., PretendWorker]
+StartWorker = Callable[..., StubWorker]
 
 
 def health(web: WebStack) -> tuple[int, dict[str, Any]]:
-    asked_at = time.monotonic()
-    answer = web.http.get("/health")
-    assert time.monotonic() - asked_at < 1.5  # a second, and what a busy test machine adds
-    return answer.status_code, answer.json()
+    sent_at = time.monotonic()
+    response = web.http.get("/health")
+    assert time.monotonic() - sent_at < 1.5  # a second, and some for a busy test machine
+    return response.status_code, response.json()
 
 
 @contextmanager
 def celery_node(web: WebStack, name: str) -> Iterator[None]:
-    """A Celery worker that answers pings and takes no tickets."""
+    """A Celery worker that answers pings and consumes no wake-ups."""
     environment = {"PATH": os.environ["PATH"], "DATA_DIR": str(web.home), "ENV_FILE": os.devnull}
     with (web.home / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
@@ -50,11 +50,11 @@ def test_without_a_worker_the_service_is_down_but_alive(web: WebStack) -> None:
     assert web.http.get("/readyz").status_code == 503
 
 
-def test_a_worker_that_does_not_answer_pings_degrades(web: WebStack, pretend: Pretend) -> None:
-    pretend()
+def test_a_worker_that_does_not_answer_pings_degrades_the_service(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker()
     status, view = health(web)
     assert (status, view["status"]) == (200, "degraded")
-    assert view["reasons"] == ["Worker w1@pretend (pretend) does not answer pings."]
+    assert view["reasons"] == ["Worker w1@stub (stub) does not answer pings."]
     (worker,) = view["workers"]
     assert worker["model"] == MODEL and worker["slots"] == 128 and worker["response_s"] is None
     assert worker["heartbeat_age_s"] < 2 and worker["about"] == {"device": "none"}
@@ -62,21 +62,21 @@ def test_a_worker_that_does_not_answer_pings_degrades(web: WebStack, pretend: Pr
 
 
 @pytest.mark.slow
-def test_all_is_well_when_every_worker_answers(
-    web: WebStack, pretend: Pretend, eventually: Callable[..., None]
+def test_the_status_is_ok_if_every_worker_answers_pings(
+    web: WebStack, start_worker: StartWorker, eventually: Callable[..., None]
 ) -> None:
-    with celery_node(web, "w1@pretend"):
-        pretend(pause_s=0.05)
+    with celery_node(web, "w1@stub"):
+        start_worker(pause_s=0.05)
         eventually(lambda: health(web)[1]["status"] == "ok", within_s=60)
         status, view = health(web)
         assert status == 200 and 0 < view["workers"][0]["response_s"] < 0.6
 
 
-def test_without_redis_the_service_says_so_at_once_and_recovers(eventually: Callable[..., None]) -> None:
+def test_without_redis_the_service_is_down_and_recovers(eventually: Callable[..., None]) -> None:
     with running_web() as web:
         web.stop_redis()
         status, view = health(web)
-        assert (status, view["status"], view["reasons"]) == (503, "down", ["Redis does not answer."])
+        assert (status, view["status"], view["reasons"]) == (503, "down", ["Redis does not respond."])
         assert web.http.get("/readyz").status_code == 503
         assert web.http.get("/livez").status_code == 200
         assert "mlxq_redis_up 0.0" in web.http.get("/metrics").text
@@ -85,7 +85,7 @@ def test_without_redis_the_service_says_so_at_once_and_recovers(eventually: Call
         assert int(refused.headers["Retry-After"]) >= 1
 
         web.start_redis()
-        worker = PretendWorker(web.redis_url)
+        worker = StubWorker(web.redis_url)
         worker.start()
         eventually(lambda: web.http.get("/readyz").status_code == 200)
         job = web.submit(max_tokens=2)
@@ -93,17 +93,17 @@ def test_without_redis_the_service_says_so_at_once_and_recovers(eventually: Call
         worker.stop()
 
 
-def test_a_broker_that_is_away_delays_no_answer_and_no_upkeep() -> None:
+def test_an_unavailable_broker_delays_neither_submissions_nor_maintenance() -> None:
     with running_web(BROKER_URL=f"redis://127.0.0.1:{free_port()}/0") as web:
         for _ in range(3):
-            asked_at = time.monotonic()
+            sent_at = time.monotonic()
             job = web.submit(max_tokens=2, start_within_s=0.2)
-            assert time.monotonic() - asked_at < 2
+            assert time.monotonic() - sent_at < 2
         assert web.job(job["id"], wait=20)["status"] == "expired"
 
 
-def test_a_worker_that_only_loads_is_no_help(web: WebStack, pretend: Pretend) -> None:
-    worker = pretend()
+def test_a_loading_worker_is_not_ready(web: WebStack, start_worker: StartWorker) -> None:
+    worker = start_worker()
     client = web.client()
     (info,) = Registry(client).workers()
     worker.stop()

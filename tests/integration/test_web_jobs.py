@@ -1,4 +1,4 @@
-"""Jobs over HTTP: submit, look, wait, list, cancel, forget, repeat."""
+"""Jobs over HTTP: submitting, polling, listing, cancelling, deleting and repeating them."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from shared.jobs.record import Ending, Status
 from shared.queue import keys
 from shared.queue.claims import Append, Claims, Demand
 from shared.queue.redis import Redis
-from tests.plugins.web_stack import MODEL, PretendWorker, WebStack, running_web
+from tests.plugins.web_stack import MODEL, StubWorker, WebStack, running_web
 from tests.support.waiting import eventually
 from web.access.api_keys import new_key
 
 pytestmark = pytest.mark.usefixtures("empty")
-Pretend = Callable[..., PretendWorker]
+StartWorker = Callable[..., StubWorker]
 
 
 @pytest.fixture
@@ -27,20 +27,20 @@ def empty(web: WebStack) -> None:
     client = web.client()
     client.flushall()
     client.close()
-    # What the API remembers of workers and models is up to half a second old.
+    # The API's snapshot of workers and models can be half a second old.
     eventually(
-        lambda: not web.http.get("/inference/models").json()["data"][0]["workers"], "the API forgets them", within_s=5
+        lambda: not web.http.get("/inference/models").json()["data"][0]["workers"], "no workers are listed", within_s=5
     )
 
 
 def test_a_job_is_accepted_with_its_position(web: WebStack) -> None:
     first = web.submit(max_tokens=3, metadata={"a": "b"})
-    answer = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"X-Request-ID": "mine-1"})
-    second = answer.json()
+    response = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"X-Request-ID": "mine-1"})
+    second = response.json()
 
-    assert answer.status_code == 202
-    assert answer.headers["Location"] == second["urls"]["self"] == f"/v1/jobs/{second['id']}"
-    assert answer.headers["X-Request-ID"] == "mine-1"
+    assert response.status_code == 202
+    assert response.headers["Location"] == second["urls"]["self"] == f"/v1/jobs/{second['id']}"
+    assert response.headers["X-Request-ID"] == "mine-1"
     assert (first["queue_position"], second["queue_position"]) == (1, 2)
     assert first["status"] == "queued" and first["estimated_start_s"] is None and first["metadata"] == {"a": "b"}
     client = web.client()
@@ -48,8 +48,8 @@ def test_a_job_is_accepted_with_its_position(web: WebStack) -> None:
     client.close()
 
 
-def test_a_long_poll_answers_when_the_job_ends(web: WebStack, pretend: Pretend) -> None:
-    worker = pretend()
+def test_a_long_poll_returns_when_the_job_ends(web: WebStack, start_worker: StartWorker) -> None:
+    worker = start_worker()
     worker.hold.set()
     job = web.submit(max_tokens=5)
     assert web.job(job["id"], wait=0.1)["status"] in ("queued", "running")
@@ -60,25 +60,25 @@ def test_a_long_poll_answers_when_the_job_ends(web: WebStack, pretend: Pretend) 
     assert ended["usage"]["completion_tokens"] == 5
 
 
-def test_prefer_wait_answers_with_the_finished_job(web: WebStack, pretend: Pretend) -> None:
-    pretend()
-    answer = web.http.post("/v1/jobs", json={"prompt": "hi", "max_tokens": 2}, headers={"Prefer": "wait=20"})
-    assert answer.status_code == 200
-    assert answer.headers["Preference-Applied"] == "wait=20"
-    assert answer.json()["status"] == "succeeded"
+def test_prefer_wait_returns_the_ended_job(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker()
+    response = web.http.post("/v1/jobs", json={"prompt": "hi", "max_tokens": 2}, headers={"Prefer": "wait=20"})
+    assert response.status_code == 200
+    assert response.headers["Preference-Applied"] == "wait=20"
+    assert response.json()["status"] == "succeeded"
 
 
-def test_prefer_wait_gives_up_in_time(web: WebStack) -> None:
-    asked_at = time.monotonic()
-    answer = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"Prefer": "respond-async, wait=1"})
-    assert answer.status_code == 202
-    assert 0.9 < time.monotonic() - asked_at < 5
+def test_prefer_wait_returns_after_the_given_time(web: WebStack) -> None:
+    sent_at = time.monotonic()
+    response = web.http.post("/v1/jobs", json={"prompt": "hi"}, headers={"Prefer": "respond-async, wait=1"})
+    assert response.status_code == 202
+    assert time.monotonic() - sent_at > 0.9
 
 
-def test_a_repeated_request_makes_no_second_job(web: WebStack) -> None:
+def test_a_repeated_request_returns_the_same_job(web: WebStack) -> None:
     def post(body: dict[str, object]) -> tuple[int, str | None, dict[str, object]]:
-        answer = web.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "one"})
-        return answer.status_code, answer.headers.get("Idempotency-Replayed"), answer.json()
+        response = web.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "one"})
+        return response.status_code, response.headers.get("Idempotency-Replayed"), response.json()
 
     status, replayed, first = post({"prompt": "hi"})
     assert (status, replayed) == (202, None)
@@ -91,48 +91,48 @@ def test_a_repeated_request_makes_no_second_job(web: WebStack) -> None:
     assert [job["id"] for job in web.http.get("/v1/jobs").json()["data"]] == [first["id"]]
 
 
-def keyed(web: WebStack, content: str, key: str = "mine", **headers: str) -> tuple[int, str, bool]:
-    """Status, id and whether it was told to be a repetition."""
-    more = {"Content-Type": "application/json", "Idempotency-Key": key, **headers}
-    answer = web.http.post("/v1/jobs", content=content, headers=more)
-    return answer.status_code, answer.json()["id"], answer.headers.get("Idempotency-Replayed") == "true"
+def submit_with_key(web: WebStack, content: str, key: str = "mine", **headers: str) -> tuple[int, str, bool]:
+    """Submit with an Idempotency-Key; return the status, the job's id and whether the response is a replay."""
+    all_headers = {"Content-Type": "application/json", "Idempotency-Key": key, **headers}
+    response = web.http.post("/v1/jobs", content=content, headers=all_headers)
+    return response.status_code, response.json()["id"], response.headers.get("Idempotency-Replayed") == "true"
 
 
-def test_a_request_that_is_written_differently_is_still_the_same(web: WebStack) -> None:
-    _, first, _ = keyed(web, '{"prompt": "é", "max_tokens": 3, "metadata": {"a": "1", "b": "2"}}')
+def test_equivalent_json_is_the_same_request(web: WebStack) -> None:
+    _, first, _ = submit_with_key(web, '{"prompt": "é", "max_tokens": 3, "metadata": {"a": "1", "b": "2"}}')
     for same in (
         '{"metadata":{"b":"2","a":"1"},"max_tokens":3,"prompt":"é"}',
         '{"prompt": "\\u00e9", "max_tokens": 3, "metadata": {"a": "1", "b": "2"}, "top_p": 1.0, "seed": null}\n\n',
     ):
-        assert keyed(web, same) == (202, first, True)
+        assert submit_with_key(web, same) == (202, first, True)
 
 
-def test_a_large_request_is_recognised_too(web: WebStack) -> None:
+def test_a_large_repeated_request_is_recognised(web: WebStack) -> None:
     large = json.dumps({"messages": [{"role": "user", "content": "hi " * 50_000}]})
-    _, first, _ = keyed(web, large)
-    assert keyed(web, " " + large) == (202, first, True)
+    _, first, _ = submit_with_key(web, large)
+    assert submit_with_key(web, " " + large) == (202, first, True)
 
 
-def test_each_api_key_has_idempotency_keys_of_its_own(web: WebStack) -> None:
+def test_idempotency_keys_are_separate_for_each_api_key(web: WebStack) -> None:
     other = web.keys.create(f"other-{new_key()}", ["infer"])
-    _, mine, _ = keyed(web, '{"prompt": "hi"}')
-    status, theirs, replayed = keyed(web, '{"prompt": "ho"}', **{"X-API-Key": other})
+    _, mine, _ = submit_with_key(web, '{"prompt": "hi"}')
+    status, theirs, replayed = submit_with_key(web, '{"prompt": "ho"}', **{"X-API-Key": other})
     assert (status, replayed) == (202, False) and theirs != mine
-    assert keyed(web, '{"prompt": "ho"}', **{"X-API-Key": other}) == (202, theirs, True)
-    assert keyed(web, '{"prompt": "hi"}') == (202, mine, True)
+    assert submit_with_key(web, '{"prompt": "ho"}', **{"X-API-Key": other}) == (202, theirs, True)
+    assert submit_with_key(web, '{"prompt": "hi"}') == (202, mine, True)
 
 
-def test_many_at_once_under_one_key_make_one_job(web: WebStack) -> None:
+def test_concurrent_requests_with_one_key_create_one_job(web: WebStack) -> None:
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: keyed(web, '{"prompt": "hi"}'), range(48)))
-    assert len({job for _, job, _ in answers}) == 1
-    assert [replayed for _, _, replayed in answers].count(False) == 1
+        responses = list(pool.map(lambda _: submit_with_key(web, '{"prompt": "hi"}'), range(48)))
+    assert len({job for _, job, _ in responses}) == 1
+    assert [replayed for _, _, replayed in responses].count(False) == 1
     client = web.client()
     assert client.zcard(keys.QUEUE + MODEL) == 1
     client.close()
 
 
-def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack) -> None:
+def test_a_key_returns_its_job_whatever_its_status_until_it_is_deleted(web: WebStack) -> None:
     client = web.client()
     worker = Claims(client, "w9")
     worker.renew(60)
@@ -142,14 +142,14 @@ def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack
         assert claimed.job.id == job
         start = Append(job, 1, claimed.job.claimed_at, 3, start=True)
         worker.append([start])
-        assert keyed(web, asked, ending.status) == (202, job, True), "also while it runs"
+        assert submit_with_key(web, body, ending.status) == (202, job, True), "a running job is returned too"
         worker.append([replace(start, start=False, ending=ending)])
 
     for status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED):
         limit = 0.1 if status is Status.EXPIRED else 600
-        asked = json.dumps({"prompt": status, "start_within_s": limit})
-        _, job, _ = keyed(web, asked, status)
-        assert client.ttl(idempotency_key := keyed_in_redis(client, status)) == -1
+        body = json.dumps({"prompt": status, "start_within_s": limit})
+        _, job, _ = submit_with_key(web, body, status)
+        assert client.ttl(idempotency_key := redis_name_of_key(client, status)) == -1
         match status:
             case Status.CANCELLED:
                 web.http.post(f"/v1/jobs/{job}/cancel")
@@ -158,26 +158,26 @@ def test_a_key_gives_its_job_however_that_went_until_it_is_deleted(web: WebStack
             case _:
                 end(job, Ending(status, error_code="engine_error" if status is Status.FAILED else None))
         assert web.job(job)["status"] == status
-        assert keyed(web, asked, status) == (200, job, True)
+        assert submit_with_key(web, body, status) == (200, job, True)
         assert client.expiretime(idempotency_key) == client.expiretime(f"mlxq:job:{job}") > 0
         assert web.http.delete(f"/v1/jobs/{job}").status_code == 204
-        code, following, replayed = keyed(web, json.dumps({"prompt": "quite another"}), status)
+        code, following, replayed = submit_with_key(web, json.dumps({"prompt": "another"}), status)
         assert (code, replayed) == (202, False) and following != job
         web.http.post(f"/v1/jobs/{following}/cancel")
     client.close()
 
 
-def keyed_in_redis(client: Redis, key: str) -> str:
+def redis_name_of_key(client: Redis, key: str) -> str:
     (name,) = client.keys(f"mlxq:idem:*:{key}")
     return str(name)
 
 
-def test_a_key_is_free_again_when_its_jobs_retention_is_over() -> None:
+def test_a_key_is_free_again_after_the_retention_of_its_job() -> None:
     with running_web(RETENTION_S="1") as web:
-        _, job, _ = keyed(web, '{"prompt": "hi"}')
+        _, job, _ = submit_with_key(web, '{"prompt": "hi"}')
         web.http.post(f"/v1/jobs/{job}/cancel")
-        eventually(lambda: web.http.get(f"/v1/jobs/{job}").status_code == 404, "the job is forgotten")
-        status, following, replayed = keyed(web, '{"prompt": "another"}')
+        eventually(lambda: web.http.get(f"/v1/jobs/{job}").status_code == 404, "the job is deleted")
+        status, following, replayed = submit_with_key(web, '{"prompt": "another"}')
         assert (status, replayed) == (202, False) and following != job
 
 
@@ -193,81 +193,82 @@ def test_the_list_pages_through_the_callers_own_jobs(web: WebStack) -> None:
     assert seen == ids[::-1]
 
 
-def test_another_keys_job_is_not_there(web: WebStack) -> None:
+def test_jobs_of_another_api_key_are_not_found(web: WebStack) -> None:
     job = web.submit()
     other = {"X-API-Key": web.keys.create(f"other-{new_key()}", ["infer"])}
     for method, path in (("GET", ""), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/stream")):
-        answer = web.http.request(method, f"/v1/jobs/{job['id']}{path}", headers=other)
-        assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+        response = web.http.request(method, f"/v1/jobs/{job['id']}{path}", headers=other)
+        assert (response.status_code, response.json()["code"]) == (404, "job_not_found")
     assert web.http.get("/v1/jobs", headers=other).json()["data"] == []
 
 
-def test_a_waiting_job_is_cancelled_at_once_and_may_then_be_forgotten(web: WebStack) -> None:
-    own = web.submit()["urls"]["self"]
-    refused = web.http.delete(own)
+def test_a_waiting_job_is_cancelled_at_once_and_can_then_be_deleted(web: WebStack) -> None:
+    path = web.submit()["urls"]["self"]
+    refused = web.http.delete(path)
     assert (refused.status_code, refused.json()["code"]) == (409, "job_active")
-    cancelled = web.http.post(f"{own}/cancel")
+    cancelled = web.http.post(f"{path}/cancel")
     assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
-    assert web.http.post(f"{own}/cancel").status_code == 200
-    assert web.http.delete(own).status_code == 204
-    assert web.http.get(own).status_code == 404
+    assert web.http.post(f"{path}/cancel").status_code == 200
+    assert web.http.delete(path).status_code == 204
+    assert web.http.get(path).status_code == 404
 
 
-def test_a_running_job_is_reported_cancelled_only_once_it_is(
-    web: WebStack, pretend: Pretend, eventually: Callable[..., None]
+def test_a_running_job_is_reported_cancelled_only_after_it_has_ended(
+    web: WebStack, start_worker: StartWorker, eventually: Callable[..., None]
 ) -> None:
-    worker = pretend(pause_s=0.2)
+    worker = start_worker(pause_s=0.2)
     worker.hold.set()
     job = web.submit(max_tokens=50)
     eventually(lambda: web.job(job["id"])["status"] == "running")
-    asked = web.http.post(f"{job['urls']['cancel']}")
-    assert asked.status_code in (200, 202)
-    assert (asked.status_code == 200) == (asked.json()["status"] == "cancelled")
+    response = web.http.post(job["urls"]["cancel"])
+    assert response.status_code in (200, 202)
+    assert (response.status_code == 200) == (response.json()["status"] == "cancelled")
     assert web.job(job["id"], wait=10)["status"] == "cancelled"
 
 
-def test_cancel_can_wait(web: WebStack, pretend: Pretend, eventually: Callable[..., None]) -> None:
-    worker = pretend()
+def test_cancel_can_wait_for_the_end(web: WebStack, start_worker: StartWorker, eventually: Callable[..., None]) -> None:
+    worker = start_worker()
     worker.hold.set()
     job = web.submit(max_tokens=50)
     eventually(lambda: web.job(job["id"])["status"] == "running")
-    answer = web.http.post(job["urls"]["cancel"], params={"wait": 10})
-    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+    response = web.http.post(job["urls"]["cancel"], params={"wait": 10})
+    assert (response.status_code, response.json()["status"]) == (200, "cancelled")
 
 
-def test_an_ended_job_cannot_be_cancelled(web: WebStack, pretend: Pretend) -> None:
-    pretend()
+def test_an_ended_job_cannot_be_cancelled(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker()
     job = web.submit(max_tokens=1)
     web.job(job["id"], wait=10)
-    answer = web.http.post(job["urls"]["cancel"])
-    assert (answer.status_code, answer.json()["code"]) == (409, "job_ended")
+    response = web.http.post(job["urls"]["cancel"])
+    assert (response.status_code, response.json()["code"]) == (409, "job_ended")
 
 
-def test_the_estimate_is_zero_while_a_slot_is_free(web: WebStack, pretend: Pretend) -> None:
-    pretend(slots=4, pause_s=0.5)
+def test_the_estimate_is_zero_while_a_slot_is_free(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker(slots=4, pause_s=0.5)
     web.http.get("/inference/models")
     assert web.submit(max_tokens=1)["estimated_start_s"] in (0.0, None)
 
 
-def test_inference_answers_in_one_piece(web: WebStack, pretend: Pretend) -> None:
-    pretend()
-    answer = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 3})
-    assert answer.status_code == 200
-    body = answer.json()
+def test_inference_returns_the_complete_text(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker()
+    response = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 3})
+    assert response.status_code == 200
+    body = response.json()
     assert (body["text"], body["finish_reason"], body["model"]) == ("w0 é🙂\nw1 w2 ", "length", MODEL)
-    assert answer.headers["Location"] == f"/v1/jobs/{body['id']}"
+    assert response.headers["Location"] == f"/v1/jobs/{body['id']}"
 
 
-def test_a_job_that_never_started_and_one_that_was_cut_off_are_told_apart(web: WebStack, pretend: Pretend) -> None:
+def test_not_started_and_not_finished_jobs_expire_with_different_codes(
+    web: WebStack, start_worker: StartWorker
+) -> None:
     never = web.job(web.submit(start_within_s=0.1)["id"], wait=20)
-    asked = {"prompt": "hi", "start_within_s": 0.1}
-    refused = web.http.post("/inference", json=asked)
-    worker = pretend()
+    refused = web.http.post("/inference", json={"prompt": "hi", "start_within_s": 0.1})
+    worker = start_worker()
     worker.hold.set()
     cut = web.submit(max_tokens=5, deadline_s=0.3)
     eventually(lambda: web.job(cut["id"])["started_at"], "it starts")
-    with web.http.stream("GET", cut["urls"]["stream"]) as answer:
-        done = [line for line in answer.iter_lines() if line.startswith("data: ")][-1]
+    with web.http.stream("GET", cut["urls"]["stream"]) as response:
+        done = [line for line in response.iter_lines() if line.startswith("data: ")][-1]
 
     assert (never["status"], never["error"]["code"], never["started_at"]) == ("expired", "start_timeout", None)
     assert never["error"]["message"] == "The job did not start within 0.1 s (start_within_s)."
@@ -278,33 +279,33 @@ def test_a_job_that_never_started_and_one_that_was_cut_off_are_told_apart(web: W
     assert json.loads(done.removeprefix("data: ")) == cut
 
 
-def test_a_repeated_inference_is_told_as_one(web: WebStack, pretend: Pretend) -> None:
-    pretend()
-    answers = [
+def test_a_repeated_inference_is_marked_as_a_replay(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker()
+    responses = [
         web.http.post("/inference", json={"prompt": "hi", "max_tokens": 3}, headers={"Idempotency-Key": "one"})
         for _ in range(2)
     ]
-    assert [answer.headers.get("Idempotency-Replayed") for answer in answers] == [None, "true"]
-    assert answers[0].json() == answers[1].json()
+    assert [response.headers.get("Idempotency-Replayed") for response in responses] == [None, "true"]
+    assert responses[0].json() == responses[1].json()
 
 
-def test_inference_tells_that_its_job_was_cut_off(web: WebStack, pretend: Pretend) -> None:
-    worker = pretend(pause_s=0.02)
-    answer = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 1000, "deadline_s": 0.3})
-    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+def test_inference_reports_an_exceeded_deadline(web: WebStack, start_worker: StartWorker) -> None:
+    worker = start_worker(pause_s=0.02)
+    response = web.http.post("/inference", json={"prompt": "hi", "max_tokens": 1000, "deadline_s": 0.3})
+    assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
     (job,) = web.http.get("/v1/jobs").json()["data"]
     assert job["output"]["text"].startswith("w0 ") and not worker.hold.is_set()
     assert [(each["attempt"], each["outcome"]) for each in job["history"]] == [(1, "ended")]
 
 
-def test_models_tell_who_serves_them(web: WebStack, pretend: Pretend, eventually: Callable[..., None]) -> None:
-    pretend(slots=7)
+def test_models_list_their_workers(web: WebStack, start_worker: StartWorker, eventually: Callable[..., None]) -> None:
+    start_worker(slots=7)
     eventually(lambda: web.http.get("/inference/models").json()["data"][0]["state"] == "warm")
     (model,) = web.http.post("/inference/models").json()["data"]
     assert model["id"] == MODEL and model["default"] and model["slots"] == 7 and model["context"] == 4096
 
 
-def test_keys_hold_and_cease_without_a_restart(web: WebStack) -> None:
+def test_api_keys_are_created_and_revoked_without_a_restart(web: WebStack) -> None:
     name = f"guest-{new_key()}"
     key = web.keys.create(name, ["infer"])
     bearer = {"Authorization": f"Bearer {key}", "X-API-Key": ""}
@@ -314,28 +315,28 @@ def test_keys_hold_and_cease_without_a_restart(web: WebStack) -> None:
     assert refused.status_code == 401 and refused.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-def test_the_request_id_is_in_the_log_lines_of_the_request(web: WebStack) -> None:
+def test_the_request_id_is_in_the_access_log(web: WebStack) -> None:
     web.http.get("/v1/jobs", headers={"X-Request-ID": "seen-in-the-log"})
     line = re.compile(r'"GET /v1/jobs 200".*"request_id": "seen-in-the-log"')
-    eventually(lambda: line.search(web.log.read_text()), "the line is there")  # it is written after the answer
+    eventually(lambda: line.search(web.log.read_text()), "the line is written")  # after the response was sent
 
 
-def test_metrics_count_jobs_and_workers(web: WebStack, pretend: Pretend) -> None:
-    pretend()
+def test_metrics_count_jobs_and_workers(web: WebStack, start_worker: StartWorker) -> None:
+    start_worker()
     job = web.submit(max_tokens=1)
     web.job(job["id"], wait=10)
     page = web.http.get("/metrics").text
     assert f'mlxq_jobs_submitted_total{{model="{MODEL}",priority="normal"}}' in page
     assert f'mlxq_jobs_ended_total{{model="{MODEL}",status="succeeded"}} 1.0' in page
-    assert f'mlxq_worker_slots{{model="{MODEL}",worker="w1"}} 128.0' in page
-    assert f'mlxq_worker_tokens_total{{model="{MODEL}",worker="w1"}} 1.0' in page
+    assert f'mlxq_worker_slots{{model="{MODEL}",worker="w1@stub"}} 128.0' in page
+    assert f'mlxq_worker_tokens_total{{model="{MODEL}",worker="w1@stub"}} 1.0' in page
     assert "mlxq_redis_up 1.0" in page
 
 
-def test_metrics_of_several_processes_add_up() -> None:
-    with running_web(WEB_WORKERS="2") as several:
+def test_metrics_of_several_processes_are_summed() -> None:
+    with running_web(WEB_WORKERS="2") as web:
         for _ in range(20):
-            with httpx2.Client(base_url=several.url, headers=several.http.headers) as one_connection:
+            with httpx2.Client(base_url=web.url, headers=web.http.headers) as one_connection:
                 assert one_connection.post("/v1/jobs", json={"prompt": "hi"}).status_code == 202
-        page = several.http.get("/metrics").text
+        page = web.http.get("/metrics").text
     assert f'mlxq_jobs_submitted_total{{model="{MODEL}",priority="normal"}} 20.0' in page

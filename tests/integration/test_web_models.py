@@ -1,4 +1,4 @@
-"""`/inference/models` and `/v1/models`: what the catalog has, what workers tell, and who may see what is wrong."""
+"""`/inference/models` and `/v1/models`: models of the catalog, their workers, and faults of the catalog."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.waiting import eventually
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebStack]:
-    """An API with a catalog of two, and a third that is wrong."""
+    """An API whose catalog has two models, and an invalid third one."""
     models = tmp_path_factory.mktemp("models")
     for name in ("one", "two"):
         config = {"model_type": "llama", "max_position_embeddings": 2048}
@@ -45,8 +45,8 @@ def listed(web: WebStack) -> dict[str, dict[str, Any]]:
     return {model["id"]: model for model in web.http.get("/inference/models").json()["data"]}
 
 
-def tell(web: WebStack, name: str, state: str, **stats: float) -> None:
-    """What a worker that has `one` says of itself, for a moment."""
+def announce(web: WebStack, name: str, state: str, **stats: float) -> None:
+    """Announce a worker that has the model `one`, for one second."""
     client = web.client()
     registry = Registry(client)
     if state == "ready":
@@ -59,9 +59,9 @@ def tell(web: WebStack, name: str, state: str, **stats: float) -> None:
     client.close()
 
 
-def test_models_that_nobody_has_are_cold_and_told_with_what_their_folders_say(web: WebStack) -> None:
+def test_cold_models_are_listed_with_the_properties_of_their_folders(web: WebStack) -> None:
     models = listed(web)
-    assert list(models) == ["two", "one"], "the default first"
+    assert list(models) == ["two", "one"], "the default model comes first"
     one, two = models["one"], models["two"]
     assert {model["state"] for model in models.values()} == {"cold"}
     assert (one["default"], two["default"]) == (False, True)
@@ -75,21 +75,21 @@ def test_models_that_nobody_has_are_cold_and_told_with_what_their_folders_say(we
     assert (one["workers"], one["load_s"], one["tokens_per_s"], one["waiting"]) == ([], None, 0, 0)
 
 
-def test_what_is_wrong_is_told_by_line_to_who_may_mend_it(web: WebStack) -> None:
+def test_faults_of_the_catalog_are_reported_by_line_to_admins_only(web: WebStack) -> None:
     (fault,) = web.http.get("/inference/models").json()["faults"]
     assert fault.startswith("catalog.toml:11: [models.three]: there is no model in ")
     guest = {"X-API-Key": web.keys.create("guest of models", ["infer"])}
-    answer = web.http.get("/inference/models", headers=guest)
-    assert (answer.status_code, answer.json()["faults"], len(answer.json()["data"])) == (200, [], 2)
-    assert "models/three" not in answer.text
+    response = web.http.get("/inference/models", headers=guest)
+    assert (response.status_code, response.json()["faults"], len(response.json()["data"])) == (200, [], 2)
+    assert "models/three" not in response.text
 
 
-def test_workers_tell_their_part_of_a_model(web: WebStack) -> None:
-    tell(web, "w1", "loading", load_progress=0.25)
-    eventually(lambda: listed(web)["one"]["state"] == "loading", "it is being loaded")
-    tell(web, "w1", "ready", load_progress=1.0, load_s=1.5, tokens_per_s=20.04, pinned=1.0)
-    tell(web, "w2", "loading", load_progress=0.5)
-    eventually(lambda: len(listed(web)["one"]["workers"]) == 2, "both are there")
+def test_a_model_lists_its_workers(web: WebStack) -> None:
+    announce(web, "w1", "loading", load_progress=0.25)
+    eventually(lambda: listed(web)["one"]["state"] == "loading", "it is loading")
+    announce(web, "w1", "ready", load_progress=1.0, load_s=1.5, tokens_per_s=20.04, pinned=1.0)
+    announce(web, "w2", "loading", load_progress=0.5)
+    eventually(lambda: len(listed(web)["one"]["workers"]) == 2, "both workers are listed")
     one = listed(web)["one"]
     assert (one["state"], one["slots"], one["slots_used"], one["memory_bytes"]) == ("warm", 16, 6, 64)
     assert (one["load_s"], one["tokens_per_s"]) == (1.5, 20.0)
@@ -99,24 +99,24 @@ def test_workers_tell_their_part_of_a_model(web: WebStack) -> None:
         "memory_bytes": 64, "load_s": 1.5, "tokens_per_s": 20.0,
     }  # fmt: skip
     assert (second["state"], second["progress"], second["pinned"]) == ("loading", 0.5, False)
-    eventually(lambda: listed(web)["one"]["state"] == "cold", "they are forgotten", within_s=5)
+    eventually(lambda: listed(web)["one"]["state"] == "cold", "the workers have expired", within_s=5)
 
 
-def test_a_model_is_listed_as_it_is_now(web: WebStack) -> None:
+def test_the_list_is_always_up_to_date(web: WebStack) -> None:
     web.submit(model="one", max_tokens=1)
-    for state, told in (("loading", "loading"), ("ready", "warm"), ("draining", "draining")) * 3:
-        tell(web, "w3", state)
-        assert listed(web)["one"]["state"] == told
+    for state, listed_state in (("loading", "loading"), ("ready", "warm"), ("draining", "draining")) * 3:
+        announce(web, "w3", state)
+        assert listed(web)["one"]["state"] == listed_state
     assert listed(web)["one"]["waiting"] >= 1
-    eventually(lambda: listed(web)["one"]["state"] == "cold", "it is forgotten", within_s=5)
+    eventually(lambda: listed(web)["one"]["state"] == "cold", "the worker has expired", within_s=5)
 
 
-def test_the_same_in_openais_form(web: WebStack) -> None:
-    answer = web.http.get("/v1/models").json()
-    assert set(answer) == {"object", "data"} and answer["object"] == "list"
-    for model in answer["data"]:
+def test_models_in_openai_format(web: WebStack) -> None:
+    response = web.http.get("/v1/models").json()
+    assert set(response) == {"object", "data"} and response["object"] == "list"
+    for model in response["data"]:
         assert (model["object"], model["owned_by"]) == ("model", "mlxq") and isinstance(model["created"], int)
-    assert [model["id"] for model in answer["data"]] == ["two", "one"]
+    assert [model["id"] for model in response["data"]] == ["two", "one"]
     for name in ("one", "uno", "gpt-4o-mini"):
         assert web.http.get(f"/v1/models/{name}").json()["id"] == "one"
     missing = web.http.get("/v1/models/three")
@@ -127,17 +127,17 @@ def test_the_same_in_openais_form(web: WebStack) -> None:
 
 
 @pytest.mark.parametrize("path", ["/inference/models", "/v1/models", "/v1/models/one"])
-def test_nobody_without_a_key_sees_them(web: WebStack, path: str) -> None:
+def test_models_are_not_listed_without_a_key(web: WebStack, path: str) -> None:
     assert web.http.get(path, headers={"X-API-Key": ""}).status_code == 401
 
 
-def test_a_request_is_held_to_the_context_of_a_model_that_is_cold(web: WebStack) -> None:
+def test_max_tokens_is_limited_to_the_context_of_a_cold_model(web: WebStack) -> None:
     refused = web.http.post("/v1/jobs", json={"model": "uno", "prompt": "hi", "max_tokens": 513})
     assert (refused.status_code, refused.json()["field"]) == (422, "max_tokens")
     assert web.http.post("/v1/jobs", json={"model": "uno", "prompt": "hi", "max_tokens": 512}).json()["model"] == "one"
 
 
-def test_a_model_that_no_catalog_has_is_listed_while_somebody_waits_for_it(web: WebStack) -> None:
+def test_a_model_that_is_not_in_the_catalog_is_listed_while_jobs_wait_for_it(web: WebStack) -> None:
     client = web.client()
     Registry(client).announce_model(ModelCard("elsewhere", "text", 512))
     assert "elsewhere" not in listed(web)
@@ -146,13 +146,13 @@ def test_a_model_that_no_catalog_has_is_listed_while_somebody_waits_for_it(web: 
     client.close()
 
 
-def test_a_model_that_fits_no_worker_is_refused_at_once(web: WebStack) -> None:
+def test_a_job_for_a_model_that_fits_no_worker_is_refused(web: WebStack) -> None:
     client = web.client()
     host = HostInfo("w4@host", "host", os.getpid(), 0.0, time.time(), (), memory_limit=60, memory_used=0)
     Registry(client).announce_host(host, 5.0)
     refused = web.http.post("/v1/jobs", json={"model": "two", "prompt": "hi"})
     assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (503, "model_not_loaded", "model")
-    assert "no worker has" in refused.json()["detail"]
+    assert "No worker has" in refused.json()["detail"]
     assert web.http.post("/v1/jobs", json={"model": "one", "prompt": "hi"}).status_code == 202
     Registry(client).forget_host(host.node)
     client.close()

@@ -1,4 +1,4 @@
-"""The API process is stopped or killed: streams end with a hint, jobs go on, readers miss nothing."""
+"""Stopping or killing the API process: jobs continue, streams end with a hint, and readers miss no event."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from scripts.client.api import Client
 from shared.jobs.log import EventKind
 from shared.settings import ROOT
-from tests.plugins.web_stack import PretendWorker, WebStack, running_web
+from tests.plugins.web_stack import StubWorker, WebStack, running_web
 from tests.support.waiting import eventually
 
 DRAIN_S = 3
@@ -28,22 +28,24 @@ DRAIN_S = 3
 
 @pytest.fixture
 def web() -> Iterator[WebStack]:
-    """One for each test: it is stopped."""
+    """An API for each test, because tests stop it."""
     with running_web(DRAIN_S=str(DRAIN_S)) as stack:
         yield stack
 
 
 @contextmanager
-def worker(web: WebStack, **options: Any) -> Iterator[PretendWorker]:
-    started = PretendWorker(web.redis_url, **options)
+def worker(web: WebStack, **options: Any) -> Iterator[StubWorker]:
+    started = StubWorker(web.redis_url, **options)
     started.announce()
     started.start()
-    yield started
-    started.stop()
+    try:
+        yield started
+    finally:
+        started.stop()
 
 
 class EventSource:
-    """A browser's, as the standard has it: reconnects by itself, after `retry`, with the last id; 204 is the end."""
+    """Behaves like a browser's EventSource: reconnects after `retry` ms with the last id, until it gets status 204."""
 
     def __init__(self, web: WebStack, path: str) -> None:
         self._url, self._key = web.url + path, web.key
@@ -60,19 +62,19 @@ class EventSource:
         if self._last_id:
             headers["Last-Event-ID"] = self._last_id
         try:
-            with httpx2.stream("GET", self._url, headers=headers, timeout=30) as answer:
-                if answer.status_code != 200:
+            with httpx2.stream("GET", self._url, headers=headers, timeout=30) as response:
+                if response.status_code != 200:
                     return False
                 self.connections += 1
-                self._parse(answer)
+                self._parse(response)
         except httpx2.HTTPError:
             pass
         return True
 
-    def _parse(self, answer: httpx2.Response) -> None:
+    def _parse(self, response: httpx2.Response) -> None:
         fields: dict[str, str] = {}
         rest = ""
-        for part in answer.iter_text():
+        for part in response.iter_text():
             *lines, rest = (rest + part).split("\n")
             for line in lines:
                 name, _, value = line.partition(":")
@@ -90,7 +92,7 @@ class EventSource:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_event_source_goes_on_at_the_next_process_without_a_gap(web: WebStack, number: signal.Signals) -> None:
+def test_an_event_source_continues_at_the_next_process_without_a_gap(web: WebStack, number: signal.Signals) -> None:
     with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool:
         job = web.submit(max_tokens=250)
         source = EventSource(web, job["urls"]["stream"])
@@ -106,7 +108,7 @@ def test_an_event_source_goes_on_at_the_next_process_without_a_gap(web: WebStack
     assert text == json.loads(source.events[-1][2])["output"]["text"]
 
 
-def test_an_event_source_that_comes_back_while_redis_is_away_comes_again(web: WebStack) -> None:
+def test_an_event_source_keeps_reconnecting_while_redis_is_unavailable(web: WebStack) -> None:
     with ThreadPoolExecutor(1) as pool:
         job = web.submit(max_tokens=5)
         source = EventSource(web, job["urls"]["stream"])
@@ -115,7 +117,7 @@ def test_an_event_source_that_comes_back_while_redis_is_away_comes_again(web: We
         web.kill_redis()
         web.restart()
         eventually(lambda: source.connections >= 3 or reading.done())
-        assert not reading.done(), "it was told an error, which is final"
+        assert not reading.done(), "it got an error and stopped reconnecting"
         web.start_redis()
         with worker(web):
             reading.result(60)
@@ -123,22 +125,22 @@ def test_an_event_source_that_comes_back_while_redis_is_away_comes_again(web: We
     assert source.events[-1][1] == "done"
 
 
-def test_while_redis_is_away_only_an_event_source_that_comes_back_gets_an_empty_stream(web: WebStack) -> None:
-    job, back = web.submit(), {"Last-Event-ID": "1"}
+def test_only_a_reconnecting_event_source_gets_an_empty_stream_without_redis(web: WebStack) -> None:
+    job, reconnecting = web.submit(), {"Last-Event-ID": "1"}
     path, forged = job["urls"]["stream"], "/v1/jobs/x%0Adata:%20forged%0A%0A/stream"
     web.kill_redis()
-    for asked in (path, forged):
-        answer = web.http.get(asked, headers=back)
-        assert answer.status_code == 200 and answer.headers["Content-Type"].startswith("text/event-stream")
-        assert {line.partition(":")[0] for line in answer.text.split("\n")} == {"", "retry"}, "no event"
-    for refused in ({}, {**back, "Accept": "application/x-ndjson"}):
-        answer = web.http.get(path, headers=refused)
-        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+    for target in (path, forged):
+        response = web.http.get(target, headers=reconnecting)
+        assert response.status_code == 200 and response.headers["Content-Type"].startswith("text/event-stream")
+        assert {line.partition(":")[0] for line in response.text.split("\n")} == {"", "retry"}, "no event"
+    for headers in ({}, {**reconnecting, "Accept": "application/x-ndjson"}):
+        response = web.http.get(path, headers=headers)
+        assert (response.status_code, response.json()["code"]) == (503, "unavailable")
     web.start_redis()
-    assert web.http.get("/v1/jobs/not-mine/stream", headers=back).status_code == 404
+    assert web.http.get("/v1/jobs/not-mine/stream", headers=reconnecting).status_code == 404
 
 
-def test_the_client_of_our_commands_goes_on_by_itself(web: WebStack) -> None:
+def test_the_python_client_continues_a_stream(web: WebStack) -> None:
     with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool, Client(web.url, web.key) as client:
         job = web.submit(max_tokens=250)
         reading = pool.submit(lambda: [event.n for event in client.events(job["id"])])
@@ -150,7 +152,7 @@ def test_the_client_of_our_commands_goes_on_by_itself(web: WebStack) -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-def test_a_batch_goes_on_by_itself(web: WebStack, tmp_path: Path) -> None:
+def test_a_batch_continues(web: WebStack, tmp_path: Path) -> None:
     prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"prompt {n}", "max_tokens": 40}) + "\n" for n in range(60)))
     command = [sys.executable, "-m", "scripts.client.batch", str(prompts), "-o", str(results)]
@@ -162,28 +164,28 @@ def test_a_batch_goes_on_by_itself(web: WebStack, tmp_path: Path) -> None:
         eventually(lambda: results.exists() and results.read_text().count("\n") > 5)
         web.restart()
         assert batch.poll() is None
-        _, said = batch.communicate(timeout=60)
-    assert batch.returncode == 0, said
+        _, stderr = batch.communicate(timeout=60)
+    assert batch.returncode == 0, stderr
     assert sorted(json.loads(line)["line"] for line in results.read_text().splitlines()) == list(range(1, 61))
     jobs = web.http.get("/v1/jobs", params={"limit": 100}).json()["data"]
-    assert [job["status"] for job in jobs] == ["succeeded"] * 60, "each was handed in once"
+    assert [job["status"] for job in jobs] == ["succeeded"] * 60, "each prompt was submitted once"
 
 
 def streamed(web: WebStack, method: str, path: str, accept: str, **request: Any) -> str:
     headers = {"X-API-Key": web.key, "Accept": accept}
-    with httpx2.stream(method, web.url + path, headers=headers, timeout=30, **request) as answer:
-        assert answer.status_code == 200
-        return answer.headers.get("Location", path.removesuffix("/stream")) + "\n" + "".join(answer.iter_text())
+    with httpx2.stream(method, web.url + path, headers=headers, timeout=30, **request) as response:
+        assert response.status_code == 200
+        return response.headers.get("Location", path.removesuffix("/stream")) + "\n" + "".join(response.iter_text())
 
 
-def location_in(text: str) -> str:
+def location_of(text: str) -> str:
     return text.split("\n", 1)[0]
 
 
 @pytest.mark.parametrize("idle", [True, False])
-def test_every_kind_of_answer_ends_in_time_and_every_job_goes_on(web: WebStack, idle: bool) -> None:
+def test_every_kind_of_response_ends_within_the_drain_time_and_jobs_continue(web: WebStack, idle: bool) -> None:
     endless: dict[str, Any] = {"prompt": "hi", "max_tokens": 3000}
-    with worker(web, pause_s=0.01) as pretend, ThreadPoolExecutor(8) as pool:
+    with worker(web, pause_s=0.01) as stub, ThreadPoolExecutor(8) as pool:
         job = web.submit(max_tokens=3000)
         path, sse, lines = job["urls"]["stream"], "text/event-stream", "application/x-ndjson"
         streams = [
@@ -197,50 +199,52 @@ def test_every_kind_of_answer_ends_in_time_and_every_job_goes_on(web: WebStack, 
         whole = pool.submit(httpx2.post, web.url + "/inference", json=endless, headers=key, timeout=30)
         eventually(lambda: running(web) == 4)
         if idle:
-            pretend.hold.set()
-        asked_at = time.monotonic()
+            stub.hold.set()
+        stopped_at = time.monotonic()
         web.process.send_signal(signal.SIGTERM)
-        told = [stream.result(20) for stream in streams]
-        answer = whole.result(20)
+        bodies = [stream.result(20) for stream in streams]
+        response = whole.result(20)
         assert poll.result(20)["status"] == "running"
         assert web.process.wait(20) == 0
-        assert time.monotonic() - asked_at < DRAIN_S + 3
+        assert time.monotonic() - stopped_at < DRAIN_S + 3
 
-        for text in told[:2]:
+        for text in bodies[:2]:
             location = text.split("\n", 1)[0]
             assert text.endswith(
                 f"retry: 1000\n: the job continues; reconnect to {location}/stream with Last-Event-ID\n\n"
             )
-        for text in told[2:]:
+        for text in bodies[2:]:
             hint = json.loads(text.splitlines()[-1])
-            assert hint == {"event": "reconnect", "stream": f"{location_in(text)}/stream"}
-        assert (answer.status_code, answer.json()["code"]) == (503, "restarting")
-        pretend.hold.clear()
+            assert hint == {"event": "reconnect", "stream": f"{location_of(text)}/stream"}
+        assert (response.status_code, response.json()["code"]) == (503, "restarting")
+        stub.hold.clear()
         web.restart()
-        for location in [answer.headers["Location"], *map(location_in, told)]:
-            assert web.http.get(location).json()["status"] == "running", "nobody's job is cancelled"
+        for location in [response.headers["Location"], *map(location_of, bodies)]:
+            assert web.http.get(location).json()["status"] == "running", "no job is cancelled"
 
 
 def running(web: WebStack) -> int:
     return sum(each["status"] == "running" for each in web.http.get("/v1/jobs").json()["data"])
 
 
-def test_an_answer_that_comes_soon_is_waited_for(web: WebStack, eventually: Callable[..., None]) -> None:
-    with worker(web) as pretend, ThreadPoolExecutor(1) as pool:
-        pretend.hold.set()
+def test_a_response_that_is_ready_soon_is_sent_before_the_shutdown(
+    web: WebStack, eventually: Callable[..., None]
+) -> None:
+    with worker(web) as stub, ThreadPoolExecutor(1) as pool:
+        stub.hold.set()
         headers = {"X-API-Key": web.key}
         body = {"prompt": "hi", "max_tokens": 3}
         whole = pool.submit(httpx2.post, web.url + "/inference", json=body, headers=headers, timeout=30)
         eventually(lambda: running(web) == 1)
         web.process.send_signal(signal.SIGTERM)
         eventually(lambda: refuses(web))
-        pretend.hold.clear()
-        answer = whole.result(20)
-    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
+        stub.hold.clear()
+        response = whole.result(20)
+    assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 3)
 
 
 def refuses(web: WebStack) -> bool:
-    """Whether no new connection is taken any more."""
+    """Whether new connections are refused."""
     try:
         httpx2.get(web.url + "/livez", timeout=1)
     except httpx2.HTTPError:

@@ -1,4 +1,4 @@
-"""The API as it runs: gunicorn and a Valkey of its own, over sockets, and a worker that only pretends."""
+"""The API under gunicorn with a Valkey server of its own, and stub workers that need no model."""
 
 from __future__ import annotations
 
@@ -28,44 +28,50 @@ from tests.support.valkey import DURABLE
 from web.access.api_keys import KeyStore, new_key
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "pretend"
+MODEL = "stub"
 CONTEXT = 4096
 _LEASE_S = 30.0
 
 
-def pieces_of(claimed: ClaimedJob) -> list[str]:
-    """What the pretend worker says: as many words as tokens were asked for."""
+def words_for(claimed: ClaimedJob) -> list[str]:
+    """The output of a stub worker: `max_tokens` words."""
     return [f"w{n} é🙂\n" if n % 7 == 0 else f"w{n} " for n in range(claimed.request.max_tokens)]
 
 
 @dataclass
 class _Row:
+    """A running job: its remaining words, and the number of its last event."""
+
     claimed: ClaimedJob
-    pieces: list[str]
-    n: int
+    words: list[str]
+    last_event: int
     start: bool = True
 
     def append(self, text: str = "", ending: Ending | None = None) -> Append:
-        """Its next write; the first begins the attempt, which is an event of its own."""
+        """The next write. The first also writes the event that the attempt has started."""
         job, start, self.start = self.claimed.job, self.start, False
-        self.n += bool(text) + start
+        self.last_event += bool(text) + start
         return Append(
             job.id,
             job.attempt,
             job.claimed_at,
-            self.n,
+            self.last_event,
             text,
-            (self.n,) if text else (),
+            (self.last_event,) if text else (),
             start=start,
             ending=ending,
         )
 
 
-class PretendWorker(threading.Thread):
-    """Claims jobs and says `pieces_of` them, one piece a step for all at once."""
+class StubWorker(threading.Thread):
+    """Claims jobs and writes one word per step for each of them.
+
+    Attributes:
+        hold: while set, running jobs get no further words; cancelled jobs still end.
+    """
 
     def __init__(self, url: str, *, slots: int = 128, pause_s: float = 0.002, name: str = "w1") -> None:
-        super().__init__(name=f"pretend-{name}", daemon=True)
+        super().__init__(name=f"stub-{name}", daemon=True)
         self._client = connect(url)
         self._claims = Claims(self._client, name)
         self._registry = Registry(self._client)
@@ -76,7 +82,6 @@ class PretendWorker(threading.Thread):
         self._rows: dict[str, _Row] = {}
         self._stopped = threading.Event()
         self.hold = threading.Event()
-        """While set, running jobs get no further piece; cancels are still obeyed."""
 
     def run(self) -> None:
         while not self._stopped.wait(self._pause_s):
@@ -91,7 +96,7 @@ class PretendWorker(threading.Thread):
         self._registry.announce_model(ModelCard(MODEL, "text", CONTEXT))
         self._registry.announce_worker(
             WorkerInfo(
-                id=self._id, node=f"{self._id}@pretend", host="pretend", pid=os.getpid(), model=MODEL, state="ready",
+                id=self._id, node=f"{self._id}@stub", host="stub", pid=os.getpid(), model=MODEL, state="ready",
                 slots=self._slots, slots_used=len(self._rows), started_at=self._started_at,
                 heartbeat_at=time.time(), stats={"tokens_total": 1.0, "batch": 2.0}, about={"device": "none"},
             ),
@@ -111,35 +116,35 @@ class PretendWorker(threading.Thread):
         except NoLease:
             return
         for claimed in claim.jobs:
-            self._rows[claimed.job.id] = _Row(claimed, pieces_of(claimed), claimed.job.last_event)
+            self._rows[claimed.job.id] = _Row(claimed, words_for(claimed), claimed.job.last_event)
 
     def _step(self) -> None:
         rows = list(self._rows.values())
         write_results = self._claims.append([self._next(row) for row in rows]) if rows else []
         for row, write_result in zip(rows, write_results, strict=True):
-            if write_result in (WriteResult.CANCELLED, WriteResult.EXPIRED) and row.pieces:
+            if write_result in (WriteResult.CANCELLED, WriteResult.EXPIRED) and row.words:
                 self._claims.append([row.append(ending=Ending(Status(write_result.value)))])
-                row.pieces.clear()
-            if write_result is WriteResult.FENCED or not row.pieces:
+                row.words.clear()
+            if write_result is WriteResult.FENCED or not row.words:
                 self._rows.pop(row.claimed.job.id, None)
 
     def _next(self, row: _Row) -> Append:
         if self.hold.is_set():
             return row.append()
-        piece = row.pieces.pop(0)
+        word = row.words.pop(0)
         ending = None
-        if not row.pieces:
+        if not row.words:
             tokens = row.claimed.request.max_tokens
             ending = Ending(
                 Status.SUCCEEDED, finish_reason="length", prompt_tokens=3, completion_tokens=tokens,
                 timings={"total_s": 0.1},
             )  # fmt: skip
-        return row.append(piece, ending)
+        return row.append(word, ending)
 
 
 @dataclass
 class WebStack:
-    """A running API."""
+    """A running API with its Valkey server."""
 
     home: Path
     url: str
@@ -162,19 +167,19 @@ class WebStack:
         return connect(self.redis_url)
 
     def submit(self, **body: Any) -> dict[str, Any]:
-        answer = self.http.post("/v1/jobs", json={"prompt": "hi", **body})
-        assert answer.status_code == 202, answer.text
-        view: dict[str, Any] = answer.json()
+        response = self.http.post("/v1/jobs", json={"prompt": "hi", **body})
+        assert response.status_code == 202, response.text
+        view: dict[str, Any] = response.json()
         return view
 
     def job(self, job_id: str, wait: float = 0) -> dict[str, Any]:
-        answer = self.http.get(f"/v1/jobs/{job_id}", params={"wait": wait})
-        assert answer.status_code == 200, answer.text
-        view: dict[str, Any] = answer.json()
+        response = self.http.get(f"/v1/jobs/{job_id}", params={"wait": wait})
+        assert response.status_code == 200, response.text
+        view: dict[str, Any] = response.json()
         return view
 
     def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """End the API process and start another in its place."""
+        """Stop the API process with a signal and start another."""
         self.process.send_signal(number)
         self.process.wait(20)
         self.process = self.launch()
@@ -191,8 +196,8 @@ class WebStack:
 
 
 def start_redis(home: Path, config: dict[str, str] = DURABLE) -> ValkeyServer:
-    """The Valkey of a stack, on its socket; it keeps what it held before."""
-    # Port 0: the socket alone, so that two runs at once cannot want the same port.
+    """Start the Valkey server of a stack, with the data of its previous run."""
+    # Port 0: only the socket, so that concurrent test runs cannot conflict.
     server = ValkeyServer(
         port=0, unix_socket_path=home / "run/valkey.sock", data_dir=home / "db", persist=True, config=config
     )
@@ -202,8 +207,13 @@ def start_redis(home: Path, config: dict[str, str] = DURABLE) -> ValkeyServer:
 
 @contextmanager
 def running_web(redis: dict[str, str] = DURABLE, **environment: str) -> Iterator[WebStack]:
-    """Start the API and its Valkey, so configured; end both."""
-    # Not pytest's folders: a socket's path may have hardly more than 100 characters.
+    """Start the API and its Valkey server; stop both at the end.
+
+    Args:
+        redis: configuration of the Valkey server.
+        environment: settings of the API.
+    """
+    # Not in pytest's folder: the path of a socket is limited to about 100 characters.
     with tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         (home / "run").mkdir()
@@ -244,7 +254,7 @@ def running_web(redis: dict[str, str] = DURABLE, **environment: str) -> Iterator
                 stack.process.kill()
                 stack.process.wait()
             stack.server.stop()
-            print(log.read_text())  # pytest shows it beside a failure
+            print(log.read_text())  # pytest shows it with a failure
 
 
 def _wait_for(stack: WebStack) -> None:
@@ -255,23 +265,23 @@ def _wait_for(stack: WebStack) -> None:
                 return
         except httpx2.HTTPError:
             time.sleep(0.05)
-    raise AssertionError(f"the API does not start: {stack.log.read_text()}")
+    raise AssertionError(f"the API did not start: {stack.log.read_text()}")
 
 
 @pytest.fixture(scope="module")
 def web() -> Iterator[WebStack]:
-    """One API for a file's tests."""
+    """An API that all tests of a module share."""
     with running_web() as stack:
         yield stack
 
 
 @pytest.fixture
-def pretend(web: WebStack) -> Iterator[Callable[..., PretendWorker]]:
-    """Starts pretend workers that end with the test."""
-    workers: list[PretendWorker] = []
+def start_worker(web: WebStack) -> Iterator[Callable[..., StubWorker]]:
+    """Starts stub workers, which stop at the end of the test."""
+    workers: list[StubWorker] = []
 
-    def start(**options: Any) -> PretendWorker:
-        worker = PretendWorker(web.redis_url, **options)
+    def start(**options: Any) -> StubWorker:
+        worker = StubWorker(web.redis_url, **options)
         worker.announce()
         worker.start()
         workers.append(worker)

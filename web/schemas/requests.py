@@ -141,7 +141,12 @@ class JobRequest(RequestModel):
     model: str | None = Field(
         None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
     )
-    prompt: str | None = Field(None, min_length=1, description="Text to continue; instead of `messages`")
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Text to continue; instead of `messages`. `/inference` sends it to the model as a user message, "
+        "unless `raw` is true",
+    )
     messages: list[Message] | None = Field(
         None,
         min_length=1,
@@ -275,7 +280,7 @@ class JobRequest(RequestModel):
 
 
 class InferenceRequest(JobRequest):
-    """A generation request that is answered in the response. `prompt` is sent to the model as a user message."""
+    """A generation request whose result is returned in the response."""
 
     stream: bool = Field(False, description="Respond with a stream of events instead of the complete result")
     raw: bool = Field(
