@@ -1,4 +1,7 @@
-"""Each kind of cache that mlx-lm has, under rows that come and go: random weights, greedy, beside mlx-lm alone."""
+"""Every cache type of mlx-lm, with rows that join and leave a batch: the tokens equal those of mlx-lm without a batch.
+
+The models have random weights and decode greedily.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from worker.runner.speculation.verification import Speculation
 
 VOCABULARY = 512
 TOKENS = 40
-MUCH = 2**30
+UNLIMITED = 2**30
 WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {
@@ -34,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
     },
-    "gemma3_text": {  # two layers in three look back 32 tokens only
+    "gemma3_text": {  # two of three layers have a window of 32 tokens
         **WIDTHS,
         "num_hidden_layers": 6,
         "intermediate_size": 128,
@@ -43,7 +46,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 3,
         "query_pre_attn_scalar": 16,
     },
-    "gpt_oss": {  # mixture of experts, sliding windows and sinks
+    "gpt_oss": {  # mixture of experts, sliding windows and attention sinks
         **WIDTHS,
         "num_hidden_layers": 4,
         "intermediate_size": 64,
@@ -54,7 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
-    "mamba2": {  # a state, no keys and values
+    "mamba2": {  # recurrent state without keys and values
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -78,44 +81,51 @@ def make(name: str, **more: Any) -> Any:
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(1)
     model = module.Model(module.ModelArgs.from_dict({"model_type": name, **ARCHITECTURES[name], **more}))
-    # Wider weights give answers that differ from token to token.
+    # Larger weights make the answers vary from token to token.
     model.update(tree_map(lambda array: array * 3 if array.ndim == 2 else array, model.parameters()))
     mx.eval(model.parameters())
     return model
 
 
-def alone(model: Any, prompt: list[int]) -> list[int]:
+def reference(model: Any, prompt: list[int]) -> list[int]:
+    """Return the tokens that mlx-lm generates without a batch."""
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=TOKENS)]
 
 
-def together(
+def run_batch(
     model: Any,
     prompts: list[list[int]],
     prefixes: PrefixCache,
-    max_padding_bytes: int = MUCH,
+    max_padding_bytes: int = UNLIMITED,
     work: tuple[int, int | None] = (32, None),
 ) -> list[list[int]]:
-    """A row joins every third step; every second one leaves early. `work`: tokens and layers of a step's prefill."""
+    """Run all prompts in a batch. A row joins every third step, and every second row leaves early.
+
+    Args:
+        work: tokens per chunk, and layers per step (None: all).
+
+    Returns:
+        The generated tokens by prompt.
+    """
     prefill, speculation = Prefill(model, 32, prefixes, UNKNOWN_COST), Speculation(model, 0, NgramProposer())
     batches = LengthBuckets(lambda: DecodeBatch(model, prefixes, speculation), Footprint.of(model), max_padding_bytes)
-    said: list[list[int]] = [[] for _ in prompts]
+    generated: list[list[int]] = [[] for _ in prompts]
     waiting = [row_of(i, prompt, TOKENS - 9 * (i % 2), owner="me") for i, prompt in enumerate(prompts)]
     step = 0
     while waiting or prefill.unread() or len(batches):
         if waiting and step % 3 == 0:
             prefill.add(waiting.pop(0))
-        planned = planned_for(prefill, *work)
-        done = prefill.advance(planned, decoding=len(batches) > 0)
-        if done.rows:
-            batches.join(done.rows, done.cache)
+        prefilled = prefill.advance(plan(prefill, *work), decoding=len(batches) > 0)
+        if prefilled.rows:
+            batches.join(prefilled.rows, prefilled.cache)
         for output in batches.step():
-            said[output.uid].append(output.token)
+            generated[output.uid].append(output.token)
         step += 1
-    return said
+    return generated
 
 
-def planned_for(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWork | None:
-    """Short prompts together, or a chunk of the first long one."""
+def plan(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWork | None:
+    """Plan a chunk of the first long prompt, or all short prompts together."""
     unread = prefill.unread()
     long = [uid for uid, each in unread.items() if each.under_way or each.tokens > 2 * tokens or layers]
     if long:
@@ -123,39 +133,40 @@ def planned_for(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWor
     return PrefillWork(tuple(unread)) if unread else None
 
 
-@pytest.mark.parametrize("max_padding_bytes", [MUCH, 50_000], ids=["one bucket", "buckets"])
+@pytest.mark.parametrize("max_padding_bytes", [UNLIMITED, 50_000], ids=["one bucket", "buckets"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_batch_says_what_each_row_says_alone(name: str, max_padding_bytes: int) -> None:
+def test_batched_rows_generate_the_same_tokens_as_single_rows(name: str, max_padding_bytes: int) -> None:
     model, draw = make(name), random.Random(0)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
-    expected = [alone(model, prompt) for prompt in prompts]
-    assert all(len(set(answer)) > 10 for answer in expected), "answers that would hide a mistake"
-    for answer, said in zip(expected, together(model, prompts, PrefixCache(model, 0), max_padding_bytes), strict=True):
-        assert len(said) >= TOKENS - 9
-        assert said == answer[: len(said)]
+    expected = [reference(model, prompt) for prompt in prompts]
+    assert all(len(set(answer)) > 10 for answer in expected), "the answers are too uniform to reveal an error"
+    results = run_batch(model, prompts, PrefixCache(model, 0), max_padding_bytes)
+    for answer, tokens in zip(expected, results, strict=True):
+        assert len(tokens) >= TOKENS - 9
+        assert tokens == answer[: len(tokens)]
 
 
 @pytest.mark.parametrize(("name", "layers"), [*((name, 4) for name in ARCHITECTURES), ("mamba2", 1)])
-def test_a_prompt_that_goes_through_the_model_layer_by_layer_is_read_as_well(name: str, layers: int) -> None:
+def test_prefill_in_single_layers_gives_the_same_tokens(name: str, layers: int) -> None:
     model, draw = make(name, num_hidden_layers=layers), random.Random(2)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (20, 200, 90)]
-    found = together(model, prompts, PrefixCache(model, 0), work=(16, 1))
-    for prompt, said in zip(prompts, found, strict=True):
-        assert said == alone(model, prompt)[: len(said)]
+    results = run_batch(model, prompts, PrefixCache(model, 0), work=(16, 1))
+    for prompt, tokens in zip(prompts, results, strict=True):
+        assert tokens == reference(model, prompt)[: len(tokens)]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_batch_goes_on_with_what_earlier_rows_left(name: str) -> None:
-    """The same prompts again, then each with its answer and more behind it, as conversations go on."""
+def test_cached_prefixes_give_the_same_tokens(name: str) -> None:
+    """Run the same prompts again, then each with its answer and a new question, like a conversation."""
     model, draw, prefixes = make(name), random.Random(1), PrefixCache(make(name), 2**28)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (3, 17, 50, 90, 5, 200, 33)]
-    first = together(model, prompts, prefixes)
-    assert together(model, prompts, prefixes) == first
+    first = run_batch(model, prompts, prefixes)
+    assert run_batch(model, prompts, prefixes) == first
     assert reused(prefixes) == sum(len(prompt) - 1 for prompt in prompts if len(prompt) > MIN_TOKENS)
-    longer = [[*prompt, *said, 1, 2, 3] for prompt, said in zip(prompts, first, strict=True)]
+    longer = [[*prompt, *answer, 1, 2, 3] for prompt, answer in zip(prompts, first, strict=True)]
     before = reused(prefixes)
-    for prompt, said in zip(longer, together(model, longer, prefixes), strict=True):
-        assert said == alone(model, prompt)[: len(said)]
+    for prompt, tokens in zip(longer, run_batch(model, longer, prefixes), strict=True):
+        assert tokens == reference(model, prompt)[: len(tokens)]
     assert reused(prefixes) - before == sum(len(prompt) - 4 for prompt in longer)
 
 
@@ -165,7 +176,7 @@ def reused(prefixes: PrefixCache) -> float:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", [20, 300, 700])
-def test_what_a_row_needs_is_known_beforehand(name: str, tokens: int) -> None:
+def test_the_predicted_memory_of_a_row_covers_the_allocated_memory(name: str, tokens: int) -> None:
     model = make(name)
     cache = KVCache.empty(model, 3)
     for _ in range(0, tokens, 20):
@@ -174,5 +185,5 @@ def test_what_a_row_needs_is_known_beforehand(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_only_plain_attention_gives_its_newest_tokens_back(name: str) -> None:
+def test_only_models_with_plain_attention_everywhere_are_plain(name: str) -> None:
     assert kv_cache.plain(make(name)) == (name == "qwen2")

@@ -1,4 +1,4 @@
-"""A worker's memory, counted beforehand and told: what would pass the budget waits, and nothing ends the process."""
+"""The memory budget of a worker: jobs that would exceed it wait or fail, and the process never dies."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from shared.jobs.record import Status
 from tests.plugins.stack import Stack, made_stack
 
 MIB = 2**20
-ROOM = 7 * MIB // 2
-"""For caches, beside the weights; a token of the tiny model takes 512 bytes, its context of 8192 takes 4 MiB."""
+CACHE_BYTES = 7 * MIB // 2
+"""Memory for caches. The tiny model needs 512 bytes per token, and 4 MiB for its context of 8192 tokens."""
 LARGE, TOO_LARGE = 5000, 7600
-"""Tokens of which a row fits alone, and not beside another; and of which it does not fit at all."""
+"""Prompt lengths in tokens: a large row fits, but not two of them; a too large row never fits."""
 TOKENS = 40
 
 
 @pytest.fixture(scope="module")
 def stack(tiny_model_path: Path) -> Iterator[Stack]:
-    limit = (tiny_model_path / "model.safetensors").stat().st_size + ROOM
+    limit = (tiny_model_path / "model.safetensors").stat().st_size + CACHE_BYTES
     for stack in made_stack(tiny_model_path, {"MEMORY_LIMIT_BYTES": str(limit), "SLOTS": "8"}):
         stack.start_web()
         stack.start_worker()
@@ -42,14 +42,15 @@ def submit(client: Client, tokens: int, *, max_tokens: int = TOKENS) -> RemoteJo
     return client.submit({"prompt": " a" * tokens, "temperature": 0, "max_tokens": max_tokens})
 
 
-def ended(client: Client, job: RemoteJob) -> RemoteJob:
+def finished(client: Client, job: RemoteJob) -> RemoteJob:
+    """Wait until a job has ended."""
     while not job.status.terminal:
         job = client.job(job.id, wait_s=60)
     return job
 
 
-def code(job: RemoteJob) -> str | None:
-    """Why it failed."""
+def error_code(job: RemoteJob) -> str | None:
+    """Return the error code of a failed job."""
     return job.error["code"] if job.error and job.status is Status.FAILED else None
 
 
@@ -59,41 +60,42 @@ def http(stack: Stack) -> Iterator[httpx2.Client]:
         yield http
 
 
-def test_what_would_pass_the_budget_waits_until_others_have_ended(client: Client, http: httpx2.Client) -> None:
-    jobs = [ended(client, job) for job in [submit(client, LARGE) for _ in range(3)]]
+def test_a_row_that_exceeds_the_free_memory_waits_for_others_to_end(client: Client, http: httpx2.Client) -> None:
+    jobs = [finished(client, job) for job in [submit(client, LARGE) for _ in range(3)]]
     assert {job.status for job in jobs} == {Status.SUCCEEDED}, [job.error for job in jobs]
     views = [http.get(f"/v1/jobs/{job.id}").json() for job in jobs]
     admitted = sorted(view["created_at"] + view["timings"]["queue_s"] for view in views)
-    spoke = sorted(view["created_at"] + view["timings"]["first_token_s"] for view in views)
-    assert admitted[1] > spoke[0] and admitted[2] > spoke[1], "one after the other, though there are eight slots"
+    first_tokens = sorted(view["created_at"] + view["timings"]["first_token_s"] for view in views)
+    assert admitted[1] > first_tokens[0] and admitted[2] > first_tokens[1], "rows ran together despite the budget"
 
 
-def test_a_row_that_never_fits_fails_alone_and_what_comes_after_it_goes_on(client: Client) -> None:
-    before, never, after = submit(client, 900), submit(client, TOO_LARGE), submit(client, 900)
-    assert code(ended(client, never)) == "out_of_memory"
-    assert ended(client, before).text == ended(client, after).text != ""
+def test_a_row_that_never_fits_fails_without_affecting_others(client: Client) -> None:
+    before, too_large, after = submit(client, 900), submit(client, TOO_LARGE), submit(client, 900)
+    assert error_code(finished(client, too_large)) == "out_of_memory"
+    assert finished(client, before).text == finished(client, after).text != ""
 
 
-def test_prompts_up_to_the_context_and_beyond_end_no_process(stack: Stack, client: Client) -> None:
+def test_prompts_near_or_beyond_the_context_do_not_kill_the_worker(stack: Stack, client: Client) -> None:
     worker = stack.processes[-1].pid
     for length in (8191, 8190, 8000, TOO_LARGE):
-        assert code(ended(client, submit(client, length, max_tokens=1))) == "out_of_memory"
+        assert error_code(finished(client, submit(client, length, max_tokens=1))) == "out_of_memory"
     with pytest.raises(ClientError, match="longer than the model's context of 8192 tokens"):
         submit(client, 8192)
-    assert code(ended(client, submit(client, 6600, max_tokens=1500))) == "out_of_memory", "it may grow beyond"
-    assert ended(client, submit(client, 6600, max_tokens=8)).status is Status.SUCCEEDED
+    may_exceed = finished(client, submit(client, 6600, max_tokens=1500))
+    assert error_code(may_exceed) == "out_of_memory", "prompt and answer together may exceed the budget"
+    assert finished(client, submit(client, 6600, max_tokens=8)).status is Status.SUCCEEDED
     assert [info.pid for info in stack.ready_workers()] == [worker]
 
 
-def test_health_and_metrics_tell_the_librarys_memory(stack: Stack, client: Client, http: httpx2.Client) -> None:
-    ended(client, submit(client, 1000))
+def test_health_and_metrics_report_the_memory_of_mlx(stack: Stack, client: Client, http: httpx2.Client) -> None:
+    finished(client, submit(client, 1000))
     weights = (stack.settings.model_path / "model.safetensors").stat().st_size
     (worker,) = http.get("/health").json()["workers"]
-    told = worker["memory"]
-    assert set(told) == {"active_bytes", "cache_bytes", "peak_bytes"}
-    assert 0.99 * weights < told["active_bytes"] <= told["peak_bytes"]
+    memory = worker["memory"]
+    assert set(memory) == {"active_bytes", "cache_bytes", "peak_bytes"}
+    assert 0.99 * weights < memory["active_bytes"] <= memory["peak_bytes"]
     metrics = dict(
         re.findall(r"^mlxq_worker_(memory_\w+|kv_bytes)\{[^}]*\} (\S+)$", http.get("/metrics").text, re.MULTILINE)
     )
     assert set(metrics) >= {"memory_active_bytes", "memory_spare_bytes", "memory_peak_bytes", "kv_bytes"}
-    assert float(metrics["memory_peak_bytes"]) >= told["peak_bytes"]
+    assert float(metrics["memory_peak_bytes"]) >= memory["peak_bytes"]

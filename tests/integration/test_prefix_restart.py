@@ -1,4 +1,4 @@
-"""Prefixes that outlive their worker: processes as they are run, ended in order, killed, and started again."""
+"""Prefixes on disk, with real worker processes that are stopped, killed and restarted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ask(stack: Stack, question: str, key: str = "", **more: Any) -> RemoteJob:
     return job
 
 
-def cached(job: RemoteJob) -> int:
+def cached_tokens(job: RemoteJob) -> int:
     return int(job.usage["cached_tokens"])
 
 
@@ -42,37 +42,39 @@ def files(stack: Stack) -> list[Path]:
     return list((stack.home / "data/prefixes").rglob("*.safetensors"))
 
 
-def test_a_restarted_worker_finds_what_its_predecessor_knew(tiny_stack: Stack) -> None:
+def test_a_restarted_worker_reads_the_prefixes_of_its_predecessor(tiny_stack: Stack) -> None:
     stack = tiny_stack
     first = stack.start_worker()
     job = ask(stack, "Why is the sky blue?")
     assert job.usage["prompt_tokens"] > MIN_TOKENS
-    assert cached(job) == 0
+    assert cached_tokens(job) == 0
     assert stack.stop(first) == 0
     assert len(files(stack)) > MIN_TOKENS // 128
     stack.start_worker()
     again = ask(stack, "Why is the sky blue?")
-    assert cached(again) > MIN_TOKENS
+    assert cached_tokens(again) > MIN_TOKENS
     assert again.text == job.text
-    assert cached(ask(stack, "Is it so at night?")) > MIN_TOKENS
-    eventually(lambda: stat(stack, "prefix_disk_read_blocks_total") >= MIN_TOKENS // 128, "it came from disk", 10)
+    assert cached_tokens(ask(stack, "Is it so at night?")) > MIN_TOKENS
+    eventually(
+        lambda: stat(stack, "prefix_disk_read_blocks_total") >= MIN_TOKENS // 128, "blocks are read from disk", 10
+    )
 
 
-def test_what_was_of_use_survives_a_kill_and_serves_the_workers_beside_it(tiny_stack: Stack) -> None:
+def test_reused_prefixes_survive_a_kill(tiny_stack: Stack) -> None:
     stack = tiny_stack
     first = stack.start_worker()
     for question in ("Why is the sky blue?", "Is it so at night?"):
         job = ask(stack, question)
-    eventually(lambda: stat(stack, "prefix_disk_written_blocks_total") >= MIN_TOKENS // 128, "it is on disk", 10)
+    eventually(lambda: stat(stack, "prefix_disk_written_blocks_total") >= MIN_TOKENS // 128, "prefix is on disk", 10)
     assert stack.stop(first, signal.SIGKILL) == -signal.SIGKILL
     stack.start_worker()
     again = ask(stack, "Is it so at night?")
-    assert cached(again) > MIN_TOKENS
+    assert cached_tokens(again) > MIN_TOKENS
     assert again.text == job.text
 
 
 @pytest.mark.parametrize("variables", [{"PREFIX_DISK_BYTES": "0"}, {"PREFIX_CACHE_BYTES": "0"}], ids=str)
-def test_who_wants_none_gets_none(tiny_stack: Stack, variables: dict[str, Any]) -> None:
+def test_no_files_are_written_if_prefixes_are_disabled(tiny_stack: Stack, variables: dict[str, Any]) -> None:
     stack = tiny_stack
     first = stack.start_worker(**variables)
     ask(stack, "Hi")
@@ -81,7 +83,7 @@ def test_who_wants_none_gets_none(tiny_stack: Stack, variables: dict[str, Any]) 
     assert not files(stack)
 
 
-def test_broken_files_are_read_anew_and_written_anew(tiny_stack: Stack) -> None:
+def test_prefixes_in_broken_files_are_recomputed_and_rewritten(tiny_stack: Stack) -> None:
     stack = tiny_stack
     first = stack.start_worker()
     job = ask(stack, "Hi")
@@ -92,26 +94,26 @@ def test_broken_files_are_read_anew_and_written_anew(tiny_stack: Stack) -> None:
         path.write_bytes(content)
     second = stack.start_worker()
     again = ask(stack, "Hi")
-    assert cached(again) < MIN_TOKENS
+    assert cached_tokens(again) < MIN_TOKENS
     assert again.text == job.text
     assert stack.stop(second) == 0
     assert "broken" in stack.log("worker-1")
     stack.start_worker()
-    assert cached(ask(stack, "Hi")) > MIN_TOKENS
+    assert cached_tokens(ask(stack, "Hi")) > MIN_TOKENS
 
 
-def test_other_keys_have_what_was_marked_as_shared_and_nothing_else(tiny_stack: Stack) -> None:
+def test_other_keys_reuse_only_shared_prefixes(tiny_stack: Stack) -> None:
     stack = tiny_stack
     other = KeyStore(stack.settings.keys_file).create("another", ["infer"])
     first = stack.start_worker()
     job = ask(stack, "Why is the sky blue?")
-    assert cached(ask(stack, "Why is the sky blue?", other)) == 0
+    assert cached_tokens(ask(stack, "Why is the sky blue?", other)) == 0
     assert stack.stop(first) == 0
     stack.start_worker()
     third = KeyStore(stack.settings.keys_file).create("third", ["infer"])
-    assert cached(ask(stack, "Why is the sky blue?", third)) == 0
+    assert cached_tokens(ask(stack, "Why is the sky blue?", third)) == 0
     ask(stack, "Is it so at night?", share_system_prompt=True)
     fourth = KeyStore(stack.settings.keys_file).create("fourth", ["infer"])
     shared = ask(stack, "Why is the sky blue?", fourth)
-    assert MIN_TOKENS < cached(shared) < shared.usage["prompt_tokens"] - 5
+    assert MIN_TOKENS < cached_tokens(shared) < shared.usage["prompt_tokens"] - 5
     assert shared.text == job.text

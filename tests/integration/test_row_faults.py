@@ -1,8 +1,8 @@
-"""What raises for one row of a real batch ends that row, and the others say what they would have said without it."""
+"""An error in one row of a real batch fails only that row; the others generate the same text as without it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ NEIGHBOURS = (Sampling(0.0), Sampling(1.0, seed=4), Sampling(0.0, repetition_pen
 
 
 class Model:
-    """A runner, and the folder of its model."""
+    """A runner and the folder of its model."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,10 +37,10 @@ class Model:
         return engine.sequence_of(self.folder, claimed(prompt, max_tokens=16, sampling=sampling), self.runner)
 
     def neighbours(self) -> list[Sequence]:
-        return [self.job(f"Neighbour {i} says what it has to say", each) for i, each in enumerate(NEIGHBOURS)]
+        return [self.job(f"Neighbour {i} continues this text", each) for i, each in enumerate(NEIGHBOURS)]
 
-    def run(self, sequences: Many[Sequence]) -> list[str | None]:
-        """All at once; the text of each that succeeded."""
+    def run(self, sequences: Iterable[Sequence]) -> list[str | None]:
+        """Submit all sequences at once. Returns their texts; None for each that failed."""
         texts = engine.run(self.runner, sequences)
         return [
             text if sequence.ending and sequence.ending.status is Status.SUCCEEDED else None
@@ -53,29 +53,29 @@ def model(tiny_model_path: Path) -> Model:
     return Model(tiny_model_path)
 
 
-def when(condition: Any, then: Any) -> Any:
-    """A function that raises when its arguments are those of the bad row."""
+def raise_if(condition: Any, function: Any) -> Any:
+    """Wrap a function to raise if its arguments meet a condition."""
 
-    def function(*args: Any) -> Any:
+    def wrapper(*args: Any) -> Any:
         if condition(*args):
-            raise ValueError("of this row")
-        return then(*args)
+            raise ValueError("this row fails")
+        return function(*args)
 
-    return function
+    return wrapper
 
 
 def break_sampler(bad: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = when(lambda seed, position: seed == BAD_SEED and position > 5, sampler._key)
-    monkeypatch.setattr(sampler, "_key", later)
+    broken = raise_if(lambda seed, position: seed == BAD_SEED and position > 5, sampler._key)
+    monkeypatch.setattr(sampler, "_key", broken)
 
 
 def break_penalties(bad: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
     start = list(bad.prompt.tokens[:5])
-    monkeypatch.setattr(penalties, "_padded", when(lambda tokens: tokens[:5] == start, penalties._padded))
+    monkeypatch.setattr(penalties, "_padded", raise_if(lambda tokens: tokens[:5] == start, penalties._padded))
 
 
 def break_detokenizer(bad: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = when(lambda token: len(bad.generated) > 5, bad.detokenizer.add)
+    add = raise_if(lambda token: len(bad.generated) > 5, bad.detokenizer.add)
     monkeypatch.setattr(bad.detokenizer, "add", add)
 
 
@@ -87,7 +87,7 @@ def break_detokenizer(bad: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
         (break_detokenizer, JobFailure.ROW),
     ],
 )
-def test_a_fault_of_one_row_ends_it_alone(
+def test_an_error_in_one_row_fails_only_that_row(
     model: Model, monkeypatch: pytest.MonkeyPatch, fault: Any, code: JobFailure
 ) -> None:
     expected = model.run(model.neighbours())
@@ -98,4 +98,4 @@ def test_a_fault_of_one_row_ends_it_alone(
     assert model.run([*others[:2], bad, *others[2:]]) == [*expected[:2], None, *expected[2:]]
     assert bad.ending is not None
     assert (bad.ending.status, bad.ending.error_code) == (Status.FAILED, code)
-    assert "of this row" not in (bad.ending.error_message or "")
+    assert "this row fails" not in (bad.ending.error_message or "")

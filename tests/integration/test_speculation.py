@@ -1,4 +1,4 @@
-"""Several tokens in a step: the text is what it would have been, whatever is guessed, and dear guesses end."""
+"""Speculative decoding: drafts never change the text, and unprofitable drafts are not verified."""
 
 from __future__ import annotations
 
@@ -55,68 +55,74 @@ def runner(tiny: LoadedModel) -> MLXRunner:
     return MLXRunner(tiny, CHUNK, Memory(2**30, 2**28), speculation_tokens=16)
 
 
-def row(uid: int, length: int, most: int, sampling: Sampling = GREEDY, owner: str | None = None) -> Row:
-    return row_of(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], most, sampling, owner)
+def row(uid: int, length: int, max_new_tokens: int, sampling: Sampling = GREEDY, owner: str | None = None) -> Row:
+    prompt = [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)]
+    return row_of(uid, prompt, max_new_tokens, sampling, owner)
 
 
-Said = dict[int, list[int]]
+TokensByUid = dict[int, list[int]]
 
 
-def run(runner: MLXRunner, rows: Sequence[Row], late: dict[int, list[Row]] | None = None) -> Said:
-    """Step until all rows have all their tokens; `late` are those to insert before a step."""
-    said: Said = defaultdict(list)
+def run(runner: MLXRunner, rows: Sequence[Row], late: dict[int, list[Row]] | None = None) -> TokensByUid:
+    """Step until all rows have generated all their tokens; `late` maps steps to the rows to insert before them."""
+    tokens: TokensByUid = defaultdict(list)
     waiting = dict(late or {})
-    due = sum(each.max_new_tokens for each in [*rows, *(one for some in waiting.values() for one in some)])
+    expected = sum(each.max_new_tokens for each in [*rows, *(one for some in waiting.values() for one in some)])
     runner.insert(rows)
     for steps in range(2000):
         runner.insert(waiting.pop(steps, []))
         for output in step(runner).tokens:
-            said[output.uid].append(output.token)
-        if sum(map(len, said.values())) >= due and not waiting:
+            tokens[output.uid].append(output.token)
+        if sum(map(len, tokens.values())) >= expected and not waiting:
             break
     assert not step(runner).tokens
-    return said
+    return tokens
 
 
-def answers(plain: MLXRunner, rows: Sequence[Row]) -> Said:
-    """What they say alone, without guesses."""
+def answers(plain: MLXRunner, rows: Sequence[Row]) -> TokensByUid:
+    """Return the tokens of each row, run separately and without speculation."""
     return {each.uid: run(plain, [each])[each.uid] for each in rows}
 
 
 @contextmanager
-def drafting(rows: Sequence[Row], expected: Said, wrong: Callable[[int], bool]) -> Iterator[None]:
-    """Draft in every step, by any length, what the rows are going to say, but for the tokens at wrong places."""
+def drafting(rows: Sequence[Row], expected: TokensByUid, wrong: Callable[[int], bool]) -> Iterator[None]:
+    """Draft the expected tokens in every step, in varying lengths.
+
+    Args:
+        wrong: whether the draft token at an index of the row is wrong.
+    """
     whole = {each.uid: [*each.prompt, *expected[each.uid]] for each in rows}
     lengths = cycle(LENGTHS)
 
-    def propose(_: NgramProposer, some: Sequence[DecodeRow], most: int) -> list[list[int]]:
+    def propose(_: NgramProposer, some: Sequence[DecodeRow], length: int) -> list[list[int]]:
         starts = [row.length + (row.next_input is not None) for row in some]
-        texts = [whole[row.row.uid][start:][:most] for row, start in zip(some, starts, strict=True)]
+        texts = [whole[row.uid][start:][:length] for row, start in zip(some, starts, strict=True)]
         return [
             [token + wrong(start + i) for i, token in enumerate(text)]
             for text, start in zip(texts, starts, strict=True)
         ]
 
-    def length(_: Speculation, some: Sequence[DecodeRow]) -> int:
-        left = min(row.remaining if row.sampled else 0 for row in some)
-        return next((each for each in [next(lengths), *LENGTHS[::-1]] if each < left), 0)
+    def draft_length(_: Speculation, some: Sequence[DecodeRow]) -> int:
+        remaining = min(row.remaining if row.sampled else 0 for row in some)
+        return next((length for length in [next(lengths), *LENGTHS[::-1]] if length < remaining), 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NgramProposer, "propose", propose)
-        patch.setattr(Speculation, "length", length)
+        patch.setattr(Speculation, "draft_length", draft_length)
         yield
 
 
-def fifth(place: int) -> bool:
-    return place % 5 == 3
+def every_fifth(index: int) -> bool:
+    return index % 5 == 3
 
 
-def drafted(runner: MLXRunner) -> tuple[float, float]:
+def counts(runner: MLXRunner) -> tuple[float, float]:
+    """Return the numbers of verified and of accepted draft tokens."""
     stats = runner.stats()
     return stats["speculation_drafted_tokens_total"], stats["speculation_accepted_tokens_total"]
 
 
-@pytest.mark.parametrize("wrong", [lambda _: False, fifth, lambda _: True], ids=["right", "mixed", "wrong"])
+@pytest.mark.parametrize("wrong", [lambda _: False, every_fifth, lambda _: True], ids=["right", "mixed", "wrong"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_drafts_change_no_token(
     plain: MLXRunner, runner: MLXRunner, sampling: Sampling, wrong: Callable[[int], bool]
@@ -125,13 +131,13 @@ def test_drafts_change_no_token(
     expected = answers(plain, [one])
     with drafting([one], expected, wrong):
         assert run(runner, [one]) == expected
-    tried, right = drafted(runner)
-    assert tried > 50
-    places = {wrong(place) for place in range(9)}
-    assert (right == tried, right == 0) == (places == {False}, places == {True})
+    drafted, accepted = counts(runner)
+    assert drafted > 50
+    kinds = {wrong(index) for index in range(9)}
+    assert (accepted == drafted, accepted == 0) == (kinds == {False}, kinds == {True})
 
 
-def test_right_drafts_spare_steps(plain: MLXRunner, runner: MLXRunner) -> None:
+def test_accepted_drafts_save_steps(plain: MLXRunner, runner: MLXRunner) -> None:
     one = row(1, 21, 120)
     expected = answers(plain, [one])
     with drafting([one], expected, lambda _: False):
@@ -142,114 +148,112 @@ def test_right_drafts_spare_steps(plain: MLXRunner, runner: MLXRunner) -> None:
     assert not step(runner).tokens
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 17, 18, 19, 20])
-def test_a_row_never_gets_more_than_its_limit(plain: MLXRunner, runner: MLXRunner, most: int) -> None:
-    one = row(1, 9, most)
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 17, 18, 19, 20])
+def test_a_row_never_exceeds_its_token_limit(plain: MLXRunner, runner: MLXRunner, limit: int) -> None:
+    one = row(1, 9, limit)
     expected = answers(plain, [one])
     longer = answers(plain, [replace(one, max_new_tokens=60)])
-    with drafting([one], longer, fifth):
+    with drafting([one], longer, every_fifth):
         assert run(runner, [one]) == expected
     assert runner.stats()["kv_bytes"] == 0
 
 
-def test_a_few_rows_are_guessed_together_as_they_come_and_go(plain: MLXRunner, runner: MLXRunner) -> None:
-    """Of different lengths and samplings; each keeps as many of its tokens as are right for it."""
+def test_a_few_rows_are_verified_together_while_rows_join_and_leave(plain: MLXRunner, runner: MLXRunner) -> None:
+    """The rows have different lengths and sampling options, and each accepts its own number of draft tokens."""
     rows = [row(uid, 5 + 9 * uid, 20 + 7 * uid, SAMPLINGS[uid % 4]) for uid in range(8)]
     expected = answers(plain, rows)
     late = {3: rows[2:3], 5: rows[3:4], 9: rows[4:5], 12: rows[5:7], 14: rows[7:]}
-    with drafting(rows, expected, lambda place: place % 7 in (2, 3)):
+    with drafting(rows, expected, lambda index: index % 7 in (2, 3)):
         assert run(runner, rows[:2], late) == expected
-    tried, right = drafted(runner)
-    assert 0 < right < tried
+    drafted, accepted = counts(runner)
+    assert 0 < accepted < drafted
 
 
-def test_more_rows_than_a_few_are_not_guessed(plain: MLXRunner, runner: MLXRunner) -> None:
+def test_no_drafts_are_verified_for_more_than_a_few_rows(plain: MLXRunner, runner: MLXRunner) -> None:
     rows = [row(uid, 9, 12) for uid in range(MAX_ROWS + 1)]
     expected = answers(plain, rows)
-    with drafting(rows, expected, fifth):
+    with drafting(rows, expected, every_fifth):
         assert run(runner, rows) == expected
-    assert drafted(runner) == (0, 0)
+    assert counts(runner) == (0, 0)
 
 
-def test_rows_with_penalties_are_not_guessed_nor_what_is_beside_them(plain: MLXRunner, runner: MLXRunner) -> None:
+def test_no_drafts_are_verified_while_a_row_uses_penalties(plain: MLXRunner, runner: MLXRunner) -> None:
     rows = [row(1, 9, 30, PENALISED), row(2, 9, 20)]
     expected = answers(plain, rows)
-    with drafting(rows, expected, fifth):
+    with drafting(rows, expected, every_fifth):
         assert run(runner, rows) == expected
-    assert drafted(runner) == (0, 0)
+    assert counts(runner) == (0, 0)
 
 
-def test_nothing_is_guessed_while_a_prompt_is_read(plain: MLXRunner, runner: MLXRunner) -> None:
+def test_no_drafts_are_verified_during_a_prefill(plain: MLXRunner, runner: MLXRunner) -> None:
     rows = [row(1, 9, 200), row(2, 40 * CHUNK, 5)]
     expected = answers(plain, rows)
-    with drafting(rows, expected, fifth):
+    with drafting(rows, expected, every_fifth):
         runner.insert(rows[:1])
-        said = [each.token for _ in range(5) for each in step(runner).tokens]
+        tokens = [each.token for _ in range(5) for each in step(runner).tokens]
         runner.insert(rows[1:])
         while not (output := step(runner)).prefilled:
-            said += [each.token for each in output.tokens]
+            tokens += [each.token for each in output.tokens]
             assert len(output.tokens) <= 1
-        said += [each.token for each in output.tokens if each.uid == 1]
-        while len(said) < 200:
-            said += [each.token for each in step(runner).tokens if each.uid == 1]
-    assert said == expected[1]
+        tokens += [each.token for each in output.tokens if each.uid == 1]
+        while len(tokens) < 200:
+            tokens += [each.token for each in step(runner).tokens if each.uid == 1]
+    assert tokens == expected[1]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
-def test_a_row_goes_on_where_it_was_cut(plain: MLXRunner, runner: MLXRunner, sampling: Sampling) -> None:
+def test_a_resumed_row_continues_with_the_same_tokens(plain: MLXRunner, runner: MLXRunner, sampling: Sampling) -> None:
     one = row(0, 9, 40, sampling)
-    said = answers(plain, [one])[0]
-    for each in (resumed(one, cut, said[:cut]) for cut in range(1, 30)):
-        rest = {each.uid: said[each.uid :]}
-        with drafting([each], rest, fifth):
+    tokens = answers(plain, [one])[0]
+    for each in (resumed(one, cut, tokens[:cut]) for cut in range(1, 30)):
+        rest = {each.uid: tokens[each.uid :]}
+        with drafting([each], rest, every_fifth):
             assert run(runner, [each]) == rest
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
-def test_what_is_left_when_a_row_is_removed_is_what_it_had(
+def test_the_prefix_of_a_removed_row_holds_exactly_its_tokens(
     plain: MLXRunner, runner: MLXRunner, tiny: LoadedModel, steps: int
 ) -> None:
-    """The prefix that the next row takes over has the keys and values of exactly its tokens."""
     one = row(1, 30, 150, owner="me")
     expected = answers(plain, [one])
-    with drafting([one], expected, fifth):
+    with drafting([one], expected, every_fifth):
         runner.insert([one])
-        said = [each.token for _ in range(steps) for each in step(runner).tokens]
+        tokens = [each.token for _ in range(steps) for each in step(runner).tokens]
         runner.remove([1])
-    assert said == expected[1][: len(said)]
+    assert tokens == expected[1][: len(tokens)]
     assert runner.stats()["kv_bytes"] == 0
     text = (*one.prompt, *expected[1])
     length, layers = runner._prefixes.load("me", text)
-    assert length in {len(one.prompt) - 1, len(one.prompt) + len(said) - 1, len(one.prompt) + len(said)}
+    assert length in {len(one.prompt) - 1, len(one.prompt) + len(tokens) - 1, len(one.prompt) + len(tokens)}
     fresh = KVCache.empty(tiny.model)
     forward.fill(tiny.model, fresh, [text[:length]])
-    for found, (keys, values) in zip(layers, fresh.copy_columns(0, 0, length), strict=True):
-        assert mx.allclose(found.keys[:, :, :length], keys, rtol=1e-3, atol=1e-5)
-        assert mx.allclose(found.values[:, :, :length], values, rtol=1e-3, atol=1e-5)
+    for layer, (keys, values) in zip(layers, fresh.copy_columns(0, 0, length), strict=True):
+        assert mx.allclose(layer.keys[:, :, :length], keys, rtol=1e-3, atol=1e-5)
+        assert mx.allclose(layer.values[:, :, :length], values, rtol=1e-3, atol=1e-5)
     again = replace(one, uid=2, prompt=(*text[:length], 7, 8), max_new_tokens=9)
     assert run(runner, [again])[2] == run(plain, [replace(again, owner=None)])[2]
 
 
-def test_a_prompt_that_repeats_is_found_without_being_told(tiny: LoadedModel) -> None:
-    """The model of this test says what follows its last token in the prompt: it repeats it for ever."""
-    repeating = Repeating(tiny)
-    runner = repeating.runner()
-    runner._speculation.cost = costing(0.1)
-    said = run(runner, [row_of(1, (*range(100, 160), 100), 300)])[1]
-    assert said == [101 + (i % 60) for i in range(59)] + [100 + (i % 60) for i in range(241)]
-    tried, right = drafted(runner)
-    assert right > 200
-    assert repeating.passes < 80
-    assert tried - right < 30
+def test_repetitions_of_the_prompt_are_drafted_and_accepted(tiny: LoadedModel) -> None:
+    model = ScriptedModel(tiny, lambda token: 100 + (token - 99) % 60)
+    runner = model.runner()
+    runner._speculation.cost = cost(0.1)
+    tokens = run(runner, [row_of(1, (*range(100, 160), 100), 300)])[1]
+    assert tokens == [101 + (i % 60) for i in range(59)] + [100 + (i % 60) for i in range(241)]
+    drafted, accepted = counts(runner)
+    assert accepted > 200
+    assert model.passes < 80
+    assert drafted - accepted < 30
 
 
-class Repeating:
-    """The tiny model, made to say something: it counts its passes, and the tokens in them."""
+class ScriptedModel:
+    """The tiny model with a fixed successor for each token. Counts its passes and the tokens in them."""
 
-    def __init__(self, tiny: LoadedModel, says: Callable[[int], int] | None = None) -> None:
+    def __init__(self, tiny: LoadedModel, successor: Callable[[int], int]) -> None:
         self.passes = self.tokens = 0
         self._tiny = tiny
-        self._says = says or (lambda token: 100 + (token - 99) % 60)
+        self._successor = successor
 
     def runner(self) -> MLXRunner:
         return MLXRunner(replace(self._tiny, model=self), CHUNK, speculation_tokens=16)
@@ -258,64 +262,63 @@ class Repeating:
         logits = self._tiny.model(tokens, cache=cache)
         self.passes += 1
         self.tokens += tokens.shape[1]
-        said = [[self._says(token) for token in each] for each in cast("list[list[int]]", tokens.tolist())]
-        return mx.put_along_axis(mx.zeros_like(logits), mx.array(said)[:, :, None], mx.array(1.0), axis=-1)
+        following = [[self._successor(token) for token in row] for row in cast("list[list[int]]", tokens.tolist())]
+        return mx.put_along_axis(mx.zeros_like(logits), mx.array(following)[:, :, None], mx.array(1.0), axis=-1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tiny.model, name)
 
 
-def costing(wide: float) -> PassCost:
-    """A pass costs 1, and so much more for each further token."""
-    return PassCost({1: 1.0, 17: 1.0 + 16 * wide})
+def cost(additional_token: float) -> PassCost:
+    """Return a cost of 1 per pass of one token, plus a cost per additional token."""
+    return PassCost({1: 1.0, 17: 1.0 + 16 * additional_token})
 
 
-def test_drafts_that_cost_what_they_spare_are_not_verified(tiny: LoadedModel) -> None:
-    """Each token more costs as much as a pass."""
-    runner = Repeating(tiny).runner()
-    runner._speculation.cost = costing(1.0)
+def test_drafts_that_cost_as_much_as_they_save_are_not_verified(tiny: LoadedModel) -> None:
+    runner = ScriptedModel(tiny, lambda token: 100 + (token - 99) % 60).runner()
+    runner._speculation.cost = cost(1.0)
     run(runner, [row_of(1, (*range(100, 160), 100), 300)])
-    assert drafted(runner) == (0, 0)
+    assert counts(runner) == (0, 0)
 
 
-def test_drafts_that_are_wrong_end(tiny: LoadedModel) -> None:
-    """Pairs of tokens come again and again, and what follows them is never the same."""
-    said = iter(token for i in range(5000) for token in (50, 51, 1000 + i))
+def test_wrong_drafts_cost_little(tiny: LoadedModel) -> None:
+    """A pair of tokens repeats again and again, and a different token follows it each time."""
+    text = iter(token for i in range(5000) for token in (50, 51, 1000 + i))
     following: dict[int, int] = {}
 
-    def says(token: int) -> int:
-        return following.setdefault(token, next(said)) if token >= 1000 else {50: 51}.get(token, 1000 + len(following))
+    def successor(token: int) -> int:
+        return following.setdefault(token, next(text)) if token >= 1000 else {50: 51}.get(token, 1000 + len(following))
 
-    repeating = Repeating(tiny, says=says)
-    runner = repeating.runner()
-    runner._speculation.cost = costing(0.2)
+    model = ScriptedModel(tiny, successor)
+    runner = model.runner()
+    runner._speculation.cost = cost(0.2)
     run(runner, [row_of(1, tuple(range(100, 160)), 1200)])
-    cost = repeating.passes + 0.2 * (repeating.tokens - repeating.passes - 60)
-    assert cost < 12 + 1200 * 1.02
+    total = model.passes + 0.2 * (model.tokens - model.passes - 60)
+    assert total < 12 + 1200 * 1.02
 
 
-def test_what_passes_cost_is_measured_while_the_model_warms(runner: MLXRunner) -> None:
+def test_the_cost_of_passes_is_measured_during_warm_up(runner: MLXRunner) -> None:
     runner.warm()
-    cost = runner._speculation.cost
-    assert set(cost.seconds) == {1, *(1 + length for length in LENGTHS)}
-    assert min(cost.seconds.values()) > 0
-    assert drafted(runner) == (0, 0)
+    measured = runner._speculation.cost
+    assert set(measured.seconds) == {1, *(1 + length for length in LENGTHS)}
+    assert min(measured.seconds.values()) > 0
+    assert counts(runner) == (0, 0)
     assert runner.stats()["kv_bytes"] == 0
 
 
-def test_rows_that_ask_for_log_probabilities_are_not_drafted(plain: MLXRunner, runner: MLXRunner) -> None:
+def test_no_drafts_are_verified_while_a_row_asks_for_log_probabilities(plain: MLXRunner, runner: MLXRunner) -> None:
     one = row(1, 9, 30)
     expected = answers(plain, [one])
     with drafting([one], expected, lambda _: False):
         assert run(runner, [replace(one, request=replace(one.request, logprobs=2))]) == expected
-    assert drafted(runner) == (0, 0)
+    assert counts(runner) == (0, 0)
 
 
-def test_zero_tokens_mean_none(tiny: LoadedModel) -> None:
+def test_without_speculation_tokens_nothing_is_drafted(tiny: LoadedModel) -> None:
     runner = MLXRunner(tiny, CHUNK)
     runner.warm()
     run(runner, [row_of(1, (*range(100, 160), 100), 50)])
-    assert drafted(runner) == (0, 0)
+    assert counts(runner) == (0, 0)
 
 
 TEXT = (
@@ -330,15 +333,15 @@ def stat(stack: Stack, name: str) -> float:
 
 
 @pytest.mark.long
-def test_killed_workers_texts_go_on_as_if_nothing_had_been_guessed(smollm2_api: Stack) -> None:
+def test_texts_of_a_killed_worker_continue_as_without_speculation(smollm2_api: Stack) -> None:
     stack = smollm2_api
     question = {"role": "user", "content": f"Repeat this text word for word: {TEXT}"}
-    bodies = [{"messages": [question], "temperature": drawn, "seed": 3, "max_tokens": 70} for drawn in (0, 0.3)]
+    bodies = [{"messages": [question], "temperature": t, "seed": 3, "max_tokens": 70} for t in (0, 0.3)]
     with stack.client() as client:
         first = stack.start_worker(SPECULATION_TOKENS="0")
-        undisturbed = [client.submit(body).id for body in bodies]
-        eventually(lambda: all(client.job(job).status.terminal for job in undisturbed), "they end", 60)
-        expected = [client.job(job) for job in undisturbed]
+        references = [client.submit(body).id for body in bodies]
+        eventually(lambda: all(client.job(job).status.terminal for job in references), "the jobs end", 60)
+        expected = [client.job(job) for job in references]
         assert stat(stack, "speculation_drafted_tokens_total") == 0
         stack.stop(first)
         second = stack.start_worker()
@@ -347,10 +350,10 @@ def test_killed_workers_texts_go_on_as_if_nothing_had_been_guessed(smollm2_api: 
             if event.n > 4 and event.text and second.poll() is None:
                 assert stack.stop(second, signal.SIGKILL) == -signal.SIGKILL
                 stack.start_worker()
-        eventually(lambda: all(client.job(job).status.terminal for job in jobs), "they end", 60)
-        eventually(lambda: stat(stack, "speculation_accepted_tokens_total") > 10, "tokens were guessed", 10)
-        for job, said in zip(map(client.job, jobs), expected, strict=True):
+        eventually(lambda: all(client.job(job).status.terminal for job in jobs), "the jobs end", 60)
+        eventually(lambda: stat(stack, "speculation_accepted_tokens_total") > 10, "drafts are accepted", 10)
+        for job, reference in zip(map(client.job, jobs), expected, strict=True):
             events = list(client.events(job.id))
             assert EventKind.RESUMED in {event.kind for event in events}
-            assert job.text == "".join(event.text for event in events) == said.text
-            assert job.usage["completion_tokens"] == said.usage["completion_tokens"]
+            assert job.text == "".join(event.text for event in events) == reference.text
+            assert job.usage["completion_tokens"] == reference.usage["completion_tokens"]

@@ -1,4 +1,4 @@
-"""Runs jobs through an engine on a real model, tokenised as a worker's helper does it."""
+"""Runs jobs through an engine on a real model, with prompts tokenised as in a worker's tokenizer process."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from worker.runner.base import ModelRunner
 
 
 def tokenized(folder: Path, claimed: ClaimedJob) -> Tokenized:
-    """A job's prompt as the model in a folder reads it."""
+    """Tokenise a job's prompt with the tokenizer of a model folder."""
     tokens, shared = tokenize(_encoder(folder), request_fields(claimed.request))
     return Tokenized(tuple(tokens), shared)
 
 
 def sequence_of(folder: Path, claimed: ClaimedJob, runner: ModelRunner) -> Sequence:
-    """A job, ready for the engine."""
-    found = tokenized(folder, claimed)
-    return Sequence(claimed, runner.prompt(found.tokens, found.shared, claimed.request, {}), runner)
+    """Return a job as a sequence for the engine."""
+    prompt = tokenized(folder, claimed)
+    return Sequence(claimed, runner.prompt(prompt.tokens, prompt.shared, claimed.request, {}), runner)
 
 
 def run(runner: ModelRunner, sequences: Iterable[Sequence], slots: int = 8) -> dict[Sequence, str]:
-    """Run sequences, which come at once; the text of each."""
+    """Submit all sequences at once, run them, and return the text of each."""
     published: list[SequenceOutput] = []
     core = EngineCore(lambda: runner, slots, published.extend)
     core.load()

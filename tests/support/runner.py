@@ -1,4 +1,4 @@
-"""Drives a model runner without the engine: prefills whatever can be prefilled, and decodes."""
+"""Drives a model runner without the engine: prefills every row as soon as possible, and decodes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ GREEDY = Sampling(temperature=0.0)
 def row(
     uid: int,
     prompt: Sequence[int],
-    most: int = 12,
+    max_new_tokens: int = 12,
     sampling: Sampling = GREEDY,
     owner: str | None = None,
     logprobs: int | None = None,
 ) -> Row:
-    """A row that begins with a prompt."""
-    return Row(uid, Request("m", most, sampling, logprobs=logprobs), tuple(prompt), 0, most, owner)
+    """Return a new row."""
+    request = Request("m", max_new_tokens, sampling, logprobs=logprobs)
+    return Row(uid, request, tuple(prompt), 0, max_new_tokens, owner)
 
 
-def numbered(uid: int, length: int, most: int = 12, sampling: Sampling = GREEDY) -> Row:
-    """A row with a prompt of `length` tokens, different for each uid."""
-    return row(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], most, sampling)
+def numbered(uid: int, length: int, max_new_tokens: int = 12, sampling: Sampling = GREEDY) -> Row:
+    """Return a row with a prompt of `length` tokens that depends on the uid."""
+    return row(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], max_new_tokens, sampling)
 
 
-def resumed(whole: Row, uid: int, said: Sequence[int]) -> Row:
-    """A row that goes on behind what it has said."""
-    left = whole.max_new_tokens - len(said)
-    return replace(whole, uid=uid, prompt=(*whole.prompt, *said), generated=len(said), max_new_tokens=left)
+def resumed(row: Row, uid: int, output: Sequence[int]) -> Row:
+    """Return a row that continues after the tokens that `row` has generated."""
+    remaining = row.max_new_tokens - len(output)
+    return replace(row, uid=uid, prompt=(*row.prompt, *output), generated=len(output), max_new_tokens=remaining)
 
 
 def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
-    """In the order of insertion: short prompts together, a long one in chunks (some layers of one at a time)."""
+    """Plan a step, in the order of insertion: several short prompts together, or a chunk of a long one.
+
+    Args:
+        layers: number of layers per step for chunks; None: all.
+    """
     unread = runner.prefillable()
     encode = EncodeWork() if runner.images_waiting() is not None else None
     short = [uid for uid, each in unread.items() if each.tokens <= 2 * runner.chunk and not each.under_way]
@@ -50,7 +55,7 @@ def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
 
 
 def step(runner: ModelRunner, *, layers: int | None = None) -> StepOutput:
-    """The next one."""
+    """Plan and execute a step."""
     return runner.execute(plan(runner, layers=layers))
 
 
@@ -61,34 +66,42 @@ def run(
     *,
     layers: int | None = None,
 ) -> dict[int, list[int]]:
-    """Step until every row has had all its tokens; `joins` gives rows to insert before a step. Tokens by uid."""
-    said: dict[int, list[int]] = defaultdict(list)
-    due: dict[int, int] = {}
+    """Step until every row has generated all its tokens.
+
+    Args:
+        joins: returns the rows to insert before step n, given n.
+        layers: see `plan`.
+
+    Returns:
+        Token ids by uid.
+    """
+    tokens: dict[int, list[int]] = defaultdict(list)
+    limits: dict[int, int] = {}
 
     def insert(some: Sequence[Row]) -> None:
-        due.update({each.uid: each.max_new_tokens for each in some})
+        limits.update({each.uid: each.max_new_tokens for each in some})
         runner.insert(some)
 
     insert(rows)
     steps = 0
-    while any(len(said[uid]) < most for uid, most in due.items()):
+    while any(len(tokens[uid]) < limit for uid, limit in limits.items()):
         insert(list(joins(steps)))
         output = step(runner, layers=layers)
         assert not output.failed
         for each in output.tokens:
-            said[each.uid].append(each.token)
+            tokens[each.uid].append(each.token)
         steps += 1
         assert steps < 3000
-    return said
+    return tokens
 
 
-def alone(runner: ModelRunner, one: Row) -> list[int]:
-    """What a row says when it runs alone."""
-    return run(runner, [one])[one.uid]
+def alone(runner: ModelRunner, row: Row) -> list[int]:
+    """Return the tokens of a row that runs without any other row."""
+    return run(runner, [row])[row.uid]
 
 
 def loaded(settings: Settings) -> ModelRunner:
-    """The runner of the settings' model, loaded in all its steps."""
+    """Load the default model of the settings and return its runner."""
     from worker.runner.loading import load  # MLX: only tests of real models need it
 
     catalog = load_catalog(settings)

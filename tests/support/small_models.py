@@ -1,4 +1,4 @@
-"""Models of a few kilobytes: a complete folder, and a GGUF with every part that the conversion reads."""
+"""Models of a few kilobytes: in memory, as a folder, and as a GGUF file with everything that the conversion reads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def gguf_metadata() -> dict[str, Any]:
+    """Return the metadata of a small llama in GGUF terms."""
     numbers = {
         "llama.embedding_length": HIDDEN,
         "llama.feed_forward_length": FFN,
@@ -43,6 +44,7 @@ def gguf_metadata() -> dict[str, Any]:
 
 
 def gguf_weights() -> dict[str, mx.array]:
+    """Return random weights that match `gguf_metadata`."""
     shapes = {"token_embd": (len(WORDS), HIDDEN), "output_norm": (HIDDEN,)}
     kv = HIDDEN * KV_HEADS // HEADS
     for layer in range(LAYERS):
@@ -58,7 +60,12 @@ def gguf_weights() -> dict[str, mx.array]:
 
 
 def small_model(module: Any, **more: Any) -> Any:
-    """A model of an architecture of mlx-lm's, in memory, with random weights."""
+    """Return a model with random weights.
+
+    Args:
+        module: the architecture, a module of `mlx_lm.models`.
+        more: further values of the configuration.
+    """
     widths = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     return module.Model(
         module.ModelArgs.from_dict({"num_hidden_layers": 2, "rms_norm_eps": 1e-5, "vocab_size": 64, **widths, **more})
@@ -66,13 +73,13 @@ def small_model(module: Any, **more: Any) -> Any:
 
 
 def write_gguf(path: Path) -> Path:
-    """A small llama with random weights."""
+    """Write a small llama with random weights as a GGUF file."""
     mx.save_gguf(str(path), gguf_weights(), gguf_metadata())
     return path
 
 
 def make_folder(path: Path, tensor: str = "weight") -> Path:
-    """A folder with every file that a model needs, though no model; `tensor` is the name of its only weight."""
+    """Create a folder with every file that a model needs, and one weight. Their content is not a valid model."""
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llama"}')
     (path / "tokenizer.json").write_text("{}")
