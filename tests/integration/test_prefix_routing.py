@@ -66,9 +66,8 @@ def test_each_turn_of_a_conversation_reuses_the_previous_turn(tiny_stack: Stack)
             for subject, messages in enumerate(conversations):
                 job = ask(client, messages)
                 hits += 0 < known[subject] <= job.usage["cached_tokens"]
-                known[subject] = (
-                    job.usage["prompt_tokens"] - 8
-                )  # the generation prompt differs from the text of the next turn
+                # The prompt of the next turn does not contain the generation prompt at the end of this one.
+                known[subject] = job.usage["prompt_tokens"] - 8
                 messages += [{"role": "assistant", "content": job.text}, {"role": "user", "content": text(turn, "men")}]
         page = client.request("GET", "/metrics").text
     routed = {outcome: n for (_, outcome), n in tiny_stack.registry.routed().items()}

@@ -1,4 +1,4 @@
-"""How much memory there is, and what fits."""
+"""Available memory, memory limits, and the cache memory of rows."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ GIB = 2**30
     ],
     ids=str,
 )
-def test_what_the_library_says_when_memory_ends(error: Exception) -> None:
+def test_errors_of_failed_allocations_are_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)
     with pytest.raises(OutOfMemory), memory_errors():
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("[matmul] shapes do not fit"), ValueError("out of memory"), KeyError()])
-def test_other_errors_are_raised_as_they_are(error: Exception) -> None:
+def test_other_errors_are_raised_unchanged(error: Exception) -> None:
     assert not is_out_of_memory(error)
     with pytest.raises(type(error)), memory_errors():
         raise error
@@ -43,40 +43,40 @@ def test_other_errors_are_raised_as_they_are(error: Exception) -> None:
 
 def buckets(max_padding_bytes: int, footprint: Footprint | None = None) -> LengthBuckets:
     hundred = Footprint(0, ((100, None),))
-    return LengthBuckets(lambda: pytest.fail("no batch is needed to count"), footprint or hundred, max_padding_bytes)
+    return LengthBuckets(lambda: pytest.fail("counting bytes needs no batch"), footprint or hundred, max_padding_bytes)
 
 
-def test_rows_are_charged_the_length_of_their_bucket() -> None:
+def test_rows_are_counted_at_the_length_of_their_bucket() -> None:
     batches = buckets(max_padding_bytes=500 * 100)
     assert batches.bytes([]) == 0
     assert batches.bytes([3]) == 256 * 100
-    assert batches.bytes([250]) == 512 * 100, "it has grown ahead by then"
+    assert batches.bytes([250]) == 512 * 100, "the cache grows before it is full"
     assert batches.bytes([300, 300, 440]) == 3 * 512 * 100
-    # 600 tokens of padding are too many for one bucket; and rows may come in another order.
+    # 600 tokens of padding are too many for one bucket. The rest covers rows that join in another order.
     assert batches.bytes([100, 300, 900, 900, 900]) == (3 * 1024 + 2 * 512 + 500) * 100
 
 
-def test_a_long_row_does_not_make_short_ones_dear() -> None:
-    """Beside a row of 32k tokens there is room for nearly as many short rows as without it."""
+def test_a_long_row_does_not_increase_the_memory_of_short_rows() -> None:
+    """Next to a row of 32,000 tokens, nearly as many short rows fit as the remaining memory holds."""
     batches, short, long = buckets(max_padding_bytes=1000 * 100), 680, 32_000
     limit = 300 * batches.bytes([short])
     rows = next(n for n in range(1, 400) if batches.bytes([long, *[short] * n]) > limit) - 1
     assert 300 - batches.bytes([long]) / batches.bytes([short]) - rows < 3
 
 
-def test_counting_many_rows_takes_one_look_at_each() -> None:
-    looked: list[int] = []
+def test_counting_visits_each_row_once() -> None:
+    visited: list[int] = []
 
-    class Counting(Footprint):
+    class CountingFootprint(Footprint):
         def filled(self, tokens: int) -> int:
-            looked.append(tokens)
+            visited.append(tokens)
             return super().filled(tokens)
 
-    buckets(0, Counting(0, ((100, None),))).bytes(range(1, 500))
-    assert len(looked) == 499
+    buckets(0, CountingFootprint(0, ((100, None),))).bytes(range(1, 500))
+    assert len(visited) == 499
 
 
-def test_windows_and_states_do_not_grow() -> None:
+def test_sliding_windows_and_states_do_not_grow() -> None:
     footprint = Footprint(1000, ((10, 256), (1, None)))
     assert footprint.allocated(100) == 1000 + 256 * 11
     assert footprint.allocated(10_000) == 1000 + 512 * 10 + 10_240
@@ -88,7 +88,7 @@ def write(folder: Path, **files: object) -> None:
         (folder / name.replace("__", ".")).write_text(str(content))
 
 
-def test_a_control_group_leaves_what_it_and_those_around_it_do_not_use(tmp_path: Path) -> None:
+def test_free_memory_is_limited_by_the_control_group_and_its_parents(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.write_text("0::/outer/inner\n")
     root = tmp_path / "fs"
@@ -99,7 +99,7 @@ def test_a_control_group_leaves_what_it_and_those_around_it_do_not_use(tmp_path:
     assert sorted(memory._free_of_groups(root, own)) == [99, 250]
 
 
-def test_a_container_sees_its_own_group_at_the_top(tmp_path: Path) -> None:
+def test_in_a_container_the_own_group_is_the_root(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.write_text("12:cpu:/x\n4:memory:/docker/abc\n0::/\n")
     usage = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 1200, "memory__stat": "total_inactive_file 1\n"}
@@ -118,7 +118,7 @@ def test_a_container_sees_its_own_group_at_the_top(tmp_path: Path) -> None:
         ({}, 2, 10 * GIB + 0.4 * 20 * GIB),
     ],
 )
-def test_the_limit_is_chosen_by_device(
+def test_the_limit_depends_on_the_device(
     device: dict[str, Any], workers: int, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlx.core.device_info", lambda: device)
@@ -127,11 +127,11 @@ def test_the_limit_is_chosen_by_device(
     assert device_limit(workers) == pytest.approx(limit)
 
 
-def test_this_machine_has_some() -> None:
+def test_this_machine_has_free_memory() -> None:
     assert 2**20 < memory.available_memory() < 2**50
 
 
-def test_a_machine_without_control_groups_has_what_it_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_control_groups_the_machine_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_free_of_groups", list)
     monkeypatch.setattr(memory, "_free_of_machine", lambda: 7)
     assert memory.available_memory() == 7

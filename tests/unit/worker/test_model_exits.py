@@ -1,4 +1,4 @@
-"""Model libraries that would end the process: a folder that makes them do so is refused, and nothing ends."""
+"""Model folders that make a library call `sys.exit` or panic are refused, and the process continues."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ for name in sys.argv[1:]:
 """
 
 
-def of_type(folder: Path, model_type: str, target: Path) -> Path:
+def copy_as(folder: Path, model_type: str, target: Path) -> Path:
+    """Copy a model folder with another model type."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"model_type": model_type, "architectures": None}))
     return target
 
 
-def exiting() -> list[str]:
-    """The architectures of mlx-lm whose import would end the process."""
+def exiting_architectures() -> list[str]:
+    """Return the architectures of mlx-lm that call `sys.exit` on import."""
     names = [module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)]
-    found = subprocess.run([sys.executable, "-c", IMPORTS, *names], capture_output=True, check=True, text=True)
-    return [line.removeprefix("exits ") for line in found.stdout.splitlines() if line.startswith("exits ")]
+    result = subprocess.run([sys.executable, "-c", IMPORTS, *names], capture_output=True, check=True, text=True)
+    return [line.removeprefix("exits ") for line in result.stdout.splitlines() if line.startswith("exits ")]
 
 
-def test_every_architecture_that_would_end_the_process_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
-    names = exiting()
+def test_every_architecture_that_exits_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    names = exiting_architectures()
     assert "olmo" in names
     for name in names:
-        folder = of_type(tiny_model_path, name, tmp_path / name)
+        folder = copy_as(tiny_model_path, name, tmp_path / name)
         with pytest.raises(ModelError, match=r"cannot be loaded: its library would end the process \(exit status 1\)"):
             load_model(folder)
         with pytest.raises(ModelError):
@@ -57,12 +58,14 @@ def test_every_architecture_that_would_end_the_process_is_refused(tiny_model_pat
 
 
 class Panic(BaseException):
-    """As the tokenizer library panics: no `Exception`."""
+    """Like a panic of the tokenizer library, which is not an `Exception`."""
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), SystemExit("bye"), Panic("index out of bounds")])
 @pytest.mark.parametrize("where", ["mlx_lm.utils.load_tokenizer", "mlx_lm.utils.load_model"])
-def test_a_text_model(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
+def test_loading_a_text_model_survives_exits_and_panics(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+) -> None:
     _raise_in(monkeypatch, where, error)
     with pytest.raises(ModelError):
         load_model(tiny_model_path)
@@ -71,20 +74,20 @@ def test_a_text_model(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, wh
 @pytest.mark.parametrize(
     "where", ["mlx_vlm.utils.load_config", "mlx_vlm.utils.load_model", "mlx_lm.tokenizer_utils.load"]
 )
-def test_a_vision_model(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_loading_a_vision_model_survives_exits(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     _raise_in(monkeypatch, where, SystemExit(1))
     with pytest.raises(ModelError, match="would end the process"):
         load_vision_model(ROOT / "models/ui-micro")
 
 
 def _raise_in(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
-    def ends(*_: Any, **__: Any) -> NoReturn:
+    def raises(*_: Any, **__: Any) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(where, ends)
+    monkeypatch.setattr(where, raises)
 
 
-def test_every_step_of_loading_and_warming(tmp_path: Path) -> None:
+def test_every_step_of_loading_and_warm_up_survives_exits(tmp_path: Path) -> None:
     def at_once() -> NoReturn:
         raise SystemExit(2)
 
@@ -107,7 +110,7 @@ def test_every_step_of_loading_and_warming(tmp_path: Path) -> None:
     assert caught.value.value == "model"
 
 
-def test_other_errors_and_ctrl_c_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_and_ctrl_c_are_raised_unchanged(tmp_path: Path) -> None:
     def fails() -> NoReturn:
         raise MemoryError
 
@@ -115,5 +118,5 @@ def test_other_errors_and_ctrl_c_stay_what_they_are(tmp_path: Path) -> None:
         list(never_exits(fails, tmp_path))
     with pytest.raises(KeyboardInterrupt), contained("x"):
         raise KeyboardInterrupt
-    with pytest.raises(ModelError, match="its own"), contained("x"):
-        raise ModelError("its own")
+    with pytest.raises(ModelError, match="original"), contained("x"):
+        raise ModelError("original")

@@ -1,4 +1,4 @@
-"""What a step of prefill does as it was planned, what it predicts, and what is stored along the way."""
+"""Prefill: the execution of plans, the predicted cost, and the prefixes stored on the way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.jobs.request import Request, Sampling
 from tests.support.small_models import small_model
 from worker.runner import forward, prefill_cost
 from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, Row, Unread
-from worker.runner.kv_cache import KVCache
+from worker.runner.kv_cache import Columns, KVCache
 from worker.runner.prefill import MAX_REFRESHED, STORED_TOKENS, Prefill, Prefilled
 from worker.runner.prefix.cache import PrefixCache
 
@@ -29,7 +29,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def deep() -> Any:
-    """A model of nine layers, of which a chunk runs eight."""
+    """A model of nine layers. A chunk runs through eight of them."""
     return small_model(llama, model_type="llama", num_hidden_layers=9)
 
 
@@ -43,8 +43,9 @@ def prefill(model: Any, prefixes: PrefixCache) -> Prefill:
     return Prefill(model, CHUNK, prefixes, UNKNOWN_COST)
 
 
-def row(uid: int, unread: int, prompt_tokens: tuple[int, ...] | None = None) -> Row:
-    return Row(uid, Request("m", 5, Sampling(0.0)), prompt_tokens or prompt(uid, unread + 1), 0, 5, "me")
+def row(uid: int, tokens: int, prompt_ids: tuple[int, ...] | None = None) -> Row:
+    """Return a row with this many tokens to prefill."""
+    return Row(uid, Request("m", 5, Sampling(0.0)), prompt_ids or prompt(uid, tokens + 1), 0, 5, "me")
 
 
 def prompt(seed: int, length: int) -> tuple[int, ...]:
@@ -58,15 +59,20 @@ def chunk(uid: int, tokens: int = CHUNK, layers: int | None = None) -> PrefillWo
 def chunks(
     prefill: Prefill, uid: int, tokens: int = CHUNK, layers: int | None = None, *, decoding: bool = True
 ) -> Iterator[Prefilled]:
-    """Steps until a row is done."""
+    """Process a row chunk by chunk; yields the result of each step."""
     for _ in range(1000):
         yield (done := prefill.advance(chunk(uid, tokens, layers), decoding=decoding))
         if uid in [each.uid for each in done.rows]:
             return
-    pytest.fail("it never ends")
+    pytest.fail("the prefill does not end")
 
 
-def test_rows_are_processed_together_and_whole(model: Any, prefill: Prefill) -> None:
+def assert_close(columns: Columns, expected: Columns) -> None:
+    for layer, expected_layer in zip(columns, expected, strict=True):
+        assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(layer, expected_layer, strict=True))
+
+
+def test_rows_are_prefilled_together_in_one_step(model: Any, prefill: Prefill) -> None:
     rows = [row(uid, 3 + 5 * uid) for uid in range(1, 5)]
     for each in rows:
         prefill.add(each)
@@ -74,18 +80,15 @@ def test_rows_are_processed_together_and_whole(model: Any, prefill: Prefill) -> 
     done = prefill.advance(PrefillWork((3, 1, 4)), decoding=True)
     assert [each.uid for each in done.rows] == [3, 1, 4]
     assert (done.tokens, done.reused, done.predicted_s) == (18 + 8 + 23, (0, 0, 0), None)
-    for place, each in enumerate(done.rows):
-        alone = KVCache.empty(model)
-        forward.fill(model, alone, [each.prompt[:-1]])
+    for index, each in enumerate(done.rows):
+        expected = KVCache.empty(model)
+        forward.fill(model, expected, [each.prompt[:-1]])
         length = len(each.prompt) - 1
-        for ours, theirs in zip(
-            done.cache.copy_columns(place, 0, length), alone.copy_columns(0, 0, length), strict=True
-        ):
-            assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
+        assert_close(done.cache.copy_columns(index, 0, length), expected.copy_columns(0, 0, length))
     assert list(prefill.unread()) == [2]
 
 
-def test_a_row_that_was_begun_is_processed_alone(prefill: Prefill) -> None:
+def test_a_partially_prefilled_row_is_processed_alone(prefill: Prefill) -> None:
     for each in (row(1, 40), row(2, 8)):
         prefill.add(each)
     prefill.advance(chunk(1), decoding=True)
@@ -95,7 +98,7 @@ def test_a_row_that_was_begun_is_processed_alone(prefill: Prefill) -> None:
     assert prefill.unread() == {2: Unread(8, 0)}
 
 
-def test_nothing_planned_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
+def test_an_empty_plan_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
     prefill.add(row(1, 8))
     for work in (None, PrefillWork((7,))):
         done = prefill.advance(work, decoding=True)
@@ -103,8 +106,8 @@ def test_nothing_planned_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
     assert prefill.unread() == {1: Unread(8, 0)}
 
 
-def test_what_earlier_rows_left_is_known_beforehand(prefill: Prefill) -> None:
-    """Also to rows that came before it was left, a few of them a step."""
+def test_waiting_rows_learn_of_new_prefixes(prefill: Prefill) -> None:
+    """A few rows per step look up their prefix again."""
     rows = [row(uid, 0, (*prompt(1, 40), uid)) for uid in range(2, 2 + 2 * MAX_REFRESHED)]
     for each in (row(1, 40), *rows):
         prefill.add(each)
@@ -116,9 +119,7 @@ def test_what_earlier_rows_left_is_known_beforehand(prefill: Prefill) -> None:
     assert set(done.reused) == {40}
 
 
-def test_a_row_whose_prefix_was_evicted_meanwhile_waits_for_the_next_plan(
-    prefill: Prefill, prefixes: PrefixCache
-) -> None:
+def test_a_row_with_an_evicted_prefix_waits_for_the_next_plan(prefill: Prefill, prefixes: PrefixCache) -> None:
     prefill.add(row(1, 40))
     prefill.advance(PrefillWork((1,)), decoding=False)
     prefill.add(row(2, 0, (*prompt(1, 40), 9, 9)))
@@ -129,8 +130,7 @@ def test_a_row_whose_prefix_was_evicted_meanwhile_waits_for_the_next_plan(
     assert prefill.unread() == {2: Unread(41, 0)}
 
 
-def test_a_cache_is_allocated_and_copied_in_steps_of_their_own(prefill: Prefill) -> None:
-    """Beside rows that decode, and only there."""
+def test_a_cache_is_allocated_and_copied_in_separate_steps_while_rows_decode(prefill: Prefill) -> None:
     prefill.add(row(1, 600))
     done = list(chunks(prefill, 1))
     assert [each.tokens > 0 for each in done[:4]] == [True, False, False, True]
@@ -144,7 +144,7 @@ def test_a_cache_is_allocated_and_copied_in_steps_of_their_own(prefill: Prefill)
     assert all(each.tokens for each in chunks(prefill, 3, decoding=False))
 
 
-def test_a_long_prompt_is_stored_along_its_way(prefill: Prefill, prefixes: PrefixCache) -> None:
+def test_a_long_prompt_is_stored_during_its_prefill(prefill: Prefill, prefixes: PrefixCache) -> None:
     long = row(1, 4 * STORED_TOKENS + 7)
     prefill.add(long)
     known = []
@@ -153,14 +153,14 @@ def test_a_long_prompt_is_stored_along_its_way(prefill: Prefill, prefixes: Prefi
         known.append(prefixes.length("me", long.prompt))
     assert max(after - before for before, after in pairwise(known)) < STORED_TOKENS + CHUNK
     assert known[-1] == 4 * STORED_TOKENS + 7
-    assert prefixes.nbytes == known[-1] * 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, width, bytes
+    assert prefixes.nbytes == known[-1] * 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, head size, bytes
     length, layers = prefixes.load("me", long.prompt)
-    for kept, (keys, values) in zip(layers, cache.copy_columns(0, 0, length), strict=True):
-        assert mx.array_equal(kept.keys, keys)
-        assert mx.array_equal(kept.values, values)
+    for layer, (keys, values) in zip(layers, cache.copy_columns(0, 0, length), strict=True):
+        assert mx.array_equal(layer.keys, keys)
+        assert mx.array_equal(layer.values, values)
 
 
-def test_a_prompt_that_is_too_long_to_be_kept_displaces_nothing(model: Any) -> None:
+def test_a_prompt_that_exceeds_the_prefix_limit_evicts_nothing(model: Any) -> None:
     prefixes = PrefixCache(model, 300 * 2 * 2 * 2 * 4 * 4)
     prefill = Prefill(model, CHUNK, prefixes, UNKNOWN_COST)
     for uid, length in ((1, 100), (2, 3 * STORED_TOKENS)):
@@ -170,7 +170,7 @@ def test_a_prompt_that_is_too_long_to_be_kept_displaces_nothing(model: Any) -> N
     assert prefixes.length("me", prompt(2, 101)) == 0
 
 
-def test_what_cannot_be_cut_is_kept_once(model: Any) -> None:
+def test_a_state_that_cannot_be_split_is_stored_once(model: Any) -> None:
     sliding = small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
     prefixes = PrefixCache(sliding, PLENTY)
     prefill = Prefill(sliding, CHUNK, prefixes, UNKNOWN_COST)
@@ -179,7 +179,7 @@ def test_what_cannot_be_cut_is_kept_once(model: Any) -> None:
     assert prefixes.stats()["prefix_cache_entries"] == 1
 
 
-def test_rows_are_dropped_in_every_stage(prefill: Prefill, prefixes: PrefixCache) -> None:
+def test_rows_can_be_removed_at_every_stage(prefill: Prefill, prefixes: PrefixCache) -> None:
     for each in (row(1, 40 * CHUNK), row(2, 40 * CHUNK), row(3, 4)):
         prefill.add(each)
     for _ in range(4):
@@ -191,7 +191,7 @@ def test_rows_are_dropped_in_every_stage(prefill: Prefill, prefixes: PrefixCache
     assert list(prefill.unread()) == [3]
 
 
-def test_several_long_prompts_may_be_under_way(prefill: Prefill) -> None:
+def test_several_long_prompts_can_be_prefilled_alternately(prefill: Prefill) -> None:
     for each in (row(1, 5 * CHUNK), row(2, 3 * CHUNK)):
         prefill.add(each)
     order = [1, 2, 1, 2, 2, 1]
@@ -202,11 +202,11 @@ def test_several_long_prompts_may_be_under_way(prefill: Prefill) -> None:
 
 @pytest.fixture
 def slow(deep: Any) -> Prefill:
-    """A chunk takes a second, however few tokens it has."""
+    """A prefill with a predicted cost of one second per chunk, regardless of its size."""
     return Prefill(deep, CHUNK, PrefixCache(deep, PLENTY), PrefillCost(1.0, 1e-9, 0.0))
 
 
-def test_a_chunk_runs_a_few_layers_a_step_and_fills_the_same_cache(deep: Any, slow: Prefill) -> None:
+def test_a_chunk_that_runs_a_few_layers_per_step_fills_the_same_cache(deep: Any, slow: Prefill) -> None:
     long = row(1, 10 * CHUNK + 5)
     whole = Prefill(deep, CHUNK, PrefixCache(deep, 0), UNKNOWN_COST)
     caches = []
@@ -215,19 +215,20 @@ def test_a_chunk_runs_a_few_layers_a_step_and_fills_the_same_cache(deep: Any, sl
         done = list(chunks(prefill, 1, layers=layers))
         assert [each.tokens for each in done if each.tokens] == [CHUNK] * 10 + [5]
         caches.append(done[-1].cache)
-    for ours, theirs in zip(*(cache.copy_columns(0, 0, 10 * CHUNK + 5) for cache in caches), strict=True):
-        assert all(mx.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
+    assert_close(*(cache.copy_columns(0, 0, 10 * CHUNK + 5) for cache in caches))
 
 
-def test_a_step_predicts_as_much_as_it_does(slow: Prefill) -> None:
+def test_a_step_predicts_the_cost_of_its_layers(slow: Prefill) -> None:
     slow.add(row(1, 10 * CHUNK))
     done = list(chunks(slow, 1, layers=3))
     parts = [each.predicted_s for each in done if each.predicted_s]
     assert {round(8 * part) for part in parts} == {2, 3}
-    assert sum(parts) == pytest.approx(10, abs=3 / 8), "the last is not predicted: the row joins in that step"
+    assert sum(parts) == pytest.approx(10, abs=3 / 8), (
+        "the last step, in which the row joins a batch, has no prediction"
+    )
 
 
-def test_what_is_left_of_a_chunk_is_known(slow: Prefill) -> None:
+def test_the_remaining_prompt_includes_the_unfinished_chunk(slow: Prefill) -> None:
     slow.add(row(1, 40))
     slow.advance(chunk(1, CHUNK, 3), decoding=True)
     assert slow.unread() == {1: Unread(40, 0, CHUNK)}
@@ -237,7 +238,7 @@ def test_what_is_left_of_a_chunk_is_known(slow: Prefill) -> None:
     assert slow.unread() == {1: Unread(24, CHUNK)}
 
 
-def test_only_the_caches_of_layers_that_were_run_are_filled(slow: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_caches_of_processed_layers_are_filled(slow: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[int] = []
     queue = KVCache.queue
     monkeypatch.setattr(KVCache, "queue", lambda cache: (filled.append(len(cache.layers)), queue(cache))[1])
@@ -247,7 +248,7 @@ def test_only_the_caches_of_layers_that_were_run_are_filled(slow: Prefill, monke
     assert filled == [4, 3, 2]
 
 
-def test_a_row_that_leaves_amid_a_chunk_leaves_what_was_stored_along_its_way(deep: Any) -> None:
+def test_a_row_that_is_removed_within_a_chunk_keeps_its_stored_prefix(deep: Any) -> None:
     prefixes = PrefixCache(deep, PLENTY)
     slow = Prefill(deep, CHUNK, prefixes, UNKNOWN_COST)
     long = row(1, 2 * STORED_TOKENS)
@@ -262,13 +263,11 @@ def test_a_row_that_leaves_amid_a_chunk_leaves_what_was_stored_along_its_way(dee
     assert length == STORED_TOKENS
     whole = KVCache.empty(deep)
     forward.fill(deep, whole, [long.prompt[:length]])
-    for ours, (keys, values) in zip(layers, whole.copy_columns(0, 0, length), strict=True):
-        assert mx.allclose(ours.keys, keys, atol=1e-5)
-        assert mx.allclose(ours.values, values, atol=1e-5)
+    assert_close([(layer.keys, layer.values) for layer in layers], whole.copy_columns(0, 0, length))
 
 
 @pytest.mark.parametrize("work", [PrefillWork((1, 2)), PrefillWork((1,), CHUNK)], ids=["together", "chunk"])
-def test_rows_for_which_there_is_no_memory_are_dropped_and_prefixes_with_them(
+def test_a_failed_allocation_drops_the_current_rows_and_all_prefixes(
     prefill: Prefill, prefixes: PrefixCache, work: PrefillWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill.add(row(5, 40))
@@ -290,14 +289,14 @@ def test_rows_for_which_there_is_no_memory_are_dropped_and_prefixes_with_them(
         prefill.advance(PrefillWork((3,)), decoding=False)
 
 
-def test_what_a_chunk_costs_is_measured_on_the_model(model: Any) -> None:
-    def measured() -> Generator[None, None, None]:
-        nonlocal found
-        found = yield from prefill_cost.measure(model, CHUNK)
+def test_the_cost_of_a_chunk_is_measured_on_the_model(model: Any) -> None:
+    def measure() -> Generator[None, None, None]:
+        nonlocal cost
+        cost = yield from prefill_cost.measure(model, CHUNK)
 
-    found = UNKNOWN_COST
-    assert sum(1 for _ in measured()) > 3, "in pieces"
-    assert found is not UNKNOWN_COST
-    assert found.token > 0
-    assert found.fixed >= 0
-    assert found.behind >= 0
+    cost = UNKNOWN_COST
+    assert sum(1 for _ in measure()) > 3, "the measurement must yield between passes"
+    assert cost is not UNKNOWN_COST
+    assert cost.token > 0
+    assert cost.fixed >= 0
+    assert cost.behind >= 0

@@ -1,4 +1,4 @@
-"""Which prompts are prefilled together, in which order, and how much of them in a step."""
+"""The prefill policy: which prompts are prefilled together, in which order, and how much of them per step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, U
 
 CHUNK, DEPTH = 16, 8
 TOKENS = PrefillCost(1e-9, 1.0, 0.0)
-"""About a second per token."""
+"""A cost of about one second per token."""
 
 
 class Prompts:
-    """Rows with prompts, as a runner reports them, and the plans for them."""
+    """Waiting prompts as a runner reports them, with a policy that plans their prefill.
+
+    Args:
+        seconds: time for prefill per step.
+    """
 
     def __init__(self, seconds: float = 20.0, cost: PrefillCost = TOKENS, depth: int = DEPTH) -> None:
         self.budget = PrefillBudget(CHUNK, cost)
@@ -33,30 +37,30 @@ class Prompts:
         self.unread[uid] = Unread(tokens, cached)
 
     def plan(self, image_s: float | None = None, *, decoding: bool = True, alone: tuple[int, ...] = ()) -> StepPlan:
-        """Plan a step, and do what it says."""
+        """Plan a step and execute the plan."""
         plan = self.policy.plan(self.unread, image_s, decoding=decoding, alone=alone)
         if plan.prefill is not None:
-            self._read(plan.prefill)
+            self._prefill(plan.prefill)
         return plan
 
-    def _read(self, work: PrefillWork) -> None:
+    def _prefill(self, work: PrefillWork) -> None:
         if work.tokens is None:
-            self.unread = {uid: left for uid, left in self.unread.items() if uid not in work.uids}
+            self.unread = {uid: unread for uid, unread in self.unread.items() if uid not in work.uids}
             return
         (uid,) = work.uids
-        left = self.unread[uid]
-        size = left.under_way or work.tokens
-        layers = self.layers if left.under_way else self.depth
-        assert 0 < size <= left.tokens or left.tokens == 0
+        unread = self.unread[uid]
+        size = unread.under_way or work.tokens
+        layers = self.layers if unread.under_way else self.depth
+        assert 0 < size <= unread.tokens or unread.tokens == 0
         if work.layers is not None and work.layers < layers:
-            self.unread[uid], self.layers = Unread(left.tokens, left.position, size), layers - work.layers
-        elif size < left.tokens:
-            self.unread[uid] = Unread(left.tokens - size, left.position + size)
+            self.unread[uid], self.layers = Unread(unread.tokens, unread.position, size), layers - work.layers
+        elif size < unread.tokens:
+            self.unread[uid] = Unread(unread.tokens - size, unread.position + size)
         else:
             del self.unread[uid]
 
     def order(self, *, decoding: bool = True) -> list[tuple[int, ...]]:
-        """The rows of each step until all are read; of rows that follow themselves, once."""
+        """Prefill all prompts. Returns the uids of each step, without repetitions of the previous step."""
         steps: list[tuple[int, ...]] = []
         while self.unread:
             work = self.plan(decoding=decoding).prefill
@@ -70,13 +74,13 @@ def prompts() -> Prompts:
     return Prompts()
 
 
-def test_short_prompts_do_not_wait_behind_long_ones(prompts: Prompts) -> None:
+def test_short_prompts_do_not_wait_for_long_ones(prompts: Prompts) -> None:
     for uid, tokens in enumerate((40 * CHUNK, 40 * CHUNK, CHUNK, CHUNK, CHUNK), 1):
         prompts.add(uid, tokens)
     assert prompts.order() == [(3, 4, 5), (1,), (2,)]
 
 
-def test_a_long_prompt_does_not_wait_for_short_ones_that_keep_coming(prompts: Prompts) -> None:
+def test_a_long_prompt_does_not_starve_while_short_ones_arrive(prompts: Prompts) -> None:
     prompts.add(0, 5 * CHUNK)
     for steps in range(1, 50):
         prompts.add(steps, CHUNK)
@@ -87,32 +91,32 @@ def test_a_long_prompt_does_not_wait_for_short_ones_that_keep_coming(prompts: Pr
 
 
 @pytest.mark.parametrize("decoding", [False, True])
-def test_short_prompts_that_come_at_once_are_read_together_whatever_decodes(prompts: Prompts, decoding: bool) -> None:
+def test_simultaneous_short_prompts_are_prefilled_together(prompts: Prompts, decoding: bool) -> None:
     for uid in range(2 * MOST_TOGETHER):
         prompts.add(uid, CHUNK)
     assert [len(uids) for uids in prompts.order(decoding=decoding)] == [MOST_TOGETHER, MOST_TOGETHER]
 
 
-def test_prompts_whose_lengths_with_their_prefixes_differ_much_are_read_apart(prompts: Prompts) -> None:
+def test_prompts_of_very_different_total_length_are_prefilled_separately(prompts: Prompts) -> None:
     prompts.add(1, CHUNK)
     prompts.add(2, CHUNK, cached=100 * CHUNK)
     prompts.add(3, CHUNK, cached=101 * CHUNK)
     assert prompts.order() == [(1,), (2, 3)]
 
 
-def test_few_tokens_far_behind_the_beginning_may_be_a_long_prompt() -> None:
+def test_a_few_tokens_after_a_long_prefix_can_count_as_a_long_prompt() -> None:
     prompts = Prompts(cost=PrefillCost(0.0, 1.0, 0.1))
     prompts.add(2, 4, cached=200)
     prompts.add(3, 5)
     assert prompts.order() == [(3,), (2,)]
 
 
-def test_a_row_without_unread_tokens_is_read_like_a_short_one(prompts: Prompts) -> None:
+def test_a_fully_cached_prompt_is_treated_as_short(prompts: Prompts) -> None:
     prompts.add(1, 0, cached=1)
     assert prompts.plan().prefill == PrefillWork((1,))
 
 
-def test_the_rest_of_a_long_prompt_is_not_read_together_with_short_ones(prompts: Prompts) -> None:
+def test_the_rest_of_a_long_prompt_is_not_prefilled_together_with_short_ones(prompts: Prompts) -> None:
     prompts.add(1, 3 * CHUNK)
     prompts.plan(decoding=False)
     assert prompts.unread[1].tokens == SHORT_CHUNKS * CHUNK
@@ -120,26 +124,26 @@ def test_the_rest_of_a_long_prompt_is_not_read_together_with_short_ones(prompts:
     assert {len(uids) for uids in prompts.order(decoding=False)} == {1}
 
 
-def test_rows_that_are_to_go_alone_do(prompts: Prompts) -> None:
+def test_rows_marked_as_alone_are_prefilled_separately(prompts: Prompts) -> None:
     for uid in range(3):
         prompts.add(uid, CHUNK)
     steps = [prompts.plan(alone=(1,)).prefill for _ in range(2)]
     assert {work.uids for work in steps if work} == {(0, 2), (1,)}
 
 
-def test_where_nothing_decodes_a_long_prompt_is_read_in_full_chunks(prompts: Prompts) -> None:
+def test_a_long_prompt_is_prefilled_in_full_chunks_while_nothing_decodes(prompts: Prompts) -> None:
     prompts.add(1, 40 * CHUNK)
     assert {prompts.plan(decoding=False).prefill for _ in range(20)} == {PrefillWork((1,), CHUNK)}
 
 
-def test_beside_decoding_rows_a_chunk_goes_through_as_many_layers_as_there_is_time_for() -> None:
+def test_while_rows_decode_a_chunk_runs_as_many_layers_as_fit_into_the_budget() -> None:
     prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
     prompts.add(1, 10 * CHUNK)
     works = [prompts.plan().prefill for _ in range(9)]
     assert {(work.tokens, work.layers) for work in works if work} == {(CHUNK, 3)}
 
 
-def test_the_rest_of_a_chunk_is_one_step_where_nothing_decodes_any_more() -> None:
+def test_the_rest_of_a_chunk_takes_one_step_once_nothing_decodes() -> None:
     prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
     prompts.add(1, 10 * CHUNK)
     prompts.plan()
@@ -149,7 +153,7 @@ def test_the_rest_of_a_chunk_is_one_step_where_nothing_decodes_any_more() -> Non
     assert prompts.unread[1] == Unread(9 * CHUNK, CHUNK)
 
 
-def test_a_long_prompt_pauses_now_and_then_and_short_ones_do_not(prompts: Prompts) -> None:
+def test_long_prompts_pause_regularly_and_short_ones_do_not(prompts: Prompts) -> None:
     prompts.add(1, 400 * CHUNK)
     works = [prompts.plan().prefill for _ in range(54)]
     assert works.count(None) == 6
@@ -159,7 +163,7 @@ def test_a_long_prompt_pauses_now_and_then_and_short_ones_do_not(prompts: Prompt
     assert prompts.plan().prefill == PrefillWork((2,))
 
 
-def test_a_row_that_leaves_makes_way_for_the_next(prompts: Prompts) -> None:
+def test_the_next_long_prompt_starts_when_the_current_one_is_removed(prompts: Prompts) -> None:
     prompts.add(1, 40 * CHUNK)
     prompts.add(2, 40 * CHUNK)
     prompts.plan()
@@ -175,18 +179,18 @@ def test_images_and_prompts_take_turns(prompts: Prompts) -> None:
     assert [plan.prefill is not None for plan in plans] == [False, True] * 3
 
 
-def test_a_large_image_gets_the_time_there_is_and_a_small_one_is_encoded_whole(prompts: Prompts) -> None:
+def test_a_large_image_gets_the_budget_and_a_small_one_is_encoded_whole(prompts: Prompts) -> None:
     assert prompts.plan(image_s=100.0).encode == EncodeWork(pytest.approx(20.0))
     assert prompts.plan(image_s=SHORT_IMAGE_S).encode == EncodeWork()
     assert prompts.plan(image_s=100.0, decoding=False).encode == EncodeWork()
 
 
-def test_in_a_pause_no_large_image_is_encoded(prompts: Prompts) -> None:
+def test_no_large_image_is_encoded_in_a_pause(prompts: Prompts) -> None:
     plans = [prompts.plan(image_s=100.0) for _ in range(54)]
     assert plans.count(StepPlan()) == 6
 
 
-def test_draft_tokens_are_verified_when_there_is_nothing_else_to_do(prompts: Prompts) -> None:
+def test_draft_tokens_are_verified_only_if_there_is_no_other_work(prompts: Prompts) -> None:
     nothing: Mapping[int, Unread] = {}
     assert prompts.policy.plan(nothing, None, decoding=True) == StepPlan(speculate=True)
     prompts.add(1, 400 * CHUNK)

@@ -1,4 +1,4 @@
-"""The folder of prefixes: what is found again, what is not believed, what goes first, and who shares it."""
+"""The folder of prefixes: files are opened again, verified, evicted, and shared by several processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = list(blocks.names("me", TOKENS))
 
 
 def block(seed: int, *, halves: int = 512) -> Block:
-    """Two tensors of so many numbers of 16 bits."""
+    """Return a block of two tensors with `halves` 16-bit numbers each."""
     data = np.random.default_rng(seed).integers(0, 256, 2 * halves, dtype=np.uint8)
     return [Tensor("BF16", (1, 2, halves // 2), data), Tensor("F16", (1, halves), data[::-1].copy())]
 
@@ -37,50 +37,50 @@ SIZE = blocks.size(NAMES[0], block(0))
 
 
 def files(folder: Path, model: str = "model", most_bytes: int = PLENTY, keep_s: float = DAY_S) -> PrefixFiles:
-    found = PrefixFiles(folder / "prefixes", model, most_bytes, keep_s)
-    found.look()
-    return found
+    opened = PrefixFiles(folder / "prefixes", model, most_bytes, keep_s)
+    opened.look()
+    return opened
 
 
 def path(folder: Path, name: str, model: str = "model") -> Path:
     return folder / "prefixes" / model / (name + SUFFIX)
 
 
-def same(found: Block | None, wanted: Block) -> bool:
-    return found is not None and all(
+def same(block: Block | None, expected: Block) -> bool:
+    return block is not None and all(
         (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(a.data, b.data)
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(block, expected, strict=True)
     )
 
 
-def test_what_was_written_is_found_by_the_next(tmp_path: Path) -> None:
+def test_written_blocks_are_found_after_reopening(tmp_path: Path) -> None:
     assert files(tmp_path).write([(name, block(i)) for i, name in enumerate(NAMES)]) == 4
-    found = files(tmp_path)
-    assert all(found.has(name) and found.size(name) == SIZE for name in NAMES)
-    assert all(same(found.read(name), block(i)) for i, name in enumerate(NAMES))
-    assert found.nbytes == 4 * SIZE == sum(path(tmp_path, name).stat().st_size for name in NAMES)
-    assert found.write([(NAMES[0], block(0))]) == 0
+    opened = files(tmp_path)
+    assert all(opened.has(name) and opened.size(name) == SIZE for name in NAMES)
+    assert all(same(opened.read(name), block(i)) for i, name in enumerate(NAMES))
+    assert opened.nbytes == 4 * SIZE == sum(path(tmp_path, name).stat().st_size for name in NAMES)
+    assert opened.write([(NAMES[0], block(0))]) == 0
 
 
-def test_a_file_is_what_the_safetensors_package_reads(tmp_path: Path) -> None:
+def test_the_safetensors_package_can_read_a_file(tmp_path: Path) -> None:
     files(tmp_path).write([(NAMES[0], block(0))])
     content = path(tmp_path, NAMES[0]).read_bytes()
-    read = dict(safetensors.deserialize(content))  # type: ignore[no-untyped-call]
-    assert [(read[each]["dtype"], tuple(read[each]["shape"])) for each in ("0", "1")] == [
+    tensors = dict(safetensors.deserialize(content))  # type: ignore[no-untyped-call]
+    assert [(tensors[each]["dtype"], tuple(tensors[each]["shape"])) for each in ("0", "1")] == [
         ("BF16", (1, 2, 256)),
         ("F16", (1, 512)),
     ]
-    assert [bytes(read[each]["data"]) for each in ("0", "1")] == [tensor.data.tobytes() for tensor in block(0)]
+    assert [bytes(tensors[each]["data"]) for each in ("0", "1")] == [tensor.data.tobytes() for tensor in block(0)]
 
 
-def test_only_the_user_may_read_it(tmp_path: Path) -> None:
+def test_only_the_user_may_read_the_files(tmp_path: Path) -> None:
     files(tmp_path).write([(NAMES[0], block(0))])
     for each in (tmp_path / "prefixes").rglob("*"):
         assert each.stat().st_mode & 0o077 == 0
     assert (tmp_path / "prefixes").stat().st_mode & 0o077 == 0
 
 
-def test_a_name_tells_the_owner_and_every_token_apart_and_nothing_else() -> None:
+def test_a_name_depends_on_the_owner_and_all_tokens_up_to_its_end() -> None:
     assert len(NAMES) == 4
     assert list(blocks.names("me", TOKENS[: 2 * BLOCK + 5])) == NAMES[:2]
     other = [1, *TOKENS[1:]]
@@ -91,38 +91,38 @@ def test_a_name_tells_the_owner_and_every_token_apart_and_nothing_else() -> None
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, SIZE // 2, SIZE - 1])
-def test_a_cut_file_is_dropped(tmp_path: Path, length: int, caplog: pytest.LogCaptureFixture) -> None:
-    found = files(tmp_path)
-    found.write([(NAMES[0], block(0))])
+def test_a_truncated_file_is_deleted(tmp_path: Path, length: int, caplog: pytest.LogCaptureFixture) -> None:
+    opened = files(tmp_path)
+    opened.write([(NAMES[0], block(0))])
     os.truncate(path(tmp_path, NAMES[0]), length)
-    assert found.read(NAMES[0]) is None
-    assert not found.has(NAMES[0])
+    assert opened.read(NAMES[0]) is None
+    assert not opened.has(NAMES[0])
     assert not path(tmp_path, NAMES[0]).exists()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_a_file_with_any_byte_changed_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = files(tmp_path)
-    found.write([(NAMES[0], block(0))])
+def test_a_file_with_any_changed_byte_is_rejected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opened = files(tmp_path)
+    opened.write([(NAMES[0], block(0))])
     content = path(tmp_path, NAMES[0]).read_bytes()
     for place in (*range(500), *range(500, len(content), 37), len(content) - 1):
         changed = bytearray(content)
         changed[place] ^= 0x11
         path(tmp_path, NAMES[0]).write_bytes(changed)
-        assert found.read(NAMES[0]) is None, place
+        assert opened.read(NAMES[0]) is None, place
     path(tmp_path, NAMES[0]).write_bytes(content + b"\0")
-    assert found.read(NAMES[0]) is None
+    assert opened.read(NAMES[0]) is None
 
 
-def test_a_file_under_anothers_name_is_dropped(tmp_path: Path) -> None:
-    found = files(tmp_path)
-    found.write([(NAMES[0], block(0)), (NAMES[1], block(1))])
+def test_a_file_with_the_name_of_another_block_is_rejected(tmp_path: Path) -> None:
+    opened = files(tmp_path)
+    opened.write([(NAMES[0], block(0)), (NAMES[1], block(1))])
     shutil.copy(path(tmp_path, NAMES[0]), path(tmp_path, NAMES[1]))
-    assert found.read(NAMES[1]) is None
-    assert same(found.read(NAMES[0]), block(0))
+    assert opened.read(NAMES[1]) is None
+    assert same(opened.read(NAMES[0]), block(0))
 
 
-def test_models_know_nothing_of_each_other_but_share_the_limit(tmp_path: Path) -> None:
+def test_models_are_separate_but_share_the_limit(tmp_path: Path) -> None:
     old = files(tmp_path, "old")
     old.write([(name, block(i)) for i, name in enumerate(NAMES)])
     new = files(tmp_path, "new", most_bytes=5 * SIZE)
@@ -134,50 +134,50 @@ def test_models_know_nothing_of_each_other_but_share_the_limit(tmp_path: Path) -
     assert [new.has(name) for name in NAMES] == [True, True, False, False]
 
 
-def test_the_least_recently_used_goes_first_and_ends_before_beginnings(tmp_path: Path) -> None:
-    found = files(tmp_path, most_bytes=4 * SIZE)
+def test_the_least_recently_used_block_is_deleted_first_from_the_end(tmp_path: Path) -> None:
+    opened = files(tmp_path, most_bytes=4 * SIZE)
     others = list(blocks.names("you", TOKENS))
-    found.write([(name, block(0)) for name in others[:2]])
-    found.write([(name, block(0)) for name in NAMES[:2]])
-    found.touch(others[:2])
-    found.write([(NAMES[2], block(0))])
-    assert [found.has(name) for name in (*NAMES[:3], *others[:2])] == [True, False, True, True, True]
-    assert found.nbytes == 4 * SIZE
+    opened.write([(name, block(0)) for name in others[:2]])
+    opened.write([(name, block(0)) for name in NAMES[:2]])
+    opened.touch(others[:2])
+    opened.write([(NAMES[2], block(0))])
+    assert [opened.has(name) for name in (*NAMES[:3], *others[:2])] == [True, False, True, True, True]
+    assert opened.nbytes == 4 * SIZE
 
 
-def test_more_than_it_may_hold_is_written_from_the_beginning_as_far_as_it_fits(tmp_path: Path) -> None:
-    found = files(tmp_path, most_bytes=3 * SIZE - 1)
-    assert found.write([(name, block(0)) for name in NAMES]) == 2
-    assert [found.has(name) for name in NAMES] == [True, True, False, False]
+def test_of_too_many_blocks_the_first_ones_that_fit_are_written(tmp_path: Path) -> None:
+    opened = files(tmp_path, most_bytes=3 * SIZE - 1)
+    assert opened.write([(name, block(0)) for name in NAMES]) == 2
+    assert [opened.has(name) for name in NAMES] == [True, True, False, False]
 
 
-def test_the_disk_keeps_some_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = files(tmp_path)
-    found.write([(name, block(0)) for name in NAMES])
+def test_some_disk_space_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = files(tmp_path)
+    opened.write([(name, block(0)) for name in NAMES])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=ROOM_BYTES - 2 * SIZE))
-    found.look()
-    assert [found.has(name) for name in NAMES] == [True, True, False, False]
-    assert found.write([(NAMES[2], block(0))]) <= 1
-    assert found.nbytes <= 2 * SIZE
+    opened.look()
+    assert [opened.has(name) for name in NAMES] == [True, True, False, False]
+    assert opened.write([(NAMES[2], block(0))]) <= 1
+    assert opened.nbytes <= 2 * SIZE
 
 
-def test_what_nobody_uses_is_not_kept_for_ever(tmp_path: Path) -> None:
+def test_unused_files_expire(tmp_path: Path) -> None:
     files(tmp_path).write([(name, block(0)) for name in NAMES])
     long_ago = time.time() - 100
     os.utime(path(tmp_path, NAMES[1]), (long_ago, long_ago))
-    found = files(tmp_path, keep_s=50)
-    assert [found.has(name) for name in NAMES] == [True, False, True, True]
+    opened = files(tmp_path, keep_s=50)
+    assert [opened.has(name) for name in NAMES] == [True, False, True, True]
 
 
-def test_a_block_that_another_deleted_is_missed_without_a_word(
+def test_a_block_deleted_by_another_process_is_not_logged_as_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = files(tmp_path)
-    found.write([(NAMES[0], block(0))])
+    opened = files(tmp_path)
+    opened.write([(NAMES[0], block(0))])
     path(tmp_path, NAMES[0]).unlink()
-    assert found.read(NAMES[0]) is None
-    assert not found.has(NAMES[0])
+    assert opened.read(NAMES[0]) is None
+    assert not opened.has(NAMES[0])
     assert not caplog.records
 
 
@@ -194,40 +194,40 @@ files(folder).write([(name, block(i)) for i, name in enumerate(NAMES)])
 WRITE = """
 seed = int(sys.argv[2])
 own = list(blocks.names(str(seed), TOKENS))
-found = files(folder, most_bytes=6 * SIZE)
+opened = files(folder, most_bytes=6 * SIZE)
 for _ in range(20):
-    found.write([(name, block(i)) for i, name in enumerate(NAMES)])
-    found.write([(name, block(seed)) for name in own])
-    with found._alone():
+    opened.write([(name, block(i)) for i, name in enumerate(NAMES)])
+    opened.write([(name, block(seed)) for name in own])
+    with opened._alone():
         assert sum(kept.stat().st_size for kept in path(folder, "").parent.iterdir()) <= 6 * SIZE
-    content = found.read(NAMES[0])
+    content = opened.read(NAMES[0])
     assert content is None or same(content, block(0))
 """
 
 
 def start(script: str, folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    """Another process, with what this module has."""
+    """Start another process that runs a script with the names of this module."""
     module = f"import os, runpy, signal, sys; globals().update(runpy.run_path({__file__!r}))\n"
     command = [sys.executable, "-c", f"{module}folder = Path(sys.argv[1])\n{script}", str(folder), *more]
     return subprocess.Popen(command, cwd=ROOT)
 
 
-def test_a_crash_in_the_middle_of_a_write_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_crash_during_a_write_leaves_no_broken_file(tmp_path: Path) -> None:
     assert start(CRASH, tmp_path).wait(30) == -signal.SIGKILL
-    assert len(list(path(tmp_path, "").parent.iterdir())) == 2  # a whole one and a half one
-    found = files(tmp_path)  # the lock has ended with its process
-    assert [found.has(name) for name in NAMES] == [True, False, False, False]
-    assert same(found.read(NAMES[0]), block(0))
+    assert len(list(path(tmp_path, "").parent.iterdir())) == 2  # a complete file and a partial one
+    opened = files(tmp_path)  # the lock was released when the process died
+    assert [opened.has(name) for name in NAMES] == [True, False, False, False]
+    assert same(opened.read(NAMES[0]), block(0))
     assert [each.name for each in path(tmp_path, "").parent.iterdir()] == [NAMES[0] + SUFFIX]
-    assert found.write([(name, block(i)) for i, name in enumerate(NAMES)]) == 3
+    assert opened.write([(name, block(i)) for i, name in enumerate(NAMES)]) == 3
 
 
-def test_workers_that_write_at_once_share_the_folder_and_its_limit(tmp_path: Path) -> None:
+def test_concurrent_writers_respect_the_common_limit(tmp_path: Path) -> None:
     workers = [start(WRITE, tmp_path, str(seed)) for seed in (7, 8, 9)]
     assert [worker.wait(30) for worker in workers] == [0, 0, 0]
-    found = files(tmp_path)
-    assert all(found.read(each.stem) for each in path(tmp_path, "").parent.iterdir())
-    assert 0 < found.nbytes <= 6 * SIZE
+    opened = files(tmp_path)
+    assert all(opened.read(each.stem) for each in path(tmp_path, "").parent.iterdir())
+    assert 0 < opened.nbytes <= 6 * SIZE
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def changed(change: Callable[[Path], Any], folder: Path) -> bool:
     return fingerprint(folder, "layout") != before
 
 
-def test_other_weights_another_quantisation_and_another_layout_are_other_models(weights: Path) -> None:
+def test_the_fingerprint_depends_on_weights_quantisation_and_layout(weights: Path) -> None:
     file = weights / "model.safetensors"
     seen = file.stat()
 
