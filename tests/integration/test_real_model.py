@@ -1,4 +1,4 @@
-"""SmolLM2 through the whole stack: HTTP, queue, worker, engine, log, stream."""
+"""SmolLM2 in the whole stack: HTTP, queue, worker, engine, log and stream."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ QUESTIONS = (
 
 
 def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """Run all calls at the same time, each on its own thread."""
     calls = list(calls)
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
@@ -48,7 +49,7 @@ def run(stack: Stack, body: dict[str, Any]) -> RemoteJob:
         return job
 
 
-def test_the_capital_of_france(smollm2_stack: Stack) -> None:
+def test_a_greedy_answer_is_correct_and_has_usage_and_timings(smollm2_stack: Stack) -> None:
     with smollm2_stack.client() as client:
         answer = client.request(
             "POST", "/inference", json=chat("What is the capital of France?", max_tokens=32), wait_s=60
@@ -60,18 +61,18 @@ def test_the_capital_of_france(smollm2_stack: Stack) -> None:
     assert 0 <= body["timings"]["queue_s"] <= body["timings"]["first_token_s"] <= body["timings"]["total_s"]
 
 
-def test_a_prompt_to_inference_is_a_question_unless_it_is_raw(smollm2_stack: Stack) -> None:
+def test_inference_applies_the_chat_template_unless_raw_is_set(smollm2_stack: Stack) -> None:
     question = {"prompt": "What is the capital of France?", "temperature": 0, "max_tokens": 32}
     with smollm2_stack.client() as client:
-        asked = client.request("POST", "/inference", json=question, wait_s=60).json()
+        templated = client.request("POST", "/inference", json=question, wait_s=60).json()
         raw = client.request("POST", "/inference", json={**question, "raw": True}, wait_s=60).json()
-    assert "Paris" in asked["text"]
-    assert asked["usage"]["prompt_tokens"] > raw["usage"]["prompt_tokens"]
+    assert "Paris" in templated["text"]
+    assert templated["usage"]["prompt_tokens"] > raw["usage"]["prompt_tokens"]
 
 
 @pytest.fixture(scope="module")
 def reference(smollm2_path: Path) -> Callable[[str, int], str]:
-    """mlx-lm's own `generate`, greedy."""
+    """Return a function that generates greedily with mlx-lm."""
     from shared.blas import prefer_openblas
 
     prefer_openblas()
@@ -86,23 +87,23 @@ def reference(smollm2_path: Path) -> Callable[[str, int], str]:
     return generate
 
 
-def test_greedy_text_equals_the_librarys_own_for_eight_at_once(
+def test_eight_simultaneous_greedy_jobs_give_the_texts_of_mlx_lm(
     smollm2_stack: Stack, reference: Callable[[str, int], str]
 ) -> None:
     jobs = at_once(lambda q=q: run(smollm2_stack, chat(q, max_tokens=24)) for q in QUESTIONS)  # type: ignore[misc]
     assert [job.text for job in jobs] == [reference(q, 24) for q in QUESTIONS]
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_company(smollm2_stack: Stack) -> None:
+def test_a_seed_gives_the_same_text_with_and_without_other_jobs(smollm2_stack: Stack) -> None:
     seeded = chat("Tell me a story.", max_tokens=30, temperature=1.0, top_p=0.9, seed=7)
-    alone = run(smollm2_stack, seeded)
-    company = [chat(q, max_tokens=20 + i, temperature=0.7, seed=i) for i, q in enumerate(QUESTIONS)]
-    together = at_once(lambda b=b: run(smollm2_stack, b) for b in [seeded, *company])  # type: ignore[misc]
-    assert together[0].text == alone.text
-    assert run(smollm2_stack, {**seeded, "seed": 8}).text != alone.text
+    single = run(smollm2_stack, seeded)
+    others = [chat(q, max_tokens=20 + i, temperature=0.7, seed=i) for i, q in enumerate(QUESTIONS)]
+    together = at_once(lambda b=b: run(smollm2_stack, b) for b in [seeded, *others])  # type: ignore[misc]
+    assert together[0].text == single.text
+    assert run(smollm2_stack, {**seeded, "seed": 8}).text != single.text
 
 
-def test_a_stop_string_ends_the_text_and_never_leaks(
+def test_a_stop_string_ends_the_text_and_is_never_streamed(
     smollm2_stack: Stack, reference: Callable[[str, int], str]
 ) -> None:
     full = reference(QUESTIONS[3], 40)
@@ -115,14 +116,14 @@ def test_a_stop_string_ends_the_text_and_never_leaks(
     assert job.finish_reason == "stop"
 
 
-def test_streams_opened_at_any_moment_get_exactly_the_text(smollm2_stack: Stack) -> None:
-    order = random.Random(5)
+def test_streams_opened_at_random_moments_get_the_whole_text(smollm2_stack: Stack) -> None:
+    draw = random.Random(5)
     with smollm2_stack.client() as client:
         jobs = [
-            client.submit(chat(order.choice(QUESTIONS), max_tokens=order.randint(5, 40), temperature=0.8, seed=n)).id
+            client.submit(chat(draw.choice(QUESTIONS), max_tokens=draw.randint(5, 40), temperature=0.8, seed=n)).id
             for n in range(24)
         ]
-        readers = [job for job in jobs for _ in range(order.choice((2, 3, 4)))][:64]
+        readers = [job for job in jobs for _ in range(draw.choice((2, 3, 4)))][:64]
         assert len(readers) == 64
 
         def read(job_id: str, delay: float) -> tuple[str, list[int], str]:
@@ -130,19 +131,19 @@ def test_streams_opened_at_any_moment_get_exactly_the_text(smollm2_stack: Stack)
             events = list(client.events(job_id))
             return job_id, [event.n for event in events], "".join(event.text for event in events)
 
-        streams = at_once(lambda j=j: read(j, order.uniform(0, 8)) for j in readers)  # type: ignore[misc]
+        streams = at_once(lambda j=j: read(j, draw.uniform(0, 8)) for j in readers)  # type: ignore[misc]
         texts = {job_id: client.job(job_id).text for job_id in jobs}
     assert all(text == texts[job_id] for job_id, _, text in streams)
     assert all(numbers == list(range(1, len(numbers) + 1)) for _, numbers, _ in streams)
 
 
-def test_a_stream_can_be_read_from_every_cursor(smollm2_stack: Stack) -> None:
+def test_a_stream_can_be_read_from_any_cursor(smollm2_stack: Stack) -> None:
     with smollm2_stack.client() as client:
         job = client.submit(chat("Name three colours.", max_tokens=20))
         whole = list(client.events(job.id))
         assert whole[-1].kind is EventKind.DONE
         for cursor in range(len(whole) + 1):
-            # Behind the last event there is nothing to wait for: the stream ends.
+            # There is no stream to open after the last event.
             rest = list(client.events(job.id, after=cursor)) if cursor < len(whole) else []
             assert [(e.n, e.kind, e.text) for e in rest] == [(e.n, e.kind, e.text) for e in whole[cursor:]]
 
@@ -154,13 +155,13 @@ def test_a_cancelled_job_frees_its_slot_and_keeps_its_text(smollm2_stack: Stack)
         seen = [next(events) for _ in range(6)]
         client.cancel(job.id)
         seen += list(events)
-        ended = client.job(job.id)
-    assert ended.status is Status.CANCELLED
-    assert ended.text == "".join(event.text for event in seen)
+        cancelled = client.job(job.id)
+    assert cancelled.status is Status.CANCELLED
+    assert cancelled.text == "".join(event.text for event in seen)
     eventually(lambda: smollm2_stack.slots_used() == 0, "the slot is free")
 
 
-def test_penalties_and_filters_of_each_job_are_its_own(
+def test_penalties_and_filters_apply_only_to_their_job(
     smollm2_stack: Stack, reference: Callable[[str, int], str]
 ) -> None:
     bodies = [
@@ -169,12 +170,12 @@ def test_penalties_and_filters_of_each_job_are_its_own(
         chat(QUESTIONS[0], max_tokens=24, temperature=1.5, top_k=1, seed=3),
         chat(QUESTIONS[0], max_tokens=24, temperature=1.2, min_p=1.0, seed=4),
     ]
-    plain, penalised, top_one, sure = at_once(lambda b=b: run(smollm2_stack, b) for b in bodies)  # type: ignore[misc]
-    assert plain.text == top_one.text == sure.text == reference(QUESTIONS[0], 24)
+    plain, penalised, top_one, min_one = at_once(lambda b=b: run(smollm2_stack, b) for b in bodies)  # type: ignore[misc]
+    assert plain.text == top_one.text == min_one.text == reference(QUESTIONS[0], 24)
     assert penalised.status is Status.SUCCEEDED
 
 
-def test_a_plain_prompt_is_continued_as_it_is(smollm2_stack: Stack) -> None:
+def test_a_job_with_a_prompt_continues_the_prompt(smollm2_stack: Stack) -> None:
     prompt = "The days of the week are Monday, Tuesday,"
     job = run(smollm2_stack, {"prompt": prompt, "temperature": 0, "max_tokens": 12})
     assert "Wednesday" in job.text

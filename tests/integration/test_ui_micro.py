@@ -1,4 +1,4 @@
-"""The small model that comes with this: it finds what an instruction names, also through the whole stack."""
+"""The bundled vision model: its accuracy, and its use in the whole stack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.image_files import data_url
 
 pytest.importorskip("mlx_vlm")
 
-MOST_BYTES = 8_000_000
+MAX_BYTES = 8_000_000
 TRIALS = 120
 
 
@@ -37,17 +37,17 @@ def http(stack: Stack) -> Iterator[httpx2.Client]:
 
 def body(trial: Trial, **more: Any) -> dict[str, Any]:
     part = {"type": "image_url", "image_url": {"url": data_url(trial.png)}}
-    said = {"type": "text", "text": trial.instruction.text}
-    return {"messages": [{"role": "user", "content": [part, said]}], "max_tokens": 16, "temperature": 0, **more}
+    text = {"type": "text", "text": trial.instruction.text}
+    return {"messages": [{"role": "user", "content": [part, text]}], "max_tokens": 16, "temperature": 0, **more}
 
 
-def test_it_is_small_enough_to_come_along() -> None:
-    assert sum(file.stat().st_size for file in VISION.iterdir()) <= MOST_BYTES
+def test_the_model_is_small_enough_to_be_bundled() -> None:
+    assert sum(file.stat().st_size for file in VISION.iterdir()) <= MAX_BYTES
     assert json.loads((VISION / "config.json").read_text())["model_type"] == "qwen2_5_vl"
 
 
 @pytest.mark.parametrize("by_colour", [0.0, 1.0])
-def test_nine_of_ten_clicks_hit_on_screenshots_it_has_not_seen(http: httpx2.Client, by_colour: float) -> None:
+def test_nine_of_ten_clicks_hit_the_target_on_unseen_screenshots(http: httpx2.Client, by_colour: float) -> None:
     trials = list(held_out(TRIALS, first=10_000, by_colour=by_colour))
     assert sum(trial.instruction.by_colour for trial in trials) >= (0.25 + by_colour / 3) * TRIALS
     with ThreadPoolExecutor(16) as pool:
@@ -55,7 +55,7 @@ def test_nine_of_ten_clicks_hit_on_screenshots_it_has_not_seen(http: httpx2.Clie
     assert sum(trial.hit(answer) for trial, answer in zip(trials, answers, strict=True)) >= 0.9 * TRIALS
 
 
-def test_the_stack_says_what_mlx_vlm_says(http: httpx2.Client) -> None:
+def test_the_stack_gives_the_answers_of_mlx_vlm(http: httpx2.Client) -> None:
     ask = asker(VISION)
     trials = list(held_out(16, first=20_000))
     with ThreadPoolExecutor(16) as pool:
@@ -63,7 +63,7 @@ def test_the_stack_says_what_mlx_vlm_says(http: httpx2.Client) -> None:
     assert answers == [ask(trial.png, trial.instruction.text) for trial in trials]
 
 
-def test_its_clicks_come_as_actions_in_the_pictures_own_pixels(http: httpx2.Client) -> None:
+def test_clicks_are_returned_as_actions_in_pixels_of_the_screenshot(http: httpx2.Client) -> None:
     trials = [trial for trial in held_out(60, first=30_000) if trial.instruction.form in ("name", "name alone")][:12]
     hits = 0
     for trial in trials:
