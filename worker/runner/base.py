@@ -207,12 +207,12 @@ class PrefillCost:
     Attributes:
         fixed: seconds per pass.
         token: seconds per token of the pass.
-        behind: seconds per pair of a token of the pass and a token in the cache.
+        attention: seconds per pair of a token of the pass and a token in the cache.
     """
 
     fixed: float
     token: float
-    behind: float
+    attention: float
 
     def seconds(self, tokens: int, position: int) -> float:
         """Return the seconds of a pass over `tokens` tokens with `position` tokens in the cache."""
@@ -227,7 +227,7 @@ class PrefillCost:
         return self.fixed / 2 / self._each(position)
 
     def _each(self, position: int) -> float:
-        return self.token + position * self.behind
+        return self.token + position * self.attention
 
 
 UNKNOWN_COST = PrefillCost(0.0, 1.0, 0.0)

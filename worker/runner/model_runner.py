@@ -247,10 +247,8 @@ class MLXRunner:
         self._steps += 1
         if self._steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
-        reported, self._joined = (
-            self._joined,
-            {row.uid: reused for row, reused in zip(prefilled.rows, prefilled.reused, strict=True)},
-        )
+        joined = {row.uid: reused for row, reused in zip(prefilled.rows, prefilled.reused, strict=True)}
+        reported, self._joined = self._joined, joined
         return StepOutput(
             tokens=tokens,
             prefilled=reported,

@@ -51,7 +51,7 @@ class Prefilled:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A row with no prefill yet.
+    """A row that waits for its prefill to begin.
 
     Attributes:
         reused: number of its prompt tokens that the prefix cache had when it was last looked up.

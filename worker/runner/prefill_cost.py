@@ -36,7 +36,7 @@ def measure(model: Any, chunk: int) -> Generator[None, None, PrefillCost]:
     return PrefillCost(
         fixed=max(one - token, 0.0),
         token=max(token, many / chunk / 100),  # never 0, even if the measurement says so
-        behind=max(with_context - one - (few - 1) * token, 0.0) / (few * CONTEXT_TOKENS),
+        attention=max(with_context - one - (few - 1) * token, 0.0) / (few * CONTEXT_TOKENS),
     )
 
 

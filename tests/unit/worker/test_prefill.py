@@ -299,4 +299,4 @@ def test_the_cost_of_a_chunk_is_measured_on_the_model(model: Any) -> None:
     assert cost is not UNKNOWN_COST
     assert cost.token > 0
     assert cost.fixed >= 0
-    assert cost.behind >= 0
+    assert cost.attention >= 0

@@ -15,7 +15,7 @@ from worker.runner.base import PrefillCost
 
 MAX_CHUNK = 32
 PLAIN_S = 0.075
-SMALL = PrefillCost(fixed=0.03, token=0.0015, behind=5e-6)
+SMALL = PrefillCost(fixed=0.03, token=0.0015, attention=5e-6)
 """The cost of a model with 135 million parameters on two cores."""
 
 
@@ -79,7 +79,7 @@ def test_no_step_of_a_long_prompt_exceeds_the_limit(lag: int) -> None:
 
 @pytest.mark.parametrize("factor", [1 / 3, 3.0])
 def test_the_budget_adapts_to_a_device_that_differs_from_the_measurement(factor: float) -> None:
-    expected = PrefillCost(SMALL.fixed * factor, SMALL.token * factor, SMALL.behind * factor)
+    expected = PrefillCost(SMALL.fixed * factor, SMALL.token * factor, SMALL.attention * factor)
     steps = [(size, ratio) for size, ratio in Device().prefill(budget_for(expected), 4000) if size][40:-1]
     assert max(ratio for _, ratio in steps) < LIMIT
     assert sum(ratio for _, ratio in steps) / len(steps) > AIM - 0.35
@@ -189,7 +189,7 @@ def test_a_chunk_shrinks_if_a_single_layer_takes_too_long() -> None:
 
 @pytest.mark.parametrize("factor", [1 / 3, 3.0])
 def test_the_budget_also_adapts_when_chunks_run_a_few_layers_per_step(factor: float) -> None:
-    expected = PrefillCost(SMALL.fixed * factor, SMALL.token * factor, SMALL.behind * factor)
+    expected = PrefillCost(SMALL.fixed * factor, SMALL.token * factor, SMALL.attention * factor)
     steps = [ratio for size, ratio in Device(layers=DEEP).prefill(budget_for(expected), 4000) if size][40:-1]
     assert max(steps) < LIMIT
     assert statistics.fmean(steps) > AIM - 0.35

@@ -284,7 +284,7 @@ def test_the_cost_of_evicting_the_end_of_a_prefix_does_not_depend_on_its_length(
     hashed: list[int] = []
     blocks = BlockChain.blocks
     monkeypatch.setattr(BlockChain, "blocks", lambda chain, some: (hashed.append(len(some)), blocks(chain, some))[1])
-    cache.set_limit(cache.nbytes - 1 + spill.held)
+    cache.set_limit(cache.nbytes - 1 + spill.pending_bytes)
     assert cache.length("me", tokens) == length - width
     assert hashed == [width]
     spill.close(10)

@@ -19,7 +19,7 @@ import safetensors
 from shared.settings import ROOT
 from worker.runner.prefix import blocks
 from worker.runner.prefix.blocks import BLOCK, Block, Tensor
-from worker.runner.prefix.files import ROOM_BYTES, SUFFIX, PrefixFiles, fingerprint
+from worker.runner.prefix.files import FREE_BYTES, SUFFIX, PrefixFiles, fingerprint
 
 PLENTY = 2**30
 DAY_S = 86_400.0
@@ -36,9 +36,9 @@ def block(seed: int, *, halves: int = 512) -> Block:
 SIZE = blocks.size(NAMES[0], block(0))
 
 
-def files(folder: Path, model: str = "model", most_bytes: int = PLENTY, keep_s: float = DAY_S) -> PrefixFiles:
-    opened = PrefixFiles(folder / "prefixes", model, most_bytes, keep_s)
-    opened.look()
+def files(folder: Path, model: str = "model", max_bytes: int = PLENTY, keep_s: float = DAY_S) -> PrefixFiles:
+    opened = PrefixFiles(folder / "prefixes", model, max_bytes, keep_s)
+    opened.refresh()
     return opened
 
 
@@ -125,7 +125,7 @@ def test_a_file_with_the_name_of_another_block_is_rejected(tmp_path: Path) -> No
 def test_models_are_separate_but_share_the_limit(tmp_path: Path) -> None:
     old = files(tmp_path, "old")
     old.write([(name, block(i)) for i, name in enumerate(NAMES)])
-    new = files(tmp_path, "new", most_bytes=5 * SIZE)
+    new = files(tmp_path, "new", max_bytes=5 * SIZE)
     assert not any(map(new.has, NAMES))
     assert new.read(NAMES[0]) is None
     new.write([(name, block(9)) for name in NAMES[:2]])
@@ -135,7 +135,7 @@ def test_models_are_separate_but_share_the_limit(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_block_is_deleted_first_from_the_end(tmp_path: Path) -> None:
-    opened = files(tmp_path, most_bytes=4 * SIZE)
+    opened = files(tmp_path, max_bytes=4 * SIZE)
     others = list(blocks.names("you", TOKENS))
     opened.write([(name, block(0)) for name in others[:2]])
     opened.write([(name, block(0)) for name in NAMES[:2]])
@@ -146,7 +146,7 @@ def test_the_least_recently_used_block_is_deleted_first_from_the_end(tmp_path: P
 
 
 def test_of_too_many_blocks_the_first_ones_that_fit_are_written(tmp_path: Path) -> None:
-    opened = files(tmp_path, most_bytes=3 * SIZE - 1)
+    opened = files(tmp_path, max_bytes=3 * SIZE - 1)
     assert opened.write([(name, block(0)) for name in NAMES]) == 2
     assert [opened.has(name) for name in NAMES] == [True, True, False, False]
 
@@ -155,8 +155,8 @@ def test_some_disk_space_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     opened = files(tmp_path)
     opened.write([(name, block(0)) for name in NAMES])
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=ROOM_BYTES - 2 * SIZE))
-    opened.look()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=FREE_BYTES - 2 * SIZE))
+    opened.refresh()
     assert [opened.has(name) for name in NAMES] == [True, True, False, False]
     assert opened.write([(NAMES[2], block(0))]) <= 1
     assert opened.nbytes <= 2 * SIZE
@@ -182,24 +182,24 @@ def test_a_block_deleted_by_another_process_is_not_logged_as_an_error(
 
 
 CRASH = """
-def write_half(path, name, content):
+def write_partially(path, name, content):
     whole(path, name, content[:1])
     if name == NAMES[1]:
         os.kill(os.getpid(), signal.SIGKILL)
     whole(path, name, content)
 
-whole, blocks.write = blocks.write, write_half
+whole, blocks.write = blocks.write, write_partially
 files(folder).write([(name, block(i)) for i, name in enumerate(NAMES)])
 """
 WRITE = """
 seed = int(sys.argv[2])
 own = list(blocks.names(str(seed), TOKENS))
-opened = files(folder, most_bytes=6 * SIZE)
+opened = files(folder, max_bytes=6 * SIZE)
 for _ in range(20):
     opened.write([(name, block(i)) for i, name in enumerate(NAMES)])
     opened.write([(name, block(seed)) for name in own])
-    with opened._alone():
-        assert sum(kept.stat().st_size for kept in path(folder, "").parent.iterdir()) <= 6 * SIZE
+    with opened._lock():
+        assert sum(file.stat().st_size for file in path(folder, "").parent.iterdir()) <= 6 * SIZE
     content = opened.read(NAMES[0])
     assert content is None or same(content, block(0))
 """

@@ -43,11 +43,13 @@ class CacheFactory:
         self._model = model
         self.spills: list[Spill] = []
 
-    def __call__(self, max_bytes: int = PLENTY, disk_bytes: int = PLENTY, held: int = PLENTY // 8) -> PrefixCache:
-        spill = Spill(PrefixFiles(self.folder, "model", disk_bytes, 1e6), held)
+    def __call__(
+        self, max_bytes: int = PLENTY, disk_bytes: int = PLENTY, max_pending: int = PLENTY // 8
+    ) -> PrefixCache:
+        spill = Spill(PrefixFiles(self.folder, "model", disk_bytes, 1e6), max_pending)
         spill.open()
         self.spills.append(spill)
-        return PrefixCache(self._model, max_bytes + held, spill)
+        return PrefixCache(self._model, max_bytes + max_pending, spill)
 
     def on_disk(self) -> int:
         """Return the number of blocks on disk."""
@@ -179,15 +181,15 @@ def test_reused_prefixes_are_written_before_shutdown(make: CacheFactory, model: 
 
 
 def test_pending_writes_are_bounded(make: CacheFactory, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = make(max_bytes=TOKEN_BYTES * 2 * BLOCK, held=TOKEN_BYTES * 5 * BLOCK)
+    cache = make(max_bytes=TOKEN_BYTES * 2 * BLOCK, max_pending=TOKEN_BYTES * 5 * BLOCK)
     with slow_disk(monkeypatch, "write"):
         for i in range(20):
             store(cache, model, counting(i, 2 * BLOCK))
-            assert cache._spill is not None and cache._spill.held <= TOKEN_BYTES * 5 * BLOCK
+            assert cache._spill is not None and cache._spill.pending_bytes <= TOKEN_BYTES * 5 * BLOCK
         cache.set_limit(TOKEN_BYTES * 6 * BLOCK)
-        assert cache.nbytes + cache._spill.held <= TOKEN_BYTES * 6 * BLOCK
+        assert cache.nbytes + cache._spill.pending_bytes <= TOKEN_BYTES * 6 * BLOCK
     wait_for_writes(cache)
-    assert cache._spill.held == 0
+    assert cache._spill.pending_bytes == 0
     assert make.on_disk() == 4
 
 

@@ -23,20 +23,20 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 
 BLOCK = 128
-"""Tokens of a block: files of some megabytes, and little of a prefix lies behind the last whole one."""
+"""Tokens per block. Files have a few megabytes, and the incomplete rest of a prefix, which is not stored, is short."""
 
 _HEADER_BYTES = 8
-_MOST_HEADER = 2**24
+_MAX_HEADER_BYTES = 2**24
 _NO_DIGEST = hashlib.sha256().hexdigest()
 
 
 class BrokenBlock(Exception):
-    """A file is not what was written under its name."""
+    """The content of a file is not what was written under its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An array on the host: its safetensors type, shape, and bytes."""
+    """An array in host memory: its safetensors type, shape, and bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,14 +48,14 @@ Block: TypeAlias = list[Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BlockChain:
-    """The running hash of a sequence of tokens, from which the names of the blocks that follow are computed.
+    """The running hash of a sequence of tokens. It yields the names of the blocks that follow.
 
-    A node of the prefix tree keeps one, so naming its blocks costs no more than hashing its own tokens.
+    Each node of the prefix tree stores one, so naming its blocks costs only hashing its own tokens.
 
     Attributes:
-        hashed: hash of the owner and of all whole blocks so far.
-        start: tokens in those blocks.
-        rest: tokens behind them, fewer than a block.
+        hashed: hash of the owner and of all complete blocks so far.
+        start: number of tokens in these blocks.
+        rest: the tokens after these blocks, fewer than a block.
     """
 
     hashed: Any
@@ -64,41 +64,41 @@ class BlockChain:
 
     @classmethod
     def of(cls, owner: str) -> Self:
-        """Before the first token of an owner's sequence."""
+        """Return the chain before the first token of an owner's sequence."""
         return cls(hashlib.sha256(owner.encode() + b"\0"))
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Total number of tokens."""
         return self.start + len(self.rest)
 
     @property
     def name(self) -> str:
-        """Of the last whole block; of no block where there is none."""
+        """Name of the last complete block; names no block if there is none."""
         return str(self.hashed.hexdigest())
 
     def blocks(self, tokens: Sequence[int]) -> Iterator[BlockChain]:
-        """The chain up to the end of each whole block that ends in these tokens, which follow; lazily."""
+        """Yield the chain at the end of each complete block that ends within the following tokens."""
         chain, unhashed = self, (*self.rest, *tokens)
-        for at in range(0, len(unhashed) - BLOCK + 1, BLOCK):
+        for index in range(0, len(unhashed) - BLOCK + 1, BLOCK):
             hashed = chain.hashed.copy()
-            hashed.update(array("I", unhashed[at : at + BLOCK]))
-            chain = BlockChain(hashed, self.start + at + BLOCK)
+            hashed.update(array("I", unhashed[index : index + BLOCK]))
+            chain = BlockChain(hashed, self.start + index + BLOCK)
             yield chain
 
     def after(self, tokens: Sequence[int]) -> BlockChain:
-        """The chain up to the end of these tokens, which follow."""
+        """Return the chain at the end of the following tokens."""
         *_, last = (self, *self.blocks(tokens))
         return BlockChain(last.hashed, last.start, (*self.rest, *tokens)[last.start - self.start :])
 
 
 def names(owner: str, tokens: Sequence[int]) -> Iterator[str]:
-    """Of each whole block of these tokens, from the first."""
+    """Yield the name of each complete block of these tokens, from the first."""
     return (chain.name for chain in BlockChain.of(owner).blocks(tokens))
 
 
 def write(path: Path, name: str, block: Block) -> None:
-    """Write a block. The file may only be known by its name once this has returned."""
+    """Write a block. Rename the file to its final name only after this has returned."""
     header = _header(name, block)
     path.touch(mode=0o600)
     with path.open("r+b") as file:
@@ -108,7 +108,7 @@ def write(path: Path, name: str, block: Block) -> None:
 
 
 def size(name: str, block: Block) -> int:
-    """Bytes of its file."""
+    """Return the size of a block's file in bytes."""
     return _HEADER_BYTES + len(_header(name, block, _NO_DIGEST)) + sum(each.data.size for each in block)
 
 
@@ -116,35 +116,35 @@ def read(path: Path, name: str) -> Block:
     """Read a block.
 
     Raises:
-        BrokenBlock: it is cut, changed, or another one's.
-        OSError: it is not there, or cannot be read.
+        BrokenBlock: the file is truncated or changed, or holds another block.
+        OSError: the file is missing or cannot be read.
     """
     content = np.fromfile(path, dtype=np.uint8)
     length = int.from_bytes(content[:_HEADER_BYTES].tobytes(), "little")
-    if not 0 < length <= min(_MOST_HEADER, content.size):
+    if not 0 < length <= min(_MAX_HEADER_BYTES, content.size):
         raise BrokenBlock(path.name)
     header, body = content[_HEADER_BYTES : _HEADER_BYTES + length].tobytes(), content[_HEADER_BYTES + length :]
     try:
         block = _parsed(json.loads(header), body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenBlock(path.name) from error
-    whole = body.size == sum(tensor.data.size for tensor in block)
-    if not whole or header != _header(name, block):  # the checksum is in it
+    complete = body.size == sum(tensor.data.size for tensor in block)
+    if not complete or header != _header(name, block):  # the header contains the checksum
         raise BrokenBlock(path.name)
     return block
 
 
 def _parsed(header: dict[str, Any], body: np.ndarray[Any, np.dtype[np.uint8]]) -> Block:
-    tensors = (header[str(place)] for place in range(len(header) - 1))
+    tensors = (header[str(index)] for index in range(len(header) - 1))
     return [Tensor(each["dtype"], tuple(each["shape"]), body[slice(*each["data_offsets"])]) for each in tensors]
 
 
 def _header(name: str, block: Block, digest: str | None = None) -> bytes:
     described: dict[str, Any] = {}
     end = 0
-    for place, tensor in enumerate(block):
+    for index, tensor in enumerate(block):
         start, end = end, end + tensor.data.size
-        described[str(place)] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+        described[str(index)] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
     if digest is None:
         digest = _digest(name, described, block)
     described["__metadata__"] = {"block": name, "digest": digest}

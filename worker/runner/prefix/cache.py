@@ -86,7 +86,7 @@ class PrefixCache:
         self._model = model
         self._segment_type = segment_type(model) if max_bytes > 0 else None
         self._spill = spill if self._segment_type is AttentionSegment else None
-        self._max_bytes = self._limit = max_bytes - (self._spill.most_held if self._spill else 0)
+        self._max_bytes = self._limit = max_bytes - (self._spill.max_pending_bytes if self._spill else 0)
         self._roots: dict[str, _Node] = {}
         # Nodes with segments, least recently used first. A node always comes before its parent.
         self._used: OrderedDict[_Node, None] = OrderedDict()
@@ -173,7 +173,7 @@ class PrefixCache:
         reused, self._reused = self._reused, {}
         for node in reused:
             self._write(node)
-        pending_bytes = self._spill.held if self._spill else 0
+        pending_bytes = self._spill.pending_bytes if self._spill else 0
         self._limit = max(0, min(max_bytes - pending_bytes, self._max_bytes))
         self._shrink()
 
@@ -286,7 +286,7 @@ class PrefixCache:
             begin -= len(above.tokens)
         complete = [segment for segment in segments if isinstance(segment, AttentionSegment)]
         if blocks and len(complete) == len(segments):
-            self._spill.keep(blocks, begin, complete, evicted=evicted)
+            self._spill.write(blocks, begin, complete, evicted=evicted)
 
     def _find(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, list[_Node]]:
         """Return the length of the longest prefix that an owner may use, and the nodes on its path."""

@@ -1,9 +1,9 @@
-"""The folder of prefixes that outlive a worker: a subfolder for each model, a file for each block.
+"""The folder of stored prefixes: one subfolder per model, one file per block.
 
-Workers of one DATA_DIR share it. A process that writes or deletes holds its lock, which ends with the process. Files
-appear under their names whole, so a reader needs no lock; the next writer deletes what a crash left half written. The
-whole folder stays under its limit and leaves the disk some room: the least recently used files of all models go first,
-and files that were not used for a while go in any case.
+All workers with the same DATA_DIR share it. A process holds a lock while it writes or deletes; the lock ends with the
+process. A file gets its name only when it is complete, so readers need no lock, and the next writer deletes the partial
+files of a crash. The folder stays below its limit and leaves some disk space free. The least recently used files of all
+models are deleted first, and files that were not used for a while are deleted in any case.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from worker.runner.prefix.blocks import Block, BrokenBlock
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-_HALF = ".half"
-ROOM_BYTES = 2**30
-"""The disk keeps so much free: the queue may be on the same one, and needs it more."""
+_PARTIAL = ".half"
+FREE_BYTES = 2**30
+"""Disk space to leave free: the queue may be on the same disk, and needs it more."""
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**12
@@ -42,56 +42,62 @@ class _Entry:
 
 
 class PrefixFiles:
-    """Blocks of one model in the folder. All but `has` is file work, for threads that may wait.
+    """The blocks of one model in the folder. All methods but `has` and `size` access the disk and may block.
 
     Args:
-        folder: of all models; made if it is not there.
-        model: distinguishes this model and its layout from every other, as `fingerprint` does.
-        most_bytes: what the folder may hold.
-        keep_s: files that were not used for longer are deleted.
+        folder: the folder of all models; created if it is missing.
+        model: identifies the model and the layout of its cache; see `fingerprint`.
+        max_bytes: maximum bytes of the folder.
+        keep_s: files that were not used for longer than this are deleted.
+
+    Attributes:
+        nbytes: bytes of all files in the folder when it was last listed, plus files written since.
     """
 
-    def __init__(self, folder: Path, model: str, most_bytes: int, keep_s: float) -> None:
+    def __init__(self, folder: Path, model: str, max_bytes: int, keep_s: float) -> None:
         self._root = folder
         self._own = folder / model
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._keep_ns = int(keep_s * 1e9)
         self._sizes: dict[str, int] = {}
         self.nbytes = 0
 
     def has(self, name: str) -> bool:
-        """Whether there is such a block, as far as known."""
+        """Return whether a block was on disk when the folder was last listed, or was written since."""
         return name in self._sizes
 
     def size(self, name: str) -> int:
-        """Bytes of a block that there is."""
+        """Return the bytes of a block; 0 if it is not on disk."""
         return self._sizes.get(name, 0)
 
-    def look(self) -> None:
-        """List all blocks, also those of other processes, and delete what is too old or over the limit."""
-        with self._alone():
+    def refresh(self) -> None:
+        """List all blocks, including those of other processes, and delete expired files and files over the limit."""
+        with self._lock():
             self._trim(0)
 
     def write(self, blocks: Sequence[tuple[str, Block]]) -> int:
-        """Write the blocks that are missing, in order, as far as they fit; how many were written.
+        """Write the blocks that are missing, in order, as many as fit.
 
-        Earlier blocks of a prefix count as used later than the blocks after them, so they are deleted last.
+        Earlier blocks of a prefix are marked as used later than the blocks after them, so they are deleted last.
+
+        Returns:
+            The number of blocks written.
         """
-        with self._alone():
+        with self._lock():
             new = [(name, block) for name, block in blocks if not self._path(name).exists()]
             sizes = [prefix_blocks.size(name, block) for name, block in new]
-            while sum(sizes) > self._most_bytes:
+            while sum(sizes) > self._max_bytes:
                 sizes.pop()
             self._trim(sum(sizes))
             before = len(self._sizes)
             for (name, block), size in zip(new, sizes, strict=False):
-                if self._has_room(size):
+                if self._fits(size):
                     self._add(name, block, size)
             self.touch([name for name, _ in blocks])
         return len(self._sizes) - before
 
     def read(self, name: str) -> Block | None:
-        """A block; None when it is gone, or broken, which deletes it."""
+        """Read a block; None if it was deleted or is broken. Deletes a broken block."""
         try:
             return prefix_blocks.read(self._path(name), name)
         except FileNotFoundError:
@@ -105,9 +111,9 @@ class PrefixFiles:
     def touch(self, names: Sequence[str]) -> None:
         """Mark consecutive blocks as used now."""
         now = time.time_ns()
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             try:
-                os.utime(self._path(name), ns=(now - place * 1000, now - place * 1000))
+                os.utime(self._path(name), ns=(now - index * 1000, now - index * 1000))
             except FileNotFoundError:
                 self._sizes.pop(name, None)
 
@@ -115,7 +121,7 @@ class PrefixFiles:
         return self._own / (name + SUFFIX)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         for folder in (self._root, self._own):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -126,33 +132,33 @@ class PrefixFiles:
             os.close(lock)
 
     def _add(self, name: str, block: Block, size: int) -> None:
-        half = self._path(name).with_suffix(_HALF)
-        prefix_blocks.write(half, name, block)
-        half.replace(self._path(name))
+        partial = self._path(name).with_suffix(_PARTIAL)
+        prefix_blocks.write(partial, name, block)
+        partial.replace(self._path(name))
         self._sizes[name] = size
         self.nbytes += size
 
-    def _has_room(self, size: int) -> bool:
+    def _fits(self, size: int) -> bool:
         return self.nbytes + size <= self._limit()
 
     def _limit(self) -> int:
-        """What the folder may hold now, as the disk's room goes."""
-        return min(self._most_bytes, self.nbytes + shutil.disk_usage(self._root).free - ROOM_BYTES)
+        """Return the bytes that the folder may hold now, given the free disk space."""
+        return min(self._max_bytes, self.nbytes + shutil.disk_usage(self._root).free - FREE_BYTES)
 
     def _trim(self, needed: int) -> None:
-        """Delete files until `needed` more bytes fit. Under the lock: a half-written file is left over from a crash."""
+        """Delete files until `needed` more bytes fit. Needs the lock, because it deletes partial files as well."""
         entries = sorted(self._entries(), key=lambda entry: entry.used_ns)
         self.nbytes = sum(entry.size for entry in entries)
-        most, oldest = max(0, self._limit() - needed), time.time_ns() - self._keep_ns
+        limit, oldest = max(0, self._limit() - needed), time.time_ns() - self._keep_ns
         kept = []
         for entry in entries:
-            if self.nbytes > most or entry.used_ns < oldest:
+            if self.nbytes > limit or entry.used_ns < oldest:
                 Path(entry.path).unlink(missing_ok=True)
                 self.nbytes -= entry.size
             else:
                 kept.append(entry)
-        ours = ((Path(entry.path), entry.size) for entry in kept)
-        self._sizes = {path.stem: size for path, size in ours if path.parent == self._own}
+        paths = ((Path(entry.path), entry.size) for entry in kept)
+        self._sizes = {path.stem: size for path, size in paths if path.parent == self._own}
 
     def _entries(self) -> Iterator[_Entry]:
         for folder in self._root.iterdir():
@@ -160,27 +166,31 @@ class PrefixFiles:
                 continue
             for path in folder.iterdir():
                 try:
-                    seen = path.stat()
-                except FileNotFoundError:  # another found it broken
+                    stat = path.stat()
+                except FileNotFoundError:  # another process found it broken and deleted it
                     continue
                 if path.suffix == SUFFIX:
-                    yield _Entry(seen.st_mtime_ns, seen.st_size, str(path))
-                elif path.suffix == _HALF:
+                    yield _Entry(stat.st_mtime_ns, stat.st_size, str(path))
+                elif path.suffix == _PARTIAL:
                     path.unlink(missing_ok=True)
 
 
 def fingerprint(folder: Path, layout: str, config: str = "config.json") -> str:
-    """A hash of these weights, their quantisation, and the layout of what is stored of them on this device.
+    """Return a hash of a model's weights and quantisation and of the layout of its cache on this device.
 
-    Of each weight file it takes the size, the time of its last change and samples all over its content.
+    For each weight file it includes the size, the modification time, and samples of the content.
+
+    Args:
+        layout: everything else that the content of a cache depends on.
+        config: name of the configuration file in the folder.
     """
     running = hashlib.sha256(f"{layout} {version('mlx')} {version('mlx-lm')} {prefix_blocks.BLOCK}".encode())
     running.update((folder / config).read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
-            seen = os.fstat(file.fileno())
-            running.update(f"{path.name} {seen.st_size} {seen.st_mtime_ns}".encode())
+            stat = os.fstat(file.fileno())
+            running.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
             for sample in range(_SAMPLES):
-                file.seek(seen.st_size * sample // _SAMPLES)
+                file.seek(stat.st_size * sample // _SAMPLES)
                 running.update(file.read(_SAMPLE_BYTES))
     return running.hexdigest()[:32]

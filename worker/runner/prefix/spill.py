@@ -1,8 +1,8 @@
-"""Prefixes that memory evicts are written to disk, and read back when a row begins with them.
+"""Writes prefixes that memory evicts to disk, and reads them back when a row begins with them.
 
-The engine's thread hands arrays over and takes bytes back. Files are read on one thread and written on another, so
-neither delays decoding, and a write does not delay a read. MLX's arrays are read here as plain memory, and the engine's
-thread drops the last reference to them. When the disk fails, spilling stops for good with one log line.
+The engine thread passes arrays in and gets bytes back. One thread reads files and another one writes them, so neither
+delays decoding, and writes do not delay reads. The writing thread accesses MLX arrays as plain memory, and the engine
+thread drops the last reference to them. If the disk fails, spilling is disabled with one log line.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-LOOK_S = 5.0
-"""Time after which the next row causes another look for what other workers have written."""
-LEAST_GAIN = BLOCK // 2
-"""Minimum tokens that disk must have in addition to memory, to be worth reading."""
-_MOST_WRITES = 8
-"""Maximum writes in progress; while the disk is slower, further prefixes are not written."""
+REFRESH_S = 5.0
+"""Minimum seconds between two listings of the folder, which find blocks that other workers have written."""
+MIN_GAIN = BLOCK // 2
+"""Minimum number of tokens that reading from disk must add to those in memory."""
+_MAX_WRITES = 8
+"""Maximum pending writes. Further prefixes are not written until the disk has caught up."""
 
 
 @dataclass(slots=True)
 class Fetch:
-    """Blocks that are being read for a row: where each begins, and what is read, in their order."""
+    """Blocks that are being read for a row.
+
+    Attributes:
+        tokens: the tokens of the row.
+        blocks: first token and content of each block, in order.
+    """
 
     owner: str
     tokens: tuple[int, ...]
@@ -45,7 +50,7 @@ class Fetch:
 
 @dataclass(slots=True)
 class _Write:
-    """Segments on their way to disk, held until they are there."""
+    """Segments that are being written, and kept in memory until then."""
 
     segments: list[AttentionSegment]
     names: frozenset[str]
@@ -54,92 +59,94 @@ class _Write:
 
 @dataclass(slots=True)
 class Spill:
-    """The disk beneath the prefix cache; only the engine's thread calls it.
+    """The disk store of a prefix cache. Only the engine thread may call it.
 
     Attributes:
         files: the folder.
-        most_held: most bytes of evicted segments that are not written yet.
+        max_pending_bytes: maximum bytes of evicted segments that wait to be written.
     """
 
     files: PrefixFiles
-    most_held: int
+    max_pending_bytes: int
     _writes: list[_Write] = field(default_factory=list)
     _reading: dict[str, Future[Block | None]] = field(default_factory=dict)
     _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prefixes-read"))
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prefixes-write"))
-    _looked_at: float = 0.0
-    _off: bool = False
+    _refreshed_at: float = 0.0
+    _disabled: bool = False
     _blocks_read: int = 0
     _blocks_written: int = 0
 
     def open(self) -> None:
-        """List what is on disk. Waits for it."""
-        self._looked_at = time.monotonic()
-        self._guarded(self.files.look)
+        """List the blocks on disk. Waits for the disk."""
+        self._refreshed_at = time.monotonic()
+        self._guarded(self.files.refresh)
 
     @property
-    def held(self) -> int:
+    def pending_bytes(self) -> int:
         """Bytes of the segments that are being written."""
         self._writes = [write for write in self._writes if not write.done.done()]
         return sum(segment.nbytes for write in self._writes for segment in write.segments)
 
     def has(self, name: str) -> bool:
-        """Whether a block is on disk or on its way there."""
+        """Return whether a block is on disk or is being written."""
         return self.files.has(name) or any(name in write.names for write in self._writes)
 
-    def keep(
+    def write(
         self, blocks: Sequence[tuple[str, int]], begin: int, segments: Sequence[AttentionSegment], *, evicted: bool
     ) -> None:
-        """Write those of these blocks that are not on disk yet.
+        """Start writing the blocks that are not on disk yet.
 
         Args:
-            blocks: name and first token of each, in order.
-            begin: token with which the first segment begins; no block begins before it.
-            segments: what the cache has from there on, without gaps.
-            evicted: memory has no other use for the segments: they are written only if not too much waits for that.
+            blocks: name and index of the first token of each block, in order.
+            begin: index of the first token of the first segment; no block begins before it.
+            segments: consecutive segments that cover all blocks.
+            evicted: the segments are held in memory only for this write; skip it if it would exceed
+                `max_pending_bytes`.
         """
-        held = self.held
-        if self._off or len(self._writes) >= _MOST_WRITES:
+        pending_bytes = self.pending_bytes
+        if self._disabled or len(self._writes) >= _MAX_WRITES:
             return
-        wanted = [block for block in blocks if not self.has(block[0])]
-        if not wanted:
+        missing = [block for block in blocks if not self.has(block[0])]
+        if not missing:
             return
-        begin, needed = _from(segments, begin, wanted[0][1])
-        if evicted and held + sum(segment.nbytes for segment in needed) > self.most_held:
+        begin, needed = _from(segments, begin, missing[0][1])
+        if evicted and pending_bytes + sum(segment.nbytes for segment in needed) > self.max_pending_bytes:
             return
         runs = self._guarded(lambda: [segment.tensors() for segment in needed])
         if runs is None:
             return
-        done = self._writer.submit(self._guarded, lambda: self._write(wanted, begin, runs))
-        self._writes.append(_Write(needed, frozenset(name for name, _ in wanted), done))
+        done = self._writer.submit(self._guarded, lambda: self._write_blocks(missing, begin, runs))
+        self._writes.append(_Write(needed, frozenset(name for name, _ in missing), done))
 
-    def fetch(self, owner: str, tokens: tuple[int, ...], known: int, enough: int, most_bytes: int) -> Fetch | None:
-        """Start reading an owner's tokens from disk; None when it is not worth it.
+    def fetch(self, owner: str, tokens: tuple[int, ...], known: int, in_memory: int, max_bytes: int) -> Fetch | None:
+        """Start reading an owner's tokens from disk; None if that is not worthwhile.
 
         Args:
-            known: number of these tokens that memory has in this owner's tree.
-            enough: number of these tokens that the row can take from memory, whatever tree has them.
+            known: number of these tokens that are in memory in this owner's tree.
+            in_memory: number of these tokens that the row can reuse from memory, from any tree.
+            max_bytes: maximum bytes to read.
         """
-        if self._off or len(tokens) - enough < LEAST_GAIN:
+        if self._disabled or len(tokens) - in_memory < MIN_GAIN:
             return None
-        self._look_again()
+        self._refresh()
         names: list[str] = []
         for name in prefix_blocks.names(owner, tokens):
             needed = (len(names) + 1) * BLOCK > known
-            if needed and (not self.files.has(name) or (most_bytes := most_bytes - self.files.size(name)) < 0):
+            if needed and (not self.files.has(name) or (max_bytes := max_bytes - self.files.size(name)) < 0):
                 break
             names.append(name)
-        if len(names) * BLOCK - enough < LEAST_GAIN:
+        if len(names) * BLOCK - in_memory < MIN_GAIN:
             return None
         first = known // BLOCK
-        blocks = deque((place * BLOCK, self._read(name)) for place, name in enumerate(names) if place >= first)
+        blocks = deque((index * BLOCK, self._read(name)) for index, name in enumerate(names) if index >= first)
         self._reader.submit(self._guarded, lambda: self.files.touch(names))
         return Fetch(owner, tokens, blocks)
 
     def close(self, seconds: float) -> None:
-        """Wait so long for what is being written."""
+        """Wait for pending writes, at most this long, and stop."""
         wait([write.done for write in self._writes], seconds)
-        self._off = True
+        self._disabled = True
         for threads in (self._reader, self._writer):
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -151,15 +158,15 @@ class Spill:
             "prefix_disk_written_blocks_total": self._blocks_written,
         }
 
-    def _look_again(self) -> None:
-        if time.monotonic() - self._looked_at > LOOK_S:
-            self._looked_at = time.monotonic()
-            self._writer.submit(self._guarded, self.files.look)
+    def _refresh(self) -> None:
+        if time.monotonic() - self._refreshed_at > REFRESH_S:
+            self._refreshed_at = time.monotonic()
+            self._writer.submit(self._guarded, self.files.refresh)
 
     def _read(self, name: str) -> Future[Block | None]:
-        """Rows that come at once wait for the same read."""
-        if (under_way := self._reading.get(name)) is not None:
-            return under_way
+        """Start reading a block, or return the read that another row has already started."""
+        if (started := self._reading.get(name)) is not None:
+            return started
         future = self._reading[name] = self._reader.submit(self._read_block, name)
         future.add_done_callback(lambda _: self._reading.pop(name, None))
         return future
@@ -169,27 +176,27 @@ class Spill:
         self._blocks_read += block is not None
         return block
 
-    def _write(self, wanted: Sequence[tuple[str, int]], begin: int, runs: list[Block]) -> None:
+    def _write_blocks(self, missing: Sequence[tuple[str, int]], begin: int, runs: list[Block]) -> None:
         try:
-            self._blocks_written += self.files.write([(name, _block(runs, start - begin)) for name, start in wanted])
+            self._blocks_written += self.files.write([(name, _block(runs, start - begin)) for name, start in missing])
         finally:
-            runs.clear()  # before the write counts as done: the engine's thread must drop the last reference
+            runs.clear()  # before the write counts as done, because the engine thread must drop the last reference
 
     def _guarded(self, work: Callable[[], _T]) -> _T | None:
-        """Do a part of the work; when that raises, spilling stops."""
-        if self._off:
+        """Call a function. If it raises, disable spilling and return None."""
+        if self._disabled:
             return None
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, rows go on without the disk
-            if not self._off:
+        except Exception as error:  # noqa: BLE001 - after any error, rows continue without the disk
+            if not self._disabled:
                 logger.warning("prefix_disk_off", extra={"reason": str(error)})
-            self._off = True
+            self._disabled = True
             return None
 
 
 def _from(segments: Sequence[AttentionSegment], begin: int, start: int) -> tuple[int, list[AttentionSegment]]:
-    """The segments that have something from token `start` on, and the token with which they begin."""
+    """Return the segments that end after token `start`, and the index of their first token."""
     needed = list(segments)
     while begin + needed[0].length <= start:
         begin += needed.pop(0).length
@@ -197,7 +204,7 @@ def _from(segments: Sequence[AttentionSegment], begin: int, start: int) -> tuple
 
 
 def _block(runs: Sequence[Block], start: int) -> Block:
-    """The block that begins at token `start` of these consecutive runs of tokens."""
+    """Return the block that begins at token `start` of these consecutive runs of tokens."""
     parts, begin = [], 0
     for run in runs:
         length = run[0].shape[2]

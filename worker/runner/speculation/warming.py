@@ -48,7 +48,7 @@ def measure_passes(
     speculation.drop([-1])
     speculation.drafted = speculation.accepted = 0
     sampling = yield from _sampling_seconds(model, speculation.lengths[-1])
-    return PassCost(seconds, sampling, cost.behind)
+    return PassCost(seconds, sampling, cost.attention)
 
 
 def _sampling_seconds(model: Any, rows: int) -> Generator[None, None, float]:
