@@ -1,0 +1,1 @@
+"""The worker: a process with MLX models that claims jobs from the queue and generates their text."""

@@ -1,7 +1,7 @@
-"""All that a worker process has for one of its models: a lease, the claimer, the engine, the publisher.
+"""One model of a worker process, with its own lease, claimer, engine and publisher.
 
-To the queue each is a worker of its own, with its own lease: what happens to one model's jobs does not depend on
-another's. They share the process's engine thread, its Celery consumer and its watchdog.
+To the queue each model worker is a separate worker, so a problem with one model does not affect the jobs of another.
+The model workers of a process share its engine thread, Celery consumer and watchdog.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from worker.runner.base import ModelRunner, RunnerLoader
 logger = logging.getLogger(__name__)
 
 PUBLISHER_S: Final = 60.0
-"""Longest time of a write: while Redis is out of reach, several connections are tried."""
+"""Longest time of a write. While Redis is unreachable, several connections are tried."""
 UNLOAD_S: Final = 600.0
-"""Longest wait for the engine thread to let a model go: it may be in the middle of a long step."""
+"""Longest wait for the engine thread to unload a model. It may be in a long step."""
 RATE_WINDOW_S: Final = 60.0
 """Period over which tokens per second are averaged."""
 
@@ -58,9 +58,10 @@ class WorkerProcess:
 
     Attributes:
         name: of the process (`worker.process.identity`).
-        given_up: whether leases are to lapse, because the process cannot continue.
-        workers: ids of all its model workers.
-        trace: notes which jobs of a model worker are in its batch, for the case that the process dies.
+        started_at: monotonic moment.
+        let_leases_lapse: returns whether leases must not be renewed, because the process cannot continue.
+        worker_ids: returns the ids of all its model workers.
+        trace: records the jobs in a model worker's batch, in case the process dies.
         tokenizing: the process's tokenizer helpers.
     """
 
@@ -70,15 +71,21 @@ class WorkerProcess:
     engine: EngineThread
     notifier: Notifier
     events: TaskEvents
-    given_up: Callable[[], bool]
-    workers: Callable[[], frozenset[str]]
+    let_leases_lapse: Callable[[], bool]
+    worker_ids: Callable[[], frozenset[str]]
     on_death: OnDeath
     trace: Callable[[str, list[str]], object]
     tokenizing: Tokenizing
 
 
 class ModelWorker:
-    """One model's part of a worker process."""
+    """The lease, claimer, engine core and publisher of one model.
+
+    Attributes:
+        id: of its lease, claims and card; new for each loading.
+        pinned: whether the model must not be unloaded to make place for another.
+        state: `loading`, `ready` or `draining`.
+    """
 
     def __init__(
         self,
@@ -103,7 +110,7 @@ class ModelWorker:
         self._rate = Rate()
 
         client = connect(settings.store_url)
-        # A renewal must not take longer than the lease holds, tried twice and with the pause between.
+        # A renewal, with one retry and the pause before it, must not take longer than the lease.
         quick_client = connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1)
         files = connect(settings.store_url, decode_responses=False)
         self._clients = (client, quick_client, files)
@@ -112,7 +119,7 @@ class ModelWorker:
         claims = Claims(client, self.id)
         self._publisher = Publisher(
             claims,
-            lambda *write_result: self.core.apply_write_result(*write_result),  # noqa: PLW0108 - the core is made after it
+            lambda *write_result: self.core.apply_write_result(*write_result),  # noqa: PLW0108 - the core is made later
             process.on_death,
             process.events.started,
         )
@@ -128,22 +135,22 @@ class ModelWorker:
             process.notifier,
             process.events,
             self.slots,
-            process.workers,
+            process.worker_ids,
             process.on_death,
         )
-        self._keeper = LeaseRenewer(
+        self._lease = LeaseRenewer(
             self._lease_claims,
             self.core.apply_write_result,
             lambda: self._claimer.held,
             self._announce,
             settings.lease_s,
-            process.given_up,
+            process.let_leases_lapse,
             process.on_death,
         )
 
     @property
     def runner(self) -> ModelRunner | None:
-        """The warm model; None before and after."""
+        """The loaded model; None before and after."""
         loaded = self.core.loaded
         return loaded.result() if loaded.done() and loaded.exception() is None else None
 
@@ -154,99 +161,100 @@ class ModelWorker:
         return runner.weights_bytes if runner else 0
 
     def open(self) -> None:
-        """Begin: the lease, then the loading."""
-        self._keeper.start()
+        """Start the lease and the publisher, and load the model."""
+        self._lease.start()
         self._publisher.start()
-        self._process.engine.open(self.core)
+        self._process.engine.load(self.core)
 
-    def warmed(self) -> None:
-        """The model is loaded: prove its tokenizer, and announce it."""
+    def on_loaded(self) -> None:
+        """Prove the tokenizer of the loaded model, and announce it."""
         self._load_s = time.monotonic() - self._opened_at
         runner = self.runner
         if runner is not None and self._process.settings.backend != "fake":
             defaults = tokenizer_defaults(self.model.path) if runner.card.kind == "text" else None
             self._tokenizer.begin(self.model.path, runner.card, defaults)
 
-    def ready(self) -> None:
-        """Jobs are claimed from now on."""
+    def start_claiming(self) -> None:
+        """Claim jobs from now on."""
         if self.state == "loading":
             self.state = "ready"
-            self._keeper.hurry()
+            self._lease.hurry()
             self._claimer.start()
 
     def wake(self) -> None:
-        """A wake-up for this model came."""
+        """Look for jobs now."""
         self._claimer.wake()
 
-    def refuse(self) -> None:
-        """Claim no more jobs: the process ends."""
+    def stop_claiming(self) -> None:
+        """Claim no more jobs, because the process ends."""
         self._claimer.draining = True
 
     def drain(self, seconds: float) -> None:
-        """Claim no more jobs, give running ones `seconds` to end, then hand them back. Safe in a signal handler."""
+        """Claim no more jobs; hand back those that still run after `seconds`. Safe in a signal handler."""
         self._claimer.draining = True
         self.state = "draining"
         self.core.drain(seconds)
 
-    def wait_empty(self, seconds: float) -> bool:
-        """Wait until no job is held, for `seconds` at most; whether none is."""
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait up to `seconds` until no job is held; return whether that is so."""
         until = time.monotonic() + seconds
         while not self._claimer.idle and time.monotonic() < until:
             time.sleep(0.02)
         return self._claimer.idle
 
-    def shut(self) -> None:
-        """Unload the model; rows that it still has are handed back."""
-        gone = threading.Event()
+    def unload(self) -> None:
+        """Unload the model and close this worker. Rows that are still in the batch are handed back."""
+        unloaded = threading.Event()
         if self.core in self._process.engine.cores:
-            self._process.engine.shut(self.core, gone.set)
-            if not gone.wait(UNLOAD_S):
+            self._process.engine.unload(self.core, unloaded.set)
+            if not unloaded.wait(UNLOAD_S):
                 self._process.on_death(f"{self.model.id} was not unloaded within {UNLOAD_S:.0f} s")
-        self.settle()
+        self.close()
 
-    def settle(self) -> None:
-        """End the threads and the lease. Every job is settled, and the engine does not step this model any more."""
+    def close(self) -> None:
+        """End the threads and the lease. The engine must not step this model any more, so every job is settled."""
         self._tokenizer.close()
         self._publisher.close()
         if self._publisher.is_alive():
             self._publisher.join()
         self._claimer.stop()
-        self._keeper.stop()
-        self.give_up()
+        self._lease.stop()
+        self.end_lease()
         for client in self._clients:
             client.close()
 
-    def give_up(self) -> None:
-        """Return what this worker holds to the queue now, instead of when its lease lapses."""
+    def end_lease(self) -> None:
+        """Return the jobs that this worker holds to the queue now, instead of when its lease lapses."""
         try:
             self._process.notifier.wake(self._lease_claims.retire())
         except RedisError as error:
-            logger.warning("lease_not_given_up", extra={"reason": str(error)})
+            logger.warning("lease_not_ended", extra={"reason": str(error)})
 
-    def tasks(self, patience_s: float, engine_s: float) -> dict[Hashable, Progress]:
-        """The tasks under way here, for the watchdog: another model's progress is not this one's.
+    def progress(self, limit_s: float, engine_limit_s: float) -> dict[Hashable, Progress]:
+        """Return the progress of this worker's tasks, for the watchdog.
 
         Args:
-            engine_s: how long the engine may make no progress.
+            limit_s: longest time without progress.
+            engine_limit_s: the same for the engine.
         """
         tasks: dict[Hashable, Progress] = {}
         if self.state == "loading" or not self.core.idle:
-            tasks[f"engine ({self.model.id})"] = Progress(self.core.progress_at, engine_s)
+            tasks[f"engine of {self.model.id}"] = Progress(self.core.progress_at, engine_limit_s)
         if self._publisher.backlog:
-            tasks[f"publisher of {self.model.id}"] = Progress(self._publisher.attempts, max(patience_s, PUBLISHER_S))
+            tasks[f"publisher of {self.model.id}"] = Progress(self._publisher.attempts, max(limit_s, PUBLISHER_S))
         return tasks
 
     def _announce_again(self) -> None:
-        """The model's card has changed."""
+        """Announce the model's card again, because it has changed."""
         self._announced = False
-        self._keeper.hurry()
+        self._lease.hurry()
 
-    def _announce(self, unknown: bool) -> None:
-        """Write who this worker is and what it does; and its model's card, when Redis does not know it."""
+    def _announce(self, lease_unknown: bool) -> None:
+        """Announce this worker's state; also its model's card, if Redis does not know that."""
         self._registry.announce_worker(self._describe(), 3 * self._process.settings.lease_s)
         runner = self.runner
-        if runner is not None and self.state != "loading" and (unknown or not self._announced):
-            self._announced = True  # before the card is read: what changes it then says so again
+        if runner is not None and self.state != "loading" and (lease_unknown or not self._announced):
+            self._announced = True  # set before the card is read, so that a change meanwhile is announced again
             if self._registry.announce_model(self._tokenizer.card(runner.card)):
                 self._tokenizer.upload()
 
@@ -283,22 +291,22 @@ class ModelWorker:
         )
 
 
-def named(runner: ModelRunner, model: CatalogModel) -> ModelRunner:
-    """The runner under the catalog's name, with the context that the catalog sets."""
+def with_catalog_values(runner: ModelRunner, model: CatalogModel) -> ModelRunner:
+    """Give a runner the catalog's model id and, where the catalog sets one, its context length."""
     card = runner.card
     runner.card = replace(card, id=model.id, context=model.context or card.context)
     return runner
 
 
 class Rate:
-    """How fast a counter has grown of late."""
+    """The growth per second of a counter over the last minute."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._samples: deque[tuple[float, float]] = deque()
 
     def update(self, count: float) -> float:
-        """Note the counter; its growth per second over the last minute."""
+        """Record the counter; return its growth per second over `RATE_WINDOW_S`."""
         now = self._clock()
         self._samples.append((now, count))
         while len(self._samples) > 2 and self._samples[1][0] <= now - RATE_WINDOW_S:

@@ -74,7 +74,7 @@ def _turn_s(runners: Sequence[MLXRunner]) -> float:
     engine = EngineThread()
     for runner in runners:
         model = InProcess(runner, load=False)
-        engine.open(model.core)
+        engine.load(model.core)
         engine.turn()
         for row in range(ROWS):
             model.submit([100 + (row * 977 + i * 131) % 40_000 for i in range(_PROMPT_TOKENS)], 10 * _STEPS)

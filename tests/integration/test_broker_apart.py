@@ -19,7 +19,7 @@ from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed
 from tests.support.servers import Server
 from tests.support.waiting import eventually
-from worker.queue.claimer import LOOK_S
+from worker.queue.claimer import POLL_S
 
 SLOW = "!pause=0.02"
 """Order for the fake backend: a step takes 20 ms."""
@@ -99,7 +99,7 @@ def test_a_job_starts_within_a_look_of_a_worker_with_room_while_the_broker_is_aw
             job = submit(client, f"{n}")
             check(client, job, f"{n}")
             record = apart.queue.client.hgetall(keys.JOB + job)
-            assert float(record["started_at"]) - float(record["created_at"]) < LOOK_S + SLACK_S
+            assert float(record["started_at"]) - float(record["created_at"]) < POLL_S + SLACK_S
 
 
 def test_short_jobs_run_at_full_rate_while_the_broker_is_away(apart: Apart) -> None:

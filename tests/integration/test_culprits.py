@@ -189,4 +189,4 @@ def test_a_job_that_hangs_the_engine_is_suspected_before_its_lease_lapses(fleet:
     assert (fleet.get(job).status, fleet.redis.hget(keys.JOB + job.id, "deaths")) == (Status.QUEUED, "1")
     assert not fleet.redis.exists(keys.LEASES)
     line = fleet.lines(launcher)[-1]
-    assert (line["exit"], line["suspects"]) == ("status 70, it found itself broken", [job.id])
+    assert (line["exit"], line["suspects"]) == ("status 70 (it found itself broken)", [job.id])

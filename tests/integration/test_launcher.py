@@ -35,7 +35,7 @@ def on_signal(number, frame):
     print("signal", signal.Signals(number).name, len(seen), flush=True)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
-end_with_launcher(Launch.present())
+end_with_launcher(Launch.current())
 print("ready", os.getpid(), flush=True)
 while len(seen) < 2:
     time.sleep(0.01)

@@ -158,7 +158,7 @@ def test_a_drain_without_redis_ends_in_time_with_success(lone_fleet: Fleet, redi
     redis.kill() if how == "killed" else redis.signal(signal.SIGSTOP)
     worker.terminate()
     assert worker.wait(0.5 + LATE_S + 2) == 0
-    assert "lease_not_given_up" in lone_fleet.output(worker)
+    assert "lease_not_ended" in lone_fleet.output(worker)
     redis.start() if how == "killed" else redis.signal(signal.SIGCONT)
     lone_fleet.start(LEASE_S="1")
     wait(lambda: lone_fleet.get(job).attempt == 2)

@@ -1,9 +1,9 @@
-"""The thread that touches the model libraries, and which of its models it steps next.
+"""The engine thread: the only one that touches the model libraries. It chooses which model to step next.
 
-Models take turns by the time they have used (start-time fair queueing): each step of a model adds its duration to the
-model's account, and the model with the least goes next. A model that had nothing to do starts where the others are, so
-idling earns nothing. A model that is being loaded takes turns too, a piece of the weights at a time, so that the others
-decode meanwhile.
+Models take turns by the time that they have used (start-time fair queueing). Each step adds its duration to the
+model's account, and the model with the smallest account goes next. A model that was idle starts at the present virtual
+time, so idling earns no credit. A model that is being loaded takes turns as well, one piece of the weights at a time,
+so that the others keep decoding.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from worker.engine.core import EngineCore
 from worker.process.critical import CriticalThread, OnDeath, end_process
 from worker.runner import release
 
-IDLE_S = 1.0
-"""Longest sleep: then the gauges are due."""
+IDLE_S: Final = 1.0
+"""Longest sleep of a thread without models; with models, it wakes to read their gauges."""
 
 Work: TypeAlias = Callable[[], object]
 Phase: TypeAlias = Literal["idle", "load", "step"]
@@ -27,11 +27,13 @@ OnPhase: TypeAlias = Callable[[Phase, EngineCore | None], object]
 
 
 class EngineThread(CriticalThread):
-    """Steps engine cores. All methods but those of the thread itself may be called from any thread.
+    """Steps engine cores.
+
+    Any thread may call `wake`, `load`, `unload`, `call_soon` and `close`, and read the properties.
 
     Args:
-        on_phase: called before the thread does something else than before, and after work between two steps: "load" or
-            "step" with the core that it works for, "idle" with None.
+        on_phase: called before the thread begins something else, and after work between two steps: "load" or "step"
+            with the core, "idle" with None.
     """
 
     def __init__(self, on_death: OnDeath = end_process, on_phase: OnPhase = lambda _phase, _core: None) -> None:
@@ -42,17 +44,17 @@ class EngineThread(CriticalThread):
         self._cores: tuple[EngineCore, ...] = ()
         self._loading: dict[EngineCore, Iterator[None]] = {}
         self._active: set[EngineCore] = set()
-        self._reached_s = 0.0
+        self._virtual_time_s = 0.0
         self._open = True
 
     @property
     def cores(self) -> tuple[EngineCore, ...]:
-        """Those it steps."""
+        """The cores of the loaded models."""
         return self._cores
 
     @property
     def loading(self) -> bool:
-        """Whether a model is being loaded: its last piece, warming up, may take long."""
+        """Whether a model is being loaded. Its last piece, the warm-up, may take long."""
         return bool(self._loading)
 
     @property
@@ -61,39 +63,39 @@ class EngineThread(CriticalThread):
         return not self._loading and all(core.idle for core in self._cores)
 
     def wake(self) -> None:
-        """Look for work."""
+        """Wake the thread because a core has a message."""
         self._queue.put(None)
 
-    def open(self, core: EngineCore) -> None:
-        """Load a model, then step it; `core.loaded` has the result."""
-        self.do(lambda: self._loading.setdefault(core, core.loading()))
+    def load(self, core: EngineCore) -> None:
+        """Load a model, then step it. `core.loaded` gets the result."""
+        self.call_soon(lambda: self._loading.setdefault(core, core.loading()))
 
-    def shut(self, core: EngineCore, then: Callable[[], object]) -> None:
-        """Unload a model; `then` is called when its memory is free."""
+    def unload(self, core: EngineCore, on_unloaded: Callable[[], object]) -> None:
+        """Unload a model; `on_unloaded` is called when its memory is free."""
 
-        def closed() -> None:
+        def unload_now() -> None:
             self._cores = tuple(each for each in self._cores if each is not core)
             self._active.discard(core)
             core.close()
             release()
-            then()
+            on_unloaded()
 
-        self.do(closed)
+        self.call_soon(unload_now)
 
-    def do(self, work: Work) -> None:
-        """Have something done between two steps."""
+    def call_soon(self, work: Work) -> None:
+        """Call `work` on the engine thread, between two steps."""
         self._queue.put(work)
 
     def close(self) -> None:
-        """End the thread after its current step. What it holds is handed back: drain first."""
+        """End the thread after its current step, and hand all rows back. Drain first to avoid that."""
 
-        def ended() -> None:
+        def end() -> None:
             self._open = False
 
-        self.do(ended)
+        self.call_soon(end)
 
     def work(self) -> None:
-        """Step as long as there is work, and sleep while there is none."""
+        """Step while there is work, and sleep while there is none."""
         while self._open:
             if self.idle:
                 self._sleep()
@@ -102,34 +104,34 @@ class EngineThread(CriticalThread):
             core.close()
 
     def turn(self) -> None:
-        """Run the queued work, load a piece of each model that is being loaded, and step one model."""
+        """Do the queued work, load a piece of each model that is being loaded, and step one model."""
         while not self._queue.empty():
             if (work := self._queue.get()) is not None:
-                self._work(work)
+                self._do(work)
         for core, pieces in [*self._loading.items()]:
             self._load_piece(core, pieces)
         due = self._next()
         if due is not None:
-            due.spent_s += self._timed("step", due, due.step)
-        for core in self._cores:  # of the others, too: what they report of the process's memory changes meanwhile
+            due.used_s += self._timed("step", due, due.step)
+        for core in self._cores:  # the gauges of the other models include the memory of the whole process
             core.read_gauges()
 
-    def _work(self, work: Work) -> None:
+    def _do(self, work: Work) -> None:
         work()
-        self._phase = None  # it may have changed the batch of another model than the one that is stepped
+        self._phase = None  # the work may have changed the batch of any model, so the next phase is always reported
 
     def _timed(self, phase: Phase, core: EngineCore, work: Work) -> float:
-        """Work for a model; the seconds that takes, in which the own time of the others stands still."""
-        self._enter(phase, core)
+        """Do work for one model and return its duration, during which the clocks of the other models stand still."""
+        self._enter_phase(phase, core)
         started = time.perf_counter()
         work()
-        took_s = time.perf_counter() - started
+        duration_s = time.perf_counter() - started
         for other in (*self._cores, *self._loading):
             if other is not core:
-                other.own_time.away_s += took_s
-        return took_s
+                other.clock.paused_s += duration_s
+        return duration_s
 
-    def _enter(self, phase: Phase, core: EngineCore | None) -> None:
+    def _enter_phase(self, phase: Phase, core: EngineCore | None) -> None:
         if (phase, core) != self._phase:
             self._phase = (phase, core)
             self._on_phase(phase, core)
@@ -143,26 +145,26 @@ class EngineThread(CriticalThread):
             self._cores = (*self._cores, core)
 
     def _next(self) -> EngineCore | None:
-        """The core with something to do that has used the least time."""
-        if len(self._cores) == 1:  # a model that comes later starts where this one is
+        """Return the core with work that has used the least time."""
+        if len(self._cores) == 1:  # keep the virtual time current for models that are loaded later
             only = self._cores[0]
-            self._reached_s = max(self._reached_s, only.spent_s)
+            self._virtual_time_s = max(self._virtual_time_s, only.used_s)
             return only
         due = [core for core in self._cores if not core.idle]
         for core in due:
             if core not in self._active:
-                core.spent_s = max(core.spent_s, self._reached_s)
+                core.used_s = max(core.used_s, self._virtual_time_s)
         self._active = set(due)
         if not due:
             return None
-        core = min(due, key=lambda each: each.spent_s)
-        self._reached_s = core.spent_s
+        core = min(due, key=lambda each: each.used_s)
+        self._virtual_time_s = core.used_s
         return core
 
     def _sleep(self) -> None:
-        """Until there is something to do, or gauges are due."""
-        self._enter("idle", None)
+        """Sleep until there is work or gauges are due."""
+        self._enter_phase("idle", None)
         due_s = min((core.read_gauges() for core in self._cores), default=IDLE_S)
         with suppress(Empty):
             if (work := self._queue.get(timeout=due_s)) is not None:
-                self._work(work)
+                self._do(work)

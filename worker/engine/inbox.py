@@ -1,4 +1,4 @@
-"""Messages from other threads to an engine core, and a snapshot of it that they can read."""
+"""Messages from other threads to an engine core, and a snapshot of the core for these threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class JobWriteResult:
-    """What Redis says of a job: it must stop, or it belongs to another attempt."""
+    """A result from Redis for one attempt of a job: it must stop, or the attempt is fenced."""
 
     job_id: str
     attempt: int
@@ -25,7 +25,7 @@ class JobWriteResult:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Accept nothing new; hand back what still runs at a moment (monotonic)."""
+    """Accept no more rows; hand back those that still run at a monotonic moment."""
 
     until: float
 
@@ -34,10 +34,10 @@ Message: TypeAlias = Sequence | JobWriteResult | Drain
 
 
 class Inbox:
-    """Messages for the engine thread, and a snapshot of what it could admit. Safe to be used by all threads.
+    """Messages for the engine thread, and a snapshot of what it could admit. Any thread may call any method.
 
     Args:
-        wake: called when there is a message.
+        wake: called after each message.
     """
 
     def __init__(self, wake: Callable[[], object]) -> None:
@@ -46,7 +46,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._capacity = Capacity(0, 0)
         self._waiting: tuple[Sequence, ...] = ()
-        self._submitted: dict[int, Sequence] = {}  # not part of the snapshot yet
+        self._submitted: dict[int, Sequence] = {}  # not in the snapshot yet
         self._received: list[int] = []
 
     @property
@@ -56,7 +56,7 @@ class Inbox:
 
     @property
     def snapshot_due(self) -> bool:
-        """Whether sequences were received that are not part of the snapshot."""
+        """Whether sequences were received that are not in the snapshot."""
         return bool(self._received)
 
     def put(self, message: Message) -> None:
@@ -68,7 +68,7 @@ class Inbox:
         self._wake()
 
     def receive(self) -> Iterator[Message]:
-        """Give the messages so far."""
+        """Yield the messages so far."""
         with suppress(Empty):
             while True:
                 message = self._messages.get_nowait()
@@ -76,8 +76,8 @@ class Inbox:
                     self._received.append(message.uid)
                 yield message
 
-    def show(self, capacity: Capacity, waiting: tuple[Sequence, ...]) -> None:
-        """Replace the snapshot; it counts all sequences received so far."""
+    def set_snapshot(self, capacity: Capacity, waiting: tuple[Sequence, ...]) -> None:
+        """Replace the snapshot by one that includes all sequences received so far."""
         with self._lock:
             self._capacity, self._waiting = capacity, waiting
             for uid in self._received:
@@ -85,14 +85,14 @@ class Inbox:
             self._received.clear()
 
     def capacity(self) -> Capacity:
-        """Return what could be admitted beside all sequences submitted so far."""
+        """Return what could be admitted in addition to all sequences submitted so far."""
         with self._lock:
             rows = self._capacity.rows - len(self._submitted)
-            tokens = self._capacity.tokens - sum(each.longest for each in self._submitted.values())
+            tokens = self._capacity.tokens - sum(each.max_length for each in self._submitted.values())
         return Capacity(max(0, rows), max(0, tokens))
 
     def waiting(self) -> list[str]:
-        """Return the ids of jobs that were submitted and never in the batch, in the order of admission."""
+        """Return the ids of submitted jobs that were never in the batch, in the order of admission."""
         with self._lock:
             sequences = (*self._waiting, *self._submitted.values())
         return [sequence.job.id for sequence in sequences if not sequence.started]

@@ -1,4 +1,4 @@
-"""From tokens to published text: detokenise, match stop strings, apply limits."""
+"""Turns tokens into published text: detokenises, matches stop strings, applies limits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 class ReplayError(Exception):
-    """The tokens in the log do not give the text in the log: another model wrote it."""
+    """The tokens in the log do not give the text in the log, so another model wrote it."""
 
 
 class OutputProcessor:
-    """Turns the tokens of a step into what is published of each sequence.
+    """Turns the tokens of a step into output to publish.
 
     Args:
         eos: ids of the tokens that end an answer.
-        detokenizer: gives fresh ones, for the texts of single tokens; needed where log-probabilities are published.
+        detokenizer: returns a fresh detokenizer, for the texts of single tokens. Needed to publish log-probabilities.
 
     Attributes:
-        tokens: how many tokens rows were given in `process`, end tokens included.
+        tokens: number of tokens processed, including end tokens.
     """
 
     def __init__(self, eos: frozenset[int], detokenizer: Callable[[], Detokenizer] | None = None) -> None:
@@ -36,26 +36,26 @@ class OutputProcessor:
         self._texts: dict[int, str] = {}
 
     def process(self, rows: Mapping[int, Sequence], outputs: Iterable[TokenOutput]) -> list[SequenceOutput]:
-        """Give rows their tokens, each until it ends. One whose text raises fails alone."""
+        """Push the tokens of a step to their rows. A row that raises fails alone."""
         published = []
         for output in outputs:
             sequence = rows.get(output.uid)
-            if sequence is None or sequence.ending is not None:  # it has failed, or ended with a token before
+            if sequence is None or sequence.ending is not None:  # it failed, or ended with an earlier token
                 continue
             self.tokens += 1
             try:
                 result = self.push(sequence, output)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is this row's
+            except Exception as error:  # noqa: BLE001 - any error belongs to this row
                 result = row_failed(sequence, error)
             if result is not None:
                 published.append(result)
         return published
 
     def push(self, sequence: Sequence, output: TokenOutput) -> SequenceOutput | None:
-        """Take the next token of a sequence; the output to publish now, if any.
+        """Push the next token of a sequence; return the output to publish now, if any.
 
-        Tokens are published together with the text that they complete; a later attempt regenerates unpublished ones.
-        The end token counts as generated, as in mlx_lm.server, and is not published.
+        A token is published with the text that it completes. Unpublished tokens are generated again by a later attempt.
+        The end token counts as generated, as in mlx_lm.server, but is not published.
         """
         sequence.timings.token()
         if output.token in self._eos:
@@ -75,10 +75,10 @@ class OutputProcessor:
         """Continue from what earlier attempts wrote, without publishing it again.
 
         Returns:
-            The sequence's end where nothing is left to generate.
+            The end of the sequence, if there is nothing left to generate.
 
         Raises:
-            ReplayError: the log is not this model's.
+            ReplayError: another model wrote the log.
         """
         if written.tokens:
             sequence.timings.forget_first_token()
@@ -99,9 +99,10 @@ class OutputProcessor:
         return end and end._replace(text=text[len(written.text) :], outputs=())
 
     def _token_text(self, token: int) -> str:
-        """Text of a token within a text.
+        """Return the text of a token inside a longer text.
 
-        A detokenizer may hold text back and trim the first space. So this is the text that the token adds after itself.
+        A detokenizer may hold text back and trim the first space. So this is the text that the token adds when it comes
+        a second time.
         """
         if token not in self._texts and self._detokenizer is not None:
             once, twice = (_detokenized(self._detokenizer(), [token] * times) for times in (1, 2))
@@ -114,7 +115,7 @@ def _detokenized(detokenizer: Detokenizer, tokens: Iterable[int]) -> str:
 
 
 def _append(sequence: Sequence, output: TokenOutput) -> tuple[str, bool]:
-    """Add a token; the text that may be published now, and whether a stop string ends it."""
+    """Add a token; return the text that may be published now, and whether a stop string ends it."""
     sequence.generated.append(output.token)
     sequence.unpublished.append(output)
     output.text = sequence.detokenizer.add(output.token)
@@ -129,7 +130,7 @@ def _published(sequence: Sequence, text: str) -> SequenceOutput:
 def _end(
     sequence: Sequence, reason: str, output: TokenOutput | None = None, text: str = "", end_tokens: int = 0
 ) -> SequenceOutput:
-    """End by the end token or the limit: text that was held back is published, up to a stop string."""
+    """End by the end token or the length limit, with the text held back, up to a stop string in it."""
     tail, stopped = sequence.stops.push(sequence.detokenizer.finish())
     if not stopped:
         tail += sequence.stops.flush()
@@ -140,7 +141,7 @@ def _end(
 
 
 def row_failed(sequence: Sequence, error: Exception) -> SequenceOutput:
-    """Fail a sequence for an error of its own."""
+    """Fail a sequence because of an error that it caused."""
     ids = {"job_id": sequence.job.id, "request_id": sequence.job.request_id}
     logger.error("row_failed", exc_info=error, extra=ids)
     if isinstance(error, OutOfMemory):

@@ -1,14 +1,16 @@
-"""How much of a long prompt is prefilled beside rows that decode.
+"""Limits how much of a long prompt is prefilled in a step in which other rows decode.
 
-Decoding rows wait for the prefill in their step. So 99 of 100 steps with prefill should last at most three times as
-long as a step without. On average they last about twice as long, or longer where step times vary little. The cost of a
-chunk is predicted, because the decoding rows have already waited when a chunk turns out to be too expensive. Its shape
-(cost per pass, per token, and per token behind many others) is measured when the model is loaded. Its scale is what the
-last chunks took compared with their prediction. Only recent steps without prefill are a reference, so prefill pauses
-now and then.
+Decoding rows wait for the prefill in their step. So 99 of 100 steps with prefill should take at most three times as
+long as a plain step, one without prefill. On average they take about twice as long, or longer if step times vary
+little.
 
-A chunk may go through the model some layers at a time, in several steps. So the weights, which every chunk reads, cost
-a step no more than its share of the layers, and chunks are of the size that finishes the prompt soonest.
+The cost of a chunk is predicted, because when a chunk turns out to be too expensive the decoding rows have already
+waited. The shape of the prediction (cost per pass, per token, and per token by position) is measured when the model is
+loaded. Its scale is the ratio of the recent chunks' measured cost to their predicted cost. The measured cost is
+relative to recent plain steps, so prefill pauses regularly for such steps.
+
+A chunk may go through the model a few layers at a time, in several steps. Then each step reads only the weights of
+these layers, and a chunk can have the size that finishes the prompt soonest.
 """
 
 from __future__ import annotations
@@ -19,55 +21,55 @@ from collections import deque
 from worker.runner.base import UNKNOWN_COST, PrefillCost
 
 LIMIT = 3.0
-"""Longest step with prefill, as a multiple of a step without, except one in a hundred."""
+"""Limit on a step with prefill, as a multiple of a plain step, for 99 of 100 steps."""
 LEAST_AIM, AIM, MOST_AIM = 1.5, 1.8, 2.2
-"""Target multiple: it falls while many steps exceed the limit, and rises while few do."""
+"""Bounds and initial value of the target multiple. It falls while many steps exceed the limit, and rises otherwise."""
 PAUSE_AFTER = 16
 """Steps with long prefill between two pauses."""
 PAUSE = 2
-"""Steps of a pause. The device may be a step behind, so that the first may still contain a chunk."""
+"""Steps of a pause. The device may be one step behind, so the first of them may still contain a chunk."""
 
-_REMEMBERED = 32
-"""Steps with prefill from which the scale is computed."""
+_WINDOW = 32
+"""Number of recent steps with prefill from which the scale is computed."""
 _OUTLIER = 4
-"""Maximum measured cost of a chunk, in plain steps; anything more was caused by other processes."""
-_TRUST = 2
-"""Weight of the measured cost against that of chunks, in plain steps."""
+"""Maximum measured cost of a chunk, in plain steps. A higher cost was caused by other processes."""
+_PRIOR = 2
+"""Weight of the cost measured at loading relative to the cost of recent chunks, in plain steps."""
 _ROUNDING = 0.25
-"""Part of a layer by which a step may exceed its time: predictions are not exact, and one layer less may halve it."""
-_LEAST = 1e-9
+"""Part of a layer by which a step may exceed its time. Predictions are inexact, and one layer less may halve it."""
+_EPSILON = 1e-9
 _OVER, _WITHIN = 0.9, 1.001
-"""Factors by which a step over the limit, or within it, changes the target. They balance at one in a hundred."""
+"""Factors by which a step over or within the limit changes the target. They balance at one step over in a hundred."""
 
 
 class PrefillBudget:
-    """The time for prefill in a step, and the chunks that fit into it.
+    """Computes the time for prefill in a step, and the chunk that fits into it.
 
     Args:
-        most: most tokens of a chunk.
-        cost: of prefill passes, as measured; `UNKNOWN_COST` where nothing was.
+        max_tokens: maximum tokens of a chunk.
+        cost: of prefill passes, measured at loading; `UNKNOWN_COST` if it was not.
     """
 
-    def __init__(self, most: int, cost: PrefillCost = UNKNOWN_COST) -> None:
-        self._most = most
+    def __init__(self, max_tokens: int, cost: PrefillCost = UNKNOWN_COST) -> None:
+        self._max_tokens = max_tokens
         self._cost = cost
         self._measured = cost != UNKNOWN_COST
-        self._tokens = most
+        self._tokens = max_tokens
         self._aim = AIM
-        self._since_pause = PAUSE_AFTER  # no plain step has been seen yet
-        self._before: float | None = None
-        # Medians: one step that another process made long says nothing.
+        self._since_pause = PAUSE_AFTER  # begin with a pause, because no plain step has been seen yet
+        self._previous_s: float | None = None
+        # Its median is used: single steps may be long because of other processes.
         self._plain_s: deque[float] = deque(maxlen=5)
-        # In plain steps, not in seconds: what makes all steps longer changes nothing.
-        self._taken: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
+        # Measured cost in plain steps, so that a change of all step times cancels out; and predicted cost in seconds.
+        self._chunks: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
 
     @property
     def tokens(self) -> int:
-        """Size of the last chunk beside rows that decode."""
+        """Size of the last chunk in a step with decoding rows."""
         return self._tokens
 
     def pauses(self) -> bool:
-        """Whether nothing long is prefilled in this step. To be called once a step."""
+        """Return whether no long prompt is prefilled in this step. Call it once per step."""
         self._since_pause += 1
         pauses = self._since_pause > PAUSE_AFTER
         if self._since_pause == PAUSE_AFTER + PAUSE:
@@ -75,52 +77,57 @@ class PrefillBudget:
         return pauses
 
     def chunk(self, position: int, depth: int) -> int:
-        """Return how many tokens the next chunk should have behind `position` others, in a pass of `depth` layers."""
+        """Return the number of tokens for the next chunk.
+
+        Args:
+            position: tokens in the cache before the chunk.
+            depth: layers of the model.
+        """
         spare = self.spare_s()
         if spare is None:
-            return self._most
+            return self._max_tokens
 
-        def fitting(at_once: int) -> int:
-            """Tokens for which there is time when `at_once` layers run in a step."""
-            return min(max(int(self._cost.tokens(spare * depth / at_once, position)), 0), self._most)
+        def fitting(layers: int) -> int:
+            """Tokens for which there is time if `layers` layers run in a step."""
+            return min(max(int(self._cost.tokens(spare * depth / layers, position)), 0), self._max_tokens)
 
-        # As many layers at once as give the most tokens a step; with more of them the chunk is finished sooner.
-        best = max(range(1, depth + 1), key=lambda at_once: (fitting(at_once) / -(-depth // at_once), at_once))
-        self._tokens = min(max(fitting(best), int(self._cost.efficient(position)), 1), self._most)
+        # The number of layers per step that gives the most tokens per step; of equal ones the highest.
+        best = max(range(1, depth + 1), key=lambda layers: (fitting(layers) / -(-depth // layers), layers))
+        self._tokens = min(max(fitting(best), int(self._cost.efficient(position)), 1), self._max_tokens)
         return self._tokens
 
     def layers(self, tokens: int, position: int, depth: int) -> int:
-        """Return how many of `depth` layers such a chunk may run through in this step: at least one."""
+        """Return how many of `depth` layers a chunk may go through in this step, at least one."""
         spare = self.spare_s()
         if spare is None:
             return depth
         cost = self._cost.seconds(tokens, position)
-        return min(max(int(depth * spare / max(cost, _LEAST) + _ROUNDING), 1), depth)
+        return min(max(int(depth * spare / max(cost, _EPSILON) + _ROUNDING), 1), depth)
 
     def spare_s(self) -> float | None:
-        """Predicted seconds that prefill or encoding may take in this step; None while that is not known."""
-        if not self._plain_s or not (self._measured or self._taken):
+        """Return the seconds that prefill or encoding may take in this step by prediction; None while unknown."""
+        if not self._plain_s or not (self._measured or self._chunks):
             return None
-        # The measured cost was the least of several measurements, so it is compared with the shortest step.
-        trust = _TRUST if self._measured else 0.0
-        predicted = trust * min(self._plain_s) + sum(predicted for _, predicted in self._taken)
-        taken = trust + sum(taken for taken, _ in self._taken)
-        return (self._aim - 1) * predicted / max(taken, _LEAST)
+        # The cost at loading is the lowest of several measurements, so it is compared with the shortest step.
+        prior = _PRIOR if self._measured else 0.0
+        predicted = prior * min(self._plain_s) + sum(predicted for _, predicted in self._chunks)
+        measured = prior + sum(measured for measured, _ in self._chunks)
+        return (self._aim - 1) * predicted / max(measured, _EPSILON)
 
     def stepped(self, seconds: float, predicted_s: float | None) -> None:
-        """Note a decode step.
+        """Record a step with decoding rows.
 
         Args:
-            seconds: from the end of the step before to the end of this one.
-            predicted_s: of the prefill and encoding in it; None: it did something else beside.
+            seconds: from the end of the previous step to the end of this one.
+            predicted_s: predicted cost of its prefill and encoding; None: it also did something unpredictable.
         """
-        before, self._before = self._before, predicted_s
-        if predicted_s is None or before is None:
+        previous_s, self._previous_s = self._previous_s, predicted_s
+        if predicted_s is None or previous_s is None:
             return
-        if predicted_s == before == 0:
-            self._plain_s.append(max(seconds, _LEAST))  # a clock may be coarse
+        if predicted_s == previous_s == 0:
+            self._plain_s.append(max(seconds, _EPSILON))  # a coarse clock may measure 0
         elif self._plain_s:
             ratio = seconds / statistics.median(self._plain_s)
-            # The device may have run this chunk or the one before: half of each is right on average.
-            self._taken.append((min(ratio - 1, _OUTLIER), (predicted_s + before) / 2))
+            # The device may have run this step's chunk or the previous one; half of each is right on average.
+            self._chunks.append((min(ratio - 1, _OUTLIER), (predicted_s + previous_s) / 2))
             self._aim = min(max(self._aim * (_OVER if ratio > LIMIT else _WITHIN), LEAST_AIM), MOST_AIM)

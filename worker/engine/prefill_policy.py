@@ -1,12 +1,13 @@
-"""Which rows prefill in a step, and how much of them.
+"""Decides which rows are prefilled in a step, and how much of them.
 
-Short prompts go together, whole, several at a time. A long one goes alone, chunk by chunk. When both wait they take
-turns, so neither kind waits for more than one chunk of the other, and a short prompt never shares a cache with a long
-one, which would pad it to that length. What counts is what is left to prefill behind the cached prefix.
+Short prompts are prefilled whole, several at a time. A long prompt is prefilled alone, chunk by chunk. If prompts of
+both kinds wait, they take turns, so neither kind waits for more than one chunk of the other. A short prompt never
+shares a cache with a long one, because it would be padded to the same length. A prompt is short or long by the part
+that is not in the prefix cache.
 
-Beside rows that decode, a long prompt gets the time that `PrefillBudget` allows, if need be some layers of a chunk at a
-time. Short prompts are not limited: prefilled one by one under the same budget, 32 that came at once gave two fifths
-fewer tokens a second, and the last waited four times as long.
+While other rows decode, a long prompt gets the time that `PrefillBudget` allows; a chunk may go through a few layers at
+a time. Short prompts are not limited. Prefilled one by one under the same budget, 32 simultaneous prompts gave 40%
+fewer tokens per second, and the last one waited four times as long.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from worker.engine.prefill_budget import PrefillBudget
 from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, Unread
 
 SHORT_CHUNKS, SHORT_S = 2, 0.01
-"""A prompt is short if it costs at most this many chunks or seconds: no reader notices such a pause."""
+"""A prompt is short if it costs at most this many chunks or seconds. Readers do not notice such a pause."""
 MOST_SHORT_CHUNKS = 16
 """A prompt of more chunks is never short."""
 SHORT_IMAGE_S = 0.02
-"""Images that cost no more are encoded whole, also beside decoding rows."""
+"""An image that costs at most this is encoded whole, even if rows decode."""
 MOST_TOGETHER = 8
-"""Short prompts in one pass. More would not make a token cheaper, and would delay the first answers."""
+"""Maximum short prompts in one pass. More would not make a token cheaper, and would delay the first answers."""
 
 
 class PrefillPolicy:
     """Plans the prefill and the encoding of each step.
 
     Args:
-        chunk: most tokens of a long prompt's chunk.
-        depth: layers of a prefill pass.
-        cost: of prefill passes, as measured.
-        budget: the time for prefill beside decoding rows.
+        chunk: maximum tokens of a long prompt's chunk.
+        depth: layers of the model.
+        cost: of prefill passes, measured at loading.
+        budget: limits prefill while rows decode.
     """
 
     def __init__(self, chunk: int, depth: int, cost: PrefillCost, budget: PrefillBudget) -> None:
@@ -54,10 +55,10 @@ class PrefillPolicy:
         """Plan a step.
 
         Args:
-            unread: rows that can be prefilled, in their order.
-            image_s: seconds that the next image takes to encode; None: no image waits.
-            decoding: whether rows wait for their next token meanwhile.
-            alone: rows that are not to be prefilled together with others.
+            unread: rows that can be prefilled, in the order of admission.
+            image_s: seconds that encoding the next image takes; None: no image waits.
+            decoding: whether other rows decode in the step.
+            alone: rows that must not be prefilled together with others.
         """
         if not unread and image_s is None:
             return StepPlan(speculate=True)
@@ -75,7 +76,7 @@ class PrefillPolicy:
         return None if self._pauses() else EncodeWork(self._budget.spare_s())
 
     def _prefill(self, unread: Mapping[int, Unread], decoding: bool, alone: Collection[int]) -> PrefillWork | None:
-        """Take turns; where the one kind has nothing to do, it is the other's turn."""
+        """Let short and long prompts take turns; if there are none of the one kind, continue with the other."""
         if self._long_uid not in unread:
             self._long_uid = None
         short, long = self._split(unread, alone)
@@ -85,16 +86,16 @@ class PrefillPolicy:
         return self._short_work(unread, short) or self._long_work(unread, long, decoding)
 
     def _split(self, unread: Mapping[int, Unread], alone: Collection[int]) -> tuple[list[int], list[int]]:
-        """Return short prompts and long ones; what has begun as a long one stays one."""
+        """Return the short prompts and the long ones. A prompt that began as a long one stays one."""
         short: list[int] = []
         long: list[int] = []
         for uid, left in unread.items():
-            goes_alone = uid == self._long_uid or uid in alone or not self._is_short(left)
-            (long if goes_alone else short).append(uid)
+            is_long = uid == self._long_uid or uid in alone or not self._is_short(left)
+            (long if is_long else short).append(uid)
         return short, long
 
     def _short_work(self, unread: Mapping[int, Unread], short: list[int]) -> PrefillWork | None:
-        """The first short prompt and those next in line that are about as long, cached prefixes included."""
+        """Prefill the first short prompt and the following ones of about the same length, cached prefixes included."""
         if not short:
             return None
         lengths = [unread[uid].position + unread[uid].tokens for uid in short[:MOST_TOGETHER]]
@@ -102,7 +103,7 @@ class PrefillPolicy:
         return PrefillWork(tuple(short[: len(list(alike))]))
 
     def _long_work(self, unread: Mapping[int, Unread], long: list[int], decoding: bool) -> PrefillWork | None:
-        """A chunk of the long prompt under way, or of the next one; beside decoding rows as much as fits in a step."""
+        """Prefill a chunk of the present or the next long prompt; while rows decode, as much as fits into the step."""
         if not long or self._pauses():
             return None
         self._long_uid = uid = long[0] if self._long_uid is None else self._long_uid
@@ -113,13 +114,13 @@ class PrefillPolicy:
         return PrefillWork((uid,), size, self._budget.layers(size, left.position, self._depth))
 
     def _pauses(self) -> bool:
-        """Whether no long work is done in this step; counted once a step, and only where there is some."""
+        """Whether this step has no long work. Asks the budget once per step, and only if there is long work."""
         if self._pausing is None:
             self._pausing = self._budget.pauses()
         return self._pausing
 
     def _is_short(self, left: Unread) -> bool:
-        """Whether it costs no more than some chunks at the beginning of a prompt do, or hardly any time."""
-        # Costs that were measured on a busy machine may make any prompt look cheap, so its tokens count as well.
-        few = left.tokens <= MOST_SHORT_CHUNKS * self._chunk
-        return few and self._cost.seconds(left.tokens, left.position) <= self._short_s
+        """Whether the unread part costs at most a few chunks at the beginning of a prompt, or hardly any time."""
+        # If the costs were measured on a busy machine, any prompt may look cheap. So its tokens are bounded as well.
+        bounded = left.tokens <= MOST_SHORT_CHUNKS * self._chunk
+        return bounded and self._cost.seconds(left.tokens, left.position) <= self._short_s

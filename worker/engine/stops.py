@@ -1,4 +1,4 @@
-"""Stop strings, matched on text: a stop may begin in one token and end in another, and none of it may be emitted."""
+"""Stop strings. They are matched on text, because a stop string may begin in one token and end in another."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 class StopMatcher:
     """Passes one row's text on up to the first stop string.
 
-    Text that may be the beginning of a stop is held back until it is known. Of several stops, the one that is
-    complete first wins (of those complete at the same character, the longest): so the result is a function of the
-    text alone, however the tokens cut it.
+    Text that may be the beginning of a stop string is held back until that is known. Of several stop strings, the one
+    that is complete first wins; of those complete at the same character, the longest. So the result depends only on the
+    text, not on how it is split into tokens.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -24,7 +24,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """What may be emitted now that this text follows, and whether a stop string ends it."""
+        """Add text; return the text that may be published now, and whether a stop string ends it."""
         if not self._stops:
             return text, False
         text = self._held + text
@@ -32,21 +32,22 @@ class StopMatcher:
         if start is not None:
             self._held = ""
             return text[:start], True
-        keep = self._undecided(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        published = len(text) - self._held_length(text)
+        self._held = text[published:]
+        return text[:published], False
 
     def flush(self) -> str:
-        """What was held back, once no text follows."""
+        """Return the text held back, because no more text follows."""
         held, self._held = self._held, ""
         return held
 
     def _first_stop(self, text: str) -> int | None:
-        found = ((text.find(stop), len(stop)) for stop in self._stops)
-        ends = [(start + length, start) for start, length in found if start >= 0]
+        matches = ((text.find(stop), len(stop)) for stop in self._stops)
+        ends = [(start + length, start) for start, length in matches if start >= 0]
         return min(ends)[1] if ends else None
 
-    def _undecided(self, text: str) -> int:
+    def _held_length(self, text: str) -> int:
+        """Return the length of the longest end of the text that is the beginning of a stop string."""
         for length, prefixes in self._prefixes[max(0, len(self._prefixes) - len(text)) :]:
             if text.endswith(prefixes):
                 return length

@@ -1,4 +1,4 @@
-"""How long the stages of a job took."""
+"""Measures how long the stages of a job take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from shared.queue.claims import ClaimedJob
 
 
 class Timings:
-    """A job's timings in seconds: its age at the claim by Redis's clock, then this process's monotonic clock.
+    """A job's timings in seconds: its age at the claim by Redis's clock, plus this process's monotonic clock.
 
-    A job is queued until it is admitted to the batch for the first time, by this attempt or by an earlier one. When an
-    earlier attempt gave the first token, `first_token_s` is left out: unknown is better than wrong.
+    A job is queued until it is first admitted to a batch, by this attempt or an earlier one. If an earlier attempt
+    generated the first token, `first_token_s` is omitted, because its time is unknown.
     """
 
     def __init__(self, claimed: ClaimedJob) -> None:
@@ -25,26 +25,26 @@ class Timings:
         self._first_token_known = True
 
     def admitted(self) -> None:
-        """Note the admission to the batch; the first one counts."""
+        """Record the admission to the batch; only the first one counts."""
         if self._admitted is None:
             self._admitted = time.monotonic()
 
     def prefilled(self) -> None:
-        """Note that the prompt is in the cache; the first time counts."""
+        """Record that the prompt is in the cache; only the first time counts."""
         if self._prefilled is None:
             self._prefilled = time.monotonic()
 
     def token(self) -> None:
-        """Note a token; the first one counts."""
+        """Record a token; only the first one counts."""
         if self._first_token is None:
             self._first_token = time.monotonic()
 
     def forget_first_token(self) -> None:
-        """Leave `first_token_s` out: an earlier attempt generated the first token."""
+        """Omit `first_token_s`, because an earlier attempt generated the first token."""
         self._first_token_known = False
 
     def as_dict(self) -> dict[str, float]:
-        """Return those of the timings `queue_s`, `prefill_s`, `first_token_s` and `total_s` that are known."""
+        """Return `queue_s` and `total_s`, and `prefill_s` and `first_token_s` if they are known."""
         now = time.monotonic()
         timings = {"queue_s": self._queue_s(now), "total_s": self._since_creation(now)}
         if self._admitted is not None and self._prefilled is not None:

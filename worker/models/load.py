@@ -1,4 +1,4 @@
-"""A model folder, read: weights, tokenizer, and what the API must know of it."""
+"""Loads a model folder: weights, tokenizer, and the card that the API needs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from shared.models.registry import ModelCard
 T = TypeVar("T")
 
 FALLBACK_CONTEXT = 4096
-"""Tokens of context of a model that does not say."""
+"""Context length, in tokens, of a model whose configuration has none."""
 
 NO_CODE: Final = {"trust_remote_code": False}
-"""For tokenizers and processors: unless it is said, transformers asks at the terminal whether to run a model's code."""
+"""Options for tokenizers and processors. Without them, transformers asks on the terminal about code in a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class LoadedModel:
     Attributes:
         model: the mlx-lm model, weights evaluated.
         tokenizer: mlx-lm's wrapper of the tokenizer.
-        config: `config.json` as mlx-lm understood it.
-        eos: ids of the tokens that end an answer, those of `generation_config.json` among them.
+        config: `config.json` as mlx-lm reads it.
+        eos: ids of the tokens that end an answer, including those of `generation_config.json`.
     """
 
     model: Any
@@ -41,14 +41,14 @@ class LoadedModel:
 
 
 def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False) -> LoadedModel:
-    """Load an MLX model folder. To be called on the thread that will use the model.
+    """Load an MLX model folder. Call it on the thread that will use the model.
 
     Args:
-        adapter: a folder of LoRA weights to put on top.
-        lazy: leave the weights to be read when they are evaluated.
+        adapter: a folder of LoRA weights to apply.
+        lazy: read the weights only when they are evaluated.
 
     Raises:
-        ModelError: there is no such folder, or something in it is missing or cannot be used.
+        ModelError: the folder does not exist, or a file in it is missing or cannot be used.
     """
     check_folder(folder, "text")
     if adapter is not None:
@@ -63,10 +63,13 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
 
 
 def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
-    """Change the type of the weights, or pack them; what is packed already stays as it is. Computes nothing yet.
+    """Change the type of the weights, or quantise them unless they are quantised already. Computes nothing yet.
+
+    Args:
+        bits: bits per weight; None: do not quantise.
 
     Raises:
-        ModelError: the model cannot be packed.
+        ModelError: the model cannot be quantised.
     """
     import mlx.core as mx
     from mlx.nn import quantize  # type: ignore[attr-defined]  # MLX has no types for it
@@ -74,17 +77,17 @@ def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
     if dtype is not None:
         loaded.model.set_dtype(getattr(mx, dtype))
     if bits is not None and not loaded.config.get("quantization"):
-        with contained(f"The model cannot be packed to {bits} bits"):
-            quantize(loaded.model, group_size=GROUP, bits=bits, class_predicate=_can_be_packed)
+        with contained(f"The model cannot be quantised to {bits} bits"):
+            quantize(loaded.model, group_size=GROUP, bits=bits, class_predicate=_is_quantisable)
         loaded.config["quantization"] = {"group_size": GROUP, "bits": bits}
 
 
-def _can_be_packed(_path: str, module: Any) -> bool:
+def _is_quantisable(_path: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP == 0
 
 
 def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:
-    """A model of that kind, with its card."""
+    """Return a model of a kind (`text` or `vision`) with its card."""
     card = ModelCard(
         id=folder.name,
         kind=kind,
@@ -97,23 +100,27 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
 
 
 def tokenizer_defaults(folder: Path) -> dict[str, Any] | None:
-    """What mlx-lm's model says of tokenizers that do not say it themselves, for `worker.models.tokenizer_helper`."""
+    """Return mlx-lm's tokenizer defaults for a model's architecture, for `worker.models.tokenizer_helper`."""
     from mlx_lm import utils
 
     with contained(f"The model in {folder} cannot be loaded"):
-        found: dict[str, Any] | None = utils._tokenizer_defaults(folder)  # noqa: SLF001 - there is no other way
-    return found
+        defaults: dict[str, Any] | None = utils._tokenizer_defaults(folder)  # noqa: SLF001 - there is no other way
+    return defaults
 
 
 @contextmanager
 def contained(what: str) -> Iterator[None]:
-    """Turn anything that model libraries raise for a folder into one line for the user.
+    """Turn any exception that a model library raises for a folder into one line for the user.
 
-    They raise anything for a broken folder. Some of their modules call `sys.exit` when they are imported, and the
-    tokenizer library panics. Neither is an `Exception`, and neither must end the worker and its other models.
+    For a broken folder the libraries raise exceptions of any type. Some of their modules call `sys.exit` when they are
+    imported, and the tokenizer library panics. Neither is an `Exception`, and neither must end the worker and its other
+    models.
+
+    Args:
+        what: the beginning of the line.
 
     Raises:
-        ModelError: that line; it begins with `what`.
+        ModelError: with that line.
     """
     try:
         yield
@@ -124,10 +131,10 @@ def contained(what: str) -> Iterator[None]:
 
 
 def never_exits(load: Callable[[], Generator[float, None, T] | T], folder: Path) -> Generator[float, None, T]:
-    """Load and warm a model as `load` does; what would end the process is a `ModelError`, other errors stay."""
+    """Load and warm a model with `load`; turn an exception that would end the process into a `ModelError`."""
     try:
-        made = load()
-        return (yield from made) if isinstance(made, Generator) else made
+        loaded = load()
+        return (yield from loaded) if isinstance(loaded, Generator) else loaded
     except (Exception, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
@@ -135,22 +142,21 @@ def never_exits(load: Callable[[], Generator[float, None, T] | T], folder: Path)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Return an exception's message in one line."""
     if isinstance(error, SystemExit):
         return f"its library would end the process (exit status {error.code})"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def measure_gflops(size: int = 1024, budget_s: float = 0.2, most: int = 20) -> float:
-    """Billions of float32 operations a second: the best of several products of two `size` × `size` matrices.
+def measure_gflops(size: int = 1024, budget_s: float = 0.2, max_products: int = 20) -> float:
+    """Return billions of float32 operations per second: the best of several products of square matrices.
 
-    Call it on the thread that owns MLX. It ends after `budget_s`, or after one product where that takes longer.
+    Call it on the thread that owns MLX. It returns after `budget_s`, or after one product if that takes longer.
 
     Args:
         size: rows and columns; small enough to be quick, large enough to keep every core busy.
-        budget_s: no further product is begun after this time.
-        most: products at the most.
+        budget_s: time after which no further product is begun.
     """
     import mlx.core as mx
 
@@ -158,7 +164,7 @@ def measure_gflops(size: int = 1024, budget_s: float = 0.2, most: int = 20) -> f
     mx.eval(left, right)
     best = float("inf")
     end = time.perf_counter() + budget_s
-    for _ in range(most):
+    for _ in range(max_products):
         start = time.perf_counter()
         mx.eval(left @ right)
         now = time.perf_counter()

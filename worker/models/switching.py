@@ -1,7 +1,7 @@
-"""Loading and unloading models on a running worker, one operation after another, in a thread of its own.
+"""Loads and unloads models on a running worker, one command after another, in its own thread.
 
-A model is loaded beside the loaded ones where there is enough memory, else in the place of the least recently used
-ones that are not pinned: those drain first. If loading fails, the previous models stay loaded or are loaded again.
+A model is loaded in addition to the others if there is enough memory. Otherwise the least recently used models that are
+not pinned are drained and unloaded first. If loading fails, the previous models stay loaded or are loaded again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar
@@ -27,15 +26,15 @@ from worker.models.load import first_line
 logger = logging.getLogger(__name__)
 
 PUBLISH_EVERY_S: Final = 0.5
-"""Time between two publications of an operation's progress, and between two tries while Redis is away."""
-PATIENCE_S: Final = 120.0
-"""Longest time for which the end of an operation is kept while Redis is away."""
+"""Time between two publications of an operation's progress, and between two tries while Redis is unreachable."""
+RETRY_LIMIT_S: Final = 120.0
+"""Longest time for which the end of an operation is retried while Redis is unreachable."""
 
 T = TypeVar("T")
 
 
 class Refused(Exception):
-    """An operation cannot be done; `code` is stable."""
+    """A command cannot be carried out; `code` is stable."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -43,30 +42,34 @@ class Refused(Exception):
 
 
 class Models(Protocol):
-    """What the worker process can do with its models; see `worker.app`."""
+    """The models of this worker process; see `worker.models.pool`."""
 
     catalog: Catalog
     memory_limit: int
 
     @property
     def workers(self) -> Sequence[ModelWorker]:
-        """The workers of this process."""
+        """The model workers of this process, loading ones included."""
         ...
 
-    def open_worker(self, model: CatalogModel, *, pinned: bool = False) -> ModelWorker:
+    def open(self, model: CatalogModel, *, pinned: bool = False) -> ModelWorker:
         """Begin to load a model."""
         ...
 
-    def consume(self, worker: ModelWorker) -> None:
-        """Claim its jobs from now on: it is loaded."""
+    def serve(self, worker: ModelWorker) -> None:
+        """Claim jobs for a model that is loaded."""
         ...
 
-    def close_worker(self, worker: ModelWorker) -> None:
-        """Drain and unload it; returns when that is done."""
+    def close(self, worker: ModelWorker) -> None:
+        """Drain and unload a model; return when that is done."""
         ...
 
-    def make_room(self, coming: int) -> bool:
-        """Shrink the caches of the loaded models by `coming` bytes; whether that succeeds in time."""
+    def fits(self, model: CatalogModel, others: Iterable[ModelWorker]) -> bool:
+        """Return whether a model fits in addition to others, with some memory left for their jobs."""
+        ...
+
+    def free_memory(self, needed_bytes: int) -> bool:
+        """Shrink the caches of the loaded models; return whether `needed_bytes` became free in time."""
         ...
 
     def divide_memory(self) -> None:
@@ -77,18 +80,15 @@ class Models(Protocol):
         """Bytes in use by the model library."""
         ...
 
-    def announce(self) -> None:
-        """Announce which models this process has now."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What was asked for.
+class SwitchCommand:
+    """A command to load or unload a model.
 
     Attributes:
-        operation: its id.
-        replace: whether the loaded models are unloaded, unless pinned, even where there is memory for all.
+        operation: id of its operation.
+        kind: `load` or `unload`.
+        replace: whether to unload all other models that are not pinned, even if there is memory for all.
     """
 
     operation: str
@@ -99,222 +99,241 @@ class Order:
 
 
 class Switcher(threading.Thread):
-    """Executes one order after another.
+    """Carries out commands one after another.
 
     Args:
-        tell: announces `in_hand` soon.
+        announce: announces the models and `operations` of this process before it returns.
+        announce_soon: does the same in another thread.
     """
 
-    def __init__(self, models: Models, operations: Operations, tell: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        operations: Operations,
+        announce: Callable[[], object],
+        announce_soon: Callable[[], object] = lambda: None,
+    ) -> None:
         super().__init__(name="switcher", daemon=True)
         self._models = models
         self._operations = operations
-        self._tell = tell
-        self._orders: SimpleQueue[Order | None] = SimpleQueue()
-        self._in_hand: tuple[str, ...] = ()
+        self._announce = announce
+        self._announce_soon = announce_soon
+        self._commands: SimpleQueue[SwitchCommand | None] = SimpleQueue()
+        self._unfinished: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
     @property
-    def in_hand(self) -> tuple[str, ...]:
+    def operations(self) -> tuple[str, ...]:
         """Ids of the operations that are queued or under way here."""
-        return self._in_hand
+        return self._unfinished
 
-    def put(self, order: Order) -> None:
-        """Queue an order; its operation says so at once, because earlier ones may take long."""
+    def put(self, command: SwitchCommand) -> None:
+        """Queue a command. Its operation is `waiting` at once, because earlier commands may take long."""
         with self._lock:
-            if order.operation in self._in_hand:
-                return  # the order came twice
-            self._in_hand = (*self._in_hand, order.operation)
-        self._tell()
+            if command.operation in self._unfinished:
+                return  # the broker delivered the command twice
+            self._unfinished = (*self._unfinished, command.operation)
+        self._announce_soon()
         try:
-            operation = self._operations.read(order.operation)
+            operation = self._operations.read(command.operation)
             if operation and not operation.state.terminal:
                 self._operations.put(replace(operation, state=OperationState.WAITING))
         except RedisError as error:
-            logger.warning("operation_not_published", extra={"operation": order.operation, "reason": str(error)})
-        self._orders.put(order)
+            _log_unpublished(command.operation, error)
+        self._commands.put(command)
 
     def close(self) -> None:
-        """End the thread after what it is doing."""
-        self._orders.put(None)
+        """End the thread after the queued commands."""
+        self._commands.put(None)
 
     def run(self) -> None:
-        """Until closed."""
-        while (order := self._orders.get()) is not None:
+        """Carry out commands until closed."""
+        while (command := self._commands.get()) is not None:
             try:
-                self._do(order)
+                self._execute(command)
             except RedisError as error:
-                logger.warning("operation_not_published", extra={"operation": order.operation, "reason": str(error)})
-            except Exception:  # such as one that cannot be read: the others in the queue have their turn
-                logger.exception("operation_not_published", extra={"operation": order.operation})
+                _log_unpublished(command.operation, error)
+            except Exception:  # such as an operation that cannot be read: it must not stop the following commands
+                logger.exception("operation_not_published", extra={"operation": command.operation})
             with self._lock:
-                self._in_hand = tuple(name for name in self._in_hand if name != order.operation)
+                self._unfinished = tuple(name for name in self._unfinished if name != command.operation)
 
-    def fits(self, model: CatalogModel, beside: Iterable[ModelWorker]) -> bool:
-        """Whether it fits beside these workers, with some memory left for their jobs."""
-        taken = sum(worker.weights_bytes for worker in beside)
-        return model.measure() + taken <= (1 - LEAST_CACHE) * self._models.memory_limit
-
-    def _do(self, order: Order) -> None:
-        operation = _patiently(lambda: self._operations.read(order.operation))
+    def _execute(self, command: SwitchCommand) -> None:
+        operation = _retry(lambda: self._operations.read(command.operation))
         if operation is None or operation.state.terminal:
-            logger.warning("operation_unknown_or_ended", extra={"operation": order.operation})
+            logger.warning("operation_unknown_or_ended", extra={"operation": command.operation})
             return
         progress = _Progress(self._operations, replace(operation, memory_before=self._models.memory_used()))
-        end: dict[str, Any]
+        end = self._outcome(command, progress)
         try:
-            self._load(order, progress) if order.kind == "load" else self._unload(order, progress)
+            self._announce()  # before the end is published, because clients may send the next command at once
+        except RedisError as error:
+            logger.debug("host_not_announced", extra={"reason": str(error)})  # announced again within a second
+        progress.publish(**end)
+
+    def _outcome(self, command: SwitchCommand, progress: _Progress) -> dict[str, Any]:
+        """Carry out a command; return the final fields of its operation."""
+        try:
+            self._load(command, progress) if command.kind == "load" else self._unload(command, progress)
         except Refused as refused:
-            end = {"state": OperationState.FAILED, "error_code": refused.code, "error_message": str(refused)}
+            return {"state": OperationState.FAILED, "error_code": refused.code, "error_message": str(refused)}
         except RedisError:
             raise
         except Exception:
-            logger.exception("operation_failed", extra={"operation": order.operation})
-            end = {"state": OperationState.FAILED, "error_code": "internal", "error_message": "The operation failed."}
-        else:
-            end = {"state": OperationState.SUCCEEDED, "progress": 1.0, "memory_after": self._models.memory_used()}
-        with suppress(RedisError):  # then the next announcement has them
-            self._models.announce()  # before the end is published: clients may send the next order at once
-        progress.publish(**end)
+            logger.exception("operation_failed", extra={"operation": command.operation})
+            message = "The operation failed."
+            return {"state": OperationState.FAILED, "error_code": "internal", "error_message": message}
+        return {"state": OperationState.SUCCEEDED, "progress": 1.0, "memory_after": self._models.memory_used()}
 
-    def _load(self, order: Order, progress: _Progress) -> None:
-        model = self._models.catalog.resolve(order.model)
+    def _load(self, command: SwitchCommand, progress: _Progress) -> None:
+        model = self._models.catalog.resolve(command.model)
         if model is None:
-            raise Refused("model_not_found", f"This worker's catalog has no model {order.model}.")
-        warm = self._worker(model.id)
-        if warm is not None:
-            warm.pinned = warm.pinned or order.pin
-            others = [worker for worker in self._models.workers if worker is not warm and not worker.pinned]
-            self._close(others if order.replace else [], progress)
+            raise Refused("model_not_found", f"This worker's catalog has no model {command.model}.")
+        loaded = self._worker(model.id)
+        if loaded is not None:
+            self._keep(loaded, command, progress)
             return
-        going = self._to_unload(model, everything=order.replace)
-        fits_beside = self.fits(model, self._models.workers)
-        if fits_beside and order.replace and going:  # running jobs of models that are unloaded anyway must not block
-            fits_beside = self._models.make_room(model.measure())
-        if not fits_beside:  # it cannot be tried before they have gone
-            self._close(going, progress)
+        to_unload = self._to_unload(model, everything=command.replace)
+        fits = self._models.fits(model, self._models.workers)
+        if fits and command.replace and to_unload:
+            # The jobs of models that are unloaded anyway must not keep their memory from this one.
+            fits = self._models.free_memory(model.measure())
+        if not fits:
+            self._close(to_unload, progress)
         try:
-            self._warm_up(model, progress, pinned=order.pin)
+            self._load_and_serve(model, progress, pinned=command.pin)
         except Refused:
-            if not fits_beside:
-                self._put_back(going)
+            if not fits:
+                self._load_again(to_unload)
             raise
-        if fits_beside:
-            self._close(going, progress)
+        if fits:
+            self._close(to_unload, progress)
 
-    def _unload(self, order: Order, progress: _Progress) -> None:
-        model = self._models.catalog.resolve(order.model)
-        worker = self._worker(model.id if model else order.model)
+    def _keep(self, loaded: ModelWorker, command: SwitchCommand, progress: _Progress) -> None:
+        """Handle a command for a model that is loaded already."""
+        loaded.pinned = loaded.pinned or command.pin
+        if command.replace:
+            self._close([each for each in self._models.workers if each is not loaded and not each.pinned], progress)
+
+    def _unload(self, command: SwitchCommand, progress: _Progress) -> None:
+        model = self._models.catalog.resolve(command.model)
+        worker = self._worker(model.id if model else command.model)
         if worker is None:
-            raise Refused("model_not_loaded", f"This worker has not loaded {order.model}.")
+            raise Refused("model_not_loaded", f"This worker has not loaded {command.model}.")
         self._close([worker], progress)
 
     def _worker(self, model: str) -> ModelWorker | None:
         return next((worker for worker in self._models.workers if worker.model.id == model), None)
 
     def _to_unload(self, model: CatalogModel, *, everything: bool) -> list[ModelWorker]:
-        """The workers that go, the least recently used first.
+        """Return the workers to unload for a model, the least recently used first.
 
         Raises:
-            Refused: it would not be enough.
+            Refused: the model does not fit even without them.
         """
-        may_go = sorted((worker for worker in self._models.workers if not worker.pinned), key=_last_used)
-        if everything:
-            going = may_go
-        else:
-            going = []
-            while not self.fits(model, [worker for worker in self._models.workers if worker not in going]):
-                if len(going) == len(may_go):
-                    break
-                going.append(may_go[len(going)])
-        stays = [worker for worker in self._models.workers if worker not in going]
-        if not self.fits(model, stays):
-            pinned = [worker.model.id for worker in stays]
-            beside = f" beside {', '.join(pinned)}, which stay loaded" if pinned else ""
-            needed, limit = model.measure() / 2**20, self._models.memory_limit / 2**20
-            message = f"{model.id} needs {needed:,.0f} MiB{beside}; this worker may use {limit:,.0f} MiB in all"
-            message += f" (MEMORY_LIMIT_BYTES), and {LEAST_CACHE:.0%} of that are kept for jobs."
-            raise Refused("not_enough_memory", message)
-        return going
+        unpinned = sorted((worker for worker in self._models.workers if not worker.pinned), key=_last_used)
+        to_unload = unpinned if everything else []
+        while not self._models.fits(model, self._without(to_unload)) and len(to_unload) < len(unpinned):
+            to_unload = unpinned[: len(to_unload) + 1]
+        staying = self._without(to_unload)
+        if not self._models.fits(model, staying):
+            raise Refused("not_enough_memory", self._memory_message(model, staying))
+        return to_unload
+
+    def _without(self, workers: Sequence[ModelWorker]) -> list[ModelWorker]:
+        return [worker for worker in self._models.workers if worker not in workers]
+
+    def _memory_message(self, model: CatalogModel, staying: Sequence[ModelWorker]) -> str:
+        needed, limit = model.measure() / 2**20, self._models.memory_limit / 2**20
+        pinned = ", ".join(worker.model.id for worker in staying)
+        others = f" in addition to {pinned}, which cannot be unloaded" if pinned else ""
+        return (
+            f"{model.id} needs {needed:,.0f} MiB{others}. This worker's limit is {limit:,.0f} MiB "
+            f"(MEMORY_LIMIT_BYTES), of which {LEAST_CACHE:.0%} are reserved for jobs."
+        )
 
     def _close(self, workers: Iterable[ModelWorker], progress: _Progress) -> None:
         for worker in workers:
             progress.publish(OperationState.DRAINING)
-            self._models.close_worker(worker)
-            progress.unloaded(worker.model.id)
+            self._models.close(worker)
+            progress.add_unloaded(worker.model.id)
 
-    def _warm_up(self, model: CatalogModel, progress: _Progress, *, pinned: bool) -> None:
-        """Load it, and publish the progress.
+    def _load_and_serve(self, model: CatalogModel, progress: _Progress, *, pinned: bool) -> None:
+        """Load a model, publish the progress, and claim its jobs.
 
         Raises:
-            Refused: it does not load; its memory is free again.
+            Refused: the model does not load; its memory is free again.
         """
-        if not self._models.make_room(model.measure()):
+        if not self._models.free_memory(model.measure()):
             self._models.divide_memory()
             raise Refused("not_enough_memory", f"Running jobs use the memory that {model.id} needs. Try again later.")
-        worker = self._models.open_worker(model, pinned=pinned)
+        worker = self._models.open(model, pinned=pinned)
         while not worker.core.loaded.done():
             progress.publish(OperationState.LOADING, progress=round(worker.core.load_progress, 3))
-            _wait(worker, PUBLISH_EVERY_S)
-        error = worker.core.loaded.exception()
-        if error is None:
-            try:
-                self._models.consume(worker)
-            except Exception as unserved:  # noqa: BLE001 - it is loaded and cannot be served
-                error = unserved
+            _wait_loaded(worker, PUBLISH_EVERY_S)
+        error = worker.core.loaded.exception() or self._serving_error(worker)
         if error is not None:
             logger.error("model_not_loaded", extra={"model": model.id, "reason": str(error)})
-            self._models.close_worker(worker)
-            reason = first_line(error).replace(str(model.path), model.path.name)  # paths are this machine's business
+            self._models.close(worker)
+            reason = first_line(error).replace(str(model.path), model.path.name)  # clients must not see paths
             raise Refused("load_failed", f"{model.id} does not load: {reason}")
 
-    def _put_back(self, gone: Iterable[ModelWorker]) -> None:
+    def _serving_error(self, worker: ModelWorker) -> Exception | None:
+        try:
+            self._models.serve(worker)
+        except Exception as error:  # noqa: BLE001 - such as a file that was deleted meanwhile
+            return error
+        return None
+
+    def _load_again(self, unloaded: Iterable[ModelWorker]) -> None:
         """Load the models again that were unloaded in vain."""
-        for worker in gone:
-            again = self._models.open_worker(worker.model, pinned=worker.pinned)
-            if again.core.loaded.exception() is None:
-                self._models.consume(again)
+        for worker in unloaded:
+            again = self._models.open(worker.model, pinned=worker.pinned)
+            error = again.core.loaded.exception()
+            if error is None:
+                self._models.serve(again)
             else:
-                logger.error(
-                    "model_not_loaded_again",
-                    extra={"model": worker.model.id, "reason": str(again.core.loaded.exception())},
-                )
-                self._models.close_worker(again)
+                logger.error("model_not_loaded_again", extra={"model": worker.model.id, "reason": str(error)})
+                self._models.close(again)
 
 
 class _Progress:
-    """Publishes the progress of an operation, which continues while Redis is away."""
+    """Publishes the progress of an operation. The operation continues while Redis is unreachable."""
 
     def __init__(self, operations: Operations, operation: Operation) -> None:
         self._operations = operations
         self._operation = operation
 
-    def publish(self, state: OperationState, **more: object) -> None:
-        self._operation = replace(self._operation, state=state, **more)  # type: ignore[arg-type]
+    def publish(self, state: OperationState, **fields: object) -> None:
+        self._operation = replace(self._operation, state=state, **fields)  # type: ignore[arg-type]
         if state.terminal:
-            _patiently(lambda: self._operations.put(self._operation))
+            _retry(lambda: self._operations.put(self._operation))
             return
         try:
             self._operation = self._operations.put(self._operation)
         except RedisError as error:
-            logger.warning("operation_not_published", extra={"operation": self._operation.id, "reason": str(error)})
+            _log_unpublished(self._operation.id, error)
 
-    def unloaded(self, model: str) -> None:
+    def add_unloaded(self, model: str) -> None:
         self._operation = replace(self._operation, unloaded=(*self._operation.unloaded, model))
 
 
+def _log_unpublished(operation: str, error: RedisError) -> None:
+    logger.warning("operation_not_published", extra={"operation": operation, "reason": str(error)})
+
+
 def _last_used(worker: ModelWorker) -> tuple[bool, float]:
-    """What has jobs is in use, however long ago they came."""
+    """Sort key. A model with jobs is in use, however long ago they came."""
     return not worker.core.idle, worker.core.used_at
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """Call again and again while Redis is away, for a while.
+def _retry(call: Callable[[], T]) -> T:
+    """Call until Redis answers.
 
     Raises:
-        redis.RedisError: for too long.
+        redis.RedisError: Redis was unreachable for `RETRY_LIMIT_S`, or rejects the call.
     """
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + RETRY_LIMIT_S
     while True:
         try:
             return call()
@@ -324,7 +343,7 @@ def _patiently(call: Callable[[], T]) -> T:
             time.sleep(PUBLISH_EVERY_S)
 
 
-def _wait(worker: ModelWorker, seconds: float) -> None:
+def _wait_loaded(worker: ModelWorker, seconds: float) -> None:
     until = time.monotonic() + seconds
     while not worker.core.loaded.done() and time.monotonic() < until:
         time.sleep(0.01)

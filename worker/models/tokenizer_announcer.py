@@ -1,6 +1,7 @@
-"""How a worker brings its model's tokenizer to API hosts: the proof first, then the file, over a connection of its own.
+"""Makes a model's tokenizer available to API hosts: proves that its file is equivalent, then uploads it to Redis.
 
-A tokenizer has megabytes: on the lease's connection, a slow network would keep the lease from being renewed.
+A tokenizer has megabytes. It gets its own connection, because on the lease's connection a slow network would delay the
+renewal of the lease.
 """
 
 from __future__ import annotations
@@ -23,71 +24,71 @@ from worker.models.tokenizer_proof import ModelTokenizer, prove, remembered, unp
 logger = logging.getLogger(__name__)
 
 _UPLOAD_S: Final = 60.0
-"""Bound on one upload; at 1 MB/s the largest tokenizers take ten seconds."""
+"""Time limit for one upload. At 1 MB/s the largest tokenizers take ten seconds."""
 _RETRY_S: Final = 2.0
 
 
 class TokenizerAnnouncer:
-    """One model's tokenizer, on its way to API hosts. No method waits for the proof or the network.
+    """Proves and uploads one model's tokenizer. No method waits for the proof or the network.
 
     Args:
-        changed: called when the model's card has changed, because the proof is there.
+        on_change: called when the proof has changed the model's card.
     """
 
-    def __init__(self, settings: Settings, changed: Callable[[], object]) -> None:
+    def __init__(self, settings: Settings, on_change: Callable[[], object]) -> None:
         self._settings = settings
-        self._changed = changed
-        self._found: ModelTokenizer | None = None
+        self._on_change = on_change
+        self._tokenizer: ModelTokenizer | None = None
         self._uploading = threading.Lock()
         self._closed = threading.Event()
 
     @property
     def sources(self) -> tuple[TokenizerSource, ...]:
-        """Where a helper may have the tokenizer from, best first; none before `begin`."""
-        return self._found.sources if self._found else ()
+        """Sources from which a helper can load the tokenizer, best first; none before `begin`."""
+        return self._tokenizer.sources if self._tokenizer else ()
 
     def card(self, card: ModelCard) -> ModelCard:
-        """The model's card, with its tokenizer once that is proved."""
-        return self._found.card(card) if self._found else card
+        """Return the model's card, with its tokenizer once that is proved."""
+        return self._tokenizer.card(card) if self._tokenizer else card
 
     def begin(self, folder: Path, card: ModelCard, defaults: dict[str, Any] | None) -> None:
-        """The model is loaded: take what was proved of its folder before, or begin to prove it.
+        """Use an earlier proof for the folder of a loaded model, or start a new one.
 
         Args:
             defaults: `worker.models.load.tokenizer_defaults`.
         """
-        plain = unproved(folder, card, defaults)
-        self._found = remembered(plain, self._settings.tokenizers_dir)
-        if self._found is None:
-            self._found = plain
-            threading.Thread(target=self._prove, args=[plain], name="tokenizer-proof", daemon=True).start()
+        candidate = unproved(folder, card, defaults)
+        self._tokenizer = remembered(candidate, self._settings.tokenizers_dir)
+        if self._tokenizer is None:
+            self._tokenizer = candidate
+            threading.Thread(target=self._prove, args=[candidate], name="tokenizer-proof", daemon=True).start()
 
     def upload(self) -> None:
-        """Redis lacks the tokenizer that the card names: bring it there."""
+        """Upload the tokenizer that the card names, because Redis does not have it."""
         if self._uploading.acquire(blocking=False):
             threading.Thread(target=self._upload, name="tokenizer-upload", daemon=True).start()
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Stop retrying uploads, and ignore a proof under way."""
         self._closed.set()
 
-    def _prove(self, plain: ModelTokenizer) -> None:
+    def _prove(self, candidate: ModelTokenizer) -> None:
         try:
-            found = prove(plain, self._settings.tokenizers_dir)
+            proved = prove(candidate, self._settings.tokenizers_dir)
         except Exception:
-            logger.exception("tokenizer_not_proved", extra={"model_path": plain.folder.path})
+            logger.exception("tokenizer_not_proved", extra={"model_path": candidate.folder.path})
             return
         if not self._closed.is_set():
-            self._found = found
-            self._changed()
+            self._tokenizer = proved
+            self._on_change()
 
     def _upload(self) -> None:
         try:
-            file = self._found.file if self._found else None
+            file = self._tokenizer.file if self._tokenizer else None
             if file is not None:
                 self._put(file.digest, Path(file.path).read_bytes())
         except (OSError, RedisError) as error:
-            logger.warning("tokenizer_not_announced", extra={"reason": str(error)})
+            logger.warning("tokenizer_not_uploaded", extra={"reason": str(error)})
         finally:
             self._uploading.release()
 
@@ -102,7 +103,7 @@ class TokenizerAnnouncer:
                 except RedisError as error:
                     if not passes(error):
                         raise
-                    logger.warning("tokenizer_not_announced_yet", extra={"reason": str(error)})
+                    logger.warning("tokenizer_upload_delayed", extra={"reason": str(error)})
                     self._closed.wait(_RETRY_S)
         finally:
             client.close()

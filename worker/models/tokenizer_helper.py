@@ -1,7 +1,7 @@
 """The tokenizer helper of a worker: `python -P -m worker.models.tokenizer_helper`.
 
-Beside `tokenizer.json` files it reads model folders, as mlx-lm reads them, and proves whether the one gives the same
-tokens as the other: only then API hosts may tokenise for the model (`prove`).
+It tokenises from `tokenizer.json` files and from model folders, which it loads as mlx-lm does. It also proves that a
+model's file gives the same tokens as its folder (`prove`); only then may API hosts tokenise for the model.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _TEXTS: Final = (
     "<|im_start|>user\n<s>[INST] <think> </s><|endoftext|>",
     "word " * 200,
 )
-_MOST_SPECIALS: Final = 16
+_MAX_SPECIALS: Final = 16
 _NO_CODE: Final = {"trust_remote_code": False}
-"""As `worker.models.load` has it, which a helper does not import: it brings Redis."""
+"""The same as in `worker.models.load`, which a helper does not import because that imports Redis."""
 
 
 class FolderTokenizer:
-    """A model folder's tokenizer and template, as mlx-lm and mlx-vlm load them."""
+    """A model folder's tokenizer and chat template, loaded as mlx-lm and mlx-vlm load them."""
 
     def __init__(self, source: TokenizerSource) -> None:
         folder = Path(source.path)
@@ -50,10 +50,14 @@ class FolderTokenizer:
 
     @classmethod
     def load(cls, source: TokenizerSource) -> FolderTokenizer:
-        """Raises `Refusal` when the folder has no tokenizer that can be loaded."""
+        """Load a folder.
+
+        Raises:
+            Refusal: the folder has no tokenizer that can be loaded.
+        """
         try:
             return cls(source)
-        except BaseException as error:  # a broken folder makes the libraries raise anything, and panic
+        except BaseException as error:  # for a broken folder the libraries raise any type, or panic
             raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
 
     @property
@@ -64,7 +68,7 @@ class FolderTokenizer:
     def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:  # noqa: ARG002 - counted by the caller
         """See `ChatTokenizer`."""
         bos = self.wrapper.bos_token
-        # As mlx-lm does: a prompt that writes the first special token itself gets no second one.
+        # As in mlx-lm: a prompt that begins with the BOS token gets no second one.
         ids: Sequence[int] = self.wrapper.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
         return ids
 
@@ -83,20 +87,20 @@ class FolderTokenizer:
 
 
 def load_tokenizer(source: TokenizerSource) -> ChatTokenizer:
-    """The tokenizer of a folder or a file."""
+    """Load the tokenizer of a folder or a file."""
     return FolderTokenizer.load(source) if Path(source.path).is_dir() else FileTokenizer.load(source)
 
 
-def prove(asked: Mapping[str, Any]) -> Reply:
-    """The operation `prove`: whether a folder's tokenizer works the same from a file.
+def prove(request: Mapping[str, Any]) -> Reply:
+    """Carry out the operation `prove`: check that a folder's tokenizer gives the same tokens from a single file.
 
     Args:
-        asked: `source`, of a folder; `files`: where to put the file.
+        request: `source` is the folder's `TokenizerSource`; `files` is the folder for the file.
 
     Returns:
-        Header: `digest` of the file, and the fields of a `ModelCard` that belong to it; or `reason`: why it does not.
+        Header: `digest` of the file and its `fields` of the `ModelCard`; or the `reason` why there is no such file.
     """
-    source = TokenizerSource(**asked["source"])
+    source = TokenizerSource(**request["source"])
     folder = FolderTokenizer.load(source)
     inner = getattr(folder.wrapper, "_tokenizer", None)
     backend = getattr(inner, "_tokenizer", None)
@@ -104,28 +108,28 @@ def prove(asked: Mapping[str, Any]) -> Reply:
         return {"reason": "its tokenizer is not based on a tokenizer.json"}, b""
     text = backend.to_str()
     fields = _card_fields(folder.wrapper)
-    alone = FileTokenizer(TokenizerSource.of_card("", "", fields), Tokenizer.from_str(text))
+    file = FileTokenizer(TokenizerSource.of_card("", "", fields), Tokenizer.from_str(text))
     for probe in probes(fields, source.vision):
-        if _outcome(folder, probe) != _outcome(alone, probe):
-            return {"reason": f"its tokenizer.json gives other tokens for {json.dumps(probe)[:200]}"}, b""
+        if _outcome(folder, probe) != _outcome(file, probe):
+            return {"reason": f"its tokenizer.json gives different tokens for {json.dumps(probe)[:200]}"}, b""
     name = digest(text)
-    TokenizerFiles(Path(asked["files"])).put(name, text)
+    TokenizerFiles(Path(request["files"])).put(name, text)
     return {"digest": name, "fields": fields}, b""
 
 
 def probes(fields: Mapping[str, Any], vision: bool) -> Iterator[dict[str, Any]]:
-    """Requests of every kind that a template and a tokenizer may treat in a way of their own."""
+    """Yield requests of every kind that a template or a tokenizer may treat specially."""
     specials = sorted({value for value in fields["template_variables"].values() if isinstance(value, str)})
-    texts = [*_TEXTS, *(f"{token} a{token}b {token}" for token in specials[:_MOST_SPECIALS])]
+    texts = [*_TEXTS, *(f"{token} a{token}b {token}" for token in specials[:_MAX_SPECIALS])]
     yield from ({"prompt": text, "messages": None} for text in texts)
-    said = " ".join(texts[1:])
-    turns = [{"role": role, "content": f"{role} {said}"} for role in ("system", "user", "assistant", "user")]
+    content = " ".join(texts[1:])
+    turns = [{"role": role, "content": f"{role} {content}"} for role in ("system", "user", "assistant", "user")]
     conversations: list[list[dict[str, Any]]] = [
-        [{"role": "user", "content": text}] for text in ("Hi", *texts[-2:], said)
+        [{"role": "user", "content": text}] for text in ("Hi", *texts[-2:], content)
     ]
     conversations += [turns[1:2], turns[:2], turns[1:], turns, [*turns, *turns[2:]], turns[:1], turns[:3]]
     conversations += [[*turns[:1], *turns[:2]], [turns[1], turns[1]], [{"role": "tool", "content": "x"}]]
-    parts: list[dict[str, Any]] = [{"type": "text", "text": "What is this?"}, {"type": "text", "text": said}]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "What is this?"}, {"type": "text", "text": content}]
     if vision:
         parts = [{"type": "image"}, *parts, {"type": "image"}]
     conversations += [[{"role": "user", "content": parts}], [*turns[:1], {"role": "user", "content": parts}]]
@@ -136,13 +140,13 @@ def probes(fields: Mapping[str, Any], vision: bool) -> Iterator[dict[str, Any]]:
 def _outcome(tokenizer: ChatTokenizer, probe: Mapping[str, Any]) -> tuple[object, ...]:
     try:
         ids, shared = tokenize(tokenizer, {**probe, "share_system_prompt": True})
-    except Exception as error:  # noqa: BLE001 - both are to fail in the same way
+    except Exception as error:  # noqa: BLE001 - both tokenizers must fail in the same way
         return type(error), str(error)
     return list(ids), shared
 
 
 def _card_fields(wrapper: Any) -> dict[str, Any]:
-    """What a `ModelCard` says of the tokenizer."""
+    """Return the tokenizer's fields of a `ModelCard`."""
     template = wrapper.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -156,7 +160,7 @@ def _card_fields(wrapper: Any) -> dict[str, Any]:
 
 
 def _vision_template(folder: Path) -> str | None:
-    """The template that mlx-vlm puts in the place of the tokenizer's (`mlx_vlm.models.base.load_chat_template`)."""
+    """Return the template with which mlx-vlm replaces the tokenizer's (`mlx_vlm.models.base.load_chat_template`)."""
     if (file := folder / "chat_template.json").exists():
         return str(json.loads(file.read_text("utf-8"))["chat_template"])
     file = folder / "chat_template.jinja"
@@ -164,7 +168,7 @@ def _vision_template(folder: Path) -> str | None:
 
 
 def _tokenizer_utils() -> Any:
-    """mlx-lm's module for tokenizers, without its package's own imports: those load MLX, and open the device."""
+    """Import mlx-lm's tokenizer module without its package, which would load MLX and open the device."""
     if "mlx_lm" not in sys.modules:
         spec = importlib.util.find_spec("mlx_lm")
         if spec is None or spec.submodule_search_locations is None:

@@ -1,7 +1,7 @@
-"""Whether API hosts may tokenise for a model: proved once for each folder, and remembered on disk.
+"""Proves once per model folder whether API hosts may tokenise for the model, and stores the result on disk.
 
-The proof is a helper's work (`worker.models.tokenizer_helper`), for it renders the model's template. What it finds
-depends on the folder's files and the libraries' versions alone, so a worker that restarts knows it at once.
+A helper process does the proof (`worker.models.tokenizer_helper`), because it renders the model's template. The result
+depends only on the folder's files and the libraries' versions, so a restarted worker uses the stored one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 HELPER: Final = "worker.models.tokenizer_helper"
 PROOF_S: Final = 120.0
-"""Time for a proof; on an idle machine it takes two seconds, most of them to import transformers."""
+"""Time limit for a proof. On an idle machine it takes two seconds, most of them to import transformers."""
 _VERSION: Final = 1
-"""Of the proof itself: another one is asked for anew."""
+"""Version of the proof. Results of other versions are not used."""
 _LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "mlx-lm", "mlx-vlm")
 _FILES: Final = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-_LEFT_OUT: Final = ("model.safetensors.index.json", "mlxq.json")
+_IGNORED: Final = ("model.safetensors.index.json", "mlxq.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class ModelTokenizer:
     """A model's tokenizer.
 
     Attributes:
-        folder: as the model libraries read it: always right, and slower to load.
-        file: the same in a file that API hosts may use; None: it is not the same, or not known to be.
-        fields: what the model's card says of that file.
+        folder: the source that the model libraries read: always right, but slow to load.
+        file: a single file that API hosts may use instead; None unless it is proved to be equivalent.
+        fields: the fields of the model's card for that file.
     """
 
     folder: TokenizerSource
@@ -51,65 +51,65 @@ class ModelTokenizer:
         return (self.folder,) if self.file is None else (self.file, self.folder)
 
     def card(self, card: ModelCard) -> ModelCard:
-        """The card of the model with this tokenizer."""
+        """Return the model's card with this tokenizer."""
         if self.file is None or self.fields is None:
             return card
         return replace(card, tokenizer=self.file.digest, **self.fields)
 
 
 def unproved(folder: Path, card: ModelCard, defaults: dict[str, Any] | None = None) -> ModelTokenizer:
-    """A folder's tokenizer before its proof."""
+    """Return a folder's tokenizer before its proof."""
     return ModelTokenizer(TokenizerSource(str(folder.resolve()), defaults=defaults, vision=card.kind == "vision"))
 
 
 def remembered(unproved: ModelTokenizer, files: Path) -> ModelTokenizer | None:
-    """What an earlier proof found; None when there was none of this folder as it is now."""
+    """Return the result of an earlier proof; None if the folder in its present state was never proved."""
     try:
-        found = json.loads(_proof_file(unproved.folder, files).read_bytes())
-        return _proved(unproved, found, files)
+        result = json.loads(_proof_file(unproved.folder, files).read_bytes())
+        return _proved(unproved, result, files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def prove(unproved: ModelTokenizer, files: Path) -> ModelTokenizer:
-    """Prove, in a helper of its own, whether the file equals the folder, and remember the result.
+    """Prove in a separate helper whether a file is equivalent to the folder, and store the result.
 
     Args:
         files: the folder of `TokenizerFiles`.
     """
     try:
         with Tokenizing(PROOF_S, HELPER) as tokenizing:
-            found = tokenizing.call("prove", {"source": unproved.folder.to_dict(), "files": str(files)}, PROOF_S)
+            result = tokenizing.call("prove", {"source": unproved.folder.to_dict(), "files": str(files)}, PROOF_S)
     except TokenizerError as error:
         logger.warning("tokenizer_not_proved", extra={"model_path": unproved.folder.path, "reason": str(error)})
         return unproved
-    if reason := found.get("reason"):
+    if reason := result.get("reason"):
         logger.warning("tokenizer_not_proved", extra={"model_path": unproved.folder.path, "reason": reason})
     try:
-        write_private(_proof_file(unproved.folder, files), json.dumps(found).encode())
+        write_private(_proof_file(unproved.folder, files), json.dumps(result).encode())
     except OSError as error:
-        logger.warning("tokenizer_proof_not_kept", extra={"reason": str(error)})
-    return _proved(unproved, found, files) or unproved
+        logger.warning("tokenizer_proof_not_stored", extra={"reason": str(error)})
+    return _proved(unproved, result, files) or unproved
 
 
-def _proved(unproved: ModelTokenizer, found: dict[str, Any], files: Path) -> ModelTokenizer | None:
-    """What a proof says; None when the file that it names is gone."""
-    if "digest" not in found:
+def _proved(unproved: ModelTokenizer, result: dict[str, Any], files: Path) -> ModelTokenizer | None:
+    """Return the tokenizer after a proof; None if the file that the proof names no longer exists."""
+    if "digest" not in result:
         return unproved
-    path = TokenizerFiles(files).path(found["digest"])
+    path = TokenizerFiles(files).path(result["digest"])
     if path is None:
         return None
-    fields = found["fields"]
-    file = TokenizerSource.of_card(str(path), found["digest"], fields)
+    fields = result["fields"]
+    file = TokenizerSource.of_card(str(path), result["digest"], fields)
     return replace(unproved, file=file, fields=fields)
 
 
 def _proof_file(source: TokenizerSource, files: Path) -> Path:
-    """Where the proof of a folder as it is now is kept."""
+    """Return the path of the result for a folder in its present state."""
     folder = Path(source.path)
     state = hashlib.sha256(json.dumps([_VERSION, source.to_dict(), *map(version, _LIBRARIES)]).encode())
-    found = {path for pattern in _FILES for path in folder.glob(pattern)}
-    for path in sorted(found):
-        if path.name not in _LEFT_OUT and path.is_file():
+    paths = {path for pattern in _FILES for path in folder.glob(pattern)}
+    for path in sorted(paths):
+        if path.name not in _IGNORED and path.is_file():
             state.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return files / f"{state.hexdigest()[:32]}.proof.json"

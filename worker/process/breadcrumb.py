@@ -1,7 +1,8 @@
-"""What a worker process is doing, in a small file that survives its death: pages of a mapped file are the kernel's.
+"""A small file that records what a worker process is doing, so that its parent can read it after the process died.
 
-The file has two slots that are written in turn, each with a number and a checksum. A process that dies while it writes
-one leaves the other whole. The process locks the file while it lives.
+The file is memory-mapped: written pages belong to the kernel and survive SIGKILL. It has two slots that are written in
+turn, each with a sequence number and a checksum. A process that dies while writing one slot leaves the other intact.
+The process holds a lock on the file for as long as it lives.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from shared.wire import known
 SIZE: Final = 64 * 1024
 _SLOT: Final = SIZE // 2
 _HEADER: Final = struct.Struct("<8sQII")
-"""Magic, number, length of the payload, CRC-32 of number and payload."""
+"""Magic, sequence number, length of the payload, CRC-32 of number and payload."""
 _MAGIC: Final = b"mlxqcrmb"
-_ROOM: Final = _SLOT - _HEADER.size
+_MAX_PAYLOAD: Final = _SLOT - _HEADER.size
 _SUFFIX: Final = ".breadcrumb"
-_WRITTEN: Final = ("phase", "pid", "worker", "workers", "jobs", "model")
+_FIELDS: Final = ("phase", "pid", "worker", "workers", "jobs", "model")
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a breadcrumb says.
+    """The content of a breadcrumb.
 
     Attributes:
-        phase: `step` (a batch is being worked on), `load` (a model is being loaded) or `idle`.
-        worker: the model worker whose batch it is.
-        workers: all model workers of the process: what they hold must return to the queue.
-        jobs: ids of the jobs in that batch, the newest last.
+        phase: `step` (the engine runs a batch), `load` (it loads a model) or `idle`.
+        worker: id of the model worker that owns the batch.
+        workers: ids of all model workers of the process. The jobs they hold must return to the queue.
+        jobs: ids of the jobs in the batch, the newest last.
         model: the model that is being stepped or loaded.
-        torn: whether the process died while it wrote a newer trace.
+        torn: whether the process died while writing a newer trace.
     """
 
     phase: str = "idle"
@@ -57,16 +58,16 @@ class Trace:
 
 
 class Breadcrumb:
-    """The file of this process. A change costs a few microseconds, and nothing when nothing has changed.
+    """The breadcrumb of this process. A change costs a few microseconds; without a change nothing is written.
 
-    `step`, `resume`, `loading` and `idle` belong to the engine's thread; `workers` may be set by any thread.
+    Only the engine thread may call `step`, `resume`, `loading` and `idle`. Any thread may call `workers`.
     """
 
     def __init__(self, path: Path | None) -> None:
         """Create the file. Without a path, write to memory: if the process dies, all its jobs are suspects.
 
         Raises:
-            OSError: it cannot be created or locked.
+            OSError: the file cannot be created or locked.
         """
         self.path = path
         self._file = _create(path) if path else None
@@ -79,30 +80,30 @@ class Breadcrumb:
         self._write()
 
     def workers(self, models: Mapping[str, str]) -> None:
-        """Note the models of this process, by the ids of their model workers."""
+        """Record the model workers of this process: model names by worker id."""
         self._models = dict(models)
         self._change(workers=tuple(models))
 
     def step(self, worker: str, jobs: Sequence[str]) -> None:
-        """The engine works on these jobs of a model worker from now on; the newest come last."""
+        """Record that the engine steps a model worker's batch from now on, with the newest job last."""
         self._batches[worker] = tuple(jobs)
         self.resume(worker)
 
     def resume(self, worker: str) -> None:
-        """The engine steps a model worker again, with the batch that was last noted for it."""
+        """Record that the engine steps a model worker again, with its last recorded batch."""
         jobs, model = self._batches.get(worker, ()), self._models.get(worker, "")
-        self._enter(Trace(phase="step", worker=worker, jobs=jobs, model=model))
+        self._set_activity(Trace(phase="step", worker=worker, jobs=jobs, model=model))
 
     def loading(self, model: str) -> None:
-        """The engine loads a model from now on."""
-        self._enter(Trace(phase="load", model=model))
+        """Record that the engine loads a model from now on."""
+        self._set_activity(Trace(phase="load", model=model))
 
     def idle(self) -> None:
-        """The engine waits from now on."""
-        self._enter(Trace())
+        """Record that the engine waits from now on."""
+        self._set_activity(Trace())
 
     def remove(self) -> None:
-        """Delete the file: the process ends in order."""
+        """Delete the file, because the process ends in order."""
         if self.path:
             self.path.unlink(missing_ok=True)
 
@@ -112,7 +113,7 @@ class Breadcrumb:
         if self._file:
             self._file.close()
 
-    def _enter(self, new: Trace) -> None:
+    def _set_activity(self, new: Trace) -> None:
         now = self._trace
         if (new.phase, new.worker, new.jobs, new.model) != (now.phase, now.worker, now.jobs, now.model):
             self._change(phase=new.phase, worker=new.worker, jobs=new.jobs, model=new.model)
@@ -133,7 +134,10 @@ class Breadcrumb:
 
 
 def _create(path: Path) -> BinaryIO:
-    """A locked file with all its blocks: a write to a mapped page for which the disk has no room ends the process."""
+    """Create a locked file and allocate all its blocks.
+
+    A write to a mapped page would end the process if the disk had no space left for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("x+b")
     try:
@@ -149,48 +153,49 @@ def _create(path: Path) -> BinaryIO:
 
 
 def _encode(trace: Trace) -> bytes:
-    """A trace in as many bytes as there is room for: of more jobs than fit, the newest."""
+    """Encode a trace into at most one slot. If not all jobs fit, the newest are kept."""
     payload = _to_json(_fields(trace)).encode()
-    if len(payload) <= _ROOM:
+    if len(payload) <= _MAX_PAYLOAD:
         return payload
-    others = len(_to_json(_fields(replace(trace, jobs=()))).encode())
-    most = max(0, _ROOM - others) // (max(map(len, trace.jobs), default=0) + 3)
-    return _to_json(_fields(replace(trace, jobs=trace.jobs[len(trace.jobs) - most :]))).encode()[:_ROOM]
+    without_jobs = len(_to_json(_fields(replace(trace, jobs=()))).encode())
+    max_jobs = max(0, _MAX_PAYLOAD - without_jobs) // (max(map(len, trace.jobs), default=0) + 3)
+    newest = trace.jobs[len(trace.jobs) - max_jobs :]
+    return _to_json(_fields(replace(trace, jobs=newest))).encode()[:_MAX_PAYLOAD]
 
 
 def _fields(trace: Trace) -> dict[str, object]:
-    return {name: getattr(trace, name) for name in _WRITTEN}
+    return {name: getattr(trace, name) for name in _FIELDS}
 
 
 def breadcrumb_path(folder: Path, label: str, token: str) -> Path:
-    """Where the process with this label and token (`worker.process.identity`) has its breadcrumb."""
+    """Return the path of the breadcrumb of the process with this label and token (`worker.process.identity`)."""
     return folder / f"{label}.{socket.gethostname()}.{token}{_SUFFIX}"
 
 
 def find(folder: Path, token: str) -> Path | None:
-    """The breadcrumb of the process with this token; None if it never wrote one."""
+    """Return the breadcrumb of the process with this token; None if it never wrote one."""
     return next(folder.glob(f"*.{token}{_SUFFIX}"), None)
 
 
 def label_of(path: Path) -> str:
-    """The label of the process that wrote this breadcrumb."""
+    """Return the label of the process that wrote a breadcrumb."""
     return path.name.partition(".")[0]
 
 
 def read(path: Path) -> Trace | None:
-    """What a breadcrumb says; None when there is none, or nothing whole in it."""
+    """Read a breadcrumb; None if the file does not exist or has no valid slot."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     slots = [_read_slot(content, start) for start in (0, _SLOT)]
-    whole = sorted((slot for slot in slots if slot.payload is not None), key=lambda slot: slot.number)
-    trace = _decode(whole[-1].payload or b"") if whole else None
-    return trace and replace(trace, torn=any(slot.payload is None and slot.begun for slot in slots))
+    valid = sorted((slot for slot in slots if slot.payload is not None), key=lambda slot: slot.number)
+    trace = _decode(valid[-1].payload or b"") if valid else None
+    return trace and replace(trace, torn=any(slot.payload is None and slot.started for slot in slots))
 
 
 def _decode(payload: bytes) -> Trace | None:
-    """A trace of this or another version; None where it cannot be read."""
+    """Decode a trace of this or another version; None if it cannot be read."""
     try:
         fields = known(Trace, json.loads(payload))
         lists = {name: tuple(fields.get(name, ())) for name in ("workers", "jobs")}
@@ -203,25 +208,22 @@ def _decode(payload: bytes) -> Trace | None:
 class _Slot:
     number: int
     payload: bytes | None
-    begun: bool
-    """Whether anything was ever written to it."""
+    started: bool
+    """Whether anything was ever written to the slot."""
 
 
 def _read_slot(content: bytes, start: int) -> _Slot:
     slot = content[start : start + _SLOT]
     if len(slot) < _SLOT:
-        return _Slot(0, None, begun=False)
+        return _Slot(0, None, started=False)
     magic, number, length, crc = _HEADER.unpack_from(slot)
     payload = slot[_HEADER.size : _HEADER.size + length]
-    whole = magic == _MAGIC and zlib.crc32(payload, number & 0xFFFFFFFF) == crc
-    return _Slot(number, payload if whole else None, begun=any(slot[: _HEADER.size + 1]))
+    valid = magic == _MAGIC and zlib.crc32(payload, number & 0xFFFFFFFF) == crc
+    return _Slot(number, payload if valid else None, started=any(slot[: _HEADER.size + 1]))
 
 
 def leftovers(folder: Path, label: str) -> Iterator[Path]:
-    """Breadcrumbs that processes with this label have left behind, also of other hosts that shared the folder.
-
-    Those of processes that live are not among them.
-    """
+    """Yield the breadcrumbs of dead processes with this label, also those of other hosts that shared the folder."""
     for path in sorted(folder.glob(f"{label}.*{_SUFFIX}")):
         with suppress(OSError), path.open("r+b") as file:
             if not _is_locked(file):
@@ -229,11 +231,11 @@ def leftovers(folder: Path, label: str) -> Iterator[Path]:
 
 
 def is_taken(folder: Path, label: str) -> bool:
-    """Whether a living process on this host has this label."""
-    return any(map(_lives, folder.glob(f"{label}.{socket.gethostname()}.*{_SUFFIX}")))
+    """Return whether a living process on this host has this label."""
+    return any(map(_is_alive, folder.glob(f"{label}.{socket.gethostname()}.*{_SUFFIX}")))
 
 
-def _lives(path: Path) -> bool:
+def _is_alive(path: Path) -> bool:
     with suppress(OSError), path.open("r+b") as file:
         return _is_locked(file)
     return False

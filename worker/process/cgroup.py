@@ -1,4 +1,4 @@
-"""How often the kernel's OOM killer has struck in this process's control group."""
+"""Reads how many processes of this control group the kernel's OOM killer has killed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from shared.machine_memory import OWN, ROOT, control_groups
 
 
 def read_oom_kills(own: Path = OWN, root: Path = ROOT) -> int | None:
-    """Processes that the kernel has killed in this control group for want of memory; None where that cannot be read.
+    """Return the number of OOM kills in this process's control group; None if it cannot be read.
 
     Args:
         own: the file that lists the process's control groups.
-        root: where control groups are mounted.
+        root: the mount point of control groups.
     """
     counts = (
         _read_count(group / ("memory.oom_control" if v1 else "memory.events"))

@@ -1,7 +1,7 @@
-"""Critical threads: when one of them dies, the process ends and logs why.
+"""Critical threads: when one of them dies, the process ends and logs the reason.
 
-A worker that lived on with a dead engine or publisher would keep its lease and its jobs forever. When it ends, its jobs
-continue elsewhere, and its supervisor starts it again.
+A worker with a dead engine or publisher would keep its lease and its jobs forever. When the process ends instead, its
+jobs continue on other workers, and its supervisor starts it again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from worker.process.exits import EXIT_BROKEN
 logger = logging.getLogger(__name__)
 
 FINAL_STEPS_S = 2.0
-"""Bound on the final steps of a process; whatever hangs then, it ends."""
+"""Time limit for the final steps of a process. After that it ends even if a step hangs."""
 
 OnDeath = Callable[[str], object]
 """Called with the reason; ends the process."""
@@ -27,29 +27,29 @@ FinalStep = Callable[[], object]
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process with this status, whatever stuck threads and destructors of model libraries do."""
+    """End this process at once: no wait for stuck threads, no destructors of model libraries."""
     try:
         logging.shutdown()
         sys.stdout.flush()
-    finally:  # even if nobody reads what we write
+    finally:  # the reader of stdout may have died
         os._exit(status)
 
 
 def exit_after(status: int, *final_steps: FinalStep) -> NoReturn:
-    """Take the final steps, and end this process within `FINAL_STEPS_S` in any case."""
+    """Run the final steps, then end this process, at the latest after `FINAL_STEPS_S`."""
     timer = threading.Timer(FINAL_STEPS_S, os._exit, [status])
     timer.daemon = True
     timer.start()
     for step in final_steps:
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - nothing may keep it from ending
+        except Exception as error:  # noqa: BLE001 - no error may keep the process from ending
             logger.warning("final_step_failed", extra={"reason": str(error)})
     exit_now(status)
 
 
 def end_process(reason: str, *final_steps: FinalStep) -> NoReturn:
-    """End this process because it is broken, and log why."""
+    """Log why this process is broken, and end it."""
     exit_after(EXIT_BROKEN, lambda: logger.critical("worker_ends", extra={"reason": reason}), *final_steps)
 
 
@@ -61,7 +61,7 @@ class CriticalThread(threading.Thread):
         self._on_death = on_death
 
     def run(self) -> None:
-        """Work until done; report anything that ends the thread otherwise."""
+        """Run `work`; report any exception that ends it."""
         try:
             self.work()
         except BaseException as error:
@@ -69,5 +69,5 @@ class CriticalThread(threading.Thread):
             self._on_death(f"its {self.name} thread died ({type(error).__name__})")
 
     def work(self) -> None:
-        """What the thread does."""
+        """Do the thread's work; return when it is done."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""The report of a dead worker process: to the queue, and one line to the log.
+"""Reports the death of a worker process to the queue, and in one line of the log.
 
-Redis may be away. The report is tried a few times; then the breadcrumb stays for the next start with the same label,
-and the leases lapse by themselves.
+While Redis is unreachable, the report is retried a few times. Then the breadcrumb stays on disk, and the next process
+with the same label reports it. Without any report, the jobs return to the queue when the leases lapse.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ logger = logging.getLogger("worker.process")
 
 TRIES: Final = 3
 TRY_S: Final = 1.0
-"""Bound on connecting and on the call, each."""
+"""Time limit for connecting, and for the call."""
 PAUSE_S: Final = 0.3
+"""Pause before the second try; the pause before the third is twice as long."""
 
 
 def report_exit(ended: Exit, token: str) -> None:
-    """Report the death of the process that a launcher started."""
+    """Report the death of the process that this launcher started.
+
+    Args:
+        token: of the process's start (`worker.process.parent.Launch`).
+    """
     settings = load_settings()
     path = breadcrumb.find(settings.run_dir, token)
     configure(process_name(settings, breadcrumb.label_of(path)) if path else "worker", settings.log_level)
@@ -39,29 +44,29 @@ def report_exit(ended: Exit, token: str) -> None:
 
 
 def report_leftovers(settings: Settings, label: str) -> None:
-    """Report what earlier processes with this label have left behind when their launcher died as well."""
+    """Report the deaths of earlier processes with this label whose launchers died as well."""
     for path in breadcrumb.leftovers(settings.run_dir, label):
         report(settings, path, None)
 
 
 def report(settings: Settings, path: Path | None, ended: Exit | None) -> None:
-    """Report one death, and remove its breadcrumb once the queue knows.
+    """Report one death, and remove the breadcrumb once the queue has the report.
 
     Args:
-        path: its breadcrumb; None: it wrote none.
-        ended: how the process ended; None: unknown.
+        path: the process's breadcrumb; None if it wrote none.
+        ended: how the process ended; None if that is unknown.
     """
     trace = breadcrumb.read(path) if path else None
     how = ended.describe() if ended else "unknown"
-    burial = _bury(settings, trace or Trace(), how if ended else "")
+    burial = _report_to_queue(settings, trace or Trace(), how if ended else "")
     if path and burial is not None:
         path.unlink(missing_ok=True)
-    if ended or (burial and burial.models):  # not for a leftover whose jobs have long been continued
+    if ended or (burial and burial.models):  # a leftover whose jobs have continued long ago is not worth a line
         _log(trace, ended, how, burial)
 
 
-def _bury(settings: Settings, trace: Trace, how: str) -> Burial | None:
-    """Report to the queue; None when Redis stays away."""
+def _report_to_queue(settings: Settings, trace: Trace, how: str) -> Burial | None:
+    """Report to the queue; None if Redis stayed unreachable."""
     in_flight = trace.jobs if trace.phase == "step" else ()
     if not trace.workers:
         return Burial((), (), ())
@@ -79,14 +84,14 @@ def _bury(settings: Settings, trace: Trace, how: str) -> Burial | None:
 
 
 def _log(trace: Trace | None, ended: Exit | None, how: str, burial: Burial | None) -> None:
-    facts: dict[str, object] = {"exit": how, "reported": burial is not None}
+    fields: dict[str, object] = {"exit": how, "reported": burial is not None}
     if ended is not None:
-        facts |= {"pid": ended.pid, "uptime_s": round(ended.uptime_s or 0.0, 1), "oom_kills": ended.oom_kills}
+        fields |= {"pid": ended.pid, "uptime_s": round(ended.uptime_s or 0.0, 1), "oom_kills": ended.oom_kills}
     if trace is None:
-        facts["breadcrumb"] = "missing"
+        fields["breadcrumb"] = "missing"
     else:
-        facts |= {"phase": trace.phase, "in_flight": len(trace.jobs), "breadcrumb": "torn" if trace.torn else "whole"}
-        facts |= {"pid": trace.pid, "model": trace.model}
+        fields |= {"phase": trace.phase, "in_flight": len(trace.jobs), "breadcrumb": "torn" if trace.torn else "whole"}
+        fields |= {"pid": trace.pid, "model": trace.model}
     if burial is not None:
-        facts |= {"suspects": list(burial.suspects), "failed": list(burial.failed)}
-    logger.error("worker_process_died", extra=facts)
+        fields |= {"suspects": list(burial.suspects), "failed": list(burial.failed)}
+    logger.error("worker_process_died", extra=fields)

@@ -1,4 +1,4 @@
-"""How worker processes end."""
+"""Exit statuses of worker processes, and their description for logs and error messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 EXIT_CONFIG: Final = 78
-"""Exit status when no model loads (EX_CONFIG): starting again would not help."""
+"""No model loads (EX_CONFIG). A supervisor should not restart the process."""
 EXIT_BROKEN: Final = 70
-"""Exit status of a worker that found itself broken (EX_SOFTWARE)."""
+"""The worker found itself broken (EX_SOFTWARE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,9 @@ class Exit:
     """The end of a worker process.
 
     Attributes:
-        status: as `subprocess` gives it: the number of the signal that ended it is negative.
-        uptime_s: how long it lived.
-        oom_kills: processes that the kernel killed for want of memory in its cgroup meanwhile; None: unknown.
+        status: as `subprocess` reports it: negative if a signal with that number ended the process.
+        uptime_s: how long the process lived.
+        oom_kills: OOM kills in its control group during that time; None if unknown.
     """
 
     status: int
@@ -29,18 +29,18 @@ class Exit:
 
     @property
     def abnormal(self) -> bool:
-        """Whether it ended without having given up what it held."""
+        """Whether the process ended without handing its jobs back."""
         return self.status not in (0, EXIT_CONFIG)
 
     def describe(self) -> str:
-        """How it ended, in words."""
+        """Return a phrase for logs and error messages."""
         if self.status == EXIT_BROKEN:
-            how = "status 70, it found itself broken"
+            description = f"status {EXIT_BROKEN} (it found itself broken)"
         elif self.status >= 0:
-            how = f"status {self.status}"
+            description = f"status {self.status}"
         else:
-            how = _signal_name(-self.status)
-        return f"{how}, and the kernel's OOM killer was at work" if self.oom_kills else how
+            description = _signal_name(-self.status)
+        return f"{description}, after an OOM kill in its control group" if self.oom_kills else description
 
 
 def _signal_name(number: int) -> str:

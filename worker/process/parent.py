@@ -1,4 +1,4 @@
-"""What ties a worker process to the launcher that started it: it drains and ends when the launcher has died."""
+"""Ties a worker process to its launcher: when the launcher dies, the process drains and ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass
 from typing import Final, Self
 
-VARIABLE: Final = "MLXQ_LAUNCH"
+LAUNCH_VARIABLE: Final = "MLXQ_LAUNCH"
+"""Environment variable by which a launcher passes a `Launch` to its child."""
 _PR_SET_PDEATHSIG: Final = 1
-_LOOK_S: Final = 0.5
+_POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,8 @@ class Launch:
     """One start of a worker process.
 
     Attributes:
-        launcher: pid of the launcher; 0: the process was started without one.
-        token: distinguishes this start from others; part of the breadcrumb's name.
+        launcher: pid of the launcher; 0 if the process was started without one.
+        token: unique to this start; part of the breadcrumb's file name.
     """
 
     launcher: int
@@ -31,27 +32,30 @@ class Launch:
 
     @classmethod
     def new(cls) -> Self:
-        """A start by this process."""
+        """Return a start with this process as launcher."""
         return cls(os.getpid(), secrets.token_hex(4))
 
     @classmethod
-    def present(cls) -> Self:
-        """The start of this process, as its launcher says in the environment."""
-        launcher, _, token = os.environ.get(VARIABLE, "").partition(":")
+    def current(cls) -> Self:
+        """Return the start of this process, from its environment."""
+        launcher, _, token = os.environ.get(LAUNCH_VARIABLE, "").partition(":")
         return cls(int(launcher), token) if token else cls(0, secrets.token_hex(4))
 
     def to_variable(self) -> str:
-        """The environment variable's value."""
+        """Return the value of the environment variable."""
         return f"{self.launcher}:{self.token}"
 
 
 def end_with_launcher(launch: Launch) -> None:
-    """Send this process SIGTERM when its launcher dies. Call it in the main thread, before anything is held."""
+    """Arrange that this process gets SIGTERM when its launcher dies.
+
+    Call it in the main thread, before the process claims jobs or names.
+    """
     if not launch.launcher:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != launch.launcher:  # it died before
+        if os.getppid() != launch.launcher:  # the launcher died before the call
             os.kill(os.getpid(), signal.SIGTERM)
     else:
         threading.Thread(target=_watch, args=(launch.launcher,), name="launcher", daemon=True).start()
@@ -59,5 +63,5 @@ def end_with_launcher(launch: Launch) -> None:
 
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Ends a process in which a task makes no progress, also while its thread is alive."""
+"""Ends a process in which some task makes no progress although its thread is alive."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Final, NamedTuple
 from worker.process.critical import CriticalThread, OnDeath, end_process
 
 TICK_S: Final = 0.25
-_MOST_TICK_S: Final = 2 * TICK_S
+_MAX_TICK_S: Final = 2 * TICK_S
+"""Longest time that counts between two checks. While the process was stopped or the machine slept, no task could
+make progress."""
 
 
 class Progress(NamedTuple):
-    """A task's progress: a value that changes with it, and how long the value may stay the same."""
+    """A task's progress: a value that changes with it, and the longest time for which the value may stay the same."""
 
     value: float
     limit_s: float
@@ -24,62 +26,60 @@ ProgressByTask = Mapping[Hashable, Progress]
 
 
 class Watchdog(CriticalThread):
-    """Reports tasks that have made no progress for too long, and a drain that takes too long.
-
-    Only the time in which this process runs counts: not that in which it was stopped, or its machine slept.
+    """Reports tasks without progress, and a drain that takes too long.
 
     Args:
-        look: the tasks under way now.
+        read_tasks: returns the tasks under way.
         on_stuck: called with the stuck tasks; should end the process.
-        on_late: called when the process should have ended by itself.
+        on_overdue: called when the process has not ended by the time set with `end_within`.
 
     Attributes:
-        tripped: whether a task is stuck; from then on the lease must not be renewed.
+        tripped: whether a task is stuck. From then on the lease must not be renewed.
     """
 
     def __init__(
         self,
-        look: Callable[[], ProgressByTask],
+        read_tasks: Callable[[], ProgressByTask],
         on_stuck: Callable[[list[Hashable]], object],
-        on_late: Callable[[], object],
+        on_overdue: Callable[[], object],
         on_death: OnDeath = end_process,
     ) -> None:
         super().__init__("watchdog", on_death)
         self.tripped = False
-        self._look = look
+        self._read_tasks = read_tasks
         self._on_stuck = on_stuck
-        self._on_late = on_late
-        self._still: dict[Hashable, tuple[float, float]] = {}
+        self._on_overdue = on_overdue
+        self._seen: dict[Hashable, tuple[float, float]] = {}  # the last value, and for how long it has been the same
         self._end_by = float("inf")
-        self._ended = threading.Event()
+        self._stopped = threading.Event()
 
     def end_within(self, seconds: float) -> None:
-        """The process must have ended by then. Safe in a signal handler."""
+        """Call `on_overdue` if the process still runs after `seconds`. Safe in a signal handler."""
         self._end_by = min(self._end_by, monotonic() + seconds)
 
     def stop(self) -> None:
-        """End the thread soon."""
-        self._ended.set()
+        """End the thread after its current check."""
+        self._stopped.set()
 
     def work(self) -> None:
-        """Check every so often until stopped."""
+        """Check periodically until stopped."""
         checked_at = monotonic()
-        while not self._ended.wait(TICK_S):
+        while not self._stopped.wait(TICK_S):
             now = monotonic()
-            self.check(min(now - checked_at, _MOST_TICK_S))
+            self.check(min(now - checked_at, _MAX_TICK_S))
             checked_at = now
 
-    def check(self, passed_s: float) -> None:
-        """Compare with the last check, `passed_s` seconds ago."""
-        tasks = self._look()
-        self._still = {key: self._aged(key, progress, passed_s) for key, progress in tasks.items()}
-        stuck = [key for key, (_, still_s) in self._still.items() if still_s > tasks[key].limit_s]
+    def check(self, elapsed_s: float) -> None:
+        """Compare the tasks with the last check, `elapsed_s` seconds ago."""
+        tasks = self._read_tasks()
+        self._seen = {key: self._compared(key, progress, elapsed_s) for key, progress in tasks.items()}
+        stuck = [key for key, (_, unchanged_s) in self._seen.items() if unchanged_s > tasks[key].limit_s]
         if stuck:
             self.tripped = True
             self._on_stuck(stuck)
         if monotonic() > self._end_by:
-            self._on_late()
+            self._on_overdue()
 
-    def _aged(self, key: Hashable, progress: Progress, passed_s: float) -> tuple[float, float]:
-        value, still_s = self._still.get(key, (None, 0.0))
-        return progress.value, still_s + passed_s if value == progress.value else 0.0
+    def _compared(self, key: Hashable, progress: Progress, elapsed_s: float) -> tuple[float, float]:
+        value, unchanged_s = self._seen.get(key, (None, 0.0))
+        return progress.value, unchanged_s + elapsed_s if value == progress.value else 0.0

@@ -1,4 +1,4 @@
-"""Claims jobs for one model of this process, as many as the engine can run, and prepares them for it."""
+"""Claims jobs for one model of this process, as many as its engine can run, and prepares them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, Wri
 from shared.queue.redis import passes
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier
-from worker.engine.core import EngineCore, Unloaded
+from worker.engine.core import EngineCore
+from worker.engine.loading import Unloaded
 from worker.engine.output import OutputProcessor
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
 from worker.process.critical import CriticalThread, OnDeath, end_process
@@ -26,28 +27,29 @@ from worker.queue.prepare import Preparer, TryLater
 
 logger = logging.getLogger(__name__)
 
-LOOK_S: Final = 1.0
+POLL_S: Final = 1.0
 """Longest time between two rounds, with or without wake-ups."""
 LEASE_WAIT_S: Final = 0.1
-"""Pause after a claim that found no lease: the lease thread renews it."""
-TRY_AGAIN_S: Final = 1.0
-"""Time for which a job that cannot be prepared now is kept: released at once, it would be claimed again at once."""
+"""Pause after a claim without a lease; the lease thread renews it meanwhile."""
+RETRY_S: Final = 1.0
+"""Delay before a job that cannot be prepared now is released. Released at once, it would be claimed again at once."""
 NOT_STARTED: Final = "The worker could not start this job."
-LOOK_AHEAD: Final = 8
-"""A worker claims one spare job per this many slots, so that the next job is at hand when a row ends."""
+SLOTS_PER_SPARE_JOB: Final = 8
+"""A worker claims one spare job per this many slots, so that a job is ready when a row ends."""
 PREPARERS: Final = 4
-"""Threads for jobs that need images, the log or the tokenizer; the claimer's thread prepares all others."""
+"""Threads for jobs that need images, the log or the tokenizer. The claimer's own thread prepares all others."""
 
 
 class Claimer(CriticalThread):
-    """Keeps the engine of one model supplied.
+    """Keeps the engine of one model supplied with jobs.
 
     Args:
         core: the model's engine.
-        preparer: makes prompts of claimed jobs.
+        preparer: makes the prompts of claimed jobs.
         publish: writes the end of a job that never reaches the engine.
-        beside: ids of all workers of this process.
         events: sends Celery's task events of jobs.
+        slots: maximum rows in the batch.
+        worker_ids: returns the ids of all model workers of this process.
 
     Attributes:
         draining: whether no more jobs are claimed.
@@ -63,7 +65,7 @@ class Claimer(CriticalThread):
         notifier: Notifier,
         events: TaskEvents,
         slots: int,
-        beside: Callable[[], Iterable[str]] = tuple,
+        worker_ids: Callable[[], Iterable[str]] = tuple,
         on_death: OnDeath = end_process,
     ) -> None:
         super().__init__("claimer", on_death)
@@ -75,14 +77,14 @@ class Claimer(CriticalThread):
         self._publish = publish
         self._notifier = notifier
         self._events = events
-        self._spare = max(1, slots // LOOK_AHEAD)
-        self._beside = beside
+        self._max_spare = max(1, slots // SLOTS_PER_SPARE_JOB)
+        self._worker_ids = worker_ids
         self._held: dict[str, ClaimedJob] = {}
         self._preparing: set[str] = set()
-        # By claim (job id, claimed_at), with the time of the release. All threads add to it, only this one removes.
-        self._given_up: dict[tuple[str, str], tuple[float, ClaimedJob]] = {}
+        # By claim (job id, claimed_at): when to release the job, and the job. Any thread adds, only this one removes.
+        self._to_release: dict[tuple[str, str], tuple[float, ClaimedJob]] = {}
         self._wake = threading.Event()
-        self._ended = False
+        self._stopped = False
         self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
 
     @property
@@ -96,58 +98,61 @@ class Claimer(CriticalThread):
         return not self._held
 
     def wake(self) -> None:
-        """Look at the queue now: a wake-up came, or a row has ended."""
+        """Start the next round now, because a wake-up came or a row ended."""
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread after its present round."""
-        self.draining = self._ended = True
+        """End the thread after its current round, and wait for it."""
+        self.draining = self._stopped = True
         self._wake.set()
         if self.is_alive():
             self.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def work(self) -> None:
-        """Claim whenever there is room, until stopped."""
-        while not self._ended:
-            again_s = self.round()
-            self._wake.wait(again_s)
+        """Run rounds until stopped."""
+        while not self._stopped:
+            pause_s = self.round()
+            self._wake.wait(pause_s)
             self._wake.clear()
 
     def round(self) -> float:
-        """Release the jobs that were given up, and claim what there is room for; seconds until the next round."""
+        """Release the jobs that are due for it and claim as many as fit; return the seconds until the next round."""
         try:
-            self._release_given_up()
-            return LOOK_S if self.draining else self._claim()
+            self._release_due()
+            return POLL_S if self.draining else self._claim()
         except NoLease:
             return LEASE_WAIT_S
         except RedisError as error:
             if not passes(error):
                 raise
-            # A claim whose answer was lost is found by the lease thread, which releases it.
+            # If the claim was executed and only its answer was lost, the lease thread releases its jobs.
             logger.warning("claim_failed", extra={"model": self._model, "reason": str(error)})
-            return LOOK_S
+            return POLL_S
 
     def _claim(self) -> float:
-        capacity, waiting = self._core.capacity(), tuple(self._core.waiting())
-        coming = len(self._preparing)
-        full = capacity.rows <= 0 or capacity.tokens <= 0
-        # Jobs in preparation take rows first; those beyond the rows, and those that wait in the engine, are spare ones.
-        demand = Demand(
-            rows=max(0, capacity.rows - coming),
-            tokens=capacity.tokens,
-            spare=self._spare - len(waiting) - max(0, coming - capacity.rows),
-            waiting=waiting if full else (),
-        )
-        if not (demand.rows or demand.spare > 0 or waiting):
-            return LOOK_S
-        claim = self._claims.claim(self._model, demand, self._beside())
+        demand = self._demand()
+        if not (demand.rows or demand.spare > 0 or demand.waiting):
+            return POLL_S
+        claim = self._claims.claim(self._model, demand, self._worker_ids())
         for job_id in claim.lost:
             if claimed := self._held.get(job_id):
                 self._core.apply_write_result(job_id, claimed.job.attempt, WriteResult.FENCED)
         for claimed in claim.jobs:
             self._begin(claimed)
-        return LOOK_S if claim.again_s is None else min(LOOK_S, claim.again_s)
+        return POLL_S if claim.again_s is None else min(POLL_S, claim.again_s)
+
+    def _demand(self) -> Demand:
+        """Return how many jobs to claim. Jobs in preparation take rows first; those beyond the rows are spare jobs."""
+        capacity, waiting = self._core.capacity(), tuple(self._core.waiting())
+        preparing = len(self._preparing)
+        full = capacity.rows <= 0 or capacity.tokens <= 0
+        return Demand(
+            rows=max(0, capacity.rows - preparing),
+            tokens=capacity.tokens,
+            spare=self._max_spare - len(waiting) - max(0, preparing - capacity.rows),
+            waiting=waiting if full else (),
+        )
 
     def _begin(self, claimed: ClaimedJob) -> None:
         self._held[claimed.job.id] = claimed
@@ -164,17 +169,17 @@ class Claimer(CriticalThread):
                 self._submit(claimed)
             except (TryLater, Unloaded) as error:
                 logger.warning("job_not_prepared", extra={"reason": str(error)})
-                self._give_up(claimed, time.monotonic() + TRY_AGAIN_S)
+                self._release_later(claimed, time.monotonic() + RETRY_S)
             except PromptRefused as error:
                 self._fail(claimed, JobFailure(error.code), str(error))
-            except Exception:  # whatever it was, the job must end: nobody else prepares it while this worker lives
+            except Exception:  # the job must end: no other worker gets it while this one holds its lease
                 logger.exception("job_not_prepared")
                 self._fail(claimed, JobFailure.ENGINE, NOT_STARTED)
             finally:
                 self._preparing.discard(job.id)
 
     def _submit(self, claimed: ClaimedJob) -> None:
-        """Make the job's prompt and submit it, unless earlier attempts have already written the whole answer."""
+        """Make the job's prompt and submit it to the engine, unless earlier attempts have written the whole answer."""
         runner = self._core.loaded.result()
         prepared = self._preparer.prepare(claimed, runner)
         sequence = Sequence(claimed, prepared.prompt, runner, self._settled)
@@ -186,14 +191,14 @@ class Claimer(CriticalThread):
             self._publish([end])
 
     def _fail(self, claimed: ClaimedJob, code: JobFailure, message: str) -> None:
-        """Fail a job that has no sequence yet. Its attempt begins and ends with this write."""
+        """Fail a job that has no sequence yet. This one write begins and ends its attempt."""
         job = claimed.job
         ending = Ending(Status.FAILED, error_code=code, error_message=message)
         row = Append(job.id, job.attempt, job.claimed_at, job.last_event + 2, start=True, ending=ending)
         try:
             (write_result,) = self._claims.append([row])
         except Exception:
-            logger.exception("job_end_not_written")  # the lease thread releases it
+            logger.exception("job_end_not_written")  # the lease thread releases the job
         else:
             if write_result is not WriteResult.FENCED:
                 _log_end(job, ending)
@@ -202,13 +207,13 @@ class Claimer(CriticalThread):
         self._forget(claimed)
 
     def _settled(self, sequence: Sequence, outcome: Outcome) -> None:
-        """The engine or the publisher is done with a sequence."""
+        """Handle the outcome of a sequence; called by the engine thread or the publisher thread."""
         job = sequence.job
         with about(request_id=job.request_id, job_id=job.id):
             if outcome is Outcome.HANDED_BACK:
                 logger.info("job_handed_back", extra={"attempt": job.attempt})
                 self._events.retried(job)
-                self._give_up(sequence.claimed)
+                self._release_later(sequence.claimed)
                 self.wake()
                 return
             if outcome is Outcome.ENDED and sequence.ending is not None:
@@ -218,28 +223,28 @@ class Claimer(CriticalThread):
                 logger.info("job_fenced", extra={"attempt": job.attempt})
         self._forget(sequence.claimed)
 
-    def _give_up(self, claimed: ClaimedJob, moment: float = 0.0) -> None:
-        self._given_up[claimed.job.id, claimed.job.claimed_at] = moment, claimed
+    def _release_later(self, claimed: ClaimedJob, moment: float = 0.0) -> None:
+        self._to_release[claimed.job.id, claimed.job.claimed_at] = moment, claimed
 
-    def _release_given_up(self) -> None:
+    def _release_due(self) -> None:
         now = float("inf") if self.draining else time.monotonic()
-        due = [claim for claim, (moment, _) in tuple(self._given_up.items()) if moment <= now]
+        due = [claim for claim, (moment, _) in tuple(self._to_release.items()) if moment <= now]
         if not due:
             return
         models = self._claims.release(due)
         for claim in due:
-            self._forget(self._given_up.pop(claim)[1])
+            self._forget(self._to_release.pop(claim)[1])
         self._notifier.wake(models)
 
     def _forget(self, claimed: ClaimedJob) -> None:
-        if self._held.get(claimed.job.id) is claimed:  # or the job was claimed again meanwhile
+        if self._held.get(claimed.job.id) is claimed:  # otherwise the job has been claimed again
             del self._held[claimed.job.id]
         self.wake()
 
 
 def _log_end(job: Job, ending: Ending) -> None:
-    """Log one line per job, with its tokens and timings."""
-    facts = {
+    """Log one line per job, with its token counts and timings."""
+    fields = {
         "status": ending.status.value,
         "finish_reason": ending.finish_reason,
         "error_code": ending.error_code,
@@ -249,4 +254,4 @@ def _log_end(job: Job, ending: Ending) -> None:
         "cached_tokens": ending.cached_tokens,
         **{name: round(seconds, 4) for name, seconds in ending.timings.items()},
     }
-    logger.info("job_ended", extra=facts)
+    logger.info("job_ended", extra=fields)

@@ -1,6 +1,6 @@
-"""Celery's part of the worker process: wake-ups, remote control, heartbeats. It runs no tasks.
+"""Celery's part of the worker process: wake-ups, remote control and heartbeats. It runs no tasks.
 
-Flower and `celery inspect` see the process as a Celery node; jobs appear there as tasks by the events of
+Flower and `celery inspect` show the process as a Celery node. Jobs appear as tasks through the events of
 `shared.queue.task_events`.
 """
 
@@ -30,47 +30,47 @@ warnings.filterwarnings("ignore", category=SecurityWarning)
 warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
 
 RECONNECT_S: Final = 0.5
-"""Between two tries to reach a broker that is away."""
+"""Time between two tries to reach the broker."""
 REFUSED_PAUSE_S: Final = 2.0
-"""Before another try with a broker that answers but refuses: one without memory stays so for a while."""
-_LOG_AGAIN_S: Final = 60.0
+"""Pause after the broker answered with an error. A broker without memory does so for a while."""
+_LOG_EVERY_S: Final = 60.0
 
 OnWakeup = Callable[[str], object]
-"""Called with the model that has work."""
+"""Called with the model that has waiting jobs."""
 
 
-class PatientConsumer(BrokerConsumer):
-    """Celery's consumer, which keeps trying to reach a broker that is away or refuses.
+class RetryingConsumer(BrokerConsumer):
+    """Celery's consumer, with a constant short pause between connection attempts.
 
-    Celery itself backs off to a try every half minute.
+    Celery's own consumer backs off to one attempt every 30 seconds.
     """
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Connect anew."""
+        """Reconnect after the connection was lost."""
         super().on_connection_error_after_connected(exc)
         _pause_when_refused(exc)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        """Try again to connect."""
+        """Retry the first connection."""
         super().on_connection_error_before_connected(exc)
         _pause_when_refused(exc)
 
     def ensure_connected(self, conn: Any) -> Connection:  # Any: its stubs take whole seconds only
-        """Connect; failures are logged at most once a minute."""
+        """Connect; log failures at most once a minute."""
         ensure: Callable[..., Connection] = conn.ensure_connection
-        logged_at = -_LOG_AGAIN_S
+        logged_at = -_LOG_EVERY_S
 
-        def ensure_patiently(log: Callable[[Exception, float], object], *args: Any, **kwargs: Any) -> Connection:
+        def ensure_connection(log: Callable[[Exception, float], object], *args: Any, **kwargs: Any) -> Connection:
             def log_rarely(error: Exception, interval: float) -> None:
                 nonlocal logged_at
-                if time.monotonic() - logged_at >= _LOG_AGAIN_S:
+                if time.monotonic() - logged_at >= _LOG_EVERY_S:
                     logged_at = time.monotonic()
                     log(error, interval)
 
             pauses = {"interval_start": RECONNECT_S, "interval_step": 0, "interval_max": RECONNECT_S}
             return ensure(log_rarely, *args, **pauses, **kwargs)
 
-        conn.ensure_connection = ensure_patiently
+        conn.ensure_connection = ensure_connection
         connected: Connection = super().ensure_connected(conn)
         return connected
 
@@ -81,7 +81,7 @@ def _pause_when_refused(error: Exception) -> None:
 
 
 def _wakeup_step(node: str, on_wakeup: OnWakeup) -> type[bootsteps.ConsumerStep]:
-    """A consumer on Celery's own connection: Celery takes a class and instantiates it."""
+    """Return a class that Celery instantiates: a step that consumes wake-ups on Celery's own connection."""
 
     def receive(body: Any, _message: Any) -> None:
         if isinstance(body, dict) and isinstance(model := body.get("model"), str):
@@ -91,18 +91,18 @@ def _wakeup_step(node: str, on_wakeup: OnWakeup) -> type[bootsteps.ConsumerStep]
         """Receives wake-ups."""
 
         def get_consumers(self, channel: Any) -> list[KombuConsumer]:
-            """The consumer of this process's queue."""
+            """Return the consumer of this process's queue."""
             return [
                 KombuConsumer(channel, queues=[wakeup_queue(node)], callbacks=[receive], accept=["json"], no_ack=True)
             ]
 
         def stop(self, parent: Any) -> None:
-            """Cancel the consumer, if there is still a connection to cancel it on."""
+            """Cancel the consumer, unless its connection is lost."""
             if parent.connection is not None:
                 super().stop(parent)
 
         def shutdown(self, parent: Any) -> None:
-            """Close its channel, if there is still a connection."""
+            """Close the channel, unless its connection is lost."""
             if parent.connection is not None:
                 super().shutdown(parent)
 
@@ -110,10 +110,14 @@ def _wakeup_step(node: str, on_wakeup: OnWakeup) -> type[bootsteps.ConsumerStep]
 
 
 class Consumer(Worker):
-    """A Celery worker without tasks, which leaves signals to `worker.app`.
+    """A Celery worker without tasks that leaves signals to `worker.app`.
 
     Celery's own signal handlers print lines that are not JSON, exit with a failure status on SIGINT, and have a cold
     shutdown that does not wait until jobs are handed back.
+
+    Args:
+        node: the process's name.
+        on_connected: called after each connection to the broker.
     """
 
     def __init__(self, app: Celery, node: str, on_wakeup: OnWakeup, on_connected: Callable[[], object]) -> None:
@@ -122,7 +126,7 @@ class Consumer(Worker):
         super().__init__(
             app=app,
             hostname=node,
-            consumer_cls=PatientConsumer,
+            consumer_cls=RetryingConsumer,
             pool="solo",
             exclude_queues=[app.conf.task_default_queue],
             task_events=True,
@@ -140,13 +144,13 @@ class Consumer(Worker):
         """Install no signal handlers."""
 
     def on_consumer_ready(self, consumer: Any) -> None:
-        """Celery is connected; called again after each reconnection."""
+        """Called by Celery after each connection."""
         super().on_consumer_ready(consumer)
         self._on_connected()
 
 
 def stop_consuming() -> None:
-    """Make `Consumer.start` return. May be called in a signal handler."""
+    """Make `Consumer.start` return. Safe in a signal handler."""
     state.should_stop = os.EX_OK  # type: ignore[assignment]  # the stubs know only its default
 
 

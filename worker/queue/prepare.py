@@ -1,4 +1,4 @@
-"""Makes a claimed job's prompt, and reads what earlier attempts wrote."""
+"""Makes the prompt of a claimed job, and reads what its earlier attempts wrote."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Prepared:
     """A job that can be submitted to its model's engine.
 
     Attributes:
-        written: what earlier attempts wrote; None at the first attempt.
-        new_tokens: ids of its prompt, if they were not stored with the job: later attempts reuse them.
+        written: the output of earlier attempts; None at the first attempt.
+        new_tokens: the prompt's token ids, unless they were stored with the job. They are stored for later attempts.
     """
 
     prompt: Prompt
@@ -35,15 +35,15 @@ class Prepared:
 
 
 class TryLater(Exception):
-    """Something that the job needs is away for now: release the job."""
+    """The job cannot be prepared now because Redis or the tokenizer is unavailable. Release it."""
 
 
 class Preparer:
-    """Prepares the claimed jobs of one model; safe to be used by several threads.
+    """Prepares the claimed jobs of one model. Safe to use from several threads.
 
     Args:
-        sources: where the model's tokenizer is, best first.
-        images: returns the files of a job's images by digest, as far as they are still there.
+        sources: returns the sources of the model's tokenizer, best first.
+        images: returns a job's images by digest, as far as they are still stored.
     """
 
     def __init__(
@@ -59,24 +59,24 @@ class Preparer:
         self._log = log
 
     def prepare(self, claimed: ClaimedJob, runner: ModelRunner) -> Prepared:
-        """A job's prompt and what was written before.
+        """Return a job's prompt and the output of its earlier attempts.
 
         Raises:
-            PromptRefused: the job fails with this `code` and message.
+            PromptRefused: the job fails with this code and message.
             TryLater: release the job.
-            Exception: the job fails, for a reason that is not its own.
+            Exception: the job fails for a reason that its request did not cause.
         """
         job = claimed.job
         try:
             written = self._log.written(job.id, job.last_event) if job.attempt > 1 else None
-            found = self._tokenized(claimed, runner)
+            tokenized = self._tokenized(claimed, runner)
             images = self._images_of(job.id, claimed.request)
-            prompt = runner.prompt(found.tokens, found.shared, claimed.request, images)
-            return Prepared(prompt, written, found.tokens if claimed.tokens is None else None)
+            prompt = runner.prompt(tokenized.tokens, tokenized.shared, claimed.request, images)
+            return Prepared(prompt, written, tokenized.tokens if claimed.tokens is None else None)
         except Gone as error:
-            logger.error("job_not_continued", extra={"reason": str(error)})
-            detail = "The job cannot be continued: a part of its log is gone."
-            raise PromptRefused(JobFailure.LOG_LOST, detail) from error
+            logger.error("job_log_lost", extra={"reason": str(error)})
+            message = "The job cannot continue because a part of its log was lost."
+            raise PromptRefused(JobFailure.LOG_LOST, message) from error
         except TokenizerBusy as error:
             raise TryLater(str(error)) from error
         except RedisError as error:
@@ -85,14 +85,14 @@ class Preparer:
             raise TryLater(str(error)) from error
 
     def _tokenized(self, claimed: ClaimedJob, runner: ModelRunner) -> Tokenized:
-        """The prompt's ids: those stored with the job, the runner's own, or a helper's."""
+        """Return the prompt's token ids: stored with the job, from the runner, or from a tokenizer helper."""
         if claimed.tokens is not None:
             return Tokenized(claimed.tokens, claimed.shared)
-        own = runner.tokenize(claimed.request)
-        return Tokenized(tuple(own)) if own is not None else self._ask(claimed.request, runner.card.context)
+        tokens = runner.tokenize(claimed.request)
+        return Tokenized(tuple(tokens)) if tokens is not None else self._tokenize(claimed.request, runner.card.context)
 
-    def _ask(self, request: Request, context: int) -> Tokenized:
-        """Ask a helper, with each source in turn until one works."""
+    def _tokenize(self, request: Request, context: int) -> Tokenized:
+        """Tokenise in a helper, with the first source that works."""
         for source in self._sources():
             try:
                 return self._tokenizing.tokenize(source, request, context=context)
@@ -100,16 +100,18 @@ class Preparer:
                 raise
             except TokenizerError as error:
                 logger.warning("tokenizer_unusable", extra={"path": source.path, "reason": str(error)})
-        raise TokenizerError("the model's tokenizer cannot be used from any source")
+        raise TokenizerError("no source of the model's tokenizer can be used")
 
     def _images_of(self, job_id: str, request: Request) -> Mapping[str, bytes]:
-        """The files that a request's messages name.
+        """Return the images that a request's messages refer to.
 
         Raises:
-            PromptRefused: they are not all there any more.
+            PromptRefused: at least one of them is no longer stored.
         """
         digests = {part["image"] for part in request.image_parts}
         images = self._images(job_id, digests) if digests else {}
         if len(images) < len(digests):
-            raise PromptRefused(JobFailure.IMAGE_LOST, "An image of this job is gone. Send the request again.")
+            raise PromptRefused(
+                JobFailure.IMAGE_LOST, "An image of this job is no longer stored. Send the request again."
+            )
         return images

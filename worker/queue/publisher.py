@@ -1,9 +1,9 @@
-"""Writes what rows generate to Redis, in one thread, with one script call for everything since the last call.
+"""Writes the output of all rows to Redis: one thread, one script call for everything since the last call.
 
-While Redis is away nothing is lost and nothing is written twice. If a call is not answered, its batch may have been
-written. So the same batch is sent again with the same event numbers, and the script skips events that it has. Newer
-output waits behind the batch, merged into one event per job. An error that will not pass ends the process, and its jobs
-continue elsewhere.
+While Redis is unreachable, nothing is lost and nothing is written twice. A batch without an answer may have been
+written, so the same batch is sent again with the same event numbers, and the script skips the events that it has. Newer
+output waits meanwhile and is merged into one event per job. An error that retrying cannot fix ends the process, and its
+jobs continue elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import chain
 from queue import Empty, SimpleQueue
 from time import sleep
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from redis import RedisError
 
@@ -29,10 +29,11 @@ from worker.runner.base import TokenOutput
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PAUSE_S = 1.0
+MAX_PAUSE_S: Final = 1.0
+"""Longest pause between two tries; the first is 0.05 s, and each further one is twice as long."""
 
 
-class _Row(NamedTuple):
+class _BatchRow(NamedTuple):
     """One job's part of a batch."""
 
     sequence: Sequence
@@ -41,13 +42,14 @@ class _Row(NamedTuple):
 
 
 class Publisher(CriticalThread):
-    """Writes what is `put`, settles the sequences whose last output is written, passes results on.
+    """Writes the outputs that are `put`, and settles each sequence whose last output is written.
 
     Args:
-        on_started: called when a job's admission to the batch has been written.
+        apply_write_result: the engine's.
+        on_started: called after a job's admission to the batch is written.
 
     Attributes:
-        attempts: calls made so far, answered or not.
+        attempts: number of calls so far, answered or not.
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class Publisher(CriticalThread):
         self._apply_write_result = apply_write_result
         self._on_started = on_started
         self._inbox: SimpleQueue[list[SequenceOutput] | None] = SimpleQueue()
-        self._unsent: dict[Sequence, list[SequenceOutput]] = {}
-        self._batch: list[_Row] = []
+        self._pending: dict[Sequence, list[SequenceOutput]] = {}
+        self._batch: list[_BatchRow] = []  # not empty after a call without an answer
         self._failures = 0
         self._open = True
         self._ended = False
@@ -72,52 +74,52 @@ class Publisher(CriticalThread):
     @property
     def backlog(self) -> int:
         """Jobs with output that is not known to be written."""
-        return len(self._unsent) + len(self._batch)
+        return len(self._pending) + len(self._batch)
 
     def put(self, outputs: list[SequenceOutput]) -> None:
-        """Queue output for writing; does not wait. After the thread has ended, the output is dropped."""
+        """Queue output for writing; never blocks. After the thread has ended, the sequences are handed back."""
         self._inbox.put(outputs)
         if self._ended:
-            self._turn_away()
+            self._hand_back_late()
 
     def close(self) -> None:
-        """End the thread once everything put before is written."""
+        """End the thread after all output so far is written."""
         self._inbox.put(None)
 
     def work(self) -> None:
-        """Gather and write until closed."""
+        """Receive and write until closed."""
         while self._open or self.backlog:
             if not self.backlog:
-                self._sort(self._inbox.get())
+                self._receive(self._inbox.get())
             self.write()
         self._ended = True
-        self._turn_away()
+        self._hand_back_late()
 
     def write(self) -> None:
-        """Write all there is, in one call; after an error, pause, so that the next call sends it again."""
+        """Write all output in one call. After an error, pause; the next call sends the same batch again."""
         while not self._inbox.empty():
-            self._sort(self._inbox.get())
+            self._receive(self._inbox.get())
         if not self._batch:
-            self._batch = [_as_row(sequence, parts) for sequence, parts in self._unsent.items()]
-            self._unsent = {}
+            self._batch = [_batch_row(sequence, outputs) for sequence, outputs in self._pending.items()]
+            self._pending = {}
         if not self._batch:
             return
         self.attempts += 1
         try:
             results = self._claims.append([row.append for row in self._batch])
         except RedisError as error:
-            if not passes(error):  # the write would never succeed
+            if not passes(error):  # every further call would fail as well
                 raise
             self._pause(error)
             return
         batch, self._batch = self._batch, []
         for row, write_result in zip(batch, results, strict=True):
-            self._answer(row, write_result)
+            self._handle_result(row, write_result)
         if self._failures:
             logger.info("writes_resumed")
             self._failures = 0
 
-    def _turn_away(self) -> None:
+    def _hand_back_late(self) -> None:
         """Hand back the sequences whose last output came too late to be written."""
         with suppress(Empty):
             while True:
@@ -125,22 +127,22 @@ class Publisher(CriticalThread):
                     if output.outcome is not None:
                         output.sequence.settle(Outcome.HANDED_BACK)
 
-    def _sort(self, outputs: list[SequenceOutput] | None) -> None:
+    def _receive(self, outputs: list[SequenceOutput] | None) -> None:
         if outputs is None:
             self._open = False
             return
         for output in outputs:
             if output.outcome is Outcome.HANDED_BACK and not output.sequence.started:
-                output.sequence.settle(Outcome.HANDED_BACK)  # its attempt has not begun: there is nothing to write
+                output.sequence.settle(Outcome.HANDED_BACK)  # its attempt has not begun, so there is nothing to write
             elif output.sequence.outcome is None:
-                self._unsent.setdefault(output.sequence, []).append(output)
+                self._pending.setdefault(output.sequence, []).append(output)
 
-    def _answer(self, row: _Row, write_result: WriteResult) -> None:
+    def _handle_result(self, row: _BatchRow, write_result: WriteResult) -> None:
         job = row.append
         if job.start and write_result is not WriteResult.FENCED:
             self._on_started(row.sequence.job)
         if write_result is WriteResult.FENCED:
-            self._unsent.pop(row.sequence, None)
+            self._pending.pop(row.sequence, None)
             row.sequence.settle(Outcome.FENCED)
         elif row.outcome is not None:
             row.sequence.settle(row.outcome)
@@ -151,16 +153,16 @@ class Publisher(CriticalThread):
     def _pause(self, error: RedisError) -> None:
         if not self._failures:
             logger.warning("writes_paused", extra={"reason": str(error)})
-        sleep(min(LONGEST_PAUSE_S, 0.05 * 2.0**self._failures))
+        sleep(min(MAX_PAUSE_S, 0.05 * 2.0**self._failures))
         self._failures = min(self._failures + 1, 10)
 
 
-def _as_row(sequence: Sequence, outputs: list[SequenceOutput]) -> _Row:
-    """Merge all outputs of a job into one event; an event without text takes no number."""
+def _batch_row(sequence: Sequence, outputs: list[SequenceOutput]) -> _BatchRow:
+    """Merge all outputs of a job into one chunk event. Without text there is no event, and no number is used."""
     last, claimed = outputs[-1], sequence.claimed
     start = any(output.started for output in outputs)
     if start:
-        sequence.next_event += 1  # admission writes an event of its own
+        sequence.next_event += 1  # the admission is an event as well
     tokens = tuple(chain.from_iterable(output.outputs for output in outputs))
     append = Append(
         job_id=claimed.job.id,
@@ -169,18 +171,18 @@ def _as_row(sequence: Sequence, outputs: list[SequenceOutput]) -> _Row:
         n=sequence.next_event,
         text="".join(output.text for output in outputs),
         tokens=tuple(token.token for token in tokens),
-        extra=_extra(sequence, tokens),
+        extra=_extra_fields(sequence, tokens),
         start=start,
         prompt=sequence.new_tokens if start else None,
         ending=last.ending,
     )
     if append.text:
         sequence.next_event += 1
-    return _Row(sequence, append, last.outcome)
+    return _BatchRow(sequence, append, last.outcome)
 
 
-def _extra(sequence: Sequence, tokens: Iterable[TokenOutput]) -> str:
-    """The members of the chunk event beside its text."""
+def _extra_fields(sequence: Sequence, tokens: Iterable[TokenOutput]) -> str:
+    """Return the fields of the chunk event other than its text, as JSON without braces."""
     if sequence.request.logprobs is None:
         return ""
     entries = [sequence.describe_logprob(token) for token in tokens]

@@ -1,4 +1,4 @@
-"""What a dead process leaves behind: it can be read whatever the process was writing when it died."""
+"""A breadcrumb can be read after the process died, whatever it was writing at that moment."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def crumb(tmp_path: Path) -> Iterator[Breadcrumb]:
     crumb.close()
 
 
-def test_it_says_what_the_engine_does(crumb: Breadcrumb) -> None:
+def test_it_records_the_engines_activity(crumb: Breadcrumb) -> None:
     both = ("host-0-a", "host-0-b")
     assert read(crumb.path) == Trace("idle", os.getpid(), workers=both)
     crumb.loading("tiny")
@@ -37,7 +37,7 @@ def test_it_says_what_the_engine_does(crumb: Breadcrumb) -> None:
     assert read(crumb.path) == Trace("idle", os.getpid(), workers=both)
 
 
-def test_models_that_are_stepped_in_turn_each_have_their_batch(crumb: Breadcrumb) -> None:
+def test_each_of_several_models_keeps_its_recorded_batch(crumb: Breadcrumb) -> None:
     crumb.step("host-0-a", JOBS[:2])
     crumb.step("host-0-b", JOBS[2:])
     crumb.resume("host-0-a")
@@ -49,7 +49,7 @@ def test_models_that_are_stepped_in_turn_each_have_their_batch(crumb: Breadcrumb
     assert trace.jobs == JOBS[2:]
 
 
-def test_what_has_not_changed_is_not_written(crumb: Breadcrumb) -> None:
+def test_nothing_is_written_without_a_change(crumb: Breadcrumb) -> None:
     crumb.step("host-0-a", JOBS)
     before = crumb.path.read_bytes()
     crumb.step("host-0-a", list(JOBS))
@@ -66,7 +66,7 @@ def test_what_has_not_changed_is_not_written(crumb: Breadcrumb) -> None:
         ({"workers": 3}, None),
     ],
 )
-def test_one_of_another_version_does_not_keep_the_next_process_from_starting(
+def test_a_breadcrumb_of_another_version_is_read_as_far_as_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: object, known: Trace | None
 ) -> None:
     monkeypatch.setattr(breadcrumb, "_fields", lambda _trace: fields)
@@ -77,7 +77,7 @@ def test_one_of_another_version_does_not_keep_the_next_process_from_starting(
 
 
 @pytest.mark.parametrize("torn_at", [0, 8, 17, 24, 60, 300])
-def test_a_write_that_was_cut_off_leaves_the_one_before(crumb: Breadcrumb, torn_at: int) -> None:
+def test_a_torn_write_leaves_the_previous_trace(crumb: Breadcrumb, torn_at: int) -> None:
     crumb.step("host-0-a", JOBS[:12])
     before = crumb.path.read_bytes()
     crumb.step("host-0-a", JOBS[12:])
@@ -90,7 +90,7 @@ def test_a_write_that_was_cut_off_leaves_the_one_before(crumb: Breadcrumb, torn_
     assert (trace.jobs, trace.torn) == (JOBS[:12], True)
 
 
-def test_of_more_jobs_than_fit_it_has_the_newest(crumb: Breadcrumb) -> None:
+def test_the_newest_jobs_are_kept_when_not_all_fit(crumb: Breadcrumb) -> None:
     many = tuple(f"job_{i:028x}" for i in range(5000))
     crumb.step("host-0-a", many)
     trace = read(crumb.path)
@@ -101,7 +101,7 @@ def test_of_more_jobs_than_fit_it_has_the_newest(crumb: Breadcrumb) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, bytes(SIZE), b"x" * SIZE])
-def test_what_is_no_breadcrumb_says_nothing(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_a_valid_slot_is_not_read(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "crumb"
     assert read(path) is None
     path.write_bytes(content)
@@ -120,7 +120,7 @@ signal.pause()
 """
 
 
-def test_it_survives_a_kill_and_tells_the_living_from_the_dead(tmp_path: Path) -> None:
+def test_it_survives_sigkill_and_its_lock_does_not(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -147,6 +147,6 @@ def test_a_breadcrumb_without_a_file_changes_nothing_on_disk() -> None:
     assert crumb.path is None
 
 
-def test_a_breadcrumb_has_all_its_blocks_from_the_start(crumb: Breadcrumb) -> None:
+def test_all_blocks_are_allocated_from_the_start(crumb: Breadcrumb) -> None:
     assert crumb.path is not None
     assert crumb.path.stat().st_blocks * 512 >= SIZE

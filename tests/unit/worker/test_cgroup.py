@@ -1,4 +1,4 @@
-"""Where the count of the kernel's OOM killer stands, in the layouts that there are."""
+"""OOM kills are read in both versions of control groups, and described in exits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"
         (None, "memory.events", EVENTS, None),
     ],
 )
-def test_the_count_is_read_where_it_is(
+def test_oom_kills_are_read_in_every_layout(
     tmp_path: Path, memberships: str | None, file: str, content: str, expected: int | None
 ) -> None:
     if memberships is not None:
@@ -44,12 +44,12 @@ def test_the_count_is_read_where_it_is(
     [
         (Exit(0), "status 0", False),
         (Exit(78), "status 78", False),
-        (Exit(70), "status 70, it found itself broken", True),
+        (Exit(70), "status 70 (it found itself broken)", True),
         (Exit(1), "status 1", True),
         (Exit(-9, oom_kills=0), "signal 9 (SIGKILL)", True),
-        (Exit(-9, oom_kills=1), "signal 9 (SIGKILL), and the kernel's OOM killer was at work", True),
+        (Exit(-9, oom_kills=1), "signal 9 (SIGKILL), after an OOM kill in its control group", True),
         (Exit(-63), "signal 63", True),
     ],
 )
-def test_an_exit_in_words(ended: Exit, words: str, abnormal: bool) -> None:
+def test_an_exit_is_described(ended: Exit, words: str, abnormal: bool) -> None:
     assert (ended.describe(), ended.abnormal) == (words, abnormal)

@@ -23,7 +23,7 @@ from shared.settings import Settings
 from tests.plugins.work import undisturbed
 from tests.support.queueing import lapse, lease, reserved, row, submission
 from tests.support.stepped_worker import SLOTS, SteppedWorker, ids, raising
-from worker.queue.claimer import LEASE_WAIT_S, LOOK_S, NOT_STARTED
+from worker.queue.claimer import LEASE_WAIT_S, NOT_STARTED, POLL_S
 from worker.queue.prepare import TryLater
 from worker.runner.fake import FakeRunner
 
@@ -53,7 +53,7 @@ def test_jobs_run_to_their_end_and_leave_one_line_each(worker: SteppedWorker, ca
 
 def test_it_claims_what_can_run_and_one_to_have_at_hand(worker: SteppedWorker) -> None:
     jobs = [worker.submit() for _ in range(6)]
-    assert worker.claimer.round() == LOOK_S
+    assert worker.claimer.round() == POLL_S
     assert worker.holds() == ids(jobs[: SLOTS + 1])
     assert [worker.is_spare(job) for job in jobs[:4]] == [False, False, True, False]
     assert {worker.get(job).status for job in jobs} == {Status.QUEUED}
@@ -132,7 +132,7 @@ def test_a_job_of_a_higher_class_that_comes_later_is_admitted_first(worker: Step
 
 
 def test_a_large_job_that_waits_for_memory_holds_no_job_of_a_higher_class_up(worker: SteppedWorker) -> None:
-    worker.core.grant(1000)
+    worker.core.set_cache_limit(1000)
     runs = worker.submit(priority=Priority.BATCH, max_tokens=100)
     worker.claimer.round()
     worker.step()
@@ -160,7 +160,7 @@ def test_it_looks_again_when_a_deferred_job_may_be_claimed(worker: SteppedWorker
     assert 0 < worker.claimer.round() <= 0.2
     assert not worker.holds()
     worker.client.hincrbyfloat(keys.JOB + job.id, "deferred_at", -0.2)
-    assert worker.claimer.round() == LOOK_S
+    assert worker.claimer.round() == POLL_S
     assert worker.holds() == {job.id} and worker.holder(first) == "w2"
 
 
@@ -182,7 +182,7 @@ def test_redis_away_at_the_claim_is_waited_out(
     job = worker.submit()
     with monkeypatch.context() as patch:
         patch.setattr(worker.claims, "claim", raising(error))
-        assert worker.claimer.round() == LOOK_S
+        assert worker.claimer.round() == POLL_S
     worker.finish()
     assert worker.get(job).status is Status.SUCCEEDED
 
@@ -339,7 +339,7 @@ def test_what_cannot_be_prepared_is_not_claimed_again_and_again(
         raise TryLater("the tokenizer is busy")
 
     monkeypatch.setattr(worker.preparer, "prepare", busy)
-    monkeypatch.setattr("worker.queue.claimer.TRY_AGAIN_S", 0.1)
+    monkeypatch.setattr("worker.queue.claimer.RETRY_S", 0.1)
     worker.submit()
     released = count_calls(worker.claims, "release", monkeypatch)
     worker.claimer.start()

@@ -16,7 +16,7 @@ from shared.settings import Settings
 from tests.plugins.work import undisturbed
 from tests.support.queueing import lapse, lease, reap, reserved, row
 from tests.support.stepped_worker import SteppedWorker, ids, raising
-from worker.queue.claimer import LOOK_S
+from worker.queue.claimer import POLL_S
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_release_that_fails_is_tried_again(worker: SteppedWorker, monkeypatch:
     worker.step()
     with monkeypatch.context() as patch:
         patch.setattr(worker.claims, "release", raising(RedisAway("away")))
-        assert worker.claimer.round() == LOOK_S
+        assert worker.claimer.round() == POLL_S
     assert not worker.claimer.idle and worker.holder(job) == "w1"
     worker.claimer.round()
     assert worker.claimer.idle and worker.holder(job) == ""

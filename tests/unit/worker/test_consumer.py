@@ -1,4 +1,4 @@
-"""Celery's part of a worker process: it hears wake-ups, answers remote control, and runs no tasks."""
+"""Celery's part of a worker process receives wake-ups, answers remote control and runs no tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from worker.queue.consumer import (
     RECONNECT_S,
     REFUSED_PAUSE_S,
     Consumer,
-    PatientConsumer,
+    RetryingConsumer,
     _wakeup_step,
     stop_consuming,
 )
@@ -38,7 +38,7 @@ class _EnoughError(Exception):
     pass
 
 
-def test_a_broker_that_is_away_is_tried_often_and_logged_once(
+def test_an_unreachable_broker_is_tried_often_and_logged_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
@@ -49,7 +49,7 @@ def test_a_broker_that_is_away_is_tried_often_and_logged_once(
             raise _EnoughError
 
     monkeypatch.setattr("kombu.utils.functional.sleep", sleep)
-    consumer = PatientConsumer.__new__(PatientConsumer)
+    consumer = RetryingConsumer.__new__(RetryingConsumer)
     consumer.app = make_app(settings)
     consumer.broker_connection_retry_attempt = 0
     consumer.first_connection_attempt = True
@@ -64,12 +64,12 @@ def test_a_broker_that_is_away_is_tried_often_and_logged_once(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_broker_that_refuses_is_asked_again_after_a_pause(
+def test_a_broker_that_answers_with_an_error_is_retried_after_a_pause(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("worker.queue.consumer.time.sleep", pauses.append)
-    consumer = PatientConsumer.__new__(PatientConsumer)
+    consumer = RetryingConsumer.__new__(RetryingConsumer)
     consumer.app = make_app(settings)
     consumer.conninfo = SimpleNamespace(as_uri=lambda: "redis://")
     consumer.connection = None
@@ -81,9 +81,9 @@ def test_a_broker_that_refuses_is_asked_again_after_a_pause(
     assert pauses == [REFUSED_PAUSE_S]
 
 
-def test_wakeups_are_stopped_in_peace_when_the_connection_is_gone() -> None:
+def test_the_wakeup_consumer_stops_without_a_connection() -> None:
     def cancel() -> None:
-        raise AssertionError("there is nothing to cancel it on")
+        raise AssertionError("there is no connection on which to cancel")
 
     parent: Any = SimpleNamespace(connection=None)
     step = _wakeup_step("node", lambda model: None)(parent)
@@ -93,7 +93,7 @@ def test_wakeups_are_stopped_in_peace_when_the_connection_is_gone() -> None:
 
 
 class Running:
-    """A consumer in a thread."""
+    """A consumer that runs in a thread."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -118,7 +118,7 @@ def running(settings: Settings, valkey: ValkeyServer, valkey_client: Redis) -> I
     running.stop()
 
 
-def test_wake_ups_arrive_and_nonsense_is_ignored(running: Running, eventually: Callable[..., None]) -> None:
+def test_wake_ups_arrive_and_malformed_messages_are_ignored(running: Running, eventually: Callable[..., None]) -> None:
     notifier = Notifier(make_app(running.settings, hasty=True))
     with running.app.connection_for_write() as connection:
         producer = connection.Producer()
@@ -129,7 +129,7 @@ def test_wake_ups_arrive_and_nonsense_is_ignored(running: Running, eventually: C
     assert running.woken == ["m", "n"] and running.thread.is_alive()
 
 
-def test_it_consumes_no_task_queue_and_answers_remote_control(running: Running, valkey_client: Redis) -> None:
+def test_it_answers_remote_control_and_consumes_no_task_queue(running: Running, valkey_client: Redis) -> None:
     inspect = running.app.control.inspect(timeout=2, limit=1)
     assert inspect.active_queues() == {running.consumer.hostname: []}
     running.app.send_task("any")
@@ -137,7 +137,7 @@ def test_it_consumes_no_task_queue_and_answers_remote_control(running: Running, 
     assert valkey_client.llen(running.app.conf.task_default_queue) == 1
 
 
-def test_it_ends_when_asked_to_and_its_queue_with_it(running: Running, valkey_client: Redis) -> None:
+def test_its_queue_is_deleted_when_it_stops(running: Running, valkey_client: Redis) -> None:
     running.stop()
     assert not running.thread.is_alive() and running.consumer.status == 0
     assert not valkey_client.exists(f"mlxq.wakeups.{running.consumer.hostname}")

@@ -1,4 +1,4 @@
-"""How a worker process ends: with its status, whatever is in the way."""
+"""A worker process ends with its status, even if something fails or hangs on the way."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def test_a_log_that_cannot_be_written_does_not_change_the_status() -> None:
     assert subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, check=False, timeout=60).returncode == 7
 
 
-HANGING = """
+HANGING_STEPS = """
 import logging, threading
-from worker.process import critical as vital
-vital.FINAL_STEPS_S = 0.2
+from worker.process import critical
+critical.FINAL_STEPS_S = 0.2
 lock = threading.Lock()
 lock.acquire()
 class Stuck(logging.Handler):
     def emit(self, record):
-        lock.acquire()  # as when nobody reads what we write
+        lock.acquire()  # as if nobody read the process's output
 logging.getLogger().addHandler(Stuck())
-vital.end_process("it hangs", lock.acquire)
+critical.end_process("it hangs", lock.acquire)
 """
 
-ACTS = """
+FAILING_STEP = """
 from worker.process.critical import exit_after
 def fails():
     raise OSError("Redis is away")
@@ -48,18 +48,18 @@ exit_after(7, fails, lambda: print("done", flush=True))
 """
 
 
-def test_whatever_hangs_at_the_end_the_process_ends() -> None:
-    ended = subprocess.run([sys.executable, "-c", HANGING], cwd=ROOT, check=False, timeout=60)
+def test_a_final_step_that_hangs_does_not_keep_the_process_alive() -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGING_STEPS], cwd=ROOT, check=False, timeout=60)
     assert ended.returncode == EXIT_BROKEN
 
 
-def test_a_last_act_that_fails_keeps_nobody_from_the_next() -> None:
-    ended = subprocess.run([sys.executable, "-c", ACTS], cwd=ROOT, check=False, timeout=60, capture_output=True)
+def test_a_final_step_that_fails_does_not_stop_the_next() -> None:
+    ended = subprocess.run([sys.executable, "-c", FAILING_STEP], cwd=ROOT, check=False, timeout=60, capture_output=True)
     assert (ended.returncode, ended.stdout) == (7, b"done\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("unforeseen"), SystemExit(3), KeyboardInterrupt()])
-def test_whatever_is_raised_becomes_a_status_and_a_line(
+def test_any_exception_becomes_an_exit_status_and_a_log_line(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     def broken(_: object) -> int:

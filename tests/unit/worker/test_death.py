@@ -1,4 +1,4 @@
-"""What a launcher reports of a dead worker process, also while Redis is away."""
+"""The report of a dead worker process, also while Redis is unreachable."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def crumb(tmp_path: Path) -> Iterator[Breadcrumb]:
 
 @pytest.fixture
 def on_fake(client: Redis, monkeypatch: pytest.MonkeyPatch) -> Redis:
-    """Reports go to the test's Redis, which is still there afterwards."""
+    """Send reports to the test's Redis, and keep its client open."""
     monkeypatch.setattr(client, "close", lambda: None)
     monkeypatch.setattr(death, "connect", lambda *_, **__: client)
     return client
 
 
-def test_one_line_says_what_died_how_and_who_is_suspected(
+def test_one_log_line_describes_the_death_and_names_the_suspects(
     on_fake: Redis, settings: Settings, crumb: Breadcrumb, caplog: pytest.LogCaptureFixture
 ) -> None:
     farm = Farm(on_fake, 1, slots=4)
@@ -45,17 +45,17 @@ def test_one_line_says_what_died_how_and_who_is_suspected(
     crumb.step("w0-0", jobs)
     death.report(settings, crumb.path, KILLED)
     [record] = caplog.records
-    facts = vars(record)
+    fields = vars(record)
     assert (record.levelno, record.message) == (logging.ERROR, "worker_process_died")
-    assert facts["exit"] == "signal 9 (SIGKILL), and the kernel's OOM killer was at work"
-    assert (facts["phase"], facts["in_flight"], facts["uptime_s"], facts["oom_kills"]) == ("step", 2, 12.3, 1)
-    assert (sorted(facts["suspects"]), facts["failed"], facts["reported"]) == (sorted(jobs), [], True)
+    assert fields["exit"] == "signal 9 (SIGKILL), after an OOM kill in its control group"
+    assert (fields["phase"], fields["in_flight"], fields["uptime_s"], fields["oom_kills"]) == ("step", 2, 12.3, 1)
+    assert (sorted(fields["suspects"]), fields["failed"], fields["reported"]) == (sorted(jobs), [], True)
     assert on_fake.hget(keys.JOB + jobs[0], "status") == "queued"
     assert not crumb.path.exists()
 
 
 @pytest.mark.parametrize("phase", ["load", "idle"])
-def test_nobody_is_suspected_of_a_death_between_steps(
+def test_no_job_is_suspected_of_a_death_between_steps(
     on_fake: Redis, settings: Settings, crumb: Breadcrumb, phase: str
 ) -> None:
     farm = Farm(on_fake, 1, slots=4)
@@ -67,7 +67,7 @@ def test_nobody_is_suspected_of_a_death_between_steps(
     assert on_fake.hmget(keys.JOB + job, "status", "suspicion") == ["queued", None]
 
 
-def test_without_redis_the_report_ends_soon_and_the_breadcrumb_stays(
+def test_without_redis_the_report_gives_up_and_the_breadcrumb_stays(
     crumb: Breadcrumb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(death, "PAUSE_S", 0.01)
@@ -87,17 +87,17 @@ def test_leftovers_are_reported_and_removed(
     farm.run(3)
     crumb.step("w0-0", [job])
     death.report_leftovers(settings, "worker-0")
-    assert crumb.path.exists(), "its process lives"
+    assert crumb.path.exists(), "its process is alive"
     crumb.close()
     death.report_leftovers(settings, "worker-1")
-    assert crumb.path.exists(), "it is another worker's"
+    assert crumb.path.exists(), "it belongs to another worker"
     death.report_leftovers(settings, "worker-0")
     assert not crumb.path.exists()
     assert on_fake.hmget(keys.JOB + job, "status", "suspicion") == ["queued", "1"]
     assert [record.message for record in caplog.records] == ["worker_process_died"]
 
 
-def test_a_leftover_whose_jobs_have_long_gone_on_is_no_news(
+def test_a_leftover_whose_jobs_have_continued_is_not_logged(
     on_fake: Redis, settings: Settings, crumb: Breadcrumb, caplog: pytest.LogCaptureFixture
 ) -> None:
     crumb.step("w0-0", ["job_gone"])

@@ -1,4 +1,4 @@
-"""The engine's thread: several models take turns, load beside each other, and go."""
+"""The engine thread loads, steps and unloads several models in turns."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import pytest
 from shared.jobs.record import Status
 from shared.models.folder import ModelError
 from tests.plugins.work import claimed, sequence_for
-from worker.engine.core import EngineCore, Unloaded
+from worker.engine.core import EngineCore
 from worker.engine.engine import EngineThread
+from worker.engine.loading import Unloaded
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
 from worker.runner.base import ModelRunner, StepOutput, StepPlan
 from worker.runner.fake import FakeRunner
 
 
 class Harness:
-    """An engine whose thread runs, and what its models published."""
+    """An engine thread and the output of its models."""
 
     def __init__(self, deaths: list[str] | None = None) -> None:
         self.published: list[SequenceOutput] = []
@@ -32,9 +33,9 @@ class Harness:
     def core(self, load: Callable[[], ModelRunner | Generator[float, None, ModelRunner]] = FakeRunner) -> EngineCore:
         return EngineCore(load, 4, self.published.extend, self.engine.wake)
 
-    def opened(self, load: Callable[[], ModelRunner | Generator[float, None, ModelRunner]] = FakeRunner) -> EngineCore:
+    def loaded(self, load: Callable[[], ModelRunner | Generator[float, None, ModelRunner]] = FakeRunner) -> EngineCore:
         core = self.core(load)
-        self.engine.open(core)
+        self.engine.load(core)
         core.loaded.result(5)
         return core
 
@@ -55,8 +56,8 @@ def submitted(core: EngineCore, prompt: str = "row", **more: object) -> Sequence
     return sequence
 
 
-def test_an_idle_engine_wakes_for_work(harness: Harness, eventually: Callable[..., None]) -> None:
-    core = harness.opened()
+def test_an_idle_engine_wakes_up_for_a_submitted_row(harness: Harness, eventually: Callable[..., None]) -> None:
+    core = harness.loaded()
     steps = core.totals.steps
     submitted(core, max_tokens=2)
     eventually(lambda: harness.published and harness.published[-1].ending)
@@ -64,7 +65,7 @@ def test_an_idle_engine_wakes_for_work(harness: Harness, eventually: Callable[..
     assert time.monotonic() - core.progress_at < 5
 
 
-def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
+def test_only_the_engine_thread_reads_gauges_also_while_it_is_idle(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
 ) -> None:
     readers: list[str] = []
@@ -73,9 +74,9 @@ def test_gauges_are_read_by_the_engines_thread_alone_also_while_it_is_idle(
         readers.append(threading.current_thread().name)
         return {"readings": len(readers)}
 
-    monkeypatch.setattr("worker.engine.core.GAUGES_S", 0.01)
+    monkeypatch.setattr("worker.engine.meters.GAUGES_S", 0.01)
     monkeypatch.setattr(FakeRunner, "stats", stats)
-    core = harness.opened()
+    core = harness.loaded()
     eventually(lambda: core.totals.gauges.get("readings", 0) > 3)
     assert set(readers) == {"engine"}
 
@@ -87,24 +88,24 @@ def test_gauges_are_read_while_only_another_model_has_work(monkeypatch: pytest.M
         readings.append(runner)
         return {}
 
-    monkeypatch.setattr("worker.engine.core.GAUGES_S", 0.0)
+    monkeypatch.setattr("worker.engine.meters.GAUGES_S", 0.0)
     monkeypatch.setattr(FakeRunner, "stats", stats)
     harness = Harness()
     idle, busy = harness.core(), harness.core()
     for core in (idle, busy):
-        harness.engine.open(core)
+        harness.engine.load(core)
     harness.engine.turn()
     submitted(busy, max_tokens=1000)
     readings.clear()
     for _ in range(5):
         harness.engine.turn()
-    assert readings.count(idle.runner) >= 5, "both tell of the memory of their process"
+    assert readings.count(idle.runner) >= 5, "the gauges of both models include the memory of the process"
 
 
-def test_a_model_that_does_not_load_is_told_to_who_waits_and_the_others_go_on(
+def test_a_failed_loading_is_reported_and_the_other_models_continue(
     harness: Harness, eventually: Callable[..., None]
 ) -> None:
-    good = harness.opened()
+    good = harness.loaded()
 
     def load() -> FakeRunner:
         raise OSError("no such folder")
@@ -113,17 +114,17 @@ def test_a_model_that_does_not_load_is_told_to_who_waits_and_the_others_go_on(
         yield 0.5
         raise OSError("no such file")
 
-    for loader, told in ((load, "no such folder"), (load_halfway, "no such file")):
+    for loader, message in ((load, "no such folder"), (load_halfway, "no such file")):
         bad = harness.core(loader)
-        harness.engine.open(bad)
-        with pytest.raises(OSError, match=told):
+        harness.engine.load(bad)
+        with pytest.raises(OSError, match=message):
             bad.loaded.result(5)
     submitted(good, max_tokens=2)
     eventually(lambda: harness.published and harness.published[-1].ending)
     assert harness.engine.cores == (good,)
 
 
-def test_what_a_failed_loading_has_read_is_gone_before_that_is_told(harness: Harness) -> None:
+def test_the_memory_of_a_failed_loading_is_free_when_the_failure_is_reported(harness: Harness) -> None:
     class Weights:
         pass
 
@@ -141,53 +142,55 @@ def test_what_a_failed_loading_has_read_is_gone_before_that_is_told(harness: Har
         except OSError as error:
             raise ModelError("it does not load") from error
 
-    gone: list[bool] = []
+    freed: list[bool] = []
     bad = harness.core(load)
-    bad.loaded.add_done_callback(lambda _: gone.append(read[0]() is None))
-    gc.disable()  # as good as that: it is called as rarely as can be
+    bad.loaded.add_done_callback(lambda _: freed.append(read[0]() is None))
+    gc.disable()  # the memory must not stay in use until the next collection
     try:
-        harness.engine.open(bad)
+        harness.engine.load(bad)
         error = bad.loaded.exception(5)
     finally:
         gc.enable()
-    assert gone == [True], "what was there before is loaded again, and needs the memory"
+    assert freed == [True], "the previous models are loaded again and need the memory"
     assert isinstance(error, ModelError)
-    assert "use(weights)" in "".join(traceback.format_exception(error)), "where it failed is still to be told"
+    assert "use(weights)" in "".join(traceback.format_exception(error)), (
+        "the traceback still shows where loading failed"
+    )
 
 
-def test_the_engines_death_is_announced() -> None:
+def test_the_death_of_the_engine_thread_is_reported() -> None:
     deaths: list[str] = []
     harness = Harness(deaths)
     core = EngineCore(FakeRunner, 1, lambda output: 1 / 0, harness.engine.wake)
     harness.engine.start()
-    harness.engine.open(core)
+    harness.engine.load(core)
     core.loaded.result(5)
     submitted(core)
     harness.engine.join(5)
     assert deaths == ["its engine thread died (ZeroDivisionError)"]
 
 
-def test_a_model_loads_piece_by_piece_while_another_speaks(harness: Harness, eventually: Callable[..., None]) -> None:
-    speaker = harness.opened()
-    submitted(speaker, max_tokens=100_000)
-    eventually(lambda: speaker.totals.tokens > 10)
+def test_a_model_loads_in_pieces_while_another_generates(harness: Harness, eventually: Callable[..., None]) -> None:
+    busy = harness.loaded()
+    submitted(busy, max_tokens=100_000)
+    eventually(lambda: busy.totals.tokens > 10)
     seen: list[int] = []
 
     def load() -> Generator[float, None, ModelRunner]:
         for piece in range(10):
-            seen.append(speaker.totals.tokens)
+            seen.append(busy.totals.tokens)
             yield piece / 10
         return FakeRunner()
 
-    loaded = harness.opened(load)
+    loaded = harness.loaded(load)
     assert loaded.load_progress == 1.0
     assert all(later > earlier for earlier, later in itertools.pairwise(seen))
-    speaker.drain(0)
-    eventually(lambda: not speaker.busy)
+    busy.drain(0)
+    eventually(lambda: not busy.busy)
 
 
 class Slow(FakeRunner):
-    """Takes a while for a step, by a clock that stands still otherwise."""
+    """A runner whose steps advance a clock."""
 
     def __init__(self, clock: list[float], seconds: float) -> None:
         super().__init__()
@@ -198,13 +201,13 @@ class Slow(FakeRunner):
         return super().execute(plan)
 
 
-def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_get_equal_time_however_long_their_steps_are(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     harness = Harness()
     quick, slow = (harness.core(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
     for core in (quick, slow):
-        harness.engine.open(core)
+        harness.engine.load(core)
         harness.engine.turn()
         submitted(core, max_tokens=1000)
     steps = [(quick.totals.steps, slow.totals.steps)]
@@ -213,25 +216,27 @@ def test_models_get_the_same_time_whatever_their_steps_take(monkeypatch: pytest.
         steps.append((quick.totals.steps, slow.totals.steps))
     assert quick.totals.steps == pytest.approx(100, abs=2)
     assert slow.totals.steps == pytest.approx(20, abs=2)
-    assert max(abs(fast - 5 * tardy) for fast, tardy in steps) <= 6, "nobody waits for more than a step of the other"
+    assert max(abs(fast - 5 * slower) for fast, slower in steps) <= 6, (
+        "no model waits for more than a step of the other"
+    )
 
 
-def test_a_models_own_time_stands_still_while_others_step_or_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_clock_stands_still_while_others_step_or_load(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("worker.engine.core.time.monotonic", lambda: clock[0])
     harness = Harness()
     quick, slow = (harness.core(lambda seconds=seconds: Slow(clock, seconds)) for seconds in (1.0, 5.0))
     for core in (quick, slow):
-        harness.engine.open(core)
+        harness.engine.load(core)
         harness.engine.turn()
         submitted(core, max_tokens=1000)
     steps = quick.totals.steps, slow.totals.steps
-    before = quick.own_time(), slow.own_time()
+    before = quick.clock(), slow.clock()
     for _ in range(120):
         harness.engine.turn()
-    assert quick.own_time() - before[0] == (quick.totals.steps - steps[0]) * 1.0
-    assert slow.own_time() - before[1] == (slow.totals.steps - steps[1]) * 5.0
+    assert quick.clock() - before[0] == (quick.totals.steps - steps[0]) * 1.0
+    assert slow.clock() - before[1] == (slow.totals.steps - steps[1]) * 5.0
 
     def load() -> Generator[float, None, ModelRunner]:
         for _ in range(3):
@@ -239,21 +244,21 @@ def test_a_models_own_time_stands_still_while_others_step_or_load(monkeypatch: p
             yield 0.5
         return FakeRunner()
 
-    before = quick.own_time(), slow.own_time()
-    harness.engine.open(harness.core(load))
+    before = quick.clock(), slow.clock()
+    harness.engine.load(harness.core(load))
     for _ in range(4):
         harness.engine.turn()
-    assert quick.own_time() - before[0] < 100.0
-    assert slow.own_time() - before[1] < 100.0
+    assert quick.clock() - before[0] < 100.0
+    assert slow.clock() - before[1] < 100.0
 
 
-def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_time_earns_no_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     harness = Harness()
     first, second = (harness.core(lambda: Slow(clock, 1.0)) for _ in range(2))
     for core in (first, second):
-        harness.engine.open(core)
+        harness.engine.load(core)
         harness.engine.turn()
     submitted(first, max_tokens=1000)
     for _ in range(100):
@@ -265,18 +270,18 @@ def test_idling_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.totals.steps - before == pytest.approx(10, abs=1)
 
 
-def test_a_model_that_comes_later_has_not_saved_up_the_time_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_loaded_later_has_no_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("worker.engine.engine.time.perf_counter", lambda: clock[0])
     harness = Harness()
     first, late = (harness.core(lambda: Slow(clock, 1.0)) for _ in range(2))
-    harness.engine.open(first)
+    harness.engine.load(first)
     harness.engine.turn()
     submitted(first, max_tokens=100)
     for _ in range(110):
         harness.engine.turn()
     assert first.idle
-    harness.engine.open(late)
+    harness.engine.load(late)
     harness.engine.turn()
     for core in (late, first):
         submitted(core, max_tokens=1000)
@@ -291,46 +296,48 @@ def test_rows_that_wait_for_memory_take_no_time_from_other_models(monkeypatch: p
     harness = Harness()
     starved, other = harness.core(lambda: FakeRunner(memory=10)), harness.core()
     for core in (starved, other):
-        harness.engine.open(core)
+        harness.engine.load(core)
     harness.engine.turn()
-    starved.grant(3, 1000)
+    starved.set_cache_limit(3, 1000)
     waits = submitted(starved, max_tokens=2)
     submitted(other, max_tokens=1000)
     for _ in range(20):
         harness.engine.turn()
     assert (starved.busy, starved.idle) == (True, True)
     assert other.totals.steps >= 19
-    harness.engine.do(lambda: starved.grant(100))
+    harness.engine.call_soon(lambda: starved.set_cache_limit(100))
     for _ in range(60):
         harness.engine.turn()
     assert waits.ending and waits.ending.status is Status.SUCCEEDED
     assert starved.idle
 
 
-def test_a_model_that_is_shut_is_gone_and_the_others_go_on(harness: Harness, eventually: Callable[..., None]) -> None:
-    stays, goes = harness.opened(), harness.opened()
+def test_an_unloaded_model_is_removed_and_the_others_continue(
+    harness: Harness, eventually: Callable[..., None]
+) -> None:
+    staying, unloaded = harness.loaded(), harness.loaded()
     done = threading.Event()
-    harness.engine.shut(goes, done.set)
+    harness.engine.unload(unloaded, done.set)
     assert done.wait(5)
-    assert harness.engine.cores == (stays,)
-    assert isinstance(goes.loaded.exception(), Unloaded)
-    submitted(stays, max_tokens=2)
+    assert harness.engine.cores == (staying,)
+    assert isinstance(unloaded.loaded.exception(), Unloaded)
+    submitted(staying, max_tokens=2)
     eventually(lambda: harness.published and harness.published[-1].ending)
 
 
-def test_what_comes_to_a_model_that_is_gone_is_handed_back_at_once(harness: Harness) -> None:
-    goes = harness.opened()
-    late = [sequence_for(claimed(f"row {i}"), goes.loaded.result()) for i in range(2)]
+def test_a_row_for_an_unloaded_model_is_handed_back_at_once(harness: Harness) -> None:
+    unloaded = harness.loaded()
+    late = [sequence_for(claimed(f"row {i}"), unloaded.loaded.result()) for i in range(2)]
     done = threading.Event()
-    goes.submit(late[0])
-    harness.engine.shut(goes, done.set)
+    unloaded.submit(late[0])
+    harness.engine.unload(unloaded, done.set)
     assert done.wait(5)
     assert [output.outcome for output in harness.published if output.sequence is late[0]][-1:] == [Outcome.HANDED_BACK]
-    goes.submit(late[1])
-    assert late[1].outcome is Outcome.HANDED_BACK, "nobody else would tell the thread that waits for it"
+    unloaded.submit(late[1])
+    assert late[1].outcome is Outcome.HANDED_BACK, "no other thread would settle it"
 
 
-def test_the_phase_is_told_when_the_thread_does_something_else_and_not_at_every_step() -> None:
+def test_the_phase_is_reported_when_it_changes_and_not_at_every_step() -> None:
     phases: list[tuple[str, EngineCore | None]] = []
     harness = Harness()
     harness.engine = EngineThread(on_phase=lambda *phase: phases.append(phase))
@@ -340,7 +347,7 @@ def test_the_phase_is_told_when_the_thread_does_something_else_and_not_at_every_
         return FakeRunner()
 
     core = harness.core(load)
-    harness.engine.open(core)
+    harness.engine.load(core)
     while not core.loaded.done():
         harness.engine.turn()
     submitted(core, max_tokens=10)
@@ -351,19 +358,19 @@ def test_the_phase_is_told_when_the_thread_does_something_else_and_not_at_every_
     assert phases == [("load", core), ("step", core), ("idle", None)]
 
 
-def test_the_phase_is_told_again_after_work_between_two_steps() -> None:
-    """Such work may change another model's batch, which the breadcrumb then takes for the one that is stepped."""
+def test_the_phase_is_reported_again_after_work_between_two_steps() -> None:
+    """Such work may change the batch of another model and so the breadcrumb."""
     phases: list[tuple[str, EngineCore | None]] = []
     harness = Harness()
     harness.engine = EngineThread(on_phase=lambda *phase: phases.append(phase))
     core = harness.core()
-    harness.engine.open(core)
+    harness.engine.load(core)
     while not core.loaded.done():
         harness.engine.turn()
     submitted(core, max_tokens=10)
     harness.engine.turn()
     phases.clear()
-    harness.engine.do(lambda: None)
+    harness.engine.call_soon(lambda: None)
     harness.engine.turn()
     harness.engine.turn()
     assert phases == [("step", core)]

@@ -9,7 +9,7 @@ from shared.jobs.record import Status
 from shared.queue.claims import WriteResult
 from tests.support.stepped_engine import SteppedEngine, alone
 from worker.engine.core import EngineCore
-from worker.engine.scheduler import OVERTAKEN_S
+from worker.engine.scheduler import OVERTAKE_LIMIT_S
 from worker.runner.base import StepOutput, StepPlan
 from worker.runner.fake import FakeRunner
 
@@ -38,7 +38,7 @@ def test_a_row_that_does_not_fit_is_overtaken_for_a_while_and_then_space_is_rese
     small = [engine.submit(f"{i}", max_tokens=3, rank=2) for i in range(2)]
     engine.core.step()
     assert all(row.started for row in small) and not large.started
-    now[0] += OVERTAKEN_S - 0.1
+    now[0] += OVERTAKE_LIMIT_S - 0.1
     overtaking = engine.submit("3", max_tokens=3, rank=2)
     engine.core.step()
     assert overtaking.started
@@ -96,7 +96,7 @@ def test_prefixes_have_what_rows_are_expected_to_leave(monkeypatch: pytest.Monke
     assert (limits[0], limits[-1]) == (1000, 850)
     engine.run()
     assert limits[-1] == 1000
-    engine.core.grant(300)
+    engine.core.set_cache_limit(300)
     assert limits[-1] == 300
 
 
@@ -104,12 +104,12 @@ def test_rows_keep_memory_that_is_only_lent_to_another_model() -> None:
     engine = SteppedEngine(memory=1000)
     row = engine.submit("x" * 100, max_tokens=500)
     engine.core.step()
-    engine.core.grant(10, 1000)
+    engine.core.set_cache_limit(10, 1000)
     waits = engine.submit("y", max_tokens=20)
     for _ in range(50):
         engine.core.step()
     assert len(row.generated) > 40 and not waits.started
-    engine.core.grant(1000)
+    engine.core.set_cache_limit(1000)
     engine.run()
     assert waits.ending and waits.ending.status is Status.SUCCEEDED
 

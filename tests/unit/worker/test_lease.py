@@ -1,4 +1,4 @@
-"""The lease keeper, round by round."""
+"""The lease renewer, one round at a time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.queueing import lapse, lease, reap, reserved, row, submit, ta
 from worker.queue.lease import HostAnnouncer, LeaseRenewer
 
 
-class Desk:
-    """A keeper, the claims it keeps, and what it did."""
+class Harness:
+    """A lease renewer, the claims of its worker, and its calls."""
 
     def __init__(self, client: Redis, settings: Settings) -> None:
         self.client = client
@@ -29,14 +29,14 @@ class Desk:
         self.held: dict[str, ClaimedJob] = {}
         self.announced: list[bool] = []
         self.deaths: list[str] = []
-        self.given_up = False
-        self.keeper = LeaseRenewer(
+        self.let_lapse = False
+        self.renewer = LeaseRenewer(
             self.claims,
             lambda *write_result: self.write_results.append(write_result),
             lambda: dict(self.held),
             self.announced.append,
             60,
-            lambda: self.given_up,
+            lambda: self.let_lapse,
             self.deaths.append,
         )
 
@@ -60,130 +60,132 @@ class Desk:
 
 
 @pytest.fixture
-def desk(client: Redis, settings: Settings) -> Desk:
-    return Desk(client, settings)
+def harness(client: Redis, settings: Settings) -> Harness:
+    return Harness(client, settings)
 
 
-def test_a_round_renews_and_announces(desk: Desk) -> None:
+def test_a_round_renews_and_announces(harness: Harness) -> None:
     with pytest.raises(NoLease):
-        reserved(desk.claims)
-    desk.keeper.round()
-    desk.keeper.round()
-    assert reserved(desk.claims) == []
-    assert desk.announced == [True, False]
+        reserved(harness.claims)
+    harness.renewer.round()
+    harness.renewer.round()
+    assert reserved(harness.claims) == []
+    assert harness.announced == [True, False]
 
 
-def test_a_stop_word_reaches_the_engine(desk: Desk) -> None:
-    desk.keeper.round()
-    claimed = desk.claim()
-    desk.jobs.stop(claimed.job.id, "a")
-    desk.keeper.round()
-    assert desk.write_results == [(claimed.job.id, 1, WriteResult.CANCELLED)]
+def test_a_cancelled_job_is_reported_to_the_engine(harness: Harness) -> None:
+    harness.renewer.round()
+    claimed = harness.claim()
+    harness.jobs.stop(claimed.job.id, "a")
+    harness.renewer.round()
+    assert harness.write_results == [(claimed.job.id, 1, WriteResult.CANCELLED)]
 
 
 @pytest.mark.parametrize("start", [True, False], ids=["running", "reserved"])
-def test_a_claim_whose_answer_was_lost_goes_back_after_two_rounds(desk: Desk, start: bool) -> None:
-    desk.keeper.round()
-    known, lost = desk.claim(start=start), desk.claim(known=False, start=start)
-    desk.keeper.round()
-    assert desk.holder(lost) == "w1"
-    desk.keeper.round()
-    assert (desk.holder(lost), desk.holder(known)) == ("", "w1")
-    assert desk.get(lost).status is Status.QUEUED and desk.get(lost).attempt == int(start)
+def test_a_claim_whose_answer_was_lost_is_released_after_two_rounds(harness: Harness, start: bool) -> None:
+    harness.renewer.round()
+    known, lost = harness.claim(start=start), harness.claim(known=False, start=start)
+    harness.renewer.round()
+    assert harness.holder(lost) == "w1"
+    harness.renewer.round()
+    assert (harness.holder(lost), harness.holder(known)) == ("", "w1")
+    assert harness.get(lost).status is Status.QUEUED and harness.get(lost).attempt == int(start)
 
 
-def test_a_claim_that_becomes_known_in_time_stays(desk: Desk) -> None:
-    desk.keeper.round()
-    claimed = desk.claim(known=False)
-    desk.keeper.round()
-    desk.held[claimed.job.id] = claimed
-    desk.keeper.round()
-    desk.keeper.round()
-    assert desk.status(claimed) is Status.RUNNING
+def test_a_claim_that_becomes_known_in_time_is_kept(harness: Harness) -> None:
+    harness.renewer.round()
+    claimed = harness.claim(known=False)
+    harness.renewer.round()
+    harness.held[claimed.job.id] = claimed
+    harness.renewer.round()
+    harness.renewer.round()
+    assert harness.status(claimed) is Status.RUNNING
 
 
-def test_a_job_that_is_claimed_again_meanwhile_is_not_given_back_for_the_first_claim(desk: Desk) -> None:
-    desk.keeper.round()
-    first = desk.claim(known=False, start=False)
-    desk.keeper.round()
-    desk.claims.release([(first.job.id, first.job.claimed_at)])
-    again = taken(desk.claims)
-    desk.held[again.job.id] = again
-    desk.keeper.round()
-    desk.keeper.round()
-    assert desk.holder(again) == "w1"
+def test_a_job_that_was_claimed_again_is_not_released_for_its_first_claim(harness: Harness) -> None:
+    harness.renewer.round()
+    first = harness.claim(known=False, start=False)
+    harness.renewer.round()
+    harness.claims.release([(first.job.id, first.job.claimed_at)])
+    again = taken(harness.claims)
+    harness.held[again.job.id] = again
+    harness.renewer.round()
+    harness.renewer.round()
+    assert harness.holder(again) == "w1"
 
 
-def test_after_a_lapse_the_jobs_that_others_may_have_are_dropped(desk: Desk) -> None:
-    desk.keeper.round()
-    running, waiting = desk.claim(), desk.claim(start=False)
-    lapse(desk.client, "w1")
-    reap(desk.client)
-    desk.keeper.round()
-    assert desk.write_results == [(each.job.id, 1, WriteResult.FENCED) for each in (running, waiting)]
-    assert desk.announced == [True, True]
+def test_jobs_that_others_may_have_taken_after_a_lapse_are_fenced(harness: Harness) -> None:
+    harness.renewer.round()
+    running, waiting = harness.claim(), harness.claim(start=False)
+    lapse(harness.client, "w1")
+    reap(harness.client)
+    harness.renewer.round()
+    assert harness.write_results == [(each.job.id, 1, WriteResult.FENCED) for each in (running, waiting)]
+    assert harness.announced == [True, True]
 
 
-def test_a_lapse_that_nobody_noticed_costs_nothing(desk: Desk) -> None:
-    desk.keeper.round()
-    running, waiting = desk.claim(), desk.claim(start=False)
-    lapse(desk.client, "w1")
-    desk.keeper.round()
-    assert desk.write_results == []
-    assert (desk.status(running), desk.holder(waiting)) == (Status.RUNNING, "w1")
+def test_a_lapse_that_no_process_noticed_changes_nothing(harness: Harness) -> None:
+    harness.renewer.round()
+    running, waiting = harness.claim(), harness.claim(start=False)
+    lapse(harness.client, "w1")
+    harness.renewer.round()
+    assert harness.write_results == []
+    assert (harness.status(running), harness.holder(waiting)) == (Status.RUNNING, "w1")
 
 
-def test_a_reserved_job_that_another_took_meanwhile_is_not_given_back(desk: Desk) -> None:
-    desk.keeper.round()
-    waiting = desk.claim(start=False)
-    lapse(desk.client, "w1")
-    (moved,) = reserved(lease(desk.client, "w2"))
-    desk.keeper.round()
-    desk.keeper.round()
-    assert moved.job.id == waiting.job.id and desk.holder(moved) == "w2"
+def test_a_reserved_job_that_another_worker_took_is_not_released(harness: Harness) -> None:
+    harness.renewer.round()
+    waiting = harness.claim(start=False)
+    lapse(harness.client, "w1")
+    (moved,) = reserved(lease(harness.client, "w2"))
+    harness.renewer.round()
+    harness.renewer.round()
+    assert moved.job.id == waiting.job.id and harness.holder(moved) == "w2"
 
 
-def test_redis_may_be_away(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def away(seconds: float) -> None:
+def test_it_continues_while_redis_is_unreachable(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(seconds: float) -> None:
         raise RedisAway
 
     with monkeypatch.context() as patch:
-        patch.setattr(desk.claims, "renew", away)
-        desk.keeper.round()
-        desk.keeper.round()
-    desk.keeper.round()
-    assert (desk.announced, desk.deaths) == ([True], [])
-    assert caplog.text.count("redis_away") == 1
+        patch.setattr(harness.claims, "renew", unreachable)
+        harness.renewer.round()
+        harness.renewer.round()
+    harness.renewer.round()
+    assert (harness.announced, harness.deaths) == ([True], [])
+    assert caplog.text.count("redis_unreachable") == 1
 
 
-def test_a_renewal_that_is_at_fault_ends_the_process(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_fault(*_: Any) -> None:
+def test_a_renewal_that_cannot_succeed_ends_the_process(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
         raise ResponseError("ERR user_script:12: attempt to index a nil value")
 
-    monkeypatch.setattr(desk.claims, "renew", at_fault)
-    desk.keeper.start()
-    desk.keeper.join(5)
-    assert desk.deaths == ["its lease thread died (ResponseError)"]
+    monkeypatch.setattr(harness.claims, "renew", fail)
+    harness.renewer.start()
+    harness.renewer.join(5)
+    assert harness.deaths == ["its lease thread died (ResponseError)"]
 
 
-def test_a_process_that_cannot_continue_lets_its_lease_lapse(desk: Desk) -> None:
-    desk.keeper.round()
-    renewed = desk.client.zscore(keys.LEASES, "w1")
-    desk.given_up = True
-    desk.keeper.round()
-    assert (desk.client.zscore(keys.LEASES, "w1"), desk.announced) == (renewed, [True])
+def test_a_process_that_cannot_continue_lets_its_lease_lapse(harness: Harness) -> None:
+    harness.renewer.round()
+    renewed = harness.client.zscore(keys.LEASES, "w1")
+    harness.let_lapse = True
+    harness.renewer.round()
+    assert (harness.client.zscore(keys.LEASES, "w1"), harness.announced) == (renewed, [True])
 
 
-def test_it_renews_at_once_when_asked_to(desk: Desk, eventually: Any) -> None:
-    desk.keeper.start()
-    eventually(lambda: len(desk.announced) == 1)
-    desk.keeper.hurry()
-    eventually(lambda: len(desk.announced) == 2)
-    desk.keeper.stop()
-    assert not desk.keeper.is_alive() and desk.deaths == []
+def test_hurry_starts_a_round_at_once(harness: Harness, eventually: Any) -> None:
+    harness.renewer.start()
+    eventually(lambda: len(harness.announced) == 1)
+    harness.renewer.hurry()
+    eventually(lambda: len(harness.announced) == 2)
+    harness.renewer.stop()
+    assert not harness.renewer.is_alive() and harness.deaths == []
 
 
-def test_the_host_is_announced_again_and_again_whatever_redis_does(eventually: Any) -> None:
+def test_the_host_is_announced_periodically_also_after_an_error(eventually: Any) -> None:
     calls: list[None] = []
 
     def announce() -> None:
@@ -192,8 +194,8 @@ def test_the_host_is_announced_again_and_again_whatever_redis_does(eventually: A
             raise RedisAway
 
     deaths: list[str] = []
-    keeper = HostAnnouncer(announce, 0.003, deaths.append)
-    keeper.start()
+    announcer = HostAnnouncer(announce, 0.003, deaths.append)
+    announcer.start()
     eventually(lambda: len(calls) > 4)
-    keeper.stop()
+    announcer.stop()
     assert deaths == []

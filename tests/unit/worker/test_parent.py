@@ -1,4 +1,4 @@
-"""What ties a worker process to its launcher where the kernel does not."""
+"""How a worker process learns of its launcher, and ends with it on systems without parent-death signals."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import signal
 import pytest
 
 from worker.process import parent
-from worker.process.parent import VARIABLE, Launch
+from worker.process.parent import LAUNCH_VARIABLE, Launch
 
 
-def test_a_launch_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_survives_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch.new()
-    monkeypatch.setenv(VARIABLE, launch.to_variable())
-    assert Launch.present() == launch
-    monkeypatch.delenv(VARIABLE)
-    assert Launch.present().launcher == 0
-    assert Launch.present().token != launch.token
+    monkeypatch.setenv(LAUNCH_VARIABLE, launch.to_variable())
+    assert Launch.current() == launch
+    monkeypatch.delenv(LAUNCH_VARIABLE)
+    assert Launch.current().launcher == 0
+    assert Launch.current().token != launch.token
 
 
-def test_a_process_whose_launcher_has_gone_is_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_whose_launcher_died_gets_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     parents = iter([5, 5, 5, 1])
-    monkeypatch.setattr(parent, "_LOOK_S", 0.001)
+    monkeypatch.setattr(parent, "_POLL_S", 0.001)
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
     parent._watch(5)

@@ -1,4 +1,4 @@
-"""From a claimed job to its prompt, and every way in which that fails."""
+"""A claimed job gets its prompt, or fails in one of several ways."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from worker.runner.base import Prompt
 
 @dataclass
 class StubRunner:
-    """Takes what it is given; it may know tokens of its own."""
+    """A runner that accepts any prompt, and may have tokens of its own."""
 
     own: list[int] | None = None
     error: Exception | None = None
@@ -47,8 +47,8 @@ class StubRunner:
         return Prompt(tuple(tokens), shared)
 
 
-class Worker:
-    """A preparer, and what it stands on."""
+class Harness:
+    """A preparer and the stores that it reads."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.redis: Redis = FakeRedis()
@@ -57,9 +57,9 @@ class Worker:
         self.path = str(written(folder))
         self.sources = [TokenizerSource(self.path, chat_template=CHATML)]
         self.images: dict[str, bytes] = {}
-        self.preparer = Preparer(self.tokenizing, lambda: self.sources, self.files, JobLog(self.redis))
+        self.preparer = Preparer(self.tokenizing, lambda: self.sources, self.stored_images, JobLog(self.redis))
 
-    def files(self, job_id: str, digests: Any) -> Mapping[str, bytes]:
+    def stored_images(self, job_id: str, digests: Any) -> Mapping[str, bytes]:
         return {digest: self.images[digest] for digest in digests if digest in self.images}
 
     def claimed(
@@ -75,81 +75,83 @@ class Worker:
 
 
 @pytest.fixture
-def worker(settings: Settings, tmp_path: Path) -> Iterator[Worker]:
-    made = Worker(settings, tmp_path)
-    with made.tokenizing:
-        yield made
+def harness(settings: Settings, tmp_path: Path) -> Iterator[Harness]:
+    harness = Harness(settings, tmp_path)
+    with harness.tokenizing:
+        yield harness
 
 
-def test_stored_tokens_are_used_as_they_are(worker: Worker) -> None:
-    prepared = worker.preparer.prepare(worker.claimed(plain("word"), tokens=(7, 8), shared=1), StubRunner(own=[9]))
+def test_stored_tokens_are_used(harness: Harness) -> None:
+    prepared = harness.preparer.prepare(harness.claimed(plain("word"), tokens=(7, 8), shared=1), StubRunner(own=[9]))
     assert (prepared.prompt, prepared.written) == (Prompt((7, 8), 1), None)
-    assert worker.tokenizing._short._helper is None
+    assert harness.tokenizing._short._helper is None
 
 
-def test_a_runner_may_know_its_tokens(worker: Worker) -> None:
-    assert worker.preparer.prepare(worker.claimed(plain("word")), StubRunner(own=[9])).prompt == Prompt((9,))
-    assert worker.tokenizing._short._helper is None
+def test_a_runner_may_tokenise(harness: Harness) -> None:
+    assert harness.preparer.prepare(harness.claimed(plain("word")), StubRunner(own=[9])).prompt == Prompt((9,))
+    assert harness.tokenizing._short._helper is None
 
 
-def test_else_a_helper_tokenises(worker: Worker) -> None:
+def test_otherwise_a_helper_tokenises(harness: Harness) -> None:
     system = {"role": "system", "content": "word"}
-    claimed = worker.claimed(chat(system, "word", share=True))
-    assert worker.preparer.prepare(claimed, StubRunner()).prompt == Prompt((4, 0, 3, 0, 5), 2)
+    claimed = harness.claimed(chat(system, "word", share=True))
+    assert harness.preparer.prepare(claimed, StubRunner()).prompt == Prompt((4, 0, 3, 0, 5), 2)
 
 
 @pytest.mark.parametrize("broken", ["gone.json", "broken.json"])
-def test_where_one_source_does_not_work_the_next_does(worker: Worker, tmp_path: Path, broken: str) -> None:
+def test_the_next_source_is_used_if_one_does_not_work(harness: Harness, tmp_path: Path, broken: str) -> None:
     (tmp_path / "broken.json").write_text("{}")
-    worker.sources.insert(0, TokenizerSource(str(tmp_path / broken)))
-    assert worker.preparer.prepare(worker.claimed(plain("word")), StubRunner()).prompt == Prompt((2, 0))
-    del worker.sources[1]
+    harness.sources.insert(0, TokenizerSource(str(tmp_path / broken)))
+    assert harness.preparer.prepare(harness.claimed(plain("word")), StubRunner()).prompt == Prompt((2, 0))
+    del harness.sources[1]
     with pytest.raises(TokenizerError):
-        worker.preparer.prepare(worker.claimed(plain("word")), StubRunner())
+        harness.preparer.prepare(harness.claimed(plain("word")), StubRunner())
 
 
 @pytest.mark.parametrize("harm", ["endless", "huge", "talkative"])
-def test_a_harmful_template_fails_its_job(worker: Worker, harm: str) -> None:
-    worker.sources = [TokenizerSource(worker.path, chat_template=HARM[harm])]
-    assert worker.failure(worker.claimed(chat("word")))[0] == "template_error"
+def test_a_harmful_template_fails_its_job(harness: Harness, harm: str) -> None:
+    harness.sources = [TokenizerSource(harness.path, chat_template=HARM[harm])]
+    assert harness.failure(harness.claimed(chat("word")))[0] == "template_error"
 
 
-def test_a_prompt_longer_than_the_context_fails_its_job(worker: Worker) -> None:
-    code, said = worker.failure(worker.claimed(plain("word " * 99)))
-    assert code == "context_length_exceeded" and "100 tokens" in said
+def test_a_prompt_longer_than_the_context_fails_its_job(harness: Harness) -> None:
+    code, message = harness.failure(harness.claimed(plain("word " * 99)))
+    assert code == "context_length_exceeded" and "100 tokens" in message
 
 
-def test_images_reach_the_runner(worker: Worker) -> None:
-    worker.images["a"] = b"png"
+def test_images_are_passed_to_the_runner(harness: Harness) -> None:
+    harness.images["a"] = b"png"
     image = {"type": "image", "image": "a", "width": 8, "height": 8}
-    claimed = worker.claimed(chat({"role": "user", "content": [image, image]}), tokens=(1,))
+    claimed = harness.claimed(chat({"role": "user", "content": [image, image]}), tokens=(1,))
     runner = StubRunner()
-    worker.preparer.prepare(claimed, runner)
+    harness.preparer.prepare(claimed, runner)
     assert runner.images == {"a": b"png"}
-    worker.images.clear()
-    assert worker.failure(claimed)[0] == "image_lost"
+    harness.images.clear()
+    assert harness.failure(claimed)[0] == "image_lost"
 
 
-def test_what_earlier_attempts_wrote_comes_with_the_prompt(worker: Worker) -> None:
-    claimed = worker.claimed(plain("word"), attempt=2, tokens=(1,))
-    written_before = worker.preparer.prepare(claimed, StubRunner()).written
+def test_the_output_of_earlier_attempts_is_read(harness: Harness) -> None:
+    claimed = harness.claimed(plain("word"), attempt=2, tokens=(1,))
+    written_before = harness.preparer.prepare(claimed, StubRunner()).written
     assert written_before is not None and written_before.last_event == claimed.job.last_event == 1
-    worker.redis.delete(keys.LOG + claimed.job.id)
-    assert worker.failure(claimed)[0] == "log_lost"
+    harness.redis.delete(keys.LOG + claimed.job.id)
+    assert harness.failure(claimed)[0] == "log_lost"
 
 
-def test_what_the_runner_refuses_fails_the_job(worker: Worker) -> None:
+def test_a_prompt_that_the_runner_refuses_fails_the_job(harness: Harness) -> None:
     runner = StubRunner(error=PromptRefused("template_error", "no"))
-    assert worker.failure(worker.claimed(plain("word"), tokens=(1,)), runner) == ("template_error", "no")
+    assert harness.failure(harness.claimed(plain("word"), tokens=(1,)), runner) == ("template_error", "no")
 
 
 @pytest.mark.parametrize("error", [RedisConnectionError("away"), TokenizerBusy("busy")])
-def test_what_passes_hands_the_job_back(worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_temporary_error_releases_the_job(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     with pytest.raises(TryLater):
-        worker.preparer.prepare(worker.claimed(plain("word"), tokens=(1,)), StubRunner(error=error))
+        harness.preparer.prepare(harness.claimed(plain("word"), tokens=(1,)), StubRunner(error=error))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), ResponseError("WRONGTYPE")])
-def test_faults_that_stay_reach_the_claimer(worker: Worker, error: Exception) -> None:
+def test_other_errors_are_raised(harness: Harness, error: Exception) -> None:
     with pytest.raises(type(error)):
-        worker.preparer.prepare(worker.claimed(plain("word"), tokens=(1,)), StubRunner(error=error))
+        harness.preparer.prepare(harness.claimed(plain("word"), tokens=(1,)), StubRunner(error=error))

@@ -1,11 +1,11 @@
-"""How fast a worker generates of late."""
+"""The rate of generated tokens is an average over the last minute."""
 
 from __future__ import annotations
 
 from worker.model_worker import Rate
 
 
-def test_a_rate_is_that_of_the_last_minute() -> None:
+def test_only_the_last_minute_counts() -> None:
     now = [0.0]
     rate = Rate(lambda: now[0])
     assert rate.update(0) == 0.0

@@ -1,4 +1,4 @@
-"""Stop strings: what is emitted is the text before the stop, however it was cut into tokens."""
+"""The text before the first stop string is published, however the text is split into tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOPS = st.lists(st.text(alphabet="abc é", min_size=1, max_size=5), max_size=4)
 
 
 def before_the_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The plain way to say it: look at the text after each character."""
+    """A simple reference implementation: check all stop strings after each character."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -22,28 +22,26 @@ def before_the_stop(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-def pieces_of(text: str, cuts: list[int]) -> list[str]:
+def split(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     return [text[start:end] for start, end in pairwise(edges)]
 
 
 @given(text=TEXT, stops=STOPS, cuts=st.lists(st.integers(0, 99), max_size=20))
-def test_the_text_before_the_first_stop_is_emitted_and_nothing_more(
-    text: str, stops: list[str], cuts: list[int]
-) -> None:
-    matcher, emitted, stopped = StopMatcher(stops), "", False
-    wanted, stops_there = before_the_stop(text, stops)
-    for piece in pieces_of(text, cuts):
-        more, stopped = matcher.push(piece)
-        emitted += more
-        assert wanted.startswith(emitted)
+def test_exactly_the_text_before_the_first_stop_is_published(text: str, stops: list[str], cuts: list[int]) -> None:
+    matcher, published, stopped = StopMatcher(stops), "", False
+    expected, expected_stop = before_the_stop(text, stops)
+    for part in split(text, cuts):
+        more, stopped = matcher.push(part)
+        published += more
+        assert expected.startswith(published)
         if stopped:
             break
-    emitted += matcher.flush()
-    assert (emitted, stopped) == (wanted, stops_there)
+    published += matcher.flush()
+    assert (published, stopped) == (expected, expected_stop)
 
 
-def test_what_may_begin_a_stop_is_held_back_until_it_is_none() -> None:
+def test_the_beginning_of_a_stop_is_held_back_until_it_is_decided() -> None:
     matcher = StopMatcher(["\n\n", "END"])
     assert matcher.push("one\n") == ("one", False)
     assert matcher.push("two E") == ("\ntwo ", False)
@@ -58,7 +56,7 @@ def test_the_stop_that_is_complete_first_wins() -> None:
     assert StopMatcher(["c", "bc"]).push("abcd") == ("a", True)
 
 
-def test_without_stops_text_passes() -> None:
+def test_without_stops_nothing_is_held_back() -> None:
     matcher = StopMatcher(["", ""])
     assert matcher.push("all") == ("all", False)
     assert matcher.flush() == ""

@@ -1,4 +1,4 @@
-"""What API hosts may tokenise: only what gives exactly the tokens that mlx-lm's tokenizer gives."""
+"""API hosts may tokenise for a model only if they get exactly the tokens of mlx-lm's tokenizer."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def text_card(folder: Path) -> ModelCard:
 @pytest.fixture
 def folder(smollm2_path: Path, tmp_path: Path) -> Path:
     """SmolLM2's tokenizer, without the model."""
-    made = tmp_path / "model"
-    made.mkdir()
+    copied = tmp_path / "model"
+    copied.mkdir()
     for name in TOKENIZER_FILES:
         if (smollm2_path / name).exists():
-            shutil.copy(smollm2_path / name, made / name)
-    return made
+            shutil.copy(smollm2_path / name, copied / name)
+    return copied
 
 
-def configure(folder: Path, **more: Any) -> None:
+def set_tokenizer_config(folder: Path, **more: Any) -> None:
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
 
@@ -51,35 +51,36 @@ def configure(folder: Path, **more: Any) -> None:
 @pytest.mark.parametrize("kind", ["text", "vision"])
 def test_file_and_folder_give_the_tokens_of_the_model_library(smollm2_path: Path, tmp_path: Path, kind: str) -> None:
     model = UI_MICRO if kind == "vision" else smollm2_path
-    found = prove(unproved(model, ModelCard("m", kind, 100)), tmp_path)
-    assert found.file is not None and len(found.sources) == 2
+    proved = prove(unproved(model, ModelCard("m", kind, 100)), tmp_path)
+    assert proved.file is not None and len(proved.sources) == 2
     wrapper: Any = tokenizer_utils.load(model, {"trust_remote_code": False})
     if kind == "vision":
         load_chat_template(wrapper, model)  # type: ignore[no-untyped-call]
-    assert found.fields is not None
+    assert proved.fields is not None
     compared = 0
     with Tokenizing(60.0, HELPER) as tokenizing:
-        for probe in probes(found.fields, kind == "vision"):
+        for probe in probes(proved.fields, kind == "vision"):
             request = plain(probe["prompt"]) if probe["messages"] is None else chat(*probe["messages"])
             try:
                 if request.messages is None:
                     bos = wrapper.bos_token
-                    plain_text = request.prompt or ""
-                    told = wrapper.encode(plain_text, add_special_tokens=bos is None or not plain_text.startswith(bos))
+                    text = request.prompt or ""
+                    expected = wrapper.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
                 else:
-                    told = wrapper.apply_chat_template(list(request.messages), add_generation_prompt=True)
+                    expected = wrapper.apply_chat_template(list(request.messages), add_generation_prompt=True)
             except Exception:  # noqa: BLE001 - a template may refuse
                 continue
-            if told:
+            if expected:
                 compared += 1
-                assert [list(tokenizing.tokenize(source, request).tokens) for source in found.sources] == [told, told]
+                for source in proved.sources:
+                    assert list(tokenizing.tokenize(source, request).tokens) == expected
     assert compared > 15
 
 
-def test_the_card_says_what_the_api_needs(folder: Path, tmp_path: Path) -> None:
-    found = prove(unproved(folder, text_card(folder)), tmp_path)
-    card = found.card(text_card(folder))
-    assert found.file is not None and card.tokenizer == found.file.digest
+def test_the_card_has_what_the_api_needs(folder: Path, tmp_path: Path) -> None:
+    proved = prove(unproved(folder, text_card(folder)), tmp_path)
+    card = proved.card(text_card(folder))
+    assert proved.file is not None and card.tokenizer == proved.file.digest
     assert card.bos_token == "<|im_start|>" and card.template_variables is not None
     assert card.template_variables["eos_token"] == "<|im_end|>"
     assert ModelCard.from_json(card.to_json()) == card
@@ -92,38 +93,42 @@ def test_the_card_says_what_the_api_needs(folder: Path, tmp_path: Path) -> None:
         {"tokenizer_class": "NewlineTokenizer"},  # a tokenizer that changes texts in Python
     ],
 )
-def test_what_is_not_the_same_is_not_announced(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    configure(folder, **change)
-    found = prove(unproved(folder, text_card(folder)), tmp_path)
-    assert found.file is None and len(found.sources) == 1
-    assert found.card(text_card(folder)).tokenizer is None
-    with Tokenizing(60.0, HELPER) as tokenizing:  # but this worker knows
-        told = tokenizer_utils.load(folder, {}).encode("two\nlines")
-        assert list(tokenizing.tokenize(found.sources[0], plain("two\nlines")).tokens) == told
+def test_a_tokenizer_that_is_not_equivalent_is_not_announced(
+    folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    set_tokenizer_config(folder, **change)
+    proved = prove(unproved(folder, text_card(folder)), tmp_path)
+    assert proved.file is None and len(proved.sources) == 1
+    assert proved.card(text_card(folder)).tokenizer is None
+    with Tokenizing(60.0, HELPER) as tokenizing:  # this worker can still tokenise
+        expected = tokenizer_utils.load(folder, {}).encode("two\nlines")
+        assert list(tokenizing.tokenize(proved.sources[0], plain("two\nlines")).tokens) == expected
 
 
-def test_a_named_template_is_the_default_one(folder: Path, tmp_path: Path) -> None:
+def test_the_template_named_default_is_used(folder: Path, tmp_path: Path) -> None:
     named = [{"name": "default", "template": "{{ messages[0].content }}"}, {"name": "tool_use", "template": "no"}]
-    configure(folder, chat_template=named)
-    found = prove(unproved(folder, text_card(folder)), tmp_path)
-    assert found.card(text_card(folder)).chat_template == "{{ messages[0].content }}"
+    set_tokenizer_config(folder, chat_template=named)
+    proved = prove(unproved(folder, text_card(folder)), tmp_path)
+    assert proved.card(text_card(folder)).chat_template == "{{ messages[0].content }}"
 
 
-def test_a_template_without_end_ends_its_proof(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_does_not_end_fails_its_proof(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizer_proof, "PROOF_S", 8.0)
-    configure(folder, chat_template=ENDLESS)
+    set_tokenizer_config(folder, chat_template=ENDLESS)
     assert prove(unproved(folder, text_card(folder)), tmp_path).file is None
-    assert remembered(unproved(folder, text_card(folder)), tmp_path) is None  # another time it may be quicker
+    assert remembered(unproved(folder, text_card(folder)), tmp_path) is None  # it may succeed on a faster machine
 
 
-def test_a_proof_is_remembered_until_something_changes(folder: Path, tmp_path: Path) -> None:
+def test_a_proof_is_stored_until_something_changes(folder: Path, tmp_path: Path) -> None:
     plain_source = unproved(folder, text_card(folder))
     assert remembered(plain_source, tmp_path) is None
-    found = prove(plain_source, tmp_path)
-    assert remembered(plain_source, tmp_path) == found
-    configure(folder, clean_up_tokenization_spaces=True)
+    proved = prove(plain_source, tmp_path)
+    assert remembered(plain_source, tmp_path) == proved
+    set_tokenizer_config(folder, clean_up_tokenization_spaces=True)
     assert remembered(plain_source, tmp_path) is None
-    assert prove(plain_source, tmp_path).file == found.file
+    assert prove(plain_source, tmp_path).file == proved.file
     for file in tmp_path.glob("*.json.gz"):
         file.unlink()
     assert remembered(plain_source, tmp_path) is None
@@ -132,7 +137,7 @@ def test_a_proof_is_remembered_until_something_changes(folder: Path, tmp_path: P
     assert remembered(plain_source, tmp_path) is None
 
 
-def test_a_folder_that_is_not_to_be_loaded_is_not_proved(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_loaded_is_not_proved(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert prove(unproved(tmp_path, text_card(tmp_path)), tmp_path / "t").file is None
 
@@ -143,17 +148,17 @@ def test_defaults_of_tokenizers_come_from_the_models_own_module(folder: Path) ->
     assert (tokenizer_defaults(folder) or {})["chat_template_type"] == "muse_spark"
 
 
-# On its way to API hosts
+# The announcer
 
 
 @pytest.fixture
 def announcer_of(settings: Settings, valkey_client: Any, valkey: Any) -> Callable[..., TokenizerAnnouncer]:
     url = f"unix://{valkey.unix_socket_path}"
     placed = settings.model_copy(update={"redis_url": url})
-    return lambda changed: TokenizerAnnouncer(placed, changed)
+    return lambda on_change: TokenizerAnnouncer(placed, on_change)
 
 
-def test_a_tokenizer_is_proved_beside_and_brought_to_redis(
+def test_a_tokenizer_is_proved_in_the_background_and_uploaded(
     folder: Path,
     announcer_of: Callable[..., TokenizerAnnouncer],
     valkey: Any,
@@ -164,7 +169,7 @@ def test_a_tokenizer_is_proved_beside_and_brought_to_redis(
     card = text_card(folder)
     assert announcer.card(card) == card and announcer.sources == ()
     announcer.begin(folder, card, None)
-    assert [source.path for source in announcer.sources] == [str(folder)]  # it can be used at once
+    assert [source.path for source in announcer.sources] == [str(folder)]  # it can be used before the proof
     eventually(lambda: changes, within_s=60)
     assert len(announcer.sources) == 2
     client = connect(f"unix://{valkey.unix_socket_path}", decode_responses=False)
@@ -177,7 +182,7 @@ def test_a_tokenizer_is_proved_beside_and_brought_to_redis(
 
     again = announcer_of(lambda: changes.append(True))
     again.begin(folder, card, None)
-    assert again.card(card) == proved and len(changes) == 1  # it was known at once
+    assert again.card(card) == proved and len(changes) == 1  # the stored proof was used
 
 
 def test_an_upload_waits_for_redis(
@@ -186,7 +191,7 @@ def test_an_upload_waits_for_redis(
     settings = settings.model_copy(update={"redis_url": "unix:///nowhere"})
     announcer = TokenizerAnnouncer(settings, lambda: None)
     source = unproved(folder, text_card(folder))
-    announcer._found = ModelTokenizer(source.folder, file=source.folder)
+    announcer._tokenizer = ModelTokenizer(source.folder, file=source.folder)
     put: list[str] = []
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"x")
     announcer.upload()

@@ -1,4 +1,4 @@
-"""The watchdog, check by check: what gains nothing is stuck, whatever else goes on."""
+"""The watchdog, one check at a time: a task whose value stays the same is stuck, whatever other tasks do."""
 
 from __future__ import annotations
 
@@ -9,76 +9,78 @@ import pytest
 from worker.process.watchdog import Progress, Watchdog
 
 
-class Yard:
-    """A watchdog, what it sees, and what it told."""
+class Harness:
+    """A watchdog, the tasks that it sees, and its reports."""
 
     def __init__(self) -> None:
         self.tasks: dict[Hashable, Progress] = {}
         self.stuck: list[list[Hashable]] = []
-        self.late = 0
+        self.overdue = 0
         self.deaths: list[str] = []
-        self.dog = Watchdog(lambda: self.tasks, self.stuck.append, self.be_late, self.deaths.append)
+        self.watchdog = Watchdog(lambda: self.tasks, self.stuck.append, self.on_overdue, self.deaths.append)
 
-    def be_late(self) -> None:
-        self.late += 1
+    def on_overdue(self) -> None:
+        self.overdue += 1
 
-    def see(self, **values: float) -> None:
-        """A second later, this is under way; each may take five."""
+    def check(self, **values: float) -> None:
+        """Check one second after the last check; each task may stay the same for five."""
         self.tasks = {key: Progress(value, 5) for key, value in values.items()}
-        self.dog.check(1)
+        self.watchdog.check(1)
 
 
 @pytest.fixture
-def yard() -> Yard:
-    return Yard()
+def harness() -> Harness:
+    return Harness()
 
 
-def test_what_gains_nothing_is_stuck_though_its_neighbour_gets_on(yard: Yard) -> None:
+def test_a_task_without_progress_is_stuck_although_another_advances(harness: Harness) -> None:
     for second in range(6):
-        yard.see(engine=7, publisher=second)
-        assert (yard.stuck, yard.dog.tripped) == ([], False)
-    yard.see(engine=7, publisher=9)
-    assert (yard.stuck, yard.dog.tripped) == ([["engine"]], True)
+        harness.check(engine=7, publisher=second)
+        assert (harness.stuck, harness.watchdog.tripped) == ([], False)
+    harness.check(engine=7, publisher=9)
+    assert (harness.stuck, harness.watchdog.tripped) == ([["engine"]], True)
 
 
-def test_what_gets_on_now_and_then_is_not_stuck(yard: Yard) -> None:
+def test_slow_progress_is_progress(harness: Harness) -> None:
     for second in range(50):
-        yard.see(engine=second // 5)
-    assert not yard.dog.tripped
+        harness.check(engine=second // 5)
+    assert not harness.watchdog.tripped
 
 
-def test_rest_is_no_standstill(yard: Yard) -> None:
+def test_a_task_that_pauses_starts_anew(harness: Harness) -> None:
     for _ in range(20):
         for _ in range(4):
-            yard.see(engine=7)
-        yard.see()
-    assert not yard.dog.tripped
+            harness.check(engine=7)
+        harness.check()
+    assert not harness.watchdog.tripped
 
 
-def test_a_process_that_was_stopped_has_not_stood_still(yard: Yard, eventually: Callable[..., None]) -> None:
+def test_time_in_which_the_process_was_stopped_does_not_count(
+    harness: Harness, eventually: Callable[..., None]
+) -> None:
     clock = iter(range(0, 10**9, 1000))
-    looks: list[bool] = []
+    tripped: list[bool] = []
 
-    def look() -> dict[Hashable, Progress]:
-        looks.append(yard.dog.tripped)
+    def read_tasks() -> dict[Hashable, Progress]:
+        tripped.append(harness.watchdog.tripped)
         return {"engine": Progress(0, 5)}
 
-    yard.dog._look = look
+    harness.watchdog._read_tasks = read_tasks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worker.process.watchdog.TICK_S", 0.001)
         patch.setattr("worker.process.watchdog.monotonic", lambda: next(clock))  # each check comes 1,000 s late
-        yard.dog.start()
-        eventually(lambda: yard.dog.tripped)
-        yard.dog.stop()
-        yard.dog.join(5)
-    assert looks.count(False) > 10, "each of them counts for as long as a check may take at most"
+        harness.watchdog.start()
+        eventually(lambda: harness.watchdog.tripped)
+        harness.watchdog.stop()
+        harness.watchdog.join(5)
+    assert tripped.count(False) > 10, "each check counts for half a second at most"
 
 
-def test_a_drain_that_takes_too_long_is_told(yard: Yard) -> None:
-    yard.dog.end_within(60)
-    yard.see()
-    assert yard.late == 0
-    yard.dog.end_within(-1)
-    yard.dog.end_within(60)
-    yard.see()
-    assert yard.late == 1
+def test_an_overdue_drain_is_reported(harness: Harness) -> None:
+    harness.watchdog.end_within(60)
+    harness.check()
+    assert harness.overdue == 0
+    harness.watchdog.end_within(-1)
+    harness.watchdog.end_within(60)
+    harness.check()
+    assert harness.overdue == 1
