@@ -1,4 +1,4 @@
-"""BROKER_URL beside REDIS_URL: either may be killed while jobs run, and the other lives."""
+"""With BROKER_URL and REDIS_URL on separate servers, either may die while jobs run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.support.waiting import eventually
 from worker.queue.claimer import POLL_S
 
 SLOW = "!pause=0.02"
-"""Order for the fake backend: a step takes 20 ms."""
+"""Prompt prefix for the fake backend: each step takes 20 ms."""
 SLACK_S = 1.0
-"""What a busy test machine adds."""
+"""Time for delays of a busy test machine."""
 
 
-class Apart(NamedTuple):
-    """A stack, its queue and its broker, which keeps nothing when it dies."""
+class SeparateStack(NamedTuple):
+    """A stack, its queue, and its broker, which loses its data when it dies."""
 
     stack: Stack
     queue: Server
@@ -36,7 +36,7 @@ class Apart(NamedTuple):
 
 
 @pytest.fixture
-def apart() -> Iterator[Apart]:
+def separate() -> Iterator[SeparateStack]:
     with (
         tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder,
         closing(Server(Path(folder) / "q", "a", "appendonly yes", "appendfsync always")) as queue,
@@ -45,7 +45,7 @@ def apart() -> Iterator[Apart]:
             f"redis://:a@127.0.0.1:{queue.port}/0", BROKER_URL=f"redis://:b@127.0.0.1:{broker.port}/1", SLOTS="2"
         ) as stack,
     ):
-        yield Apart(stack, queue, broker)
+        yield SeparateStack(stack, queue, broker)
 
 
 def submit(client: Client, prompt: str, max_tokens: int = 50) -> str:
@@ -54,7 +54,7 @@ def submit(client: Client, prompt: str, max_tokens: int = 50) -> str:
 
 
 def check(client: Client, job_id: str, prompt: str, max_tokens: int = 50) -> None:
-    """It ends once, with its whole text, told without gap."""
+    """Check that a job succeeds once, with its whole text and events without gaps."""
     events = list(client.events(job_id))
     assert [event.n for event in events] == list(range(1, len(events) + 1))
     assert [event.kind for event in events].count(EventKind.DONE) == 1
@@ -63,87 +63,87 @@ def check(client: Client, job_id: str, prompt: str, max_tokens: int = 50) -> Non
     assert job.text == "".join(event.text for event in events) == undisturbed(prompt, max_tokens)
 
 
-def test_broker_and_queue_keep_to_their_own_keys(apart: Apart) -> None:
-    with apart.stack.client() as client:
-        apart.stack.start_worker()
+def test_broker_and_queue_have_separate_keys(separate: SeparateStack) -> None:
+    with separate.stack.client() as client:
+        separate.stack.start_worker()
         job = submit(client, "apart")
         check(client, job, "apart")
-        assert apart.queue.client.exists(keys.JOB + job)
-        assert not [key for key in apart.queue.client.scan_iter() if not key.startswith(("mlxq:", "LIMITS"))]
-        apart.broker.client.select(1)
-        assert not [key for key in apart.broker.client.scan_iter() if key.startswith("mlxq:")]
+        assert separate.queue.client.exists(keys.JOB + job)
+        assert not [key for key in separate.queue.client.scan_iter() if not key.startswith(("mlxq:", "LIMITS"))]
+        separate.broker.client.select(1)
+        assert not [key for key in separate.broker.client.scan_iter() if key.startswith("mlxq:")]
 
 
-def test_without_the_broker_jobs_are_accepted_and_start(apart: Apart) -> None:
-    apart.stack.start_worker()
-    with apart.stack.client() as client:
+def test_without_the_broker_jobs_are_accepted_and_start(separate: SeparateStack) -> None:
+    separate.stack.start_worker()
+    with separate.stack.client() as client:
         running = {submit(client, prompt, 150): prompt for prompt in (f"{SLOW} 1", f"{SLOW} 2")}
-        eventually(lambda: apart.stack.slots_used() == 2, "both run")
+        eventually(lambda: separate.stack.slots_used() == 2, "both run")
         waiting = {submit(client, prompt): prompt for prompt in ("3", "4", "5")}
-        apart.broker.kill()
+        separate.broker.kill()
         waiting[submit(client, "6")] = "6"
         for job, prompt in running.items():
             check(client, job, prompt, 150)
         for job, prompt in waiting.items():
             check(client, job, prompt)
         assert client.request("GET", "/readyz").is_success
-        apart.broker.start()
+        separate.broker.start()
         check(client, submit(client, "7"), "7")
 
 
-def test_a_job_starts_within_a_look_of_a_worker_with_room_while_the_broker_is_away(apart: Apart) -> None:
-    apart.stack.start_worker()
-    apart.broker.kill()
-    with apart.stack.client() as client:
+def test_without_the_broker_a_job_starts_within_one_poll_of_a_worker(separate: SeparateStack) -> None:
+    separate.stack.start_worker()
+    separate.broker.kill()
+    with separate.stack.client() as client:
         for n in range(5):
             job = submit(client, f"{n}")
             check(client, job, f"{n}")
-            record = apart.queue.client.hgetall(keys.JOB + job)
+            record = separate.queue.client.hgetall(keys.JOB + job)
             assert float(record["started_at"]) - float(record["created_at"]) < POLL_S + SLACK_S
 
 
-def test_short_jobs_run_at_full_rate_while_the_broker_is_away(apart: Apart) -> None:
-    """A row that ends makes room, and room is filled at once: nobody waits for a message or for the next look."""
-    apart.broker.kill()
-    with apart.stack.client() as client, ThreadPoolExecutor(16) as pool:
+def test_without_the_broker_short_jobs_run_at_full_rate(separate: SeparateStack) -> None:
+    """The next job is claimed as soon as a row ends, without a wake-up and without waiting for the next poll."""
+    separate.broker.kill()
+    with separate.stack.client() as client, ThreadPoolExecutor(16) as pool:
         jobs = list(pool.map(lambda n: submit(client, f"{SLOW} {n}", 5), range(200)))
-        apart.stack.spawn_worker(SLOTS="8")
+        separate.stack.spawn_worker(SLOTS="8")
         ended = list(pool.map(lambda job: to_end(client, job), jobs))
     assert {job.status for job in ended} == {Status.SUCCEEDED}
-    records = [apart.queue.client.hgetall(keys.JOB + job) for job in jobs]
+    records = [separate.queue.client.hgetall(keys.JOB + job) for job in jobs]
     began = min(float(record["started_at"]) for record in records)
     took = max(float(record["finished_at"]) for record in records) - began
     busy = sum(float(record["finished_at"]) - float(record["started_at"]) for record in records)
-    assert busy / took > 0.6 * 8, "the slots were mostly full"
+    assert busy / took > 0.6 * 8, "the slots were in use most of the time"
 
 
 def to_end(client: Client, job_id: str) -> RemoteJob:
     return eventually(lambda: (job := client.job(job_id, wait_s=10)).status.terminal and job, within_s=60)
 
 
-def test_a_worker_told_to_stop_without_a_broker_hands_its_jobs_back(apart: Apart) -> None:
-    worker = apart.stack.start_worker(DRAIN_S="0.2")
-    with apart.stack.client() as client:
+def test_without_the_broker_a_worker_hands_its_jobs_back_when_it_stops(separate: SeparateStack) -> None:
+    worker = separate.stack.start_worker(DRAIN_S="0.2")
+    with separate.stack.client() as client:
         job = submit(client, SLOW, 200)
         eventually(lambda: client.job(job).text, "it runs")
-        apart.broker.kill()
-        assert apart.stack.stop(worker) == 0, apart.stack.log("worker-0")
+        separate.broker.kill()
+        assert separate.stack.stop(worker) == 0, separate.stack.log("worker-0")
         assert client.job(job).status is Status.QUEUED
-        apart.broker.start()
-        apart.stack.start_worker()
+        separate.broker.start()
+        separate.stack.start_worker()
         check(client, job, SLOW, 200)
 
 
-def test_without_the_queue_nothing_is_accepted_and_nothing_is_lost(apart: Apart) -> None:
-    apart.stack.start_worker()
-    with apart.stack.client() as client:
+def test_without_the_queue_no_job_is_accepted_and_none_is_lost(separate: SeparateStack) -> None:
+    separate.stack.start_worker()
+    with separate.stack.client() as client:
         running, waiting = submit(client, SLOW, 200), [submit(client, f"{SLOW} {n}") for n in range(4)]
         eventually(lambda: client.job(running).text, "it runs")
-        apart.queue.kill()
+        separate.queue.kill()
         with pytest.raises(Refused) as caught:
             submit(client, "now")
         assert caught.value.status == 503
-        apart.queue.start()
+        separate.queue.start()
         later = eventually(lambda: accepted(client, "later"), "submissions are accepted")
         check(client, running, SLOW, 200)
         check(client, later, "later")
@@ -152,16 +152,16 @@ def test_without_the_queue_nothing_is_accepted_and_nothing_is_lost(apart: Apart)
 
 
 def accepted(client: Client, prompt: str) -> str:
-    """A job's id, once it is accepted."""
+    """Return the id of a job, or an empty string while it is rejected."""
     try:
         return submit(client, prompt)
     except ClientError:
         return ""
 
 
-def test_a_worker_that_starts_without_a_broker_runs_jobs_and_ends_in_order(apart: Apart) -> None:
-    apart.broker.kill()
-    worker = apart.stack.start_worker()
-    with apart.stack.client() as client:
+def test_a_worker_that_starts_without_the_broker_runs_jobs_and_stops_in_order(separate: SeparateStack) -> None:
+    separate.broker.kill()
+    worker = separate.stack.start_worker()
+    with separate.stack.client() as client:
         check(client, submit(client, "one"), "one")
-        assert apart.stack.stop(worker, within_s=10) == 0, apart.stack.log("worker-0")
+        assert separate.stack.stop(worker, within_s=10) == 0, separate.stack.log("worker-0")

@@ -1,4 +1,4 @@
-"""Flower shows each job as a task, whatever became of it."""
+"""Flower shows each job as a task, with the state of its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def broker() -> Iterator[Server]:
 
 @pytest.fixture
 def stack(broker: Server) -> Iterator[Stack]:
-    """A stack with Flower, and with a broker of its own that can be emptied."""
+    """A stack with Flower and a separate broker."""
     with TemporaryDirectory(prefix="mlxq-") as folder:
         queue = Server(Path(folder) / "q", "a", "appendonly yes", "appendfsync always")
         with (
@@ -52,9 +52,9 @@ def stack(broker: Server) -> Iterator[Stack]:
 
 
 def tasks(stack: Stack) -> dict[str, dict[str, Any]]:
-    """What Flower's API shows, by uuid."""
-    answer = httpx2.get(f"{stack.flower_url}/api/tasks", auth=("admin", PASSWORD), timeout=30)
-    shown: dict[str, dict[str, Any]] = answer.raise_for_status().json()
+    """Return the tasks of Flower's API by uuid."""
+    response = httpx2.get(f"{stack.flower_url}/api/tasks", auth=("admin", PASSWORD), timeout=30)
+    shown: dict[str, dict[str, Any]] = response.raise_for_status().json()
     return shown
 
 
@@ -68,39 +68,41 @@ def cancel(client: Client, job_id: str) -> str:
     return job_id
 
 
-def test_mixed_jobs_are_tasks_with_their_ids_and_states(stack: Stack, broker: Server) -> None:
-    wanted: dict[str, str] = {}
+def test_jobs_of_all_kinds_are_tasks_with_their_ids_and_states(stack: Stack, broker: Server) -> None:
+    expected: dict[str, str] = {}
     with stack.client() as client:
-        # Jobs that nobody ever holds.
+        # Jobs that no worker ever claims.
         for n in range(3):
-            wanted[cancel(client, submit(client, f"cancelled while it waits {n}"))] = "REVOKED"
+            expected[cancel(client, submit(client, f"cancelled while it waits {n}"))] = "REVOKED"
         for n in range(2):
-            wanted[submit(client, f"expires while it waits {n}", start_within_s=1)] = "REVOKED"
-        eventually(lambda: all(client.job(job).status.terminal for job in wanted), "they expire")
+            expected[submit(client, f"expires while it waits {n}", start_within_s=1)] = "REVOKED"
+        eventually(lambda: all(client.job(job).status.terminal for job in expected), "they expire")
 
         first = stack.start_worker()
-        wanted |= {submit(client, f"succeeds {n}"): "SUCCESS" for n in range(5)}
-        wanted |= {submit(client, f"!row-fails=3 fails {n}"): "FAILURE" for n in range(2)}
-        eventually(lambda: all(client.job(job).status.terminal for job in wanted), "they end")
+        expected |= {submit(client, f"succeeds {n}"): "SUCCESS" for n in range(5)}
+        expected |= {submit(client, f"!row-fails=3 fails {n}"): "FAILURE" for n in range(2)}
+        eventually(lambda: all(client.job(job).status.terminal for job in expected), "they end")
 
         for n in range(2):
             job = submit(client, f"{SLOW} cancelled while it runs {n}", 4000)
             eventually(lambda: client.job(job).text, "it runs")  # noqa: B023
-            wanted[cancel(client, job)] = "REVOKED"
-        wanted[submit(client, f"{SLOW} expires while it runs", 4000, deadline_s=1)] = "REVOKED"
+            expected[cancel(client, job)] = "REVOKED"
+        expected[submit(client, f"{SLOW} expires while it runs", 4000, deadline_s=1)] = "REVOKED"
 
         lost = submit(client, f"{SLOW} its worker is killed", 150)
-        wanted[lost] = "SUCCESS"
+        expected[lost] = "SUCCESS"
         eventually(lambda: client.job(lost).text, "it runs")
         stack.stop(first, signal.SIGKILL)
         stack.start_worker()
 
         broker.client.flushall()
-        wanted |= {submit(client, f"with an emptied broker {n}"): "SUCCESS" for n in range(4)}
-        eventually(lambda: all(client.job(job).status.terminal for job in wanted), "all end")
-        assert {client.job(job).status for job in wanted if wanted[job] == "SUCCESS"} == {Status.SUCCEEDED}
+        expected |= {submit(client, f"with an emptied broker {n}"): "SUCCESS" for n in range(4)}
+        eventually(lambda: all(client.job(job).status.terminal for job in expected), "all end")
+        assert {client.job(job).status for job in expected if expected[job] == "SUCCESS"} == {Status.SUCCEEDED}
 
-    assert len(wanted) == 20
-    eventually(lambda: {uuid: task["state"] for uuid, task in tasks(stack).items()} == wanted, "Flower shows them all")
+    assert len(expected) == 20
+    eventually(
+        lambda: {uuid: task["state"] for uuid, task in tasks(stack).items()} == expected, "Flower shows them all"
+    )
     shown = tasks(stack).values()
     assert Counter((task["name"], task["kwargs"]) for task in shown) == {(TASK, "{'model': 'fake'}"): 20}

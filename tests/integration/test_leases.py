@@ -1,4 +1,4 @@
-"""Leases, fencing, hangs and drains of real worker processes, also while Redis is away or out of reach."""
+"""Leases, fencing, hangs and drains of real worker processes, also while Redis is unreachable."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from shared.errors import JobFailure
 from shared.jobs.log import EventKind
 from shared.jobs.record import Job, Status
 from shared.queue import keys
-from tests.plugins.fleet import SLOW, Fleet, wait
+from tests.plugins.fleet import SLOW, Fleet
+from tests.support.waiting import eventually
 from worker.process.exits import EXIT_BROKEN
 
 LATE_S = 3.0 + 3.0
-"""Beyond DRAIN_S: what a drain has for its last writes and last acts, and what a busy test machine adds."""
+"""Time after DRAIN_S for the last writes and the final steps, and for delays of a busy test machine."""
 
 OUTAGE_S = 4
-"""Redis is away for several leases of a second. The time itself is what is tested: there is nothing to wait for."""
+"""Redis is unreachable for several leases of one second. The duration is the test: there is no condition to await."""
 
 
 class Redis:
-    """A valkey of a test's own that can be killed and held, and is the same when it is started again."""
+    """A Valkey for one test. It can be killed, stopped and continued, and keeps its data when it is started again."""
 
     def __init__(self, home: Path) -> None:
         self.socket = home / "s"
@@ -47,12 +48,12 @@ class Redis:
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
-        wait(lambda: not self.server.is_running())
+        eventually(lambda: not self.server.is_running())
         self.server.stop()
 
 
 @contextmanager
-def own_redis() -> Iterator[Redis]:
+def run_redis() -> Iterator[Redis]:
     with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
         redis = Redis(Path(home))
         try:
@@ -63,67 +64,68 @@ def own_redis() -> Iterator[Redis]:
 
 @pytest.fixture
 def redis() -> Iterator[Redis]:
-    with own_redis() as redis:
+    with run_redis() as redis:
         yield redis
 
 
 @pytest.fixture
-def lone_fleet(fleet: Fleet, redis: Redis) -> Iterator[Fleet]:
-    """A fleet on that valkey."""
-    lone = Fleet(fleet.home, redis.server)
-    yield lone
-    lone.close()
+def redis_fleet(fleet: Fleet, redis: Redis) -> Iterator[Fleet]:
+    """A fleet on that Valkey."""
+    other = Fleet(fleet.home, redis.server)
+    yield other
+    other.close()
 
 
 def deaths(fleet: Fleet, job: Job) -> int:
-    """Deaths of worker processes that the job is blamed for."""
+    """Return the number of process deaths at which the job was the only suspect."""
     return int(fleet.redis.hget(keys.JOB + job.id, "deaths") or 0)
 
 
-def everything_about(fleet: Fleet, job: Job) -> object:
+def stored(fleet: Fleet, job: Job) -> object:
+    """Return all that is stored of a job."""
     return fleet.redis.hgetall(keys.JOB + job.id), fleet.log.read(job.id), fleet.redis.ttl(keys.JOB + job.id) > 0
 
 
-def test_a_worker_that_was_paused_past_its_lease_changes_nothing_and_serves_on(fleet: Fleet) -> None:
+def test_a_worker_that_was_paused_past_its_lease_changes_nothing_and_continues(fleet: Fleet) -> None:
     paused = fleet.start(LEASE_S="1", WATCHDOG_S="1")
     jobs = [fleet.submit(f"{SLOW} {i}", 120) for i in range(6)]
-    wait(lambda: all(fleet.says(job, 10) for job in jobs))
+    eventually(lambda: all(fleet.has_tokens(job, 10) for job in jobs))
     paused.send_signal(signal.SIGSTOP)
     other = fleet.start(LEASE_S="1")
     for job in jobs:
         fleet.check(job)
     cancelled = fleet.submit("!pause=0.02 cancelled", 1000)
-    wait(lambda: fleet.says(cancelled, 5))
+    eventually(lambda: fleet.has_tokens(cancelled, 5))
     fleet.jobs.stop(cancelled.id, "me")
     fleet.end(cancelled)
-    before = [everything_about(fleet, job) for job in (*jobs, cancelled)]
+    before = [stored(fleet, job) for job in (*jobs, cancelled)]
     assert fleet.stop(other) == 0
 
     paused.send_signal(signal.SIGCONT)
-    wait(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
-    wait(lambda: "job_fenced" in fleet.output(paused))
+    eventually(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
+    eventually(lambda: "job_fenced" in fleet.output(paused))
     after = fleet.submit("after", 20)
     fleet.check(after)
     assert (fleet.get(after).attempt, deaths(fleet, after)) == (1, 0)
-    assert [everything_about(fleet, job) for job in (*jobs, cancelled)] == before
+    assert [stored(fleet, job) for job in (*jobs, cancelled)] == before
     assert {fleet.get(job).attempt for job in jobs} == {2}
     assert paused.poll() is None
 
 
-def test_jobs_that_end_elsewhere_while_their_worker_is_paused_may_be_forgotten(fleet: Fleet) -> None:
+def test_jobs_that_ended_elsewhere_while_their_worker_was_paused_can_be_deleted(fleet: Fleet) -> None:
     paused = fleet.start(LEASE_S="1")
     job = fleet.submit(SLOW, 60)
-    wait(lambda: fleet.says(job, 10))
+    eventually(lambda: fleet.has_tokens(job, 10))
     paused.send_signal(signal.SIGSTOP)
     fleet.start(LEASE_S="1")
     fleet.check(job)
     fleet.jobs.forget(job.id, "me")
     paused.send_signal(signal.SIGCONT)
-    wait(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
+    eventually(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
     assert not fleet.redis.exists(keys.JOB + job.id, keys.LOG + job.id)
 
 
-def test_neighbours_of_a_row_that_hangs_the_engine_go_on(fleet: Fleet) -> None:
+def test_other_rows_continue_after_a_row_hung_the_engine(fleet: Fleet) -> None:
     bad = fleet.submit("!stall=10", 20)
     good = [fleet.submit(f"{SLOW} {i}", 100) for i in range(3)]
     for _ in range(fleet.settings.max_attempts):
@@ -135,70 +137,70 @@ def test_neighbours_of_a_row_that_hangs_the_engine_go_on(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_drain_in_a_long_step_ends_in_time_with_success(fleet: Fleet, signals: int) -> None:
+def test_a_drain_in_a_long_step_ends_in_time(fleet: Fleet, signals: int) -> None:
     worker = fleet.start(SLOTS="4", LEASE_S="60", DRAIN_S="1" if signals == 1 else "600")
     jobs = [fleet.submit(f"!pause=60 {i}") for i in range(6)]
-    wait(lambda: fleet.held() and fleet.held() + fleet.held(keys.RESERVED) >= 4)
-    asked_at = time.monotonic()
+    eventually(lambda: fleet.held() and fleet.held() + fleet.held(keys.RESERVED) >= 4)
+    signalled_at = time.monotonic()
     for _ in range(signals):
         worker.terminate()
-        wait(lambda: worker.poll() is not None or fleet.held())
-        time.sleep(0.4)  # two within SAME_SIGNAL_S are one
+        eventually(lambda: worker.poll() is not None or fleet.held())
+        time.sleep(0.4)  # two signals within SAME_SIGNAL_S count as one
     assert worker.wait(30) == 0
-    assert time.monotonic() - asked_at < 1 + LATE_S
+    assert time.monotonic() - signalled_at < 1 + LATE_S
     assert {(fleet.get(job).status, deaths(fleet, job)) for job in jobs} == {(Status.QUEUED, 0)}
     assert not fleet.redis.exists(keys.LEASES)
 
 
-@pytest.mark.parametrize("how", ["killed", "held"])
-def test_a_drain_without_redis_ends_in_time_with_success(lone_fleet: Fleet, redis: Redis, how: str) -> None:
-    worker = lone_fleet.start(DRAIN_S="0.5", LEASE_S="1")
-    job = lone_fleet.submit(SLOW, 1000)
-    wait(lambda: lone_fleet.says(job, 5))
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_drain_without_redis_ends_in_time(redis_fleet: Fleet, redis: Redis, how: str) -> None:
+    worker = redis_fleet.start(DRAIN_S="0.5", LEASE_S="1")
+    job = redis_fleet.submit(SLOW, 1000)
+    eventually(lambda: redis_fleet.has_tokens(job, 5))
     redis.kill() if how == "killed" else redis.signal(signal.SIGSTOP)
     worker.terminate()
     assert worker.wait(0.5 + LATE_S + 2) == 0
-    assert "lease_not_ended" in lone_fleet.output(worker)
+    assert "lease_not_ended" in redis_fleet.output(worker)
     redis.start() if how == "killed" else redis.signal(signal.SIGCONT)
-    lone_fleet.start(LEASE_S="1")
-    wait(lambda: lone_fleet.get(job).attempt == 2)
+    redis_fleet.start(LEASE_S="1")
+    eventually(lambda: redis_fleet.get(job).attempt == 2)
 
 
-def test_redis_killed_for_longer_than_a_lease_costs_no_attempt(lone_fleet: Fleet, redis: Redis) -> None:
-    workers = [lone_fleet.start(LEASE_S="1", SLOTS="3") for _ in range(2)]
-    jobs = [lone_fleet.submit(f"{SLOW} {i}", 500) for i in range(6)]
-    wait(lambda: all(lone_fleet.says(job, 5) for job in jobs))
+def test_a_restart_of_redis_that_takes_longer_than_a_lease_costs_no_attempt(redis_fleet: Fleet, redis: Redis) -> None:
+    workers = [redis_fleet.start(LEASE_S="1", SLOTS="3") for _ in range(2)]
+    jobs = [redis_fleet.submit(f"{SLOW} {i}", 500) for i in range(6)]
+    eventually(lambda: all(redis_fleet.has_tokens(job, 5) for job in jobs))
     redis.kill()
     time.sleep(OUTAGE_S)
     redis.start()
     for job in jobs:
-        lone_fleet.check(job)
-        kinds = [event.kind for event in lone_fleet.log.read(job.id)]
-        assert (deaths(lone_fleet, job), lone_fleet.get(job).attempt) == (0, 1)
+        redis_fleet.check(job)
+        kinds = [event.kind for event in redis_fleet.log.read(job.id)]
+        assert (deaths(redis_fleet, job), redis_fleet.get(job).attempt) == (0, 1)
         assert kinds.count(EventKind.STARTED) == 1
         assert EventKind.RESUMED not in kinds
     assert [worker.poll() for worker in workers] == [None, None]
 
 
-def test_redis_out_of_reach_for_longer_than_a_lease_costs_no_attempt(lone_fleet: Fleet, redis: Redis) -> None:
-    lone_fleet.start(LEASE_S="1")
-    job = lone_fleet.submit(SLOW, 400)
-    wait(lambda: lone_fleet.says(job, 5))
-    redis.signal(signal.SIGSTOP)  # connections stay, nobody answers
+def test_a_redis_that_hangs_for_longer_than_a_lease_costs_no_attempt(redis_fleet: Fleet, redis: Redis) -> None:
+    redis_fleet.start(LEASE_S="1")
+    job = redis_fleet.submit(SLOW, 400)
+    eventually(lambda: redis_fleet.has_tokens(job, 5))
+    redis.signal(signal.SIGSTOP)  # connections stay open without answers
     time.sleep(OUTAGE_S)
     redis.signal(signal.SIGCONT)
-    lone_fleet.check(job)
-    assert (deaths(lone_fleet, job), lone_fleet.get(job).attempt) == (0, 1)
+    redis_fleet.check(job)
+    assert (deaths(redis_fleet, job), redis_fleet.get(job).attempt) == (0, 1)
 
 
-def test_a_worker_that_died_while_redis_was_away_is_taken_back(lone_fleet: Fleet, redis: Redis) -> None:
-    dying = lone_fleet.start(LEASE_S="1")
-    job = lone_fleet.submit(SLOW, 200)
-    wait(lambda: lone_fleet.says(job, 5))
-    lone_fleet.start(LEASE_S="1")
+def test_jobs_of_a_worker_that_died_while_redis_was_down_continue(redis_fleet: Fleet, redis: Redis) -> None:
+    dying = redis_fleet.start(LEASE_S="1")
+    job = redis_fleet.submit(SLOW, 200)
+    eventually(lambda: redis_fleet.has_tokens(job, 5))
+    redis_fleet.start(LEASE_S="1")
     redis.kill()
     dying.kill()
     time.sleep(2)
     redis.start()
-    lone_fleet.check(job)
-    assert (deaths(lone_fleet, job), lone_fleet.get(job).attempt) == (1, 2)
+    redis_fleet.check(job)
+    assert (deaths(redis_fleet, job), redis_fleet.get(job).attempt) == (1, 2)

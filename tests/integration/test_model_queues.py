@@ -1,4 +1,4 @@
-"""Several models of a worker and their queues, with made-up models that load and speak as ordered."""
+"""Several models of a worker and their queues, with fake models that load and generate as their folders say."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ MIB = 2**20
 SIZE = 20 * MIB
 SLOW = "!pause=0.02"
 SPARE = 1
-"""Jobs that a worker with so few slots claims beyond those it can run."""
+"""Spare jobs of a worker with this few slots."""
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., Admin]]:
-    """Makes an operator of a stack without workers, for made-up models: name → orders for its loading."""
+    """Return a function that makes a stack with fake models and without workers.
+
+    Its argument maps the names of models to orders for the fake loader.
+    """
     with ExitStack() as exits:
 
-        def made(models: dict[str, str], **variables: str) -> Admin:
+        def make_stack(models: dict[str, str], **variables: str) -> Admin:
             lines = [f'default = "{next(iter(models))}"']
             for name, orders in models.items():
                 folder = tmp_path / name
@@ -35,21 +38,20 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Admin]]:
                 with (folder / "model.safetensors").open("wb") as weights:
                     weights.truncate(SIZE)
                 lines += [f"[models.{name}]", f'path = "{folder}"']
-            given = {"BACKEND": "fake", **variables}
-            stack = exits.enter_context(catalog_stack("\n".join(lines), **given))
+            stack = exits.enter_context(catalog_stack("\n".join(lines), **{"BACKEND": "fake", **variables}))
             operator = Admin(stack)
             exits.callback(operator.http.close)
             return operator
 
-        yield made
+        yield make_stack
 
 
 def unclaimed(stack: Stack, model: str) -> int:
-    """Jobs in the model's queue that no worker has claimed."""
+    """Return the number of jobs in a model's queue that no worker has claimed."""
     return sum(not stack.redis.hget(keys.JOB + job, "worker") for job in stack.redis.zrange(keys.QUEUE + model, 0, -1))
 
 
-def test_a_full_model_leaves_its_queue_alone_while_another_model_serves_its_own(make: Callable[..., Admin]) -> None:
+def test_a_full_model_claims_no_jobs_while_another_model_serves_its_own(make: Callable[..., Admin]) -> None:
     operator = make({"one": "", "two": "", "three": ""}, SLOTS="2", WORKER_MODELS="one,two", DRAIN_S="0")
     stack = operator.stack
     stack.start_worker()
@@ -58,34 +60,34 @@ def test_a_full_model_leaves_its_queue_alone_while_another_model_serves_its_own(
         eventually(lambda: stack.slots_used() == 2, "the first model is full")
         others = [client.submit({"model": "two", "prompt": f"{i}", "max_tokens": 5}) for i in range(9)]
         eventually(lambda: all(client.job(job.id).status is Status.SUCCEEDED for job in others), "the others end")
-        eventually(lambda: unclaimed(stack, "one") == 5 - SPARE, "one job is at hand")
+        eventually(lambda: unclaimed(stack, "one") == 5 - SPARE, "one spare job is claimed")
         for job in full[:2]:
             client.cancel(job.id)
-        eventually(lambda: unclaimed(stack, "one") == 3 - SPARE, "the next are started")
+        eventually(lambda: unclaimed(stack, "one") == 3 - SPARE, "the next jobs start")
         for job in full[2:]:
             client.cancel(job.id)
-        eventually(lambda: not stack.redis.exists(keys.QUEUE + "one"), "nothing is left")
+        eventually(lambda: not stack.redis.exists(keys.QUEUE + "one"), "the queue is empty")
 
 
-def test_another_worker_takes_the_jobs_of_a_model_that_is_full_here(make: Callable[..., Admin]) -> None:
+def test_a_second_worker_takes_jobs_of_a_model_that_is_full_on_the_first(make: Callable[..., Admin]) -> None:
     operator = make({"one": "", "two": "", "three": ""}, SLOTS="2", WORKER_MODELS="one", DRAIN_S="0")
     stack = operator.stack
     for _ in range(2):
         stack.start_worker()
     with stack.client() as client:
         jobs = [client.submit({"model": "one", "prompt": f"{SLOW} {i}", "max_tokens": 4000}) for i in range(7)]
-        eventually(lambda: stack.slots_used() == 4, "both are full")
+        eventually(lambda: stack.slots_used() == 4, "both workers are full")
         assert {worker.slots_used for worker in stack.ready_workers()} == {2}
-        eventually(lambda: unclaimed(stack, "one") == 3 - 2 * SPARE, "each has one at hand")
+        eventually(lambda: unclaimed(stack, "one") == 3 - 2 * SPARE, "each has claimed a spare job")
         for job in jobs:
             client.cancel(job.id)
 
 
-def test_a_models_jobs_are_claimed_while_it_is_warm_and_only_then(make: Callable[..., Admin]) -> None:
+def test_a_models_jobs_are_claimed_only_while_it_is_loaded(make: Callable[..., Admin]) -> None:
     operator = make({"one": "", "two": ""}, LOAD_ON_DEMAND="false")
     stack = operator.stack
     stack.start_worker()
-    eventually(stack.registry.hosts, "the worker can be asked")
+    eventually(stack.registry.hosts, "the worker accepts commands")
     for _ in range(2):
         assert operator.ask("load", "two")["state"] == "succeeded"
         assert operator.say("two").status_code == 200
@@ -95,37 +97,37 @@ def test_a_models_jobs_are_claimed_while_it_is_warm_and_only_then(make: Callable
     assert len(stack.redis.zrange(keys.LEASES, 0, -1)) == 1
 
 
-def test_operations_wait_in_line_and_those_of_a_worker_that_was_killed_have_failed(make: Callable[..., Admin]) -> None:
-    """Also when it is started anew at once, under the same name, and while jobs of other models run."""
+def test_operations_of_a_killed_worker_fail(make: Callable[..., Admin]) -> None:
+    """The worker restarts at once, under the same name, while a job of another model runs."""
     operator = make({"one": "", "two": "!load=60", "three": ""})
     stack = operator.stack
     worker = stack.start_worker()
-    eventually(stack.registry.hosts, "the worker can be asked")
+    eventually(stack.registry.hosts, "the worker accepts commands")
     first = operator.begin("load", "two")
     second = operator.begin("load", "three")
-    eventually(lambda: operator.look(first)["progress"] > 0, "the first is on its way")
+    eventually(lambda: operator.look(first)["progress"] > 0, "the first begins")
     assert operator.look(first)["state"] == "loading"
     assert operator.look(second)["state"] == "waiting"
     assert operator.models()["two"]["state"] == "loading"
     with stack.client() as client:
         job = client.submit({"model": "one", "prompt": SLOW, "max_tokens": 100})
-        eventually(lambda: client.job(job.id).status is Status.RUNNING, "another model speaks meanwhile")
+        eventually(lambda: client.job(job.id).status is Status.RUNNING, "another model generates meanwhile")
         worker.kill()
         worker.wait(10)
         stack.start_worker(MLXQ_WORKER_INDEX="0")
-        eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "its job goes on")
+        eventually(lambda: client.job(job.id).status is Status.SUCCEEDED, "its job continues")
         for where in (first, second):
             ended = operator.end(where)
             assert (ended["state"], ended["error"]["code"]) in (("failed", "worker_lost"), ("failed", "worker_silent"))
         assert operator.ask("load", "three")["state"] == "succeeded"
 
 
-def test_a_model_that_does_not_load_refuses_further_jobs_and_those_that_wait_have_it_tried_again(
+def test_jobs_for_a_model_that_does_not_load_are_rejected(
     make: Callable[..., Admin],
 ) -> None:
     operator = make({"one": "", "broken": "!load=0.1 !load-fails=1"})
     operator.stack.start_worker()
-    eventually(operator.stack.registry.hosts, "the worker can be asked")
+    eventually(operator.stack.registry.hosts, "the worker accepts commands")
     body = {"model": "broken", "prompt": "hello"}
     accepted = operator.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "mine"})
     assert accepted.status_code == 202
@@ -133,49 +135,49 @@ def test_a_model_that_does_not_load_refuses_further_jobs_and_those_that_wait_hav
     assert [each["model"] for each in operations] == ["broken"]
     failed = operator.end(f"/inference/operations/{operations[0]['id']}")
     assert failed["error"]["code"] == "load_failed"
-    eventually(lambda: operator.models()["broken"]["state"] == "cold", "nothing is left of it")
+    eventually(lambda: operator.models()["broken"]["state"] == "cold", "it is unloaded")
     refused = operator.http.post("/v1/jobs", json=body)
     assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (503, "model_not_loaded", "model")
     assert "broken does not load" in refused.json()["detail"]
     assert 0 < int(refused.headers["Retry-After"]) <= 30
     again = operator.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "mine"})
-    assert again.json()["id"] == accepted.json()["id"], "what was accepted is not refused"
+    assert again.json()["id"] == accepted.json()["id"], "an accepted job is not rejected when it is sent again"
     assert operator.say("one").status_code == 200
 
 
-def test_many_jobs_for_a_cold_model_have_it_loaded_once(make: Callable[..., Admin]) -> None:
+def test_many_jobs_for_a_cold_model_load_it_once(make: Callable[..., Admin]) -> None:
     operator = make({"one": "", "two": "!load=1"}, WEB_WORKERS="2")
     stack = operator.stack
     stack.start_worker()
-    eventually(stack.registry.hosts, "the worker can be asked")
+    eventually(stack.registry.hosts, "the worker accepts commands")
     with stack.client() as client:
         jobs = [client.submit({"model": "two", "prompt": f"{i}", "max_tokens": 3}) for i in range(20)]
         eventually(lambda: all(client.job(job.id).status is Status.SUCCEEDED for job in jobs), "all end")
     assert len(operator.http.get("/inference/operations").json()["data"]) == 1
 
 
-def test_models_that_memory_does_not_suffice_for_are_not_loaded_at_the_start(make: Callable[..., Admin]) -> None:
+def test_models_that_do_not_fit_into_memory_are_not_loaded_at_the_start(make: Callable[..., Admin]) -> None:
     operator = make(
         {"one": "", "two": "", "three": ""}, WORKER_MODELS="one,two,three", MEMORY_LIMIT_BYTES=f"{2.5 * SIZE:.0f}"
     )
     stack = operator.stack
     stack.start_worker()
-    eventually(stack.registry.hosts, "it can be asked")
+    eventually(stack.registry.hosts, "the worker accepts commands")
     assert {name for name, model in operator.models().items() if model["state"] == "warm"} == {"one", "two"}
     assert "memory" in stack.log("worker-0") and "model_not_loaded" in stack.log("worker-0")
     assert stack.registry.hosts()[0].memory_used == 2 * SIZE
 
 
-def test_a_worker_that_ends_is_asked_for_nothing_more(make: Callable[..., Admin]) -> None:
+def test_a_worker_that_has_ended_gets_no_commands(make: Callable[..., Admin]) -> None:
     operator = make({"one": "", "two": ""}, LEASE_S="30")
     worker = operator.stack.start_worker()
-    eventually(operator.stack.registry.hosts, "it can be asked")
+    eventually(operator.stack.registry.hosts, "the worker accepts commands")
     assert operator.stack.stop(worker) == 0
     refused = operator.http.post("/inference/load_model", json={"model": "two"})
     assert (refused.status_code, refused.json()["code"]) == (503, "no_worker")
 
 
-def test_a_job_that_kills_its_worker_fails_no_job_of_another_model_there(make: Callable[..., Admin]) -> None:
+def test_a_job_that_kills_its_worker_fails_no_job_of_another_model(make: Callable[..., Admin]) -> None:
     operator = make({"one": "", "two": ""}, WORKER_MODELS="one,two", DRAIN_S="0")
     stack = operator.stack
     worker = stack.start_worker()
@@ -193,22 +195,22 @@ def test_a_job_that_kills_its_worker_fails_no_job_of_another_model_there(make: C
 
 
 @pytest.mark.parametrize("on_demand", [True, False])
-def test_a_service_without_models_is_ready_where_a_job_has_its_own_loaded(
+def test_a_service_without_models_is_ready_if_jobs_load_their_model(
     make: Callable[..., Admin], on_demand: bool
 ) -> None:
     operator = make({"one": "", "two": ""}, LOAD_ON_DEMAND=str(on_demand).lower())
     operator.stack.start_worker()
-    eventually(operator.stack.registry.hosts, "the worker can be asked")
+    eventually(operator.stack.registry.hosts, "the worker accepts commands")
     assert operator.ask("unload", "one")["state"] == "succeeded"
     expected = (200, "degraded", ["No model is loaded. The first job will load its model."])
     if not on_demand:
         expected = (503, "down", ["No worker is ready."])
 
-    def told() -> tuple[int, str, list[str]]:
+    def state() -> tuple[int, str, list[str]]:
         health = operator.http.get("/health")
         return health.status_code, health.json()["status"], health.json()["reasons"]
 
-    eventually(lambda: told() == expected, "the worker has told that it has none")
+    eventually(lambda: state() == expected, "the worker has announced that it has no model")
     assert operator.http.get("/readyz").status_code == (200 if on_demand else 503)
     if on_demand:
         assert operator.say("one").status_code == 200

@@ -10,8 +10,9 @@ import pytest
 from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Job, Status
 from shared.queue import keys
-from tests.plugins.fleet import SLOW, Fleet, wait
+from tests.plugins.fleet import SLOW, Fleet
 from tests.plugins.stack import Stack
+from tests.support.waiting import eventually
 
 Worker = subprocess.Popen[bytes]
 
@@ -21,7 +22,7 @@ LONG_LEASE = "60"
 
 def on(fleet: Fleet, job: Job) -> str:
     """Return the worker that claimed a job."""
-    wait(lambda: fleet.get(job).history, 20)
+    eventually(lambda: fleet.get(job).history, within_s=20)
     return fleet.get(job).history[-1].worker
 
 
@@ -35,7 +36,7 @@ def pair(fleet: Fleet, slots: str = "4") -> tuple[Worker, Worker]:
     """Start two workers. Returns the preferred worker, which has the prefix, and the other one."""
     workers = [fleet.start(SLOTS=slots, LEASE_S=LONG_LEASE) for _ in range(2)]
     first = on(fleet, fleet.submit("first", prefixes=PREFIX))
-    wait(lambda: not any(card.slots_used for card in fleet.registry.workers()))
+    eventually(lambda: not any(card.slots_used for card in fleet.registry.workers()))
     preferred, other = sorted(workers, key=lambda worker: name(fleet, worker) != first)
     return preferred, other
 

@@ -1,4 +1,4 @@
-"""Jobs that a worker has claimed and not admitted: they stay queued, move to idle workers, and lose nothing."""
+"""Spare jobs, which a worker has claimed and not admitted, stay queued and may move to idle workers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import signal
 from shared.jobs.log import EventKind
 from shared.jobs.record import AttemptEnd, Job, Priority, Status
 from shared.queue import keys
-from tests.plugins.fleet import SLOW, Fleet, wait
+from tests.plugins.fleet import SLOW, Fleet
+from tests.support.waiting import eventually
 
 LONG_LEASE = "60"
 
 
 def reserved(fleet: Fleet) -> set[str]:
-    """Jobs that are claimed and not admitted, by any worker."""
+    """Return the ids of all jobs that are claimed and not admitted."""
     return {job for name in fleet.redis.keys(keys.RESERVED + "*") for job in fleet.redis.smembers(name)}
 
 
 def full_worker(fleet: Fleet, **variables: str) -> tuple[list[Job], list[Job]]:
-    """Start a worker whose slots are taken and that has jobs at hand: those that run, and the spare ones."""
+    """Start a worker and fill it; return its running jobs and its spare jobs."""
     fleet.start(SLOTS="8", **variables)
     running = [fleet.submit(f"{SLOW} runs {n}", 600) for n in range(8)]
-    wait(lambda: fleet.held() == 8)
+    eventually(lambda: fleet.held() == 8)
     waiting = [fleet.submit(f"waits {n}", 10) for n in range(3)]
-    wait(lambda: reserved(fleet))
+    eventually(lambda: reserved(fleet))
     return running, [job for job in waiting if job.id in reserved(fleet)]
 
 
@@ -33,11 +34,11 @@ def kinds(fleet: Fleet, job: Job) -> list[str]:
 
 def test_a_spare_job_is_queued_with_its_position_and_can_be_cancelled(fleet: Fleet) -> None:
     running, spare = full_worker(fleet)
-    seen = fleet.get(spare[0])
-    assert (seen.status, seen.attempt, seen.history) == (Status.QUEUED, 0, ())
-    assert fleet.jobs.position(seen) == 1
+    job = fleet.get(spare[0])
+    assert (job.status, job.attempt, job.history) == (Status.QUEUED, 0, ())
+    assert fleet.jobs.position(job) == 1
     urgent = fleet.submit("urgent", 10, priority=Priority.HIGH)
-    assert (fleet.jobs.position(urgent), fleet.jobs.position(seen)) == (1, 2)
+    assert (fleet.jobs.position(urgent), fleet.jobs.position(job)) == (1, 2)
     fleet.stop_job(spare[0])
     ended = fleet.get(spare[0])
     assert (ended.status, ended.started_at, ended.history) == (Status.CANCELLED, None, ())
@@ -73,18 +74,18 @@ def test_a_death_before_admission_costs_no_attempt(fleet: Fleet) -> None:
             EventKind.DONE,
         ]
         assert not fleet.redis.hget(keys.JOB + job.id, "deaths")
-    wait(lambda: {fleet.get(job).attempt for job in running} == {2}, 20)
+    eventually(lambda: {fleet.get(job).attempt for job in running} == {2}, within_s=20)
 
 
 def test_a_worker_that_starts_with_a_long_queue_claims_as_soon_as_it_is_ready(fleet: Fleet) -> None:
     jobs = [fleet.submit(f"{n}", 5, wake=False) for n in range(1000)]
     worker = fleet.start(SLOTS="8")
     ready_at = float(fleet.redis.zscore(keys.WORKERS, next(card.id for card in fleet.registry.workers())))
-    wait(lambda: fleet.get(jobs[0]).started_at)
+    eventually(lambda: fleet.get(jobs[0]).started_at)
     started_at = fleet.get(jobs[0]).started_at
     assert started_at is not None and started_at < ready_at + 1.0
-    wait(lambda: not fleet.redis.exists(keys.QUEUE + "fake"), 60)
+    eventually(lambda: not fleet.redis.exists(keys.QUEUE + "fake"), within_s=60)
     for job in (jobs[0], jobs[500], jobs[-1]):
         fleet.check(job)
     assert worker.poll() is None
-    wait(lambda: not fleet.held() and not reserved(fleet))
+    eventually(lambda: not fleet.held() and not reserved(fleet))

@@ -1,4 +1,4 @@
-"""Worker processes as they are run, most with the fake backend, on a real valkey: what becomes of jobs when they go."""
+"""Real worker processes on a real Valkey, most with the fake backend: jobs, deaths, signals, outages of Redis."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
 from shared.queue import keys
 from shared.queue.claims import Reaper
-from tests.plugins.fleet import SLOW, Fleet, wait
+from tests.plugins.fleet import SLOW, Fleet
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 
 
-def test_jobs_end_with_exactly_their_text_and_a_line_each(fleet: Fleet) -> None:
+def test_jobs_end_with_their_exact_text_and_one_log_line_each(fleet: Fleet) -> None:
     worker = fleet.start(SLOTS="8")
     jobs = [fleet.submit(f"prompt {i}", 20 + i) for i in range(30)]
     for job in jobs:
@@ -33,7 +33,7 @@ def test_jobs_end_with_exactly_their_text_and_a_line_each(fleet: Fleet) -> None:
     ends = [line for line in fleet.lines(worker) if line["message"] == "job_ended"]
     assert {line["job_id"] for line in ends} == {job.id for job in jobs}
     assert {line["request_id"] for line in ends} == {"req-1"}
-    wait(lambda: (card := fleet.card(worker)) and card.stats["generated_tokens"] == sum(range(20, 50)))
+    eventually(lambda: (card := fleet.card(worker)) and card.stats["generated_tokens"] == sum(range(20, 50)))
     assert (card := fleet.card(worker)) and card.stats["preemptions_total"] == 0
 
 
@@ -49,10 +49,10 @@ def test_lost_and_extra_wakeups_change_nothing(fleet: Fleet) -> None:
         assert fleet.get(job).attempt == 1
 
 
-def test_a_killed_workers_jobs_go_on_elsewhere_byte_for_byte(fleet: Fleet) -> None:
+def test_jobs_of_a_killed_worker_continue_elsewhere_byte_for_byte(fleet: Fleet) -> None:
     first = fleet.start()
     jobs = [fleet.submit(f"{SLOW} {i}", 80) for i in range(6)]
-    wait(lambda: all(fleet.says(job, 10) for job in jobs))
+    eventually(lambda: all(fleet.has_tokens(job, 10) for job in jobs))
     first.kill()
     fleet.start()
     for job in jobs:
@@ -61,17 +61,17 @@ def test_a_killed_workers_jobs_go_on_elsewhere_byte_for_byte(fleet: Fleet) -> No
         assert EventKind.RESUMED in [event.kind for event in fleet.log.read(job.id)]
 
 
-def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fleet) -> None:
+def test_a_job_that_kills_its_workers_fails_after_a_few_attempts(fleet: Fleet) -> None:
     bad = fleet.submit("!die=20 !pause=0.02")
-    neighbours = [fleet.submit(f"!pause=0.02 neighbour {i}", 60) for i in range(3)]
+    others = [fleet.submit(f"!pause=0.02 other {i}", 60) for i in range(3)]
     deaths = 0
     while not fleet.get(bad).status.terminal:
         assert fleet.spawn("worker.process.launcher").wait(30) == 9
         deaths += 1
-    assert deaths <= fleet.settings.max_attempts + 1 + math.log2(1 + len(neighbours))
+    assert deaths <= fleet.settings.max_attempts + 1 + math.log2(1 + len(others))
     fleet.start("worker.process.launcher")
     ended = fleet.end(bad)
-    for job in neighbours:
+    for job in others:
         fleet.check(job)
     assert (ended.status, ended.error_code) == (Status.FAILED, JobFailure.WORKER_LOST)
     assert ended.attempt == deaths
@@ -85,11 +85,11 @@ def test_a_job_that_kills_its_workers_is_failed_and_not_tried_for_ever(fleet: Fl
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_signal_drains_hands_back_and_ends_in_time(fleet: Fleet, number: signal.Signals) -> None:
+def test_a_signal_drains_the_worker_and_ends_it_in_time(fleet: Fleet, number: signal.Signals) -> None:
     worker = fleet.start(SLOTS="32", LEASE_S="30", DRAIN_S="2")
     short = [fleet.submit(f"{SLOW} short {i}", 30) for i in range(4)]
     long = [fleet.submit(f"{SLOW} long {i}", 300) for i in range(36)]
-    wait(lambda: fleet.says(long[27], 5))
+    eventually(lambda: fleet.has_tokens(long[27], 5))
     started = time.monotonic()
     worker.send_signal(number)
     assert worker.wait(10) == 0
@@ -97,19 +97,19 @@ def test_a_signal_drains_hands_back_and_ends_in_time(fleet: Fleet, number: signa
     assert {fleet.get(job).status for job in short} == {Status.SUCCEEDED}
     assert {fleet.get(job).status for job in long} == {Status.QUEUED}
     assert not fleet.registry.workers()
-    fleet.start(SLOTS="64", DRAIN_S="0")  # its predecessor's lease would have held for long: it was given up
+    fleet.start(SLOTS="64", DRAIN_S="0")  # the first worker has ended its long lease
     for job in (*short, *long):
         fleet.check(job)
 
 
-def test_a_second_signal_hands_back_at_once(fleet: Fleet) -> None:
+def test_a_second_signal_hands_jobs_back_at_once(fleet: Fleet) -> None:
     worker = fleet.start(DRAIN_S="60")
     job = fleet.submit(SLOW, 1000)
-    wait(lambda: fleet.says(job, 5))
+    eventually(lambda: fleet.has_tokens(job, 5))
     first_at = time.monotonic()
     worker.terminate()
-    wait(lambda: any(card.state == "draining" for card in fleet.registry.workers()))
-    wait(lambda: time.monotonic() > first_at + 0.3)  # within SAME_SIGNAL_S of `worker.app` two signals are one
+    eventually(lambda: any(card.state == "draining" for card in fleet.registry.workers()))
+    eventually(lambda: time.monotonic() > first_at + 0.3)  # two signals within SAME_SIGNAL_S count as one
     worker.terminate()
     assert worker.wait(5) == 0
     assert fleet.get(job).status is Status.QUEUED
@@ -125,15 +125,15 @@ def test_an_idle_worker_ends_quickly(fleet: Fleet) -> None:
 def test_a_cancelled_job_frees_its_slot(fleet: Fleet) -> None:
     worker = fleet.start(SLOTS="1")
     running, waiting = fleet.submit(SLOW, 4000), fleet.submit("next")
-    wait(lambda: fleet.says(running, 5))
+    eventually(lambda: fleet.has_tokens(running, 5))
     fleet.jobs.stop(running.id, "me")
     ended = fleet.end(running, within_s=0.5)
     assert (ended.status, fleet.text(running)) == (Status.CANCELLED, fleet.log.written(running.id).text)
     fleet.check(waiting)
-    wait(lambda: (card := fleet.card(worker)) and card.slots_used == 0)
+    eventually(lambda: (card := fleet.card(worker)) and card.slots_used == 0)
 
 
-def test_a_job_over_its_time_expires_with_its_text(fleet: Fleet) -> None:
+def test_a_job_that_exceeds_its_deadline_expires_with_its_text(fleet: Fleet) -> None:
     fleet.start()
     job = fleet.submit(SLOW, 4000, deadline_s=2)
     ended = fleet.end(job)
@@ -141,10 +141,10 @@ def test_a_job_over_its_time_expires_with_its_text(fleet: Fleet) -> None:
     assert fleet.text(job) == fleet.log.written(job.id).text != ""
 
 
-def test_a_full_worker_answers_pings_and_leaves_jobs_to_others(fleet: Fleet) -> None:
+def test_a_full_worker_answers_pings_and_leaves_jobs_to_another(fleet: Fleet) -> None:
     full = fleet.start(SLOTS="2")
     running = [fleet.submit(f"{SLOW} {i}", 4000) for i in range(2)]
-    wait(lambda: (card := fleet.card(full)) and card.slots_used == 2)
+    eventually(lambda: (card := fleet.card(full)) and card.slots_used == 2)
     other = fleet.start(SLOTS="4")
     jobs = [fleet.submit(f"{SLOW} more {i}", 20) for i in range(4)]
     for job in jobs:
@@ -162,10 +162,10 @@ def test_a_worker_has_one_name_and_shares_it_with_no_other(fleet: Fleet) -> None
     names = [card.node for card in cards]
     assert [name.partition("@")[0].rpartition("-")[0] for name in names] == ["standalone-0", "standalone-1"]
     assert [card.id.rpartition("/")[0] for card in cards] == names
-    wait(lambda: [host.node for host in fleet.registry.hosts()] == names)
+    eventually(lambda: [host.node for host in fleet.registry.hosts()] == names)
     assert {name for answer in fleet.celery.control.ping(timeout=1) or [] for name in answer} == {*names}
     jobs = [fleet.submit(f"{SLOW} {i}", 200) for i in range(2)]
-    wait(lambda: all(fleet.says(job, 3) for job in jobs))
+    eventually(lambda: all(fleet.has_tokens(job, 3) for job in jobs))
     assert sorted(fleet.get(job).history[-1].worker.rpartition("/")[0] for job in jobs) == names
     for worker, name in zip(workers, names, strict=True):
         assert {line["process"] for line in fleet.lines(worker)} == {name}
@@ -181,7 +181,7 @@ def test_a_stuck_engine_ends_its_worker(fleet: Fleet) -> None:
     assert fleet.lines(worker)[-1]["level"] == "CRITICAL"
 
 
-def test_a_model_that_does_not_load_is_one_clear_line(fleet: Fleet) -> None:
+def test_a_model_that_does_not_load_is_reported_in_one_line(fleet: Fleet) -> None:
     worker = fleet.spawn(BACKEND="auto", MODEL_PATH=str(fleet.home / "missing"))
     assert worker.wait(60) == 78
     errors = [line for line in fleet.lines(worker) if line["level"] == "ERROR"]
@@ -192,30 +192,30 @@ def test_a_model_that_does_not_load_is_one_clear_line(fleet: Fleet) -> None:
     assert not reason.exists()
 
 
-def test_a_model_that_does_not_load_where_nothing_can_be_written_ends_in_order(fleet: Fleet) -> None:
-    fleet.settings.run_dir.write_text("in the way of the folder")
+def test_a_model_that_does_not_load_is_reported_without_a_writable_folder(fleet: Fleet) -> None:
+    fleet.settings.run_dir.write_text("a file in place of the folder")
     worker = fleet.spawn(BACKEND="auto", MODEL_PATH=str(fleet.home / "missing"))
     assert worker.wait(60) == 78
     assert [line["level"] for line in fleet.lines(worker) if line["logger"] == "worker.app"] == ["ERROR", "WARNING"]
 
 
 @pytest.mark.long
-def test_a_worker_that_was_paused_reads_nothing_again(fleet: Fleet, tiny_model_path: Path) -> None:
-    """Its lease lapses, its job waits again, and it is the one to take it up: all it had read is still there."""
+def test_a_worker_that_was_paused_past_its_lease_reuses_its_prefixes(fleet: Fleet, tiny_model_path: Path) -> None:
+    """The lease lapses, the job returns to the queue, and the same worker claims it again with its prefix cached."""
     model = tiny_model_path.name
     worker = fleet.start(BACKEND="auto", MODEL_PATH=str(tiny_model_path))
-    asked = Request(model, 1500, Sampling(1.0, seed=5), prompt="Once upon a time there was a queue. " * 8)
+    request = Request(model, 1500, Sampling(1.0, seed=5), prompt="Once upon a time there was a queue. " * 8)
 
     def submit() -> Job:
-        accepted = fleet.jobs.create(Submission(asked, owner="me"))
+        accepted = fleet.jobs.create(Submission(request, owner="me"))
         fleet.notifier.wake([model])
         return accepted.job
 
     job = submit()
-    wait(lambda: fleet.says(job, 50))
+    eventually(lambda: fleet.has_tokens(job, 50))
     worker.send_signal(signal.SIGSTOP)
     reaper = Reaper(fleet.redis, fleet.settings.max_attempts, 0)
-    wait(lambda: fleet.notifier.wake(reaper.reap()) or fleet.get(job).status is Status.QUEUED)
+    eventually(lambda: fleet.notifier.wake(reaper.reap()) or fleet.get(job).status is Status.QUEUED)
     written = fleet.log.written(job.id)
     worker.send_signal(signal.SIGCONT)
     ended, undisturbed = fleet.end(job, within_s=60), fleet.end(submit(), within_s=60)
@@ -229,11 +229,11 @@ def test_a_worker_that_was_paused_reads_nothing_again(fleet: Fleet, tiny_model_p
         return card.stats["prefix_cache_tokens_total"] if card else 0.0
 
     both = ended.prompt_tokens + len(written.tokens) - 1 + undisturbed.prompt_tokens - 1
-    wait(lambda: reused() >= both)
+    eventually(lambda: reused() >= both)
     assert reused() == both
 
 
-def test_redis_may_come_late_and_go_in_between(fleet: Fleet) -> None:
+def test_redis_may_start_later_than_the_worker_and_restart(fleet: Fleet) -> None:
     with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
         socket = Path(home) / "s"
 
@@ -247,20 +247,20 @@ def test_redis_may_come_late_and_go_in_between(fleet: Fleet) -> None:
         late = Fleet(fleet.home, serve())
         try:
             worker = late.spawn(LEASE_S="5")
-            wait(lambda: '"WARNING"' in late.output(worker), 20)
+            eventually(lambda: '"WARNING"' in late.output(worker), within_s=20)
             with serve():
-                wait(lambda: late.card(worker), 20)
+                eventually(lambda: late.card(worker), within_s=20)
                 job = late.submit(SLOW, 200)
-                wait(lambda: late.says(job, 20))
+                eventually(lambda: late.has_tokens(job, 20))
             with serve():
                 late.check(job)
-                # The lease held: the engine went on while Redis was away, and nothing was done twice.
+                # The lease held, so the engine continued during the restart and nothing was done twice.
                 assert Counter(event.kind for event in late.log.read(job.id))[EventKind.STARTED] == 1
         finally:
             late.close()
 
 
-def test_a_model_that_redis_forgot_is_announced_again_without_a_look_at_its_folder(
+def test_a_model_is_announced_again_after_redis_lost_it_without_reading_its_folder(
     tiny_stack: Stack, tmp_path: Path
 ) -> None:
     folder = tmp_path / tiny_stack.model

@@ -1,4 +1,4 @@
-"""A queue on a real valkey, and worker processes on it as they are run, with the fake backend."""
+"""The fixture `fleet`: a queue on a real Valkey, and real worker processes with the fake backend."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,15 @@ from shared.queue.redis import connect
 from shared.queue.wakeups import Notifier, make_app
 from shared.settings import ROOT, Settings
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
+from tests.support.waiting import eventually
 from worker.runner.fake import FakeRunner
 
 SLOW = "!pause=0.02"
-"""Order for the fake backend: a step takes 20 ms."""
+"""Prompt prefix for the fake backend: each step takes 20 ms."""
 
 
 class Fleet:
-    """A queue, and the workers a test starts on it."""
+    """A queue, and the workers that a test starts on it."""
 
     def __init__(self, home: Path, valkey: ValkeyServer) -> None:
         self.home = home
@@ -46,11 +46,11 @@ class Fleet:
         self.registry = Registry(self.redis)
         self.celery = make_app(self.settings)
         self.notifier = Notifier(self.celery)
-        self.asked: dict[str, Request] = {}
+        self.requests: dict[str, Request] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def spawn(self, module: str = "worker.app", **variables: str) -> subprocess.Popen[bytes]:
-        """Start a worker and go on."""
+        """Start a worker without waiting for it."""
         index = len(self.processes)
         env = {
             "PATH": os.environ["PATH"],
@@ -74,22 +74,24 @@ class Fleet:
         return process
 
     def start(self, module: str = "worker.app", **variables: str) -> subprocess.Popen[bytes]:
-        """Start a worker and wait until it takes jobs."""
+        """Start a worker and wait until it claims jobs."""
         process = self.spawn(module, **variables)
-        wait(lambda: self.card(process), 30)
+        eventually(lambda: self.card(process), "the worker is ready")
         return process
 
     def card(self, process: subprocess.Popen[bytes]) -> WorkerInfo | None:
-        """What a worker that is ready tells of itself."""
+        """Return the card of a worker, once it is ready."""
         assert process.poll() is None, self.output(process)
         pids = {process.pid, *(child.pid for child in children(process))}
         cards = (card for card in self.registry.workers() if card.pid in pids and card.state == "ready")
         return next(cards, None)
 
     def output(self, process: subprocess.Popen[bytes]) -> str:
+        """Return the whole output of a worker."""
         return (self.home / f"{self.processes.index(process)}.log").read_text()
 
     def lines(self, process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
+        """Return the log lines of a worker."""
         return [json.loads(line) for line in self.output(process).splitlines()]
 
     def submit(
@@ -104,15 +106,15 @@ class Fleet:
         priority: Priority = Priority.NORMAL,
         **request: Any,
     ) -> Job:
-        """Accept a job, as the API does.
+        """Accept a job as the API does.
 
         Args:
-            wake: whether the workers are woken when the queue says so.
+            wake: whether to send a wake-up if the queue requires one.
         """
-        asked = Request("fake", max_tokens, Sampling(0.0), prompt=prompt, **request)
+        built = Request("fake", max_tokens, Sampling(0.0), prompt=prompt, **request)
         accepted = self.jobs.create(
             Submission(
-                asked,
+                built,
                 owner="me",
                 request_id="req-1",
                 prefixes=prefixes,
@@ -121,56 +123,62 @@ class Fleet:
                 start_within_s=start_within_s,
             )
         )
-        self.asked[accepted.job.id] = asked
+        self.requests[accepted.job.id] = built
         if wake and accepted.wake:
             self.notifier.wake(["fake"])
         return accepted.job
 
     def get(self, job: Job) -> Job:
+        """Return the present record of a job."""
         return self.jobs.get(job.id, "me")
 
     def end(self, job: Job, within_s: float = 20) -> Job:
-        wait(lambda: self.get(job).status.terminal, within_s)
+        """Wait until a job has ended."""
+        eventually(lambda: self.get(job).status.terminal, f"{job.id} ends", within_s)
         return self.get(job)
 
     def text(self, job: Job) -> str:
+        """Return the text of a job so far."""
         return self.jobs.text(job)
 
     def held(self, kind: str = keys.RUNNING) -> int:
-        """Jobs in the batches of all workers; with `keys.RESERVED` those that are claimed and not admitted."""
+        """Return the number of jobs in all batches; with `keys.RESERVED`, those that are claimed and not admitted."""
         return sum(self.redis.scard(name) for name in self.redis.keys(kind + "*"))
 
     def stop_job(self, job: Job) -> None:
+        """Cancel a job."""
         self.jobs.stop(job.id, "me")
 
-    def says(self, job: Job, tokens: int) -> bool:
-        return len(self.log.written(job.id).tokens) >= tokens
+    def has_tokens(self, job: Job, count: int) -> bool:
+        """Return whether at least `count` tokens of a job are written."""
+        return len(self.log.written(job.id).tokens) >= count
 
     def check(self, job: Job) -> None:
-        """It succeeded, with the text of an undisturbed run, told without gap or repetition, and one end."""
+        """Check that a job succeeds with the text of an undisturbed run, in events without gaps or repetition."""
         ended = self.end(job)
         runner = FakeRunner()
-        asked = self.asked[job.id]
-        wanted = run_alone(sequence_for(claimed(asked.prompt or "", max_tokens=asked.max_tokens), runner), runner)
+        request = self.requests[job.id]
+        expected = run_alone(sequence_for(claimed(request.prompt or "", max_tokens=request.max_tokens), runner), runner)
         events = self.log.read(job.id)
         text = self.text(job)
-        assert (ended.status, text) == (Status.SUCCEEDED, text_of(wanted))
-        assert ended.completion_tokens == asked.max_tokens
+        assert (ended.status, text) == (Status.SUCCEEDED, text_of(expected))
+        assert ended.completion_tokens == request.max_tokens
         assert "".join(event.text for event in events) == text
         assert [event.n for event in events] == list(range(1, len(events) + 1))
         assert [event.kind for event in events].count(EventKind.DONE) == 1
 
     def stop(self, process: subprocess.Popen[bytes], within_s: float = 20) -> int:
-        """End a worker in order; its exit status."""
+        """End a worker with SIGTERM; return its exit status."""
         process.terminate()
         return process.wait(within_s)
 
     def close(self) -> None:
+        """Kill all processes."""
         for process in self.processes:
             below = children(process)
             process.kill()
             process.wait()
-            for child in below:  # or it would drain first
+            for child in below:  # without a launcher they would drain first
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
         self.celery.close()
@@ -178,22 +186,16 @@ class Fleet:
 
 
 def children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A launcher's worker process."""
+    """Return the worker process of a launcher."""
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(process.pid).children()
     return []
 
 
-def wait(condition: Callable[[], object], within_s: float = 10) -> None:
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.005)
-
-
 @pytest.fixture
 def fleet(tmp_path: Path, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # the undisturbed run need not be slow
+    """An empty queue without workers."""
+    monkeypatch.setattr("worker.runner.fake.sleep", lambda seconds: None)  # for the runs of `check`
     fleet = Fleet(tmp_path, valkey)
     fleet.redis.flushall()
     yield fleet

@@ -1,4 +1,4 @@
-"""Jobs as a worker has them after a claim, without Redis."""
+"""Claimed jobs, sequences and their undisturbed output, without Redis."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def claimed(
     started_after_s: float | None = None,
     **request: Any,
 ) -> ClaimedJob:
-    """A job that was created a second ago and claimed now.
+    """Return a job that was created a second ago and claimed now.
 
     Args:
         started_after_s: seconds from its creation to its first attempt, if it had one.
     """
     now = time.time()
     sampling = request.pop("sampling", Sampling(temperature=0.0, seed=request.pop("seed", 0)))
-    asked = Request(**{"model": "fake", "max_tokens": 8, "sampling": sampling, "prompt": prompt, **request})
+    built = Request(**{"model": "fake", "max_tokens": 8, "sampling": sampling, "prompt": prompt, **request})
     job = Job(
         id=f"job_{prompt}",
         owner=owner,
@@ -55,22 +55,22 @@ def claimed(
         error_code=None,
         error_message=None,
     )
-    return ClaimedJob(job, asked, None, 0, rank, 1.0)
+    return ClaimedJob(job, built, None, 0, rank, 1.0)
 
 
 def prompt_of(claimed: ClaimedJob, runner: ModelRunner) -> Prompt:
-    """Its prompt, tokenised by the runner (the fake one does that)."""
+    """Return the prompt of a job, tokenised by the (fake) runner."""
     return runner.prompt(runner.tokenize(claimed.request) or [], 0, claimed.request, {})
 
 
 def sequence_for(claimed: ClaimedJob, runner: ModelRunner | None = None, **more: Any) -> Sequence:
-    """A sequence with its prompt, ready for the engine."""
+    """Return a sequence with its prompt, ready for the engine."""
     runner = runner or FakeRunner()
     return Sequence(claimed, prompt_of(claimed, runner), runner, **more)
 
 
 def run_alone(sequence: Sequence, runner: ModelRunner) -> list[SequenceOutput]:
-    """All that is published of a sequence when nothing disturbs it, but its start."""
+    """Return the output of a sequence that runs alone, without its start."""
     outputs = OutputProcessor(runner.eos)
     runner.insert([sequence.row()])
     published: list[SequenceOutput] = []
@@ -82,7 +82,7 @@ def run_alone(sequence: Sequence, runner: ModelRunner) -> list[SequenceOutput]:
 
 
 def undisturbed(prompt: str, max_tokens: int) -> str:
-    """The fake runner's whole text for a prompt; its pauses are left out."""
+    """Return the fake runner's whole text for a prompt, without its pauses."""
     runner = FakeRunner()
     sequence = sequence_for(claimed(prompt, max_tokens=max_tokens), runner)
     with patch("worker.runner.fake.sleep"):
@@ -90,5 +90,5 @@ def undisturbed(prompt: str, max_tokens: int) -> str:
 
 
 def text_of(published: list[SequenceOutput]) -> str:
-    """What a reader of the stream sees."""
+    """Return the text that a reader of the stream gets."""
     return "".join(output.text for output in published)
