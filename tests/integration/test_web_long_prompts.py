@@ -27,7 +27,7 @@ WORDS = 1_000_000
 
 @pytest.fixture
 def large_context_model(web: WebStack) -> str:
-    """A model with a context of over a million tokens, without a worker. The helpers that tokenise for it are running."""
+    """A model with a context of over a million tokens and no worker. The helpers that tokenise for it are running."""
     client = connect(web.redis_url, decode_responses=False)
     text = word_tokenizer()
     card = ModelCard("large", "text", 3 * WORDS // 2, chat_template=CHATML, tokenizer=digest(text))
