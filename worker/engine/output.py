@@ -94,6 +94,8 @@ class OutputProcessor:
             texts.append(end.text)
         sequence.unpublished.clear()
         text = "".join(texts)
+        if text.startswith(" " + written.text):  # by a worker of an earlier version, which trimmed the first space
+            text = text[1:]
         if not text.startswith(written.text) or (end is None and text != written.text):
             raise ReplayError(sequence.job.id)
         return end and end._replace(text=text[len(written.text) :], outputs=())

@@ -35,6 +35,7 @@ from worker.runner.base import (
     Unread,
 )
 from worker.runner.decode import DecodeBatch
+from worker.runner.detokenizer import make_detokenizer
 from worker.runner.kv_cache import Footprint
 from worker.runner.length_buckets import LengthBuckets
 from worker.runner.logits.logprobs import MAX_ALTERNATIVES
@@ -72,23 +73,6 @@ IDLE_WAIT_S = 0.02
 """Maximum wait of an idle step for the disk or for decoded images."""
 _CLEAR_EVERY = 512
 """Steps between two calls that free MLX's unused buffers: after the batch has changed, their sizes rarely fit."""
-
-
-class TextDetokenizer:
-    """mlx-lm's streaming detokenizer, for one sequence."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def add(self, token: int) -> str:
-        """See `Detokenizer.add`."""
-        self._inner.add_token(token)
-        return str(self._inner.last_segment)
-
-    def finish(self) -> str:
-        """See `Detokenizer.finish`."""
-        self._inner.finalize()
-        return str(self._inner.last_segment)
 
 
 class MLXRunner:
@@ -164,11 +148,8 @@ class MLXRunner:
         return Prompt(tuple(expanded), shared, media)
 
     def detokenizer(self) -> Detokenizer:
-        """See `ModelRunner.detokenizer`. Vision models keep a leading space of the text, as in mlx-vlm."""
-        inner = self._tokenizer.detokenizer
-        if self._vision is not None and hasattr(inner, "_maybe_trim_space"):
-            inner._maybe_trim_space = str  # noqa: SLF001 - no public option
-        return TextDetokenizer(inner)
+        """See `ModelRunner.detokenizer`."""
+        return make_detokenizer(self._tokenizer)
 
     def row_bytes(self, length: int) -> int:
         """See `ModelRunner.row_bytes`."""
