@@ -1,4 +1,4 @@
-"""How the runner reads and encodes images: in parts beside decoding rows, and when one is broken."""
+"""Image encoding in the model runner: in parts while rows decode, and with broken images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Request
 from tests.support.runner import plan, step
-from tests.support.vision_runner import TOKENS, Pictures, answer, ask, prompt_of, row, run
+from tests.support.vision_runner import TOKENS, ImageFiles, answer, ask, prompt_of, row, run
 from worker.models.load import LoadedModel
 from worker.runner.base import IMAGE_TOKENS, EncodeWork, StepPlan
 from worker.runner.memory import Memory
@@ -35,8 +36,8 @@ CHUNK = 32
 
 
 @pytest.fixture
-def pictures() -> Pictures:
-    return Pictures()
+def files() -> ImageFiles:
+    return ImageFiles()
 
 
 @pytest.fixture(scope="module")
@@ -52,87 +53,87 @@ def runner(model: tuple[LoadedModel, VisionFamily]) -> Iterator[MLXRunner]:
     runner.close()
 
 
-def test_the_stages_give_what_the_library_gives(model: tuple[LoadedModel, VisionFamily]) -> None:
+def test_the_stages_give_the_features_of_mlx_vlm(model: tuple[LoadedModel, VisionFamily]) -> None:
     encoder = model[1].encoder
     rng = np.random.default_rng(3)
-    for high, wide in ((4, 4), (16, 8), (14, 22), (34, 46), (2, 40)):
-        grid = Grid(high, wide, 2)
+    for rows, columns in ((4, 4), (16, 8), (14, 22), (34, 46), (2, 40)):
+        grid = Grid(rows, columns, 2)
         pixels = rng.normal(size=(grid.patches, 3 * 2 * 14 * 14)).astype(np.float32)
         *_, ours = encoder.stages(pixels, grid)
-        theirs = encoder.tower(mx.array(pixels), mx.array([[1, high, wide]]))
+        theirs = encoder.tower(mx.array(pixels), mx.array([[1, rows, columns]]))
         assert mx.allclose(ours, theirs, atol=1e-5), grid
         assert ours.shape[0] == grid.tokens
 
 
-def test_a_broken_image_fails_the_rows_that_show_it_and_no_other(runner: MLXRunner, pictures: Pictures) -> None:
-    good, bad = pictures.part(300, 200, 1), pictures.part(300, 200, 2)
-    whole = answer(runner, ask("Good?", good), pictures)
-    pictures[bad["image"]] = pictures[bad["image"]][:200]
-    asked = [ask("Good?", good), ask("Bad?", bad), ask("Both?", good, bad)]
-    runner.insert([row(prompt_of(runner, each, pictures), each, uid) for uid, each in enumerate(asked)])
-    said: dict[int, list[int]] = defaultdict(list)
+def test_a_broken_image_fails_only_the_rows_that_contain_it(runner: MLXRunner, files: ImageFiles) -> None:
+    good, bad = files.part(300, 200, 1), files.part(300, 200, 2)
+    expected = answer(runner, ask("Good?", good), files)
+    files[bad["image"]] = files[bad["image"]][:200]
+    requests = [ask("Good?", good), ask("Bad?", bad), ask("Both?", good, bad)]
+    runner.insert([row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate(requests)])
+    tokens: dict[int, list[int]] = defaultdict(list)
     failed: dict[int, Exception] = {}
-    while len(said[0]) < TOKENS:
+    while len(tokens[0]) < TOKENS:
         output = step(runner)
         failed |= dict(output.failed)
         for each in output.tokens:
-            said[each.uid].append(each.token)
+            tokens[each.uid].append(each.token)
     assert failed.keys() == {1, 2}
-    assert said.pop(0) == whole
-    assert not said
+    assert tokens.pop(0) == expected
+    assert not tokens
 
 
-def test_whatever_reading_an_image_raises_fails_its_rows_and_no_other(
-    runner: MLXRunner, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+def test_any_error_of_an_image_decoder_fails_only_the_rows_of_the_image(
+    runner: MLXRunner, files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = qwen_encoder.opened
 
-    def bad_one(data: bytes) -> Image.Image:
-        if data == pictures[bad["image"]]:
-            raise SyntaxError("broken PNG file")  # as Pillow does, and others of its own
+    def raise_for_bad(data: bytes) -> Image.Image:
+        if data == files[bad["image"]]:
+            raise SyntaxError("broken PNG file")  # one of the exceptions that Pillow raises
         return opened(data)
 
-    good, bad = pictures.part(300, 200, 1), pictures.part(300, 200, 2)
-    monkeypatch.setattr(qwen_encoder, "opened", bad_one)
+    good, bad = files.part(300, 200, 1), files.part(300, 200, 2)
+    monkeypatch.setattr(qwen_encoder, "opened", raise_for_bad)
     runner.insert(
-        [row(prompt_of(runner, ask("?", part), pictures), ask("?", part), uid) for uid, part in enumerate((good, bad))]
+        [row(prompt_of(runner, ask("?", part), files), ask("?", part), uid) for uid, part in enumerate((good, bad))]
     )
     failed: dict[int, Exception] = {}
-    said = 0
-    while said < TOKENS:
+    tokens = 0
+    while tokens < TOKENS:
         output = step(runner)
         failed |= dict(output.failed)
-        said += len(output.tokens)
+        tokens += len(output.tokens)
     assert failed.keys() == {1}
 
 
-def test_an_image_is_as_large_as_the_api_has_let_it_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_that_the_api_accepted_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(file, "PNG")
-    monkeypatch.setattr(Image.Image, "convert", lambda image, _mode: image)  # 600 MB are not needed to see it
+    monkeypatch.setattr(Image.Image, "convert", lambda image, _mode: image)  # avoid allocating 600 MB
     assert opened(file.getvalue()).size == (20_000, 10_000)
 
 
-def test_no_failure_is_told_of_rows_that_are_gone(
+def test_no_failures_are_reported_for_rows_before_a_reset(
     model: tuple[LoadedModel, VisionFamily],
     runner: MLXRunner,
-    pictures: Pictures,
+    files: ImageFiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bad, worse, good = (pictures.part(56, 56, seed) for seed in range(3))
-    pictures[bad["image"]] = pictures[bad["image"]][:100]
+    bad, worse, good = (files.part(56, 56, seed) for seed in range(3))
+    files[bad["image"]] = files[bad["image"]][:100]
     stages = QwenEncoder.stages
 
     def raises(encoder: QwenEncoder, pixels: Any, grid: Grid) -> Iterator[mx.array]:
         monkeypatch.setattr(QwenEncoder, "stages", stages)
-        raise RuntimeError("the device is away")
+        raise RuntimeError("the device failed")
 
-    asked = [ask("?", part) for part in (bad, worse, good)]
-    rows = [row(prompt_of(runner, each, pictures), each, uid) for uid, each in enumerate(asked)]
+    requests = [ask("?", part) for part in (bad, worse, good)]
+    rows = [row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate(requests)]
     monkeypatch.setattr(QwenEncoder, "stages", raises)
     runner.insert(rows[:2])
     wait([task.pixels for task in runner._vision._tasks.values() if task.pixels])
-    with pytest.raises(RuntimeError, match="away"):
+    with pytest.raises(RuntimeError, match="failed"):
         step(runner)
     runner.reset()
     runner.insert(rows[2:])
@@ -140,91 +141,90 @@ def test_no_failure_is_told_of_rows_that_are_gone(
         assert not output.failed
 
 
-def test_an_image_of_another_size_than_was_said_fails_its_row(runner: MLXRunner, pictures: Pictures) -> None:
-    part = pictures.part(300, 200, 1) | {"width": 500}
-    runner.insert([row(prompt_of(runner, ask("?", part), pictures), ask("?", part), 1)])
+def test_an_image_of_another_size_than_in_the_request_fails_its_row(runner: MLXRunner, files: ImageFiles) -> None:
+    part = files.part(300, 200, 1) | {"width": 500}
+    runner.insert([row(prompt_of(runner, ask("?", part), files), ask("?", part), 1)])
     while not (failed := step(runner).failed):
         pass
     assert failed[0][0] == 1
 
 
-def test_rows_leave_in_every_stage(runner: MLXRunner, pictures: Pictures) -> None:
-    asked = [ask(f"{number}?", pictures.part(640, 480, number)) for number in range(4)]
-    expected = answer(runner, asked[3], pictures)
+def test_rows_can_be_removed_at_every_stage(runner: MLXRunner, files: ImageFiles) -> None:
+    requests = [ask(f"{number}?", files.part(640, 480, number)) for number in range(4)]
+    expected = answer(runner, requests[3], files)
     for steps in range(12):
-        rows = [row(prompt_of(runner, each, pictures), each, uid) for uid, each in enumerate(asked)]
+        rows = [row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate(requests)]
         runner.insert(rows)
         for _ in range(steps):
             step(runner)
         runner.remove([0, 1, 2])
         runner.remove([3])
-        assert answer(runner, asked[3], pictures) == expected
+        assert answer(runner, requests[3], files) == expected
         runner.reset()
 
 
-def test_images_are_encoded_in_parts_while_rows_decode(runner: MLXRunner, pictures: Pictures) -> None:
+def test_images_are_encoded_in_parts_while_rows_decode(runner: MLXRunner, files: ImageFiles) -> None:
     runner.warm()
     text = ask("Hello")
-    expected = answer(runner, text, pictures)
-    images = [ask(f"{number}?", pictures.part(640, 480, number)) for number in range(3)]
-    alone = [answer(runner, each, pictures) for each in images]
-    rows = [row(prompt_of(runner, each, pictures), each, uid) for uid, each in enumerate([text, *images])]
-    said, _ = run(runner, rows, every=4)
-    assert [said[uid] for uid in range(4)] == [expected, *alone]
+    expected = answer(runner, text, files)
+    images = [ask(f"{number}?", files.part(640, 480, number)) for number in range(3)]
+    single = [answer(runner, each, files) for each in images]
+    rows = [row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate([text, *images])]
+    tokens, _ = run(runner, rows, every=4)
+    assert [tokens[uid] for uid in range(4)] == [expected, *single]
 
 
-def test_a_step_encodes_about_as_long_as_it_was_told(
-    runner: MLXRunner, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+def test_a_step_encodes_for_about_the_planned_time(
+    runner: MLXRunner, files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At least a block of the image, and it says how long that takes."""
+    """A step encodes at least one block, and reports its predicted cost."""
     monkeypatch.setattr(QwenEncoder, "seconds", lambda encoder, grid: 1.0)
-    asked = ask("?", pictures.part(640, 480, 1))
-    runner.insert([row(prompt_of(runner, asked, pictures), asked, 1)])
+    request = ask("?", files.part(640, 480, 1))
+    runner.insert([row(prompt_of(runner, request, files), request, 1)])
     assert not runner.prefillable()
     while runner.images_waiting() is None:
         runner.execute(StepPlan())
     assert runner._vision is not None
     blocks = runner._vision._encoder.blocks
-    left = [runner.images_waiting()]
-    while left[-1] is not None:
+    remaining = [runner.images_waiting()]
+    while remaining[-1] is not None:
         assert runner.execute(StepPlan(encode=EncodeWork(0.01))).predicted_s == pytest.approx(1 / blocks)
-        left.append(runner.images_waiting())
-    assert left[:-1] == pytest.approx([1 - done / blocks for done in range(blocks)])
+        remaining.append(runner.images_waiting())
+    assert remaining[:-1] == pytest.approx([1 - done / blocks for done in range(blocks)])
     assert list(runner.prefillable()) == [1]
     assert plan(runner).encode is None
 
 
-def test_prompts_that_cannot_be_read_say_why(runner: MLXRunner, pictures: Pictures) -> None:
-    picture = pictures.part(300, 200, 1)
+def test_prompts_with_unusable_images_are_refused_with_a_reason(runner: MLXRunner, files: ImageFiles) -> None:
+    image = files.part(300, 200, 1)
 
-    def refused(asked: Request) -> PromptRefused:
-        with pytest.raises(PromptRefused) as told:
-            prompt_of(runner, asked, pictures)
-        return told.value
+    def refusal(request: Request) -> PromptRefused:
+        with pytest.raises(PromptRefused) as caught:
+            prompt_of(runner, request, files)
+        return caught.value
 
-    assert "image placeholder" in str(refused(ask("<|image_pad|>", picture)))
-    assert "image placeholder" in str(refused(ask("<|image_pad|>")))
-    assert "shape" in str(refused(ask("?", picture | {"width": 3000, "height": 2})))
-    long = refused(ask("?", *[picture] * 200))
-    assert long.code == JobFailure.CONTEXT_LENGTH
+    assert "image placeholder" in str(refusal(ask("<|image_pad|>", image)))
+    assert "image placeholder" in str(refusal(ask("<|image_pad|>")))
+    assert "shape" in str(refusal(ask("?", image | {"width": 3000, "height": 2})))
+    runner.card = replace(runner.card, context=1000)
+    assert refusal(ask("?", *[image] * 20)).code == JobFailure.CONTEXT_LENGTH
 
 
-def test_what_encoding_takes_is_known_beforehand(runner: MLXRunner, pictures: Pictures) -> None:
-    """They are encoded one after another: the largest counts."""
-    small, large = pictures.part(56, 56, 1), pictures.part(640, 480, 1)
+def test_the_memory_for_encoding_is_that_of_the_largest_image(runner: MLXRunner, files: ImageFiles) -> None:
+    small, large = files.part(56, 56, 1), files.part(640, 480, 1)
     assert runner._vision is not None
     encoder = runner._vision._encoder
-    several = prompt_of(runner, ask("?", small, large, small), pictures)
+    several = prompt_of(runner, ask("?", small, large, small), files)
     assert runner.encode_bytes(several.media) == encoder.bytes(encoder.grid(640, 480)) > 0
-    assert runner.encode_bytes(prompt_of(runner, ask("?"), pictures).media) == 0
+    assert runner.encode_bytes(prompt_of(runner, ask("?"), files).media) == 0
 
 
-def test_pieces_of_images_are_told_by_content(runner: MLXRunner, pictures: Pictures) -> None:
-    prompt = prompt_of(runner, ask("?", pictures.part(300, 200, 1)), pictures)
+def test_image_tokens_depend_on_the_content_of_the_image(runner: MLXRunner, files: ImageFiles) -> None:
+    prompt = prompt_of(runner, ask("?", files.part(300, 200, 1)), files)
     media = prompt.media
     assert isinstance(media, ImageMedia)
     (image,) = media.images
-    pieces = prompt.tokens[image.start : image.stop]
-    assert len(set(pieces)) == len(pieces) == 77 == image.grid.tokens
-    assert all(IMAGE_TOKENS <= piece < 2**32 for piece in pieces)
+    tokens = prompt.tokens[image.start : image.stop]
+    assert len(set(tokens)) == len(tokens) == 77 == image.grid.tokens
+    assert all(IMAGE_TOKENS <= token < 2**32 for token in tokens)
     assert media.shift == 11 - 77

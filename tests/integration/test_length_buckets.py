@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-from tests.support.runner import row as row_of
+from tests.support.runner import numbered
 from worker.models.load import LoadedModel, load_model
 from worker.runner import forward
 from worker.runner.base import Row
@@ -43,10 +43,6 @@ def make_buckets(tiny: LoadedModel, max_padding_bytes: int) -> LengthBuckets:
     )
 
 
-def row(uid: int, length: int, max_new_tokens: int) -> Row:
-    return row_of(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], max_new_tokens)
-
-
 def join(batches: LengthBuckets, tiny: LoadedModel, rows: Sequence[Row]) -> None:
     cache = KVCache.empty(tiny.model, len(rows))
     forward.fill(tiny.model, cache, [each.prompt[:-1] for each in rows])
@@ -59,10 +55,10 @@ def lengths(batches: LengthBuckets) -> list[list[int]]:
 
 
 def test_a_long_row_neither_widens_nor_copies_short_rows(tiny: LoadedModel, batches: LengthBuckets) -> None:
-    join(batches, tiny, [row(uid, 100, 50) for uid in range(4)])
+    join(batches, tiny, [numbered(uid, 100, 50) for uid in range(4)])
     assert [each.uid for _ in range(2) for each in batches.step()] == [0, 1, 2, 3]
     short = batches.nbytes
-    join(batches, tiny, [row(9, 1200, 50)])
+    join(batches, tiny, [numbered(9, 1200, 50)])
     batches.step()
     assert lengths(batches) == [[100] * 4, [1200]]
     assert {each.uid for each in batches.step()} == {0, 1, 2, 3, 9}
@@ -71,13 +67,13 @@ def test_a_long_row_neither_widens_nor_copies_short_rows(tiny: LoadedModel, batc
 
 def test_rows_share_a_bucket_up_to_the_padding_limit(tiny: LoadedModel, batches: LengthBuckets) -> None:
     for uid, length in enumerate((100, 300, 400, 1000, 200, 1100)):
-        join(batches, tiny, [row(uid, length, 9)])
+        join(batches, tiny, [numbered(uid, length, 9)])
     assert lengths(batches) == [[100, 300, 400], [200], [1000, 1100]]
 
 
 def test_buckets_are_merged_when_rows_have_left(tiny: LoadedModel, batches: LengthBuckets) -> None:
     """A long row and the last short row continue in one bucket, and generate the same tokens as single rows."""
-    rows = [*(row(uid, 300, 4) for uid in range(3)), row(3, 300, 20), row(4, 560, 20)]
+    rows = [*(numbered(uid, 300, 4) for uid in range(3)), numbered(3, 300, 20), numbered(4, 560, 20)]
     expected = {each.uid: alone(tiny, each) for each in rows}
     join(batches, tiny, rows[:4])
     join(batches, tiny, rows[4:])
@@ -105,7 +101,7 @@ def alone(tiny: LoadedModel, row: Row) -> list[int]:
 def test_a_cache_shrinks_when_its_longest_row_has_left(tiny: LoadedModel) -> None:
     """So a batch is never wider than the estimate for its longest row."""
     batches, footprint = make_buckets(tiny, 2**30), Footprint.of(tiny.model)
-    join(batches, tiny, [row(1, 500, 3), *(row(uid, 100 + uid, 200) for uid in range(2, 6))])
+    join(batches, tiny, [numbered(1, 500, 3), *(numbered(uid, 100 + uid, 200) for uid in range(2, 6))])
     seen = []
     while len(batches) and (outputs := batches.step()) is not None:
         (lengths,) = batches.lengths or [[1]]

@@ -14,8 +14,7 @@ pytest.importorskip("mlx_lm")
 import mlx.core as mx
 
 from shared.jobs.request import Request, Sampling
-from tests.support.runner import GREEDY, alone, run, step
-from tests.support.runner import row as row_of
+from tests.support.runner import GREEDY, alone, numbered, run, step
 from worker.models.load import LoadedModel, load_model
 from worker.runner.base import Row, TokenOutput
 from worker.runner.logits import logprobs
@@ -45,8 +44,7 @@ def runner(tiny: LoadedModel) -> MLXRunner:
 def row(
     uid: int, length: int, max_new_tokens: int = 8, sampling: Sampling = GREEDY, alternatives: int | None = None
 ) -> Row:
-    prompt = [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)]
-    return row_of(uid, prompt, max_new_tokens, sampling, logprobs=alternatives)
+    return numbered(uid, length, max_new_tokens, sampling, logprobs=alternatives)
 
 
 def outputs(runner: MLXRunner, rows: Sequence[Row], late: Sequence[Row] = ()) -> dict[int, list[TokenOutput]]:

@@ -1,4 +1,4 @@
-"""The model runner on real models, beside mlx-lm's own `generate`."""
+"""The model runner on real models, compared with mlx-lm's `generate`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from worker.runner.model_runner import MLXRunner
 
 CHUNK = 16
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
-"""Of the tiny model's cache: keys and values, layers, heads, width, bytes of a number."""
+"""Cache bytes per token of the tiny model: keys and values, layers, heads, head size, bytes per number."""
 QUESTIONS = (
     "What is the capital of France?",
     "Name three colours.",
@@ -62,20 +62,21 @@ def runner(tiny: LoadedModel) -> MLXRunner:
     return MLXRunner(tiny, CHUNK)
 
 
-def said_in(runner: MLXRunner, steps: int) -> list[int]:
+def tokens_of(runner: MLXRunner, steps: int) -> list[int]:
+    """Run some steps and return their tokens."""
     return [output.token for _ in range(steps) for output in step(runner).tokens]
 
 
 @pytest.mark.long
-def test_greedy_rows_say_what_mlx_lm_says(smollm2: LoadedModel) -> None:
+def test_greedy_rows_generate_the_text_of_mlx_lm(smollm2: LoadedModel) -> None:
     runner = MLXRunner(smollm2, 64)
     prompts = [chat(smollm2, question) for question in QUESTIONS]
     expected = [generate(smollm2.model, smollm2.tokenizer, prompt, max_tokens=14) for prompt in prompts]
     assert "Paris" in expected[0]
     rows = [row(uid, prompt, 14) for uid, prompt in enumerate(prompts)]
     late = {3: rows[3:5], 4: rows[5:6], 9: rows[6:]}
-    for said in (run(runner, rows), run(runner, rows[:3], lambda steps: late.get(steps, ()))):
-        assert [text(runner, said[uid]) for uid in range(len(rows))] == expected
+    for tokens in (run(runner, rows), run(runner, rows[:3], lambda steps: late.get(steps, ()))):
+        assert [text(runner, tokens[uid]) for uid in range(len(rows))] == expected
 
 
 def chat(model: LoadedModel, question: str) -> list[int]:
@@ -84,7 +85,7 @@ def chat(model: LoadedModel, question: str) -> list[int]:
 
 
 def text(runner: MLXRunner, tokens: Iterable[int]) -> str:
-    """The text of an answer, up to its end token."""
+    """Return the text of an answer up to its end token."""
     detokenizer = runner.detokenizer()
     parts = []
     for token in tokens:
@@ -94,9 +95,9 @@ def text(runner: MLXRunner, tokens: Iterable[int]) -> str:
     return "".join(parts) + detokenizer.finish()
 
 
-def test_penalised_rows_say_what_mlx_lm_says(tiny: LoadedModel, runner: MLXRunner) -> None:
+def test_penalised_rows_generate_the_tokens_of_mlx_lm(tiny: LoadedModel, runner: MLXRunner) -> None:
     sampling = Sampling(0.0, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2)
-    one = numbered(1, 30, most=40, sampling=sampling)
+    one = numbered(1, 30, 40, sampling)
     processors = make_logits_processors(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2)
     answer = stream_generate(tiny.model, tiny.tokenizer, list(one.prompt), 40, logits_processors=processors)
     expected = [response.token for response in answer]
@@ -104,8 +105,8 @@ def test_penalised_rows_say_what_mlx_lm_says(tiny: LoadedModel, runner: MLXRunne
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_a_row_is_the_same_alone_and_in_company(runner: MLXRunner, sampling: Sampling) -> None:
-    one = numbered(1, 21, most=16, sampling=sampling)
+def test_batched_rows_generate_the_same_tokens_as_single_rows(runner: MLXRunner, sampling: Sampling) -> None:
+    one = numbered(1, 21, 16, sampling)
     expected = alone(runner, one)
     others = [numbered(10 + i, 1 + 7 * i, 3 + i, each) for i, each in enumerate(SAMPLINGS)]
     late = {2: [one], 3: others[3:5], 9: others[5:]}
@@ -115,11 +116,11 @@ def test_a_row_is_the_same_alone_and_in_company(runner: MLXRunner, sampling: Sam
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_a_row_goes_on_where_it_was_cut(runner: MLXRunner, sampling: Sampling) -> None:
-    whole = numbered(0, 9, most=12, sampling=sampling)
+def test_a_resumed_row_continues_with_the_same_tokens(runner: MLXRunner, sampling: Sampling) -> None:
+    whole = numbered(0, 9, 12, sampling)
     expected = alone(runner, whole)
-    said = run(runner, [resumed(whole, cut, expected[:cut]) for cut in range(12)])
-    assert [said[cut] for cut in range(12)] == [expected[cut:] for cut in range(12)]
+    tokens = run(runner, [resumed(whole, cut, expected[:cut]) for cut in range(12)])
+    assert [tokens[cut] for cut in range(12)] == [expected[cut:] for cut in range(12)]
 
 
 def test_rows_decode_while_others_are_prefilled(runner: MLXRunner) -> None:
@@ -137,7 +138,7 @@ def test_rows_decode_while_others_are_prefilled(runner: MLXRunner) -> None:
     assert [each.uid for each in output.tokens] == [1, 2]
 
 
-def test_a_long_prompt_has_place_for_all_of_it_from_its_second_chunk(runner: MLXRunner) -> None:
+def test_the_cache_of_a_long_prompt_is_allocated_at_once(runner: MLXRunner) -> None:
     runner.insert([numbered(1, 50 * CHUNK)])
     seen = []
     while not step(runner).prefilled:
@@ -153,43 +154,42 @@ def test_short_prompts_are_prefilled_together(runner: MLXRunner) -> None:
     assert sorted(output.prefilled) == sorted(each.uid for each in output.tokens) == list(range(8))
 
 
-def test_rows_leave_in_every_stage(runner: MLXRunner) -> None:
-    """Removed before, between and after its chunks and tokens, a row is gone at once and changes nothing for others."""
-    stays = numbered(1, 20, most=12, sampling=SAMPLINGS[3])
+def test_rows_can_be_removed_at_every_stage(runner: MLXRunner) -> None:
+    """A removed row produces no further output and does not affect other rows."""
+    stays = numbered(1, 20, 12, SAMPLINGS[3])
     expected = alone(runner, stays)
     for steps in range(8):
-        leaves = [numbered(2, 3 * CHUNK), numbered(3, 4), numbered(4, 1)]
-        runner.insert([leaves[0], stays, *leaves[1:]])
-        said = [each.token for _ in range(steps) for each in step(runner).tokens if each.uid == 1]
+        removed = [numbered(2, 3 * CHUNK), numbered(3, 4), numbered(4, 1)]
+        runner.insert([removed[0], stays, *removed[1:]])
+        tokens = [each.token for _ in range(steps) for each in step(runner).tokens if each.uid == 1]
         runner.remove([2, 3, 4, 99])
-        while len(said) < 12:
+        while len(tokens) < 12:
             output = step(runner)
             assert {each.uid for each in output.tokens} | set(output.prefilled) <= {1}
-            said += [each.token for each in output.tokens]
-        assert said == expected
+            tokens += [each.token for each in output.tokens]
+        assert tokens == expected
         assert runner.stats()["kv_bytes"] == 0
 
 
-def test_places_are_taken_over_again_and_again(runner: MLXRunner) -> None:
-    """Rows that come and go for long leave the cache as narrow as the rows that are in it."""
+def test_empty_batch_indices_are_reused_without_widening_the_cache(runner: MLXRunner) -> None:
     rows = [numbered(uid, 1 + uid * 7 % 40, 5 + uid % 9, SAMPLINGS[uid % len(SAMPLINGS)]) for uid in range(60)]
     expected = {each.uid: alone(runner, each) for each in rows[::6]}
     for each in rows[:8]:
         runner.insert([each])
     waiting = rows[8:]
-    said: dict[int, list[int]] = defaultdict(list)
-    most = 0.0
-    while waiting or sum(map(len, said.values())) < sum(each.max_new_tokens for each in rows):
+    tokens: dict[int, list[int]] = defaultdict(list)
+    max_bytes = 0.0
+    while waiting or sum(map(len, tokens.values())) < sum(each.max_new_tokens for each in rows):
         for output in step(runner).tokens:
-            said[output.uid].append(output.token)
-            if len(said[output.uid]) == rows[output.uid].max_new_tokens and waiting:
+            tokens[output.uid].append(output.token)
+            if len(tokens[output.uid]) == rows[output.uid].max_new_tokens and waiting:
                 runner.insert([waiting.pop(0)])
-        most = max(most, runner.stats()["kv_bytes"])
-    assert {uid: said[uid] for uid in expected} == expected
-    assert most <= 12 * TOKEN_BYTES * 768
+        max_bytes = max(max_bytes, runner.stats()["kv_bytes"])
+    assert {uid: tokens[uid] for uid in expected} == expected
+    assert max_bytes <= 12 * TOKEN_BYTES * 768
 
 
-def test_a_row_that_cannot_be_decoded_fails_alone(runner: MLXRunner) -> None:
+def test_an_invalid_row_fails_without_affecting_others(runner: MLXRunner) -> None:
     good = numbered(1, 5)
     expected = alone(runner, good)
     bad = [
@@ -203,7 +203,7 @@ def test_a_row_that_cannot_be_decoded_fails_alone(runner: MLXRunner) -> None:
     runner.insert([*bad[:2], good, *bad[2:]])
     runner.remove([6])
     assert [uid for uid, _ in step(runner).failed] == [2, 3, 4, 5, 7]
-    assert said_in(runner, 13) == expected
+    assert tokens_of(runner, 13) == expected
 
 
 def test_reset_drops_everything(runner: MLXRunner) -> None:
@@ -217,52 +217,52 @@ def test_reset_drops_everything(runner: MLXRunner) -> None:
     assert alone(runner, one) == expected
 
 
-def test_it_works_on_a_thread_that_did_not_import_it(tiny_model_path: Path, runner: MLXRunner) -> None:
+def test_a_runner_works_on_a_thread_that_did_not_import_mlx(tiny_model_path: Path, runner: MLXRunner) -> None:
     one = numbered(1, 40)
     expected = alone(runner, one)
-    found: list[list[int]] = []
+    results: list[list[int]] = []
     settings = Settings(model_path=tiny_model_path, prefill_step_tokens=CHUNK, prefix_disk_bytes=0)
-    thread = threading.Thread(target=lambda: found.append(alone(loaded(settings), one)))
+    thread = threading.Thread(target=lambda: results.append(alone(loaded(settings), one)))
     thread.start()
     thread.join(60)
-    assert found == [expected]
+    assert results == [expected]
 
 
-def test_what_no_row_could_take_is_refused_as_a_prompt(runner: MLXRunner) -> None:
-    asked = Request("m", 1, GREEDY, prompt="…")
+def test_invalid_prompts_are_refused(runner: MLXRunner) -> None:
+    request = Request("m", 1, GREEDY, prompt="…")
     runner.card = replace(runner.card, context=10)
-    assert runner.prompt(range(9), 4, asked, {}).tokens == tuple(range(9))
-    assert runner.prompt(range(9), 4, asked, {}).shared == 4
+    assert runner.prompt(range(9), 4, request, {}).tokens == tuple(range(9))
+    assert runner.prompt(range(9), 4, request, {}).shared == 4
 
-    def refused(tokens: Sequence[int], images: dict[str, bytes] | None = None) -> str:
-        with pytest.raises(PromptRefused) as told:
-            runner.prompt(tokens, 0, asked, images or {})
-        return told.value.code
+    def code(tokens: Sequence[int], images: dict[str, bytes] | None = None) -> str:
+        with pytest.raises(PromptRefused) as caught:
+            runner.prompt(tokens, 0, request, images or {})
+        return caught.value.code
 
-    assert refused(range(10)) == JobFailure.CONTEXT_LENGTH
-    assert refused([]) == refused([10**6]) == refused([2**31]) == refused([1], {"a": b""}) == JobFailure.TEMPLATE
+    assert code(range(10)) == JobFailure.CONTEXT_LENGTH
+    assert code([]) == code([10**6]) == code([2**31]) == code([1], {"a": b""}) == JobFailure.TEMPLATE
 
 
 def test_the_detokenizer_streams_whole_characters(tiny: LoadedModel, runner: MLXRunner) -> None:
-    for said in ("naïve 東京 🙂 family: 👨‍👩‍👧", "  two  spaces ", "one\n\ntwo\n"):
+    for text in ("naïve 東京 🙂 family: 👨‍👩‍👧", "  two  spaces ", "one\n\ntwo\n"):
         detokenizer = runner.detokenizer()
-        parts = [detokenizer.add(token) for token in tiny.tokenizer.encode(said, add_special_tokens=False)]
+        parts = [detokenizer.add(token) for token in tiny.tokenizer.encode(text, add_special_tokens=False)]
         parts.append(detokenizer.finish())
         assert "\ufffd" not in "".join(parts)
-        # mlx-lm drops a space that begins the whole text.
-        assert "".join(parts) == (said[1:] if said[0] == " " else said)
+        # mlx-lm drops a leading space of the whole text.
+        assert "".join(parts) == (text[1:] if text[0] == " " else text)
 
 
-def test_the_card(tiny: LoadedModel) -> None:
+def test_the_model_card(tiny: LoadedModel) -> None:
     assert isinstance(tiny.card, ModelCard)
     assert (tiny.card.id, tiny.card.kind, tiny.card.context) == ("tiny-random-llama", "text", 8192)
     assert tiny.card.eos_token == "<|im_end|>"
     assert tiny.card.chat_template
-    assert tiny.card.tokenizer is None, "its worker announces it once it is proved"
+    assert tiny.card.tokenizer is None, "the worker announces the tokenizer only after it was verified"
     assert tiny.tokenizer.eos_token_id in tiny.eos
 
 
-def test_what_is_said_of_the_model(runner: MLXRunner) -> None:
+def test_the_facts_and_the_measured_cost_of_the_model(runner: MLXRunner) -> None:
     assert {"device", "dtype", "parameters", "mlx", "mlx_lm"} <= runner.about.keys()
     assert runner.about["dtype"] == "float32"
     assert (runner.chunk, runner.depth) == (CHUNK, 1)
@@ -270,7 +270,7 @@ def test_what_is_said_of_the_model(runner: MLXRunner) -> None:
     assert runner.cost.seconds(CHUNK, 100) > 0
 
 
-def test_an_empty_plan_waits_only_for_what_is_on_its_way(runner: MLXRunner) -> None:
+def test_an_empty_plan_starts_no_prefill(runner: MLXRunner) -> None:
     assert not runner.execute(StepPlan()).tokens
     runner.insert([numbered(1, 5)])
     assert not runner.execute(StepPlan()).tokens

@@ -20,8 +20,7 @@ import mlx.core as mx
 from shared.jobs.log import EventKind
 from shared.jobs.request import Sampling
 from tests.plugins.stack import Stack
-from tests.support.runner import resumed, step
-from tests.support.runner import row as row_of
+from tests.support.runner import GREEDY, numbered, resumed, row, step
 from tests.support.waiting import eventually
 from worker.models.load import LoadedModel, load_model
 from worker.runner import forward
@@ -35,7 +34,6 @@ from worker.runner.speculation.pass_cost import LENGTHS, PassCost
 from worker.runner.speculation.verification import MAX_ROWS, Speculation
 
 CHUNK = 16
-GREEDY = Sampling(temperature=0.0)
 SAMPLINGS = (GREEDY, Sampling(1.0, seed=11), Sampling(0.8, top_p=0.9, seed=2**63), Sampling(1.2, top_k=40, seed=-5))
 PENALISED = Sampling(0.0, repetition_penalty=1.3)
 
@@ -53,11 +51,6 @@ def plain(tiny: LoadedModel) -> MLXRunner:
 @pytest.fixture
 def runner(tiny: LoadedModel) -> MLXRunner:
     return MLXRunner(tiny, CHUNK, Memory(2**30, 2**28), speculation_tokens=16)
-
-
-def row(uid: int, length: int, max_new_tokens: int, sampling: Sampling = GREEDY, owner: str | None = None) -> Row:
-    prompt = [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)]
-    return row_of(uid, prompt, max_new_tokens, sampling, owner)
 
 
 TokensByUid = dict[int, list[int]]
@@ -127,7 +120,7 @@ def counts(runner: MLXRunner) -> tuple[float, float]:
 def test_drafts_change_no_token(
     plain: MLXRunner, runner: MLXRunner, sampling: Sampling, wrong: Callable[[int], bool]
 ) -> None:
-    one = row(1, 21, 60, sampling)
+    one = numbered(1, 21, 60, sampling)
     expected = answers(plain, [one])
     with drafting([one], expected, wrong):
         assert run(runner, [one]) == expected
@@ -138,7 +131,7 @@ def test_drafts_change_no_token(
 
 
 def test_accepted_drafts_save_steps(plain: MLXRunner, runner: MLXRunner) -> None:
-    one = row(1, 21, 120)
+    one = numbered(1, 21, 120)
     expected = answers(plain, [one])
     with drafting([one], expected, lambda _: False):
         runner.insert([one])
@@ -150,7 +143,7 @@ def test_accepted_drafts_save_steps(plain: MLXRunner, runner: MLXRunner) -> None
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 17, 18, 19, 20])
 def test_a_row_never_exceeds_its_token_limit(plain: MLXRunner, runner: MLXRunner, limit: int) -> None:
-    one = row(1, 9, limit)
+    one = numbered(1, 9, limit)
     expected = answers(plain, [one])
     longer = answers(plain, [replace(one, max_new_tokens=60)])
     with drafting([one], longer, every_fifth):
@@ -160,7 +153,7 @@ def test_a_row_never_exceeds_its_token_limit(plain: MLXRunner, runner: MLXRunner
 
 def test_a_few_rows_are_verified_together_while_rows_join_and_leave(plain: MLXRunner, runner: MLXRunner) -> None:
     """The rows have different lengths and sampling options, and each accepts its own number of draft tokens."""
-    rows = [row(uid, 5 + 9 * uid, 20 + 7 * uid, SAMPLINGS[uid % 4]) for uid in range(8)]
+    rows = [numbered(uid, 5 + 9 * uid, 20 + 7 * uid, SAMPLINGS[uid % 4]) for uid in range(8)]
     expected = answers(plain, rows)
     late = {3: rows[2:3], 5: rows[3:4], 9: rows[4:5], 12: rows[5:7], 14: rows[7:]}
     with drafting(rows, expected, lambda index: index % 7 in (2, 3)):
@@ -170,7 +163,7 @@ def test_a_few_rows_are_verified_together_while_rows_join_and_leave(plain: MLXRu
 
 
 def test_no_drafts_are_verified_for_more_than_a_few_rows(plain: MLXRunner, runner: MLXRunner) -> None:
-    rows = [row(uid, 9, 12) for uid in range(MAX_ROWS + 1)]
+    rows = [numbered(uid, 9, 12) for uid in range(MAX_ROWS + 1)]
     expected = answers(plain, rows)
     with drafting(rows, expected, every_fifth):
         assert run(runner, rows) == expected
@@ -178,7 +171,7 @@ def test_no_drafts_are_verified_for_more_than_a_few_rows(plain: MLXRunner, runne
 
 
 def test_no_drafts_are_verified_while_a_row_uses_penalties(plain: MLXRunner, runner: MLXRunner) -> None:
-    rows = [row(1, 9, 30, PENALISED), row(2, 9, 20)]
+    rows = [numbered(1, 9, 30, PENALISED), numbered(2, 9, 20)]
     expected = answers(plain, rows)
     with drafting(rows, expected, every_fifth):
         assert run(runner, rows) == expected
@@ -186,7 +179,7 @@ def test_no_drafts_are_verified_while_a_row_uses_penalties(plain: MLXRunner, run
 
 
 def test_no_drafts_are_verified_during_a_prefill(plain: MLXRunner, runner: MLXRunner) -> None:
-    rows = [row(1, 9, 200), row(2, 40 * CHUNK, 5)]
+    rows = [numbered(1, 9, 200), numbered(2, 40 * CHUNK, 5)]
     expected = answers(plain, rows)
     with drafting(rows, expected, every_fifth):
         runner.insert(rows[:1])
@@ -203,7 +196,7 @@ def test_no_drafts_are_verified_during_a_prefill(plain: MLXRunner, runner: MLXRu
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=str)
 def test_a_resumed_row_continues_with_the_same_tokens(plain: MLXRunner, runner: MLXRunner, sampling: Sampling) -> None:
-    one = row(0, 9, 40, sampling)
+    one = numbered(0, 9, 40, sampling)
     tokens = answers(plain, [one])[0]
     for each in (resumed(one, cut, tokens[:cut]) for cut in range(1, 30)):
         rest = {each.uid: tokens[each.uid :]}
@@ -215,7 +208,7 @@ def test_a_resumed_row_continues_with_the_same_tokens(plain: MLXRunner, runner: 
 def test_the_prefix_of_a_removed_row_holds_exactly_its_tokens(
     plain: MLXRunner, runner: MLXRunner, tiny: LoadedModel, steps: int
 ) -> None:
-    one = row(1, 30, 150, owner="me")
+    one = numbered(1, 30, 150, owner="me")
     expected = answers(plain, [one])
     with drafting([one], expected, every_fifth):
         runner.insert([one])
@@ -239,7 +232,7 @@ def test_repetitions_of_the_prompt_are_drafted_and_accepted(tiny: LoadedModel) -
     model = ScriptedModel(tiny, lambda token: 100 + (token - 99) % 60)
     runner = model.runner()
     runner._speculation.cost = cost(0.1)
-    tokens = run(runner, [row_of(1, (*range(100, 160), 100), 300)])[1]
+    tokens = run(runner, [row(1, (*range(100, 160), 100), 300)])[1]
     assert tokens == [101 + (i % 60) for i in range(59)] + [100 + (i % 60) for i in range(241)]
     drafted, accepted = counts(runner)
     assert accepted > 200
@@ -277,7 +270,7 @@ def cost(additional_token: float) -> PassCost:
 def test_drafts_that_cost_as_much_as_they_save_are_not_verified(tiny: LoadedModel) -> None:
     runner = ScriptedModel(tiny, lambda token: 100 + (token - 99) % 60).runner()
     runner._speculation.cost = cost(1.0)
-    run(runner, [row_of(1, (*range(100, 160), 100), 300)])
+    run(runner, [row(1, (*range(100, 160), 100), 300)])
     assert counts(runner) == (0, 0)
 
 
@@ -292,7 +285,7 @@ def test_wrong_drafts_cost_little(tiny: LoadedModel) -> None:
     model = ScriptedModel(tiny, successor)
     runner = model.runner()
     runner._speculation.cost = cost(0.2)
-    run(runner, [row_of(1, tuple(range(100, 160)), 1200)])
+    run(runner, [row(1, tuple(range(100, 160)), 1200)])
     total = model.passes + 0.2 * (model.tokens - model.passes - 60)
     assert total < 12 + 1200 * 1.02
 
@@ -307,7 +300,7 @@ def test_the_cost_of_passes_is_measured_during_warm_up(runner: MLXRunner) -> Non
 
 
 def test_no_drafts_are_verified_while_a_row_asks_for_log_probabilities(plain: MLXRunner, runner: MLXRunner) -> None:
-    one = row(1, 9, 30)
+    one = numbered(1, 9, 30)
     expected = answers(plain, [one])
     with drafting([one], expected, lambda _: False):
         assert run(runner, [replace(one, request=replace(one.request, logprobs=2))]) == expected
@@ -317,7 +310,7 @@ def test_no_drafts_are_verified_while_a_row_asks_for_log_probabilities(plain: ML
 def test_without_speculation_tokens_nothing_is_drafted(tiny: LoadedModel) -> None:
     runner = MLXRunner(tiny, CHUNK)
     runner.warm()
-    run(runner, [row_of(1, (*range(100, 160), 100), 50)])
+    run(runner, [row(1, (*range(100, 160), 100), 50)])
     assert counts(runner) == (0, 0)
 
 

@@ -1,4 +1,4 @@
-"""The runner with a real (random) Qwen2.5-VL, beside mlx-vlm's own `generate`."""
+"""The model runner with a Qwen2.5-VL with random weights, compared with mlx-vlm's `generate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_vlm.prompt_utils import apply_chat_template
 
 from shared.jobs.request import Request, Sampling
 from tests.support.runner import GREEDY
-from tests.support.vision_runner import TOKENS, Pictures, answer, ask, prompt_of, row, run
+from tests.support.vision_runner import TOKENS, ImageFiles, answer, ask, prompt_of, row, run
 from worker.models.load import LoadedModel
 from worker.runner import model_runner
 from worker.runner.base import IMAGE_TOKENS, Row
@@ -38,8 +38,8 @@ SIZES = ((300, 200), (64, 480), (640, 480), (56, 56))
 
 
 @pytest.fixture
-def pictures() -> Pictures:
-    return Pictures()
+def files() -> ImageFiles:
+    return ImageFiles()
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +55,20 @@ def runner(model: tuple[LoadedModel, VisionFamily]) -> Iterator[MLXRunner]:
     runner.close()
 
 
-def mixed(pictures: Pictures) -> list[Request]:
-    """Sixteen: with no image, one or several of all sizes, sampled in all ways."""
-    asked = []
+def mixed(files: ImageFiles) -> list[Request]:
+    """Return sixteen requests with none to three images of all sizes and all sampling options."""
+    requests = []
     for number in range(16):
-        images = [pictures.part(*SIZES[(number + i) % len(SIZES)], seed=number // 2) for i in range(number % 4)]
-        asked.append(ask(f"Question {number}?", *images, sampling=SAMPLINGS[number % len(SAMPLINGS)]))
-    return asked
+        images = [files.part(*SIZES[(number + i) % len(SIZES)], seed=number // 2) for i in range(number % 4)]
+        requests.append(ask(f"Question {number}?", *images, sampling=SAMPLINGS[number % len(SAMPLINGS)]))
+    return requests
 
 
-def of_mlx_vlm(folder: Path, tmp_path: Path, asked: Sequence[Request], files: Pictures) -> list[list[int]]:
-    """What its own `generate` says to these."""
+def reference(folder: Path, tmp_path: Path, requests: Sequence[Request], files: ImageFiles) -> list[list[int]]:
+    """Return the tokens that mlx-vlm generates greedily."""
     model, processor = load_with_mlx_vlm(str(folder))
-    said = []
-    for each in asked:
+    tokens = []
+    for each in requests:
         assert each.messages is not None
         content = each.messages[0]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
@@ -78,121 +78,121 @@ def of_mlx_vlm(folder: Path, tmp_path: Path, asked: Sequence[Request], files: Pi
         prompt = apply_chat_template(processor, model.config, text, num_images=len(paths))
         images = [str(path) for path in paths] or None
         stream = stream_generate(model, processor, prompt, image=images, max_tokens=TOKENS, temperature=0.0)
-        said.append([int(part.token) for part in stream][:TOKENS])
-    return said
+        tokens.append([int(part.token) for part in stream][:TOKENS])
+    return tokens
 
 
-def test_greedy_rows_say_what_mlx_vlm_says(
-    runner: MLXRunner, pictures: Pictures, tiny_vision_path: Path, tmp_path: Path
+def test_greedy_rows_generate_the_tokens_of_mlx_vlm(
+    runner: MLXRunner, files: ImageFiles, tiny_vision_path: Path, tmp_path: Path
 ) -> None:
-    asked = [replace(each, sampling=GREEDY) for each in mixed(pictures)[:8]]
-    rows = [row(prompt_of(runner, each, pictures), each, uid) for uid, each in enumerate(asked)]
-    said, _ = run(runner, rows)
-    assert [said[uid] for uid in range(len(asked))] == of_mlx_vlm(tiny_vision_path, tmp_path, asked, pictures)
+    requests = [replace(each, sampling=GREEDY) for each in mixed(files)[:8]]
+    rows = [row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate(requests)]
+    tokens, _ = run(runner, rows)
+    assert [tokens[uid] for uid in range(len(requests))] == reference(tiny_vision_path, tmp_path, requests, files)
 
 
 @pytest.mark.parametrize("every", [0, 3])
-def test_sixteen_mixed_rows_say_together_what_each_says_alone(
-    runner: MLXRunner, pictures: Pictures, every: int
+def test_sixteen_batched_rows_generate_the_same_tokens_as_single_rows(
+    runner: MLXRunner, files: ImageFiles, every: int
 ) -> None:
-    asked = mixed(pictures)
-    alone = [answer(runner, each, pictures) for each in asked]
-    rows = [row(prompt_of(runner, each, pictures), each, uid) for uid, each in enumerate(asked)]
-    said, _ = run(runner, rows, every)
-    assert [said[uid] for uid in range(16)] == alone
-    assert len({tuple(each) for each in alone}) == 16, "the images and seeds make a difference"
+    requests = mixed(files)
+    single = [answer(runner, each, files) for each in requests]
+    rows = [row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate(requests)]
+    tokens, _ = run(runner, rows, every)
+    assert [tokens[uid] for uid in range(16)] == single
+    assert len({tuple(each) for each in single}) == 16, "the tokens do not depend on images and seeds"
 
 
-def test_an_image_in_another_place_or_another_image_is_another_prompt(runner: MLXRunner, pictures: Pictures) -> None:
-    one, other = pictures.part(300, 200, 1), pictures.part(300, 200, 2)
-    shown = [(one,), (other,), (one, other), (other, one)]
-    asked = [ask("What?", *images, sampling=GREEDY) for images in shown]
-    prompts = [prompt_of(runner, each, pictures).tokens for each in asked]
+def test_prompts_differ_by_images_and_their_order(runner: MLXRunner, files: ImageFiles) -> None:
+    one, other = files.part(300, 200, 1), files.part(300, 200, 2)
+    combinations = [(one,), (other,), (one, other), (other, one)]
+    requests = [ask("What?", *images, sampling=GREEDY) for images in combinations]
+    prompts = [prompt_of(runner, each, files).tokens for each in requests]
     assert len(set(prompts)) == 4
-    assert len({tuple(answer(runner, each, pictures, "me")) for each in asked}) == 4
+    assert len({tuple(answer(runner, each, files, "me")) for each in requests}) == 4
 
 
-def test_a_row_goes_on_where_an_earlier_attempt_ended(runner: MLXRunner, pictures: Pictures) -> None:
+def test_a_resumed_row_continues_with_the_same_tokens(runner: MLXRunner, files: ImageFiles) -> None:
     for sampling in (GREEDY, SAMPLINGS[1]):
-        asked = ask("Describe this.", pictures.part(300, 200, 5), sampling=sampling)
-        prompt = prompt_of(runner, asked, pictures)
-        whole = answer(runner, asked, pictures)
-        begun = (*prompt.tokens, *whole[:10])
-        rest = Row(7, asked, begun, 10, TOKENS - 10, media=prompt_of(runner, asked, pictures).media)
+        request = ask("Describe this.", files.part(300, 200, 5), sampling=sampling)
+        prompt = prompt_of(runner, request, files)
+        whole = answer(runner, request, files)
+        continued = (*prompt.tokens, *whole[:10])
+        rest = Row(7, request, continued, 10, TOKENS - 10, media=prompt_of(runner, request, files).media)
         assert run(runner, [rest])[0][7] == whole[10:]
 
 
-def test_the_same_image_is_encoded_once_for_a_key(runner: MLXRunner, pictures: Pictures) -> None:
-    picture = pictures.part(300, 200, 1)
-    first = answer(runner, ask("What is it?", picture), pictures, "me")
+def test_the_same_image_is_encoded_once_per_owner(runner: MLXRunner, files: ImageFiles) -> None:
+    image = files.part(300, 200, 1)
+    first = answer(runner, ask("What is it?", image), files, "me")
     assert runner.stats()["images_encoded_total"] == 1
-    answer(runner, ask("Where is it, and why?", picture), pictures, "me")
+    answer(runner, ask("Where is it, and why?", image), files, "me")
     assert runner.stats()["images_encoded_total"] == 1
-    # Whether an image was there can be told from the time: another key must not learn what this one sent.
-    assert answer(runner, ask("What is it?", picture), pictures, "you") == first
+    # The time to the first token reveals whether an image was cached, so owners do not share features.
+    assert answer(runner, ask("What is it?", image), files, "you") == first
     assert runner.stats()["images_encoded_total"] == 2
 
 
-def test_rows_that_come_together_with_the_same_image_encode_it_once(runner: MLXRunner, pictures: Pictures) -> None:
-    picture = pictures.part(300, 200, 1)
-    asked = [ask(f"{number}?", picture) for number in range(6)]
-    rows = [row(prompt_of(runner, each, pictures), each, uid, "me") for uid, each in enumerate(asked)]
+def test_simultaneous_rows_with_the_same_image_encode_it_once(runner: MLXRunner, files: ImageFiles) -> None:
+    image = files.part(300, 200, 1)
+    requests = [ask(f"{number}?", image) for number in range(6)]
+    rows = [row(prompt_of(runner, each, files), each, uid, "me") for uid, each in enumerate(requests)]
     run(runner, rows)
     assert runner.stats()["images_encoded_total"] == 1
 
 
-def test_what_was_encoded_is_forgotten_when_there_is_no_room(
-    model: tuple[LoadedModel, VisionFamily], pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+def test_features_are_evicted_when_they_exceed_the_limit(
+    model: tuple[LoadedModel, VisionFamily], files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, family = model
     monkeypatch.setattr(model_runner, "MAX_FEATURE_BYTES", 30_000)
     runner = MLXRunner(loaded, CHUNK, family=family)
     for seed in (1, 2, 1):
-        answer(runner, ask("What?", pictures.part(300, 200, seed)), pictures, "me")
+        answer(runner, ask("What?", files.part(300, 200, seed)), files, "me")
     assert runner.stats()["images_encoded_total"] == 3
     assert 0 < runner.stats()["image_cache_bytes"] <= 30_000
     runner.close()
 
 
-def test_what_was_encoded_gives_way_to_another_model(runner: MLXRunner, pictures: Pictures) -> None:
-    asked = ask("What is it?", pictures.part(300, 200, 1))
-    said = answer(runner, asked, pictures, owner="me")
-    kept = runner.stats()["image_cache_bytes"]
-    assert kept > 0
+def test_features_are_evicted_when_the_prefix_limit_falls(runner: MLXRunner, files: ImageFiles) -> None:
+    request = ask("What is it?", files.part(300, 200, 1))
+    tokens = answer(runner, request, files, owner="me")
+    cached = runner.stats()["image_cache_bytes"]
+    assert cached > 0
     runner.set_prefix_limit(1000)
     assert runner.stats()["image_cache_bytes"] == 0
     runner.set_prefix_limit(2**30)
-    assert answer(runner, asked, pictures, owner="me") == said
-    assert runner.stats()["image_cache_bytes"] == kept
+    assert answer(runner, request, files, owner="me") == tokens
+    assert runner.stats()["image_cache_bytes"] == cached
 
 
-def test_a_conversation_reuses_its_screenshots_with_its_prefix(runner: MLXRunner, pictures: Pictures) -> None:
-    shots = [pictures.part(300, 200, seed) for seed in range(3)]
+def test_a_conversation_reuses_prefixes_with_screenshots(runner: MLXRunner, files: ImageFiles) -> None:
+    shots = [files.part(300, 200, seed) for seed in range(3)]
     turns: list[dict[str, Any]] = []
     encoded = []
     for number, shot in enumerate(shots):
         turns.append({"role": "user", "content": [shot, {"type": "text", "text": f"Step {number}."}]})
-        asked = Request("m", TOKENS, GREEDY, messages=tuple(turns))
-        prompt = prompt_of(runner, asked, pictures)
-        said, reused = run(runner, [row(prompt, asked, number, "me")])
+        request = Request("m", TOKENS, GREEDY, messages=tuple(turns))
+        prompt = prompt_of(runner, request, files)
+        tokens, reused = run(runner, [row(prompt, request, number, "me")])
         encoded.append(runner.stats()["images_encoded_total"])
-        before = len(prompt_of(runner, replace(asked, messages=tuple(turns[:-1])), pictures).tokens) if number else 0
-        assert reused[number] >= before - 8, "all but the generation prompt of the turn before"
-        fresh = run(runner, [row(prompt_of(runner, asked, pictures), asked, 99)])[0][99]
-        assert said[number] == fresh, "what is reused changes nothing"
+        before = len(prompt_of(runner, replace(request, messages=tuple(turns[:-1])), files).tokens) if number else 0
+        assert reused[number] >= before - 8, "less was reused than the previous turn without its generation prompt"
+        fresh = run(runner, [row(prompt_of(runner, request, files), request, 99)])[0][99]
+        assert tokens[number] == fresh, "reuse changed the tokens"
         turns.append({"role": "assistant", "content": "Done."})
-    assert encoded[0] == 1, "one image"
+    assert encoded[0] == 1, "the first turn has one image"
 
 
-def test_a_prefix_may_end_within_an_image(runner: MLXRunner, pictures: Pictures) -> None:
-    asked = ask("What is it?", pictures.part(640, 480, 3))
-    expected = answer(runner, asked, pictures)
-    prompt = prompt_of(runner, asked, pictures)
-    cut = next(place for place, token in enumerate(prompt.tokens) if token >= IMAGE_TOKENS) + 40
-    # Something that shares the beginning of the image and goes on in another way.
-    media = prompt_of(runner, asked, pictures).media
-    other = Row(1, asked, (*prompt.tokens[:cut], 5, 6, 7), 0, 2, "me", media=media)
+def test_a_prefix_may_end_within_an_image(runner: MLXRunner, files: ImageFiles) -> None:
+    request = ask("What is it?", files.part(640, 480, 3))
+    expected = answer(runner, request, files)
+    prompt = prompt_of(runner, request, files)
+    cut = next(index for index, token in enumerate(prompt.tokens) if token >= IMAGE_TOKENS) + 40
+    # A row that shares only the first tokens of the image.
+    media = prompt_of(runner, request, files).media
+    other = Row(1, request, (*prompt.tokens[:cut], 5, 6, 7), 0, 2, "me", media=media)
     run(runner, [other])
-    said, reused = run(runner, [row(prompt_of(runner, asked, pictures), asked, 2, "me")])
+    tokens, reused = run(runner, [row(prompt_of(runner, request, files), request, 2, "me")])
     assert reused[2] >= cut - 1
-    assert said[2] == expected
+    assert tokens[2] == expected

@@ -27,9 +27,17 @@ def row(
     return Row(uid, request, tuple(prompt), 0, max_new_tokens, owner)
 
 
-def numbered(uid: int, length: int, max_new_tokens: int = 12, sampling: Sampling = GREEDY) -> Row:
+def numbered(
+    uid: int,
+    length: int,
+    max_new_tokens: int = 12,
+    sampling: Sampling = GREEDY,
+    owner: str | None = None,
+    logprobs: int | None = None,
+) -> Row:
     """Return a row with a prompt of `length` tokens that depends on the uid."""
-    return row(uid, [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)], max_new_tokens, sampling)
+    prompt = [(uid * 977 + i * 131) % 40_000 + 100 for i in range(length)]
+    return row(uid, prompt, max_new_tokens, sampling, owner, logprobs)
 
 
 def resumed(row: Row, uid: int, output: Sequence[int]) -> Row:

@@ -1,13 +1,12 @@
-"""Blocks of prefixes as files: how they are named, written and read. Nothing here knows MLX.
+"""The file format of stored prefixes: names, writing and reading of blocks. Does not use MLX.
 
-A block is what a model's cache has of `BLOCK` tokens. Its name is a hash of the owner and of every token up to its
-end, so a worker with the same tokens asks for the same name, two workers write the same file, and no name reveals a
-prompt. A file is a plain safetensors file with a checksum over all that it says.
+A block is the KV segment of `BLOCK` tokens. Its name is a hash of the owner and of all tokens up to its end. So every
+worker finds a block by its tokens, two workers write the same file for the same tokens, and a name reveals no prompt. A
+file is a plain safetensors file with a checksum of its content in the metadata.
 
-The `safetensors` package (0.8.0) does not read or write them. Its readers hold the interpreter lock while they copy
-from disk, so the engine's thread waits as long as the disk takes (64 MB from the page cache: 50 to 130 ms, with
-`numpy.fromfile` 1 to 11 ms), and its numpy reader has no bfloat16. MLX's reader is lazy, and only the engine's thread
-may evaluate arrays.
+The `safetensors` package (0.8.0) is not used. Its readers hold the interpreter lock while they copy from disk, so the
+engine thread would wait for the disk (64 MB from the page cache: 50 to 130 ms, with `numpy.fromfile` 1 to 11 ms), and
+its numpy reader does not support bfloat16. MLX reads lazily, and only the engine thread may evaluate arrays.
 """
 
 from __future__ import annotations
