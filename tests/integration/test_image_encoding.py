@@ -28,7 +28,7 @@ from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
 from worker.runner.vision import qwen_encoder
 from worker.runner.vision.family import VisionFamily
-from worker.runner.vision.images import Grid, ImageMedia, opened
+from worker.runner.vision.images import Grid, ImageMedia, decode_image
 from worker.runner.vision.load import load_vision_model
 from worker.runner.vision.qwen_encoder import QwenEncoder
 
@@ -86,15 +86,15 @@ def test_a_broken_image_fails_only_the_rows_that_contain_it(runner: MLXRunner, f
 def test_any_error_of_an_image_decoder_fails_only_the_rows_of_the_image(
     runner: MLXRunner, files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = qwen_encoder.opened
+    decode_image = qwen_encoder.decode_image
 
     def raise_for_bad(data: bytes) -> Image.Image:
         if data == files[bad["image"]]:
             raise SyntaxError("broken PNG file")  # one of the exceptions that Pillow raises
-        return opened(data)
+        return decode_image(data)
 
     good, bad = files.part(300, 200, 1), files.part(300, 200, 2)
-    monkeypatch.setattr(qwen_encoder, "opened", raise_for_bad)
+    monkeypatch.setattr(qwen_encoder, "decode_image", raise_for_bad)
     runner.insert(
         [row(prompt_of(runner, ask("?", part), files), ask("?", part), uid) for uid, part in enumerate((good, bad))]
     )
@@ -111,7 +111,7 @@ def test_large_images_that_the_api_accepted_are_decoded(monkeypatch: pytest.Monk
     file = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(file, "PNG")
     monkeypatch.setattr(Image.Image, "convert", lambda image, _mode: image)  # avoid allocating 600 MB
-    assert opened(file.getvalue()).size == (20_000, 10_000)
+    assert decode_image(file.getvalue()).size == (20_000, 10_000)
 
 
 def test_no_failures_are_reported_for_rows_before_a_reset(

@@ -124,7 +124,7 @@ def expand(
     return expanded, ImageMedia(tuple(placed), np.concatenate(positions, axis=1), next_position - len(expanded))
 
 
-def opened(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Decode the first frame of an image file, upright and in RGB, like `mlx_vlm.utils.load_image`."""
     image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
     if image.mode.startswith("I"):

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from shared.models.image_geometry import ImageGeometry
 from worker.runner.vision.family import Floats
-from worker.runner.vision.images import Grid, PlacedImage, opened
+from worker.runner.vision.images import Grid, PlacedImage, decode_image
 
 _WARM_SIDES = (8, 16)
 """Side lengths, in patches, of the images that are encoded to measure the cost."""
@@ -65,7 +65,7 @@ class QwenEncoder:
 
     def pixels(self, image: PlacedImage) -> Floats:
         """See `Encoder.pixels`."""
-        processed = self._processor(images=[opened(image.data)])
+        processed = self._processor(images=[decode_image(image.data)])
         if processed["image_grid_thw"].tolist() != [[1, image.grid.rows, image.grid.columns]]:
             raise ValueError(f"the size of image {image.digest[:12]} differs from the size in the request")
         values: Floats = processed["pixel_values"]
