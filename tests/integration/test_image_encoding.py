@@ -182,14 +182,14 @@ def test_a_step_encodes_for_about_the_planned_time(
     request = ask("?", files.part(640, 480, 1))
     runner.insert([row(prompt_of(runner, request, files), request, 1)])
     assert not runner.prefillable()
-    while runner.images_waiting() is None:
+    while runner.next_image_s() is None:
         runner.execute(StepPlan())
     assert runner._vision is not None
     blocks = runner._vision._encoder.blocks
-    remaining = [runner.images_waiting()]
+    remaining = [runner.next_image_s()]
     while remaining[-1] is not None:
         assert runner.execute(StepPlan(encode=EncodeWork(0.01))).predicted_s == pytest.approx(1 / blocks)
-        remaining.append(runner.images_waiting())
+        remaining.append(runner.next_image_s())
     assert remaining[:-1] == pytest.approx([1 - done / blocks for done in range(blocks)])
     assert list(runner.prefillable()) == [1]
     assert plan(runner).encode is None

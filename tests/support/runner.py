@@ -53,7 +53,7 @@ def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
         layers: number of layers per step for chunks; None: all.
     """
     unread = runner.prefillable()
-    encode = EncodeWork() if runner.images_waiting() is not None else None
+    encode = EncodeWork() if runner.next_image_s() is not None else None
     short = [uid for uid, each in unread.items() if each.tokens <= 2 * runner.chunk and not each.under_way]
     first = next(iter(unread), None)
     work = None

@@ -196,7 +196,7 @@ class EngineCore:
             self._runner.insert([sequence.row() for sequence in schedule.insert])
         if not self._scheduler.running:
             return None
-        plan = self._scheduler.plan(self._runner.prefillable(), self._runner.images_waiting())
+        plan = self._scheduler.plan(self._runner.prefillable(), self._runner.next_image_s())
         return self._runner.execute(plan)
 
     def _update(self, output: StepOutput) -> None:

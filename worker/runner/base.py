@@ -314,7 +314,7 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def images_waiting(self) -> float | None:
+    def next_image_s(self) -> float | None:
         """Return the seconds that the rest of the next image takes to encode; None if no image can be encoded now."""
         ...
 

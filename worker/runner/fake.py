@@ -257,7 +257,7 @@ class FakeRunner:
             uid: Unread(row.unread, len(row.row.prompt) - row.unread) for uid, row in self._rows.items() if row.unread
         }
 
-    def images_waiting(self) -> None:
+    def next_image_s(self) -> None:
         """Return None: this runner ignores images."""
 
     def execute(self, plan: StepPlan) -> StepOutput:

@@ -210,8 +210,8 @@ class MLXRunner:
             self._prefill.add(row)
         return self._prefill.unread()
 
-    def images_waiting(self) -> float | None:
-        """See `ModelRunner.images_waiting`."""
+    def next_image_s(self) -> float | None:
+        """See `ModelRunner.next_image_s`."""
         return self._vision.next_image_s() if self._vision else None
 
     def execute(self, plan: StepPlan) -> StepOutput:
