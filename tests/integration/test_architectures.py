@@ -127,7 +127,7 @@ def run_batch(
 def plan(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWork | None:
     """Plan a chunk of the first long prompt, or all short prompts together."""
     unread = prefill.unread()
-    long = [uid for uid, each in unread.items() if each.under_way or each.tokens > 2 * tokens or layers]
+    long = [uid for uid, each in unread.items() if each.in_progress or each.tokens > 2 * tokens or layers]
     if long:
         return PrefillWork((long[0],), tokens, layers)
     return PrefillWork(tuple(unread)) if unread else None

@@ -54,7 +54,7 @@ def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
     """
     unread = runner.prefillable()
     encode = EncodeWork() if runner.next_image_s() is not None else None
-    short = [uid for uid, each in unread.items() if each.tokens <= 2 * runner.chunk and not each.under_way]
+    short = [uid for uid, each in unread.items() if each.tokens <= 2 * runner.chunk and not each.in_progress]
     first = next(iter(unread), None)
     work = None
     if first is not None:

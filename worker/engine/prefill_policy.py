@@ -110,7 +110,7 @@ class PrefillPolicy:
         if not decoding:
             return PrefillWork((uid,), self._chunk)
         left = unread[uid]
-        size = left.under_way or min(self._budget.chunk(left.position, self._depth), left.tokens)
+        size = left.in_progress or min(self._budget.chunk(left.position, self._depth), left.tokens)
         return PrefillWork((uid,), size, self._budget.layers(size, left.position, self._depth))
 
     def _pauses(self) -> bool:

@@ -189,12 +189,12 @@ class Unread:
     Attributes:
         tokens: number of tokens not in the cache yet, including those of an unfinished chunk.
         position: number of tokens before them that are in the cache or will be taken from the prefix cache.
-        under_way: size of the unfinished chunk, which has passed some of the layers; 0 if there is none.
+        in_progress: size of the unfinished chunk, which has passed some of the layers; 0 if there is none.
     """
 
     tokens: int
     position: int
-    under_way: int = 0
+    in_progress: int = 0
 
 
 @dataclass(frozen=True, slots=True)

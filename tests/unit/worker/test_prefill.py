@@ -255,7 +255,7 @@ def test_a_row_that_is_removed_within_a_chunk_keeps_its_stored_prefix(deep: Any)
     slow.add(long)
     for _ in chunks(slow, 1, layers=3):
         stored = prefixes.length("me", long.prompt)
-        if stored and slow.unread()[1].position > stored and slow.unread()[1].under_way:
+        if stored and slow.unread()[1].position > stored and slow.unread()[1].in_progress:
             break
     slow.remove([1])
     assert (slow.unread(), slow.nbytes) == ({}, 0)

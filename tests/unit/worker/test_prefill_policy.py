@@ -49,8 +49,8 @@ class Prompts:
             return
         (uid,) = work.uids
         unread = self.unread[uid]
-        size = unread.under_way or work.tokens
-        layers = self.layers if unread.under_way else self.depth
+        size = unread.in_progress or work.tokens
+        layers = self.layers if unread.in_progress else self.depth
         assert 0 < size <= unread.tokens or unread.tokens == 0
         if work.layers is not None and work.layers < layers:
             self.unread[uid], self.layers = Unread(unread.tokens, unread.position, size), layers - work.layers
@@ -147,7 +147,7 @@ def test_the_rest_of_a_chunk_takes_one_step_once_nothing_decodes() -> None:
     prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
     prompts.add(1, 10 * CHUNK)
     prompts.plan()
-    assert prompts.unread[1].under_way == CHUNK
+    assert prompts.unread[1].in_progress == CHUNK
     work = prompts.plan(decoding=False).prefill
     assert work is not None and work.layers is None
     assert prompts.unread[1] == Unread(9 * CHUNK, CHUNK)
