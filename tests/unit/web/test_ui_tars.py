@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.models.image_geometry import ImageGeometry
@@ -15,8 +15,6 @@ from web.results.ui_tars_calls import ActionName
 GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
 SIZE = (1120, 560)
 """Multiples of 28, so the model sees this image in its own size."""
-LONG = 1_000_000
-"""Characters. Parsing in quadratic time would not end."""
 
 
 def actions(text: str, size: tuple[int, int] = SIZE) -> list[Action]:
@@ -285,118 +283,6 @@ def test_without_an_image_no_point_is_inside(geometry: ImageGeometry | None) -> 
 def test_an_image_of_an_unsupported_shape_gives_a_reason(size: tuple[int, int]) -> None:
     parsed, reason = parse("click(start_box='(1,2)')", size, GEOMETRY)
     assert parsed == [] and reason is not None and f"{size[0]} x {size[1]} pixels" in reason
-
-
-FRAGMENTS = [
-    *[f"{name}(" for name in (*ActionName, "fly")],
-    *[
-        "Action:",
-        "Action\uff1a",
-        "Thought:",
-        "Action_Summary:",
-        "Reflection:",
-        "start_box=",
-        "content=",
-        "key=",
-        "direction=",
-    ],
-    *[
-        "'",
-        '"',
-        "\\",
-        ")",
-        "(",
-        "[",
-        "]",
-        ",",
-        "\n",
-        " ",
-        ";",
-        "up",
-        "(1,2)",
-        "<point>1 2</point>",
-        "-1.5",
-        "x",
-        "\ud800",
-    ],
-]
-TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join))
-IMAGES = st.none() | st.tuples(st.integers(0, 5000), st.integers(0, 5000))
-
-
-@given(TEXTS, IMAGES, st.sampled_from([None, GEOMETRY]))
-@example("Action: fly\u2028()", None, None)
-@example("click(start_box='\n\u2028\x85')", None, None)
-def test_any_text_gives_either_actions_or_a_reason_of_one_line(
-    text: str, size: tuple[int, int] | None, geometry: ImageGeometry | None
-) -> None:
-    parsed, reason = parse(text, size, geometry)
-    assert bool(parsed) == (reason is None)
-    assert reason is None or (len(reason.splitlines()) == 1 and len(reason) < 500)
-    assert all(each.raw in text and each.raw.startswith(f"{each.action}(") for each in parsed)
-
-
-REPEATED = [
-    "'",
-    "' ",
-    "')",
-    "')x",
-    "', )x",
-    "\\",
-    "\\'",
-    "', a=",
-    ",",
-    "a=b,",
-    "a='', ",
-    " ",
-    "\n",
-    "\n ",
-    ";",
-    "(",
-    "a",
-    "a(",
-    "1",
-    "1 ",
-    "<point>",
-    "<|box_start|>",
-    "Action:",
-    "Action: ",
-    "Action:\n",
-    "\nAction:",
-    "\nAction:a",
-    "Action: type(content='",
-    "\nAction: type(content='')x",
-    "wait()\n\n",
-    "\nAction: wait() \nThought: a",
-    "type(content='', )b",
-    "\nThought",
-    "Thought:",
-    "Action_Summary",
-    "Reflection:",
-]
-BEGINNINGS = [
-    "",
-    "Action: ",
-    "Action: type(content='",
-    "Action: type(",
-    "Action: click(start_box='",
-    "Action: click(start_box=(",
-]
-
-
-@pytest.mark.parametrize("start", BEGINNINGS)
-@pytest.mark.parametrize("fragment", REPEATED)
-def test_long_texts_are_parsed_in_linear_time(start: str, fragment: str) -> None:
-    text = start + fragment * (LONG // 10 // len(fragment))
-    for whole in (text, f"{text}\nAction: wait()", f"{text}')"):
-        parsed, reason = parse(whole, SIZE, GEOMETRY)
-        assert bool(parsed) == (reason is None)
-        assert reason is None or len(reason) < 500
-
-
-def test_long_output_is_parsed_completely() -> None:
-    assert single(f"Action: type(content='{'it is ' * LONG}')").text == "it is " * LONG
-    assert len(actions("Action: " + "wait()\n\n" * (LONG // 10))) == LONG // 10
 
 
 def test_the_parser_does_not_import_mlx() -> None:
