@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from operator import attrgetter
 from typing import Any, Final, TypeVar
 
 from shared.errors import Invalid, MlxqError, TooLarge
@@ -56,18 +56,6 @@ class _Image:
     fingerprinted: StoredImage
 
 
-@dataclass(slots=True)
-class _Files:
-    """The distinct image files of one request, and their sizes in pixels, by digest."""
-
-    data: dict[str, bytes] = field(default_factory=dict)
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(map(len, self.data.values()))
-
-
 class ImageLoader:
     """Loads images according to the service's limits.
 
@@ -108,33 +96,16 @@ class ImageLoader:
             return LoadedRequest(request, request)
         self._check_request(request, uploads)
         urls = [*(part.source for _, part in parts), *request.images]
-        remote = sum(map(self._is_fetchable, urls))
-        skip_remote = bool(remote) and is_repeated()
-        files = _Files()
-
-        def load_url(name: str, url: str) -> _Image:
-            by_url = StoredImage(image=url, width=0, height=0) if self._is_fetchable(url) else None
-            if by_url and skip_remote:
-                return _Image(by_url, by_url)
-            stored = self._add(files, name, partial(self._read, url, caller))
-            return _Image(stored, by_url or stored)
-
-        in_parts = {id(part): load_url(name, part.source) for name, part in parts}
-        others = [load_url(f"images[{i}]", url) for i, url in enumerate(request.images)]
-        for i, upload in enumerate(uploads, len(others)):
-            stored = self._add(files, f"images[{i}]", partial(self._check_bytes, upload))
-            others.append(_Image(stored, stored))
+        remote = sum(map(self.is_fetchable, urls))
+        loading = _Loading(self, caller, skip_remote=bool(remote) and is_repeated())
+        in_parts = {id(part): loading.from_url(name, part.source) for name, part in parts}
+        others = [loading.from_url(f"images[{i}]", url) for i, url in enumerate(request.images)]
+        others += [loading.from_upload(f"images[{i}]", data) for i, data in enumerate(uploads, len(others))]
         return LoadedRequest(
-            request=_with_images(
-                request, {part: image.stored for part, image in in_parts.items()}, [image.stored for image in others]
-            ),
-            fingerprint_source=_with_images(
-                request,
-                {part: image.fingerprinted for part, image in in_parts.items()},
-                [image.fingerprinted for image in others],
-            ),
-            files=files.data,
-            skipped=remote if skip_remote else 0,
+            request=_with_images(request, in_parts, others, attrgetter("stored")),
+            fingerprint_source=_with_images(request, in_parts, others, attrgetter("fingerprinted")),
+            files=loading.files,
+            skipped=remote if loading.skip_remote else 0,
         )
 
     def _check_request(self, request: JobRequest, uploads: Sequence[bytes]) -> None:
@@ -147,31 +118,23 @@ class ImageLoader:
         if isinstance(request, InferenceRequest) and request.raw:
             raise Invalid("raw cannot be used with images. Leave out raw or the images.", field="raw")
 
-    def _is_fetchable(self, url: str) -> bool:
+    def is_fetchable(self, url: str) -> bool:
+        """Whether a URL is an http(s) URL and the service reads them."""
         return self._fetch is not None and _is_http(url)
 
-    def _add(self, files: _Files, name: str, read: Callable[[], bytes]) -> StoredImage:
-        """Read and check an image, unless the same file was added before; return the reference to it."""
-        data = _named(name, read)
-        key = run_in_threadpool(len(data), lambda: digest(data))
-        if key not in files.data:
-            files.data[key] = data
-            _named(name, lambda: self._check_total(files))
-            files.sizes[key] = _named(name, lambda: self._decoded_size(data))
-        width, height = files.sizes[key]
-        return StoredImage(image=key, width=width, height=height)
-
-    def _read(self, url: str, caller: str) -> bytes:
+    def read(self, url: str, caller: str) -> bytes:
+        """Return the image file at a data URL or, if the service allows it, an http(s) URL."""
         if url[:5].lower() == "data:":
-            return self._check_bytes(run_in_threadpool(len(url), lambda: _decode_data_url(url)))
+            return self.check_bytes(run_in_threadpool(len(url), lambda: _decode_data_url(url)))
         if not _is_http(url):
             raise Invalid("An image must be a data URL (data:image/png;base64,…).", code="image_url_refused")
         if self._fetch is None:
             detail = "This service does not read images from URLs. Send a data URL or upload the file."
             raise Invalid(detail, code="image_url_refused")
-        return self._check_bytes(self._fetch(url, self._max_bytes, caller))
+        return self.check_bytes(self._fetch(url, self._max_bytes, caller))
 
-    def _check_bytes(self, data: bytes) -> bytes:
+    def check_bytes(self, data: bytes) -> bytes:
+        """Return an image file, unless it is empty or too large."""
         if len(data) > self._max_bytes:
             detail = f"The image has {len(data):,} bytes; at most {self._max_bytes:,} are allowed."
             raise TooLarge(detail, code="image_too_large")
@@ -179,17 +142,55 @@ class ImageLoader:
             raise Invalid("The image is empty.", code="image_broken")
         return data
 
-    def _check_total(self, files: _Files) -> None:
-        """Images read from URLs are not part of the body, so its size limit is applied to all images here."""
-        if files.total_bytes > self._max_total_bytes:
+    def check_total(self, total_bytes: int) -> None:
+        """Check the size of all images: those read from URLs are not part of the body, which has the same limit."""
+        if total_bytes > self._max_total_bytes:
             detail = f"The images together have more than {self._max_total_bytes:,} bytes."
             raise TooLarge(detail, code="image_too_large")
 
-    def _decoded_size(self, data: bytes) -> tuple[int, int]:
+    def size(self, data: bytes) -> tuple[int, int]:
+        """Decode an image file; return its width and height in pixels."""
         # Waiting here is bounded: each holder decodes one image of at most `max_image_pixels`.
         with self._decoding:
             # LARGE: always in a thread, because a small file may take long to decode.
             return run_in_threadpool(LARGE, lambda: decoded_size(data, self._max_pixels))
+
+
+class _Loading:
+    """Loads the images of one request.
+
+    Attributes:
+        files: the distinct image files, by digest.
+    """
+
+    def __init__(self, loader: ImageLoader, caller: str, *, skip_remote: bool) -> None:
+        self._loader = loader
+        self._caller = caller
+        self.skip_remote = skip_remote
+        self.files: dict[str, bytes] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def from_url(self, name: str, url: str) -> _Image:
+        by_url = StoredImage(image=url, width=0, height=0) if self._loader.is_fetchable(url) else None
+        if by_url and self.skip_remote:
+            return _Image(by_url, by_url)
+        stored = self._add(name, lambda: self._loader.read(url, self._caller))
+        return _Image(stored, by_url or stored)
+
+    def from_upload(self, name: str, data: bytes) -> _Image:
+        stored = self._add(name, lambda: self._loader.check_bytes(data))
+        return _Image(stored, stored)
+
+    def _add(self, name: str, read: Callable[[], bytes]) -> StoredImage:
+        """Read and check an image, unless the same file was added before; return the reference to it."""
+        data = _named(name, read)
+        key = run_in_threadpool(len(data), lambda: digest(data))
+        if key not in self.files:
+            self.files[key] = data
+            _named(name, lambda: self._loader.check_total(sum(map(len, self.files.values()))))
+            self._sizes[key] = _named(name, lambda: self._loader.size(data))
+        width, height = self._sizes[key]
+        return StoredImage(image=key, width=width, height=height)
 
 
 def _named(name: str, work: Callable[[], T]) -> T:
@@ -214,27 +215,32 @@ def _decode_data_url(url: str) -> bytes:
         raise Invalid("The data URL does not contain valid base64.", code="image_broken") from error
 
 
-def _with_images(request: JobRequest, in_parts: dict[int, StoredImage], others: list[StoredImage]) -> JobRequest:
+def _with_images(
+    request: JobRequest, in_parts: dict[int, _Image], others: list[_Image], reference: Callable[[_Image], StoredImage]
+) -> JobRequest:
     """Replace the images of a request by references.
 
     Args:
-        in_parts: references for image parts of messages, by the `id` of the part.
-        others: references for the remaining images; they go to the beginning of the last user message.
+        in_parts: images in parts of messages, by the `id` of the part.
+        others: the remaining images; they go to the beginning of the last user message.
+        reference: selects which reference to an image to use.
     """
     messages = request.messages
     if messages is None:
         messages = [Message(role="user", content=request.prompt or "")]
+    references = {part: reference(image) for part, image in in_parts.items()}
+    first = [reference(image) for image in others]
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
-    replaced = [_with_references(message, in_parts, others if i == last else []) for i, message in enumerate(messages)]
+    replaced = [_with_references(message, references, first if i == last else []) for i, message in enumerate(messages)]
     return request.model_copy(update={"messages": replaced, "images": []})
 
 
-def _with_references(message: Message, in_parts: dict[int, StoredImage], first: list[StoredImage]) -> Message:
+def _with_references(message: Message, references: dict[int, StoredImage], first: list[StoredImage]) -> Message:
     if isinstance(message.content, str):
         if not first:
             return message
         parts = [Part(type="text", text=message.content)]
     else:
         parts = message.content
-    content: list[Any] = [*first, *(in_parts.get(id(part), part) for part in parts)]
+    content: list[Any] = [*first, *(references.get(id(part), part) for part in parts)]
     return Message.model_construct(role=message.role, content=content)
