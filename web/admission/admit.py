@@ -62,7 +62,7 @@ class Admission:
         jobs: Jobs,
         images: ImageStore,
         cluster: Cluster,
-        prompts: PromptTokenizer,
+        prompt_tokenizer: PromptTokenizer,
         notifier: Notifier,
         load_on_demand: Callable[[str], object] = lambda _: None,
         check_load_on_demand: Callable[[str], object] = lambda _: None,
@@ -72,7 +72,7 @@ class Admission:
         self._jobs = jobs
         self._images = images
         self._cluster = cluster
-        self._prompts = prompts
+        self._prompt_tokenizer = prompt_tokenizer
         self._notifier = notifier
         self._load_on_demand = load_on_demand
         self._check_load_on_demand = check_load_on_demand
@@ -135,7 +135,7 @@ class Admission:
         self._check_loaded(model, context)
         generation = self._generation(request, model, card)
         self._check_images(generation, card)
-        tokenized = None if card is None else self._prompts.tokenize(card, generation, request.prompt_field)
+        tokenized = None if card is None else self._prompt_tokenizer.tokenize(card, generation, request.prompt_field)
         return Submission(
             request=generation,
             owner=context.owner,
@@ -200,14 +200,14 @@ class Admission:
 
     def _max_tokens(self, request: JobRequest, model: str, card: ModelCard | None) -> int:
         entry = self._catalog.models.get(model)
-        context = card.context if card else entry.most_tokens if entry else None
+        context_length = card.context if card else entry.most_tokens if entry else None
         if request.max_tokens is not None:
-            if context is not None and request.max_tokens > context:
-                detail = f"max_tokens can be at most {context}, the model's context length."
+            if context_length is not None and request.max_tokens > context_length:
+                detail = f"max_tokens can be at most {context_length}, the model's context length."
                 raise Invalid(detail, field="max_tokens")
             return request.max_tokens
         default = self._defaults(model).max_tokens or self._settings.max_tokens
-        return min(default, context or default)
+        return min(default, context_length or default)
 
     def _sampling(self, request: JobRequest, model: str) -> Sampling:
         defaults = self._defaults(model)

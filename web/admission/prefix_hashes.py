@@ -16,11 +16,11 @@ from shared.jobs.request import Request
 MIN_BYTES: Final = 256
 """Shortest text that is hashed. Computing a shorter prefix again costs less than waiting for the worker that has it."""
 OFFSETS: Final = (2**10, 2**12, 2**14)
-"""Bytes after which a first message is hashed, in addition to its end: it may be a document with a question after it,
-and the next request may have another question."""
+"""Byte offsets at which the first user message is hashed, in addition to its end. It may consist of a document and a
+question, and the next request may have the same document with another question."""
 _LAST_MESSAGES: Final = 3
-"""Number of message ends that are hashed. A conversation grows by two messages per turn, and its last message may
-change."""
+"""Number of messages at whose end a conversation is hashed. Each turn adds two messages, and the last one may be
+edited."""
 _ALL_KEYS: Final = ""
 
 

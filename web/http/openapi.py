@@ -111,6 +111,11 @@ otherwise the service generates an id. The same id is in the service's log.
 Errors are `application/problem+json` (RFC 9457). `code` is stable and meant for programs, `detail` is meant for people,
 and `field` names the field, parameter or header that is wrong.
 
+## Rate limits
+
+Each API key has a limit. Responses report it in `X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset`
+(seconds since the epoch). A request over the limit gets 429; `Retry-After` has the seconds to wait.
+
 ## Streams
 
 A stream consists of numbered events: `queued`, `started`, `chunk` and `resumed`, and finally exactly one `done`, which

@@ -69,26 +69,26 @@ def infer() -> Response:
 
 
 def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None]) -> Response:
-    app = services()
+    current = services()
     with watch_disconnect(request.environ, on_disconnect):
-        app.follower.wait(job.id, None, linger_s=app.settings.drain_s / 2)
-    ended = app.jobs.get(job.id, job.owner)
+        current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2)
+    ended = current.jobs.get(job.id, job.owner)
     if not ended.status.terminal:
         detail = "The API process is restarting. The job continues; its path is in the Location header."
         return problem(Unavailable(detail, code="restarting", retry_after=1))
     if ended.status is not Status.SUCCEEDED:
         raise _failure(ended, prompt_field)
-    return Response(app.job_views.inference_json(ended), content_type="application/json")
+    return Response(current.job_views.inference_json(ended), content_type="application/json")
 
 
 def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Response:
-    app = services()
+    current = services()
     return stream_response(
-        _watched(app.follower.follow(job.id, 0), request.environ, on_disconnect),
+        _watched(current.follower.follow(job.id, 0), request.environ, on_disconnect),
         form,
         job.id,
-        lambda: app.job_views.job_json(app.jobs.get(job.id, job.owner)),
-        app.metrics,
+        lambda: current.job_views.job_json(current.jobs.get(job.id, job.owner)),
+        current.metrics,
     )
 
 
@@ -111,17 +111,17 @@ def _keep_job() -> None:
     """Let the job continue without its client."""
 
 
-def _job_canceller(app: Services, job: Job) -> Callable[[], None]:
+def _job_canceller(current: Services, job: Job) -> Callable[[], None]:
     """Return a function that cancels the job the first time it is called."""
     called = False
 
     def cancel() -> None:
         nonlocal called
-        if called or app.hub.closing:  # while the process shuts down, connections are not closed by clients
+        if called or current.hub.closing:  # while the process shuts down, connections are not closed by clients
             return
         called = True
         try:
-            app.jobs.stop(job.id, job.owner)
+            current.jobs.stop(job.id, job.owner)
             log.info("job_cancelled_on_disconnect", extra={"job_id": job.id})
         except (MlxqError, redis.RedisError) as error:
             log.info("job_cancel_failed", extra={"job_id": job.id, "reason": str(error)})

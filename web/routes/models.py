@@ -93,13 +93,13 @@ def get_operation(operation_id: str) -> Response:
 
 def model_views() -> list[ModelView]:
     """Return all models, the default one first."""
-    app = services()
+    current = services()
     # The latest state: a client that has just seen a load succeed must not read that the model is cold.
-    snapshot, catalog = app.cluster.snapshot(max_age_s=0), app.catalog
+    snapshot, catalog = current.cluster.snapshot(max_age_s=0), current.catalog
     names = sorted({*snapshot.models, *catalog.models}, key=lambda name: (name != catalog.default, name))
     return [
         _model_view(name, snapshot, catalog.models.get(name), default=name == catalog.default, waiting=waiting)
-        for name, waiting in zip(names, app.registry.waiting_each(names), strict=True)
+        for name, waiting in zip(names, current.registry.waiting_each(names), strict=True)
         if waiting or name in catalog.models or snapshot.has(name)  # others were only served in the past
     ]
 

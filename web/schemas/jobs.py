@@ -130,21 +130,23 @@ class JobView(Parsed):
 
     id: str
     object: Literal["job"] = "job"
-    status: Status
-    model: str
+    status: Status = Field(
+        description="`queued` and `running` are temporary; `succeeded`, `failed`, `cancelled` and `expired` are final"
+    )
+    model: str = Field(description="Id of the model, also if the request named an alias")
     attempt: int = Field(description="Number of the current or last attempt; 0 before the first")
     history: list[AttemptView] = Field(description="The attempts, oldest first; at most the last 20")
     priority: PriorityName
     created_at: float
-    started_at: float | None
-    finished_at: float | None
+    started_at: float | None = Field(description="When a worker first began to process the job; null before")
+    finished_at: float | None = Field(description="Null until the job has ended")
     queue_position: int | None = Field(description="1 is next; null if the job is not waiting")
     estimated_start_s: float | None = Field(description="Estimated seconds until the job starts; null if unknown")
     output: Output | None = Field(description="The text generated so far; null in lists until the job has ended")
     usage: Usage
     timings: Timings
-    error: JobError | None
-    metadata: dict[str, str]
+    error: JobError | None = Field(description="Null unless the job failed or expired")
+    metadata: dict[str, str] = Field(description="As submitted")
     urls: Urls
 
 
