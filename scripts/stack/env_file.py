@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -18,9 +19,12 @@ def add_missing(path: Path, values: Mapping[str, str]) -> None:
     The file is replaced as a whole, so that a reader never sees half of it, and what stands in it stays.
 
     Raises:
-        OSError: the file cannot be read or its folder cannot be written.
+        OSError: the path is not a regular file, the file cannot be read, or its folder cannot be written.
     """
     path = path.resolve()  # a link stays a link
+    if path.exists() and not path.is_file():  # such as /dev/null, which root could replace
+        reason = f"it is not a regular file; set {' and '.join(values)} in the environment"
+        raise OSError(errno.EINVAL, reason, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else [_HEADER]

@@ -82,7 +82,7 @@ def upgraded() -> Iterator[Upgraded]:
         shutil.copytree(STORED / "valkey", home / "data/valkey")
         shutil.copy(STORED / "keys.json", home / "data/keys.json")
         env = checkout.environment(**upgrade_data.variables(home, port), FLOWER_PORT=str(free_port()))
-        env |= {"ENV_FILE": os.devnull, "SLOTS": "4"}
+        env |= {"ENV_FILE": os.devnull, "FLOWER_PASSWORD": "secret", "SLOTS": "4"}
         log = home / "log"
         with process(checkout.serve, log, env) as child:
             wait_until(lambda: " ready (BACKEND=fake" in log.read_text(), child, log)

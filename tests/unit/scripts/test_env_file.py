@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,3 +70,13 @@ def test_first_runs_at_once_agree_on_one_key(tmp_path: Path) -> None:
         list(pool.map(lambda n: add_missing(path, {"MLXQ_API_KEY": f"k{n}"}), range(16)))
     assert path.read_text().count("MLXQ_API_KEY=") == 1
     assert [each.name for each in tmp_path.iterdir()] == [".env"]
+
+
+def test_special_file_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"  # instead of /dev/null, which a process of root could replace
+    with socket.socket(socket.AF_UNIX) as special:
+        special.bind(str(path))
+    with pytest.raises(OSError, match="not a regular file") as caught:
+        add_missing(path, {"MLXQ_API_KEY": "k"})
+    assert caught.value.filename == str(path)
+    assert path.is_socket()
