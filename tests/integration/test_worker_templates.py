@@ -1,4 +1,4 @@
-"""A template that does harm fails its job in the worker too, and stops nothing else."""
+"""In a worker, a harmful chat template fails its job and no other."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from tests.support.tokenizers import HARM
 from tests.support.waiting import eventually
 
 HARMFUL = ("endless", "huge", "talkative")
-# The model's usual template, and harm for those who ask for it: so its tokenizer is proved.
+# Harmful only if the last message says so, so that the proof of the tokenizer succeeds.
 TEMPLATE = (
-    "{% set said = messages[-1].content %}"
-    + "".join(f"{{% if said == '{harm}' %}}{HARM[harm]}{{% endif %}}" for harm in HARMFUL)
+    "{% set request = messages[-1].content %}"
+    + "".join(f"{{% if request == '{harm}' %}}{HARM[harm]}{{% endif %}}" for harm in HARMFUL)
     + "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def test_a_harmful_template_fails_its_job_alone(tiny_stack: Stack, tmp_path: Path) -> None:
+def test_a_harmful_template_fails_only_its_job(tiny_stack: Stack, tmp_path: Path) -> None:
     folder = tmp_path / tiny_stack.model
     shutil.copytree(tiny_stack.settings.model_path, folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
 
-    def submit(said: str) -> str:
-        body = {"messages": [{"role": "user", "content": said}], "max_tokens": 4}
+    def submit(content: str) -> str:
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
         answer = client.request("POST", "/v1/jobs", json=body)
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
 
     def ended(job_id: str) -> dict[str, Any]:
         def view() -> dict[str, Any] | None:
-            found: dict[str, Any] = client.request("GET", f"/v1/jobs/{job_id}").json()
-            return found if found["status"] not in ("queued", "running") else None
+            job: dict[str, Any] = client.request("GET", f"/v1/jobs/{job_id}").json()
+            return job if job["status"] not in ("queued", "running") else None
 
         return eventually(view, "the job's end", 60)
 
     with tiny_stack.client() as client:
-        # Nobody knows the model yet, so the API leaves the tokens to the worker.
+        # The API does not know the model yet, so the worker tokenises.
         bad, good = [submit(harm) for harm in HARMFUL], submit("hello")
         # The time limit also covers loading the tokenizer.
         worker = tiny_stack.start_worker(MODEL_PATH=str(folder), TEMPLATE_TIMEOUT_S="5")

@@ -12,7 +12,7 @@ from worker.runner.fake import FakeRunner
 
 
 class SteppedEngine:
-    """An engine that a test steps by hand, and what it published."""
+    """An engine that a test steps by hand, and its output."""
 
     def __init__(self, slots: int = 4, **runner: Any) -> None:
         self.runner = FakeRunner(**runner)
@@ -22,30 +22,30 @@ class SteppedEngine:
         self.core.load()
 
     def submit(self, prompt: str, **request: Any) -> Sequence:
-        """Queue a request."""
+        """Submit a request."""
         sequence = sequence_for(claimed(prompt, **request), self.runner)
         self.core.submit(sequence)
         return sequence
 
     def run(self) -> None:
-        """Step until nothing is left."""
+        """Step until no row is left."""
         self.core.step()
         while self.core.busy:
             self.core.step()
 
     def ending(self, sequence: Sequence) -> Ending:
-        """How a sequence ended; it has started at most once, first of all."""
+        """Return how a sequence ended. Check that it started at most once, before all other output."""
         assert sequence.ending is not None
         outputs = [output for output in self.published if output.sequence is sequence]
         assert [output.started for output in outputs] == [bool(outputs[0].started), *[False] * (len(outputs) - 1)]
         return sequence.ending
 
     def text(self, sequence: Sequence) -> str:
-        """What was published of a sequence."""
+        """Return the published text of a sequence."""
         return text_of([output for output in self.published if output.sequence is sequence])
 
 
 def alone(prompt: str, **request: Any) -> str:
-    """The text of a request that runs without company."""
+    """Return the text of a request that runs alone."""
     runner = FakeRunner()
     return text_of(run_alone(sequence_for(claimed(prompt, **request), runner), runner))

@@ -25,7 +25,7 @@ SLOTS = 2
 
 
 class Recorder:
-    """Stands in for the notifier and for task events: notes what it is told."""
+    """Replaces the notifier and the task events, and records their calls."""
 
     def __init__(self) -> None:
         self.woken: list[str] = []
@@ -45,7 +45,7 @@ class Recorder:
 
 
 class SteppedWorker:
-    """A model worker without threads: `round` claims, `step` runs the engine and writes what it gave."""
+    """A model worker without threads: `claimer.round` claims, `step` runs the engine and writes its output."""
 
     def __init__(self, client: Redis, settings: Settings, slots: int = SLOTS) -> None:
         self.client = client
@@ -56,7 +56,7 @@ class SteppedWorker:
         self.images: dict[str, bytes] = {}
         self.publisher = Publisher(
             self.claims,
-            lambda *write_result: self.core.apply_write_result(*write_result),  # noqa: PLW0108 - the core is made after it
+            lambda *write_result: self.core.apply_write_result(*write_result),  # noqa: PLW0108 - the core is made later
             on_started=self.recorder.started,
         )
         self.core = EngineCore(FakeRunner, slots, self.publisher.put)
@@ -71,7 +71,7 @@ class SteppedWorker:
         return {digest: self.images[digest] for digest in digests if digest in self.images}
 
     def submit(self, prompt: str = "hello", *, known: bool = True, **more: Any) -> Job:
-        """A job; where its tokens are known, the claimer prepares it itself."""
+        """Submit a job. If its tokens are known, the claimer's own thread prepares it."""
         tokens = tuple(prompt.encode()) if known else None
         return submit(self.jobs, model="fake", prompt=prompt, tokens=tokens, **{"max_tokens": 4} | more)
 
@@ -81,7 +81,7 @@ class SteppedWorker:
             self.publisher.write()
 
     def finish(self) -> None:
-        """Run until nothing is left."""
+        """Run until no job is held."""
         for _ in range(200):
             self.claimer.round()
             if self.claimer.idle:

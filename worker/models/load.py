@@ -19,7 +19,7 @@ FALLBACK_CONTEXT = 4096
 """Context length, in tokens, of a model whose configuration has none."""
 
 NO_CODE: Final = {"trust_remote_code": False}
-"""Options for tokenizers and processors. Without them, transformers asks on the terminal about code in a model."""
+"""Options for tokenizers and processors. Without them, transformers asks on the terminal whether to run model code."""
 
 
 @dataclass(frozen=True, slots=True)

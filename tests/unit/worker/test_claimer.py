@@ -1,4 +1,4 @@
-"""The claimer: from the queue to the engine, with engine and publisher as they are, one step after another."""
+"""The claimer takes jobs from the queue to the engine. Claimer, engine and publisher are real, and stepped by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def worker(client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 # Claims by capacity
 
 
-def test_jobs_run_to_their_end_and_leave_one_line_each(worker: SteppedWorker, caplog: pytest.LogCaptureFixture) -> None:
+def test_jobs_run_to_their_end_with_one_log_line_each(worker: SteppedWorker, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "worker.queue.claimer")
     jobs = [worker.submit() for _ in range(5)]
     worker.finish()
@@ -51,7 +51,7 @@ def test_jobs_run_to_their_end_and_leave_one_line_each(worker: SteppedWorker, ca
         assert [kind for kind, job_id in worker.recorder.events if job_id == job.id] == ["started", "succeeded"]
 
 
-def test_it_claims_what_can_run_and_one_to_have_at_hand(worker: SteppedWorker) -> None:
+def test_it_claims_as_many_jobs_as_can_run_and_one_spare_job(worker: SteppedWorker) -> None:
     jobs = [worker.submit() for _ in range(6)]
     assert worker.claimer.round() == POLL_S
     assert worker.holds() == ids(jobs[: SLOTS + 1])
@@ -75,17 +75,17 @@ def test_it_claims_again_when_a_row_has_ended(worker: SteppedWorker) -> None:
     assert jobs[3].id in worker.holds()
 
 
-def test_what_waits_is_offered_to_others_only_while_the_worker_is_full(worker: SteppedWorker) -> None:
+def test_a_full_worker_offers_its_waiting_job_to_others(worker: SteppedWorker) -> None:
     jobs = [worker.submit(max_tokens=50) for _ in range(3)]
     worker.claimer.round()
     worker.step()
     client, waiting = worker.client, jobs[2]
-    client.hdel(keys.JOB + waiting.id, "spare")  # as if it had been claimed to be run at once
+    client.hdel(keys.JOB + waiting.id, "spare")  # as if it had been claimed to run at once
     worker.claimer.round()
     assert worker.is_spare(waiting)
 
 
-def test_a_job_that_another_worker_took_is_dropped(worker: SteppedWorker) -> None:
+def test_a_waiting_job_that_another_worker_took_is_dropped(worker: SteppedWorker) -> None:
     jobs = [worker.submit(max_tokens=50) for _ in range(3)]
     worker.claimer.round()
     worker.step()
@@ -101,13 +101,13 @@ def test_a_preempted_row_is_not_dropped(worker: SteppedWorker, monkeypatch: pyte
     jobs = [worker.submit(max_tokens=50) for _ in range(2)]
     worker.claimer.round()
     worker.step()
-    monkeypatch.setattr(worker.core, "waiting", lambda: [jobs[1].id])  # it waits for memory
+    monkeypatch.setattr(worker.core, "waiting", lambda: [jobs[1].id])  # as if it waited for memory
     worker.claimer.round()
     worker.step()
     assert worker.holds() == ids(jobs) and worker.core.slots_used == 2
 
 
-def test_a_cancelled_job_that_waits_here_is_dropped(worker: SteppedWorker) -> None:
+def test_a_waiting_job_that_is_cancelled_is_dropped(worker: SteppedWorker) -> None:
     jobs = [worker.submit(max_tokens=50) for _ in range(3)]
     worker.claimer.round()
     worker.step()
@@ -117,7 +117,7 @@ def test_a_cancelled_job_that_waits_here_is_dropped(worker: SteppedWorker) -> No
     assert worker.holds() == ids(jobs[:2])
 
 
-def test_a_job_of_a_higher_class_that_comes_later_is_admitted_first(worker: SteppedWorker) -> None:
+def test_a_later_job_of_a_higher_class_is_admitted_first(worker: SteppedWorker) -> None:
     batch = [worker.submit(priority=Priority.BATCH) for _ in range(4)]
     worker.claimer.round()
     worker.step()
@@ -127,11 +127,11 @@ def test_a_job_of_a_higher_class_that_comes_later_is_admitted_first(worker: Step
         worker.claimer.round()
         worker.step()
         seen = [job_id for kind, job_id in worker.recorder.events if kind == "started"]
-    assert seen.index(urgent.id) <= 3, "after those that ran, and the one that was at hand"
+    assert seen.index(urgent.id) <= 3, "after the running jobs and the spare job"
     assert seen[:2] == [job.id for job in batch[:2]]
 
 
-def test_a_large_job_that_waits_for_memory_holds_no_job_of_a_higher_class_up(worker: SteppedWorker) -> None:
+def test_a_job_that_waits_for_memory_does_not_delay_a_job_of_a_higher_class(worker: SteppedWorker) -> None:
     worker.core.set_cache_limit(1000)
     runs = worker.submit(priority=Priority.BATCH, max_tokens=100)
     worker.claimer.round()
@@ -139,16 +139,16 @@ def test_a_large_job_that_waits_for_memory_holds_no_job_of_a_higher_class_up(wor
     large = worker.submit("x" * 850, priority=Priority.BATCH, max_tokens=60)
     worker.claimer.round()
     worker.step()
-    urgent, next_one, behind = (worker.submit(priority=each) for each in (Priority.HIGH, Priority.HIGH, Priority.BATCH))
+    urgent, second, last = (worker.submit(priority=each) for each in (Priority.HIGH, Priority.HIGH, Priority.BATCH))
     worker.claimer.round()
     assert worker.holds() == ids([runs, large, urgent])
     worker.step()
     assert [worker.get(job).status for job in (urgent, large)] == [Status.RUNNING, Status.QUEUED]
     worker.finish()
-    assert {worker.get(job).status for job in (runs, large, urgent, next_one, behind)} == {Status.SUCCEEDED}
+    assert {worker.get(job).status for job in (runs, large, urgent, second, last)} == {Status.SUCCEEDED}
 
 
-def test_it_looks_again_when_a_deferred_job_may_be_claimed(worker: SteppedWorker) -> None:
+def test_the_next_round_is_due_when_a_deferred_job_may_be_claimed(worker: SteppedWorker) -> None:
     prefix = "1111" + "a" * 12
     other = lease(worker.client, "w2")
     card = WorkerInfo("w2", "node", "h", 1, "fake", "ready", 4, 0, 0.0, 0.0, {}, {})
@@ -164,10 +164,10 @@ def test_it_looks_again_when_a_deferred_job_may_be_claimed(worker: SteppedWorker
     assert worker.holds() == {job.id} and worker.holder(first) == "w2"
 
 
-# What goes wrong
+# Errors
 
 
-def test_without_a_lease_it_looks_again_soon(worker: SteppedWorker) -> None:
+def test_without_a_lease_the_next_round_is_due_soon(worker: SteppedWorker) -> None:
     worker.submit()
     lapse(worker.client, "w1")
     assert worker.claimer.round() == LEASE_WAIT_S
@@ -176,7 +176,7 @@ def test_without_a_lease_it_looks_again_soon(worker: SteppedWorker) -> None:
 
 
 @pytest.mark.parametrize("error", [RedisAway("away"), ResponseError("BUSY running a script")])
-def test_redis_away_at_the_claim_is_waited_out(
+def test_a_claim_is_retried_while_redis_is_unreachable(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     job = worker.submit()
@@ -187,7 +187,7 @@ def test_redis_away_at_the_claim_is_waited_out(
     assert worker.get(job).status is Status.SUCCEEDED
 
 
-def test_a_claim_that_is_at_fault_ends_the_process(client: Redis, settings: Settings) -> None:
+def test_a_claim_that_cannot_succeed_ends_the_process(client: Redis, settings: Settings) -> None:
     worker, deaths = SteppedWorker(client, settings), list[str]()
     worker.claimer._on_death = deaths.append
     worker.claims._claim = raising(ResponseError("ERR attempt to index a nil value"))
@@ -198,28 +198,28 @@ def test_a_claim_that_is_at_fault_ends_the_process(client: Redis, settings: Sett
 
 def test_a_prompt_that_does_not_fit_fails_its_job(worker: SteppedWorker) -> None:
     job = worker.submit("x" * 5000)
-    neighbour = worker.submit()
+    other = worker.submit()
     worker.finish()
     failed = worker.get(job)
     assert (failed.status, failed.error_code, failed.attempt) == (Status.FAILED, JobFailure.CONTEXT_LENGTH, 1)
     assert failed.error_message == "The prompt has 5000 tokens."
     assert [event.kind for event in worker.log.read(job.id)] == ["queued", "started", "done"]
-    assert worker.get(neighbour).status is Status.SUCCEEDED
+    assert worker.get(other).status is Status.SUCCEEDED
     assert ("failed", job.id) in worker.recorder.events
 
 
 @pytest.mark.parametrize("where", ["prompt", "detokenizer"])
-def test_an_unforeseen_error_fails_its_job_alone_and_shows_none_of_it(
+def test_an_unforeseen_error_fails_only_its_job_without_details(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     caplog.set_level(logging.INFO, "worker.queue.claimer")
     make = getattr(FakeRunner, where)
     broken = iter([True])
 
-    def sometimes(*args: Any) -> Any:
+    def fail_once(*args: Any) -> Any:
         return 1 / 0 if next(broken, False) else make(*args)
 
-    monkeypatch.setattr(FakeRunner, where, sometimes)
+    monkeypatch.setattr(FakeRunner, where, fail_once)
     jobs = [worker.submit() for _ in range(2)]
     worker.finish()
     bad, good = map(worker.get, jobs)
@@ -229,7 +229,7 @@ def test_an_unforeseen_error_fails_its_job_alone_and_shows_none_of_it(
     assert sorted(ends) == ["failed", "succeeded"]
 
 
-def test_a_job_that_was_cancelled_before_its_prompt_failed_is_not_reported_as_failed(
+def test_a_cancelled_job_whose_prompt_is_refused_is_not_reported_as_failed(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = worker.submit()
@@ -243,7 +243,7 @@ def test_a_job_that_was_cancelled_before_its_prompt_failed_is_not_reported_as_fa
     assert (worker.get(job).status, worker.recorder.events, worker.claimer.idle) == (Status.CANCELLED, [], True)
 
 
-def test_messages_of_a_newer_version_do_not_end_the_claimer(worker: SteppedWorker) -> None:
+def test_messages_of_a_newer_version_do_not_stop_the_claimer(worker: SteppedWorker) -> None:
     job = worker.submit()
     request = json.loads(worker.client.hget(keys.REQUEST + job.id, "request"))
     request |= {"prompt": None, "messages": [{"role": "assistant", "calls": []}, {"role": "user", "content": [{}]}]}
@@ -252,7 +252,7 @@ def test_messages_of_a_newer_version_do_not_end_the_claimer(worker: SteppedWorke
     assert worker.get(job).status.terminal
 
 
-def test_a_job_whose_failure_cannot_be_written_is_left_to_the_lease_keeper(
+def test_a_job_whose_failure_cannot_be_written_is_left_to_the_lease_thread(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = worker.submit("x" * 5000)
@@ -287,32 +287,34 @@ def count_calls(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_job_gets_the_images_it_names_and_fails_without_them(
+def test_a_job_gets_its_images_and_fails_without_them(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch, missing: bool
 ) -> None:
-    given: list[Mapping[str, bytes]] = []
+    received: list[Mapping[str, bytes]] = []
     prompt = FakeRunner.prompt
 
-    def look(runner: FakeRunner, tokens: Any, shared: int, request: Any, images: Mapping[str, bytes]) -> Any:
-        given.append(images)
+    def record_images(runner: FakeRunner, tokens: Any, shared: int, request: Any, images: Mapping[str, bytes]) -> Any:
+        received.append(images)
         return prompt(runner, (104, 105), 0, request, {})
 
-    monkeypatch.setattr(FakeRunner, "prompt", look)
+    monkeypatch.setattr(FakeRunner, "prompt", record_images)
     worker.images = {"a": b"A"} if missing else {"a": b"A", "b": b"B", "c": b"C"}
     parts = [{"type": "image", "image": name, "width": 1, "height": 1} for name in ("a", "b", "a")]
-    asked = submission(model="fake", max_tokens=2, tokens=(104, 105))
-    asked = replace(asked, request=replace(asked.request, prompt=None, messages=({"role": "user", "content": parts},)))
-    job = worker.jobs.create(asked).job
+    submitted = submission(model="fake", max_tokens=2, tokens=(104, 105))
+    submitted = replace(
+        submitted, request=replace(submitted.request, prompt=None, messages=({"role": "user", "content": parts},))
+    )
+    job = worker.jobs.create(submitted).job
     monkeypatch.setattr(worker.claimer._pool, "submit", lambda do, claimed: do(claimed))
     worker.finish()
     ended = worker.get(job)
     if missing:
-        assert (ended.status, ended.error_code, given) == (Status.FAILED, JobFailure.IMAGE_LOST, [])
+        assert (ended.status, ended.error_code, received) == (Status.FAILED, JobFailure.IMAGE_LOST, [])
     else:
-        assert (ended.status, given) == (Status.SUCCEEDED, [{"a": b"A", "b": b"B"}])
+        assert (ended.status, received) == (Status.SUCCEEDED, [{"a": b"A", "b": b"B"}])
 
 
-def test_jobs_that_are_being_prepared_take_their_rows(worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_in_preparation_count_as_rows(worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[Callable[[], object]] = []
     monkeypatch.setattr(worker.claimer._pool, "submit", lambda do, claimed: prepared.append(lambda: do(claimed)))
     jobs = [worker.submit(known=False) for _ in range(8)]
@@ -321,7 +323,7 @@ def test_jobs_that_are_being_prepared_take_their_rows(worker: SteppedWorker, mon
     assert SLOTS <= first <= SLOTS + 1
     for _ in range(3):
         worker.claimer.round()
-    assert len(worker.holds()) <= SLOTS + 2, "however often it looks"
+    assert len(worker.holds()) <= SLOTS + 2, "further rounds claim no more"
     for prepare in prepared:
         prepare()
     worker.step()
@@ -329,7 +331,7 @@ def test_jobs_that_are_being_prepared_take_their_rows(worker: SteppedWorker, mon
     assert {worker.get(job).status for job in jobs[:SLOTS]} == {Status.RUNNING}
 
 
-def test_what_cannot_be_prepared_is_not_claimed_again_and_again(
+def test_a_job_that_cannot_be_prepared_is_released_after_a_pause(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
 ) -> None:
     tries: list[None] = []
@@ -346,4 +348,4 @@ def test_what_cannot_be_prepared_is_not_claimed_again_and_again(
     eventually(lambda: len(released) >= 3)
     worker.claimer.stop()
     assert len(tries) <= len(released) + 1
-    assert min(later - sooner for sooner, later in pairwise(released)) > 0.05, "it waits before it tries again"
+    assert min(later - sooner for sooner, later in pairwise(released)) > 0.05, "it pauses before each release"

@@ -1,4 +1,4 @@
-"""Jobs that the claimer continues, gives back to the queue or takes again."""
+"""Jobs that the claimer continues, returns to the queue or claims again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def worker(client: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 
 
 def continued(worker: SteppedWorker, *tokens: int, text: str) -> Job:
-    """A job that another worker began and handed back."""
+    """Return a job that another worker began and handed back."""
     job = worker.submit(max_tokens=6)
     other = lease(worker.client, "w2")
     (claimed,) = reserved(other, model="fake")
@@ -36,7 +36,7 @@ def continued(worker: SteppedWorker, *tokens: int, text: str) -> Job:
     return job
 
 
-def test_a_retry_continues_what_is_written(worker: SteppedWorker) -> None:
+def test_a_retry_continues_the_written_text(worker: SteppedWorker) -> None:
     whole = worker.submit(max_tokens=6)
     worker.finish()
     (chunks,) = [[event for event in worker.log.read(whole.id) if event.text]]
@@ -60,7 +60,9 @@ def test_a_job_whose_log_has_a_gap_is_not_continued(worker: SteppedWorker, missi
     assert (ended.status, ended.error_code, ended.attempt) == (Status.FAILED, JobFailure.LOG_LOST, 2)
 
 
-def test_a_log_that_cannot_be_read_now_returns_the_job(worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_log_cannot_be_read_now_returns_to_the_queue(
+    worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = continued(worker, 300, text="one")
     worker.claimer._pool.submit = lambda do, claimed: do(claimed)  # type: ignore[assignment,method-assign]
     with monkeypatch.context() as patch:
@@ -71,7 +73,7 @@ def test_a_log_that_cannot_be_read_now_returns_the_job(worker: SteppedWorker, mo
     assert (worker.holder(job), worker.get(job).attempt) == ("", 1)
 
 
-def test_a_draining_worker_claims_nothing_and_gives_back_what_it_has_not_begun(worker: SteppedWorker) -> None:
+def test_a_draining_worker_claims_nothing_and_releases_its_waiting_jobs(worker: SteppedWorker) -> None:
     jobs = [worker.submit(max_tokens=50) for _ in range(3)]
     worker.claimer.round()
     worker.step()
@@ -87,7 +89,7 @@ def test_a_draining_worker_claims_nothing_and_gives_back_what_it_has_not_begun(w
     assert {each.job.id for each in reserved(other, 9, model="fake")} == {jobs[2].id, late.id}
 
 
-def test_what_still_runs_when_the_time_is_over_is_handed_back_with_its_text(worker: SteppedWorker) -> None:
+def test_a_job_that_runs_when_the_drain_ends_is_handed_back_with_its_text(worker: SteppedWorker) -> None:
     job = worker.submit(max_tokens=50)
     worker.claimer.round()
     worker.step(3)
@@ -101,7 +103,7 @@ def test_what_still_runs_when_the_time_is_over_is_handed_back_with_its_text(work
     assert ("retried", job.id) in worker.recorder.events
 
 
-def test_a_release_that_fails_is_tried_again(worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_release_is_retried(worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     job = worker.submit(max_tokens=50)
     worker.claimer.round()
     worker.step()
@@ -116,7 +118,7 @@ def test_a_release_that_fails_is_tried_again(worker: SteppedWorker, monkeypatch:
     assert worker.claimer.idle and worker.holder(job) == ""
 
 
-def test_a_claim_that_comes_after_the_unloading_returns_to_the_queue(
+def test_a_job_that_is_claimed_during_an_unload_returns_to_the_queue(
     worker: SteppedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = worker.submit()
@@ -134,7 +136,7 @@ def test_a_claim_that_comes_after_the_unloading_returns_to_the_queue(
     assert (worker.holder(job), worker.claimer.idle) == ("", True)
 
 
-def test_a_job_that_was_taken_back_and_claimed_again_here_runs_once(worker: SteppedWorker) -> None:
+def test_a_job_that_lapsed_and_was_claimed_again_here_runs_once(worker: SteppedWorker) -> None:
     job = worker.submit(max_tokens=6)
     worker.claimer.round()
     worker.step(2)

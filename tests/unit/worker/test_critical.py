@@ -69,4 +69,4 @@ def test_any_exception_becomes_an_exit_status_and_a_log_line(
     monkeypatch.setattr(app, "configure", lambda *_: None)
     monkeypatch.setattr(app.Service, "run", broken)
     assert app.main() == EXIT_BROKEN
-    assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
+    assert [record.levelno for record in caplog.records if record.name == "worker.app"] == [logging.CRITICAL]

@@ -19,7 +19,7 @@ from worker.runner.fake import FakeRunner
 
 
 class Several(FakeRunner):
-    """Gives each row the tokens of three steps at once, also behind its end, as speculative decoding may."""
+    """Gives each row the tokens of three steps at once, even after its end, as speculative decoding may."""
 
     def execute(self, plan: StepPlan) -> StepOutput:
         first = super().execute(plan)
@@ -48,7 +48,7 @@ def test_rows_join_and_leave_while_others_run(engine: SteppedEngine) -> None:
 
 @pytest.mark.parametrize("prompt", ["!words=7 end", "limit"])
 @pytest.mark.parametrize("stop", [(), ("e",)], ids=str)
-def test_a_row_may_get_several_tokens_a_step_and_nothing_behind_its_end(prompt: str, stop: tuple[str, ...]) -> None:
+def test_a_row_may_get_several_tokens_per_step_and_none_after_its_end(prompt: str, stop: tuple[str, ...]) -> None:
     engine = SteppedEngine()
     engine.runner = Several()
     engine.core = EngineCore(lambda: engine.runner, 4, engine.published.extend)
@@ -63,7 +63,7 @@ def test_a_row_may_get_several_tokens_a_step_and_nothing_behind_its_end(prompt: 
     assert totals.last_batch <= 3
 
 
-def test_what_finds_no_slot_waits_in_order(engine: SteppedEngine) -> None:
+def test_rows_without_a_slot_wait_in_order(engine: SteppedEngine) -> None:
     rows = [engine.submit(f"row {i}", max_tokens=3) for i in range(9)]
     engine.core.step()
     assert engine.core.slots_used == 4
@@ -75,7 +75,7 @@ def test_what_finds_no_slot_waits_in_order(engine: SteppedEngine) -> None:
 @pytest.mark.parametrize(
     ("write_result", "status"), [(WriteResult.CANCELLED, Status.CANCELLED), (WriteResult.EXPIRED, Status.EXPIRED)]
 )
-def test_a_stop_word_frees_the_slot_at_the_next_step(
+def test_a_stopped_row_frees_its_slot_at_the_next_step(
     engine: SteppedEngine, write_result: WriteResult, status: Status
 ) -> None:
     stopped, *others = [engine.submit(f"row {i}", max_tokens=9) for i in range(4)]
@@ -90,7 +90,7 @@ def test_a_stop_word_frees_the_slot_at_the_next_step(
     assert all(engine.ending(row).status is Status.SUCCEEDED for row in (*others, late))
 
 
-def test_the_end_is_published_only_once_the_slot_is_free(engine: SteppedEngine) -> None:
+def test_the_end_is_published_after_the_slot_is_free(engine: SteppedEngine) -> None:
     used: list[int] = []
     batch = EngineCore(lambda: engine.runner, 4, lambda published: used.append(batch.slots_used))
     batch.load()
@@ -99,7 +99,7 @@ def test_the_end_is_published_only_once_the_slot_is_free(engine: SteppedEngine) 
     assert used == [1, 0], "the start, then the end"
 
 
-def test_a_word_for_a_waiting_row_ends_it_without_a_step(engine: SteppedEngine) -> None:
+def test_a_waiting_row_is_cancelled_without_a_start(engine: SteppedEngine) -> None:
     rows = [engine.submit(f"row {i}") for i in range(5)]
     engine.core.step()
     engine.core.apply_write_result(rows[4].job.id, 1, WriteResult.CANCELLED)
@@ -107,7 +107,7 @@ def test_a_word_for_a_waiting_row_ends_it_without_a_step(engine: SteppedEngine) 
     assert engine.ending(rows[4]).completion_tokens == 0
 
 
-def test_a_word_for_another_attempt_or_a_stranger_does_nothing(engine: SteppedEngine) -> None:
+def test_a_result_for_another_attempt_or_an_unknown_job_changes_nothing(engine: SteppedEngine) -> None:
     row = engine.submit("row")
     engine.core.step()
     engine.core.apply_write_result(row.job.id, 7, WriteResult.CANCELLED)
@@ -116,7 +116,7 @@ def test_a_word_for_another_attempt_or_a_stranger_does_nothing(engine: SteppedEn
     assert engine.ending(row).status is Status.SUCCEEDED
 
 
-def test_a_fenced_row_is_dropped_without_a_word(engine: SteppedEngine) -> None:
+def test_a_fenced_row_is_dropped_without_output(engine: SteppedEngine) -> None:
     row = engine.submit("row")
     engine.core.step()
     engine.core.apply_write_result(row.job.id, 1, WriteResult.FENCED)
@@ -125,7 +125,7 @@ def test_a_fenced_row_is_dropped_without_a_word(engine: SteppedEngine) -> None:
     assert (row.outcome, engine.core.slots_used, len(engine.published)) == (Outcome.FENCED, 0, before)
 
 
-def test_a_drain_hands_back_what_waits_and_finishes_what_can(engine: SteppedEngine) -> None:
+def test_a_drain_hands_back_waiting_rows_and_finishes_running_ones(engine: SteppedEngine) -> None:
     rows = [engine.submit(f"row {i}", max_tokens=3) for i in range(6)]
     engine.core.step()
     engine.core.drain(60)
@@ -136,7 +136,7 @@ def test_a_drain_hands_back_what_waits_and_finishes_what_can(engine: SteppedEngi
     assert back == [*rows[4:], late]
 
 
-def test_a_drain_hands_back_what_takes_too_long(engine: SteppedEngine) -> None:
+def test_a_drain_hands_back_rows_that_take_too_long(engine: SteppedEngine) -> None:
     row = engine.submit("row", max_tokens=1000)
     engine.core.step()
     engine.core.drain(0)
@@ -154,7 +154,7 @@ def test_gauges_are_not_read_at_every_step(engine: SteppedEngine, monkeypatch: p
     assert len(readings) < engine.core.totals.steps / 2
 
 
-def test_a_step_that_gives_nothing_is_no_progress(engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_output_is_no_progress(engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr("worker.engine.core.time.monotonic", lambda: float(next(clock)))
     row = engine.submit("!stall=3", max_tokens=9)
@@ -171,7 +171,7 @@ def test_a_step_that_gives_nothing_is_no_progress(engine: SteppedEngine, monkeyp
     assert engine.core.progress_at > seen[-1]
 
 
-def test_what_is_asked_of_a_stuck_engine_counts_as_under_way(engine: SteppedEngine) -> None:
+def test_a_submitted_row_makes_the_engine_busy_before_it_steps(engine: SteppedEngine) -> None:
     assert engine.core.idle
     engine.submit("row")
     assert (engine.core.idle, engine.core.busy) == (False, False)
@@ -198,7 +198,7 @@ def test_a_row_that_is_cancelled_while_it_waits_has_not_started(engine: SteppedE
     assert [output.started for output in engine.published if output.sequence is rows[4]] == [False]
 
 
-def test_the_jobs_in_the_batch_are_traced_before_the_step_and_only_when_they_change(engine: SteppedEngine) -> None:
+def test_the_batch_is_traced_before_the_step_when_it_changes(engine: SteppedEngine) -> None:
     first = engine.submit("first", max_tokens=5)
     step, seen = engine.runner.execute, []
     engine.runner.execute = lambda plan: (seen.append(engine.traced[-1]), step(plan))[1]  # type: ignore[method-assign]
@@ -211,7 +211,7 @@ def test_the_jobs_in_the_batch_are_traced_before_the_step_and_only_when_they_cha
     assert engine.traced == [one, both, one, []]
 
 
-def test_capacity_is_what_rows_and_memory_leave_also_before_the_engine_has_seen_them() -> None:
+def test_capacity_counts_submitted_rows_before_the_engine_receives_them() -> None:
     engine = SteppedEngine(slots=3, memory=1000)
     assert engine.core.capacity() == Capacity(3, 1000)
     engine.submit("x" * 100, max_tokens=50)
@@ -225,7 +225,7 @@ def test_capacity_is_what_rows_and_memory_leave_also_before_the_engine_has_seen_
     assert engine.core.capacity() == Capacity(0, 0)
 
 
-def test_waiting_are_those_submitted_and_not_admitted(engine: SteppedEngine) -> None:
+def test_waiting_lists_the_jobs_that_are_not_admitted(engine: SteppedEngine) -> None:
     rows = [engine.submit(f"row {i}") for i in range(6)]
     assert engine.core.waiting() == [row.job.id for row in rows]
     engine.core.step()
@@ -235,7 +235,7 @@ def test_waiting_are_those_submitted_and_not_admitted(engine: SteppedEngine) -> 
     assert engine.core.waiting() == []
 
 
-def test_before_it_is_loaded_it_has_no_capacity() -> None:
+def test_there_is_no_capacity_before_the_model_is_loaded() -> None:
     assert EngineCore(FakeRunner, 4, list).capacity() == Capacity(0, 0)
 
 
@@ -255,19 +255,19 @@ def test_jobs_are_admitted_by_rank_and_resumed_ones_first(engine: SteppedEngine)
 # Outputs
 
 
-def test_log_probabilities_are_published_with_the_tokens_of_rows_that_ask(engine: SteppedEngine) -> None:
-    asked, plain = engine.submit("asked", logprobs=2), engine.submit("plain")
+def test_log_probabilities_are_published_for_rows_that_request_them(engine: SteppedEngine) -> None:
+    with_logprobs, plain = engine.submit("row", logprobs=2), engine.submit("plain")
     engine.run()
     outputs = {
         row: [each for output in engine.published if output.sequence is row for each in output.outputs]
-        for row in (asked, plain)
+        for row in (with_logprobs, plain)
     }
-    assert [each.token for each in outputs[asked]] == asked.generated
-    assert all(each.logprob is not None and len(each.top_logprobs) == 2 for each in outputs[asked])
+    assert [each.token for each in outputs[with_logprobs]] == with_logprobs.generated
+    assert all(each.logprob is not None and len(each.top_logprobs) == 2 for each in outputs[with_logprobs])
     assert all(each.logprob is None and not each.top_logprobs for each in outputs[plain])
-    assert "".join(each.text for each in outputs[asked]) == engine.text(asked)
-    assert [each.finish_reason for each in outputs[asked]] == [None] * 7 + ["length"]
-    described = [asked.describe_logprob(each) for each in outputs[asked]]
-    assert "".join(each["token"] for each in described) == engine.text(asked)
+    assert "".join(each.text for each in outputs[with_logprobs]) == engine.text(with_logprobs)
+    assert [each.finish_reason for each in outputs[with_logprobs]] == [None] * 7 + ["length"]
+    described = [with_logprobs.describe_logprob(each) for each in outputs[with_logprobs]]
+    assert "".join(each["token"] for each in described) == engine.text(with_logprobs)
     assert all(each["top"][0] == {"token": each["token"], "logprob": each["logprob"]} for each in described)
     assert not plain.token_texts

@@ -1,4 +1,4 @@
-"""What the engine does when a row, a step or the whole runner fails."""
+"""The engine recovers when a row, a step or the whole runner fails."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def test_a_lost_batch_fails_the_row_to_blame_and_no_other(engine: SteppedEngine)
     assert [engine.text(row) for row in rows] == [alone(f"row {i}", max_tokens=9) for i in range(3)]
 
 
-def test_an_error_that_hits_no_row_alone_fails_none(engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say, something that the fourth row makes too long."""
+def test_an_error_that_no_single_row_causes_fails_none(engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, a tensor that the fourth row makes too large."""
     step = engine.runner.execute
 
-    def narrow(plan: StepPlan) -> object:
+    def limited(plan: StepPlan) -> object:
         if len(engine.runner._rows) > 3:
             raise RuntimeError
         return step(plan)
 
-    monkeypatch.setattr(engine.runner, "execute", narrow)
+    monkeypatch.setattr(engine.runner, "execute", limited)
     rows = [engine.submit(f"row {i}", max_tokens=4) for i in range(4)]
     engine.run()
     assert [engine.text(row) for row in rows] == [alone(f"row {i}", max_tokens=4) for i in range(4)]
 
 
-def test_a_job_that_memory_never_suffices_for_fails_at_once_and_alone() -> None:
+def test_a_job_that_never_fits_into_memory_fails_at_once() -> None:
     engine = SteppedEngine(memory=60)
     before = engine.submit("before", max_tokens=8)
     never = [engine.submit("x" * 20, max_tokens=41) for _ in range(5)]
@@ -68,7 +68,7 @@ def test_a_job_that_memory_never_suffices_for_fails_at_once_and_alone() -> None:
     assert [engine.text(row) for row in (before, after)] == [alone(p, max_tokens=8) for p in ("before", "after")]
 
 
-def test_want_of_memory_of_one_row_after_another_is_no_broken_engine(engine: SteppedEngine) -> None:
+def test_rows_that_run_out_of_memory_in_succession_do_not_break_the_engine(engine: SteppedEngine) -> None:
     for i in range(5):
         row = engine.submit(f"!no-memory=1 {i}")
         engine.run()
@@ -78,19 +78,19 @@ def test_want_of_memory_of_one_row_after_another_is_no_broken_engine(engine: Ste
     assert engine.text(good) == alone("good")
 
 
-def test_a_batch_that_is_too_large_goes_on_in_halves_and_grows_again(
+def test_a_batch_that_is_too_large_is_halved_and_grows_again(
     engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = SteppedEngine(slots=8)
     step, sizes = engine.runner.execute, []
 
-    def narrow(plan: StepPlan) -> object:
+    def limited(plan: StepPlan) -> object:
         sizes.append(len(engine.runner._rows))
         if len(sizes) == 3:
             raise OutOfMemory
         return step(plan)
 
-    monkeypatch.setattr(engine.runner, "execute", narrow)
+    monkeypatch.setattr(engine.runner, "execute", limited)
     rows = [engine.submit(f"row {i}", max_tokens=5) for i in range(20)]
     engine.run()
     assert [engine.text(row) for row in rows] == [alone(f"row {i}", max_tokens=5) for i in range(20)]
@@ -99,7 +99,7 @@ def test_a_batch_that_is_too_large_goes_on_in_halves_and_grows_again(
     assert max(sizes[4:]) == 8
 
 
-def test_a_runner_that_always_raises_ends_the_engine_not_the_queue(
+def test_a_runner_that_always_raises_breaks_the_engine_before_all_rows_fail(
     engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.runner, "execute", lambda plan: 1 / 0)

@@ -1,4 +1,4 @@
-"""How the engine admits, preempts and retries rows by the memory that there is."""
+"""The engine admits, preempts and retries rows by the free memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from worker.runner.fake import FakeRunner
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the scheduler takes for the time."""
+    """The scheduler's clock, in seconds."""
     moment = [1000.0]
     monkeypatch.setattr("worker.engine.scheduler.time.monotonic", lambda: moment[0])
     return moment
 
 
-def test_rows_are_admitted_by_the_length_that_they_are_expected_to_reach() -> None:
+def test_rows_are_admitted_by_their_expected_length() -> None:
     engine = SteppedEngine(slots=8, memory=4000)
     for i in range(8):
         engine.submit(f"!words=9 {i}", max_tokens=3000)
@@ -30,7 +30,7 @@ def test_rows_are_admitted_by_the_length_that_they_are_expected_to_reach() -> No
     assert engine.core.slots_used == 8
 
 
-def test_a_row_that_does_not_fit_is_overtaken_for_a_while_and_then_space_is_reserved(now: list[float]) -> None:
+def test_a_row_that_does_not_fit_is_overtaken_until_memory_is_reserved_for_it(now: list[float]) -> None:
     engine = SteppedEngine(slots=8, memory=400)
     running = engine.submit("r" * 100, max_tokens=50)
     engine.core.step()
@@ -43,16 +43,16 @@ def test_a_row_that_does_not_fit_is_overtaken_for_a_while_and_then_space_is_rese
     engine.core.step()
     assert overtaking.started
     now[0] += 0.2
-    held_up = engine.submit("4", max_tokens=3, rank=2)
+    blocked = engine.submit("4", max_tokens=3, rank=2)
     while running.ending is None:
         engine.core.step()
-        assert not held_up.started
+        assert not blocked.started
     engine.run()
     starts = [output.sequence for output in engine.published if output.started]
-    assert starts[-2:] == [large, held_up]
+    assert starts[-2:] == [large, blocked]
 
 
-def test_when_memory_runs_short_the_newest_row_is_preempted_and_continues_as_if_it_had_not_been() -> None:
+def test_a_preempted_row_continues_with_the_same_text() -> None:
     engine = SteppedEngine(slots=8, memory=1500)
     rows = [engine.submit(f"row {i}", max_tokens=900) for i in range(3)]
     engine.run()
@@ -64,7 +64,7 @@ def test_when_memory_runs_short_the_newest_row_is_preempted_and_continues_as_if_
     assert [output.sequence for output in engine.published if output.started] == rows
 
 
-def test_no_more_memory_is_used_than_there_is() -> None:
+def test_the_memory_limit_is_never_exceeded() -> None:
     engine = SteppedEngine(slots=8, memory=2000)
     for i in range(8):
         engine.submit(f"row {i}", max_tokens=400 + 37 * i)
@@ -75,7 +75,7 @@ def test_no_more_memory_is_used_than_there_is() -> None:
         engine.core.step()
 
 
-def test_after_answers_have_ended_new_ones_are_expected_to_be_as_long() -> None:
+def test_the_expected_length_follows_finished_answers() -> None:
     engine = SteppedEngine(slots=8, memory=3000)
     for i in range(40):
         engine.submit(f"!words=900 {i}", max_tokens=2000)
@@ -87,9 +87,9 @@ def test_after_answers_have_ended_new_ones_are_expected_to_be_as_long() -> None:
     assert sum(row.started for row in rows) == 3
 
 
-def test_prefixes_have_what_rows_are_expected_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefixes_may_use_the_memory_that_rows_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[int] = []
-    monkeypatch.setattr(FakeRunner, "set_prefix_limit", lambda _, most: limits.append(most))
+    monkeypatch.setattr(FakeRunner, "set_prefix_limit", lambda _, max_bytes: limits.append(max_bytes))
     engine = SteppedEngine(memory=1000)
     engine.submit("x" * 100, max_tokens=50)
     engine.core.step()
@@ -100,22 +100,22 @@ def test_prefixes_have_what_rows_are_expected_to_leave(monkeypatch: pytest.Monke
     assert limits[-1] == 300
 
 
-def test_rows_keep_memory_that_is_only_lent_to_another_model() -> None:
+def test_rows_keep_memory_that_is_granted_to_another_model_for_a_while() -> None:
     engine = SteppedEngine(memory=1000)
     row = engine.submit("x" * 100, max_tokens=500)
     engine.core.step()
     engine.core.set_cache_limit(10, 1000)
-    waits = engine.submit("y", max_tokens=20)
+    waiting = engine.submit("y", max_tokens=20)
     for _ in range(50):
         engine.core.step()
-    assert len(row.generated) > 40 and not waits.started
+    assert len(row.generated) > 40 and not waiting.started
     engine.core.set_cache_limit(1000)
     engine.run()
-    assert waits.ending and waits.ending.status is Status.SUCCEEDED
+    assert waiting.ending and waiting.ending.status is Status.SUCCEEDED
 
 
-class Narrow(FakeRunner):
-    """Has memory to prefill two rows at a time, or none for a prompt that says so."""
+class LimitedPrefill(FakeRunner):
+    """Has memory to prefill two rows at a time, and none for a prompt that contains "never"."""
 
     def execute(self, plan: StepPlan) -> StepOutput:
         uids = plan.prefill.uids if plan.prefill else ()
@@ -126,9 +126,9 @@ class Narrow(FakeRunner):
         return super().execute(plan)
 
 
-def test_rows_whose_prefill_finds_no_memory_are_tried_once_more_alone() -> None:
+def test_rows_whose_prefill_runs_out_of_memory_are_prefilled_alone() -> None:
     engine = SteppedEngine()
-    engine.runner = Narrow()
+    engine.runner = LimitedPrefill()
     engine.core = EngineCore(lambda: engine.runner, 4, engine.published.extend)
     engine.core.load()
     prompts = ["one", "two", "never", "three"]
@@ -139,9 +139,9 @@ def test_rows_whose_prefill_finds_no_memory_are_tried_once_more_alone() -> None:
         assert prompt == "never" or engine.text(row) == alone(prompt)
 
 
-def test_a_row_that_is_cancelled_before_it_is_tried_again_is_not_inserted() -> None:
+def test_a_row_that_is_cancelled_before_its_second_prefill_is_not_inserted() -> None:
     engine = SteppedEngine()
-    engine.runner = Narrow()
+    engine.runner = LimitedPrefill()
     engine.core = EngineCore(lambda: engine.runner, 4, engine.published.extend)
     engine.core.load()
     row = engine.submit("never")
