@@ -22,7 +22,7 @@ from worker.runner.base import UNKNOWN_COST, PrefillCost
 
 LIMIT = 3.0
 """Limit on a step with prefill, as a multiple of a plain step, for 99 of 100 steps."""
-LEAST_AIM, AIM, MOST_AIM = 1.5, 1.8, 2.2
+MIN_AIM, AIM, MAX_AIM = 1.5, 1.8, 2.2
 """Bounds and initial value of the target multiple. It falls while many steps exceed the limit, and rises otherwise."""
 PAUSE_AFTER = 16
 """Steps with long prefill between two pauses."""
@@ -114,7 +114,7 @@ class PrefillBudget:
         measured = prior + sum(measured for measured, _ in self._chunks)
         return (self._aim - 1) * predicted / max(measured, _EPSILON)
 
-    def stepped(self, seconds: float, predicted_s: float | None) -> None:
+    def record_step(self, seconds: float, predicted_s: float | None) -> None:
         """Record a step with decoding rows.
 
         Args:
@@ -130,4 +130,4 @@ class PrefillBudget:
             ratio = seconds / statistics.median(self._plain_s)
             # The device may have run this step's chunk or the previous one; half of each is right on average.
             self._chunks.append((min(ratio - 1, _OUTLIER), (predicted_s + previous_s) / 2))
-            self._aim = min(max(self._aim * (_OVER if ratio > LIMIT else _WITHIN), LEAST_AIM), MOST_AIM)
+            self._aim = min(max(self._aim * (_OVER if ratio > LIMIT else _WITHIN), MIN_AIM), MAX_AIM)

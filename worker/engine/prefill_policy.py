@@ -20,11 +20,11 @@ from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, U
 
 SHORT_CHUNKS, SHORT_S = 2, 0.01
 """A prompt is short if it costs at most this many chunks or seconds. Readers do not notice such a pause."""
-MOST_SHORT_CHUNKS = 16
+MAX_SHORT_CHUNKS = 16
 """A prompt of more chunks is never short."""
 SHORT_IMAGE_S = 0.02
 """An image that costs at most this is encoded whole, even if rows decode."""
-MOST_TOGETHER = 8
+MAX_SHORT_PROMPTS = 8
 """Maximum short prompts in one pass. More would not make a token cheaper, and would delay the first answers."""
 
 
@@ -50,7 +50,7 @@ class PrefillPolicy:
         self._pausing: bool | None = None
 
     def plan(
-        self, unread: Mapping[int, Unread], image_s: float | None, *, decoding: bool, alone: Collection[int] = ()
+        self, unread: Mapping[int, Unread], image_s: float | None, *, decoding: bool, exclusive: Collection[int] = ()
     ) -> StepPlan:
         """Plan a step.
 
@@ -58,7 +58,7 @@ class PrefillPolicy:
             unread: rows that can be prefilled, in the order of admission.
             image_s: seconds that encoding the next image takes; None: no image waits.
             decoding: whether other rows decode in the step.
-            alone: rows that must not be prefilled together with others.
+            exclusive: rows that must not be prefilled together with others.
         """
         if not unread and image_s is None:
             return StepPlan(speculate=True)
@@ -68,29 +68,29 @@ class PrefillPolicy:
             work = self._encode(image_s, decoding)
             if work is not None:
                 return StepPlan(encode=work)
-        return StepPlan(prefill=self._prefill(unread, decoding, alone))
+        return StepPlan(prefill=self._prefill(unread, decoding, exclusive))
 
     def _encode(self, image_s: float, decoding: bool) -> EncodeWork | None:
         if not decoding or image_s <= SHORT_IMAGE_S:
             return EncodeWork()
         return None if self._pauses() else EncodeWork(self._budget.spare_s())
 
-    def _prefill(self, unread: Mapping[int, Unread], decoding: bool, alone: Collection[int]) -> PrefillWork | None:
+    def _prefill(self, unread: Mapping[int, Unread], decoding: bool, exclusive: Collection[int]) -> PrefillWork | None:
         """Let short and long prompts take turns; if there are none of the one kind, continue with the other."""
         if self._long_uid not in unread:
             self._long_uid = None
-        short, long = self._split(unread, alone)
+        short, long = self._split(unread, exclusive)
         long_first, self._long_next = self._long_next, not self._long_next
         if long_first:
             return self._long_work(unread, long, decoding) or self._short_work(unread, short)
         return self._short_work(unread, short) or self._long_work(unread, long, decoding)
 
-    def _split(self, unread: Mapping[int, Unread], alone: Collection[int]) -> tuple[list[int], list[int]]:
+    def _split(self, unread: Mapping[int, Unread], exclusive: Collection[int]) -> tuple[list[int], list[int]]:
         """Return the short prompts and the long ones. A prompt that began as a long one stays one."""
         short: list[int] = []
         long: list[int] = []
         for uid, left in unread.items():
-            is_long = uid == self._long_uid or uid in alone or not self._is_short(left)
+            is_long = uid == self._long_uid or uid in exclusive or not self._is_short(left)
             (long if is_long else short).append(uid)
         return short, long
 
@@ -98,7 +98,7 @@ class PrefillPolicy:
         """Prefill the first short prompt and the following ones of about the same length, cached prefixes included."""
         if not short:
             return None
-        lengths = [unread[uid].position + unread[uid].tokens for uid in short[:MOST_TOGETHER]]
+        lengths = [unread[uid].position + unread[uid].tokens for uid in short[:MAX_SHORT_PROMPTS]]
         alike = takewhile(lambda length: abs(length - lengths[0]) <= SHORT_CHUNKS * self._chunk, lengths)
         return PrefillWork(tuple(short[: len(list(alike))]))
 
@@ -122,5 +122,5 @@ class PrefillPolicy:
     def _is_short(self, left: Unread) -> bool:
         """Whether the unread part costs at most a few chunks at the beginning of a prompt, or hardly any time."""
         # If the costs were measured on a busy machine, any prompt may look cheap. So its tokens are bounded as well.
-        bounded = left.tokens <= MOST_SHORT_CHUNKS * self._chunk
+        bounded = left.tokens <= MAX_SHORT_CHUNKS * self._chunk
         return bounded and self._cost.seconds(left.tokens, left.position) <= self._short_s

@@ -173,14 +173,14 @@ class Scheduler:
             self._ready.update(unread)
             self.version += 1
         decoding = any(uid not in unread for uid in self._ready)
-        return self._policy.plan(unread, image_s, decoding=decoding, alone=self._exclusive)
+        return self._policy.plan(unread, image_s, decoding=decoding, exclusive=self._exclusive)
 
     def update(self, output: StepOutput) -> list[RowError]:
         """Apply the output of a step; return the rows that failed in it."""
         now = self._clock()
         last, self._stepped_at = self._stepped_at, now
         if output.tokens and not output.verified:
-            self.prefill_budget.stepped(now - last, output.predicted_s)
+            self.prefill_budget.record_step(now - last, output.predicted_s)
         self._ready.update(output.prefilled)
         self._exclusive.difference_update(output.prefilled)
         for uid, cached_tokens in output.prefilled.items():

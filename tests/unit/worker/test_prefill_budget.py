@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from worker.engine.prefill_budget import AIM, LEAST_AIM, LIMIT, MOST_AIM, PAUSE, PAUSE_AFTER, PrefillBudget
+from worker.engine.prefill_budget import AIM, LIMIT, MAX_AIM, MIN_AIM, PAUSE, PAUSE_AFTER, PrefillBudget
 from worker.runner.base import PrefillCost
 
 MAX_CHUNK = 32
@@ -56,7 +56,7 @@ class Device:
             part, done_layers = layers / self.layers, done_layers + layers
             pending.append(self.cost.seconds(size, position) * part)
             seconds = (self.plain_s + pending.popleft()) * self.busy()
-            budget.stepped(seconds, budget._cost.seconds(size, position) * part)
+            budget.record_step(seconds, budget._cost.seconds(size, position) * part)
             steps.append((size if layers else 0, seconds / self.plain_s))
             if size and done_layers == self.layers:
                 position, size = position + size, 0
@@ -94,7 +94,7 @@ def test_without_a_measurement_all_tokens_cost_the_same() -> None:
     cost = PrefillCost(0.0, PLAIN_S / 10, 0.0)
     sizes = [size for size, _ in Device(cost).prefill(PrefillBudget(MAX_CHUNK), 10_000) if size][-50:-1]
     assert max(sizes) - min(sizes) <= 1
-    assert max(sizes) == round((MOST_AIM - 1) * 10)
+    assert max(sizes) == round((MAX_AIM - 1) * 10)
 
 
 def test_chunks_grow_with_the_duration_of_a_plain_step() -> None:
@@ -111,7 +111,7 @@ def test_other_load_on_the_machine_does_not_distort_chunks() -> None:
     budget = budget_for()
     busy.prefill(budget, 4000)
     steps = Device().prefill(budget, 500, cached=1000)
-    assert all(LEAST_AIM - 0.2 < ratio < LIMIT for size, ratio in steps[:-1] if size)
+    assert all(MIN_AIM - 0.2 < ratio < LIMIT for size, ratio in steps[:-1] if size)
 
 
 def test_the_target_falls_if_step_times_vary_and_rises_if_they_do_not() -> None:
@@ -120,10 +120,10 @@ def test_the_target_falls_if_step_times_vary_and_rises_if_they_do_not() -> None:
     budget = budget_for()
     unsteady.prefill(budget, 4000)
     varied = [ratio for size, ratio in unsteady.prefill(budget, 2000) if size]
-    assert statistics.median(varied) == pytest.approx(LEAST_AIM, abs=0.3)
+    assert statistics.median(varied) == pytest.approx(MIN_AIM, abs=0.3)
     budget = budget_for()
     steady = [ratio for _ in range(3) for size, ratio in Device().prefill(budget, 4000) if size]
-    assert statistics.median(steady[-200:-1]) == pytest.approx(MOST_AIM, abs=0.3)
+    assert statistics.median(steady[-200:-1]) == pytest.approx(MAX_AIM, abs=0.3)
     assert max(steady) < LIMIT
 
 
@@ -131,7 +131,7 @@ def test_one_slow_step_changes_little() -> None:
     budget = budget_for()
     Device().prefill(budget, 1010)
     before = budget.chunk(1000, 1)
-    budget.stepped(100 * PLAIN_S, budget._cost.seconds(before, 1000))
+    budget.record_step(100 * PLAIN_S, budget._cost.seconds(before, 1000))
     assert before / 2 < budget.chunk(1000, 1) <= before
 
 
@@ -200,7 +200,7 @@ def test_steps_of_unknown_cost_are_not_used_as_a_measurement() -> None:
     Device().prefill(budget, 500)
     before = budget.chunk(500, 1)
     for _ in range(50):
-        budget.stepped(PLAIN_S, 0.0)
-        budget.stepped(1000.0, None)
-    budget.stepped(1000.0, 0.05)
+        budget.record_step(PLAIN_S, 0.0)
+        budget.record_step(1000.0, None)
+    budget.record_step(1000.0, 0.05)
     assert budget.chunk(500, 1) == before

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from worker.engine.prefill_budget import AIM, PAUSE, PrefillBudget
-from worker.engine.prefill_policy import MOST_TOGETHER, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
+from worker.engine.prefill_policy import MAX_SHORT_PROMPTS, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
 from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, Unread
 
 CHUNK, DEPTH = 16, 8
@@ -26,7 +26,7 @@ class Prompts:
     def __init__(self, seconds: float = 20.0, cost: PrefillCost = TOKENS, depth: int = DEPTH) -> None:
         self.budget = PrefillBudget(CHUNK, cost)
         for _ in range(9):
-            self.budget.stepped(seconds / (AIM - 1), 0.0)
+            self.budget.record_step(seconds / (AIM - 1), 0.0)
         for _ in range(PAUSE):
             assert self.budget.pauses()
         self.policy = PrefillPolicy(CHUNK, depth, cost, self.budget)
@@ -36,9 +36,9 @@ class Prompts:
     def add(self, uid: int, tokens: int, cached: int = 0) -> None:
         self.unread[uid] = Unread(tokens, cached)
 
-    def plan(self, image_s: float | None = None, *, decoding: bool = True, alone: tuple[int, ...] = ()) -> StepPlan:
+    def plan(self, image_s: float | None = None, *, decoding: bool = True, exclusive: tuple[int, ...] = ()) -> StepPlan:
         """Plan a step and execute the plan."""
-        plan = self.policy.plan(self.unread, image_s, decoding=decoding, alone=alone)
+        plan = self.policy.plan(self.unread, image_s, decoding=decoding, exclusive=exclusive)
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         return plan
@@ -92,9 +92,9 @@ def test_a_long_prompt_does_not_starve_while_short_ones_arrive(prompts: Prompts)
 
 @pytest.mark.parametrize("decoding", [False, True])
 def test_simultaneous_short_prompts_are_prefilled_together(prompts: Prompts, decoding: bool) -> None:
-    for uid in range(2 * MOST_TOGETHER):
+    for uid in range(2 * MAX_SHORT_PROMPTS):
         prompts.add(uid, CHUNK)
-    assert [len(uids) for uids in prompts.order(decoding=decoding)] == [MOST_TOGETHER, MOST_TOGETHER]
+    assert [len(uids) for uids in prompts.order(decoding=decoding)] == [MAX_SHORT_PROMPTS, MAX_SHORT_PROMPTS]
 
 
 def test_prompts_of_very_different_total_length_are_prefilled_separately(prompts: Prompts) -> None:
@@ -127,7 +127,7 @@ def test_the_rest_of_a_long_prompt_is_not_prefilled_together_with_short_ones(pro
 def test_rows_marked_as_alone_are_prefilled_separately(prompts: Prompts) -> None:
     for uid in range(3):
         prompts.add(uid, CHUNK)
-    steps = [prompts.plan(alone=(1,)).prefill for _ in range(2)]
+    steps = [prompts.plan(exclusive=(1,)).prefill for _ in range(2)]
     assert {work.uids for work in steps if work} == {(0, 2), (1,)}
 
 
