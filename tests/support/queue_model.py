@@ -1,4 +1,4 @@
-"""What the queue must look like, and the checks that hold it against what Redis holds."""
+"""A model of the queue in Python, and its comparison with Redis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.settings import Settings
 MODEL = "m"
 WORKERS = ("w1", "w2", "w3")
 NEVER = 10**6
-"""Deaths that a job may cause: who is to blame is another test's matter."""
+"""Crashes that a job may cause: blame is tested elsewhere."""
 LONG_AGO = 1.0
 MUCH = 10**6
 PERMANENT = {
@@ -27,12 +27,20 @@ PERMANENT = {
     keys.QUEUE + MODEL, keys.TURNS + MODEL, keys.SPEED + MODEL,
     *(key + worker for key in (keys.RUNNING, keys.RESERVED) for worker in WORKERS),
 }  # fmt: skip
-"""Keys without a TTL that are not one job's; `shared.queue.keys` says what empties or bounds them."""
+"""Keys without expiry that do not belong to one job; see `shared.queue.keys` for what bounds them."""
 
 
 @dataclass
 class Expected:
-    """What a job must look like."""
+    """The expected state of a job.
+
+    Attributes:
+        code: its error code.
+        holder: the worker that runs it or has reserved it.
+        moved: whether another worker took it over, so that it must stay there for some time.
+        time_is_up: whether it exceeded the limit of its timer: `start_within_s` before the first start, then the
+            deadline.
+    """
 
     owner: str
     key: str
@@ -41,14 +49,12 @@ class Expected:
     code: str | None = None
     attempt: int = 0
     holder: str = ""
-    """Who runs it or has reserved it."""
     claimed_at: str = ""
     spare: bool = False
     moved: bool = False
-    """Whether it was taken over: it stays for a while."""
     stop_as: Status | None = None
     time_is_up: bool = False
-    """For what its timer stands for: the time to start before the first start, the deadline."""
+    deadline_is_up: bool = False
     timer: bool = True
     text: str = ""
     tokens: int = 0
@@ -65,13 +71,13 @@ class Expected:
     def runs(self) -> bool:
         return self.status is Status.RUNNING
 
-    def is_run_by(self, grip: Grip) -> bool:
-        return self.runs and (self.attempt, self.claimed_at) == (grip.attempt, grip.claimed_at)
+    def is_run_by(self, belief: Belief) -> bool:
+        return self.runs and (self.attempt, self.claimed_at) == (belief.attempt, belief.claimed_at)
 
-    def is_reserved_by(self, grip: Grip) -> bool:
-        """Whether the grip is the present reservation."""
-        waits = self.status is Status.QUEUED and self.holder != ""
-        return waits and (self.attempt + 1, self.claimed_at) == (grip.attempt, grip.claimed_at)
+    def is_reserved_by(self, belief: Belief) -> bool:
+        """Whether a belief is the current reservation."""
+        is_reserved = self.status is Status.QUEUED and self.holder != ""
+        return is_reserved and (self.attempt + 1, self.claimed_at) == (belief.attempt, belief.claimed_at)
 
     def reserve(self, worker: str, claimed_at: str, spare: bool) -> None:
         self.moved = self.moved or self.holder != ""
@@ -84,8 +90,6 @@ class Expected:
             self.time_is_up = False
         self.timer = True
         self.history.append((self.attempt, self.holder, None))
-
-    deadline_is_up: bool = False
 
     def let_go(self, how: AttemptEnd) -> None:
         if self.runs:
@@ -100,20 +104,20 @@ class Expected:
         self.events.append("done")
 
     def give_up(self, how: AttemptEnd) -> None:
-        """Its worker is gone, or gives it back."""
-        ran = self.runs
+        """End the hold of its worker, which crashed or hands it back."""
+        was_running = self.runs
         self.let_go(how)
-        if ran and self.stop_as:
+        if was_running and self.stop_as:
             self.status = Status.QUEUED
             self.end(self.stop_as)
-        elif ran:
+        elif was_running:
             self.status = Status.QUEUED
             self.events.append("queued")
 
 
 @dataclass(frozen=True)
-class Grip:
-    """What a worker believes to hold; it may be wrong, and it may not know of it."""
+class Belief:
+    """A job that a worker believes to hold, rightly or wrongly."""
 
     job_id: str
     attempt: int
@@ -122,7 +126,7 @@ class Grip:
 
 
 class ExpectedQueue(RuleBasedStateMachine):
-    """The queue under test and what it must look like; the rules come with a subclass."""
+    """The queue under test and its expected state. A subclass defines the rules."""
 
     def __init__(self, client: Redis) -> None:
         super().__init__()
@@ -133,18 +137,18 @@ class ExpectedQueue(RuleBasedStateMachine):
         self.reaper = Reaper(self.redis, NEVER, 2**20)
         self.log = JobLog(self.redis)
         self.leases: dict[str, bool] = {}
-        """Whether it holds still; a lapsed one is there until it is reaped or renewed."""
-        self.graced: set[str] = set()
-        """Whose lease gets its full time once more after an outage."""
+        """Worker → whether its lease is valid. An expired lease stays until it is reaped or renewed."""
+        self.extensible: set[str] = set()
+        """Workers whose lease an outage would extend."""
         self.expected: dict[str, Expected] = {}
-        self.made: list[str] = []
-        self.grips: list[Grip] = [Grip("none", 0, WORKERS[0])]
+        self.submitted: list[str] = []
+        self.beliefs: list[Belief] = [Belief("none", 0, WORKERS[0])]
         self.raw = redis.Redis(unix_socket_path=client.connection_pool.connection_kwargs["path"])
         self.copy: tuple[dict[bytes, tuple[int, Any]], Any] | None = None
 
-    def right_grips(self) -> list[Grip]:
+    def true_beliefs(self) -> list[Belief]:
         held = [(i, job) for i, job in self.expected.items() if job.holder]
-        return [Grip(i, job.attempt + (not job.runs), job.holder, job.claimed_at) for i, job in held]
+        return [Belief(i, job.attempt + (not job.runs), job.holder, job.claimed_at) for i, job in held]
 
     def of(self, status: Status) -> dict[str, Expected]:
         return {job_id: job for job_id, job in self.expected.items() if job.status is status}
@@ -155,14 +159,14 @@ class ExpectedQueue(RuleBasedStateMachine):
     def held_by(self, worker: str, *, running: bool) -> dict[str, Expected]:
         return {i: job for i, job in self.expected.items() if job.holder == worker and job.runs == running}
 
-    def known(self, grip: Grip) -> Expected:
-        return self.expected.get(grip.job_id, Expected("", "", "", timer=False))
+    def known(self, belief: Belief) -> Expected:
+        return self.expected.get(belief.job_id, Expected("", "", "", timer=False))
 
-    # What always holds
+    # Invariants
 
     @invariant()
-    def all_is_as_expected(self) -> None:
-        """One look at Redis a step: nothing is missing, nothing is wrong, nothing is left over."""
+    def redis_equals_the_model(self) -> None:
+        """Read everything with one call per step: no key or field is missing, wrong or superfluous."""
         own = {i: self.keys_of(i, job) for i, job in self.expected.items()}
         with self.redis.pipeline() as pipe:
             for job_id in own:
@@ -171,22 +175,22 @@ class ExpectedQueue(RuleBasedStateMachine):
             pipe.zrange(keys.LEASES, 0, -1).hgetall(keys.BYTES).keys("*")
             for worker in WORKERS:
                 pipe.smembers(keys.RUNNING + worker).smembers(keys.RESERVED + worker)
-            *found, waiting, timers, leases, counted, there = (result := pipe.execute())[: 3 * len(own) + 5]
+            *jobs, queued, timers, leases, counted, names = (result := pipe.execute())[: 3 * len(own) + 5]
             held = result[3 * len(own) + 5 :]
         for n, (job_id, expected) in enumerate(self.expected.items()):
-            record, log, text = found[3 * n : 3 * n + 3]
+            record, log, text = jobs[3 * n : 3 * n + 3]
             self.check_record(record, expected)
             assert [(entry_id, entry["e"]) for entry_id, entry in log] == [
                 (f"{n}-0", kind) for n, kind in enumerate(expected.events, 1)
             ]
             assert (job_id, str(len(log)), text or "") == (record["id"], record["seq"], expected.text)
-        assert set(waiting) == self.of(Status.QUEUED).keys()
+        assert set(queued) == self.of(Status.QUEUED).keys()
         assert dict(timers).keys() == {i for i, job in self.expected.items() if job.timer}
         assert set(leases) == self.leases.keys()
         assert held == [{*self.held_by(name, running=runs)} for name in WORKERS for runs in (True, False)]
         self.check_bytes(counted)
-        assert waiting or keys.TURNS + MODEL not in there
-        self.check_keys(set(there), own)
+        assert queued or keys.TURNS + MODEL not in names
+        self.check_keys(set(names), own)
 
     def keys_of(self, job_id: str, job: Expected) -> set[str]:
         names = {keys.JOB + job_id, keys.LOG + job_id, f"{keys.IDEM}{job.owner}:{job.key}"}
@@ -195,17 +199,17 @@ class ExpectedQueue(RuleBasedStateMachine):
             names | {keys.REQUEST + job_id for _ in [0] if keeps_request} | {keys.OUTPUT + job_id for _ in job.text[:1]}
         )
 
-    def check_keys(self, there: set[str], own: dict[str, set[str]]) -> None:
+    def check_keys(self, present: set[str], own: dict[str, set[str]]) -> None:
         of_jobs = {name for names in own.values() for name in names}
-        shared = {name for name in there if name.startswith((keys.OWNER, keys.WAKE))}
-        assert of_jobs <= there and there - of_jobs - shared <= PERMANENT
+        shared = {name for name in present if name.startswith((keys.OWNER, keys.WAKE))}
+        assert of_jobs <= present and present - of_jobs - shared <= PERMANENT
         ended = {name for i, names in own.items() if self.expected[i].status.terminal for name in names}
         names = [*sorted(of_jobs | shared)]
         with self.redis.pipeline() as pipe:
             for name in names:
                 pipe.pttl(name)
-            lives = dict(zip(names, pipe.execute(), strict=True))
-        assert {name for name, life in lives.items() if life == -1} == of_jobs - ended
+            ttls = dict(zip(names, pipe.execute(), strict=True))
+        assert {name for name, ttl in ttls.items() if ttl == -1} == of_jobs - ended
 
     def check_bytes(self, counted: dict[str, str]) -> None:
         unfinished = [job for job in self.expected.values() if not job.status.terminal]
@@ -225,7 +229,7 @@ class ExpectedQueue(RuleBasedStateMachine):
             assert job.completion_tokens == expected.tokens
 
     def teardown(self) -> None:
-        """What readers and the next attempt make of it; and once all has ended, nothing is held."""
+        """Check what readers and a next attempt would read. Then end all jobs; no worker or queue holds any."""
         for job_id, expected in self.expected.items():
             job = self.jobs.get(job_id, expected.owner)
             written = self.log.written(job_id, job.last_event)
@@ -235,11 +239,13 @@ class ExpectedQueue(RuleBasedStateMachine):
             self.claims[worker].retire()
         for job_id in self.active():
             owner = self.expected[job_id].owner
-            if not self.jobs.get(job_id, owner).status.terminal:  # one that was asked to stop has ended by now
+            if not self.jobs.get(job_id, owner).status.terminal:  # a job that must stop has ended by now
                 self.jobs.stop(job_id, owner)
             self.jobs.forget(job_id, owner)
-        left = self.redis.keys("*")
-        assert not [name for name in left if name.startswith((keys.RUNNING, keys.RESERVED, keys.QUEUE, keys.TURNS))]
+        remaining = self.redis.keys("*")
+        assert not [
+            name for name in remaining if name.startswith((keys.RUNNING, keys.RESERVED, keys.QUEUE, keys.TURNS))
+        ]
         assert not self.redis.exists(keys.TIMERS, keys.LEASES, keys.EXTENSIONS) and not self.redis.hexists(
             keys.BYTES, "total"
         )

@@ -83,16 +83,16 @@ def lapse(client: Redis, worker: str) -> None:
     client.zadd(keys.LEASES, {worker: 1.0})
 
 
-def over(client: Redis, job: Job, seconds: float) -> None:
-    """Move a job this many seconds into the past; its place in the queue stays."""
+def age(client: Redis, job: Job, seconds: float) -> None:
+    """Move a job's creation and deadline into the past; its place in the queue does not change."""
     for name in ("created_at", "end_by"):
-        moment = float(client.hget(keys.JOB + job.id, name))
-        client.hset(keys.JOB + job.id, name, f"{moment - seconds:.6f}")
+        time = float(client.hget(keys.JOB + job.id, name))
+        client.hset(keys.JOB + job.id, name, f"{time - seconds:.6f}")
     client.zincrby(keys.TIMERS, -seconds, job.id)
 
 
 def kinds(client: Redis, job: Job) -> list[str]:
-    """The kinds of the events in a job's log."""
+    """Return the kinds of the events in a job's log."""
     return [str(event.kind) for event in JobLog(client).read(job.id)]
 
 

@@ -1,4 +1,4 @@
-"""What owners see of their jobs, and how long it is kept."""
+"""Owners' access to their jobs, and how long ended jobs are kept."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_another_owner_sees_no_job(jobs: Jobs) -> None:
     assert jobs.get(job.id, "a").status is Status.QUEUED
 
 
-def test_only_an_ended_job_is_forgotten(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_only_an_ended_job_can_be_deleted(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs, idempotency_key="k")
     for advance in (lambda: None, lambda: taken(worker)):
         advance()
@@ -53,7 +53,7 @@ def test_only_an_ended_job_is_forgotten(client: Redis, jobs: Jobs, worker: Claim
 
 
 @pytest.mark.parametrize("missing", [1, 3, 4, 5])
-def test_a_log_with_a_gap_is_not_read_over_it(client: Redis, jobs: Jobs, worker: Claims, missing: int) -> None:
+def test_gap_in_a_log_is_an_error(client: Redis, jobs: Jobs, worker: Claims, missing: int) -> None:
     job = submit(jobs)
     claimed = started(worker)
     worker.append([row(claimed, n, str(n), n) for n in (3, 4, 5)])
@@ -63,13 +63,13 @@ def test_a_log_with_a_gap_is_not_read_over_it(client: Redis, jobs: Jobs, worker:
     with pytest.raises(Gone, match=f"event {missing} "):
         log.written(job.id, 5)
     assert [event.n for event in log.read(job.id, after=missing)] == list(range(missing + 1, 6))
-    assert jobs.text(jobs.get(job.id, "a")) == "345", "the text has a key of its own"
+    assert jobs.text(jobs.get(job.id, "a")) == "345", "the text is stored separately"
     client.delete(keys.LOG + job.id)
     with pytest.raises(Gone):
         log.written(job.id, 5)
 
 
-def test_a_job_has_ended_whatever_became_of_its_log(client: Redis, jobs: Jobs) -> None:
+def test_ended_is_read_from_the_record_not_from_the_log(client: Redis, jobs: Jobs) -> None:
     job, log = submit(jobs), JobLog(client)
     client.delete(keys.LOG + job.id)
     assert not log.ended(job.id)
@@ -80,9 +80,9 @@ def test_a_job_has_ended_whatever_became_of_its_log(client: Redis, jobs: Jobs) -
     assert log.ended(job.id)
 
 
-@pytest.mark.parametrize(("log_retention_s", "lives_s"), [(None, 77), (33, 33)])
-def test_what_has_ended_lives_as_long_as_its_retention(
-    client: Redis, worker: Claims, log_retention_s: int | None, lives_s: int
+@pytest.mark.parametrize(("log_retention_s", "log_ttl_s"), [(None, 77), (33, 33)])
+def test_ended_job_lives_as_long_as_its_retention(
+    client: Redis, worker: Claims, log_retention_s: int | None, log_ttl_s: int
 ) -> None:
     jobs = Jobs(client, Settings(retention_s=77, log_retention_s=log_retention_s, durable=False))
     job = submit(jobs, idempotency_key="k")
@@ -92,23 +92,23 @@ def test_what_has_ended_lives_as_long_as_its_retention(
     assert {client.ttl(key) for key in (*own, keys.LOG + job.id)} == {-1}
     end(worker, claimed)
     assert {client.ttl(key) for key in own} == {77}
-    assert client.ttl(keys.LOG + job.id) == lives_s
+    assert client.ttl(keys.LOG + job.id) == log_ttl_s
 
 
-def test_a_list_of_jobs_long_gone_is_cleared_however_long_it_is(client: Redis, jobs: Jobs) -> None:
+def test_long_list_of_expired_jobs_is_cleared(client: Redis, jobs: Jobs) -> None:
     client.zadd(keys.OWNER + "a", {f"job_{n}": n for n in range(1100)})
     assert jobs.recent("a", limit=1) == []
     assert client.zcard(keys.OWNER + "a") == 0
 
 
-def test_the_list_of_an_owner_who_never_looks_does_not_grow(client: Redis, jobs: Jobs) -> None:
+def test_list_that_is_never_read_does_not_grow(client: Redis, jobs: Jobs) -> None:
     client.zadd(keys.OWNER + "a", {f"job_{n}": n for n in range(10)})
-    made = {submit(jobs).id for _ in range(6)}
-    assert set(client.zrange(keys.OWNER + "a", 0, -1)) == made
+    submitted = {submit(jobs).id for _ in range(6)}
+    assert set(client.zrange(keys.OWNER + "a", 0, -1)) == submitted
 
 
-def test_the_list_is_newest_first_and_pages(jobs: Jobs) -> None:
-    made = [submit(jobs) for _ in range(5)]
+def test_list_is_sorted_newest_first_and_has_pages(jobs: Jobs) -> None:
+    submitted = [submit(jobs) for _ in range(5)]
     page = jobs.recent("a", limit=2)
     rest = jobs.recent("a", limit=9, before=page[-1].created_at)
-    assert [job.id for job in page + rest] == [job.id for job in reversed(made)]
+    assert [job.id for job in page + rest] == [job.id for job in reversed(submitted)]

@@ -1,4 +1,4 @@
-"""Jobs that stop early: cancelled by their owner, or past their time to start or their deadline."""
+"""Jobs that stop early: cancelled, not started in time, or past their deadline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shared.queue.redis import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
     MODEL,
+    age,
     held,
     kinds,
     lapse,
     lease,
-    over,
     reap,
     reserved,
     row,
@@ -38,15 +38,15 @@ def worker(client: Redis) -> Claims:
     return lease(client, "w1")
 
 
-def test_cancelling_a_waiting_job_ends_it(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_queued_job_is_cancelled_at_once(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     assert jobs.stop(job.id, "a").status is Status.CANCELLED
     assert reserved(worker) == []
-    assert jobs.stop(job.id, "a").status is Status.CANCELLED, "asking again is no error"
+    assert jobs.stop(job.id, "a").status is Status.CANCELLED, "cancelling again is not an error"
     assert kinds(client, job) == ["queued", "done"]
 
 
-def test_cancelling_a_running_job_asks_its_worker(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_running_job_is_cancelled_by_its_worker(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = started(worker)
     assert jobs.stop(job.id, "a").status is Status.RUNNING
@@ -57,7 +57,7 @@ def test_cancelling_a_running_job_asks_its_worker(client: Redis, jobs: Jobs, wor
     assert (ended.status, jobs.text(ended)) == (Status.CANCELLED, "he")
 
 
-def test_cancelling_what_has_ended_is_refused(jobs: Jobs, worker: Claims) -> None:
+def test_ended_job_cannot_be_cancelled(jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     run(worker)
     with pytest.raises(Conflict):
@@ -65,7 +65,7 @@ def test_cancelling_what_has_ended_is_refused(jobs: Jobs, worker: Claims) -> Non
 
 
 @pytest.mark.parametrize("how", ["lost", "handed back"])
-def test_a_job_that_was_asked_to_stop_is_not_continued(client: Redis, jobs: Jobs, worker: Claims, how: str) -> None:
+def test_cancelled_job_is_not_resumed(client: Redis, jobs: Jobs, worker: Claims, how: str) -> None:
     job = submit(jobs)
     claimed = started(worker)
     worker.append([row(claimed, 3, "hé", 1, 2)])
@@ -80,7 +80,7 @@ def test_a_job_that_was_asked_to_stop_is_not_continued(client: Redis, jobs: Jobs
 
 
 @pytest.mark.parametrize(
-    ("limits", "stated"),
+    ("limits", "limit"),
     [
         ({"start_within_s": 5}, "5 s (start_within_s)"),
         ({"start_within_s": 0.25, "deadline_s": 600}, "0.25 s (start_within_s)"),
@@ -88,28 +88,28 @@ def test_a_job_that_was_asked_to_stop_is_not_continued(client: Redis, jobs: Jobs
     ],
 )
 @pytest.mark.parametrize("by", ["reaper", "claim"])
-def test_a_job_that_never_starts_in_its_time_expires(
-    client: Redis, jobs: Jobs, worker: Claims, limits: dict[str, float], stated: str, by: str
+def test_job_that_does_not_start_in_time_expires(
+    client: Redis, jobs: Jobs, worker: Claims, limits: dict[str, float], limit: str, by: str
 ) -> None:
     job = submit(jobs, **limits)
     following = submit(jobs)
-    over(client, job, 200)
+    age(client, job, 200)
     if by == "reaper":
         assert reap(client) == []
-    assert taken(worker).job.id == following.id, "nothing starts after its time, however late the reaper comes"
+    assert taken(worker).job.id == following.id, "a late job never starts, even without a reaper"
     ended = jobs.get(job.id, "a")
     assert (ended.status, ended.error_code, ended.started_at) == (Status.EXPIRED, Expiry.START, None)
-    assert ended.error_message == f"The job did not start within {stated}."
+    assert ended.error_message == f"The job did not start within {limit}."
     assert (jobs.text(ended), ended.history) == ("", ())
 
 
-def test_a_running_job_is_cut_off_at_its_deadline(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_running_job_stops_at_its_deadline(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs, start_within_s=5, deadline_s=90)
     claimed = started(worker)
-    over(client, job, 60)
+    age(client, job, 60)
     reap(client)
-    assert worker.append([row(claimed, 3, "he", 1)]) == [WriteResult.OK], "the time to start is over and done with"
-    over(client, job, 60)
+    assert worker.append([row(claimed, 3, "he", 1)]) == [WriteResult.OK], "start_within_s no longer counts"
+    age(client, job, 60)
     reap(client)
     assert worker.append([row(claimed, 4, "l", 2)]) == [WriteResult.EXPIRED]
     worker.append([row(claimed, 5, ending=Ending(Status.EXPIRED, completion_tokens=2))])
@@ -120,15 +120,15 @@ def test_a_running_job_is_cut_off_at_its_deadline(client: Redis, jobs: Jobs, wor
 
 
 @pytest.mark.parametrize("by", ["reaper", "claim"])
-def test_once_started_only_the_deadline_counts(client: Redis, jobs: Jobs, worker: Claims, by: str) -> None:
+def test_only_the_deadline_counts_after_the_first_start(client: Redis, jobs: Jobs, worker: Claims, by: str) -> None:
     job = submit(jobs, start_within_s=5, deadline_s=90)
     claimed = started(worker)
     worker.append([row(claimed, 3, "né🙂\n", 1, 2, 3), row(claimed, 4, "!", 4)])
     worker.release([held(claimed)])
-    over(client, job, 60)
+    age(client, job, 60)
     reap(client)
     assert jobs.get(job.id, "a").status is Status.QUEUED
-    over(client, job, 60)
+    age(client, job, 60)
     if by == "reaper":
         reap(client)
     assert reserved(worker) == []
@@ -137,7 +137,7 @@ def test_once_started_only_the_deadline_counts(client: Redis, jobs: Jobs, worker
     assert (jobs.text(ended), ended.completion_tokens) == ("né🙂\n!", 4)
 
 
-def test_admission_ends_the_time_to_start(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_admission_replaces_the_start_limit_by_the_deadline(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs, start_within_s=100, deadline_s=1000)
     claimed = taken(worker)
     assert client.zscore(keys.TIMERS, job.id) == pytest.approx(job.created_at + 100, abs=1), "a reservation does not"
@@ -145,7 +145,7 @@ def test_admission_ends_the_time_to_start(client: Redis, jobs: Jobs, worker: Cla
     assert client.zscore(keys.TIMERS, job.id) == pytest.approx(job.created_at + 1000, abs=1)
 
 
-def test_a_queue_of_jobs_whose_time_is_over_is_gone_through_in_parts(client: Redis, worker: Claims) -> None:
+def test_claim_examines_a_limited_number_of_late_jobs(client: Redis, worker: Claims) -> None:
     jobs = Jobs(client, Settings(durable=False))
     late = [submit(jobs).id for _ in range(250)]
     client.zadd(keys.TIMERS, dict.fromkeys(late, 1.0))

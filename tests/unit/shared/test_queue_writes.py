@@ -1,4 +1,4 @@
-"""Writes to a job's log: admission, fencing, and what a worker hands back."""
+"""Workers' writes: admission, output, fencing, and handing back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def worker(client: Redis) -> Claims:
     return lease(client, "w1")
 
 
-def test_admission_starts_the_attempt_that_the_claim_foretold(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_admission_starts_the_attempt_of_the_claim(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = taken(worker)
     assert worker.append([row(claimed, start=True)]) == [WriteResult.OK]
@@ -53,7 +53,7 @@ def test_admission_starts_the_attempt_that_the_claim_foretold(client: Redis, job
     assert client.smembers(keys.RUNNING + "w1") == {job.id} and not client.exists(keys.RESERVED + "w1")
 
 
-def test_writes_and_the_end_arrive_once_however_often_they_are_sent(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_repeated_writes_have_no_effect(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = taken(worker)
     rows = [row(claimed, 3, "hel", 1, 2, start=True), row(claimed, 4, "lo", 3, ending=SUCCESS)]
@@ -68,7 +68,7 @@ def test_writes_and_the_end_arrive_once_however_often_they_are_sent(client: Redi
 
 
 @pytest.mark.parametrize("text", ["né🙂\n", 'a "quoted"\\ line/', "\x00\x7f\u2028", "0", "null"])
-def test_any_text_arrives_as_it_was(client: Redis, jobs: Jobs, worker: Claims, text: str) -> None:
+def test_any_text_is_stored_unchanged(client: Redis, jobs: Jobs, worker: Claims, text: str) -> None:
     job = submit(jobs)
     claimed = started(worker)
     worker.append([row(claimed, 3, text, 7, extra='"logprobs":[{"token":7}]')])
@@ -77,7 +77,7 @@ def test_any_text_arrives_as_it_was(client: Redis, jobs: Jobs, worker: Claims, t
     assert chunk.text == jobs.text(jobs.get(job.id, "a")) == text
 
 
-def test_a_prompt_that_a_worker_tokenised_is_kept_for_later_attempts(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_prompt_tokens_of_a_worker_are_stored_for_later_attempts(client: Redis, jobs: Jobs, worker: Claims) -> None:
     submit(jobs)
     claimed = taken(worker)
     worker.append([row(claimed, start=True, prompt=(5, 6))])
@@ -85,7 +85,7 @@ def test_a_prompt_that_a_worker_tokenised_is_kept_for_later_attempts(client: Red
     assert taken(worker).tokens == (5, 6)
 
 
-def test_an_older_attempt_writes_nothing(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_write_of_an_older_attempt_is_fenced(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     first = started(worker)
     lapse(client, "w1")
@@ -98,20 +98,20 @@ def test_an_older_attempt_writes_nothing(client: Redis, jobs: Jobs, worker: Clai
     assert kinds(client, job) == ["queued", "started", "queued", "resumed"]
 
 
-def test_a_log_that_lost_its_tail_gets_no_gap(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_write_that_would_leave_a_gap_is_fenced(client: Redis, jobs: Jobs, worker: Claims) -> None:
     submit(jobs)
     claimed = started(worker)
     worker.append([row(claimed, 3, "he", 1)])
     assert worker.append([row(claimed, 5, "o", 3)]) == [WriteResult.FENCED]
     assert worker.append([row(claimed, 5, "o", 3, ending=SUCCESS)]) == [WriteResult.FENCED]
-    assert worker.append([row(claimed, 5, ending=SUCCESS)]) == [WriteResult.FENCED], "its text would lack its end"
+    assert worker.append([row(claimed, 5, ending=SUCCESS)]) == [WriteResult.FENCED], "the end of the text is missing"
     worker.release([held(claimed)])
     again = started(worker)
     assert (again.job.attempt, JobLog(client).written(again.job.id).text) == (2, "he")
 
 
-def test_a_write_by_another_claim_with_the_same_number_is_fenced(client: Redis, jobs: Jobs, worker: Claims) -> None:
-    """A Redis that came back without its last writes gives the same attempt number to two claims."""
+def test_write_of_another_claim_with_the_same_attempt_is_fenced(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    """A Redis that has lost its last writes may give the same attempt number to two claims."""
     submit(jobs)
     first = taken(worker)
     worker.release([held(first)])
@@ -121,7 +121,7 @@ def test_a_write_by_another_claim_with_the_same_number_is_fenced(client: Redis, 
     assert worker.append([row(second, start=True)]) == [WriteResult.OK]
 
 
-def test_live_copies_carry_what_the_log_has(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_published_events_equal_those_in_the_log(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = started(worker)
     listener = client.pubsub(ignore_subscribe_messages=True)
@@ -139,7 +139,7 @@ def test_live_copies_carry_what_the_log_has(client: Redis, jobs: Jobs, worker: C
 
 
 @pytest.mark.parametrize("how", ["release", "retire"])
-def test_a_reserved_job_that_is_given_up_costs_no_attempt(client: Redis, jobs: Jobs, worker: Claims, how: str) -> None:
+def test_released_reservation_counts_as_no_attempt(client: Redis, jobs: Jobs, worker: Claims, how: str) -> None:
     job = submit(jobs)
     claimed = taken(worker)
     assert (worker.retire() if how == "retire" else worker.release([held(claimed)])) == [MODEL]
@@ -149,7 +149,7 @@ def test_a_reserved_job_that_is_given_up_costs_no_attempt(client: Redis, jobs: J
     assert kinds(client, job) == ["queued"]
 
 
-def test_a_handed_back_job_goes_to_the_front_of_its_class(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_job_that_is_handed_back_returns_to_the_front_of_its_class(client: Redis, jobs: Jobs, worker: Claims) -> None:
     first = submit(jobs)
     submit(jobs, "b")
     urgent = submit(jobs, priority=Priority.HIGH)
@@ -159,7 +159,7 @@ def test_a_handed_back_job_goes_to_the_front_of_its_class(client: Redis, jobs: J
     assert [jobs.position(jobs.get(job.id, "a")) for job in (urgent, first)] == [1, 2]
 
 
-def test_handing_back_blames_nobody(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_handing_back_does_not_count_as_a_crash(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     for attempt in range(1, 6):
         claimed = started(worker)
@@ -169,7 +169,7 @@ def test_handing_back_blames_nobody(client: Redis, jobs: Jobs, worker: Claims) -
     assert not client.hexists(keys.JOB + job.id, "deaths")
 
 
-def test_a_later_claim_of_the_same_worker_is_not_released_with_an_earlier_one(jobs: Jobs, worker: Claims) -> None:
+def test_release_of_an_earlier_claim_does_not_release_a_later_one(jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     first = started(worker)
     worker.release([held(first)])
@@ -179,18 +179,18 @@ def test_a_later_claim_of_the_same_worker_is_not_released_with_an_earlier_one(jo
     end(worker, second)
 
 
-def test_a_worker_that_retires_leaves_nothing_behind(client: Redis, jobs: Jobs, worker: Claims) -> None:
-    ran, waited = submit(jobs), submit(jobs)
+def test_retiring_worker_leaves_no_keys(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    running, reserved = submit(jobs), submit(jobs)
     started(worker), taken(worker)
     client.set(keys.WORKER + "w1", "{}")
     assert worker.retire() == [MODEL]
     assert not client.exists(
         *(key + "w1" for key in (keys.RUNNING, keys.RESERVED, keys.WORKER)), keys.LEASES, keys.EXTENSIONS
     )
-    assert [jobs.get(job.id, "a").status for job in (ran, waited)] == [Status.QUEUED] * 2
+    assert [jobs.get(job.id, "a").status for job in (running, reserved)] == [Status.QUEUED] * 2
 
 
-def test_the_history_names_the_end_of_each_attempt(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_history_contains_the_end_of_each_attempt(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     assert job.history == ()
     started(worker)
@@ -208,13 +208,13 @@ def test_the_history_names_the_end_of_each_attempt(client: Redis, jobs: Jobs, wo
     end(other, third)
     *_, last = history = jobs.get(job.id, "a").history
     assert (last.number, last.how) == (3, AttemptEnd.ENDED)
-    moments = [moment for each in history for moment in (each.started_at, each.ended_at)]
-    assert moments == sorted(moments, key=float), "one attempt after the other"
+    times = [time for each in history for time in (each.started_at, each.ended_at)]
+    assert times == sorted(times, key=float), "attempts do not overlap"
     reasons = [json.loads(event.data) for event in JobLog(client).read(job.id) if event.kind is EventKind.QUEUED]
     assert reasons == [{"reason": "accepted"}, {"reason": "worker_lost"}, {"reason": "handed_back"}]
 
 
-def test_the_history_keeps_the_newest_attempts(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_history_keeps_the_last_attempts(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     for _ in range(30):
         worker.release([held(started(worker))])
@@ -222,7 +222,7 @@ def test_the_history_keeps_the_newest_attempts(client: Redis, jobs: Jobs, worker
     assert len([name for name in client.hkeys(keys.JOB + job.id) if name.startswith("attempt:")]) == 20
 
 
-def test_an_append_without_news_changes_nothing(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_empty_append_changes_nothing(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = started(worker)
     before = client.hgetall(keys.JOB + job.id)
@@ -230,7 +230,7 @@ def test_an_append_without_news_changes_nothing(client: Redis, jobs: Jobs, worke
     assert client.hgetall(keys.JOB + job.id) == before
 
 
-def test_a_failed_attempt_keeps_the_count_of_what_was_written_before(client: Redis, jobs: Jobs, worker: Claims) -> None:
+def test_failed_attempt_keeps_the_token_count_of_earlier_ones(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     first = started(worker)
     worker.append([row(first, 3, "one two", 1, 2)])
