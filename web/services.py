@@ -13,8 +13,8 @@ from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
-from shared.queue.claims import Reaper
 from shared.queue.maintenance import Maintenance
+from shared.queue.recovery import Reaper
 from shared.queue.redis import Redis, connect
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, make_app

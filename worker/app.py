@@ -27,8 +27,8 @@ from shared.logging import configure
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
-from shared.queue.claims import Reaper
 from shared.queue.maintenance import Maintenance
+from shared.queue.recovery import Reaper
 from shared.queue.redis import connect
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, app, make_app

@@ -1,4 +1,4 @@
-"""The worker's operations on the queue (lease, claim, append, release), and the reaper, which recovers lost jobs.
+"""The worker's operations on the queue: lease, claim, append, release.
 
 Every write is fenced by the attempt number and the time of the claim. Every call may be sent twice.
 """
@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
 from shared.errors import JobFailure
 from shared.jobs.log import join_tokens
-from shared.jobs.record import EndedJob, Ending, Job, Status
+from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, pack_tokens, unpack_tokens
-from shared.queue import keys
 from shared.queue.redis import Redis, script
 from shared.wire import member, paired, to_json
 
@@ -256,43 +254,3 @@ def _claimed(fields: dict[str, str], request: dict[str, str], rank: float, now: 
         rank=rank,
         age_s=max(0.0, now - float(fields["created_at"])),
     )
-
-
-REAP_S: Final = 1.0
-"""Maximum seconds between two passes of a process. `reap.lua` treats a gap of twice this time as an outage."""
-_MAX_EXPIRED: Final = 1000
-"""Maximum jobs expired per pass."""
-_MAX_ENDS: Final = 1000
-"""Maximum ended jobs returned per call."""
-
-
-class Reaper:
-    """Returns jobs of expired leases to the queue and expires late jobs. Several reapers may run at once.
-
-    Args:
-        max_deaths: number of process crashes with a job as the only suspect after which the job fails.
-        failed_request_bytes: maximum total size of the stored requests of failed jobs.
-
-    Attributes:
-        rest_s: seconds until the next pass is due: `REAP_S`, or less if a lease may expire earlier.
-    """
-
-    def __init__(self, client: Redis, max_deaths: int, failed_request_bytes: int) -> None:
-        self.rest_s = REAP_S
-        self._client = client
-        self._reap = script(client, "reap")
-        self._max_deaths = max_deaths
-        self._failed_request_bytes = failed_request_bytes
-
-    def reap(self) -> list[str]:
-        """Make one pass. Returns the models that have queued jobs because of it."""
-        self.rest_s = REAP_S
-        expires_s, *models = self._reap(args=[self._max_deaths, _MAX_EXPIRED, self._failed_request_bytes])
-        if expires_s:
-            # All processes wait for the same lease; jitter keeps them from making the pass at the same time.
-            self.rest_s = min(REAP_S, max(0.05, float(expires_s)) + random.uniform(0.002, 0.03))
-        return list(models)
-
-    def take_ends(self) -> list[EndedJob]:
-        """Remove and return the jobs that ended without a worker. Each one is returned to one caller only."""
-        return [EndedJob.from_json(text) for text in self._client.lpop(keys.ENDS, _MAX_ENDS) or ()]

@@ -15,7 +15,7 @@ import redis
 
 from shared.jobs.record import EndedJob
 from shared.jobs.store import Jobs
-from shared.queue.claims import Reaper
+from shared.queue.recovery import Reaper
 from shared.queue.redis import passes
 from shared.queue.wakeups import Notifier
 

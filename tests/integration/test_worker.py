@@ -19,7 +19,7 @@ from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
 from shared.queue import keys
-from shared.queue.claims import Reaper
+from shared.queue.recovery import Reaper
 from tests.plugins.fleet import SLOW, Fleet
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually

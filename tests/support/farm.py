@@ -12,7 +12,7 @@ from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand
-from shared.queue.deaths import Burial, bury
+from shared.queue.recovery import CrashOutcome, report_crash
 from shared.queue.redis import Redis
 from shared.settings import Settings
 
@@ -151,7 +151,7 @@ class Farm:
             if process.up_at <= self.turns:
                 self._step(process)
 
-    def kill(self, process: Process) -> Burial | None:
+    def kill(self, process: Process) -> CrashOutcome | None:
         """Kill a process; no job causes this."""
         if process.up_at > self.turns:
             return None
@@ -182,15 +182,15 @@ class Farm:
             if job_id not in running:
                 self.members[job_id].held_back += 1
 
-    def _crash(self, process: Process) -> Burial:
+    def _crash(self, process: Process) -> CrashOutcome:
         in_flight = [row.member.id for row in process.rows]
-        burial = bury(self._client, [process.worker], in_flight, MAX_DEATHS, "signal 9 (SIGKILL)")
-        self._ended.update(burial.failed)
+        outcome = report_crash(self._client, [process.worker], in_flight, MAX_DEATHS, "signal 9 (SIGKILL)")
+        self._ended.update(outcome.failed)
         process.rows = []
         process.starts += 1
         process.up_at = self.turns + RESTART
         process.claims, process.worker = self._start(f"{process.name}-{process.starts}")
-        return burial
+        return outcome
 
     def _start(self, worker: str) -> tuple[Claims, str]:
         claims = Claims(self._client, worker)

@@ -12,7 +12,8 @@ from shared.jobs.log import JobLog
 from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.store import Jobs
 from shared.queue import keys
-from shared.queue.claims import Claims, Reaper
+from shared.queue.claims import Claims
+from shared.queue.recovery import Reaper
 from shared.queue.redis import Redis
 from shared.settings import Settings
 

@@ -9,7 +9,8 @@ from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys
-from shared.queue.claims import Append, ClaimedJob, Claims, Demand, Reaper, WriteResult
+from shared.queue.claims import Append, ClaimedJob, Claims, Demand, WriteResult
+from shared.queue.recovery import Reaper
 from shared.queue.redis import Redis
 
 MODEL = "m"

@@ -14,7 +14,7 @@ from typing import Final
 import redis
 
 from shared.logging import configure
-from shared.queue.deaths import Burial, bury
+from shared.queue.recovery import CrashOutcome, report_crash
 from shared.queue.redis import connect
 from shared.settings import Settings, load_settings
 from worker.process import breadcrumb
@@ -58,24 +58,24 @@ def report(settings: Settings, path: Path | None, ended: Exit | None) -> None:
     """
     trace = breadcrumb.read(path) if path else None
     how = ended.describe() if ended else "unknown"
-    burial = _report_to_queue(settings, trace or Trace(), how if ended else "")
-    if path and burial is not None:
+    outcome = _report_to_queue(settings, trace or Trace(), how if ended else "")
+    if path and outcome is not None:
         path.unlink(missing_ok=True)
-    if ended or (burial and burial.models):  # a leftover whose jobs have continued long ago is not worth a line
-        _log(trace, ended, how, burial)
+    if ended or (outcome and outcome.models):  # a leftover whose jobs have continued long ago is not worth a line
+        _log(trace, ended, how, outcome)
 
 
-def _report_to_queue(settings: Settings, trace: Trace, how: str) -> Burial | None:
+def _report_to_queue(settings: Settings, trace: Trace, how: str) -> CrashOutcome | None:
     """Report to the queue; None if Redis stayed unreachable."""
     in_flight = trace.jobs if trace.phase == "step" else ()
     if not trace.workers:
-        return Burial((), (), ())
+        return CrashOutcome((), (), ())
     client = connect(settings.store_url, timeout_s=TRY_S, retries=0)
     try:
         for attempt in range(TRIES):
             time.sleep(PAUSE_S * attempt)
             try:
-                return bury(client, trace.workers, in_flight, settings.max_attempts, how)
+                return report_crash(client, trace.workers, in_flight, settings.max_attempts, how)
             except redis.RedisError as error:
                 logger.debug("death_not_reported", extra={"reason": str(error)})
         return None
@@ -83,8 +83,8 @@ def _report_to_queue(settings: Settings, trace: Trace, how: str) -> Burial | Non
         client.close()
 
 
-def _log(trace: Trace | None, ended: Exit | None, how: str, burial: Burial | None) -> None:
-    fields: dict[str, object] = {"exit": how, "reported": burial is not None}
+def _log(trace: Trace | None, ended: Exit | None, how: str, outcome: CrashOutcome | None) -> None:
+    fields: dict[str, object] = {"exit": how, "reported": outcome is not None}
     if ended is not None:
         fields |= {"pid": ended.pid, "uptime_s": round(ended.uptime_s or 0.0, 1), "oom_kills": ended.oom_kills}
     if trace is None:
@@ -92,6 +92,6 @@ def _log(trace: Trace | None, ended: Exit | None, how: str, burial: Burial | Non
     else:
         fields |= {"phase": trace.phase, "in_flight": len(trace.jobs), "breadcrumb": "torn" if trace.torn else "whole"}
         fields |= {"pid": trace.pid, "model": trace.model}
-    if burial is not None:
-        fields |= {"suspects": list(burial.suspects), "failed": list(burial.failed)}
+    if outcome is not None:
+        fields |= {"suspects": list(outcome.suspects), "failed": list(outcome.failed)}
     logger.error("worker_process_died", extra=fields)

@@ -11,7 +11,7 @@ import pytest
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
 from shared.queue import keys
-from shared.queue.deaths import bury
+from shared.queue.recovery import report_crash
 from shared.queue.redis import Redis
 from tests.support.farm import MAX_DEATHS, RESTART, Farm, Kills, Member, after_tokens, at_position, on_prefill
 
@@ -115,7 +115,7 @@ def test_crash_without_jobs_in_flight_blames_no_job(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     job = farm.submit(50)
     farm.run(3)
-    outcome = bury(client, ["w0-0"], [], MAX_DEATHS, "status 70")
+    outcome = report_crash(client, ["w0-0"], [], MAX_DEATHS, "status 70")
     assert (outcome.models, outcome.suspects, outcome.failed) == (("m",), (), ())
     assert (farm.status(job), field(client, job, "suspicion")) == (Status.QUEUED, 0)
     assert not client.exists(keys.RUNNING + "w0-0")
@@ -126,9 +126,9 @@ def test_crash_that_is_reported_twice_counts_once(client: Redis) -> None:
     farm = Farm(client, 1, slots=4)
     job = farm.submit(50)
     farm.run(3)
-    first = bury(client, ["w0-0"], [job.id], MAX_DEATHS, "signal 9")
+    first = report_crash(client, ["w0-0"], [job.id], MAX_DEATHS, "signal 9")
     assert first.suspects == (job.id,)
-    assert bury(client, ["w0-0"], [job.id], MAX_DEATHS, "signal 9").suspects == ()
+    assert report_crash(client, ["w0-0"], [job.id], MAX_DEATHS, "signal 9").suspects == ()
     assert (field(client, job, "suspicion"), field(client, job, "deaths")) == (1, 1)
 
 

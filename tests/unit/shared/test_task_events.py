@@ -17,7 +17,8 @@ from shared.jobs.record import EndedJob, Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue import keys, task_events
-from shared.queue.claims import Append, Claims, Demand, Reaper
+from shared.queue.claims import Append, Claims, Demand
+from shared.queue.recovery import Reaper
 from shared.queue.redis import Redis
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import TASK, make_app
