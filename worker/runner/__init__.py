@@ -43,7 +43,7 @@ def memory_in_use() -> int:
 
 def release() -> None:
     """Free the memory of models that were unloaded, including the buffers that MLX keeps for reuse."""
-    # `shared.garbage` freezes all objects once the process is ready, and frozen cycles are never collected.
+    # `shared.runtime` freezes all objects once the process is ready, and frozen cycles are never collected.
     frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()

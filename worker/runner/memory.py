@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from shared.machine_memory import OWN, ROOT, control_groups
+from shared.runtime import OWN, ROOT, control_groups
 from worker.runner.base import OutOfMemory
 
 GPU_SHARE = 0.9

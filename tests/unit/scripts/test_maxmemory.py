@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.stack.config import default_maxmemory, maxmemory
-from shared.machine_memory import total_memory
+from shared.runtime import total_memory
 from shared.settings import Settings
 
 GIB = 2**30

@@ -1,7 +1,8 @@
-"""Total memory available to this process: the machine's, or the limit of its control group (container)."""
+"""The Python process and the machine that it runs on: the memory limit, and tuning of the garbage collector."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Final, NamedTuple
 
 ROOT: Final = Path("/sys/fs/cgroup")
 OWN: Final = Path("/proc/self/cgroup")
+_GC_THRESHOLDS: Final = (10_000, 20, 20)
+"""A burst of a thousand short-lived objects must not start a garbage collection."""
 
 
 class ControlGroup(NamedTuple):
@@ -54,3 +57,13 @@ def total_memory(root: Path = ROOT, own: Path = OWN) -> int:
         except (OSError, ValueError):  # the group does not exist, or has no limit ("max")
             continue
     return min(limits)
+
+
+def freeze_garbage_collector() -> None:
+    """Exclude all present objects from future garbage collections; call it after imports and loading.
+
+    Collections of a process with many objects would cause long pauses.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)

@@ -5,10 +5,10 @@ import sys
 
 SETTLED = """
 import gc
-from shared.garbage import settle
+from shared.runtime import freeze_garbage_collector
 
 kept = [[n] for n in range(50_000)]
-settle()
+freeze_garbage_collector()
 assert not any(tracked is kept for tracked in gc.get_objects()), "kept objects are still tracked"
 passes = []
 gc.callbacks.append(lambda phase, _: passes.append(phase))
