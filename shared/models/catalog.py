@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from shared.models.catalog_text import CatalogText
-from shared.models.facts import fetched_otherwise, told_context, weights_bytes
+from shared.models.facts import declared_context, other_source, weights_bytes
 from shared.models.folder import ModelError, check_adapter, check_folder, model_kind
 from shared.settings import ROOT, Settings
 
@@ -68,7 +68,7 @@ class CatalogModel:
         dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
         adapter: a folder with LoRA weights.
         pin: whether it is never unloaded to free memory for another model.
-        told_context: context declared by the model's files; None if they declare none.
+        declared_context: context declared by the model's files; None if they declare none.
         weights_bytes: result of `measure` when the catalog was read.
     """
 
@@ -83,7 +83,7 @@ class CatalogModel:
     adapter: Path | None = None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     pin: bool = False
-    told_context: int | None = None
+    declared_context: int | None = None
     weights_bytes: int = 0
 
     def measure(self) -> int:
@@ -92,14 +92,14 @@ class CatalogModel:
         return weights_bytes(self.path, self.dtype, self.quantize_bits) + adapter
 
     @property
-    def told_kind(self) -> str | None:
+    def declared_kind(self) -> str | None:
         """The kind by the model's files; None if they are not on this host, but perhaps on that of a worker."""
         return self.kind if self.weights_bytes else None
 
     @property
-    def most_tokens(self) -> int | None:
+    def context_limit(self) -> int | None:
         """Maximum tokens of prompt and answer together, if it is known without loading the model."""
-        return self.context or self.told_context
+        return self.context or self.declared_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,7 @@ class _Reader:
             return "adapter", "vision models do not support adapters"
         if self._settings.backend == "fake":
             return "", ""
-        if entry.hub and (other := fetched_otherwise(path, entry.hub, entry.revision)):
+        if entry.hub and (other := other_source(path, entry.hub, entry.revision)):
             key = "revision" if other.startswith("revision ") else "hub"
             return key, f"{path} holds {other}; {_fetch_hint(entry, path)}"
         if problem := _problem(lambda folder: check_folder(folder, kind), path):
@@ -294,7 +294,7 @@ def _describe(name: str, error: ErrorDetails) -> str:
 
 def _with_declared(model: CatalogModel) -> CatalogModel:
     """Add the properties that the model's files declare."""
-    return replace(model, told_context=told_context(model.path), weights_bytes=model.measure())
+    return replace(model, declared_context=declared_context(model.path), weights_bytes=model.measure())
 
 
 def _missing(entry: _Entry, path: Path) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def _scaled_context(section: Mapping[str, Any], declared: int) -> int:
     return int((original if type(original) is int else declared) * factor)
 
 
-def told_context(folder: Path) -> int | None:
+def declared_context(folder: Path) -> int | None:
     """Return the context that a folder's files declare; None if they declare none."""
     config, tokenizer = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
     limit = tokenizer.get("model_max_length")
@@ -90,7 +90,7 @@ def weights_bytes(folder: Path, dtype: str | None = None, bits: int | None = Non
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def fetched_otherwise(folder: Path, repository: str, revision: str | None) -> str:
+def other_source(folder: Path, repository: str, revision: str | None) -> str:
     """Return which other repository or revision a folder was fetched from; empty if it matches or is unknown.
 
     Args:

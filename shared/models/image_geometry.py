@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-MOST_ASPECT: Final = 200
+MAX_ASPECT_RATIO: Final = 200
 """Maximum ratio of an image's longer side to its shorter side."""
 
 
@@ -33,8 +33,10 @@ class ImageGeometry:
         Raises:
             ValueError: the image has no pixels, or its aspect ratio is too high.
         """
-        if min(width, height) < 1 or max(width, height) / min(width, height) > MOST_ASPECT:
-            raise ValueError(f"one side of an image of {width} x {height} pixels is over {MOST_ASPECT} times the other")
+        if min(width, height) < 1 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
+            raise ValueError(
+                f"one side of an image of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times the other"
+            )
         pixels = self._nearest(width) * self._nearest(height)
         if pixels > self.max_pixels:
             shrink = math.sqrt(width * height / self.max_pixels)

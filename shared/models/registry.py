@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C")
 
-LEAST_CACHE: Final = 0.02
+MIN_CACHE_SHARE: Final = 0.02
 """Minimum share of a worker's memory that must remain free for the caches of jobs."""
 
 
@@ -125,9 +125,9 @@ class HostInfo:
     memory_pinned: int = 0
     operations: tuple[str, ...] = ()
 
-    def could_take(self, weights_bytes: int) -> bool:
+    def can_fit(self, weights_bytes: int) -> bool:
         """Whether a model fits after all models that are not pinned have been unloaded."""
-        return weights_bytes + self.memory_pinned <= (1 - LEAST_CACHE) * self.memory_limit
+        return weights_bytes + self.memory_pinned <= (1 - MIN_CACHE_SHARE) * self.memory_limit
 
     def to_json(self) -> str:
         """Encode as one line of JSON without the times, which `announce_worker.lua` adds."""

@@ -16,7 +16,7 @@ from mlx_lm import load as load_with_mlx_lm
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from shared.models.catalog import CatalogModel
-from shared.models.facts import told_context, weights_bytes
+from shared.models.facts import declared_context, weights_bytes
 from shared.models.folder import ModelError
 from shared.settings import Settings
 from tests.support.runner import alone, row, step
@@ -76,7 +76,7 @@ def test_types_and_quantisation(plain: CatalogModel) -> None:
     assert len(generate(half)) == len(generate(quantised)) == 12
     for runner, dtype, bits in ((whole, None, None), (half, "float16", None), (quantised, None, 4)):
         assert weights_bytes(plain.path, dtype, bits) == pytest.approx(runner.weights_bytes, rel=0.01)
-    assert told_context(plain.path) == whole.card.context
+    assert declared_context(plain.path) == whole.card.context
 
 
 @pytest.fixture

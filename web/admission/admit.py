@@ -178,7 +178,7 @@ class Admission:
     def _check_images(self, generation: Request, card: ModelCard | None) -> None:
         model = generation.model
         entry = self._catalog.models.get(model)
-        kind = card.kind if card else entry.told_kind if entry else None
+        kind = card.kind if card else entry.declared_kind if entry else None
         if kind == "text" and generation.image_parts:
             detail = f"{model} is a text model and does not accept images. Use a vision model."
             raise Invalid(detail, code="no_images", field="model")
@@ -200,7 +200,7 @@ class Admission:
 
     def _max_tokens(self, request: JobRequest, model: str, card: ModelCard | None) -> int:
         entry = self._catalog.models.get(model)
-        context_length = card.context if card else entry.most_tokens if entry else None
+        context_length = card.context if card else entry.context_limit if entry else None
         if request.max_tokens is not None:
             if context_length is not None and request.max_tokens > context_length:
                 detail = f"max_tokens can be at most {context_length}, the model's context length."

@@ -13,7 +13,7 @@ from typing import Final
 from PIL import Image, UnidentifiedImageError
 
 from shared.errors import Invalid, MlxqError
-from shared.models.image_geometry import MOST_ASPECT
+from shared.models.image_geometry import MAX_ASPECT_RATIO
 
 Image.MAX_IMAGE_PIXELS = None  # this module has its own limit, applied before an image is unpacked
 
@@ -63,8 +63,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         detail = f"The image has {width} x {height} pixels; at most {max_pixels:,} are allowed."
         raise Invalid(detail, code="image_too_many_pixels")
-    if max(width, height) > MOST_ASPECT * min(width, height):
-        detail = f"The image has {width} x {height} pixels: a side can be at most {MOST_ASPECT} times the other."
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        detail = f"The image has {width} x {height} pixels: a side can be at most {MAX_ASPECT_RATIO} times the other."
         raise Invalid(detail, code="image_shape")
 
 

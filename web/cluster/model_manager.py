@@ -124,7 +124,7 @@ class ModelManager:
             Unavailable: no worker has enough memory, or loading it has just failed.
         """
         entry, hosts = self._catalog.models.get(model), self._registry.hosts()
-        if entry and hosts and not any(host.could_take(entry.weights_bytes) for host in hosts):
+        if entry and hosts and not any(host.can_fit(entry.weights_bytes) for host in hosts):
             raise _not_loaded(f"No worker has {entry.weights_bytes / 2**20:,.0f} MiB of memory for this model.")
         last = self._operations.on_demand(model)
         if last is not None and last.state is OperationState.FAILED:

@@ -111,12 +111,12 @@ def _model_view(
     workers = [worker for worker in snapshot.workers if worker.model == name]
     unloaded: ModelState = "cold" if entry else "absent"
     states = {_state(worker) for worker in workers}
-    kind = card.kind if card else entry.told_kind if entry else None
+    kind = card.kind if card else entry.declared_kind if entry else None
     return ModelView(
         id=name,
         aliases=list(entry.aliases) if entry else [],
         kind=kind,
-        context=card.context if card else entry.most_tokens if entry else None,
+        context=card.context if card else entry.context_limit if entry else None,
         default=default,
         state=next((state for state in _BEST_FIRST if state in states), unloaded),
         workers=[_worker_view(worker) for worker in workers],

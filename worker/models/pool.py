@@ -11,7 +11,7 @@ from typing import Final
 
 from shared.blas import Blas
 from shared.models.catalog import Catalog, CatalogModel
-from shared.models.registry import LEAST_CACHE
+from shared.models.registry import MIN_CACHE_SHARE
 from shared.settings import Settings
 from worker.engine.core import EngineCore
 from worker.engine.engine import Phase
@@ -111,7 +111,7 @@ class ModelPool:
     def fits(self, model: CatalogModel, others: Iterable[ModelWorker]) -> bool:
         """Return whether a model fits in addition to others, with some memory left for their jobs."""
         weights_bytes = model.measure() + sum(worker.weights_bytes for worker in others)
-        return weights_bytes <= (1 - LEAST_CACHE) * self.memory_limit
+        return weights_bytes <= (1 - MIN_CACHE_SHARE) * self.memory_limit
 
     def free_memory(self, needed_bytes: int) -> bool:
         """Shrink the caches of the loaded models; return whether `needed_bytes` became free within DRAIN_S."""

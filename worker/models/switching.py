@@ -18,7 +18,7 @@ from redis import RedisError
 
 from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operation, Operations, OperationState
-from shared.models.registry import LEAST_CACHE
+from shared.models.registry import MIN_CACHE_SHARE
 from shared.queue.redis import passes
 from worker.model_worker import ModelWorker
 from worker.models.load import first_line
@@ -249,7 +249,7 @@ class Switcher(threading.Thread):
         others = f" in addition to {pinned}, which cannot be unloaded" if pinned else ""
         return (
             f"{model.id} needs {needed:,.0f} MiB{others}. This worker's limit is {limit:,.0f} MiB "
-            f"(MEMORY_LIMIT_BYTES), of which {LEAST_CACHE:.0%} are reserved for jobs."
+            f"(MEMORY_LIMIT_BYTES), of which {MIN_CACHE_SHARE:.0%} are reserved for jobs."
         )
 
     def _close(self, workers: Iterable[ModelWorker], progress: _Progress) -> None:

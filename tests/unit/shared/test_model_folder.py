@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.models import folder as model_folder
-from shared.models.facts import context_of, told_context, weights_bytes
+from shared.models.facts import context_of, declared_context, weights_bytes
 from shared.models.folder import ModelError, check_folder, model_kind
 from tests.support.small_models import make_folder
 
@@ -228,7 +228,7 @@ def test_any_header_or_config_is_accepted_or_rejected_with_a_model_error(folder:
         with contextlib.suppress(ModelError):
             check_folder(folder)
         assert weights_bytes(folder, "float16", 4) is not None
-        assert told_context(folder) is None
+        assert declared_context(folder) is None
         (folder / file).unlink()
         if before is not None:
             (folder / file).write_bytes(before)

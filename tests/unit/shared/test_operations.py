@@ -19,7 +19,7 @@ def host(node: str = "here", *operations: str) -> HostInfo:
 
 def test_model_fits_if_pinned_models_and_caches_leave_enough_memory() -> None:
     worker = replace(host(), memory_pinned=30)
-    assert [worker.could_take(size) for size in (10, 68, 69)] == [True, True, False]
+    assert [worker.can_fit(size) for size in (10, 68, 69)] == [True, True, False]
 
 
 @pytest.fixture
