@@ -14,18 +14,18 @@ to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).enc
 """Encode a value as one line of JSON without spaces. `json.dumps` would create an encoder for each call."""
 
 
-def paired(flat: Sequence[str]) -> dict[str, str]:
+def pairs_to_dict(flat: Sequence[str]) -> dict[str, str]:
     """Convert a script's reply of alternating names and values to a dictionary."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def known(message: type, data: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(message: type, data: Mapping[str, Any]) -> dict[str, Any]:
     """Drop the entries that the dataclass `message` has no field for; newer processes may write more fields."""
     names = {field.name for field in fields(message)}
     return {name: value for name, value in data.items() if name in names}
 
 
-def member(kind: type[E], value: object, default: E) -> E:
+def enum_member(kind: type[E], value: object, default: E) -> E:
     """Return the enum member with this value; `default` for a value that only newer processes know."""
     try:
         return kind(value)

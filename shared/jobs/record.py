@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final, Self
 
-from shared.wire import known, member
+from shared.wire import enum_member, known_fields
 
 _ATTEMPT: Final = "attempt:"
 OLD_REQUEST: Final = "generation"
@@ -39,7 +39,7 @@ class Status(StrEnum):
     @classmethod
     def read(cls, name: str, *, finished: bool) -> Status:
         """Parse a record's status. A status that only newer processes know is read as `failed` or `running`."""
-        return member(cls, name, cls.FAILED if finished else cls.RUNNING)
+        return enum_member(cls, name, cls.FAILED if finished else cls.RUNNING)
 
 
 class Priority(IntEnum):
@@ -79,7 +79,7 @@ class Parsing:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse the output of `to_json`, also that of another version."""
-        data = known(cls, json.loads(text))
+        data = known_fields(cls, json.loads(text))
         size = data.get("image_size")
         return cls(**data | {"image_size": tuple(size) if size else None})
 
@@ -115,7 +115,7 @@ class Attempt:
     def from_json(cls, number: int, text: str) -> Self:
         """Parse an attempt that has ended, as `lib/job.lua` stores it."""
         entry = json.loads(text)
-        how = member(AttemptEnd, entry["how"], AttemptEnd.HANDED_BACK)
+        how = enum_member(AttemptEnd, entry["how"], AttemptEnd.HANDED_BACK)
         return cls(number, entry["worker"], float(entry["started_at"]), float(entry["ended_at"]), how)
 
 
@@ -219,7 +219,7 @@ class EndedJob:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse an entry written by `lib/job.lua`, also that of another version."""
-        data = known(cls, json.loads(text))
+        data = known_fields(cls, json.loads(text))
         return cls(**data | {"status": Status.read(data["status"], finished=True)})
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from shared.wire import known, to_json
+from shared.wire import known_fields, to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,8 @@ class Request:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse the output of `to_json`, also that of another version."""
-        data = known(cls, json.loads(text))
-        data["sampling"] = Sampling(**known(Sampling, data["sampling"]))
+        data = known_fields(cls, json.loads(text))
+        data["sampling"] = Sampling(**known_fields(Sampling, data["sampling"]))
         data["stop"] = tuple(data["stop"])
         data["messages"] = None if data["messages"] is None else tuple(data["messages"])
         return cls(**data)

@@ -22,7 +22,7 @@ from shared.queue import keys
 from shared.queue.durability import ProvenScript
 from shared.queue.redis import Redis, script
 from shared.settings import Settings
-from shared.wire import paired
+from shared.wire import pairs_to_dict
 
 GROWTH_BYTES: Final = 128
 """Bytes that a generated token may add to Redis: its event, its text, and the overhead of the stream."""
@@ -130,7 +130,7 @@ class Jobs:
         if result not in ("created", "exists"):
             _reject(result)
         wake, rank, *flat = reply
-        job = Job.from_record(paired(flat))
+        job = Job.from_record(pairs_to_dict(flat))
         # The ids are compared because "exists" may also be the reply to a retry of this call.
         return Accepted(job, job.id == job_id, bool(wake), None if rank == "" else int(rank) + 1)
 
@@ -168,7 +168,7 @@ class Jobs:
         fields = [value for item in record.items() for value in item]
         return [json.dumps(arguments), text, tokens, submission.shared, *fields]
 
-    def known(self, owner: str, idempotency_key: str) -> bool:
+    def key_is_used(self, owner: str, idempotency_key: str) -> bool:
         """Whether an owner's Idempotency-Key already belongs to a job."""
         return bool(idempotency_key) and bool(self._client.exists(f"{keys.IDEM}{owner}:{idempotency_key}"))
 
@@ -186,7 +186,9 @@ class Jobs:
     def recent(self, owner: str, *, limit: int, before: float | None = None) -> list[Job]:
         """Return an owner's jobs, newest first, created before a time (seconds since the epoch)."""
         max_time = "+inf" if before is None else f"({before!r}"
-        records = self._read(lambda: [paired(json.loads(text)) for text in self._recent(args=[owner, max_time, limit])])
+        records = self._read(
+            lambda: [pairs_to_dict(json.loads(text)) for text in self._recent(args=[owner, max_time, limit])]
+        )
         return [Job.from_record(record) for record in records]
 
     def stop(self, job_id: str, owner: str) -> Job:

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 from shared.models.registry import HostInfo
 from shared.queue import keys
 from shared.queue.redis import Redis, script
-from shared.wire import known, member
+from shared.wire import enum_member, known_fields
 
 LIFETIME_S: Final = 24 * 3600
 """How long operations are kept."""
@@ -70,7 +70,7 @@ class Operation:
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
         """Parse a record."""
-        data: dict[str, Any] = known(cls, record)
+        data: dict[str, Any] = known_fields(cls, record)
         for name in ("created_at", "updated_at", "progress"):
             data[name] = float(data[name])
         for name in ("memory_before", "memory_after"):
@@ -78,7 +78,7 @@ class Operation:
         for name in ("error_code", "error_message"):
             data[name] = data.get(name) or None
         data["unloaded"] = tuple(data["unloaded"].split())
-        data["state"] = member(OperationState, data["state"], OperationState.LOADING)
+        data["state"] = enum_member(OperationState, data["state"], OperationState.LOADING)
         return cls(**data)
 
     def to_record(self) -> dict[str, str]:
@@ -135,15 +135,15 @@ class Operations:
         operations = [Operation.from_record(record) if record else None for record in records]
         return seconds + microseconds / 1e6, operations
 
-    def may_demand(self, model: str, seconds: int) -> bool:
+    def claim_demand(self, model: str, seconds: int) -> bool:
         """Whether the caller may start loading a model for queued jobs: one caller per model in this many seconds."""
         return bool(self._client.set(keys.DEMAND + model, "", nx=True, ex=seconds))
 
-    def demanded(self, operation: Operation) -> None:
+    def store_demand(self, operation: Operation) -> None:
         """Store the operation that loads a model for queued jobs."""
         self._client.set(keys.DEMAND + operation.model, operation.id, xx=True, keepttl=True)
 
-    def on_demand(self, model: str) -> Operation | None:
+    def demanded(self, model: str) -> Operation | None:
         """Return the last operation that loads a model for queued jobs; None if there was none recently."""
         operation_id = self._client.get(keys.DEMAND + model)
         return self.read(operation_id) if operation_id else None

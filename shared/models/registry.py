@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeVar
 from shared.models.image_geometry import ImageGeometry
 from shared.queue import keys
 from shared.queue.redis import Redis, script
-from shared.wire import known
+from shared.wire import known_fields
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ModelCard:
     @property
     def geometry(self) -> ImageGeometry | None:
         """How the model resizes images; None if it accepts no images."""
-        return ImageGeometry(**known(ImageGeometry, self.image)) if self.image else None
+        return ImageGeometry(**known_fields(ImageGeometry, self.image)) if self.image else None
 
     def to_json(self) -> str:
         """Encode as one line of JSON."""
@@ -57,7 +57,7 @@ class ModelCard:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse the output of `to_json`, also that of another version."""
-        return cls(**known(cls, json.loads(text)))
+        return cls(**known_fields(cls, json.loads(text)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class WorkerInfo:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse the output of `to_json`, also that of another version."""
-        data = known(cls, json.loads(text))
+        data = known_fields(cls, json.loads(text))
         stats = {name: value for name, value in data["stats"].items() if isinstance(value, int | float)}
         return cls(**data | {"stats": stats})
 
@@ -136,7 +136,7 @@ class HostInfo:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse the output of `to_json`, also that of another version."""
-        data = known(cls, json.loads(text))
+        data = known_fields(cls, json.loads(text))
         return cls(**data | {name: tuple(data.get(name, ())) for name in ("models", "operations")})
 
 

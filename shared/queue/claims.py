@@ -17,7 +17,7 @@ from shared.jobs.log import join_tokens
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, pack_tokens, unpack_tokens
 from shared.queue.redis import Redis, script
-from shared.wire import member, paired, to_json
+from shared.wire import enum_member, pairs_to_dict, to_json
 
 log = logging.getLogger(__name__)
 
@@ -194,9 +194,9 @@ class Claims:
 
     def _read(self, record: list[str], request: list[str], score: str, *, now: float) -> ClaimedJob | None:
         """Parse a claimed job. An invalid record fails the job, or it would raise in every worker that claims it."""
-        fields = paired(record)
+        fields = pairs_to_dict(record)
         try:
-            return _claimed(fields, paired(request), float(score), now)
+            return _claimed(fields, pairs_to_dict(request), float(score), now)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             log.exception("job_not_read", extra={"job_id": fields.get("id")})
         ending = Ending(
@@ -211,7 +211,7 @@ class Claims:
     def append(self, rows: Sequence[Append]) -> list[WriteResult]:
         """Write all rows in one call and return a result for each."""
         results = self._append(args=[row.to_json() for row in rows])
-        return [member(WriteResult, result, WriteResult.OK) for result in results]
+        return [enum_member(WriteResult, result, WriteResult.OK) for result in results]
 
     def renew(self, seconds: float) -> Lease:
         """Make the lease expire this many seconds from now."""
@@ -241,7 +241,7 @@ class Claims:
 
 
 def _stop_as(value: str) -> WriteResult | None:
-    result = member(WriteResult, value, WriteResult.OK)
+    result = enum_member(WriteResult, value, WriteResult.OK)
     return None if result is WriteResult.OK else result
 
 

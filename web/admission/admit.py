@@ -163,7 +163,7 @@ class Admission:
 
     def _check_loaded(self, model: str, context: RequestContext) -> None:
         """Refuse a new job for a model that no worker has and that will not be loaded on demand."""
-        known = self._jobs.known
+        known = self._jobs.key_is_used
         if self._cluster.snapshot().has(model) or known(context.owner, context.idempotency_key):
             return
         if self._settings.load_on_demand:

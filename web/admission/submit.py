@@ -23,7 +23,7 @@ def submit(job_request: JobRequest) -> Accepted:
     """
     key, owner = idempotency_key(), caller().id
     loaded = services().image_loader.load(
-        job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.known(owner, key)
+        job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.key_is_used(owner, key)
     )
     context = RequestContext(
         owner=owner,

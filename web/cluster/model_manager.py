@@ -104,9 +104,9 @@ class ModelManager:
             hosts = self._registry.hosts()
             if not hosts or any(model in host.models for host in hosts):
                 return
-            if self._operations.may_demand(model, DEMAND_INTERVAL_S):
+            if self._operations.claim_demand(model, DEMAND_INTERVAL_S):
                 log.info("load_on_demand", extra={"model": model})
-                self._operations.demanded(self.load(model))
+                self._operations.store_demand(self.load(model))
         except (redis.RedisError, OperationalError, OSError, Unavailable) as error:
             log.warning("load_on_demand_failed", extra={"model": model, "reason": str(error)})
 
@@ -126,7 +126,7 @@ class ModelManager:
         entry, hosts = self._catalog.models.get(model), self._registry.hosts()
         if entry and hosts and not any(host.can_fit(entry.weights_bytes) for host in hosts):
             raise _not_loaded(f"No worker has {entry.weights_bytes / 2**20:,.0f} MiB of memory for this model.")
-        last = self._operations.on_demand(model)
+        last = self._operations.demanded(model)
         if last is not None and last.state is OperationState.FAILED:
             raise _not_loaded(f"Loading the model failed: {last.error_message}")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from shared.wire import known
+from shared.wire import known_fields
 
 SIZE: Final = 64 * 1024
 _SLOT: Final = SIZE // 2
@@ -197,7 +197,7 @@ def read(path: Path) -> Trace | None:
 def _decode(payload: bytes) -> Trace | None:
     """Decode a trace of this or another version; None if it cannot be read."""
     try:
-        fields = known(Trace, json.loads(payload))
+        fields = known_fields(Trace, json.loads(payload))
         lists = {name: tuple(fields.get(name, ())) for name in ("workers", "jobs")}
     except (ValueError, TypeError, AttributeError):
         return None

@@ -143,9 +143,9 @@ def test_loading_for_queued_jobs_starts_once(
     del api
     operations = Operations(valkey_client)
     with skewed(web_s):
-        assert operations.may_demand(MODEL, 30)
-        operations.demanded(operations.begin("load", MODEL, "w@h"))
+        assert operations.claim_demand(MODEL, 30)
+        operations.store_demand(operations.begin("load", MODEL, "w@h"))
     with skewed(worker_s):
-        assert not operations.may_demand(MODEL, 30)
-        operation = operations.on_demand(MODEL)
+        assert not operations.claim_demand(MODEL, 30)
+        operation = operations.demanded(MODEL)
         assert operation is not None and not operation.state.terminal

@@ -162,7 +162,7 @@ def test_operation_with_unknown_state_is_shown(api: FlaskClient, valkey_client: 
 
 
 def test_enum_values_from_redis_are_read_with_a_default() -> None:
-    """Code must call `shared.wire.member` or `read` instead of an enum class, which raises for unknown values."""
+    """Code must call `shared.wire.enum_member` or `read` instead of an enum class, which raises for unknown values."""
     enums = {"Status", "Priority", "EventKind", "OperationState", "AttemptEnd", "WriteResult"}
     violations: dict[str, set[str]] = {}
     for folder in ("shared", "web"):

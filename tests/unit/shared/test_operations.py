@@ -102,12 +102,12 @@ def test_new_operation_may_not_be_listed_yet(operations: Operations) -> None:
 
 
 def test_one_process_starts_loading_for_queued_jobs_and_all_see_the_operation(operations: Operations) -> None:
-    assert operations.on_demand("two") is None
-    assert [operations.may_demand("two", 30) for _ in range(3)] == [True, False, False]
-    assert operations.on_demand("two") is None
+    assert operations.demanded("two") is None
+    assert [operations.claim_demand("two", 30) for _ in range(3)] == [True, False, False]
+    assert operations.demanded("two") is None
     operation = operations.begin("load", "two", "here")
-    operations.demanded(operation)
-    assert not operations.may_demand("two", 30)
+    operations.store_demand(operation)
+    assert not operations.claim_demand("two", 30)
     failed = operations.put(replace(operation, state=OperationState.FAILED))
-    assert operations.on_demand("two") == failed
-    assert operations.on_demand("one") is None
+    assert operations.demanded("two") == failed
+    assert operations.demanded("one") is None
