@@ -18,6 +18,7 @@ MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, 
 ├── Internal              500  a bug in the service
 ├── Unavailable           503  a dependency is unreachable; retry after `retry_after` seconds
 │   ├── NotDurable        503  Redis did not confirm that the job is on disk
+│   ├── RedisUnsuitable   503  Redis must not hold jobs: it may evict them, or lacks something that the service needs
 │   ├── QueueFull         503  the model's queue reached MAX_QUEUE
 │   └── QueueMemoryFull   503  unfinished jobs reached QUEUE_BYTES, or Redis is out of memory
 └── Expired               504  the job did not end within its time limit
@@ -162,6 +163,12 @@ class NotDurable(Unavailable):
     """Redis did not confirm that the job is on disk. A retry with the same Idempotency-Key creates no second job."""
 
     code = "not_durable"
+
+
+class RedisUnsuitable(Unavailable):
+    """Redis must not hold jobs: it may evict them, or denies commands that the service needs."""
+
+    code = "redis_unsuitable"
 
 
 class QueueFull(Unavailable):

@@ -16,6 +16,7 @@ from shared.models.registry import Registry
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
 from shared.queue.redis import Redis, connect
+from shared.queue.requirements import Requirements
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, make_app
 from shared.settings import Settings
@@ -119,6 +120,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             notifier,
             model_manager.load_on_demand,
             model_manager.check_load_on_demand,
+            Requirements(clients.store).check if client is None else lambda: None,  # a fake Redis has no ACL
         ),
         image_loader=ImageLoader(settings, ImageUrls().fetch if settings.image_urls else None),
         job_views=JobViews(jobs, cluster, job_log),

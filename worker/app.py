@@ -26,9 +26,11 @@ from shared.logging import configure
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
+from shared.queue.durability import why_unproven
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
 from shared.queue.redis import connect
+from shared.queue.requirements import Fault, find_faults
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, app, make_app
 from shared.runtime import freeze_garbage_collector
@@ -109,11 +111,13 @@ class Service:
             signal.signal(number, self._on_signal)
         for fault in self._catalog.faults:
             logger.error("catalog_entry_refused", extra={"reason": str(fault)})
+        if denied := self._check_redis():
+            return self._cannot_start("redis_unsuitable", denied)
         self._engine.start()
         self._watchdog.start()
         not_loaded = self._load_models()
         if not self._models.workers:
-            return self._no_model("; ".join(not_loaded))
+            return self._cannot_start("model_not_loaded", "; ".join(not_loaded))
         for reason in not_loaded:
             logger.error("model_not_loaded", extra={"reason": reason})
         freeze_garbage_collector()
@@ -134,9 +138,21 @@ class Service:
         missing = [f"WORKER_MODELS: the catalog has no model {name}" for name in unknown]
         return [*missing, *self._models.load_all(models)]
 
-    def _no_model(self, reason: str) -> int:
-        """Report why no model was loaded, in the log and in a file for `scripts/serve`."""
-        logger.error("model_not_loaded", extra={"reason": reason})
+    def _check_redis(self) -> str:
+        """Log what makes Redis unsuitable. Return why no job can run; an empty string also if Redis is unreachable."""
+        faults: list[Fault] = []
+        with suppress(RedisError), connect(self._settings.store_url, timeout_s=2, retries=0) as client:
+            faults = find_faults(client, broker=not self._settings.broker_url)
+            if self._settings.durable and not faults and (reason := why_unproven(client)):
+                faults.append(Fault(reason, fatal=False))
+        for fault in faults:
+            if not fault.fatal:
+                logger.error("redis_unsuitable", extra={"reason": fault.text})
+        return " ".join(fault.text for fault in faults if fault.fatal)
+
+    def _cannot_start(self, event: str, reason: str) -> int:
+        """Report why this process ends, in the log and in a file for `scripts/serve`."""
+        logger.error(event, extra={"reason": reason})
         try:
             self._error_file.parent.mkdir(parents=True, exist_ok=True)
             self._error_file.write_text(reason + "\n")

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from scripts.stack.failure import StartFailed
 from shared.queue.durability import why_unproven
 from shared.queue.redis import connect
+from shared.queue.redis_url import is_redis
+from shared.queue.requirements import Fault, find_broker_faults, find_faults
 from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
 
 MIN_FREE_BYTES = 200 * 2**20
@@ -94,15 +96,18 @@ def _check_port(host: str, name: str, port: int) -> None:
 
 
 def check_redis(settings: Settings) -> None:
-    """See that an external Redis answers, and keeps what it accepts."""
+    """Check that an external Redis responds, fulfils the requirements, and writes jobs to disk."""
     if settings.embedded_redis:
         return
     try:
         with connect(settings.store_url, timeout_s=5, retries=0) as client:
             client.ping()
-            unproven = why_unproven(client) if settings.durable else ""
+            faults = find_faults(client, broker=not settings.broker_url)
+            unproven = why_unproven(client) if settings.durable and not faults else ""
     except (redis.RedisError, ValueError, OSError) as error:
         raise StartFailed(f"REDIS_URL cannot be reached: {error}") from None
+    if faults:
+        raise StartFailed(f"REDIS_URL: {' '.join(map(str, faults))}")
     if unproven:
         raise StartFailed(f"REDIS_URL: {unproven} To accept them all the same: DURABLE=false")
 
@@ -116,5 +121,16 @@ def check_broker(settings: Settings) -> None:
     try:
         with make_app(settings, hasty=True).connection_for_write() as connection:
             connection.connect()
+        faults = _broker_faults(settings.broker_url)
     except Exception as error:  # noqa: BLE001 - each of kombu's transports has errors of its own
         raise StartFailed(f"BROKER_URL cannot be reached: {error}") from None
+    if faults:
+        raise StartFailed(f"BROKER_URL: {' '.join(map(str, faults))}")
+
+
+def _broker_faults(url: str) -> list[Fault]:
+    """Return what the user of a broker may not do; an empty list for a broker that is not Redis."""
+    if not is_redis(url):
+        return []
+    with connect(url, timeout_s=5, retries=0) as client:
+        return find_broker_faults(client)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from shared.errors import NotDurable
 from shared.queue.redis import Redis, passes, source
@@ -114,6 +114,8 @@ def _find_proof(client: Redis) -> _Proof:
             raise _unable("the append-only file is off; set appendonly yes") from None
         if _ALWAYS.holds(_append_settings(client)):
             return _ALWAYS
+        if isinstance(error, NoPermissionError):
+            raise _unable("the Redis user may not run WAITAOF; add +waitaof to its ACL rule") from None
         raise _unable("WAITAOF is not available; use Redis 7.2 or later, or set appendfsync always") from None
     if _append_settings(client)["appendfsync"] == "no":
         raise _unable("appendfsync is no; set appendfsync everysec or always")

@@ -74,6 +74,11 @@ def passes(error: exceptions.RedisError) -> bool:
     return isinstance(error, _TRANSIENT_ERRORS) or str(error).startswith(_TRANSIENT_PREFIXES)
 
 
+def is_denied(error: exceptions.RedisError) -> bool:
+    """Whether the user's ACL rule denies the call, or a command in a script."""
+    return isinstance(error, exceptions.NoPermissionError) or str(error).startswith("ACL failure in script")
+
+
 _ENQUEUE: Final = "enqueue"
 """The only script that Redis rejects when its memory is full: the others help jobs to end, which frees memory."""
 

@@ -50,6 +50,11 @@ def is_sentinel(url: str) -> bool:
     return url.startswith(f"{SENTINEL}://")
 
 
+def is_redis(url: str) -> bool:
+    """Whether a URL names a Redis server or its sentinels."""
+    return _split(url).scheme in (*_PLAIN, SENTINEL)
+
+
 def check_store(url: str) -> str:
     """Validate REDIS_URL and return it unchanged.
 

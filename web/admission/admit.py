@@ -53,6 +53,7 @@ class Admission:
     Args:
         load_on_demand: starts loading a model that no worker has.
         check_load_on_demand: raises `Unavailable` if such a model cannot be loaded.
+        check_redis: raises `RedisUnsuitable` if Redis must not hold jobs.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Admission:
         notifier: Notifier,
         load_on_demand: Callable[[str], object] = lambda _: None,
         check_load_on_demand: Callable[[str], object] = lambda _: None,
+        check_redis: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -76,6 +78,7 @@ class Admission:
         self._notifier = notifier
         self._load_on_demand = load_on_demand
         self._check_load_on_demand = check_load_on_demand
+        self._check_redis = check_redis
 
     def admit(
         self,
@@ -94,7 +97,7 @@ class Admission:
         Raises:
             Invalid: the request cannot be run; nothing was enqueued.
             Conflict: no worker has the model, and models are not loaded on demand.
-            Unavailable: the queue is full, or the model cannot be loaded.
+            Unavailable: the queue is full, the model cannot be loaded, or Redis must not hold jobs.
             redis.RedisError: Redis is unavailable.
         """
         files = files or {}
@@ -111,6 +114,7 @@ class Admission:
         return accepted
 
     def _create(self, submission: Submission, files: Mapping[str, bytes]) -> Accepted:
+        self._check_redis()
         job_id = new_job_id()
         if files:
             # Written before the job: the proof that the job is on disk also covers everything written before it.

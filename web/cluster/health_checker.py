@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Final
 
 import redis
+from redis.exceptions import AuthenticationError, AuthorizationError
 
 from shared.models.catalog import Catalog
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.durability import why_unproven
 from shared.queue.redis import Redis, has_memory
+from shared.queue.requirements import find_faults
 from shared.settings import Settings
 from web.cluster.ping import WorkerPing
 from web.schemas.health import HealthStatus, HealthView, RedisView, WorkerMemory, WorkerView
@@ -43,14 +45,18 @@ class HealthChecker:
 
     def check(self) -> HealthView:
         """Check Redis, the workers and the queues."""
+        faults: list[str] = []
         try:
-            return self._check()
-        except redis.RedisError:
-            unreachable = RedisView(reachable=False, response_s=None)
-            reasons = ["Redis does not respond."]
-            return HealthView(status="down", reasons=reasons, redis=unreachable, workers=[], queues={})
+            faults += self._redis_faults()
+            return self._check(faults)
+        except redis.RedisError as error:
+            if isinstance(error, (AuthenticationError, AuthorizationError)):
+                faults = ["Redis rejects the user name or the password. Correct REDIS_URL."]
+            view = RedisView(reachable=bool(faults), response_s=None)
+            reasons = faults or ["Redis does not respond."]
+            return HealthView(status="down", reasons=reasons, redis=view, workers=[], queues={})
 
-    def _check(self) -> HealthView:
+    def _check(self, faults: list[str]) -> HealthView:
         sent_at = time.monotonic()
         self._probe.ping()
         redis_view = RedisView(reachable=True, response_s=round(time.monotonic() - sent_at, 6))
@@ -58,6 +64,7 @@ class HealthChecker:
         queues = self._queues()
         views = self._worker_views(now, workers)
         reasons = [
+            *faults,
             *self._durability_reasons(),
             *self._memory_reasons(),
             *_worker_reasons(views, self._settings.lease_s),
@@ -73,6 +80,10 @@ class HealthChecker:
     def _queues(self) -> dict[str, int]:
         models = sorted({*self._registry.models(), self._catalog.default})
         return dict(zip(models, self._registry.waiting_each(models), strict=True))
+
+    def _redis_faults(self) -> list[str]:
+        """Return why Redis must not hold jobs, or cannot serve as the broker."""
+        return [str(fault) for fault in find_faults(self._probe, broker=not self._settings.broker_url)]
 
     def _can_load_on_demand(self) -> bool:
         """Whether a worker without any model would load the one that a job needs."""

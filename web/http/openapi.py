@@ -84,6 +84,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "queue_full",
         "queue_memory_full",
         "not_durable",
+        "redis_unsuitable",
         "restarting",
         "no_worker",
         "model_not_loaded",

@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from shared import errors
 from shared.errors import MlxqError
-from shared.queue.redis import passes
+from shared.queue.redis import is_denied, passes
 from web.http.request_id import current_request_id
 from web.schemas.problems import FieldError, ProblemDetails
 
@@ -121,6 +121,10 @@ def _http(error: HTTPException) -> Response:
 
 
 def _redis(error: redis.RedisError) -> Response:
+    if is_denied(error):
+        log.error("redis_permission_denied", extra={"path": request.path, "reason": str(error)})
+        detail = "The service's Redis user lacks a permission. GET /health names it."
+        return problem(errors.RedisUnsuitable(detail, retry_after=10))
     if not passes(error):  # for example a script that raises: a bug of ours
         return _internal(error)
     if isinstance(error, redis.exceptions.OutOfMemoryError):

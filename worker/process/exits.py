@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 EXIT_CONFIG: Final = 78
-"""No model loads (EX_CONFIG). A supervisor should not restart the process."""
+"""No model loads, or Redis is unsuitable (EX_CONFIG). A supervisor should not restart the process."""
 EXIT_BROKEN: Final = 70
 """The worker found itself broken (EX_SOFTWARE)."""
 
