@@ -16,9 +16,9 @@ from shared.jobs.record import Status
 from tests.plugins.stack import Stack, made_stack
 
 MIB = 2**20
-CACHE_BYTES = 7 * MIB // 2
+CACHE_BYTES = MIB
 """Memory for caches. The tiny model needs 512 bytes per token, and 4 MiB for its context of 8192 tokens."""
-LARGE, TOO_LARGE = 5000, 7600
+LARGE, TOO_LARGE = 1200, 2200
 """Prompt lengths in tokens: a large row fits, but not two of them; a too large row never fits."""
 TOKENS = 40
 
@@ -70,7 +70,7 @@ def test_a_row_that_exceeds_the_free_memory_waits_for_others_to_end(client: Clie
 
 
 def test_a_row_that_never_fits_fails_without_affecting_others(client: Client) -> None:
-    before, too_large, after = submit(client, 900), submit(client, TOO_LARGE), submit(client, 900)
+    before, too_large, after = submit(client, 600), submit(client, TOO_LARGE), submit(client, 600)
     assert error_code(finished(client, too_large)) == "out_of_memory"
     assert finished(client, before).text == finished(client, after).text != ""
 
@@ -81,9 +81,9 @@ def test_prompts_near_or_beyond_the_context_do_not_kill_the_worker(stack: Stack,
         assert error_code(finished(client, submit(client, length, max_tokens=1))) == "out_of_memory"
     with pytest.raises(ClientError, match="longer than the model's context of 8192 tokens"):
         submit(client, 8192)
-    may_exceed = finished(client, submit(client, 6600, max_tokens=1500))
+    may_exceed = finished(client, submit(client, 1700, max_tokens=600))
     assert error_code(may_exceed) == "out_of_memory", "prompt and answer together may exceed the budget"
-    assert finished(client, submit(client, 6600, max_tokens=8)).status is Status.SUCCEEDED
+    assert finished(client, submit(client, 1700, max_tokens=8)).status is Status.SUCCEEDED
     assert [info.pid for info in stack.ready_workers()] == [worker]
 
 

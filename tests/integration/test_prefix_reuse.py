@@ -268,7 +268,7 @@ def test_a_real_conversation_prefills_only_new_tokens(smollm2_path: Path) -> Non
     known = 0
     for question in ("What is the capital of France?", "And of Spain?", "Which of them is larger?"):
         messages.append({"role": "user", "content": question})
-        turn = claimed(question, sampling=GREEDY, max_tokens=60, messages=tuple(messages))
+        turn = claimed(question, sampling=GREEDY, max_tokens=16, messages=tuple(messages))
         (answer,), (expected,) = jobs.answer(runner, [turn]), jobs.answer(uncached, [turn])
         assert summary([answer]) == summary([expected])
         assert answer.cached_tokens >= known

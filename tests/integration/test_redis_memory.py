@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from scripts.client.api import Client, Refused
 from shared.jobs.log import JobLog
 from shared.jobs.record import Status
 from shared.queue.redis import Redis
-from tests.plugins.stack import Stack
+from tests.plugins.stack import Stack, made_stack
 from tests.plugins.web_stack import running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.waiting import eventually
@@ -21,6 +22,15 @@ from worker.runner.fake import FakeRunner
 
 TOKENS = 100
 LEASE_S = 1
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    """An API whose only limit is Redis's memory: the other limits follow from that one unless they are set."""
+    unlimited = {"QUEUE_BYTES": str(2**40), "QUEUE_BYTES_PER_KEY": str(2**40)}
+    for stack in made_stack(Path("fake"), {"BACKEND": "fake", **unlimited}):
+        stack.start_web()
+        yield stack
 
 
 @contextmanager
@@ -73,56 +83,56 @@ def try_submit(client: Client, n: int) -> str:
 
 
 @pytest.mark.slow
-def test_accepted_jobs_start_and_end_while_new_ones_are_rejected(fake_stack: Stack) -> None:
-    worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
-    [before] = fake_stack.ready_workers()
-    with fake_stack.client() as client:
+def test_accepted_jobs_start_and_end_while_new_ones_are_rejected(stack: Stack) -> None:
+    worker = stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+    [before] = stack.ready_workers()
+    with stack.client() as client:
         jobs = [client.submit(body(n), idempotency_key=f"k{n}").id for n in range(10)]
-        eventually(lambda: fake_stack.slots_used() == 4, "all slots are taken")
-        with memory_full(fake_stack.redis):
+        eventually(lambda: stack.slots_used() == 4, "all slots are taken")
+        with memory_full(stack.redis):
             assert_rejected(client, 99)
             assert client.submit(body(0), idempotency_key="k0").id == jobs[0], "a repeated request is accepted"
             client.cancel(jobs[3])
             client.cancel(jobs[9])
             for n in (0, 1, 2, 4, 5, 6, 7, 8):
-                check(fake_stack, client, n, jobs[n])
+                check(stack, client, n, jobs[n])
             assert [client.job(jobs[n], wait_s=10).status for n in (3, 9)] == [Status.CANCELLED] * 2
             client.request("DELETE", f"/v1/jobs/{jobs[3]}")
             view = client.request("GET", "/health").json()
             assert view["status"] == "degraded" and "no memory left" in view["reasons"][0]
-            [now] = fake_stack.ready_workers()
+            [now] = stack.ready_workers()
             assert now.id == before.id and now.heartbeat_at > before.heartbeat_at + 3 * LEASE_S
             assert_rejected(client, 99)
         later = eventually(lambda: try_submit(client, 10), "the API notices that there is memory again")
-        check(fake_stack, client, 10, later)
+        check(stack, client, 10, later)
     assert worker.poll() is None
-    assert "CRITICAL" not in fake_stack.log("worker-0")
+    assert "CRITICAL" not in stack.log("worker-0")
 
 
 @pytest.mark.slow
-def test_worker_that_starts_without_free_memory_runs_accepted_jobs(fake_stack: Stack) -> None:
-    with fake_stack.client() as client:
+def test_worker_that_starts_without_free_memory_runs_accepted_jobs(stack: Stack) -> None:
+    with stack.client() as client:
         jobs = [client.submit(body(n)).id for n in range(3)]
-        with memory_full(fake_stack.redis):
-            worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+        with memory_full(stack.redis):
+            worker = stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
             for n, job in enumerate(jobs):
-                check(fake_stack, client, n, job)
+                check(stack, client, n, job)
     assert worker.poll() is None
-    assert "CRITICAL" not in fake_stack.log("worker-0")
+    assert "CRITICAL" not in stack.log("worker-0")
 
 
 @pytest.mark.slow
-def test_jobs_of_a_worker_that_is_killed_are_recovered(fake_stack: Stack) -> None:
-    worker = fake_stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
-    with fake_stack.client() as client:
+def test_jobs_of_a_worker_that_is_killed_are_recovered(stack: Stack) -> None:
+    worker = stack.start_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+    with stack.client() as client:
         jobs = [client.submit(body(n)).id for n in range(3)]
-        eventually(lambda: fake_stack.slots_used() == 3)
-        with memory_full(fake_stack.redis):
+        eventually(lambda: stack.slots_used() == 3)
+        with memory_full(stack.redis):
             worker.kill()
             eventually(lambda: {client.job(job).status for job in jobs} == {Status.QUEUED}, "the jobs are queued again")
-            fake_stack.spawn_worker(SLOTS="4", LEASE_S=str(LEASE_S))
+            stack.spawn_worker(SLOTS="4", LEASE_S=str(LEASE_S))
         for n, job in enumerate(jobs):
-            check(fake_stack, client, n, job)
+            check(stack, client, n, job)
 
 
 def test_rate_limits_still_apply() -> None:
