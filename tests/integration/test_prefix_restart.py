@@ -16,8 +16,8 @@ from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 
-SYSTEM = "You answer in few words and name your sources, whatever you are asked. " * 140
-MIN_TOKENS = 2000
+SYSTEM = "You answer in few words and name your sources, whatever you are asked. " * 50
+MIN_TOKENS = 5 * 128
 
 
 def ask(stack: Stack, question: str, key: str = "", **more: Any) -> RemoteJob:
@@ -46,15 +46,15 @@ def test_a_restarted_worker_reads_the_prefixes_of_its_predecessor(tiny_stack: St
     stack = tiny_stack
     first = stack.start_worker()
     job = ask(stack, "Why is the sky blue?")
-    assert job.usage["prompt_tokens"] > MIN_TOKENS
+    assert job.usage["prompt_tokens"] >= MIN_TOKENS
     assert cached_tokens(job) == 0
     assert stack.stop(first) == 0
-    assert len(files(stack)) > MIN_TOKENS // 128
+    assert len(files(stack)) >= MIN_TOKENS // 128
     stack.start_worker()
     again = ask(stack, "Why is the sky blue?")
-    assert cached_tokens(again) > MIN_TOKENS
+    assert cached_tokens(again) >= MIN_TOKENS
     assert again.text == job.text
-    assert cached_tokens(ask(stack, "Is it so at night?")) > MIN_TOKENS
+    assert cached_tokens(ask(stack, "Is it so at night?")) >= MIN_TOKENS
     eventually(
         lambda: stat(stack, "prefix_disk_read_blocks_total") >= MIN_TOKENS // 128, "blocks are read from disk", 10
     )
@@ -69,7 +69,7 @@ def test_reused_prefixes_survive_a_kill(tiny_stack: Stack) -> None:
     assert stack.stop(first, signal.SIGKILL) == -signal.SIGKILL
     stack.start_worker()
     again = ask(stack, "Is it so at night?")
-    assert cached_tokens(again) > MIN_TOKENS
+    assert cached_tokens(again) >= MIN_TOKENS
     assert again.text == job.text
 
 
@@ -99,7 +99,7 @@ def test_prefixes_in_broken_files_are_recomputed_and_rewritten(tiny_stack: Stack
     assert stack.stop(second) == 0
     assert "broken" in stack.log("worker-1")
     stack.start_worker()
-    assert cached_tokens(ask(stack, "Hi")) > MIN_TOKENS
+    assert cached_tokens(ask(stack, "Hi")) >= MIN_TOKENS
 
 
 def test_other_keys_reuse_only_shared_prefixes(tiny_stack: Stack) -> None:
