@@ -21,7 +21,7 @@ _job_id: ContextVar[str] = ContextVar("job_id", default="")
 
 
 @contextmanager
-def about(*, request_id: str = "", job_id: str = "") -> Iterator[None]:
+def log_context(*, request_id: str = "", job_id: str = "") -> Iterator[None]:
     """Lines logged inside carry these ids (also in greenlets and threads that copy the context)."""
     tokens = (_request_id.set(request_id), _job_id.set(job_id or _job_id.get()))
     try:

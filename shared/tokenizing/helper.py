@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import JobFailure
-from shared.tokenizing.encoder import ChatTokenizer, FileTokenizer, Refusal, TooLong, tokenize
+from shared.tokenizing.chat_tokenizer import CannotTokenize, ChatTokenizer, FileTokenizer, TooLong, tokenize
 from shared.tokenizing.messages import TokenizerSource, receive, send
 
 MEMORY_BYTES: Final = 4 * 2**30
@@ -74,8 +74,8 @@ def reply(operations: Mapping[str, Operation], request: Mapping[str, Any]) -> Re
     """Run an operation and return its result or its error."""
     try:
         return operations[request["op"]](request)
-    except Refusal as refusal:
-        return _error(refusal.code, str(refusal)), b""
+    except CannotTokenize as error:
+        return _error(error.code, str(error)), b""
     except TooLong as error:
         return {**_error(JobFailure.CONTEXT_LENGTH, "too long"), "tokens": error.tokens}, b""
     except MemoryError:

@@ -18,7 +18,7 @@ from PIL import Image
 from shared.errors import JobFailure
 from shared.jobs.record import Status
 from shared.jobs.request import Sampling
-from shared.tokenizing.encoder import ChatTokenizer, tokenize
+from shared.tokenizing.chat_tokenizer import ChatTokenizer, tokenize
 from shared.tokenizing.messages import TokenizerSource, request_fields
 from tests.plugins.work import claimed
 from tests.support import engine

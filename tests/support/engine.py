@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from shared.queue.claims import ClaimedJob
-from shared.tokenizing.encoder import ChatTokenizer, tokenize
+from shared.tokenizing.chat_tokenizer import ChatTokenizer, tokenize
 from shared.tokenizing.messages import Tokenized, TokenizerSource, request_fields
 from worker.engine.core import EngineCore
 from worker.engine.sequence import Sequence, SequenceOutput

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import request
 
-from shared.logging import about
+from shared.logging import log_context
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -35,7 +35,7 @@ class RequestIdMiddleware:
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             return start_response(status, [*headers, ("X-Request-ID", request_id)], exc_info)
 
-        with about(request_id=request_id):
+        with log_context(request_id=request_id):
             body = self._app(environ, start)
             try:
                 yield from body

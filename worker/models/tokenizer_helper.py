@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from shared.tokenizing.encoder import ChatTokenizer, FileTokenizer, Refusal, tokenize
+from shared.tokenizing.chat_tokenizer import CannotTokenize, ChatTokenizer, FileTokenizer, tokenize
 from shared.tokenizing.files import TokenizerFiles
 from shared.tokenizing.helper import Reply, Tokenizers, serve
 from shared.tokenizing.messages import TokenizerFault, TokenizerSource, digest
@@ -53,12 +53,12 @@ class FolderTokenizer:
         """Load a folder.
 
         Raises:
-            Refusal: the folder has no tokenizer that can be loaded.
+            CannotTokenize: the folder has no tokenizer that can be loaded.
         """
         try:
             return cls(source)
         except BaseException as error:  # for a broken folder the libraries raise any type, or panic
-            raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
+            raise CannotTokenize(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
 
     @property
     def has_template(self) -> bool:
@@ -172,7 +172,7 @@ def _tokenizer_utils() -> Any:
     if "mlx_lm" not in sys.modules:
         spec = importlib.util.find_spec("mlx_lm")
         if spec is None or spec.submodule_search_locations is None:
-            raise Refusal(TokenizerFault.UNUSABLE, "mlx-lm is not installed")
+            raise CannotTokenize(TokenizerFault.UNUSABLE, "mlx-lm is not installed")
         package = types.ModuleType("mlx_lm")
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["mlx_lm"] = package

@@ -13,7 +13,7 @@ from redis import RedisError
 
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.record import Ending, Job, Status
-from shared.logging import about
+from shared.logging import log_context
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
 from shared.queue.redis import passes
 from shared.queue.task_events import TaskEvents
@@ -164,7 +164,7 @@ class Claimer(CriticalThread):
 
     def _prepare(self, claimed: ClaimedJob) -> None:
         job = claimed.job
-        with about(request_id=job.request_id, job_id=job.id):
+        with log_context(request_id=job.request_id, job_id=job.id):
             try:
                 self._submit(claimed)
             except (TryLater, Unloaded) as error:
@@ -209,7 +209,7 @@ class Claimer(CriticalThread):
     def _settled(self, sequence: Sequence, outcome: Outcome) -> None:
         """Handle the outcome of a sequence; called by the engine thread or the publisher thread."""
         job = sequence.job
-        with about(request_id=job.request_id, job_id=job.id):
+        with log_context(request_id=job.request_id, job_id=job.id):
             if outcome is Outcome.HANDED_BACK:
                 logger.info("job_handed_back", extra={"attempt": job.attempt})
                 self._events.retried(job)

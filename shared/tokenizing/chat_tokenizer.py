@@ -27,7 +27,7 @@ _MARGIN: Final = 1.05
 """A part of a text may have slightly more tokens alone than within the whole text."""
 
 
-class Refusal(Exception):
+class CannotTokenize(Exception):
     """A request cannot be tokenised. `code` is a `JobFailure` or a `TokenizerFault`."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -80,15 +80,15 @@ class FileTokenizer:
         """Load the source's file.
 
         Raises:
-            Refusal: the file is missing, has the wrong digest, or is not a valid tokenizer.
+            CannotTokenize: the file is missing, has the wrong digest, or is not a valid tokenizer.
         """
         text = _read(Path(source.path))
         if source.digest and digest(text) != source.digest:
-            raise Refusal(TokenizerFault.CORRUPT, "the tokenizer's file does not match its digest")
+            raise CannotTokenize(TokenizerFault.CORRUPT, "the tokenizer's file does not match its digest")
         try:
             return cls(source, Tokenizer.from_str(text))
         except BaseException as error:  # the library raises plain exceptions and panics
-            raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
+            raise CannotTokenize(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
 
     @property
     def has_template(self) -> bool:
@@ -143,7 +143,7 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
         The token ids, and the length of the prefix that depends only on the leading system message.
 
     Raises:
-        Refusal: the template rejected the messages, or the prompt has no tokens.
+        CannotTokenize: the template rejected the messages, or the prompt has no tokens.
         TooLong: the prompt has more than `max_tokens` tokens.
     """
     messages, max_tokens = request["messages"], request.get("max_tokens")
@@ -154,7 +154,7 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
         ids = _chat(tokenizer, messages, max_tokens)
         shared = _shared_length(tokenizer, messages[:1], ids) if request["share_system_prompt"] else 0
     if not ids:
-        raise Refusal(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
+        raise CannotTokenize(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
     if max_tokens is not None and len(ids) > max_tokens:
         raise TooLong(len(ids))
     return ids, shared
@@ -162,19 +162,19 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
 
 def _chat(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], max_tokens: int | None) -> Sequence[int]:
     if not tokenizer.has_template:
-        raise Refusal(JobFailure.TEMPLATE, "This model has no chat template. Send a prompt instead of messages.")
+        raise CannotTokenize(JobFailure.TEMPLATE, "This model has no chat template. Send a prompt instead of messages.")
     try:
         return tokenizer.chat(messages, add_generation_prompt=True, max_tokens=max_tokens)
     except TooLong:
         raise
     except chat_template.OutputTooLong as error:
-        raise Refusal(JobFailure.TEMPLATE, f"The model's chat template wrote {error}.") from error
+        raise CannotTokenize(JobFailure.TEMPLATE, f"The model's chat template wrote {error}.") from error
     except MemoryError as error:
-        raise Refusal(JobFailure.TEMPLATE, "The model's chat template needs too much memory.") from error
+        raise CannotTokenize(JobFailure.TEMPLATE, "The model's chat template needs too much memory.") from error
     except Exception as error:
         # A template may raise any exception. Only the message that it raises itself is shown to the caller.
         reason = f": {str(error)[:_MAX_MESSAGE]}" if type(error) is TemplateError else "."
-        raise Refusal(JobFailure.TEMPLATE, f"The model's chat template rejected the messages{reason}") from error
+        raise CannotTokenize(JobFailure.TEMPLATE, f"The model's chat template rejected the messages{reason}") from error
 
 
 def _shared_length(tokenizer: ChatTokenizer, first: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
@@ -202,7 +202,9 @@ def _read(path: Path) -> str:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
-            raise Refusal(TokenizerFault.UNUSABLE, f"the tokenizer's file has more than {_MAX_FILE_BYTES:,} bytes")
+            raise CannotTokenize(
+                TokenizerFault.UNUSABLE, f"the tokenizer's file has more than {_MAX_FILE_BYTES:,} bytes"
+            )
         return content.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise Refusal(TokenizerFault.CORRUPT, f"the tokenizer's file cannot be read: {error}") from error
+        raise CannotTokenize(TokenizerFault.CORRUPT, f"the tokenizer's file cannot be read: {error}") from error
