@@ -1,8 +1,8 @@
 """Gzipped tokenizer files, named by digest: on the disk of every host, and in Redis to distribute them.
 
 A worker stores its model's tokenizer in both; API hosts fetch missing files from Redis. The content is not checked here
-but when it is loaded (`shared.tokenizing.chat_tokenizer`); a file that does not match its digest is discarded and fetched
-again.
+but when it is loaded (`shared.tokenizing.chat_tokenizer`). A file that does not match its digest is discarded and
+fetched again.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def test_prompt_that_crashes_helpers_is_rejected(
                 helper.kill()
         return not thread.is_alive()
 
-    eventually(kill)
+    eventually(kill, within_s=60.0)
     assert len(killed) == 2 and messages == ["The model's chat template or tokenizer crashed twice on this prompt."]
 
 
