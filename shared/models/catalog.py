@@ -179,8 +179,8 @@ class _Reader:
             text = ""
             self._note(1, f"the file cannot be read: {error.strerror}")
         self._text = CatalogText(text)
-        for line, what in self._text.faults:
-            self._note(line, what)
+        for line, problem in self._text.faults:
+            self._note(line, problem)
 
     def models(self) -> Iterator[CatalogModel]:
         """Yield the models without mistakes."""
@@ -201,9 +201,9 @@ class _Reader:
             if model is not None and self._names_are_free(model, taken):
                 yield model
 
-    def fault(self, name: str, key: str, what: str) -> None:
-        """Note one of an entry, at the line of a key; or of the file itself."""
-        self._note(self._text.line(*(("models", name) if name else ()), key), what)
+    def fault(self, name: str, key: str, problem: str) -> None:
+        """Record a mistake at the line of a key, in the entry `name` or, if that is empty, at the top level."""
+        self._note(self._text.line(*(("models", name) if name else ()), key), problem)
 
     def _model(self, name: str, table: Any) -> CatalogModel | None:
         if not re.fullmatch(_NAME, name):
@@ -213,14 +213,14 @@ class _Reader:
             entry = _Entry.model_validate(table)
         except ValidationError as error:
             for details in error.errors():
-                self._refuse(name, [str(part) for part in details["loc"]], _describe(name, details))
+                self._invalid_value(name, [str(part) for part in details["loc"]], _describe(name, details))
             return None
         return self._checked(name, entry)
 
-    def _refuse(self, name: str, place: list[str], what: str) -> None:
-        """Note what is wrong at a place of an entry, which may be in a table of it."""
-        where = " ".join(part for part in (f"[models.{name}]", ".".join(place)) if part)
-        self._note(self._text.line("models", name, *place), f"{where}: {what}")
+    def _invalid_value(self, name: str, path: list[str], problem: str) -> None:
+        """Record a mistake at a key of an entry; `path` is the key, or a table of the entry and a key in it."""
+        where = " ".join(part for part in (f"[models.{name}]", ".".join(path)) if part)
+        self._note(self._text.line("models", name, *path), f"{where}: {problem}")
 
     def _checked(self, name: str, entry: _Entry) -> CatalogModel | None:
         """Convert an entry to a model after checking its folders; None if there is a mistake."""

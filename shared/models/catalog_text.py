@@ -1,7 +1,7 @@
-"""The text of a catalog: its content, also when some entries are not TOML, and the line of each key.
+"""Parses the text of a catalog, even if some entries are not valid TOML, and finds the line of each key.
 
-tomllib has no positions for values, and neither has tomlkit. But each statement of a TOML file (a table's header, or a
-key and its value) is valid TOML by itself, so parsing statement by statement gives the line of every key.
+Neither tomllib nor tomlkit reports the positions of values. But each statement of a TOML file (the header of a table,
+or a key with its value) is valid TOML by itself, so parsing statement by statement gives the line of each key.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class CatalogText:
     """A file of tables [models.NAME].
 
     Attributes:
-        content: the parsed file, without the entries that are not TOML.
-        faults: (line, what is wrong) of each such entry.
+        content: the parsed file, without the entries that are not valid TOML.
+        faults: (line, description) of each of these entries.
     """
 
     def __init__(self, text: str) -> None:
@@ -37,12 +37,12 @@ class CatalogText:
             self._parse_each(entries)
 
     def line(self, *path: str) -> int:
-        """The line of a key, or of the innermost table around it that the file has; 1 if it has none."""
+        """Return the line of a key; if the file lacks it, that of the innermost table around it, or 1."""
         known = (self._first_lines.get(path[:end]) for end in range(len(path), 0, -1))
         return next((line for line in known if line), 1)
 
     def _locate(self) -> dict[_Path, list[int]]:
-        """Find the line of each key; returns the lines of each entry, those of all its tables."""
+        """Find the line of each key. Returns the lines of each entry, including all its tables."""
         entries: dict[_Path, list[int]] = defaultdict(list)
         table: _Path = ()
         for lines, content in _statements(self._lines):
@@ -56,28 +56,28 @@ class CatalogText:
         return entries
 
     def _parse_each(self, entries: dict[_Path, list[int]]) -> None:
-        """Parse as many entries as are TOML together."""
+        """Parse entry by entry, and record those that are not valid TOML."""
         accepted: set[int] = set()
         for path, lines in entries.items():
             together = accepted.union(lines)
-            # Other lines become empty, so that the numbers in messages are those of the file.
+            # Other lines are replaced by empty ones, which keeps line numbers in error messages correct.
             texts = [text if number in together else "" for number, text in enumerate(self._lines, 1)]
             try:
                 self.content, accepted = tomllib.loads("\n".join(texts)), together
             except (tomllib.TOMLDecodeError, RecursionError) as error:
                 entry = f"[{'.'.join(path)}] is " if len(path) == 2 else ""
-                said = str(error).partition(" (at ")[0]
-                self.faults.append((self._blamed(str(error), lines), f"{entry}not TOML: {said}"))
+                reason = str(error).partition(" (at ")[0]
+                self.faults.append((self._blamed(str(error), lines), f"{entry}not TOML: {reason}"))
 
     def _blamed(self, message: str, lines: Sequence[int]) -> int:
-        """The line of an entry that a parser's message names; the last one with any text where it names none."""
-        found = _NUMBER.search(message)
+        """Return the line that a parser's message names; if it names none, the entry's last line with text."""
+        match = _NUMBER.search(message)
         texts = [line for line in lines if self._lines[line - 1].strip()]
-        return max((line for line in texts if not found or line <= int(found[1])), default=texts[-1])
+        return max((line for line in texts if not match or line <= int(match[1])), default=texts[-1])
 
 
 def _statements(lines: Sequence[str]) -> Iterator[tuple[range, dict[str, Any]]]:
-    """Line numbers and content of each statement. A line that is not TOML is one, without content."""
+    """Yield line numbers and content of each statement. An invalid line is yielded with empty content."""
     first = 1
     while first <= len(lines):
         last, content = _statement(lines, first)
@@ -86,21 +86,21 @@ def _statements(lines: Sequence[str]) -> Iterator[tuple[range, dict[str, Any]]]:
 
 
 def _statement(lines: Sequence[str], first: int) -> tuple[int, dict[str, Any]]:
-    """Last line and content of the statement that begins on a line."""
+    """Return the last line and the content of the statement that starts on line `first`."""
     for last in range(first, len(lines) + 1):
         try:
             return last, tomllib.loads("\n".join(lines[first - 1 : last]))
         except tomllib.TOMLDecodeError as error:
-            found = _NUMBER.search(str(error))
-            if found and int(found[1]) <= last - first:
-                break  # an earlier line is wrong, so more lines change nothing
+            match = _NUMBER.search(str(error))
+            if match and int(match[1]) <= last - first:
+                break  # an earlier line is invalid, so further lines do not help
         except RecursionError:
             break
     return first, {}
 
 
 def _paths(content: Any) -> Iterator[_Path]:
-    """The path of each key, outer ones first."""
+    """Yield the path of each key, outer keys first."""
     for key, value in content.items() if isinstance(content, dict) else ():
         yield (key,)
         yield from ((key, *rest) for rest in _paths(value))
