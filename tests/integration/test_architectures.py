@@ -112,7 +112,7 @@ def run_batch(
     generated: list[list[int]] = [[] for _ in prompts]
     waiting = [row_of(i, prompt, TOKENS - 9 * (i % 2), owner="me") for i, prompt in enumerate(prompts)]
     step = 0
-    while waiting or prefill.unread() or len(batches):
+    while waiting or prefill.remaining() or len(batches):
         if waiting and step % 3 == 0:
             prefill.add(waiting.pop(0))
         prefilled = prefill.advance(plan(prefill, *work), decoding=len(batches) > 0)
@@ -126,11 +126,11 @@ def run_batch(
 
 def plan(prefill: Prefill, tokens: int, layers: int | None) -> PrefillWork | None:
     """Plan a chunk of the first long prompt, or all short prompts together."""
-    unread = prefill.unread()
-    long = [uid for uid, each in unread.items() if each.in_progress or each.tokens > 2 * tokens or layers]
+    remaining = prefill.remaining()
+    long = [uid for uid, each in remaining.items() if each.in_progress or each.tokens > 2 * tokens or layers]
     if long:
         return PrefillWork((long[0],), tokens, layers)
-    return PrefillWork(tuple(unread)) if unread else None
+    return PrefillWork(tuple(remaining)) if remaining else None
 
 
 @pytest.mark.parametrize("max_padding_bytes", [UNLIMITED, 50_000], ids=["one bucket", "buckets"])

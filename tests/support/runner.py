@@ -52,14 +52,14 @@ def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
     Args:
         layers: number of layers per step for chunks; None: all.
     """
-    unread = runner.prefillable()
+    remaining = runner.prefillable()
     encode = EncodeWork() if runner.next_image_s() is not None else None
-    short = [uid for uid, each in unread.items() if each.tokens <= 2 * runner.chunk and not each.in_progress]
-    first = next(iter(unread), None)
+    short = [uid for uid, each in remaining.items() if each.tokens <= 2 * runner.chunk and not each.in_progress]
+    first = next(iter(remaining), None)
     work = None
     if first is not None:
         work = PrefillWork(tuple(short[:8])) if first in short else PrefillWork((first,), runner.chunk, layers)
-    return StepPlan(work, encode, speculate=not unread and encode is None)
+    return StepPlan(work, encode, speculate=not remaining and encode is None)
 
 
 def step(runner: ModelRunner, *, layers: int | None = None) -> StepOutput:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from itertools import takewhile
 
 from worker.engine.prefill_budget import PrefillBudget
-from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, Unread
+from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
 
 SHORT_CHUNKS, SHORT_S = 2, 0.01
 """A prompt is short if it costs at most this many chunks or seconds. Readers do not notice such a pause."""
@@ -50,66 +50,77 @@ class PrefillPolicy:
         self._pausing: bool | None = None
 
     def plan(
-        self, unread: Mapping[int, Unread], image_s: float | None, *, decoding: bool, exclusive: Collection[int] = ()
+        self,
+        remaining: Mapping[int, RemainingPrompt],
+        image_s: float | None,
+        *,
+        decoding: bool,
+        exclusive: Collection[int] = (),
     ) -> StepPlan:
         """Plan a step.
 
         Args:
-            unread: rows that can be prefilled, in the order of admission.
+            remaining: rows that can be prefilled, in the order of admission.
             image_s: seconds that encoding the next image takes; None: no image waits.
             decoding: whether other rows decode in the step.
             exclusive: rows that must not be prefilled together with others.
         """
-        if not unread and image_s is None:
+        if not remaining and image_s is None:
             return StepPlan(speculate=True)
         self._pausing = None if decoding else False
         self._images_next = not self._images_next
-        if image_s is not None and (self._images_next or not unread):
+        if image_s is not None and (self._images_next or not remaining):
             work = self._encode(image_s, decoding)
             if work is not None:
                 return StepPlan(encode=work)
-        return StepPlan(prefill=self._prefill(unread, decoding, exclusive))
+        return StepPlan(prefill=self._prefill(remaining, decoding, exclusive))
 
     def _encode(self, image_s: float, decoding: bool) -> EncodeWork | None:
         if not decoding or image_s <= SHORT_IMAGE_S:
             return EncodeWork()
         return None if self._pauses() else EncodeWork(self._budget.spare_s())
 
-    def _prefill(self, unread: Mapping[int, Unread], decoding: bool, exclusive: Collection[int]) -> PrefillWork | None:
+    def _prefill(
+        self, remaining: Mapping[int, RemainingPrompt], decoding: bool, exclusive: Collection[int]
+    ) -> PrefillWork | None:
         """Let short and long prompts take turns; if there are none of the one kind, continue with the other."""
-        if self._long_uid not in unread:
+        if self._long_uid not in remaining:
             self._long_uid = None
-        short, long = self._split(unread, exclusive)
+        short, long = self._split(remaining, exclusive)
         long_first, self._long_next = self._long_next, not self._long_next
         if long_first:
-            return self._long_work(unread, long, decoding) or self._short_work(unread, short)
-        return self._short_work(unread, short) or self._long_work(unread, long, decoding)
+            return self._long_work(remaining, long, decoding) or self._short_work(remaining, short)
+        return self._short_work(remaining, short) or self._long_work(remaining, long, decoding)
 
-    def _split(self, unread: Mapping[int, Unread], exclusive: Collection[int]) -> tuple[list[int], list[int]]:
+    def _split(
+        self, remaining: Mapping[int, RemainingPrompt], exclusive: Collection[int]
+    ) -> tuple[list[int], list[int]]:
         """Return the short prompts and the long ones. A prompt that began as a long one stays one."""
         short: list[int] = []
         long: list[int] = []
-        for uid, left in unread.items():
+        for uid, left in remaining.items():
             is_long = uid == self._long_uid or uid in exclusive or not self._is_short(left)
             (long if is_long else short).append(uid)
         return short, long
 
-    def _short_work(self, unread: Mapping[int, Unread], short: list[int]) -> PrefillWork | None:
+    def _short_work(self, remaining: Mapping[int, RemainingPrompt], short: list[int]) -> PrefillWork | None:
         """Prefill the first short prompt and the following ones of about the same length, cached prefixes included."""
         if not short:
             return None
-        lengths = [unread[uid].position + unread[uid].tokens for uid in short[:MAX_SHORT_PROMPTS]]
+        lengths = [remaining[uid].position + remaining[uid].tokens for uid in short[:MAX_SHORT_PROMPTS]]
         alike = takewhile(lambda length: abs(length - lengths[0]) <= SHORT_CHUNKS * self._chunk, lengths)
         return PrefillWork(tuple(short[: len(list(alike))]))
 
-    def _long_work(self, unread: Mapping[int, Unread], long: list[int], decoding: bool) -> PrefillWork | None:
+    def _long_work(
+        self, remaining: Mapping[int, RemainingPrompt], long: list[int], decoding: bool
+    ) -> PrefillWork | None:
         """Prefill a chunk of the present or the next long prompt; while rows decode, as much as fits into the step."""
         if not long or self._pauses():
             return None
         self._long_uid = uid = long[0] if self._long_uid is None else self._long_uid
         if not decoding:
             return PrefillWork((uid,), self._chunk)
-        left = unread[uid]
+        left = remaining[uid]
         size = left.in_progress or min(self._budget.chunk(left.position, self._depth), left.tokens)
         return PrefillWork((uid,), size, self._budget.layers(size, left.position, self._depth))
 
@@ -119,8 +130,8 @@ class PrefillPolicy:
             self._pausing = self._budget.pauses()
         return self._pausing
 
-    def _is_short(self, left: Unread) -> bool:
-        """Whether the unread part costs at most a few chunks at the beginning of a prompt, or hardly any time."""
+    def _is_short(self, left: RemainingPrompt) -> bool:
+        """Whether the remaining part costs at most a few chunks at the beginning of a prompt, or hardly any time."""
         # If the costs were measured on a busy machine, any prompt may look cheap. So its tokens are bounded as well.
         bounded = left.tokens <= MAX_SHORT_CHUNKS * self._chunk
         return bounded and self._cost.seconds(left.tokens, left.position) <= self._short_s

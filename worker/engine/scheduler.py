@@ -26,7 +26,7 @@ from worker.engine.memory_budget import GROWTH, Fit, MemoryBudget
 from worker.engine.prefill_budget import PrefillBudget
 from worker.engine.prefill_policy import PrefillPolicy
 from worker.engine.sequence import Sequence
-from worker.runner.base import ModelRunner, OutOfMemory, StepOutput, StepPlan, Unread
+from worker.runner.base import ModelRunner, OutOfMemory, RemainingPrompt, StepOutput, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -162,18 +162,18 @@ class Scheduler:
         admitted, failed = self._admit()
         return Schedule((*reinserted, *admitted), preempted, failed)
 
-    def plan(self, unread: Mapping[int, Unread], image_s: float | None) -> StepPlan:
+    def plan(self, remaining: Mapping[int, RemainingPrompt], image_s: float | None) -> StepPlan:
         """Plan the next step of the batch.
 
         Args:
-            unread: rows that can be prefilled now.
+            remaining: rows that can be prefilled now.
             image_s: seconds that encoding the next image takes; None: no image waits.
         """
-        if not self._ready.issuperset(unread):  # images were encoded: the memory for that is free again
-            self._ready.update(unread)
+        if not self._ready.issuperset(remaining):  # images were encoded: the memory for that is free again
+            self._ready.update(remaining)
             self.version += 1
-        decoding = any(uid not in unread for uid in self._ready)
-        return self._policy.plan(unread, image_s, decoding=decoding, exclusive=self._exclusive)
+        decoding = any(uid not in remaining for uid in self._ready)
+        return self._policy.plan(remaining, image_s, decoding=decoding, exclusive=self._exclusive)
 
     def update(self, output: StepOutput) -> list[RowError]:
         """Apply the output of a step; return the rows that failed in it."""

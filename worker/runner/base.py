@@ -183,7 +183,7 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
+class RemainingPrompt:
     """The part of a row's prompt that is not prefilled yet.
 
     Attributes:
@@ -307,7 +307,7 @@ class ModelRunner(Protocol):
         """Drop every row and every prefix, because any of them may be the reason why the batch failed."""
         ...
 
-    def prefillable(self) -> Mapping[int, Unread]:
+    def prefillable(self) -> Mapping[int, RemainingPrompt]:
         """Return the rows with a prefill that can continue now, in the order of insertion.
 
         A row is left out while its prefix is being read from disk or its images are being encoded.

@@ -42,11 +42,11 @@ from worker.runner.base import (
     OutOfMemory,
     PrefillWork,
     Prompt,
+    RemainingPrompt,
     Row,
     StepOutput,
     StepPlan,
     TokenOutput,
-    Unread,
 )
 
 EOS = 256
@@ -107,7 +107,7 @@ class _FakeRow:
         position: answer position of the next token.
         previous: the previous token.
         digest: hash of the seed and the prompt.
-        unread: number of prompt tokens not prefilled yet.
+        remaining: number of prompt tokens not prefilled yet.
     """
 
     row: Row
@@ -115,7 +115,7 @@ class _FakeRow:
     previous: int
     digest: int
     directives: dict[str, float]
-    unread: int
+    remaining: int
 
     @classmethod
     def of(cls, row: Row) -> _FakeRow:
@@ -127,7 +127,7 @@ class _FakeRow:
             previous=row.prompt[-1],
             digest=crc32(f"{row.sampling.seed}:{text}".encode()),
             directives=_directives(text),
-            unread=len(row.prompt),
+            remaining=len(row.prompt),
         )
 
     def applies(self, directive: str) -> bool:
@@ -251,10 +251,12 @@ class FakeRunner:
         """See `ModelRunner.insert`."""
         self._rows |= {row.uid: _FakeRow.of(row) for row in rows}
 
-    def prefillable(self) -> dict[int, Unread]:
+    def prefillable(self) -> dict[int, RemainingPrompt]:
         """See `ModelRunner.prefillable`."""
         return {
-            uid: Unread(row.unread, len(row.row.prompt) - row.unread) for uid, row in self._rows.items() if row.unread
+            uid: RemainingPrompt(row.remaining, len(row.row.prompt) - row.remaining)
+            for uid, row in self._rows.items()
+            if row.remaining
         }
 
     def next_image_s(self) -> None:
@@ -270,7 +272,7 @@ class FakeRunner:
         for uid, row in self._rows.items():
             pause = max(pause, row.directives.get("pause", 0.0))
             try:
-                if not row.unread and row.follow_directives():
+                if not row.remaining and row.follow_directives():
                     tokens.append(row.output())
             except _RowError as error:
                 failed.append((uid, error))
@@ -287,10 +289,10 @@ class FakeRunner:
             return 0, []
         total = 0
         for row in (self._rows[uid] for uid in work.uids):
-            tokens = row.unread if work.tokens is None else min(row.unread, work.tokens)
-            row.unread -= tokens
+            tokens = row.remaining if work.tokens is None else min(row.remaining, work.tokens)
+            row.remaining -= tokens
             total += tokens
-        return total, [uid for uid in work.uids if not self._rows[uid].unread]
+        return total, [uid for uid in work.uids if not self._rows[uid].remaining]
 
     def _wait_for_step(self) -> None:
         """Follow the directive `!every`."""

@@ -29,10 +29,10 @@ from worker.runner.base import (
     Media,
     PrefillWork,
     Prompt,
+    RemainingPrompt,
     Row,
     StepOutput,
     StepPlan,
-    Unread,
 )
 from worker.runner.decode import DecodeBatch
 from worker.runner.detokenizer import make_detokenizer
@@ -202,13 +202,13 @@ class MLXRunner:
         self._joined.clear()
         self._rejected.clear()
 
-    def prefillable(self) -> Mapping[int, Unread]:
+    def prefillable(self) -> Mapping[int, RemainingPrompt]:
         """See `ModelRunner.prefillable`."""
         for row in self._fetch.ready():
             self._encode_or_prefill(row)
         for row in self._vision.ready() if self._vision else ():
             self._prefill.add(row)
-        return self._prefill.unread()
+        return self._prefill.remaining()
 
     def next_image_s(self) -> float | None:
         """See `ModelRunner.next_image_s`."""
@@ -279,8 +279,8 @@ class MLXRunner:
         prompt = (0,) * (self.chunk + 1)
         requests = [Request("", 3, Sampling(temperature=float(i), top_p=0.9)) for i in range(2)]
         self.insert([Row(-1 - i, request, prompt, 0, 3) for i, request in enumerate(requests)])
-        while (unread := self.prefillable()) or len(self._batches):
-            self.execute(StepPlan(prefill=PrefillWork(tuple(unread)) if unread else None))
+        while (remaining := self.prefillable()) or len(self._batches):
+            self.execute(StepPlan(prefill=PrefillWork(tuple(remaining)) if remaining else None))
             yield
 
     def _warm_passes(self) -> Generator[None, None, None]:

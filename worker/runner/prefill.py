@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from worker.runner import forward
-from worker.runner.base import PrefillCost, PrefillWork, Row, Unread
+from worker.runner.base import PrefillCost, PrefillWork, RemainingPrompt, Row
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import is_out_of_memory
 from worker.runner.prefix.cache import PrefixCache
@@ -63,8 +63,8 @@ class _Waiting:
     version: int
 
     @property
-    def unread(self) -> Unread:
-        return Unread(len(self.row.prompt) - 1 - self.reused, self.reused)
+    def remaining(self) -> RemainingPrompt:
+        return RemainingPrompt(len(self.row.prompt) - 1 - self.reused, self.reused)
 
 
 @dataclass(slots=True)
@@ -93,8 +93,8 @@ class _Partial:
         return max(len(self.cache.layers) - 1, 1)
 
     @property
-    def unread(self) -> Unread:
-        return Unread(len(self.row.prompt) - 1 - self.done, self.done, self.chunk)
+    def remaining(self) -> RemainingPrompt:
+        return RemainingPrompt(len(self.row.prompt) - 1 - self.done, self.done, self.chunk)
 
     def advance(self, layers: int | None) -> KVCache:
         """Advance the chunk by `layers` layers; None: all. Returns the part of the cache to evaluate for this."""
@@ -142,13 +142,13 @@ class Prefill:
                 row = partial.row
                 self._prefixes.store(row.owner, row.prompt[: partial.done], partial.cache, 0)
 
-    def unread(self) -> dict[int, Unread]:
+    def remaining(self) -> dict[int, RemainingPrompt]:
         """Return the remaining prompt of each row, in the order of arrival."""
         version = self._prefixes.version
         stale = [each for each in self._waiting.values() if each.version != version]
         for each in stale[:MAX_REFRESHED]:
             self._waiting[each.row.uid] = self._look_up(each.row)
-        return {uid: (self._partial.get(uid) or self._waiting[uid]).unread for uid in self._order}
+        return {uid: (self._partial.get(uid) or self._waiting[uid]).remaining for uid in self._order}
 
     def advance(self, work: PrefillWork | None, *, decoding: bool) -> Prefilled:
         """Queue the work on the device.

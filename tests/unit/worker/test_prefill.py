@@ -13,7 +13,7 @@ from mlx_lm.models import gemma3_text, llama
 from shared.jobs.request import Request, Sampling
 from tests.support.small_models import small_model
 from worker.runner import forward, prefill_cost
-from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, Row, Unread
+from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, RemainingPrompt, Row
 from worker.runner.kv_cache import Columns, KVCache
 from worker.runner.prefill import MAX_REFRESHED, STORED_TOKENS, Prefill, Prefilled
 from worker.runner.prefix.cache import PrefixCache
@@ -76,7 +76,12 @@ def test_rows_are_prefilled_together_in_one_step(model: Any, prefill: Prefill) -
     rows = [row(uid, 3 + 5 * uid) for uid in range(1, 5)]
     for each in rows:
         prefill.add(each)
-    assert list(prefill.unread().values()) == [Unread(8, 0), Unread(13, 0), Unread(18, 0), Unread(23, 0)]
+    assert list(prefill.remaining().values()) == [
+        RemainingPrompt(8, 0),
+        RemainingPrompt(13, 0),
+        RemainingPrompt(18, 0),
+        RemainingPrompt(23, 0),
+    ]
     done = prefill.advance(PrefillWork((3, 1, 4)), decoding=True)
     assert [each.uid for each in done.rows] == [3, 1, 4]
     assert (done.tokens, done.reused, done.predicted_s) == (18 + 8 + 23, (0, 0, 0), None)
@@ -85,17 +90,17 @@ def test_rows_are_prefilled_together_in_one_step(model: Any, prefill: Prefill) -
         forward.fill(model, expected, [each.prompt[:-1]])
         length = len(each.prompt) - 1
         assert_close(done.cache.copy_columns(index, 0, length), expected.copy_columns(0, 0, length))
-    assert list(prefill.unread()) == [2]
+    assert list(prefill.remaining()) == [2]
 
 
 def test_a_partially_prefilled_row_is_processed_alone(prefill: Prefill) -> None:
     for each in (row(1, 40), row(2, 8)):
         prefill.add(each)
     prefill.advance(chunk(1), decoding=True)
-    assert prefill.unread()[1] == Unread(24, 16)
+    assert prefill.remaining()[1] == RemainingPrompt(24, 16)
     done = prefill.advance(PrefillWork((1, 2)), decoding=False)
     assert ([each.uid for each in done.rows], done.tokens) == ([1], 24)
-    assert prefill.unread() == {2: Unread(8, 0)}
+    assert prefill.remaining() == {2: RemainingPrompt(8, 0)}
 
 
 def test_an_empty_plan_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
@@ -103,7 +108,7 @@ def test_an_empty_plan_or_unknown_rows_are_no_work(prefill: Prefill) -> None:
     for work in (None, PrefillWork((7,))):
         done = prefill.advance(work, decoding=True)
         assert (done.rows, done.tokens, done.predicted_s) == ((), 0, 0.0)
-    assert prefill.unread() == {1: Unread(8, 0)}
+    assert prefill.remaining() == {1: RemainingPrompt(8, 0)}
 
 
 def test_waiting_rows_learn_of_new_prefixes(prefill: Prefill) -> None:
@@ -112,7 +117,7 @@ def test_waiting_rows_learn_of_new_prefixes(prefill: Prefill) -> None:
     for each in (row(1, 40), *rows):
         prefill.add(each)
     prefill.advance(PrefillWork((1,)), decoding=False)
-    known = [sum(each.position == 40 for each in prefill.unread().values()) for _ in range(2)]
+    known = [sum(each.position == 40 for each in prefill.remaining().values()) for _ in range(2)]
     assert known == [MAX_REFRESHED, 2 * MAX_REFRESHED]
     done = prefill.advance(PrefillWork(tuple(each.uid for each in rows)), decoding=False)
     assert done.tokens == 0
@@ -124,10 +129,10 @@ def test_a_row_with_an_evicted_prefix_waits_for_the_next_plan(prefill: Prefill, 
     prefill.advance(PrefillWork((1,)), decoding=False)
     prefill.add(row(2, 0, (*prompt(1, 40), 9, 9)))
     prefill.add(row(3, 5))
-    assert prefill.unread()[2] == Unread(1, 40)
+    assert prefill.remaining()[2] == RemainingPrompt(1, 40)
     prefixes.clear()
     assert [each.uid for each in prefill.advance(PrefillWork((2, 3)), decoding=False).rows] == [3]
-    assert prefill.unread() == {2: Unread(41, 0)}
+    assert prefill.remaining() == {2: RemainingPrompt(41, 0)}
 
 
 def test_a_cache_is_allocated_and_copied_in_separate_steps_while_rows_decode(prefill: Prefill) -> None:
@@ -188,7 +193,7 @@ def test_rows_can_be_removed_at_every_stage(prefill: Prefill, prefixes: PrefixCa
     prefill.remove([1, 2, 9])
     assert prefill.nbytes == 0
     assert prefixes.length("me", row(1, 40 * CHUNK).prompt) == 4 * CHUNK
-    assert list(prefill.unread()) == [3]
+    assert list(prefill.remaining()) == [3]
 
 
 def test_several_long_prompts_can_be_prefilled_alternately(prefill: Prefill) -> None:
@@ -197,7 +202,7 @@ def test_several_long_prompts_can_be_prefilled_alternately(prefill: Prefill) -> 
     order = [1, 2, 1, 2, 2, 1]
     ended = [[each.uid for each in prefill.advance(chunk(uid), decoding=False).rows] for uid in order]
     assert ended == [[], [], [], [], [2], []]
-    assert prefill.unread() == {1: Unread(2 * CHUNK, 3 * CHUNK)}
+    assert prefill.remaining() == {1: RemainingPrompt(2 * CHUNK, 3 * CHUNK)}
 
 
 @pytest.fixture
@@ -231,11 +236,11 @@ def test_a_step_predicts_the_cost_of_its_layers(slow: Prefill) -> None:
 def test_the_remaining_prompt_includes_the_unfinished_chunk(slow: Prefill) -> None:
     slow.add(row(1, 40))
     slow.advance(chunk(1, CHUNK, 3), decoding=True)
-    assert slow.unread() == {1: Unread(40, 0, CHUNK)}
+    assert slow.remaining() == {1: RemainingPrompt(40, 0, CHUNK)}
     slow.advance(chunk(1, 99, 4), decoding=True)
-    assert slow.unread() == {1: Unread(40, 0, CHUNK)}
+    assert slow.remaining() == {1: RemainingPrompt(40, 0, CHUNK)}
     assert slow.advance(chunk(1, 99), decoding=True).tokens == CHUNK
-    assert slow.unread() == {1: Unread(24, CHUNK)}
+    assert slow.remaining() == {1: RemainingPrompt(24, CHUNK)}
 
 
 def test_only_the_caches_of_processed_layers_are_filled(slow: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +260,10 @@ def test_a_row_that_is_removed_within_a_chunk_keeps_its_stored_prefix(deep: Any)
     slow.add(long)
     for _ in chunks(slow, 1, layers=3):
         stored = prefixes.length("me", long.prompt)
-        if stored and slow.unread()[1].position > stored and slow.unread()[1].in_progress:
+        if stored and slow.remaining()[1].position > stored and slow.remaining()[1].in_progress:
             break
     slow.remove([1])
-    assert (slow.unread(), slow.nbytes) == ({}, 0)
+    assert (slow.remaining(), slow.nbytes) == ({}, 0)
     length, layers = prefixes.load("me", long.prompt)
     assert length == STORED_TOKENS
     whole = KVCache.empty(deep)
@@ -283,7 +288,7 @@ def test_a_failed_allocation_drops_the_current_rows_and_all_prefixes(
         done = prefill.advance(work, decoding=False)
     assert done.out_of_memory == work.uids
     assert prefixes.nbytes == prefill.nbytes == 0
-    assert list(prefill.unread()) == [uid for uid in (1, 2, 3) if uid not in work.uids]
+    assert list(prefill.remaining()) == [uid for uid in (1, 2, 3) if uid not in work.uids]
     monkeypatch.setattr(forward, "fill", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prefill.advance(PrefillWork((3,)), decoding=False)

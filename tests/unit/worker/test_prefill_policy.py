@@ -9,7 +9,7 @@ import pytest
 
 from worker.engine.prefill_budget import AIM, PAUSE, PrefillBudget
 from worker.engine.prefill_policy import MAX_SHORT_PROMPTS, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
-from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, StepPlan, Unread
+from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
 
 CHUNK, DEPTH = 16, 8
 TOKENS = PrefillCost(1e-9, 1.0, 0.0)
@@ -30,39 +30,42 @@ class Prompts:
         for _ in range(PAUSE):
             assert self.budget.pauses()
         self.policy = PrefillPolicy(CHUNK, depth, cost, self.budget)
-        self.unread: dict[int, Unread] = {}
+        self.remaining: dict[int, RemainingPrompt] = {}
         self.layers = self.depth = depth
 
     def add(self, uid: int, tokens: int, cached: int = 0) -> None:
-        self.unread[uid] = Unread(tokens, cached)
+        self.remaining[uid] = RemainingPrompt(tokens, cached)
 
     def plan(self, image_s: float | None = None, *, decoding: bool = True, exclusive: tuple[int, ...] = ()) -> StepPlan:
         """Plan a step and execute the plan."""
-        plan = self.policy.plan(self.unread, image_s, decoding=decoding, exclusive=exclusive)
+        plan = self.policy.plan(self.remaining, image_s, decoding=decoding, exclusive=exclusive)
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         return plan
 
     def _prefill(self, work: PrefillWork) -> None:
         if work.tokens is None:
-            self.unread = {uid: unread for uid, unread in self.unread.items() if uid not in work.uids}
+            self.remaining = {uid: remaining for uid, remaining in self.remaining.items() if uid not in work.uids}
             return
         (uid,) = work.uids
-        unread = self.unread[uid]
-        size = unread.in_progress or work.tokens
-        layers = self.layers if unread.in_progress else self.depth
-        assert 0 < size <= unread.tokens or unread.tokens == 0
+        remaining = self.remaining[uid]
+        size = remaining.in_progress or work.tokens
+        layers = self.layers if remaining.in_progress else self.depth
+        assert 0 < size <= remaining.tokens or remaining.tokens == 0
         if work.layers is not None and work.layers < layers:
-            self.unread[uid], self.layers = Unread(unread.tokens, unread.position, size), layers - work.layers
-        elif size < unread.tokens:
-            self.unread[uid] = Unread(unread.tokens - size, unread.position + size)
+            self.remaining[uid], self.layers = (
+                RemainingPrompt(remaining.tokens, remaining.position, size),
+                layers - work.layers,
+            )
+        elif size < remaining.tokens:
+            self.remaining[uid] = RemainingPrompt(remaining.tokens - size, remaining.position + size)
         else:
-            del self.unread[uid]
+            del self.remaining[uid]
 
     def order(self, *, decoding: bool = True) -> list[tuple[int, ...]]:
         """Prefill all prompts. Returns the uids of each step, without repetitions of the previous step."""
         steps: list[tuple[int, ...]] = []
-        while self.unread:
+        while self.remaining:
             work = self.plan(decoding=decoding).prefill
             steps += [work.uids] if work is not None else []
             assert len(steps) < 1000
@@ -85,7 +88,7 @@ def test_a_long_prompt_does_not_starve_while_short_ones_arrive(prompts: Prompts)
     for steps in range(1, 50):
         prompts.add(steps, CHUNK)
         prompts.plan()
-        if 0 not in prompts.unread:
+        if 0 not in prompts.remaining:
             break
     assert steps < 14
 
@@ -119,7 +122,7 @@ def test_a_fully_cached_prompt_is_treated_as_short(prompts: Prompts) -> None:
 def test_the_rest_of_a_long_prompt_is_not_prefilled_together_with_short_ones(prompts: Prompts) -> None:
     prompts.add(1, 3 * CHUNK)
     prompts.plan(decoding=False)
-    assert prompts.unread[1].tokens == SHORT_CHUNKS * CHUNK
+    assert prompts.remaining[1].tokens == SHORT_CHUNKS * CHUNK
     prompts.add(2, CHUNK)
     assert {len(uids) for uids in prompts.order(decoding=False)} == {1}
 
@@ -147,10 +150,10 @@ def test_the_rest_of_a_chunk_takes_one_step_once_nothing_decodes() -> None:
     prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
     prompts.add(1, 10 * CHUNK)
     prompts.plan()
-    assert prompts.unread[1].in_progress == CHUNK
+    assert prompts.remaining[1].in_progress == CHUNK
     work = prompts.plan(decoding=False).prefill
     assert work is not None and work.layers is None
-    assert prompts.unread[1] == Unread(9 * CHUNK, CHUNK)
+    assert prompts.remaining[1] == RemainingPrompt(9 * CHUNK, CHUNK)
 
 
 def test_long_prompts_pause_regularly_and_short_ones_do_not(prompts: Prompts) -> None:
@@ -167,7 +170,7 @@ def test_the_next_long_prompt_starts_when_the_current_one_is_removed(prompts: Pr
     prompts.add(1, 40 * CHUNK)
     prompts.add(2, 40 * CHUNK)
     prompts.plan()
-    del prompts.unread[1]
+    del prompts.remaining[1]
     work = prompts.plan().prefill
     assert work is not None and work.uids == (2,)
 
@@ -191,7 +194,7 @@ def test_no_large_image_is_encoded_in_a_pause(prompts: Prompts) -> None:
 
 
 def test_draft_tokens_are_verified_only_if_there_is_no_other_work(prompts: Prompts) -> None:
-    nothing: Mapping[int, Unread] = {}
+    nothing: Mapping[int, RemainingPrompt] = {}
     assert prompts.policy.plan(nothing, None, decoding=True) == StepPlan(speculate=True)
     prompts.add(1, 400 * CHUNK)
     assert not any(prompts.plan().speculate for _ in range(40))
