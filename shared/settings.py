@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     broker_url: str = Field("", description="Celery broker, in the same forms as REDIS_URL. Empty: use REDIS_URL")
 
     # API
-    host: str = Field("127.0.0.1", description="Address that the API and Flower listen on")
+    host: str = Field("127.0.0.1", description="Address that the API listens on")
     port: int = Field(8080, ge=1, le=65535, description="Port of the API")
     web_workers: int = Field(1, ge=1, le=64, description="Number of API processes")
     mlxq_api_key: SecretStr = Field(
@@ -206,6 +206,9 @@ class Settings(BaseSettings):
     wired_limit: bool = Field(False, description="Let MLX wire the model's memory on a Mac")
 
     # Operation
+    flower_host: str = Field(
+        "127.0.0.1", description="Address that Flower listens on. It serves plain HTTP; see docs/security.md"
+    )
     flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower")
     flower_user: str = Field("admin", min_length=1, description="User name for Flower")
     flower_password: SecretStr = Field(
@@ -259,6 +262,11 @@ class Settings(BaseSettings):
     def run_dir(self) -> Path:
         """Sockets, pid files and generated configuration."""
         return self.data_dir / "run"
+
+    def create_run_dir(self) -> None:
+        """Create DATA_DIR and `run_dir` with mode 700. Raises OSError."""
+        for folder in (self.data_dir, self.run_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @cached_property
     def log_dir(self) -> Path:

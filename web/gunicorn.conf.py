@@ -12,7 +12,7 @@ import gevent
 
 from shared.runtime import freeze_garbage_collector
 from shared.settings import load_or_exit
-from web.access.api_keys import SCOPES, KeyStore
+from web.access.api_keys import LOCAL_SCOPES, KeyFileDamaged, KeyStore
 
 _settings = load_or_exit()
 
@@ -48,7 +48,9 @@ def on_starting(server: Any) -> None:
     key = _settings.mlxq_api_key.get_secret_value()
     if key:
         try:
-            KeyStore(_settings.keys_file).ensure(key, "local", SCOPES)
+            KeyStore(_settings.keys_file).ensure(key, "local", LOCAL_SCOPES)
+        except KeyFileDamaged as error:
+            raise SystemExit(str(error)) from error
         except (OSError, ValueError) as error:
             raise SystemExit(f"MLXQ_API_KEY cannot be used: {error}") from error
 

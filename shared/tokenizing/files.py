@@ -103,7 +103,8 @@ def write_private(file: Path, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (file.parent.parent, file.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     file.parent.chmod(0o700)
     part = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:

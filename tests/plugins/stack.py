@@ -21,7 +21,7 @@ from shared.queue.redis import connect
 from shared.settings import ROOT, Settings
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
-from web.access.api_keys import new_key
+from web.access.api_keys import SCOPES, KeyStore
 
 START_WITHIN_S = 120
 
@@ -34,7 +34,7 @@ class Stack:
     ) -> None:
         self.home = home
         self.valkey = valkey
-        self.key = new_key()
+        self.key = KeyStore(home / "data/keys.json").create("tests", SCOPES)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.env = {
@@ -45,13 +45,12 @@ class Stack:
             "REDIS_URL": redis_url,
             "MODEL_PATH": str(model),
             "PORT": str(port),
-            "MLXQ_API_KEY": self.key,
             "RATE_LIMIT": "1000000/minute",
             "DRAIN_S": "2",
             **{name: os.environ[name] for name in ("OPENBLAS_NUM_THREADS",) if name in os.environ},
             **variables,
         }
-        (home / "data/run").mkdir(parents=True)
+        (home / "data/run").mkdir()
         self.settings = Settings(_env_file=None, **{name.lower(): value for name, value in self.env.items()})  # type: ignore[arg-type]
         self.redis = connect(self.settings.store_url)
         self.registry = Registry(self.redis)

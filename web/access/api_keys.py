@@ -27,11 +27,17 @@ from limits import parse_many
 log = logging.getLogger(__name__)
 
 SCOPES: Final = frozenset({"infer", "admin"})
+LOCAL_SCOPES: Final = frozenset({"infer"})
+"""Scopes of MLXQ_API_KEY. Loading and unloading models needs a key that was created with the scope `admin`."""
 LOCK_TIMEOUT_S: Final = 10.0
 """Longest wait for another process that is writing the file."""
 _KEY_FORMAT: Final = re.compile(r"mlxq_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
 _DUMMY_HASH: Final = hashlib.sha256(secrets.token_bytes()).hexdigest()
 """Compared with keys of unknown ids, so that a lookup takes the same time for known and unknown ids."""
+
+
+class KeyFileDamaged(ValueError):
+    """The key file exists but has no valid content. The message names the file and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +137,12 @@ class KeyStore:
         raise KeyError(id_or_name)
 
     def list(self) -> list[ApiKey]:
-        """Return all keys, including revoked ones, oldest first."""
-        self._refresh()
-        return sorted(self._keys.values(), key=lambda entry: entry.created_at)
+        """Return all keys, including revoked ones, oldest first.
+
+        Raises:
+            KeyFileDamaged: the file has no valid content.
+        """
+        return sorted(_read(self._path).values(), key=lambda entry: entry.created_at)
 
     def find(self, key: str) -> ApiKey | None:
         """Return the entry of a valid key, otherwise None. Takes the same time for valid and invalid keys."""
@@ -154,17 +163,17 @@ class KeyStore:
             self._keys = _read(self._path)
         except FileNotFoundError:
             self._file_version, self._keys = None, {}
-        except (OSError, ValueError, TypeError, KeyError):
-            log.exception("api_keys_unreadable", extra={"path": str(self._path)})
+        except (OSError, KeyFileDamaged) as error:
+            log.error("api_keys_unreadable", extra={"path": str(self._path), "reason": str(error)})
 
     @contextmanager
     def _editing(self) -> Iterator[dict[str, ApiKey]]:
         """Yield the stored keys by id, under a lock; write the changes that the block makes atomically."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _open_private(self._path.with_suffix(".lock")) as lock:
             _acquire(lock)
             # Read the file, not the cache: if it is unreadable, this must fail rather than overwrite it.
-            keys = _read(self._path) if self._path.exists() else {}
+            keys = _read(self._path)
             before = dict(keys)
             yield keys
             if keys != before:
@@ -192,8 +201,16 @@ def _valid_scopes(scopes: Iterable[str]) -> frozenset[str]:
 
 
 def _read(path: Path) -> dict[str, ApiKey]:
-    entries = map(ApiKey.from_dict, json.loads(path.read_text())["keys"])
-    return {entry.id: entry for entry in entries}
+    """Read the keys; none if the file does not exist."""
+    try:
+        entries = map(ApiKey.from_dict, json.loads(path.read_text())["keys"])
+        return {entry.id: entry for entry in entries}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError):
+        raise KeyFileDamaged(
+            f"{path} is damaged: restore it from a backup, or delete it and create the API keys again"
+        ) from None
 
 
 def _acquire(file: Any) -> None:

@@ -69,6 +69,7 @@ def claim_identity(settings: Settings, index: int | None, token: str) -> Identit
     """
     drained_by = time.monotonic() + settings.drain_s + CLAIM_S
     try:
+        settings.create_run_dir()
         label, breadcrumb = _claim(settings.run_dir, index, token, drained_by)
     except OSError as error:  # such as a full disk
         logger.warning("breadcrumb_not_written", extra={"reason": str(error)})
