@@ -28,7 +28,9 @@ _NAMES: Final = frozenset(
         "WEB_CONCURRENCY",  # gunicorn: number of processes
     }
 )
-_OURS: Final = frozenset({"FLOWER_PASSWORD", "FLOWER_PORT", "FLOWER_URL", "FLOWER_USER", "PROMETHEUS_MULTIPROC_DIR"})
+_OURS: Final = frozenset(
+    {"FLOWER_HOST", "FLOWER_PASSWORD", "FLOWER_PORT", "FLOWER_URL", "FLOWER_USER", "PROMETHEUS_MULTIPROC_DIR"}
+)
 """Settings with such a prefix, and a variable that `web/gunicorn.conf.py` sets."""
 
 
@@ -47,7 +49,9 @@ def drop_foreign_variables(environment: MutableMapping[str, str]) -> list[str]:
     return dropped
 
 
-_COMPOSE: Final = frozenset({"MODELS_DIR", "PYTHON_IMAGE", "REDIS_IMAGE", "REDIS_MAXMEMORY", "REDIS_PORT"})
+_COMPOSE: Final = frozenset(
+    {"MODELS_DIR", "PYTHON_IMAGE", "REDIS_IMAGE", "REDIS_MAXMEMORY", "REDIS_PASSWORD", "REDIS_PORT"}
+)
 """Variables of compose.yaml, which reads the same `.env`."""
 _CLOSE: Final = 0.85
 """Minimum similarity, from 0 to 1, of a misspelled name to a setting."""

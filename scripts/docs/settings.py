@@ -222,7 +222,7 @@ def _sources() -> Iterator[tuple[Path, str]]:
         "scripts/client": "client commands",
         "tests/smoke": "client commands",
     }
-    own = {"flower.py": "Flower", "keys.py": "`scripts/keys`"}
+    own = {"flower.py": "Flower", "keys.py": "`scripts/keys`", "worker.py": "worker"}
     for folder, process in folders.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path, own.get(path.name, process) if folder == "scripts/stack" else process

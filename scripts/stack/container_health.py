@@ -1,6 +1,6 @@
 """The health checks of compose.yaml: `python -m scripts.stack.container_health web|mlx-server|flower`.
 
-Exit 0: healthy. Else 1 and one line, which the engine keeps (`docker inspect`).
+Exit status 0: healthy; 1: unhealthy, with the reason on stdout, which `docker inspect` shows.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import urllib.request
 from collections.abc import Callable
 
 TIMEOUT_S = 4.0
-"""Less than the `timeout` of compose.yaml, so that the reason is told before the engine ends the check."""
+"""Below the `timeout` in compose.yaml, so that the reason is printed before the engine ends the check."""
 
 
 class Unhealthy(Exception):
-    """The line says why."""
+    """The message is the reason."""
 
 
 def check_web() -> None:
-    """The API answers. Its queue is the redis service's health, so that one failure has one name."""
+    """Check that the API answers. Redis is not checked here: it has its own health check."""
     _get("http://127.0.0.1:8080/livez")
 
 
 def check_flower() -> None:
-    """Flower answers."""
+    """Check that Flower answers."""
     _get("http://127.0.0.1:5555/healthcheck")
 
 
 def check_worker() -> None:
-    """The worker of this container renews its lease and has its model loaded."""
-    # The HTTP checks, which run in another image, do without these imports.
+    """Check that this container's worker renews its lease and has loaded its model."""
+    # Imported here to keep the HTTP checks fast.
     from shared.models.registry import Registry
     from shared.queue.redis import connect
     from shared.settings import load_settings
@@ -38,8 +38,8 @@ def check_worker() -> None:
     client = connect(load_settings().store_url, timeout_s=TIMEOUT_S, retries=0)
     here = [worker for worker in Registry(client).workers() if worker.host == socket.gethostname()]
     if not here:
-        raise Unhealthy("this container's worker has not announced itself, or its lease has lapsed")
-    # After a crash the one before may still be remembered for a moment.
+        raise Unhealthy("this container's worker has not registered, or its lease has expired")
+    # After a crash, the previous worker is listed until its entry expires.
     if max(here, key=lambda worker: worker.started_at).state == "loading":
         raise Unhealthy("the model is still loading")
 
@@ -48,17 +48,17 @@ CHECKS: dict[str, Callable[[], None]] = {"web": check_web, "mlx-server": check_w
 
 
 def _get(url: str) -> None:
-    # No proxy: the environment's knows the way out of the container, not into it.
+    # Ignore proxies from the environment: the service is in this container.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=TIMEOUT_S):
         pass
 
 
 def main(service: str) -> int:
-    """Run one service's check."""
+    """Run the check of a service; return the exit status."""
     try:
         CHECKS[service]()
-    except Exception as error:  # noqa: BLE001  whatever it is, it is the reason
+    except Exception as error:  # noqa: BLE001 - any error means unhealthy
         print(f"{type(error).__name__}: {error}")
         return 1
     return 0

@@ -160,8 +160,8 @@ def variables_of_this_run() -> dict[str, str]:
         for each in sockets.values():
             each.bind(("127.0.0.1", 0))
         ports = {name: str(each.getsockname()[1]) for name, each in sockets.items()}
-    secret = {"MLXQ_API_KEY": new_key(), "FLOWER_PASSWORD": secrets.token_urlsafe()}
-    return {**ports, **secret, "FLOWER_USER": "admin", "RATE_LIMIT": "10000/minute"}
+    passwords = {name: secrets.token_urlsafe() for name in ("FLOWER_PASSWORD", "REDIS_PASSWORD")}
+    return {**ports, **passwords, "MLXQ_API_KEY": new_key(), "FLOWER_USER": "admin", "RATE_LIMIT": "10000/minute"}
 
 
 def take_down(containers: Containers, keep_images: bool) -> None:

@@ -15,8 +15,10 @@ from shared.settings import ROOT, Settings
 
 Json = dict[str, Any]
 
-COMPOSE_VARIABLES: Final = frozenset({"MODELS_DIR", "REDIS_PORT", "REDIS_MAXMEMORY", "PYTHON_IMAGE", "REDIS_IMAGE"})
-"""What compose.yaml takes from `.env` beside the settings."""
+COMPOSE_VARIABLES: Final = frozenset(
+    {"MODELS_DIR", "REDIS_PASSWORD", "REDIS_PORT", "REDIS_MAXMEMORY", "PYTHON_IMAGE", "REDIS_IMAGE"}
+)
+"""Variables of compose.yaml that are not settings."""
 
 
 class EngineError(Exception):

