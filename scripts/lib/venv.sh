@@ -114,4 +114,12 @@ venv_ensure() {
   exec 9>&-
 }
 
+# Becomes `main()` of a module. SIGINT is ignored until scripts/lib/run.py has replaced Python's handler, which would
+# print a traceback. If it was ignored before, as in background jobs of shell scripts, Python leaves it ignored.
+run_main() { # MODULE ARGUMENTS…
+  if [ -n "$(trap -p INT)" ]; then exec python -P -m "$@"; fi
+  trap '' INT
+  exec python -P -m scripts.lib.run "$@"
+}
+
 venv_ensure "$@"
