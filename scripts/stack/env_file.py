@@ -1,4 +1,4 @@
-"""Writing `.env`: the secrets of the first run."""
+"""Writes the secrets of the first run to `.env`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-_HEADER = "# Settings of this stack, one NAME=value a line; the environment wins. All of them: .env.example"
+_HEADER = "# Settings, one NAME=value per line; environment variables take precedence. All settings: .env.example"
 
 
 def add_missing(path: Path, values: Mapping[str, str]) -> None:
-    """Set the variables that have no value in the file; create it, readable by its owner alone, when it is missing.
+    """Add the variables that have no value in the file. A missing file is created, readable by its owner only.
 
-    The file is replaced as a whole, so that a reader never sees half of it, and what stands in it stays.
+    Other lines are kept. The file is replaced atomically, so readers never see a part of it.
 
     Raises:
         OSError: the path is not a regular file, the file cannot be read, or its folder cannot be written.
     """
-    path = path.resolve()  # a link stays a link
+    path = path.resolve()  # replace the target of a link, not the link
     if path.exists() and not path.is_file():  # such as /dev/null, which root could replace
         reason = f"it is not a regular file; set {' and '.join(values)} in the environment"
         raise OSError(errno.EINVAL, reason, str(path))
@@ -34,21 +34,21 @@ def add_missing(path: Path, values: Mapping[str, str]) -> None:
 
 
 def _complete(lines: list[str], values: Mapping[str, str]) -> list[str]:
-    """The lines with what is missing added at the end, and an empty `NAME=` of it taken out."""
+    """Return the lines with the missing variables appended."""
     missing = {name: value for name, value in values.items() if not any(_value(line, name) for line in lines)}
-    # An empty value means the default; a second line beside it would be two answers to one question.
+    # `NAME=` without a value is replaced: a variable must not appear twice.
     kept = [line for line in lines if not any(_value(line, name) == "" for name in missing)]
     return kept + [f"{name}={value}" for name, value in missing.items()]
 
 
 def _value(line: str, name: str) -> str | None:
-    """What the line gives the variable; None when it is about something else."""
-    found, equals, value = line.strip().removeprefix("export ").partition("=")
-    return value.strip().strip("'\"") if equals and found.strip() == name else None
+    """Return the value that a line assigns to the variable; None if it assigns none."""
+    key, equals, value = line.strip().removeprefix("export ").partition("=")
+    return value.strip().strip("'\"") if equals and key.strip() == name else None
 
 
 def _replace(path: Path, text: str) -> None:
-    # mkstemp opens with O_EXCL and mode 600, and the name is unique: nobody can have prepared a trap there.
+    # mkstemp opens with O_EXCL and mode 600, so no other user can have created the file or a link in its place.
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ def _replace(path: Path, text: str) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two first runs with one `.env` and two DATA_DIRs agree on one key."""
+    """Lock the folder: two first runs with one `.env` and different DATA_DIRs must agree on one key."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""The one exception of starting a stack."""
+"""The exception that ends the start of a stack."""
 
 from __future__ import annotations
 
 
 class StartFailed(Exception):
-    """Why a start cannot go on: one line for a person, printed as it is."""
+    """The stack cannot start. The message is shown to the user as it is, one problem per line."""

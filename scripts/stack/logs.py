@@ -1,4 +1,4 @@
-"""Reading what supervisord and the children wrote."""
+"""The logs of supervisord and its children."""
 
 from __future__ import annotations
 
@@ -7,27 +7,44 @@ import re
 from pathlib import Path
 
 _TAIL_BYTES = 20_000
-_NEWS = re.compile(r"^\S+ \S+ \w+ ((?:exited|spawned|stopped|gave up|spawnerr): .*)$")
+_PROCESS_EVENT = re.compile(r"^\S+ \S+ \w+ ((?:exited|spawned|stopped|gave up|spawnerr): .*)$")
+_CONSEQUENCE = "worker_process_died"
+"""Event with which a launcher reports that its worker exited. The worker's own error, if any, explains more."""
 
 
-def last_line(log: Path) -> str:
-    """The last line of a program's log, the last error if there is one: of a JSON line its event and the reason."""
+def size(log: Path) -> int:
+    """Return the size of a log in bytes; 0 if it does not exist."""
+    return log.stat().st_size if log.exists() else 0
+
+
+def last_error(log: Path, offset: int = 0) -> str:
+    """Return the last error in a log, or its last line if there is none; of a JSON line, the event and its reason.
+
+    Args:
+        offset: where to begin, in bytes. Earlier lines belong to earlier runs.
+    """
+    lines = [_parse(line) for line in _tail(log, offset) if line.strip()]
+    errors = [text for text, is_error in lines if is_error]
+    causes = [text for text in errors if not text.startswith(_CONSEQUENCE)]
+    return (causes or errors or [text for text, _ in lines] or [""])[-1]
+
+
+def _tail(log: Path, offset: int) -> list[str]:
     try:
+        end = size(log)
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").split("\n")
+            file.seek(max(0, end - _TAIL_BYTES, offset if offset <= end else 0))  # a smaller file was rotated
+            return file.read().decode(errors="replace").split("\n")
     except OSError:
-        return ""
-    parsed = [_message(line) for line in lines if line.strip()]
-    errors = [text for text, is_error in parsed if is_error]
-    return (errors or [text for text, _ in parsed] or [""])[-1]
+        return []
 
 
-def _message(line: str) -> tuple[str, bool]:
+def _parse(line: str) -> tuple[str, bool]:
+    """Return the text of a line, and whether it reports an error."""
     try:
         entry = json.loads(line)
         event = str(entry["message"])
-        reason = entry.get("reason") or entry.get("exit")
+        reason = entry.get("reason") or entry.get("exit") or str(entry.get("exc_info", "")).strip().rpartition("\n")[2]
         text = f"{event}: {reason}" if reason else event
         return text.strip().partition("\n")[0], entry.get("level") in ("ERROR", "CRITICAL")
     except (ValueError, KeyError, TypeError):
@@ -35,23 +52,23 @@ def _message(line: str) -> tuple[str, bool]:
 
 
 class SupervisorLog:
-    """Follows supervisord's log for what became of the children."""
+    """Follows supervisord's log."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._offset = size(path)
 
-    def news(self) -> list[str]:
-        """Starts and ends since the last call, as supervisord put them."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        if size < self._offset:  # rotated
+    def read_events(self) -> list[str]:
+        """Return the starts and exits of children since the last call, in supervisord's words."""
+        end = size(self._path)
+        if end < self._offset:  # rotated
             self._offset = 0
-        if size == self._offset:
+        if end == self._offset:
             return []
         with self._path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        matches = map(_NEWS.match, whole.decode(errors="replace").splitlines())
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        matches = map(_PROCESS_EVENT.match, complete.decode(errors="replace").splitlines())
         return [match.group(1) for match in matches if match]

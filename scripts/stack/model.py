@@ -1,4 +1,4 @@
-"""The model folder: which one, and that it is filled on the first run."""
+"""The models to serve: the default model is fetched on the first run, `--vision` adds another."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT, Settings
 
 VISION = ROOT / "models/ui-micro"
-"""The model that `--vision` adds; it comes with the repository."""
+"""The model that `--vision` adds; it is part of the repository."""
 
 
 def add_vision_model(settings: Settings) -> Settings:
-    """The same settings with the vision model beside the others, for this process and all that it starts."""
+    """Add the vision model to the catalog and to WORKER_MODELS, for this process and its children."""
     catalog = load_catalog(settings)
     name = next((model.id for model in catalog.models.values() if model.path == VISION), VISION.name)
     if name not in catalog.models:
         os.environ["MODELS_FILE"] = str(_extended_catalog(settings))
-        if catalog.default == settings.model_id:  # it is in no file, and stays the default only if it is set
+        if catalog.default == settings.model_id:  # not in a catalog: it stays the default only if MODEL_PATH is set
             os.environ["MODEL_PATH"] = str(settings.model_path)
     lists = (settings.worker_models or catalog.default).split(";")
     os.environ["WORKER_MODELS"] = ";".join(each if name in each.split(",") else f"{each},{name}" for each in lists)
-    return preflight.settings_or_fail()
+    return preflight.load_settings_or_fail()
 
 
 def _extended_catalog(settings: Settings) -> Path:
-    """A copy of the catalog with the vision model as its last entry."""
+    """Write a copy of the catalog with the vision model as its last entry."""
     file = settings.models_file
     entries = file.read_text("utf-8") if file.exists() else ""
     extended = settings.run_dir / "catalog.toml"
@@ -42,10 +42,10 @@ def _extended_catalog(settings: Settings) -> Path:
 
 
 def ensure_model(settings: Settings, environment: Mapping[str, str], signals: StopSignals) -> None:
-    """Fetch the default model when it is not there.
+    """Fetch the default model if it is missing.
 
     Raises:
-        StartFailed: another model is missing or not whole, or the fetch failed; its own lines have said why.
+        StartFailed: another model is missing or incomplete, or the fetch failed and has printed why.
     """
     if settings.backend == "fake":
         return
@@ -55,10 +55,10 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
         _check(path)
         return
     if path != Settings.model_fields["model_path"].default:
-        own = (
+        source = (
             "MODEL_PATH" if path == settings.model_path else f"{settings.models_file.name}: the default model's folder"
         )
-        raise StartFailed(f"{own} {path} holds no model (no config.json); see scripts/fetch_model")
+        raise StartFailed(f"{source} {path} contains no model (no config.json); see scripts/fetch_model")
     fetch = subprocess.Popen([sys.executable, "-P", "-m", "scripts.model_files.fetch"], env=environment, cwd=ROOT)
     try:
         while fetch.poll() is None:
@@ -71,7 +71,7 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
 
 
 def _check(path: Path) -> None:
-    """See that the folder is whole before anything is started: the worker would find it out much later."""
+    """Check that the folder is complete; the worker would find out much later."""
     try:
         check_folder(path)
     except ModelError as error:

@@ -1,6 +1,6 @@
-"""A fast BLAS for MLX on a Linux CPU: found, installed where that is possible, or asked for.
+"""Provides OpenBLAS, a fast BLAS for MLX on Linux CPUs: installs it if possible, or prints how to.
 
-MLX's own wheel links the reference BLAS. The worker puts OpenBLAS in front of it when the machine has one.
+MLX's wheel links the slow reference BLAS. Workers load OpenBLAS in its place if the machine has it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Callable
 from shared.blas import prefer_openblas
 
 _PACKAGE = "libopenblas0-pthread"
-_GAIN = "matrix products on this CPU would run 50 times as fast, generation at 2 to 6 times the speed"
-_INSTALL_S = 300
+_GAIN = "it makes matrix products on this CPU 50 times as fast, and generation 2 to 6 times"
+_INSTALL_TIMEOUT_S = 300
 
 
-def ensure_openblas(say: Callable[[str], None]) -> None:
-    """See that OpenBLAS is there. Says in one line what it did or what to do, and never fails."""
+def ensure_openblas(report: Callable[[str], None]) -> None:
+    """Install OpenBLAS if it is missing and that is possible; report in one line what was done or is to do."""
     if _is_fast():
         return
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        say(f"installing {_PACKAGE}: {_GAIN}")
+        report(f"installing {_PACKAGE}: {_GAIN}")
         _install()
     if not _is_fast():
-        say(f"no OpenBLAS found: {_GAIN}; on Debian and Ubuntu: apt-get install {_PACKAGE}")
+        report(f"no OpenBLAS found: {_GAIN}; on Debian and Ubuntu: apt-get install {_PACKAGE}")
 
 
 def _is_fast() -> bool:
@@ -37,11 +37,11 @@ def _install() -> None:
     install = ["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", _PACKAGE]
     for command in (["apt-get", "update", "--quiet"], install):
         try:
-            # A session of its own: a Ctrl-C in the middle would leave dpkg half done.
+            # In its own session: Ctrl-C in the middle would leave dpkg in an inconsistent state.
             subprocess.run(
                 command,
                 env=environment,
-                timeout=_INSTALL_S,
+                timeout=_INSTALL_TIMEOUT_S,
                 check=False,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

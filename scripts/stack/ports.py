@@ -1,4 +1,4 @@
-"""Ports to listen on."""
+"""TCP ports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
+    """Return a port that no process listens on at present."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,13 +1,16 @@
-"""What can be known to go wrong before anything is started, each as one line."""
+"""Checks before anything is started. Each failure is one line that names the setting and the fix."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -15,21 +18,25 @@ from pydantic import ValidationError
 
 from scripts.stack.failure import StartFailed
 from shared.queue.durability import why_unproven
-from shared.queue.redis import connect
+from shared.queue.redis import Redis, connect
 from shared.queue.redis_url import is_redis
 from shared.queue.requirements import Fault, find_broker_faults, find_faults
 from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
 
 MIN_FREE_BYTES = 200 * 2**20
 _SOCKET_PATH_MAX = 103 if sys.platform == "darwin" else 107
-# Supervisor binds its socket under a temporary name: the path, a dot and its process id.
+# supervisord binds its socket under a temporary name: the path, a dot and its process id.
 _SOCKET_SUFFIX = len(".4194304")
-# Supervisor's configuration gives them a meaning and cannot quote them everywhere; `?` ends the path of a Redis URL.
-_BAD_PATH_CHARACTERS = set("%;#\"'\\\n?")
+# Characters with a meaning in supervisord's configuration that cannot be escaped; `?` ends the path of a Redis URL.
+_FORBIDDEN_PATH_CHARACTERS = set("%;#\"'\\\n?")
 
 
-def settings_or_fail() -> Settings:
-    """The settings; one line for each variable that does not fit. The first run creates ENV_FILE."""
+def load_settings_or_fail() -> Settings:
+    """Load the settings. ENV_FILE may be missing: the first run creates it.
+
+    Raises:
+        StartFailed: with one line per invalid variable.
+    """
     try:
         return load_settings(env_file_may_be_missing=True)
     except ValidationError as error:
@@ -39,60 +46,88 @@ def settings_or_fail() -> Settings:
 
 
 def prepare_data_dir(settings: Settings) -> None:
-    """Make the folders, and see that they can be written and hold a socket."""
+    """Create DATA_DIR and its folders; check that they are writable and that sockets' paths fit."""
     folder = settings.data_dir
-    for name, path in (("DATA_DIR", folder), ("this checkout's folder", ROOT)):
-        if bad := sorted(_BAD_PATH_CHARACTERS & set(str(path))):
-            raise StartFailed(f"{name} {str(path)!r} has characters that it may not have: {' '.join(map(repr, bad))}")
+    for name, path in (("DATA_DIR", folder), ("the repository's path", ROOT)):
+        if forbidden := sorted(_FORBIDDEN_PATH_CHARACTERS & set(str(path))):
+            characters = " ".join(map(repr, forbidden))
+            raise StartFailed(f"{name} {str(path)!r} contains {characters}, which supervisord cannot handle")
     excess = len(os.fsencode(settings.redis_socket)) + _SOCKET_SUFFIX - _SOCKET_PATH_MAX
     if excess > 0:
-        raise StartFailed(f"DATA_DIR {folder} is {excess} bytes too long: its sockets' paths have a limit")
+        raise StartFailed(f"DATA_DIR {folder} is {excess} bytes too long for the path of a Unix socket")
     try:
-        for each in (folder, settings.run_dir, settings.log_dir, folder / "valkey"):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        settings.create_run_dir()
+        for each in (settings.log_dir, folder / "valkey"):
+            each.mkdir(mode=0o700, exist_ok=True)
         _write_probe(folder)
     except OSError as error:
         raise StartFailed(f"cannot write to DATA_DIR {folder}: {os.strerror(error.errno or 0)}") from None
-    if full := full_disk(folder, MIN_FREE_BYTES):
+    if full := disk_full(folder, MIN_FREE_BYTES):
         raise StartFailed(full)
 
 
-def full_disk(folder: Path, needed: int) -> str:
-    """The line that says so when the disk has fewer bytes free than needed; empty when it has them."""
+def disk_full(folder: Path, needed: int) -> str:
+    """Return a message if the disk of a folder has fewer free bytes than needed, else an empty string."""
     free = shutil.disk_usage(folder).free
-    return f"the disk of DATA_DIR {folder} is full: {free >> 20} MB free, needs {needed >> 20}" * (free < needed)
+    return f"the disk of DATA_DIR {folder} is full: {free >> 20} MB free, {needed >> 20} MB needed" * (free < needed)
 
 
 def _write_probe(folder: Path) -> None:
-    # A quota or a full file system shows only when blocks are really taken.
+    # A quota or a full file system may show only when blocks are allocated.
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"\0" * 65536)
         file.flush()
         os.fsync(file.fileno())
 
 
+@contextmanager
+def single_instance(lock: Path, url: str) -> Iterator[None]:
+    """Hold the lock file of a DATA_DIR, with pid and URL written into it. The kernel releases it at any exit.
+
+    Raises:
+        StartFailed: another process holds it.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1000).decode() or "still starting"
+            raise StartFailed(f"already running in {lock.parent.parent} ({holder}); nothing was changed") from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()}, {url}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def check_ports(settings: Settings) -> None:
-    """See that both ports are free."""
+    """Check that the ports of the API and Flower are free."""
     if settings.port == settings.flower_port:
         raise StartFailed(f"PORT and FLOWER_PORT are both {settings.port}")
-    for name, port in (("PORT", settings.port), ("FLOWER_PORT", settings.flower_port)):
-        _check_port(settings.host, name, port)
+    _check_port("HOST", settings.host, "PORT", settings.port)
+    _check_port("FLOWER_HOST", settings.flower_host, "FLOWER_PORT", settings.flower_port)
 
 
-def _check_port(host: str, name: str, port: int) -> None:
+def _check_port(host_name: str, host: str, port_name: str, port: int) -> None:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror:
-        raise StartFailed(f"HOST {host} is not an address of this machine") from None
+        raise StartFailed(f"{host_name} {host} is not an address of this machine") from None
     with socket.socket(family, kind) as probe:
-        # As the servers do: connections of an earlier run that still time out do not count.
+        # The servers set it too: connections of an earlier run in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise StartFailed(f"port {port} is taken; set {name} to another in {ENV_FILE}") from None
+                raise StartFailed(port_taken(port_name, port)) from None
             raise StartFailed(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from None
+
+
+def port_taken(name: str, port: int) -> str:
+    """Return the message for a port that another process listens on; `name` is its variable."""
+    return f"port {port} is taken; set {name} to another one in {ENV_FILE}"
 
 
 def check_redis(settings: Settings) -> None:
@@ -101,19 +136,31 @@ def check_redis(settings: Settings) -> None:
         return
     try:
         with connect(settings.store_url, timeout_s=5, retries=0) as client:
-            client.ping()
-            faults = find_faults(client, broker=not settings.broker_url)
+            faults = redis_faults(client, settings)
             unproven = why_unproven(client) if settings.durable and not faults else ""
     except (redis.RedisError, ValueError, OSError) as error:
-        raise StartFailed(f"REDIS_URL cannot be reached: {error}") from None
+        raise StartFailed(f"REDIS_URL cannot be used: {error}") from None
     if faults:
         raise StartFailed(f"REDIS_URL: {' '.join(map(str, faults))}")
     if unproven:
-        raise StartFailed(f"REDIS_URL: {unproven} To accept them all the same: DURABLE=false")
+        raise StartFailed(f"REDIS_URL: {unproven} To accept jobs all the same, set DURABLE=false")
+
+
+def redis_faults(client: Redis, settings: Settings) -> list[Fault]:
+    """Return why this Redis must not hold jobs.
+
+    Raises:
+        redis.RedisError: Redis is unreachable.
+    """
+    client.ping()
+    faults = find_faults(client, broker=not settings.broker_url)
+    if not faults and client.info("replication").get("role") != "master":
+        return [Fault("This Redis is a read-only replica: use the URL of its master, or a sentinel:// URL.")]
+    return faults
 
 
 def check_broker(settings: Settings) -> None:
-    """See that a broker of its own answers."""
+    """Check that a separate broker answers and permits what Celery does."""
     if not settings.broker_url:
         return
     from shared.queue.wakeups import make_app
@@ -122,7 +169,7 @@ def check_broker(settings: Settings) -> None:
         with make_app(settings, hasty=True).connection_for_write() as connection:
             connection.connect()
         faults = _broker_faults(settings.broker_url)
-    except Exception as error:  # noqa: BLE001 - each of kombu's transports has errors of its own
+    except Exception as error:  # noqa: BLE001 - each kombu transport raises its own errors
         raise StartFailed(f"BROKER_URL cannot be reached: {error}") from None
     if faults:
         raise StartFailed(f"BROKER_URL: {' '.join(map(str, faults))}")

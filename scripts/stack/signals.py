@@ -1,4 +1,4 @@
-"""Being asked to stop, noticed at safe points only."""
+"""Stop signals, handled only at safe points."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ import select
 import signal
 from types import FrameType
 
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequested(BaseException):
-    """Somebody wants the stack to end. Not an Exception: no error handling on the way may swallow it."""
+    """A stop signal arrived. Not an Exception, so that no error handler on the way catches it."""
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGHUP into `StopRequested`, raised from `pause` and from nowhere else."""
+    """Turns SIGINT, SIGTERM and SIGHUP into `StopRequested`, which only `pause` raises."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._stop_requested = False
         self.hung_up = False
-        """Whether the terminal has gone away: writing to it would fail."""
+        """Whether the terminal was closed: writing to it would fail."""
         self._wakeup, writer = os.pipe()
         os.set_blocking(self._wakeup, False)
         os.set_blocking(writer, False)
-        # The pipe ends a pause at once; a handler alone would let the sleep go on.
+        # The pipe interrupts `select` in `pause`; Python resumes it after a handler that does not raise.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in _STOP:
+        for number in _STOP_SIGNALS:
             ignored = signal.getsignal(number) is signal.SIG_IGN
-            if not (number == signal.SIGHUP and ignored):  # nohup stays nohup
-                signal.signal(number, self._ask)
+            if not (number == signal.SIGHUP and ignored):  # started with nohup
+                signal.signal(number, self._on_signal)
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self._asked = True
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._stop_requested = True
         self.hung_up |= number == signal.SIGHUP
 
     def pause(self, seconds: float) -> None:
         """Sleep.
 
         Raises:
-            StopRequested: a signal came, now or earlier. The next pause sleeps again, until the next signal.
+            StopRequested: a signal arrived, now or since the last call. The next call sleeps again.
         """
-        if not self._asked and select.select([self._wakeup], [], [], seconds)[0]:
+        if not self._stop_requested and select.select([self._wakeup], [], [], seconds)[0]:
             os.read(self._wakeup, 4096)
-        if self._asked:
-            self._asked = False
+        if self._stop_requested:
+            self._stop_requested = False
             raise StopRequested
 
     def ignore(self) -> None:
-        """Nothing interrupts what is left to do."""
-        for number in _STOP:
+        """Ignore stop signals from now on, so that nothing interrupts the cleanup."""
+        for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

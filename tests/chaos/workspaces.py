@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from scripts.stack import leftovers
+from scripts.stack import processes
 from tests.chaos import disks, network_faults
 
 _NAME = re.compile(r"mlxq-chaos-(\d+)-.*")
@@ -22,8 +22,8 @@ def new(pid: int) -> Path:
 def sweep() -> None:
     """End the processes that dead runs have left, and take their disks and networks away; their logs stay."""
     for workspace in orphans(Path(tempfile.gettempdir())):
-        if leftovers.find(workspace):
-            leftovers.end_all(workspace, patience_s=0)
+        if processes.find(workspace):
+            processes.terminate_all(workspace, grace_s=0)
         disks.sweep(workspace)
     network_faults.sweep()
 

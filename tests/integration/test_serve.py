@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from scripts.client.api import Client, Refused
-from scripts.stack import leftovers
+from scripts.stack import processes
 from scripts.stack.ports import free_port
 from shared.jobs.record import Status
 from shared.queue.redis import connect
@@ -90,13 +90,13 @@ class Served:
 
     def processes(self, part: str = "") -> list[psutil.Process]:
         """The stack's processes, or those with this in their command line."""
-        return [each for each in leftovers.find(self.data_dir) if part in " ".join(each.cmdline())]
+        return [each for each in processes.find(self.data_dir) if part in " ".join(each.cmdline())]
 
     def clean_up(self) -> None:
         for process in self._started:
             process.kill()
             process.wait()
-        leftovers.end_all(self.data_dir, patience_s=0)
+        processes.terminate_all(self.data_dir, grace_s=0)
 
     def _output(self) -> Path:
         return self.env_file.with_name("said")
@@ -236,7 +236,7 @@ def test_what_a_killed_serve_left_behind_is_ended_by_the_next(served: Served) ->
     process.wait()
     assert {each.pid for each in served.processes()} == old
     served.bring_up()
-    assert "left behind" in served.said()
+    assert "orphaned processes" in served.said()
     assert not old & {each.pid for each in served.processes()}
     with connect(served.store_url) as queue:
         assert queue.get("kept") == "yes"
@@ -248,7 +248,7 @@ def test_a_taken_port_is_one_line(served: Served) -> None:
         listener.listen()
         result = served.run()
     assert result.returncode == 1
-    assert re.fullmatch(r"scripts/serve: port \d+ is taken; set PORT to another in \S+\n", result.stderr)
+    assert re.fullmatch(r"scripts/serve: port \d+ is taken; set PORT to another one in \S+\n", result.stderr)
     assert served.processes() == []
 
 
@@ -272,7 +272,7 @@ def test_a_model_that_is_not_whole_is_one_line_before_anything_starts(served: Se
 def test_a_missing_model_is_one_line(served: Served) -> None:
     result = served.run(MODEL_PATH=str(served.data_dir / "nothing"), BACKEND="auto")
     assert result.returncode == 1
-    assert re.fullmatch(r"scripts/serve: MODEL_PATH .* holds no model .*\n", result.stderr)
+    assert re.fullmatch(r"scripts/serve: MODEL_PATH .* contains no model .*\n", result.stderr)
 
 
 def test_a_queue_that_a_power_failure_damaged_is_repaired_and_keeps_its_jobs() -> None:
@@ -282,12 +282,12 @@ def test_a_queue_that_a_power_failure_damaged_is_repaired_and_keeps_its_jobs() -
             served.bring_up().kill()
             with served.client() as client:
                 job = client.submit({"prompt": "Hello", "max_tokens": 2}, wait_s=30)
-            leftovers.end_all(served.data_dir, patience_s=0)
+            processes.terminate_all(served.data_dir, grace_s=0)
             (file,) = (served.data_dir / "valkey/appendonlydir").glob("*.incr.aof")
             with file.open("ab") as damaged:
                 damaged.write(b"\0" * 4096)
             served.bring_up()
-            assert "its last 4096 bytes were cut" in served.said()
+            assert "its last 4096 bytes were removed" in served.said()
             with served.client() as client:
                 assert client.job(job.id).status is Status.SUCCEEDED
         finally:

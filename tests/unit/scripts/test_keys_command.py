@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.stack import keys
-from web.access.api_keys import KeyStore
+from scripts.stack import keys, serve
+from scripts.stack.failure import StartFailed
+from scripts.stack.terminal import Terminal
+from shared.settings import load_settings
+from web.access.api_keys import KeyStore, new_key
 
 
 @pytest.fixture
@@ -50,6 +53,43 @@ def test_a_key_is_revoked_by_its_id_too(store: KeyStore) -> None:
     key = store.create("laptop", ["infer"])
     assert keys.main(["revoke", key.split("_")[1]]) == 0
     assert store.find(key) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"keys": [null]}', '{"keys": [{"id": "x"}]}'])
+@pytest.mark.parametrize("arguments", [["create", "laptop"], ["list"], ["revoke", "laptop"]])
+def test_a_damaged_file_is_named_with_the_fix(
+    store: KeyStore, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str, arguments: list[str]
+) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(content)
+    assert keys.main(arguments) == 1
+    fix = "restore it from a backup, or delete it and create the API keys again"
+    assert capfd.readouterr() == ("", f"keys: {file} is damaged: {fix}\n")
+    assert file.read_text() == content
+
+
+def test_serve_names_a_damaged_file_too(store: KeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXQ_API_KEY", new_key())
+    monkeypatch.setenv("FLOWER_PASSWORD", "secret")
+    (tmp_path / "keys.json").touch()
+    with pytest.raises(StartFailed, match=rf"^{tmp_path}/keys.json is damaged: "):
+        serve.register_secrets(load_settings(), Terminal())
+
+
+def test_the_local_key_may_only_infer(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = new_key()
+    monkeypatch.setenv("MLXQ_API_KEY", key)
+    monkeypatch.setenv("FLOWER_PASSWORD", "secret")
+    serve.register_secrets(load_settings(), Terminal())
+    local = store.find(key)
+    assert local is not None
+    assert (local.name, local.scopes) == ("local", {"infer"})
+
+
+def test_a_missing_data_dir_is_created_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    assert keys.main(["create", "laptop"]) == 0
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(

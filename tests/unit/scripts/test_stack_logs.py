@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.stack.logs import SupervisorLog, last_line
+from scripts.stack.logs import SupervisorLog, last_error
 
 STAMP = "2026-01-01 10:00:00,000"
 
 
-def test_the_last_error_explains_more_than_the_last_line(tmp_path: Path) -> None:
+def test_the_last_error_explains_more_than_the_last_error(tmp_path: Path) -> None:
     log = tmp_path / "web.log"
     log.write_text('{"level": "ERROR", "message": "no such thing\\nTraceback"}\n{"level": "INFO", "message": "bye"}\n')
-    assert last_line(log) == "no such thing"
+    assert last_error(log) == "no such thing"
 
 
 def test_an_event_is_shown_with_its_reason(tmp_path: Path) -> None:
     log = tmp_path / "worker-0.log"
     log.write_text('{"level": "CRITICAL", "message": "worker_ends", "reason": "no progress for too long"}\n')
-    assert last_line(log) == "worker_ends: no progress for too long"
+    assert last_error(log) == "worker_ends: no progress for too long"
 
 
 def test_plain_lines_count_too(tmp_path: Path) -> None:
     log = tmp_path / "valkey.log"
     log.write_text("1\nbad directive\n\n")
-    assert last_line(log) == "bad directive"
+    assert last_error(log) == "bad directive"
 
 
 def test_no_log_says_nothing(tmp_path: Path) -> None:
-    assert last_line(tmp_path / "missing.log") == ""
+    assert last_error(tmp_path / "missing.log") == ""
 
 
 def test_news_are_starts_and_ends_since_the_last_time(tmp_path: Path) -> None:
@@ -39,10 +39,10 @@ def test_news_are_starts_and_ends_since_the_last_time(tmp_path: Path) -> None:
         file.write(f"{STAMP} INFO success: web entered RUNNING state\n")
         file.write(f"{STAMP} WARN exited: web (exit status 1; not expected)\n{STAMP} INFO spawn")
         file.flush()
-        assert log.news() == ["exited: web (exit status 1; not expected)"]
+        assert log.read_events() == ["exited: web (exit status 1; not expected)"]
         file.write("ed: 'web' with pid 2\n")
         file.flush()
-        assert log.news() == ["spawned: 'web' with pid 2"]
+        assert log.read_events() == ["spawned: 'web' with pid 2"]
 
 
 def test_a_rotated_log_is_read_from_its_start(tmp_path: Path) -> None:
@@ -50,4 +50,4 @@ def test_a_rotated_log_is_read_from_its_start(tmp_path: Path) -> None:
     path.write_text("x" * 500)
     log = SupervisorLog(path)
     path.write_text(f"{STAMP} INFO stopped: web (exit status 0)\n")
-    assert log.news() == ["stopped: web (exit status 0)"]
+    assert log.read_events() == ["stopped: web (exit status 0)"]

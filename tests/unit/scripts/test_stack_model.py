@@ -11,7 +11,7 @@ import pytest
 from scripts.stack import config, preflight, serve
 from scripts.stack.failure import StartFailed
 from scripts.stack.model import add_vision_model, ensure_model
-from scripts.stack.screen import Screen
+from scripts.stack.terminal import Terminal
 from shared.models.catalog import load_catalog
 from shared.settings import ROOT, Settings
 from tests.support.small_models import make_folder
@@ -26,7 +26,7 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_vision() -> Settings:
-    settings = preflight.settings_or_fail()
+    settings = preflight.load_settings_or_fail()
     preflight.prepare_data_dir(settings)
     return add_vision_model(settings)
 
@@ -47,7 +47,7 @@ def test_vision_adds_a_model_and_keeps_the_default_one(tmp_path: Path) -> None:
     assert first_models(settings) == ["SmolLM2-135M-Instruct", "ui-micro"]
     environment = config.child_environment(settings, "mark", tmp_path / "env")
     assert environment["WORKER_MODELS"] == "SmolLM2-135M-Instruct,ui-micro"
-    assert first_models(preflight.settings_or_fail()) == first_models(settings)  # read again when .env was written
+    assert first_models(preflight.load_settings_or_fail()) == first_models(settings)  # read again when .env was written
 
 
 def test_vision_adds_a_model_to_a_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +86,14 @@ def test_a_default_of_the_catalog_that_is_not_there_is_told(tmp_path: Path, monk
     )
     monkeypatch.setenv("MODELS_FILE", str(catalog))
 
-    with pytest.raises(StartFailed, match=r"catalog.toml: the default model's folder .*/far holds no model"):
-        ensure_model(preflight.settings_or_fail(), {}, None)  # type: ignore[arg-type]  # nothing is waited for
+    with pytest.raises(StartFailed, match=r"catalog.toml: the default model's folder .*/far contains no model"):
+        ensure_model(preflight.load_settings_or_fail(), {}, None)  # type: ignore[arg-type]  # nothing is fetched, so it never pauses
 
 
 def test_the_printed_example_is_one_that_the_small_vision_model_understands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Screen().ready(with_vision(), tmp_path / "env", key_in_environment=True)
+    Terminal().print_ready(with_vision(), tmp_path / "env", key_in_environment=True)
     said = capsys.readouterr().out
     assert "SmolLM2-135M-Instruct, ui-micro are ready" in said
     text, vision = (line for line in said.splitlines() if line.startswith("curl"))
@@ -116,7 +116,7 @@ def test_the_printed_example_asks_a_model_that_is_there(
     for name, value in (("MODELS_FILE", str(tmp_path / "catalog.toml")), ("WORKER_MODELS", "three;two")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORKERS", "2")
-    Screen().ready(preflight.settings_or_fail(), tmp_path / "env", key_in_environment=True)
+    Terminal().print_ready(preflight.load_settings_or_fail(), tmp_path / "env", key_in_environment=True)
     said = capsys.readouterr().out
     assert "three, two are ready: 2 workers" in said
     assert '"model": "three"' in said
