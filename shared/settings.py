@@ -20,12 +20,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.environment import drop_foreign_variables, unknown_names
 from shared.queue import redis_url
+from shared.queue.redis_url import Tls
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
 RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
 """A rate in the format of the `limits` package."""
 
+_TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
 _IN_ORDER: Final = {
     "max_start_within_s": ("start_within_s", "max_start_within_s"),
     "max_deadline_s": ("deadline_s", "max_deadline_s"),
@@ -61,13 +63,24 @@ class Settings(BaseSettings):
     )
     redis_url: str = Field(
         "",
-        description="Redis or Valkey server for the queue: `redis://`, `rediss://`, `unix://` or "
-        "`sentinel://host,host/0?master=NAME`. Empty: start an embedded Valkey in DATA_DIR",
+        description="Redis or Valkey server for the queue: `redis://`, `rediss://` (TLS), `unix://` or "
+        "`sentinel://host,host/0?master=NAME` (with TLS: `&tls=true`). Empty: start an embedded Valkey in DATA_DIR",
     )
     redis_maxmemory_bytes: Literal["auto"] | Annotated[int, Field(ge=64 * 2**20)] = Field(
         "auto",
         description="Memory limit (`maxmemory`) of the embedded Valkey. `auto`: a quarter of the "
         "machine's memory, at least 256 MiB and at most 4 GiB",
+    )
+    redis_ca_file: Path | None = Field(
+        None,
+        description="Certificates of the CAs that may sign Redis's certificate, in PEM format, for TLS. Empty: the "
+        "system's",
+    )
+    redis_cert_file: Path | None = Field(
+        None, description="Certificate that clients present to Redis, in PEM format, for TLS. Empty: none"
+    )
+    redis_key_file: Path | None = Field(
+        None, description="Private key of REDIS_CERT_FILE. Empty: it is in the same file"
     )
     broker_url: str = Field("", description="Celery broker, in the same forms as REDIS_URL. Empty: use REDIS_URL")
 
@@ -256,6 +269,9 @@ class Settings(BaseSettings):
         object.__setattr__(self, "data_dir", ROOT / self.data_dir.expanduser())
         object.__setattr__(self, "model_path", ROOT / self.model_path.expanduser())
         object.__setattr__(self, "models_file", ROOT / self.models_file.expanduser())
+        for name in _TLS_FILES:
+            if (file := getattr(self, name)) is not None:
+                object.__setattr__(self, name, ROOT / file.expanduser())
         return self
 
     @cached_property
@@ -296,12 +312,20 @@ class Settings(BaseSettings):
     @cached_property
     def store_url(self) -> str:
         """URL of the queue's Redis, for `shared.queue.redis.connect`."""
-        return self.redis_url or f"unix://{self.redis_socket}"
+        return redis_url.with_tls_files(self.redis_url, self._tls) or f"unix://{self.redis_socket}"
 
     @cached_property
     def celery_url(self) -> str:
         """URL of the broker, for `shared.queue.broker`."""
-        return self.broker_url or self.store_url
+        return redis_url.with_tls_files(self.broker_url, self._tls) or self.store_url
+
+    @property
+    def _tls(self) -> Tls:
+        return Tls(*(str(file) if file else None for file in self._tls_files))
+
+    @property
+    def _tls_files(self) -> tuple[Path | None, Path | None, Path | None]:
+        return self.redis_ca_file, self.redis_cert_file, self.redis_key_file
 
     @cached_property
     def model_id(self) -> str:
@@ -325,7 +349,7 @@ def load_settings(*, env_file_may_be_missing: bool = False) -> Settings:
     """
     drop_foreign_variables(os.environ)
     settings = Settings()
-    problems = dict(_unknown_settings())
+    problems = {**dict(_unknown_settings()), **dict(_unusable_tls_files(settings))}
     if "ENV_FILE" in os.environ and not ENV_FILE.exists() and not env_file_may_be_missing:
         problems["env_file"] = f"{ENV_FILE} does not exist"
     if "models_file" in settings.model_fields_set and not settings.models_file.exists():
@@ -341,6 +365,20 @@ def _unknown_settings() -> Iterator[tuple[str, str]]:
     if ENV_FILE.is_file():
         for name, similar in unknown_names(dotenv_values(ENV_FILE), Settings.model_fields).items():
             yield name, f"no such setting (in {ENV_FILE})" + f"; did you mean {similar}?" * bool(similar)
+
+
+def _unusable_tls_files(settings: Settings) -> Iterator[tuple[str, str]]:
+    urls = [url for url in (settings.redis_url, settings.broker_url) if url and redis_url.is_redis(url)]
+    for name in _TLS_FILES:
+        file: Path | None = getattr(settings, name)
+        if file is None:
+            continue
+        if not os.access(file, os.R_OK):
+            yield name, f"{file} does not exist or cannot be read"
+        elif all(redis_url.parse(url).tls is None for url in urls):
+            yield name, "neither REDIS_URL nor BROKER_URL uses TLS: set rediss://, or tls=true for Sentinel"
+        elif name == "redis_key_file" and settings.redis_cert_file is None:
+            yield name, "set REDIS_CERT_FILE, too"
 
 
 def _error(name: str, reason: str) -> InitErrorDetails:

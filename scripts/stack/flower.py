@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+from typing import Any
 
 import celery.__main__
-import flower.options  # noqa: F401 - defines the options that are set here
+import flower.options
+import flower.views
 from tornado.options import options
 
+from shared.queue.redis import connect
+from shared.queue.redis_url import is_redis
 from shared.settings import load_or_exit
+
+
+class RedisQueues:
+    """Reads the lengths of queues for Flower's page of the broker.
+
+    Flower's own clients have no user name for a Unix socket, and know only one sentinel.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def queues(self, names: list[str]) -> list[dict[str, Any]]:
+        """Return name and number of messages of each queue."""
+        return await asyncio.to_thread(self._read, list(names))
+
+    def _read(self, names: list[str]) -> list[dict[str, Any]]:
+        with connect(self._url, timeout_s=2, retries=0) as client, client.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.llen(name)
+            return [{"name": name, "messages": messages} for name, messages in zip(names, pipe.execute(), strict=True)]
 
 
 def main() -> None:
@@ -23,6 +48,8 @@ def main() -> None:
     if not password:
         sys.exit("FLOWER_PASSWORD is empty: set it in the environment or .env")
     options.basic_auth = [f"{settings.flower_user}:{password}"]
+    if is_redis(settings.celery_url):
+        flower.views.Broker = lambda *_args, **_options: RedisQueues(settings.celery_url)
     no_file = f"--conf={os.devnull}"  # otherwise Flower executes flowerconfig.py from the current directory
     address = (f"--address={settings.flower_host}", f"--port={settings.flower_port}")
     sys.argv = ["celery", "-A", "shared.queue.wakeups:app", "flower", no_file, *address]

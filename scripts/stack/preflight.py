@@ -168,7 +168,7 @@ def check_broker(settings: Settings) -> None:
     try:
         with make_app(settings, hasty=True).connection_for_write() as connection:
             connection.connect()
-        faults = _broker_faults(settings.broker_url)
+        faults = _broker_faults(settings.celery_url)
     except Exception as error:  # noqa: BLE001 - each kombu transport raises its own errors
         raise StartFailed(f"BROKER_URL cannot be reached: {error}") from None
     if faults:

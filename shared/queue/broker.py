@@ -1,6 +1,8 @@
-"""Celery's broker: BROKER_URL in kombu's format, and a transport for Redis Sentinel.
+"""Celery's broker: BROKER_URL in kombu's format, and transports for Redis and Redis Sentinel.
 
-The transport uses the classes of `shared.queue.sentinel`, so the broker and the queue fail over in the same way.
+kombu receives URLs without user name and password, because it shows parts of them in statistics and logs. The
+transports receive the credentials as an object that hides them. With Sentinel, they use the classes of
+`shared.queue.sentinel`, so the broker and the queue fail over in the same way.
 """
 
 from __future__ import annotations
@@ -12,18 +14,28 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from redis.sentinel import SentinelConnectionPool
 
-from shared.queue.redis_url import SENTINEL, SentinelUrl, is_sentinel, parse_sentinel
-from shared.queue.sentinel import MasterConnection, Sentinels, sentinel_options
+from shared.queue.redis_url import SENTINEL, RedisUrl, SentinelUrl, is_redis, parse
+from shared.queue.sentinel import Credentials, MasterConnection, MasterTlsConnection, Sentinels, sentinel_options
 
 HEALTH_CHECK_S: Final = 5
 """Seconds after which a connection to a server that stopped answering is closed."""
 
 
 def kombu_url(url: str) -> str:
-    """Convert a broker URL to kombu's format, which for example has `redis+socket://` for Unix sockets."""
-    if is_sentinel(url):
-        return _first_sentinel(parse_sentinel(url))
-    return "redis+socket://" + url.removeprefix("unix://") if url.startswith("unix://") else url
+    """Convert a broker URL to kombu's format, without credentials. URLs of other brokers stay as they are."""
+    if not is_redis(url):
+        return url
+    parsed = parse(url)
+    if isinstance(parsed, SentinelUrl):
+        # kombu also accepts a list of URLs, but in an outage it cycles through URLs that all mean the same. So the
+        # other sentinels are passed as a transport option.
+        (host, port), scheme = parsed.sentinels[0], SENTINEL
+    elif parsed.path:
+        db = f"?virtual_host={parsed.db}" if parsed.db else ""
+        return f"redis+socket://{quote(parsed.path)}{db}"
+    else:
+        host, port, scheme = parsed.host, parsed.port, "redis" if parsed.tls is None else "rediss"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{parsed.db}"
 
 
 def transport_options(url: str, timeout_s: float) -> dict[str, Any]:
@@ -33,37 +45,51 @@ def transport_options(url: str, timeout_s: float) -> dict[str, Any]:
         "socket_connect_timeout": timeout_s,
         "health_check_interval": HEALTH_CHECK_S,
     }
-    if is_sentinel(url):
-        parsed = parse_sentinel(url)
-        options["master_name"] = parsed.master
-        options["sentinels"] = parsed.sentinels
-        options["sentinel_kwargs"] = sentinel_options(parsed, timeout_s)
+    return {**options, **_redis_options(parse(url), timeout_s)} if is_redis(url) else options
+
+
+def tls_options(url: str) -> dict[str, Any] | None:
+    """Return Celery's `broker_use_ssl` for a broker URL. Without it, kombu accepts any certificate."""
+    tls = parse(url).tls if is_redis(url) else None
+    return None if tls is None else tls.options()
+
+
+def _redis_options(url: RedisUrl, timeout_s: float) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if credentials := Credentials.of(url.login):
+        options["credentials"] = credentials
+    if isinstance(url, SentinelUrl):
+        options["master_name"] = url.master
+        options["sentinels"] = url.sentinels
+        options["sentinel_kwargs"] = sentinel_options(url, timeout_s)
     return options
 
 
-def _first_sentinel(url: SentinelUrl) -> str:
-    """Return a URL with the first sentinel; the others are passed as a transport option.
+class RedisChannel(kombu_redis.Channel):
+    """kombu's channel, with credentials that no statistics show."""
 
-    kombu also accepts a list of URLs, but shows the passwords of all but the first in its statistics. And in an outage
-    it cycles through URLs that all mean the same.
-    """
-    (host, port), login = url.sentinels[0], url.login
-    user, password = quote(login.username or "", safe=""), quote(login.password or "", safe="")
-    credentials = f"{user}:{password}@" if login.password is not None else ""
-    host = f"[{host}]" if ":" in host else host
-    return f"{SENTINEL}://{credentials}{host}:{port}/{url.db}"
+    credentials: Credentials | None = None
+
+    from_transport_options = (*kombu_redis.Channel.from_transport_options, "credentials")
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        return _with_credentials(super()._connparams(asynchronous), self.credentials)  # type: ignore[misc]
 
 
 class SentinelChannel(kombu_redis.SentinelChannel):
     """kombu's channel, with `Sentinels`: redis-py's class asks an unreachable sentinel eleven times."""
 
+    credentials: Credentials | None = None
     sentinels: tuple[tuple[str, int], ...]
     sentinel_kwargs: dict[str, Any]
     master_name: str
-    _connparams: Any
 
     connection_class = MasterConnection
-    from_transport_options = (*kombu_redis.SentinelChannel.from_transport_options, "sentinels")
+    connection_class_ssl = MasterTlsConnection
+    from_transport_options = (*kombu_redis.SentinelChannel.from_transport_options, "credentials", "sentinels")
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        return _with_credentials(super()._connparams(asynchronous), self.credentials)  # type: ignore[misc]
 
     def _sentinel_managed_pool(self, asynchronous: bool = False) -> SentinelConnectionPool:
         parameters = self._connparams(asynchronous)
@@ -75,11 +101,25 @@ class SentinelChannel(kombu_redis.SentinelChannel):
         return SentinelConnectionPool(self.master_name, sentinels, **parameters)  # type: ignore[no-untyped-call]
 
 
+class RedisTransport(kombu_redis.Transport):
+    """The transport for the URLs of Redis servers."""
+
+    Channel = RedisChannel
+
+
 class SentinelTransport(kombu_redis.SentinelTransport):
     """The transport for `sentinel://` URLs."""
 
     Channel = SentinelChannel
 
 
+def _with_credentials(parameters: dict[str, Any], credentials: Credentials | None) -> dict[str, Any]:
+    for name in ("username", "password"):
+        parameters.pop(name, None)
+    return parameters if credentials is None else {**parameters, "credential_provider": credentials}
+
+
 # kombu has no other way to register a transport for a scheme, and Flower depends on the scheme.
+for scheme in ("redis", "rediss"):
+    TRANSPORT_ALIASES[scheme] = f"{__name__}:{RedisTransport.__name__}"
 TRANSPORT_ALIASES[SENTINEL] = f"{__name__}:{SentinelTransport.__name__}"

@@ -16,7 +16,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from shared.queue.keys import LUA_TABLE
-from shared.queue.redis_url import is_sentinel, parse_sentinel
+from shared.queue.redis_url import SentinelUrl, ServerUrl, parse
 from shared.queue.sentinel import master_pool
 
 POOL_WAIT_S = 5.0
@@ -45,7 +45,7 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
     """Create a client with a bounded pool of connections. By default it decodes replies to text.
 
     Args:
-        url: a URL in redis-py's format, or a Sentinel URL (`shared.queue.redis_url`).
+        url: a URL in one of the forms of `shared.queue.redis_url`.
         timeout_s: time limit in seconds for connecting and for each call.
         retries: how often a call is repeated after a connection error. The scripts may be sent twice.
         connections: maximum concurrent calls; further calls wait for a free connection.
@@ -61,9 +61,20 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
         "health_check_interval": 30,
         **options,
     }
-    if is_sentinel(url):
-        return redis.Redis.from_pool(master_pool(parse_sentinel(url), timeout_s, **options))
-    return redis.Redis.from_pool(redis.BlockingConnectionPool.from_url(url, **options))
+    parsed = parse(url)
+    if isinstance(parsed, SentinelUrl):
+        return redis.Redis.from_pool(master_pool(parsed, timeout_s, **options))
+    return redis.Redis.from_pool(redis.BlockingConnectionPool(**_server_options(parsed), **options))  # type: ignore[no-untyped-call]
+
+
+def _server_options(url: ServerUrl) -> dict[str, Any]:
+    options: dict[str, Any] = {"db": url.db, "username": url.login.username, "password": url.login.password}
+    if url.path:
+        return {**options, "connection_class": redis.UnixDomainSocketConnection, "path": url.path}
+    options |= {"host": url.host, "port": url.port}
+    if url.tls is None:
+        return options
+    return {**options, "connection_class": redis.SSLConnection, **url.tls.options()}
 
 
 def passes(error: exceptions.RedisError) -> bool:

@@ -14,13 +14,24 @@ from redis.backoff import NoBackoff
 from redis.connection import BlockingConnectionPool, ConnectionPool
 from redis.credentials import UsernamePasswordCredentialProvider
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.sentinel import (
+    MasterNotFoundError,
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 
-from shared.queue.redis_url import SentinelUrl
+from shared.queue.redis_url import Login, SentinelUrl
 
 
-class _Credentials(UsernamePasswordCredentialProvider):
+class Credentials(UsernamePasswordCredentialProvider):
     """Credentials that are hidden in JSON: workers report their broker connection's parameters to Flower."""
+
+    @classmethod
+    def of(cls, login: Login) -> Credentials | None:
+        """Return the credentials of a login; None if it has no password."""
+        return None if login.password is None else cls(login.username, login.password)
 
     def __json__(self) -> str:
         return "**"
@@ -30,9 +41,10 @@ def sentinel_options(url: SentinelUrl, timeout_s: float) -> dict[str, Any]:
     """Return the options of connections to sentinels. Asking all of them takes at most `timeout_s`."""
     each_s = timeout_s / len(url.sentinels)
     options: dict[str, Any] = {"socket_timeout": each_s, "socket_connect_timeout": each_s}
-    login = url.sentinel_login
-    if login.password is not None:
-        options["credential_provider"] = _Credentials(login.username, login.password)
+    if credentials := Credentials.of(url.sentinel_login):
+        options["credential_provider"] = credentials
+    if url.tls is not None:
+        options |= {"ssl": True, **url.tls.options()}
     return options
 
 
@@ -74,6 +86,10 @@ class MasterConnection(SentinelManagedConnection):
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
 
+class MasterTlsConnection(MasterConnection, SentinelManagedSSLConnection):
+    """The same with TLS."""
+
+
 class MasterPool(SentinelConnectionPool, BlockingConnectionPool):
     """A bounded pool of connections to the master; callers wait while all connections are in use."""
 
@@ -100,12 +116,14 @@ class MasterPool(SentinelConnectionPool, BlockingConnectionPool):
 
 def master_pool(url: SentinelUrl, timeout_s: float, **options: Any) -> MasterPool:
     """Create a pool of connections to a master; `options` are those of `redis.BlockingConnectionPool`."""
+    tls = {} if url.tls is None else url.tls.options()
     return MasterPool(  # type: ignore[no-untyped-call]
         url.master,
         Sentinels(url.sentinels, sentinel_options(url, timeout_s)),
         db=url.db,
-        connection_class=MasterConnection,
+        connection_class=MasterConnection if url.tls is None else MasterTlsConnection,
         username=url.login.username,
         password=url.login.password,
+        **tls,
         **options,
     )

@@ -38,6 +38,7 @@ def make_app(settings: Settings, *, hasty: bool = False) -> Celery:
     """
     app = Celery("mlxq", broker=broker.kombu_url(settings.celery_url), set_as_current=not hasty)
     app.conf.update(
+        broker_use_ssl=broker.tls_options(settings.celery_url),
         task_ignore_result=True,
         task_serializer="json",
         accept_content=["json"],

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from scripts.docs import settings
 from shared.environment import misspelled_names
+from shared.queue.redis_url import Tls, parse
 from shared.settings import ROOT, Settings, faults, load_settings
 
 
@@ -115,6 +116,48 @@ def test_flower_credentials_that_it_cannot_compare_are_rejected(
         load_settings()
     assert faults(caught.value).startswith(f"{name}: ")
     assert value not in faults(caught.value)
+
+
+def test_tls_files_are_part_of_the_urls_that_use_tls(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("the ca", "cert", "key")]
+    settings = Settings(
+        _env_file=None,
+        redis_url="rediss://h/1",
+        broker_url="sentinel://h?master=m&tls=true&ssl_ca_certs=/own",
+        redis_ca_file=files[0],
+        redis_cert_file=files[1],
+        redis_key_file=files[2],
+    )
+    ca, cert, key = map(str, files)
+    assert parse(settings.store_url).tls == Tls(ca, cert, key)
+    assert parse(settings.celery_url).tls == Tls("/own", cert, key)
+    plain = Settings(_env_file=None, redis_url="redis://h", broker_url="amqp://h", redis_ca_file=files[0])
+    assert (plain.store_url, plain.celery_url) == ("redis://h", "amqp://h")
+
+
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        ({"REDIS_CA_FILE": "{}/missing"}, "REDIS_CA_FILE: {}/missing does not exist or cannot be read"),
+        ({"REDIS_URL": "redis://h"}, "REDIS_CA_FILE: neither REDIS_URL nor BROKER_URL uses TLS"),
+        ({"REDIS_URL": ""}, "REDIS_CA_FILE: neither REDIS_URL nor BROKER_URL uses TLS"),
+        ({"REDIS_KEY_FILE": "{}/file"}, "REDIS_KEY_FILE: set REDIS_CERT_FILE, too"),
+        ({"REDIS_URL": "redis://h", "BROKER_URL": "rediss://h"}, ""),
+        ({}, ""),
+    ],
+)
+def test_tls_files_that_would_be_ignored_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], error: str
+) -> None:
+    (tmp_path / "file").touch()
+    for name, value in {"REDIS_URL": "rediss://h", "REDIS_CA_FILE": "{}/file", **variables}.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    if not error:
+        assert load_settings().redis_ca_file == tmp_path / "file"
+        return
+    with pytest.raises(ValidationError) as caught:
+        load_settings()
+    assert faults(caught.value).startswith(error.format(tmp_path)) and "\n" not in faults(caught.value)
 
 
 def names(error: ValidationError) -> list[str]:
