@@ -115,5 +115,5 @@ def test_other_keys_reuse_only_shared_prefixes(tiny_stack: Stack) -> None:
     ask(stack, "Is it so at night?", share_system_prompt=True)
     fourth = KeyStore(stack.settings.keys_file).create("fourth", ["infer"])
     shared = ask(stack, "Why is the sky blue?", fourth)
-    assert MIN_TOKENS < cached_tokens(shared) < shared.usage["prompt_tokens"] - 5
+    assert MIN_TOKENS <= cached_tokens(shared) < shared.usage["prompt_tokens"] - 5
     assert shared.text == job.text
