@@ -55,8 +55,9 @@ from worker.queue.lease import HostAnnouncer
 
 logger = logging.getLogger("worker.app")
 
-SAME_SIGNAL_S: Final = 0.3
-"""A signal this soon after the first is the same request: a process group and a launcher deliver it twice."""
+SAME_SIGNAL_S: Final = 1.0
+"""A signal this soon after the first is the same request: a process group and a launcher deliver it twice. On a busy
+machine a launcher took more than 0.3 s to pass it on."""
 LOADING_LIMIT_S: Final = 600.0
 """Longest time without progress of the engine while it loads a model. Warming up a large one is a single step."""
 
