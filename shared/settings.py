@@ -295,6 +295,11 @@ class Settings(BaseSettings):
         return self.data_dir / "prefixes"
 
     @cached_property
+    def batching_dir(self) -> Path:
+        """What workers measured about the batching of each model."""
+        return self.data_dir / "batching"
+
+    @cached_property
     def tokenizers_dir(self) -> Path:
         """Tokenizer files, shared by the API and the workers of this host."""
         return self.data_dir / "tokenizers"

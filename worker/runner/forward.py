@@ -25,23 +25,27 @@ def placed(row: Row, start: int) -> PlacedMedia | None:
 
 def fill(
     model: Any, cache: KVCache, input_ids: Sequence[Sequence[int]], media: Sequence[PlacedMedia | None] = ()
-) -> None:
+) -> mx.array | None:
     """Run the next tokens of each row through the model into the cache. Lazy: evaluate the cache to compute them.
 
     Args:
         input_ids: by row; lengths may differ.
         media: by row; empty if no row has any.
+
+    Returns:
+        The logits, padded on the right; None if no row has a token.
     """
     lengths = [len(row) for row in input_ids]
     longest = max(lengths)
     if not longest:
-        return
+        return None
     uneven = cache.pad(lengths)
     padded = [[*row, *[0] * (longest - len(row))] for row in input_ids]
     media_arguments = {"media": media} if any(media) else {}
-    model(mx.array(padded, dtype=mx.uint32), cache=cache.layers, **media_arguments)
+    logits: mx.array = model(mx.array(padded, dtype=mx.uint32), cache=cache.layers, **media_arguments)
     if uneven:
         cache.unpad()
+    return logits
 
 
 def shifts(rows: Sequence[Row | None]) -> dict[str, mx.array]:

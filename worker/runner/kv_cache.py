@@ -32,12 +32,16 @@ GROWTH_COLUMNS = 256
 SLACK = 64
 """Unused columns that a cache may keep. Without them it would soon grow, and be copied, again."""
 
+_LIMITS = ("max_size", "chunk_size", "window_size")
+"""Attributes of mlx-lm's caches that limit how many tokens they keep."""
+
 
 class KVCache:
     """Cached keys, values and states of the rows of a batch.
 
     Attributes:
-        layers: the `cache` argument of the model: one of mlx-lm's batch caches per layer.
+        layers: the `cache` argument of the model: one of mlx-lm's batch caches per layer. If mlx-lm has none for this
+            architecture, the single-sequence caches of one row.
     """
 
     def __init__(self, layers: list[Any]) -> None:
@@ -46,13 +50,15 @@ class KVCache:
     @classmethod
     def empty(cls, model: Any, rows: int = 1) -> Self:
         """Return a cache without tokens."""
-        return cls(_merged([empty_row(model) for _ in range(rows)]))
+        return cls.of_rows([empty_row(model) for _ in range(rows)])
 
     @classmethod
     def of_rows(cls, rows: Sequence[RowCache]) -> Self:
         """Return a batch of one or more rows. Copies them, except for a single row of plain attention."""
         if len(rows) == 1 and all(type(layer) is AttentionCache and layer.keys is not None for layer in rows[0]):
             return cls([_as_batch(layer) for layer in rows[0]])
+        if len(rows) == 1 and not _mergeable(rows[0]):
+            return cls(list(rows[0]))
         return cls(_merged(rows))
 
     @property
@@ -193,16 +199,29 @@ class Footprint:
 
     @classmethod
     def of(cls, model: Any) -> Footprint:
-        """Measure the footprint on one token."""
+        """Measure the footprint on one token; of caches that do not show their keys, on more."""
         cache = KVCache.empty(model)
         model(mx.array([[0]], dtype=mx.uint32), cache=cache.layers)
         parts = _flat(cache.layers)
+        if any(not hasattr(part, "keys") and hasattr(part, "offset") for part in parts):
+            return cls._by_growth(model, max(window(model), SLACK))
         keyed = [part for part in parts if getattr(part, "keys", None) is not None]
         growing: Counter[int | None] = Counter()
         for part in keyed:
-            growing[getattr(part, "max_size", None)] += part.nbytes // part.keys.shape[2]
+            growing[_limit(part)] += part.nbytes // part.keys.shape[2]
         fixed = sum(part.nbytes for part in parts if not hasattr(part, "keys"))
         return cls(fixed, tuple((token_bytes, limit) for limit, token_bytes in growing.items()))
+
+    @classmethod
+    def _by_growth(cls, model: Any, tokens: int) -> Footprint:
+        """Measure what a cache grows by beyond its first `tokens` tokens."""
+        cache, sizes = KVCache.empty(model), []
+        for _ in range(2):
+            model(mx.zeros((1, tokens), dtype=mx.uint32), cache=cache.layers)
+            mx.eval(cache.states)
+            sizes.append(cache.nbytes)
+        token_bytes = -(-(sizes[1] - sizes[0]) // tokens)
+        return cls(max(0, sizes[0] - token_bytes * tokens), ((token_bytes, None),))
 
     def allocated(self, tokens: int) -> int:
         """Return the bytes allocated per row in a batch with a longest row of this many tokens."""
@@ -228,9 +247,20 @@ def allocated_columns(columns: int) -> int:
     return -(-columns // GROWTH_COLUMNS) * GROWTH_COLUMNS
 
 
-def batchable(model: Any) -> bool:
+def mergeable(model: Any) -> bool:
     """Return whether several rows of this model can share a cache."""
-    return all(hasattr(layer, "merge") for layer in empty_row(model))
+    return _mergeable(empty_row(model))
+
+
+def kind_of(layer: Any) -> tuple[str, list[int | None]]:
+    """Return what tells apart the caches of layers that work differently."""
+    return type(layer).__name__, [_limit(part) for part in _flat([layer])]
+
+
+def window(model: Any) -> int:
+    """Return the length of the model's shortest sliding window; 0 if it has none."""
+    limits = [_limit(part) for part in _flat(empty_row(model))]
+    return min((limit for limit in limits if limit), default=0)
 
 
 def plain(model: Any) -> bool:
@@ -240,7 +270,7 @@ def plain(model: Any) -> bool:
 
 def extractable(model: Any) -> bool:
     """Return whether the cache of a single row can be copied out of a batch."""
-    return all(hasattr(layer, "extract") for layer in _flat(KVCache.empty(model).layers))
+    return all(hasattr(part, "extract") for part in _flat(KVCache.empty(model).layers))
 
 
 def empty_row(model: Any) -> RowCache:
@@ -275,6 +305,15 @@ def _owned(part: Any) -> Any:
 
 def _merged(rows: Sequence[RowCache]) -> list[Any]:
     return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+
+
+def _mergeable(row: RowCache) -> bool:
+    return all(hasattr(layer, "merge") for layer in row)
+
+
+def _limit(part: Any) -> int | None:
+    """Return the maximum number of tokens that a cache keeps; None: all."""
+    return next((int(limit) for name in _LIMITS if (limit := getattr(part, name, None))), None)
 
 
 def _as_batch(layer: AttentionCache) -> BatchKVCache:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import combinations
 
 from worker.runner.base import Row, TokenOutput
+from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint, KVCache
 
@@ -27,9 +28,17 @@ class LengthBuckets:
         make_batch: returns an empty batch.
         footprint: cache memory of a row of this model.
         max_padding_bytes: maximum bytes of padding per bucket.
+        batching: which rows may share a bucket.
     """
 
-    def __init__(self, make_batch: Callable[[], DecodeBatch], footprint: Footprint, max_padding_bytes: int) -> None:
+    def __init__(
+        self,
+        make_batch: Callable[[], DecodeBatch],
+        footprint: Footprint,
+        max_padding_bytes: int,
+        batching: BatchingSupport = UNRESTRICTED,
+    ) -> None:
+        self._batching = batching
         self._make_batch = make_batch
         self._footprint = footprint
         self._max_padding_bytes = max_padding_bytes
@@ -56,7 +65,7 @@ class LengthBuckets:
 
     def join(self, rows: Sequence[Row], cache: KVCache) -> None:
         """Add rows to one bucket; see `DecodeBatch.join`."""
-        self._bucket_for([len(row.prompt) for row in rows]).join(rows, cache)
+        self._bucket_for([len(row.prompt) - 1 for row in rows]).join(rows, cache)
 
     def remove(self, uids: Collection[int]) -> None:
         """Remove rows."""
@@ -102,7 +111,11 @@ class LengthBuckets:
 
     def _bucket_for(self, lengths: list[int]) -> DecodeBatch:
         """Return the bucket where these rows cause the least padding; a new one if all would exceed the limit."""
-        padded = [(self._footprint.padding([*bucket.lengths, *lengths]), bucket) for bucket in self._buckets]
+        padded = [
+            (self._footprint.padding([*bucket.lengths, *lengths]), bucket)
+            for bucket in self._buckets
+            if self._batching.may_decode(bucket.lengths, lengths)
+        ]
         padding, bucket = min(padded, key=lambda pair: pair[0], default=(0, None))
         if bucket is None or padding > self._max_padding_bytes:
             bucket = self._make_batch()
@@ -114,7 +127,10 @@ class LengthBuckets:
         self._buckets = [bucket for bucket in self._buckets if len(bucket)]
         for one, other in combinations(self._buckets, 2):
             padding = self._footprint.padding([*one.lengths, *other.lengths])
-            if padding * MERGE_DIVISOR <= self._max_padding_bytes:
+            if (
+                self._batching.may_decode(one.lengths, other.lengths)
+                and padding * MERGE_DIVISOR <= self._max_padding_bytes
+            ):
                 one.absorb(other)
                 self._buckets.remove(other)
                 return

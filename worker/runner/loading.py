@@ -13,9 +13,12 @@ from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.settings import Settings
 from worker.models.load import LoadedModel, convert, first_line, load_model
-from worker.runner import kv_cache, kv_segments
+from worker.runner import kv_segments
+from worker.runner.batching import verdict
+from worker.runner.batching.proof import CannotRun
+from worker.runner.batching.support import BatchingSupport
 from worker.runner.memory import PREFIX_SHARE, Memory, device_limit
-from worker.runner.model_runner import MLXRunner, default_chunk
+from worker.runner.model_runner import MLXRunner, default_chunk, vocabulary_of
 from worker.runner.prefix.files import PrefixFiles, fingerprint
 from worker.runner.prefix.spill import Spill
 from worker.runner.vision.family import VisionFamily
@@ -49,7 +52,8 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
         if model.dtype is not None:
             family.encoder.tower.set_dtype(getattr(mx, model.dtype))
         yield from read_weights(family.encoder.tower, model)
-    runner = _runner(settings, model, loaded, family)
+    batching = yield from _batching(settings, model, loaded)
+    runner = _runner(settings, model, loaded, family, batching)
     remaining = 1 - READ_SHARE
     for _ in runner.warming():
         remaining *= _WARM_UP_DECAY
@@ -94,17 +98,35 @@ def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
     return load_vision_model(model.path, lazy=True)
 
 
-def _runner(settings: Settings, model: CatalogModel, loaded: LoadedModel, family: VisionFamily | None) -> MLXRunner:
-    if not kv_cache.batchable(loaded.model):
-        raise ModelError(f"{model.path} cannot be served: mlx-lm has no batch cache for this architecture.")
+def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> Generator[float, None, BatchingSupport]:
+    finding = verdict.find(loaded, vocabulary_of(loaded), settings.batching_dir)
+    while True:
+        try:
+            next(finding)
+        except StopIteration as end:
+            found: BatchingSupport = end.value
+            return found
+        except CannotRun as error:
+            raise ModelError(f"{model.path} cannot be served: {error}") from error
+        yield READ_SHARE
+
+
+def _runner(
+    settings: Settings,
+    model: CatalogModel,
+    loaded: LoadedModel,
+    family: VisionFamily | None,
+    batching: BatchingSupport,
+) -> MLXRunner:
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.max_bytes)
     runner = MLXRunner(
         loaded,
         settings.prefill_step_tokens or default_chunk(),
         memory,
-        _spill(settings, loaded.model, model, memory),
+        _spill(settings, loaded.model, model, memory) if batching.continues else None,
         family,
+        batching=batching,
         speculation_tokens=settings.speculation_tokens,
     )
     if runner.row_bytes(1) > memory.max_bytes:

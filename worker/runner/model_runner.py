@@ -34,6 +34,7 @@ from worker.runner.base import (
     StepOutput,
     StepPlan,
 )
+from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 from worker.runner.decode import DecodeBatch
 from worker.runner.detokenizer import make_detokenizer
 from worker.runner.kv_cache import Footprint
@@ -83,6 +84,7 @@ class MLXRunner:
         memory: limits for the caches of rows and prefixes.
         spill: the disk store for prefixes; None: prefixes stay in memory.
         family: the vision part of the model; None for a language model.
+        batching: how far rows may share passes.
         speculation_tokens: maximum draft tokens per row and step; 0: no speculation.
         processors: logits processors in addition to the penalties.
     """
@@ -95,6 +97,7 @@ class MLXRunner:
         spill: Spill | None = None,
         family: VisionFamily | None = None,
         *,
+        batching: BatchingSupport = UNRESTRICTED,
         speculation_tokens: int = 0,
         processors: Sequence[LogitsProcessor] = (),
     ) -> None:
@@ -104,19 +107,21 @@ class MLXRunner:
         self.depth = max(len(kv_cache.empty_row(loaded.model)) - 1, 1)  # the last layer's output is not needed
         self.cost = UNKNOWN_COST
         self.cache_bytes = memory.max_bytes
-        self.about = _about(loaded, family)
+        self.about = _about(loaded, family) | {"batching": batching.to_dict()}
         self.weights_bytes = _weights_bytes(loaded) + (family.encoder.nbytes if family else 0)
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
-        self._vocabulary = _vocabulary(loaded)
+        self._vocabulary = vocabulary_of(loaded)
         self._processors = (Penalties(), *processors)
         self._vision = VisionStage(family, 0) if family else None
         self._footprint = Footprint.of(self._model)
-        self._prefixes = PrefixCache(self._model, memory.prefix_bytes, spill)
+        self._batching = batching
+        self._prefixes = PrefixCache(self._model, memory.prefix_bytes if batching.continues else 0, spill)
         self._fetch = PrefixFetch(self._prefixes)
-        self._prefill = Prefill(self._model, chunk, self._prefixes, self.cost)
-        self._speculation = Speculation(self._model, speculation_tokens, NgramProposer())
-        self._batches = LengthBuckets(self._new_batch, self._footprint, _max_padding_bytes(loaded, memory))
+        self._prefill = Prefill(self._model, chunk, self._prefixes, self.cost, batching)
+        draft_tokens = speculation_tokens if batching.speculates else 0
+        self._speculation = Speculation(self._model, draft_tokens, NgramProposer())
+        self._batches = LengthBuckets(self._new_batch, self._footprint, _max_padding_bytes(loaded, memory), batching)
         # A row is reported as prefilled together with its first token: until then its prompt is only queued.
         self._joined: dict[int, int] = {}
         self._rejected: dict[int, Exception] = {}
@@ -197,7 +202,7 @@ class MLXRunner:
         self._fetch.clear()
         if self._vision is not None:
             self._vision.clear()
-        self._prefill = Prefill(self._model, self.chunk, self._prefixes, self.cost)
+        self._prefill = Prefill(self._model, self.chunk, self._prefixes, self.cost, self._batching)
         self._batches.clear()
         self._joined.clear()
         self._rejected.clear()
@@ -342,7 +347,7 @@ def _max_padding_bytes(loaded: LoadedModel, memory: Memory) -> int:
     return min(padding_worth_a_pass(loaded), memory.max_bytes // PADDING_DIVISOR)
 
 
-def _vocabulary(loaded: LoadedModel) -> int:
+def vocabulary_of(loaded: LoadedModel) -> int:
     """Return the number of tokens that the embedding has."""
     config = loaded.config
     return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(loaded.tokenizer))

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from worker.runner import forward
 from worker.runner.base import PrefillCost, PrefillWork, RemainingPrompt, Row
+from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import is_out_of_memory
 from worker.runner.prefix.cache import PrefixCache
@@ -111,9 +112,18 @@ class Prefill:
         chunk: maximum tokens per chunk of a long prompt.
         prefixes: provides and stores prefixes.
         cost: predicts the duration of a chunk.
+        batching: which rows may be prefilled together, whatever the plan says, and in which pieces.
     """
 
-    def __init__(self, model: Any, chunk: int, prefixes: PrefixCache, cost: PrefillCost) -> None:
+    def __init__(
+        self,
+        model: Any,
+        chunk: int,
+        prefixes: PrefixCache,
+        cost: PrefillCost,
+        batching: BatchingSupport = UNRESTRICTED,
+    ) -> None:
+        self._batching = batching
         self._cost = cost
         self._model = model
         self._chunk = chunk
@@ -174,7 +184,7 @@ class Prefill:
         first, *others = self._current
         partial = self._partial.get(first)
         whole = bool(others) or (work.tokens is None and work.layers is None and not self._is_long(first))
-        if whole and partial is None:
+        if whole and partial is None and self._in_one_piece(first):
             return self._prefill_together(self._current)
         self._current = (first,)
         if partial is None:
@@ -189,8 +199,8 @@ class Prefill:
         return waiting is not None and len(waiting.row.prompt) > 2 * self._chunk + 1
 
     def _prefill_together(self, uids: Sequence[int]) -> Prefilled:
-        """Prefill several waiting rows in one pass."""
-        rows = self._as_planned(uids)
+        """Prefill several waiting rows in one pass: those that the model can process with the first one."""
+        rows = self._compatible(self._as_planned(uids))
         if not rows:
             return Prefilled()
         reused, caches = zip(*(self._prefixes.load(row.owner, _prefill_ids(row)) for row in rows), strict=True)
@@ -200,6 +210,24 @@ class Prefill:
         forward.fill(self._model, cache, input_ids, media)
         self._queued = cache.queue()
         return self._done(Prefilled(tuple(rows), cache, reused, sum(map(len, input_ids))))
+
+    def _in_one_piece(self, uid: int) -> bool:
+        """Return whether a waiting row's prompt may be prefilled in a single pass."""
+        row = self._waiting[uid].row
+        return self._batching.continues or _piece_end(row, 0, self._chunk) == len(row.prompt) - 1
+
+    def _compatible(self, rows: list[Row]) -> list[Row]:
+        """Return the first row, and those that may be prefilled together with it. The others wait for the next plan."""
+        if not rows or not self._batching.restricted:
+            return rows
+        first = self._waiting[rows[0].uid].unread
+        others = [
+            row
+            for row in rows[1:]
+            if self._in_one_piece(row.uid) and self._batching.may_prefill(first, self._waiting[row.uid].unread)
+        ]
+        self._current = tuple(row.uid for row in (rows[0], *others))
+        return [rows[0], *others]
 
     def _as_planned(self, uids: Sequence[int]) -> list[Row]:
         """Return the rows that have no more tokens to process than planned. The others wait for the next plan.
@@ -236,6 +264,8 @@ class Prefill:
     def _start_chunk(self, partial: _Partial, tokens: int | None) -> None:
         row, start = partial.row, partial.done
         stop = None if tokens is None else start + max(tokens, 1)
+        if not self._batching.continues:
+            stop = _piece_end(row, start, self._chunk)
         input_ids = _prefill_ids(row)[start:stop]
         forward.fill(self._model, partial.cache, [input_ids], [forward.placed(row, start)])
         partial.chunk, partial.layers = len(input_ids), 0
@@ -292,6 +322,15 @@ class Prefill:
 
     def _look_up(self, row: Row) -> _Waiting:
         return _Waiting(row, self._prefixes.length(row.owner, _prefill_ids(row)), self._prefixes.version)
+
+
+def _piece_end(row: Row, start: int, chunk: int) -> int:
+    """Return where a pass from `start` on ends if a row must be processed in the same pieces whenever it is prefilled.
+
+    Those are chunks of the request's prompt without its last token, and then single tokens, as they were decoded.
+    """
+    decoded_from = len(row.prompt) - row.generated - 1
+    return start + 1 if start >= decoded_from else min(start - start % chunk + chunk, decoded_from)
 
 
 def _prefill_ids(row: Row) -> tuple[int, ...]:

@@ -1,0 +1,78 @@
+"""The first layers of a model as a model of its own: cheap to run, and enough to see how its layers treat a batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from worker.runner import kv_cache
+
+LEAST = 4
+"""Minimum number of layers of a sample."""
+
+Path = list[tuple[Any, str]]
+"""Modules from a model down to the one that has its layers, each with the attribute that leads on."""
+
+
+def sample_of(model: Any) -> Any:
+    """Return a copy of a model with only its first layers, at least one of each kind, which shares their weights.
+
+    Returns the model itself if it has few layers, or keeps them in an unknown place. A sample may also fail to run, if
+    later layers are needed: try it before relying on it.
+    """
+    layers = getattr(model, "layers", None)
+    path = _path_to(model, layers) if isinstance(layers, list) else None
+    if not isinstance(layers, list) or path is None:
+        return model
+    kinds = _kinds(model, layers)
+    count = max(LEAST, 1 + max(map(kinds.index, kinds)))
+    return model if count >= len(layers) else _copied(path, count)
+
+
+def _kinds(model: Any, layers: list[Any]) -> list[Any]:
+    row = kv_cache.empty_row(model)
+    caches = [kv_cache.kind_of(each) for each in row] if len(row) == len(layers) else [None] * len(layers)
+    return [(_kind(layer), cache) for layer, cache in zip(layers, caches, strict=True)]
+
+
+def _kind(layer: Any) -> Any:
+    """Return what tells apart layers that work differently: classes, options, and the names of the weights."""
+    parts = [(type(module), _options(module)) for _, module in layer.named_modules()]
+    return parts, list(dict(tree_flatten(layer.parameters())))
+
+
+def _options(module: Any) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in vars(module).items() if isinstance(value, bool | str)]
+
+
+def _path_to(module: Any, layers: list[Any]) -> Path | None:
+    for name, value in module.items():
+        if value is layers:
+            return [(module, name)]
+        if isinstance(value, Module) and (rest := _path_to(value, layers)) is not None:
+            return [(module, name), *rest]
+    return None
+
+
+def _copied(path: Path, count: int) -> Any:
+    """Copy the modules of a path, and the options in which they keep the number of layers."""
+    modules = [copy.copy(module) for module, _ in path]
+    names = [name for _, name in path]
+    for module, name, below in zip(modules, names, modules[1:], strict=False):
+        module[name] = below
+    modules[-1][names[-1]] = modules[-1][names[-1]][:count]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "num_hidden_layers"):
+                fewer = copy.copy(value)
+                fewer.num_hidden_layers = count
+                setattr(module, name, fewer)
+            elif name in _COUNTS and isinstance(value, int):
+                setattr(module, name, count)
+    return modules[0]
+
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
