@@ -16,6 +16,7 @@ from web.cluster.snapshot import ClusterSnapshot
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.schemas.models import (
+    BatchingView,
     LoadRequest,
     ModelList,
     ModelState,
@@ -145,6 +146,7 @@ def _worker_view(worker: WorkerInfo) -> ModelWorkerView:
         memory_bytes=round(stats.get("model_bytes", 0)),
         load_s=round(stats.get("load_s", 0.0), 3),
         tokens_per_s=round(stats.get("tokens_per_s", 0.0), 1),
+        batching=BatchingView(**batching) if (batching := worker.about.get("batching")) else None,
     )
 
 

@@ -12,6 +12,15 @@ from web.schemas.base import RequestModel, ResponseModel
 ModelState = Literal["warm", "loading", "draining", "cold", "absent"]
 
 
+class BatchingView(ResponseModel):
+    """How far rows of a model share passes on a worker, as it was measured when the model was loaded."""
+
+    prefill: str = Field(description="Prompts that are processed together: `any`, `equal_lengths` or `one_by_one`")
+    decode: str = Field(description="Rows that decode together: `any`, `equal_lengths` or `one_by_one`")
+    continues: bool = Field(description="Whether cached prefixes are reused")
+    reason: str = Field(description="What was measured, if rows are restricted; empty otherwise")
+
+
 class ModelWorkerView(ResponseModel):
     """A model on one worker."""
 
@@ -24,6 +33,7 @@ class ModelWorkerView(ResponseModel):
     memory_bytes: int = Field(description="Size of the weights in memory")
     load_s: float = Field(description="Seconds that loading took")
     tokens_per_s: float = Field(description="Generated tokens per second over the last minute")
+    batching: BatchingView | None = Field(description="How rows share passes; null if not known yet")
 
 
 class ModelView(ResponseModel):

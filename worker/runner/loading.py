@@ -26,6 +26,9 @@ from worker.runner.vision.family import VisionFamily
 PENDING_WRITES_DIVISOR = 8
 """Evicted prefixes that are waiting to be written to disk may take 1/8 of the memory for prefixes."""
 
+PROOF_DIVISOR = 4
+"""A proof may take 1/4 of the memory for caches, which is not needed before jobs run."""
+
 PIECE_BYTES = 64 * 2**20
 """Bytes of weights that are read between two decode steps of other models."""
 READ_SHARE = 0.9
@@ -99,7 +102,8 @@ def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
 
 
 def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> Generator[float, None, BatchingSupport]:
-    finding = verdict.find(loaded, vocabulary_of(loaded), settings.batching_dir)
+    spare_bytes = _memory(settings).max_bytes // PROOF_DIVISOR
+    finding = verdict.find(loaded, vocabulary_of(loaded), spare_bytes, settings.batching_dir)
     while True:
         try:
             next(finding)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from worker.runner import kv_cache
 
@@ -30,6 +33,26 @@ def sample_of(model: Any) -> Any:
     kinds = _kinds(model, layers)
     count = max(LEAST, 1 + max(map(kinds.index, kinds)))
     return model if count >= len(layers) else _copied(path, count)
+
+
+@contextmanager
+def in_float32(model: Any, most_bytes: int) -> Iterator[bool]:
+    """Let a model compute in float32 for a while, if that takes at most `most_bytes`; yields whether it does."""
+    before = model.parameters()
+    arrays: list[mx.array] = list(dict(tree_flatten(before)).values())
+    needed = sum(array.size * mx.float32.size for array in arrays if _short(array))
+    if needed > most_bytes:
+        yield False
+        return
+    try:
+        model.update(tree_map(lambda array: array.astype(mx.float32) if _short(array) else array, before))
+        yield True
+    finally:
+        model.update(before)
+
+
+def _short(array: mx.array) -> bool:
+    return array.dtype in (mx.bfloat16, mx.float16)
 
 
 def _kinds(model: Any, layers: list[Any]) -> list[Any]:

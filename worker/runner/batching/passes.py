@@ -31,12 +31,14 @@ class Sample:
 
     Attributes:
         length: number of prompt tokens.
-        logits: logits after each token when the sample runs alone: [tokens, logits compared].
+        logits: logits after each token when the sample runs alone: [tokens, logits compared], in float32.
+        dtype: type in which the model computed them.
     """
 
     ids: tuple[int, ...]
     length: int
     logits: mx.array
+    dtype: mx.Dtype
 
 
 class Batch:
@@ -60,7 +62,7 @@ class Batch:
         """Process the next tokens of each sample in one pass, and compare the logits after the last of them."""
         counts = [tokens] * len(self.done) if isinstance(tokens, int) else tokens
         ids = [each.ids[done : done + count] for each, done, count in zip(self.samples, self.done, counts, strict=True)]
-        logits = compared(forward.fill(self._model, self.cache, ids))
+        logits = _compared(forward.fill(self._model, self.cache, ids))
         self.done = [done + count for done, count in zip(self.done, counts, strict=True)]
         deviations = [
             _deviation(logits[row, count - 1], self.samples[row].logits[self.done[row] - 1])
@@ -91,15 +93,17 @@ class Batch:
             self.cache = KVCache.of_rows([kind.join([segment], self.done[0])])
 
 
-def logits_alone(model: Any, ids: Sequence[int], length: int) -> Generator[None, None, mx.array]:
+def run_alone(model: Any, ids: tuple[int, ...], length: int) -> Generator[None, None, Sample]:
     """Run a sample in mlx-lm's cache of a single sequence: the prompt in one pass, the answer token by token."""
     cache = KVCache(kv_cache.empty_row(model))
-    logits = []
+    found, dtype = [], mx.float32
     for part in (ids[:length], *([token] for token in ids[length:])):
-        logits.append(compared(forward.fill(model, cache, [part]))[0])
-        mx.eval(logits[-1], cache.states)
+        logits = forward.fill(model, cache, [part])
+        dtype = dtype if logits is None else logits.dtype
+        found.append(_compared(logits)[0])
+        mx.eval(found[-1], cache.states)
         yield
-    return mx.concatenate(logits)
+    return Sample(ids, length, mx.concatenate(found), dtype)
 
 
 def whole(model: Any, sample: Sample) -> Passes:
@@ -173,7 +177,7 @@ def _leaving(batch: Batch, *, continues: bool) -> Iterator[None]:
         yield from batch.read(tokens)
 
 
-def compared(logits: mx.array | None) -> mx.array:
+def _compared(logits: mx.array | None) -> mx.array:
     """Choose the logits that are compared."""
     if logits is None:
         raise ValueError("a pass needs a token")

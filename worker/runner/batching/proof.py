@@ -13,17 +13,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from worker.models.load import first_line
 from worker.runner import kv_cache
 from worker.runner.batching import passes
-from worker.runner.batching.layer_sample import sample_of
+from worker.runner.batching.layer_sample import in_float32, sample_of
 from worker.runner.batching.passes import ANSWER, Passes, Sample
 from worker.runner.batching.support import BatchingSupport, Together
 from worker.runner.memory import is_out_of_memory
@@ -35,9 +34,9 @@ LARGEST_WINDOW = 128
 
 TOLERANCE = {"together": 1e-3, "pieces": 1e-3}
 TOLERANCE_SHORT = {"together": 1e-2, "pieces": 5e-2}
-"""Deviations that count as equal, for weights of float32 and of shorter types. On a CPU, right ones were at most 1e-5
-in float32. In bfloat16 they were 0, or 0.02 where a state-space layer computes several tokens otherwise than one after
-another. Wrong ones were 0.08 and more."""
+"""Deviations that count as equal, in float32 and in shorter types. On a CPU, right ones were at most 1e-5 in float32.
+In bfloat16 they were 0, or 0.02 where a state-space layer computes several tokens otherwise than one after another.
+Wrong ones were 0.08 and more."""
 TIMES_EQUAL, TIMES_PIECES = 5, 2
 """Rows of different lengths may also deviate this many times as much as those of equal length, or in other pieces."""
 WRONG = 0.1
@@ -51,8 +50,12 @@ class CannotRun(Exception):
     """A model does not even run a single row."""
 
 
-def proving(model: Any, vocabulary: int) -> Generator[None, None, BatchingSupport]:
+def proving(model: Any, vocabulary: int, spare_bytes: int = 0) -> Generator[None, None, BatchingSupport]:
     """Measure a model, on some of its layers if these run without the others.
+
+    Args:
+        vocabulary: number of tokens in the embedding.
+        spare_bytes: memory for a copy of the weights in float32, in which mistakes differ most from rounding.
 
     Yields:
         After each pass.
@@ -61,13 +64,17 @@ def proving(model: Any, vocabulary: int) -> Generator[None, None, BatchingSuppor
         CannotRun: the model cannot be served.
     """
     sample = sample_of(model)
-    with _sparse(sample):
-        try:
-            return (yield from _Proof(sample, vocabulary).run())
-        except CannotRun:
-            if sample is model:
-                raise
-    with _sparse(model):
+    try:
+        return (yield from _proving(sample, vocabulary, spare_bytes))
+    except CannotRun:
+        if sample is model:
+            raise
+    return (yield from _proving(model, vocabulary, spare_bytes))
+
+
+def _proving(model: Any, vocabulary: int, spare_bytes: int) -> Generator[None, None, BatchingSupport]:
+    # In shorter types, rounding would change which tokens such a layer selects.
+    with in_float32(model, spare_bytes) as exactly, _sparse(model) if exactly else nullcontext():
         return (yield from _Proof(model, vocabulary).run())
 
 
@@ -76,6 +83,7 @@ class _Proof:
         self._model = model
         self._vocabulary = vocabulary
         self._random = random.Random(0)
+        self._exactly = True
         self._deviations: dict[str, float] = {}
         self._errors: dict[str, str] = {}
 
@@ -90,16 +98,16 @@ class _Proof:
         return self._verdict()
 
     def _samples(self, lengths: Sequence[int]) -> Generator[None, None, list[Sample]]:
-        samples = []
+        samples: list[Sample] = []
         for length in lengths:
             ids = tuple(self._random.randrange(self._vocabulary) for _ in range(length + ANSWER))
             try:
-                logits = yield from passes.logits_alone(self._model, ids, length)
+                samples.append((yield from passes.run_alone(self._model, ids, length)))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 raise CannotRun(f"The model does not run: {first_line(error)}") from error
-            samples.append(Sample(ids, length, logits))
+            self._exactly = samples[-1].dtype == mx.float32
         return samples
 
     def _measure_alone(self, samples: Sequence[Sample]) -> Generator[None, None, None]:
@@ -132,9 +140,7 @@ class _Proof:
         return median(deviations)
 
     def _tolerance(self, name: str) -> float:
-        arrays: list[mx.array] = list(dict(tree_flatten(self._model.parameters())).values())
-        types = {array.dtype for array in arrays}
-        least = TOLERANCE_SHORT if types & {mx.bfloat16, mx.float16} else TOLERANCE
+        least = TOLERANCE if self._exactly else TOLERANCE_SHORT
         if name in ("pieces", "takeover", "whole"):
             return least["pieces"]
         equal, *pieces = (self._deviations.get(each, 0.0) for each in ("equal", "pieces", "takeover"))

@@ -25,11 +25,13 @@ _VERSION: Final = 1
 _LIBRARIES: Final = ("mlx", "mlx-lm", "mlx-vlm")
 
 
-def find(loaded: LoadedModel, vocabulary: int, folder: Path) -> Generator[None, None, BatchingSupport]:
+def find(
+    loaded: LoadedModel, vocabulary: int, spare_bytes: int, folder: Path
+) -> Generator[None, None, BatchingSupport]:
     """Return the verdict for a model as it is configured, on this device; measure it if there is none.
 
     Args:
-        vocabulary: number of tokens in the embedding.
+        vocabulary, spare_bytes: see `proving`.
         folder: of all verdicts.
 
     Yields:
@@ -41,7 +43,7 @@ def find(loaded: LoadedModel, vocabulary: int, folder: Path) -> Generator[None, 
     file = folder / f"{_name(loaded)}.json"
     found = _read(file)
     if found is None:
-        found = yield from proving(loaded.model, vocabulary)
+        found = yield from proving(loaded.model, vocabulary, spare_bytes)
         _write(file, found)
     log = logger.warning if found.restricted else logger.info
     log("model_batching", extra={"model": loaded.card.id, **found.to_dict()})
