@@ -41,10 +41,12 @@ class Action:
     Attributes:
         thought: what the model wrote before the action; it also applies to the actions that follow directly.
         start: where to act, or where a drag starts. A scroll without it applies at the pointer.
-        end: where a drag ends.
+        end: where a drag or a swipe ends, or a scroll without a direction.
         key: keys to press together, in the model's notation: "ctrl c".
         text: the text to type, or the closing message. A line break at the end means Enter.
-        direction: of a scroll: up, down, left or right.
+        direction: of a scroll: up, down, left or right. None if the scroll has an `end`.
+        app: name of the app to open.
+        time: duration of a long press, as the model wrote it; None if it wrote none. The model defines no unit.
         raw: the call as the model wrote it.
     """
 
@@ -55,6 +57,8 @@ class Action:
     key: str | None
     text: str | None
     direction: str | None
+    app: str | None
+    time: str | None
     raw: str
 
 
@@ -84,11 +88,20 @@ _REQUIRED: Final[Mapping[ActionName, tuple[str, ...]]] = {
     ActionName.WAIT: (),
     ActionName.FINISHED: (),
     ActionName.CALL_USER: (),
+    ActionName.LONG_PRESS: ("start_box",),
+    ActionName.SWIPE: ("start_box", "end_box"),
+    ActionName.OPEN_APP: ("app_name",),
+    ActionName.PRESS_HOME: (),
+    ActionName.PRESS_BACK: (),
+    ActionName.PRESS_ENTER: (),
 }
 _OPTIONAL: Final[Mapping[ActionName, tuple[str, ...]]] = {
     ActionName.SCROLL: ("start_box",),
     ActionName.FINISHED: ("content",),
+    ActionName.LONG_PRESS: ("time",),
 }
+_SWIPE: Final = ("start_box", "end_box")
+"""The arguments of a scroll on phones in the first version of UI-TARS, instead of a direction."""
 _TAGS: Final = re.compile(r"<\|box_(?:start|end)\|>|</?(?:bbox|point)>")
 _BRACKETS: Final = str.maketrans("()[],", "     ")
 _NUMBER: Final = re.compile(r"-?[0-9]{1,7}(?:\.[0-9]{0,20})?")
@@ -122,7 +135,8 @@ def _rounded(number: float) -> float:
 
 
 def _action(call: Call, scale: _Scale) -> Action:
-    required = _REQUIRED[call.name]
+    is_swipe = call.name is ActionName.SCROLL and "end_box" in call.arguments and "direction" not in call.arguments
+    required = _SWIPE if is_swipe else _REQUIRED[call.name]
     for argument in required:
         if argument not in call.arguments:
             raise ParseError(f"{call.name} needs the argument {argument}.")
@@ -132,9 +146,11 @@ def _action(call: Call, scale: _Scale) -> Action:
         thought=call.thought,
         start=_point(call.name, "start_box", used.get("start_box"), scale),
         end=_point(call.name, "end_box", used.get("end_box"), scale),
-        key=_key(used.get("key")),
+        key=_filled(call.name, "key", used.get("key")),
         text=_unescaped(used.get("content")),
         direction=_direction(used.get("direction")),
+        app=_filled(call.name, "app_name", _unescaped(used.get("app_name"))),
+        time=(used.get("time") or "").strip() or None,
         raw=call.raw,
     )
 
@@ -150,9 +166,9 @@ def _point(name: ActionName, argument: str, value: str | None, scale: _Scale) ->
     return scale.point((corners[0] + corners[-2]) / 2, (corners[1] + corners[-1]) / 2)
 
 
-def _key(value: str | None) -> str | None:
+def _filled(name: ActionName, argument: str, value: str | None) -> str | None:
     if value is not None and not value.strip():
-        raise ParseError(f"The key of {ActionName.HOTKEY} is empty.")
+        raise ParseError(f"The {argument} of {name} is empty.")
     return value
 
 

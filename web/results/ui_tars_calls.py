@@ -14,7 +14,7 @@ from typing import Final
 
 
 class ActionName(StrEnum):
-    """The actions of UI-TARS, under the names that the model uses."""
+    """The actions of UI-TARS on desktops and phones, under the names that the model uses."""
 
     CLICK = "click"
     LEFT_DOUBLE = "left_double"
@@ -28,6 +28,12 @@ class ActionName(StrEnum):
     FINISHED = "finished"
     CALL_USER = "call_user"
     """The task cannot be solved without the user."""
+    LONG_PRESS = "long_press"
+    SWIPE = "swipe"
+    OPEN_APP = "open_app"
+    PRESS_HOME = "press_home"
+    PRESS_BACK = "press_back"
+    PRESS_ENTER = "press_enter"
 
 
 class ParseError(Exception):
@@ -51,7 +57,7 @@ _ALIASES: Final[Mapping[str, str]] = {
     "hotkey": "key",
     "text": "content",
 }
-_ARGUMENTS: Final = ("direction", *_ALIASES, *_ALIASES.values())
+_ARGUMENTS: Final = ("direction", "app_name", "time", *_ALIASES, *_ALIASES.values())
 
 _NAME: Final = r"[A-Za-z_][A-Za-z0-9_]*+"
 _COLON: Final = r"[ \t]*+[:\uff1a]"  # U+FF1A is the full-width colon of Chinese input methods

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from shared.jobs.record import AttemptEnd, Status
+from web.results.ui_tars_calls import ActionName
 from web.schemas.base import ResponseModel
 from web.schemas.requests import PriorityName
 
@@ -53,18 +54,22 @@ class PointView(ResponseModel):
 class ActionView(ResponseModel):
     """An action that a UI-TARS model requests. Fields that do not apply to the action are null."""
 
-    action: Literal[
-        "click", "left_double", "right_single", "drag", "hotkey", "type", "scroll", "wait", "finished", "call_user"
-    ]
+    action: ActionName = Field(
+        description="`long_press`, `swipe`, `open_app`, `press_home`, `press_back` and `press_enter` are for phones"
+    )
     raw: str = Field(description="The call as the model wrote it")
     thought: str | None = Field(description="The reasoning that the model wrote before the action")
-    start: PointView | None = Field(description="Where to act; for `drag`, where to start")
-    end: PointView | None = Field(description="Where `drag` ends")
+    start: PointView | None = Field(description="Where to act; for `drag` and `swipe`, where to start")
+    end: PointView | None = Field(description="Where `drag` or `swipe` ends, or `scroll` if it has no direction")
     key: str | None = Field(description="Keys of `hotkey`, for example `ctrl c`")
     text: str | None = Field(
         description="Text to `type`, where a newline at the end submits it; or the closing message of `finished`"
     )
     direction: Literal["up", "down", "left", "right"] | None = Field(description="Direction of `scroll`")
+    app: str | None = Field(description="Name of the app for `open_app`")
+    time: str | None = Field(
+        description="Duration of `long_press` as the model wrote it, without a defined unit; null if it wrote none"
+    )
 
 
 class Parsed(ResponseModel):

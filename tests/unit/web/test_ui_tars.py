@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def at(x: float, y: float) -> Point:
 
 
 def action_of(name: ActionName, raw: str, **fields: object) -> Action:
-    absent = dict.fromkeys(("thought", "start", "end", "key", "text", "direction"))
+    absent = dict.fromkeys(("thought", "start", "end", "key", "text", "direction", "app", "time"))
     return Action(action=name, raw=raw, **(absent | fields))  # type: ignore[arg-type]
 
 
@@ -85,6 +86,22 @@ def action_of(name: ActionName, raw: str, **fields: object) -> Action:
         ("finished()", ActionName.FINISHED, {}),
         (r"finished(content='It\'s \"done\".')", ActionName.FINISHED, {"text": 'It\'s "done".'}),
         ("call_user()", ActionName.CALL_USER, {}),
+        ("long_press(start_box='<|box_start|>(1,2)<|box_end|>')", ActionName.LONG_PRESS, {"start": at(1, 2)}),
+        ("long_press(start_box='(1,2)', time='')", ActionName.LONG_PRESS, {"start": at(1, 2)}),
+        ("long_press(start_box='(1,2)', time='2')", ActionName.LONG_PRESS, {"start": at(1, 2), "time": "2"}),
+        ("long_press(point='<point>1 2</point>', time=1.5)", ActionName.LONG_PRESS, {"start": at(1, 2), "time": "1.5"}),
+        ("open_app(app_name='Clock')", ActionName.OPEN_APP, {"app": "Clock"}),
+        (r"open_app(app_name='Carl\'s \"To do\"')", ActionName.OPEN_APP, {"app": 'Carl\'s "To do"'}),
+        ("press_home()", ActionName.PRESS_HOME, {}),
+        ("press_back()", ActionName.PRESS_BACK, {}),
+        ("press_enter()", ActionName.PRESS_ENTER, {}),
+        ("swipe(start_box='(1,9)', end_box='(1,2)')", ActionName.SWIPE, {"start": at(1, 9), "end": at(1, 2)}),
+        ("scroll(start_box='(1,9)', end_box='(1,2)')", ActionName.SCROLL, {"start": at(1, 9), "end": at(1, 2)}),
+        (
+            "scroll(start_box='(1,9)', end_box='(1,2)', direction='up')",
+            ActionName.SCROLL,
+            {"start": at(1, 9), "direction": "up"},
+        ),
     ],
 )
 @pytest.mark.parametrize("thought", [None, "Here it is."])
@@ -192,7 +209,6 @@ def test_escaped_text_is_typed_unchanged(typed: str, quote: str) -> None:
         ("Thought: No more.", "no action"),
         ("Action: click the button", "no action"),
         ("Action:", "no action"),
-        ("Action: press_home()", "'press_home'"),
         ("fly(to='(1,2)')", "'fly'"),
         ("Action: wait()\n\nfly(to='(1,2)')", "'fly'"),
         ("Action: click()", "click needs the argument start_box"),
@@ -200,6 +216,10 @@ def test_escaped_text_is_typed_unchanged(typed: str, quote: str) -> None:
         ("Action: drag(start_box='(1,2)')", "drag needs the argument end_box"),
         ("Action: hotkey()", "hotkey needs the argument key"),
         ("Action: hotkey(key=' ')", "key of hotkey is empty"),
+        ("Action: open_app()", "open_app needs the argument app_name"),
+        ("Action: open_app(app_name='')", "app_name of open_app is empty"),
+        ("Action: long_press(time='2')", "long_press needs the argument start_box"),
+        ("Action: scroll(end_box='(1,2)')", "scroll needs the argument start_box"),
         ("Action: type()", "type needs the argument content"),
         ("Action: scroll(start_box='(1,2)')", "scroll needs the argument direction"),
         ("Action: scroll(start_box='(1,2)', direction='in')", "Unknown direction of scroll: 'in'"),
@@ -283,6 +303,24 @@ def test_without_an_image_no_point_is_inside(geometry: ImageGeometry | None) -> 
 def test_an_image_of_an_unsupported_shape_gives_a_reason(size: tuple[int, int]) -> None:
     parsed, reason = parse("click(start_box='(1,2)')", size, GEOMETRY)
     assert parsed == [] and reason is not None and f"{size[0]} x {size[1]} pixels" in reason
+
+
+def documented_actions() -> set[str]:
+    """Return the actions that docs/images.md lists."""
+    (row,) = re.findall(r"^\| `action` \|(.*)\|$", Path("docs/images.md").read_text(), re.MULTILINE)
+    return set(re.findall("`([a-z_]+)`", row))
+
+
+def test_every_action_is_documented_and_tested() -> None:
+    (forms,) = [mark for mark in test_every_documented_form.pytestmark if "call" in mark.args[0]]
+    assert {name for _, name, _ in forms.args[1]} == set(ActionName) == documented_actions()
+
+
+def test_coordinates_on_phones_are_converted_to_the_image_that_was_sent() -> None:
+    pressed, swiped = actions(
+        "long_press(start_box='(504,1120)')\nscroll(start_box='(504,1120)', end_box='(0,0)')", (1080, 2400)
+    )
+    assert pressed.start == swiped.start != at(504, 1120) and swiped.end == at(0, 0)
 
 
 def test_the_parser_does_not_import_mlx() -> None:
