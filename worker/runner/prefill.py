@@ -220,11 +220,11 @@ class Prefill:
         """Return the first row, and those that may be prefilled together with it. The others wait for the next plan."""
         if not rows or not self._batching.restricted:
             return rows
-        first = self._waiting[rows[0].uid].unread
+        first = self._waiting[rows[0].uid].remaining
         others = [
             row
             for row in rows[1:]
-            if self._in_one_piece(row.uid) and self._batching.may_prefill(first, self._waiting[row.uid].unread)
+            if self._in_one_piece(row.uid) and self._batching.may_prefill(first, self._waiting[row.uid].remaining)
         ]
         self._current = tuple(row.uid for row in (rows[0], *others))
         return [rows[0], *others]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from worker.runner.base import Unread
+from worker.runner.base import RemainingPrompt
 
 
 class Together(StrEnum):
@@ -49,7 +49,7 @@ class BatchingSupport:
         """Whether rows may verify several draft tokens in a pass, after which their lengths differ."""
         return self.continues and self.decode is not Together.EQUAL_LENGTHS
 
-    def may_prefill(self, first: Unread, other: Unread) -> bool:
+    def may_prefill(self, first: RemainingPrompt, other: RemainingPrompt) -> bool:
         """Whether two rows may be prefilled together, after which they are in one bucket."""
         same_tokens = first.tokens == other.tokens
         same_length = same_tokens and first.position == other.position
