@@ -126,8 +126,13 @@ class ModelWorker:
         trace: Trace = partial(process.trace, self.id)
         self.core = EngineCore(load, self.slots, self._publisher.put, process.engine.wake, trace)
         preparer = Preparer(process.tokenizing, lambda: self._tokenizer.sources, ImageStore(files).get, JobLog(client))
-        self._claimer = Claimer(
-            model.id,
+        self._claimer = self._make_claimer(claims, preparer)
+        self._lease = self._make_lease()
+
+    def _make_claimer(self, claims: Claims, preparer: Preparer) -> Claimer:
+        process = self._process
+        return Claimer(
+            self.model.id,
             self.core,
             claims,
             preparer,
@@ -138,12 +143,15 @@ class ModelWorker:
             process.worker_ids,
             process.on_death,
         )
-        self._lease = LeaseRenewer(
+
+    def _make_lease(self) -> LeaseRenewer:
+        process = self._process
+        return LeaseRenewer(
             self._lease_claims,
             self.core.apply_write_result,
             lambda: self._claimer.held,
             self._announce,
-            settings.lease_s,
+            process.settings.lease_s,
             process.let_leases_lapse,
             process.on_death,
         )

@@ -44,7 +44,7 @@ class EngineCore:
         clock: stands still while the engine thread works for other models.
         progress_at: monotonic moment of the last progress, such as a token, prefilled tokens or the end of a row.
         used_at: monotonic moment at which a sequence was last submitted.
-        used_s: seconds of the engine thread charged to this model, kept by `worker.engine.engine`.
+        charged_s: seconds of the engine thread charged to this model, kept by `worker.engine.engine`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EngineCore:
         trace: Trace = lambda _job_ids: None,
     ) -> None:
         self.progress_at = self.used_at = time.monotonic()
-        self.used_s = 0.0
+        self.charged_s = 0.0
         self.clock = ModelClock()
         self.totals = Totals()
         self._loading = Loading(load)

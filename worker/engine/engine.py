@@ -112,7 +112,7 @@ class EngineThread(CriticalThread):
             self._load_piece(core, pieces)
         due = self._next()
         if due is not None:
-            due.used_s += self._timed("step", due, due.step)
+            due.charged_s += self._timed("step", due, due.step)
         for core in self._cores:  # the gauges of the other models include the memory of the whole process
             core.read_gauges()
 
@@ -148,17 +148,17 @@ class EngineThread(CriticalThread):
         """Return the core with work that has used the least time."""
         if len(self._cores) == 1:  # keep the virtual time current for models that are loaded later
             only = self._cores[0]
-            self._virtual_time_s = max(self._virtual_time_s, only.used_s)
+            self._virtual_time_s = max(self._virtual_time_s, only.charged_s)
             return only
         due = [core for core in self._cores if not core.idle]
         for core in due:
             if core not in self._active:
-                core.used_s = max(core.used_s, self._virtual_time_s)
+                core.charged_s = max(core.charged_s, self._virtual_time_s)
         self._active = set(due)
         if not due:
             return None
-        core = min(due, key=lambda each: each.used_s)
-        self._virtual_time_s = core.used_s
+        core = min(due, key=lambda each: each.charged_s)
+        self._virtual_time_s = core.charged_s
         return core
 
     def _sleep(self) -> None:
