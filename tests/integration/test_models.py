@@ -143,7 +143,7 @@ def test_models_unloaded_for_a_failed_load_are_loaded_again(admin: Callable[...,
 
 
 def test_replacing_a_model_does_not_interrupt_a_stream_of_another(admin: Callable[..., Admin]) -> None:
-    operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(200 * MIB))
+    operator = admin(WORKER_MODELS="one, two", MEMORY_LIMIT_BYTES=str(200 * MIB), LEASE_S="5")
     operator.ask("load", "two", pin=True)
     with operator.stack.client() as client:
         job = client.submit({"model": "two", "prompt": "Go on.", "max_tokens": 450, "temperature": 0})
