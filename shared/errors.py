@@ -14,7 +14,7 @@ MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, 
 ├── Invalid               422  a field has an invalid value; `field` names it
 │   └── KeyReused         422  the Idempotency-Key was used for a different request
 ├── RateLimited           429  the API key exceeded its rate limit
-│   └── KeyQueueFull      429  the API key's unfinished jobs reached QUEUE_BYTES_PER_KEY
+│   └── KeyQueueFull      429  the API key reached its number of waiting jobs, or its share of memory
 ├── Internal              500  a bug in the service
 ├── Unavailable           503  a dependency is unreachable; retry after `retry_after` seconds
 │   ├── NotDurable        503  Redis did not confirm that the job is on disk
@@ -144,7 +144,7 @@ class RateLimited(MlxqError):
 
 
 class KeyQueueFull(RateLimited):
-    """The API key's unfinished jobs reached its share of memory (`QUEUE_BYTES_PER_KEY`)."""
+    """The API key has too many waiting jobs (`MAX_QUEUE_PER_KEY`) or uses too much memory (`QUEUE_BYTES_PER_KEY`)."""
 
     code, title = "key_queue_full", "Too much queued"
 

@@ -123,6 +123,11 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         10_000, ge=1, description="Maximum number of waiting jobs per model. Further jobs are rejected with 503"
     )
+    max_queue_per_key: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Maximum number of waiting jobs per model of an API key that has no limit of its own. Further "
+        "jobs are rejected with 429. `auto`: a quarter of MAX_QUEUE",
+    )
     queue_bytes: Literal["auto"] | Annotated[int, Field(ge=2**20)] = Field(
         "auto",
         description="Maximum Redis memory that all unfinished jobs may reserve. Further jobs are "

@@ -33,6 +33,7 @@ READ_IN_SHARED: Final = {
     "redis_key_file": ("API", "worker", "Flower", "`scripts/serve`"),
     "broker_url": ("API", "worker", "Flower"),
     "max_queue": ("API",),
+    "max_queue_per_key": ("API",),
     "queue_bytes": ("API",),
     "queue_bytes_per_key": ("API",),
     "durable": ("API",),
@@ -51,7 +52,13 @@ _UNITS: Final = {
     "_PIXELS": "pixels",
     "_TOKENS": "tokens",
 }
-_UNIT_OF: Final = {"SLOTS": "rows", "WORKERS": "processes", "WEB_WORKERS": "processes", "MAX_QUEUE": "jobs"}
+_UNIT_OF: Final = {
+    "SLOTS": "rows",
+    "WORKERS": "processes",
+    "WEB_WORKERS": "processes",
+    "MAX_QUEUE": "jobs",
+    "MAX_QUEUE_PER_KEY": "jobs",
+}
 
 _EXAMPLE_HEAD: Final = """\
 # Every setting with its default value. On its first run, scripts/serve writes a .env file (mode 600) with the secrets;

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+from shared.jobs.record import Priority
 from shared.settings import load_or_exit
 from web.access.api_keys import SCOPES, ApiKey, KeyStore
 
-COLUMNS = ("id", "name", "scopes", "limit", "created", "revoked")
+COLUMNS = ("id", "name", "scopes", "limit", "queue", "priority", "created", "revoked")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +46,13 @@ def table(keys: Iterable[ApiKey], default_limit: str) -> str:
 
 
 def _create(store: KeyStore, options: argparse.Namespace, file: Path) -> None:
-    key = store.create(options.name, options.scope or ["infer"], options.rate_limit)
+    key = store.create(
+        options.name,
+        options.scope or ["infer"],
+        options.rate_limit,
+        max_queued=options.max_queued,
+        max_priority=Priority[options.max_priority.upper()],
+    )
     # stdout receives only the key, so that scripts can capture it.
     print(f"Added to {file}. The key is shown only once:", file=sys.stderr)
     print(key)
@@ -57,6 +64,8 @@ def _row(key: ApiKey, default_limit: str) -> tuple[str, ...]:
         key.name,
         ",".join(sorted(key.scopes)),
         key.rate_limit or default_limit,
+        str(key.max_queued or "default"),
+        key.max_priority.label,
         _format_time(key.created_at),
         _format_time(key.revoked_at) if key.revoked_at is not None else "-",
     )
@@ -73,6 +82,18 @@ def _parser(default_limit: str) -> argparse.ArgumentParser:
     create.add_argument("name", help="name of the user or application")
     create.add_argument("--scope", action="append", choices=sorted(SCOPES), help="may be repeated (default: infer)")
     create.add_argument("--rate-limit", metavar="LIMIT", help=f"such as 1000/minute (default: {default_limit})")
+    create.add_argument(
+        "--max-queued",
+        metavar="N",
+        type=int,
+        help="maximum number of waiting jobs per model (default: MAX_QUEUE_PER_KEY)",
+    )
+    create.add_argument(
+        "--max-priority",
+        choices=[priority.label for priority in Priority],
+        default=Priority.NORMAL.label,
+        help="highest priority of the key's jobs (default: normal)",
+    )
     actions.add_parser("list", help="list all keys, including revoked ones")
     revoke = actions.add_parser("revoke", help="revoke a key")
     revoke.add_argument("key", metavar="ID_OR_NAME")

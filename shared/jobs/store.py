@@ -54,6 +54,7 @@ class Submission:
         prefixes: hashes of the prompt's prefixes, longest first, by which claims find a worker with a cached prefix.
         tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
         shared: number of leading tokens whose cache other API keys may reuse.
+        max_queued: maximum number of the owner's queued jobs of the model; None for the default.
     """
 
     request: Request
@@ -70,6 +71,7 @@ class Submission:
     prefixes: tuple[str, ...] = ()
     tokens: tuple[int, ...] | None = None
     shared: int = 0
+    max_queued: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Jobs:
         Raises:
             KeyReused: the Idempotency-Key was used for another request.
             Invalid: the job alone could exceed the API key's share of memory.
-            KeyQueueFull: the API key's unfinished jobs reached its share of memory.
+            KeyQueueFull: the API key's queued jobs reached their number, or its unfinished jobs their share of memory.
             QueueFull, QueueMemoryFull: the queue reached its limit.
             Unavailable: the job's images were lost.
             NotDurable: Redis did not confirm that the job is on disk.
@@ -154,6 +156,7 @@ class Jobs:
             "request_bytes": request_bytes,
             "growth_bytes": RECORD_BYTES + _token_bytes(request) * request.max_tokens,
             "max_queue": limits.max_queue,
+            "owner_queue": submission.max_queued or _max_queued(limits),
             "queue_bytes": 0 if limits.queue_bytes == "auto" else limits.queue_bytes,
             "owner_bytes": 0 if limits.queue_bytes_per_key == "auto" else limits.queue_bytes_per_key,
             "memory_share": MEMORY_SHARE,
@@ -276,6 +279,12 @@ class Jobs:
         return [*fetch()]
 
 
+def _max_queued(settings: Settings) -> int:
+    """Return the number of queued jobs per model for API keys that have no limit of their own."""
+    limit = settings.max_queue_per_key
+    return max(1, settings.max_queue // 4) if limit == "auto" else limit
+
+
 def _token_bytes(request: Request) -> int:
     """Return how many bytes a generated token may add to Redis."""
     return GROWTH_BYTES + (0 if request.logprobs is None else LOGPROB_BYTES * (1 + request.logprobs))
@@ -322,6 +331,11 @@ def _reject(reason: str) -> NoReturn:
                 "This job could exceed the memory per API key (QUEUE_BYTES_PER_KEY). Reduce max_tokens or the prompt."
             )
             raise Invalid(detail, code="job_too_large", field="max_tokens")
+        case "owner queue full":
+            raise KeyQueueFull(
+                "This API key has too many waiting jobs for the model (MAX_QUEUE_PER_KEY). Try again later.",
+                retry_after=RETRY_S,
+            )
         case "owner full":
             raise KeyQueueFull(
                 "This API key's unfinished jobs use all its memory (QUEUE_BYTES_PER_KEY). Try again later.",

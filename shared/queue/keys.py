@@ -13,6 +13,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `DONE` + job | channel | the final status, once, when the job ends | – |
 | `QUEUE` + model | zset | queued jobs, reserved ones included; score = class, then turn | until empty |
 | `TURNS` + model | hash | fair queueing: turn reached by each class, and by each owner in it | as `QUEUE` |
+| `QUEUED` + model | hash | number of queued jobs by owner; `counted_at`: time of the last recount | as `QUEUE` |
 | `WAKE` + model | string | set while a wake-up is in flight | 1 s, or until the next claim |
 | `SPEED` + model | hash | `mean_s`: moving average of a job's running time in seconds | forever, one per model |
 | `OWNER` + key id | zset | job → creation time, for all jobs of an API key | as its longest-lived job |
@@ -71,6 +72,7 @@ LIVE: Final = "mlxq:live:"
 DONE: Final = "mlxq:done:"
 QUEUE: Final = "mlxq:waiting:"
 TURNS: Final = "mlxq:turns:"
+QUEUED: Final = "mlxq:queued:"
 WAKE: Final = "mlxq:wake:"
 SPEED: Final = "mlxq:speed:"
 OWNER: Final = "mlxq:owner:"

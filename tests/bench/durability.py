@@ -116,7 +116,9 @@ def _server(appendfsync: str) -> Iterator[Redis]:
 
 def _measure(policy: Policy, clients: Sequence[int]) -> Costs:
     with _server(policy.appendfsync) as client:
-        jobs = Jobs(client, Settings(_env_file=None, durable=policy.wait, max_queue=1_000_000))
+        jobs = Jobs(
+            client, Settings(_env_file=None, durable=policy.wait, max_queue=1_000_000, max_queue_per_key=1_000_000)
+        )
         costs = {f"{n} client{'s' * (n > 1)}": _accept(jobs, n) for n in clients}
         costs["append"] = _append(client)
     return costs

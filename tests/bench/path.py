@@ -85,7 +85,9 @@ def submits(rounds: int, checkout: Checkout | None = None) -> Rounds:
     results: Rounds = {}
     for _ in range(rounds):
         for worker in (False, True):
-            with modelless(worker=worker, checkout=checkout, SLOTS="32", MAX_QUEUE="1000000") as stack:
+            with modelless(
+                worker=worker, checkout=checkout, SLOTS="32", MAX_QUEUE="1000000", MAX_QUEUE_PER_KEY="1000000"
+            ) as stack:
                 for clients, jobs in _JOBS.items():
                     name = f"{clients} clients, {'a worker' if worker else 'no worker'}"
                     results.setdefault(name, []).append(submit(stack, clients, jobs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ LONG_AGO = 1.0
 MUCH = 10**6
 PERMANENT = {
     keys.TIMERS, keys.LEASES, keys.EXTENSIONS, keys.PASSED, keys.MEMORY, keys.BYTES, keys.FAILED, keys.ENDED, keys.ENDS,
-    keys.QUEUE + MODEL, keys.TURNS + MODEL, keys.SPEED + MODEL,
+    keys.QUEUE + MODEL, keys.QUEUED + MODEL, keys.TURNS + MODEL, keys.SPEED + MODEL,
     *(key + worker for key in (keys.RUNNING, keys.RESERVED) for worker in WORKERS),
 }  # fmt: skip
 """Keys without expiry that do not belong to one job; see `shared.queue.keys` for what bounds them."""
@@ -173,11 +174,12 @@ class ExpectedQueue(RuleBasedStateMachine):
             for job_id in own:
                 pipe.hgetall(keys.JOB + job_id).xrange(keys.LOG + job_id).get(keys.OUTPUT + job_id)
             pipe.zrange(keys.QUEUE + MODEL, 0, -1).zrange(keys.TIMERS, 0, -1, withscores=True)
-            pipe.zrange(keys.LEASES, 0, -1).hgetall(keys.BYTES).keys("*")
+            pipe.zrange(keys.LEASES, 0, -1).hgetall(keys.BYTES).hgetall(keys.QUEUED + MODEL)
+            pipe.keys("*")
             for worker in WORKERS:
                 pipe.smembers(keys.RUNNING + worker).smembers(keys.RESERVED + worker)
-            *jobs, queued, timers, leases, counted, names = (result := pipe.execute())[: 3 * len(own) + 5]
-            held = result[3 * len(own) + 5 :]
+            *jobs, queued, timers, leases, counted, by_owner, names = (result := pipe.execute())[: 3 * len(own) + 6]
+            held = result[3 * len(own) + 6 :]
         for n, (job_id, expected) in enumerate(self.expected.items()):
             record, log, text = jobs[3 * n : 3 * n + 3]
             self.check_record(record, expected)
@@ -186,11 +188,14 @@ class ExpectedQueue(RuleBasedStateMachine):
             ]
             assert (job_id, str(len(log)), text or "") == (record["id"], record["seq"], expected.text)
         assert set(queued) == self.of(Status.QUEUED).keys()
+        by_owner.pop("counted_at", None)
+        owners = Counter(job.owner for job in self.of(Status.QUEUED).values())
+        assert by_owner == {owner: str(count) for owner, count in owners.items()}
         assert dict(timers).keys() == {i for i, job in self.expected.items() if job.timer}
         assert set(leases) == self.leases.keys()
         assert held == [{*self.held_by(name, running=runs)} for name in WORKERS for runs in (True, False)]
         self.check_bytes(counted)
-        assert queued or keys.TURNS + MODEL not in names
+        assert queued or not {keys.TURNS + MODEL, keys.QUEUED + MODEL} & {*names}
         self.check_keys(set(names), own)
 
     def keys_of(self, job_id: str, job: Expected) -> set[str]:

@@ -24,6 +24,8 @@ from typing import Any, Final
 
 from limits import parse_many
 
+from shared.jobs.record import Priority
+
 log = logging.getLogger(__name__)
 
 SCOPES: Final = frozenset({"infer", "admin"})
@@ -50,6 +52,8 @@ class ApiKey:
         scopes: permissions: `infer`, `admin`.
         rate_limit: for example `100/minute`; None for the service's default.
         created_at, revoked_at: seconds since the epoch; `revoked_at` is None for a valid key.
+        max_queued: maximum number of waiting jobs per model; None for the service's default.
+        max_priority: highest priority that jobs may have. Entries without one were created before there was a limit.
     """
 
     id: str
@@ -59,15 +63,18 @@ class ApiKey:
     rate_limit: str | None
     created_at: float
     revoked_at: float | None = None
+    max_queued: int | None = None
+    max_priority: Priority = Priority.HIGH
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as it is stored in the file."""
-        return {**asdict(self), "scopes": sorted(self.scopes)}
+        return {**asdict(self), "scopes": sorted(self.scopes), "max_priority": self.max_priority.label}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ApiKey:
         """Read an entry that `to_dict` wrote."""
-        return cls(**{**data, "scopes": frozenset(data["scopes"])})
+        max_priority = Priority[data.get("max_priority", Priority.HIGH.label).upper()]
+        return cls(**{**data, "scopes": frozenset(data["scopes"]), "max_priority": max_priority})
 
 
 def new_key() -> str:
@@ -106,17 +113,36 @@ class KeyStore:
             log.warning("api_key_stays_revoked", extra={"key_id": known.id})
         return known
 
-    def create(self, name: str, scopes: Iterable[str], rate_limit: str | None = None) -> str:
+    def create(
+        self,
+        name: str,
+        scopes: Iterable[str],
+        rate_limit: str | None = None,
+        *,
+        max_queued: int | None = None,
+        max_priority: Priority = Priority.NORMAL,
+    ) -> str:
         """Create a key and return it. It cannot be read again later: only its hash is stored.
 
         Raises:
-            ValueError: a scope is unknown, the rate limit is malformed, or the name is in use.
+            ValueError: a scope is unknown, a limit is malformed, or the name is in use.
         """
         granted = _valid_scopes(scopes)
+        if max_queued is not None and max_queued < 1:
+            raise ValueError("the maximum number of waiting jobs must be at least 1")
         if rate_limit is not None:
             parse_many(rate_limit)
         key = new_key()
-        entry = ApiKey(key.split("_")[1], name, _hash(key), granted, rate_limit, time.time())
+        entry = ApiKey(
+            id=key.split("_")[1],
+            name=name,
+            hash=_hash(key),
+            scopes=granted,
+            rate_limit=rate_limit,
+            created_at=time.time(),
+            max_queued=max_queued,
+            max_priority=max_priority,
+        )
         with self._editing() as keys:
             if any(other.name == name and other.revoked_at is None for other in keys.values()):
                 raise ValueError(f"the name {name!r} is in use by another API key")

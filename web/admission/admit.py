@@ -14,7 +14,7 @@ from typing import Any
 import redis
 from redis.exceptions import OutOfMemoryError
 
-from shared.errors import Conflict, Invalid, KeyQueueFull, NotDurable, Unavailable
+from shared.errors import Conflict, Forbidden, Invalid, KeyQueueFull, NotDurable, Unavailable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job, Priority
 from shared.jobs.request import Request, Sampling
@@ -39,12 +39,16 @@ class RequestContext:
         owner: id of the API key.
         idempotency_key: the Idempotency-Key header; empty if absent.
         fingerprint: hash of the request's meaning; empty without an Idempotency-Key.
+        max_queued: the API key's maximum of waiting jobs per model; None for the default.
+        max_priority: the highest priority that the API key may use.
     """
 
     owner: str
     request_id: str = ""
     idempotency_key: str = ""
     fingerprint: str = ""
+    max_queued: int | None = None
+    max_priority: Priority = Priority.HIGH
 
 
 class Admission:
@@ -96,6 +100,7 @@ class Admission:
 
         Raises:
             Invalid: the request cannot be run; nothing was enqueued.
+            Forbidden: the API key may not use the priority.
             Conflict: no worker has the model, and models are not loaded on demand.
             Unavailable: the queue is full, the model cannot be loaded, or Redis must not hold jobs.
             redis.RedisError: Redis is unavailable.
@@ -143,7 +148,8 @@ class Admission:
         return Submission(
             request=generation,
             owner=context.owner,
-            priority=Priority[request.priority.upper()],
+            priority=_priority(request, context.max_priority),
+            max_queued=context.max_queued,
             metadata=request.metadata,
             request_id=context.request_id,
             idempotency_key=context.idempotency_key,
@@ -247,6 +253,17 @@ class Admission:
         except redis.RedisError as error:
             extra = {"model": job.model, "job_id": job.id, "reason": str(error)}
             log.warning("load_on_demand_failed", extra=extra)
+
+
+def _priority(request: JobRequest, highest: Priority) -> Priority:
+    """Return the priority of a job. The default is lowered to what the API key may use; a higher one is refused."""
+    priority = Priority[request.priority.upper()]
+    if priority >= highest:
+        return priority
+    if "priority" in request.model_fields_set:
+        detail = f"This API key may use at most priority {highest.label!r}."
+        raise Forbidden(detail, code="priority_not_allowed", field="priority")
+    return highest
 
 
 def _limited(field: str, value: float | None, maximum: float) -> float | None:

@@ -19,9 +19,12 @@ def submit(job_request: JobRequest) -> Accepted:
 
     Raises:
         Invalid: the request cannot be run; nothing was enqueued.
+        Forbidden: the API key may not use the priority.
+        RateLimited: the API key has too many waiting jobs.
         Unavailable: the queue is full.
     """
-    key, owner = idempotency_key(), caller().id
+    api_key, key = caller(), idempotency_key()
+    owner = api_key.id
     loaded = services().image_loader.load(
         job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.key_is_used(owner, key)
     )
@@ -30,6 +33,8 @@ def submit(job_request: JobRequest) -> Accepted:
         request_id=current_request_id(),
         idempotency_key=key,
         fingerprint=_fingerprint(loaded.fingerprint_source) if key else "",
+        max_queued=api_key.max_queued,
+        max_priority=api_key.max_priority,
     )
     accepted = services().admission.admit(loaded.request, context, loaded.files, skipped_images=loaded.skipped)
     if accepted.new:

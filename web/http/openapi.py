@@ -46,7 +46,7 @@ _COMMON_ERRORS: Final = (401, 403, 422, 429, 500, 503)
 ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request", "invalid_json", "invalid_utf8"),
     401: ("unauthorized",),
-    403: ("forbidden",),
+    403: ("forbidden", "priority_not_allowed"),
     404: (
         "job_not_found",
         "route_not_found",

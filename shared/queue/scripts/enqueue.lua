@@ -4,6 +4,7 @@
 --   images, images_slack_s       number of images stored for the job, and seconds that they outlive its deadline
 --   request_bytes, growth_bytes  bytes that the job occupies now, and bytes that its log and its text may add
 --   max_queue                    maximum number of queued jobs of the model; 0: unlimited
+--   owner_queue                  maximum number of the owner's queued jobs of the model
 --   queue_bytes                  maximum bytes of all unfinished jobs; 0: half of Redis's maxmemory or, if it has none,
 --                                an eighth of the memory of its machine
 --   owner_bytes                  maximum bytes of the owner's unfinished jobs; 0: a quarter of queue_bytes
@@ -12,9 +13,9 @@
 -- name, value, …
 -- Returns {'created' or 'exists', 1 if the model's workers must be woken else 0, rank in the queue or '', record as
 --   name, value, …}, or why the job was rejected: {'reused'} (Idempotency-Key with another fingerprint), {'full'},
---   {'too large'}, {'owner full'}, {'bytes full'}, {'memory full'} or {'images'} (images are missing)
+--   {'too large'}, {'owner queue full'}, {'owner full'}, {'bytes full'}, {'memory full'} or {'images'} (images are missing)
 --
--- Invariants: a rejected job writes nothing. An accepted job and a repeated call both write something, because the
+-- Invariants: a rejected job writes nothing, except that the owners' jobs may be counted anew. An accepted job and a repeated call both write something, because the
 -- durability check that follows covers only writes of the same connection.
 local request = cjson.decode(ARGV[1])
 local id, owner, model, class = request.id, request.owner, request.model, request.class
@@ -33,9 +34,26 @@ local function exists(existing)
   return {'exists', 0, rank or '', unpack(redis.call('HGETALL', key))}
 end
 
+local RECOUNT_S = 10
+
+-- Whether the owner has as many queued jobs of the model as it may have. Counts them anew before it says so, but not often.
+local function owner_queue_full()
+  local key = K.QUEUED .. model
+  local count, counted_at = unpack(redis.call('HMGET', key, owner, 'counted_at'))
+  local missing = not counted_at and redis.call('EXISTS', K.QUEUE .. model) == 1
+  local full = tonumber(count or '0') >= request.owner_queue
+  if missing or (full and now() - tonumber(counted_at or '0') >= RECOUNT_S) then
+    recount_queue(model)
+    full = tonumber(redis.call('HGET', key, owner) or '0') >= request.owner_queue
+  end
+  return full
+end
+
 -- Returns which limit the job exceeds; nil if it exceeds none.
 local function exceeded_limit()
-  if request.max_queue > 0 and redis.call('ZCARD', K.QUEUE .. model) >= request.max_queue then
+  if owner_queue_full() then
+    return 'owner queue full'
+  elseif request.max_queue > 0 and redis.call('ZCARD', K.QUEUE .. model) >= request.max_queue then
     return 'full'
   end
   local total, owned, growth = unpack(redis.call('HMGET', K.BYTES, 'total', 'owner:' .. owner, 'growth'))

@@ -9,6 +9,7 @@ import pytest
 from scripts.stack import keys, serve
 from scripts.stack.failure import StartFailed
 from scripts.stack.terminal import Terminal
+from shared.jobs.record import Priority
 from shared.settings import load_settings
 from web.access.api_keys import KeyStore, new_key
 
@@ -104,3 +105,16 @@ def test_what_cannot_be_done_is_one_line_on_stderr(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
+
+
+def test_a_key_has_its_own_limits_and_a_normal_priority_by_default(
+    store: KeyStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys.main(["create", "plain"])
+    keys.main(["create", "limited", "--max-queued", "7", "--max-priority", "high"])
+    assert [(key.max_queued, key.max_priority) for key in store.list()] == [(None, Priority.NORMAL), (7, Priority.HIGH)]
+    capsys.readouterr()
+    keys.main(["list"])
+    _, plain, limited = capsys.readouterr().out.splitlines()
+    assert (plain.split()[4:6], limited.split()[4:6]) == (["default", "normal"], ["7", "high"])
+    assert keys.main(["create", "none", "--max-queued", "0"]) == 1

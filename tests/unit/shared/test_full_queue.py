@@ -54,7 +54,9 @@ def routes(app: Flask) -> set[str]:
     [
         ({"queue_bytes": 100 * MB, "queue_bytes_per_key": MB}, 429, "key_queue_full", 202),
         ({"queue_bytes": MB, "queue_bytes_per_key": 100 * MB}, 503, "queue_memory_full", 503),
-        ({"max_queue": 1}, 503, "queue_full", 503),
+        ({"max_queue": 1, "max_queue_per_key": 2}, 503, "queue_full", 503),
+        ({"max_queue": 10, "max_queue_per_key": 1}, 429, "key_queue_full", 202),
+        ({"max_queue": 4}, 429, "key_queue_full", 202),
     ],
 )
 def test_rejection_has_a_code_and_a_retry_time(

@@ -24,7 +24,7 @@ from tests.support.queueing import (
 
 @pytest.fixture
 def jobs(client: Redis) -> Jobs:
-    return Jobs(client, Settings(max_queue=50, durable=False))
+    return Jobs(client, Settings(max_queue=50, max_queue_per_key=50, durable=False))
 
 
 @pytest.fixture

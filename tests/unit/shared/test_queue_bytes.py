@@ -70,7 +70,7 @@ def growth_of(job: Job, client: Redis) -> int:
 @pytest.mark.parametrize(
     ("limits", "memory", "error", "status"),
     [
-        ({"max_queue": 2}, {}, QueueFull, 503),
+        ({"max_queue": 2, "max_queue_per_key": 3}, {}, QueueFull, 503),
         ({"queue_bytes_per_key": 15_000, "queue_bytes": 10**6}, {}, KeyQueueFull, 429),
         ({"queue_bytes": 15_000, "queue_bytes_per_key": 10**6}, {}, QueueMemoryFull, 503),
         ({}, {"used": 0, "max": 120_000}, KeyQueueFull, 429),  # default: an eighth of the limit
@@ -119,7 +119,7 @@ def test_one_api_key_cannot_use_the_memory_of_others(client: Redis) -> None:
 
 
 def test_repeated_request_is_accepted_when_the_queue_is_full(client: Redis) -> None:
-    jobs = make_jobs(client, max_queue=1)
+    jobs = make_jobs(client, max_queue=1, max_queue_per_key=2)
     job = submit(jobs, idempotency_key="k", fingerprint="f")
     assert submit(jobs, idempotency_key="k", fingerprint="f").id == job.id
     with pytest.raises(KeyReused):

@@ -31,7 +31,7 @@ from tests.support.queueing import (
 
 @pytest.fixture
 def jobs(client: Redis) -> Jobs:
-    return Jobs(client, Settings(max_queue=50, durable=False))
+    return Jobs(client, Settings(max_queue=50, max_queue_per_key=50, durable=False))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_same_idempotency_key_returns_the_same_job(jobs: Jobs) -> None:
 
 
 def test_full_queue_rejects_a_job_and_stores_nothing(client: Redis) -> None:
-    jobs = Jobs(client, Settings(max_queue=2, durable=False))
+    jobs = Jobs(client, Settings(max_queue=2, max_queue_per_key=2, durable=False))
     for _ in range(2):
         submit(jobs)
     before = client.dbsize()

@@ -173,7 +173,7 @@ def test_time_limits_may_exceed_the_default_but_not_the_maximum(
 
 
 def test_a_full_queue_refuses_jobs_with_a_retry_time(client: Redis, settings: Settings, notifier: FakeNotifier) -> None:
-    admission = make_admission(client, settings.model_copy(update={"max_queue": 1}), notifier)
+    admission = make_admission(client, settings.model_copy(update={"max_queue": 1, "max_queue_per_key": 2}), notifier)
     request = JobRequest.model_validate({"prompt": "hi"})
     admission.admit(request, RequestContext("me"))
     error = refusal(admission, request)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.jobs.record import Priority
 from web.access.api_keys import SCOPES, KeyStore, new_key
 
 
@@ -128,3 +129,15 @@ def test_waiting_for_the_lock_times_out(store: KeyStore, monkeypatch: pytest.Mon
         with pytest.raises(OSError, match="lock of the API keys"):
             store.create("bob", ["infer"])
     assert store.create("bob", ["infer"])
+
+
+def test_entries_of_earlier_versions_keep_every_priority(store: KeyStore) -> None:
+    key = store.create("old", ["infer"], max_priority=Priority.BATCH)
+    path = path_of(store)
+    content = json.loads(path.read_text())
+    for name in ("max_queued", "max_priority"):
+        del content["keys"][0][name]
+    path.write_text(json.dumps(content))
+    entry = store.find(key)
+    assert entry is not None and (entry.max_queued, entry.max_priority) == (None, Priority.HIGH)
+    assert store.ensure(new_key(), "local", SCOPES).max_priority is Priority.HIGH

@@ -62,14 +62,41 @@ local function reach_turn(model, class, turn)
   end
 end
 
+-- Counts the queued jobs of each owner anew. The counts are missing, or have drifted, if older processes use the queue.
+local function recount_queue(model)
+  local counts = {}
+  for _, id in ipairs(redis.call('ZRANGE', K.QUEUE .. model, 0, -1)) do
+    local owner = redis.call('HGET', K.JOB .. id, 'owner')
+    if owner then
+      counts[owner] = (counts[owner] or 0) + 1
+    end
+  end
+  redis.call('DEL', K.QUEUED .. model)
+  for owner, count in pairs(counts) do
+    redis.call('HSET', K.QUEUED .. model, owner, count)
+  end
+  redis.call('HSET', K.QUEUED .. model, 'counted_at', stamp(now()))
+end
+
+local function count_queued(id, model, change)
+  local owner = redis.call('HGET', K.JOB .. id, 'owner')
+  if owner and redis.call('HINCRBY', K.QUEUED .. model, owner, change) <= 0 then
+    redis.call('HDEL', K.QUEUED .. model, owner)
+  end
+end
+
 local function join_queue(id, model, class, turn)
-  redis.call('ZADD', K.QUEUE .. model, tonumber(class) * CLASS_WIDTH + turn, id)
+  if redis.call('ZADD', K.QUEUE .. model, tonumber(class) * CLASS_WIDTH + turn, id) == 1 then
+    count_queued(id, model, 1)
+  end
 end
 
 local function leave_queue(id, model)
-  redis.call('ZREM', K.QUEUE .. model, id)
+  if redis.call('ZREM', K.QUEUE .. model, id) == 1 then
+    count_queued(id, model, -1)
+  end
   if redis.call('EXISTS', K.QUEUE .. model) == 0 then
-    redis.call('DEL', K.TURNS .. model)
+    redis.call('DEL', K.TURNS .. model, K.QUEUED .. model)
   end
 end
 
