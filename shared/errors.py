@@ -27,7 +27,7 @@ A job's `error` carries a `JobFailure` code if it failed and an `Expiry` code if
 runners raise `PromptRefused` with a `JobFailure` code: the API then rejects the request, or the claimer fails the job.
 
 Exceptions that stay inside the service are defined in the module that raises them: `NoLease` (`shared.queue.claims`),
-`ModelError` (`shared.models.folder`), `InvalidUrl` (`shared.queue.redis_url`), `TokenizerError`
+`ModelError` (`shared.models.folder`), `InvalidUrl` (`shared.redis.urls`), `TokenizerError`
 (`shared.tokenizing.client`).
 """
 

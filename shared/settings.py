@@ -19,8 +19,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.environment import drop_foreign_variables, unknown_names
-from shared.queue import redis_url
-from shared.queue.redis_url import Tls
+from shared.redis import urls
+from shared.redis.urls import Tls
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
@@ -241,12 +241,12 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_url_is_valid(cls, url: str) -> str:
-        return url and redis_url.check_store(url)
+        return url and urls.check_store(url)
 
     @field_validator("broker_url")
     @classmethod
     def _broker_url_is_valid(cls, url: str) -> str:
-        return url and redis_url.check_broker(url)
+        return url and urls.check_broker(url)
 
     @field_validator("flower_user", "flower_password")
     @classmethod
@@ -321,13 +321,13 @@ class Settings(BaseSettings):
 
     @cached_property
     def store_url(self) -> str:
-        """URL of the queue's Redis, for `shared.queue.redis.connect`."""
-        return redis_url.with_tls_files(self.redis_url, self._tls) or f"unix://{self.redis_socket}"
+        """URL of the queue's Redis, for `shared.redis.client.connect`."""
+        return urls.with_tls_files(self.redis_url, self._tls) or f"unix://{self.redis_socket}"
 
     @cached_property
     def celery_url(self) -> str:
         """URL of the broker, for `shared.queue.broker`."""
-        return redis_url.with_tls_files(self.broker_url, self._tls) or self.store_url
+        return urls.with_tls_files(self.broker_url, self._tls) or self.store_url
 
     @property
     def _tls(self) -> Tls:
@@ -378,14 +378,14 @@ def _unknown_settings() -> Iterator[tuple[str, str]]:
 
 
 def _unusable_tls_files(settings: Settings) -> Iterator[tuple[str, str]]:
-    urls = [url for url in (settings.redis_url, settings.broker_url) if url and redis_url.is_redis(url)]
+    servers = [url for url in (settings.redis_url, settings.broker_url) if url and urls.is_redis(url)]
     for name in _TLS_FILES:
         file: Path | None = getattr(settings, name)
         if file is None:
             continue
         if not os.access(file, os.R_OK):
             yield name, f"{file} does not exist or cannot be read"
-        elif all(redis_url.parse(url).tls is None for url in urls):
+        elif all(urls.parse(server).tls is None for server in servers):
             yield name, "neither REDIS_URL nor BROKER_URL uses TLS: set rediss://, or tls=true for Sentinel"
         elif name == "redis_key_file" and settings.redis_cert_file is None:
             yield name, "set REDIS_CERT_FILE, too"

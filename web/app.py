@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import Settings, load_settings
 from web.access import auth, rate_limits
 from web.access.api_keys import KeyStore

@@ -15,10 +15,10 @@ from shared.models.operations import Operations
 from shared.models.registry import Registry
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
-from shared.queue.redis import Redis, connect
-from shared.queue.requirements import Requirements
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, make_app
+from shared.redis.client import Redis, connect
+from shared.redis.requirements import Requirements
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore

@@ -28,20 +28,17 @@ from shared.logging import configure
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
-from shared.queue.durability import why_unproven
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
-from shared.queue.redis import connect
-from shared.queue.requirements import Fault, find_faults
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, app, make_app
+from shared.redis.client import connect
+from shared.redis.durability import why_unproven
+from shared.redis.requirements import Fault, find_faults
 from shared.runtime import freeze_garbage_collector
 from shared.settings import Settings, faults, load_settings
 from shared.tokenizing.client import Tokenizing
 from worker.engine.engine import EngineThread
-from worker.model_worker import WorkerProcess
-from worker.models.pool import LAST_WRITES_S, ModelPool
-from worker.models.switching import Switcher
 from worker.models.tokenizer_proof import HELPER
 from worker.process.critical import end_process, exit_after, exit_now
 from worker.process.death import report_leftovers
@@ -50,8 +47,11 @@ from worker.process.identity import Identity, claim_identity, worker_index
 from worker.process.parent import Launch, end_with_launcher
 from worker.process.watchdog import Progress, ProgressByTask, Watchdog
 from worker.queue.consumer import Consumer, stop_consuming
-from worker.queue.control import set_handler
 from worker.queue.lease import HostAnnouncer
+from worker.service.control import set_handler
+from worker.service.model_worker import WorkerProcess
+from worker.service.pool import LAST_WRITES_S, ModelPool
+from worker.service.switching import Switcher
 
 logger = logging.getLogger("worker.app")
 

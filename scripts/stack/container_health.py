@@ -32,7 +32,7 @@ def check_worker() -> None:
     """Check that this container's worker renews its lease and has loaded its model."""
     # Imported here to keep the HTTP checks fast.
     from shared.models.registry import Registry
-    from shared.queue.redis import connect
+    from shared.redis.client import connect
     from shared.settings import load_settings
 
     client = connect(load_settings().store_url, timeout_s=TIMEOUT_S, retries=0)

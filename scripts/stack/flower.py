@@ -12,8 +12,8 @@ import flower.options
 import flower.views
 from tornado.options import options
 
-from shared.queue.redis import connect
-from shared.queue.redis_url import is_redis
+from shared.redis.client import connect
+from shared.redis.urls import is_redis
 from shared.settings import load_or_exit
 
 

@@ -17,10 +17,10 @@ import redis
 from pydantic import ValidationError
 
 from scripts.stack.failure import StartFailed
-from shared.queue.durability import why_unproven
-from shared.queue.redis import Redis, connect
-from shared.queue.redis_url import is_redis
-from shared.queue.requirements import Fault, find_broker_faults, find_faults
+from shared.redis.client import Redis, connect
+from shared.redis.durability import why_unproven
+from shared.redis.requirements import Fault, find_broker_faults, find_faults
+from shared.redis.urls import is_redis
 from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
 
 MIN_FREE_BYTES = 200 * 2**20

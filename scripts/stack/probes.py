@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from shared.models.registry import Registry
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import Settings
 
 _TIMEOUT_S = 2.0

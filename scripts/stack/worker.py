@@ -15,7 +15,7 @@ import redis
 
 from scripts.stack import preflight
 from scripts.stack.failure import StartFailed
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import ENV_FILE, Settings, load_or_exit
 
 RETRY_S = 8.0

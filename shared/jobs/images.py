@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 UNACCEPTED_S: Final = 120
 """Lifetime in seconds of images until their job is accepted."""

@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from shared.errors import Gone
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 
 class EventKind(StrEnum):

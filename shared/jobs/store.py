@@ -18,9 +18,9 @@ from shared.jobs.images import SLACK_S
 from shared.jobs.log import JobLog
 from shared.jobs.record import OLD_REQUEST, Job, Parsing, Priority, Status
 from shared.jobs.request import Request, pack_tokens
-from shared.queue import keys
-from shared.queue.durability import ProvenScript
-from shared.queue.redis import Redis, script
+from shared.redis import keys
+from shared.redis.client import Redis, script
+from shared.redis.durability import ProvenScript
 from shared.settings import Settings
 from shared.wire import pairs_to_dict
 

@@ -9,8 +9,8 @@ from enum import StrEnum
 from typing import Any, Final, Self
 
 from shared.models.registry import HostInfo
-from shared.queue import keys
-from shared.queue.redis import Redis, script
+from shared.redis import keys
+from shared.redis.client import Redis, script
 from shared.wire import enum_member, known_fields
 
 LIFETIME_S: Final = 24 * 3600

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Self, TypeVar
 
 from shared.models.image_geometry import ImageGeometry
-from shared.queue import keys
-from shared.queue.redis import Redis, script
+from shared.redis import keys
+from shared.redis.client import Redis, script
 from shared.wire import known_fields
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""The durable queue: the connection to Redis, the Lua scripts that change state, and the Python sides of them."""
+"""The durable queue: the Lua scripts that change state, the Python sides of them, and wake-ups through Celery."""

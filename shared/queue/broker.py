@@ -2,7 +2,7 @@
 
 kombu receives URLs without user name and password, because it shows parts of them in statistics and logs. The
 transports receive the credentials as an object that hides them. With Sentinel, they use the classes of
-`shared.queue.sentinel`, so the broker and the queue fail over in the same way.
+`shared.redis.sentinel`, so the broker and the queue fail over in the same way.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from redis.sentinel import SentinelConnectionPool
 
-from shared.queue.redis_url import SENTINEL, RedisUrl, SentinelUrl, is_redis, parse
-from shared.queue.sentinel import Credentials, MasterConnection, MasterTlsConnection, Sentinels, sentinel_options
+from shared.redis.sentinel import Credentials, MasterConnection, MasterTlsConnection, Sentinels, sentinel_options
+from shared.redis.urls import SENTINEL, RedisUrl, SentinelUrl, is_redis, parse
 
 HEALTH_CHECK_S: Final = 5
 """Seconds after which a connection to a server that stopped answering is closed."""

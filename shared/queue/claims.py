@@ -16,7 +16,7 @@ from shared.errors import JobFailure
 from shared.jobs.log import join_tokens
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, pack_tokens, unpack_tokens
-from shared.queue.redis import Redis, script
+from shared.redis.client import Redis, script
 from shared.wire import enum_member, pairs_to_dict, to_json
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import redis
 from shared.jobs.record import EndedJob
 from shared.jobs.store import Jobs
 from shared.queue.recovery import Reaper
-from shared.queue.redis import passes
 from shared.queue.wakeups import Notifier
+from shared.redis.client import passes
 
 log = logging.getLogger(__name__)
 

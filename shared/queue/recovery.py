@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.jobs.record import EndedJob
-from shared.queue import keys
-from shared.queue.redis import Redis, script
+from shared.redis import keys
+from shared.redis.client import Redis, script
 
 REAP_S: Final = 1.0
 """Maximum seconds between two passes of a process. `reap.lua` treats a gap of twice this time as an outage."""

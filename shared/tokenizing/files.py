@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 _MAX_FILES: Final = 64
 """Maximum files in the folder. The oldest are deleted; if needed, they are fetched again."""

@@ -23,7 +23,7 @@ from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import ModelCard, Registry
 from shared.queue.claims import Append, Claims, Demand
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
 from shared.settings import Settings
 from web.access.api_keys import KeyStore
 from web.app import create_app

@@ -23,7 +23,7 @@ from shared.jobs.record import Job
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims, Demand
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
 from shared.settings import Settings
 from tests.bench.prompts import question
 from tests.bench.samples import quantile

@@ -24,7 +24,7 @@ from scripts.stack import processes
 from scripts.stack.config import valkey_conf
 from scripts.stack.ports import free_port
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
 from shared.settings import ROOT, Settings
 from tests.chaos.disks import Disk, disks_work
 from tests.chaos.network_faults import Link, Namespace, Proxy, namespaces_work

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 
 from shared.jobs.record import Status
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from tests.chaos.checks import Ledger
 from tests.chaos.fleet import WORKERS, Fleet
 

@@ -13,7 +13,7 @@ import redis
 
 from shared.jobs.log import EventKind
 from shared.models.registry import WorkerInfo
-from shared.queue import keys
+from shared.redis import keys
 from tests.chaos.fleet import Fleet
 
 _POLL_S = 0.01

@@ -14,7 +14,7 @@ import pytest
 from scripts.client.api import Client, ClientError, Refused, RemoteJob
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed
 from tests.support.servers import Server

@@ -13,7 +13,7 @@ import pytest
 
 from shared.errors import JobFailure
 from shared.jobs.record import Job, Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet, children
 from tests.support.farm import MAX_DEATHS
 from tests.support.waiting import eventually

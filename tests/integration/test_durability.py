@@ -19,8 +19,8 @@ from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue.durability import ProvenScript, why_unproven
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
+from shared.redis.durability import ProvenScript, why_unproven
 from shared.settings import Settings
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import StubWorker, WebStack, running_web

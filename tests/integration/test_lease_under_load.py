@@ -9,9 +9,9 @@ import pytest
 from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue import keys
-from shared.queue.redis import Redis
 from shared.queue.wakeups import Notifier, make_app
+from shared.redis import keys
+from shared.redis.client import Redis
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 

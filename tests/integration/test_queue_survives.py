@@ -8,8 +8,8 @@ from typing import Any
 from scripts.client.api import Client
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
-from shared.queue import keys
 from shared.queue.wakeups import Notifier, make_app
+from shared.redis import keys
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
 

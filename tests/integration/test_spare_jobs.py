@@ -6,7 +6,7 @@ import signal
 
 from shared.jobs.log import EventKind
 from shared.jobs.record import AttemptEnd, Job, Priority, Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet
 from tests.support.waiting import eventually
 

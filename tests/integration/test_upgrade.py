@@ -16,9 +16,9 @@ import pytest
 from scripts.client.api import Client
 from scripts.stack.ports import free_port
 from shared.jobs.log import EventKind
-from shared.queue import keys
 from shared.queue.maintenance import ADOPT_AGAIN_S
-from shared.queue.redis import Redis, connect
+from shared.redis import keys
+from shared.redis.client import Redis, connect
 from shared.settings import ROOT
 from tests.bench import job_load
 from tests.bench.checkouts import Checkout

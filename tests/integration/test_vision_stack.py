@@ -16,7 +16,7 @@ from scripts.client.api import Client, RemoteJob
 from shared.jobs.images import SLACK_S, digest
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
-from shared.queue import keys
+from shared.redis import keys
 from tests.plugins.stack import Stack
 from tests.support.image_files import data_url, picture
 from tests.support.waiting import eventually

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from shared.jobs.images import UNACCEPTED_S, ImageStore, digest
-from shared.queue import keys
-from shared.queue.redis import connect
+from shared.redis import keys
+from shared.redis.client import connect
 from tests.plugins.web_stack import WebStack, running_web
 from tests.support.image_files import data_url, picture
 from tests.support.load import Load

@@ -11,9 +11,9 @@ import httpx2
 import pytest
 
 from shared.jobs.record import Ending, Status
-from shared.queue import keys
 from shared.queue.claims import Append, Claims, Demand
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from tests.plugins.web_stack import MODEL, StubWorker, WebStack, running_web
 from tests.support.waiting import eventually
 from web.access.api_keys import new_key

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from shared.models.registry import ModelCard
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.tokenizing.client import MODULE
 from shared.tokenizing.messages import digest
 from tests.plugins.web_stack import StubWorker, WebStack, running_web

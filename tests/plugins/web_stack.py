@@ -23,7 +23,7 @@ from scripts.stack.ports import free_port
 from shared.jobs.record import Ending, Status
 from shared.models.registry import ModelCard, Registry, WorkerInfo
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
 from tests.support.valkey import DURABLE
 from web.access.api_keys import KeyStore, new_key
 

@@ -10,10 +10,10 @@ from typing import Final
 from shared.jobs.record import Ending, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue import keys
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand
 from shared.queue.recovery import CrashOutcome, report_crash
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 
 MODEL: Final = "m"

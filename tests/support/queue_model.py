@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from shared.jobs.log import JobLog
 from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import Claims
 from shared.queue.recovery import Reaper
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 
 MODEL = "m"
@@ -29,7 +29,7 @@ PERMANENT = {
     keys.QUEUE + MODEL, keys.QUEUED + MODEL, keys.TURNS + MODEL, keys.SPEED + MODEL,
     *(key + worker for key in (keys.RUNNING, keys.RESERVED) for worker in WORKERS),
 }  # fmt: skip
-"""Keys without expiry that do not belong to one job; see `shared.queue.keys` for what bounds them."""
+"""Keys without expiry that do not belong to one job; see `shared.redis.keys` for what bounds them."""
 
 
 @dataclass

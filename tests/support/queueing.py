@@ -8,10 +8,10 @@ from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue import keys
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, WriteResult
 from shared.queue.recovery import Reaper
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 MODEL = "m"
 MUCH = 1_000_000

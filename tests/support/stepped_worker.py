@@ -10,8 +10,8 @@ import pytest
 from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job
 from shared.jobs.store import Jobs
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import lease, submit
 from worker.engine.core import EngineCore

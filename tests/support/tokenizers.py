@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard, Registry
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.tokenizing.files import TokenizerStore
 from shared.tokenizing.messages import digest
 

@@ -9,7 +9,7 @@ import redis
 from flask import Flask, Response, g, request
 from flask_limiter import Limiter
 
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import Settings
 from web.access.auth import is_public_route
 

@@ -11,9 +11,9 @@ from redis.exceptions import AuthenticationError, AuthorizationError
 
 from shared.models.catalog import Catalog
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue.durability import why_unproven
-from shared.queue.redis import Redis, has_memory
-from shared.queue.requirements import find_faults
+from shared.redis.client import Redis, has_memory
+from shared.redis.durability import why_unproven
+from shared.redis.requirements import find_faults
 from shared.settings import Settings
 from web.cluster.ping import WorkerPing
 from web.schemas.health import HealthStatus, HealthView, RedisView, WorkerMemory, WorkerView

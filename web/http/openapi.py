@@ -33,9 +33,9 @@ from werkzeug.routing import Rule
 from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
 from web.http.problems import MEDIA_TYPE
+from web.http.stream_formats import FORMATS
 from web.schemas.problems import ProblemDetails
 from web.schemas.requests import JobRequest
-from web.streaming.formats import FORMATS
 
 P = ParamSpec("P")
 R = TypeVar("R")

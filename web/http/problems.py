@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 
 from shared import errors
 from shared.errors import MlxqError
-from shared.queue.redis import is_denied, passes
+from shared.redis.client import is_denied, passes
 from web.http.request_id import current_request_id
 from web.schemas.problems import FieldError, ProblemDetails
 

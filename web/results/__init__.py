@@ -1,1 +1,1 @@
-"""Jobs as JSON responses: job views, token log-probabilities and parsed UI-TARS actions."""
+"""Jobs as JSON responses: job views and token log-probabilities."""

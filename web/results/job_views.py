@@ -11,7 +11,8 @@ from shared.jobs.log import JobLog
 from shared.jobs.record import Attempt, Job, Status
 from shared.jobs.store import Accepted, Jobs
 from web.cluster.snapshot import Cluster
-from web.results import logprobs, ui_tars
+from web.parsing import ui_tars
+from web.results import logprobs
 from web.schemas.jobs import ActionView, AttemptView, InferenceView, JobError, JobView, Output, Timings, Urls, Usage
 from web.schemas.requests import PriorityName
 

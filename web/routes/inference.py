@@ -13,16 +13,16 @@ from flask import Blueprint, Response, request
 from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, Unavailable
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
-from web.admission.submit import submit
 from web.http import openapi
 from web.http.disconnect import watch_disconnect
 from web.http.openapi import describe
 from web.http.problems import problem
 from web.http.request import idempotency_key, read_body
+from web.http.stream_formats import Format, negotiate
+from web.routes.submission import submit
 from web.schemas.jobs import InferenceView
 from web.schemas.requests import InferenceRequest
 from web.services import Services, services
-from web.streaming.formats import Format, negotiate
 from web.streaming.response import stream_response
 
 if TYPE_CHECKING:

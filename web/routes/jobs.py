@@ -10,16 +10,16 @@ from flask import Blueprint, Response, request
 
 from shared.errors import Invalid
 from shared.jobs.record import Job
-from shared.queue.redis import passes
+from shared.redis.client import passes
 from web.access.auth import caller
-from web.admission.submit import submit
 from web.http import openapi
 from web.http.openapi import describe
 from web.http.request import parse_integer, preferred_wait_s, read_body, wait_s
+from web.http.stream_formats import EventStream, Format, negotiate
+from web.routes.submission import submit
 from web.schemas.jobs import JobList, JobView
 from web.schemas.requests import JobRequest
 from web.services import services
-from web.streaming.formats import EventStream, Format, negotiate
 from web.streaming.response import reconnect_response, stream_response
 
 log = logging.getLogger(__name__)

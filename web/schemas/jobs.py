@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from shared.jobs.record import AttemptEnd, Status
-from web.results.ui_tars_calls import ActionName
+from web.parsing.ui_tars_calls import ActionName
 from web.schemas.base import ResponseModel
 from web.schemas.requests import PriorityName
 

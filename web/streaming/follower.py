@@ -15,7 +15,7 @@ import redis
 
 from shared.errors import Gone
 from shared.jobs.log import Event, EventKind, JobLog
-from shared.queue.redis import passes
+from shared.redis.client import passes
 from web.streaming.hub import Hub, Item, Signal
 
 log = logging.getLogger(__name__)

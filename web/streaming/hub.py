@@ -20,8 +20,8 @@ from typing import Any, Final, TypeAlias
 import redis
 
 from shared.jobs.log import Event
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from flask import Response
 
 from shared.errors import MlxqError
 from shared.jobs.log import Event, EventKind
+from web.http.stream_formats import Format
 from web.metrics import Metrics
 from web.results.job_views import urls
-from web.streaming.formats import Format
 
 log = logging.getLogger(__name__)
 

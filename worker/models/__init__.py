@@ -1,1 +1,1 @@
-"""The models of a worker process: loading and switching them, and publishing their tokenizers."""
+"""Model folders: loading weights, and proving and publishing tokenizers."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 from redis import RedisError
 
 from shared.models.registry import ModelCard
-from shared.queue.redis import connect, passes
+from shared.redis.client import connect, passes
 from shared.settings import Settings
 from shared.tokenizing.files import TokenizerStore
 from shared.tokenizing.messages import TokenizerSource

@@ -15,7 +15,7 @@ import redis
 
 from shared.logging import configure
 from shared.queue.recovery import CrashOutcome, report_crash
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import Settings, load_settings
 from worker.process import breadcrumb
 from worker.process.breadcrumb import Trace

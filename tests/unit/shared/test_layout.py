@@ -13,9 +13,9 @@ from shared.jobs.log import JobLog
 from shared.jobs.record import Parsing, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import Claims, WriteResult
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
     MODEL,

@@ -10,9 +10,10 @@ import redis
 
 from shared.jobs.record import EndedJob, Status
 from shared.jobs.store import Jobs
-from shared.queue import keys, maintenance
+from shared.queue import maintenance
 from shared.queue.maintenance import Maintenance
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import lapse, lease, make_reaper, started, submit
 

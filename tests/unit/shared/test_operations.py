@@ -9,8 +9,8 @@ import pytest
 
 from shared.models.operations import GONE_S, SILENT_S, Operation, Operations, OperationState
 from shared.models.registry import HostInfo
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 
 def host(node: str = "here", *operations: str) -> HostInfo:

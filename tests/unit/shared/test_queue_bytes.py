@@ -14,9 +14,9 @@ from shared.errors import Invalid, JobFailure, KeyQueueFull, KeyReused, MlxqErro
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.store import GROWTH_BYTES, RECORD_BYTES, Jobs
-from shared.queue import keys
 from shared.queue.claims import Claims
-from shared.queue.redis import Redis, connect
+from shared.redis import keys
+from shared.redis.client import Redis, connect
 from shared.settings import Settings
 from tests.support.queueing import (
     SUCCESS,

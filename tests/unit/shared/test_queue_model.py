@@ -20,9 +20,9 @@ from shared.errors import Conflict, KeyReused, NotFound
 from shared.jobs.record import AttemptEnd, Ending, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Submission
-from shared.queue import keys
 from shared.queue.claims import Append, Demand, NoLease, WriteResult
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from tests.support.queue_model import LONG_AGO, MODEL, MUCH, WORKERS, Belief, Expected, ExpectedQueue
 
 

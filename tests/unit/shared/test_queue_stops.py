@@ -7,9 +7,9 @@ import pytest
 from shared.errors import Conflict, Expiry
 from shared.jobs.record import Ending, Status
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import Claims, WriteResult
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
     MODEL,

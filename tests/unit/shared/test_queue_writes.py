@@ -10,9 +10,9 @@ from shared.errors import JobFailure
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import AttemptEnd, Ending, Priority, Status
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import Append, Claims, WriteResult
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import (
     MODEL,

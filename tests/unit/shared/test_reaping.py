@@ -10,10 +10,10 @@ from shared.errors import JobFailure
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import AttemptEnd, Job, Priority, Status
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import WriteResult
 from shared.queue.recovery import REAP_S
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import MODEL, lapse, lease, make_reaper, reap, reserved, row, started, submit, taken
 from tests.support.waiting import eventually

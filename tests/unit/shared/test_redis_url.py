@@ -9,8 +9,8 @@ from kombu.utils.json import dumps
 from pydantic import ValidationError
 
 from shared.queue import broker
-from shared.queue.redis import connect
-from shared.queue.redis_url import (
+from shared.redis.client import connect
+from shared.redis.urls import (
     InvalidUrl,
     Login,
     RedisUrl,

@@ -9,9 +9,9 @@ import pytest
 from shared.jobs.record import Job, Priority, Status
 from shared.jobs.store import Jobs
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue import keys
 from shared.queue.claims import Claim, ClaimedJob, Claims, Demand
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import MODEL, MUCH, end, held, lapse, lease, reap, reserved, row, submit
 

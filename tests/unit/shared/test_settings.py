@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from scripts.docs import settings
 from shared.environment import misspelled_names
-from shared.queue.redis_url import Tls, parse
+from shared.redis.urls import Tls, parse
 from shared.settings import ROOT, Settings, faults, load_settings
 
 

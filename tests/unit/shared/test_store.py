@@ -13,8 +13,8 @@ from redis import DataError, RedisError, ResponseError
 from redis import TimeoutError as RedisTimeoutError
 
 from scripts.stack.ports import free_port
-from shared.queue.redis import Redis, connect, passes
 from shared.queue.wakeups import make_app
+from shared.redis.client import Redis, connect, passes
 from shared.settings import Settings
 
 

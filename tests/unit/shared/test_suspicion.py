@@ -10,9 +10,9 @@ import pytest
 
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
-from shared.queue import keys
 from shared.queue.recovery import report_crash
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from tests.support.farm import MAX_DEATHS, RESTART, Farm, Kills, Member, after_tokens, at_position, on_prefill
 
 KINDS: Final[dict[str, Kills]] = {

@@ -16,12 +16,13 @@ from scripts.stack.ports import free_port
 from shared.jobs.record import EndedJob, Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue import keys, task_events
+from shared.queue import task_events
 from shared.queue.claims import Append, Claims, Demand
 from shared.queue.recovery import Reaper
-from shared.queue.redis import Redis
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import TASK, make_app
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.plugins.work import claimed
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shared.models.registry import ModelCard, Registry
-from shared.queue import keys
-from shared.queue.redis import Redis, connect
+from shared.redis import keys
+from shared.redis.client import Redis, connect
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
 from tests.support.fake_redis import FakeRedis
 

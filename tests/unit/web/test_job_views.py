@@ -13,9 +13,9 @@ from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue import keys
 from shared.queue.claims import Append, Claims, Demand, WriteResult
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from web.cluster.snapshot import Cluster, ClusterSnapshot
 from web.results.job_views import JobViews

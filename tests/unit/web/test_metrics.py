@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import ROOT
 from web.metrics import WORKER_HELP, ClusterCollector
 

@@ -10,9 +10,9 @@ import pytest
 from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
-from shared.queue import keys
-from shared.queue.redis import Redis
 from shared.queue.wakeups import LOAD
+from shared.redis import keys
+from shared.redis.client import Redis
 from web.cluster.model_manager import ModelManager
 
 

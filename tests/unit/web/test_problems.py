@@ -11,7 +11,7 @@ from shared import errors
 from shared.errors import MlxqError
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import Settings
 from web.http import problems
 from web.http.request_id import RequestIdMiddleware

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from tests.bench.api_cost import MODEL, Site, site
 
 KB = 1000

@@ -10,7 +10,7 @@ from werkzeug.http import parse_accept_header
 
 from shared.errors import NotAcceptable
 from shared.jobs.log import Event, EventKind
-from web.streaming.formats import EventStream, Format, JsonLines, negotiate
+from web.http.stream_formats import EventStream, Format, JsonLines, negotiate
 
 
 @given(st.text(), st.integers(1, 10**9))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.models.image_geometry import ImageGeometry
-from web.results.ui_tars import Action, Point, parse
-from web.results.ui_tars_calls import ActionName
+from web.parsing.ui_tars import Action, Point, parse
+from web.parsing.ui_tars_calls import ActionName
 
 GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
 SIZE = (1120, 560)
@@ -325,7 +325,7 @@ def test_coordinates_on_phones_are_converted_to_the_image_that_was_sent() -> Non
 
 def test_the_parser_does_not_import_mlx() -> None:
     code = (
-        "import sys, web.results.ui_tars\n"
+        "import sys, web.parsing.ui_tars\n"
         "sys.exit(any(name.split('.')[0] in {'mlx', 'mlx_lm', 'mlx_vlm', 'worker'} for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

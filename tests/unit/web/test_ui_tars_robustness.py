@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.models.image_geometry import ImageGeometry
-from web.results.ui_tars import parse
-from web.results.ui_tars_calls import ActionName
+from web.parsing.ui_tars import parse
+from web.parsing.ui_tars_calls import ActionName
 
 GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
 SIZE = (1120, 560)

@@ -17,8 +17,8 @@ from redis import ResponseError
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.record import Priority, Status
 from shared.models.registry import Registry, WorkerInfo
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.plugins.work import undisturbed
 from tests.support.queueing import lapse, lease, reserved, row, submission

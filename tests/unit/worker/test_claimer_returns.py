@@ -10,8 +10,8 @@ from redis import ConnectionError as RedisAway
 
 from shared.errors import JobFailure
 from shared.jobs.record import Job, Status
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.plugins.work import undisturbed
 from tests.support.queueing import lapse, lease, reap, reserved, row

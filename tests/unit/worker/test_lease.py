@@ -10,9 +10,9 @@ from redis import ResponseError
 
 from shared.jobs.record import Job, Status
 from shared.jobs.store import Jobs
-from shared.queue import keys
 from shared.queue.claims import ClaimedJob, Claims, NoLease, WriteResult
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import lapse, lease, reap, reserved, row, submit, taken
 from worker.queue.lease import HostAnnouncer, LeaseRenewer

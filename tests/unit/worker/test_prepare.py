@@ -16,9 +16,9 @@ from shared.jobs.log import JobLog
 from shared.jobs.request import Request
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import ModelCard
-from shared.queue import keys
 from shared.queue.claims import ClaimedJob
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from shared.tokenizing.client import TokenizerBusy, TokenizerError, Tokenizing
 from shared.tokenizing.messages import TokenizerSource

@@ -16,7 +16,7 @@ from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Submission
 from shared.queue.claims import Append, Claims, WriteResult
-from shared.queue.redis import Redis
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.plugins.work import run_alone, sequence_for, text_of
 from tests.support.queueing import lease, reserved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.model_worker import Rate
+from worker.service.model_worker import Rate
 
 
 def test_only_the_last_minute_counts() -> None:

@@ -14,9 +14,9 @@ from redis import ConnectionError as RedisUnreachable
 
 from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operation, Operations, OperationState
-from shared.queue import keys
-from shared.queue.redis import Redis
-from worker.models.switching import SwitchCommand, Switcher
+from shared.redis import keys
+from shared.redis.client import Redis
+from worker.service.switching import SwitchCommand, Switcher
 
 LIMIT = 1000
 
@@ -307,6 +307,6 @@ def test_the_end_of_an_operation_is_published_when_redis_is_reachable_again(
             raise RedisUnreachable("refused")
         return put(self, operation)
 
-    monkeypatch.setattr("worker.models.switching.PUBLISH_EVERY_S", 0.01)
+    monkeypatch.setattr("worker.service.switching.PUBLISH_EVERY_S", 0.01)
     monkeypatch.setattr(Operations, "put", unreachable)
     assert do(worker(["one"], one=300), "unload", "one").state is OperationState.SUCCEEDED

@@ -13,7 +13,7 @@ from mlx_lm import tokenizer_utils
 from mlx_vlm.models.base import load_chat_template
 
 from shared.models.registry import ModelCard, Registry
-from shared.queue.redis import connect
+from shared.redis.client import connect
 from shared.settings import ROOT, Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerStore

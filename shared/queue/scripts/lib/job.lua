@@ -1,7 +1,7 @@
 -- The clock, the job log, and every transition between a job's states. Jobs change only through these functions.
 --
 -- The hash K.JOB..id holds a job's state. The request with its token ids, the images and the text have their own keys
--- (see shared/queue/keys.py), so that polling and listing do not read them.
+-- (see shared/redis/keys.py), so that polling and listing do not read them.
 --
 -- Transitions: reserve (a claim sets `worker` and `claimed_at`; the job keeps its place in the queue) → admit (the job
 -- joins the worker's batch: it becomes `running`, gets the next attempt number and leaves the queue) → finish, or requeue.

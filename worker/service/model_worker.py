@@ -25,9 +25,9 @@ from shared.jobs.log import JobLog
 from shared.models.catalog import CatalogModel
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Claims
-from shared.queue.redis import connect
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier
+from shared.redis.client import connect
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from worker.engine.core import EngineCore, Trace

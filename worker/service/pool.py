@@ -15,11 +15,11 @@ from shared.models.registry import MIN_CACHE_SHARE
 from shared.settings import Settings
 from worker.engine.core import EngineCore
 from worker.engine.engine import Phase
-from worker.model_worker import ModelWorker, WorkerProcess, with_catalog_values
 from worker.models.load import first_line, never_exits
 from worker.process.breadcrumb import Breadcrumb
 from worker.runner import choose_loader, memory_in_use, memory_limit
 from worker.runner.base import ModelRunner
+from worker.service.model_worker import ModelWorker, WorkerProcess, with_catalog_values
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ LAST_WRITES_S: Final = 3.0
 
 
 class ModelPool:
-    """The models of this process; implements `worker.models.switching.Models`.
+    """The models of this process; implements `worker.service.switching.Models`.
 
     Args:
         breadcrumb: records the models, and which of them the engine works on.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.models.image_geometry import ImageGeometry
-from web.results.ui_tars_calls import ActionName, Call, ParseError, parse_calls, shortened
+from web.parsing.ui_tars_calls import ActionName, Call, ParseError, parse_calls, shortened
 
 
 @dataclass(frozen=True, slots=True)

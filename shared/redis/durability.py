@@ -15,7 +15,7 @@ from typing import Any, Final
 from redis.exceptions import NoPermissionError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from shared.errors import NotDurable
-from shared.queue.redis import Redis, passes, source
+from shared.redis.client import Redis, passes, source
 
 PROOF_S: Final = 1.5
 """Maximum wait for the confirmation. Above the one second of `everysec`, and below the timeouts of API clients."""

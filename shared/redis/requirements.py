@@ -2,7 +2,7 @@
 
 A server that evicts keys loses accepted jobs, and a user without the necessary permissions fails in the middle of a
 job. Neither shows when a process connects. So the server and the user are examined before a job is accepted. Whether
-Redis writes jobs to disk is checked in `shared.queue.durability`.
+Redis writes jobs to disk is checked in `shared.redis.durability`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Final
 from redis.exceptions import NoPermissionError, ResponseError
 
 from shared.errors import RedisUnsuitable
-from shared.queue import keys
-from shared.queue.redis import SCRIPTS, Redis, passes
+from shared.redis import keys
+from shared.redis.client import SCRIPTS, Redis, passes
 
 MIN_VERSION: Final = (7, 0)
 """The scripts use the flag `allow-oom`, which older servers do not have. Valkey reports 7.2.4 for compatibility."""

@@ -15,14 +15,14 @@ from redis import exceptions
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from shared.queue.keys import LUA_TABLE
-from shared.queue.redis_url import SentinelUrl, ServerUrl, parse
-from shared.queue.sentinel import master_pool
+from shared.redis.keys import LUA_TABLE
+from shared.redis.sentinel import master_pool
+from shared.redis.urls import SentinelUrl, ServerUrl, parse
 
 POOL_WAIT_S = 5.0
 """Maximum wait for a free connection. It exceeds the duration of calls, so a burst of calls does not fail."""
 
-SCRIPTS = Path(__file__).parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent / "queue/scripts"
 _USES: Final = "-- uses:"
 
 _TRANSIENT_ERRORS = (
@@ -45,7 +45,7 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3, connections: 
     """Create a client with a bounded pool of connections. By default it decodes replies to text.
 
     Args:
-        url: a URL in one of the forms of `shared.queue.redis_url`.
+        url: a URL in one of the forms of `shared.redis.urls`.
         timeout_s: time limit in seconds for connecting and for each call.
         retries: how often a call is repeated after a connection error. The scripts may be sent twice.
         connections: maximum concurrent calls; further calls wait for a free connection.

@@ -11,7 +11,7 @@ from typing import Any
 from celery.worker.control import control_command
 
 from shared.queue.wakeups import LOAD, UNLOAD
-from worker.models.switching import SwitchCommand
+from worker.service.switching import SwitchCommand
 
 _handle: Callable[[SwitchCommand], object] | None = None
 

@@ -22,7 +22,7 @@ from redis.sentinel import (
     SentinelManagedSSLConnection,
 )
 
-from shared.queue.redis_url import Login, SentinelUrl
+from shared.redis.urls import Login, SentinelUrl
 
 
 class Credentials(UsernamePasswordCredentialProvider):

@@ -19,9 +19,9 @@ from redis import RedisError
 from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operation, Operations, OperationState
 from shared.models.registry import MIN_CACHE_SHARE
-from shared.queue.redis import passes
-from worker.model_worker import ModelWorker
+from shared.redis.client import passes
 from worker.models.load import first_line
+from worker.service.model_worker import ModelWorker
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 class Models(Protocol):
-    """The models of this worker process; see `worker.models.pool`."""
+    """The models of this worker process; see `worker.service.pool`."""
 
     catalog: Catalog
     memory_limit: int
