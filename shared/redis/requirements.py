@@ -202,7 +202,8 @@ def _denied(client: Redis, commands: Iterable[Sequence[str]], kinds: Sequence[st
     """Return which keys and commands the user's ACL rule denies."""
     request = {"keys": kinds, "probes": _PROBES, "commands": list(commands)}
     try:
-        reply = client.eval("#!lua\n" + (SCRIPTS / "permissions.lua").read_text(), 0, json.dumps(request))
+        script = "#!lua flags=allow-oom\n" + (SCRIPTS / "permissions.lua").read_text()
+        reply = client.eval(script, 0, json.dumps(request))
     except NoPermissionError:
         return [Fault("The Redis user may not run scripts: add +@scripting to its ACL rule.")]
     except ResponseError as error:
