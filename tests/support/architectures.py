@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models
 from mlx import nn
 from mlx.utils import tree_map
+
+from worker.runner.batching.proof import proving
+from worker.runner.batching.support import BatchingSupport
 
 VOCABULARY = 256
 WINDOW = 16
@@ -365,3 +370,30 @@ def _lively(array: mx.array) -> mx.array:
     if array.ndim == 2:
         return array * 2 + 0.02 * mx.random.normal(array.shape)
     return array + 0.1 * mx.random.normal(array.shape) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+_NO_MODELS = (
+    *("__init__", "activations", "base", "bitlinear_layers", "cache", "gated_delta", "gear", "mla", "pipeline"),
+    *("rope_utils", "ssm", "switch_layers"),
+)
+_NOT_BUILT = ("bitnet", "muse_spark", "olmo", "prism_hadamard_qwen35")
+"""They need Metal, another package, or weights packed by a tool."""
+
+
+def names() -> list[str]:
+    """All architectures that can be made here."""
+    found = (module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
+    return sorted(name for name in found if name not in _NO_MODELS and name not in _NOT_BUILT)
+
+
+def measured(model: Any, passes: list[None] | None = None) -> BatchingSupport:
+    """What a proof finds; `passes` grows by one for each pass."""
+    running = proving(model, VOCABULARY, spare_bytes=2**32)
+    while True:
+        try:
+            step = next(running)
+        except StopIteration as end:
+            found: BatchingSupport = end.value
+            return found
+        if passes is not None:
+            passes.append(step)

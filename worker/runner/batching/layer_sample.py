@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -73,7 +75,7 @@ def _options(module: Any) -> list[tuple[str, Any]]:
 
 def _path_to(module: Any, layers: list[Any]) -> Path | None:
     for name, value in module.items():
-        if value is layers:
+        if isinstance(value, list) and len(value) == len(layers) and all(map(is_, value, layers)):
             return [(module, name)]
         if isinstance(value, Module) and (rest := _path_to(value, layers)) is not None:
             return [(module, name), *rest]
@@ -81,21 +83,33 @@ def _path_to(module: Any, layers: list[Any]) -> Path | None:
 
 
 def _copied(path: Path, count: int) -> Any:
-    """Copy the modules of a path, and the options in which they keep the number of layers."""
+    """Copy the modules of a path, with what they know of the number of layers."""
     modules = [copy.copy(module) for module, _ in path]
     names = [name for _, name in path]
+    all_layers = modules[-1][names[-1]]
+    for module in modules:
+        _shorten(module, len(all_layers), count)
     for module, name, below in zip(modules, names, modules[1:], strict=False):
         module[name] = below
-    modules[-1][names[-1]] = modules[-1][names[-1]][:count]
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if hasattr(value, "num_hidden_layers"):
-                fewer = copy.copy(value)
-                fewer.num_hidden_layers = count
-                setattr(module, name, fewer)
-            elif name in _COUNTS and isinstance(value, int):
-                setattr(module, name, count)
+    modules[-1][names[-1]] = all_layers[:count]
     return modules[0]
+
+
+def _shorten(module: Module, layers: int, count: int) -> None:
+    """Shorten a module's lists with an entry for each layer, and change numbers of layers, in its configuration too."""
+    for name, value in [*vars(module).items(), *module.items()]:
+        if name in _COUNTS:
+            setattr(module, name, count)
+        elif isinstance(value, list | tuple) and len(value) == layers:
+            setattr(module, name, value[:count])
+        elif is_dataclass(value) and not isinstance(value, type):
+            fewer = copy.copy(value)
+            for option, setting in vars(value).items():
+                if option in _COUNTS:
+                    setattr(fewer, option, count)
+                elif isinstance(setting, list | tuple) and len(setting) == layers:
+                    setattr(fewer, option, setting[:count])
+            setattr(module, name, fewer)
 
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")

@@ -65,14 +65,18 @@ def proving(model: Any, vocabulary: int, spare_bytes: int = 0) -> Generator[None
     """
     sample = sample_of(model)
     try:
-        return (yield from _proving(sample, vocabulary, spare_bytes))
+        found, errors = yield from _proving(sample, vocabulary, spare_bytes)
     except CannotRun:
         if sample is model:
             raise
-    return (yield from _proving(model, vocabulary, spare_bytes))
+        errors = True
+    if errors and sample is not model:  # perhaps the missing layers are to blame
+        found, _ = yield from _proving(model, vocabulary, spare_bytes)
+    return found
 
 
-def _proving(model: Any, vocabulary: int, spare_bytes: int) -> Generator[None, None, BatchingSupport]:
+def _proving(model: Any, vocabulary: int, spare_bytes: int) -> Generator[None, None, tuple[BatchingSupport, bool]]:
+    """Measure a model; the verdict, and whether a pass raised."""
     # In shorter types, rounding would change which tokens such a layer selects.
     with in_float32(model, spare_bytes) as exactly, _sparse(model) if exactly else nullcontext():
         return (yield from _Proof(model, vocabulary).run())
@@ -87,7 +91,7 @@ class _Proof:
         self._deviations: dict[str, float] = {}
         self._errors: dict[str, str] = {}
 
-    def run(self) -> Generator[None, None, BatchingSupport]:
+    def run(self) -> Generator[None, None, tuple[BatchingSupport, bool]]:
         window = kv_cache.window(self._model)
         for more in (0, window) if 0 < window <= LARGEST_WINDOW else (0,):
             uneven = yield from self._samples([length + more for length in LENGTHS])
@@ -95,7 +99,7 @@ class _Proof:
             if kv_cache.mergeable(self._model):
                 even = yield from self._samples([uneven[-1].length] * (len(LENGTHS) - 1))
                 yield from self._measure_together([*even, uneven[-1]], uneven)
-        return self._verdict()
+        return self._verdict(), bool(self._errors)
 
     def _samples(self, lengths: Sequence[int]) -> Generator[None, None, list[Sample]]:
         samples: list[Sample] = []
