@@ -88,10 +88,10 @@ def test_any_error_of_an_image_decoder_fails_only_the_rows_of_the_image(
 ) -> None:
     decode_image = qwen_encoder.decode_image
 
-    def raise_for_bad(data: bytes) -> Image.Image:
+    def raise_for_bad(data: bytes, max_pixels: int) -> Image.Image:
         if data == files[bad["image"]]:
             raise SyntaxError("broken PNG file")  # one of the exceptions that Pillow raises
-        return decode_image(data)
+        return decode_image(data, max_pixels)
 
     good, bad = files.part(300, 200, 1), files.part(300, 200, 2)
     monkeypatch.setattr(qwen_encoder, "decode_image", raise_for_bad)
@@ -111,7 +111,7 @@ def test_large_images_that_the_api_accepted_are_decoded(monkeypatch: pytest.Monk
     file = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(file, "PNG")
     monkeypatch.setattr(Image.Image, "convert", lambda image, _mode: image)  # avoid allocating 600 MB
-    assert decode_image(file.getvalue()).size == (20_000, 10_000)
+    assert decode_image(file.getvalue(), 20_000 * 10_000).size == (20_000, 10_000)
 
 
 def test_no_failures_are_reported_for_rows_before_a_reset(

@@ -6,9 +6,6 @@ digest and the size of each image; the files are stored separately until the job
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +15,7 @@ from typing import Any, Final, TypeVar
 from shared.errors import Invalid, MlxqError, TooLarge
 from shared.jobs.images import digest
 from shared.settings import Settings
+from web.admission.data_urls import decode_data_url, is_data_url
 from web.admission.image_decoder import decoded_size
 from web.http.threadpool import LARGE, run_in_threadpool
 from web.schemas.requests import InferenceRequest, JobRequest, Message, Part, StoredImage
@@ -26,9 +24,6 @@ T = TypeVar("T")
 
 _MAX_CONCURRENT_DECODES: Final = 2
 """Decoding takes up to 17 bytes per pixel (an animated WebP), however small the file is."""
-_DATA_URL: Final = re.compile(r"data:[\w.+/-]*(?:;[\w=.+-]+)*?(;base64)?,", re.IGNORECASE)
-_MAX_DATA_URL_HEAD: Final = 256
-"""Maximum characters before the comma of a data URL. Searching a whole URL that has no comma would take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +119,8 @@ class ImageLoader:
 
     def read(self, url: str, caller: str) -> bytes:
         """Return the image file at a data URL or, if the service allows it, an http(s) URL."""
-        if url[:5].lower() == "data:":
-            return self.check_bytes(run_in_threadpool(len(url), lambda: _decode_data_url(url)))
+        if is_data_url(url):
+            return self.check_bytes(run_in_threadpool(len(url), lambda: decode_data_url(url)))
         if not _is_http(url):
             raise Invalid("An image must be a data URL (data:image/png;base64,…).", code="image_url_refused")
         if self._fetch is None:
@@ -203,16 +198,6 @@ def _named(name: str, work: Callable[[], T]) -> T:
 
 def _is_http(url: str) -> bool:
     return url.split(":", 1)[0].lower() in ("http", "https")
-
-
-def _decode_data_url(url: str) -> bytes:
-    head = _DATA_URL.match(url, 0, _MAX_DATA_URL_HEAD)
-    if head is None or not head[1]:
-        raise Invalid("The data URL must have the form data:image/png;base64,….", code="image_broken")
-    try:
-        return base64.b64decode(url[head.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Invalid("The data URL does not contain valid base64.", code="image_broken") from error
 
 
 def _with_images(

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from web.schemas.base import RequestModel
 
 MAX_STOPS = 16
+MAX_STOP_BYTES = 4096
 MAX_METADATA = 16
 MAX_MESSAGES = 10_000
 MAX_LOGPROBS = 20
@@ -190,7 +191,11 @@ class JobRequest(RequestModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same request with the same seed gives the same text. Default: random"
     )
-    stop: Stop = Field([], description=f"Up to {MAX_STOPS} strings that end the text; they are not part of it")
+    stop: Stop = Field(
+        [],
+        description=f"Up to {MAX_STOPS} strings that end the text; they are not part of it. Together at most "
+        f"{MAX_STOP_BYTES} bytes",
+    )
     priority: PriorityName = Field("normal", description="Jobs of a higher priority always start first")
     start_within_s: float | None = Field(
         None,
@@ -232,6 +237,14 @@ class JobRequest(RequestModel):
         if messages is not None and all(message.is_empty for message in messages):
             raise PydanticCustomError("empty_messages", "At least one message must have text or an image")
         return messages
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_short(cls, stops: list[str]) -> list[str]:
+        if sum(len(stop.encode(errors="surrogatepass")) for stop in stops) > MAX_STOP_BYTES:
+            message = "All stop strings together can have at most {limit} bytes in UTF-8"
+            raise PydanticCustomError("stops_too_long", message, {"limit": MAX_STOP_BYTES})
+        return stops
 
     @field_validator("share_system_prompt")
     @classmethod

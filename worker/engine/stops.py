@@ -15,12 +15,6 @@ class StopMatcher:
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
-        longest = max(map(len, self._stops), default=0)
-        # Proper prefixes of the stops by length, longest first; `endswith` checks all of one length in one call.
-        self._prefixes = tuple(
-            (length, tuple({stop[:length] for stop in self._stops if len(stop) > length}))
-            for length in range(longest - 1, 0, -1)
-        )
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -48,7 +42,14 @@ class StopMatcher:
 
     def _held_length(self, text: str) -> int:
         """Return the length of the longest end of the text that is the beginning of a stop string."""
-        for length, prefixes in self._prefixes[max(0, len(self._prefixes) - len(text)) :]:
-            if text.endswith(prefixes):
-                return length
-        return 0
+        return max(_overlap(text, stop) for stop in self._stops)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of the text that is a proper prefix of the stop string."""
+    start = max(0, len(text) - len(stop) + 1)
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0

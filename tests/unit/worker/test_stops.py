@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 from hypothesis import given
@@ -60,3 +61,14 @@ def test_without_stops_nothing_is_held_back() -> None:
     matcher = StopMatcher(["", ""])
     assert matcher.push("all") == ("all", False)
     assert matcher.flush() == ""
+
+
+def test_memory_grows_with_the_length_of_the_stops_and_not_with_its_square() -> None:
+    stops = [f"{n:02}" + "\U0001f600" * 998 for n in range(16)]
+    tracemalloc.start()
+    try:
+        matcher = StopMatcher(stops)
+        assert matcher.push("00" + "\U0001f600" * 500) == ("", False)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()

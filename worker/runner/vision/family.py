@@ -89,12 +89,12 @@ class VisionFamily(Protocol):
     image_token: int
     encoder: Encoder
 
-    def expand(self, tokens: Sequence[int], images: Sequence[tuple[str, Grid, bytes]]) -> tuple[list[int], ImageMedia]:
+    def expand(self, tokens: Sequence[int], images: Sequence[PlacedImage]) -> tuple[list[int], ImageMedia]:
         """Replace each placeholder with the tokens of its image, and compute the positions of all tokens.
 
         Args:
             tokens: token ids, with one `image_token` for each image, in order.
-            images: digest, grid and file content of each image.
+            images: the images, without `start`.
 
         Returns:
             The token ids and the media of the prompt.

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from io import BytesIO
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
+from shared.image_files import open_image
 from worker.runner.base import IMAGE_TOKENS
 
-Image.MAX_IMAGE_PIXELS = None  # the API limits the size before it accepts a job
+_DECODING: Final = 2
+"""Version of `decode_image`. It is part of the ids of image tokens, because prefixes on disk must not be reused for an
+image that is now decoded to other pixels. Increase it whenever the pixels change."""
 
 Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 
@@ -54,14 +56,16 @@ class PlacedImage:
     Attributes:
         digest: digest of the file.
         grid: the grid of patches.
-        start: index of its first token in the prompt.
         data: content of the file.
+        pixels: number of pixels of the image that the API checked.
+        start: index of its first token in the prompt.
     """
 
     digest: str
     grid: Grid
-    start: int
     data: bytes = field(repr=False)
+    pixels: int
+    start: int = 0
 
     @property
     def stop(self) -> int:
@@ -101,9 +105,7 @@ class ImageMedia:
         return [image for image in self.images if image.stop > tokens]
 
 
-def expand(
-    tokens: Sequence[int], image_token: int, images: Sequence[tuple[str, Grid, bytes]]
-) -> tuple[list[int], ImageMedia]:
+def expand(tokens: Sequence[int], image_token: int, images: Sequence[PlacedImage]) -> tuple[list[int], ImageMedia]:
     """Replace the placeholder token of each image with the image's tokens; see `VisionFamily.expand`."""
     expanded: list[int] = []
     placed: list[PlacedImage] = []
@@ -112,9 +114,10 @@ def expand(
     remaining = iter(images)
     for token in tokens:
         if token == image_token:
-            digest, grid, data = next(remaining)
-            placed.append(PlacedImage(digest, grid, len(expanded), data))
-            expanded += _token_ids(digest, grid.tokens)
+            image = next(remaining)
+            grid = image.grid
+            placed.append(replace(image, start=len(expanded)))
+            expanded += _token_ids(image.digest, grid.tokens)
             positions.append(next_position + _grid_positions(grid))
             next_position += max(grid.rows, grid.columns) // grid.merge
         else:
@@ -124,13 +127,34 @@ def expand(
     return expanded, ImageMedia(tuple(placed), np.concatenate(positions, axis=1), next_position - len(expanded))
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decode the first frame of an image file, upright and in RGB, like `mlx_vlm.utils.load_image`."""
-    image = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode the first frame of an image file, upright and in RGB.
+
+    Transparent pixels show a white background, as in a browser. mlx-vlm drops the transparency instead, which turns
+    black text on a transparent background all black.
+
+    Raises:
+        TooManyPixels: the image has more than `max_pixels`.
+        Exception: the file is broken or has another format than the API accepts.
+    """
+    image = ImageOps.exif_transpose(open_image(data, max_pixels))
     if image.mode.startswith("I"):
-        # 16-bit greyscale. Pillow, and thus mlx-vlm, clips values to 8 bits, which turns most of an image white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+        image = _from_16_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    background = Image.new("RGB", image.size, "white")
+    background.paste(image, mask=image.getchannel("A"))
+    return background
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit greyscale to 8 bits. Pillow clips the values, which turns most of an image white."""
+    values = np.asarray(image)
+    scaled = (values >> 8).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        scaled[values == transparent] = 255
+    return Image.fromarray(scaled)
 
 
 def _grid_positions(grid: Grid) -> Ints:
@@ -142,5 +166,5 @@ def _grid_positions(grid: Grid) -> Ints:
 
 def _token_ids(digest: str, tokens: int) -> list[int]:
     """Return the ids of an image's tokens, in the upper half of the 32-bit range."""
-    stream = hashlib.shake_128(digest.encode()).digest(4 * tokens)
+    stream = hashlib.shake_128(f"{_DECODING}:{digest}".encode()).digest(4 * tokens)
     return [int(each) | IMAGE_TOKENS for each in np.frombuffer(stream, dtype="<u4")]

@@ -17,7 +17,7 @@ from mlx_vlm.models.base import load_chat_template
 from mlx_vlm.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from worker.models.load import NO_CODE, LoadedModel, loaded_as
-from worker.runner.vision.images import Grid, ImageMedia, expand
+from worker.runner.vision.images import ImageMedia, PlacedImage, expand
 from worker.runner.vision.mrope import MRopeModel
 from worker.runner.vision.qwen_encoder import QwenEncoder
 
@@ -29,7 +29,7 @@ class Qwen25VL:
         self.encoder = encoder
         self.image_token = image_token
 
-    def expand(self, tokens: Sequence[int], images: Sequence[tuple[str, Grid, bytes]]) -> tuple[list[int], ImageMedia]:
+    def expand(self, tokens: Sequence[int], images: Sequence[PlacedImage]) -> tuple[list[int], ImageMedia]:
         """See `VisionFamily.expand`."""
         return expand(tokens, self.image_token, images)
 

@@ -65,7 +65,7 @@ class QwenEncoder:
 
     def pixels(self, image: PlacedImage) -> Floats:
         """See `Encoder.pixels`."""
-        processed = self._processor(images=[decode_image(image.data)])
+        processed = self._processor(images=[decode_image(image.data, image.pixels)])
         if processed["image_grid_thw"].tolist() != [[1, image.grid.rows, image.grid.columns]]:
             raise ValueError(f"the size of image {image.digest[:12]} differs from the size in the request")
         values: Floats = processed["pixel_values"]

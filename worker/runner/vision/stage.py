@@ -109,8 +109,11 @@ class VisionStage:
             raise PromptRefused(
                 JobFailure.TEMPLATE, f"The model does not support the shape of an image: {error}"
             ) from error
-        placed = [(part["image"], grid, images[part["image"]]) for part, grid in zip(parts, grids, strict=True)]
-        expanded, media = self._family.expand(tokens, placed)
+        sent = [
+            PlacedImage(part["image"], grid, images[part["image"]], part["width"] * part["height"])
+            for part, grid in zip(parts, grids, strict=True)
+        ]
+        expanded, media = self._family.expand(tokens, sent)
         if expanded[-1] >= IMAGE_TOKENS:
             raise PromptRefused(JobFailure.TEMPLATE, "The prompt ends with an image.")
         return expanded, media
