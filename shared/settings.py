@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.environment import drop_foreign_variables, unknown_names
 from shared.redis import urls
-from shared.redis.urls import Tls
+from shared.redis.urls import Tls, unusable_tls_files
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
@@ -271,12 +271,9 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:
         # Relative paths are resolved against the repository, not the working directory.
-        object.__setattr__(self, "data_dir", ROOT / self.data_dir.expanduser())
-        object.__setattr__(self, "model_path", ROOT / self.model_path.expanduser())
-        object.__setattr__(self, "models_file", ROOT / self.models_file.expanduser())
-        for name in _TLS_FILES:
-            if (file := getattr(self, name)) is not None:
-                object.__setattr__(self, name, ROOT / file.expanduser())
+        for name in ("data_dir", "model_path", "models_file", *_TLS_FILES):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, ROOT / path.expanduser())
         return self
 
     @cached_property
@@ -331,11 +328,8 @@ class Settings(BaseSettings):
 
     @property
     def _tls(self) -> Tls:
-        return Tls(*(str(file) if file else None for file in self._tls_files))
-
-    @property
-    def _tls_files(self) -> tuple[Path | None, Path | None, Path | None]:
-        return self.redis_ca_file, self.redis_cert_file, self.redis_key_file
+        files = (self.redis_ca_file, self.redis_cert_file, self.redis_key_file)
+        return Tls(*(str(file) if file else None for file in files))
 
     @cached_property
     def model_id(self) -> str:
@@ -359,7 +353,7 @@ def load_settings(*, env_file_may_be_missing: bool = False) -> Settings:
     """
     drop_foreign_variables(os.environ)
     settings = Settings()
-    problems = {**dict(_unknown_settings()), **dict(_unusable_tls_files(settings))}
+    problems = {**dict(_unknown_settings()), **_unusable_tls_files(settings)}
     if "ENV_FILE" in os.environ and not ENV_FILE.exists() and not env_file_may_be_missing:
         problems["env_file"] = f"{ENV_FILE} does not exist"
     if "models_file" in settings.model_fields_set and not settings.models_file.exists():
@@ -377,18 +371,9 @@ def _unknown_settings() -> Iterator[tuple[str, str]]:
             yield name, f"no such setting (in {ENV_FILE})" + f"; did you mean {similar}?" * bool(similar)
 
 
-def _unusable_tls_files(settings: Settings) -> Iterator[tuple[str, str]]:
-    servers = [url for url in (settings.redis_url, settings.broker_url) if url and urls.is_redis(url)]
-    for name in _TLS_FILES:
-        file: Path | None = getattr(settings, name)
-        if file is None:
-            continue
-        if not os.access(file, os.R_OK):
-            yield name, f"{file} does not exist or cannot be read"
-        elif all(urls.parse(server).tls is None for server in servers):
-            yield name, "neither REDIS_URL nor BROKER_URL uses TLS: set rediss://, or tls=true for Sentinel"
-        elif name == "redis_key_file" and settings.redis_cert_file is None:
-            yield name, "set REDIS_CERT_FILE, too"
+def _unusable_tls_files(settings: Settings) -> dict[str, str]:
+    servers = filter(None, (settings.redis_url, settings.broker_url))
+    return unusable_tls_files(servers, {name: getattr(settings, name) for name in _TLS_FILES})
 
 
 def _error(name: str, reason: str) -> InitErrorDetails:

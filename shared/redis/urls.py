@@ -13,9 +13,11 @@ verifies the certificate and the host name. User and password are those of Redis
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
@@ -156,6 +158,22 @@ def with_tls_files(url: str, tls: Tls) -> str:
         del files["ssl_certfile"], files["ssl_keyfile"]
     added = "&".join(f"{name}={quote(path, safe='/')}" for name, path in files.items() if path)
     return f"{url}{'&' if '?' in url else '?'}{added}" if added else url
+
+
+def unusable_tls_files(urls: Iterable[str], files: Mapping[str, Path | None]) -> dict[str, str]:
+    """Return why the settings REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE cannot be used, by setting."""
+    encrypted = any(is_redis(url) and parse(url).tls for url in urls)
+    reasons = {}
+    for name, file in files.items():
+        if file is None:
+            continue
+        if not os.access(file, os.R_OK):
+            reasons[name] = f"{file} does not exist or cannot be read"
+        elif not encrypted:
+            reasons[name] = "neither REDIS_URL nor BROKER_URL uses TLS: set rediss://, or tls=true for Sentinel"
+        elif name == "redis_key_file" and files["redis_cert_file"] is None:
+            reasons[name] = "set REDIS_CERT_FILE, too"
+    return reasons
 
 
 def _server(parts: SplitResult, parameters: Mapping[str, str]) -> ServerUrl:
