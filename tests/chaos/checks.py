@@ -1,4 +1,4 @@
-"""The verdict on each job: lost, duplicated, wrong, or as it would have been undisturbed."""
+"""Checks of each job: whether it was lost, duplicated or changed compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,172 +12,176 @@ from threading import Lock
 from scripts.client.api import RemoteJob
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Status
-from tests.chaos.workload import Reference, Style
+from tests.chaos.workload import Behaviour, Reference
 
-LATE_S = 20.0
-"""A deadline or a cancel may take effect so much later: Redis or every worker may be away just then."""
+MAX_DELAY_S = 20.0
+"""Maximum delay of a deadline or a cancellation: Redis or all workers may be down at that time."""
 
 
-class Fault(StrEnum):
-    """How a promise can be broken."""
+class Violation(StrEnum):
+    """A kind of broken guarantee."""
 
     LOST = "lost"
-    """It was accepted, and has no end."""
+    """An accepted job did not end."""
     DUPLICATED = "duplicated"
-    """Something of it is there twice: the job, an event, its start, its end."""
+    """A job, an event, a start or an end occurred twice."""
     WRONG = "wrong"
-    """Its text, its usage or its end is not what it would have been."""
+    """A text, a token count or an end differs from the undisturbed run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One broken promise."""
+    """One broken guarantee."""
 
-    fault: Fault
+    violation: Violation
     job_id: str
     detail: str
 
 
-def judge(
-    job: RemoteJob, log: Sequence[Event], read: Sequence[Event], style: Style, expected: Reference
+def check_job(
+    job: RemoteJob, log: Sequence[Event], streamed: Sequence[Event], behaviour: Behaviour, expected: Reference
 ) -> list[Finding]:
-    """Hold an ended job against its reference.
+    """Compare an ended job with its reference.
 
     Args:
-        log: its events, read in one go after its end.
-        read: its events as a client saw them while it ran, over all its connections; the first few, or none, where
-            its style does not read to the end.
+        log: its events, read at once after its end.
+        streamed: its events as a client received them while it ran, over all its connections. Only the first ones, or
+            none, if the client's behaviour does not read to the end.
     """
     findings = [
         *_duplicates(log, "log"),
-        *_duplicates(read, "stream"),
+        *_duplicates(streamed, "stream"),
         *_gaps(log, "log"),
-        *(_gaps(read, "stream") if read else ()),
-        *_retold(job, log, read, style),
-        *_story(log),
-        *_text(job, log, style, expected),
+        *(_gaps(streamed, "stream") if streamed else ()),
+        *_stream_differences(job, log, streamed, behaviour),
+        *_wrong_ends(log),
+        *_result_differences(job, log, behaviour, expected),
     ]
-    return [Finding(fault, job.id, detail) for fault, detail in findings]
+    return [Finding(violation, job.id, detail) for violation, detail in findings]
 
 
-Found = Iterable[tuple[Fault, str]]
+Violations = Iterable[tuple[Violation, str]]
 
 
-def _duplicates(events: Sequence[Event], where: str) -> Found:
-    for number, times in Counter(event.n for event in events).items():
-        if times > 1:
-            yield Fault.DUPLICATED, f"event {number} is {times} times in the {where}"
+def _duplicates(events: Sequence[Event], source: str) -> Violations:
+    for number, count in Counter(event.n for event in events).items():
+        if count > 1:
+            yield Violation.DUPLICATED, f"event {number} is {count} times in the {source}"
     for kind in (EventKind.STARTED, EventKind.DONE):
-        times = sum(event.kind is kind for event in events)
-        if times > 1:
-            yield Fault.DUPLICATED, f"the {where} has {times} {kind} events"
+        count = sum(event.kind is kind for event in events)
+        if count > 1:
+            yield Violation.DUPLICATED, f"the {source} has {count} {kind} events"
 
 
-def _gaps(events: Sequence[Event], where: str) -> Found:
+def _gaps(events: Sequence[Event], source: str) -> Violations:
     numbers = [event.n for event in events]
     if sorted(set(numbers)) != list(range(1, len(set(numbers)) + 1)):
-        yield Fault.WRONG, f"the {where} has a gap: {numbers}"
+        yield Violation.WRONG, f"the {source} has a gap: {numbers}"
     elif numbers != sorted(numbers):
-        yield Fault.WRONG, f"the {where} is out of order: {numbers}"
+        yield Violation.WRONG, f"the {source} is out of order: {numbers}"
 
 
-def _retold(job: RemoteJob, log: Sequence[Event], read: Sequence[Event], style: Style) -> Found:
-    """What a client was told is what the log tells."""
+def _stream_differences(
+    job: RemoteJob, log: Sequence[Event], streamed: Sequence[Event], behaviour: Behaviour
+) -> Violations:
+    """Compare the stream with the log."""
     logged = {event.n: event for event in log}
-    for event in read:
-        if (truth := logged.get(event.n)) is None:
-            yield Fault.WRONG, f"the stream has event {event.n}, the log has not"
-        elif event.kind != truth.kind:
-            yield Fault.WRONG, f"event {event.n} is {event.kind} in the stream, {truth.kind} in the log"
+    for event in streamed:
+        if (entry := logged.get(event.n)) is None:
+            yield Violation.WRONG, f"event {event.n} is in the stream but not in the log"
+        elif event.kind != entry.kind:
+            yield Violation.WRONG, f"event {event.n} is {event.kind} in the stream, {entry.kind} in the log"
         elif event.kind is EventKind.DONE:
-            yield from _end_told(job, event)
-        elif event.data != truth.data:
-            yield Fault.WRONG, f"event {event.n} has {event.data!r} in the stream, {truth.data!r} in the log"
-    if style.reads_on and (not read or read[-1].kind is not EventKind.DONE):
-        yield Fault.WRONG, f"the stream stops at event {read[-1].n if read else 0}"
+            yield from _final_event_differences(job, event)
+        elif event.data != entry.data:
+            yield Violation.WRONG, f"event {event.n} has {event.data!r} in the stream, {entry.data!r} in the log"
+    if behaviour.reads_to_end and (not streamed or streamed[-1].kind is not EventKind.DONE):
+        yield Violation.WRONG, f"the stream stops at event {streamed[-1].n if streamed else 0}"
 
 
-def _end_told(job: RemoteJob, done: Event) -> Found:
-    """The last event of a stream has the whole job."""
+def _final_event_differences(job: RemoteJob, done: Event) -> Violations:
+    """Compare the last event of a stream, which contains the job, with the job."""
     try:
-        told = RemoteJob.from_json(json.loads(done.data))
+        final = RemoteJob.from_json(json.loads(done.data))
     except (ValueError, KeyError, TypeError) as error:
-        yield Fault.WRONG, f"the stream ends with something that is no job: {error!r}"
+        yield Violation.WRONG, f"the last event of the stream contains no job: {error!r}"
         return
-    if _gist(told) != _gist(job):
-        yield Fault.WRONG, f"the stream ends with {_gist(told)}, the job has {_gist(job)}"
+    if _summary(final) != _summary(job):
+        yield Violation.WRONG, f"the stream ends with {_summary(final)}, the job has {_summary(job)}"
 
 
-def _gist(job: RemoteJob) -> tuple[object, ...]:
+def _summary(job: RemoteJob) -> tuple[object, ...]:
     return job.id, job.status, job.text, job.finish_reason, job.usage, job.error
 
 
-def overdue(job_id: str, finished_at: float, due_at: float, what: str) -> list[Finding]:
-    """Hold a job's end against the moment from which it had no business to go on.
+def check_delay(job_id: str, finished_at: float, due_at: float, cause: str) -> list[Finding]:
+    """Check that a job ended soon after it was due to end.
 
     Args:
         finished_at, due_at: seconds since the epoch.
-        what: asked for the end.
+        cause: why it was due, such as "its deadline".
     """
-    late_s = finished_at - due_at
-    return [Finding(Fault.WRONG, job_id, f"it ended {late_s:.1f} s after {what}")] if late_s > LATE_S else []
+    delay_s = finished_at - due_at
+    if delay_s <= MAX_DELAY_S:
+        return []
+    return [Finding(Violation.WRONG, job_id, f"it ended {delay_s:.1f} s after {cause}")]
 
 
-def _story(log: Sequence[Event]) -> Found:
+def _wrong_ends(log: Sequence[Event]) -> Violations:
     kinds = [event.kind for event in log]
     if kinds[:1] != [EventKind.QUEUED] or kinds[-1:] != [EventKind.DONE]:
-        yield Fault.WRONG, f"the log begins or ends with the wrong event: {[str(kind) for kind in kinds]}"
+        yield Violation.WRONG, f"the log begins or ends with the wrong event: {[str(kind) for kind in kinds]}"
 
 
-def _text(job: RemoteJob, log: Sequence[Event], style: Style, expected: Reference) -> Found:
-    told = "".join(event.text for event in log)
-    if told != job.text:
-        yield Fault.WRONG, f"the log tells {told!r}, the job has {job.text!r}"
+def _result_differences(job: RemoteJob, log: Sequence[Event], behaviour: Behaviour, expected: Reference) -> Violations:
+    logged = "".join(event.text for event in log)
+    if logged != job.text:
+        yield Violation.WRONG, f"the log has the text {logged!r}, the job {job.text!r}"
     if job.status is Status.SUCCEEDED:
-        got = Reference.of(job)
-        if got != expected:
-            yield Fault.WRONG, f"it gave {got}, undisturbed {expected}"
-    elif not _may_end_so(job.status, style):
-        yield Fault.WRONG, f"it ended {job.status}: {job.error}"
+        actual = Reference.of(job)
+        if actual != expected:
+            yield Violation.WRONG, f"it gave {actual}, undisturbed {expected}"
+    elif not _may_end_with(job.status, behaviour):
+        yield Violation.WRONG, f"it ended {job.status}: {job.error}"
     elif not expected.text.startswith(job.text):
-        yield Fault.WRONG, f"cut off, it gave {job.text!r}, undisturbed {expected.text!r}"
+        yield Violation.WRONG, f"it was stopped at {job.text!r}, the undisturbed text is {expected.text!r}"
 
 
-def _may_end_so(status: Status, style: Style) -> bool:
-    return (status, style) in ((Status.CANCELLED, Style.CANCELLED), (Status.EXPIRED, Style.EXPIRED))
+def _may_end_with(status: Status, behaviour: Behaviour) -> bool:
+    return (status, behaviour) in ((Status.CANCELLED, Behaviour.CANCELS), (Status.EXPIRED, Behaviour.SHORT_DEADLINE))
 
 
 @dataclass(slots=True)
-class Ledger:
-    """Every submission and what became of it; shared by threads."""
+class Outcomes:
+    """All submitted jobs and their outcomes; shared by threads."""
 
     accepted: dict[str, str] = field(default_factory=dict)
-    """Idempotency-Key → job id"""
+    """Job id by Idempotency-Key."""
     ended: dict[str, Status] = field(default_factory=dict)
-    styles: Counter[Style] = field(default_factory=Counter)
+    behaviours: Counter[Behaviour] = field(default_factory=Counter)
     resumed: int = 0
-    """Jobs that more than one attempt worked on."""
+    """Number of jobs with more than one attempt."""
     findings: list[Finding] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)
 
-    def accept(self, key: str, job_id: str, style: Style) -> None:
-        """Note that the API accepted a job."""
+    def add_accepted(self, key: str, job_id: str, behaviour: Behaviour) -> None:
+        """Record that the API accepted a job."""
         with self._lock:
             self.accepted[key] = job_id
-            self.styles[style] += 1
+            self.behaviours[behaviour] += 1
 
-    def end(self, job: RemoteJob, log: Sequence[Event], findings: Iterable[Finding]) -> None:
-        """Note a job's end."""
+    def add_ended(self, job: RemoteJob, log: Sequence[Event], findings: Iterable[Finding]) -> None:
+        """Record the end of a job."""
         with self._lock:
             self.ended[job.id] = job.status
             self.resumed += any(event.kind is EventKind.RESUMED for event in log)
             self.findings += findings
 
-    def find(self, finding: Finding) -> None:
-        """Note a broken promise."""
+    def add_finding(self, finding: Finding) -> None:
+        """Record a broken guarantee."""
         with self._lock:
             self.findings.append(finding)
 
-    def count(self, fault: Fault) -> int:
-        """Jobs with a fault."""
-        return len({finding.job_id for finding in self.findings if finding.fault is fault})
+    def count(self, violation: Violation) -> int:
+        """Return the number of jobs with a violation."""
+        return len({finding.job_id for finding in self.findings if finding.violation is violation})

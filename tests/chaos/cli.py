@@ -1,7 +1,8 @@
-"""Breaks a stack on purpose, and checks that no job notices: `scripts/chaos --seed 1 --minutes 30`.
+"""Injects faults into a stack and checks that no job is affected: `scripts/chaos --seed 1 --minutes 30`.
 
-Two workers, two API processes and a Valkey of their own run under a load of mixed jobs while a schedule drawn from the
-seed kills, pauses, cuts off and fills up. Every job is held against the text of an undisturbed run.
+Two workers, two API processes and their own Valkey run a load of mixed jobs. Meanwhile processes are killed and paused,
+connections are cut and the disk is filled, in an order drawn from the seed. Each job is compared with a run without
+faults.
 """
 
 from __future__ import annotations
@@ -22,142 +23,150 @@ from rich.logging import RichHandler
 from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
 from tests.chaos import workspaces
-from tests.chaos.checks import Ledger
+from tests.chaos.checks import Outcomes
 from tests.chaos.clients import Clients
-from tests.chaos.faults import Hand, Kind, schedule
-from tests.chaos.fleet import Fleet, build
-from tests.chaos.leaks import leaks
+from tests.chaos.faults import FaultInjector, FaultKind, schedule
+from tests.chaos.leaks import find_leaks
 from tests.chaos.recovery import Recovery
 from tests.chaos.report import Report
-from tests.chaos.workload import prepare
+from tests.chaos.stack import ChaosStack, build
+from tests.chaos.workload import prepare_requests
 
 INTERRUPTED = 130
 _SLOTS = 32
-_PACE = "!every=0.01 "
-"""Order for the fake model: as many steps a second as a small model takes."""
-_NO_DISK = "needs root on Linux, for a disk of its own"
+_DIRECTIVES = "!every=0.01 "
+"""Makes the fake model as slow as a small model."""
+_NO_DISK = "needs root on Linux, to mount a disk"
 
 
-def run(fleet: Fleet, asked: argparse.Namespace) -> Report:
-    """Start the stack, break it for so long, let it come to rest, and judge."""
-    fleet.start()
-    requests = prepare(fleet.client, asked.seed, asked.requests, _PACE if asked.backend == "fake" else "")
-    before = set(fleet.redis.scan_iter("mlxq:job:*"))
-    for name in before:  # the undisturbed runs: not part of what is counted
-        fleet.client.request("DELETE", f"/v1/jobs/{name.removeprefix('mlxq:job:')}")
-    ledger, recovery = Ledger(), Recovery(fleet)
-    hand = Hand(fleet, recovery)
-    impossible = {Kind.DISK_FILLED: _NO_DISK} if fleet.disk is None else {}
-    clients = Clients(fleet.client, requests, ledger, asked.seed, asked.clients)
+def run(stack: ChaosStack, options: argparse.Namespace) -> Report:
+    """Start the stack, inject faults, wait until it has recovered, and check the results."""
+    stack.start()
+    requests = prepare_requests(
+        stack.client, options.seed, options.requests, _DIRECTIVES if options.backend == "fake" else ""
+    )
+    before = set(stack.redis.scan_iter("mlxq:job:*"))
+    for name in before:  # the jobs of the reference runs must not be counted
+        stack.client.request("DELETE", f"/v1/jobs/{name.removeprefix('mlxq:job:')}")
+    outcomes, recovery = Outcomes(), Recovery(stack)
+    injector = FaultInjector(stack, recovery)
+    impossible = {FaultKind.DISK_FILLED: _NO_DISK} if stack.disk is None else {}
+    clients = Clients(stack.client, requests, outcomes, options.seed, options.clients)
     clients.start()
     try:
-        hand.play(schedule(asked.seed, asked.minutes, [kind for kind in asked.only if kind not in impossible]))
-        fleet.wait_whole()
+        injector.run(schedule(options.seed, options.minutes, [kind for kind in options.only if kind not in impossible]))
+        stack.wait_ready()
     except BaseException:
-        clients.abandon()
+        clients.stop_submitting()
         raise
-    clients.leave()
+    clients.finish()
     recovery.wait()
-    left = leaks(fleet, ledger)
-    left += fleet.stop()
-    return Report(asked.seed, asked.minutes, fleet.links[0].kind, hand.struck, ledger, recovery, left, impossible)
+    leaks = find_leaks(stack, outcomes)
+    leaks += stack.stop()
+    return Report(
+        options.seed, options.minutes, stack.links[0].kind, injector.injected, outcomes, recovery, leaks, impossible
+    )
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="scripts/chaos",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="Exit status: 0 when every promise was kept, 1 when one was broken, 130 when it was ended early. "
-        "Full disks and network namespaces need root on Linux; elsewhere a proxy cuts workers off, and no disk fills.",
+        epilog="Exit status: 0 if all guarantees held, 1 if one was broken, 130 if the run was interrupted. "
+        "Full disks and network namespaces need root on Linux; otherwise a proxy is used, and no disk is filled.",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the requests and of the schedule (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the requests and the schedule (default 1)")
     parser.add_argument(
         "--minutes",
-        type=_above(float),
+        type=_positive(float),
         default=5,
-        help="how long things break (default 5); the whole takes a minute or two more",
+        help="duration of the fault injection (default 5); the run takes one or two minutes more",
     )
-    parser.add_argument("--clients", type=_above(int), default=24, help="jobs under way at a time (default 24)")
-    parser.add_argument("--requests", type=_above(int), default=60, help="different requests (default 60)")
+    parser.add_argument("--clients", type=_positive(int), default=24, help="number of concurrent jobs (default 24)")
+    parser.add_argument("--requests", type=_positive(int), default=60, help="number of different requests (default 60)")
     parser.add_argument(
         "--only",
         nargs="+",
         type=_kind,
-        default=list(Kind),
+        default=list(FaultKind),
         metavar="FAULT",
-        help=f"some of the faults: {', '.join(map(_name, Kind))}",
+        help=f"inject only these faults: {', '.join(map(_name, FaultKind))}",
     )
     parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-random-llama", help="MLX model folder")
-    parser.add_argument("--backend", choices=("auto", "fake"), default="auto", help="`fake`: made-up words, no model")
-    parser.add_argument("--network", choices=("auto", "namespace", "proxy"), default="auto", help="how workers are cut")
-    parser.add_argument("--json", type=Path, help="write everything measured there")
-    parser.add_argument("--keep", action="store_true", help="keep the folder with all logs; kept anyway on a failure")
-    asked = parser.parse_args(argv)
+    parser.add_argument(
+        "--backend", choices=("auto", "fake"), default="auto", help="`fake`: random words without a model"
+    )
+    parser.add_argument(
+        "--network", choices=("auto", "namespace", "proxy"), default="auto", help="how workers are cut off"
+    )
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with the logs, as after a failure")
+    options = parser.parse_args(argv)
     try:
-        if asked.backend != "fake":
-            check_folder(asked.model)
+        if options.backend != "fake":
+            check_folder(options.model)
     except ModelError as error:
         parser.error(str(error))
-    return asked
+    return options
 
 
-def _above(number: Callable[[str], float]) -> Callable[[str], float]:
-    """Read a number above 0."""
+def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a parser of positive numbers."""
 
-    def read(text: str) -> float:
+    def parse(text: str) -> float:
         value = number(text)
         if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
         return value
 
-    return read
+    return parse
 
 
-def _name(kind: Kind) -> str:
+def _name(kind: FaultKind) -> str:
     return kind.name.lower().replace("_", "-")
 
 
-def _kind(name: str) -> Kind:
-    for kind in Kind:
+def _kind(name: str) -> FaultKind:
+    for kind in FaultKind:
         if _name(kind) == name:
             return kind
-    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(map(_name, Kind))}")
+    raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(map(_name, FaultKind))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print the table; 0 when every promise was kept, 1 when one was broken, 130 when it was ended early."""
-    asked = arguments(sys.argv[1:] if argv is None else argv)
+    """Run and print the report; return the exit status."""
+    options = arguments(sys.argv[1:] if argv is None else argv)
     errors = Console(stderr=True)
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    workspaces.sweep()
-    home = workspaces.new(os.getpid())
-    kept = False
-    fleet: Fleet | None = None
+    workspaces.clean_up()
+    home = workspaces.create(os.getpid())
+    passed = False
+    stack: ChaosStack | None = None
     try:
-        fleet = build(home, asked.model.resolve(), _SLOTS, asked.network, asked.backend)
-        report = run(fleet, asked)
+        stack = build(home, options.model.resolve(), _SLOTS, options.network, options.backend)
+        report = run(stack, options)
         report.show(Console(width=None if sys.stdout.isatty() else 140))
-        if asked.json:
-            asked.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        kept = report.kept
+        if options.json:
+            options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        passed = report.passed
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
-        if fleet is not None:
-            fleet.close()
-        if kept and not asked.keep:
+        if stack is not None:
+            stack.close()
+        if passed and not options.keep:
             shutil.rmtree(home)
         else:
             errors.print(f"logs: {home}")
-    return 0 if kept else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    # Ended like this, too, it ends what it has started.
+    # SIGTERM acts like Ctrl-C, so that everything is cleaned up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

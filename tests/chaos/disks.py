@@ -1,4 +1,4 @@
-"""A small disk for Redis's files, which can be filled: a tmpfs of its own, where this machine lets us mount one."""
+"""A small disk for Valkey's files that can be filled: a tmpfs, on machines that allow mounting one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SOURCE = "mlxq-chaos"
 
 
 class Disk:
-    """A mounted folder."""
+    """A mounted tmpfs."""
 
     def __init__(self, folder: Path) -> None:
         """Mount it.
 
         Raises:
-            OSError: this machine does not let us.
+            OSError: this machine does not allow it.
         """
         self.folder = folder
         self._ballast = folder / "ballast"
@@ -28,7 +28,7 @@ class Disk:
         _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE},mode=700", _SOURCE, str(folder))
 
     def fill(self) -> bool:
-        """Leave no byte free; whether there was one."""
+        """Write until no byte is free; return whether any was."""
         block, written = b"\0" * _BLOCK, 0
         with self._ballast.open("ab", buffering=0) as file, suppress(OSError):
             while count := file.write(block):
@@ -36,16 +36,16 @@ class Disk:
         return written > 0
 
     def free(self) -> None:
-        """Give the space back."""
+        """Free the space again."""
         self._ballast.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unmount it, with all that is on it."""
+        """Unmount it. Its files are lost."""
         _unmount(self.folder)
 
 
-def sweep(home: Path) -> None:
-    """Unmount what a dead run has left in its folder."""
+def clean_up(home: Path) -> None:
+    """Unmount the disk of a killed run."""
     for line in Path("/proc/self/mounts").read_text("utf-8").splitlines() if Path("/proc/self/mounts").exists() else ():
         source, folder = line.split()[:2]
         if source == _SOURCE and Path(folder).is_relative_to(home.resolve()):
@@ -65,7 +65,7 @@ def _run(*command: str) -> None:
 
 
 def disks_work() -> bool:
-    """Whether this machine lets us mount one: on Linux, root may, if nobody has taken that right away."""
+    """Whether this machine allows mounting a disk, as Linux usually does for root."""
     if os.geteuid() != 0 or not Path("/proc/filesystems").exists():
         return False
     with tempfile.TemporaryDirectory(prefix="mlxq-chaos-") as folder:

@@ -1,4 +1,4 @@
-"""What breaks and when: a schedule drawn from a seed, and the hands that do it."""
+"""The faults of a run: a schedule drawn from a seed, and the injector that carries it out."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ import psutil
 import redis
 
 from tests.chaos.disks import Disk
-from tests.chaos.fleet import LEASE_S, WORKERS, Fleet, Member
+from tests.chaos.managed_process import ManagedProcess
 from tests.chaos.network_faults import Link
 from tests.chaos.recovery import Recovery
+from tests.chaos.stack import LEASE_S, WORKERS, ChaosStack
 
 log = logging.getLogger(__name__)
 
 
-class Kind(StrEnum):
-    """A fault."""
+class FaultKind(StrEnum):
+    """A kind of fault."""
 
     WORKER_KILLED = "worker killed (SIGKILL)"
     WORKER_PAUSED = "worker paused (SIGSTOP, SIGCONT)"
@@ -39,165 +40,165 @@ class Kind(StrEnum):
 
 
 PER_MINUTE = {
-    Kind.WORKER_KILLED: 2.4,
-    Kind.WORKER_PAUSED: 0.6,
-    Kind.WORKER_STOPPED: 0.3,
-    Kind.WORKER_CUT_OFF: 0.4,
-    Kind.API_KILLED: 0.7,
-    Kind.REDIS_KILLED: 0.5,
-    Kind.CLIENTS_KILLED: 0.8,
-    Kind.DISK_FILLED: 0.15,
+    FaultKind.WORKER_KILLED: 2.4,
+    FaultKind.WORKER_PAUSED: 0.6,
+    FaultKind.WORKER_STOPPED: 0.3,
+    FaultKind.WORKER_CUT_OFF: 0.4,
+    FaultKind.API_KILLED: 0.7,
+    FaultKind.REDIS_KILLED: 0.5,
+    FaultKind.CLIENTS_KILLED: 0.8,
+    FaultKind.DISK_FILLED: 0.15,
 }
-"""How often each comes in the mean; each comes once at least."""
+"""Mean rate of each kind. Each occurs at least once."""
 
-LONGEST_S = 8.0
-"""No fault lasts for longer: after as much quiet, what was broken is whole or about to be."""
+MAX_DURATION_S = 8.0
+"""Maximum duration of a fault."""
 
-PATIENCE_S = LONGEST_S + 2
-"""What is not there to be hit comes back within so long, or this strike is wasted."""
-_RETRY_S = 0.05
+RETRY_S = MAX_DURATION_S + 2
+"""How long a fault is retried whose target is down because of an earlier fault."""
+_POLL_S = 0.05
 _CANNOT_WRITE = 1
 """Exit status of a Valkey that cannot write."""
-_BACK_S = 2.0
-"""A Valkey that could not write may be ending for so long after there is room again."""
+_DISK_RECOVERY_S = 2.0
+"""How long after the disk was freed Valkey may still exit."""
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
-    """One fault.
+class Fault:
+    """A scheduled fault.
 
     Attributes:
-        at_s: since the schedule's start.
-        target: number of the worker or API process, where that means something.
-        lasts_s: how long it is before it is mended, where there is anything to mend.
+        at_s: time since the start of the schedule.
+        target: number of the worker or API process, for kinds with a target.
+        duration_s: time until the fault is undone, for kinds that can be undone.
     """
 
     at_s: float
-    kind: Kind
+    kind: FaultKind
     target: int
-    lasts_s: float
+    duration_s: float
 
 
-def schedule(seed: int, minutes: float, kinds: Iterable[Kind] = tuple(Kind)) -> list[Strike]:
-    """The strikes of a run: the same for the same arguments."""
+def schedule(seed: int, minutes: float, kinds: Iterable[FaultKind] = tuple(FaultKind)) -> list[Fault]:
+    """Draw the faults of a run. The same arguments give the same schedule."""
     rng = random.Random(seed)
-    deck = [kind for kind in kinds for _ in range(max(1, round(PER_MINUTE[kind] * minutes)))]
-    rng.shuffle(deck)
-    gap = minutes * 60 / len(deck)
+    drawn = [kind for kind in kinds for _ in range(max(1, round(PER_MINUTE[kind] * minutes)))]
+    rng.shuffle(drawn)
+    interval = minutes * 60 / len(drawn)
     return [
-        Strike(
-            at_s=round((i + rng.uniform(0.1, 0.9)) * gap, 3),
+        Fault(
+            at_s=round((i + rng.uniform(0.1, 0.9)) * interval, 3),
             kind=kind,
             target=rng.randrange(WORKERS),
-            # Below a lease and above it: both have to be borne.
-            lasts_s=round(rng.choice((rng.uniform(0.2, LEASE_S), rng.uniform(LEASE_S, LONGEST_S))), 3),
+            # Half of them shorter than a lease, half longer.
+            duration_s=round(rng.choice((rng.uniform(0.2, LEASE_S), rng.uniform(LEASE_S, MAX_DURATION_S))), 3),
         )
-        for i, kind in enumerate(deck)
+        for i, kind in enumerate(drawn)
     ]
 
 
-class Switch:
-    """What several strikes may hold down at a time: it goes up with the last of them."""
+class SharedEffect:
+    """An effect that overlapping faults share: it is undone when the last of them ends."""
 
-    def __init__(self, down: Callable[[], bool], up: Callable[[], object]) -> None:
-        self._down, self._up = down, up
-        self._held = 0
+    def __init__(self, apply: Callable[[], bool], undo: Callable[[], object]) -> None:
+        self._apply, self._undo = apply, undo
+        self._holders = 0
         self._lock = threading.Lock()
 
-    def hold(self) -> bool:
-        """Press it down, again if it is down; whether there was something to press."""
+    def acquire(self) -> bool:
+        """Apply the effect, also if it is already applied; return whether it had a target."""
         with self._lock:
-            hit = self._down()
-            self._held += hit
+            hit = self._apply()
+            self._holders += hit
             return hit
 
     def release(self) -> None:
-        """Take one hand off."""
+        """End one fault; undo the effect if it was the last one."""
         with self._lock:
-            self._held -= 1
-            if self._held == 0:
-                self._up()
+            self._holders -= 1
+            if self._holders == 0:
+                self._undo()
 
 
-class Hand:
-    """Strikes, and mends when it is time.
+class FaultInjector:
+    """Carries out a schedule and undoes each fault when its duration is over.
 
     Attributes:
-        struck: the strikes that hit something.
+        injected: number of faults by kind that hit a target.
     """
 
-    def __init__(self, fleet: Fleet, recovery: Recovery, patience_s: float = PATIENCE_S) -> None:
-        self.struck: Counter[Kind] = Counter()
-        self._fleet = fleet
+    def __init__(self, stack: ChaosStack, recovery: Recovery, retry_s: float = RETRY_S) -> None:
+        self.injected: Counter[FaultKind] = Counter()
+        self._stack = stack
         self._recovery = recovery
-        self._patience_s = patience_s
-        self._menders: list[threading.Timer] = []
-        self._pauses = [Switch(*_pause(worker)) for worker in fleet.workers]
-        self._cuts = [Switch(*_cut(link)) for link in fleet.links]
-        self._disk = Switch(*_fill(fleet.disk, fleet.valkey)) if fleet.disk is not None else None
+        self._retry_s = retry_s
+        self._timers: list[threading.Timer] = []
+        self._pauses = [SharedEffect(*_pause(worker)) for worker in stack.workers]
+        self._cuts = [SharedEffect(*_cut(link)) for link in stack.links]
+        self._disk = SharedEffect(*_fill(stack.disk, stack.valkey)) if stack.disk is not None else None
 
-    def play(self, strikes: Sequence[Strike]) -> None:
-        """Strike by the clock; returns when the last has been mended."""
+    def run(self, faults: Sequence[Fault]) -> None:
+        """Inject the faults at their times; return when the last one is undone."""
         started = time.monotonic()
         try:
-            for strike in strikes:
-                time.sleep(max(0.0, started + strike.at_s - time.monotonic()))
-                self._strike_or_wait(strike)
-            for mender in self._menders:
-                mender.join()
+            for fault in faults:
+                time.sleep(max(0.0, started + fault.at_s - time.monotonic()))
+                self._inject_or_retry(fault)
+            for timer in self._timers:
+                timer.join()
         finally:
-            for mender in self._menders:
-                mender.cancel()
+            for timer in self._timers:
+                timer.cancel()
 
-    def _strike_or_wait(self, strike: Strike) -> None:
-        """Strike once there is something to hit: what an earlier fault took away comes back soon."""
-        give_up_at = time.monotonic() + self._patience_s
-        while not (hit := self._strike(strike)) and time.monotonic() < give_up_at:
-            time.sleep(_RETRY_S)
-        said = "" if hit else ": missed, there was nothing to hit"
-        log.info("%s: number %d, %g s%s", strike.kind.value, strike.target, strike.lasts_s, said)
-        self.struck[strike.kind] += hit
+    def _inject_or_retry(self, fault: Fault) -> None:
+        """Inject a fault. If its target is down because of an earlier fault, retry until it is back."""
+        deadline = time.monotonic() + self._retry_s
+        while not (hit := self._inject(fault)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        outcome = "" if hit else ": skipped, the target was not running"
+        log.info("%s: number %d, %g s%s", fault.kind.value, fault.target, fault.duration_s, outcome)
+        self.injected[fault.kind] += hit
 
-    def _strike(self, strike: Strike) -> bool:
-        """Whether it hit."""
-        fleet = self._fleet
-        match strike.kind:
-            case Kind.REDIS_KILLED:
-                with self._recovery.watching(strike.kind) as watch:
-                    watch.hit = fleet.valkey.kill(strike.lasts_s)
-                return watch.hit
-            case Kind.API_KILLED:
-                return self._kill_api(strike)
-            case Kind.CLIENTS_KILLED:
+    def _inject(self, fault: Fault) -> bool:
+        """Inject a fault; return whether it hit its target."""
+        stack = self._stack
+        match fault.kind:
+            case FaultKind.REDIS_KILLED:
+                with self._recovery.measuring(fault.kind) as measurement:
+                    measurement.hit = stack.valkey.kill(fault.duration_s)
+                return measurement.hit
+            case FaultKind.API_KILLED:
+                return self._kill_api(fault)
+            case FaultKind.CLIENTS_KILLED:
                 return self._cut_connections()
-            case Kind.DISK_FILLED:
-                return self._fill_disk(strike)
+            case FaultKind.DISK_FILLED:
+                return self._fill_disk(fault)
             case _:
-                with self._recovery.watching(strike.kind, strike.target) as watch:
-                    watch.hit = self._strike_worker(strike)
-                return watch.hit
+                with self._recovery.measuring(fault.kind, fault.target) as measurement:
+                    measurement.hit = self._inject_into_worker(fault)
+                return measurement.hit
 
-    def _strike_worker(self, strike: Strike) -> bool:
-        worker = self._fleet.workers[strike.target]
-        match strike.kind:
-            case Kind.WORKER_KILLED:  # in every third case with its launcher, so that nobody reports the death at once
-                return worker.kill() if self.struck[strike.kind] % 3 == 2 else worker.kill_child()
-            case Kind.WORKER_PAUSED:
-                return self._hold(self._pauses[strike.target], strike)
-            case Kind.WORKER_CUT_OFF:
-                return worker.pid is not None and self._hold(self._cuts[strike.target], strike)
-        # One that has only begun to start knows no SIGTERM yet.
-        return self._fleet.card(strike.target) is not None and worker.signal(signal.SIGTERM)
+    def _inject_into_worker(self, fault: Fault) -> bool:
+        worker = self._stack.workers[fault.target]
+        match fault.kind:
+            case FaultKind.WORKER_KILLED:  # every third time with its launcher, so that the death is not reported
+                return worker.kill() if self.injected[fault.kind] % 3 == 2 else worker.kill_child()
+            case FaultKind.WORKER_PAUSED:
+                return self._apply(self._pauses[fault.target], fault)
+            case FaultKind.WORKER_CUT_OFF:
+                return worker.pid is not None and self._apply(self._cuts[fault.target], fault)
+        # A worker handles SIGTERM only after its imports.
+        return self._stack.worker_info(fault.target) is not None and worker.signal(signal.SIGTERM)
 
-    def _kill_api(self, strike: Strike) -> bool:
-        """One of the processes, which their parent starts again; in every fourth case the parent too."""
-        if self.struck[strike.kind] % 4 == 3:
-            return self._fleet.api.kill()
-        processes = self._fleet.api_processes()
+    def _kill_api(self, fault: Fault) -> bool:
+        """Kill an API process, which its parent restarts; every fourth time the parent too."""
+        if self.injected[fault.kind] % 4 == 3:
+            return self._stack.api.kill()
+        processes = self._stack.api_processes()
         if not processes:
             return False
         try:
-            processes[strike.target % len(processes)].kill()
+            processes[fault.target % len(processes)].kill()
         except psutil.NoSuchProcess:
             return False
         return True
@@ -205,28 +206,28 @@ class Hand:
     def _cut_connections(self) -> bool:
         cut = 0
         for kind in ("normal", "pubsub"):
-            with suppress(redis.RedisError):  # it may be away just now
-                cut += self._fleet.redis.client_kill_filter(_type=kind, skipme=True)
+            with suppress(redis.RedisError):  # Redis may be down
+                cut += self._stack.redis.client_kill_filter(_type=kind, skipme=True)
         return cut > 0
 
-    def _fill_disk(self, strike: Strike) -> bool:
+    def _fill_disk(self, fault: Fault) -> bool:
         if self._disk is None:
             return False
-        with self._recovery.watching(strike.kind) as watch:
-            watch.hit = self._hold(self._disk, strike)
-        return watch.hit
+        with self._recovery.measuring(fault.kind) as measurement:
+            measurement.hit = self._apply(self._disk, fault)
+        return measurement.hit
 
-    def _hold(self, switch: Switch, strike: Strike) -> bool:
-        hit = switch.hold()
+    def _apply(self, effect: SharedEffect, fault: Fault) -> bool:
+        hit = effect.acquire()
         if hit:
-            mender = threading.Timer(strike.lasts_s, switch.release)
-            mender.daemon = True
-            mender.start()
-            self._menders.append(mender)
+            timer = threading.Timer(fault.duration_s, effect.release)
+            timer.daemon = True
+            timer.start()
+            self._timers.append(timer)
         return hit
 
 
-def _pause(worker: Member) -> tuple[Callable[[], bool], Callable[[], object]]:
+def _pause(worker: ManagedProcess) -> tuple[Callable[[], bool], Callable[[], object]]:
     return lambda: worker.signal(signal.SIGSTOP), lambda: worker.signal(signal.SIGCONT)
 
 
@@ -235,18 +236,18 @@ def _cut(link: Link) -> tuple[Callable[[], bool], Callable[[], object]]:
         link.cut()
         return True
 
-    return cut, link.mend
+    return cut, link.restore
 
 
-def _fill(disk: Disk, valkey: Member) -> tuple[Callable[[], bool], Callable[[], object]]:
-    """While there is no room, Valkey ends itself: it cannot write what it has promised to keep."""
+def _fill(disk: Disk, valkey: ManagedProcess) -> tuple[Callable[[], bool], Callable[[], object]]:
+    """Return functions that fill and free the disk. Valkey may exit meanwhile: it cannot write what it acknowledged."""
 
     def fill() -> bool:
-        valkey.excuse(_CANNOT_WRITE, math.inf)
+        valkey.allow_exit(_CANNOT_WRITE, math.inf)
         return disk.fill()
 
     def free() -> None:
         disk.free()
-        valkey.excuse(_CANNOT_WRITE, _BACK_S)
+        valkey.allow_exit(_CANNOT_WRITE, _DISK_RECOVERY_S)
 
     return fill, free

@@ -1,4 +1,4 @@
-"""What must be gone once every job has ended."""
+"""Checks that nothing is left in Redis once every job has ended."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from shared.jobs.record import Status
 from shared.redis import keys
 from shared.redis.client import Redis
-from tests.chaos.checks import Ledger
-from tests.chaos.fleet import WORKERS, Fleet
+from tests.chaos.checks import Outcomes
+from tests.chaos.stack import WORKERS, ChaosStack
 
 _SETTLE_S = 20.0
-"""A lapsed lease is reaped, an end reported: that takes a moment."""
+"""Maximum time until expired leases are reaped and ends are reported."""
 
-_GONE = (
+_UNFINISHED = (
     keys.QUEUE,
     keys.TURNS,
     keys.WAKE,
@@ -26,10 +26,10 @@ _GONE = (
     keys.DEMAND,
     keys.OLD_QUEUE,
 )
-"""Keys that only unfinished jobs have."""
-_OF_A_JOB = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER)
-"""Keys of ended jobs: each must have a TTL."""
-_KEPT = (
+"""Keys of unfinished jobs: none may be left."""
+_ENDED_JOBS = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER)
+"""Keys of ended jobs: each must have a time to live."""
+_PERMANENT = (
     keys.SPEED,
     keys.FAILED,
     keys.BYTES,
@@ -51,50 +51,51 @@ _KEPT = (
     "_kombu.",
     "LIMITS",
 )
-"""Keys of workers and models, Celery's and the limiter's."""
-_KEPT_BYTES = {"failed", "failed_limit"}
+"""Keys of workers and models, of Celery and of the rate limiter."""
+_PERMANENT_BYTES = {"failed", "failed_limit"}
 
 
-def leaks(fleet: Fleet, ledger: Ledger) -> list[str]:
-    """What is left behind, a line each, when it does not go away by itself."""
-    give_up_at = time.monotonic() + _SETTLE_S
-    while (found := list(_now(fleet, ledger))) and time.monotonic() < give_up_at:
+def find_leaks(stack: ChaosStack, outcomes: Outcomes) -> list[str]:
+    """Return a line for each leak that does not disappear by itself."""
+    deadline = time.monotonic() + _SETTLE_S
+    while (leaks := list(_current_leaks(stack, outcomes))) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return found
+    return leaks
 
 
-def _now(fleet: Fleet, ledger: Ledger) -> Iterator[str]:
-    store, cards = fleet.redis, fleet.ready()
-    yield from _keys(fleet)
+def _current_leaks(stack: ChaosStack, outcomes: Outcomes) -> Iterator[str]:
+    store, workers = stack.redis, stack.ready_workers()
+    yield from _check_keys(stack)
     leases = set(store.zrange(keys.LEASES, 0, -1))
-    if leases != {card.id for card in cards} or len(leases) != WORKERS:
-        yield f"leases {sorted(leases)}, workers {[card.id for card in cards]}"
-    for card in cards:
-        if card.slots_used or card.stats["publisher_backlog"]:
-            yield f"worker {card.id} has {card.slots_used} slots taken, {card.stats['publisher_backlog']:g} unsaid"
-    if held := set(store.hkeys(keys.BYTES)) - _KEPT_BYTES:
+    if leases != {worker.id for worker in workers} or len(leases) != WORKERS:
+        yield f"leases {sorted(leases)}, workers {[worker.id for worker in workers]}"
+    for worker in workers:
+        if worker.slots_used or worker.stats["publisher_backlog"]:
+            backlog = worker.stats["publisher_backlog"]
+            yield f"worker {worker.id} has {worker.slots_used} slots in use, {backlog:g} unpublished events"
+    if held := set(store.hkeys(keys.BYTES)) - _PERMANENT_BYTES:
         yield f"bytes of unfinished jobs: {sorted(held)}"
     recorded = {name.removeprefix(keys.JOB) for name in store.scan_iter(keys.JOB + "*")}
-    if extra := recorded - set(ledger.accepted.values()):
-        yield f"{len(extra)} jobs that nobody submitted, such as {min(extra)}"
-    if missing := set(ledger.accepted.values()) - recorded:
+    if extra := recorded - set(outcomes.accepted.values()):
+        yield f"{len(extra)} jobs that no client submitted, such as {min(extra)}"
+    if missing := set(outcomes.accepted.values()) - recorded:
         yield f"{len(missing)} accepted jobs without a record, such as {min(missing)}"
 
 
-def _keys(fleet: Fleet) -> Iterator[str]:
-    """Every key is one that ended jobs, workers or models have."""
-    store = fleet.redis
+def _check_keys(stack: ChaosStack) -> Iterator[str]:
+    """Check that every key belongs to an ended job, a worker or a model."""
+    store = stack.redis
     for name in store.scan_iter(count=1000):
-        if name.startswith(_OF_A_JOB):
+        if name.startswith(_ENDED_JOBS):
             if store.ttl(name) == -1:
-                yield f"key {name} has no TTL"
+                yield f"key {name} has no time to live"
             if name.startswith(keys.REQUEST):
-                yield from _request(store, name)
-        elif name.startswith(_GONE) or not name.startswith(_KEPT):
+                yield from _check_request(store, name)
+        elif name.startswith(_UNFINISHED) or not name.startswith(_PERMANENT):
             yield f"key {name}"
 
 
-def _request(store: Redis, name: str) -> Iterator[str]:
-    """Only a failed job keeps its request."""
+def _check_request(store: Redis, name: str) -> Iterator[str]:
+    """Check that only failed jobs keep their request."""
     if store.hget(keys.JOB + name.removeprefix(keys.REQUEST), "status") != Status.FAILED:
-        yield f"key {name} of a job that did not fail"
+        yield f"key {name} belongs to a job that did not fail"

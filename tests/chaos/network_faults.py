@@ -1,8 +1,7 @@
-"""The network between a worker and Redis, which can be cut so that neither side is told.
+"""The network between a worker and Redis. It can be cut without notice to either side.
 
-Where this machine allows it (Linux, root), a worker lives in a network namespace of its own, whose link is taken down.
-Elsewhere it goes through a proxy that stops forwarding. Both lose nothing that TCP does not: once mended, what was on
-its way still arrives, late.
+On Linux as root, each worker runs in its own network namespace, whose link is taken down. Elsewhere, it connects
+through a proxy that stops forwarding. TCP hides the loss: after the link is restored, delayed data arrives.
 """
 
 from __future__ import annotations
@@ -22,44 +21,44 @@ import psutil
 
 _CHUNK = 64 * 2**10
 _CHECK_S = 0.05
-"""How long a proxied connection may take to notice that it is cut, mended or closed."""
+"""Interval at which a proxied connection checks whether it is cut, restored or closed."""
 
 
 class Link(Protocol):
-    """A way from one worker to Redis."""
+    """A network link from one worker to Redis."""
 
     address: tuple[str, int]
-    """Where the worker finds Redis."""
+    """Address under which the worker reaches Redis."""
     kind: str
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """What to run so that `command` uses this link."""
+        """Return a command line that runs `command` with this link."""
         ...
 
     def cut(self) -> None:
-        """Let nothing through any more, silently."""
+        """Drop everything from now on, without closing connections."""
         ...
 
-    def mend(self) -> None:
-        """Let everything through again."""
+    def restore(self) -> None:
+        """Deliver everything again."""
         ...
 
     def close(self) -> None:
-        """Take it away."""
+        """Remove the link."""
         ...
 
 
 class Namespace:
-    """A pair of virtual interfaces, one of them in a network namespace of its own."""
+    """A pair of virtual interfaces, one of them in its own network namespace."""
 
     kind = "network namespace"
 
     def __init__(self, number: int, port: int) -> None:
-        """Lay it. Redis must listen on `address` itself, whose host is this machine's end of the link."""
+        """Create the link. Redis must listen on `address`, whose host is this machine's end of the link."""
         tag = f"mq{os.getpid()}{number}"
         self._name, self._here, there = tag, f"{tag}h", f"{tag}n"
-        taken = {address.address for each in psutil.net_if_addrs().values() for address in each}
-        host, guest = _free_pair(os.getpid() * 8 + number, taken)
+        in_use = {address.address for each in psutil.net_if_addrs().values() for address in each}
+        host, guest = _free_pair(os.getpid() * 8 + number, in_use)
         self.address = (host, port)
         try:
             _ip("netns", "add", self._name)
@@ -74,15 +73,15 @@ class Namespace:
             raise
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """Run it in the namespace."""
+        """Run the command in the namespace."""
         return ["ip", "netns", "exec", self._name, *command]
 
     def cut(self) -> None:
-        """Take this machine's end down: the other end goes on sending, into nothing."""
+        """Take this machine's end down. The other end does not notice and keeps sending."""
         _ip("link", "set", self._here, "down")
 
-    def mend(self) -> None:
-        """Take it up again."""
+    def restore(self) -> None:
+        """Take this machine's end up again."""
         _ip("link", "set", self._here, "up")
 
     def close(self) -> None:
@@ -91,35 +90,35 @@ class Namespace:
 
 
 _BLOCKS = 2**15
-"""Networks of four addresses in the block for tests between networks (RFC 2544)."""
+"""Number of networks with four addresses in the block for benchmarks (RFC 2544)."""
 
 
-def _free_pair(first: int, taken: Container[str]) -> tuple[str, str]:
-    """The two ends' addresses: another pair for each number, and one whose near end nobody here has."""
+def _free_pair(first: int, in_use: Container[str]) -> tuple[str, str]:
+    """Return addresses for both ends: a different pair for each number, whose first address is unused here."""
     for number in range(first, first + 8 * _BLOCKS, 8):
         block = number % _BLOCKS * 4
         network = f"198.{18 + block // 65_536}.{block // 256 % 256}"
         host, guest = f"{network}.{block % 256 + 1}", f"{network}.{block % 256 + 2}"
-        if host not in taken:
+        if host not in in_use:
             return host, guest
-    raise OSError("every network for tests is taken")
+    raise OSError("all networks for benchmarks are in use")
 
 
-def orphans(names: Iterable[str]) -> list[str]:
-    """Of these namespaces, those of runs that live no more."""
-    found = ((name, re.fullmatch(r"mq(\d+)\d", name)) for name in names)
-    return [name for name, match in found if match and not psutil.pid_exists(int(match[1]))]
+def find_orphans(names: Iterable[str]) -> list[str]:
+    """Return the namespaces of runs whose process has ended."""
+    matches = ((name, re.fullmatch(r"mq(\d+)\d", name)) for name in names)
+    return [name for name, match in matches if match and not psutil.pid_exists(int(match[1]))]
 
 
-def sweep() -> None:
-    """Remove what dead runs have left."""
+def clean_up() -> None:
+    """Remove the namespaces of killed runs."""
     folder = Path("/run/netns")
-    for name in orphans(each.name for each in folder.iterdir()) if folder.is_dir() else ():
+    for name in find_orphans(each.name for each in folder.iterdir()) if folder.is_dir() else ():
         _remove(name)
 
 
 def _remove(name: str) -> None:
-    """A namespace and its link."""
+    """Remove a namespace and its link."""
     with suppress(OSError):
         _ip("link", "del", f"{name}h")
     with suppress(OSError):
@@ -134,35 +133,35 @@ def _ip(*arguments: str) -> None:
 
 
 class Proxy:
-    """A TCP proxy that stops forwarding when it is cut, and closes nothing."""
+    """A TCP proxy that stops forwarding while it is cut, without closing connections."""
 
     kind = "proxy"
 
     def __init__(self, target: tuple[str, int]) -> None:
         self._target = target
-        self._flowing = threading.Event()
-        self._flowing.set()
+        self._forwarding = threading.Event()
+        self._forwarding.set()
         self._closed = False
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.address = ("127.0.0.1", int(self._listener.getsockname()[1]))
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """Run it as it is."""
+        """Return the command unchanged."""
         return list(command)
 
     def cut(self) -> None:
-        """Read nothing and write nothing; new connections are made and get no answer."""
-        self._flowing.clear()
+        """Stop forwarding. New connections are accepted but not served."""
+        self._forwarding.clear()
 
-    def mend(self) -> None:
-        """Go on."""
-        self._flowing.set()
+    def restore(self) -> None:
+        """Forward again."""
+        self._forwarding.set()
 
     def close(self) -> None:
         """Close every connection."""
         self._closed = True
-        self._flowing.set()
+        self._forwarding.set()
         self._listener.close()
 
     def _accept(self) -> None:
@@ -174,7 +173,7 @@ class Proxy:
             threading.Thread(target=self._serve, args=(near,), daemon=True).start()
 
     def _serve(self, near: socket.socket) -> None:
-        self._flowing.wait()
+        self._forwarding.wait()
         try:
             far = socket.create_connection(self._target)
         except OSError:
@@ -187,12 +186,12 @@ class Proxy:
     def _forward(self, source: socket.socket, sink: socket.socket) -> None:
         try:
             while not self._closed:
-                self._flowing.wait()
+                self._forwarding.wait()
                 try:
                     data = source.recv(_CHUNK)
                 except TimeoutError:
                     continue
-                self._flowing.wait()
+                self._forwarding.wait()
                 if not data:
                     break
                 sink.sendall(data)
@@ -203,7 +202,7 @@ class Proxy:
 
 
 def namespaces_work() -> bool:
-    """Whether this machine lets us lay links into namespaces."""
+    """Whether this machine allows creating network namespaces."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""How long the jobs that a fault hits stand still."""
+"""Measures how long faults interrupt the jobs that they affect."""
 
 from __future__ import annotations
 
@@ -14,103 +14,103 @@ import redis
 from shared.jobs.log import EventKind
 from shared.models.registry import WorkerInfo
 from shared.redis import keys
-from tests.chaos.fleet import Fleet
+from tests.chaos.stack import ChaosStack
 
 _POLL_S = 0.01
-_LONGEST_S = 60.0
-_TELLING = (EventKind.CHUNK, EventKind.DONE)
+_MAX_S = 60.0
+_PROGRESS = (EventKind.CHUNK, EventKind.DONE)
+"""Events that show progress of a job."""
 
 
 @dataclass(slots=True)
-class Watch:
-    """What a strike says of itself: one that hit nothing is not measured."""
+class Measurement:
+    """A measurement of one fault. It is discarded if the fault hit no target."""
 
     hit: bool = False
 
 
 class Recovery:
-    """Watches the jobs of a worker, or all that run, from a fault until each has its next token (or its end).
+    """Watches the jobs of a worker, or all running jobs, from a fault until each has its next token or its end.
 
     Attributes:
-        seconds: for each kind of fault, the time each job stood still.
-        warm: of those hit with their worker, the times of jobs that another worker with a free slot for each could
-            take over at once.
+        seconds: for each kind of fault, how long each job was interrupted.
+        warm: the same for jobs of a hit worker that another ready worker had free slots for.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, stack: ChaosStack) -> None:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.warm: defaultdict[str, list[float]] = defaultdict(list)
-        self._fleet = fleet
-        self._watchers: list[threading.Thread] = []
+        self._stack = stack
+        self._threads: list[threading.Thread] = []
 
     @contextmanager
-    def watching(self, kind: str, worker: int | None = None) -> Iterator[Watch]:
-        """Measure from the end of the block, which strikes; without a worker, all jobs that run are watched."""
-        watch = Watch()
-        victim = None if worker is None else self._fleet.card(worker)
-        others = [card for card in self._fleet.ready() if victim and card.id != victim.id]
-        yield watch
-        if watch.hit and (worker is None or victim is not None):  # a worker that is not ready has no jobs
-            watcher = threading.Thread(target=self._watch, args=(kind, victim, others, time.monotonic()), daemon=True)
-            watcher.start()
-            self._watchers.append(watcher)
+    def measuring(self, kind: str, worker: int | None = None) -> Iterator[Measurement]:
+        """Measure from the end of the block, which injects the fault; without a worker, watch all running jobs."""
+        measurement = Measurement()
+        victim = None if worker is None else self._stack.worker_info(worker)
+        others = [info for info in self._stack.ready_workers() if victim and info.id != victim.id]
+        yield measurement
+        if measurement.hit and (worker is None or victim is not None):  # a worker that is not ready has no jobs
+            thread = threading.Thread(target=self._watch, args=(kind, victim, others, time.monotonic()), daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def wait(self) -> None:
-        """Until every job watched has gone on."""
-        for watcher in self._watchers:
-            watcher.join()
+        """Wait until every watched job has continued."""
+        for thread in self._threads:
+            thread.join()
 
-    def _watch(self, kind: str, victim: WorkerInfo | None, others: list[WorkerInfo], struck_at: float) -> None:
-        standing = self._last_events(self._held(victim))
-        room = sum(card.slots - card.slots_used for card in others)
-        took_over = bool(victim) and room >= len(standing)
-        while standing and time.monotonic() - struck_at < _LONGEST_S:
+    def _watch(self, kind: str, victim: WorkerInfo | None, others: list[WorkerInfo], injected_at: float) -> None:
+        interrupted = self._last_events(self._running_jobs(victim))
+        free_slots = sum(info.slots - info.slots_used for info in others)
+        takeover = bool(victim) and free_slots >= len(interrupted)
+        while interrupted and time.monotonic() - injected_at < _MAX_S:
             time.sleep(_POLL_S)
-            for job_id in self._gone_on(standing):
-                del standing[job_id]
-                self._note(kind, time.monotonic() - struck_at, took_over)
-        for _ in standing:
-            self._note(kind, _LONGEST_S, took_over)
+            for job_id in self._continued(interrupted):
+                del interrupted[job_id]
+                self._record(kind, time.monotonic() - injected_at, takeover)
+        for _ in interrupted:
+            self._record(kind, _MAX_S, takeover)
 
-    def _note(self, kind: str, seconds: float, took_over: bool) -> None:
+    def _record(self, kind: str, seconds: float, takeover: bool) -> None:
         self.seconds[kind].append(seconds)
-        if took_over:
+        if takeover:
             self.warm[kind].append(seconds)
 
-    def _held(self, victim: WorkerInfo | None) -> list[str]:
-        """Jobs that run: on the victim, or anywhere."""
+    def _running_jobs(self, worker: WorkerInfo | None) -> list[str]:
+        """Return the running jobs of a worker, or of all workers. Waits while Redis is unreachable."""
         while True:
             try:
-                names = [victim.id] if victim else self._fleet.redis.zrange(keys.LEASES, 0, -1)
-                return [job for name in names for job in self._fleet.redis.smembers(keys.RUNNING + name)]
+                workers = [worker.id] if worker else self._stack.redis.zrange(keys.LEASES, 0, -1)
+                return [job for each in workers for job in self._stack.redis.smembers(keys.RUNNING + each)]
             except redis.RedisError:
                 time.sleep(_POLL_S)
 
     def _last_events(self, jobs: list[str]) -> dict[str, int]:
-        """The number of each job's newest event."""
+        """Return the number of each job's latest event. Waits while Redis is unreachable."""
         while True:
             try:
-                newest = self._newest(jobs)
-                return {job: newest[job][0] for job in jobs if job in newest}
+                latest = self._latest_events(jobs)
+                return {job: latest[job][0] for job in jobs if job in latest}
             except redis.RedisError:
                 time.sleep(_POLL_S)
 
-    def _gone_on(self, standing: Mapping[str, int]) -> list[str]:
+    def _continued(self, interrupted: Mapping[str, int]) -> list[str]:
         try:
-            newest = self._newest(list(standing))
+            latest = self._latest_events(list(interrupted))
         except redis.RedisError:
             return []
         return [
             job
-            for job, last in standing.items()
-            if job not in newest or (newest[job][0] > last and newest[job][1] in _TELLING)
+            for job, last in interrupted.items()
+            if job not in latest or (latest[job][0] > last and latest[job][1] in _PROGRESS)
         ]
 
-    def _newest(self, jobs: list[str]) -> dict[str, tuple[int, str]]:
-        """Number and kind of each job's newest event."""
-        with self._fleet.redis.pipeline(transaction=False) as pipe:
+    def _latest_events(self, jobs: list[str]) -> dict[str, tuple[int, str]]:
+        """Return number and kind of each job's latest event."""
+        with self._stack.redis.pipeline(transaction=False) as pipe:
             for job in jobs:
                 pipe.xrevrange(keys.LOG + job, count=1)
-            answers = pipe.execute()
-        found = zip(jobs, answers, strict=True)
-        return {job: (int(entries[0][0].split("-")[0]), entries[0][1]["e"]) for job, entries in found if entries}
+            replies = pipe.execute()
+        logs = zip(jobs, replies, strict=True)
+        return {job: (int(entries[0][0].split("-")[0]), entries[0][1]["e"]) for job, entries in logs if entries}

@@ -1,15 +1,13 @@
-"""The stack that is broken on purpose: a Valkey, two workers, two API processes, each started again when it ends."""
+"""The stack under test: Valkey, two workers and two API processes, each restarted when it ends."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,194 +25,84 @@ from shared.models.registry import Registry, WorkerInfo
 from shared.redis.client import Redis, connect
 from shared.settings import ROOT, Settings
 from tests.chaos.disks import Disk, disks_work
+from tests.chaos.managed_process import ManagedProcess
 from tests.chaos.network_faults import Link, Namespace, Proxy, namespaces_work
 from web.access.api_keys import new_key
 
 WORKERS: Final = 2
 API_PROCESSES: Final = 2
 LEASE_S: Final = 2.0
-_START_S: Final = 120.0
-_END_S: Final = 30.0
-_BREATH_S: Final = 0.3
-"""Between a process's end and its next start."""
-_EXPLAINED: Final[dict[int, int]] = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0}
-"""How a process ends that was sent a signal."""
-
-
-class Member:
-    """One process, with a group of its own, that is started again whenever it ends.
-
-    Attributes:
-        odd_exits: the statuses of ends that no signal of ours explains.
-    """
-
-    def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path) -> None:
-        self.name = name
-        self.odd_exits: list[int] = []
-        self._excuses: dict[int, float] = {}
-        self._explained: set[int] = set()
-        self._command = list(command)
-        self._env = env
-        self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._start_at = 0.0
-        self._lock = threading.Lock()
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process, while it lives."""
-        with self._lock:
-            return self._process.pid if self._process is not None and self._process.poll() is None else None
-
-    @property
-    def child(self) -> psutil.Process | None:
-        """The process below it that does its work, as a launcher has one."""
-        try:
-            return next(iter(psutil.Process(self.pid).children()), None) if self.pid is not None else None
-        except psutil.Error:
-            return None
-
-    def keep(self) -> None:
-        """Start it if it is not running and its time has come."""
-        with self._lock:
-            if self._process is not None and self._process.poll() is not None:
-                self._note(self._process.returncode)
-                self._process = None
-                self._start_at = max(self._start_at, time.monotonic() + _BREATH_S)
-            if self._process is None and time.monotonic() >= self._start_at:
-                self._process = self._start()
-
-    def excuse(self, status: int, for_s: float) -> None:
-        """From now on for so long, it may end with this status by itself."""
-        with self._lock:
-            self._excuses[status] = time.monotonic() + for_s
-
-    def kill(self, down_s: float = 0.0) -> bool:
-        """SIGKILL it with all its children, and do not start it again for so long; whether it ran."""
-        with self._lock:
-            hit = self._signal(signal.SIGKILL)
-            if hit:
-                self._start_at = time.monotonic() + down_s
-            return hit
-
-    def kill_child(self) -> bool:
-        """SIGKILL the process below it alone: it ends in the same way. Whether there was one."""
-        child = self.child
-        if child is None:
-            return False
-        with self._lock:
-            self._explained.add(-signal.SIGKILL)
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            return False
-        return True
-
-    def signal(self, number: int) -> bool:
-        """Send a signal to it and its children; whether it ran."""
-        with self._lock:
-            return self._signal(number)
-
-    def _signal(self, number: int) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            return False
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return False
-        if number in _EXPLAINED:
-            self._explained.add(_EXPLAINED[number])
-        return True
-
-    def _note(self, status: int) -> None:
-        """An end, seen: whether it is explained."""
-        if status not in self._explained and time.monotonic() > self._excuses.get(status, 0.0):
-            self.odd_exits.append(status)
-        self._explained.clear()
-
-    def stop(self) -> int | None:
-        """SIGTERM, and wait; its exit status, None when it was not running."""
-        with self._lock:
-            process = self._process
-        if process is None or process.poll() is not None:
-            return None
-        process.send_signal(signal.SIGTERM)
-        try:
-            return process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self.signal(signal.SIGKILL)
-            return process.wait()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                self._command, cwd=ROOT, env=self._env, stdout=log, stderr=log, start_new_session=True
-            )
+_START_TIMEOUT_S: Final = 120.0
+_PASSED_VARIABLES: Final = ("PATH", "HOME", "LANG", "OPENBLAS_CORETYPE")
 
 
 @dataclass(slots=True)
-class Fleet:
-    """The members, and the ways to reach them that no fault touches.
+class ChaosStack:
+    """The processes, and connections to them that no fault affects.
 
     Attributes:
-        disk: Redis's, where it can be filled; None where this machine mounts none.
+        disk: Valkey's disk, which can be filled; None if this machine cannot mount one.
     """
 
     home: Path
     settings: Settings
-    valkey: Member
-    workers: list[Member]
-    api: Member
+    valkey: ManagedProcess
+    workers: list[ManagedProcess]
+    api: ManagedProcess
     links: list[Link]
     disk: Disk | None
     client: Client
     redis: Redis = field(init=False)
     registry: Registry = field(init=False)
-    _ended: threading.Event = field(default_factory=threading.Event)
-    _keeper: threading.Thread | None = None
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _supervisor: threading.Thread | None = None
 
     def __post_init__(self) -> None:
         self.redis = connect(self.settings.store_url, timeout_s=1, retries=0)
         self.registry = Registry(self.redis)
 
     @property
-    def members(self) -> list[Member]:
-        """In the order in which they start."""
+    def all_processes(self) -> list[ManagedProcess]:
+        """All processes in the order in which they start."""
         return [self.valkey, *self.workers, self.api]
 
     def start(self) -> None:
-        """Start everything, and return when all of it works.
+        """Start everything and wait until it is ready.
 
         Raises:
-            TimeoutError: something does not come up.
+            TimeoutError: it is not ready in time.
         """
-        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
-        self._keeper.start()
-        self.wait_whole()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._supervisor.start()
+        self.wait_ready()
 
-    def wait_whole(self) -> None:
+    def wait_ready(self) -> None:
         """Wait until every worker is ready and the API answers.
 
         Raises:
             TimeoutError: that takes too long.
         """
-        _wait(lambda: len(self.ready()) == WORKERS and self._api_answers(), f"the stack is whole (logs: {self.home})")
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not (len(self.ready_workers()) == WORKERS and self._api_answers()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the stack is not ready after {_START_TIMEOUT_S:.0f} s (logs: {self.home})")
+            time.sleep(0.1)
 
-    def ready(self) -> list[WorkerInfo]:
-        """The cards of the workers that are alive and ready; none while Redis is away."""
-        pids = {member.child.pid for member in self.workers if member.child is not None}
+    def ready_workers(self) -> list[WorkerInfo]:
+        """Return the workers that are running and ready; none while Redis is unreachable."""
+        pids = {worker.child.pid for worker in self.workers if worker.child is not None}
         try:
-            return [card for card in self.registry.workers() if card.state == "ready" and card.pid in pids]
+            return [info for info in self.registry.workers() if info.state == "ready" and info.pid in pids]
         except redis.RedisError:
             return []
 
-    def card(self, index: int) -> WorkerInfo | None:
-        """What a worker tells of itself, while it is ready and Redis answers."""
+    def worker_info(self, index: int) -> WorkerInfo | None:
+        """Return a worker's registry entry; None if it is not ready or Redis is unreachable."""
         child = self.workers[index].child
-        return next((card for card in self.ready() if child is not None and card.pid == child.pid), None)
+        return next((info for info in self.ready_workers() if child is not None and info.pid == child.pid), None)
 
     def api_processes(self) -> list[psutil.Process]:
-        """The processes that answer requests; their parent only starts them again."""
+        """Return the processes that answer requests; their parent only restarts them."""
         pid = self.api.pid
         try:
             return psutil.Process(pid).children() if pid is not None else []
@@ -222,35 +110,42 @@ class Fleet:
             return []
 
     def stop(self) -> list[str]:
-        """End everything in order; each end, now or earlier, that is not as it should be, a line each."""
-        self._ended.set()
-        if self._keeper is not None:
-            self._keeper.join()
-        last = {member.name: member.stop() for member in reversed(self.members)}
-        odd = Counter((member.name, status) for member in self.members for status in member.odd_exits)
+        """Stop everything in order; return a line for each unexpected exit, now or earlier."""
+        self._stop_supervising()
+        final = {process.name: process.stop() for process in reversed(self.all_processes)}
+        earlier = Counter(
+            (process.name, status) for process in self.all_processes for status in process.unexpected_exits
+        )
         return [
-            *(f"{name} ended by itself with status {status}, {times} times" for (name, status), times in odd.items()),
-            *(f"{name} was stopped and ended with status {status}" for name, status in last.items() if status != 0),
+            *(f"{name} exited with status {status}, {count} times" for (name, status), count in earlier.items()),
+            *(
+                f"{name} exited with status {status} when it was stopped"
+                for name, status in final.items()
+                if status != 0
+            ),
         ]
 
     def close(self) -> None:
-        """Leave nothing behind, whatever happened."""
-        self._ended.set()
-        if self._keeper is not None:
-            self._keeper.join()
+        """Kill what is still running and release all resources."""
+        self._stop_supervising()
         processes.terminate_all(self.home, grace_s=0)
-        for member in self.members:
-            member.stop()
+        for process in self.all_processes:
+            process.stop()
         for link in self.links:
             link.close()
         if self.disk is not None:
             self.disk.close()
         self.redis.close()
 
-    def _keep(self) -> None:
-        while not self._ended.wait(0.05):
-            for member in self.members:
-                member.keep()
+    def _supervise(self) -> None:
+        while not self._stopping.wait(0.05):
+            for process in self.all_processes:
+                process.ensure_running()
+
+    def _stop_supervising(self) -> None:
+        self._stopping.set()
+        if self._supervisor is not None:
+            self._supervisor.join()
 
     def _api_answers(self) -> bool:
         try:
@@ -259,95 +154,97 @@ class Fleet:
             return False
 
 
-def build(home: Path, model: Path, slots: int, network: str = "auto", backend: str = "auto") -> Fleet:
-    """Prepare a stack in a folder; nothing is started.
+def build(home: Path, model: Path, slots: int, network: str = "auto", backend: str = "auto") -> ChaosStack:
+    """Prepare a stack in a folder without starting it.
 
     Args:
-        network: `namespace`, `proxy`, or `auto`: namespaces where they work.
+        network: `namespace`, `proxy`, or `auto`: namespaces if they work.
         backend: `auto` or `fake`.
     """
     with ExitStack() as undo:
-        fleet = _build(home, model, slots, network, backend, undo)
-        undo.pop_all()  # from here on, the fleet's own matter
-        return fleet
+        stack = _build(home, model, slots, network, backend, undo)
+        undo.pop_all()  # the stack closes them from now on
+        return stack
 
 
-def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo: ExitStack) -> Fleet:
+def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo: ExitStack) -> ChaosStack:
     port, api_port, key = free_port(), free_port(), new_key()
-    use_namespaces = network == "namespace" or (network == "auto" and namespaces_work())
-    links: list[Link] = []
-    for i in range(WORKERS):
-        links.append(Namespace(i, port) if use_namespaces else Proxy(("127.0.0.1", port)))
-        undo.callback(links[-1].close)
-    queue = home / "data/valkey"
-    queue.mkdir(parents=True)
-    (home / "data/run").mkdir()
-    disk = Disk(queue) if disks_work() else None
-    if disk is not None:
-        undo.callback(disk.close)
-    variables = {
-        "DATA_DIR": str(home / "data"),
-        "MODEL_PATH": str(model),
-        "BACKEND": backend,
-        "PORT": str(api_port),
-        "WEB_WORKERS": str(API_PROCESSES),
-        "MLXQ_API_KEY": key,
-        "RATE_LIMIT": "10000000/minute",
-        "WORKERS": str(WORKERS),
-        "SLOTS": str(slots),
-        "LEASE_S": str(LEASE_S),
-        "DRAIN_S": "3",
-        # No job of these kills its worker: one that was there each time a worker was killed is not to blame.
-        "MAX_ATTEMPTS": "100",
-    }
+    links = _links(network, port, undo)
+    disk = _valkey_disk(home, undo)
+    variables = _variables(home, model, slots, backend) | {"PORT": str(api_port), "MLXQ_API_KEY": key}
     settings = Settings(_env_file=None, **{name.lower(): value for name, value in variables.items()})  # type: ignore[arg-type]
     env = {
-        **{name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "OPENBLAS_CORETYPE")},
+        **{name: value for name, value in os.environ.items() if name in _PASSED_VARIABLES},
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "ENV_FILE": os.devnull,
         processes.STACK_VARIABLE: processes.stack_id(home),
         **variables,
     }
-    python = (sys.executable, "-m")
-    worker = (*python, "worker.process.launcher")
-    return Fleet(
+    return ChaosStack(
         home=home,
         settings=settings,
-        valkey=Member("valkey", _valkey(settings, home, links, port), env, home / "valkey.log"),
-        workers=[
-            Member(
-                f"worker-{i}",
-                link.command(worker),
-                {**env, "MLXQ_WORKER_INDEX": str(i), "REDIS_URL": f"redis://{link.address[0]}:{link.address[1]}/0"},
-                home / f"worker-{i}.log",
-            )
-            for i, link in enumerate(links)
-        ],
-        api=Member("api", (*python, "web"), env, home / "api.log"),
+        valkey=ManagedProcess("valkey", _valkey_command(settings, home, links, port), env, home / "valkey.log"),
+        workers=[_worker(index, link, env, home) for index, link in enumerate(links)],
+        api=ManagedProcess("api", (sys.executable, "-m", "web"), env, home / "api.log"),
         links=links,
         disk=disk,
         client=Client(f"http://127.0.0.1:{api_port}", key, connections=256),
     )
 
 
-def _valkey(settings: Settings, home: Path, links: Sequence[Link], port: int) -> list[str]:
-    """The embedded server as `scripts/serve` runs it, and a TCP port for the workers' links."""
+def _links(network: str, port: int, undo: ExitStack) -> list[Link]:
+    use_namespaces = network == "namespace" or (network == "auto" and namespaces_work())
+    links: list[Link] = []
+    for index in range(WORKERS):
+        links.append(Namespace(index, port) if use_namespaces else Proxy(("127.0.0.1", port)))
+        undo.callback(links[-1].close)
+    return links
+
+
+def _valkey_disk(home: Path, undo: ExitStack) -> Disk | None:
+    folder = home / "data/valkey"
+    folder.mkdir(parents=True)
+    (home / "data/run").mkdir()
+    if not disks_work():
+        return None
+    disk = Disk(folder)
+    undo.callback(disk.close)
+    return disk
+
+
+def _variables(home: Path, model: Path, slots: int, backend: str) -> dict[str, str]:
+    return {
+        "DATA_DIR": str(home / "data"),
+        "MODEL_PATH": str(model),
+        "BACKEND": backend,
+        "WEB_WORKERS": str(API_PROCESSES),
+        "RATE_LIMIT": "10000000/minute",
+        "WORKERS": str(WORKERS),
+        "SLOTS": str(slots),
+        "LEASE_S": str(LEASE_S),
+        "DRAIN_S": "3",
+        # No job crashes its worker here: a job that ran each time a worker was killed must not be blamed.
+        "MAX_ATTEMPTS": "100",
+    }
+
+
+def _worker(index: int, link: Link, env: dict[str, str], home: Path) -> ManagedProcess:
+    host, port = link.address
+    variables = {**env, "MLXQ_WORKER_INDEX": str(index), "REDIS_URL": f"redis://{host}:{port}/0"}
+    command = link.command((sys.executable, "-m", "worker.process.launcher"))
+    return ManagedProcess(f"worker-{index}", command, variables, home / f"worker-{index}.log")
+
+
+def _valkey_command(settings: Settings, home: Path, links: Sequence[Link], port: int) -> list[str]:
+    """Return the command for the embedded server of `scripts/serve`, with a TCP port for the workers' links."""
     hosts = dict.fromkeys(["127.0.0.1", *(link.address[0] for link in links)])
     path = home / "valkey.conf"
-    own = f"""\
+    extra = f"""\
 port {port}
 bind {" ".join(hosts)}
 protected-mode no
 auto-aof-rewrite-min-size 32mb
 """
-    path.write_text(valkey_conf(settings) + own, encoding="utf-8")
+    path.write_text(valkey_conf(settings) + extra, encoding="utf-8")
     return [str(get_binary_path()), str(path)]
-
-
-def _wait(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + _START_S
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {_START_S:.0f} s: {what}")
-        time.sleep(0.1)

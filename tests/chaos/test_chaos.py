@@ -1,4 +1,4 @@
-"""The short run: every kind of fault, under load, and no job notices. `scripts/chaos` has the long ones."""
+"""A short run of `scripts/chaos`: every kind of fault, under load."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from scripts.stack import processes
 from shared.settings import ROOT
 from tests.chaos import workspaces
 from tests.chaos.cli import INTERRUPTED, main
-from tests.chaos.faults import Kind
+from tests.chaos.faults import FaultKind
 
 
 @pytest.mark.parametrize(
     "model", [pytest.param("fake", marks=pytest.mark.slow), pytest.param("tiny-random-llama", marks=pytest.mark.long)]
 )
-def test_no_job_is_lost_duplicated_or_wrong_whatever_breaks(
+def test_no_job_is_lost_duplicated_or_wrong(
     model: str, tiny_model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "chaos.json"
     options = ["--seed", "1", "--minutes", "0.6", "--requests", "30", "--clients", "24", "--json", str(figures)]
     backend = ["--backend", "fake"] if model == "fake" else ["--model", str(tiny_model_path)]
     status = main([*options, *backend])
-    seen = "".join(capfd.readouterr())
+    output = "".join(capfd.readouterr())
     report = json.loads(figures.read_text())
-    assert status == 0, seen
+    assert status == 0, output
     assert (report["lost"], report["duplicated"], report["wrong"], report["left_behind"]) == (0, 0, 0, [])
     assert report["jobs"] >= 24
     assert report["resumed"] > 0
     hit = {kind for kind, count in report["faults"].items() if count}
-    assert hit | set(report["impossible"]) == {kind.value for kind in Kind}
+    assert hit | set(report["impossible"]) == {kind.value for kind in FaultKind}
 
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """A path that leaves room for a socket's, which may not be long."""
+    """A folder with a short path: the path of a Unix socket is limited."""
     folder = Path(tempfile.mkdtemp(prefix="mlxq-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -51,16 +51,16 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_leaves_nothing_behind(
+def test_an_interrupted_run_leaves_nothing_behind(
     number: int,
     tiny_model_path: Path,
     short_folder: Path,
     eventually: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = short_folder / "said"
+    log = short_folder / "log"
     options = ["--minutes", "5", "--requests", "3", "--clients", "2", "--model", str(tiny_model_path)]
-    with said.open("wb") as out:
+    with log.open("wb") as out:
         run = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.cli", *options],
             cwd=ROOT,
@@ -70,17 +70,17 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
         )
     monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     try:
-        eventually(lambda: b"number" in said.read_bytes(), within_s=120)  # something has been struck
+        eventually(lambda: b"number" in log.read_bytes(), within_s=120)  # the first fault was injected
         (home,) = short_folder.glob("mlxq-chaos-*")
         assert processes.find(home)
         run.send_signal(number)
-        assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), said.read_text()
+        assert run.wait(60) == (INTERRUPTED if number == signal.SIGTERM else -number), log.read_text()
         if number == signal.SIGKILL:
-            workspaces.sweep()
+            workspaces.clean_up()
         assert not processes.find(home)
         assert not (home / "data/valkey").is_mount()
         assert not list(Path("/run/netns").glob(f"mq{run.pid}*"))
     finally:
         run.kill()
         run.wait()
-        workspaces.sweep()
+        workspaces.clean_up()

@@ -1,7 +1,7 @@
-"""What is asked of the stack while things break: requests of every kind, each with the text it must give.
+"""The requests of a run, of every kind, each with the text that it gives without faults.
 
-The texts are the stack's own, from a run that nothing disturbs. Requests are few and repeated often: what counts is
-where they are cut, which is another place each time.
+The stack itself generates the texts before the first fault. The same few requests are repeated, each time interrupted
+at another point.
 """
 
 from __future__ import annotations
@@ -20,35 +20,41 @@ _WORDS = (  # noqa: SIM905 - easier to read than a list
     "silver number answer engine harbour station village mountain ocean thunder lantern captain orchard"
 ).split()
 _LONG_PROMPT = 120
-"""Words of a prompt that takes several chunks to prefill."""
+"""Number of words of a prompt that is prefilled in several chunks."""
 
 
-class Style(StrEnum):
-    """How a client treats its job."""
+class Behaviour(StrEnum):
+    """What a client does with its job."""
 
-    STREAMED = "streamed"
-    """Reads the stream to its end, reconnecting with its cursor."""
-    LEFT = "left and come back"
-    """Goes away in the middle of the stream, and comes back later with its cursor."""
-    POLLED = "polled"
-    """Asks again and again, each question held back by the API."""
-    CANCELLED = "cancelled"
-    """Takes it back while it runs."""
-    EXPIRED = "short deadline"
-    """Gives it less time than it may take."""
+    STREAMS = "streamed"
+    """Reads the stream to its end and reconnects with its cursor if it breaks."""
+    RECONNECTS = "left and come back"
+    """Disconnects in the middle of the stream and reconnects later with its cursor."""
+    POLLS = "polled"
+    """Polls with long polls."""
+    CANCELS = "cancelled"
+    """Cancels the job while it runs."""
+    SHORT_DEADLINE = "short deadline"
+    """Sets a deadline that may be too short."""
 
     @property
-    def reads_on(self) -> bool:
+    def reads_to_end(self) -> bool:
         """Whether the stream is read to its end."""
-        return self in (Style.STREAMED, Style.LEFT)
+        return self in (Behaviour.STREAMS, Behaviour.RECONNECTS)
 
 
-_SHARES = {Style.STREAMED: 4, Style.LEFT: 2, Style.POLLED: 3, Style.CANCELLED: 1, Style.EXPIRED: 1}
+_WEIGHTS = {
+    Behaviour.STREAMS: 4,
+    Behaviour.RECONNECTS: 2,
+    Behaviour.POLLS: 3,
+    Behaviour.CANCELS: 1,
+    Behaviour.SHORT_DEADLINE: 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a request gives when nothing disturbs it."""
+    """The result of a request without faults."""
 
     text: str
     finish_reason: str | None
@@ -57,47 +63,47 @@ class Reference:
 
     @classmethod
     def of(cls, job: RemoteJob) -> Reference:
-        """What an ended job gave."""
+        """Return the result of an ended job."""
         return cls(job.text, job.finish_reason, job.usage["prompt_tokens"], job.usage["completion_tokens"])
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The body of a submission, and what it must give."""
+    """The body of a request and its expected result."""
 
     body: dict[str, Any]
     expected: Reference
 
 
 class Unstable(Exception):
-    """Undisturbed runs disagree: there is nothing to compare with."""
+    """Runs without faults differ, so there is nothing to compare with."""
 
 
-def prepare(client: Client, seed: int, count: int, orders: str = "") -> list[Request]:
-    """Make `count` requests and run them undisturbed: a third of them once more, with stop strings out of their texts.
+def prepare_requests(client: Client, seed: int, count: int, directives: str = "") -> list[Request]:
+    """Create `count` requests and run them without faults. A third of them get stop strings from their own texts.
 
     Args:
-        orders: beginning of each prompt, for the fake model.
+        directives: prefix of each prompt for the fake model.
 
     Raises:
-        Unstable: a request gave another text the second time, with other company in the batch.
+        Unstable: a request gave another text in a batch of another size.
     """
     rng = random.Random(seed)
-    bodies = [_body(rng, orders) for _ in range(count)]
-    texts = _run(client, bodies, at_once=12)
+    bodies = [_body(rng, directives) for _ in range(count)]
+    texts = _run(client, bodies, concurrency=12)
     bodies = [
         {**body, "stop": _stop_in(rng, reference.text)} if i % 3 == 0 and len(reference.text) > 12 else body
         for i, (body, reference) in enumerate(zip(bodies, texts, strict=True))
     ]
-    first, second = _run(client, bodies, at_once=3), _run(client, bodies, at_once=16)
+    first, second = _run(client, bodies, concurrency=3), _run(client, bodies, concurrency=16)
     for body, one, other in zip(bodies, first, second, strict=True):
         if one != other:
             raise Unstable(f"{body} gave {one} and then {other}")
     return [Request(body, reference) for body, reference in zip(bodies, first, strict=True)]
 
 
-def _run(client: Client, bodies: Sequence[dict[str, Any]], at_once: int) -> list[Reference]:
-    with ThreadPoolExecutor(at_once) as pool:
+def _run(client: Client, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[Reference]:
+    with ThreadPoolExecutor(concurrency) as pool:
         return [Reference.of(job) for job in pool.map(lambda body: _to_end(client, body), bodies)]
 
 
@@ -108,11 +114,11 @@ def _to_end(client: Client, body: dict[str, Any]) -> RemoteJob:
     return job
 
 
-def _body(rng: random.Random, orders: str) -> dict[str, Any]:
+def _body(rng: random.Random, directives: str) -> dict[str, Any]:
     long = rng.random() < 0.5
     words = _LONG_PROMPT if rng.random() < 0.15 else rng.randint(3, 25)
-    text = orders + " ".join(rng.choices(_WORDS, k=words))
-    body: dict[str, Any] = {"seed": 0} if orders else {}  # the fake model takes its words from the seed
+    text = directives + " ".join(rng.choices(_WORDS, k=words))
+    body: dict[str, Any] = {"seed": 0} if directives else {}  # the fake model derives its words from the seed
     body |= {"max_tokens": rng.randint(150, 500) if long else rng.randint(4, 50)}
     if rng.random() < 0.5:
         body["messages"] = [{"role": "user", "content": text}]
@@ -127,12 +133,12 @@ def _body(rng: random.Random, orders: str) -> dict[str, Any]:
 
 
 def _stop_in(rng: random.Random, text: str) -> list[str]:
-    """A piece of the text's second half: it may begin and end inside a token, and inside a cut."""
+    """Draw a stop string from the second half of a text. It may begin and end inside a token."""
     start = rng.randrange(len(text) // 2, len(text) - 4)
     return [text[start : start + rng.randint(2, 6)]]
 
 
-def draw(rng: random.Random, requests: Sequence[Request]) -> tuple[Request, Style]:
-    """A request and a way to treat it. Most are left to end by themselves."""
-    (style,) = rng.choices(tuple(_SHARES), weights=tuple(_SHARES.values()))
-    return rng.choice(requests), style
+def draw(rng: random.Random, requests: Sequence[Request]) -> tuple[Request, Behaviour]:
+    """Draw a request and a behaviour."""
+    (behaviour,) = rng.choices(tuple(_WEIGHTS), weights=tuple(_WEIGHTS.values()))
+    return rng.choice(requests), behaviour

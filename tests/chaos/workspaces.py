@@ -1,4 +1,4 @@
-"""The folder of a run, which tells whose it is, so that the next run can clear up after one that was killed."""
+"""The folders of runs. Their names contain the run's pid, so that the next run can clean up after a killed one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tests.chaos import disks, network_faults
 _NAME = re.compile(r"mlxq-chaos-(\d+)-.*")
 
 
-def new(pid: int) -> Path:
-    """A folder for the run of this process."""
+def create(pid: int) -> Path:
+    """Create a folder for the run of a process."""
     return Path(tempfile.mkdtemp(prefix=f"mlxq-chaos-{pid}-"))
 
 
-def sweep() -> None:
-    """End the processes that dead runs have left, and take their disks and networks away; their logs stay."""
-    for workspace in orphans(Path(tempfile.gettempdir())):
+def clean_up() -> None:
+    """Remove the processes, disks and networks of killed runs. Their logs are kept."""
+    for workspace in find_orphans(Path(tempfile.gettempdir())):
         if processes.find(workspace):
             processes.terminate_all(workspace, grace_s=0)
-        disks.sweep(workspace)
-    network_faults.sweep()
+        disks.clean_up(workspace)
+    network_faults.clean_up()
 
 
-def orphans(folder: Path) -> list[Path]:
-    """The folders of runs that live no more."""
-    found = ((workspace, _NAME.fullmatch(workspace.name)) for workspace in folder.iterdir())
-    return [workspace for workspace, match in found if match and not psutil.pid_exists(int(match[1]))]
+def find_orphans(folder: Path) -> list[Path]:
+    """Return the folders of runs whose process has ended."""
+    matches = ((workspace, _NAME.fullmatch(workspace.name)) for workspace in folder.iterdir())
+    return [workspace for workspace, match in matches if match and not psutil.pid_exists(int(match[1]))]

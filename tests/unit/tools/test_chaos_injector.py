@@ -1,4 +1,4 @@
-"""A strike counts when it hits something, what several hold down goes up with the last, and odd ends are told."""
+"""Faults count only if they hit a target, overlapping faults share an effect, and unexpected exits are recorded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ import redis
 
 from tests.chaos import faults
 from tests.chaos.disks import Disk
-from tests.chaos.faults import Hand, Kind, Strike, Switch
-from tests.chaos.fleet import Fleet, Member
-from tests.chaos.recovery import Recovery, Watch
+from tests.chaos.faults import Fault, FaultInjector, FaultKind, SharedEffect
+from tests.chaos.managed_process import ManagedProcess
+from tests.chaos.recovery import Measurement, Recovery
+from tests.chaos.stack import ChaosStack
+
+MakeProcess = Callable[[str], ManagedProcess]
 
 SLEEP = "import time; time.sleep(60)"
-LAUNCHES = f"""
+LAUNCHER = f"""
 import os, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {SLEEP!r}])
 status = child.wait()
@@ -30,110 +33,106 @@ os.kill(os.getpid(), -status)
 """
 
 
-class Unwatched:
+class NoRecovery:
     @contextmanager
-    def watching(self, kind: str, worker: int | None = None) -> Iterator[Watch]:
-        yield Watch()
+    def measuring(self, kind: str, worker: int | None = None) -> Iterator[Measurement]:
+        yield Measurement()
 
 
-class Away:
+class UnreachableRedis:
     def client_kill_filter(self, **_: object) -> int:
         raise redis.ConnectionError
 
 
 @pytest.fixture
-def member(tmp_path: Path) -> Iterator[Callable[[str], Member]]:
-    members: list[Member] = []
+def make_process(tmp_path: Path) -> Iterator[MakeProcess]:
+    processes: list[ManagedProcess] = []
 
-    def make(program: str) -> Member:
-        members.append(Member("worker-0", [sys.executable, "-c", program], {}, tmp_path / "log"))
-        return members[-1]
+    def make(program: str) -> ManagedProcess:
+        processes.append(ManagedProcess("worker-0", [sys.executable, "-c", program], {}, tmp_path / "log"))
+        return processes[-1]
 
     yield make
-    for each in members:
+    for each in processes:
         each.kill()
         each.stop()
 
 
-def hand(worker: Member, patience_s: float = 0.0) -> Hand:
-    fleet: Any = SimpleNamespace(
+def make_injector(worker: ManagedProcess, retry_s: float = 0.0) -> FaultInjector:
+    stack: Any = SimpleNamespace(
         workers=[worker],
         links=[],
         disk=None,
         valkey=worker,
         api=worker,
-        redis=Away(),
+        redis=UnreachableRedis(),
         api_processes=list,
-        card=lambda _: None,
+        worker_info=lambda _: None,
     )
-    return Hand(cast("Fleet", fleet), cast("Recovery", Unwatched()), patience_s)
+    return FaultInjector(cast("ChaosStack", stack), cast("Recovery", NoRecovery()), retry_s)
 
 
-HITTABLE = [kind for kind in Kind if kind not in (Kind.WORKER_CUT_OFF, Kind.DISK_FILLED)]
+WITH_TARGET = [kind for kind in FaultKind if kind not in (FaultKind.WORKER_CUT_OFF, FaultKind.DISK_FILLED)]
 
 
-@pytest.mark.parametrize("kind", HITTABLE)
-def test_a_strike_into_nothing_does_not_count(kind: Kind, member: Callable[[str], Member]) -> None:
-    striker = hand(member(SLEEP))
-    striker.play([Strike(0, kind, 0, 0.1)])
-    assert striker.struck[kind] == 0
+@pytest.mark.parametrize("kind", WITH_TARGET)
+def test_a_fault_without_a_running_target_does_not_count(kind: FaultKind, make_process: MakeProcess) -> None:
+    injector = make_injector(make_process(SLEEP))
+    injector.run([Fault(0, kind, 0, 0.1)])
+    assert injector.injected[kind] == 0
 
 
-@pytest.mark.parametrize("kind", [Kind.WORKER_KILLED, Kind.WORKER_PAUSED, Kind.REDIS_KILLED])
-def test_a_strike_waits_for_a_process_that_is_about_to_be_there(kind: Kind, member: Callable[[str], Member]) -> None:
-    worker = member(LAUNCHES)
-    striker = hand(worker, patience_s=30)
-    threading.Timer(0.2, worker.keep).start()
-    striker.play([Strike(0, kind, 0, 0.1)])
-    assert striker.struck[kind] == 1
+@pytest.mark.parametrize("kind", [FaultKind.WORKER_KILLED, FaultKind.WORKER_PAUSED, FaultKind.REDIS_KILLED])
+def test_a_fault_is_retried_until_its_target_runs(kind: FaultKind, make_process: MakeProcess) -> None:
+    worker = make_process(LAUNCHER)
+    injector = make_injector(worker, retry_s=30)
+    threading.Timer(0.2, worker.ensure_running).start()
+    injector.run([Fault(0, kind, 0, 0.1)])
+    assert injector.injected[kind] == 1
 
 
-def end(worker: Member, eventually: Callable[..., None]) -> None:
+def restart(worker: ManagedProcess, eventually: Callable[..., None]) -> None:
     eventually(lambda: worker.pid is None)
-    worker.keep()
+    worker.ensure_running()
 
 
-def test_an_end_that_no_strike_explains_is_told(
-    member: Callable[[str], Member], eventually: Callable[..., None]
-) -> None:
-    worker = member("raise SystemExit(70)")
-    worker.keep()
-    end(worker, eventually)
-    assert worker.odd_exits == [70]
+def test_an_unexpected_exit_is_recorded(make_process: MakeProcess, eventually: Callable[..., None]) -> None:
+    worker = make_process("raise SystemExit(70)")
+    worker.ensure_running()
+    restart(worker, eventually)
+    assert worker.unexpected_exits == [70]
 
 
-def test_a_killed_process_ends_as_it_should(member: Callable[[str], Member], eventually: Callable[..., None]) -> None:
-    worker = member(SLEEP)
-    worker.keep()
+def test_the_exit_of_a_killed_process_is_expected(make_process: MakeProcess, eventually: Callable[..., None]) -> None:
+    worker = make_process(SLEEP)
+    worker.ensure_running()
     assert worker.kill()
-    end(worker, eventually)
-    assert worker.odd_exits == []
+    restart(worker, eventually)
+    assert worker.unexpected_exits == []
 
 
-def test_a_stopped_process_that_does_not_end_with_0_is_told(
-    member: Callable[[str], Member], eventually: Callable[..., None]
-) -> None:
-    worker = member(SLEEP)
-    worker.keep()
+def test_a_stopped_process_must_exit_with_status_0(make_process: MakeProcess, eventually: Callable[..., None]) -> None:
+    worker = make_process(SLEEP)
+    worker.ensure_running()
     assert worker.signal(signal.SIGTERM)
-    end(worker, eventually)
-    assert worker.odd_exits == [-signal.SIGTERM]
+    restart(worker, eventually)
+    assert worker.unexpected_exits == [-signal.SIGTERM]
 
 
-def test_an_excuse_holds_for_its_time_and_its_status(
-    member: Callable[[str], Member], eventually: Callable[..., None]
+def test_an_allowed_exit_has_a_status_and_a_time_limit(
+    make_process: MakeProcess, eventually: Callable[..., None]
 ) -> None:
-    worker = member("raise SystemExit(1)")
-    worker.excuse(1, 60)
-    worker.keep()
-    end(worker, eventually)
-    assert worker.odd_exits == []
-    late = member("raise SystemExit(1)")
-    late.excuse(1, -1)
-    late.excuse(2, 60)
-    late.keep()
-    end(late, eventually)
-    assert late.odd_exits == [1]
+    worker = make_process("raise SystemExit(1)")
+    worker.allow_exit(1, 60)
+    worker.ensure_running()
+    restart(worker, eventually)
+    assert worker.unexpected_exits == []
+    late = make_process("raise SystemExit(1)")
+    late.allow_exit(1, -1)
+    late.allow_exit(2, 60)
+    late.ensure_running()
+    restart(late, eventually)
+    assert late.unexpected_exits == [1]
 
 
 class SmallDisk:
@@ -145,55 +144,59 @@ class SmallDisk:
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_a_server_without_room_may_end_itself_as_long_as_that_lasts(
-    full: bool, member: Callable[[str], Member], eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_valkey_may_exit_only_while_its_disk_is_full(
+    full: bool, make_process: MakeProcess, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "_BACK_S", -1)
-    valkey = member("raise SystemExit(1)")
+    monkeypatch.setattr(faults, "_DISK_RECOVERY_S", -1)
+    valkey = make_process("raise SystemExit(1)")
     fill, free = faults._fill(cast("Disk", SmallDisk()), valkey)
     assert fill()
     if not full:
         free()
-    valkey.keep()
-    end(valkey, eventually)
-    assert valkey.odd_exits == ([] if full else [1])
+    valkey.ensure_running()
+    restart(valkey, eventually)
+    assert valkey.unexpected_exits == ([] if full else [1])
 
 
-def test_what_two_hold_down_goes_up_with_the_second() -> None:
-    said: list[str] = []
-    switch = Switch(lambda: not said.append("down"), lambda: said.append("up"))
-    assert switch.hold() and switch.hold()
-    switch.release()
-    assert said == ["down", "down"]
-    switch.release()
-    assert said == ["down", "down", "up"]
+def test_a_shared_effect_is_undone_by_the_last_fault() -> None:
+    calls: list[str] = []
+    effect = SharedEffect(lambda: not calls.append("applied"), lambda: calls.append("undone"))
+    assert effect.acquire() and effect.acquire()
+    effect.release()
+    assert calls == ["applied", "applied"]
+    effect.release()
+    assert calls == ["applied", "applied", "undone"]
 
 
-def test_what_was_not_there_to_be_held_is_not_let_go() -> None:
-    switch = Switch(lambda: False, lambda: pytest.fail("nothing was down"))
-    assert not switch.hold()
+def test_an_effect_without_a_target_is_not_undone() -> None:
+    effect = SharedEffect(lambda: False, lambda: pytest.fail("nothing was applied"))
+    assert not effect.acquire()
 
 
-def test_a_pause_that_overlaps_another_lasts_to_its_own_end(
-    member: Callable[[str], Member], eventually: Callable[..., None]
+def test_overlapping_pauses_end_with_the_last_one(make_process: MakeProcess, eventually: Callable[..., None]) -> None:
+    worker = make_process(SLEEP)
+    worker.ensure_running()
+    resumed_at: list[float] = []
+    send = worker.signal
+
+    def record(number: int) -> bool:
+        if number == signal.SIGCONT:
+            resumed_at.append(time.monotonic())
+        return send(number)
+
+    worker.signal = record  # type: ignore[method-assign]
+    injector, started = make_injector(worker), time.monotonic()
+    injector.run([Fault(0, FaultKind.WORKER_PAUSED, 0, 0.1), Fault(0.05, FaultKind.WORKER_PAUSED, 0, 0.4)])
+    assert injector.injected[FaultKind.WORKER_PAUSED] == 2
+    assert len(resumed_at) == 1 and resumed_at[0] - started >= 0.4
+
+
+def test_the_exit_of_a_launcher_is_expected_when_its_child_was_killed(
+    make_process: MakeProcess, eventually: Callable[..., None]
 ) -> None:
-    worker = member(SLEEP)
-    worker.keep()
-    ups: list[float] = []
-    sent = worker.signal
-    worker.signal = lambda number: (ups.append(time.monotonic()) if number == signal.SIGCONT else None) or sent(number)  # type: ignore[method-assign]
-    striker, started = hand(worker), time.monotonic()
-    striker.play([Strike(0, Kind.WORKER_PAUSED, 0, 0.1), Strike(0.05, Kind.WORKER_PAUSED, 0, 0.4)])
-    assert striker.struck[Kind.WORKER_PAUSED] == 2
-    assert len(ups) == 1 and ups[0] - started >= 0.4
-
-
-def test_a_launcher_whose_child_was_killed_has_an_explained_end(
-    member: Callable[[str], Member], eventually: Callable[..., None]
-) -> None:
-    worker = member(LAUNCHES)
-    worker.keep()
+    worker = make_process(LAUNCHER)
+    worker.ensure_running()
     eventually(worker.kill_child)
     eventually(lambda: worker.pid is None)
-    worker.keep()
-    assert worker.odd_exits == []
+    worker.ensure_running()
+    assert worker.unexpected_exits == []

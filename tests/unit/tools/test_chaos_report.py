@@ -1,4 +1,4 @@
-"""What a chaos run says of itself: kept only when nothing was lost, left behind or too slow."""
+"""A chaos run passes only if nothing was lost, left behind or too slow."""
 
 from __future__ import annotations
 
@@ -10,46 +10,48 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.chaos.checks import Fault, Finding, Ledger
-from tests.chaos.faults import Kind
+from tests.chaos.checks import Finding, Outcomes, Violation
+from tests.chaos.faults import FaultKind
 from tests.chaos.report import TAKEOVER_S, Report
 
-KILLED = Kind.WORKER_KILLED
+KILLED = FaultKind.WORKER_KILLED
 
 
-def report(times: Sequence[float], *others: Kind, leaks: Sequence[str] = (), ledger: Ledger | None = None) -> Report:
+def report(
+    times: Sequence[float], *others: FaultKind, leaks: Sequence[str] = (), outcomes: Outcomes | None = None
+) -> Report:
     recovery: Any = SimpleNamespace(seconds={KILLED: times}, warm={KILLED: times})
-    return Report(1, 1, "proxy", Counter([KILLED, *others]), ledger or Ledger(), recovery, leaks, {})
+    return Report(1, 1, "proxy", Counter([KILLED, *others]), outcomes or Outcomes(), recovery, leaks, {})
 
 
-def shown(told: Report) -> str:
+def shown(result: Report) -> str:
     out = io.StringIO()
-    told.show(Console(file=out, width=200))
+    result.show(Console(file=out, width=200))
     return out.getvalue()
 
 
-def test_jobs_taken_over_in_time_keep_the_promise() -> None:
-    told = report([TAKEOVER_S] * 95 + [60.0] * 5)
-    assert told.kept
-    assert "in time: p95 of 4.00 s" in shown(told)
+def test_takeovers_in_time_pass() -> None:
+    result = report([TAKEOVER_S] * 95 + [60.0] * 5)
+    assert result.passed
+    assert "in time: p95 of 4.00 s" in shown(result)
 
 
-def test_jobs_taken_over_too_late_break_it() -> None:
-    told = report([1.0] * 94 + [TAKEOVER_S + 0.1] * 6)
-    assert not told.kept
-    assert "TOO SLOW p95 of 4.10 s" in shown(told)
-    assert told.as_json()["takeover_too_slow"]
+def test_late_takeovers_fail() -> None:
+    result = report([1.0] * 94 + [TAKEOVER_S + 0.1] * 6)
+    assert not result.passed
+    assert "TOO SLOW p95 of 4.10 s" in shown(result)
+    assert result.as_json()["takeover_too_slow"]
 
 
-def test_among_other_faults_the_time_is_only_told() -> None:
-    told = report([60.0], Kind.REDIS_KILLED)
-    assert told.kept
-    assert "SLOW" not in shown(told)
-    assert told.as_json()["recovery_warm_s"][KILLED.value]["max"] == 60
+def test_takeover_times_among_other_faults_are_only_reported() -> None:
+    result = report([60.0], FaultKind.REDIS_KILLED)
+    assert result.passed
+    assert "SLOW" not in shown(result)
+    assert result.as_json()["recovery_warm_s"][KILLED.value]["max"] == 60
 
 
-def test_a_finding_or_something_left_behind_breaks_it() -> None:
-    ledger = Ledger()
-    ledger.find(Finding(Fault.LOST, "job_1", "gone"))
-    assert not report([], ledger=ledger).kept
-    assert not report([], leaks=["worker-0 ended by itself with status 70, 1 times"]).kept
+def test_a_finding_or_a_leak_fails() -> None:
+    outcomes = Outcomes()
+    outcomes.add_finding(Finding(Violation.LOST, "job_1", "gone"))
+    assert not report([], outcomes=outcomes).passed
+    assert not report([], leaks=["worker-0 exited with status 70, 1 times"]).passed

@@ -1,4 +1,4 @@
-"""A link that is cut lets nothing through and says nothing; mended, it lets through what was on its way."""
+"""A cut link drops everything silently; after it is restored, delayed data arrives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from tests.chaos.network_faults import Proxy, _free_pair, orphans
+from tests.chaos.network_faults import Proxy, _free_pair, find_orphans
 
 
 class _Echo(socketserver.BaseRequestHandler):
@@ -33,13 +33,13 @@ def proxy() -> Iterator[Proxy]:
         thread.join()
 
 
-def test_a_proxy_passes_everything_on(proxy: Proxy) -> None:
+def test_a_proxy_forwards_everything(proxy: Proxy) -> None:
     with socket.create_connection(proxy.address, timeout=5) as client:
         client.sendall(b"there")
         assert client.recv(100) == b"there"
 
 
-def test_what_was_sent_into_a_cut_arrives_when_it_is_mended(proxy: Proxy) -> None:
+def test_data_sent_during_a_cut_arrives_after_the_link_is_restored(proxy: Proxy) -> None:
     with socket.create_connection(proxy.address, timeout=5) as client:
         client.sendall(b"one")
         assert client.recv(100) == b"one"
@@ -52,11 +52,11 @@ def test_what_was_sent_into_a_cut_arrives_when_it_is_mended(proxy: Proxy) -> Non
                 with pytest.raises(TimeoutError):
                     each.recv(100)
                 each.settimeout(5)
-            proxy.mend()
+            proxy.restore()
             assert (client.recv(100), other.recv(100)) == (b"two", b"three")
 
 
-def test_a_client_that_goes_is_noticed_on_the_other_side(proxy: Proxy, eventually: Callable[..., None]) -> None:
+def test_a_closed_connection_is_closed_on_the_other_side(proxy: Proxy, eventually: Callable[..., None]) -> None:
     before = threading.active_count()
     with socket.create_connection(proxy.address, timeout=5) as client:
         client.sendall(b"x")
@@ -64,7 +64,7 @@ def test_a_client_that_goes_is_noticed_on_the_other_side(proxy: Proxy, eventuall
     eventually(lambda: threading.active_count() <= before)
 
 
-def test_an_address_that_is_taken_is_left_to_who_has_it() -> None:
+def test_an_address_in_use_is_not_chosen() -> None:
     host, guest = _free_pair(7, ())
     other, _ = _free_pair(7, {host})
     assert len({host, guest, other}) == 3
@@ -72,12 +72,12 @@ def test_an_address_that_is_taken_is_left_to_who_has_it() -> None:
     assert all(each.startswith(("198.18.", "198.19.")) for each in (host, guest, other))
 
 
-def test_every_number_has_a_network_of_its_own() -> None:
+def test_every_number_has_its_own_network() -> None:
     assert len({_free_pair(number, ()) for number in range(2**15)}) == 2**15
 
 
-def test_namespaces_of_dead_runs_alone_are_orphans() -> None:
-    gone = psutil.pids()[-1] + 1
-    while psutil.pid_exists(gone):
-        gone += 1
-    assert orphans([f"mq{os.getpid()}0", f"mq{gone}1", "mq", "other"]) == [f"mq{gone}1"]
+def test_only_namespaces_of_ended_runs_are_orphans() -> None:
+    ended_pid = psutil.pids()[-1] + 1
+    while psutil.pid_exists(ended_pid):
+        ended_pid += 1
+    assert find_orphans([f"mq{os.getpid()}0", f"mq{ended_pid}1", "mq", "other"]) == [f"mq{ended_pid}1"]
