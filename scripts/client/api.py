@@ -1,8 +1,8 @@
-"""What a program outside says to the API: jobs, their events, and what goes wrong as exceptions.
+"""A client of the API: jobs and their events.
 
 ClientError
-├── Unreachable    no answer came, or one that is not the API's: the same request may succeed later
-└── Refused        the API said no: `status` (HTTP), `code`, and perhaps `retry_after` seconds
+├── Unreachable    no response, or none from this API; the same request may succeed later
+└── Refused        an error response with `status` (HTTP), `code` and possibly `retry_after` in seconds
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from shared.jobs.record import Status
 
 Json = dict[str, Any]
 
-ANSWER_S = 15.0
-"""An answer takes at most this long, beside the time it was asked to wait."""
-SILENCE_S = 60.0
-"""A stream, which has heartbeats, is broken when nothing comes for longer."""
-RECONNECTS = 10
-"""A stream is given up after as many connections in a row that brought no event; an API that restarts takes less."""
-LONGEST_PAUSE_S = 3.0
+RESPONSE_TIMEOUT_S = 15.0
+"""Maximum time for a response, in addition to the requested wait."""
+STREAM_TIMEOUT_S = 60.0
+"""Maximum silence on a stream. The API sends heartbeats more often."""
+MAX_RECONNECTS = 10
+"""Maximum number of consecutive connections without an event. A restart of the API takes fewer."""
+MAX_PAUSE_S = 3.0
 END_POLL_S = 20
-"""A job whose stream is gone is asked for again and again; the API holds each answer back for so long."""
+"""Duration of each long poll for the end of a job whose log has expired."""
 
 
 class ClientError(Exception):
-    """The request had no success; the message is a line for a person."""
+    """The request failed. The message is one line for the user."""
 
 
 class Unreachable(ClientError):
-    """No answer, or none that the API would give."""
+    """No response, or none from this API."""
 
 
 class Refused(ClientError):
-    """An answer that says no."""
+    """The API answered with an error."""
 
     def __init__(self, status: int, code: str, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
@@ -51,7 +51,7 @@ class Refused(ClientError):
 
     @classmethod
     def from_response(cls, response: httpx2.Response) -> Self:
-        """Read a problem document, or make do with the bare status."""
+        """Read a problem document; if there is none, use the HTTP status."""
         problem = _object(response) or {}
         detail = str(problem.get("detail") or problem.get("title") or response.reason_phrase)
         return cls(response.status_code, str(problem.get("code", "")), detail, _retry_after(response))
@@ -59,7 +59,7 @@ class Refused(ClientError):
 
 @dataclass(frozen=True, slots=True)
 class RemoteJob:
-    """A job as the API shows it."""
+    """A job as returned by the API."""
 
     id: str
     status: Status
@@ -89,18 +89,18 @@ class RemoteJob:
 
 
 class Client:
-    """One service and one key; may be shared by threads.
+    """A client for one service and one API key. Threads may share it.
 
-    Every method raises `Unreachable` or `Refused`, and tries once: how patient to be is the caller's matter.
+    Every method raises `Unreachable` or `Refused`. Requests are not retried; see `scripts.client.retries`.
     """
 
     def __init__(self, url: str, key: str = "", *, connections: int = 4) -> None:
         self._http = httpx2.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=ANSWER_S,
+            timeout=RESPONSE_TIMEOUT_S,
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-            # A proxy of the environment knows the way to other machines, not to this one.
+            # Ignore proxies from the environment for services on this machine.
             trust_env=httpx2.URL(url).host not in ("127.0.0.1", "::1", "localhost"),
         )
 
@@ -119,61 +119,61 @@ class Client:
         headers: Mapping[str, str] | None = None,
         wait_s: float = 0,
     ) -> httpx2.Response:
-        """The answer to any request, when it is a success.
+        """Send a request and return a successful response.
 
-        `wait_s` is how long the API was asked to hold the answer back: the client then waits for longer.
+        Args:
+            wait_s: duration of the long poll that the request asks for; extends the timeout.
         """
         with _transport_errors():
-            timeout = ANSWER_S + wait_s
+            timeout = RESPONSE_TIMEOUT_S + wait_s
             response = self._http.request(method, path, json=json, headers=headers, timeout=timeout)
         if not response.is_success:
             raise Refused.from_response(response)
         return response
 
     def submit(self, body: Json, *, idempotency_key: str = "", wait_s: int = 0) -> RemoteJob:
-        """Hand in a job, and wait up to `wait_s` seconds for its end."""
+        """Submit a job and wait up to `wait_s` seconds for its end."""
         headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
         if wait_s:
             headers["Prefer"] = f"wait={wait_s}"
         return _job(self.request("POST", "/v1/jobs", json=body, headers=headers, wait_s=wait_s))
 
     def job(self, job_id: str, *, wait_s: int = 0) -> RemoteJob:
-        """A job, at the latest after `wait_s` seconds, earlier when it ends."""
+        """Return a job when it has ended, or after `wait_s` seconds."""
         query = f"?wait={wait_s}" if wait_s else ""
         return _job(self.request("GET", f"/v1/jobs/{job_id}{query}", wait_s=wait_s))
 
     def cancel(self, job_id: str) -> RemoteJob:
-        """Ask for a job's end."""
+        """Cancel a job."""
         return _job(self.request("POST", f"/v1/jobs/{job_id}/cancel"))
 
     def events(self, job_id: str, *, after: int = 0) -> Generator[Event]:
-        """A job's events behind the cursor, to the last one; a cut stream is taken up where it was cut.
+        """Generate a job's events after a cursor, up to the last one; reconnect if the stream breaks.
 
-        Where the job's log does not reach back that far any more, only the end comes, under the number 0: its data is
-        the whole job, and the job's text all that is left of the chunks.
+        If the job's log has expired, the only event is the end, with number 0. Its data is the job with its whole text.
         """
-        fruitless = 0
+        empty_connections = 0
         while True:
             try:
                 for event in self._listen(job_id, after):
-                    after, fruitless = event.n, 0
+                    after, empty_connections = event.n, 0
                     yield event
                     if event.kind is EventKind.DONE:
                         return
             except Unreachable:
-                if fruitless >= RECONNECTS:
+                if empty_connections >= MAX_RECONNECTS:
                     raise
-            fruitless += 1
-            if fruitless > RECONNECTS:
-                raise Unreachable(f"the stream of {job_id} ends again and again before the job does")
-            time.sleep(min(LONGEST_PAUSE_S, 0.1 * 2**fruitless))
+            empty_connections += 1
+            if empty_connections > MAX_RECONNECTS:
+                raise Unreachable(f"the stream of {job_id} keeps ending before the job does")
+            time.sleep(min(MAX_PAUSE_S, 0.1 * 2**empty_connections))
 
     def _listen(self, job_id: str, after: int) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         try:
             with self.stream("GET", f"/v1/jobs/{job_id}/stream", headers=headers) as response:
                 for event in httpx2.EventSource(response, max_event_size=None):
-                    if event.data:  # a `retry` alone is no event, though the reader here makes one of it
+                    if event.data:  # the library also yields an event for a `retry` field alone
                         yield Event(int(event.id), event_kind(event.event), event.data)
         except Refused as error:
             if error.status != HTTPStatus.GONE:
@@ -190,8 +190,8 @@ class Client:
     def stream(
         self, method: str, path: str, *, json: Json | None = None, headers: Mapping[str, str] | None = None
     ) -> Iterator[httpx2.Response]:
-        """Like `request`, with the body still to be read."""
-        timeout = httpx2.Timeout(ANSWER_S, read=SILENCE_S)
+        """Like `request`, but the caller reads the body."""
+        timeout = httpx2.Timeout(RESPONSE_TIMEOUT_S, read=STREAM_TIMEOUT_S)
         with (
             _transport_errors(),
             self._http.stream(method, path, json=json, headers=headers, timeout=timeout) as response,
@@ -214,7 +214,7 @@ def _job(response: httpx2.Response) -> RemoteJob:
     try:
         return RemoteJob.from_json(response.json())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unreachable(f"{response.url} answered something that is no job") from error
+        raise Unreachable(f"{response.url} returned something that is not a job") from error
 
 
 def _object(response: httpx2.Response) -> Json | None:

@@ -1,4 +1,4 @@
-"""Which service a command speaks to, and with which key: the same options for all of them."""
+"""The options of client commands for the service's address and the API key."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ KEY_VARIABLE = "MLXQ_API_KEY"
 
 
 class NoKey(Exception):
-    """There is no API key where one was to be; the message says what to do."""
+    """The API key is missing or malformed. The message says what to do."""
 
 
 def add_options(parser: argparse.ArgumentParser, settings: Settings) -> None:
-    """Give a command `--url` and `--api-key-env`."""
+    """Add `--url` and `--api-key-env` to a command."""
     parser.add_argument(
-        "--url", type=_url, default=local_url(settings.host, settings.port), help="where the API is (%(default)s)"
+        "--url", type=_url, default=local_url(settings.host, settings.port), help="address of the API (%(default)s)"
     )
     parser.add_argument(
         "--api-key-env",
         metavar="NAME",
         default=KEY_VARIABLE,
-        help="variable that holds the API key (%(default)s, which may also stand in .env)",
+        help="environment variable with the API key (%(default)s, which .env may set)",
     )
 
 
 def local_url(host: str, port: int) -> str:
-    """How something that listens there is reached from this machine."""
+    """Return the URL under which this machine reaches a server that listens on a host and port."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def api_key(variable: str, settings: Settings) -> str:
-    """The key a variable holds.
+    """Return the API key in a variable.
 
     Raises:
-        NoKey: it holds none.
+        NoKey: the variable is empty or contains invalid characters.
     """
     local = settings.mlxq_api_key.get_secret_value()
     key = (local if variable == KEY_VARIABLE else os.environ.get(variable, "")).strip()
     if not key:
-        raise NoKey(f"no API key: set {variable} (scripts/keys create NAME makes one)")
+        raise NoKey(f"no API key: set {variable} (scripts/keys create NAME creates one)")
     if not key.isascii() or not key.isprintable():
-        raise NoKey(f"{variable} holds no API key: it has characters that no key has")
+        raise NoKey(f"{variable} is not an API key: it contains other characters than keys do")
     return key
 
 
@@ -56,5 +56,5 @@ def _url(text: str) -> str:
     except httpx2.InvalidURL as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if url.scheme not in ("http", "https") or not url.host:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like http://127.0.0.1:8080")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL such as http://127.0.0.1:8080")
     return text.rstrip("/")

@@ -1,4 +1,4 @@
-"""What of the prompts is still to be done, given the results that are there."""
+"""Compares the prompts with existing results to find the remaining tasks."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 from scripts.client.progress import Tally
 from scripts.client.prompts import Malformed, Prompt, digest
-from scripts.client.results import Index, NotOurs, ResultFile
+from scripts.client.results import Index, ResultFile, ResultsMismatch
 from scripts.client.runner import Task
 
 Lines = Iterable[Prompt | Malformed]
 
 
-def survey(lines: Lines, index: Index, *, retry_failed: bool, report: Callable[[Malformed], None]) -> Tally:
-    """Read all lines once before anything is sent: report the malformed, count the rest.
+def scan(lines: Lines, index: Index, *, retry_failed: bool, report: Callable[[Malformed], None]) -> Tally:
+    """Count the prompts and their results, and report malformed lines, before anything is sent.
 
     Raises:
-        NotOurs: the results are those of other prompts.
+        ResultsMismatch: the results belong to other prompts.
     """
     tally = Tally(total=0)
     matched = 0
@@ -32,12 +32,12 @@ def survey(lines: Lines, index: Index, *, retry_failed: bool, report: Callable[[
             tally.done += not (failed and retry_failed)
             tally.failed += failed and not retry_failed
     if matched < index.count:
-        raise NotOurs("has results for lines that the prompts do not have")
+        raise ResultsMismatch("has results for lines that are not in the prompts file")
     return tally
 
 
 def tasks(lines: Lines, results: ResultFile, *, retry_failed: bool) -> Iterator[Task]:
-    """What is to be sent, in order."""
+    """Generate the tasks to send, in the order of the prompts."""
     for line in lines:
         if isinstance(line, Malformed):
             continue
@@ -48,8 +48,8 @@ def tasks(lines: Lines, results: ResultFile, *, retry_failed: bool) -> Iterator[
 
 
 def _retry_key(prompt: Prompt, failed_job: str | None) -> str:
-    """A key of its own, but the same one each time this failure is retried.
+    """Return the Idempotency-Key of a retry: another one than the failed job's, and the same each time.
 
-    What was never accepted has used up no key.
+    A prompt that was never accepted keeps its first key.
     """
     return digest(prompt.digest + failed_job) if failed_job else prompt.digest

@@ -1,4 +1,4 @@
-"""Progress of a batch: a bar on a terminal, a plain line from time to time elsewhere, all of it on stderr."""
+"""Progress of a batch on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _COLUMNS: Final = (
 
 @dataclass
 class Tally:
-    """Numbers of this run; `done` and `failed` begin with what earlier runs of the same file left."""
+    """Counters of this run. `done` and `failed` include the results of earlier runs."""
 
     total: int
     done: int = 0
     failed: int = 0
     malformed: int = 0
     tokens: int = 0
-    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
 
     def add(self, result: Result) -> None:
         """Count a result."""
@@ -41,21 +41,21 @@ class Tally:
         self.tokens += int((result.usage or {}).get("completion_tokens") or 0)
 
     @property
-    def flawless(self) -> bool:
-        """Whether every line of the file has succeeded."""
+    def all_succeeded(self) -> bool:
+        """Whether every line of the prompts file has succeeded."""
         return self.done == self.total and not self.failed and not self.malformed
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
-        return self.tokens / max(time.monotonic() - self.began, 1e-3)
+        """Tokens per second."""
+        return self.tokens / max(time.monotonic() - self.started_at, 1e-3)
 
     def __str__(self) -> str:
         return f"{self.done} of {self.total} done, {self.failed} failed, {self.rate:.0f} tok/s"
 
 
 class Display(ProgressBar):
-    """Shows a tally as it grows."""
+    """Shows a tally."""
 
     def __init__(self, tally: Tally) -> None:
         super().__init__("", tally.total, _COLUMNS, completed=tally.done, rate=0.0, failed=tally.failed)
@@ -63,16 +63,16 @@ class Display(ProgressBar):
         self._notes: set[str] = set()
 
     def refresh(self) -> None:
-        """Show the tally as it is now."""
+        """Show the current values."""
         self.update(self._tally.done, rate=self._tally.rate, failed=self._tally.failed)
 
     def note_once(self, text: str) -> None:
-        """Print a note the first time it applies."""
+        """Print a note, unless it was printed before."""
         if text not in self._notes:
             self._notes.add(text)
             self.print(text)
 
 
-def say(text: str) -> None:
-    """One line for the person who started the command."""
+def print_line(text: str) -> None:
+    """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The prompts file: one request a line, read without ever holding more than a line."""
+"""The prompts file: one request per line. Only one line is in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A line that can be sent."""
+    """A valid line."""
 
     line: int
     custom_id: str | None
     body: dict[str, Any]
     digest: str
-    """Names this request on this line: the Idempotency-Key, and what ties a result to its prompt."""
+    """Hash of the request and its line. It is the Idempotency-Key, and assigns a result to its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A line that cannot be sent."""
+    """An invalid line."""
 
     line: int
     reason: str
@@ -33,14 +33,14 @@ class Malformed:
 def read_prompts(
     path: Path, defaults: Mapping[str, Any], run: str = "", max_bytes: int | None = None
 ) -> Iterator[Prompt | Malformed]:
-    """The file's lines in order, without the empty ones.
+    """Read the lines that are not empty, in order.
 
     Args:
-        defaults: fields of every request that does not have them itself.
-        run: part of every digest, so that the same file can be sent again under another name.
-        max_bytes: read only lines that begin before this offset: the file may grow while it is read.
+        defaults: fields of requests that do not set them.
+        run: name that is part of every digest, so that the same file can be sent again.
+        max_bytes: read only lines that begin before this offset, because the file may grow meanwhile.
     """
-    first_use: dict[str, int] = {}  # custom_id → line
+    first_lines: dict[str, int] = {}  # custom_id → line
     offset = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
@@ -52,15 +52,15 @@ def read_prompts(
                 continue
             try:
                 prompt = _prompt(line, _fields(text.rstrip(b"\r\n")), defaults, run)
-                _refuse_second_use(prompt, first_use)
+                _reject_duplicate(prompt, first_lines)
                 yield prompt
             except (ValueError, RecursionError) as error:
                 yield Malformed(line, _reason(error))
 
 
-def _refuse_second_use(prompt: Prompt, first_use: dict[str, int]) -> None:
+def _reject_duplicate(prompt: Prompt, first_lines: dict[str, int]) -> None:
     if prompt.custom_id is not None:
-        first = first_use.setdefault(prompt.custom_id, prompt.line)
+        first = first_lines.setdefault(prompt.custom_id, prompt.line)
         if first != prompt.line:
             raise ValueError(f"has the `custom_id` {prompt.custom_id!r} of line {first}")
 
@@ -70,21 +70,23 @@ def _prompt(line: int, fields: dict[str, Any], defaults: Mapping[str, Any], run:
     custom_id = _name(fields.pop("custom_id", own_id))
     if "prompt" not in fields and "messages" not in fields:
         if isinstance(fields.get("body"), dict):
-            raise ValueError("is in the format of OpenAI's batches: put the fields of `body` beside `custom_id`")
+            raise ValueError(
+                "is in the format of OpenAI's batches: move the fields of `body` to the same level as `custom_id`"
+            )
         raise ValueError("needs `prompt` or `messages`")
     body = {**defaults, **fields}
-    # The line number is in it: the same prompt on two lines is two jobs.
+    # Includes the line number: the same prompt on two lines is two jobs.
     identity = json.dumps([run, line, custom_id, body], separators=(",", ":"))
     return Prompt(line, custom_id, body, digest(identity))
 
 
 def digest(text: str) -> str:
-    """128 bits as hex digits."""
+    """Return a hash of 128 bits as hex digits."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _fields(raw: bytes) -> dict[str, Any]:
-    data = json.loads(raw.decode(), parse_constant=_refuse_constant)
+    data = json.loads(raw.decode(), parse_constant=_reject_constant)
     if isinstance(data, str):
         return {"prompt": data}
     if not isinstance(data, dict):
@@ -97,10 +99,10 @@ def _name(value: Any) -> str | None:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError("`custom_id` must be a string or a whole number")
+    raise ValueError("`custom_id` must be a string or an integer")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 

@@ -1,4 +1,4 @@
-"""The results file: one JSON object a line, added as results come, and read again when a run is continued."""
+"""The results file: one JSON object per line. A continued run reads it to find what is missing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SUCCEEDED = "succeeded"
 _FIRST_BYTES = b'{"line": '
 
 
-class NotOurs(Exception):
-    """The results file cannot be continued; the message says why."""
+class ResultsMismatch(Exception):
+    """The results file cannot be continued. The message says why and follows the name of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one line ended. `status` is the job's, or `rejected` when the service did not take it."""
+    """The result of one line. `status` is the job's, or `rejected` if the service did not accept it."""
 
     line: int
     custom_id: str | None
@@ -41,23 +41,23 @@ class Result:
 
     @property
     def succeeded(self) -> bool:
-        """Whether there is nothing to try again."""
+        """Whether the job succeeded."""
         return self.status == SUCCEEDED
 
     def to_line(self) -> bytes:
-        """The line of the file."""
+        """Return the line for the file."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        if self.actions is None:  # nothing was to be parsed
+        if self.actions is None:  # the request did not ask for actions
             del fields["actions"], fields["parse_error"]
-        # A lone surrogate cannot be UTF-8; escaped with a backslash it is JSON's own spelling of it.
+        # A lone surrogate has no UTF-8 encoding; the backslash escape is its form in JSON.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """Read what `to_line` wrote.
+        """Parse a line that `to_line` wrote.
 
         Raises:
-            ValueError: it did not.
+            ValueError: it is not such a line.
         """
         try:
             result = cls(**json.loads(line))
@@ -70,7 +70,7 @@ class Result:
 
 
 class Index:
-    """Which lines have a result, in a few bytes a line: the files may have millions."""
+    """Positions of the results by line, with 17 bytes per line: files may have millions of lines."""
 
     def __init__(self) -> None:
         self._digests = array("Q")  # the first 64 bits of the prompt's digest; 0: no result
@@ -79,14 +79,14 @@ class Index:
         self._highest = 0
         self.count = 0
         self.ordered = True
-        """Whether the file is in the order of the prompts."""
+        """Whether the results are in the order of the prompts."""
         self.superseded = False
-        """Whether a retry has replaced a result that is still there."""
+        """Whether the file still contains a result that a retry has replaced."""
 
     def add(self, result: Result, offset: int) -> None:
-        """Take note of a result; a later one of the same line takes the earlier one's place."""
+        """Add a result; it replaces an earlier one of the same line."""
         line = result.line
-        self._reach(line)
+        self._extend_to(line)
         if self._digests[line]:
             self.superseded = True
         else:
@@ -98,29 +98,29 @@ class Index:
         self._failed[line] = not result.succeeded
 
     def has(self, prompt: Prompt) -> bool:
-        """Whether the prompt has a result.
+        """Return whether the prompt has a result.
 
         Raises:
-            NotOurs: its line has the result of another prompt.
+            ResultsMismatch: the line has a result of another prompt.
         """
         known = self._digests[prompt.line] if prompt.line < len(self._digests) else 0
         if known and known != _short(prompt.digest):
-            raise NotOurs(f"has a result of another request for line {prompt.line}")
+            raise ResultsMismatch(f"has a result of a different request for line {prompt.line}")
         return known != 0
 
     def offset(self, line: int) -> int:
-        """Where in the file the result of a line that has one begins."""
+        """Return the offset of the result of a line that has one."""
         return self._offsets[line]
 
     def offsets_by_line(self) -> Iterator[int]:
-        """Where the results that count begin, in the order of the prompts."""
+        """Return the offsets of the current results in the order of the prompts."""
         return (offset for offset, known in zip(self._offsets, self._digests, strict=True) if known)
 
     def has_failed(self, line: int) -> bool:
-        """Whether the line's result is one that may be tried again."""
+        """Whether the line has a failed result."""
         return line < len(self._failed) and bool(self._failed[line])
 
-    def _reach(self, line: int) -> None:
+    def _extend_to(self, line: int) -> None:
         missing = line + 1 - len(self._digests)
         if missing > 0:
             self._digests.extend(array("Q", bytes(8 * missing)))
@@ -129,17 +129,17 @@ class Index:
 
 
 class ResultFile:
-    """The file of one run, locked against another run for as long as it is open."""
+    """A results file, locked against other runs while it is open."""
 
     def __init__(self, path: Path) -> None:
-        """Open, mend and index the file; make it when there is none.
+        """Open or create the file, remove an incomplete last line, and index the results.
 
         Raises:
-            NotOurs: it holds something else, or another run is writing it.
+            ResultsMismatch: it contains something else, or another run has locked it.
             OSError: it cannot be read or written.
         """
         self.path = path
-        # Unbuffered: a result is one write, so that being killed can tear the last line at most.
+        # Unbuffered: each result is one write, so a kill can leave at most the last line incomplete.
         self._file = path.open("ab+", buffering=0)
         try:
             self._lock()
@@ -155,66 +155,66 @@ class ResultFile:
         self._file.close()
 
     def append(self, result: Result) -> None:
-        """Add a result."""
+        """Append a result."""
         line = result.to_line()
         offset = self._file.seek(0, os.SEEK_END)
         if self._file.write(line) != len(line):
-            raise OSError(f"no room for the result of line {result.line} in {self.path}")
+            raise OSError(f"no space left for the result of line {result.line} in {self.path}")
         self.index.add(result, offset)
 
     def read(self, line: int) -> Result:
-        """The result of a line that has one."""
+        """Return the result of a line that has one."""
         with self.path.open("rb") as file:
             return Result.from_line(_line_at(file, self.index.offset(line)))
 
-    def tidy(self, *, in_order: bool) -> None:
-        """Drop results that a retry has replaced, and put the lines in order where that was asked for."""
+    def compact(self, *, in_order: bool) -> None:
+        """Remove results that a retry has replaced; sort the lines if `in_order` is set."""
         if not self.index.superseded and (self.index.ordered or not in_order):
             return
-        tidied = self.path.with_name(f".{self.path.name}.tidy")
-        with self.path.open("rb") as old, tidied.open("wb") as new:
+        compacted = self.path.with_name(f".{self.path.name}.compact")
+        with self.path.open("rb") as old, compacted.open("wb") as new:
             for offset in self.index.offsets_by_line():
                 new.write(_line_at(old, offset))
             new.flush()
             os.fsync(new.fileno())
-        tidied.replace(self.path)
+        compacted.replace(self.path)
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise NotOurs("is being written by another run") from error
+            raise ResultsMismatch("is in use by another run") from error
 
     def _read(self) -> Index:
         index, offset = Index(), 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    self._cut(number, line, offset)
+                    self._truncate(number, line, offset)
                     break
                 try:
                     index.add(Result.from_line(line), offset)
                 except ValueError as error:
-                    raise NotOurs(f"line {number} of it is not a result of this script") from error
+                    raise ResultsMismatch(f"contains something else than results in line {number}") from error
                 offset += len(line)
         return index
 
-    def _cut(self, number: int, torn: bytes, offset: int) -> None:
-        """Take away the last line of a run that was killed while it wrote; its result is fetched again."""
-        if torn[: len(_FIRST_BYTES)] != _FIRST_BYTES[: len(torn)]:
-            raise NotOurs(f"line {number} of it is not a result of this script")
+    def _truncate(self, number: int, incomplete: bytes, offset: int) -> None:
+        """Remove an incomplete last line, written by a run that was killed. Its result is fetched again."""
+        if incomplete[: len(_FIRST_BYTES)] != _FIRST_BYTES[: len(incomplete)]:
+            raise ResultsMismatch(f"contains something else than results in line {number}")
         self._file.truncate(offset)
 
 
 def in_order(results: Iterator[tuple[int, Result]]) -> Iterator[Result]:
-    """Results by their place in the line (0, 1, 2…); what is early waits."""
+    """Generate results in the order of their index (0, 1, 2…); hold back those that are early."""
     early: dict[int, Result] = {}
-    place = 0
-    for own_place, result in results:
-        early[own_place] = result
-        while place in early:
-            yield early.pop(place)
-            place += 1
+    next_index = 0
+    for index, result in results:
+        early[index] = result
+        while next_index in early:
+            yield early.pop(next_index)
+            next_index += 1
 
 
 def _short(digest: str) -> int:

@@ -1,4 +1,4 @@
-"""Many prompts at once, each from its submission to its result."""
+"""Runs many prompts concurrently, each from submission to result."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from typing import Self
 from scripts.client.api import Client, Refused, RemoteJob
 from scripts.client.prompts import Prompt
 from scripts.client.results import Result
-from scripts.client.retries import Patience, Stopped
+from scripts.client.retries import RetryPolicy, Stopped
 
 POLL_S = 1.0
-"""At most one question a job in this time, even when the API does not hold answers back."""
+"""Minimum interval between polls of a job, in case the API does not support long polls."""
 
-_KEY_REFUSED = (401, 403)
+_KEY_REJECTED = (401, 403)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A prompt and the Idempotency-Key it goes under."""
+    """A prompt and its Idempotency-Key."""
 
     prompt: Prompt
     key: str
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How much goes on at a time.
+class Limits:
+    """Limits on concurrent work.
 
     Attributes:
-        concurrency: jobs at once.
-        ahead: tasks begun at most before the results before them have been taken.
-        wait_s: how long the API is asked to hold an answer back until the job has ended.
+        concurrency: maximum number of concurrent jobs.
+        max_ahead: maximum number of tasks that are started before their results are written.
+        wait_s: duration of long polls, in seconds.
     """
 
     concurrency: int
-    ahead: int
+    max_ahead: int
     wait_s: int
 
 
 class Runner:
-    """Threads that each take a task, hand it in, and wait for its end."""
+    """A pool of threads. Each takes a task, submits it and waits for its end."""
 
-    def __init__(self, client: Client, patience: Patience, stop: threading.Event, pace: Pace) -> None:
-        """Work at a pace. `stop` is the event that `patience` heeds; leaving the runner sets it."""
+    def __init__(self, client: Client, retries: RetryPolicy, stop: threading.Event, limits: Limits) -> None:
+        """Create a runner. `stop` is the event that also ends the waits of `retries`; `__exit__` sets it."""
         self._client = client
-        self._patience = patience
+        self._retries = retries
         self._stop = stop
-        self._pace = pace
-        self._room = threading.Semaphore(pace.ahead)
-        self._feed_lock = threading.Lock()
+        self._limits = limits
+        self._ahead = threading.Semaphore(limits.max_ahead)
+        self._tasks_lock = threading.Lock()
         self._outcomes: SimpleQueue[tuple[int, Result] | Exception | None] = SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -61,53 +61,53 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._room.release(self._pace.concurrency)
+        self._ahead.release(self._limits.concurrency)
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[int, Result]]:
-        """Each task's place (0, 1, 2…) and result, as they come.
+        """Generate the index (0, 1, 2…) and result of each task in the order of completion.
 
         Raises:
-            GaveUp: the service stayed away.
-            Refused: it does not accept the key (any more).
+            RetriesExhausted: the service was unreachable for too long.
+            Refused: it rejects the API key.
         """
-        places = enumerate(tasks)
-        for _ in range(self._pace.concurrency):
-            # Daemons: who interrupts the run does not wait for answers held back by the API.
-            threading.Thread(target=self._work, args=(places,), daemon=True).start()
-        at_work = self._pace.concurrency
-        while at_work:
+        indexed = enumerate(tasks)
+        for _ in range(self._limits.concurrency):
+            # Daemon threads, so that an interrupted run does not wait for long polls.
+            threading.Thread(target=self._work, args=(indexed,), daemon=True).start()
+        working = self._limits.concurrency
+        while working:
             match self._outcomes.get():
                 case None:
-                    at_work -= 1
+                    working -= 1
                 case Exception() as error:
                     raise error
                 case outcome:
                     yield outcome
 
-    def taken(self) -> None:
-        """Say that a result is dealt with, so that another task may begin."""
-        self._room.release()
+    def result_written(self) -> None:
+        """Allow another task to start, because a result was written."""
+        self._ahead.release()
 
     def _work(self, tasks: Iterator[tuple[int, Task]]) -> None:
         try:
-            for place, task in self._share(tasks):
-                self._outcomes.put((place, self._complete(task)))
+            for index, task in self._draw(tasks):
+                self._outcomes.put((index, self._complete(task)))
             self._outcomes.put(None)
         except Stopped:
             pass
-        except Exception as error:  # noqa: BLE001 - `run` raises it: a thread must not end unheard
+        except Exception as error:  # noqa: BLE001 - raised again by `run`
             self._outcomes.put(error)
 
-    def _share(self, tasks: Iterator[tuple[int, Task]]) -> Iterator[tuple[int, Task]]:
-        """This thread's part of what all threads draw from."""
+    def _draw(self, tasks: Iterator[tuple[int, Task]]) -> Iterator[tuple[int, Task]]:
+        """Generate tasks for this thread from those that all threads share."""
         while True:
-            self._room.acquire()
+            self._ahead.acquire()
             if self._stop.is_set():
                 raise Stopped
-            with self._feed_lock:
+            with self._tasks_lock:
                 task = next(tasks, None)
             if task is None:
-                self._room.release()
+                self._ahead.release()
                 return
             yield task
 
@@ -117,26 +117,26 @@ class Runner:
             job = self._submit(task)
             while not job.status.terminal:
                 job = self._poll(job.id)
-            return _ended(task.prompt, job)
+            return _job_result(task.prompt, job)
         except Refused as error:
-            if error.status in _KEY_REFUSED:
+            if error.status in _KEY_REJECTED:
                 raise
-            return _refused(task.prompt, job, error)
+            return _rejected(task.prompt, job, error)
 
     def _submit(self, task: Task) -> RemoteJob:
-        return self._patience.call(
-            lambda: self._client.submit(task.prompt.body, idempotency_key=task.key, wait_s=self._pace.wait_s)
+        return self._retries.call(
+            lambda: self._client.submit(task.prompt.body, idempotency_key=task.key, wait_s=self._limits.wait_s)
         )
 
     def _poll(self, job_id: str) -> RemoteJob:
-        asked_at = time.monotonic()
-        job = self._patience.call(lambda: self._client.job(job_id, wait_s=self._pace.wait_s))
+        polled_at = time.monotonic()
+        job = self._retries.call(lambda: self._client.job(job_id, wait_s=self._limits.wait_s))
         if not job.status.terminal:
-            self._stop.wait(max(0.0, asked_at + POLL_S - time.monotonic()))
+            self._stop.wait(max(0.0, polled_at + POLL_S - time.monotonic()))
         return job
 
 
-def _ended(prompt: Prompt, job: RemoteJob) -> Result:
+def _job_result(prompt: Prompt, job: RemoteJob) -> Result:
     return Result(
         line=prompt.line,
         custom_id=prompt.custom_id,
@@ -153,7 +153,7 @@ def _ended(prompt: Prompt, job: RemoteJob) -> Result:
     )
 
 
-def _refused(prompt: Prompt, job: RemoteJob | None, error: Refused) -> Result:
+def _rejected(prompt: Prompt, job: RemoteJob | None, error: Refused) -> Result:
     return Result(
         line=prompt.line,
         custom_id=prompt.custom_id,

@@ -1,7 +1,7 @@
-"""The containers, run for real: `scripts/test-compose`.
+"""Builds and runs the containers of compose.yaml and checks them: `scripts/test-compose`.
 
-The stack has a project name, ports, secrets and volumes of its own, so it disturbs nothing that runs here, and whatever
-happens it is taken down again. Base images are those of PYTHON_IMAGE and REDIS_IMAGE, where set.
+The stack has its own project name, ports, secrets and volumes, so other containers are not affected. It is always taken
+down at the end. PYTHON_IMAGE and REDIS_IMAGE replace the base images.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ REQUEST: Final = {
 }
 
 
-class Failed(Exception):
-    """The line says what did not hold."""
+class CheckFailed(Exception):
+    """A check failed. The message says why."""
 
 
-class Trial:
-    """What is checked of a stack, step by step. Steps raise `Failed`, `EngineError` or `ClientError`."""
+class Checks:
+    """The checks of a stack, step by step. Steps raise `CheckFailed`, `EngineError` or `ClientError`."""
 
     def __init__(self, containers: Containers, variables: dict[str, str]) -> None:
         self._containers = containers
@@ -54,7 +54,7 @@ class Trial:
         self._client = Client(self._url, variables["MLXQ_API_KEY"])
 
     def run(self) -> None:
-        """All steps, in their order."""
+        """Run all steps in order."""
         self._fetch_model()
         with step("the images are built"):
             self._containers.compose("build")
@@ -66,12 +66,12 @@ class Trial:
         for service in SERVICES:
             with step(f"{service} runs without root, on a read-only file system"):
                 self._check_confined(service)
-        with step("scripts/smoke finds nothing wrong from outside"):
+        with step("scripts/smoke passes"):
             self._smoke()
         with step("a job completes"):
             text = self._finish(self._client.submit(REQUEST)).text
         for service in ("mlx-server", "redis", "web"):
-            with step(f"{service} is killed under a running job, comes back, and the job completes all the same"):
+            with step(f"{service} is killed while a job runs, restarts, and the job completes"):
                 self._kill(service, text)
 
     def _fetch_model(self) -> None:
@@ -83,20 +83,20 @@ class Trial:
         def healthy() -> bool:
             container = self._containers.inspect(service)
             if container["RestartCount"] > restarts + MANY_RESTARTS:
-                raise Failed(f"{service} ends as often as it is started")
+                raise CheckFailed(f"{service} keeps exiting")
             health = container["State"]["Health"]["Status"]
             return bool(container["RestartCount"] >= restarts and health == "healthy")
 
         if not within(HEALTHY_WITHIN_S, healthy):
             state = self._containers.inspect(service)["State"]
             checks = state["Health"]["Log"] or [{"Output": "nothing"}]
-            raise Failed(f"{service} is {state['Status']}; its health check said: {checks[-1]['Output'].strip()}")
+            raise CheckFailed(f"{service} is {state['Status']}; last health check: {checks[-1]['Output'].strip()}")
 
     def _check_confined(self, service: str) -> None:
         if not self._containers.execute(service, '[ "$(id -u)" != 0 ] && ! touch /x'):
-            raise Failed(f"{service} runs as root, or can write to its image")
+            raise CheckFailed(f"{service} runs as root or can write to its image")
         if service == "mlx-server" and not self._containers.execute(service, "ls models/* && ! touch models/x"):
-            raise Failed("mlx-server cannot read its models, or can write to them")
+            raise CheckFailed("mlx-server cannot read its models, or can write to them")
 
     def _smoke(self) -> None:
         flower_url = f"http://127.0.0.1:{self._variables['FLOWER_PORT']}"
@@ -106,17 +106,17 @@ class Trial:
         restarts = self._containers.inspect(service)["RestartCount"]
         job = self._client.submit(REQUEST)
         if not within(DONE_WITHIN_S, lambda: len(self._client.job(job.id).text) > len(text) // 8):
-            raise Failed(f"{job.id} does not start")
+            raise CheckFailed(f"{job.id} does not start")
         if self._client.job(job.id).status.terminal:
-            raise Failed(f"{job.id} has ended before it could be disturbed")
-        # Everything but PID 1, from inside: `docker kill` would be an operator's wish to have the container stopped.
+            raise CheckFailed(f"{job.id} ended before the kill")
+        # All processes but PID 1, from inside: after `docker kill`, the engine does not restart the container.
         self._containers.execute(service, "kill -9 -1")
         self._wait_healthy(service, restarts + 1)
         if self._finish(job).text != text:
-            raise Failed(f"{job.id} has another text than the same job undisturbed")
+            raise CheckFailed(f"{job.id} has a different text than without the kill")
 
     def _finish(self, job: RemoteJob) -> RemoteJob:
-        """The job once it has succeeded. That the API is away for a moment is no failure."""
+        """Wait until a job has succeeded, also while the API restarts."""
 
         def ended() -> bool:
             nonlocal job
@@ -127,24 +127,24 @@ class Trial:
             return job.status.terminal
 
         if not within(DONE_WITHIN_S, ended) or job.status is not Status.SUCCEEDED or not job.text:
-            raise Failed(f"{job.id} is {job.status}: {job.error}")
+            raise CheckFailed(f"{job.id} is {job.status}: {job.error}")
         return job
 
 
 @contextmanager
-def step(what: str) -> Iterator[None]:
-    """One line when the block is through: how long it took, and what holds now."""
+def step(description: str) -> Iterator[None]:
+    """Print the duration and the outcome of the block."""
     start = time.monotonic()
     outcome = "FAILED: "
     try:
         yield
         outcome = ""
     finally:
-        print(f"{time.monotonic() - start:6.1f} s  {outcome}{what}", flush=True)
+        print(f"{time.monotonic() - start:6.1f} s  {outcome}{description}", flush=True)
 
 
 def within(seconds: float, probe: Callable[[], bool]) -> bool:
-    """Ask again and again; whether the answer was yes in time."""
+    """Poll until the probe is true; return whether that happened in time."""
     end = time.monotonic() + seconds
     while not probe():
         if time.monotonic() > end:
@@ -153,66 +153,66 @@ def within(seconds: float, probe: Callable[[], bool]) -> bool:
     return True
 
 
-def variables_of_this_run() -> dict[str, str]:
-    """The stack's `.env`."""
+def make_variables() -> dict[str, str]:
+    """Create the variables of the stack's `.env`."""
     with socket.socket() as web, socket.socket() as flower, socket.socket() as redis:
         sockets = {"PORT": web, "FLOWER_PORT": flower, "REDIS_PORT": redis}
-        for each in sockets.values():
-            each.bind(("127.0.0.1", 0))
-        ports = {name: str(each.getsockname()[1]) for name, each in sockets.items()}
+        for listener in sockets.values():
+            listener.bind(("127.0.0.1", 0))
+        ports = {name: str(listener.getsockname()[1]) for name, listener in sockets.items()}
     passwords = {name: secrets.token_urlsafe() for name in ("FLOWER_PASSWORD", "REDIS_PASSWORD")}
     return {**ports, **passwords, "MLXQ_API_KEY": new_key(), "FLOWER_USER": "admin", "RATE_LIMIT": "10000/minute"}
 
 
 def take_down(containers: Containers, keep_images: bool) -> None:
-    """End and remove everything of this run, whatever state it is in.
+    """Remove everything of this run.
 
     Raises:
-        EngineError, Failed: something may have stayed.
+        EngineError, CheckFailed: something may be left.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with step("everything is taken down, volumes too"):
+    with step("everything is removed, including volumes"):
         images = () if keep_images else ("--rmi", "local")
         containers.compose("down", "--volumes", "--remove-orphans", "--timeout", str(DOWN_WITHIN_S), *images)
         for command in (("ps", "--all"), ("volume", "ls"), ("network", "ls")):
             if left := containers.remaining(*command):
-                raise Failed(f"docker {' '.join(command)} still shows {', '.join(left)}")
+                raise CheckFailed(f"docker {' '.join(command)} still lists {', '.join(left)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the trial; returns its exit status."""
+    """Run the checks; return the exit status."""
     parser = argparse.ArgumentParser("scripts/test-compose", description=__doc__)
-    parser.add_argument("--keep-images", action="store_true", help="leave the built images, for a quicker next run")
+    parser.add_argument("--keep-images", action="store_true", help="keep the built images for the next run")
     options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     project = f"mlxq-test-{secrets.token_hex(4)}"
-    variables = variables_of_this_run()
+    variables = make_variables()
     with tempfile.TemporaryDirectory(prefix=f"{project}-") as folder:  # mode 700
         env_file = Path(folder, "env")
         env_file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
         containers = Containers(project, env_file)
-        trial = Trial(containers, variables | {"ENV_FILE": str(env_file)})
+        checks = Checks(containers, variables | {"ENV_FILE": str(env_file)})
         try:
-            held = _holds(lambda: _run_or_show_logs(trial, containers))
+            passed = _succeeds(lambda: _run_or_show_logs(checks, containers))
         finally:
-            gone = _holds(lambda: take_down(containers, options.keep_images))
-    return 0 if held and gone else 1
+            removed = _succeeds(lambda: take_down(containers, options.keep_images))
+    return 0 if passed and removed else 1
 
 
-def _run_or_show_logs(trial: Trial, containers: Containers) -> None:
+def _run_or_show_logs(checks: Checks, containers: Containers) -> None:
     try:
-        trial.run()
-    except (Failed, EngineError, ClientError):
+        checks.run()
+    except (CheckFailed, EngineError, ClientError):
         print(containers.compose("logs", "--no-color", "--tail", "40"), file=sys.stderr)
         raise
 
 
-def _holds(do: Callable[[], None]) -> bool:
+def _succeeds(action: Callable[[], None]) -> bool:
     try:
-        do()
-    except (Failed, EngineError, ClientError) as error:
+        action()
+    except (CheckFailed, EngineError, ClientError) as error:
         print(f"test-compose: {error}", file=sys.stderr)
         return False
     return True
@@ -222,7 +222,7 @@ def _run(*command: str, variables: dict[str, str] | None = None) -> None:
     environment = clean_environment() | (variables or {})
     done = subprocess.run(command, env=environment, check=False, stdout=PIPE, stderr=STDOUT, text=True)
     if done.returncode:
-        raise Failed(f"{command[0]} ended with status {done.returncode}\n{done.stdout}")
+        raise CheckFailed(f"{command[0]} ended with status {done.returncode}\n{done.stdout}")
 
 
 if __name__ == "__main__":

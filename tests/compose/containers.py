@@ -1,4 +1,4 @@
-"""The stack of compose.yaml, as the container engine sees it."""
+"""Access to the containers of compose.yaml through the container engine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COMPOSE_VARIABLES: Final = frozenset(
 
 
 class EngineError(Exception):
-    """A command of the engine or of Compose did not succeed; the message is what it said."""
+    """A command of the engine or of Compose failed. The message contains its output."""
 
 
 class Containers:
-    """One project of compose.yaml with an environment file of its own.
+    """A Compose project with its own environment file.
 
     Every method raises `EngineError`.
     """
@@ -39,31 +39,31 @@ class Containers:
         self._env = clean_environment()
 
     def compose(self, *arguments: str) -> str:
-        """What a command of Compose prints."""
+        """Run a Compose command; return its output."""
         return _output(*self._compose, *arguments, env=self._env)
 
     def inspect(self, service: str) -> Json:
-        """What the engine knows of a service's only container."""
-        of_service = f"label=com.docker.compose.service={service}"
-        containers = self.remaining("ps", "--all", "--filter", of_service)
+        """Return the engine's description of a service's only container."""
+        service_label = f"label=com.docker.compose.service={service}"
+        containers = self.remaining("ps", "--all", "--filter", service_label)
         if len(containers) != 1:
             raise EngineError(f"{service} has {len(containers)} containers")
-        found: list[Json] = json.loads(_output("docker", "inspect", containers[0]))
-        return found[0]
+        descriptions: list[Json] = json.loads(_output("docker", "inspect", containers[0]))
+        return descriptions[0]
 
     def execute(self, service: str, script: str) -> bool:
-        """Whether a line of shell, run in a service's container as its user, succeeds."""
+        """Run a shell script in a service's container as its user; return whether it succeeded."""
         command = ("docker", "exec", self.inspect(service)["Id"], "sh", "-c", script)
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
     def remaining(self, *command: str) -> list[str]:
-        """Ids of what the engine has of this project: `ps --all`, `volume ls`, `network ls`."""
-        of_project = f"label=com.docker.compose.project={self._project}"
-        return _output("docker", *command, "--quiet", "--filter", of_project).split()
+        """Return the ids of this project's containers, volumes or networks: `ps --all`, `volume ls`, `network ls`."""
+        project_label = f"label=com.docker.compose.project={self._project}"
+        return _output("docker", *command, "--quiet", "--filter", project_label).split()
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would reach the stack; names of base images stay."""
+    """Return this process's environment without variables that would affect the stack, except for base images."""
     settings = {name.upper() for name in Settings.model_fields}
     ours = settings | COMPOSE_VARIABLES - {"PYTHON_IMAGE", "REDIS_IMAGE"} | {"ENV_FILE"}
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("COMPOSE_")}
@@ -76,7 +76,7 @@ def _output(*command: str, env: dict[str, str] | None = None) -> str:
         try:
             output, _ = process.communicate()
         except BaseException:
-            # The whole group: a build that Compose has started would go on without it.
+            # The whole group, because a build would continue without Compose.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise

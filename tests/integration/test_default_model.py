@@ -1,4 +1,4 @@
-"""The converted default model, through mlx-lm alone."""
+"""The converted default model in mlx-lm, without this project's runner."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def tokenizer(loaded: tuple[Any, Any]) -> Any:
     return loaded[1]
 
 
-def test_answers_paris(loaded: tuple[Any, Any]) -> None:
+def test_it_answers_paris(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
 
     assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=16) == "The capital of France is Paris."
 
 
-def test_template_puts_the_system_prompt_in(tokenizer: Any) -> None:
+def test_the_template_adds_the_system_prompt(tokenizer: Any) -> None:
     text = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
 
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
@@ -59,12 +59,12 @@ def test_special_tokens(tokenizer: Any) -> None:
     assert tokenizer.decode([1, 19556, 2], skip_special_tokens=True) == "Hello"
 
 
-def test_nothing_is_put_around_a_plain_prompt(tokenizer: Any) -> None:
+def test_a_plain_prompt_gets_no_special_tokens(tokenizer: Any) -> None:
     assert tokenizer.encode("Hello world") == [19556, 905]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer: Any, text: str) -> None:
+def test_text_survives_encoding_and_decoding(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     detokenizer = tokenizer.detokenizer
     for token in ids:
@@ -77,27 +77,27 @@ def test_round_trip(tokenizer: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokenizer_file_alone_gives_the_same_ids(smollm2_path: Path, tokenizer: Any, text: str) -> None:
+def test_the_tokenizer_file_gives_the_same_ids_without_mlx_lm(smollm2_path: Path, tokenizer: Any, text: str) -> None:
     # The API counts prompt tokens with the `tokenizers` library and this file, without mlx-lm.
     assert Tokenizer.from_file(str(smollm2_path / "tokenizer.json")).encode(text).ids == tokenizer.encode(text)
 
 
-def test_packed_model_computes_the_same(smollm2_4bit_path: Path, loaded: tuple[Any, Any]) -> None:
-    packed: Any = mlx_lm.load(str(smollm2_4bit_path))[0]
+def test_the_4bit_model_computes_the_same(smollm2_4bit_path: Path, loaded: tuple[Any, Any]) -> None:
+    quantized: Any = mlx_lm.load(str(smollm2_4bit_path))[0]
     token = mx.array([[1]])
 
-    ours, reference = packed(token).astype(mx.float32), loaded[0](token).astype(mx.float32)
+    ours, reference = quantized(token).astype(mx.float32), loaded[0](token).astype(mx.float32)
     largest = float(mx.abs(reference).max())
 
-    # The same weights; activations in float16 on one side.
+    # The weights are the same; one model has float16 activations.
     assert mx.allclose(ours, reference, rtol=0, atol=0.02 * largest)
     assert ours.argmax().item() == reference.argmax().item()
 
 
-def test_packed_model_names_its_packing(smollm2_4bit_path: Path) -> None:
-    packing = json.loads((smollm2_4bit_path / "config.json").read_text("utf-8"))["quantization"]
+def test_the_4bit_model_declares_its_quantisation(smollm2_4bit_path: Path) -> None:
+    quantization = json.loads((smollm2_4bit_path / "config.json").read_text("utf-8"))["quantization"]
 
-    assert packing == {"group_size": 32, "bits": 4, "model.embed_tokens": {"group_size": 32, "bits": 8}}
+    assert quantization == {"group_size": 32, "bits": 4, "model.embed_tokens": {"group_size": 32, "bits": 8}}
 
 
 def test_tiny_model_generates(tiny_model_path: Path) -> None:

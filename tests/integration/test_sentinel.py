@@ -20,7 +20,7 @@ from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from shared.redis.client import connect, passes
 from shared.settings import ROOT
-from tests.plugins.sentinels import LOGIN, NAME, PASSWORD, SENTINEL_LOGIN, SENTINEL_PASSWORD, Watched
+from tests.plugins.sentinels import LOGIN, NAME, PASSWORD, SENTINEL_LOGIN, SENTINEL_PASSWORD, SentinelSetup
 from tests.plugins.stack import Stack, fake_stack_on
 from tests.plugins.work import undisturbed
 from tests.support.waiting import eventually
@@ -49,14 +49,14 @@ def flower_page(stack: Stack, page: str) -> str:
 
 
 @pytest.fixture
-def stack(watched: Watched) -> Iterator[Stack]:
-    watched.sentinels[0].kill()  # clients ask this one first; the other two are a majority
+def stack(sentinel_setup: SentinelSetup) -> Iterator[Stack]:
+    sentinel_setup.sentinels[0].kill()  # clients ask this one first; the other two are a majority
     flower = {"FLOWER_PORT": str(free_port()), "FLOWER_PASSWORD": FLOWER_PASSWORD}
-    with fake_stack_on(watched.url, RATE_LIMIT="1000/minute", **flower) as stack:
+    with fake_stack_on(sentinel_setup.url, RATE_LIMIT="1000/minute", **flower) as stack:
         yield stack
 
 
-def test_jobs_streams_limits_and_flower_survive_a_failover(watched: Watched, stack: Stack) -> None:
+def test_jobs_streams_limits_and_flower_survive_a_failover(sentinel_setup: SentinelSetup, stack: Stack) -> None:
     worker = stack.start_worker()
     flower = stack.start_flower()
     running = body(SLOW, 300)
@@ -64,11 +64,11 @@ def test_jobs_streams_limits_and_flower_survive_a_failover(watched: Watched, sta
         job = client.submit(running)
         stream = client.events(job.id)
         events = [next(stream) for _ in range(20)]
-        old = watched.master
+        old = sentinel_setup.master
         old.kill()
         later = eventually(lambda: try_submit(client, body("later", 30), "once"), "submissions are accepted")
         events.extend(stream)
-        assert watched.master is not old
+        assert sentinel_setup.master is not old
 
         assert [event.n for event in events] == list(range(1, len(events) + 1))
         assert [event.kind for event in events].count(EventKind.DONE) == 1
@@ -92,12 +92,12 @@ def test_jobs_streams_limits_and_flower_survive_a_failover(watched: Watched, sta
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_silent_master_is_abandoned_by_api_and_workers(watched: Watched) -> None:
-    with fake_stack_on(watched.url) as stack, stack.client() as client:
+def test_silent_master_is_abandoned_by_api_and_workers(sentinel_setup: SentinelSetup) -> None:
+    with fake_stack_on(sentinel_setup.url) as stack, stack.client() as client:
         stack.start_worker()
         running = client.submit(body(SLOW, 100)).id
         eventually(lambda: client.job(running).text, "the job runs")
-        watched.master.process.send_signal(
+        sentinel_setup.master.process.send_signal(
             signal.SIGSTOP
         )  # its connections stay open, as after the loss of its machine
         later = eventually(lambda: try_submit(client, body("later", 30), "once"), "submissions are accepted").id
@@ -106,8 +106,8 @@ def test_silent_master_is_abandoned_by_api_and_workers(watched: Watched) -> None
             assert client.job(job, wait_s=30).text == text
 
 
-def test_client_follows_a_new_master_and_abandons_a_demoted_one(watched: Watched) -> None:
-    client = connect(watched.url, timeout_s=1, retries=1, connections=1)
+def test_client_follows_a_new_master_and_abandons_a_demoted_one(sentinel_setup: SentinelSetup) -> None:
+    client = connect(sentinel_setup.url, timeout_s=1, retries=1, connections=1)
     write = "return redis.call('SET', 'key', 'value')"
     client.eval(write, 0)
 
@@ -115,16 +115,16 @@ def test_client_follows_a_new_master_and_abandons_a_demoted_one(watched: Watched
     threading.Timer(0.2, client.connection_pool.release, [held]).start()
     assert client.ping()  # it waited for the only connection
 
-    old = watched.master
-    eventually(watched.in_step, "the replica is in sync")
-    watched.sentinels[0].client.execute_command("SENTINEL", "FAILOVER", NAME)
-    eventually(lambda: watched.master is not old, "the replica was promoted")
+    old = sentinel_setup.master
+    eventually(sentinel_setup.in_sync, "the replica is in sync")
+    sentinel_setup.sentinels[0].client.execute_command("SENTINEL", "FAILOVER", NAME)
+    eventually(lambda: sentinel_setup.master is not old, "the replica was promoted")
     # Sentinel would close the connections to the old master. Here the client must detect the change by itself.
-    old.client.replicaof("127.0.0.1", watched.master.port)
+    old.client.replicaof("127.0.0.1", sentinel_setup.master.port)
     assert old.role == "slave"
     assert client.eval(write, 0) == "OK"
 
-    watched.master.kill()
+    sentinel_setup.master.kill()
     with pytest.raises(redis.RedisError) as caught:
         client.ping()
     assert passes(caught.value)

@@ -1,4 +1,4 @@
-"""Fixtures: real models, made once in models/ and shared by every run on this machine."""
+"""Fixtures with real models, created once in models/ and shared by all runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from shared.blas import prefer_openblas
 from shared.settings import ROOT
 
-# Before any test module imports MLX: afterwards it is too late, and a real model ten times slower.
+# OpenBLAS must be loaded before MLX is imported; without it a real model is ten times slower.
 prefer_openblas()
 
 from scripts.model_files import default_model  # noqa: E402
@@ -23,19 +23,19 @@ _MODELS = ROOT / "models"
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct, in the type that is fastest here."""
-    return _made(default_model.NAME, None)
+    """SmolLM2-135M-Instruct in the fastest data type for this machine."""
+    return _ensure(default_model.NAME, None)
 
 
 @pytest.fixture(scope="session")
 def smollm2_4bit_path() -> Path:
-    """SmolLM2-135M-Instruct, packed as it came."""
-    return _made(f"{default_model.NAME}-4bit", Dtype.FOUR_BIT)
+    """SmolLM2-135M-Instruct with its original 4-bit weights."""
+    return _ensure(f"{default_model.NAME}-4bit", Dtype.FOUR_BIT)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_path(smollm2_path: Path) -> Path:
-    """A tiny llama of random weights with SmolLM2's tokenizer."""
+    """A tiny llama with random weights and SmolLM2's tokenizer."""
     target = _MODELS / "tiny-random-llama"
     make_tiny_model(target, smollm2_path)
     return target
@@ -43,13 +43,13 @@ def tiny_model_path(smollm2_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vision_path(smollm2_path: Path) -> Path:
-    """A tiny Qwen2.5-VL of random weights with SmolLM2's tokenizer and Qwen2.5-VL's image processor."""
+    """A tiny Qwen2.5-VL with random weights, SmolLM2's tokenizer and Qwen2.5-VL's image processor."""
     target = _MODELS / TINY_VISION.folder
     make_tiny_model(target, smollm2_path, TINY_VISION)
     return target
 
 
-def _made(name: str, dtype: Dtype | None) -> Path:
+def _ensure(name: str, dtype: Dtype | None) -> Path:
     target = _MODELS / name
     with locked(_MODELS):
         if not default_model.is_ready(target, dtype):

@@ -1,4 +1,4 @@
-"""A master, its replica and the sentinels that watch both, as processes of the real server."""
+"""A Redis master, a replica and three sentinels, as processes of the real server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LOGIN = "p%40ss%2Fw%3Ard%3B%3F"
 SENTINEL_LOGIN = "se%26cret%231"
 
 
-class Watched:
-    """Two servers and three sentinels, of which two must agree that the master is gone."""
+class SentinelSetup:
+    """Two servers and three sentinels. Two sentinels must agree before a failover."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -28,11 +28,11 @@ class Watched:
         self.sentinels: list[Server] = []
 
     def start(self) -> None:
-        # A replica that has nothing to do yet is to be in step at once.
+        # Without a delay, so that the replica is in sync at once.
         lines = (f'primaryauth "{PASSWORD}"', "appendonly yes", "repl-diskless-sync-delay 0")
         self.servers.append(Server(self._home / "a", PASSWORD, *lines))
         self.servers.append(Server(self._home / "b", PASSWORD, *lines, f"replicaof 127.0.0.1 {self.servers[0].port}"))
-        eventually(self.in_step, "the replica is in step")
+        eventually(self.in_sync, "the replica is in sync")
         watch = (
             f"sentinel monitor {NAME} 127.0.0.1 {self.servers[0].port} 2",
             f'sentinel auth-pass {NAME} "{PASSWORD}"',
@@ -42,7 +42,7 @@ class Watched:
         )
         for i in range(3):
             self.sentinels.append(Server(self._home / f"s{i}", SENTINEL_PASSWORD, *watch, sentinel=True))
-        eventually(lambda: all(map(_sees_all, self.sentinels)), "the sentinels know each other and the replica")
+        eventually(lambda: all(map(_knows_all, self.sentinels)), "the sentinels know each other and the replica")
 
     @property
     def url(self) -> str:
@@ -51,12 +51,12 @@ class Watched:
 
     @property
     def master(self) -> Server:
-        """The server that clients are told of."""
-        port = int(_seen_by(next(each for each in self.sentinels if each.process.poll() is None))["port"])
+        """The current master according to the sentinels."""
+        port = int(_master_state(next(each for each in self.sentinels if each.process.poll() is None))["port"])
         return next(server for server in self.servers if server.port == port)
 
-    def in_step(self) -> bool:
-        """Whether a replica follows."""
+    def in_sync(self) -> bool:
+        """Whether a replica is connected to its master."""
         return any(
             server.client.info("replication").get("master_link_status") == "up"
             for server in self.servers
@@ -68,22 +68,22 @@ class Watched:
             server.close()
 
 
-def _seen_by(sentinel: Server) -> dict[str, Any]:
-    seen: dict[str, Any] = sentinel.client.sentinel_master(NAME)  # type: ignore[no-untyped-call]
-    return seen
+def _master_state(sentinel: Server) -> dict[str, Any]:
+    state: dict[str, Any] = sentinel.client.sentinel_master(NAME)  # type: ignore[no-untyped-call]
+    return state
 
 
-def _sees_all(sentinel: Server) -> bool:
-    seen = _seen_by(sentinel)
-    return (int(seen["num-slaves"]), int(seen["num-other-sentinels"])) == (1, 2)
+def _knows_all(sentinel: Server) -> bool:
+    state = _master_state(sentinel)
+    return (int(state["num-slaves"]), int(state["num-other-sentinels"])) == (1, 2)
 
 
 @pytest.fixture
-def watched() -> Iterator[Watched]:
+def sentinel_setup() -> Iterator[SentinelSetup]:
     with tempfile.TemporaryDirectory(prefix="mlxq-", ignore_cleanup_errors=True) as folder:
-        watched = Watched(Path(folder))
+        sentinel_setup = SentinelSetup(Path(folder))
         try:
-            watched.start()
-            yield watched
+            sentinel_setup.start()
+            yield sentinel_setup
         finally:
-            watched.close()
+            sentinel_setup.close()

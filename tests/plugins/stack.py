@@ -1,4 +1,4 @@
-"""The real thing for integration tests: valkey, worker and gunicorn as processes, spoken to over sockets."""
+"""A real stack for integration tests: Valkey, workers and the API as processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ START_WITHIN_S = 120
 
 
 class Stack:
-    """One API process, as many workers as a test starts."""
+    """One API process, and the workers that a test starts."""
 
     def __init__(
         self, home: Path, redis_url: str, model: Path, variables: dict[str, str], valkey: ValkeyServer | None = None
@@ -75,7 +75,7 @@ class Stack:
             return False
 
     def start_worker(self, **variables: str) -> subprocess.Popen[bytes]:
-        """A further worker, ready to take jobs when this returns."""
+        """Start a worker and wait until it is ready."""
         name = f"worker-{self._workers}"
         before = {worker.pid for worker in self.ready_workers()}
         child = self.spawn_worker(**variables)
@@ -98,7 +98,7 @@ class Stack:
         return f"http://127.0.0.1:{self.settings.flower_port}"
 
     def spawn_worker(self, **variables: str) -> subprocess.Popen[bytes]:
-        """A further worker, which may or may not come up."""
+        """Start a worker without waiting."""
         index, self._workers = self._workers, self._workers + 1
         return self._start(
             f"worker-{index}", [sys.executable, "-m", "worker.app"], {"MLXQ_WORKER_INDEX": str(index), **variables}
@@ -114,7 +114,7 @@ class Stack:
         return (self.home / f"{name}.log").read_text(errors="replace")
 
     def stop(self, child: subprocess.Popen[bytes], number: int = signal.SIGTERM, within_s: float = 30) -> int:
-        """Send a signal, wait for the end; the exit code."""
+        """Send a signal and wait for the exit; return the exit status."""
         child.send_signal(number)
         return child.wait(within_s)
 
@@ -130,16 +130,16 @@ class Stack:
                 child.wait()
         self.redis.close()
 
-    def _start(self, name: str, command: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, command: list[str], extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         with (self.home / f"{name}.log").open("wb") as log:
-            child = subprocess.Popen(command, cwd=ROOT, env={**self.env, **(more or {})}, stdout=log, stderr=log)
+            child = subprocess.Popen(command, cwd=ROOT, env={**self.env, **(extra or {})}, stdout=log, stderr=log)
         self.processes.append(child)
         return child
 
 
 @contextmanager
 def fake_stack_on(redis_url: str, **variables: str) -> Iterator[Stack]:
-    """API alone, on a Redis of the caller's, for workers that only make words up."""
+    """Start only the API, with the caller's Redis, for the fake model."""
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         stack = Stack(Path(folder), redis_url, Path("fake"), {"BACKEND": "fake", **variables})
         try:
@@ -151,13 +151,13 @@ def fake_stack_on(redis_url: str, **variables: str) -> Iterator[Stack]:
 
 @contextmanager
 def catalog_stack(catalog: str, **variables: str) -> Iterator[Stack]:
-    """API alone, for the models of a catalog; `{home}` in it is a folder of the stack's own."""
+    """Start only the API, with a catalog. `{home}` in it is replaced by the stack's folder."""
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         home = Path(folder)
         (home / "catalog.toml").write_text(catalog.replace("{home}", folder))
         with ValkeyServer(port=0, unix_socket_path=home / "s", data_dir=home / "v", config=DURABLE) as valkey:
-            given = {"MODELS_FILE": str(home / "catalog.toml"), "LEASE_S": "1", "SLOTS": "8", **variables}
-            stack = Stack(home, f"unix://{valkey.unix_socket_path}", home, given, valkey)
+            overrides = {"MODELS_FILE": str(home / "catalog.toml"), "LEASE_S": "1", "SLOTS": "8", **variables}
+            stack = Stack(home, f"unix://{valkey.unix_socket_path}", home, overrides, valkey)
             del stack.env["MODEL_PATH"]
             try:
                 stack.start_web()
@@ -170,8 +170,8 @@ StackMaker = Callable[..., Stack]
 
 
 def made_stack(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
-    """A stack that is ended after use."""
-    # Not pytest's tmp_path: a Unix socket's path may have hardly more than 100 characters.
+    """Yield a stack with its own Valkey; stop it afterwards."""
+    # Not pytest's tmp_path: the path of a Unix socket is limited to about 100 characters.
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         home = Path(folder)
         with ValkeyServer(
@@ -189,7 +189,7 @@ def made_stack(model: Path, variables: dict[str, str]) -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
-    """API and one worker with the real SmolLM2, shared by all tests: leave it as you found it."""
+    """The API and one worker with SmolLM2, shared by all tests, which must leave it unchanged."""
     for stack in made_stack(smollm2_path, {"SLOTS": "16"}):
         stack.start_web()
         stack.start_worker()
@@ -198,7 +198,7 @@ def smollm2_stack(smollm2_path: Path) -> Iterator[Stack]:
 
 @pytest.fixture
 def smollm2_api(smollm2_path: Path) -> Iterator[Stack]:
-    """API alone, for SmolLM2; a test starts the workers it wants."""
+    """Only the API, for SmolLM2; the test starts workers."""
     for stack in made_stack(smollm2_path, {"LEASE_S": "1"}):
         stack.start_web()
         yield stack
@@ -206,7 +206,7 @@ def smollm2_api(smollm2_path: Path) -> Iterator[Stack]:
 
 @pytest.fixture
 def fake_stack() -> Iterator[Stack]:
-    """API alone, for made-up words; a test starts the workers it wants."""
+    """Only the API, for the fake model; the test starts workers."""
     for stack in made_stack(Path("fake"), {"BACKEND": "fake"}):
         stack.start_web()
         yield stack
@@ -214,7 +214,7 @@ def fake_stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def vision_stack(tiny_vision_path: Path) -> Iterator[Stack]:
-    """API and one worker with the tiny random vision model, shared by a module's tests."""
+    """The API and one worker with the tiny vision model, shared by a module's tests."""
     for stack in made_stack(tiny_vision_path, {"SLOTS": "16", "LOG_LEVEL": "DEBUG"}):
         stack.start_web()
         stack.start_worker()
@@ -223,7 +223,7 @@ def vision_stack(tiny_vision_path: Path) -> Iterator[Stack]:
 
 @pytest.fixture
 def vision_api(tiny_vision_path: Path) -> Iterator[Stack]:
-    """API alone, for the tiny random vision model; a test starts the workers it wants."""
+    """Only the API, for the tiny vision model; the test starts workers."""
     for stack in made_stack(tiny_vision_path, {"LEASE_S": "1"}):
         stack.start_web()
         yield stack
@@ -231,7 +231,7 @@ def vision_api(tiny_vision_path: Path) -> Iterator[Stack]:
 
 @pytest.fixture
 def tiny_stack(tiny_model_path: Path) -> Iterator[Stack]:
-    """API alone, for the tiny random llama; a test starts the workers it wants."""
+    """Only the API, for the tiny llama; the test starts workers."""
     for stack in made_stack(tiny_model_path, {"LEASE_S": "1"}):
         stack.start_web()
         yield stack

@@ -1,6 +1,6 @@
-"""Checks a running service from outside, a line a check.
+"""Checks a running service through its API and prints one line per check.
 
-Exit status: 0 all is well, 1 something is not, 2 the checks cannot be made.
+Exit status: 0 all checks passed, 1 a check failed, 2 the service cannot be reached.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from scripts.client import connection
 from scripts.client.api import Client, ClientError, Refused, Unreachable
 from shared.settings import Settings, load_settings
 from tests.smoke import api, flower
-from tests.smoke.probe import Probe, Wrong
+from tests.smoke.probe import CheckFailed, Probe
 
 T = TypeVar("T")
 Check = Callable[[], None]
 
-IMPOSTOR = "mlxq_00000000_" + "0" * 43
-"""Formed like a key, but nobody's."""
+UNKNOWN_KEY = "mlxq_00000000_" + "0" * 43
+"""A well-formed key that does not exist."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return the exit status."""
     try:
         settings = load_settings()
         options = _parser(settings).parse_args(arguments)
@@ -38,15 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValidationError, connection.NoKey) as error:
         print(f"smoke: {error}", file=sys.stderr)
         return 2
-    with Client(options.url, key) as client, Client(options.url) as stranger, Client(options.url, IMPOSTOR) as impostor:
+    with (
+        Client(options.url, key) as client,
+        Client(options.url) as without_key,
+        Client(options.url, UNKNOWN_KEY) as wrong_key,
+    ):
         try:
             client.request("GET", "/livez")
         except Unreachable as error:
             print(f"smoke: no service at {options.url}: {error}", file=sys.stderr)
             return 2
         except Refused:
-            pass  # the checks say what is wrong
-        checks = dict(_named("", api.CHECKS, Probe(client, stranger, impostor)))
+            pass  # the checks report why
+        checks = dict(_named("", api.CHECKS, Probe(client, without_key, wrong_key)))
         if options.flower:
             checks |= _named("flower ", flower.CHECKS, _flower(options, settings))
         passed = [run(name, check) for name, check in checks.items()]
@@ -55,22 +59,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(name: str, check: Check) -> bool:
-    """Make one check and print its line; returns whether it passed."""
-    began = time.perf_counter()
-    wrong = _wrong(check)
-    milliseconds = (time.perf_counter() - began) * 1000
-    print(f"{'✗' if wrong else '✓'} {name:<16} {milliseconds:7.0f} ms  {wrong}".rstrip(), flush=True)
-    return not wrong
+    """Run a check and print its line; return whether it passed."""
+    started = time.perf_counter()
+    failure = _failure(check)
+    milliseconds = (time.perf_counter() - started) * 1000
+    print(f"{'✗' if failure else '✓'} {name:<16} {milliseconds:7.0f} ms  {failure}".rstrip(), flush=True)
+    return not failure
 
 
-def _wrong(check: Check) -> str:
-    """What is wrong; empty when nothing is."""
+def _failure(check: Check) -> str:
+    """Run a check; return why it failed, or an empty string."""
     try:
         check()
-    except (Wrong, ClientError, httpx2.HTTPError) as error:
+    except (CheckFailed, ClientError, httpx2.HTTPError) as error:
         return str(error) or type(error).__name__
     except (ValueError, KeyError, TypeError) as error:
-        return f"the answer is of an unexpected form ({type(error).__name__})"
+        return f"the response has an unexpected form ({type(error).__name__})"
     return ""
 
 
@@ -89,12 +93,12 @@ def _parser(settings: Settings) -> argparse.ArgumentParser:
         "scripts/smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     connection.add_options(parser, settings)
-    parser.add_argument("--no-flower", dest="flower", action="store_false", help="leave Flower out")
+    parser.add_argument("--no-flower", dest="flower", action="store_false", help="do not check Flower")
     parser.add_argument(
         "--flower-url",
         metavar="URL",
         default=os.environ.get("FLOWER_URL") or connection.local_url(settings.flower_host, settings.flower_port),
-        help="where Flower is (%(default)s); it is entered with FLOWER_USER and FLOWER_PASSWORD",
+        help="address of Flower (%(default)s); the login is FLOWER_USER and FLOWER_PASSWORD",
     )
     return parser
 

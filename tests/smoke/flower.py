@@ -1,4 +1,4 @@
-"""Checks of Flower: closed to strangers, and it sees the workers."""
+"""Checks of Flower: it requires a password and lists the workers."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import httpx2
 
 from tests.smoke.probe import require
 
-SEEN_S = 10.0
+TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Flower:
-    """Where it is and how one gets in."""
+    """Address and credentials."""
 
     url: str
     user: str
     password: str
 
-    def get(self, path: str, *, known: bool = True) -> httpx2.Response:
-        """An answer, to somebody who knows the password or not."""
-        auth = httpx2.BasicAuth(self.user, self.password) if known else None
-        return httpx2.get(self.url + path, auth=auth, timeout=SEEN_S)
+    def get(self, path: str, *, login: bool = True) -> httpx2.Response:
+        """Send a GET request, with or without the password."""
+        auth = httpx2.BasicAuth(self.user, self.password) if login else None
+        return httpx2.get(self.url + path, auth=auth, timeout=TIMEOUT_S)
 
 
 def closed(flower: Flower) -> None:
-    """Nobody gets in without the password."""
-    status = flower.get("/", known=False).status_code
-    require(status == 401, f"answered {status} in place of 401")
+    """A request without the password is rejected."""
+    status = flower.get("/", login=False).status_code
+    require(status == 401, f"answered {status} instead of 401")
 
 
 def open_(flower: Flower) -> None:
-    """The password opens."""
+    """The password is accepted."""
     status = flower.get("/").status_code
-    require(status == 200, f"answered {status} in place of 200")
+    require(status == 200, f"answered {status} instead of 200")
 
 
 def workers(flower: Flower) -> None:
     """At least one worker is listed."""
-    # `refresh`: Flower asks the workers now, whatever it has heard so far.
+    # With `refresh`, Flower queries the workers now.
     response = flower.get("/api/workers?refresh=1")
-    require(response.status_code == 200, f"answered {response.status_code} in place of 200")
+    require(response.status_code == 200, f"answered {response.status_code} instead of 200")
     require(response.json(), "lists no worker")
 
 

@@ -1,4 +1,4 @@
-"""What every check works with: a way to ask, and a way to say that the answer is not what it should be."""
+"""Clients and assertions for the checks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from scripts.client.api import Client, Refused, RemoteJob
 from shared.jobs.record import Status
 
 JOB_S = 60
-"""A short job takes at most this long, a model on a slow machine included."""
+"""Maximum duration of a short job, also with a large model on a slow machine."""
 POLL_S = 5
 
 
-class Wrong(Exception):
-    """A check failed; the message says how."""
+class CheckFailed(Exception):
+    """A check failed. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The service, as seen by three callers."""
+    """Clients of the service with different keys."""
 
     client: Client
-    stranger: Client
-    """Without a key."""
-    impostor: Client
-    """With a key that is none."""
+    without_key: Client
+    wrong_key: Client
+    """With a well-formed but unknown key."""
 
     def finish(self, job: RemoteJob) -> RemoteJob:
         """Wait until a job has ended."""
@@ -38,32 +37,32 @@ class Probe:
         return job
 
     def succeed(self, job: RemoteJob) -> RemoteJob:
-        """Wait until a job has ended well."""
+        """Wait until a job has succeeded."""
         job = self.finish(job)
         require(job.status is Status.SUCCEEDED, f"{job.id} ended {job.status}: {job.error}")
         return job
 
 
-def require(truth: object, otherwise: str) -> None:
-    """Fail the check unless something holds."""
-    if not truth:
-        raise Wrong(otherwise)
+def require(condition: object, failure: str) -> None:
+    """Fail the check with a message if the condition is false."""
+    if not condition:
+        raise CheckFailed(failure)
 
 
 def require_json(response: httpx2.Response, *names: str) -> dict[str, object]:
-    """An answer's JSON object, which must have these members."""
+    """Return the JSON object of a response, which must have these members."""
     data = response.json()
-    require(isinstance(data, dict), "the answer is no JSON object")
+    require(isinstance(data, dict), "the response is not a JSON object")
     missing = [name for name in names if name not in data]
-    require(not missing, f"the answer lacks {', '.join(missing)}")
+    require(not missing, f"the response lacks {', '.join(missing)}")
     return dict(data)
 
 
-def require_refusal(client: Client, path: str) -> None:
-    """Fail the check unless a caller is turned away with 401."""
+def require_unauthorized(client: Client, path: str) -> None:
+    """Fail the check unless a request is answered with 401."""
     try:
         client.request("GET", path)
     except Refused as error:
-        require(error.status == 401, f"answered {error.status} in place of 401")
+        require(error.status == 401, f"answered {error.status} instead of 401")
     else:
-        raise Wrong("was let in")
+        raise CheckFailed("the request was accepted")

@@ -1,4 +1,4 @@
-"""A model hub over HTTP, as far as one repository: it can cut connections, hold them, and lie."""
+"""A model hub with one repository, over HTTP. It can cut or stall connections and send wrong content."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 LARGE = (".safetensors", ".bin")
-"""What the hub keeps apart from git, and tells the SHA-256 of."""
+"""Suffixes of files that the hub stores outside git, with a SHA-256."""
 
 
 @dataclass
 class Sent:
-    """An answer with a file's content."""
+    """A response with the content of a file."""
 
     name: str
     first: int
@@ -34,27 +34,27 @@ class ModelHub:
     """One repository, at one commit.
 
     Attributes:
-        cuts: of a file, after how many bytes of each answer the connection is cut; the first is used up first.
-        resets: whether a cut is a TCP reset instead of an orderly close.
-        held: of a file, after how many bytes an answer stops without an end, while this is set.
-        content: of a file, what is sent in place of what it was announced as.
-        statuses: of a file, statuses of the next answers.
-        ignores_ranges: answers with the whole file whatever is asked.
-        elsewhere: address to which requests for content are sent on.
+        cuts: by file, numbers of bytes after which the connections of the next responses are cut.
+        resets: whether a cut is a TCP reset instead of a normal close.
+        stalls: by file, number of bytes after which responses stall.
+        content: by file, content that is sent in place of the announced one.
+        statuses: by file, HTTP statuses of the next responses.
+        ignores_ranges: whether Range headers are ignored.
+        redirect_to: base URL to which requests for content are redirected.
     """
 
     folder: Path
     url: str = ""
     cuts: dict[str, list[int]] = field(default_factory=dict)
     resets: bool = False
-    held: dict[str, int] = field(default_factory=dict)
+    stalls: dict[str, int] = field(default_factory=dict)
     content: dict[str, bytes] = field(default_factory=dict)
     statuses: dict[str, list[int]] = field(default_factory=dict)
     ignores_ranges: bool = False
-    elsewhere: str = ""
+    redirect_to: str = ""
     info_status: int = 200
     info_error: str = ""
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -65,15 +65,15 @@ class ModelHub:
     def _sibling(self, path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         git_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        told: dict[str, Any] = {"rfilename": path.relative_to(self.folder).as_posix(), "size": len(content)}
+        entry: dict[str, Any] = {"rfilename": path.relative_to(self.folder).as_posix(), "size": len(content)}
         if path.suffix in LARGE:
             digest = hashlib.sha256(content).hexdigest()
-            pointer = hashlib.sha1(digest.encode()).hexdigest()  # git has a pointer in its place
-            return told | {"blobId": pointer, "lfs": {"sha256": digest, "size": len(content), "pointerSize": 134}}
-        return told | {"blobId": git_id}
+            pointer = hashlib.sha1(digest.encode()).hexdigest()  # git stores a pointer file
+            return entry | {"blobId": pointer, "lfs": {"sha256": digest, "size": len(content), "pointerSize": 134}}
+        return entry | {"blobId": git_id}
 
     def of(self, name: str) -> list[Sent]:
-        """What was sent of a file, in the order of the requests."""
+        """Return the responses with a file, in order."""
         return [each for each in self.sent if each.name == name]
 
 
@@ -94,13 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
-        hub.asked.append(path)
+        hub.requests.append(path)
         if path.startswith("/api/models/"):
             self._answer(hub.info_status, json.dumps(hub.info()).encode(), {"X-Error-Code": hub.info_error})
             return
         name = path.partition(f"/resolve/{COMMIT}/")[2]
-        if hub.elsewhere and hub.url in f"http://{self.headers['Host']}":
-            self._answer(302, b"", {"Location": hub.elsewhere + path})
+        if hub.redirect_to and hub.url in f"http://{self.headers['Host']}":
+            self._answer(302, b"", {"Location": hub.redirect_to + path})
             return
         statuses = hub.statuses.get(name)
         if statuses:
@@ -124,17 +124,17 @@ class _Handler(BaseHTTPRequestHandler):
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(whole) - 1}/{len(whole)}")
         self.end_headers()
-        cuts, held = hub.cuts.get(name), hub.held.get(name)
+        cuts, stall = hub.cuts.get(name), hub.stalls.get(name)
         cut = cuts.pop(0) if cuts else None
-        body = body[:held] if cut is None else body[:cut]
+        body = body[:stall] if cut is None else body[:cut]
         self.wfile.write(body)
         self.wfile.flush()
         sent.bytes = len(body)
         if cut is not None and hub.resets:
-            # Closing a socket that lingers for zero seconds resets the connection.
+            # Closing a socket with a linger time of zero resets the connection.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
-        if held is not None:
+        if stall is not None:
             hub.stopping.wait(60)
         self.close_connection = True
 
@@ -146,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The real server as a process that can be killed and come back."""
+"""A Redis or Sentinel server that can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 
 
 class Server:
-    """One process of the server; killed and started again it is the same server."""
+    """One server. It keeps its port and its data when it is killed and started again."""
 
     def __init__(self, home: Path, password: str, *lines: str, sentinel: bool = False) -> None:
         self.port = free_port()

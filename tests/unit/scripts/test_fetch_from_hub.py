@@ -76,16 +76,16 @@ def test_a_model_comes_without_code_and_pickles_and_only_once(here: ModelHub, tm
     assert all((models / "model" / name).read_bytes() == (here.folder / name).read_bytes() for name in files)
     assert visible(models) == ["model"]
 
-    here.asked.clear()
+    here.requests.clear()
     assert run(models) == 0
     assert run(models, "--revision", "main") == 0
-    assert here.asked == []
+    assert here.requests == []
 
 
 def test_a_revision_is_asked_for_by_its_name_and_taken_by_its_commit(here: ModelHub, tmp_path: Path) -> None:
     assert run(tmp_path / "models", "--revision", "v2") == 0
-    assert here.asked[0] == "/api/models/org/model/revision/v2"
-    assert {path for path in here.asked if "resolve" in path} == {
+    assert here.requests[0] == "/api/models/org/model/revision/v2"
+    assert {path for path in here.requests if "resolve" in path} == {
         f"/org/model/resolve/{COMMIT}/{name}" for name in ("config.json", WEIGHTS, "tokenizer.json")
     }
 
@@ -146,7 +146,7 @@ def test_a_reset_connection_is_opened_again(here: ModelHub, tmp_path: Path) -> N
 
 def test_the_next_process_continues_after_a_kill(source: ModelHub, tmp_path: Path) -> None:
     size, half = (source.folder / WEIGHTS).stat().st_size, 3 * 2**20
-    source.held[WEIGHTS] = half
+    source.stalls[WEIGHTS] = half
     models = tmp_path / "models"
     command = [sys.executable, "-m", "scripts.model_files.fetch", "org/model", "-o", str(models)]
     environment = {"HF_ENDPOINT": source.url, "HF_HOME": str(tmp_path / "hub"), "PATH": os.environ["PATH"]}
@@ -162,7 +162,7 @@ def test_the_next_process_continues_after_a_kill(source: ModelHub, tmp_path: Pat
         first.kill()
     assert visible(models) == []
     source.stopping.set()
-    source.held.clear()
+    source.stalls.clear()
     with fetch() as second:
         out, err = second.communicate(timeout=60)
 
@@ -258,7 +258,7 @@ def test_a_key_of_the_hub_is_not_sent_on_to_where_the_content_lies(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with model_hub(here.folder) as content:
-        here.elsewhere = content.url.replace("127.0.0.1", "localhost")
+        here.redirect_to = content.url.replace("127.0.0.1", "localhost")
         assert run(tmp_path / "models") == 0
     assert here.sent == []
     assert {sent.authorization for sent in content.sent} == {None}

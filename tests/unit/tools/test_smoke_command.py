@@ -1,4 +1,4 @@
-"""scripts/smoke: its lines, its exit status, and that it keeps the key to itself."""
+"""scripts/smoke: output, exit status, and that it never prints the key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from scripts.client.api import Refused, Unreachable
 from tests.smoke import cli
-from tests.smoke.probe import Wrong
+from tests.smoke.probe import CheckFailed
 
 
 def failing(error: Exception) -> Callable[[], None]:
@@ -18,7 +18,7 @@ def failing(error: Exception) -> Callable[[], None]:
     return check
 
 
-def test_a_check_that_passes_is_a_line_with_a_tick(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_passed_check_is_a_line_with_a_tick(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("ready", lambda: None)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("✓ ready ")
@@ -26,22 +26,22 @@ def test_a_check_that_passes_is_a_line_with_a_tick(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason"),
     [
-        (Wrong("no worker"), "no worker"),
+        (CheckFailed("no worker"), "no worker"),
         (Unreachable("connection refused"), "connection refused"),
         (Refused(503, "unavailable", "Redis is away."), "Redis is away."),
         (KeyError("status"), "unexpected form"),
     ],
 )
-def test_a_check_that_fails_says_why(capsys: pytest.CaptureFixture[str], error: Exception, said: str) -> None:
+def test_a_failed_check_prints_the_reason(capsys: pytest.CaptureFixture[str], error: Exception, reason: str) -> None:
     assert not cli.run("ready", failing(error))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("✗ ready ")
-    assert said in line
+    assert reason in line
 
 
-def test_a_service_that_is_away_is_one_line_without_the_key(
+def test_an_unreachable_service_is_one_line_without_the_key(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OWN_KEY", "mlxq_secret")
@@ -54,6 +54,6 @@ def test_a_service_that_is_away_is_one_line_without_the_key(
     assert "secret" not in printed.out + printed.err
 
 
-def test_without_a_key_nothing_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_key_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--api-key-env", "NO_SUCH_VARIABLE"]) == 2
     assert "no API key" in capsys.readouterr().err
