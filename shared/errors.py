@@ -7,12 +7,14 @@ MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, 
 ├── NotFound              404  the route or the job does not exist, or the job belongs to another key
 ├── MethodNotAllowed      405  the route does not support the method
 ├── NotAcceptable         406  no response format matches the Accept header
+├── RequestTimeout        408  the request arrives too slowly
 ├── Conflict              409  the operation is not possible in the current state
 ├── Gone                  410  the job's log has expired or was trimmed
 ├── TooLarge              413  the request body exceeds the limit
 ├── UnsupportedMedia      415  the route does not accept the content type
 ├── Invalid               422  a field has an invalid value; `field` names it
 │   └── KeyReused         422  the Idempotency-Key was used for a different request
+├── HeadTooLarge          431  the request line or the headers are too long
 ├── RateLimited           429  the API key exceeded its rate limit
 │   └── KeyQueueFull      429  the API key reached its number of waiting jobs, or its share of memory
 ├── Internal              500  a bug in the service
@@ -101,6 +103,12 @@ class NotAcceptable(MlxqError):
     status, code, title = 406, "not_acceptable", "Not acceptable"
 
 
+class RequestTimeout(MlxqError):
+    """The request arrives too slowly."""
+
+    status, code, title = 408, "request_timeout", "Request timeout"
+
+
 class Conflict(MlxqError):
     """The operation is not possible in the current state."""
 
@@ -135,6 +143,12 @@ class KeyReused(Invalid):
     """The Idempotency-Key was used for a different request."""
 
     code = "idempotency_key_reused"
+
+
+class HeadTooLarge(MlxqError):
+    """The request line or the headers are too long."""
+
+    status, code, title = 431, "head_too_large", "Request head too large"
 
 
 class RateLimited(MlxqError):

@@ -103,6 +103,15 @@ class Settings(BaseSettings):
         description="Allow images from http(s) URLs, at most MAX_BODY_BYTES per request. Private, "
         "loopback and link-local addresses are never contacted",
     )
+    max_connections_per_address: int = Field(
+        2048, ge=1, description="Maximum connections from one address to one API process"
+    )
+    max_streams_per_key: int = Field(
+        1024,
+        ge=1,
+        description="Maximum streams and waiting requests of one API key in one API process. Further "
+        "ones are rejected with 429",
+    )
     heartbeat_s: float = Field(15.0, gt=0, description="Interval between heartbeats on idle streams")
     max_wait_s: float = Field(60.0, gt=0, description="Maximum duration of a long poll")
 

@@ -7,7 +7,6 @@ from flask import Flask
 from shared.redis.client import Redis
 from shared.settings import Settings, load_settings
 from web.access import auth, rate_limits
-from web.access.api_keys import KeyStore
 from web.http import problems
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
@@ -24,7 +23,6 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     """
     settings = settings or load_settings()
     services = build(settings, client)
-    keys = KeyStore(settings.keys_file)
 
     app = Flask("web", static_folder=None)
     app.url_map.merge_slashes = False  # a path with an empty job id must be 404, not a redirect
@@ -35,7 +33,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
 
     services.metrics.register(app)
     # The rate limiter runs between the two steps of authentication, so that it also counts unauthenticated requests.
-    app.before_request(lambda: auth.identify(keys))
+    app.before_request(lambda: auth.identify(services.keys))
     rate_limits.register(app, settings)
     app.before_request(auth.require_key)
     app.before_request(refuse_unknown_parameters)

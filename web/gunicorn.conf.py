@@ -13,7 +13,10 @@ import gevent
 from shared.runtime import freeze_garbage_collector
 from shared.settings import load_or_exit
 from web.access.api_keys import LOCAL_SCOPES, KeyFileDamaged, KeyStore
+from web.http.connection import KEEPALIVE_S
+from web.http.server import SPARE_CONNECTIONS
 
+_REVOCATION_CHECK_S = 1.0
 _settings = load_or_exit()
 
 # Processes share their metrics through memory-mapped files. These are in memory where possible, because writing to a
@@ -27,21 +30,39 @@ _multiprocess = _settings.web_workers > 1
 if _multiprocess:  # prometheus_client reads the variable when it is imported, in every process
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics_dir)
 
+
+def _raise_file_limit(needed: int) -> int:
+    """Return the limit of open files, after raising it as far as needed and allowed."""
+    # The soft limit of a shell is 256 (macOS) or 1024, but a process may raise it up to the hard limit.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit if soft == resource.RLIM_INFINITY else max(soft, limit)
+
+
 _host = f"[{_settings.host}]" if ":" in _settings.host else _settings.host
 bind = f"{_host}:{_settings.port}"
 workers = _settings.web_workers
-worker_class = "gevent"
-worker_connections = 4096  # each stream occupies one, and a file descriptor
+worker_class = "web.http.server.Worker"
+_spare_files = 256  # descriptors for everything that is not a client's connection
+_connections = min(4096, _raise_file_limit(4096 + SPARE_CONNECTIONS + _spare_files) - SPARE_CONNECTIONS - _spare_files)
+worker_connections = max(_connections, 1) + SPARE_CONNECTIONS  # each stream occupies one, and a file descriptor
 backlog = 2048
-keepalive = 5  # an idle connection delays a graceful stop for as long
+keepalive = round(KEEPALIVE_S)
+sendfile = False  # it would pass by the time limit for sending
 timeout = 60
 graceful_timeout = max(1, round(_settings.drain_s))
 control_socket_disable = True
+# gunicorn trusts headers of proxies on this machine by default. `web.http.proxy` reads those that are trusted.
+forwarded_allow_ips = ""
+forwarder_headers = ""
+secure_scheme_headers: dict[str, str] = {}
+os.environ.pop("SCRIPT_NAME", None)  # a prefix that every path must have
 logger_class = "web.http.access_log.JsonLogger"
 
 
 def on_starting(server: Any) -> None:
-    _raise_file_limit(worker_connections + 256)
     shutil.rmtree(_metrics_dir, ignore_errors=True)
     if _multiprocess:
         _metrics_dir.mkdir(mode=0o700, parents=True)
@@ -59,7 +80,8 @@ def post_worker_init(worker: Any) -> None:
     services = worker.wsgi.extensions["mlxq"]
     services.events.start()
     services.maintenance.start(lambda: worker.alive)
-    gevent.spawn(_close_streams, worker, services.hub)
+    gevent.spawn(_close_when_stopping, worker, services.hub)
+    gevent.spawn(_abort_revoked, services)
     freeze_garbage_collector()
 
 
@@ -74,16 +96,15 @@ def on_exit(server: Any) -> None:
     shutil.rmtree(_metrics_dir, ignore_errors=True)
 
 
-def _raise_file_limit(needed: int) -> None:
-    # The soft limit of a shell is 256 (macOS) or 1024, but a process may raise it up to the hard limit.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if soft != resource.RLIM_INFINITY and soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
-def _close_streams(worker: Any, hub: Any) -> None:
-    # gunicorn has no hook for the beginning of a graceful stop, and would cut the streams at its end.
+def _close_when_stopping(worker: Any, hub: Any) -> None:
+    # gunicorn has no hook for the beginning of a graceful stop. It would wait for idle connections and cut the streams.
     while worker.alive:
         gevent.sleep(0.1)
     hub.close()
+    worker.close_idle_connections()
+
+
+def _abort_revoked(services: Any) -> None:
+    while True:
+        gevent.sleep(_REVOCATION_CHECK_S)
+        services.open_responses.abort_revoked(services.keys)

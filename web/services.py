@@ -22,6 +22,8 @@ from shared.redis.requirements import Requirements
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
+from web.access.api_keys import KeyStore
+from web.access.open_responses import OpenResponses
 from web.admission.admit import Admission
 from web.admission.image_loader import ImageLoader
 from web.admission.image_urls import ImageUrls
@@ -46,6 +48,8 @@ class Services:
     """The objects that routes use."""
 
     settings: Settings
+    keys: KeyStore
+    open_responses: OpenResponses
     catalog: Catalog
     model_manager: ModelManager
     jobs: Jobs
@@ -105,6 +109,8 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     )
     return Services(
         settings=settings,
+        keys=KeyStore(settings.keys_file),
+        open_responses=OpenResponses(settings.max_streams_per_key),
         catalog=catalog,
         model_manager=model_manager,
         jobs=jobs,

@@ -89,6 +89,7 @@ class KeyStore:
         self._path = path
         self._file_version: tuple[int, int, int] | None = None
         self._keys: dict[str, ApiKey] = {}
+        self._unreadable = False
 
     def ensure(self, key: str, name: str, scopes: Iterable[str]) -> ApiKey:
         """Store a given key unless it is stored already, and revoke all other keys with the same name.
@@ -178,6 +179,12 @@ class KeyStore:
         matches = hmac.compare_digest(entry.hash if entry else _DUMMY_HASH, _hash(key))
         return entry if entry and matches and entry.revoked_at is None else None
 
+    def is_valid(self, key_id: str) -> bool:
+        """Whether a key with this id exists and is not revoked."""
+        self._refresh()
+        entry = self._keys.get(key_id)
+        return entry is not None and entry.revoked_at is None
+
     def _refresh(self) -> None:
         """Read the file if it has changed. If it cannot be read, the keys read before stay valid."""
         try:
@@ -185,12 +192,15 @@ class KeyStore:
             version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
             if version == self._file_version:
                 return
-            self._file_version = version
             self._keys = _read(self._path)
+            # Only now: if reading fails, the next request must try again.
+            self._file_version, self._unreadable = version, False
         except FileNotFoundError:
             self._file_version, self._keys = None, {}
         except (OSError, KeyFileDamaged) as error:
-            log.error("api_keys_unreadable", extra={"path": str(self._path), "reason": str(error)})
+            if not self._unreadable:
+                log.error("api_keys_unreadable", extra={"path": str(self._path), "reason": str(error)})
+            self._unreadable = True
 
     @contextmanager
     def _editing(self) -> Iterator[dict[str, ApiKey]]:

@@ -30,7 +30,7 @@ class JsonLogger(Logger):  # type: ignore[misc]
         log.info(
             "%s %s %d",
             environ["REQUEST_METHOD"],
-            environ["PATH_INFO"],
+            environ.get("PATH_INFO", ""),
             status,
             extra={
                 "request_id": environ.get(ENVIRON_KEY, ""),

@@ -9,12 +9,15 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import gevent
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+CONNECTION: Final = "gunicorn.socket"
+"""The client's `Connection` in the WSGI environment."""
 
 
 @contextmanager
@@ -24,7 +27,7 @@ def watch_disconnect(environ: WSGIEnvironment, on_disconnect: Callable[[], None]
     A client that closes only its sending half counts as disconnected: the two cases cannot be distinguished, and HTTP
     clients that wait for a response do not do that.
     """
-    connection = environ.get("gunicorn.socket")
+    connection = environ.get(CONNECTION)
     if connection is None:  # another server, or Flask's test client
         yield
         return

@@ -32,17 +32,18 @@ from werkzeug.routing import Rule
 
 from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
-from web.http.problems import MEDIA_TYPE
 from web.http.stream_formats import FORMATS
-from web.schemas.problems import ProblemDetails
+from web.schemas.problems import MEDIA_TYPE, ProblemDetails
 from web.schemas.requests import JobRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _ATTRIBUTE: Final = "openapi"
-_COMMON_ERRORS: Final = (401, 403, 422, 429, 500, 503)
-"""Error statuses that every route with authentication may return."""
+_COMMON_ERRORS: Final = (400, 408, 429, 431, 500, 503)
+"""Error statuses that every route may return."""
+_ERRORS_WITH_KEY: Final = (401, 403, 422)
+"""Error statuses that every route with authentication may return in addition."""
 ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request", "invalid_json", "invalid_utf8"),
     401: ("unauthorized",),
@@ -56,6 +57,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "operation_not_found",
     ),
     406: ("not_acceptable",),
+    408: ("request_timeout",),
     409: ("job_active", "job_cancelled", "job_ended", "conflict", "model_not_loaded"),
     410: ("log_expired", "log_trimmed", "gone"),
     413: ("body_too_large", "image_too_large"),
@@ -77,13 +79,15 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "worker_needed",
         "job_too_large",
     ),
-    429: ("rate_limited", "key_queue_full"),
+    429: ("rate_limited", "key_queue_full", "too_many_streams", "too_many_connections"),
+    431: ("head_too_large",),
     500: ("internal",),
     503: (
         "unavailable",
         "queue_full",
         "queue_memory_full",
         "not_durable",
+        "too_many_connections",
         "redis_unsuitable",
         "restarting",
         "no_worker",
@@ -287,7 +291,7 @@ def _form_schema(model: type[BaseModel]) -> Schema:
 
 
 def _responses(description: describe, *, public: bool) -> Iterator[tuple[str, Response]]:
-    errors = {*description.errors, *((500,) if public else _COMMON_ERRORS)}
+    errors = {*description.errors, *_COMMON_ERRORS, *(() if public else _ERRORS_WITH_KEY)}
     for status in sorted(errors - set(description.responses)):
         yield str(status), _error_response(status)
     for status, content in description.responses.items():

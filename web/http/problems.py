@@ -21,11 +21,9 @@ from shared import errors
 from shared.errors import MlxqError
 from shared.redis.client import is_denied, passes
 from web.http.request_id import current_request_id
-from web.schemas.problems import FieldError, ProblemDetails
+from web.schemas.problems import MEDIA_TYPE, FieldError, ProblemDetails
 
 log = logging.getLogger(__name__)
-
-MEDIA_TYPE = "application/problem+json"
 
 _BY_STATUS: dict[int, type[MlxqError]] = {
     kind.status: kind
@@ -36,6 +34,7 @@ _BY_STATUS: dict[int, type[MlxqError]] = {
         errors.NotFound,
         errors.MethodNotAllowed,
         errors.NotAcceptable,
+        errors.RequestTimeout,
         errors.Conflict,
         errors.Gone,
         errors.TooLarge,
@@ -64,16 +63,7 @@ def register(app: Flask) -> None:
 
 def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Response:
     """Return the response for an error."""
-    body = ProblemDetails(
-        type=f"urn:mlxq:problem:{error.code}",
-        title=error.title,
-        status=error.status,
-        detail=error.detail,
-        code=error.code,
-        field=error.field,
-        errors=list(field_errors) or None,
-        request_id=current_request_id(),
-    )
+    body = ProblemDetails.of(error, current_request_id(), field_errors)
     response = Response(body.model_dump_json(exclude_none=True), error.status, content_type=MEDIA_TYPE)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after)))

@@ -51,4 +51,9 @@ def current_request_id() -> str:
 
 
 def _client_id_or_new(header: str) -> str:
-    return header if _VALID_ID.fullmatch(header) else secrets.token_hex(16)
+    return header if _VALID_ID.fullmatch(header) else new_request_id()
+
+
+def new_request_id() -> str:
+    """Generate an id for a request that has none."""
+    return secrets.token_hex(16)

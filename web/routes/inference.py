@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING
 
 import redis
@@ -13,8 +13,9 @@ from flask import Blueprint, Response, request
 from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, Unavailable
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
+from web.access.auth import caller
 from web.http import openapi
-from web.http.disconnect import watch_disconnect
+from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.problems import problem
 from web.http.request import idempotency_key, read_body
@@ -23,6 +24,7 @@ from web.routes.submission import submit
 from web.schemas.jobs import InferenceView
 from web.schemas.requests import InferenceRequest
 from web.services import Services, services
+from web.streaming.follower import Watch
 from web.streaming.response import stream_response
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 routes = Blueprint("inference", __name__)
 
+_CLIENT_CLOSED_REQUEST = 499
+"""A status that nginx logs in this case."""
 _CAUSED_BY_REQUEST = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
 
 
@@ -57,6 +61,11 @@ def infer() -> Response:
     """
     body = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if body.stream else None
+    connection = request.environ.get(CONNECTION)
+    return services().open_responses.respond(caller().id, connection, lambda: _respond(body, form))
+
+
+def _respond(body: InferenceRequest, form: Format | None) -> Response:
     accepted = submit(body)
     job = accepted.job
     # With an Idempotency-Key, other requests may be waiting for the same job, now or later.
@@ -70,9 +79,11 @@ def infer() -> Response:
 
 def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None]) -> Response:
     current = services()
-    with watch_disconnect(request.environ, on_disconnect):
-        current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2)
+    watch = _watch(request.environ, on_disconnect)
+    current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2, watch=watch)
     ended = current.jobs.get(job.id, job.owner)
+    if not ended.status.terminal and not current.hub.closing:
+        return Response(status=_CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
     if not ended.status.terminal:
         detail = "The API process is restarting. The job continues; its path is in the Location header."
         return problem(Unavailable(detail, code="restarting", retry_after=1))
@@ -84,7 +95,7 @@ def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None
 def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Response:
     current = services()
     return stream_response(
-        _watched(current.follower.follow(job.id, 0), request.environ, on_disconnect),
+        _ended_by_client(current.follower.follow(job.id, 0, _watch(request.environ, on_disconnect)), on_disconnect),
         form,
         job.id,
         lambda: current.job_views.job_json(current.jobs.get(job.id, job.owner)),
@@ -92,11 +103,22 @@ def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Respon
     )
 
 
-def _watched(
-    events: Generator[list[Event]], environ: WSGIEnvironment, on_disconnect: Callable[[], None]
-) -> Generator[list[Event]]:
-    """Pass events on; call `on_disconnect` if the client disconnects before the last one."""
-    with closing(events), watch_disconnect(environ, on_disconnect):
+def _watch(environ: WSGIEnvironment, on_disconnect: Callable[[], None]) -> Watch:
+    """Return a watch that also calls `on_disconnect`."""
+
+    def watch(wake: Callable[[], None]) -> AbstractContextManager[None]:
+        def disconnected() -> None:
+            on_disconnect()
+            wake()
+
+        return watch_disconnect(environ, disconnected)
+
+    return watch
+
+
+def _ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[], None]) -> Generator[list[Event]]:
+    """Pass events on; call `on_disconnect` if sending fails before the last one."""
+    with closing(events):
         for ready in events:
             ended = bool(ready) and ready[-1].kind is EventKind.DONE
             try:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from functools import partial
 from urllib.parse import quote
 
 import redis
 from flask import Blueprint, Response, request
 
-from shared.errors import Invalid
+from shared.errors import Invalid, RateLimited
 from shared.jobs.record import Job
 from shared.redis.client import passes
 from web.access.auth import caller
 from web.http import openapi
+from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.request import parse_integer, preferred_wait_s, read_body, wait_s
 from web.http.stream_formats import EventStream, Format, negotiate
@@ -73,7 +76,7 @@ def submit_job() -> Response:
 def get_job(job_id: str) -> Response:
     """The job with its text so far. With `wait`, the response comes when the job has ended or the time is over."""
     job = services().jobs.get(job_id, caller().id)
-    ended = _wait(job, wait_s(services().settings.max_wait_s))
+    ended = _wait_or_refuse(job, wait_s(services().settings.max_wait_s))
     return _json(services().job_views.job_json(ended))
 
 
@@ -143,13 +146,18 @@ def _stream(job_id: str, form: Format, cursor: int) -> Response:
     job = jobs.get(job_id, owner)
     if job.status.terminal and cursor >= job.last_event:
         return Response(status=204)
-    return stream_response(
-        services().follower.follow(job_id, cursor),
-        form,
-        job_id,
-        lambda: views.job_json(jobs.get(job_id, owner)),
-        services().metrics,
-    )
+    environ = request.environ
+
+    def respond() -> Response:
+        return stream_response(
+            services().follower.follow(job_id, cursor, partial(watch_disconnect, environ)),
+            form,
+            job_id,
+            lambda: views.job_json(jobs.get(job_id, owner)),
+            services().metrics,
+        )
+
+    return services().open_responses.respond(owner, environ.get(CONNECTION), respond)
 
 
 def _is_reconnecting_event_source(form: Format) -> bool:
@@ -182,11 +190,19 @@ def _before() -> float | None:
 
 
 def _wait(job: Job, max_wait_s: float) -> Job:
-    """Wait for a job to end; return its latest state."""
+    """Wait for a job to end; return its latest state. If the key has too many waiting requests, do not wait."""
+    with suppress(RateLimited):
+        return _wait_or_refuse(job, max_wait_s)
+    return job
+
+
+def _wait_or_refuse(job: Job, max_wait_s: float) -> Job:
     if job.status.terminal or not max_wait_s:
         return job
-    services().follower.wait(job.id, max_wait_s)
-    return services().jobs.get(job.id, job.owner)
+    current, environ = services(), request.environ
+    with current.open_responses.open(job.owner, environ.get(CONNECTION)):
+        current.follower.wait(job.id, max_wait_s, watch=partial(watch_disconnect, environ))
+    return current.jobs.get(job.id, job.owner)
 
 
 def _job_response(job: Job) -> Response:

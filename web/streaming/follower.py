@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Sequence
-from typing import Final
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final, TypeAlias
 
 import redis
 
 from shared.errors import Gone
 from shared.jobs.log import Event, EventKind, JobLog
 from shared.redis.client import passes
-from web.streaming.hub import Hub, Item, Signal
+from web.streaming.hub import Hub, Item, Signal, Subscription
 
 log = logging.getLogger(__name__)
 
 _PAGE: Final = 500
 _CHECK_S: Final = 5.0
 """Interval at which `wait` reads the job's record: processes of older versions do not publish the end of a job."""
+
+Watch: TypeAlias = Callable[[Callable[[], None]], AbstractContextManager[None]]
+"""Makes a context manager that calls a function if the client disconnects inside its block."""
+
+
+def no_watch(_: Callable[[], None]) -> AbstractContextManager[None]:
+    """Watch no client."""
+    return nullcontext()
 
 
 class Follower:
@@ -33,31 +42,32 @@ class Follower:
         self._hub = hub
         self._heartbeat_s = heartbeat_s
 
-    def follow(self, job_id: str, cursor: int) -> Generator[list[Event]]:
+    def follow(self, job_id: str, cursor: int, watch: Watch = no_watch) -> Generator[list[Event]]:
         """Yield the events after number `cursor` until the job has ended. Events that are ready come in one list.
 
         An empty list means that a heartbeat is due. If the cursor is past the end, only the `done` event comes. If the
-        process is shutting down, the generator ends without a `done` event.
+        process is shutting down or the client has disconnected, the generator ends without a `done` event.
 
         Raises:
             Gone: the log was trimmed or has expired. Raised by this call, or later by the generator.
             redis.RedisError: Redis is unavailable. Raised only by this call; the generator waits for Redis instead.
         """
-        return self._events(job_id, cursor, self._page(job_id, cursor))
+        return self._events(job_id, cursor, self._page(job_id, cursor), watch)
 
-    def wait(self, job_id: str, timeout_s: float | None, linger_s: float = 0.0) -> None:
+    def wait(self, job_id: str, timeout_s: float | None, linger_s: float = 0.0, watch: Watch = no_watch) -> None:
         """Return when the job has ended, after `timeout_s`, or `linger_s` after the process begins to shut down.
 
-        Without a timeout, the job's deadline bounds the wait. While Redis is unavailable, the wait continues.
+        It also returns when the client disconnects. Without a timeout, the job's deadline bounds the wait. While Redis
+        is unavailable, the wait continues.
 
         Raises:
             redis.RedisError: the job cannot be read, and trying again will not help.
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        with self._hub.subscribe_end(job_id) as subscription:
+        with self._hub.subscribe_end(job_id) as subscription, _wake(subscription, watch):
             while (remaining_s := deadline - time.monotonic()) > 0:
                 items = subscription.take(min(remaining_s, _CHECK_S))
-                if Signal.ENDED in items:
+                if Signal.ENDED in items or Signal.DISCONNECTED in items:
                     return
                 if Signal.CLOSING in items:
                     deadline = min(deadline, time.monotonic() + linger_s)
@@ -73,11 +83,11 @@ class Follower:
             log.warning("job_read_failed", extra={"job_id": job_id, "reason": str(error)})
             return False  # `wait` tries again after the next item or interval
 
-    def _events(self, job_id: str, cursor: int, page: list[Event]) -> Generator[list[Event]]:
+    def _events(self, job_id: str, cursor: int, page: list[Event], watch: Watch) -> Generator[list[Event]]:
         cursor, ended = yield from _yield_new(cursor, page)
         if ended:
             return
-        with self._hub.subscribe(job_id) as subscription:
+        with self._hub.subscribe(job_id) as subscription, _wake(subscription, watch):
             while not ended:
                 items = subscription.take(self._heartbeat_s)
                 if not items:
@@ -88,7 +98,7 @@ class Follower:
                     cursor, ended = following[-1].n, following[-1].kind is EventKind.DONE
                 if read_log and not ended:
                     cursor, ended = yield from self._from_log(job_id, cursor)
-                if Signal.CLOSING in items:
+                if Signal.CLOSING in items or Signal.DISCONNECTED in items:
                     return
 
     def _from_log(self, job_id: str, cursor: int) -> Generator[list[Event], None, tuple[int, bool]]:
@@ -115,6 +125,10 @@ class Follower:
             detail = "The events of this job are no longer stored. GET the job to read its text."
             raise Gone(detail, code="log_expired")
         return events
+
+
+def _wake(subscription: Subscription, watch: Watch) -> AbstractContextManager[None]:
+    return watch(lambda: subscription.put(Signal.DISCONNECTED))
 
 
 def _following(cursor: int, items: Sequence[Item]) -> tuple[list[Event], bool]:

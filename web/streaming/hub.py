@@ -42,6 +42,8 @@ class Signal(Enum):
     """The process is shutting down."""
     ENDED = auto()
     """The job has ended; only for subscriptions to a job's end."""
+    DISCONNECTED = auto()
+    """The reader's client has disconnected."""
 
 
 Item: TypeAlias = Event | Signal

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import pytest
 
 from shared.jobs.log import Event, EventKind
-from web.routes.inference import _watched
+from web.routes.inference import _ended_by_client
 
 
 def events() -> Generator[list[Event]]:
@@ -19,7 +19,7 @@ def events() -> Generator[list[Event]]:
 @pytest.mark.parametrize(("read", "calls"), [(1, 1), (2, 1), (3, 0)])
 def test_closing_a_stream_before_its_end_counts_as_a_disconnect(read: int, calls: int) -> None:
     calls_made: list[None] = []
-    stream = _watched(events(), {}, lambda: calls_made.append(None))
+    stream = _ended_by_client(events(), lambda: calls_made.append(None))
     for _ in range(read):
         next(stream)
     stream.close()
