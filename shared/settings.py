@@ -92,7 +92,16 @@ class Settings(BaseSettings):
         SecretStr(""), description="API key for local use. The first run of scripts/serve writes one"
     )
     rate_limit: str = Field(
-        "100/minute", pattern=RATE, description="Rate limit for API keys that have no limit of their own"
+        "100/minute",
+        pattern=RATE,
+        description="Rate limit for API keys that have no limit of their own. Requests with GET do not count: see "
+        "READ_RATE_LIMIT",
+    )
+    read_rate_limit: str = Field(
+        "6000/minute",
+        pattern=RATE,
+        description="Rate limit for requests with GET, such as polls and streams, of each API key. A key whose "
+        "limit for other requests is higher has that one",
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Maximum size of a request body")
     max_images: int = Field(16, ge=0, description="Maximum number of images per request")

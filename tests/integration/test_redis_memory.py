@@ -136,7 +136,7 @@ def test_jobs_of_a_worker_that_is_killed_are_recovered(stack: Stack) -> None:
 
 
 def test_rate_limits_still_apply() -> None:
-    with running_web(RATE_LIMIT="5/minute") as web, web.client() as client:
+    with running_web(RATE_LIMIT="5/minute", READ_RATE_LIMIT="5/minute") as web, web.client() as client:
         headers = {"X-API-Key": web.keys.create(new_key(), ["infer"])}
         with memory_full(client):
             statuses = [web.http.get("/v1/jobs", headers=headers).status_code for _ in range(6)]

@@ -14,7 +14,7 @@ from web.access.api_keys import new_key
 
 @pytest.fixture(scope="module")
 def limited() -> Iterator[WebStack]:
-    with running_web(RATE_LIMIT="5/minute") as stack:
+    with running_web(RATE_LIMIT="5/minute", READ_RATE_LIMIT="20/minute") as stack:
         yield stack
 
 
@@ -23,12 +23,16 @@ def new_key_headers(web: WebStack, rate_limit: str | None = None) -> dict[str, s
 
 
 def statuses(web: WebStack, headers: dict[str, str], count: int) -> list[int]:
-    return [web.http.get("/inference/models", headers=headers).status_code for _ in range(count)]
+    return [web.http.post("/inference/models", headers=headers).status_code for _ in range(count)]
+
+
+def reads(web: WebStack, headers: dict[str, str], count: int) -> list[int]:
+    return [web.http.get("/v1/jobs", headers=headers).status_code for _ in range(count)]
 
 
 def test_requests_over_the_limit_are_refused(limited: WebStack) -> None:
     headers = new_key_headers(limited)
-    first = limited.http.get("/v1/jobs", headers=headers)
+    first = limited.http.post("/inference/models", headers=headers)
     assert (first.headers["X-RateLimit-Limit"], first.headers["X-RateLimit-Remaining"]) == ("5", "4")
     assert float(first.headers["X-RateLimit-Reset"]) >= time.time()
     assert "Retry-After" not in first.headers
@@ -43,6 +47,26 @@ def test_limits_are_per_key_and_configurable(limited: WebStack) -> None:
     assert statuses(limited, new_key_headers(limited, "2/minute"), 3) == [200, 200, 429]
 
 
+def test_reads_have_a_limit_of_their_own(limited: WebStack) -> None:
+    headers = new_key_headers(limited)
+    assert reads(limited, headers, 10) == [200] * 10
+    read = limited.http.get("/v1/jobs", headers=headers)
+    assert (read.headers["X-RateLimit-Limit"], read.headers["X-RateLimit-Remaining"]) == ("20", "9")
+    write = limited.http.post("/inference/models", headers=headers)
+    assert (write.headers["X-RateLimit-Limit"], write.headers["X-RateLimit-Remaining"]) == ("5", "4")
+    assert statuses(limited, headers, 5) == [200] * 4 + [429]
+    assert reads(limited, headers, 10) == [200] * 9 + [429]
+    refused = limited.http.get("/v1/jobs", headers=headers)
+    assert refused.headers["X-RateLimit-Limit"] == "20"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 61
+
+
+@pytest.mark.parametrize(("own", "limit"), [("2/minute", "20"), ("2/second", "2"), ("300/minute", "300")])
+def test_a_key_may_read_as_often_as_its_own_limit_allows(limited: WebStack, own: str, limit: str) -> None:
+    read = limited.http.get("/v1/jobs", headers=new_key_headers(limited, own))
+    assert read.headers["X-RateLimit-Limit"] == limit
+
+
 def test_probes_are_not_limited(limited: WebStack) -> None:
     assert {limited.http.get("/livez").status_code for _ in range(20)} == {200}
 
@@ -54,7 +78,7 @@ def test_guessing_keys_is_limited(limited: WebStack) -> None:
 
 
 def test_limits_are_enforced_without_redis_and_counted_in_redis_again() -> None:
-    with running_web(RATE_LIMIT="5/minute") as web:
+    with running_web(READ_RATE_LIMIT="5/minute", RATE_LIMIT="5/minute") as web:
         headers = new_key_headers(web)
         web.stop_redis()
         assert [web.http.get("/v1/jobs", headers=headers).status_code for _ in range(6)] == [503] * 5 + [429]

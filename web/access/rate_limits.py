@@ -1,13 +1,19 @@
-"""Rate limits per API key, counted in Redis; while Redis is unavailable, each process counts for itself."""
+"""Rate limits per API key, counted in Redis; while Redis is unavailable, each process counts for itself.
+
+Each key has two limits: one for requests that only read (GET), such as polls and streams, and one for all others. A
+client that follows its jobs must not use up the requests that it has for new ones.
+"""
 
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Any, Final
 
 import redis
 from flask import Flask, Response, g, request
 from flask_limiter import Limiter
+from limits import parse_many
 
 from shared.redis.client import connect
 from shared.settings import Settings
@@ -16,6 +22,7 @@ from web.access.auth import is_public_route
 ANONYMOUS_LIMIT: Final = "300/minute"
 """Limit per address for requests without a valid key: enough for a misconfigured client, too slow to guess keys."""
 
+_READS: Final = frozenset({"GET", "HEAD"})
 _TIMEOUT_S: Final = 1.0
 """Timeout of calls to Redis: counting locally is better than waiting."""
 
@@ -42,11 +49,21 @@ def register(app: Flask, settings: Settings) -> Limiter:
 
 
 def _limit_key() -> str:
-    return f"key:{g.key.id}" if g.key else f"address:{request.remote_addr}"
+    if g.key is None:
+        return f"address:{request.remote_addr}"
+    return f"reads:{g.key.id}" if request.method in _READS else f"key:{g.key.id}"
 
 
 def _current_limit(settings: Settings) -> str:
-    return (g.key.rate_limit or settings.rate_limit) if g.key else ANONYMOUS_LIMIT
+    if g.key is None:
+        return ANONYMOUS_LIMIT
+    limit = g.key.rate_limit or settings.rate_limit
+    return max(settings.read_rate_limit, limit, key=_per_second) if request.method in _READS else limit
+
+
+@cache
+def _per_second(limit: str) -> float:
+    return min(item.amount / item.get_expiry() for item in parse_many(limit))
 
 
 def _add_headers(limiter: Limiter, response: Response) -> Response:

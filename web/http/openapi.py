@@ -118,8 +118,9 @@ and `field` names the field, parameter or header that is wrong.
 
 ## Rate limits
 
-Each API key has a limit. Responses report it in `X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset`
-(seconds since the epoch). A request over the limit gets 429; `Retry-After` has the seconds to wait.
+Each API key has a limit for requests with GET, and one for all others. Responses report the limit that applies in
+`X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset` (seconds since the epoch). A request over the
+limit gets 429; `Retry-After` has the seconds to wait.
 
 ## Streams
 
