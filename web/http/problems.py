@@ -120,7 +120,7 @@ def _redis(error: redis.RedisError) -> Response:
     if isinstance(error, redis.exceptions.OutOfMemoryError):
         log.error("redis_out_of_memory", extra={"path": request.path, "reason": str(error)})
         return problem(errors.QueueMemoryFull("The queue's memory is full. Try again later.", retry_after=10))
-    log.warning("redis_unavailable", extra={"path": request.path, "reason": str(error)})
+    log.warning("redis_unreachable", extra={"path": request.path, "reason": str(error)})
     return problem(errors.Unavailable("The queue is unavailable. Try again shortly.", retry_after=1))
 
 
