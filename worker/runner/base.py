@@ -21,6 +21,10 @@ class OutOfMemory(Exception):
     """The device has too little free memory for an operation."""
 
 
+class InvalidLogits(Exception):
+    """The model produced NaN or infinity for a row, so no token can be chosen."""
+
+
 class Detokenizer(Protocol):
     """Turns one row's tokens into text. Holds back bytes that do not yet form a complete character."""
 

@@ -12,23 +12,26 @@ together, and does not copy the cache of the remaining rows when other rows join
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
 from shared.jobs.request import Sampling
 from worker.runner import forward
-from worker.runner.base import Row, TokenOutput
+from worker.runner.base import InvalidLogits, Row, TokenOutput
 from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import SLACK, KVCache, allocated_columns
 from worker.runner.logits.logprobs import BatchLogprobs, Logprob, QueuedLogprobs
-from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor, RowFailures
+from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor
 from worker.runner.prefix.cache import PrefixCache
-from worker.runner.sampler import BatchSampler
+from worker.runner.sampler import INVALID, BatchSampler, valid_ids
 from worker.runner.speculation.verification import Speculation
 
 _GREEDY = Sampling(temperature=0.0)
+
+_Failures: TypeAlias = list[tuple[DecodeRow, Exception]]
 
 
 class DecodeBatch:
@@ -41,7 +44,7 @@ class DecodeBatch:
         processors: logits processors, in the order in which they are applied.
 
     Attributes:
-        failures: (uid, error) of rows that raised and were removed. The reader clears the list.
+        failures: (uid, error) of rows that raised or got invalid logits, and were removed. The reader clears the list.
     """
 
     def __init__(
@@ -126,23 +129,24 @@ class DecodeBatch:
     def verify(self, length: int) -> list[TokenOutput]:
         """Verify `length` draft tokens per row, whether it pays or not. All input ids must have been read."""
         rows = [row for row in self._rows if row is not None]
-        outputs = [
-            TokenOutput(row.uid, token)
-            for row, tokens in zip(rows, self._speculation.verify(self._cache, rows, length), strict=True)
-            for token in tokens
-        ]
+        if not rows:
+            return []
+        verified = list(zip(rows, self._speculation.verify(self._cache, rows, length), strict=True))
         self._input_ids = mx.array([row.next_input for row in rows], dtype=mx.uint32)
         self._columns = self._cache.columns
-        self._vacate([index for index, row in enumerate(rows) if not row.remaining])
-        return outputs
+        invalid = [row for row, tokens in verified if INVALID in tokens]
+        self._fail([(row, InvalidLogits()) for row in invalid])
+        self._vacate([index for index, row in enumerate(self._rows) if row and not row.remaining])
+        return [TokenOutput(row.uid, token) for row, tokens in verified if row not in invalid for token in tokens]
 
     def read(self) -> list[TokenOutput]:
         """Wait for the queued tokens and return them, without queueing another step."""
         unread = self._unread()
         tokens = cast("list[int]", self._input_ids.tolist())
-        outputs = self._outputs(unread, tokens, self._take_logprobs())
+        outputs, failures = self._outputs(unread, tokens, self._take_logprobs())
         for index, row in unread:
             row.next_input = tokens[index]
+        self._fail(failures)
         return outputs
 
     @property
@@ -161,14 +165,17 @@ class DecodeBatch:
         tokens = cast("list[int]", current.tolist())
         for index, row in unread:
             row.cached_ids.append(tokens[index])
-        return self._without_failed(self._outputs(unread, tokens, logprobs), failures)
+        outputs, invalid = self._outputs(unread, tokens, logprobs)
+        return self._without_failed(outputs, failures + invalid)
 
     def _step_drafting(self, rows: Sequence[DecodeRow]) -> list[TokenOutput]:
         """Read the queued tokens, then verify drafts if that pays. Returns an empty list if no draft was worthwhile."""
         if not self._speculation.draft_length(rows):
             return []
         outputs = self.read()
-        if length := self._speculation.draft_length(rows):
+        if not self._rows:
+            return outputs
+        if None not in self._rows and (length := self._speculation.draft_length(rows)):
             return outputs + self.verify(length)
         return self._without_failed(outputs, self._queue())
 
@@ -177,13 +184,19 @@ class DecodeBatch:
 
     def _outputs(
         self, unread: Sequence[tuple[int, DecodeRow]], tokens: Sequence[int], queued: Sequence[QueuedLogprobs]
-    ) -> list[TokenOutput]:
-        if not queued:
-            return [TokenOutput(row.uid, tokens[index]) for index, row in unread]
+    ) -> tuple[list[TokenOutput], _Failures]:
+        """Return the tokens that were read, and the rows with invalid logits."""
         logprobs: dict[int, Logprob] = {}
         for each in queued:
             logprobs |= each.read()
-        return [TokenOutput(row.uid, tokens[index], *logprobs.get(row.uid, ())) for index, row in unread]
+        # The chosen logit may be finite although the log-probability is not: another logit of the row is NaN.
+        nan = {uid for uid, (logprob, _) in logprobs.items() if math.isnan(logprob)}
+        failures: _Failures = []
+        if nan or INVALID in tokens:
+            failed = [row for index, row in unread if tokens[index] == INVALID or row.uid in nan]
+            failures = [(row, InvalidLogits()) for row in failed]
+            unread = [(index, row) for index, row in unread if row not in failed]
+        return [TokenOutput(row.uid, tokens[index], *logprobs.get(row.uid, ())) for index, row in unread], failures
 
     def _take_logprobs(self) -> list[QueuedLogprobs]:
         taken, self._logprobs = self._logprobs, []
@@ -199,38 +212,36 @@ class DecodeBatch:
         self._rows.extend(rows)
         self._input_ids = mx.concatenate([self._input_ids, input_ids])
 
-    def _queue(self) -> RowFailures:
+    def _queue(self) -> _Failures:
         """Queue a forward pass and the sampling of the next input ids. Returns the rows whose processors raised."""
         self._cache.grow_ahead()
-        logits = self._model(self._input_ids[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
+        inputs = valid_ids(self._input_ids)
+        logits = self._model(inputs[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
         unchanged = self._batch_logprobs.select(logits)
-        logits, failures = self._pipeline(
-            logits, self._input_ids, [row.cached_ids if row else () for row in self._rows]
-        )
+        logits, failures = self._pipeline(logits, inputs, [row.cached_ids if row else () for row in self._rows])
         self._input_ids = self._sampler(logits, [row.position if row else 0 for row in self._rows])
         queued = [self._input_ids]
         if unchanged is not None:
-            self._logprobs.append(self._batch_logprobs.queue(unchanged, self._input_ids))
+            self._logprobs.append(self._batch_logprobs.queue(unchanged, valid_ids(self._input_ids)))
             queued += self._logprobs[-1].arrays
         mx.async_eval(queued)  # type: ignore[no-untyped-call]
         self._columns += 1
         for row in filter(None, self._rows):
             row.advance()
-        return failures
+        return [(failed, error) for index, error in failures if (failed := self._rows[index])]
 
-    def _without_failed(self, outputs: list[TokenOutput], failures: RowFailures) -> list[TokenOutput]:
+    def _without_failed(self, outputs: list[TokenOutput], failures: _Failures) -> list[TokenOutput]:
         if not failures:
             return outputs
         self._fail(failures)
         failed = {uid for uid, _ in self.failures}
         return [output for output in outputs if output.uid not in failed]
 
-    def _fail(self, failures: RowFailures) -> None:
-        """Remove rows whose logits processors raised."""
-        for index, error in failures:
-            if row := self._rows[index]:
-                self.failures.append((row.uid, error))
-        self._vacate([index for index, _ in failures])
+    def _fail(self, failures: _Failures) -> None:
+        """Remove rows. Their cache may hold invalid numbers, so it is not stored."""
+        self.failures += [(row.uid, error) for row, error in failures]
+        failed = [row for row, _ in failures]
+        self._vacate([index for index, row in enumerate(self._rows) if row in failed], store=False)
 
     def _rows_changed(self) -> None:
         """Rebuild everything that depends on which rows the batch has."""
@@ -240,13 +251,14 @@ class DecodeBatch:
         self._batch_logprobs = BatchLogprobs(rows)
         self._shifts = forward.shifts(rows)
 
-    def _vacate(self, indices: Sequence[int]) -> None:
-        """Store the prefixes of rows and empty their batch indices."""
+    def _vacate(self, indices: Sequence[int], *, store: bool = True) -> None:
+        """Store the prefixes of rows, unless `store` is false, and empty their batch indices."""
         if not indices:
             return
         for index in indices:
             if row := self._rows[index]:
-                self._prefixes.store(row.row.owner, row.cached_ids, self._cache, index)
+                if store:
+                    self._prefixes.store(row.row.owner, row.cached_ids, self._cache, index)
                 self._speculation.drop([row.uid])
             self._rows[index] = None
         if any(self._rows):

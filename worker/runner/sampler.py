@@ -18,6 +18,9 @@ import mlx.core as mx
 
 from shared.jobs.request import Sampling
 
+INVALID = 2**31
+"""Instead of a token id, for a row whose best logit is not a finite number: the model produced NaN or infinity."""
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this value are greedy: dividing by them would exceed the range of float32."""
 
@@ -44,12 +47,14 @@ class BatchSampler:
             positions: by row, the answer position of the token to choose.
 
         Returns:
-            [rows] token ids, uint32, unevaluated.
+            [rows] token ids or `INVALID`, uint32, unevaluated.
         """
         tokens = mx.argmax(logits, axis=-1)
         if self._sampled:
             tokens[self._rows] = self._sample(logits[self._rows], [positions[i] for i in self._sampled])
-        return tokens
+        # Only the chosen logit is read: a maximum over the vocabulary would cost as much as the argmax.
+        chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        return mx.where(mx.abs(chosen) < mx.inf, tokens, INVALID)  # NaN is not less than anything
 
     def _sample(self, logits: mx.array, positions: Sequence[int]) -> mx.array:
         # Gumbel-max trick: the argmax of log-probability plus Gumbel noise is a sample of the distribution.
@@ -118,6 +123,11 @@ def top_k_threshold(logits: mx.array, top_k: mx.array, *, max_k: int) -> mx.arra
     max_k = min(max_k, logits.shape[-1])
     best = mx.sort(mx.topk(logits, max_k, axis=-1), axis=-1)
     return mx.take_along_axis(best, max_k - mx.minimum(top_k, max_k).astype(mx.int32), axis=-1)
+
+
+def valid_ids(tokens: mx.array) -> mx.array:
+    """Replace `INVALID` by 0, which models can look up. What they compute for that row is not used."""
+    return tokens & (INVALID - 1)
 
 
 def gumbel(keys: mx.array, size: int) -> mx.array:
