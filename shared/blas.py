@@ -3,8 +3,8 @@
 OpenBLAS is loaded with global symbols before MLX is imported, so the dynamic linker resolves MLX's BLAS calls to it.
 Only float32 becomes faster: MLX does not use BLAS for other types.
 
-Measured with SmolLM2-135M in float32 on two shared cores of an AMD EPYC, by `worker.models.blas_speed` and mlx-lm's
-BatchGenerator (best of two to four runs with OpenBLAS, one run without):
+Measured with SmolLM2-135M in float32 on two shared cores of an AMD EPYC, by `worker.models.load.measure_gflops` and
+mlx-lm's BatchGenerator (best of two to four runs with OpenBLAS, one run without):
 
     ======================  =========  ========
     .                       reference  OpenBLAS

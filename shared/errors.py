@@ -20,7 +20,7 @@ MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, 
 ├── Internal              500  a bug in the service
 ├── Unavailable           503  a dependency is unreachable; retry after `retry_after` seconds
 │   ├── NotDurable        503  Redis did not confirm that the job is on disk
-│   ├── RedisUnsuitable   503  Redis must not hold jobs: it may evict them, or lacks something that the service needs
+│   ├── RedisUnsuitable   503  Redis cannot be used: it may evict jobs, or lacks something that the service needs
 │   ├── QueueFull         503  the model's queue reached MAX_QUEUE
 │   └── QueueMemoryFull   503  unfinished jobs reached QUEUE_BYTES, or Redis is out of memory
 └── Expired               504  the job did not end within its time limit

@@ -1,4 +1,4 @@
-"""One JSON object a line, with the request id of whatever the line is about."""
+"""Logs as JSON lines: one object per line, with the ids of the request and the job that it is about."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Final
 from pythonjsonlogger.json import JsonFormatter
 
 _TELLS_TOO_MUCH: Final = "PIL"
-"""At DEBUG it logs what it finds in images: comments, places, names of cameras and of people. And it warns of each of
-thousands of tags that may be wrong in one, on a line that is no JSON."""
+"""At DEBUG, Pillow logs metadata of images: comments, places, names of cameras and people. It also warns about every
+invalid tag, of which an image may have thousands, on lines that are not JSON."""
 
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 _job_id: ContextVar[str] = ContextVar("job_id", default="")
@@ -22,7 +22,7 @@ _job_id: ContextVar[str] = ContextVar("job_id", default="")
 
 @contextmanager
 def log_context(*, request_id: str = "", job_id: str = "") -> Iterator[None]:
-    """Lines logged inside carry these ids (also in greenlets and threads that copy the context)."""
+    """Add these ids to all lines logged inside, also in greenlets and threads that copy the context."""
     tokens = (_request_id.set(request_id), _job_id.set(job_id or _job_id.get()))
     try:
         yield
@@ -42,7 +42,7 @@ class _Correlate(logging.Filter):
 
 
 class _Formatter(JsonFormatter):
-    """Leaves out what is empty, so that lines stay readable."""
+    """Omits empty fields, so that lines stay readable."""
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in log_data.items() if value not in (None, "")}

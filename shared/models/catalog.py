@@ -93,7 +93,7 @@ class CatalogModel:
 
     @property
     def declared_kind(self) -> str | None:
-        """The kind by the model's files; None if they are not on this host, but perhaps on that of a worker."""
+        """The kind by the model's files; None if they are not on this host. They may still be on a worker's host."""
         return self.kind if self.weights_bytes else None
 
     @property

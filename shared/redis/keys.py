@@ -57,7 +57,7 @@ Fields of `JOB` that mainly the scripts read:
 | `admitted_at`, `admitted_seq` | start of the current attempt: its time and the number of its first event |
 | `stop_as` | `cancelled` or `expired` when a running job must stop |
 | `end_by` | the deadline |
-| `suspicion`, `patience`, `cohort`, `deaths` | see `scripts/lib/suspicion.lua` |
+| `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
 
 Celery keeps its own keys in the same database (`_kombu.*` and channels), and so does Flask-Limiter (`LIMITS:*`).
 """

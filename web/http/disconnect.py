@@ -1,7 +1,7 @@
 """Detect that a client has closed its connection.
 
-A response that takes long, or an idle stream, writes nothing and so would not notice. The socket does: reading from it
-returns end of file.
+While a result is being generated or a stream is idle, nothing is written, so a closed connection causes no error.
+Reading from the socket detects it: it returns end of file.
 """
 
 from __future__ import annotations

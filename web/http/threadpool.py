@@ -1,4 +1,4 @@
-"""Run CPU-bound work in a thread, so that it does not block the event loop and every stream of the process.
+"""Run CPU-bound work in a thread, so that it blocks neither the event loop nor the streams of the process.
 
 A thread helps only if the work releases the GIL; pure Python code does so every few milliseconds.
 """

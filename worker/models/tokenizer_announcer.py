@@ -1,7 +1,7 @@
 """Makes a model's tokenizer available to API hosts: proves that its file is equivalent, then uploads it to Redis.
 
-A tokenizer has megabytes. It gets its own connection, because on the lease's connection a slow network would delay the
-renewal of the lease.
+A tokenizer is several megabytes. It is uploaded on a separate connection: on the lease's connection, a slow network
+would delay the renewal of the lease.
 """
 
 from __future__ import annotations

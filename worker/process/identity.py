@@ -33,7 +33,7 @@ CLAIM_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A worker process among the others.
+    """The identity of a worker process.
 
     Attributes:
         label: distinguishes it from the other workers of its host and DATA_DIR, such as `worker-0`; part of file names.

@@ -32,7 +32,7 @@ POLL_S: Final = 1.0
 LEASE_WAIT_S: Final = 0.1
 """Pause after a claim without a lease; the lease thread renews it meanwhile."""
 RETRY_S: Final = 1.0
-"""Delay before a job that cannot be prepared now is released. Released at once, it would be claimed again at once."""
+"""Delay before a job that cannot be prepared now is released. Without it, the job would be claimed again at once."""
 NOT_STARTED: Final = "The worker could not start this job."
 SLOTS_PER_SPARE_JOB: Final = 8
 """A worker claims one spare job per this many slots, so that a job is ready when a row ends."""

@@ -1,7 +1,7 @@
 """The worker's lease, its proof of life in Redis, and the threads that renew the lease and announce the worker.
 
-The lease must be renewed in time however slow everything else is. So its thread does nothing else, on its own
-connection.
+The lease must be renewed in time, no matter how slow the rest of the process is. So its thread does nothing else and
+has its own connection.
 """
 
 from __future__ import annotations

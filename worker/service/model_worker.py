@@ -82,8 +82,8 @@ class ModelWorker:
     """The lease, claimer, engine core and publisher of one model.
 
     Attributes:
-        id: of its lease, claims and card; new for each loading.
-        pinned: whether the model must not be unloaded to make place for another.
+        id: identifies its lease, claims and card; new for each loading.
+        pinned: whether the model must not be unloaded to make room for another.
         state: `loading`, `ready` or `draining`.
     """
 
@@ -158,13 +158,13 @@ class ModelWorker:
 
     @property
     def runner(self) -> ModelRunner | None:
-        """The loaded model; None before and after."""
+        """The loaded model; None while no model is loaded."""
         loaded = self.core.loaded
         return loaded.result() if loaded.done() and loaded.exception() is None else None
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of the model's weights; 0 before and after."""
+        """Bytes of the model's weights; 0 while no model is loaded."""
         runner = self.runner
         return runner.weights_bytes if runner else 0
 

@@ -286,7 +286,7 @@ class Switcher(threading.Thread):
         return None
 
     def _load_again(self, unloaded: Iterable[ModelWorker]) -> None:
-        """Load the models again that were unloaded in vain."""
+        """Reload the models that were unloaded for a model that then failed to load."""
         for worker in unloaded:
             again = self._models.open(worker.model, pinned=worker.pinned)
             error = again.core.loaded.exception()

@@ -17,7 +17,7 @@ local request = cjson.decode(ARGV[1])
 local model, worker, at = request.model, request.worker, now()
 local MAX_EXAMINED = 200 -- bounds the duration of a call
 local PAGE = 32
-local MIN_STAY_S = 5 -- a job stays this long with the second worker that takes it over; each further time twice as long
+local MIN_STAY_S = 5 -- after n takeovers (n > 0), a job stays at least 2^n times this long with its worker
 
 if not has_lease(worker, at) then
   return 'no lease'

@@ -1,4 +1,4 @@
-"""The first layers of a model as a model of its own: cheap to run, and enough to see how its layers treat a batch."""
+"""Makes a small model of a model's first layers: cheap to run, and enough to see how its layers treat a batch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LEAST = 4
 """Minimum number of layers of a sample."""
 
 Path = list[tuple[Any, str]]
-"""Modules from a model down to the one that has its layers, each with the attribute that leads on."""
+"""Modules from a model down to the one with the layers, each with the name of the attribute that holds the next."""
 
 
 def sample_of(model: Any) -> Any:
     """Return a copy of a model with only its first layers, at least one of each kind, which shares their weights.
 
-    Returns the model itself if it has few layers, or keeps them in an unknown place. A sample may also fail to run, if
-    later layers are needed: try it before relying on it.
+    Returns the model itself if it has few layers or if they cannot be found. A sample may also fail to run because it
+    lacks later layers, so the caller must try it.
     """
     layers = getattr(model, "layers", None)
     path = _path_to(model, layers) if isinstance(layers, list) else None
@@ -39,7 +39,7 @@ def sample_of(model: Any) -> Any:
 
 @contextmanager
 def in_float32(model: Any, most_bytes: int) -> Iterator[bool]:
-    """Let a model compute in float32 for a while, if that takes at most `most_bytes`; yields whether it does."""
+    """Let the model compute in float32 inside the block, if that takes at most `most_bytes`; yield whether it does."""
     before = model.parameters()
     arrays: list[mx.array] = list(dict(tree_flatten(before)).values())
     needed = sum(array.size * mx.float32.size for array in arrays if _short(array))
@@ -64,7 +64,7 @@ def _kinds(model: Any, layers: list[Any]) -> list[Any]:
 
 
 def _kind(layer: Any) -> Any:
-    """Return what tells apart layers that work differently: classes, options, and the names of the weights."""
+    """Return what distinguishes kinds of layers: classes, options, and the names of the weights."""
     parts = [(type(module), _options(module)) for _, module in layer.named_modules()]
     return parts, list(dict(tree_flatten(layer.parameters())))
 
@@ -83,7 +83,7 @@ def _path_to(module: Any, layers: list[Any]) -> Path | None:
 
 
 def _copied(path: Path, count: int) -> Any:
-    """Copy the modules of a path, with what they know of the number of layers."""
+    """Copy the modules of a path, for a model of `count` layers."""
     modules = [copy.copy(module) for module, _ in path]
     names = [name for _, name in path]
     all_layers = modules[-1][names[-1]]
@@ -96,7 +96,7 @@ def _copied(path: Path, count: int) -> Any:
 
 
 def _shorten(module: Module, layers: int, count: int) -> None:
-    """Shorten a module's lists with an entry for each layer, and change numbers of layers, in its configuration too."""
+    """Shorten lists with one entry per layer, and set layer counts, in the module and in its configuration."""
     for name, value in [*vars(module).items(), *module.items()]:
         if name in _COUNTS:
             setattr(module, name, count)

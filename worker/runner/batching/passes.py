@@ -1,4 +1,4 @@
-"""The passes of a proof: samples alone and beside each other, in every way in which the runner combines rows."""
+"""The passes of a proof: run samples alone and together, in every way in which the runner combines rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import segment_type
 
 ANSWER = 6
-"""Tokens of a sample behind its prompt."""
+"""Tokens of a sample after its prompt."""
 _PIECE = 2
 """Tokens of an answer that are processed in one pass, as when a row continues on another worker."""
 _COMPARED = 1024

@@ -1,11 +1,11 @@
-"""Measures which rows of a model may share passes without any change of their logits.
+"""Measures which rows of a model may share passes without changing their logits.
 
-A model that ignores padding, or counts positions from it, gives different text when its rows are batched, and nothing
-else shows it. So each model runs a few random prompts when it is loaded, alone and batched. The logits are compared,
-not the tokens: those of random prompts say little.
+A model that ignores padding, or counts positions from it, gives different text when its rows are batched, without any
+other symptom. So each model runs a few random prompts when it is loaded, alone and batched. The logits are compared
+rather than the tokens, because the tokens of random prompts reveal little.
 
-What differs without a mistake, because a device computes batches of different shapes differently, is measured on rows
-of equal length, which need no padding.
+A device rounds batches of different shapes differently, which is not an error. The size of this effect is measured on
+rows of equal length, which need no padding.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ LARGEST_WINDOW = 128
 
 TOLERANCE = {"together": 1e-3, "pieces": 1e-3}
 TOLERANCE_SHORT = {"together": 1e-2, "pieces": 5e-2}
-"""Deviations that count as equal, in float32 and in shorter types. On a CPU, right ones were at most 1e-5 in float32.
-In bfloat16 they were 0, or 0.02 where a state-space layer computes several tokens otherwise than one after another.
-Wrong ones were 0.08 and more."""
+"""Deviations that count as equal, in float32 and in shorter types. On a CPU, correct rows deviated by at most 1e-5
+in float32. In bfloat16 they deviated by 0, or by 0.02 where a state-space layer computes several tokens together
+differently than one by one. Wrong rows deviated by 0.08 and more."""
 TIMES_EQUAL, TIMES_PIECES = 5, 2
 """Rows of different lengths may also deviate this many times as much as those of equal length, or in other pieces."""
 WRONG = 0.1
-"""Deviation above which rows of equal length are not inaccurate but wrong."""
+"""Deviation above which rows of equal length count as wrong instead of inaccurate."""
 
 SPARSE = {"index_topk": 8, "index_topk_blocks": 2, "index_block_size": 4}
-"""Options of layers that attend to a selection of a long context, with values that make them do so in a short one."""
+"""Options of sparse-attention layers, with values for which they select tokens even in a short context."""
 
 
 class CannotRun(Exception):
-    """A model does not even run a single row."""
+    """The model cannot run even a single row."""
 
 
 def proving(model: Any, vocabulary: int, spare_bytes: int = 0) -> Generator[None, None, BatchingSupport]:
-    """Measure a model, on some of its layers if these run without the others.
+    """Measure a model. Use only some of its layers, if these run without the others.
 
     Args:
         vocabulary: number of tokens in the embedding.
@@ -187,7 +187,7 @@ class _Proof:
 
 @contextmanager
 def _sparse(model: Any) -> Iterator[None]:
-    """Let layers that attend to a selection of a long context do so in a short one."""
+    """Make sparse-attention layers select tokens even in a short context."""
     changed = []
     for _, module in model.named_modules():
         for name, value in SPARSE.items():

@@ -1,6 +1,6 @@
-"""How far rows of a model may share passes, and still have the logits that they have alone.
+"""Describes which rows of a model may share passes and still have the same logits as alone.
 
-`worker.runner.batching_proof` measures it for each model. Prefill and the length buckets group rows by it.
+`worker.runner.batching.proof` measures this for each model. Prefill and the length buckets group rows by it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Together(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BatchingSupport:
-    """What is exact for a model.
+    """Which ways of batching do not change the logits of a model.
 
     Attributes:
         prefill: prompts that may be prefilled together. `EQUAL_LENGTHS`: the model ignores the padding behind shorter
@@ -41,7 +41,7 @@ class BatchingSupport:
 
     @property
     def restricted(self) -> bool:
-        """Whether anything is not exact."""
+        """Whether some way of batching is not allowed."""
         return not self.continues or {self.prefill, self.decode} != {Together.ANY}
 
     @property
@@ -68,15 +68,15 @@ class BatchingSupport:
                 return not rows
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields in a form that JSON can represent."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Self:
-        """The opposite of `to_dict`.
+        """Parse the output of `to_dict`.
 
         Raises:
-            KeyError, ValueError: it is none.
+            KeyError, ValueError: a field is missing or invalid.
         """
         return cls(
             Together(found["prefill"]), Together(found["decode"]), bool(found["continues"]), str(found["reason"])
@@ -84,4 +84,4 @@ class BatchingSupport:
 
 
 UNRESTRICTED = BatchingSupport()
-"""Every row has the same logits beside any others."""
+"""The logits of a row never depend on the other rows."""

@@ -1,4 +1,4 @@
-"""How far rows of a model may share passes: what was measured when it was loaded first, kept on disk."""
+"""Stores on disk which rows of a model may share passes, as measured when the model was first loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(
 
     Args:
         vocabulary, spare_bytes: see `proving`.
-        folder: of all verdicts.
+        folder: where all verdicts are stored.
 
     Yields:
         After each pass of the measurement.

@@ -1,8 +1,8 @@
 """The language model of the Qwen-VL family with the call signature of mlx-lm's models.
 
 mlx-vlm's own call keeps the positions of the last prompt in the model, so it serves only one prompt at a time. Here
-each row has its own positions: during the prefill they come from its media, and after it they are the token's index in
-the cache plus the shift that the images cause.
+each row has its own positions. During the prefill they come from its images. After it, a position is the token's index
+in the cache plus the shift that the images cause.
 """
 
 from __future__ import annotations
