@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from worker.runner.vision.images import Grid, ImageMedia, PlacedImage
+
+FAMILIES: Final = ("qwen2_5_vl",)
+"""Supported values of `model_type` in config.json. Each is a module of this package with a `load` function."""
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 

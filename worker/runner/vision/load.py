@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from mlx_vlm import utils
 
 from shared.models.folder import ModelError, check_folder
 from worker.models.load import LoadedModel, contained
-from worker.runner.vision.family import VisionFamily
-
-FAMILIES: Final = ("qwen2_5_vl",)
-"""Supported values of `model_type` in config.json. Each is a module of this package with a `load` function."""
+from worker.runner.vision.family import FAMILIES, VisionFamily
 
 
 def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, VisionFamily]:
