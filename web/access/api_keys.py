@@ -243,7 +243,7 @@ def _read(path: Path) -> dict[str, ApiKey]:
         return {entry.id: entry for entry in entries}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise KeyFileDamaged(
             f"{path} is damaged: restore it from a backup, or delete it and create the API keys again"
         ) from None
