@@ -1,4 +1,4 @@
-"""compose.yaml against its official schema, and against the settings, the Dockerfile and the documents."""
+"""compose.yaml agrees with its schema, the settings, the Dockerfile and the documentation."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ SETTINGS = {name.upper() for name in Settings.model_fields}
 SECRETS = {"MLXQ_API_KEY", "FLOWER_USER", "FLOWER_PASSWORD"}
 FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_HOST", "FLOWER_PORT"}
 """Settings with the same value in all containers, whatever the user sets."""
-MEANINGLESS = {
-    "BROKER_URL",  # the redis service is both
-    "REDIS_MAXMEMORY_BYTES",  # of the Valkey that scripts/serve starts; here REDIS_MAXMEMORY
+UNUSED = {
+    "BROKER_URL",  # the redis service is the broker too
+    "REDIS_CA_FILE",  # the redis service has no TLS
+    "REDIS_CERT_FILE",
+    "REDIS_KEY_FILE",
+    "REDIS_MAXMEMORY_BYTES",  # for the embedded Valkey; containers use REDIS_MAXMEMORY
     "WORKERS",  # docker compose up --scale mlx-server=N
 }
+"""Settings without a meaning in containers."""
 
 REDIS_PASSWORD = "${REDIS_PASSWORD:?set it in .env, see docs/containers.md}"
 
 each_service = pytest.mark.parametrize("service", FILE["services"].values(), ids=FILE["services"])
-each_of_ours = pytest.mark.parametrize("name", ["web", "mlx-server", "flower"])
+each_own_service = pytest.mark.parametrize("name", ["web", "mlx-server", "flower"])
 
 
 def test_follows_the_compose_specification() -> None:
@@ -50,13 +54,13 @@ def test_follows_the_compose_specification() -> None:
     jsonschema.validators.validator_for(schema)(schema).validate(FILE)
 
 
-def test_says_nothing_that_docker_compose_1_does_not_know() -> None:
+def test_docker_compose_1_can_read_it() -> None:
     assert set(FILE) - {"services", "volumes"} == {key for key in FILE if key.startswith("x-")}
     assert "start_interval" not in TEXT
-    assert "env_file" not in TEXT  # it would win over the environment
+    assert "env_file" not in TEXT  # it would override the environment
 
 
-def test_has_the_services_that_are_tried() -> None:
+def test_every_service_is_checked_by_test_compose() -> None:
     assert set(FILE["services"]) == set(SERVICES)
 
 
@@ -76,15 +80,15 @@ def test_defaults_are_those_of_the_settings() -> None:
     }
 
 
-@each_of_ours
-def test_every_setting_reaches_our_containers(name: str) -> None:
+@each_own_service
+def test_every_setting_reaches_own_service(name: str) -> None:
     environment = FILE["services"][name]["environment"]
     assert environment["REDIS_URL"] == f"redis://:{REDIS_PASSWORD}@redis:6379/0"
-    assert set(environment) - SECRETS - FIXED == SETTINGS - SECRETS - FIXED - MEANINGLESS
+    assert set(environment) - SECRETS - FIXED == SETTINGS - SECRETS - FIXED - UNUSED
     assert [key for key in set(environment) - SECRETS - FIXED if environment[key] is not None] == []
 
 
-def test_a_secret_goes_only_where_it_is_needed() -> None:
+def test_each_secret_reaches_only_the_services_that_need_it() -> None:
     holders = {
         secret: {name for name, service in FILE["services"].items() if secret in service.get("environment", {})}
         for secret in SECRETS
@@ -95,11 +99,11 @@ def test_a_secret_goes_only_where_it_is_needed() -> None:
 
 
 @each_service
-def test_comes_back_and_tells_its_health(service: dict[str, Any]) -> None:
+def test_restarts_and_has_a_health_check(service: dict[str, Any]) -> None:
     assert service["restart"] == "unless-stopped"
     assert {"test", "interval", "timeout", "retries", "start_period"} == set(service["healthcheck"])
     assert service["stop_grace_period"]
-    assert service["init"] is True  # a killed child ends the container, and with it the policy sees it
+    assert service["init"] is True  # otherwise a kill of all processes would not end the container
 
 
 @each_service
@@ -109,12 +113,12 @@ def test_is_confined(service: dict[str, Any]) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-@each_of_ours
+@each_own_service
 def test_starts_when_redis_is_healthy(name: str) -> None:
     assert FILE["services"][name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
 
 
-@each_of_ours
+@each_own_service
 def test_has_its_own_health_check(name: str) -> None:
     *command, argument = FILE["services"][name]["healthcheck"]["test"]
     assert command == ["CMD", "python", "-m", "scripts.stack.container_health"]
@@ -122,7 +126,7 @@ def test_has_its_own_health_check(name: str) -> None:
     assert name in CHECKS
 
 
-def test_listens_on_this_machine_alone_unless_told() -> None:
+def test_ports_are_published_on_loopback_by_default() -> None:
     ports = {name: service.get("ports", []) for name, service in FILE["services"].items()}
     assert ports == {
         "redis": ["127.0.0.1:${REDIS_PORT:-6379}:6379"],
@@ -132,7 +136,7 @@ def test_listens_on_this_machine_alone_unless_told() -> None:
     }
 
 
-def test_redis_keeps_what_it_was_given() -> None:
+def test_redis_is_durable_and_does_not_evict() -> None:
     redis = FILE["services"]["redis"]
     command = redis["command"][-1].split()
     assert command[command.index("--appendonly") + 1] == "yes"
@@ -174,13 +178,13 @@ def test_models_are_mounted_read_only() -> None:
     assert "${MODELS_DIR:-./models}:/app/models:ro" in FILE["services"]["mlx-server"]["volumes"]
 
 
-def test_prefixes_outlive_their_container_and_are_not_in_memory() -> None:
+def test_prefixes_are_in_a_volume() -> None:
     worker = FILE["services"]["mlx-server"]
     assert f"prefixes:{worker['environment']['DATA_DIR']}" in worker["volumes"]
     assert not any(worker["environment"]["DATA_DIR"].startswith(folder) for folder in worker["tmpfs"])
 
 
-@each_of_ours
+@each_own_service
 def test_is_built_from_the_dockerfile(name: str) -> None:
     build = FILE["services"][name]["build"]
     assert f"AS {build['target']}\n" in DOCKERFILE
@@ -196,22 +200,22 @@ def test_images_do_not_run_as_root_and_install_pinned_packages(stage: str) -> No
     assert f"--require-hashes -r requirements/{stage}.txt" in text
 
 
-def test_the_images_are_sent_what_they_copy() -> None:
+def test_the_build_context_contains_what_the_images_copy() -> None:
     copied = {path for path in re.findall(r"^COPY (\S+) ", DOCKERFILE, re.MULTILINE) if (ROOT / path).is_file()}
     assert copied
-    assert not [path for path in copied if not any(fnmatch(path, pattern) for pattern in sent_to_the_engine())]
-    assert not [pattern for pattern in sent_to_the_engine() if not list(ROOT.glob(pattern))]
+    assert not [path for path in copied if not any(fnmatch(path, pattern) for pattern in build_context())]
+    assert not [pattern for pattern in build_context() if not list(ROOT.glob(pattern))]
 
 
-def test_commands_import_nothing_that_the_images_lack() -> None:
-    sent = {path.removesuffix(".py").replace("/", ".") for path in sent_to_the_engine()}
-    commands = {name for name in sent if name.startswith("scripts.")}
-    assert set(re.findall(r"scripts\.commands\.\w+", TEXT)) <= commands
+def test_scripts_in_the_images_import_only_scripts_in_the_images() -> None:
+    included = {path.removesuffix(".py").replace("/", ".") for path in build_context()}
+    commands = {name for name in included if name.startswith("scripts.")}
+    assert set(re.findall(r"scripts\.stack\.\w+", TEXT)) <= commands
     for name in commands:
         tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
         imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert {module for module in imported if module.startswith("scripts")} <= commands
 
 
-def sent_to_the_engine() -> set[str]:
+def build_context() -> set[str]:
     return {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
