@@ -12,7 +12,7 @@ _FRAME = (150, 155, 165)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The screenshot of a scene."""
+    """Return the screenshot of a scene."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)
     pen = ImageDraw.Draw(image)
     pen.rectangle((0, 0, scene.width - 1, TOP - 1), fill=(60, 65, 75))

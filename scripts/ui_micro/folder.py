@@ -1,4 +1,4 @@
-"""The model's folder, in the form in which Qwen2.5-VL and UI-TARS come."""
+"""Writes the model's folder in the format of Qwen2.5-VL and UI-TARS."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Qwen2-VL's, without its system message."""
+"""Qwen2-VL's template without its system message."""
 
 
 def write_folder(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, weights: Mapping[str, mx.array]) -> None:
-    """Fill a folder that `mlx_vlm.load` loads."""
+    """Write a folder that `mlx_vlm.load` can load."""
     save_weights(folder / "model.safetensors", weights)
     tokenizer.save(str(folder / "tokenizer.json"))
     _write(folder / "config.json", config)

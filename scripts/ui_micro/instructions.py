@@ -1,4 +1,4 @@
-"""What one may be told to click in a scene, and the answer that is right."""
+"""Instructions to click an element of a scene, and the correct answers."""
 
 from __future__ import annotations
 
@@ -11,61 +11,63 @@ from scripts.ui_micro.scenes import Element, Scene
 
 VERBS = ("click", "press", "tap", "select")
 GRID = 4
-"""Answers are multiples of this many pixels: so each coordinate is one of a few tokens."""
+"""Coordinates in answers are multiples of this number of pixels, so each is one of a few tokens."""
 
 _ANSWER = re.compile(r"click\(start_box='\((\d+),(\d+)\)'\)")
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """An instruction that exactly one element of its scene fits."""
+    """An instruction that exactly one element of its scene matches."""
 
     text: str
     form: str
-    """How it names the element: `colour and name`, `name`, `name alone`, `colour`, `state and name`."""
+    """How it describes the element: `colour and name`, `name`, `name alone`, `colour`, `state and name`."""
     target: Element
     by_colour: bool
-    """Whether the colour decides: without it, something else would fit as well."""
+    """Whether the colour is needed: without it, another element would match too."""
 
 
 def instructions(scene: Scene, rng: random.Random, count: int, *, by_colour: float = 0.0) -> list[Instruction]:
-    """That many for the scene, with other targets as far as there are some.
+    """Draw `count` instructions for a scene, with different targets if possible.
 
     Args:
-        by_colour: how many of them, between 0 and 1, shall be such that the colour decides, as far as there are some.
+        by_colour: share of instructions that need the colour, from 0 to 1, if the scene has any.
     """
-    all_ways = [(target, _ways(scene, target, is_unique)) for target in scene.elements]
-    coloured = [(target, ways) for target in scene.elements if (ways := _ways(scene, target, needs_colour))]
-    rng.shuffle(all_ways)
+    all_targets = [(target, _matching_phrases(scene, target, is_unique)) for target in scene.elements]
+    coloured = [
+        (target, found) for target in scene.elements if (found := _matching_phrases(scene, target, needs_colour))
+    ]
+    rng.shuffle(all_targets)
     rng.shuffle(coloured)
-    told = []
+    drawn = []
     for i in range(count):
-        among = coloured if coloured and rng.random() < by_colour else all_ways
-        target, ways = among[i % len(among)]
-        form, phrase, fits = rng.choice(ways)
-        decides = needs_colour(fits, target, scene.elements)
-        told.append(Instruction(f"{rng.choice(VERBS)} {phrase}", form, target, decides))
-    return told
+        candidates = coloured if coloured and rng.random() < by_colour else all_targets
+        target, choices = candidates[i % len(candidates)]
+        form, phrase, attributes = rng.choice(choices)
+        by_colour_alone = needs_colour(attributes, target, scene.elements)
+        drawn.append(Instruction(f"{rng.choice(VERBS)} {phrase}", form, target, by_colour_alone))
+    return drawn
 
 
 def answer(element: Element) -> str:
-    """A click on the middle of the element."""
+    """Return the answer that clicks the centre of an element."""
     x, y = (round(part / GRID) * GRID for part in element.centre)
     return f"click(start_box='({x},{y})')"
 
 
 def clicked(text: str) -> tuple[int, int] | None:
-    """The place that an answer names; None when it is no click."""
-    if found := _ANSWER.fullmatch(text.strip()):
-        return int(found[1]), int(found[2])
+    """Parse an answer; return its coordinates, or None if it is not a click."""
+    if match := _ANSWER.fullmatch(text.strip()):
+        return int(match[1]), int(match[2])
     return None
 
 
-Fits = Sequence[tuple[str, object]]
+Attributes = Sequence[tuple[str, object]]
 
 
-def phrases(element: Element) -> Iterator[tuple[str, str, Fits]]:
-    """Ways to name an element: the form, the words, and which of its attributes they tell."""
+def phrases(element: Element) -> Iterator[tuple[str, str, Attributes]]:
+    """Generate descriptions of an element: form, words, and the attributes that they mention."""
     kind, name = ("kind", element.kind), ("name", element.name)
     if element.kind == "field":
         state = "filled" if element.filled else "empty"
@@ -78,19 +80,19 @@ def phrases(element: Element) -> Iterator[tuple[str, str, Fits]]:
     yield "name alone", element.name, (name,)
 
 
-def _ways(
-    scene: Scene, target: Element, will_do: Callable[[Fits, Element, Sequence[Element]], bool]
-) -> list[tuple[str, str, Fits]]:
-    """Those of a target's phrases whose attributes will do."""
-    return [each for each in phrases(target) if will_do(each[2], target, scene.elements)]
+def _matching_phrases(
+    scene: Scene, target: Element, matches: Callable[[Attributes, Element, Sequence[Element]], bool]
+) -> list[tuple[str, str, Attributes]]:
+    """Return the descriptions of a target whose attributes satisfy a condition."""
+    return [phrase for phrase in phrases(target) if matches(phrase[2], target, scene.elements)]
 
 
-def needs_colour(fits: Fits, target: Element, elements: Sequence[Element]) -> bool:
-    """Whether the attributes fit the target alone, but without the colour something else as well."""
-    others = [(key, value) for key, value in fits if key != "colour"]
-    return is_unique(fits, target, elements) and not is_unique(others, target, elements)
+def needs_colour(attributes: Attributes, target: Element, elements: Sequence[Element]) -> bool:
+    """Whether only the target has the attributes, but without the colour other elements have them too."""
+    others = [(key, value) for key, value in attributes if key != "colour"]
+    return is_unique(attributes, target, elements) and not is_unique(others, target, elements)
 
 
-def is_unique(fits: Fits, target: Element, elements: Sequence[Element]) -> bool:
-    """Whether the attributes fit the target alone."""
-    return [e for e in elements if all(getattr(e, key) == value for key, value in fits)] == [target]
+def is_unique(attributes: Attributes, target: Element, elements: Sequence[Element]) -> bool:
+    """Whether only the target has the attributes."""
+    return [each for each in elements if all(getattr(each, key) == value for key, value in attributes)] == [target]

@@ -1,6 +1,6 @@
-"""Synthetic screenshots: a page of coloured, labelled buttons, icons and fields, and what one may be told to click.
+"""Synthetic screenshots: pages with coloured, labelled buttons, icons and fields.
 
-The same seed always gives the same scene. Nothing of the machine goes in: the font is the one that Pillow brings.
+The same seed gives the same scene on every machine: the font is Pillow's own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FIELDS = ("Name", "Email", "City", "Phone")
 BACKGROUNDS = ((255, 255, 255), (240, 242, 245), (250, 245, 235), (232, 240, 250))
 
 SIZES = ((140, 112), (168, 112), (168, 140))
-"""Width and height, multiples of 28 as the processor wants them: it then leaves the picture as it is."""
+"""Width and height, multiples of 28, so that the processor does not resize the image."""
 FONT_SIZE = 12
 TOP, SIDE = 12, 8
-"""Height of the bar at the top of a page, and width of the one at its left."""
+"""Height of the bar at the top and width of the bar at the left."""
 _GAP = 3
 _STEP = 2
 _TRIES = 30
@@ -40,26 +40,26 @@ _TRIES = 30
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """Something on the page that can be clicked."""
+    """An element of the page that can be clicked."""
 
     kind: Kind
     name: str
-    """What is written on it; of an icon, what it shows."""
+    """Its label, or what an icon shows."""
     colour: str
     """Empty for a field."""
     filled: bool
-    """Whether a field has something in it."""
+    """Whether a field contains text."""
     box: Box
-    """Left, top, right, bottom; the last two are outside."""
+    """Left, top, right, bottom; the last two are exclusive."""
 
     def contains(self, x: float, y: float) -> bool:
-        """Whether a click there hits it."""
+        """Return whether a click at this position hits it."""
         left, top, right, bottom = self.box
         return left <= x < right and top <= y < bottom
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Its middle."""
+        """Its centre."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
@@ -76,15 +76,15 @@ class Scene:
 
 @cache
 def font() -> ImageFont.FreeTypeFont:
-    """The font of every label."""
+    """Return the font of all labels."""
     loaded = ImageFont.load_default(FONT_SIZE)
     if not isinstance(loaded, ImageFont.FreeTypeFont):
-        raise TypeError("this Pillow has no FreeType: its font would look another way")
+        raise TypeError("this Pillow has no FreeType, so its font looks different")
     return loaded
 
 
 def make_scene(seed: int, size: tuple[int, int] | None = None) -> Scene:
-    """The scene of this seed; of one of SIZES unless `size` says."""
+    """Generate the scene of a seed. Without `size`, one of SIZES is drawn."""
     rng = random.Random(seed)
     width, height = size or rng.choice(SIZES)
     elements: list[Element] = []
@@ -94,34 +94,34 @@ def make_scene(seed: int, size: tuple[int, int] | None = None) -> Scene:
 
 
 def _add(elements: list[Element], rng: random.Random, width: int, height: int) -> None:
-    """Put one more element where there is room, if there is some."""
-    kind, name, colour, filled = _look(elements, rng)
-    if any(_alike(each, name, colour, filled) for each in elements):
-        return  # nothing could tell the two apart
-    wide, high = _measure(kind, name, rng)
+    """Add an element if there is space for it."""
+    kind, name, colour, filled = _draw_attributes(elements, rng)
+    if any(_is_duplicate(each, name, colour, filled) for each in elements):
+        return  # no instruction could distinguish them
+    element_width, element_height = _measure(kind, name, rng)
     for _ in range(_TRIES):
-        left = rng.randrange(SIDE + _GAP, width - wide - _GAP + 1, _STEP)
-        top = rng.randrange(TOP + _GAP, height - high - _GAP + 1, _STEP)
-        box = (left, top, left + wide, top + high)
+        left = rng.randrange(SIDE + _GAP, width - element_width - _GAP + 1, _STEP)
+        top = rng.randrange(TOP + _GAP, height - element_height - _GAP + 1, _STEP)
+        box = (left, top, left + element_width, top + element_height)
         if not any(_too_near(box, element.box) for element in elements):
             elements.append(Element(kind, name, colour, filled, box))
             return
 
 
-def _alike(element: Element, name: str, colour: str, filled: bool) -> bool:
-    """Whether an element has all that tells a new one from others; names of different kinds differ."""
+def _is_duplicate(element: Element, name: str, colour: str, filled: bool) -> bool:
+    """Whether an element has the same attributes; names of different kinds differ anyway."""
     return (element.name, element.colour, element.filled) == (name, colour, filled)
 
 
-def _look(elements: list[Element], rng: random.Random) -> tuple[Kind, str, str, bool]:
-    """Kind, name, colour and filling of a new element; often nearly those of one that is there already."""
+def _draw_attributes(elements: list[Element], rng: random.Random) -> tuple[Kind, str, str, bool]:
+    """Draw kind, name, colour and filling of an element, often similar to an existing one."""
     if elements and rng.random() < 0.5:
-        like = rng.choice(elements)
-        if like.kind == "field":
-            return "field", like.name, "", not like.filled
+        similar = rng.choice(elements)
+        if similar.kind == "field":
+            return "field", similar.name, "", not similar.filled
         if rng.random() < 0.5:
-            return like.kind, like.name, rng.choice(list(COLOURS)), False
-        return like.kind, rng.choice(BUTTONS if like.kind == "button" else ICONS), like.colour, False
+            return similar.kind, similar.name, rng.choice(list(COLOURS)), False
+        return similar.kind, rng.choice(BUTTONS if similar.kind == "button" else ICONS), similar.colour, False
     drawn = rng.random()
     if drawn < 0.5:
         return "button", rng.choice(BUTTONS), rng.choice(list(COLOURS)), False

@@ -1,4 +1,4 @@
-"""The model's shape: Qwen2.5-VL, very small."""
+"""The model's architecture: a very small Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MERGE = 2
 
 
 def config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What goes into config.json."""
+    """Return the content of config.json."""
     token = tokenizer.token_to_id
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -61,7 +61,7 @@ def config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def make_model(settings: dict[str, Any]) -> Any:
-    """mlx-vlm's model of that shape, with random weights."""
+    """Create mlx-vlm's model with random weights."""
     library: Any = importlib.import_module("mlx_vlm.models.qwen2_5_vl")
     shape = library.ModelConfig.from_dict(dict(settings))
     shape.text_config = library.TextConfig.from_dict(shape.text_config)

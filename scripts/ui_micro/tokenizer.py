@@ -1,4 +1,4 @@
-"""The tokenizer: bytes, and one token for each word of the instructions and each coordinate of an answer."""
+"""The tokenizer: bytes, and a token for each word of the instructions and each coordinate."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from scripts.ui_micro.scenes import BUTTONS, COLOURS, FIELDS, ICONS
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL = (PAD, START, END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE, VIDEO)
-MOST = 280
-"""The largest coordinate that is one token."""
+MAX_COORDINATE = 280
+"""Maximum coordinate with a token of its own."""
 
-_PIECES = r"click\(start_box='\(|\)'\)| ?[A-Za-z]+|\d+|\s+| ?[^\sA-Za-z\d]+"
-"""What is never merged over: the parts of an answer, words, numbers, spaces, signs."""
+_PRETOKENS = r"click\(start_box='\(|\)'\)| ?[A-Za-z]+|\d+|\s+| ?[^\sA-Za-z\d]+"
+"""Boundaries of merges: parts of an answer, words, numbers, whitespace, punctuation."""
 _NOUNS = ("the", "button", "icon", "field", "empty", "filled")
 
 
 def make_tokenizer() -> Tokenizer:
-    """The same one every time."""
+    """Create the tokenizer; it is always the same."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = Sequence([Split(Regex(_PIECES), "isolated"), ByteLevel(False, use_regex=False)])
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(_PRETOKENS), "isolated"), ByteLevel(False, use_regex=False)])
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.train_from_iterator(
         _words(),
@@ -43,5 +43,5 @@ def make_tokenizer() -> Tokenizer:
 def _words() -> list[str]:
     named = (*COLOURS, *BUTTONS, *ICONS, *FIELDS, *_NOUNS)
     words = [f" {word}" for word in named] + [*VERBS, "user", "assistant", "system", "\n"]
-    numbers = [str(number) for number in range(0, MOST + 1, GRID)]
+    numbers = [str(number) for number in range(0, MAX_COORDINATE + 1, GRID)]
     return [*words, *numbers, "click(start_box='(", ",", ")')"]

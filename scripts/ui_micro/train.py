@@ -1,4 +1,4 @@
-"""`scripts/train_ui_micro`: trains models/ui-micro, a vision model small enough to come with the repository.
+"""`scripts/train_ui_micro`: trains models/ui-micro, a vision model small enough for the repository.
 
 It looks at synthetic screenshots and answers an instruction such as "click the red Save button" with
 `click(start_box='(x,y)')`, as UI-TARS does.
@@ -15,7 +15,9 @@ from typing import Final
 
 from shared.blas import prefer_openblas
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # several add in another order, and the same seed would make another model
+os.environ["OPENBLAS_NUM_THREADS"] = (
+    "1"  # more threads add numbers in another order, so the same seed would give another model
+)
 prefer_openblas()  # before anything imports MLX
 
 import mlx.core as mx  # noqa: E402
@@ -24,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from scripts.lib.progress import LABEL, ProgressBar  # noqa: E402
 from scripts.model_files.staging import staged  # noqa: E402
-from scripts.ui_micro.evaluation import asker, evaluate, held_out  # noqa: E402
+from scripts.ui_micro.evaluation import evaluate, held_out, load_predictor  # noqa: E402
 from scripts.ui_micro.folder import write_folder  # noqa: E402
 from scripts.ui_micro.shape import config, make_model  # noqa: E402
 from scripts.ui_micro.tokenizer import make_tokenizer  # noqa: E402
@@ -40,16 +42,18 @@ _COLUMNS: Final = (
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="scripts/train_ui_micro",
         description=(__doc__ or "").partition(": ")[2],
-        epilog="All of it takes about an hour, on one core with OpenBLAS.",
+        epilog="Training takes about an hour on one core with OpenBLAS.",
     )
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "models/ui-micro", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewer, to see that it runs (default: %(default)s)")
-    parser.add_argument("--evaluate-only", action="store_true", help="ask the model that is there")
-    parser.add_argument("--trials", type=int, default=TRIALS, help="held-out screenshots (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="number of training steps (default: %(default)s)")
+    parser.add_argument("--evaluate-only", action="store_true", help="evaluate the existing model")
+    parser.add_argument(
+        "--trials", type=int, default=TRIALS, help="number of screenshots for the evaluation (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -66,12 +70,12 @@ def make(output: Path, steps: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, then ask about screenshots it has not seen; 1 when too few of its clicks hit."""
-    asked = arguments(argv)
-    if not asked.evaluate_only:
-        make(asked.output, asked.steps)
-        print(f"{asked.output} is ready")
-    scores = evaluate(asker(asked.output), held_out(asked.trials))
+    """Train and evaluate; return the exit status: 1 if too few clicks hit."""
+    options = arguments(argv)
+    if not options.evaluate_only:
+        make(options.output, options.steps)
+        print(f"{options.output} is ready")
+    scores = evaluate(load_predictor(options.output), held_out(options.trials))
     for group, score in scores.items():
         print(f"{group:16} {score}")
     return 0 if scores["all"].share >= GOAL else 1

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from scripts.stack.model import VISION
-from scripts.ui_micro.evaluation import Trial, asker, held_out
+from scripts.ui_micro.evaluation import Trial, held_out, load_predictor
 from tests.plugins.stack import Stack, made_stack
 from tests.support.image_files import data_url
 
@@ -56,11 +56,11 @@ def test_nine_of_ten_clicks_hit_the_target_on_unseen_screenshots(http: httpx2.Cl
 
 
 def test_the_stack_gives_the_answers_of_mlx_vlm(http: httpx2.Client) -> None:
-    ask = asker(VISION)
+    predict = load_predictor(VISION)
     trials = list(held_out(16, first=20_000))
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
-    assert answers == [ask(trial.png, trial.instruction.text) for trial in trials]
+    assert answers == [predict(trial.png, trial.instruction.text) for trial in trials]
 
 
 def test_clicks_are_returned_as_actions_in_pixels_of_the_screenshot(http: httpx2.Client) -> None:

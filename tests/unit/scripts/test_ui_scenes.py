@@ -1,4 +1,4 @@
-"""Synthetic screenshots: the same every time, and an instruction fits one element alone."""
+"""Synthetic screenshots are reproducible, and each instruction matches exactly one element."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from scripts.ui_micro.drawing import draw
 from scripts.ui_micro.evaluation import FIRST_HELD_OUT, Trial, held_out
-from scripts.ui_micro.instructions import Fits, Instruction, answer, clicked, instructions, is_unique, phrases
+from scripts.ui_micro.instructions import Attributes, Instruction, answer, clicked, instructions, is_unique, phrases
 from scripts.ui_micro.scenes import SIZES, make_scene
 from scripts.ui_micro.tokenizer import END, SPECIAL, make_tokenizer
 
@@ -35,26 +35,32 @@ def test_elements_are_inside_and_apart() -> None:
 
 def test_an_instruction_fits_one_element_and_its_answer_clicks_it() -> None:
     for scene in SCENES:
-        for told in instructions(scene, random.Random(1), 6):
-            named = [fits for _, phrase, fits in phrases(told.target) if told.text.endswith(phrase)]
-            assert any(is_unique(fits, told.target, scene.elements) for fits in named), told
-            place = clicked(answer(told.target))
+        for instruction in instructions(scene, random.Random(1), 6):
+            named = [
+                attributes for _, phrase, attributes in phrases(instruction.target) if instruction.text.endswith(phrase)
+            ]
+            assert any(is_unique(attributes, instruction.target, scene.elements) for attributes in named), instruction
+            place = clicked(answer(instruction.target))
             assert place is not None
-            assert told.target.contains(*place)
+            assert instruction.target.contains(*place)
 
 
 def test_the_colour_decides_where_it_shall() -> None:
     deciding = 0
     for scene in SCENES:
-        for told in instructions(scene, random.Random(1), 6, by_colour=1.0):
-            without = [(key, value) for key, value in fits_of(told) if key != "colour"]
-            assert told.by_colour is not is_unique(without, told.target, scene.elements)
-            deciding += told.by_colour
+        for instruction in instructions(scene, random.Random(1), 6, by_colour=1.0):
+            without = [(key, value) for key, value in attributes_of(instruction) if key != "colour"]
+            assert instruction.by_colour is not is_unique(without, instruction.target, scene.elements)
+            deciding += instruction.by_colour
     assert deciding > 4 * len(SCENES), "some scenes have nothing of the kind"
 
 
-def fits_of(told: Instruction) -> Fits:
-    return next(fits for _, phrase, fits in phrases(told.target) if told.text.partition(" ")[2] == phrase)
+def attributes_of(instruction: Instruction) -> Attributes:
+    return next(
+        attributes
+        for _, phrase, attributes in phrases(instruction.target)
+        if instruction.text.partition(" ")[2] == phrase
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,8 +81,8 @@ def test_held_out_screenshots_are_none_of_the_trainings() -> None:
 def test_the_tokenizer_knows_its_words_and_can_spell_all_others() -> None:
     tokenizer = make_tokenizer()
     assert tokenizer.get_vocab_size() < 1000
-    told = tokenizer.encode(f"click(start_box='(84,60)'){END}")
-    assert len(told.ids) == 6
+    encoded = tokenizer.encode(f"click(start_box='(84,60)'){END}")
+    assert len(encoded.ids) == 6
     for text in ("click the red Save button", "drück den Knopf 🙂", "日本語", "  \n\t "):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert [tokenizer.id_to_token(number) for number in range(len(SPECIAL))] == list(SPECIAL)
