@@ -73,8 +73,14 @@ class ApiKey:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ApiKey:
         """Read an entry that `to_dict` wrote."""
-        max_priority = Priority[data.get("max_priority", Priority.HIGH.label).upper()]
-        return cls(**{**data, "scopes": frozenset(data["scopes"]), "max_priority": max_priority})
+        fields = {"max_priority": Priority.HIGH.label, **data}
+        return cls(
+            **{
+                **fields,
+                "scopes": frozenset(fields["scopes"]),
+                "max_priority": Priority[fields["max_priority"].upper()],
+            }
+        )
 
 
 def new_key() -> str:
