@@ -32,6 +32,9 @@ RECORD_BYTES: Final = 2048
 """Bytes that a job occupies in addition to request and answer."""
 MEMORY_SHARE: Final = 0.9
 """Share of Redis's memory limit that may be used or reserved for jobs; the rest is for the queue's own data."""
+DELETED_S: Final = 10
+"""Seconds for which record, text and log of a deleted job remain for requests that are waiting for its end."""
+_DELETED: Final = "deleted"
 RETRY_S: Final = 10
 """`retry_after` of requests that are rejected because the queue is full, in seconds."""
 
@@ -181,9 +184,20 @@ class Jobs:
         Raises:
             NotFound: the job does not exist or belongs to another owner.
         """
-        (record,) = self._read(lambda: [self._client.hgetall(keys.JOB + job_id)])
-        if not record or record["owner"] != owner:
+        record = self._record(job_id)
+        if not record or record["owner"] != owner or _DELETED in record:
             raise NotFound("There is no such job.", code="job_not_found")
+        return Job.from_record(record)
+
+    def latest(self, job: Job) -> Job:
+        """Return the present state of a job that was read before, also if it was deleted since, up to `DELETED_S` ago.
+
+        Raises:
+            NotFound: the job no longer exists.
+        """
+        record = self._record(job.id)
+        if not record:
+            raise NotFound("The job was deleted.", code="job_not_found")
         return Job.from_record(record)
 
     def recent(self, owner: str, *, limit: int, before: float | None = None) -> list[Job]:
@@ -201,22 +215,22 @@ class Jobs:
             NotFound: the job does not exist or belongs to another owner.
             Conflict: the job has already ended.
         """
-        self.get(job_id, owner)
+        before = self.get(job_id, owner)
         result = self._stop(args=[job_id, Status.CANCELLED])
-        job = self.get(job_id, owner)
+        job = self.latest(before)
         if result == "ended" and job.status is not Status.CANCELLED:
             raise Conflict(f"The job has already ended: {job.status}.", code="job_ended")
         return job
 
     def forget(self, job_id: str, owner: str) -> None:
-        """Delete a job that has ended.
+        """Delete a job that has ended. Requests that are waiting for it still receive its end.
 
         Raises:
             NotFound: the job does not exist or belongs to another owner.
             Conflict: the job has not ended.
         """
         self.get(job_id, owner)
-        if self._forget(args=[job_id]) == "active":
+        if self._forget(args=[job_id, DELETED_S]) == "active":
             raise Conflict("The job has not ended. Cancel it first.", code="job_active")
 
     def text(self, job: Job) -> str:
@@ -268,6 +282,10 @@ class Jobs:
         for key in self._client.scan_iter(match="mlxq*", count=1000):
             if key.startswith(_OLD_KEYS) and not key.startswith(_WAKEUPS):
                 self._client.unlink(key)
+
+    def _record(self, job_id: str) -> dict[str, str]:
+        (record,) = self._read(lambda: [self._client.hgetall(keys.JOB + job_id)])
+        return record
 
     def _read(self, fetch: Callable[[], Iterable[dict[str, str]]]) -> list[dict[str, str]]:
         """Return the records that `fetch` reads. If some have the first layout, convert these and fetch again."""

@@ -57,9 +57,12 @@ Fields of `JOB` that mainly the scripts read:
 | `admitted_at`, `admitted_seq` | start of the current attempt: its time and the number of its first event |
 | `stop_as` | `cancelled` or `expired` when a running job must stop |
 | `end_by` | the deadline |
+| `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
 
-Celery keeps its own keys in the same database (`_kombu.*` and channels), and so does Flask-Limiter (`LIMITS:*`).
+Celery keeps its own keys in the same database: `_kombu.*` with a few queue names per process, and queues that contain
+`celery`. A process that is killed while it asks the workers something leaves up to four names of 120 bytes; kombu
+deletes them an hour after no process has asked. Flask-Limiter counts in `LIMITS:*`; its keys expire.
 """
 
 from typing import Final

@@ -81,7 +81,7 @@ def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None
     current = services()
     watch = _watch(request.environ, on_disconnect)
     current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2, watch=watch)
-    ended = current.jobs.get(job.id, job.owner)
+    ended = current.jobs.latest(job)
     if not ended.status.terminal and not current.hub.closing:
         return Response(status=_CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
     if not ended.status.terminal:
@@ -98,7 +98,7 @@ def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Respon
         _ended_by_client(current.follower.follow(job.id, 0, _watch(request.environ, on_disconnect)), on_disconnect),
         form,
         job.id,
-        lambda: current.job_views.job_json(current.jobs.get(job.id, job.owner)),
+        lambda: current.job_views.job_json(current.jobs.latest(job)),
         current.metrics,
     )
 

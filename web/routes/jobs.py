@@ -153,7 +153,7 @@ def _stream(job_id: str, form: Format, cursor: int) -> Response:
             services().follower.follow(job_id, cursor, partial(watch_disconnect, environ)),
             form,
             job_id,
-            lambda: views.job_json(jobs.get(job_id, owner)),
+            lambda: views.job_json(jobs.latest(job)),
             services().metrics,
         )
 
@@ -202,7 +202,7 @@ def _wait_or_refuse(job: Job, max_wait_s: float) -> Job:
     current, environ = services(), request.environ
     with current.open_responses.open(job.owner, environ.get(CONNECTION)):
         current.follower.wait(job.id, max_wait_s, watch=partial(watch_disconnect, environ))
-    return current.jobs.get(job.id, job.owner)
+    return current.jobs.latest(job)
 
 
 def _job_response(job: Job) -> Response:

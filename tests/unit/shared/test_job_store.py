@@ -7,7 +7,7 @@ import pytest
 from shared.errors import Conflict, Gone, NotFound
 from shared.jobs.log import JobLog
 from shared.jobs.record import Status
-from shared.jobs.store import Jobs
+from shared.jobs.store import DELETED_S, Jobs
 from shared.queue.claims import Claims
 from shared.redis import keys
 from shared.redis.client import Redis
@@ -48,8 +48,17 @@ def test_only_an_ended_job_can_be_deleted(client: Redis, jobs: Jobs, worker: Cla
             jobs.forget(job.id, "a")
     jobs.stop(job.id, "a")
     jobs.forget(job.id, "a")
-    assert not [name for name in client.keys("*") if job.id in name or "idem" in name]
+    assert not client.keys("*idem*")
+    names = client.keys(f"*{job.id}*")
+    assert names and all(0 < client.ttl(name) <= DELETED_S for name in names)
+    assert jobs.latest(job).status is Status.CANCELLED  # for requests that were waiting for it
+    for call in (jobs.get, jobs.stop, jobs.forget):
+        with pytest.raises(NotFound):
+            call(job.id, "a")
     assert jobs.recent("a", limit=5) == []
+    client.delete(*names)
+    with pytest.raises(NotFound):
+        jobs.latest(job)
 
 
 @pytest.mark.parametrize("missing", [1, 3, 4, 5])

@@ -19,7 +19,7 @@ from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 from shared.errors import Conflict, KeyReused, NotFound
 from shared.jobs.record import AttemptEnd, Ending, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Submission
+from shared.jobs.store import DELETED_S, Submission
 from shared.queue.claims import Append, Demand, NoLease, WriteResult
 from shared.redis import keys
 from shared.redis.client import Redis
@@ -118,6 +118,11 @@ class Queue(ExpectedQueue):
             else:
                 self.jobs.forget(job_id, expected.owner)
                 del self.expected[job_id]
+                with pytest.raises(NotFound):
+                    self.jobs.get(job_id, expected.owner)
+                for name in self.redis.keys(f"*{job_id}*"):
+                    assert 0 < self.redis.ttl(name) <= DELETED_S
+                    self.redis.delete(name)  # as its expiry will
 
     # Clocks
 

@@ -288,7 +288,11 @@ local function finish(id, status, fields, by_worker)
   redis.call('EXPIRE', job, retention)
   redis.call('EXPIRE', K.OUTPUT .. id, retention)
   redis.call('EXPIRE', K.LOG .. id, log_retention or retention)
-  keep_owner(owner, tonumber(retention))
+  if redis.call('HEXISTS', K.BYTES, 'owner:' .. owner) == 1 then
+    keep_owner(owner, tonumber(retention))
+  else -- the owner has no unfinished job, so no record outlives this one
+    redis.call('EXPIRE', K.OWNER .. owner, retention)
+  end
   if idem and idem ~= '' then
     redis.call('EXPIRE', K.IDEM .. owner .. ':' .. idem, retention)
   end
