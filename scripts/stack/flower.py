@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import celery.__main__
 import flower.options
 import flower.views
+from redis import RedisError
 from tornado.options import options
 
 from shared.redis.client import connect
@@ -37,6 +39,12 @@ class RedisQueues:
             return [{"name": name, "messages": messages} for name, messages in zip(names, pipe.execute(), strict=True)]
 
 
+def _delete_old_bindings(url: str) -> None:
+    """Delete the queue names of earlier Flower processes: each start adds one. Events reach Flower by pub/sub."""
+    with suppress(RedisError), connect(url, timeout_s=2, retries=0) as client:
+        client.delete("_kombu.binding.celeryev")
+
+
 def main() -> None:
     """Run Flower in this process.
 
@@ -49,6 +57,7 @@ def main() -> None:
         sys.exit("FLOWER_PASSWORD is empty: set it in the environment or .env")
     options.basic_auth = [f"{settings.flower_user}:{password}"]
     if is_redis(settings.celery_url):
+        _delete_old_bindings(settings.celery_url)
         flower.views.Broker = lambda *_args, **_options: RedisQueues(settings.celery_url)
     no_file = f"--conf={os.devnull}"  # otherwise Flower executes flowerconfig.py from the current directory
     address = (f"--address={settings.flower_host}", f"--port={settings.flower_port}")
