@@ -14,7 +14,7 @@ from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import segment_type
 
-ANSWER = 6
+ANSWER = 4
 """Tokens of a sample after its prompt."""
 _PIECE = 2
 """Tokens of an answer that are processed in one pass, as when a row continues on another worker."""
@@ -120,7 +120,7 @@ def in_pieces(model: Any, sample: Sample) -> Passes:
     batch = Batch(model, [sample])
     yield from batch.read(half)
     batch.reuse()
-    for tokens in (sample.length - half, 1, _PIECE, 1):
+    for tokens in (sample.length - half, 1, _PIECE):
         yield from batch.read(tokens)
     return batch.deviation
 
@@ -171,9 +171,9 @@ def padded_before(model: Any, samples: Sequence[Sample], *, continues: bool) -> 
 
 
 def _leaving(batch: Batch, *, continues: bool) -> Iterator[None]:
-    """One row leaves; the others process several tokens in one pass, if that is exact, and one more."""
+    """One row leaves; the others process two tokens in one pass, if that is exact."""
     batch.leave()
-    for tokens in (1, _PIECE, 1) if continues else (1, 1):
+    for tokens in (_PIECE,) if continues else (1, 1):
         yield from batch.read(tokens)
 
 
