@@ -19,8 +19,10 @@ from shared.models.registry import ModelCard
 from tests.support.architectures import VOCABULARY, config, make, measured, names
 from tests.support.runner import resumed, row, step
 from worker.models.load import LoadedModel
+from worker.runner import forward
 from worker.runner.base import Row
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport, Together
+from worker.runner.kv_cache import Footprint, KVCache
 from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
 
@@ -97,6 +99,17 @@ def test_rows_that_cannot_share_a_pass_take_turns(name: str) -> None:
         told |= {each.uid for each in step(runner).tokens}
     assert told == set(range(len(rows)))
     assert runner.stats()["length_buckets"] == len(rows)
+
+
+@pytest.mark.parametrize("tokens", [20, 300, 700])
+@pytest.mark.parametrize("name", ["llama4", "deepseek_v41"])
+def test_the_memory_of_a_row_without_a_batch_cache_is_predicted(name: str, tokens: int) -> None:
+    model = make(name)
+    cache = KVCache.empty(model)
+    for _ in range(0, tokens, 20):
+        forward.fill(model, cache, [[1] * 20])
+    mx.eval(cache.states)
+    assert cache.nbytes <= Footprint.of(model).allocated(tokens) <= 20 * cache.nbytes
 
 
 def check(name: str, types: str) -> None:

@@ -44,6 +44,7 @@ def find(
     found = _read(file)
     if found is None:
         found = yield from proving(loaded.model, vocabulary, spare_bytes)
+        mx.clear_cache()
         _write(file, found)
     log = logger.warning if found.restricted else logger.info
     log("model_batching", extra={"model": loaded.card.id, **found.to_dict()})
