@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import cached_property
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -30,6 +31,7 @@ RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
 _TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
 _IN_ORDER: Final = {
     "max_start_within_s": ("start_within_s", "max_start_within_s"),
+    "body_memory_bytes": ("max_body_bytes", "body_memory_bytes"),
     "max_deadline_s": ("deadline_s", "max_deadline_s"),
     "log_retention_s": ("log_retention_s", "retention_s"),
 }
@@ -104,6 +106,13 @@ class Settings(BaseSettings):
         "limit for other requests is higher has that one",
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Maximum size of a request body")
+    body_memory_bytes: int = Field(
+        256 * 2**20,
+        ge=1024,
+        description="Maximum bytes of request bodies that one API process receives or checks at a time. "
+        "Further requests are rejected with 503. At least MAX_BODY_BYTES",
+        validate_default=True,
+    )
     max_images: int = Field(16, ge=0, description="Maximum number of images per request")
     max_image_bytes: int = Field(10 * 2**20, ge=1024, description="Maximum size of one image file")
     max_image_pixels: int = Field(7680 * 4320, ge=1, description="Maximum number of pixels in one image")
@@ -111,6 +120,11 @@ class Settings(BaseSettings):
         False,
         description="Allow images from http(s) URLs, at most MAX_BODY_BYTES per request. Private, "
         "loopback and link-local addresses are never contacted",
+    )
+    trusted_proxies: str = Field(
+        "",
+        description="Addresses and networks of reverse proxies, separated by commas. Only their header "
+        "`X-Forwarded-For` is read, for logs and for limits per address",
     )
     max_connections_per_address: int = Field(
         2048, ge=1, description="Maximum connections from one address to one API process"
@@ -284,6 +298,13 @@ class Settings(BaseSettings):
         small, large = ({**info.data, field: value}.get(name) for name in names)
         if small is not None and large is not None and small > large:
             raise ValueError(f"{names[0].upper()} ({small:.15g}) is more than {names[1].upper()} ({large:.15g})")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: str) -> str:
+        for each in filter(None, value.split(",")):
+            ip_network(each.strip())
         return value
 
     @model_validator(mode="after")

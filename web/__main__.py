@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import sys
 
+from shared.logging import configure
 from shared.settings import ROOT, load_or_exit
 
 
 def main() -> None:
     """Check the settings, then replace this process with gunicorn."""
+    configure("web", "INFO")  # reading the settings can log
     load_or_exit()
     os.chdir(ROOT)
     os.execv(

@@ -7,7 +7,8 @@ from flask import Flask
 from shared.redis.client import Redis
 from shared.settings import Settings, load_settings
 from web.access import auth, rate_limits
-from web.http import problems
+from web.http import body, problems
+from web.http.environ import KnownMethods, ProxyMiddleware, networks
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
 from web.routes import health, inference, jobs, models, openai_models, openapi
@@ -27,8 +28,8 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app = Flask("web", static_folder=None)
     app.url_map.merge_slashes = False  # a path with an empty job id must be 404, not a redirect
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes  # for text fields; a conversation can be long
-    app.wsgi_app = RequestIdMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+    proxied = ProxyMiddleware(app.wsgi_app, networks(settings.trusted_proxies))
+    app.wsgi_app = RequestIdMiddleware(KnownMethods(proxied))  # type: ignore[method-assign]
     app.extensions[EXTENSION] = services
 
     services.metrics.register(app)
@@ -37,6 +38,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     rate_limits.register(app, settings)
     app.before_request(auth.require_key)
     app.before_request(refuse_unknown_parameters)
+    body.register(app, settings.body_memory_bytes)
     problems.register(app)
     for module in (jobs, inference, models, openai_models, health, openapi):
         app.register_blueprint(module.routes)

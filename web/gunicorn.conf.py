@@ -54,7 +54,7 @@ sendfile = False  # it would pass by the time limit for sending
 timeout = 60
 graceful_timeout = max(1, round(_settings.drain_s))
 control_socket_disable = True
-# gunicorn trusts headers of proxies on this machine by default. `web.http.proxy` reads those that are trusted.
+# gunicorn trusts headers of proxies on this machine by default. `web.http.environ` reads those that are trusted.
 forwarded_allow_ips = ""
 forwarder_headers = ""
 secure_scheme_headers: dict[str, str] = {}

@@ -77,6 +77,16 @@ def test_guessing_keys_is_limited(limited: WebStack) -> None:
     assert statuses(limited, new_key_headers(limited), 1) == [200]  # from the same address
 
 
+def test_requests_to_unknown_routes_and_methods_are_limited_by_address() -> None:
+    with running_web() as web:
+        sent = [
+            web.http.request("PUT" if i % 2 else "GET", "/v1/jobs" if i % 2 else f"/{i}").status_code
+            for i in range(301)
+        ]
+        assert set(sent[:300]) <= {404, 405} and sent[300] == 429
+        assert web.http.get("/v1/jobs").status_code == 200
+
+
 def test_limits_are_enforced_without_redis_and_counted_in_redis_again() -> None:
     with running_web(READ_RATE_LIMIT="5/minute", RATE_LIMIT="5/minute") as web:
         headers = new_key_headers(web)

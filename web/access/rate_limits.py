@@ -17,18 +17,21 @@ from limits import parse_many
 
 from shared.redis.client import connect
 from shared.settings import Settings
-from web.access.auth import is_public_route
+from web.access.auth import PUBLIC_BLUEPRINTS
 
 ANONYMOUS_LIMIT: Final = "300/minute"
 """Limit per address for requests without a valid key: enough for a misconfigured client, too slow to guess keys."""
 
 _READS: Final = frozenset({"GET", "HEAD"})
+_NO_ROUTE: Final = "no_route"
+"""Flask-Limiter ignores requests without a name."""
 _TIMEOUT_S: Final = 1.0
 """Timeout of calls to Redis: counting locally is better than waiting."""
 
 
 def register(app: Flask, settings: Settings) -> Limiter:
-    """Count and limit all requests that need a key."""
+    """Count and limit all requests that need a key, and those to routes that do not exist, by address."""
+    app.config["RATELIMIT_REQUEST_IDENTIFIER"] = lambda: request.endpoint or _NO_ROUTE
     pool: Any = connect(settings.store_url, timeout_s=_TIMEOUT_S, retries=0).connection_pool
     limiter = Limiter(
         _limit_key,
@@ -42,7 +45,7 @@ def register(app: Flask, settings: Settings) -> Limiter:
         # that fail at the same moment; they pass uncounted.
         swallow_errors=True,
     )
-    limiter.request_filter(is_public_route)
+    limiter.request_filter(lambda: request.blueprint in PUBLIC_BLUEPRINTS)
     limiter.init_app(app)
     app.after_request(lambda response: _add_headers(limiter, response))
     return limiter

@@ -88,6 +88,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "queue_memory_full",
         "not_durable",
         "too_many_connections",
+        "too_many_bytes",
         "redis_unsuitable",
         "restarting",
         "no_worker",

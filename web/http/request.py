@@ -6,16 +6,20 @@ import json
 import re
 from typing import Any, Final, NoReturn, TypeVar
 
-from flask import current_app, request
+from flask import current_app, g, request
 from pydantic import BaseModel
+from werkzeug.datastructures import FileStorage, MultiDict
 
-from shared.errors import BadRequest, Invalid, TooLarge, UnsupportedMedia
+from shared.errors import BadRequest, Invalid, UnsupportedMedia
 from web.access.auth import is_public_route
+from web.http.body import check_json, parse_form, receive
 from web.http.openapi import query_names
 from web.http.threadpool import run_in_threadpool
 
 _REQUEST_FIELD, _FILES_FIELD = "request", "images"
 """Names of the form fields."""
+_UPLOADS: Final = "uploads"
+"""Attribute of `flask.g` with the uploaded images."""
 _REPLACEMENT_CHARACTER: Final = "\ufffd"
 """werkzeug replaces bytes of form fields that are not UTF-8 with it."""
 
@@ -32,61 +36,60 @@ def read_body(model: type[Model]) -> Model:
 
     Raises:
         TooLarge: the body exceeds the size limit.
-        UnsupportedMedia: the content type is neither JSON nor a form.
+        UnsupportedMedia: the content type is neither JSON nor a form, or the body is compressed.
         BadRequest: the body is not a JSON object.
+        Invalid: the form has unknown fields, or not exactly one field `request`.
+        Unavailable: the process holds too many bytes of bodies.
+        RequestTimeout: the body arrives too slowly.
         pydantic.ValidationError: a field is invalid.
     """
-    if request.mimetype == "multipart/form-data":
-        body = _form_json()
-    elif request.is_json:
-        body = _raw_body()
-    else:
+    is_form = request.mimetype == "multipart/form-data"
+    if not (is_form or request.is_json):
         detail = "Send the body as application/json, or as multipart/form-data to upload images."
         raise UnsupportedMedia(detail, field="Content-Type")
+    body = receive()
+    if is_form:
+        content_type = request.content_type or ""
+        body = _form_json(*run_in_threadpool(len(body), lambda: parse_form(body, content_type)))
     return run_in_threadpool(len(body), lambda: model.model_validate(_parse_json(body)))
 
 
 def uploads() -> list[bytes]:
-    """Return the files in the form field `images`, in order; an empty list if the body is not a form.
+    """Return the files in the form field `images`, in order; an empty list if the body is not a form."""
+    files: list[FileStorage] = g.pop(_UPLOADS, [])
+    return [file.read() for file in files]
+
+
+def _form_json(fields: MultiDict[str, str], files: MultiDict[str, FileStorage]) -> bytes:
+    """Return the JSON in the form field `request`, which may be a text field or a file; keep the uploaded images.
 
     Raises:
-        Invalid: another form field contains files.
+        Invalid: the form has other fields, or not exactly one `request`.
     """
-    if request.mimetype != "multipart/form-data":
-        return []
-    unknown = next((name for name in request.files if name not in (_FILES_FIELD, _REQUEST_FIELD)), None)
-    if unknown:
-        raise Invalid(f"Upload files in the form field {_FILES_FIELD!r}.", field=unknown)
-    return [file.read() for file in request.files.getlist(_FILES_FIELD)]
-
-
-def _form_json() -> bytes:
-    """Return the JSON in the form field `request`, which may be a text field or a file."""
-    unknown = next((name for name in request.form if name != _REQUEST_FIELD), None)
-    if unknown:
-        detail = f"Unknown form field. A form has the fields {_REQUEST_FIELD!r} (JSON) and {_FILES_FIELD!r} (files)."
-        raise Invalid(detail, field=unknown)
-    texts = request.form.getlist(_REQUEST_FIELD)
+    for name in fields:
+        if name != _REQUEST_FIELD:
+            detail = (
+                f"Unknown form field. A form has the fields {_REQUEST_FIELD!r} (JSON) and {_FILES_FIELD!r} (files)."
+            )
+            raise Invalid(detail, field=name)
+    for name in files:
+        if name not in (_FILES_FIELD, _REQUEST_FIELD):
+            raise Invalid(f"Upload files in the form field {_FILES_FIELD!r}.", field=name)
+    texts = fields.getlist(_REQUEST_FIELD)
     if any(_REPLACEMENT_CHARACTER in text for text in texts):
         detail = "The form field 'request' is not valid UTF-8. To send the character U+FFFD, send the field as a file."
         raise BadRequest(detail, code="invalid_utf8", field=_REQUEST_FIELD)
     values = [text.encode() for text in texts]
-    values += [file.read() for file in request.files.getlist(_REQUEST_FIELD)]
+    values += [file.read() for file in files.getlist(_REQUEST_FIELD)]
     if len(values) != 1:
         detail = f"A form needs exactly one field {_REQUEST_FIELD!r} with a JSON object; this one has {len(values)}."
         raise Invalid(detail, field=_REQUEST_FIELD)
+    setattr(g, _UPLOADS, files.getlist(_FILES_FIELD))
     return values[0]
 
 
-def _raw_body() -> bytes:
-    body = request.get_data(cache=True)
-    # If a body has no Content-Length, werkzeug silently truncates it at the limit.
-    if request.content_length is None and len(body) >= (request.max_content_length or len(body) + 1):
-        raise TooLarge("The request body is larger than this service accepts.")
-    return body
-
-
 def _parse_json(body: bytes) -> dict[str, Any]:
+    check_json(body)
     try:
         text = body.decode()
     except UnicodeDecodeError as error:

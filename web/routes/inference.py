@@ -59,18 +59,18 @@ def infer() -> Response:
     If the API process is restarted, jobs continue. A stream ends with a hint where to resume it, and a request that
     waits for complete text gets status 503 with code `restarting`.
     """
+    return services().open_responses.respond(caller().id, request.environ.get(CONNECTION), _respond)
+
+
+def _respond() -> Response:
     body = read_body(InferenceRequest)
     form = negotiate(request.accept_mimetypes) if body.stream else None
-    connection = request.environ.get(CONNECTION)
-    return services().open_responses.respond(caller().id, connection, lambda: _respond(body, form))
-
-
-def _respond(body: InferenceRequest, form: Format | None) -> Response:
-    accepted = submit(body)
+    accepted, prompt_field = submit(body), body.prompt_field
+    del body  # the response can take hours, and a body many megabytes
     job = accepted.job
     # With an Idempotency-Key, other requests may be waiting for the same job, now or later.
     on_disconnect = _keep_job if idempotency_key() else _job_canceller(services(), job)
-    response = _stream(job, form, on_disconnect) if form else _complete_text(job, body.prompt_field, on_disconnect)
+    response = _stream(job, form, on_disconnect) if form else _complete_text(job, prompt_field, on_disconnect)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not accepted.new:
         response.headers["Idempotency-Replayed"] = "true"

@@ -7,6 +7,7 @@ from flask import request
 from shared.jobs.store import Accepted, fingerprint
 from web.access.auth import caller
 from web.admission.admit import RequestContext
+from web.http.body import release as release_body
 from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
 from web.http.threadpool import run_in_threadpool
@@ -37,6 +38,7 @@ def submit(job_request: JobRequest) -> Accepted:
         max_priority=api_key.max_priority,
     )
     accepted = services().admission.admit(loaded.request, context, loaded.files, skipped_images=loaded.skipped)
+    release_body()
     if accepted.new:
         job = accepted.job
         services().metrics.submitted.labels(job.model, job.priority.label).inc()

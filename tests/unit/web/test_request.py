@@ -11,12 +11,20 @@ import pytest
 from flask import Flask
 
 from shared.errors import BadRequest, Invalid
+from web.http import body
 from web.http.request import read_body, uploads
 from web.schemas.requests import JobRequest
 
 
-def refusal(body: bytes) -> BadRequest:
-    request = Flask("test").test_request_context("/", method="POST", data=body, content_type="application/json")
+def application() -> Flask:
+    app = Flask("test")
+    app.config["MAX_CONTENT_LENGTH"] = 32 * 2**20
+    body.register(app, 64 * 2**20)
+    return app
+
+
+def refusal(content: bytes) -> BadRequest:
+    request = application().test_request_context("/", method="POST", data=content, content_type="application/json")
     with request, pytest.raises(BadRequest) as caught:
         read_body(JobRequest)
     return caught.value
@@ -35,7 +43,7 @@ def test_a_duplicate_name_is_refused_even_if_it_is_not_valid_unicode() -> None:
 
 @contextmanager
 def form(**fields: object) -> Iterator[None]:
-    with Flask("test").test_request_context("/", method="POST", data=fields, content_type="multipart/form-data"):
+    with application().test_request_context("/", method="POST", data=fields, content_type="multipart/form-data"):
         yield
 
 
@@ -64,7 +72,7 @@ def test_a_form_needs_exactly_one_request() -> None:
 def test_a_text_field_that_is_not_utf8_is_refused(text: bytes) -> None:
     body = b'--B\r\nContent-Disposition: form-data; name="request"\r\n\r\n' + text + b"\r\n--B--\r\n"
     content_type = "multipart/form-data; boundary=B"
-    with Flask("test").test_request_context("/", method="POST", data=body, content_type=content_type):
+    with application().test_request_context("/", method="POST", data=body, content_type=content_type):
         with pytest.raises(BadRequest) as caught:
             read_body(JobRequest)
         assert (caught.value.code, caught.value.field) == ("invalid_utf8", "request")
