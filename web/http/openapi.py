@@ -32,8 +32,9 @@ from werkzeug.routing import Rule
 
 from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
+from web.http.openai_errors import is_expected
 from web.http.stream_formats import FORMATS
-from web.schemas.problems import MEDIA_TYPE, ProblemDetails
+from web.schemas.problems import MEDIA_TYPE, OpenAIError, ProblemDetails
 from web.schemas.requests import JobRequest
 
 P = ParamSpec("P")
@@ -115,7 +116,8 @@ otherwise the service generates an id. The same id is in the service's log.
 ## Errors
 
 Errors are `application/problem+json` (RFC 9457). `code` is stable and meant for programs, `detail` is meant for people,
-and `field` names the field, parameter or header that is wrong.
+and `field` names the field, parameter or header that is wrong. `/v1/models`, and paths below `/v1/` that do not exist,
+have errors in OpenAI's format.
 
 ## Rate limits
 
@@ -256,7 +258,7 @@ def _operation(app: Flask, rule: Rule, method: str) -> Operation:
         description=inspect.getdoc(view),
         parameters=[*_path_parameters(rule), *description.parameters] or None,
         requestBody=_request_body(description.body),
-        responses=dict(_responses(description, public=public)),
+        responses=dict(_responses(description, public=public, openai=is_expected(rule.rule))),
         security=None if public else [{"ApiKey": []}, {"Bearer": []}],
     )
 
@@ -292,10 +294,10 @@ def _form_schema(model: type[BaseModel]) -> Schema:
     )
 
 
-def _responses(description: describe, *, public: bool) -> Iterator[tuple[str, Response]]:
+def _responses(description: describe, *, public: bool, openai: bool) -> Iterator[tuple[str, Response]]:
     errors = {*description.errors, *_COMMON_ERRORS, *(() if public else _ERRORS_WITH_KEY)}
     for status in sorted(errors - set(description.responses)):
-        yield str(status), _error_response(status)
+        yield str(status), _error_response(status, openai=openai)
     for status, content in description.responses.items():
         yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
     if description.streams:
@@ -305,12 +307,12 @@ def _responses(description: describe, *, public: bool) -> Iterator[tuple[str, Re
         yield "200", Response(description=meaning, content={**whole, **events})
 
 
-def _error_response(status: int) -> Response:
+def _error_response(status: int, *, openai: bool) -> Response:
     codes = ", ".join(f"`{code}`" for code in ERROR_CODES[status])
     return Response(
         description=f"{HTTPStatus(status).phrase}: {codes}",
         headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
-        content={MEDIA_TYPE: _media_type(ProblemDetails)},
+        content=_content(OpenAIError) if openai else {MEDIA_TYPE: _media_type(ProblemDetails)},
     )
 
 

@@ -1,4 +1,4 @@
-"""Errors as `application/problem+json` (RFC 9457).
+"""Errors as `application/problem+json` (RFC 9457); on routes of the OpenAI API in OpenAI's format.
 
 Responses contain only what clients may know. Tracebacks and messages of libraries go to the log; the request id in the
 response leads to the log line.
@@ -20,6 +20,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 from shared import errors
 from shared.errors import MlxqError
 from shared.redis.client import is_denied, passes
+from web.http import openai_errors
 from web.http.request_id import current_request_id
 from web.schemas.problems import MEDIA_TYPE, FieldError, ProblemDetails
 
@@ -63,8 +64,11 @@ def register(app: Flask) -> None:
 
 def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Response:
     """Return the response for an error."""
-    body = ProblemDetails.of(error, current_request_id(), field_errors)
-    response = Response(body.model_dump_json(exclude_none=True), error.status, content_type=MEDIA_TYPE)
+    if openai_errors.is_expected(request.path):
+        response = openai_errors.openai_error(error)
+    else:
+        body = ProblemDetails.of(error, current_request_id(), field_errors)
+        response = Response(body.model_dump_json(exclude_none=True), error.status, content_type=MEDIA_TYPE)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.status == HTTPStatus.UNAUTHORIZED:
@@ -101,7 +105,10 @@ def _http(error: HTTPException) -> Response:
     status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
     kind = _BY_STATUS.get(status, errors.BadRequest if status < 500 else errors.Internal)
     detail = _DETAILS.get(status, "The request cannot be served.")
-    code = "route_not_found" if isinstance(error, NotFound) else None
+    code = None
+    if isinstance(error, NotFound):
+        code = "route_not_found"
+        detail = openai_errors.missing_route() if openai_errors.is_expected(request.path) else detail
     response = problem(kind(detail, code=code))
     response.status_code = status
     allowed = getattr(error, "valid_methods", None)

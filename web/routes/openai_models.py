@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from flask import Blueprint, Response
 
+from shared.errors import NotFound
 from web.http.openapi import describe
 from web.routes.models import model_views
 from web.schemas.models import ModelView, OpenAIModel, OpenAIModelList
-from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 from web.services import services
 
 routes = Blueprint("openai_models", __name__)
@@ -22,25 +22,15 @@ def list_openai_models() -> Response:
 
 
 @routes.get("/v1/models/<model_id>")
-@describe("Get a model (OpenAI format)", responses={200: OpenAIModel, 404: OpenAIError})
+@describe("Get a model (OpenAI format)", responses={200: OpenAIModel}, errors=(404,))
 def get_openai_model(model_id: str) -> Response:
-    """The model with this id or alias. If there is none, the error is in OpenAI's format too."""
+    """The model with this id or alias."""
     entry = services().catalog.resolve(model_id)
     name = entry.id if entry else model_id
     view = next((view for view in model_views() if view.id == name), None)
     if view is None:
-        return _not_found(model_id)
+        raise NotFound(f"The model {model_id!r} does not exist", code="model_not_found", field="model")
     return Response(_openai_model(view).model_dump_json(), content_type="application/json")
-
-
-def _not_found(model_id: str) -> Response:
-    details = OpenAIErrorDetails(
-        message=f"The model {model_id!r} does not exist",
-        type="invalid_request_error",
-        param="model",
-        code="model_not_found",
-    )
-    return Response(OpenAIError(error=details).model_dump_json(), 404, content_type="application/json")
 
 
 def _openai_model(view: ModelView) -> OpenAIModel:

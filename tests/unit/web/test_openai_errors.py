@@ -1,0 +1,102 @@
+"""Errors below `/v1/` that OpenAI's SDKs meet are in the format that they show to users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import redis
+from flask import Flask
+from flask.testing import FlaskClient
+
+from shared import errors
+from shared.errors import MlxqError
+from shared.settings import Settings
+from tests.support.fake_redis import FakeRedis
+from tests.unit.web.test_problems import subclasses
+from web.app import create_app
+from web.http import problems
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+OPENAI_PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations", "/v1/files",
+    "/v1/batches", "/v1/images/generations", "/v1/audio/speech", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/rerank", "/v1/models/a/b", "/v1/jobsearch", "/v1/",
+)  # fmt: skip
+NATIVE_PATHS = ("/v1/jobs/a/b", "/v1/jobs//stream", "/v2/jobs", "/inference/nothing", "/nothing", "/v1")
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> FlaskClient:
+    return create_app(Settings(data_dir=tmp_path), FakeRedis()).test_client()
+
+
+@pytest.mark.parametrize("path", OPENAI_PATHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_path_that_does_not_exist_names_the_routes_that_do(client: FlaskClient, path: str, method: str) -> None:
+    response = client.open(path, method=method)
+    assert (response.status_code, response.content_type) == (404, "application/json")
+    error = (response.json or {})["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == ("invalid_request_error", "route_not_found")
+    for part in (
+        f"{method} {path}",
+        "POST /inference",
+        "POST /v1/jobs,",
+        "GET /v1/jobs,",
+        "/v1/jobs/{job_id}/stream",
+        "/v1/models",
+    ):
+        assert part in error["message"]
+
+
+@pytest.mark.parametrize("path", NATIVE_PATHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_paths_that_do_not_exist_are_problem_documents(client: FlaskClient, path: str, method: str) -> None:
+    response = client.open(path, method=method)
+    assert (response.status_code, response.content_type) == (404, "application/problem+json")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/a"])
+def test_a_method_that_a_route_does_not_have(client: FlaskClient, method: str, path: str) -> None:
+    response = client.open(path, method=method)
+    assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+    assert (response.json or {})["error"]["code"] == "method_not_allowed"
+    assert client.put("/v1/jobs").content_type == "application/problem+json"
+
+
+def test_a_missing_key(client: FlaskClient) -> None:
+    response = client.get("/v1/models")
+    assert (response.status_code, (response.json or {})["error"]["type"]) == (401, "authentication_error")
+    assert "WWW-Authenticate" in response.headers
+
+
+@pytest.mark.parametrize("kind", subclasses())
+def test_every_error_has_both_formats(kind: type[MlxqError]) -> None:
+    app = Flask("test")
+    problems.register(app)
+
+    def view(path: str) -> str:
+        raise kind("What happened.", field="f", retry_after=5)
+
+    app.add_url_rule("/<path:path>", view_func=view)
+    response, native = app.test_client().get("/v1/models"), app.test_client().get("/v1/jobs")
+    assert response.status_code == native.status_code == kind.status
+    assert response.headers["Retry-After"] == native.headers["Retry-After"] == "5"
+    error = (response.json or {})["error"]
+    assert (error["message"], error["param"], error["code"]) == ("What happened.", "f", kind.code)
+    assert (native.json or {})["code"] == kind.code
+
+
+def test_an_error_of_the_service_is_a_server_error() -> None:
+    app = Flask("test")
+    problems.register(app)
+
+    @app.get("/v1/models")
+    def view() -> str:
+        raise redis.ConnectionError("host:6379")
+
+    error = (app.test_client().get("/v1/models").json or {})["error"]
+    assert (error["type"], error["code"]) == ("server_error", errors.Unavailable.code)
+    assert "6379" not in error["message"]

@@ -1,0 +1,44 @@
+"""Errors in OpenAI's format, for routes of the OpenAI API and for paths below `/v1` that do not exist.
+
+OpenAI's SDKs show users only `error.message`. From a problem document they show nothing but the status.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from flask import Flask, Response, current_app, request
+
+from shared.errors import MlxqError
+from web.schemas.problems import OpenAIError, OpenAIErrorDetails
+
+MEDIA_TYPE: Final = "application/json"
+_NATIVE: Final = re.compile(r"/v1/jobs(?:/|$)")
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def is_expected(path: str) -> bool:
+    """Whether errors of this path are in OpenAI's format."""
+    return path.startswith("/v1/") and not _NATIVE.match(path)
+
+
+def openai_error(error: MlxqError) -> Response:
+    """Return an error in OpenAI's format."""
+    kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
+    details = OpenAIErrorDetails(message=error.detail, type=kind, param=error.field, code=error.code)
+    return Response(OpenAIError(error=details).model_dump_json(), error.status, content_type=MEDIA_TYPE)
+
+
+def missing_route() -> str:
+    """Return the message for a path that does not exist. It names the routes that do."""
+    routes = ", ".join(_routes(current_app))
+    return f"There is no route {request.method} {request.path[:200]}. This service has {routes}. GET /docs shows more."
+
+
+def _routes(app: Flask) -> Iterator[str]:
+    for rule in app.url_map.iter_rules():
+        if rule.rule.startswith("/v1/") or rule.rule == "/inference":
+            methods = "/".join(sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}))
+            yield f"{methods} {rule.rule.replace('<', '{').replace('>', '}')}"
