@@ -33,6 +33,9 @@ class Request:
 
     Attributes:
         messages: input of the model's chat template.
+        raw: whether `prompt` goes to the model as it is, not as a user message through the chat template. Where the
+            prompt is tokenised, this is decided: only there it is certain whether the model has a template. True in
+            records of earlier versions, which decided when they stored the job.
         parse: format in which the answer is parsed; see `web.results.job_views`.
         share_system_prompt: whether jobs of other API keys may reuse the cache of the leading system message.
         logprobs: number of alternatives (0 to 20) reported with each token's log-probability; None for no
@@ -48,6 +51,7 @@ class Request:
     parse: str | None = None
     share_system_prompt: bool = False
     logprobs: int | None = None
+    raw: bool = True
 
     @property
     def image_parts(self) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ class ChatTokenizer(Protocol):
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template."""
+        """Whether there is a chat template. A set of named templates counts if one is the default."""
         ...
 
 
@@ -147,6 +147,8 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
         TooLong: the prompt has more than `max_tokens` tokens.
     """
     messages, max_tokens = request["messages"], request.get("max_tokens")
+    if messages is None and not request.get("raw", True) and tokenizer.has_template:
+        messages = [{"role": "user", "content": request["prompt"]}]
     if messages is None:
         ids, shared = tokenizer.plain(request["prompt"], max_tokens), 0
     else:

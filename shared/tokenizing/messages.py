@@ -91,6 +91,7 @@ def request_fields(request: Request) -> dict[str, Any]:
     return {
         "prompt": request.prompt or "",
         "messages": request.messages,
+        "raw": request.raw,
         "share_system_prompt": request.share_system_prompt,
     }
 

@@ -39,7 +39,7 @@ def client(stack: Stack) -> Iterator[Client]:
 
 
 def submit(client: Client, tokens: int, *, max_tokens: int = TOKENS) -> RemoteJob:
-    return client.submit({"prompt": " a" * tokens, "temperature": 0, "max_tokens": max_tokens})
+    return client.submit({"prompt": " a" * tokens, "raw": True, "temperature": 0, "max_tokens": max_tokens})
 
 
 def finished(client: Client, job: RemoteJob) -> RemoteJob:

@@ -61,12 +61,14 @@ def test_a_greedy_answer_is_correct_and_has_usage_and_timings(smollm2_stack: Sta
     assert 0 <= body["timings"]["queue_s"] <= body["timings"]["first_token_s"] <= body["timings"]["total_s"]
 
 
-def test_inference_applies_the_chat_template_unless_raw_is_set(smollm2_stack: Stack) -> None:
+def test_a_prompt_goes_through_the_chat_template_unless_raw_is_set(smollm2_stack: Stack) -> None:
     question = {"prompt": "What is the capital of France?", "temperature": 0, "max_tokens": 32}
     with smollm2_stack.client() as client:
+        job = client.request("POST", "/v1/jobs", json=question, wait_s=60, headers={"Prefer": "wait=60"}).json()
         templated = client.request("POST", "/inference", json=question, wait_s=60).json()
         raw = client.request("POST", "/inference", json={**question, "raw": True}, wait_s=60).json()
     assert "Paris" in templated["text"]
+    assert job["output"]["text"] == templated["text"]
     assert templated["usage"]["prompt_tokens"] > raw["usage"]["prompt_tokens"]
 
 
@@ -175,8 +177,8 @@ def test_penalties_and_filters_apply_only_to_their_job(
     assert penalised.status is Status.SUCCEEDED
 
 
-def test_a_job_with_a_prompt_continues_the_prompt(smollm2_stack: Stack) -> None:
+def test_a_job_with_a_raw_prompt_continues_the_prompt(smollm2_stack: Stack) -> None:
     prompt = "The days of the week are Monday, Tuesday,"
-    job = run(smollm2_stack, {"prompt": prompt, "temperature": 0, "max_tokens": 12})
+    job = run(smollm2_stack, {"prompt": prompt, "raw": True, "temperature": 0, "max_tokens": 12})
     assert "Wednesday" in job.text
     assert job.usage["completion_tokens"] <= 12

@@ -194,8 +194,7 @@ class Admission:
             raise Invalid(detail, code="no_images", field="model")
 
     def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:
-        # A model without a card is assumed to have a chat template; most do.
-        messages = request.chat_messages(has_template=card is None or card.chat_template is not None)
+        messages = request.chat_messages()
         return Request(
             model=model,
             max_tokens=self._max_tokens(request, model, card),
@@ -206,6 +205,7 @@ class Admission:
             parse=request.parse,
             share_system_prompt=request.share_system_prompt,
             logprobs=request.logprobs,
+            raw=request.raw,
         )
 
     def _max_tokens(self, request: JobRequest, model: str, card: ModelCard | None) -> int:

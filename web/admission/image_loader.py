@@ -18,7 +18,7 @@ from shared.settings import Settings
 from web.admission.data_urls import decode_data_url, is_data_url
 from web.admission.image_decoder import decoded_size
 from web.http.threadpool import LARGE, run_in_threadpool
-from web.schemas.requests import InferenceRequest, JobRequest, Message, Part, StoredImage
+from web.schemas.requests import JobRequest, Message, Part, StoredImage
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class ImageLoader:
             name = parts[self._max_images][0] if len(parts) > self._max_images else "images"
             detail = f"The request has {count} images; at most {self._max_images} are allowed."
             raise Invalid(detail, code="too_many_images", field=name)
-        if isinstance(request, InferenceRequest) and request.raw:
+        if request.raw:
             raise Invalid("raw cannot be used with images. Leave out raw or the images.", field="raw")
 
     def is_fetchable(self, url: str) -> bool:

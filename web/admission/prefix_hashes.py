@@ -38,9 +38,12 @@ def prefix_hashes(request: Request, owner: str) -> tuple[str, ...]:
 
 
 def _texts(request: Request) -> list[bytes]:
-    if request.messages is None:
-        return [(request.prompt or "").encode(errors="replace")]
-    return [f"{message['role']}\n{message['content']}\n".encode(errors="replace") for message in request.messages]
+    messages = request.messages
+    if messages is None:
+        if request.raw:
+            return [(request.prompt or "").encode(errors="replace")]
+        messages = ({"role": "user", "content": request.prompt},)
+    return [f"{message['role']}\n{message['content']}\n".encode(errors="replace") for message in messages]
 
 
 def _hashes(model: str, owner: str, text: bytes, lengths: Iterable[int]) -> Iterator[tuple[int, str]]:

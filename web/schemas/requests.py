@@ -145,8 +145,8 @@ class JobRequest(RequestModel):
     prompt: str | None = Field(
         None,
         min_length=1,
-        description="Text to continue; instead of `messages`. `/inference` sends it to the model as a user message, "
-        "unless `raw` is true",
+        description="A question or instruction; instead of `messages`. It goes through the model's chat template as a "
+        "user message. Models without a template continue it, and `raw` makes every model continue it",
     )
     messages: list[Message] | None = Field(
         None,
@@ -229,6 +229,10 @@ class JobRequest(RequestModel):
         f"position (0 to {MAX_LOGPROBS})",
     )
 
+    raw: bool = Field(
+        False, description="Continue `prompt` directly, without the model's chat template; not possible with images"
+    )
+
     @field_validator("messages")
     @classmethod
     def _one_prompt(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
@@ -253,6 +257,13 @@ class JobRequest(RequestModel):
             message = "The first of the messages must be a system message to share it"
             raise PydanticCustomError("no_system_prompt", message)
         return share
+
+    @field_validator("raw")
+    @classmethod
+    def _raw_needs_prompt(cls, raw: bool, info: ValidationInfo) -> bool:
+        if raw and info.data.get("messages"):
+            raise PydanticCustomError("no_raw_prompt", "raw needs a prompt; messages always use the chat template")
+        return raw
 
     @property
     def prompt_field(self) -> str:
@@ -286,9 +297,8 @@ class JobRequest(RequestModel):
             fields["messages"] = [message.to_record() for message in self.messages]
         return json.dumps(fields, sort_keys=True)
 
-    def chat_messages(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
-        """Return the messages for the chat template; None if the prompt goes to the model without a template."""
-        del has_template
+    def chat_messages(self) -> tuple[dict[str, Any], ...] | None:
+        """Return the messages as the job's record stores them; None if the request has a prompt instead."""
         return tuple(message.to_record() for message in self.messages) if self.messages else None
 
 
@@ -296,19 +306,3 @@ class InferenceRequest(JobRequest):
     """A generation request whose result is returned in the response."""
 
     stream: bool = Field(False, description="Respond with a stream of events instead of the complete result")
-    raw: bool = Field(
-        False, description="Continue `prompt` directly, without the model's chat template; not possible with images"
-    )
-
-    @field_validator("raw")
-    @classmethod
-    def _raw_needs_prompt(cls, raw: bool, info: ValidationInfo) -> bool:
-        if raw and info.data.get("messages"):
-            raise PydanticCustomError("no_raw_prompt", "raw needs a prompt; messages always use the chat template")
-        return raw
-
-    def chat_messages(self, *, has_template: bool) -> tuple[dict[str, Any], ...] | None:
-        """Return the messages as for a job; a prompt becomes a user message, unless `raw` or without a template."""
-        if self.prompt is not None and not self.messages and has_template and not self.raw:
-            return ({"role": "user", "content": self.prompt},)
-        return super().chat_messages(has_template=has_template)

@@ -63,7 +63,10 @@ class FolderTokenizer:
     @property
     def has_template(self) -> bool:
         """See `ChatTokenizer`."""
-        return bool(self.wrapper.has_chat_template) or self.wrapper.chat_template is not None
+        template = self.wrapper.chat_template
+        if isinstance(template, dict):
+            return "default" in template
+        return bool(self.wrapper.has_chat_template) or template is not None
 
     def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:  # noqa: ARG002 - counted by the caller
         """See `ChatTokenizer`."""
@@ -121,7 +124,7 @@ def probes(fields: Mapping[str, Any], vision: bool) -> Iterator[dict[str, Any]]:
     """Yield requests of every kind that a template or a tokenizer may treat specially."""
     specials = sorted({value for value in fields["template_variables"].values() if isinstance(value, str)})
     texts = [*_TEXTS, *(f"{token} a{token}b {token}" for token in specials[:_MAX_SPECIALS])]
-    yield from ({"prompt": text, "messages": None} for text in texts)
+    yield from ({"prompt": text, "messages": None, "raw": raw} for raw in (True, False) for text in texts)
     content = " ".join(texts[1:])
     turns = [{"role": role, "content": f"{role} {content}"} for role in ("system", "user", "assistant", "user")]
     conversations: list[list[dict[str, Any]]] = [

@@ -65,7 +65,7 @@ def refusal(image_loader: ImageLoader, request: JobRequest, *uploads: bytes) -> 
 def test_an_image_part_is_replaced_by_a_reference(image_loader: ImageLoader, part: dict[str, Any]) -> None:
     loaded = image_loader.load(message_request([part, TEXT]))
     assert loaded.files == {digest(PNG): PNG}
-    assert loaded.request.chat_messages(has_template=True) == ({"role": "user", "content": [STORED, TEXT]},)
+    assert loaded.request.chat_messages() == ({"role": "user", "content": [STORED, TEXT]},)
     assert URL not in loaded.request.canonical_json()
 
 
@@ -73,7 +73,7 @@ def test_an_image_part_is_replaced_by_a_reference(image_loader: ImageLoader, par
 def test_images_and_uploads_come_before_the_text_of_the_user(image_loader: ImageLoader, body: dict[str, Any]) -> None:
     for kind in (JobRequest, InferenceRequest):
         loaded = image_loader.load(kind.model_validate({**body, "images": [URL]}), [picture(seed=2)])
-        (turn,) = loaded.request.chat_messages(has_template=True) or ()
+        (turn,) = loaded.request.chat_messages() or ()
         assert [part["type"] for part in turn["content"]] == ["image", "image", "text"]
         assert turn["content"][0] == STORED
         assert turn["content"][2] == TEXT
@@ -83,7 +83,7 @@ def test_images_and_uploads_come_before_the_text_of_the_user(image_loader: Image
 def test_images_go_to_the_last_user_message(image_loader: ImageLoader) -> None:
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
     request = job_request(messages=[{"role": role, "content": text} for role, text in turns], images=[URL])
-    messages = image_loader.load(request).request.chat_messages(has_template=True) or ()
+    messages = image_loader.load(request).request.chat_messages() or ()
     assert [turn["content"] for turn in messages[:3]] == ["Be brief.", "a", "b"]
     assert messages[3]["content"] == [STORED, {"type": "text", "text": "c"}]
 
@@ -100,7 +100,7 @@ def test_an_image_that_occurs_twice_is_stored_once(image_loader: ImageLoader) ->
         message_request([{"type": "image", "image": URL}, {"type": "image", "image": URL}, TEXT])
     )
     assert len(loaded.files) == 1
-    assert [part["type"] for part in (loaded.request.chat_messages(has_template=True) or ())[0]["content"]] == [
+    assert [part["type"] for part in (loaded.request.chat_messages() or ())[0]["content"]] == [
         "image", "image", "text",
     ]  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_the_form_of_an_image_does_not_change_the_fingerprint(image_loader: Imag
 
 def test_text_parts_are_joined(image_loader: ImageLoader) -> None:
     request = image_loader.load(message_request([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])).request
-    assert request.chat_messages(has_template=True) == ({"role": "user", "content": "a\nb"},)
+    assert request.chat_messages() == ({"role": "user", "content": "a\nb"},)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_image_formats_and_modes(image_loader: ImageLoader, form: str, mode: str
     loaded = image_loader.load(
         message_request([{"type": "image", "image": data_url(picture(form=form, mode=mode, **save))}, TEXT])
     )
-    (turn,) = loaded.request.chat_messages(has_template=True) or ()
+    (turn,) = loaded.request.chat_messages() or ()
     assert (turn["content"][0]["width"], turn["content"][0]["height"]) == (300, 200)
 
 
@@ -141,7 +141,7 @@ def test_the_size_takes_the_exif_orientation_into_account(image_loader: ImageLoa
     exif = Image.Exif()
     exif[0x0112] = 6
     loaded = image_loader.load(job_request(prompt="?", images=[data_url(picture(form="JPEG", exif=exif.tobytes()))]))
-    (turn,) = loaded.request.chat_messages(has_template=True) or ()
+    (turn,) = loaded.request.chat_messages() or ()
     assert (turn["content"][0]["width"], turn["content"][0]["height"]) == (200, 300)
 
 

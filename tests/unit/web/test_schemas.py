@@ -115,14 +115,12 @@ def test_only_an_inference_request_can_stream() -> None:
     assert error_locations(prompt="hi", stream=True) == [("stream",)]
 
 
-def test_an_inference_prompt_becomes_a_user_message_if_the_model_has_a_template() -> None:
-    request = InferenceRequest.model_validate({"prompt": "hi"})
-    assert request.chat_messages(has_template=True) == (TURN,)
-    assert request.chat_messages(has_template=False) is None
-    assert InferenceRequest.model_validate({"prompt": "hi", "raw": True}).chat_messages(has_template=True) is None
+@pytest.mark.parametrize("kind", [JobRequest, InferenceRequest])
+def test_raw_needs_a_prompt(kind: type[JobRequest]) -> None:
+    assert kind.model_validate({"prompt": "hi", "raw": True}).raw
+    assert kind.model_validate({"prompt": "hi"}).chat_messages() is None
     with pytest.raises(ValidationError, match="raw needs a prompt"):
-        InferenceRequest.model_validate({"messages": [{"role": "user", "content": "hi"}], "raw": True})
-    assert JobRequest.model_validate({"prompt": "hi"}).chat_messages(has_template=True) is None
+        kind.model_validate({"messages": [{"role": "user", "content": "hi"}], "raw": True})
 
 
 def test_all_error_codes_of_jobs_are_documented() -> None:
