@@ -222,6 +222,10 @@ class JobFailure(StrEnum):
     """The job was to be resumed, but its log no longer holds everything that was generated."""
     IMAGE_LOST = "image_lost"
     """An image of the job is no longer stored."""
+    MODEL = "model_not_found"
+    """No worker has the model and no catalog lists it any more."""
+    LOAD = "load_failed"
+    """The model does not load, or no worker has enough memory for it."""
 
 
 class PromptRefused(Exception):

@@ -29,6 +29,7 @@ from web.admission.image_loader import ImageLoader
 from web.admission.image_urls import ImageUrls
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.health_checker import HealthChecker
+from web.cluster.model_availability import ModelAvailability
 from web.cluster.model_manager import ModelManager
 from web.cluster.ping import WorkerPing
 from web.cluster.snapshot import Cluster
@@ -104,9 +105,14 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     catalog, registry = load_catalog(settings), Registry(clients.store)
     jobs, job_log = Jobs(clients.store, settings), JobLog(clients.store)
     cluster, hub = Cluster(registry), Hub(clients.pubsub)
-    model_manager = ModelManager(
-        celery, Operations(clients.store), registry, catalog, on_demand=settings.load_on_demand
-    )
+    operations, on_demand = Operations(clients.store), settings.load_on_demand
+    model_manager = ModelManager(celery, operations, registry, catalog, on_demand=on_demand)
+    availability = ModelAvailability(registry, operations, jobs, catalog, on_demand=on_demand)
+
+    def look_after_waiting_jobs() -> None:
+        availability.round()
+        model_manager.load_for_waiting_jobs()
+
     return Services(
         settings=settings,
         keys=KeyStore(settings.keys_file),
@@ -126,6 +132,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             notifier,
             model_manager.load_on_demand,
             model_manager.check_load_on_demand,
+            availability.check,
             Requirements(clients.store).check if client is None else lambda: None,  # a fake Redis has no ACL
         ),
         image_loader=ImageLoader(settings, ImageUrls().fetch if settings.image_urls else None),
@@ -138,7 +145,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             Reaper(clients.store, settings.max_attempts, settings.failed_request_bytes),
             notifier,
             jobs,
-            model_manager.load_for_waiting_jobs,
+            look_after_waiting_jobs,
             events.ended_without_worker,
         ),
         events=events,

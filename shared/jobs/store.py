@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from shared.errors import Conflict, Invalid, KeyQueueFull, KeyReused, NotFound, QueueFull, QueueMemoryFull, Unavailable
+from shared.errors import (
+    Conflict,
+    Invalid,
+    JobFailure,
+    KeyQueueFull,
+    KeyReused,
+    NotFound,
+    QueueFull,
+    QueueMemoryFull,
+    Unavailable,
+)
 from shared.jobs.images import SLACK_S
 from shared.jobs.log import JobLog
 from shared.jobs.record import OLD_REQUEST, Job, Parsing, Priority, Status
@@ -113,6 +123,7 @@ class Jobs:
         self._enqueue = ProvenScript(client, "enqueue") if settings.durable else script(client, "enqueue")
         self._recent = script(client, "recent")
         self._stop = script(client, "stop")
+        self._fail_waiting = script(client, "fail_waiting")
         self._forget = script(client, "forget")
         self._adopt = script(client, "adopt")
 
@@ -221,6 +232,10 @@ class Jobs:
         if result == "ended" and job.status is not Status.CANCELLED:
             raise Conflict(f"The job has already ended: {job.status}.", code="job_ended")
         return job
+
+    def fail_waiting(self, model: str, code: JobFailure, message: str) -> int:
+        """Fail up to 1,000 queued jobs of a model that nothing can run; return how many."""
+        return int(self._fail_waiting(args=[model, code, message, 1000]))
 
     def forget(self, job_id: str, owner: str) -> None:
         """Delete a job that has ended. Requests that are waiting for it still receive its end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,10 @@ SILENT_S: Final = 15.0
 """An operation fails if its live worker has not listed it for this long after the last update."""
 GONE_S: Final = 5.0
 """An operation fails if its worker process has not been seen for this long after the last update."""
+
+
+FAILURE_S: Final = 600
+"""How long a model that does not load is not tried again, unless its folder changes or a new worker process starts."""
 
 
 class OperationState(StrEnum):
@@ -88,6 +93,22 @@ class Operation:
         return {name: "" if value is None else str(value) for name, value in fields.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """A model that does not load.
+
+    Attributes:
+        operation: id of the operation that failed.
+        folder: identifies the state of the model's files.
+        processes: the worker processes that were running then.
+    """
+
+    operation: str
+    message: str
+    folder: str
+    processes: list[str]
+
+
 class Operations:
     """The operations in Redis. Methods raise `redis.RedisError` if Redis is unreachable."""
 
@@ -147,6 +168,15 @@ class Operations:
         """Return the last operation that loads a model for queued jobs; None if there was none recently."""
         operation_id = self._client.get(keys.DEMAND + model)
         return self.read(operation_id) if operation_id else None
+
+    def store_load_failure(self, model: str, failure: LoadFailure) -> None:
+        """Remember for `FAILURE_S` that a model does not load."""
+        self._client.set(keys.LOAD_FAILURE + model, json.dumps(asdict(failure)), ex=FAILURE_S)
+
+    def load_failure(self, model: str) -> LoadFailure | None:
+        """Return why a model did not load; None if no failure is known."""
+        text = self._client.get(keys.LOAD_FAILURE + model)
+        return LoadFailure(**known_fields(LoadFailure, json.loads(text))) if text else None
 
 
 def _fail_if_lost(operation: Operation, now: float, hosts: Collection[HostInfo]) -> Operation:

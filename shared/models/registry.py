@@ -160,6 +160,21 @@ class Registry:
         """Return the cards of all models ever announced, by id."""
         return {name: ModelCard.from_json(text) for name, text in self._client.hgetall(keys.MODELS).items()}
 
+    def mark_servable(self, models: Iterable[str]) -> None:
+        """Record that these models can be served now."""
+        now, _ = self._client.time()
+        if marks := dict.fromkeys(models, float(now)):
+            self._client.zadd(keys.SERVABLE, marks)
+
+    def servable(self, within_s: float) -> set[str]:
+        """Return the models that some process could serve in the last `within_s` seconds."""
+        now, _ = self._client.time()
+        return set(self._client.zrange(keys.SERVABLE, now - within_s, "+inf", byscore=True))
+
+    def known_models(self) -> set[str]:
+        """Return the ids of all models that were ever announced or marked as servable."""
+        return {*self._client.hkeys(keys.MODELS), *self._client.zrange(keys.SERVABLE, 0, -1)}
+
     def announce_worker(self, info: WorkerInfo, lifetime_s: float) -> None:
         """Store the state of a worker; it expires unless it is announced again in time."""
         self._write("WORKER", info.id, info, lifetime_s)

@@ -37,6 +37,8 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `OPERATION` + id | hash | a load or unload of a model (`shared.models.operations`) | 1 day |
 | `OPERATIONS` | zset | operation → creation time | entries are pruned after 1 day |
 | `DEMAND` + model | string | operation that loads a model for queued jobs; empty until it starts | half a minute |
+| `LOAD_FAILURE` + model | string | JSON of `shared.models.operations.LoadFailure` | 10 min |
+| `SERVABLE` | zset | model → time at which a process that could serve it was last seen | forever, one entry per model |
 | `MODELS` | hash | model → JSON of `shared.models.registry.ModelCard` | forever, one field per model |
 | `TOKENIZER` + digest | string | a model's tokenizer.json, gzipped, for the API | until no model card names it |
 | `ENDED` | hash | `model:status` → number of jobs | forever, 4 fields per model |
@@ -98,6 +100,8 @@ HOST: Final = "mlxq:host:"
 HOSTS: Final = "mlxq:hosts"
 OPERATION: Final = "mlxq:operation:"
 OPERATIONS: Final = "mlxq:operations"
+LOAD_FAILURE: Final = "mlxq:load-failure:"
+SERVABLE: Final = "mlxq:servable"
 DEMAND: Final = "mlxq:demand:"
 MODELS: Final = "mlxq:models"
 TOKENIZER: Final = "mlxq:tokenizer-gz:"

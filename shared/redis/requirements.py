@@ -34,7 +34,20 @@ _PROBES: Final = (("HINCRBY", _KEY, "field", "1"), ("LPOP", _KEY), ("RPOP", _KEY
 """Commands that need permission to read and to write a key."""
 _PUBSUB: Final = frozenset({"PUBLISH", "SUBSCRIBE", "PSUBSCRIBE"})
 _CHANNELS: Final = ("LIVE", "DONE")
-_READS: Final = ("EXISTS", "GET", "HGETALL", "HLEN", "HVALS", "MGET", "PTTL", "SCARD", "SMEMBERS", "TTL", "ZCARD")
+_READS: Final = (
+    "EXISTS",
+    "GET",
+    "HGETALL",
+    "HKEYS",
+    "HLEN",
+    "HVALS",
+    "MGET",
+    "PTTL",
+    "SCARD",
+    "SMEMBERS",
+    "TTL",
+    "ZCARD",
+)
 _WRITES: Final = ("DEL", "LPOP", "PERSIST", "UNLINK")
 _COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     *((name, _KEY) for name in (*_READS, *_WRITES)),

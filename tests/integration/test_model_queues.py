@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,27 +125,64 @@ def test_operations_of_a_killed_worker_fail(make: Callable[..., Admin]) -> None:
         assert operator.ask("load", "three")["state"] == "succeeded"
 
 
-def test_jobs_for_a_model_that_does_not_load_are_rejected(
-    make: Callable[..., Admin],
-) -> None:
+def failing(operator: Admin, way: str) -> tuple[str, str]:
+    """Ask for text of the model `broken` in one way; return the error's code and message."""
+    body = {"model": "broken", "prompt": "hello"}
+    if way == "inference":
+        problem = operator.http.post("/inference", json=body)
+        assert problem.status_code == 422 and "Retry-After" not in problem.headers
+        return problem.json()["code"], problem.json()["detail"]
+    if way == "batch":
+        folder = operator.stack.home
+        (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
+        arguments = [str(folder / "prompts.jsonl"), "-o", str(folder / "out.jsonl"), "--model", "broken"]
+        command = [sys.executable, "-m", "scripts.client.batch", *arguments, "--url", operator.stack.url]
+        subprocess.run(command, env={**operator.stack.env, "MLXQ_API_KEY": operator.stack.key}, timeout=60, check=False)
+        (result,) = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
+        return result["error"]["code"], result["error"]["message"]
+    answer = operator.http.post("/inference" if way == "stream" else "/v1/jobs", json=body | STREAM.get(way, {}))
+    if answer.status_code == 422:
+        return answer.json()["code"], answer.json()["detail"]
+    if way == "stream":
+        done = json.loads(answer.text.strip().splitlines()[-1])["data"]
+        return done["error"]["code"], done["error"]["message"]
+    with operator.stack.client() as client:
+        eventually(lambda: client.job(answer.json()["id"]).status is Status.FAILED, "the job fails", 30)
+    error = operator.http.get(f"/v1/jobs/{answer.json()['id']}").json()["error"]
+    return error["code"], error["message"]
+
+
+STREAM = {"stream": {"stream": True}}
+
+
+@pytest.mark.parametrize("way", ["job", "inference", "stream", "batch"])
+def test_requests_for_a_model_that_does_not_load_end_with_the_reason(make: Callable[..., Admin], way: str) -> None:
+    """The first one waits while the model is tried, the second one is refused at once."""
     operator = make({"one": "", "broken": "!load=0.1 !load-fails=1"})
+    operator.http.headers["Accept"] = "application/x-ndjson, application/json"
     operator.stack.start_worker()
     eventually(operator.stack.registry.hosts, "the worker accepts commands")
-    body = {"model": "broken", "prompt": "hello"}
-    accepted = operator.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "mine"})
-    assert accepted.status_code == 202
-    operations = operator.http.get("/inference/operations").json()["data"]
-    assert [each["model"] for each in operations] == ["broken"]
-    failed = operator.end(f"/inference/operations/{operations[0]['id']}")
-    assert failed["error"]["code"] == "load_failed"
-    eventually(lambda: operator.models()["broken"]["state"] == "cold", "it is unloaded")
-    refused = operator.http.post("/v1/jobs", json=body)
-    assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (503, "model_not_loaded", "model")
-    assert "broken does not load" in refused.json()["detail"]
-    assert 0 < int(refused.headers["Retry-After"]) <= 30
-    again = operator.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "mine"})
-    assert again.json()["id"] == accepted.json()["id"], "an accepted job is not rejected when it is sent again"
+    for _ in range(2):
+        code, message = failing(operator, way)
+        assert code == "load_failed" and message.startswith("broken does not load: ")
+    assert len(operator.http.get("/inference/operations").json()["data"]) == 1, "it is not tried for each request"
     assert operator.say("one").status_code == 200
+
+
+def test_a_model_is_tried_again_when_its_folder_has_changed(make: Callable[..., Admin], tmp_path: Path) -> None:
+    operator = make({"one": "", "broken": "!load=0.1 !load-fails=1"})
+    stack = operator.stack
+    stack.start_worker()
+    eventually(stack.registry.hosts, "the worker accepts commands")
+    key = {"Idempotency-Key": "mine"}
+    accepted = operator.http.post("/v1/jobs", json={"model": "broken", "prompt": "hello"}, headers=key)
+    with stack.client() as client:
+        eventually(lambda: client.job(accepted.json()["id"]).status is Status.FAILED, "the job fails", 30)
+    again = operator.http.post("/v1/jobs", json={"model": "broken", "prompt": "hello"}, headers=key)
+    assert again.json()["id"] == accepted.json()["id"], "an accepted job is not refused when it is sent again"
+    (tmp_path / "broken/config.json").write_text("{}")
+    stack.redis.delete(keys.DEMAND + "broken")  # the time between two tries is over
+    assert operator.say("broken").status_code == 200
 
 
 def test_many_jobs_for_a_cold_model_load_it_once(make: Callable[..., Admin]) -> None:

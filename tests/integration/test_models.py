@@ -131,6 +131,11 @@ def test_a_failed_load_keeps_the_loaded_models(admin: Callable[..., Admin], tmp_
         assert str(operator.stack.home) not in failed["error"]["message"]
         assert operator.models()["one"]["state"] == "warm"
         assert operator.say("one", max_tokens=20).json()["text"] == expected
+    for _ in range(2):  # a job that waits while the model is tried, and one that is refused afterwards
+        refused = operator.say("broken")
+        assert (refused.status_code, refused.json()["code"]) == (422, "load_failed"), refused.text
+        assert "broken does not load" in refused.json()["detail"]
+        assert str(operator.stack.home) not in refused.text
 
 
 def test_models_unloaded_for_a_failed_load_are_loaded_again(admin: Callable[..., Admin], tmp_path: Path) -> None:
@@ -190,7 +195,7 @@ def test_jobs_for_a_cold_model_are_refused_without_load_on_demand(admin: Callabl
     refused = operator.say("two")
     assert (refused.status_code, refused.json()["code"], refused.json()["field"]) == (409, "model_not_loaded", "model")
     unknown = operator.say("three")
-    assert (unknown.status_code, unknown.json()["code"], unknown.json()["field"]) == (422, "model_not_found", "model")
+    assert (unknown.status_code, unknown.json()["code"], unknown.json()["field"]) == (404, "model_not_found", "model")
     assert operator.say("one", max_tokens=2).status_code == 200
 
 

@@ -141,7 +141,12 @@ def test_a_model_that_is_not_in_the_catalog_is_listed_while_jobs_wait_for_it(web
     client = web.client()
     Registry(client).announce_model(ModelCard("elsewhere", "text", 512))
     assert "elsewhere" not in listed(web)
-    eventually(lambda: web.http.post("/v1/jobs", json={"model": "elsewhere", "prompt": "hi"}).is_success, "it is known")
+    body = {"model": "elsewhere", "prompt": "hi"}
+    for path in ("/v1/jobs", "/inference"):
+        refused = web.http.post(path, json=body)
+        assert (refused.status_code, refused.json()["code"]) == (404, "model_not_found")
+    Registry(client).mark_servable(["elsewhere"])  # as a process with another catalog does
+    eventually(lambda: web.http.post("/v1/jobs", json=body).is_success, "it is known")
     assert listed(web)["elsewhere"]["state"] == "absent"
     client.close()
 

@@ -25,6 +25,7 @@ from shared.queue.wakeups import Notifier
 from shared.settings import Settings
 from web.admission.prefix_hashes import prefix_hashes
 from web.admission.prompt_tokenizer import PromptTokenizer
+from web.cluster.model_availability import model_not_found
 from web.cluster.snapshot import Cluster
 from web.schemas.requests import JobRequest
 
@@ -57,6 +58,7 @@ class Admission:
     Args:
         load_on_demand: starts loading a model that no worker has.
         check_load_on_demand: raises `Unavailable` if such a model cannot be loaded.
+        check_available: raises `NotFound` or `Invalid` if such a model can never be served.
         check_redis: raises `RedisUnsuitable` if Redis must not hold jobs.
     """
 
@@ -71,6 +73,7 @@ class Admission:
         notifier: Notifier,
         load_on_demand: Callable[[str], object] = lambda _: None,
         check_load_on_demand: Callable[[str], object] = lambda _: None,
+        check_available: Callable[[str], object] = lambda _: None,
         check_redis: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = settings
@@ -82,6 +85,7 @@ class Admission:
         self._notifier = notifier
         self._load_on_demand = load_on_demand
         self._check_load_on_demand = check_load_on_demand
+        self._check_available = check_available
         self._check_redis = check_redis
 
     def admit(
@@ -101,6 +105,7 @@ class Admission:
         Raises:
             Invalid: the request cannot be run; nothing was enqueued.
             Forbidden: the API key may not use the priority.
+            NotFound: there is no such model.
             Conflict: no worker has the model, and models are not loaded on demand.
             Unavailable: the queue is full, the model cannot be loaded, or Redis must not hold jobs.
             redis.RedisError: Redis is unavailable.
@@ -167,8 +172,7 @@ class Admission:
         model = entry.id if entry else name or self._catalog.default
         card = self._cluster.snapshot().models.get(model)
         if card is None and entry is None:
-            detail = f"There is no model {model!r}. GET /inference/models lists the available models."
-            raise Invalid(detail, code="model_not_found", field="model")
+            raise model_not_found(model)
         return model, card
 
     def _check_loaded(self, model: str, context: RequestContext) -> None:
@@ -176,6 +180,7 @@ class Admission:
         known = self._jobs.key_is_used
         if self._cluster.snapshot().has(model) or known(context.owner, context.idempotency_key):
             return
+        self._check_available(model)
         if self._settings.load_on_demand:
             self._check_load_on_demand(model)
             return

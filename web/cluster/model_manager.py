@@ -18,6 +18,7 @@ from shared.models.catalog import Catalog
 from shared.models.operations import Operation, Operations, OperationState
 from shared.models.registry import HostInfo, Registry
 from shared.queue.wakeups import LOAD, UNLOAD
+from web.cluster.model_availability import model_not_found, too_large
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class ModelManager:
         """
         model = self._catalog.resolve(name)
         if model is None:
-            detail = f"The catalog has no model {name!r}. GET /inference/models lists the available models."
-            raise NotFound(detail, code="model_not_found", field="model")
+            raise model_not_found(name)
         hosts = self._hosts(worker)
         with_model = [host for host in hosts if model.id in host.models]
         host = with_model[0] if with_model else _host_for(hosts, model.measure())
@@ -125,7 +125,7 @@ class ModelManager:
         """
         entry, hosts = self._catalog.models.get(model), self._registry.hosts()
         if entry and hosts and not any(host.can_fit(entry.weights_bytes) for host in hosts):
-            raise _not_loaded(f"No worker has {entry.weights_bytes / 2**20:,.0f} MiB of memory for this model.")
+            raise _not_loaded(too_large(entry))
         last = self._operations.demanded(model)
         if last is not None and last.state is OperationState.FAILED:
             raise _not_loaded(f"Loading the model failed: {last.error_message}")

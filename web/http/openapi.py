@@ -66,7 +66,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     422: (
         "invalid_request",
         "idempotency_key_reused",
-        "model_not_found",
+        "load_failed",
         "unknown_parameter",
         "no_images",
         "too_many_images",

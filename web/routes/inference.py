@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import redis
 from flask import Blueprint, Response, request
 
-from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, Unavailable
+from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, NotFound, Unavailable
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
 from web.access.auth import caller
@@ -35,6 +35,7 @@ routes = Blueprint("inference", __name__)
 
 _CLIENT_CLOSED_REQUEST = 499
 """A status that nginx logs in this case."""
+_CAUSED_BY_MODEL = {JobFailure.MODEL: NotFound, JobFailure.LOAD: Invalid}
 _CAUSED_BY_REQUEST = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
 
 
@@ -44,7 +45,7 @@ _CAUSED_BY_REQUEST = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
     body=InferenceRequest,
     responses={200: InferenceView},
     streams=True,
-    errors=(400, 406, 409, 410, 413, 415, 422, 504),
+    errors=(400, 404, 406, 409, 410, 413, 415, 422, 504),
     parameters=(openapi.IDEMPOTENCY_KEY,),
 )
 def infer() -> Response:
@@ -164,4 +165,7 @@ def _failure(job: Job, prompt_field: str) -> MlxqError:
         return Expired(job.error_message or "The job did not end within its deadline.", code=code)
     if code in _CAUSED_BY_REQUEST:
         return Invalid(message, code=code, field=prompt_field)
+    for failure, error in _CAUSED_BY_MODEL.items():
+        if code == failure:
+            return error(message, code=code, field="model")
     return Internal(message, code=code)

@@ -39,7 +39,7 @@ _LAST_EVENT_ID = "Last-Event-ID"
     "Submit a job",
     body=JobRequest,
     responses={202: JobView, 200: JobView},
-    errors=(400, 409, 413, 415, 422),
+    errors=(400, 404, 409, 413, 415, 422),
     parameters=(openapi.IDEMPOTENCY_KEY, openapi.PREFER),
 )
 def submit_job() -> Response:

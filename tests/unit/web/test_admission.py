@@ -10,7 +10,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
-from shared.errors import Invalid, KeyReused, MlxqError, Unavailable
+from shared.errors import KeyReused, MlxqError, Unavailable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Priority
 from shared.jobs.request import Request
@@ -149,7 +149,7 @@ def test_an_invalid_request_is_refused_and_not_enqueued(
     admission: Admission, client: Redis, more: dict[str, object], code: str, field: str
 ) -> None:
     error = refusal(admission, job_request(**more))
-    assert isinstance(error, Invalid) and (error.code, error.field) == (code, field)
+    assert (error.status, error.code, error.field) == (404 if code == "model_not_found" else 422, code, field)
     assert client.keys("mlxq:job:*") == [] and client.keys("mlxq:queue:*") == []
 
 
