@@ -7,28 +7,23 @@ Names are the same in both. `.env.example` and `docs/configuration.md` are gener
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 from functools import cached_property
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.environment import drop_foreign_variables, unknown_names
 from shared.redis import urls
-from shared.redis.urls import Tls, unusable_tls_files
+from shared.redis.urls import Tls
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
 RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
 """A rate in the format of the `limits` package."""
 
-_TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
+TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
 _IN_ORDER: Final = {
     "max_start_within_s": ("start_within_s", "max_start_within_s"),
     "body_memory_bytes": ("max_body_bytes", "body_memory_bytes"),
@@ -310,7 +305,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:
         # Relative paths are resolved against the repository, not the working directory.
-        for name in ("data_dir", "model_path", "models_file", *_TLS_FILES):
+        for name in ("data_dir", "model_path", "models_file", *TLS_FILES):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, ROOT / path.expanduser())
         return self
@@ -379,59 +374,3 @@ class Settings(BaseSettings):
     def keys_file(self) -> Path:
         """Hashed API keys."""
         return self.data_dir / "keys.json"
-
-
-def load_settings(*, env_file_may_be_missing: bool = False) -> Settings:
-    """Read the environment and `.env`, and remove variables of libraries that would override settings.
-
-    Args:
-        env_file_may_be_missing: accept that the file named by ENV_FILE does not exist.
-
-    Raises:
-        pydantic.ValidationError: a variable is invalid or unknown; the error names each of them.
-    """
-    drop_foreign_variables(os.environ)
-    settings = Settings()
-    problems = {**dict(_unknown_settings()), **_unusable_tls_files(settings)}
-    if "ENV_FILE" in os.environ and not ENV_FILE.exists() and not env_file_may_be_missing:
-        problems["env_file"] = f"{ENV_FILE} does not exist"
-    if "models_file" in settings.model_fields_set and not settings.models_file.exists():
-        problems["models_file"] = f"{settings.models_file} does not exist"
-    if problems:
-        raise ValidationError.from_exception_data(
-            "settings", [_error(name, reason) for name, reason in problems.items()]
-        )
-    return settings
-
-
-def _unknown_settings() -> Iterator[tuple[str, str]]:
-    if ENV_FILE.is_file():
-        for name, similar in unknown_names(dotenv_values(ENV_FILE), Settings.model_fields).items():
-            yield name, f"no such setting (in {ENV_FILE})" + f"; did you mean {similar}?" * bool(similar)
-
-
-def _unusable_tls_files(settings: Settings) -> dict[str, str]:
-    servers = filter(None, (settings.redis_url, settings.broker_url))
-    return unusable_tls_files(servers, {name: getattr(settings, name) for name in _TLS_FILES})
-
-
-def _error(name: str, reason: str) -> InitErrorDetails:
-    # The reason is passed as a parameter because braces in it would be parsed as part of the template.
-    kind = PydanticCustomError("setting", "{reason}", {"reason": reason})
-    return InitErrorDetails(type=kind, loc=(name,), input=None)
-
-
-def load_or_exit() -> Settings:
-    """Load the settings, or exit with one line per invalid variable."""
-    try:
-        return load_settings()
-    except ValidationError as error:
-        sys.exit(faults(error))
-
-
-def faults(error: ValidationError) -> str:
-    """Format a validation error as one line per variable."""
-    return "\n".join(
-        f"{'.'.join(map(str, each['loc'])).upper() or 'settings'}: {each['msg'].removeprefix('Value error, ')}"
-        for each in error.errors()
-    )

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 
+from shared.load_settings import load_or_exit
 from shared.logging import configure
-from shared.settings import ROOT, load_or_exit
+from shared.settings import ROOT
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from flask import Flask
 
+from shared.load_settings import load_settings
 from shared.redis.client import Redis
-from shared.settings import Settings, load_settings
+from shared.settings import Settings
 from web.access import auth, rate_limits
 from web.http import body, problems
 from web.http.environ import KnownMethods, ProxyMiddleware, networks

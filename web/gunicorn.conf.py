@@ -10,8 +10,8 @@ from typing import Any
 
 import gevent
 
+from shared.load_settings import load_or_exit
 from shared.runtime import freeze_garbage_collector
-from shared.settings import load_or_exit
 from web.access.api_keys import LOCAL_SCOPES, KeyFileDamaged, KeyStore
 from web.http.connection import KEEPALIVE_S
 from web.http.server import SPARE_CONNECTIONS

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from redis import RedisError
 
 from shared.jobs.store import Jobs
+from shared.load_settings import faults, load_settings
 from shared.logging import configure
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
@@ -36,7 +37,7 @@ from shared.redis.client import connect
 from shared.redis.durability import why_unproven
 from shared.redis.requirements import Fault, find_faults
 from shared.runtime import freeze_garbage_collector
-from shared.settings import Settings, faults, load_settings
+from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from worker.engine.engine import EngineThread
 from worker.models.tokenizer_proof import HELPER

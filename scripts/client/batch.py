@@ -28,7 +28,8 @@ from scripts.client.results import Result, ResultFile, ResultsMismatch, in_order
 from scripts.client.retries import RetriesExhausted, RetryPolicy
 from scripts.client.runner import Limits, Runner
 from shared.jobs.record import Priority
-from shared.settings import Settings, load_settings
+from shared.load_settings import load_settings
+from shared.settings import Settings
 
 START_TIMEOUT_S = 5.0
 """Maximum wait for the service before the first prompt."""

@@ -31,9 +31,9 @@ def check_flower() -> None:
 def check_worker() -> None:
     """Check that this container's worker renews its lease and has loaded its model."""
     # Imported here to keep the HTTP checks fast.
+    from shared.load_settings import load_settings
     from shared.models.registry import Registry
     from shared.redis.client import connect
-    from shared.settings import load_settings
 
     client = connect(load_settings().store_url, timeout_s=TIMEOUT_S, retries=0)
     here = [worker for worker in Registry(client).workers() if worker.host == socket.gethostname()]

@@ -14,9 +14,9 @@ import flower.views
 from redis import RedisError
 from tornado.options import options
 
+from shared.load_settings import load_or_exit
 from shared.redis.client import connect
 from shared.redis.urls import is_redis
-from shared.settings import load_or_exit
 
 
 class RedisQueues:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shared.jobs.record import Priority
-from shared.settings import load_or_exit
+from shared.load_settings import load_or_exit
 from web.access.api_keys import SCOPES, ApiKey, KeyStore
 
 COLUMNS = ("id", "name", "scopes", "limit", "queue", "priority", "created", "revoked")

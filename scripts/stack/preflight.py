@@ -17,11 +17,12 @@ import redis
 from pydantic import ValidationError
 
 from scripts.stack.failure import StartFailed
+from shared.load_settings import faults, load_settings
 from shared.redis.client import Redis, connect
 from shared.redis.durability import why_unproven
 from shared.redis.requirements import Fault, find_broker_faults, find_faults
 from shared.redis.urls import is_redis
-from shared.settings import ENV_FILE, ROOT, Settings, faults, load_settings
+from shared.settings import ENV_FILE, ROOT, Settings
 
 MIN_FREE_BYTES = 200 * 2**20
 _SOCKET_PATH_MAX = 103 if sys.platform == "darwin" else 107

@@ -15,8 +15,9 @@ import redis
 
 from scripts.stack import preflight
 from scripts.stack.failure import StartFailed
+from shared.load_settings import load_or_exit
 from shared.redis.client import connect
-from shared.settings import ENV_FILE, Settings, load_or_exit
+from shared.settings import ENV_FILE, Settings
 
 RETRY_S = 8.0
 """How long an unreachable Redis is retried: its machine may be starting too."""

@@ -17,8 +17,9 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.exceptions import LimitExceeded, OperationalError
 
+from shared.load_settings import load_or_exit
 from shared.queue import broker
-from shared.settings import Settings, load_or_exit
+from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 

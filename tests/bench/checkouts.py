@@ -23,8 +23,8 @@ try:
     from scripts.stack.config import programs, valkey_conf, valkey_conf_path
 except ImportError:
     from scripts.commands.stack.config import programs, valkey_conf, valkey_conf_path
-from shared.settings import load_settings
-settings = load_settings()
+from shared.settings import Settings
+settings = Settings()
 settings.run_dir.mkdir(parents=True, exist_ok=True)
 (settings.data_dir / "valkey").mkdir(exist_ok=True)
 valkey_conf_path(settings).write_text(valkey_conf(settings))

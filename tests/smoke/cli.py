@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from scripts.client import connection
 from scripts.client.api import Client, ClientError, Refused, Unreachable
-from shared.settings import Settings, load_settings
+from shared.load_settings import load_settings
+from shared.settings import Settings
 from tests.smoke import api, flower
 from tests.smoke.probe import CheckFailed, Probe
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
+from shared.load_settings import load_settings
 from shared.logging import configure
-from shared.settings import load_settings
 from web.http.request_id import ENVIRON_KEY
 
 log = logging.getLogger("web.access")

@@ -22,7 +22,7 @@ from gunicorn.http import errors as http_errors  # type: ignore[import-untyped]
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
 from shared.errors import BadRequest, HeadTooLarge, Internal, MlxqError, RateLimited, Unavailable
-from shared.settings import load_settings
+from shared.load_settings import load_settings
 from web.http.connection import Connection
 from web.http.request_id import new_request_id
 from web.schemas.problems import MEDIA_TYPE, ProblemDetails

@@ -13,10 +13,11 @@ from typing import Final
 
 import redis
 
+from shared.load_settings import load_settings
 from shared.logging import configure
 from shared.queue.recovery import CrashOutcome, report_crash
 from shared.redis.client import connect
-from shared.settings import Settings, load_settings
+from shared.settings import Settings
 from worker.process import breadcrumb
 from worker.process.breadcrumb import Trace
 from worker.process.exits import Exit

@@ -10,7 +10,7 @@ from scripts.stack import keys, serve
 from scripts.stack.failure import StartFailed
 from scripts.stack.terminal import Terminal
 from shared.jobs.record import Priority
-from shared.settings import load_settings
+from shared.load_settings import load_settings
 from web.access.api_keys import KeyStore, new_key
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from shared.environment import drop_foreign_variables, is_foreign
-from shared.settings import Settings, load_settings
+from shared.load_settings import load_settings
+from shared.settings import Settings
 
 LIBRARIES = [
     *("celery", "kombu", "flower", "gunicorn", "flask", "flask_limiter", "limits", "prometheus_flask_exporter"),

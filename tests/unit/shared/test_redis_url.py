@@ -8,6 +8,7 @@ from kombu.transport import get_transport_cls
 from kombu.utils.json import dumps
 from pydantic import ValidationError
 
+from shared.load_settings import faults
 from shared.queue import broker
 from shared.redis.client import connect
 from shared.redis.urls import (
@@ -21,7 +22,7 @@ from shared.redis.urls import (
     check_store,
     parse,
 )
-from shared.settings import Settings, faults
+from shared.settings import Settings
 
 
 @pytest.mark.parametrize(

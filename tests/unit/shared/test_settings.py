@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from scripts.docs import settings
 from shared.environment import misspelled_names
+from shared.load_settings import faults, load_settings
 from shared.redis.urls import Tls, parse
-from shared.settings import ROOT, Settings, faults, load_settings
+from shared.settings import ROOT, Settings
 
 
 def test_example_and_configuration_page_are_up_to_date() -> None:
@@ -167,7 +168,7 @@ def names(error: ValidationError) -> list[str]:
 def test_unknown_name_in_the_file_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "{env}"
     file.write_text("SLOT=4\nPORT=1234\nREDIS_PORT=1\nCOMPOSE_PROJECT_NAME=x\nELSEWHERE=1\n")
-    monkeypatch.setattr("shared.settings.ENV_FILE", file)
+    monkeypatch.setattr("shared.load_settings.ENV_FILE", file)
     with pytest.raises(ValidationError) as caught:
         load_settings()
     slot, elsewhere = faults(caught.value).splitlines()
@@ -185,10 +186,10 @@ def test_setting_with_a_missing_letter_is_recognised(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ENV_FILE", "MODELS_FILE"])
 def test_file_that_is_set_explicitly_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("shared.settings.ENV_FILE", Path(os.devnull))
+    monkeypatch.setattr("shared.load_settings.ENV_FILE", Path(os.devnull))
     monkeypatch.setenv(name, str(tmp_path / "missing"))
     if name == "ENV_FILE":
-        monkeypatch.setattr("shared.settings.ENV_FILE", tmp_path / "missing")
+        monkeypatch.setattr("shared.load_settings.ENV_FILE", tmp_path / "missing")
         assert load_settings(env_file_may_be_missing=True)
     with pytest.raises(ValidationError) as caught:
         load_settings()
