@@ -33,6 +33,7 @@ class ModelCard:
             because it could not verify that the API would produce the same tokens.
         template_variables: variables of the template in addition to the messages.
         image: fields of `ImageGeometry`; None if the model accepts no images.
+        vocabulary: number of tokens that the embedding has; None in cards of earlier versions.
     """
 
     id: str
@@ -44,6 +45,7 @@ class ModelCard:
     tokenizer: str | None = None
     template_variables: dict[str, Any] | None = None
     image: dict[str, int] | None = None
+    vocabulary: int | None = None
 
     @property
     def geometry(self) -> ImageGeometry | None:

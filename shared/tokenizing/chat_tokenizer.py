@@ -64,6 +64,10 @@ class ChatTokenizer(Protocol):
         """Whether there is a chat template. A set of named templates counts if one is the default."""
         ...
 
+    def text_of(self, token: int) -> str:
+        """Return how the tokenizer writes a token, for error messages."""
+        ...
+
 
 class FileTokenizer:
     """A tokenizer from a `tokenizer.json` and a template, which needs no model library."""
@@ -94,6 +98,10 @@ class FileTokenizer:
     def has_template(self) -> bool:
         """See `ChatTokenizer`."""
         return self._source.chat_template is not None
+
+    def text_of(self, token: int) -> str:
+        """See `ChatTokenizer`."""
+        return str(self._tokenizer.id_to_token(token))
 
     def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:
         """See `ChatTokenizer`."""
@@ -137,13 +145,14 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
     """Tokenise the prompt of a request.
 
     Args:
-        request: `shared.tokenizing.messages.request_fields`, and `max_tokens` if there is a limit.
+        request: `shared.tokenizing.messages.request_fields`; `max_tokens` and `vocabulary` if there are such limits.
 
     Returns:
         The token ids, and the length of the prefix that depends only on the leading system message.
 
     Raises:
-        CannotTokenize: the template rejected the messages, or the prompt has no tokens.
+        CannotTokenize: the template rejected the messages, or the prompt has no tokens, or one that the model's
+            embedding does not have.
         TooLong: the prompt has more than `max_tokens` tokens.
     """
     messages, max_tokens = request["messages"], request.get("max_tokens")
@@ -159,7 +168,20 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
         raise CannotTokenize(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
     if max_tokens is not None and len(ids) > max_tokens:
         raise TooLong(len(ids))
+    _check_embedded(tokenizer, ids, request.get("vocabulary"))
     return ids, shared
+
+
+def _check_embedded(tokenizer: ChatTokenizer, ids: Sequence[int], vocabulary: int | None) -> None:
+    """Refuse tokens beyond the embedding. A tokenizer may have more tokens than the model was given weights for."""
+    if vocabulary is None or max(ids) < vocabulary:
+        return
+    token = next(each for each in ids if each >= vocabulary)
+    message = (
+        f"The prompt contains the token {tokenizer.text_of(token)!r} (id {token}), which the model does not know: it "
+        f"has {vocabulary} tokens. Remove the token from the prompt."
+    )
+    raise CannotTokenize(JobFailure.TEMPLATE, message)
 
 
 def _chat(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], max_tokens: int | None) -> Sequence[int]:

@@ -83,20 +83,29 @@ class Tokenizing:
         self.close()
 
     def tokenize(
-        self, source: TokenizerSource, request: Request, *, context: int | None = None, reserved: int = 0
+        self,
+        source: TokenizerSource,
+        request: Request,
+        *,
+        context: int | None = None,
+        reserved: int = 0,
+        vocabulary: int | None = None,
     ) -> Tokenized:
         """Tokenise the prompt of a request.
 
         Args:
             context: the model's context in tokens, at least one of which is for the answer; None for no limit.
             reserved: tokens of the context that images occupy, in addition to one placeholder each.
+            vocabulary: number of tokens that the model's embedding has; None if unknown.
 
         Raises:
-            PromptRefused: the prompt is too long, or the model's template rejected it or timed out.
+            PromptRefused: the prompt is too long or has a token that the embedding does not have, or the model's
+                template rejected it or timed out.
             TokenizerError: the tokenizer or its helper failed.
         """
         max_tokens = None if context is None else max(0, context - 1 - reserved)
-        fields = {"source": source.to_dict(), "max_tokens": max_tokens, **request_fields(request)}
+        limits = {"max_tokens": max_tokens, "vocabulary": vocabulary}
+        fields = {"source": source.to_dict(), **limits, **request_fields(request)}
         model = hash(str(fields["source"]))
         size = _size(request.prompt if request.messages is None else request.messages)
         helpers = self._long if model in self._slow or size >= _LONG else self._short

@@ -15,7 +15,8 @@ pytest.importorskip("mlx_lm")
 
 from mlx_lm import tokenizer_utils
 
-from shared.jobs.request import Request
+from shared.errors import PromptRefused
+from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard, Registry
 from shared.redis.client import Redis
 from shared.settings import Settings
@@ -108,3 +109,11 @@ def submitted(
     request = request.model_copy(update={"seed": 1})
     submission = admission.submission(request, RequestContext("me"))
     return submission.request, submission.tokens
+
+
+def test_the_worker_names_a_token_beyond_the_embedding(smollm2_path: Path, worker: Tokenizing) -> None:
+    source = unproved(smollm2_path, ModelCard("model", "text", 100)).folder
+    request = Request("m", 1, Sampling(0.0), prompt="<|im_end|>")
+    assert worker.tokenize(source, request, vocabulary=3).tokens == (2,)
+    with pytest.raises(PromptRefused, match="contains the token '<\\|im_end\\|>' \\(id 2\\)"):
+        worker.tokenize(source, request, vocabulary=2)

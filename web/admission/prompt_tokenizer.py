@@ -49,7 +49,7 @@ class PromptTokenizer:
             field: name of the request field with the prompt, for error messages.
 
         Raises:
-            Invalid: the prompt exceeds the context, or the model's chat template refuses it.
+            Invalid: the prompt exceeds the context or has an unknown token, or the model's chat template refuses it.
             Unavailable: too many prompts are waiting to be tokenised.
             redis.RedisError: Redis is unavailable.
         """
@@ -76,7 +76,9 @@ class PromptTokenizer:
                 return None
             source = TokenizerSource.of_card(str(path), digest, asdict(card))
             try:
-                return self._tokenizing.tokenize(source, request, context=card.context, reserved=image_tokens)
+                return self._tokenizing.tokenize(
+                    source, request, context=card.context, reserved=image_tokens, vocabulary=card.vocabulary
+                )
             except TokenizerCorrupt as corrupt:
                 log.warning("tokenizer_corrupt", extra={"model": card.id, "reason": str(corrupt)})
                 self._files.discard(digest)

@@ -183,10 +183,16 @@ class JobRequest(RequestModel):
         1.0, gt=0, le=10, description="Above 1, tokens among the last 20 of prompt and output become less likely"
     )
     presence_penalty: float = Field(
-        0.0, ge=-2, le=2, description="Subtracted from the logits of tokens among the last 20"
+        0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted once from the logit of each token among the last 20 of prompt and output",
     )
     frequency_penalty: float = Field(
-        0.0, ge=-2, le=2, description="Subtracted from a token's logit for each of its occurrences among the last 20"
+        0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from a token's logit for each time that it is among the last 20 of prompt and output",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="The same request with the same seed gives the same text. Default: random"
@@ -240,6 +246,11 @@ class JobRequest(RequestModel):
             raise PydanticCustomError("prompt_or_messages", "Send either prompt or messages, and not both")
         if messages is not None and all(message.is_empty for message in messages):
             raise PydanticCustomError("empty_messages", "At least one message must have text or an image")
+        if messages and messages[-1].role == "assistant":
+            # The template would close this message, and the model would begin another one of the assistant.
+            raise PydanticCustomError(
+                "assistant_last", "The last message must not be from the assistant: use a user message last"
+            )
         return messages
 
     @field_validator("stop")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +95,14 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
+        vocabulary=_vocabulary(config, tokenizer),
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
+
+
+def _vocabulary(config: Mapping[str, Any], tokenizer: Any) -> int:
+    """Return the number of tokens that the embedding has."""
+    return int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or len(tokenizer))
 
 
 def tokenizer_defaults(folder: Path) -> dict[str, Any] | None:

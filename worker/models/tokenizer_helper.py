@@ -68,6 +68,10 @@ class FolderTokenizer:
             return "default" in template
         return bool(self.wrapper.has_chat_template) or template is not None
 
+    def text_of(self, token: int) -> str:
+        """See `ChatTokenizer`."""
+        return str(self.wrapper.convert_ids_to_tokens(token))
+
     def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:  # noqa: ARG002 - counted by the caller
         """See `ChatTokenizer`."""
         bos = self.wrapper.bos_token

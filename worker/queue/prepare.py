@@ -11,6 +11,7 @@ from redis import RedisError
 from shared.errors import Gone, JobFailure, PromptRefused
 from shared.jobs.log import JobLog, Written
 from shared.jobs.request import Request
+from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
 from shared.redis.client import passes
 from shared.tokenizing.client import TokenizerBusy, TokenizerError, Tokenizing
@@ -89,13 +90,13 @@ class Preparer:
         if claimed.tokens is not None:
             return Tokenized(claimed.tokens, claimed.shared)
         tokens = runner.tokenize(claimed.request)
-        return Tokenized(tuple(tokens)) if tokens is not None else self._tokenize(claimed.request, runner.card.context)
+        return Tokenized(tuple(tokens)) if tokens is not None else self._tokenize(claimed.request, runner.card)
 
-    def _tokenize(self, request: Request, context: int) -> Tokenized:
+    def _tokenize(self, request: Request, card: ModelCard) -> Tokenized:
         """Tokenise in a helper, with the first source that works."""
         for source in self._sources():
             try:
-                return self._tokenizing.tokenize(source, request, context=context)
+                return self._tokenizing.tokenize(source, request, context=card.context, vocabulary=card.vocabulary)
             except TokenizerBusy:
                 raise
             except TokenizerError as error:

@@ -18,7 +18,7 @@ from worker.runner.batching import verdict
 from worker.runner.batching.proof import CannotRun
 from worker.runner.batching.support import BatchingSupport
 from worker.runner.memory import PREFIX_SHARE, Memory, device_limit
-from worker.runner.model_runner import MLXRunner, default_chunk, vocabulary_of
+from worker.runner.model_runner import MLXRunner, default_chunk
 from worker.runner.prefix.files import PrefixFiles, fingerprint
 from worker.runner.prefix.spill import Spill
 from worker.runner.vision.family import VisionFamily
@@ -103,7 +103,7 @@ def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
 
 def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> Generator[float, None, BatchingSupport]:
     spare_bytes = _memory(settings).max_bytes // PROOF_DIVISOR
-    finding = verdict.find(loaded, vocabulary_of(loaded), spare_bytes, settings.batching_dir)
+    finding = verdict.find(loaded, loaded.card.vocabulary or len(loaded.tokenizer), spare_bytes, settings.batching_dir)
     while True:
         try:
             next(finding)

@@ -111,7 +111,7 @@ class MLXRunner:
         self.weights_bytes = _weights_bytes(loaded) + (family.encoder.nbytes if family else 0)
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
-        self._vocabulary = vocabulary_of(loaded)
+        self._vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
         self._processors = (Penalties(), *processors)
         self._vision = VisionStage(family, 0) if family else None
         self._footprint = Footprint.of(self._model)
@@ -328,7 +328,8 @@ class MLXRunner:
     def _unknown_token(self, tokens: Sequence[int], *, images: bool) -> str | None:
         text = [token for token in tokens if token < IMAGE_TOKENS] if images else tokens
         if text and (min(text) < 0 or max(text) >= self._vocabulary):
-            return f"The prompt contains a token id outside of the model's vocabulary of {self._vocabulary} tokens."
+            token = next(token for token in text if not 0 <= token < self._vocabulary)
+            return f"The prompt contains the token id {token}, but the model has {self._vocabulary} tokens."
         return None
 
 
@@ -345,12 +346,6 @@ def padding_worth_a_pass(loaded: LoadedModel) -> int:
 
 def _max_padding_bytes(loaded: LoadedModel, memory: Memory) -> int:
     return min(padding_worth_a_pass(loaded), memory.max_bytes // PADDING_DIVISOR)
-
-
-def vocabulary_of(loaded: LoadedModel) -> int:
-    """Return the number of tokens that the embedding has."""
-    config = loaded.config
-    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(loaded.tokenizer))
 
 
 def _parameters(loaded: LoadedModel) -> list[mx.array]:

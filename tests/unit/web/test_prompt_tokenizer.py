@@ -137,3 +137,13 @@ def test_a_busy_helper_refuses_with_a_retry_time(api: Api, monkeypatch: pytest.M
     with pytest.raises(Unavailable) as caught:
         api.tokenize(api.announce(), plain("word"))
     assert caught.value.retry_after
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_by_name(api: Api) -> None:
+    """`<image>` is the last token of the tokenizer."""
+    for request, field in ((plain("word <image>"), "prompt"), (chat("word <image>"), "messages")):
+        assert api.tokenize(api.announce(vocabulary=7), request)
+        assert api.tokenize(api.announce(vocabulary=None), request), "a card of an earlier version"
+        with pytest.raises(Invalid, match=r"'<image>' \(id 6\), .*it has 6 tokens") as caught:
+            api.tokenize(api.announce(vocabulary=6), request)
+        assert caught.value.field == field

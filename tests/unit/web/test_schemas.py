@@ -1,13 +1,18 @@
 """Validation of generation requests, and their canonical form."""
 
+from __future__ import annotations
+
 import re
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from shared.errors import Expiry, JobFailure
+from web.schemas.base import RequestModel
 from web.schemas.jobs import JobError
-from web.schemas.requests import InferenceRequest, JobRequest
+from web.schemas.models import LoadRequest, UnloadRequest
+from web.schemas.requests import ImageUrl, InferenceRequest, JobRequest, Message, Part, StoredImage
 
 TURN = {"role": "user", "content": "hi"}
 
@@ -126,3 +131,51 @@ def test_raw_needs_a_prompt(kind: type[JobRequest]) -> None:
 def test_all_error_codes_of_jobs_are_documented() -> None:
     documented = re.findall("`(.+?)`", JobError.model_fields["code"].description or "")
     assert sorted(documented) == sorted([*JobFailure, *Expiry])
+
+
+REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
+    JobRequest: {"prompt": "hi"},
+    InferenceRequest: {"prompt": "hi"},
+    LoadRequest: {"model": "m"},
+    UnloadRequest: {"model": "m"},
+    Message: TURN,
+    Part: {"type": "text", "text": "hi"},
+    ImageUrl: {"url": "data:,"},
+    StoredImage: {"image": "a", "width": 1, "height": 1},
+}
+
+
+def test_the_list_of_request_models_is_complete() -> None:
+    def children(parent: type[RequestModel]) -> set[type[RequestModel]]:
+        found = {child for child in parent.__subclasses__() if child.__module__.startswith("web.")}
+        return found.union(*(children(child) for child in found))
+
+    assert children(RequestModel) == set(REQUESTS)
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_null_means_that_an_optional_field_is_absent(kind: type[RequestModel]) -> None:
+    required = REQUESTS[kind]
+    names = set(kind.model_fields) - set(required)
+    nulls = dict.fromkeys(names)
+    request = kind.model_validate({**nulls, **required})
+    assert request == kind.model_validate(required)
+    assert request.model_fields_set == set(required), "model defaults apply"
+    schema = kind.model_json_schema()["properties"]
+    for name in names:
+        assert {"type": "null"} in schema[name]["anyOf"], name
+    for name, field in kind.model_fields.items():
+        if field.is_required():
+            with pytest.raises(ValidationError):
+                kind.model_validate({**required, name: None})
+    with pytest.raises(ValidationError):
+        kind.model_validate({**required, "unknown": None})
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "assistant"], ["system", "user", "assistant"]])
+@pytest.mark.parametrize("kind", [JobRequest, InferenceRequest])
+def test_a_conversation_does_not_end_with_the_assistant(kind: type[JobRequest], roles: list[str]) -> None:
+    turns = [{"role": role, "content": "hi"} for role in roles]
+    with pytest.raises(ValidationError, match="use a user message last"):
+        kind.model_validate({"messages": turns})
+    assert kind.model_validate({"messages": [*turns, TURN]}).messages
