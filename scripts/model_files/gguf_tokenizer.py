@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer out of a GGUF's metadata, written as Hugging Face's tokenizer files."""
+"""Converts the byte-level BPE tokenizer in a GGUF's metadata to Hugging Face's tokenizer files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ _SPECIAL = 3
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `tokenizer.json`.
+    """Return the content of `tokenizer.json`.
 
-    Digits are split one by one ahead of the byte level: that is what GGUF's `tokenizer.ggml.pre` value
-    `smollm` stands for.
+    Digits are split one by one before the byte level, as the value `smollm` of `tokenizer.ggml.pre` demands.
 
     Raises:
         ValueError: the metadata describes another kind of tokenizer.
@@ -51,14 +50,14 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config(metadata: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`; it carries the chat template."""
+    """Return the content of `tokenizer_config.json`, which includes the chat template."""
     tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
 
     def token(role: str) -> str:
         return tokens[int(metadata[f"tokenizer.ggml.{role}_token_id"])]
 
     return {
-        # The class that takes tokenizer.json as it is: GPT2Tokenizer would put its own pre-tokenizer in.
+        # This class uses tokenizer.json unchanged; GPT2Tokenizer would replace the pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {str(i): _decoder_entry(tokens[i]) for i in special_ids(metadata)},
         "bos_token": token("bos"),
@@ -73,7 +72,7 @@ def tokenizer_config(metadata: Mapping[str, Any], context: int) -> dict[str, Any
 
 
 def special_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids of the control tokens, in order."""
+    """Return the ids of the control tokens in order."""
     return [i for i, kind in enumerate(metadata["tokenizer.ggml.token_type"].tolist()) if kind == _SPECIAL]
 
 

@@ -1,4 +1,4 @@
-"""Downloading a model from the Hugging Face hub: weights, configuration, tokenizer; never code, never pickles."""
+"""Downloads models from the Hugging Face hub: weights, configuration and tokenizer, but no code and no pickles."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _UNREACHABLE = (httpx2.TransportError, errors.LocalEntryNotFoundError, errors.Of
 
 
 def is_ready(target: Path, repository: str, revision: str | None) -> bool:
-    """Whether `target` holds that repository, at that revision (None: at any)."""
+    """Whether `target` contains a repository at a revision (None: at any)."""
     origin = read_origin(target)
     if origin is None or origin.source != repository:
         return False
@@ -43,19 +43,19 @@ def is_ready(target: Path, repository: str, revision: str | None) -> bool:
 
 
 def fetch(target: Path, repository: str, revision: str | None) -> None:
-    """Download into `target`; what an interrupted download has is used by the next one.
+    """Download into `target`, continuing an interrupted download.
 
     Raises:
-        ModelError: it cannot be had, is not a model that can be served, or does not fit on the disk.
+        ModelError: the download failed, the model cannot be served, or the disk is too small.
     """
-    # The library would draw a bar for each file and log each retry between our own lines.
+    # The library would show a progress bar per file and log each retry.
     disable_progress_bars()
     logging.set_verbosity(ERROR)
-    with _explained(repository):
+    with _readable_errors(repository):
         api = HfApi()
         info: ModelInfo = api.model_info(repository, revision=revision, files_metadata=True)
         _refuse_pickles(repository, info)
-        # By commit, not by branch: a download that goes on tomorrow must not mix two versions.
+        # By commit, not by branch: a continued download must not mix two versions.
         url = partial(hf_hub_url, repository, revision=info.sha, endpoint=api.endpoint)
         with staged(target, resumable=True) as folder:
             files = _files(info)
@@ -66,10 +66,10 @@ def fetch(target: Path, repository: str, revision: str | None) -> None:
 
 
 def _files(info: ModelInfo) -> list[RemoteFile]:
-    """Those that are wanted: the weights last, for what is small may tell that they are not."""
+    """Return the files to download. Weights come last: smaller files may show that the model is not supported."""
     wanted = [file for file in info.siblings or [] if _is_wanted(file.rfilename)]
-    if untold := [file.rfilename for file in wanted if file.size is None]:
-        raise ModelError(f"the hub does not tell how large {untold[0]} is")
+    if without_size := [file.rfilename for file in wanted if file.size is None]:
+        raise ModelError(f"the hub does not state the size of {without_size[0]}")
     files = [
         RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "", file.blob_id or "")
         for file in wanted
@@ -78,14 +78,14 @@ def _files(info: ModelInfo) -> list[RemoteFile]:
 
 
 def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], folder: Path) -> None:
-    """Have all files in a folder and nothing else; what an earlier download has left there is used."""
+    """Download the missing files into a folder and remove all others."""
     _keep_only(folder, {file.name for file in files} | {file.partial(folder).name for file in files})
     missing = [file for file in files if not file.is_in(folder)]
     for file in missing:
         (folder / file.name).unlink(missing_ok=True)
     total = sum(file.size for file in files)
     check_space(folder, total - _bytes_in(folder))
-    known = f"; {_bytes_in(folder) / total:.0%} is here already" if _bytes_in(folder) else ""
+    known = f"; {_bytes_in(folder) / total:.0%} already downloaded" if _bytes_in(folder) else ""
     headers = build_hf_headers()
     with ProgressBar(f"{label} ({total / 1e9:.2f} GB{known})", total) as bar:
         for file in files:
@@ -100,7 +100,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _is_wanted(name: str) -> bool:
-    # Folders inside a repository hold the same weights once more, in other formats.
+    # Subfolders of repositories contain the same weights in other formats.
     return "/" not in name and any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
@@ -114,15 +114,15 @@ def _refuse_pickles(repository: str, info: ModelInfo) -> None:
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
-    """Drop what a download of another revision left."""
+    """Remove the files of another revision."""
     for path in folder.iterdir():
         if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Turn the hub's exceptions into one line each."""
+def _readable_errors(repository: str) -> Iterator[None]:
+    """Convert the hub's exceptions to errors with one line."""
     try:
         yield
     except errors.GatedRepoError as error:

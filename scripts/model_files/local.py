@@ -1,4 +1,4 @@
-"""A model folder of this machine, linked or copied into models/."""
+"""Links or copies a local model folder into models/."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NOT_COPIED = [f"*{ending}" for ending in CODE] + [".*"]
 
 
 def is_ready(target: Path, source: Path) -> bool:
-    """Whether `target` is that very folder, or a link to it."""
+    """Whether `target` is the folder itself or a link to it."""
     return target.exists() and target.resolve() == source.resolve()
 
 
 def link(target: Path, source: Path) -> None:
-    """Make `target` a link to `source`.
+    """Create a link from `target` to `source`.
 
     Raises:
         ModelError: `source` is not a complete model folder.

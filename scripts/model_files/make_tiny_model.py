@@ -1,8 +1,7 @@
-"""scripts/make_tiny_model: a model of random weights, so small that only the cost of serving it shows; or a large one.
+"""scripts/make_tiny_model: a model with random weights, either tiny or as large as a real one.
 
-It speaks nonsense in SmolLM2's tokens. The benchmarks and the tests of scheduling use the tiny one; `--shape` gives one
-that is as large as a real one, for measuring where its weights cannot be had. The same call makes the same weights
-every time.
+With the tiny model, measurements show the cost of serving. Large ones replace real models whose weights are not
+available. The weights are the same each time.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from scripts.model_files.random_weights import SEED, SHARD_BYTES, size, write_ra
 from scripts.model_files.shapes import SHAPES, TINY, Shape
 from scripts.model_files.space import check_space
 from scripts.model_files.staging import locked, staged
-from scripts.model_files.vocabulary import padded, with_special
+from scripts.model_files.vocabulary import add_special_tokens, pad_vocabulary
 from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
 
@@ -30,10 +29,10 @@ _COPIED = ("tokenizer_config.json", "generation_config.json")
 
 
 def make_tiny_model(target: Path, tokenizer_from: Path, shape: Shape = TINY, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model of this shape into `target`, with the tokenizer of the model folder `tokenizer_from`.
+    """Write a model of a shape into `target`, with the tokenizer of the model folder `tokenizer_from`.
 
     Raises:
-        ModelError: `tokenizer_from` is not a complete model folder, or `target` is something else, or the disk is full.
+        ModelError: `tokenizer_from` is incomplete, `target` contains another model, or the disk is full.
     """
     check_folder(tokenizer_from)
     config = shape.config_with(json.loads((tokenizer_from / "config.json").read_text("utf-8")))
@@ -57,25 +56,27 @@ def _write_tokenizer(folder: Path, tokenizer_from: Path, config: dict[str, Any],
         if (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)
     text = (tokenizer_from / _TOKENIZER).read_text("utf-8")
-    filled = padded(with_special(json.loads(text), shape.special), config["vocab_size"])
-    # As it is where nothing was missing: another's way of writing JSON is no change.
+    filled = pad_vocabulary(add_special_tokens(json.loads(text), shape.special), config["vocab_size"])
+    # Keep the original file if nothing was added, rather than reformat its JSON.
     (folder / _TOKENIZER).write_text(text if filled == json.loads(text) else json.dumps(filled), "utf-8")
     for name, content in shape.files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2), "utf-8")
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="scripts/make_tiny_model", description="Make a model of random weights for benchmarks and tests."
+        prog="scripts/make_tiny_model", description="Create a model with random weights for benchmarks and tests."
     )
     parser.add_argument("--shape", choices=list(SHAPES), default=TINY.name, help="default: a tiny llama")
-    parser.add_argument("-o", "--output", type=Path, help="folder to make (default: under models/, named by the shape)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder to create (default: below models/, named after the shape)"
+    )
     parser.add_argument(
         "--tokenizer-from",
         type=Path,
         default=_MODELS / "SmolLM2-135M-Instruct",
-        help="model folder that gives the tokenizer (default: %(default)s; scripts/fetch_model makes it)",
+        help="model folder with the tokenizer (default: %(default)s; scripts/fetch_model creates it)",
     )
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]

@@ -1,6 +1,6 @@
-"""`mlxq.json`: where a fetched model came from, and what its folder must hold.
+"""`mlxq.json`: the origin of a fetched model and the files of its folder.
 
-It is the last file written, so a folder that has one was once complete.
+It is written last, so a folder that has one was complete.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from shared.models.facts import MANIFEST
 from shared.models.folder import ModelError
 
 _RECIPE = 1
-"""Raised when the conversion changes what it writes: older folders are then made again."""
+"""Version of the conversion. A change makes older folders be created again."""
 
 _SMALL = 16 * 2**20
-"""Files below this are read again to check a folder; of larger ones the length is enough."""
+"""Files below this size are verified by hash, larger ones only by size."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from."""
+    """The origin of a model."""
 
     source: str
     revision: str
     requested: str = ""
-    """The branch or tag that led to `revision`, when one was asked for."""
+    """The requested branch or tag, if any; `revision` is its commit."""
     dtype: str = ""
-    """The type it was converted to; empty when it was taken as it is."""
+    """Data type after the conversion; empty if it was not converted."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each file it was made from."""
+    """SHA-256 of the source files."""
 
 
 def write_manifest(folder: Path, origin: Origin, known: Mapping[str, str] | None = None) -> None:
     """Record `origin` and every file of `folder`.
 
     Args:
-        known: SHA-256 of files that have just been checked.
+        known: SHA-256 of files that were just verified.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     files = {
@@ -52,7 +52,7 @@ def write_manifest(folder: Path, origin: Origin, known: Mapping[str, str] | None
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """Where `folder` came from; None when it has no manifest that can be read."""
+    """Return the origin of a folder; None if it has no valid manifest."""
     content = _read(folder)
     try:
         return Origin(**{name: content[name] for name in Origin.__dataclass_fields__})
@@ -61,33 +61,37 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether `folder` still holds what its manifest records, made the way it is made today."""
+    """Whether a folder still matches its manifest, written by the current version of the conversion."""
     content = _read(folder)
     files = content.get("files", {})
     return content.get("recipe") == _RECIPE and all(_is_same(folder / name, files[name]) for name in files)
 
 
 def check_replaceable(target: Path, source: str) -> None:
-    """Raise ModelError if something else than an earlier `source` is where `target` shall be."""
+    """Raise ModelError if `target` exists and does not come from `source`."""
     if not (target.exists() or target.is_symlink()):
         return
     origin = None if target.is_symlink() else read_origin(target)
     if origin is None:
         raise ModelError(f"{target} exists and was not fetched from {source}; --force replaces it")
     if origin.source != source:
-        raise ModelError(f"{target} holds {origin.source}; --force replaces it, --name puts {source} beside it")
+        raise ModelError(
+            f"{target} contains {origin.source}; --force replaces it, --name gives {source} another folder"
+        )
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise ModelError unless the file is the one expected."""
+    """Raise ModelError if a file does not have the expected SHA-256."""
     if (actual := sha256(path)) != expected:
-        raise ModelError(f"{path.name} has SHA-256 {actual}, expected {expected}: not the pinned file, not used")
+        raise ModelError(
+            f"{path.name} has SHA-256 {actual}, expected {expected}: it is not the pinned file and is not used"
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

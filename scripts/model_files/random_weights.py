@@ -1,4 +1,4 @@
-"""Random weights of any shape, made and written file by file: a model may be larger than the memory."""
+"""Random weights of any shape, written shard by shard, so that a model may be larger than memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from scripts.model_files.weights import save_weights
 
 SHARD_BYTES = 2**30
 SEED = 20
-_LOUD, _SHARP = 16, 8
-"""Attention of random weights averages over all tokens: what a vision model says would hardly depend on the image."""
+_IMAGE_SCALE, _ATTENTION_SCALE = 16, 8
+"""With unscaled random weights, attention averages over all tokens, so the output would hardly depend on the image."""
 
 
 def random_weights(config: Mapping[str, Any]) -> dict[str, mx.array]:
-    """All weights by name, as mlx-lm or mlx-vlm initialises them; nothing is computed yet. The same each time."""
+    """Return all weights by name, as mlx-lm or mlx-vlm initialises them. They are lazy, and the same each time."""
     mx.random.seed(SEED)
     model = _vision_model(config) if "vision_config" in config else _text_model(config)
     dtype = getattr(mx, config["torch_dtype"])
@@ -37,19 +37,19 @@ def _vision_model(config: Mapping[str, Any]) -> Any:
     from mlx_vlm.utils import update_module_configs
 
     library: Any = importlib.import_module(f"mlx_vlm.models.{config['model_type']}")
-    given = dict(config)  # the library adds to it
-    whole = library.ModelConfig.from_dict(given)
+    values = dict(config)  # the library modifies it
+    model_config = library.ModelConfig.from_dict(values)
     modules = ["text", "vision"]
-    model = library.Model(update_module_configs(whole, library, given, modules))  # type: ignore[no-untyped-call]
-    model.vision_tower.merger.mlp[-1].weight *= _LOUD
+    model = library.Model(update_module_configs(model_config, library, values, modules))  # type: ignore[no-untyped-call]
+    model.vision_tower.merger.mlp[-1].weight *= _IMAGE_SCALE
     for layer in model.layers:
-        layer.self_attn.q_proj.weight *= _SHARP
-        layer.self_attn.k_proj.weight *= _SHARP
+        layer.self_attn.q_proj.weight *= _ATTENTION_SCALE
+        layer.self_attn.k_proj.weight *= _ATTENTION_SCALE
     return model
 
 
 def write_random_weights(folder: Path, config: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write them as safetensors, in files of about `shard_bytes`, with an index when there are several.
+    """Write random weights as safetensors files of at most about `shard_bytes`, with an index if there are several.
 
     Raises:
         ModelError: the disk is full.
@@ -60,7 +60,7 @@ def write_random_weights(folder: Path, config: Mapping[str, Any], shard_bytes: i
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        # What is written is let go of: a shard is all that is ever computed and held.
+        # Written weights are released, so only one shard is in memory.
         save_weights(folder / file, {name: weights.pop(name) for name in names})
         mx.clear_cache()
         weight_map |= dict.fromkeys(names, file)
@@ -70,18 +70,18 @@ def write_random_weights(folder: Path, config: Mapping[str, Any], shard_bytes: i
 
 
 def size(config: Mapping[str, Any]) -> int:
-    """Bytes of all weights."""
+    """Return the size of all weights in bytes."""
     return sum(array.nbytes for array in random_weights(config).values())
 
 
 def _shards(weights: Mapping[str, mx.array], shard_bytes: int) -> Iterator[list[str]]:
-    """Names in their order, cut where a file would become too large."""
+    """Split the names into shards of at most `shard_bytes`."""
     names: list[str] = []
-    held = 0
+    shard_size = 0
     for name, array in weights.items():
-        if names and held + array.nbytes > shard_bytes:
+        if names and shard_size + array.nbytes > shard_bytes:
             yield names
-            names, held = [], 0
+            names, shard_size = [], 0
         names.append(name)
-        held += array.nbytes
+        shard_size += array.nbytes
     yield names

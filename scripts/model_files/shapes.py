@@ -1,4 +1,4 @@
-"""Shapes of models that are made of random weights: for measuring, where what they say does not matter."""
+"""Shapes of models with random weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's measures.
+    """The shape of a model.
 
     Attributes:
-        folder: the name its folder gets under models/.
-        config: what config.json says.
-        inherits: fields that the config.json of the tokenizer's model gives; None: all that `config` does not have.
-        special: tokens that the tokenizer gets behind its own.
-        files: others of the folder, by name: objects become JSON.
+        folder: name of its folder below models/.
+        config: values in config.json.
+        inherits: fields taken from the config.json of the tokenizer's model; None: all that `config` lacks.
+        special: special tokens to append to the tokenizer.
+        files: further files by name; objects are written as JSON.
     """
 
     name: str
@@ -28,13 +28,13 @@ class Shape:
     special: tuple[str, ...] = ()
     files: Mapping[str, str | Json] = field(default_factory=dict)
 
-    def config_with(self, given: Json) -> Json:
-        """The whole config.json, `given` that of the tokenizer's model."""
-        taken = {name: value for name, value in given.items() if self.inherits is None or name in self.inherits}
-        return {name: value for name, value in (taken | dict(self.config)).items() if name not in _LEFT_OUT}
+    def config_with(self, base: Json) -> Json:
+        """Return the complete config.json; `base` is that of the tokenizer's model."""
+        inherited = {name: value for name, value in base.items() if self.inherits is None or name in self.inherits}
+        return {name: value for name, value in (inherited | dict(self.config)).items() if name not in _EXCLUDED}
 
 
-_LEFT_OUT = ("quantization", "quantization_config")
+_EXCLUDED = ("quantization", "quantization_config")
 
 TINY: Final = Shape(
     "tiny",
@@ -47,7 +47,7 @@ TINY: Final = Shape(
         "head_dim": 16,
         "intermediate_size": 128,
         "torch_dtype": "float32",
-        # With tied embeddings a random llama repeats its last token for ever, and a stream of one token hides mistakes.
+        # With tied embeddings, a random llama repeats its last token, and such a stream hides mistakes.
         "tie_word_embeddings": False,
     },
 )
@@ -123,7 +123,7 @@ TINY_VISION: Final = Shape(
     special=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     files={
         "chat_template.jinja": _QWEN_VL_TEMPLATE,
-        # As Qwen2.5-VL has it, on which UI-TARS-1.5-7B stands.
+        # As in Qwen2.5-VL, on which UI-TARS-1.5-7B is based.
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",
             "min_pixels": 3136,

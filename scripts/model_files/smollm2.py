@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from a GGUF to a folder that `mlx_lm.load` takes as it is.
+"""Converts SmolLM2-135M-Instruct from GGUF to a folder that `mlx_lm.load` can load.
 
-The GGUF is a 4-bit one (groups of 32; the embedding 8-bit), and MLX reads its weights packed. `4bit` keeps them
-so; the other types unpack them, which costs memory and loses nothing.
+The GGUF has 4-bit weights in groups of 32 and an 8-bit embedding, which MLX reads as quantised arrays. `4bit` keeps
+them; the other data types dequantise them, which takes more memory and is exact.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NAMES = {
 
 
 class Dtype(StrEnum):
-    """How the weights are stored."""
+    """Data type of the stored weights."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -48,10 +48,10 @@ class Dtype(StrEnum):
 
     @classmethod
     def for_this_machine(cls) -> Dtype:
-        """The fastest one here: on a CPU only float32 matrix products use BLAS."""
+        """Return the fastest data type on this machine. On a CPU, only float32 matrix products use BLAS."""
         if platform.system() == "Darwin" and platform.machine() == "arm64":
             return cls.FOUR_BIT
-        # A GPU counts only where the installed MLX can use it.
+        # False also if the installed MLX cannot use the GPU.
         return cls.BFLOAT16 if mx.cuda.is_available() else cls.FLOAT32
 
 
@@ -62,7 +62,7 @@ def convert(gguf: Path, folder: Path, dtype: Dtype, progress: Callable[[float], 
         gguf: the file to read.
         folder: an existing folder.
         dtype: how to store the weights.
-        progress: told the part done so far, 0 to 1.
+        progress: called with the completed share, from 0 to 1.
     """
     weights, metadata = read_gguf(gguf)
     config = model_config(metadata, dtype)
@@ -81,14 +81,14 @@ def convert(gguf: Path, folder: Path, dtype: Dtype, progress: Callable[[float], 
 
 
 def read_gguf(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Weights and metadata."""
+    """Read weights and metadata."""
     loaded: Any = mx.load(str(path), return_metadata=True)
     weights, metadata = loaded
     return weights, metadata
 
 
 def model_config(metadata: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """The content of `config.json`, in the form of Hugging Face's llama."""
+    """Return the content of `config.json` in the format of Hugging Face's llama."""
 
     def number(name: str) -> int:
         return int(metadata[f"llama.{name}"])
@@ -105,7 +105,7 @@ def model_config(metadata: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
         "vocab_size": number("vocab_size"),
         "max_position_embeddings": number("context_length"),
         "rope_theta": float(metadata["llama.rope.freq_base"]),
-        # float32 prints 1e-5 with the noise of its last bits.
+        # Rounded, because 1e-5 in float32 has a rounding error.
         "rms_norm_eps": float(f"{float(metadata['llama.attention.layer_norm_rms_epsilon']):.6g}"),
         "hidden_act": "silu",
         "attention_bias": False,
@@ -118,7 +118,7 @@ def model_config(metadata: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 
 def hf_name(module: str) -> str:
-    """`blk.3.attn_q` → `model.layers.3.self_attn.q_proj`."""
+    """Convert a name: `blk.3.attn_q` becomes `model.layers.3.self_attn.q_proj`."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
     return f"model.layers.{layer[1]}.{_NAMES[layer[2]]}" if layer else _NAMES[module]
 
@@ -126,8 +126,8 @@ def hf_name(module: str) -> str:
 def unpermute_rows(rows: mx.array, heads: int) -> mx.array:
     """Undo GGUF's row order of the query and key projections.
 
-    GGUF pairs neighbouring rows for the rotary embedding, Hugging Face's layout pairs a row with the one half a
-    head away. Rows move whole, so packed rows and their scales move just the same.
+    For the rotary embedding, GGUF pairs adjacent rows, and Hugging Face's layout pairs rows half a head apart. Only
+    whole rows move, so this works for quantised rows and their scales too.
     """
     count, width = rows.shape
     return rows.reshape(heads, count // heads // 2, 2, width).swapaxes(1, 2).reshape(count, width)
@@ -140,7 +140,7 @@ def _modules(weights: Mapping[str, mx.array]) -> Iterator[str]:
 def _module(
     module: str, weights: Mapping[str, mx.array], dtype: Dtype, heads: Mapping[str, int]
 ) -> dict[str, mx.array]:
-    """One module's arrays, renamed, in HF's row order and in the type asked for."""
+    """Return the arrays of a module with Hugging Face's names and row order, in a data type."""
     name = hf_name(module)
     parts = {
         part: weights[f"{module}.{part}"] for part in ("weight", "scales", "biases") if f"{module}.{part}" in weights
@@ -149,14 +149,14 @@ def _module(
         parts = {part: unpermute_rows(array, rotated) for part, array in parts.items()}
     if dtype is not Dtype.FOUR_BIT:
         bits = _EMBEDDING_BITS if name == _EMBEDDING else _BITS
-        parts = {"weight": _unpacked(parts, bits).astype(mx.float32 if dtype is Dtype.FLOAT32 else mx.bfloat16)}
+        parts = {"weight": _dequantized(parts, bits).astype(mx.float32 if dtype is Dtype.FLOAT32 else mx.bfloat16)}
     elif "scales" not in parts:
-        # One type for all activations: a float32 norm would turn every layer after it into float32.
+        # One data type for all activations: a float32 norm would make all later layers float32.
         parts = {"weight": parts["weight"].astype(mx.float16)}
     return {f"{name}.{part}": array for part, array in parts.items()}
 
 
-def _unpacked(parts: Mapping[str, mx.array], bits: int) -> mx.array:
+def _dequantized(parts: Mapping[str, mx.array], bits: int) -> mx.array:
     if "scales" not in parts:
         return parts["weight"]
     scales, biases = (parts[part].astype(mx.float32) for part in ("scales", "biases"))
@@ -164,9 +164,9 @@ def _unpacked(parts: Mapping[str, mx.array], bits: int) -> mx.array:
 
 
 def _quantization() -> dict[str, Any]:
-    packing = {"group_size": _GROUP, "bits": _BITS, _EMBEDDING: {"group_size": _GROUP, "bits": _EMBEDDING_BITS}}
-    # Both spellings: mlx-lm reads the first, other readers of the format the second.
-    return {"quantization": packing, "quantization_config": packing}
+    quantization = {"group_size": _GROUP, "bits": _BITS, _EMBEDDING: {"group_size": _GROUP, "bits": _EMBEDDING_BITS}}
+    # mlx-lm reads the first name, other libraries the second.
+    return {"quantization": quantization, "quantization_config": quantization}
 
 
 def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, int]:

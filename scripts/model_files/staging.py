@@ -1,4 +1,4 @@
-"""Making a model folder so that it is there whole or not at all."""
+"""Creates model folders atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from filelock import FileLock
 
 @contextmanager
 def locked(models_dir: Path) -> Iterator[None]:
-    """Hold `models_dir` alone: of two commands at once, the second waits and finds the first one's work."""
+    """Lock `models_dir`: a second command waits, and then finds the first one's result."""
     models_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(models_dir / ".lock"):
         yield
@@ -20,11 +20,11 @@ def locked(models_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(target: Path, *, resumable: bool = False) -> Iterator[Path]:
-    """Give a hidden folder beside `target` to fill; it takes `target`'s name when the block ends well.
+    """Yield a hidden folder next to `target`; it is renamed to `target` if the block succeeds.
 
     Args:
-        target: the folder to make or to replace.
-        resumable: keep what an interrupted block left, and offer it to the next one.
+        target: the folder to create or replace.
+        resumable: keep the folder after a failure, and yield it again next time.
     """
     partial = target.with_name(f".{target.name}.partial")
     if not resumable:
@@ -40,12 +40,12 @@ def staged(target: Path, *, resumable: bool = False) -> Iterator[Path]:
 
 
 def replace(target: Path, successor: Path) -> None:
-    """Put `successor` (a folder or a link) in `target`'s place."""
+    """Replace `target` with `successor`, a folder or a link."""
     if not target.is_dir() or target.is_symlink():
         target.unlink(missing_ok=True)
         successor.rename(target)
         return
-    # A folder cannot be renamed over one that has content.
+    # A folder cannot be renamed to one that is not empty.
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)

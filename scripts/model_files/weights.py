@@ -1,4 +1,4 @@
-"""Writing safetensors."""
+"""Writes safetensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from shared.models.folder import ModelError
 
 
 def save_weights(path: Path, weights: Mapping[str, mx.array]) -> None:
-    """Write `weights` in the form that mlx-lm reads.
+    """Write weights in the format that mlx-lm reads.
 
     Raises:
-        ModelError: the disk is full, as a rule: MLX does not say why it could not write.
+        ModelError: writing failed, usually because the disk is full. MLX does not give the reason.
     """
     try:
         mx.save_safetensors(str(path), dict(weights), metadata={"format": "mlx"})

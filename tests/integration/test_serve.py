@@ -1,4 +1,4 @@
-"""`scripts/serve` as a person runs it, in a folder and on ports of its own."""
+"""`scripts/serve` as a user runs it, with its own folder and ports."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TINY_MODEL = ROOT / "models/tiny-random-llama"
 UP_WITHIN_S = 120
 
 
-class Served:
-    """One DATA_DIR with the starts of `scripts/serve` in it."""
+class ServeCommand:
+    """Runs `scripts/serve` with one DATA_DIR."""
 
     def __init__(self, home: Path, **overrides: str) -> None:
         self.data_dir = home / "data"
@@ -50,7 +50,7 @@ class Served:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self) -> subprocess.Popen[str]:
-        """Start it without waiting; what it prints is in `said`."""
+        """Start it without waiting; `output` returns what it prints."""
         with self._output().open("w") as out:
             process = subprocess.Popen(
                 [ROOT / "scripts/serve"], env=self.environment, stdout=out, stderr=out, text=True
@@ -59,17 +59,17 @@ class Served:
         return process
 
     def bring_up(self) -> subprocess.Popen[str]:
-        """Start it and wait for its screen."""
+        """Start it and wait until it is ready."""
         process = self.start()
         eventually(lambda: self._is_up(process), "the stack is up", UP_WITHIN_S)
         return process
 
     def _is_up(self, process: subprocess.Popen[str]) -> bool:
-        assert process.poll() is None, self.said()
-        return " is ready" in self.said()
+        assert process.poll() is None, self.output()
+        return " is ready" in self.output()
 
     def run(self, **overrides: str) -> subprocess.CompletedProcess[str]:
-        """A start that is expected to end by itself."""
+        """Run it until it exits by itself."""
         return subprocess.run(
             [ROOT / "scripts/serve"],
             env={**self.environment, **overrides},
@@ -79,17 +79,17 @@ class Served:
             check=False,
         )
 
-    def said(self) -> str:
-        """What the last start printed."""
+    def output(self) -> str:
+        """Return the output of the last start."""
         return self._output().read_text()
 
     def client(self) -> Client:
-        """With the key that the first start has made."""
+        """Return a client with the key from `.env`."""
         [key] = re.findall(r"^MLXQ_API_KEY=(.*)$", self.env_file.read_text(), flags=re.MULTILINE)
         return Client(f"http://127.0.0.1:{self.environment['PORT']}", key)
 
     def processes(self, part: str = "") -> list[psutil.Process]:
-        """The stack's processes, or those with this in their command line."""
+        """Return the stack's processes whose command line contains `part`."""
         return [each for each in processes.find(self.data_dir) if part in " ".join(each.cmdline())]
 
     def clean_up(self) -> None:
@@ -99,14 +99,14 @@ class Served:
         processes.terminate_all(self.data_dir, grace_s=0)
 
     def _output(self) -> Path:
-        return self.env_file.with_name("said")
+        return self.env_file.with_name("output")
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Served]:
-    """A stack that several tests look at. Its path is short: sockets' paths have a limit."""
+def running() -> Iterator[ServeCommand]:
+    """A running stack for several tests. Its path is short, because the path of a socket is limited."""
     with tempfile.TemporaryDirectory(prefix="mlxq") as home:
-        served = Served(Path(home))
+        served = ServeCommand(Path(home))
         try:
             served.bring_up()
             yield served
@@ -115,31 +115,31 @@ def running() -> Iterator[Served]:
 
 
 @pytest.fixture
-def served() -> Iterator[Served]:
-    """A stack for one test, without MLX: what is started and ended does not depend on what it computes."""
+def served() -> Iterator[ServeCommand]:
+    """A stack for one test, with the fake model."""
     with tempfile.TemporaryDirectory(prefix="mlxq") as home:
-        served = Served(Path(home), BACKEND="fake")
+        served = ServeCommand(Path(home), BACKEND="fake")
         try:
             yield served
         finally:
             served.clean_up()
 
 
-def test_the_printed_curl_line_works_when_pasted(running: Served) -> None:
-    [line] = re.findall(r"^curl .*$", running.said(), flags=re.MULTILINE)
+def test_the_printed_curl_line_works_when_pasted(running: ServeCommand) -> None:
+    [line] = re.findall(r"^curl .*$", running.output(), flags=re.MULTILINE)
     answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(answer.stdout)["finish_reason"] in ("stop", "length")
 
 
-def test_the_key_is_in_a_private_file_and_not_on_the_screen(running: Served) -> None:
+def test_the_key_is_in_a_private_file_and_not_on_the_screen(running: ServeCommand) -> None:
     lines = dict(line.split("=", 1) for line in running.env_file.read_text().splitlines() if "=" in line[:30])
     assert running.env_file.stat().st_mode & 0o777 == 0o600
     for secret in (lines["MLXQ_API_KEY"], lines["FLOWER_PASSWORD"]):
-        assert secret not in running.said()
+        assert secret not in running.output()
         assert not any(secret in " ".join(process.cmdline()) for process in running.processes())
 
 
-def test_a_second_start_says_so_and_changes_nothing(running: Served) -> None:
+def test_a_second_start_is_refused_and_changes_nothing(running: ServeCommand) -> None:
     before = {process.pid for process in running.processes()}
     second = running.run()
     assert second.returncode == 1
@@ -149,40 +149,40 @@ def test_a_second_start_says_so_and_changes_nothing(running: Served) -> None:
 
 
 @pytest.mark.parametrize("part", ["valkey-server", "worker.app"])
-def test_a_child_that_dies_is_started_again_and_said(running: Served, part: str) -> None:
+def test_a_child_that_dies_is_restarted_and_reported(running: ServeCommand, part: str) -> None:
     [victim] = running.processes(part)
-    said_before = len(running.said())
+    length_before = len(running.output())
     victim.kill()
     eventually(
-        lambda: [each for each in running.processes(part) if each.pid != victim.pid], "it is started again", UP_WITHIN_S
+        lambda: [each for each in running.processes(part) if each.pid != victim.pid], "it is restarted", UP_WITHIN_S
     )
-    eventually(lambda: re.search(r"exited: .*SIGKILL", running.said()[said_before:]), "the exit is said")
-    eventually(lambda: "spawned: " in running.said()[said_before:], "the start is said")
+    eventually(lambda: re.search(r"exited: .*SIGKILL", running.output()[length_before:]), "the exit is reported")
+    eventually(lambda: "spawned: " in running.output()[length_before:], "the restart is reported")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
-def test_a_signal_ends_everything_in_order(served: Served, number: signal.Signals) -> None:
+def test_a_signal_ends_everything_in_order(served: ServeCommand, number: signal.Signals) -> None:
     process = served.bring_up()
     process.send_signal(number)
     assert process.wait(60) == 0
     assert served.processes() == []
-    if number != signal.SIGHUP:  # there the terminal is gone
-        stopped = re.findall(r"stopped: (\S+)", served.said())
+    if number != signal.SIGHUP:  # after SIGHUP there is no terminal
+        stopped = re.findall(r"stopped: (\S+)", served.output())
         assert stopped == ["flower", "web", "worker-0", "valkey"]
 
 
-def test_a_second_signal_is_quick_and_leaves_no_process(served: Served) -> None:
+def test_a_second_signal_stops_at_once_and_leaves_no_process(served: ServeCommand) -> None:
     process = served.bring_up()
     process.send_signal(signal.SIGINT)
-    eventually(lambda: "stopping" in served.said(), "it is stopping")
+    eventually(lambda: "stopping" in served.output(), "it is stopping")
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     assert served.processes() == []
 
 
 @pytest.fixture
-def small_disk(served: Served) -> Iterator[Path]:
-    """A file system of its own for DATA_DIR."""
+def small_disk(served: ServeCommand) -> Iterator[Path]:
+    """A small file system for DATA_DIR."""
     served.data_dir.mkdir()
     served.environment["RATE_LIMIT"] = "1000000/minute"
     mount = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=700", "none", str(served.data_dir)]
@@ -196,7 +196,7 @@ def small_disk(served: Served) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_acceptance_and_loses_nothing(served: Served, small_disk: Path) -> None:
+def test_on_a_full_disk_jobs_are_refused_and_none_is_lost(served: ServeCommand, small_disk: Path) -> None:
     served.bring_up()
     accepted, refused = [], []
     ballast = small_disk / "ballast"
@@ -214,20 +214,20 @@ def test_a_full_disk_ends_acceptance_and_loses_nothing(served: Served, small_dis
             while True:
                 file.write(b"\0" * 4096)
         eventually(submit, "a job is refused")
-        eventually(lambda: "is full" in served.said(), "it is said")
-        eventually(lambda: "gave up: valkey" in served.said(), "the queue is down")
+        eventually(lambda: "is full" in served.output(), "it is reported")
+        eventually(lambda: "gave up: valkey" in served.output(), "the queue is down")
         submit()
         assert set(refused) == {503}
         ballast.unlink()
         before = len(accepted)
-        # Sooner than what does not stay up has its next turn (30 s).
+        # Sooner than the regular retry after 30 s.
         eventually(lambda: submit() and len(accepted) > before, "jobs are accepted again", 25)
-        assert "has space again" in served.said()
+        assert "has space again" in served.output()
         for job in accepted:
             eventually(lambda i=job: client.job(i, wait_s=10).status is Status.SUCCEEDED, "it ends", UP_WITHIN_S)
 
 
-def test_what_a_killed_serve_left_behind_is_ended_by_the_next(served: Served) -> None:
+def test_orphaned_processes_of_a_killed_serve_are_ended_by_the_next(served: ServeCommand) -> None:
     process = served.bring_up()
     old = {each.pid for each in served.processes()}
     with connect(served.store_url) as queue:
@@ -236,13 +236,13 @@ def test_what_a_killed_serve_left_behind_is_ended_by_the_next(served: Served) ->
     process.wait()
     assert {each.pid for each in served.processes()} == old
     served.bring_up()
-    assert "orphaned processes" in served.said()
+    assert "orphaned processes" in served.output()
     assert not old & {each.pid for each in served.processes()}
     with connect(served.store_url) as queue:
         assert queue.get("kept") == "yes"
 
 
-def test_a_taken_port_is_one_line(served: Served) -> None:
+def test_a_port_in_use_is_one_line(served: ServeCommand) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", int(served.environment["PORT"])))
         listener.listen()
@@ -252,7 +252,7 @@ def test_a_taken_port_is_one_line(served: Served) -> None:
     assert served.processes() == []
 
 
-def test_a_model_that_does_not_load_is_one_line(served: Served) -> None:
+def test_a_model_that_does_not_load_is_one_line(served: ServeCommand) -> None:
     unknown = make_folder(served.env_file.with_name("unknown-model"))
     (unknown / "config.json").write_text('{"model_type": "no_such_model"}')
     result = served.run(MODEL_PATH=str(unknown), BACKEND="auto")
@@ -261,7 +261,7 @@ def test_a_model_that_does_not_load_is_one_line(served: Served) -> None:
     assert served.processes() == []
 
 
-def test_a_model_that_is_not_whole_is_one_line_before_anything_starts(served: Served) -> None:
+def test_an_incomplete_model_is_one_line_before_anything_starts(served: ServeCommand) -> None:
     broken = make_folder(served.env_file.with_name("broken-model"))
     (broken / "model.safetensors").unlink()
     result = served.run(MODEL_PATH=str(broken), BACKEND="auto")
@@ -269,15 +269,15 @@ def test_a_model_that_is_not_whole_is_one_line_before_anything_starts(served: Se
     assert re.fullmatch(r"scripts/serve: the default model cannot be served: .* has no weights .*\n", result.stderr)
 
 
-def test_a_missing_model_is_one_line(served: Served) -> None:
+def test_a_missing_model_is_one_line(served: ServeCommand) -> None:
     result = served.run(MODEL_PATH=str(served.data_dir / "nothing"), BACKEND="auto")
     assert result.returncode == 1
     assert re.fullmatch(r"scripts/serve: MODEL_PATH .* contains no model .*\n", result.stderr)
 
 
-def test_a_queue_that_a_power_failure_damaged_is_repaired_and_keeps_its_jobs() -> None:
+def test_a_queue_damaged_by_a_power_failure_is_repaired_and_keeps_its_jobs() -> None:
     with tempfile.TemporaryDirectory(prefix="mlxq") as home:
-        served = Served(Path(home), BACKEND="fake")
+        served = ServeCommand(Path(home), BACKEND="fake")
         try:
             served.bring_up().kill()
             with served.client() as client:
@@ -287,7 +287,7 @@ def test_a_queue_that_a_power_failure_damaged_is_repaired_and_keeps_its_jobs() -
             with file.open("ab") as damaged:
                 damaged.write(b"\0" * 4096)
             served.bring_up()
-            assert "its last 4096 bytes were removed" in served.said()
+            assert "its last 4096 bytes were removed" in served.output()
             with served.client() as client:
                 assert client.job(job.id).status is Status.SUCCEEDED
         finally:

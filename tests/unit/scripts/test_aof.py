@@ -1,4 +1,4 @@
-"""A damaged append-only file is repaired at its end, after a copy was made."""
+"""Repair of a damaged append-only file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = 50
 
 
 def run_valkey(settings: Settings, work: Callable[[], None]) -> None:
-    """Start it, do something while it answers, and kill it."""
+    """Start Valkey, call `work` while it answers, and kill it."""
     with subprocess.Popen(config.valkey_command(settings), stdout=subprocess.DEVNULL) as server:
         try:
             eventually(lambda: settings.redis_socket.is_socket() or server.poll() is not None, "it listens")
@@ -33,7 +33,7 @@ def run_valkey(settings: Settings, work: Callable[[], None]) -> None:
 
 @pytest.fixture
 def settings() -> Iterator[Settings]:
-    """A stopped Valkey's folder with some keys."""
+    """Settings with the data of a stopped Valkey."""
     with TemporaryDirectory(prefix="mlxq-") as folder:
         settings = Settings(_env_file=None, data_dir=Path(folder))
         preflight.prepare_data_dir(settings)
@@ -53,44 +53,44 @@ def last_file(settings: Settings) -> Path:
     return file
 
 
-def kept(settings: Settings) -> int:
-    found: list[int] = []
+def count_keys(settings: Settings) -> int:
+    counts: list[int] = []
 
     def count() -> None:
         with connect(settings.store_url) as client:
-            found.append(client.dbsize())
+            counts.append(client.dbsize())
 
     run_valkey(settings, count)
-    return found[0]
+    return counts[0]
 
 
-def test_a_sound_file_is_left_alone(settings: Settings) -> None:
+def test_an_intact_file_is_not_changed(settings: Settings) -> None:
     assert aof.repair(settings) is None
-    assert kept(settings) == KEYS
+    assert count_keys(settings) == KEYS
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 4096, b"*3\r\n$3\r\nSET\r\n$5\r\nkey", b"garbage"])
-def test_what_cannot_be_read_at_the_end_is_cut_after_a_copy(settings: Settings, garbage: bytes) -> None:
+def test_a_damaged_end_is_removed_after_a_copy_was_made(settings: Settings, garbage: bytes) -> None:
     file = last_file(settings)
-    sound = file.read_bytes()
-    file.write_bytes(sound + garbage)
+    intact = file.read_bytes()
+    file.write_bytes(intact + garbage)
     repair = aof.repair(settings)
     assert repair is not None
     assert repair.cut_bytes == len(garbage)
-    assert repair.backup.read_bytes() == sound + garbage
+    assert repair.backup.read_bytes() == intact + garbage
     assert str(len(garbage)) in str(repair)
-    assert kept(settings) == KEYS
+    assert count_keys(settings) == KEYS
 
 
-def test_a_file_without_the_end_of_its_last_command_loses_only_that(settings: Settings) -> None:
+def test_an_incomplete_last_command_is_removed(settings: Settings) -> None:
     file = last_file(settings)
     os.truncate(file, file.stat().st_size - 3)
     assert aof.repair(settings) is not None
-    assert kept(settings) == KEYS - 1
+    assert count_keys(settings) == KEYS - 1
 
 
 @pytest.mark.parametrize("content", ["", "\0" * 100, 'file "elsewhere" seq 1 type i\n'])
-def test_a_damaged_list_of_files_is_named(settings: Settings, content: str) -> None:
+def test_a_damaged_manifest_is_reported(settings: Settings, content: str) -> None:
     manifest = last_file(settings).with_name("appendonly.aof.manifest")
     manifest.write_text(content)
     with pytest.raises(StartFailed, match=str(manifest)):

@@ -1,4 +1,4 @@
-"""The executables: --help installs nothing and makes no model, and no file of the current folder is imported."""
+"""The executables: --help installs nothing, and no file of the current folder is imported."""
 
 from __future__ import annotations
 

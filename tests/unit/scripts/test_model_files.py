@@ -1,4 +1,4 @@
-"""Whether a folder is a model, where it came from, and that it appears whole or not at all."""
+"""Checks, manifests and atomic creation of model folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scripts.model_files.staging import staged
 from shared.models.folder import ModelError, check_folder
 from tests.support.small_models import make_folder
 
-# What a folder must hold
+# Checks
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that is complete, though no model."""
+    """A complete folder, though not of a real model."""
     return make_folder(tmp_path / "complete")
 
 
@@ -39,7 +39,7 @@ INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.s
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("damage", "reason"),
     [
         (rename("config.json", "c.json"), "has no config.json"),
         (write("config.json", "{"), "config.json is not valid JSON"),
@@ -57,19 +57,19 @@ INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.s
         (write("modeling_x.py", ""), r"contains Python code .*modeling_x\.py.*not allowed; .*--copy"),
     ],
 )
-def test_incomplete_folder_is_named_in_one_line(folder: Path, damage: Callable[[Path], object], named: str) -> None:
+def test_a_defect_is_reported_in_one_line(folder: Path, damage: Callable[[Path], object], reason: str) -> None:
     check_folder(folder)
     damage(folder)
 
-    with pytest.raises(ModelError, match=named) as raised:
+    with pytest.raises(ModelError, match=reason) as raised:
         check_folder(folder)
     assert "\n" not in str(raised.value)
 
 
-# The manifest
+# Manifests
 
 
-def test_manifest_tells_origin_and_notices_changes(folder: Path) -> None:
+def test_a_manifest_has_the_origin_and_detects_changes(folder: Path) -> None:
     origin = Origin("somewhere", "1", dtype="float32")
     write_manifest(folder, origin)
     assert read_origin(folder) == origin
@@ -82,37 +82,37 @@ def test_manifest_tells_origin_and_notices_changes(folder: Path) -> None:
     assert read_origin(folder) == origin
 
 
-def test_a_manifest_that_came_with_a_copy_is_replaced(folder: Path) -> None:
+def test_a_copied_manifest_is_replaced(folder: Path) -> None:
     write_manifest(folder, Origin("somewhere", "1"))
     write_manifest(folder, Origin("elsewhere", "2"))
     assert is_intact(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"source": "x"}'])
-def test_manifest_that_cannot_be_read_counts_as_none(folder: Path, content: str) -> None:
+def test_an_invalid_manifest_is_ignored(folder: Path, content: str) -> None:
     (folder / "mlxq.json").write_text(content)
 
     assert read_origin(folder) is None
     assert not is_intact(folder)
 
 
-def test_what_somebody_else_put_there_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_from_another_source_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     check_replaceable(tmp_path / "nothing", "us")
     with pytest.raises(ModelError, match="--force replaces it"):
         check_replaceable(folder, "us")
 
     write_manifest(folder, Origin("others", "1"))
-    with pytest.raises(ModelError, match="holds others"):
+    with pytest.raises(ModelError, match="contains others"):
         check_replaceable(folder, "us")
 
     write_manifest(folder, Origin("us", "1"))
     check_replaceable(folder, "us")
 
 
-# Whole or not at all
+# Atomic creation
 
 
-def test_staged_folder_appears_at_the_end(tmp_path: Path) -> None:
+def test_a_staged_folder_appears_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with staged(target) as partial:
         (partial / "file").write_text("new")
@@ -122,7 +122,7 @@ def test_staged_folder_appears_at_the_end(tmp_path: Path) -> None:
     assert (target / "file").read_text() == "new"
 
 
-def test_staged_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_staged_folder_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()
     (target / "old").touch()
@@ -134,7 +134,7 @@ def test_staged_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, OSError])
-def test_interruption_leaves_nothing(tmp_path: Path, interruption: type[BaseException]) -> None:
+def test_an_interruption_leaves_no_files(tmp_path: Path, interruption: type[BaseException]) -> None:
     with pytest.raises(interruption), staged(tmp_path / "model") as partial:  # noqa: PT012
         (partial / "half").touch()
         raise interruption
@@ -142,17 +142,17 @@ def test_interruption_leaves_nothing(tmp_path: Path, interruption: type[BaseExce
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_run_leaves_nothing_to_the_next(tmp_path: Path) -> None:
-    left = tmp_path / ".model.partial"
-    left.mkdir()
-    (left / "half").touch()
+def test_files_of_a_killed_run_are_discarded(tmp_path: Path) -> None:
+    partial = tmp_path / ".model.partial"
+    partial.mkdir()
+    (partial / "half").touch()
     with staged(tmp_path / "model"):
         pass
 
     assert list((tmp_path / "model").iterdir()) == []
 
 
-def test_interrupted_download_is_offered_again(tmp_path: Path) -> None:
+def test_an_interrupted_download_can_be_continued(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), staged(tmp_path / "model", resumable=True) as partial:  # noqa: PT012
         (partial / "half").touch()
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Each thing that can be known to go wrong is one line that says what to change."""
+"""Each problem found before the start is reported in one line with the fix."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def failure(check: Any, *arguments: Any) -> str:
     return str(caught.value)
 
 
-def test_folders_are_made_for_their_owner_alone(tmp_path: Path) -> None:
+def test_folders_are_created_for_their_owner_only(tmp_path: Path) -> None:
     settings = make(tmp_path / "data")
     preflight.prepare_data_dir(settings)
     for folder in (settings.data_dir, settings.run_dir, settings.log_dir):
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_every_bad_setting_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_invalid_setting_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORT", "eighty")
     monkeypatch.setenv("WORKERS", "0")
     lines = failure(preflight.load_settings_or_fail).splitlines()
@@ -75,12 +75,14 @@ def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("character", ["%", ";", "#", "'"])
-def test_a_path_that_supervisord_would_misread(tmp_path: Path, character: str) -> None:
+def test_a_path_that_supervisord_cannot_handle(tmp_path: Path, character: str) -> None:
     assert repr(character) in failure(preflight.prepare_data_dir, make(tmp_path / f"a {character}b"))
 
 
 @pytest.mark.parametrize("name", ["PORT", "FLOWER_PORT"])
-def test_a_taken_port_is_named_with_its_variable(tmp_path: Path, taken_port: int, free_port: int, name: str) -> None:
+def test_a_port_in_use_is_reported_with_its_variable(
+    tmp_path: Path, taken_port: int, free_port: int, name: str
+) -> None:
     ports = {"port": free_port, "flower_port": free_port + 1, name.lower(): taken_port}
     assert f"port {taken_port} is taken; set {name} " in failure(preflight.check_ports, make(tmp_path, **ports))
 
@@ -116,14 +118,14 @@ def test_a_broker_that_answers(tmp_path: Path, valkey: ValkeyServer) -> None:
         preflight.check_broker(make(tmp_path, broker_url=url))
 
 
-def test_a_second_instance_learns_of_the_first(tmp_path: Path) -> None:
+def test_a_second_instance_is_refused(tmp_path: Path) -> None:
     lock = tmp_path / "run" / "serve.lock"
     lock.parent.mkdir()
     with preflight.single_instance(lock, "http://here:1"):
         reason = failure(preflight.single_instance(lock, "http://there:2").__enter__)
     assert re.search(r"already running in .* \(pid \d+, http://here:1\)", reason)
     with preflight.single_instance(lock, "http://there:2"):
-        pass  # free again
+        pass  # the lock is free again
 
 
 def test_no_process_of_another_stack_is_ended(tmp_path: Path) -> None:

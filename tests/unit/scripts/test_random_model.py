@@ -1,4 +1,4 @@
-"""Models of random weights: their configuration, their tokenizer, their files."""
+"""Models with random weights: configuration, tokenizer and files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.model_files import random_weights
 from scripts.model_files.make_tiny_model import make_tiny_model
 from scripts.model_files.shapes import QWEN2_5_7B, TINY
 from scripts.model_files.smollm2 import Dtype, convert
-from scripts.model_files.vocabulary import padded
+from scripts.model_files.vocabulary import pad_vocabulary
 from shared.models.folder import ModelError, check_folder
 from tests.bench.bandwidth import bytes_per_token, limit, lines
 from tests.support.small_models import TEMPLATE, WORDS, write_gguf
@@ -42,22 +42,22 @@ def tokenizer_from(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_tiny_shape_keeps_the_vocabulary_and_drops_the_packing() -> None:
+def test_the_tiny_shape_keeps_the_vocabulary_and_drops_the_quantization() -> None:
     tiny = TINY.config_with({"vocab_size": 9, "hidden_size": 576, "quantization": {}, "quantization_config": {}})
 
     assert (tiny["vocab_size"], tiny["hidden_size"]) == (9, 64)
     assert not {"quantization", "quantization_config"} & set(tiny)
 
 
-def test_a_shape_of_its_own_takes_the_special_tokens_alone() -> None:
+def test_a_complete_shape_inherits_only_the_special_tokens() -> None:
     config = QWEN2_5_7B.config_with({"model_type": "llama", "vocab_size": 9, "eos_token_id": 2, "mlp_bias": False})
 
     assert (config["model_type"], config["vocab_size"], config["eos_token_id"]) == ("qwen2", 152064, 2)
     assert "mlp_bias" not in config
 
 
-def test_qwens_shape_has_its_parameters() -> None:
-    assert random_weights.size(QWEN2_5_7B.config) == 2 * 7_615_616_512  # bfloat16; nothing is computed for this
+def test_qwens_shape_has_the_right_number_of_parameters() -> None:
+    assert random_weights.size(QWEN2_5_7B.config) == 2 * 7_615_616_512  # bfloat16; the weights are not computed
 
 
 def test_a_model_is_written_in_shards_that_load_as_one(tokenizer_from: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_model_is_written_in_shards_that_load_as_one(tokenizer_from: Path, tmp
     assert model(mx.array([[1, 2, 3]])).shape == (1, 3, 100)
     assert model.lm_head.weight.dtype == mx.bfloat16
     assert tokenizer.decode([WORDS.index("hello")]) == "hello"
-    assert tokenizer.decode([99])  # a token that the tokenizer did not have
+    assert tokenizer.decode([99])  # a token that the tokenizer lacked
 
 
 def test_shards_are_the_weights_that_one_file_would_have(tokenizer_from: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_shards_are_the_weights_that_one_file_would_have(tokenizer_from: Path, t
     )
 
 
-def test_no_more_than_a_shard_is_held_at_once(tokenizer_from: Path, tmp_path: Path) -> None:
+def test_only_one_shard_is_in_memory(tokenizer_from: Path, tmp_path: Path) -> None:
     wide = replace(SHRUNKEN, config={**SHRUNKEN.config, "num_hidden_layers": 40, "hidden_size": 256})
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -102,9 +102,7 @@ def test_no_more_than_a_shard_is_held_at_once(tokenizer_from: Path, tmp_path: Pa
     assert mx.get_peak_memory() - before < random_weights.size(wide.config) / 3
 
 
-def test_a_model_that_is_there_is_not_made_again_and_one_of_another_shape_is(
-    tokenizer_from: Path, tmp_path: Path
-) -> None:
+def test_a_model_is_written_again_only_for_another_shape(tokenizer_from: Path, tmp_path: Path) -> None:
     target = tmp_path / "made"
     make_tiny_model(target, tokenizer_from, SHRUNKEN)
     first = (target / "model.safetensors").stat().st_ino
@@ -115,7 +113,7 @@ def test_a_model_that_is_there_is_not_made_again_and_one_of_another_shape_is(
     assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_a_tokenizer_that_fits_is_left_as_it_is(tokenizer_from: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_right_size_is_not_changed(tokenizer_from: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "made", tokenizer_from, TINY)
 
     assert (tmp_path / "made/tokenizer.json").read_bytes() == (tokenizer_from / "tokenizer.json").read_bytes()
@@ -126,13 +124,13 @@ def test_a_tokenizer_with_too_many_tokens_is_refused() -> None:
     tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 7}]}
 
     with pytest.raises(ModelError, match="8 tokens, the model only 4"):
-        padded(tokenizer, 4)
-    assert set(padded(tokenizer, 10)["model"]["vocab"].values()) == set(range(10)) - {7}
+        pad_vocabulary(tokenizer, 4)
+    assert set(pad_vocabulary(tokenizer, 10)["model"]["vocab"].values()) == set(range(10)) - {7}
     with pytest.raises(ModelError, match="another kind"):
-        padded({"model": {"vocab": [["a", 0.5]]}}, 4)
+        pad_vocabulary({"model": {"vocab": [["a", 0.5]]}}, 4)
 
 
-def test_an_embedding_that_is_no_output_is_not_read_for_each_token(tokenizer_from: Path, tmp_path: Path) -> None:
+def test_an_untied_embedding_is_not_read_for_each_token(tokenizer_from: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "untied", tokenizer_from, SHRUNKEN, shard_bytes=40_000)
     tied = replace(SHRUNKEN, config={**SHRUNKEN.config, "tie_word_embeddings": True})
     make_tiny_model(tmp_path / "tied", tokenizer_from, tied)
@@ -142,7 +140,7 @@ def test_an_embedding_that_is_no_output_is_not_read_for_each_token(tokenizer_fro
     assert bytes_per_token(tmp_path / "tied") == random_weights.size(tied.config)
 
 
-def test_the_memorys_limit_is_its_speed_over_what_a_token_reads(tokenizer_from: Path, tmp_path: Path) -> None:
+def test_the_speed_limit_is_the_memory_bandwidth_per_token(tokenizer_from: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "made", tokenizer_from, SHRUNKEN)
     read = bytes_per_token(tmp_path / "made")
     found = limit(tmp_path / "made", {"copy": 50.0 * read, "matrix_vector": 100.0 * read})

@@ -1,4 +1,4 @@
-"""The pins: complete, agreeing with each other, and free of anybody's package index."""
+"""Pinned requirements are complete, consistent, and contain no URL of a package index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def folder() -> Path:
 
 
 def pins(name: str) -> dict[str, str]:
-    """Version by package and, where a platform has its own, marker."""
+    """Return versions by package and marker."""
     text = (folder() / f"{name}.txt").read_text()
     return {match["name"] + match["rest"].partition("\\")[0].strip(): match["version"] for match in PIN.finditer(text)}
 
@@ -43,13 +43,13 @@ def test_the_sets_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_requirement_says_why(name: str) -> None:
+def test_every_requirement_has_a_comment(name: str) -> None:
     lines = (folder() / f"{name}.in").read_text().splitlines()
     assert all("#" in line or line.startswith("-r ") for line in lines if line)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_what_is_asked_for_is_pinned(name: str) -> None:
-    asked = re.findall(r"^([a-z0-9][a-z0-9._-]*)", (folder() / f"{name}.in").read_text(), re.MULTILINE)
+def test_every_requirement_is_pinned(name: str) -> None:
+    required = re.findall(r"^([a-z0-9][a-z0-9._-]*)", (folder() / f"{name}.in").read_text(), re.MULTILINE)
     pinned = {key.partition(";")[0].strip() for key in pins(name)}
-    assert set(asked) <= pinned
+    assert set(required) <= pinned

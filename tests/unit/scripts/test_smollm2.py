@@ -1,4 +1,4 @@
-"""From GGUF to a folder that mlx-lm loads, on a small synthetic model."""
+"""Conversion of a small synthetic model from GGUF."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_weights_keep_their_values_under_new_names(gguf: Path, tmp_path: Path, d
         assert mx.array_equal(loaded[f"{new}.weight"], original[f"{old}.weight"].astype(stored))
 
 
-def test_names() -> None:
+def test_names_are_converted() -> None:
     assert hf_name("blk.12.attn_q") == "model.layers.12.self_attn.q_proj"
     assert hf_name("output_norm") == "model.norm"
 
 
-def test_rows_come_back_from_ggufs_order() -> None:
+def test_ggufs_row_order_is_undone() -> None:
     heads, half, width = 3, 4, 5
     rows = mx.arange(heads * 2 * half * width).reshape(heads * 2 * half, width)
-    # llama.cpp's own permutation, from its converter.
+    # The permutation of llama.cpp's converter.
     permuted = rows.reshape(heads, 2, half, width).swapaxes(1, 2).reshape(rows.shape)
 
     assert not mx.array_equal(permuted, rows)

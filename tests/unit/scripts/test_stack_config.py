@@ -1,4 +1,4 @@
-"""What supervisord reads is what we mean: its own parser says so."""
+"""The configuration of supervisord, read by its own parser, and that of Valkey."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(data_dir: Path, **values: Any) -> Settings:
 
 
 def parsed(settings: Settings) -> dict[str, Any]:
-    """The process groups by name, as supervisord would run them."""
+    """Return supervisord's process groups by name."""
     for folder in (settings.run_dir, settings.log_dir):
         folder.mkdir(parents=True, exist_ok=True)
     config.write(settings)
@@ -39,37 +39,37 @@ def parsed(settings: Settings) -> dict[str, Any]:
     return {group.name: group for group in sorted(options.process_group_configs)}
 
 
-def test_starts_in_order_and_stops_in_reverse(tmp_path: Path) -> None:
-    # Supervisord starts by rising priority and stops by falling, a group at a time.
+def test_programs_start_in_order(tmp_path: Path) -> None:
+    # supervisord starts groups by ascending priority and stops them by descending priority.
     assert list(parsed(make(tmp_path))) == ["valkey", "worker", "web", "flower"]
 
 
-def test_an_external_redis_leaves_valkey_out(tmp_path: Path) -> None:
+def test_an_external_redis_replaces_valkey(tmp_path: Path) -> None:
     settings = make(tmp_path, redis_url="redis://queue.example:6379")
     assert list(parsed(settings)) == ["worker", "web", "flower"]
     assert not config.valkey_conf_path(settings).exists()
 
 
-def test_each_worker_has_its_number_and_its_log(tmp_path: Path) -> None:
+def test_each_worker_has_a_number_and_a_log(tmp_path: Path) -> None:
     workers = parsed(make(tmp_path, workers=3))["worker"].process_configs
     assert [worker.name for worker in workers] == ["worker-0", "worker-1", "worker-2"]
     assert [worker.environment["MLXQ_WORKER_INDEX"] for worker in workers] == ["0", "1", "2"]
     assert [Path(worker.stdout_logfile).name for worker in workers] == ["worker-0.log", "worker-1.log", "worker-2.log"]
 
 
-def test_a_worker_is_given_its_drain_before_it_is_killed(tmp_path: Path) -> None:
+def test_a_worker_may_drain_before_it_is_killed(tmp_path: Path) -> None:
     settings = make(tmp_path, drain_s=120)
     [worker] = parsed(settings)["worker"].process_configs
     assert worker.stopwaitsecs > 120
     assert config.total_stop_s(settings) > 120
 
 
-def test_a_worker_without_model_is_not_started_again(tmp_path: Path) -> None:
+def test_a_worker_without_a_model_is_not_restarted(tmp_path: Path) -> None:
     [worker] = parsed(make(tmp_path))["worker"].process_configs
     assert worker.exitcodes == [EXIT_CONFIG]
 
 
-def test_a_path_with_spaces_survives(tmp_path: Path) -> None:
+def test_a_path_may_contain_spaces(tmp_path: Path) -> None:
     settings = make(tmp_path / "my data")
     groups = parsed(settings)
     [valkey], [web] = groups["valkey"].process_configs, groups["web"].process_configs
@@ -78,8 +78,8 @@ def test_a_path_with_spaces_survives(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("character", [each for each in string.punctuation if each != "/"])
-def test_each_character_of_a_path_is_taken_as_it_is_or_refused(character: str) -> None:
-    """Neither supervisord nor Valkey takes it for a pattern, a comment, a variable or an expansion."""
+def test_each_character_of_a_path_is_used_literally_or_refused(character: str) -> None:
+    """supervisord and Valkey must not read it as a pattern, a comment or a variable."""
     with tempfile.TemporaryDirectory(prefix="mlxq-") as home:
         settings = make(Path(home) / f"a{character}b c")
         if character in REFUSED:
@@ -101,7 +101,7 @@ def test_each_character_of_a_path_is_taken_as_it_is_or_refused(character: str) -
                 server.terminate()
 
 
-def test_valkey_opens_no_port_even_without_its_configuration(tmp_path: Path) -> None:
+def test_valkey_opens_no_port_even_if_its_configuration_has_one(tmp_path: Path) -> None:
     settings = make(tmp_path)
     port = free_port()
     command = [*config.valkey_command(settings)]
@@ -117,7 +117,7 @@ def test_valkey_opens_no_port_even_without_its_configuration(tmp_path: Path) -> 
             server.terminate()
 
 
-def test_no_secret_is_in_a_command_or_a_file(tmp_path: Path) -> None:
+def test_configuration_files_contain_no_secrets(tmp_path: Path) -> None:
     settings = make(tmp_path, flower_password="hush", mlxq_api_key="quiet")
     text = config.supervisord_conf(settings) + config.valkey_conf(settings)
     assert "hush" not in text
@@ -125,7 +125,7 @@ def test_no_secret_is_in_a_command_or_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["appendonly yes", "port 0", "maxmemory-policy noeviction", "set-proc-title no"])
-def test_valkey_is_durable_private_and_can_be_found(tmp_path: Path, line: str) -> None:
+def test_valkeys_configuration_has_a_line(tmp_path: Path, line: str) -> None:
     assert line in config.valkey_conf(make(tmp_path)).splitlines()
 
 

@@ -1,4 +1,4 @@
-"""Which model `scripts/serve` serves, told before anything is started."""
+"""The models that `scripts/serve` serves, and its output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.small_models import make_folder
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of this machine's settings; what is put into the environment goes again."""
+    """Ignore this machine's settings, and restore the environment afterwards."""
     monkeypatch.setitem(Settings.model_config, "env_file", tmp_path / "env")
     monkeypatch.setenv("MODEL_PATH", "")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
@@ -47,7 +47,7 @@ def test_vision_adds_a_model_and_keeps_the_default_one(tmp_path: Path) -> None:
     assert first_models(settings) == ["SmolLM2-135M-Instruct", "ui-micro"]
     environment = config.child_environment(settings, "mark", tmp_path / "env")
     assert environment["WORKER_MODELS"] == "SmolLM2-135M-Instruct,ui-micro"
-    assert first_models(preflight.load_settings_or_fail()) == first_models(settings)  # read again when .env was written
+    assert first_models(preflight.load_settings_or_fail()) == first_models(settings)  # as after `.env` was written
 
 
 def test_vision_adds_a_model_to_a_model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_an_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "unrecognized arguments: --visoin" in capsys.readouterr().err
 
 
-def test_a_default_of_the_catalog_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_default_model_of_the_catalog_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(
         f'default = "far"\n[models.far]\npath = "{tmp_path}/far"\n[models.near]\npath = "models/ui-micro"\n'
@@ -90,13 +90,11 @@ def test_a_default_of_the_catalog_that_is_not_there_is_told(tmp_path: Path, monk
         ensure_model(preflight.load_settings_or_fail(), {}, None)  # type: ignore[arg-type]  # nothing is fetched, so it never pauses
 
 
-def test_the_printed_example_is_one_that_the_small_vision_model_understands(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_example_suits_the_small_vision_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Terminal().print_ready(with_vision(), tmp_path / "env", key_in_environment=True)
-    said = capsys.readouterr().out
-    assert "SmolLM2-135M-Instruct, ui-micro are ready" in said
-    text, vision = (line for line in said.splitlines() if line.startswith("curl"))
+    output = capsys.readouterr().out
+    assert "SmolLM2-135M-Instruct, ui-micro are ready" in output
+    text, vision = (line for line in output.splitlines() if line.startswith("curl"))
     assert "capital of France" in text
     options = shlex.split(vision)
     assert ROOT / options[options.index("-F") + 1].removeprefix("images=@") == ROOT / "docs/images/page.png"
@@ -107,7 +105,7 @@ def test_the_printed_example_is_one_that_the_small_vision_model_understands(
     }
 
 
-def test_the_printed_example_asks_a_model_that_is_there(
+def test_the_printed_example_uses_a_loaded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("one", "two", "three")
@@ -117,6 +115,6 @@ def test_the_printed_example_asks_a_model_that_is_there(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORKERS", "2")
     Terminal().print_ready(preflight.load_settings_or_fail(), tmp_path / "env", key_in_environment=True)
-    said = capsys.readouterr().out
-    assert "three, two are ready: 2 workers" in said
-    assert '"model": "three"' in said
+    output = capsys.readouterr().out
+    assert "three, two are ready: 2 workers" in output
+    assert '"model": "three"' in output

@@ -15,22 +15,22 @@ from scripts.ui_micro.tokenizer import END, SPECIAL, make_tokenizer
 SCENES = [make_scene(seed) for seed in range(200)]
 
 
-def test_a_seed_makes_the_same_scene_and_the_same_picture() -> None:
+def test_the_same_seed_gives_the_same_image() -> None:
     assert [make_scene(seed) for seed in range(200)] == SCENES
     assert draw(SCENES[0]).tobytes() == draw(make_scene(0)).tobytes()
     assert len({draw(scene).tobytes() for scene in SCENES}) == len(SCENES)
 
 
-def test_elements_are_inside_and_apart() -> None:
+def test_elements_are_inside_the_page_and_do_not_overlap() -> None:
     for scene in SCENES:
         assert (scene.width, scene.height) in SIZES
-        assert scene.width % 28 == scene.height % 28 == 0, "or the processor would resize it"
+        assert scene.width % 28 == scene.height % 28 == 0, "the processor must not resize it"
         for element in scene.elements:
             left, top, right, bottom = element.box
             assert 0 <= left < right <= scene.width
             assert 0 <= top < bottom <= scene.height
-        middles = [(scene, element.centre) for element in scene.elements]
-        assert all(sum(e.contains(*middle) for e in scene.elements) == 1 for scene, middle in middles)
+        centres = [(scene, element.centre) for element in scene.elements]
+        assert all(sum(e.contains(*centre) for e in scene.elements) == 1 for scene, centre in centres)
 
 
 def test_an_instruction_fits_one_element_and_its_answer_clicks_it() -> None:
@@ -45,14 +45,14 @@ def test_an_instruction_fits_one_element_and_its_answer_clicks_it() -> None:
             assert instruction.target.contains(*place)
 
 
-def test_the_colour_decides_where_it_shall() -> None:
-    deciding = 0
+def test_instructions_need_the_colour_if_requested() -> None:
+    needing_colour = 0
     for scene in SCENES:
         for instruction in instructions(scene, random.Random(1), 6, by_colour=1.0):
             without = [(key, value) for key, value in attributes_of(instruction) if key != "colour"]
             assert instruction.by_colour is not is_unique(without, instruction.target, scene.elements)
-            deciding += instruction.by_colour
-    assert deciding > 4 * len(SCENES), "some scenes have nothing of the kind"
+            needing_colour += instruction.by_colour
+    assert needing_colour > 4 * len(SCENES), "a few scenes have no such element"
 
 
 def attributes_of(instruction: Instruction) -> Attributes:
@@ -66,19 +66,19 @@ def attributes_of(instruction: Instruction) -> Attributes:
 @pytest.mark.parametrize(
     "text", ["", "click", "click(start_box='(1,2')", "type(content='x')", "click(start_box='(a,b)')"]
 )
-def test_what_is_no_click_hits_nothing(text: str) -> None:
+def test_an_answer_that_is_not_a_click_hits_nothing(text: str) -> None:
     assert clicked(text) is None
     scene = SCENES[0]
     assert not Trial(scene, instructions(scene, random.Random(1), 1)[0]).hit(text)
 
 
-def test_held_out_screenshots_are_none_of_the_trainings() -> None:
+def test_evaluation_screenshots_are_not_in_the_training_data() -> None:
     trials = list(held_out(20))
     assert all(trial.scene == make_scene(FIRST_HELD_OUT + i) for i, trial in enumerate(trials))
     assert not {trial.png for trial in trials} & {Trial(scene, trials[0].instruction).png for scene in SCENES}
 
 
-def test_the_tokenizer_knows_its_words_and_can_spell_all_others() -> None:
+def test_the_tokenizer_has_tokens_for_its_words_and_bytes_for_others() -> None:
     tokenizer = make_tokenizer()
     assert tokenizer.get_vocab_size() < 1000
     encoded = tokenizer.encode(f"click(start_box='(84,60)'){END}")
