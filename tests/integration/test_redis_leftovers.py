@@ -14,8 +14,8 @@ import pytest
 from scripts.client.api import Client
 from scripts.stack.ports import free_port
 from shared.jobs.store import DELETED_S
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from tests.plugins.stack import Stack, made_stack
 from tests.plugins.web_stack import running_web
 from tests.support.waiting import eventually
