@@ -62,8 +62,7 @@ class OutputProcessor:
             return _end(sequence, "stop", output, end_tokens=1)
         text, stopped = _append(sequence, output)
         if sequence.request.logprobs is not None:
-            for token in (output.token, *(token for token, _ in output.top_logprobs)):
-                sequence.token_texts[token] = self._token_text(token)
+            self._set_token_texts(sequence, output)
         if stopped:
             output.finish_reason = "stop"
             return sequence.finish(Status.SUCCEEDED, text, reason="stop")
@@ -99,6 +98,15 @@ class OutputProcessor:
         if not text.startswith(written.text) or (end is None and text != written.text):
             raise ReplayError(sequence.job.id)
         return end and end._replace(text=text[len(written.text) :], outputs=())
+
+    def _set_token_texts(self, sequence: Sequence, output: TokenOutput) -> None:
+        """Set the texts of a token and its alternatives. The texts of an answer's tokens add up to the answer."""
+        tokens = (output.token, *(token for token, _ in output.top_logprobs))
+        if len(sequence.generated) == 1 and self._detokenizer is not None:
+            sequence.first_output = output
+            sequence.first_texts = {token: _detokenized(self._detokenizer(), [token]) for token in tokens}
+            return
+        sequence.token_texts |= {token: self._token_text(token) for token in tokens}
 
     def _token_text(self, token: int) -> str:
         """Return the text of a token inside a longer text.

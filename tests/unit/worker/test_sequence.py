@@ -126,7 +126,7 @@ def test_the_text_of_a_token_with_a_log_probability_is_complete() -> None:
     tokens = [TokenOutput(sequence.uid, token, -1.0, ((token + 1, -0.5),)) for token in (7, 8)]
     OutputProcessor(frozenset(), Trimming).process({sequence.uid: sequence}, tokens)
     assert [sequence.describe_logprob(token) for token in tokens] == [
-        {"token": " 7", "logprob": -1.0, "top": [{"token": " 8", "logprob": -0.5}]},
+        {"token": "7", "logprob": -1.0, "top": [{"token": "8", "logprob": -0.5}]},
         {"token": " 8", "logprob": -1.0, "top": [{"token": " 9", "logprob": -0.5}]},
     ]
 
