@@ -15,8 +15,8 @@ from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operation, Operations, OperationState
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
-from shared.queue import keys
-from shared.queue.redis import Redis
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import MODEL, lease, submit, taken
 from web.cluster.model_availability import GRACE_S, MARK_S, ModelAvailability
