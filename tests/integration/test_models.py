@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from shared.jobs.log import EventKind
 from shared.jobs.record import Status
+from shared.redis import keys
 from tests.plugins.stack import catalog_stack
 from tests.support.admin import Admin
 from tests.support.waiting import eventually
@@ -136,6 +138,48 @@ def test_a_failed_load_keeps_the_loaded_models(admin: Callable[..., Admin], tmp_
         assert (refused.status_code, refused.json()["code"]) == (422, "load_failed"), refused.text
         assert "broken does not load" in refused.json()["detail"]
         assert str(operator.stack.home) not in refused.text
+
+
+def unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    replace_file(folder / "config.json", json.dumps(config | {"model_type": "nonesuch"}))
+
+
+def other_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    replace_file(folder / "config.json", json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def truncated(folder: Path) -> None:
+    corrupt(folder.parent)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file, which may be a link to one that other tests use."""
+    path.unlink()
+    path.write_text(text)
+
+
+def test_every_kind_of_broken_model_ends_its_jobs(admin: Callable[..., Admin], tmp_path: Path) -> None:
+    """The folder breaks in another way each time, so the model is tried again each time, and only once."""
+    operator, folder = admin(MEMORY_LIMIT_BYTES=str(200 * MIB)), tmp_path / "broken"
+    body = {"model": "broken", "prompt": "hello", "stream": True}
+    kinds = (truncated, unknown_architecture, other_shape, no_tokenizer)
+    for tried, break_model in enumerate(kinds, 1):
+        break_model(folder)
+        operator.stack.redis.delete(keys.DEMAND + "broken")  # the time between two tries is over
+        streamed = operator.http.post("/inference", json=body, headers={"Accept": "application/x-ndjson"})
+        error = json.loads(streamed.text.splitlines()[-1])["data"]["error"]
+        assert error["code"] == "load_failed" and "broken does not load: " in error["message"]
+        refused = operator.http.post("/v1/jobs", json={"model": "broken", "prompt": "hello"})
+        assert (refused.status_code, refused.json()["code"]) == (422, "load_failed")
+        assert refused.json()["detail"] == error["message"]
+        assert len(operator.http.get("/inference/operations").json()["data"]) == tried
+    assert operator.say("one", max_tokens=2).status_code == 200
 
 
 def test_models_unloaded_for_a_failed_load_are_loaded_again(admin: Callable[..., Admin], tmp_path: Path) -> None:
