@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +16,13 @@ import pytest
 pytest.importorskip("mlx_lm")
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from shared.models.registry import ModelCard
+from shared.settings import Settings
 from tests.support.architectures import VOCABULARY, config, make, measured, names
-from tests.support.runner import resumed, row, step
+from tests.support.runner import loaded, resumed, row, step
 from worker.models.load import LoadedModel
 from worker.runner import forward
 from worker.runner.base import Row
@@ -112,6 +117,32 @@ def test_the_memory_of_a_row_without_a_batch_cache_is_predicted(name: str, token
     assert cache.nbytes <= Footprint.of(model).allocated(tokens) <= 20 * cache.nbytes
 
 
+@pytest.mark.parametrize("name", ["mamba", "gpt_bigcode"])
+def test_a_folder_is_measured_when_it_is_loaded_first(name: str, tiny_model_path: Path, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / name, name, tiny_model_path)
+    settings = Settings(
+        model_path=folder, models_file=tmp_path / "none.toml", data_dir=tmp_path / "data", _env_file=None
+    )
+    found = loaded(settings).about["batching"]
+    assert isinstance(found, dict)
+    assert BatchingSupport.from_dict(found | {"reason": ""}) == RESTRICTED[name]
+    (file,) = settings.batching_dir.iterdir()
+    file.write_text(json.dumps(found | {"reason": "read"}))
+    assert loaded(settings).about["batching"] == found | {"reason": "read"}
+
+
+def make_folder(folder: Path, name: str, tiny_model_path: Path) -> Path:
+    """A model's folder, with the tokenizer of the tiny model."""
+    folder.mkdir()
+    for file in tiny_model_path.glob("*token*"):
+        shutil.copy(file, folder)
+    vocabulary = json.loads((tiny_model_path / "config.json").read_text())["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config(name) | {"vocab_size": vocabulary}))
+    weights = dict(tree_flatten(make(name, vocab_size=vocabulary).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
 def check(name: str, types: str) -> None:
     model = make_or_skip(name, types)
     found = measured(model)
@@ -151,8 +182,8 @@ def make_or_skip(name: str, types: str) -> Any:
 
 
 def runner_of(name: str, model: Any, found: BatchingSupport) -> MLXRunner:
-    loaded = LoadedModel(model, None, config(name), ModelCard(name, "text", 512), frozenset())
-    return MLXRunner(loaded, CHUNK, Memory(2**30, 2**28), batching=found, speculation_tokens=4)
+    of = LoadedModel(model, None, config(name), ModelCard(name, "text", 512), frozenset())
+    return MLXRunner(of, CHUNK, Memory(2**30, 2**28), batching=found, speculation_tokens=4)
 
 
 def together(runner: MLXRunner, rows: Sequence[Row], cut: Sequence[int]) -> dict[int, Answer]:
@@ -184,9 +215,9 @@ def together(runner: MLXRunner, rows: Sequence[Row], cut: Sequence[int]) -> dict
 
 def compare(model: Any, prompt: Sequence[int], answer: Answer, tolerance: float) -> None:
     """Compare with mlx-lm's own loop, up to a choice between tokens that are equally probable."""
-    expected = generate_step(mx.array(prompt), model, max_tokens=TOKENS)
+    expected = generate_step(mx.array(list(prompt)), model, max_tokens=TOKENS)
     for (token, logprobs), said, logprob in zip(expected, answer.tokens, answer.logprobs, strict=True):
-        assert float(logprobs[said].item()) == pytest.approx(logprob, abs=tolerance)
-        assert float((logprobs[int(token)] - logprobs[said]).item()) <= tolerance
+        assert logprobs[said].item() == pytest.approx(logprob, abs=tolerance)
+        assert (logprobs[int(token)] <= logprobs[said] + tolerance).item()
         if said != int(token):
             break

@@ -23,6 +23,8 @@ from tests.support.runner import alone, row, step
 from worker.runner.loading import READ_SHARE, load
 from worker.runner.model_runner import MLXRunner
 
+pytestmark = pytest.mark.usefixtures("own_data_dir")
+
 PROMPT = tuple(range(200, 240))
 
 

@@ -24,6 +24,8 @@ from worker.models.load import LoadedModel, load_model
 from worker.runner.base import PrefillWork, StepPlan
 from worker.runner.model_runner import MLXRunner
 
+pytestmark = pytest.mark.usefixtures("own_data_dir")
+
 CHUNK = 16
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 """Cache bytes per token of the tiny model: keys and values, layers, heads, head size, bytes per number."""

@@ -21,6 +21,8 @@ from worker.runner.kv_cache import KVCache
 from worker.runner.memory import Memory
 from worker.runner.model_runner import PADDING_DIVISOR, MLXRunner
 
+pytestmark = pytest.mark.usefixtures("own_data_dir")
+
 CHUNK = 16
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 """Bytes of one token in the cache of the tiny model: keys and values, layers, heads, head size, bytes per number."""

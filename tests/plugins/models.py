@@ -21,6 +21,12 @@ from scripts.model_files.staging import locked  # noqa: E402
 _MODELS = ROOT / "models"
 
 
+@pytest.fixture
+def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let settings without a DATA_DIR use a temporary one: loading a model writes there."""
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct in the fastest data type for this machine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -31,10 +31,12 @@ PROOF_DIVISOR = 4
 
 PIECE_BYTES = 64 * 2**20
 """Bytes of weights that are read between two decode steps of other models."""
-READ_SHARE = 0.9
-"""Fraction of the progress for reading weights; the rest is for the warm-up."""
-_WARM_UP_DECAY = 0.95
-"""Each warm-up step leaves this fraction of the remaining progress: the number of steps depends on the model."""
+READ_SHARE, PROOF_SHARE = 0.9, 0.95
+"""Progress after reading the weights, and after the proof of the batching; the rest is for the warm-up."""
+_DECAY = 0.95
+"""Each step of the proof or the warm-up leaves this fraction of its remaining progress."""
+
+T = TypeVar("T")
 
 
 def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXRunner]:
@@ -55,13 +57,23 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
         if model.dtype is not None:
             family.encoder.tower.set_dtype(getattr(mx, model.dtype))
         yield from read_weights(family.encoder.tower, model)
-    batching = yield from _batching(settings, model, loaded)
+    batching = yield from _progress(_batching(settings, model, loaded), READ_SHARE, PROOF_SHARE)
     runner = _runner(settings, model, loaded, family, batching)
-    remaining = 1 - READ_SHARE
-    for _ in runner.warming():
-        remaining *= _WARM_UP_DECAY
-        yield 1 - remaining
+    yield from _progress(runner.warming(), PROOF_SHARE, 1)
     return runner
+
+
+def _progress(steps: Generator[None, None, T], start: float, end: float) -> Generator[float, None, T]:
+    """Run steps, whose number is unknown; yield the progress from `start` towards `end` after each."""
+    remaining = end - start
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        remaining *= _DECAY
+        yield end - remaining
 
 
 def read_weights(module: Any, model: CatalogModel) -> Generator[float, None, None]:
@@ -101,18 +113,13 @@ def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
     return load_vision_model(model.path, lazy=True)
 
 
-def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> Generator[float, None, BatchingSupport]:
+def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> Generator[None, None, BatchingSupport]:
     spare_bytes = _memory(settings).max_bytes // PROOF_DIVISOR
-    finding = verdict.find(loaded, loaded.card.vocabulary or len(loaded.tokenizer), spare_bytes, settings.batching_dir)
-    while True:
-        try:
-            next(finding)
-        except StopIteration as end:
-            found: BatchingSupport = end.value
-            return found
-        except CannotRun as error:
-            raise ModelError(f"{model.path} cannot be served: {error}") from error
-        yield READ_SHARE
+    try:
+        vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
+        return (yield from verdict.find(loaded, vocabulary, spare_bytes, settings.batching_dir))
+    except CannotRun as error:
+        raise ModelError(f"{model.path} cannot be served: {error}") from error
 
 
 def _runner(

@@ -269,7 +269,7 @@ class MLXRunner:
         for _ in self.warming():
             pass
 
-    def warming(self) -> Iterator[None]:
+    def warming(self) -> Generator[None, None, None]:
         """Do the same as `warm`; yields after each short step."""
         if self._vision is not None:
             yield from self._vision.warming()
