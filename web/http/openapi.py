@@ -13,6 +13,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from flask import Flask
 from openapi_pydantic import (
     Components,
+    Encoding,
     Header,
     Info,
     MediaType,
@@ -151,7 +152,9 @@ WAIT: Final = _parameter(
 LIMIT: Final = _parameter(
     "limit", "query", "Maximum number of jobs to return", type="integer", minimum=1, maximum=100, default=20
 )
-BEFORE: Final = _parameter("before", "query", "`next` of the previous page", type="string")
+BEFORE: Final = _parameter(
+    "before", "query", "`next` of the previous page", type="number", minimum=0, exclusiveMaximum=1e11
+)
 STARTING_AFTER: Final = _parameter(
     "starting_after", "query", "Number of the last event received", type="integer", minimum=0, default=0
 )
@@ -173,6 +176,16 @@ IDEMPOTENCY_KEY: Final = _parameter(
 PREFER: Final = _parameter(
     "Prefer", "header", "`wait=N`: wait up to N seconds for the job to end before responding", type="string"
 )
+
+_EVENT_SCHEMAS: Final[Mapping[str, Schema]] = {
+    "text/event-stream": Schema(
+        type="object",
+        properties={name: Schema(type="string") for name in ("id", "event", "data", "retry")},
+        description="One event; `data` is JSON",
+    ),
+    "application/x-ndjson": Schema(type="string", description="One event per line, as JSON"),
+}
+"""One entry for each of `FORMATS`."""
 
 Content = type[BaseModel] | str | None
 """The body of a response: JSON of a model, text of a media type, or none."""
@@ -275,7 +288,9 @@ def _request_body(model: type[BaseModel] | None) -> RequestBody | None:
         return None
     content = {"application/json": _media_type(model)}
     if issubclass(model, JobRequest):
-        content["multipart/form-data"] = MediaType(media_type_schema=_form_schema(model))
+        content["multipart/form-data"] = MediaType(
+            media_type_schema=_form_schema(model), encoding={"request": Encoding(contentType="application/json")}
+        )
     return RequestBody(required=True, content=content)
 
 
@@ -284,7 +299,7 @@ def _form_schema(model: type[BaseModel]) -> Schema:
         type="object",
         required=["request"],
         properties={
-            "request": Schema(type="string", description=f"A `{model.__name__}` as JSON"),
+            "request": PydanticSchema(schema_class=model),
             "images": Schema(
                 type="array",
                 items=Schema(type="string", schema_format="binary"),
@@ -301,7 +316,7 @@ def _responses(description: describe, *, public: bool, openai: bool) -> Iterator
     for status, content in description.responses.items():
         yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
     if description.streams:
-        events = {media_type: _media_type(None) for media_type in FORMATS}
+        events = {media_type: MediaType(media_type_schema=_EVENT_SCHEMAS[media_type]) for media_type in FORMATS}
         whole = _content(description.responses.get(200)) or {}
         meaning = "The result, or a stream of events" if whole else "A stream of events"
         yield "200", Response(description=meaning, content={**whole, **events})

@@ -170,10 +170,9 @@ def _cursor() -> int:
 
     Last-Event-ID takes precedence: an EventSource that reconnects sends it along with the original query parameters.
     """
+    starting_after = parse_integer("starting_after", request.args.get("starting_after", "0"))
     last = request.headers.get(_LAST_EVENT_ID)
-    if last:
-        return parse_integer(_LAST_EVENT_ID, last)
-    return parse_integer("starting_after", request.args.get("starting_after", "0"))
+    return parse_integer(_LAST_EVENT_ID, last) if last else starting_after
 
 
 def _before() -> float | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -28,6 +29,7 @@ MAX_MESSAGES = 10_000
 MAX_LOGPROBS = 20
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+_STOP_SCHEMA: Final = {"type": "string", "minLength": 1, "maxLength": 1000}
 Stop = Annotated[
     list[StopString],
     Field(max_length=MAX_STOPS),
@@ -36,8 +38,8 @@ Stop = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+                _STOP_SCHEMA,
+                {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS},
             ]
         }
     ),
@@ -136,8 +138,15 @@ class Message(RequestModel):
         return {"role": self.role, "content": "\n".join(part["text"] for part in parts) if text_only else parts}
 
 
+def _only(present: str, absent: str) -> dict[str, Any]:
+    """Return a JSON schema of objects that have one of two fields."""
+    return {"required": [present], "properties": {present: {"not": {"type": "null"}}, absent: {"type": "null"}}}
+
+
 class JobRequest(RequestModel):
     """A generation request: either `prompt`, or `messages` for the model's chat template."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_only("prompt", "messages"), _only("messages", "prompt")]})
 
     model: str | None = Field(
         None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
