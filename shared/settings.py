@@ -130,6 +130,11 @@ class Settings(BaseSettings):
         description="Maximum streams and waiting requests of one API key in one API process. Further "
         "ones are rejected with 429",
     )
+    metrics_public: bool = Field(
+        False,
+        description="Show `/metrics` to everyone. `false`: only to requests with an API key, and to those from the "
+        "machine of the API that no proxy has forwarded",
+    )
     heartbeat_s: float = Field(15.0, gt=0, description="Interval between heartbeats on idle streams")
     max_wait_s: float = Field(60.0, gt=0, description="Maximum duration of a long poll")
 

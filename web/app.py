@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from flask import Flask
+from typing import Final
+
+from flask import Flask, Response
 
 from shared.load_settings import load_settings
 from shared.redis.client import Redis
@@ -14,6 +16,8 @@ from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
 from web.routes import health, inference, jobs, models, openai_models, openapi
 from web.services import EXTENSION, build
+
+_SECURITY_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 def create_app(settings: Settings | None = None, client: Redis | None = None) -> Flask:
@@ -41,6 +45,13 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app.before_request(refuse_unknown_parameters)
     body.register(app, settings.body_memory_bytes)
     problems.register(app)
+    app.after_request(_add_security_headers)
     for module in (jobs, inference, models, openai_models, health, openapi):
         app.register_blueprint(module.routes)
     return app
+
+
+def _add_security_headers(response: Response) -> Response:
+    for name, value in _SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response

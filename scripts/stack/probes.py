@@ -23,9 +23,9 @@ def is_ok(url: str) -> bool:
     return _get(url)[0] == http.HTTPStatus.OK
 
 
-def health_reasons(base_url: str) -> str:
+def health_reasons(base_url: str, key: str) -> str:
     """Return why the API is not ready, as `/health` reports it; empty if it does not answer."""
-    status, body = _get(f"{base_url}/health")
+    status, body = _get(f"{base_url}/health", {"X-API-Key": key})
     try:
         report = json.loads(body) if status else {}
     except ValueError:
@@ -68,12 +68,12 @@ def _connect(settings: Settings) -> Any:
     return connect(settings.store_url, timeout_s=_TIMEOUT_S, retries=0)
 
 
-def _get(url: str) -> tuple[int, bytes]:
+def _get(url: str, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
     """Return status and body of a response; status 0 if there is none."""
     parts = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
     try:
-        connection.request("GET", parts.path)
+        connection.request("GET", parts.path, headers=headers or {})
         response = connection.getresponse()
         return response.status, response.read()
     except (OSError, http.client.HTTPException):

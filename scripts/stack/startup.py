@@ -104,7 +104,7 @@ class Startup:
             "worker",
             lambda: probes.is_ok(f"{url}/readyz"),
             loading=lambda: probes.worker_is_loading(self._settings),
-            reason=lambda: probes.health_reasons(url),
+            reason=lambda: probes.health_reasons(url, self._settings.mlxq_api_key.get_secret_value()),
         )
 
     def _wait_for_flower(self) -> None:

@@ -121,7 +121,9 @@ def test_headers_prevent_buffering_by_proxies(web: WebStack, start_worker: Start
     start_worker()
     job = web.submit(max_tokens=1)
     response = web.http.get(job["urls"]["stream"], headers={"X-Request-ID": "streamed"})
-    assert response.headers["X-Accel-Buffering"] == "no" and response.headers["Cache-Control"] == "no-store"
+    assert (
+        response.headers["X-Accel-Buffering"] == "no" and response.headers["Cache-Control"] == "no-store, no-transform"
+    )
     assert response.headers["X-Request-ID"] == "streamed"
     assert response.text.startswith("retry: 1000\n")
 

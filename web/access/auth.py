@@ -6,6 +6,7 @@ requests without a valid one. That way refused requests count towards the limit 
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Final
 
 from flask import g, request
@@ -14,7 +15,9 @@ from shared.errors import Forbidden, Unauthorized
 from web.access.api_keys import ApiKey, KeyStore
 
 PUBLIC_BLUEPRINTS: Final = frozenset({"health", "openapi"})
-"""Blueprints that need no key: they reveal no secrets, and monitors, load balancers and browsers send no key."""
+"""Blueprints whose routes answer without a key, because monitors, load balancers and browsers send none. The routes
+themselves decide what they show to strangers."""
+_FORWARDED: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
 def is_public_route() -> bool:
@@ -25,7 +28,7 @@ def is_public_route() -> bool:
 def identify(store: KeyStore) -> None:
     """Store the request's API key in `g.key`; None if it has no valid key."""
     key = _sent_key()
-    g.key = store.find(key) if key and not is_public_route() else None
+    g.key = store.find(key) if key and request.endpoint is not None else None
 
 
 def require_key() -> None:
@@ -44,6 +47,27 @@ def require_key() -> None:
             else "No API key was sent. Send one as X-API-Key or as a Bearer token."
         )
     require_scope("infer")
+
+
+def is_local() -> bool:
+    """Whether the request comes from this machine directly. One that a proxy on this machine forwarded may not."""
+    try:
+        address = ip_address(request.remote_addr or "")
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    forwarded = any(name in request.headers for name in _FORWARDED)
+    return (mapped or address).is_loopback and not forwarded
+
+
+def require_key_unless_local() -> None:
+    """Refuse a request from another machine without a valid key.
+
+    Raises:
+        Unauthorized: the request has no valid key.
+    """
+    if g.key is None and not is_local():
+        raise Unauthorized("Send a valid API key as X-API-Key or as a Bearer token, or set METRICS_PUBLIC=true.")
 
 
 def require_scope(scope: str) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 import redis
 from redis.exceptions import AuthenticationError, AuthorizationError
 
+from shared import VERSION
 from shared.models.catalog import Catalog
 from shared.models.registry import Registry, WorkerInfo
 from shared.redis.client import Redis, has_memory
@@ -54,7 +55,9 @@ class HealthChecker:
                 faults = ["Redis rejects the user name or the password. Correct REDIS_URL."]
             view = RedisView(reachable=bool(faults), response_s=None)
             reasons = faults or ["Redis does not respond."]
-            return HealthView(status="down", reasons=reasons, redis=view, workers=[], queues={})
+            return HealthView(
+                status="down", models=0, version=VERSION, reasons=reasons, redis=view, workers=[], queues={}
+            )
 
     def _check(self, faults: list[str]) -> HealthView:
         sent_at = time.monotonic()
@@ -71,11 +74,20 @@ class HealthChecker:
             *self._queue_reasons(workers, queues),
         ]
         status: HealthStatus = "degraded" if reasons else "ok"
-        if not any(worker.state == "ready" for worker in workers):
+        ready = {worker.model for worker in workers if worker.state == "ready"}
+        if not ready:
             idle = self._can_load_on_demand()
             status = "degraded" if idle else "down"
             reasons.insert(0, _IDLE if idle else "No worker is ready.")
-        return HealthView(status=status, reasons=reasons, redis=redis_view, workers=views, queues=queues)
+        return HealthView(
+            status=status,
+            models=len(ready),
+            version=VERSION,
+            reasons=reasons,
+            redis=redis_view,
+            workers=views,
+            queues=queues,
+        )
 
     def _queues(self) -> dict[str, int]:
         models = sorted({*self._registry.models(), self._catalog.default})

@@ -31,6 +31,7 @@ from openapi_pydantic.util import PydanticSchema, construct_open_api_with_schema
 from pydantic import BaseModel
 from werkzeug.routing import Rule
 
+from shared import VERSION
 from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
 from web.http.openai_errors import is_expected
@@ -137,7 +138,7 @@ _TAGS: Final = {
     "inference": "Generate text and get it in the response.",
     "models": "List models; load and unload them on running workers.",
     "openai_models": "The list of models in the format of the OpenAI API.",
-    "health": "Health, probes and metrics. No API key is needed.",
+    "health": "Health, probes and metrics. The probes need no API key; health and metrics show more with one.",
     "openapi": "This documentation. No API key is needed.",
 }
 
@@ -233,7 +234,7 @@ def document(app: Flask) -> str:
     """Return the OpenAPI document of all routes of an application, as JSON."""
     openapi = OpenAPI(
         openapi="3.1.0",
-        info=Info(title="mlxq", version="1", description=_DESCRIPTION),
+        info=Info(title="mlxq", version=VERSION, description=_DESCRIPTION),
         paths=_paths(app),
         tags=[Tag(name=name, description=_TAGS[name]) for name in app.blueprints],
         components=Components(

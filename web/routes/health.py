@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 from pydantic import BaseModel
 
+from web.access.auth import require_key_unless_local
 from web.http.openapi import describe
-from web.schemas.health import HealthView, ProbeView
+from web.schemas.health import HealthAnswer, HealthSummary, ProbeView
 from web.services import services
 
 routes = Blueprint("health", __name__)
 
 
 @routes.get("/health")
-@describe("Get the health of the service", responses={200: HealthView, 503: HealthView})
+@describe("Get the health of the service", responses={200: HealthAnswer, 503: HealthAnswer})
 def health() -> Response:
-    """The state of Redis, of every worker and of the queues. The status is 503 if no job can run now."""
+    """With a valid API key: the state of Redis, of every worker and of the queues. Without one: only a summary.
+
+    The status is 503 if no job can run now.
+    """
     view = services().health_checker.check()
-    return _response(view, ok=view.status != "down")
+    shown = view if g.key else HealthSummary(status=view.status, models=view.models)
+    return _response(shown, ok=view.status != "down")
 
 
 @routes.get("/livez")
@@ -36,9 +41,14 @@ def readyz() -> Response:
 
 
 @routes.get("/metrics")
-@describe("Get metrics for Prometheus", responses={200: "text/plain"})
+@describe("Get metrics for Prometheus", responses={200: "text/plain"}, errors=(401,))
 def metrics() -> Response:
-    """Metrics of all API processes, the queues and the workers."""
+    """Metrics of all API processes, the queues and the workers.
+
+    Needs an API key, unless the request comes from the machine of the API or `METRICS_PUBLIC` is set.
+    """
+    if not services().settings.metrics_public:
+        require_key_unless_local()
     page, content_type = services().metrics.page(request.headers.get("Accept", ""))
     return Response(page, content_type=content_type)
 

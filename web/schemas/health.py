@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, RootModel
 
 from web.schemas.base import ResponseModel
 
@@ -43,14 +43,25 @@ class RedisView(ResponseModel):
     response_s: float | None = Field(description="Seconds that a ping took")
 
 
-class HealthView(ResponseModel):
-    """Health of the service."""
+class HealthSummary(ResponseModel):
+    """What requests without an API key see."""
 
     status: HealthStatus = Field(description="`degraded`: jobs run, but something is wrong; `down`: no job can run now")
+    models: int = Field(description="Number of models that are ready for jobs")
+
+
+class HealthView(HealthSummary):
+    """Health of the service."""
+
+    version: str = Field(description="Version of the API process")
     reasons: list[str] = Field(description="Why the status is not `ok`, for people")
     redis: RedisView
     workers: list[WorkerView]
     queues: dict[str, int] = Field(description="Number of waiting jobs, by model")
+
+
+class HealthAnswer(RootModel[HealthView | HealthSummary]):
+    """The details with a valid API key, otherwise the summary."""
 
 
 class ProbeView(ResponseModel):

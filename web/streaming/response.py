@@ -18,7 +18,7 @@ from web.results.job_views import urls
 
 log = logging.getLogger(__name__)
 
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
 
 _COUNTED_TOGETHER = 32
 """Chunks after which the counter is updated. Updating a counter that processes share costs as much as a chunk."""
