@@ -182,7 +182,8 @@ def make_or_skip(name: str, types: str) -> Any:
 
 
 def runner_of(name: str, model: Any, found: BatchingSupport) -> MLXRunner:
-    of = LoadedModel(model, None, config(name), ModelCard(name, "text", 512), frozenset())
+    card = ModelCard(name, "text", 512, vocabulary=config(name)["vocab_size"])
+    of = LoadedModel(model, None, config(name), card, frozenset())
     return MLXRunner(of, CHUNK, Memory(2**30, 2**28), batching=found, speculation_tokens=4)
 
 
