@@ -76,7 +76,8 @@ def test_cold_models_are_listed_with_the_properties_of_their_folders(web: WebSta
 
 
 def test_faults_of_the_catalog_are_reported_by_line_to_admins_only(web: WebStack) -> None:
-    (fault,) = web.http.get("/inference/models").json()["faults"]
+    admin = {"X-API-Key": web.keys.create("operator of models", ["infer", "admin"])}
+    (fault,) = web.http.get("/inference/models", headers=admin).json()["faults"]
     assert fault.startswith("catalog.toml:11: [models.three]: there is no model in ")
     guest = {"X-API-Key": web.keys.create("guest of models", ["infer"])}
     response = web.http.get("/inference/models", headers=guest)
@@ -96,7 +97,7 @@ def test_a_model_lists_its_workers(web: WebStack) -> None:
     first, second = one["workers"]
     assert first == {
         "worker": "w1@host", "state": "warm", "slots": 8, "slots_used": 3, "pinned": True, "progress": 1.0,
-        "memory_bytes": 64, "load_s": 1.5, "tokens_per_s": 20.0,
+        "memory_bytes": 64, "load_s": 1.5, "tokens_per_s": 20.0, "batching": None,
     }  # fmt: skip
     assert (second["state"], second["progress"], second["pinned"]) == ("loading", 0.5, False)
     eventually(lambda: listed(web)["one"]["state"] == "cold", "the workers have expired", within_s=5)
