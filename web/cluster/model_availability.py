@@ -11,6 +11,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from shared.errors import Invalid, JobFailure, NotFound
@@ -78,8 +80,8 @@ class ModelAvailability:
             self._registry.mark_servable(loaded.union(self._catalog.models))
             self._mark_at = self._clock() + MARK_S
         for model in self._waiting():
-            if model not in loaded and (reason := self._why_never(model, hosts)):
-                failed = self._jobs.fail_waiting(model, *reason)
+            reason = None if model in loaded else self._why_never(model, hosts)
+            if reason and (failed := self._jobs.fail_waiting(model, *reason)):
                 log.warning("waiting_jobs_failed", extra={"model": model, "jobs": failed, "reason": reason[1]})
 
     def _waiting(self) -> list[str]:
@@ -136,10 +138,17 @@ def too_large(model: CatalogModel) -> str:
     return f"No worker has {model.weights_bytes / 2**20:,.0f} MiB of memory for this model."
 
 
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of each file; nothing for files that cannot be read, such as a dangling link."""
+    files = []
+    with suppress(OSError):  # the folder may be on the workers' machines only
+        for path in sorted(folder.iterdir()):
+            with suppress(OSError):
+                files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return files
+
+
 def _fingerprint(model: CatalogModel) -> str:
     """Return a value that changes with the model's files and its catalog entry."""
-    folders = [folder for folder in (model.path, model.adapter) if folder is not None and folder.is_dir()]
-    stats = [(str(path), path.stat()) for folder in folders for path in sorted(folder.iterdir())]
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    facts = (files, str(model.path), str(model.adapter), model.kind, model.dtype, model.quantize_bits)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    files = [_files(folder) for folder in (model.path, model.adapter) if folder is not None]
+    return hashlib.sha256(repr((files, model)).encode()).hexdigest()[:32]

@@ -205,6 +205,27 @@ def test_a_model_that_may_load_now_is_tried_again(
     assert cluster.error() == LOAD_FAILED
 
 
+@pytest.mark.parametrize("folder", ["missing", "dangling link", "unreadable"])
+def test_a_folder_that_cannot_be_read_here_is_no_error(
+    make: Callable[..., Cluster], tmp_path: Path, folder: str
+) -> None:
+    cluster = make()
+    cluster.announce()
+    if folder == "dangling link":
+        (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / "config.json").unlink()
+        tmp_path.rmdir()
+        if folder == "unreadable":
+            tmp_path.write_text("a file in place of the folder")
+    cluster.fail_load()
+    assert cluster.refusal() == (422, "load_failed", "model")
+    assert cluster.error() == LOAD_FAILED
+    if folder == "dangling link":
+        (tmp_path / "nowhere").write_bytes(b"12")
+        assert cluster.refusal() is None
+
+
 @pytest.mark.parametrize("code", ["worker_lost", "worker_silent", "not_enough_memory", "internal"])
 def test_jobs_wait_after_a_failure_that_may_pass(make: Callable[..., Cluster], code: str) -> None:
     cluster = make()
