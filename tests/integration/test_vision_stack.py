@@ -222,7 +222,7 @@ def test_an_answer_without_actions_succeeds_with_a_parse_error(http: httpx2.Clie
     answer = http.post("/inference", json=body).raise_for_status().json()
     assert (answer["actions"], answer["parse_error"]) == ([], job["parse_error"])
     unparsed = http.post("/inference", json=body_of("Click it.", PNG)).raise_for_status().json()
-    assert (unparsed["actions"], unparsed["parse_error"]) == (None, None)
+    assert not {"actions", "parse_error"} & set(unparsed)
 
 
 def test_a_restarted_worker_reuses_prefixes_with_images_from_disk(vision_api: Stack) -> None:

@@ -187,6 +187,12 @@ _EVENT_SCHEMAS: Final[Mapping[str, Schema]] = {
     "application/x-ndjson": Schema(type="string", description="One event per line, as JSON"),
 }
 """One entry for each of `FORMATS`."""
+_EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "JobRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
+    "LoadRequest": {"model": "SmolLM2-135M-Instruct"},
+    "UnloadRequest": {"model": "SmolLM2-135M-Instruct"},
+}
+"""Examples of request bodies by name of the model."""
 
 Content = type[BaseModel] | str | None
 """The body of a response: JSON of a model, text of a media type, or none."""
@@ -203,6 +209,7 @@ class describe:  # noqa: N801 - used as a decorator
         streams: whether the route can respond with a stream of events.
         errors: further error statuses, in addition to those that all routes have.
         parameters: query parameters and headers.
+        listed: whether the OpenAPI document has the route. Files of the documentation page are no part of the API.
     """
 
     summary: str
@@ -212,6 +219,7 @@ class describe:  # noqa: N801 - used as a decorator
     streams: bool = False
     errors: tuple[int, ...] = ()
     parameters: tuple[Parameter, ...] = ()
+    listed: bool = True
 
     def __call__(self, view: Callable[P, R]) -> Callable[P, R]:
         """Attach the documentation to the function."""
@@ -250,6 +258,8 @@ def document(app: Flask) -> str:
 def _paths(app: Flask) -> dict[str, PathItem]:
     paths: dict[str, PathItem] = {}
     for rule in app.url_map.iter_rules():
+        if not _description(app.view_functions[rule.endpoint]).listed:
+            continue
         item = paths.setdefault(re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), PathItem())
         for method in _methods(rule):
             setattr(item, method.lower(), _operation(app, rule, method))
@@ -287,10 +297,14 @@ def _path_parameters(rule: Rule) -> list[Parameter]:
 def _request_body(model: type[BaseModel] | None) -> RequestBody | None:
     if model is None:
         return None
-    content = {"application/json": _media_type(model)}
+    # Swagger UI would otherwise make an example with all fields, some of which exclude each other.
+    example = _EXAMPLES["JobRequest" if issubclass(model, JobRequest) else model.__name__]
+    content = {"application/json": _media_type(model).model_copy(update={"example": example})}
     if issubclass(model, JobRequest):
         content["multipart/form-data"] = MediaType(
-            media_type_schema=_form_schema(model), encoding={"request": Encoding(contentType="application/json")}
+            media_type_schema=_form_schema(model),
+            encoding={"request": Encoding(contentType="application/json")},
+            example={"request": example},
         )
     return RequestBody(required=True, content=content)
 

@@ -91,9 +91,11 @@ class JobViews:
         return self._cluster.snapshot().estimated_start_s(job.model, position) if position else None
 
     def _parsed(self, job: Job, text: str | None) -> dict[str, Any]:
-        """Return the fields of `Parsed`, if the job requested them and its text is complete."""
-        if text is None or job.parsing is None or job.parsing.format != UI_TARS:  # a newer version may know others
+        """Return the fields of `Parsed` if the job requested them; they are None until its text is complete."""
+        if job.parsing is None:
             return {}
+        if text is None or job.parsing.format != UI_TARS:  # a newer version may know others
+            return {"actions": None, "parse_error": None}
         card = self._cluster.snapshot().models.get(job.model)
         actions, error = ui_tars.parse(text, job.parsing.image_size, card.geometry if card else None)
         return {"actions": [ActionView(**asdict(action)) for action in actions], "parse_error": error}

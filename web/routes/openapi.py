@@ -45,21 +45,21 @@ def openapi() -> Response:
 
 
 @routes.get("/docs")
-@describe("Show the documentation in a browser", responses={200: "text/html"})
+@describe("Show the documentation in a browser", responses={200: "text/html"}, listed=False)
 def docs() -> Response:
     """Swagger UI with this document."""
     return Response(_PAGE, mimetype="text/html", headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
 
 
 @routes.get("/docs/start.js")
-@describe("Get the script that starts Swagger UI", responses={200: "text/javascript"})
+@describe("Get the script that starts Swagger UI", responses={200: "text/javascript"}, listed=False)
 def docs_start() -> Response:
     """A separate file, because the page's Content-Security-Policy forbids inline scripts."""
     return Response(_INITIALIZER, mimetype="text/javascript")
 
 
 @routes.get("/docs/<asset>")
-@describe("Get a file of Swagger UI", responses={200: "application/octet-stream"}, errors=(404,))
+@describe("Get a file of Swagger UI", responses={200: "application/octet-stream"}, listed=False)
 def docs_asset(asset: str) -> Response:
     """Scripts, styles and icons of the page."""
     return send_from_directory(str(files("flask_swagger_ui") / "dist"), asset, max_age=3600)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from shared.jobs.record import AttemptEnd, Status
 from web.parsing.ui_tars_calls import ActionName
@@ -72,13 +74,33 @@ class ActionView(ResponseModel):
     )
 
 
+_PARSED = frozenset({"actions", "parse_error"})
+
+
 class Parsed(ResponseModel):
-    """Structured data from the text, if the request set `parse`."""
+    """Structured data from the text. Both fields are present only if the request set `parse`."""
 
     actions: list[ActionView] | None = Field(
-        None, description="Actions in the text, if the request set `parse` and the job has ended; otherwise null"
+        None, description="Actions in the text; null until the job has ended. Present only if the request set `parse`"
     )
-    parse_error: str | None = Field(None, description="Why no actions could be read from the text")
+    parse_error: str | None = Field(
+        None, description="Why no actions could be read from the text. Present only if the request set `parse`"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_fields_that_were_not_requested(self, serialize: SerializerFunctionWrapHandler):  # type: ignore[no-untyped-def]
+        fields = serialize(self)
+        for name in _PARSED - self.model_fields_set:
+            del fields[name]
+        return fields
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Document that the fields may be absent."""
+        documented = handler(schema)
+        target = handler.resolve_ref_schema(documented)
+        target["required"] = [name for name in target["required"] if name not in _PARSED]
+        return documented
 
 
 class Usage(ResponseModel):

@@ -15,7 +15,8 @@ from shared.settings import ROOT, Settings
 from tests.support.fake_redis import FakeRedis
 from web.access.api_keys import KeyStore
 from web.app import create_app
-from web.schemas.requests import JobRequest
+from web.schemas.models import LoadRequest, UnloadRequest
+from web.schemas.requests import InferenceRequest, JobRequest
 
 
 @pytest.fixture
@@ -49,9 +50,31 @@ def test_every_route_is_documented(app: Flask, document: dict[str, Any]) -> None
         (method, re.sub(r"<(\w+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in rule.methods or ()
-        if method not in ("HEAD", "OPTIONS")
+        if method not in ("HEAD", "OPTIONS") and not rule.rule.startswith("/docs")
     }
     assert set(operations(document)) == routes
+
+
+def test_every_example_of_a_request_is_valid(document: dict[str, Any]) -> None:
+    kinds = {kind.__name__: kind for kind in (JobRequest, InferenceRequest, LoadRequest, UnloadRequest)}
+    checked = set()
+    for operation in operations(document).values():
+        for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
+            if media_type == "application/json":
+                name = content["schema"]["$ref"].rpartition("/")[2]
+                example = content["example"]
+            else:
+                example = content["example"]["request"]
+            kinds[name].model_validate(example)
+            checked.add(name)
+    assert checked == set(kinds)
+
+
+@pytest.mark.parametrize("kind", ["JobView", "InferenceView"])
+def test_parsed_fields_may_be_absent(document: dict[str, Any], kind: str) -> None:
+    schema = document["components"]["schemas"][kind]
+    assert {"actions", "parse_error"} <= set(schema["properties"]) - set(schema["required"])
+    assert {"id", "model", "usage"} <= set(schema["required"])
 
 
 def test_every_route_with_a_key_documents_422_for_unknown_parameters(
