@@ -16,7 +16,7 @@ venv_fail() {
 # .venv/pins has a copy of each installed pin file; a set that differs from its copy must be installed.
 venv_is_current() {
   local name
-  if cmp -s "$ROOT/requirements/dev.txt" "$VENV/pins/dev.txt"; then set -- dev; fi # it holds all the others
+  if cmp -s "$ROOT/requirements/dev.txt" "$VENV/pins/dev.txt"; then set -- dev; fi # it includes all the others
   for name in "$@"; do cmp -s "$ROOT/requirements/$name.txt" "$VENV/pins/$name.txt" || return 1; done
   "$VENV/bin/python" -c '' 2>/dev/null # a venv breaks if its Python is removed
 }

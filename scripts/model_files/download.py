@@ -47,7 +47,7 @@ class RemoteFile:
     git_id: str = ""
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the folder holds the complete file."""
+        """Whether the folder contains the complete file."""
         path = folder / self.name
         return path.is_file() and self.matches(path)
 

@@ -14,8 +14,9 @@ from tests.chaos.stack import WORKERS, ChaosStack
 _SETTLE_S = 20.0
 """Maximum time until expired leases are reaped and ends are reported."""
 
-_UNFINISHED = (
+UNFINISHED = (
     keys.QUEUE,
+    keys.QUEUED,
     keys.TURNS,
     keys.WAKE,
     keys.RUNNING,
@@ -27,9 +28,9 @@ _UNFINISHED = (
     keys.OLD_QUEUE,
 )
 """Keys of unfinished jobs: none may be left."""
-_ENDED_JOBS = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER)
+ENDED_JOBS = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER)
 """Keys of ended jobs: each must have a time to live."""
-_PERMANENT = (
+PERMANENT = (
     keys.SPEED,
     keys.FAILED,
     keys.BYTES,
@@ -48,6 +49,8 @@ _PERMANENT = (
     keys.MODELS,
     keys.TOKENIZER,
     keys.ENDED,
+    keys.SERVABLE,
+    keys.LOAD_FAILURE,
     "_kombu.",
     "LIMITS",
 )
@@ -86,12 +89,12 @@ def _check_keys(stack: ChaosStack) -> Iterator[str]:
     """Check that every key belongs to an ended job, a worker or a model."""
     store = stack.redis
     for name in store.scan_iter(count=1000):
-        if name.startswith(_ENDED_JOBS):
+        if name.startswith(ENDED_JOBS):
             if store.ttl(name) == -1:
                 yield f"key {name} has no time to live"
             if name.startswith(keys.REQUEST):
                 yield from _check_request(store, name)
-        elif name.startswith(_UNFINISHED) or not name.startswith(_PERMANENT):
+        elif name.startswith(UNFINISHED) or not name.startswith(PERMANENT):
             yield f"key {name}"
 
 

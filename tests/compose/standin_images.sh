@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes one image that stands in for the public base images (Python's and Redis's), on a Debian machine that reaches
-# Debian's packages but no image registry. Needs root, docker and debootstrap; takes a minute.
+# Builds one image that replaces the public Python and Redis images, on a Debian machine that can reach Debian's packages
+# but no image registry. Needs root, docker and debootstrap; takes a minute.
 # usage: eval "$(tests/compose/standin_images.sh)" && scripts/test-compose
-#   CA_BUNDLE  file of CA certificates that downloads inside the image shall trust, if Debian's do not suffice
-#   PIP_CONF   pip configuration for inside the image
-#   SUITE      Debian release to take (bookworm)
+#   CA_BUNDLE  file with CA certificates for downloads inside the image (default: Debian's)
+#   PIP_CONF   pip configuration file for the image
+#   SUITE      Debian release (bookworm)
 set -euo pipefail
 NAME=mlxq-standin
 SUITE=${SUITE:-bookworm}
@@ -13,7 +13,7 @@ rootfs=$(mktemp -d)
 trap 'rm -rf "$rootfs"' EXIT
 {
   debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv,redis-server "$SUITE" "$rootfs"
-  # As the public Redis images have it: uid 999, and /data is theirs.
+  # As in the public Redis images: uid 999 owns /data.
   install -d -o 999 "$rootfs/data"
   if [ -n "${CA_BUNDLE:-}" ]; then
     cp "$CA_BUNDLE" "$rootfs/etc/ssl/certs/ca-certificates.crt"

@@ -10,6 +10,8 @@ import pytest
 from scripts.client.api import RemoteJob
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Status
+from shared.redis import keys
+from tests.chaos import leaks
 from tests.chaos.checks import MAX_DELAY_S, Outcomes, Violation, check_delay, check_job
 from tests.chaos.report import summary
 from tests.chaos.workload import Behaviour, Reference
@@ -162,3 +164,11 @@ def test_jobs_are_counted_not_findings() -> None:
 def test_a_summary_has_nearest_ranks() -> None:
     assert summary([]) == {"count": 0}
     assert summary([float(n) for n in range(100, 0, -1)]) == {"count": 100, "p50": 50, "p95": 95, "max": 100}
+
+
+def test_every_kind_of_key_has_a_rule() -> None:
+    channels = {keys.LIVE, keys.DONE}
+    kinds = {value for name, value in vars(keys).items() if name.isupper() and value.startswith("mlxq:")}
+    assert kinds - channels == {
+        key for key in (*leaks.UNFINISHED, *leaks.ENDED_JOBS, *leaks.PERMANENT) if key.startswith("mlxq:")
+    }
