@@ -18,7 +18,7 @@ from shared.redis.client import connect
 from shared.tokenizing.client import MODULE
 from shared.tokenizing.messages import digest
 from tests.plugins.web_stack import StubWorker, WebStack, running_web
-from tests.support.tokenizers import CHATML, HARM, announce, word_tokenizer
+from tests.support.tokenizers import CHATML, HARM, announce, announce_idle_worker, word_tokenizer
 from tests.support.waiting import eventually
 
 WORDS = 1_000_000
@@ -32,6 +32,7 @@ def large_context_model(web: WebStack) -> str:
     text = word_tokenizer()
     card = ModelCard("large", "text", 3 * WORDS // 2, chat_template=CHATML, tokenizer=digest(text))
     announce(client, card, text)
+    announce_idle_worker(client, card.id)
     client.close()
     for prompt in ("short", "word " * 20_000):  # short and long prompts have separate helpers
         web.http.post("/v1/jobs", json={"model": "large", "prompt": prompt})
@@ -124,8 +125,9 @@ def short_timeout_web() -> Iterator[WebStack]:
         for name, (template, context) in models.items():
             card = ModelCard(name, "text", context, chat_template=template, tokenizer=digest(text))
             announce(client, card, text)
+            announce_idle_worker(client, name)
         client.close()
-        eventually(lambda: stack.http.post("/v1/jobs", json={"model": name, "prompt": "hello"}).is_success)
+        eventually(lambda: stack.http.post("/v1/jobs", json={"model": "good", "prompt": "hello"}).is_success)
         yield stack
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from shared.jobs.request import Request, Sampling
-from shared.models.registry import ModelCard, Registry
+from shared.models.registry import ModelCard, Registry, WorkerInfo
 from shared.redis.client import Redis
 from shared.tokenizing.files import TokenizerStore
 from shared.tokenizing.messages import digest
@@ -48,6 +50,16 @@ def announce(client: Redis, card: ModelCard, tokenizer: str | None = None) -> No
     if tokenizer is not None:
         TokenizerStore(client).put(digest(tokenizer), gzip.compress(tokenizer.encode()))
     Registry(client).announce_model(card)
+
+
+def announce_idle_worker(client: Redis, model: str) -> None:
+    """Announce a worker that has a model and takes no jobs: models that nobody has are rejected."""
+    now = time.time()
+    worker = WorkerInfo(
+        id=f"idle-{model}", node="idle@stub", host="stub", pid=os.getpid(), model=model, state="ready", slots=1,
+        slots_used=1, started_at=now, heartbeat_at=now, stats={}, about={},
+    )  # fmt: skip
+    Registry(client).announce_worker(worker, 3600)
 
 
 def plain(text: str) -> Request:
