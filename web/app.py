@@ -14,7 +14,7 @@ from web.http import body, problems
 from web.http.environ import KnownMethods, ProxyMiddleware, networks
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
-from web.routes import health, inference, jobs, models, openai_models, openapi
+from web.routes import health, inference, jobs, models, openapi
 from web.services import EXTENSION, build
 
 _SECURITY_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -46,8 +46,8 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     body.register(app, settings.body_memory_bytes)
     problems.register(app)
     app.after_request(_add_security_headers)
-    for module in (jobs, inference, models, openai_models, health, openapi):
-        app.register_blueprint(module.routes)
+    for routes in (jobs.routes, inference.routes, models.routes, models.openai_routes, health.routes, openapi.routes):
+        app.register_blueprint(routes)
     return app
 
 
