@@ -15,8 +15,8 @@ from shared.models.registry import ModelCard
 
 T = TypeVar("T")
 
-FALLBACK_CONTEXT = 4096
-"""Context length, in tokens, of a model whose configuration has none."""
+FALLBACK_CONTEXT = 32_768
+"""Context in tokens of a model that has no limit on positions, such as a recurrent one, or declares none."""
 
 NO_CODE: Final = {"trust_remote_code": False}
 """Options for tokenizers and processors. Without them, transformers asks on the terminal whether to run model code."""
@@ -91,13 +91,19 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
     card = ModelCard(
         id=folder.name,
         kind=kind,
-        context=context_of(config, tokenizer.model_max_length) or FALLBACK_CONTEXT,
+        context=context_of(config, tokenizer.model_max_length) or _default_context(model) or FALLBACK_CONTEXT,
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         vocabulary=_vocabulary(config, tokenizer),
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
+
+
+def _default_context(model: Any) -> int | None:
+    """Return the context that mlx-lm assumes for an architecture whose config.json may omit it."""
+    arguments = getattr(model, "args", None)
+    return context_of(vars(arguments), None) if hasattr(arguments, "__dict__") else None
 
 
 def _vocabulary(config: Mapping[str, Any], tokenizer: Any) -> int:
