@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     # Locations
     data_dir: Path = Field(
         ROOT / "data",
-        description="Folder for everything the service writes: queue, API keys, logs, sockets, cached prefixes",
+        description="Folder for all data that the service writes: queue, API keys, logs, sockets and cached prefixes",
     )
     model_path: Path = Field(
         ROOT / "models/SmolLM2-135M-Instruct", description="MLX model folder to serve as the default model"

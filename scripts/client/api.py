@@ -166,7 +166,7 @@ class Client:
             empty_connections += 1
             if empty_connections > MAX_RECONNECTS:
                 raise Unreachable(f"the stream of {job_id} keeps ending before the job does")
-            time.sleep(min(MAX_PAUSE_S, 0.1 * 2**empty_connections))
+            time.sleep(min(MAX_PAUSE_S, 0.1 * 2**empty_connections))  # back off while the service restarts
 
     def _listen(self, job_id: str, after: int) -> Iterator[Event]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}

@@ -57,7 +57,7 @@ def check_redis(settings: Settings) -> None:
             if not _is_transient(error) or time.monotonic() > deadline:
                 reason = f"REDIS_URL cannot be used: {error} Correct it in the environment or {ENV_FILE}"
                 raise StartFailed(reason) from None
-        time.sleep(_PAUSE_S)
+        time.sleep(_PAUSE_S)  # nothing reports that Redis has become reachable
     if faults:
         raise StartFailed(f"REDIS_URL: {faults}")
 

@@ -97,7 +97,7 @@ class TaskEvents(threading.Thread):
                     return
             except (OperationalError, RedisError, OSError) as error:
                 logger.warning("task_events_dropped", extra={"reason": str(error)})
-            except Exception:  # a malformed event must not end the thread
+            except Exception:  # this thread sends all events, so one malformed event must not end it
                 logger.exception("task_events_dropped")
             self._paused_until = monotonic() + PAUSE_S
 
