@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +86,11 @@ def _wait(process: subprocess.Popen[str], tick: Callable[[], None]) -> str:
 
 def _largest_file(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*"):
-        # pip moves and deletes files meanwhile.
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:
-            continue
+    # pip moves and deletes files and folders meanwhile. `os.walk` skips folders that no longer exist.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                sizes.append((Path(parent) / name).stat().st_size)
     return max(sizes)
 
 

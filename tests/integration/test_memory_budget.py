@@ -54,6 +54,15 @@ def error_code(job: RemoteJob) -> str | None:
     return job.error["code"] if job.error and job.status is Status.FAILED else None
 
 
+def refusal(client: Client, tokens: int) -> str:
+    """Return why a prompt is not run. The API refuses it, or the worker while it has not announced its tokenizer."""
+    try:
+        job = finished(client, submit(client, tokens, max_tokens=1))
+    except ClientError as error:
+        return str(error)
+    return job.error["message"] if job.error else ""
+
+
 @pytest.fixture
 def http(stack: Stack) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=stack.url, headers={"X-API-Key": stack.key}) as http:
@@ -79,8 +88,7 @@ def test_prompts_near_or_beyond_the_context_do_not_kill_the_worker(stack: Stack,
     worker = stack.processes[-1].pid
     for length in (8191, 8190, 8000, TOO_LARGE):
         assert error_code(finished(client, submit(client, length, max_tokens=1))) == "out_of_memory"
-    with pytest.raises(ClientError, match="longer than the model's context of 8192 tokens"):
-        submit(client, 8192)
+    assert "longer than the model's context of 8192 tokens" in refusal(client, 8192)
     may_exceed = finished(client, submit(client, 1700, max_tokens=600))
     assert error_code(may_exceed) == "out_of_memory", "prompt and answer together may exceed the budget"
     assert finished(client, submit(client, 1700, max_tokens=8)).status is Status.SUCCEEDED

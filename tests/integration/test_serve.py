@@ -192,7 +192,9 @@ def small_disk(served: ServeCommand) -> Iterator[Path]:
         yield served.data_dir
     finally:
         served.clean_up()
-        subprocess.run(["umount", str(served.data_dir)], check=True)
+        # A helper process that ends with its killed parent may still have a log file open.
+        unmount = ["umount", str(served.data_dir)]
+        eventually(lambda: subprocess.run(unmount, capture_output=True, check=False).returncode == 0, "it is unmounted")
 
 
 @pytest.mark.slow
