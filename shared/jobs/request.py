@@ -7,7 +7,7 @@ import json
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from shared.wire import known_fields, to_json
@@ -28,11 +28,28 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to generate, from either `prompt` or `messages`.
+class Constraint:
+    """A rule that the answer must satisfy. Tokens that would violate it are never sampled.
 
     Attributes:
-        messages: input of the model's chat template.
+        kind: `json_object`, `json_schema`, `regex`, `choice` or `grammar`.
+        source: the JSON schema, the regular expression, a JSON list of the choices, or a Lark grammar; empty for
+            `json_object`.
+    """
+
+    kind: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate, from `prompt`, from `messages` or, if both are absent, from the job's stored token ids.
+
+    Attributes:
+        messages: input of the model's chat template. Each has a `role` (system, developer, user, assistant or tool) and
+            `content` (text, a list of parts, or None next to tool calls). An assistant message may have
+            `reasoning_content`, and `tool_calls` in OpenAI's form, whose arguments are JSON text; a tool message has
+            `tool_call_id`.
         raw: whether `prompt` goes to the model as it is, not as a user message through the chat template. Where the
             prompt is tokenised, this is decided: only there it is certain whether the model has a template. True in
             records of earlier versions, which decided when they stored the job.
@@ -40,6 +57,14 @@ class Request:
         share_system_prompt: whether jobs of other API keys may reuse the cache of the leading system message.
         logprobs: number of alternatives (0 to 20) reported with each token's log-probability; None for no
             log-probabilities.
+        tools: functions that the model may call, in OpenAI's form; None for none.
+        tool_choice: `auto`, `none`, `required`, or `function:NAME` for a certain function.
+        parallel_tool_calls: whether one answer may have several tool calls.
+        template_variables: variables of the chat template in addition to the messages and the tools.
+        continue_final: whether the answer continues the last message, which is from the assistant.
+        thinking_budget: maximum reasoning tokens; None for no limit.
+        constraint: a rule that the answer must satisfy.
+        logit_bias: pairs of a token id and the value that is added to its logit.
     """
 
     model: str
@@ -52,6 +77,14 @@ class Request:
     share_system_prompt: bool = False
     logprobs: int | None = None
     raw: bool = True
+    tools: tuple[dict[str, Any], ...] | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    continue_final: bool = False
+    thinking_budget: int | None = None
+    constraint: Constraint | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def image_parts(self) -> list[dict[str, Any]]:
@@ -70,7 +103,11 @@ class Request:
         data = known_fields(cls, json.loads(text))
         data["sampling"] = Sampling(**known_fields(Sampling, data["sampling"]))
         data["stop"] = tuple(data["stop"])
-        data["messages"] = None if data["messages"] is None else tuple(data["messages"])
+        for name in ("messages", "tools"):
+            data[name] = None if data.get(name) is None else tuple(data[name])
+        data["logit_bias"] = tuple((token, bias) for token, bias in data.get("logit_bias", ()))
+        if constraint := data.get("constraint"):
+            data["constraint"] = Constraint(**known_fields(Constraint, constraint))
         return cls(**data)
 
 
