@@ -55,6 +55,7 @@ class _Entry(BaseModel):
     aliases: list[Annotated[str, Field(pattern=_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
     sampling: SamplingDefaults = SamplingDefaults()
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Any] = {}
     pin: bool = False
 
 
@@ -67,6 +68,7 @@ class CatalogModel:
         slots: maximum rows in a batch; None for the setting SLOTS.
         dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
         adapter: a folder with LoRA weights.
+        chat_template_kwargs: variables of the chat template, unless a request sets them.
         pin: whether it is never unloaded to free memory for another model.
         declared_context: context declared by the model's files; None if they declare none.
         weights_bytes: result of `measure` when the catalog was read.
@@ -82,6 +84,7 @@ class CatalogModel:
     aliases: tuple[str, ...] = ()
     adapter: Path | None = None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     pin: bool = False
     declared_context: int | None = None
     weights_bytes: int = 0
@@ -245,6 +248,7 @@ class _Reader:
             aliases=tuple(entry.aliases),
             adapter=adapter,
             sampling=entry.sampling,
+            chat_template_kwargs=entry.chat_template_kwargs,
             pin=entry.pin,
         )
         return _with_declared(model)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
 from redis.exceptions import OutOfMemoryError
 
-from shared.errors import Conflict, Forbidden, Invalid, KeyQueueFull, NotDurable, Unavailable
+from shared.errors import Conflict, Forbidden, Invalid, JobFailure, KeyQueueFull, NotDurable, Unavailable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job, Priority
 from shared.jobs.request import Request, Sampling
@@ -23,11 +23,13 @@ from shared.models.catalog import Catalog, SamplingDefaults
 from shared.models.registry import ModelCard
 from shared.queue.wakeups import Notifier
 from shared.settings import Settings
+from shared.tokenizing.messages import Tokenized
 from web.admission.prefix_hashes import prefix_hashes
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.model_availability import model_not_found
 from web.cluster.snapshot import Cluster
 from web.schemas.requests import JobRequest
+from web.schemas.tools import choice_record
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +151,7 @@ class Admission:
         self._check_loaded(model, context)
         generation = self._generation(request, model, card)
         self._check_images(generation, card)
-        tokenized = None if card is None else self._prompt_tokenizer.tokenize(card, generation, request.prompt_field)
+        tokenized = _given_tokens(request, card) or self._tokenized(request, generation, card)
         return Submission(
             request=generation,
             owner=context.owner,
@@ -161,10 +163,17 @@ class Admission:
             fingerprint=context.fingerprint,
             start_within_s=_limited("start_within_s", request.start_within_s, self._settings.max_start_within_s),
             deadline_s=_limited("deadline_s", request.deadline_s, self._settings.max_deadline_s),
-            prefixes=prefix_hashes(generation, context.owner) if self._settings.prefix_cache_bytes else (),
+            prefixes=self._prefixes(generation, request.prompt_tokens or (), context.owner),
             tokens=tokenized.tokens if tokenized else None,
             shared=tokenized.shared if tokenized else 0,
         )
+
+    def _tokenized(self, request: JobRequest, generation: Request, card: ModelCard | None) -> Tokenized | None:
+        """Tokenise the prompt; None if a worker has to do it."""
+        return None if card is None else self._prompt_tokenizer.tokenize(card, generation, request.prompt_field)
+
+    def _prefixes(self, generation: Request, tokens: Sequence[int], owner: str) -> tuple[str, ...]:
+        return prefix_hashes(generation, owner, tokens) if self._settings.prefix_cache_bytes else ()
 
     def _resolve(self, name: str | None) -> tuple[str, ModelCard | None]:
         """Return a model's id and its card; the card is None until a worker has first announced the model."""
@@ -211,7 +220,24 @@ class Admission:
             share_system_prompt=request.share_system_prompt,
             logprobs=request.logprobs,
             raw=request.raw,
+            tools=request.tool_records(),
+            tool_choice=choice_record(request.tool_choice),
+            parallel_tool_calls=request.parallel_tool_calls,
+            template_variables=self._template_variables(request, model),
+            continue_final=request.continue_final_message,
+            thinking_budget=request.thinking_budget,
+            constraint=request.response_format.constraint() if request.response_format else None,
+            logit_bias=_logit_bias(request, card),
         )
+
+    def _template_variables(self, request: JobRequest, model: str) -> dict[str, Any]:
+        """Return the variables of the chat template: the request's, and the catalog's that it does not set."""
+        entry = self._catalog.models.get(model)
+        variables = {**(entry.chat_template_kwargs if entry else {}), **request.chat_template_kwargs}
+        for name in ("enable_thinking", "reasoning_effort"):
+            if (value := getattr(request, name)) is not None:
+                variables[name] = value
+        return variables
 
     def _max_tokens(self, request: JobRequest, model: str, card: ModelCard | None) -> int:
         entry = self._catalog.models.get(model)
@@ -258,6 +284,36 @@ class Admission:
         except redis.RedisError as error:
             extra = {"model": job.model, "job_id": job.id, "reason": str(error)}
             log.warning("load_on_demand_failed", extra=extra)
+
+
+def _given_tokens(request: JobRequest, card: ModelCard | None) -> Tokenized | None:
+    """Return the token ids that the request has in place of a text, after checking them; None if it has a text."""
+    tokens = request.prompt_tokens
+    if tokens is None:
+        return None
+    if card is not None and len(tokens) >= card.context:
+        detail = (
+            f"The prompt is longer than the model's context of {card.context} tokens: it has {len(tokens)}, and the "
+            "answer needs at least 1."
+        )
+        raise Invalid(detail, code=JobFailure.CONTEXT_LENGTH, field="prompt_tokens")
+    _check_token(max(tokens), card, f"prompt_tokens[{tokens.index(max(tokens))}]")
+    return Tokenized(tuple(tokens))
+
+
+def _logit_bias(request: JobRequest, card: ModelCard | None) -> tuple[tuple[int, float], ...]:
+    """Return the biases by token id, unless the model has no such token."""
+    biases = {int(token): bias for token, bias in request.logit_bias.items()}
+    for token in biases:
+        _check_token(token, card, f"logit_bias.{token}")
+    return tuple(sorted(biases.items()))
+
+
+def _check_token(token: int, card: ModelCard | None, field: str) -> None:
+    """Refuse a token id that the model does not have."""
+    vocabulary = card.vocabulary if card else None
+    if vocabulary is not None and token >= vocabulary:
+        raise Invalid(f"{field}: the model has no token {token}; its ids are 0 to {vocabulary - 1}.", field=field)
 
 
 def _priority(request: JobRequest, highest: Priority) -> Priority:

@@ -18,7 +18,8 @@ from shared.settings import Settings
 from web.admission.data_urls import decode_data_url, is_data_url
 from web.admission.image_decoder import decoded_size
 from web.http.threadpool import LARGE, run_in_threadpool
-from web.schemas.requests import JobRequest, Message, Part, StoredImage
+from web.schemas.messages import Message, Part, StoredImage
+from web.schemas.requests import JobRequest
 
 T = TypeVar("T")
 
@@ -112,6 +113,8 @@ class ImageLoader:
             raise Invalid(detail, code="too_many_images", field=name)
         if request.raw:
             raise Invalid("raw cannot be used with images. Leave out raw or the images.", field="raw")
+        if request.prompt_tokens is not None:
+            raise Invalid("prompt_tokens cannot be used with images. Use messages.", field="prompt_tokens")
 
     def is_fetchable(self, url: str) -> bool:
         """Whether a URL is an http(s) URL and the service reads them."""
@@ -221,11 +224,11 @@ def _with_images(
 
 
 def _with_references(message: Message, references: dict[int, StoredImage], first: list[StoredImage]) -> Message:
-    if isinstance(message.content, str):
-        if not first:
-            return message
-        parts = [Part(type="text", text=message.content)]
-    else:
+    if isinstance(message.content, list):
         parts = message.content
+    elif first:
+        parts = [Part(type="text", text=message.content or "")]
+    else:
+        return message
     content: list[Any] = [*first, *(references.get(id(part), part) for part in parts)]
-    return Message.model_construct(role=message.role, content=content)
+    return message.model_copy(update={"content": content})

@@ -7,11 +7,11 @@ exception is the hash of a shared system message: like its cached prefix, it is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
-from shared.jobs.request import Request
+from shared.jobs.request import Request, pack_tokens
 
 MIN_BYTES: Final = 256
 """Shortest text that is hashed. Computing a shorter prefix again costs less than waiting for the worker that has it."""
@@ -24,9 +24,13 @@ edited."""
 _ALL_KEYS: Final = ""
 
 
-def prefix_hashes(request: Request, owner: str) -> tuple[str, ...]:
-    """Return hashes of a request's prefixes, the longest first: at most five, of 16 hex digits each."""
-    texts = _texts(request)
+def prefix_hashes(request: Request, owner: str, tokens: Sequence[int] = ()) -> tuple[str, ...]:
+    """Return hashes of a request's prefixes, the longest first: at most five, of 16 hex digits each.
+
+    Args:
+        tokens: the prompt's token ids, if the request has neither a prompt nor messages.
+    """
+    texts = _texts(request) or [pack_tokens(tokens).encode()]
     text, ends = b"".join(texts), [*accumulate(map(len, texts))]
     lengths = {ends[0], *ends[-_LAST_MESSAGES:]}
     if len(ends) <= 2:
@@ -40,10 +44,23 @@ def prefix_hashes(request: Request, owner: str) -> tuple[str, ...]:
 def _texts(request: Request) -> list[bytes]:
     messages = request.messages
     if messages is None:
+        if request.prompt is None:
+            return []
         if request.raw:
-            return [(request.prompt or "").encode(errors="replace")]
+            return [request.prompt.encode(errors="replace")]
         messages = ({"role": "user", "content": request.prompt},)
-    return [f"{message['role']}\n{message['content']}\n".encode(errors="replace") for message in messages]
+    texts = [_message_text(message) for message in messages]
+    if request.tools or request.template_variables:  # templates write them before the messages
+        texts[0] = f"{request.tools}\n{request.template_variables}\n{texts[0]}"
+    return [text.encode(errors="replace") for text in texts]
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """Return everything in a message that a template may write into the prompt."""
+    others = "".join(
+        f"{name}: {value}\n" for name, value in message.items() if name not in ("role", "content") and value is not None
+    )
+    return f"{message['role']}\n{message['content']}\n{others}"
 
 
 def _hashes(model: str, owner: str, text: bytes, lengths: Iterable[int]) -> Iterator[tuple[int, str]]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     StringConstraints,
-    Tag,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from web.schemas.base import RequestModel
+from web.schemas.messages import Message, Part, check_results
+from web.schemas.response_format import ResponseFormat
+from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables, check_no_conflict
+from web.schemas.tools import ToolChoice, Tools, check_choice
 
 MAX_STOPS = 16
 MAX_STOP_BYTES = 4096
@@ -52,101 +53,21 @@ Metadata = Annotated[
     Field(max_length=MAX_METADATA),
 ]
 PriorityName = Literal["high", "normal", "batch"]
-_IMAGE_DESCRIPTION = "A data URL (`data:image/png;base64,…`), or an http(s) URL if the service allows it"
 
 
-class ImageUrl(RequestModel):
-    """The URL of an image, in OpenAI's format."""
-
-    url: str = Field(min_length=1, description=_IMAGE_DESCRIPTION)
-    detail: Literal["auto", "low", "high"] = Field("auto", description="Accepted for compatibility; has no effect")
+_PROMPTS: Final = ("prompt", "messages", "prompt_tokens")
 
 
-class Part(RequestModel):
-    """A part of a message: text, or an image as `image_url` (OpenAI's format) or `image`."""
-
-    type: Literal["text", "image_url", "image"]
-    text: str | None = Field(None, description="Required for type `text`")
-    image_url: Annotated[
-        ImageUrl | None, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)
-    ] = Field(None, description="Required for type `image_url`")
-    image: str | None = Field(None, min_length=1, description=f"Required for type `image`. {_IMAGE_DESCRIPTION}")
-
-    @model_validator(mode="after")
-    def _has_only_the_field_of_its_type(self) -> Self:
-        fields = {name for name in ("text", "image_url", "image") if getattr(self, name) is not None}
-        if fields != {self.type}:
-            message = "A part of type {type} must have the field {type}, and no other besides type"
-            raise PydanticCustomError("part", message, {"type": self.type})
-        return self
-
-    @property
-    def source(self) -> str:
-        """The URL of an image part."""
-        return self.image_url.url if self.image_url else self.image or ""
-
-    def to_record(self) -> dict[str, Any]:
-        """Return a text part as the job's record stores it; image parts have been replaced by `StoredImage`."""
-        return {"type": "text", "text": self.text or ""}
-
-
-class StoredImage(RequestModel):
-    """A reference to an image in a job's messages: the digest of its file and its size in pixels."""
-
-    image: str
-    width: int
-    height: int
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the reference as the job's record stores it."""
-        return {"type": "image", **self.model_dump()}
-
-
-def _content_tag(content: object) -> str:
-    return "(text)" if isinstance(content, str) else "(parts)"
-
-
-# The tags are in brackets so that `web.http.problems` can omit them from the path of an invalid field.
-Content = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[list[Part], Field(min_length=1, max_length=1000), Tag("(parts)")],
-    Discriminator(_content_tag),
-]
-
-
-class Message(RequestModel):
-    """A message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Content = Field(description="Text, or a list of text and image parts")
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the message has neither text nor images."""
-        if isinstance(self.content, str):
-            return not self.content
-        return not any(part.type != "text" or part.text for part in self.content)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the message as the job's record stores it.
-
-        Parts that are all text are joined into one string, because the templates of most models support only strings.
-        """
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        parts = [part.to_record() for part in self.content]
-        text_only = all(part["type"] == "text" for part in parts)
-        return {"role": self.role, "content": "\n".join(part["text"] for part in parts) if text_only else parts}
-
-
-def _only(present: str, absent: str) -> dict[str, Any]:
-    """Return a JSON schema of objects that have one of two fields."""
-    return {"required": [present], "properties": {present: {"not": {"type": "null"}}, absent: {"type": "null"}}}
+def _only(present: str) -> dict[str, Any]:
+    """Return a JSON schema of objects that have one of the fields with a prompt."""
+    absent = {name: {"type": "null"} for name in _PROMPTS if name != present}
+    return {"required": [present], "properties": {present: {"not": {"type": "null"}}, **absent}}
 
 
 class JobRequest(RequestModel):
-    """A generation request: either `prompt`, or `messages` for the model's chat template."""
+    """A generation request: `prompt`, `messages` for the model's chat template, or `prompt_tokens`."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_only("prompt", "messages"), _only("messages", "prompt")]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_only(name) for name in _PROMPTS]})
 
     model: str | None = Field(
         None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
@@ -156,6 +77,15 @@ class JobRequest(RequestModel):
         min_length=1,
         description="A question or instruction; instead of `messages`. It goes through the model's chat template as a "
         "user message. Models without a template continue it, and `raw` makes every model continue it",
+    )
+    prompt_tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None,
+        min_length=1,
+        fail_fast=True,
+        description="Token ids to continue; instead of `prompt`. No token is added",
+    )
+    continue_final_message: bool = Field(
+        False, description="Continue the last message, which is from the assistant, instead of beginning a new one"
     )
     messages: list[Message] | None = Field(
         None,
@@ -172,7 +102,11 @@ class JobRequest(RequestModel):
         "URL, or an http(s) URL if the service allows it",
     )
     max_tokens: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="Maximum tokens to generate. Default: the model's, then the service's"
+        None,
+        ge=1,
+        le=2**31 - 1,
+        description="Maximum tokens to generate. Default: the model's, then the service's if it has one, then the rest "
+        "of the model's context",
     )
     temperature: float | None = Field(
         None,
@@ -225,10 +159,39 @@ class JobRequest(RequestModel):
         "service's",
     )
     metadata: Metadata = Field({}, description="Strings that are stored and returned with the job")
-    parse: Literal["ui_tars"] | None = Field(
+    tools: Tools | None = Field(None, description="Functions that the model may call")
+    tool_choice: ToolChoice = Field(
+        "auto",
+        validate_default=True,
+        description="`auto`: the model decides; `none`: it calls no tool; `required`: it calls at least one; or the "
+        "tool that it calls",
+    )
+    parallel_tool_calls: bool = Field(True, description="Allow several tool calls in one answer")
+    response_format: ResponseFormat | None = Field(
+        None, description="The form that the answer must have. Default: any text"
+    )
+    chat_template_kwargs: TemplateVariables = Field(
+        {}, description="Variables for the model's chat template, in addition to those of the catalog"
+    )
+    enable_thinking: bool | None = Field(
+        None, description="Whether the model reasons before it answers. Default: as its chat template decides"
+    )
+    reasoning_effort: ReasoningEffort | None = Field(
         None,
-        description="`ui_tars`: also return the actions in the text as structured data, with coordinates in pixels of "
-        "the last image",
+        description="How much the model reasons, for models whose chat template has this option. For other models that "
+        "reason, `none` turns reasoning off, and other values have no effect",
+    )
+    thinking_budget: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="Maximum tokens of reasoning; then the model must answer"
+    )
+    logit_bias: LogitBias = Field(
+        {}, description="Values from -100 to 100 that are added to the logits of tokens, by token id"
+    )
+    parse: Literal["ui_tars", "message"] | None = Field(
+        None,
+        description="`message`: also return the answer as a message, with reasoning and tool calls separated from the "
+        "text. `ui_tars`: also return the actions in the text as structured data, with coordinates in pixels of the "
+        "last image",
     )
     share_system_prompt: bool = Field(
         False,
@@ -251,16 +214,38 @@ class JobRequest(RequestModel):
     @field_validator("messages")
     @classmethod
     def _one_prompt(cls, messages: list[Message] | None, info: ValidationInfo) -> list[Message] | None:
-        if "prompt" in info.data and (info.data["prompt"] is None) == (messages is None):
-            raise PydanticCustomError("prompt_or_messages", "Send either prompt or messages, and not both")
-        if messages is not None and all(message.is_empty for message in messages):
+        others = [info.data[name] for name in ("prompt", "prompt_tokens") if name in info.data]
+        if len(others) == 2 and [*others, messages].count(None) != 2:
+            raise PydanticCustomError("prompt_or_messages", "Send exactly one of prompt, messages and prompt_tokens")
+        continues = info.data.get("continue_final_message", False)
+        if continues and not (messages and messages[-1].can_be_continued):
+            message = "continue_final_message needs messages, the last of which is a text of the assistant"
+            raise PydanticCustomError("no_final_message", message)
+        if messages is None:
+            return None
+        if all(message.is_empty for message in messages):
             raise PydanticCustomError("empty_messages", "At least one message must have text or an image")
-        if messages and messages[-1].role == "assistant":
+        if messages[-1].role == "assistant" and not continues:
             # The template would close this message, and the model would begin another one of the assistant.
             raise PydanticCustomError(
-                "assistant_last", "The last message must not be from the assistant: use a user message last"
+                "assistant_last",
+                "The last message must not be from the assistant: use a user message last, or continue_final_message",
             )
+        check_results(messages)
         return messages
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _choice_is_a_tool(cls, choice: ToolChoice, info: ValidationInfo) -> ToolChoice:
+        if "tools" in info.data:
+            check_choice(choice, info.data["tools"])
+        return choice
+
+    @field_validator("enable_thinking", "reasoning_effort")
+    @classmethod
+    def _agrees_with_template_kwargs(cls, value: Any, info: ValidationInfo) -> Any:
+        check_no_conflict(info.field_name or "", value, info.data.get("chat_template_kwargs", {}))
+        return value
 
     @field_validator("stop")
     @classmethod
@@ -281,14 +266,14 @@ class JobRequest(RequestModel):
     @field_validator("raw")
     @classmethod
     def _raw_needs_prompt(cls, raw: bool, info: ValidationInfo) -> bool:
-        if raw and info.data.get("messages"):
+        if raw and (info.data.get("messages") or info.data.get("prompt_tokens")):
             raise PydanticCustomError("no_raw_prompt", "raw needs a prompt; messages always use the chat template")
         return raw
 
     @property
     def prompt_field(self) -> str:
         """Name of the field that has the prompt."""
-        return "messages" if self.prompt is None else "prompt"
+        return next((name for name in _PROMPTS if getattr(self, name) is not None), "messages")
 
     @property
     def image_parts(self) -> list[tuple[str, Part]]:
@@ -296,7 +281,7 @@ class JobRequest(RequestModel):
         return [
             (f"messages[{i}].content[{k}]", part)
             for i, message in enumerate(self.messages or [])
-            if not isinstance(message.content, str)
+            if isinstance(message.content, list)
             for k, part in enumerate(message.content)
             if part.type != "text"
         ]
@@ -320,6 +305,10 @@ class JobRequest(RequestModel):
     def chat_messages(self) -> tuple[dict[str, Any], ...] | None:
         """Return the messages as the job's record stores them; None if the request has a prompt instead."""
         return tuple(message.to_record() for message in self.messages) if self.messages else None
+
+    def tool_records(self) -> tuple[dict[str, Any], ...] | None:
+        """Return the tools as the job's record stores them."""
+        return tuple(tool.to_record() for tool in self.tools) if self.tools else None
 
 
 class InferenceRequest(JobRequest):

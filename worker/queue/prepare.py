@@ -88,6 +88,7 @@ class Preparer:
     def _tokenized(self, claimed: ClaimedJob, runner: ModelRunner) -> Tokenized:
         """Return the prompt's token ids: stored with the job, from the runner, or from a tokenizer helper."""
         if claimed.tokens is not None:
+            _check_vocabulary(claimed.tokens, runner.card)
             return Tokenized(claimed.tokens, claimed.shared)
         tokens = runner.tokenize(claimed.request)
         return Tokenized(tuple(tokens)) if tokens is not None else self._tokenize(claimed.request, runner.card)
@@ -116,3 +117,13 @@ class Preparer:
                 JobFailure.IMAGE_LOST, "An image of this job is no longer stored. Send the request again."
             )
         return images
+
+
+def _check_vocabulary(tokens: Sequence[int], card: ModelCard) -> None:
+    """Refuse token ids that the embedding does not have; reading beyond it would crash the process.
+
+    The API could not check token ids that the caller sent before it knew the model.
+    """
+    if card.vocabulary is not None and max(tokens) >= card.vocabulary:
+        message = f"The prompt contains the token id {max(tokens)}; the model's ids are 0 to {card.vocabulary - 1}."
+        raise PromptRefused(JobFailure.TEMPLATE, message)

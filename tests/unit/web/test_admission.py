@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from redis.exceptions import OutOfMemoryError
 from shared.errors import KeyReused, MlxqError, Unavailable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Priority
-from shared.jobs.request import Request
+from shared.jobs.request import Constraint, Request
 from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, CatalogModel, SamplingDefaults, load_catalog
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
@@ -25,7 +26,8 @@ from shared.tokenizing.files import TokenizerFiles
 from web.admission.admit import Admission, RequestContext
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.snapshot import Cluster
-from web.schemas.requests import JobRequest, Message, Part, StoredImage
+from web.schemas.messages import Message, Part, StoredImage
+from web.schemas.requests import JobRequest
 
 CARD = ModelCard("small", "text", context=64)
 
@@ -118,6 +120,65 @@ def test_the_service_has_defaults(admission: Admission, settings: Settings) -> N
 
 def test_the_default_of_max_tokens_is_limited_to_the_context(admission: Admission) -> None:
     assert admission.submission(job_request(), RequestContext("me")).request.max_tokens == CARD.context
+
+
+def test_options_for_templates_and_logits_reach_the_job(admission: Admission) -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    choice = {"type": "function", "function": {"name": "add"}}
+    fields = {
+        "prompt": None,
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}],
+        "continue_final_message": True,
+        "tools": [tool],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "chat_template_kwargs": {"x": [1]},
+        "enable_thinking": False,
+        "reasoning_effort": "low",
+        "thinking_budget": 7,
+        "response_format": {"type": "regex", "regex": "a+"},
+        "logit_bias": {"9": 1, "7": -1.5},
+    }
+    request = admission.submission(job_request(**fields), RequestContext("me")).request
+    assert request == replace(
+        request,
+        continue_final=True,
+        tools=(tool,),
+        tool_choice="function:add",
+        parallel_tool_calls=False,
+        template_variables={"x": [1], "enable_thinking": False, "reasoning_effort": "low"},
+        thinking_budget=7,
+        constraint=Constraint("regex", "a+"),
+        logit_bias=((7, -1.5), (9, 1.0)),
+    )
+
+
+def test_token_ids_are_checked_and_stored(admission: Admission, client: Redis) -> None:
+    Registry(client).announce_model(replace(CARD, vocabulary=10))
+    submission = admission.submission(job_request(prompt=None, prompt_tokens=[9, 3]), RequestContext("me"))
+    assert (submission.tokens, submission.request.prompt, submission.request.messages) == ((9, 3), None, None)
+    for fields, field in (
+        ({"prompt": None, "prompt_tokens": [3, 10]}, "prompt_tokens[1]"),
+        ({"logit_bias": {"9": 1, "10": 1}}, "logit_bias.10"),
+    ):
+        error = refusal(admission, job_request(**fields))
+        assert (error.status, error.field) == (422, field) and "the model has no token 10" in error.detail
+    error = refusal(admission, job_request(prompt=None, prompt_tokens=[1] * CARD.context))
+    assert (error.code, error.field) == ("context_length_exceeded", "prompt_tokens")
+
+
+def test_the_catalog_has_defaults_for_template_variables(
+    client: Redis, settings: Settings, notifier: FakeNotifier
+) -> None:
+    defaults = {"enable_thinking": False, "x": 1}
+    model = CatalogModel("small", Path("small"), "text", chat_template_kwargs=defaults)
+    admission = make_admission(client, settings, notifier, Catalog({"small": model}, "small"))
+    for fields, variables in (
+        ({}, defaults),
+        ({"enable_thinking": True}, {**defaults, "enable_thinking": True}),
+        ({"chat_template_kwargs": {"x": 2}}, {**defaults, "x": 2}),
+    ):
+        assert admission.submission(job_request(**fields), RequestContext("me")).request.template_variables == variables
 
 
 def test_a_seed_is_random_unless_requested(admission: Admission) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,36 @@ def test_a_shared_system_message_has_the_same_hash_for_all_keys_that_share_it() 
     one, other = hashes(SYSTEM, QUESTION, share=True), hashes(SYSTEM, QUESTION, owner="b", share=True)
     assert set(one) & set(other) == {one[-1]}
     assert one[-1] not in hashes(SYSTEM, QUESTION), "a private system message has another hash"
+
+
+def test_tools_and_template_variables_precede_the_messages() -> None:
+    request = make_request(SYSTEM, QUESTION)
+    variants = [
+        request,
+        replace(request, tools=({"type": "function", "function": {"name": "add"}},)),
+        replace(request, template_variables={"enable_thinking": False}),
+    ]
+    first, *others = [set(prefix_hashes(variant, "a")) for variant in variants]
+    assert all(hashes.isdisjoint(first) for hashes in others)
+
+
+def test_tool_calls_are_a_part_of_their_message() -> None:
+    def with_arguments(arguments: str) -> tuple[str, ...]:
+        call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        messages = (
+            {"role": "user", "content": "x" * 400},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        )
+        return prefix_hashes(Request("m", 8, Sampling(0.0), messages=messages), "a")
+
+    one, other = with_arguments("{}"), with_arguments('{"a": 1}')
+    assert one[0] != other[0] and one[1:] == other[1:]
+
+
+def test_token_ids_are_hashed_in_place_of_a_text() -> None:
+    request = Request("m", 8, Sampling(0.0))
+    one, other = (set(prefix_hashes(request, "a", [*range(2000), last])) for last in (1, 2))
+    assert one & other and one != other
 
 
 def test_models_share_no_hashes() -> None:

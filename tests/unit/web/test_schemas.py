@@ -11,10 +11,22 @@ from pydantic import ValidationError
 from shared.errors import Expiry, JobFailure
 from web.schemas.base import RequestModel
 from web.schemas.jobs import JobError
+from web.schemas.messages import ImageUrl, Message, Part, StoredImage
 from web.schemas.models import LoadRequest, UnloadRequest
-from web.schemas.requests import ImageUrl, InferenceRequest, JobRequest, Message, Part, StoredImage
+from web.schemas.requests import InferenceRequest, JobRequest
+from web.schemas.response_format import (
+    ChoiceFormat,
+    GrammarFormat,
+    JsonObjectFormat,
+    JsonSchema,
+    JsonSchemaFormat,
+    RegexFormat,
+    TextFormat,
+)
+from web.schemas.tools import CalledFunction, FunctionDefinition, NamedFunction, NamedTool, Tool, ToolCall
 
 TURN = {"role": "user", "content": "hi"}
+ADD = {"type": "function", "function": {"name": "add"}}
 
 
 def error_locations(**body: object) -> list[tuple[int | str, ...]]:
@@ -65,7 +77,7 @@ def test_an_invalid_value_names_its_field(field: str, value: object) -> None:
     assert {loc[0] for loc in error_locations(**{"prompt": "hi", field: value})} == {field}
 
 
-@pytest.mark.parametrize("turn", [{"role": "king", "content": "a"}, {"role": "user"}, {**TURN, "name": "x"}, "hi"])
+@pytest.mark.parametrize("turn", [{"role": "king", "content": "a"}, {"role": "user"}, {**TURN, "x": "x"}, "hi"])
 def test_a_message_needs_a_role_and_content(turn: object) -> None:
     assert error_locations(messages=[TURN, turn])[0][:2] == ("messages", 1)
 
@@ -100,8 +112,21 @@ def test_equivalent_requests_have_the_same_canonical_form() -> None:
         {"seed": 0},
         {"top_p": 0.5},
         {"logprobs": 0},
+        {"tools": [ADD]},
+        {"tools": [ADD], "tool_choice": "required"},
+        {"parallel_tool_calls": False},
+        {"chat_template_kwargs": {"x": 1}},
+        {"enable_thinking": False},
+        {"reasoning_effort": "low"},
+        {"thinking_budget": 0},
+        {"logit_bias": {"1": 1}},
+        {"response_format": {"type": "regex", "regex": "a"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
     ):
-        assert JobRequest.model_validate({**EQUIVALENT[0], **other}).canonical_json() not in canonical_forms
+        canonical_form = JobRequest.model_validate({**EQUIVALENT[0], **other}).canonical_json()
+        assert canonical_form not in canonical_forms
+        canonical_forms.add(canonical_form)
     turns = [TURN, {**TURN, "content": "ho"}]
     first, reversed_ = (JobRequest.model_validate({"messages": each}).canonical_json() for each in (turns, turns[::-1]))
     assert first != reversed_
@@ -142,6 +167,19 @@ REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     Part: {"type": "text", "text": "hi"},
     ImageUrl: {"url": "data:,"},
     StoredImage: {"image": "a", "width": 1, "height": 1},
+    Tool: ADD,
+    FunctionDefinition: {"name": "add"},
+    NamedTool: {"type": "function", "function": {"name": "add"}},
+    NamedFunction: {"name": "add"},
+    ToolCall: {"id": "call_1", "function": {"name": "add", "arguments": "{}"}},
+    CalledFunction: {"name": "add", "arguments": "{}"},
+    TextFormat: {"type": "text"},
+    JsonObjectFormat: {"type": "json_object"},
+    JsonSchemaFormat: {"type": "json_schema", "json_schema": {"schema": {}}},
+    JsonSchema: {"schema": {}},
+    RegexFormat: {"type": "regex", "regex": "a+"},
+    ChoiceFormat: {"type": "choice", "choice": ["a"]},
+    GrammarFormat: {"type": "grammar", "grammar": 'start: "a"'},
 }
 
 
@@ -156,15 +194,16 @@ def test_the_list_of_request_models_is_complete() -> None:
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_null_means_that_an_optional_field_is_absent(kind: type[RequestModel]) -> None:
     required = REQUESTS[kind]
-    names = set(kind.model_fields) - set(required)
+    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    names = set(fields) - set(required)
     nulls = dict.fromkeys(names)
     request = kind.model_validate({**nulls, **required})
     assert request == kind.model_validate(required)
-    assert request.model_fields_set == set(required), "model defaults apply"
+    assert len(request.model_fields_set) == len(required), "model defaults apply"
     schema = kind.model_json_schema()["properties"]
     for name in names:
         assert {"type": "null"} in schema[name]["anyOf"], name
-    for name, field in kind.model_fields.items():
+    for name, field in fields.items():
         if field.is_required():
             with pytest.raises(ValidationError):
                 kind.model_validate({**required, name: None})

@@ -87,6 +87,13 @@ def test_stored_tokens_are_used(harness: Harness) -> None:
     assert harness.tokenizing._short._helper is None
 
 
+def test_stored_tokens_that_the_model_does_not_have_are_refused(harness: Harness) -> None:
+    runner = StubRunner(card=ModelCard("m", "text", 100, vocabulary=8))
+    assert harness.preparer.prepare(harness.claimed(plain("word"), tokens=(7,)), runner).prompt == Prompt((7,))
+    code, message = harness.failure(harness.claimed(plain("word"), tokens=(7, 8)), runner)
+    assert code == "template_error" and "token id 8; the model's ids are 0 to 7" in message
+
+
 def test_a_runner_may_tokenise(harness: Harness) -> None:
     assert harness.preparer.prepare(harness.claimed(plain("word")), StubRunner(own=[9])).prompt == Prompt((9,))
     assert harness.tokenizing._short._helper is None
