@@ -131,6 +131,8 @@ class Job:
         logprobs: whether chunk events carry log-probabilities.
         old_layout: whether the record has the first layout and an old worker is running the job.
         history: the last attempts, oldest first.
+        children: ids of the jobs with the further choices of the same request. They are cancelled and deleted together
+            with this job.
     """
 
     id: str
@@ -157,6 +159,7 @@ class Job:
     logprobs: bool = False
     old_layout: bool = False
     history: tuple[Attempt, ...] = ()
+    children: tuple[str, ...] = ()
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -193,6 +196,7 @@ class Job:
             logprobs="logprobs" in record,
             old_layout=OLD_REQUEST in record,
             history=_history(record),
+            children=tuple(record.get("children", "").split()),
         )
 
 

@@ -11,22 +11,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import Final
 
-from shared.errors import (
-    Conflict,
-    Invalid,
-    JobFailure,
-    KeyQueueFull,
-    KeyReused,
-    NotFound,
-    QueueFull,
-    QueueMemoryFull,
-    Unavailable,
-)
+from shared.errors import Conflict, JobFailure, NotFound
 from shared.jobs.images import SLACK_S
 from shared.jobs.log import JobLog
 from shared.jobs.record import OLD_REQUEST, Job, Parsing, Priority, Status
+from shared.jobs.rejections import reject
 from shared.jobs.request import Request, pack_tokens
 from shared.redis import keys
 from shared.redis.client import Redis, script
@@ -45,8 +36,6 @@ MEMORY_SHARE: Final = 0.9
 DELETED_S: Final = 10
 """Seconds for which record, text and log of a deleted job remain for requests that are waiting for its end."""
 _DELETED: Final = "deleted"
-RETRY_S: Final = 10
-"""`retry_after` of requests that are rejected because the queue is full, in seconds."""
 
 _OLD_KEYS: Final = (*(f"mlxq:{name}:" for name in ("clock", "alone", "emptying", "rescue", "tokenizer")), "mlxq.")
 """Prefixes of the first layout's keys. Its Celery queues were named `mlxq.<model>`."""
@@ -61,13 +50,15 @@ class Submission:
     Attributes:
         start_within_s, deadline_s: time limits in seconds from now; None for the defaults.
         fingerprint: hash of the request body; distinguishes a repeated request from another one with the same
-            Idempotency-Key.
+            Idempotency-Key, and finds the job of a request whose connection was lost.
         images: number of images stored under the job's id (`shared.jobs.images`).
         image_bytes: their total size.
         prefixes: hashes of the prompt's prefixes, longest first, by which claims find a worker with a cached prefix.
         tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
         shared: number of leading tokens whose cache other API keys may reuse.
         max_queued: maximum number of the owner's queued jobs of the model; None for the default.
+        reader: id of the API process that waits for the job (`shared.jobs.readers`); empty if a lost connection does
+            not matter.
     """
 
     request: Request
@@ -85,6 +76,7 @@ class Submission:
     tokens: tuple[int, ...] | None = None
     shared: int = 0
     max_queued: int | None = None
+    reader: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,49 +133,73 @@ class Jobs:
             Unavailable: the job's images were lost.
             NotDurable: Redis did not confirm that the job is on disk.
         """
-        job_id = job_id or new_job_id()
-        result, *reply = self._enqueue(args=self._arguments(submission, job_id))
+        return self.create_all([submission], [job_id or new_job_id()])
+
+    def create_all(self, submissions: Sequence[Submission], job_ids: Sequence[str]) -> Accepted:
+        """Accept all jobs of a request, or none; return the first. The others are its children. Raises like `create`.
+
+        The submissions have the same owner, model, priority, time limits and Idempotency-Key.
+        """
+        result, *reply = self._enqueue(args=self._arguments(submissions, job_ids))
         if result not in ("created", "exists"):
-            _reject(result)
+            reject(result)
         wake, rank, *flat = reply
         job = Job.from_record(pairs_to_dict(flat))
         # The ids are compared because "exists" may also be the reply to a retry of this call.
-        return Accepted(job, job.id == job_id, bool(wake), None if rank == "" else int(rank) + 1)
+        return Accepted(job, job.id == job_ids[0], bool(wake), None if rank == "" else int(rank) + 1)
 
-    def _arguments(self, submission: Submission, job_id: str) -> list[str | int]:
-        limits, request = self._settings, submission.request
-        text = request.to_json()
-        tokens = "" if submission.tokens is None else pack_tokens(submission.tokens)
-        request_bytes = len(text.encode()) + len(tokens) + submission.image_bytes
+    def _arguments(self, submissions: Sequence[Submission], job_ids: Sequence[str]) -> list[str]:
+        limits, first = self._settings, submissions[0]
         arguments = {
-            "id": job_id,
-            "owner": submission.owner,
-            "model": request.model,
-            "class": int(submission.priority),
+            "owner": first.owner,
+            "model": first.request.model,
+            "class": int(first.priority),
             "retention_s": limits.retention_s,
-            "idempotency_key": submission.idempotency_key,
-            "fingerprint": submission.fingerprint,
-            "start_within_s": submission.start_within_s or limits.start_within_s,
-            "deadline_s": submission.deadline_s or limits.deadline_s,
-            "images": submission.images,
+            "idempotency_key": first.idempotency_key,
+            "fingerprint": first.fingerprint,
+            "start_within_s": first.start_within_s or limits.start_within_s,
+            "deadline_s": first.deadline_s or limits.deadline_s,
             "images_slack_s": SLACK_S,
-            "request_bytes": request_bytes,
-            "growth_bytes": RECORD_BYTES + _token_bytes(request) * request.max_tokens,
             "max_queue": limits.max_queue,
-            "owner_queue": submission.max_queued or _max_queued(limits),
+            "owner_queue": first.max_queued or _max_queued(limits),
             "queue_bytes": 0 if limits.queue_bytes == "auto" else limits.queue_bytes,
             "owner_bytes": 0 if limits.queue_bytes_per_key == "auto" else limits.queue_bytes_per_key,
             "memory_share": MEMORY_SHARE,
         }
+        jobs, texts = [], []
+        for number, (submission, job_id) in enumerate(zip(submissions, job_ids, strict=True)):
+            job, text, tokens = self._job_arguments(submission)
+            children = () if number else job_ids[1:]
+            jobs.append({"id": job_id, **job, "record": self._record_fields(submission, children)})
+            texts += [text, tokens]
+        return [json.dumps({**arguments, "jobs": jobs}), *texts]
+
+    @staticmethod
+    def _job_arguments(submission: Submission) -> tuple[dict[str, int], str, str]:
+        """Return the numbers that `enqueue.lua` needs of a job, the request's text, and its packed tokens."""
+        request = submission.request
+        text = request.to_json()
+        tokens = "" if submission.tokens is None else pack_tokens(submission.tokens)
+        numbers = {
+            "images": submission.images,
+            "request_bytes": len(text.encode()) + len(tokens) + submission.image_bytes,
+            "growth_bytes": RECORD_BYTES + _token_bytes(request) * request.max_tokens,
+            "shared": submission.shared,
+        }
+        return numbers, text, tokens
+
+    def _record_fields(self, submission: Submission, children: Sequence[str]) -> list[str]:
+        """Return the record fields that the script does not set itself: alternating names and values."""
         record = {
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
-            "log_retention_s": str(limits.log_retention_s or limits.retention_s),
+            "log_retention_s": str(self._settings.log_retention_s or self._settings.retention_s),
             "size": str(_expected_tokens(submission)),
             **_optional(submission),
         }
-        fields = [value for item in record.items() for value in item]
-        return [json.dumps(arguments), text, tokens, submission.shared, *fields]
+        if children:
+            record["children"] = " ".join(children)
+        return [value for item in record.items() for value in item]
 
     def key_is_used(self, owner: str, idempotency_key: str) -> bool:
         """Whether an owner's Idempotency-Key already belongs to a job."""
@@ -220,11 +236,11 @@ class Jobs:
         return [Job.from_record(record) for record in records]
 
     def stop(self, job_id: str, owner: str) -> Job:
-        """Cancel a job. A queued job ends at once, a running job at its worker's next step.
+        """Cancel a job and its children. A queued job ends at once, a running job at its worker's next step.
 
         Raises:
             NotFound: the job does not exist or belongs to another owner.
-            Conflict: the job has already ended.
+            Conflict: the job and its children have already ended.
         """
         before = self.get(job_id, owner)
         result = self._stop(args=[job_id, Status.CANCELLED])
@@ -238,11 +254,11 @@ class Jobs:
         return int(self._fail_waiting(args=[model, code, message, 1000]))
 
     def forget(self, job_id: str, owner: str) -> None:
-        """Delete a job that has ended. Requests that are waiting for it still receive its end.
+        """Delete a job that has ended, and its children. Requests that are waiting for it still receive its end.
 
         Raises:
             NotFound: the job does not exist or belongs to another owner.
-            Conflict: the job has not ended.
+            Conflict: the job or a child has not ended.
         """
         self.get(job_id, owner)
         if self._forget(args=[job_id, DELETED_S]) == "active":
@@ -328,6 +344,8 @@ def _optional(submission: Submission) -> dict[str, str]:
     request, fields = submission.request, dict[str, str]()
     if submission.prefixes:
         fields["prefixes"] = " ".join(submission.prefixes)
+    if submission.reader:
+        fields["reader"] = submission.reader
     if request.logprobs is not None:
         fields["logprobs"] = "1"
     if request.parse is not None:
@@ -346,38 +364,3 @@ def _expected_tokens(submission: Submission) -> int:
         text = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
         prompt_tokens = len(text) // 4
     return prompt_tokens + min(request.max_tokens, 256)
-
-
-def _reject(reason: str) -> NoReturn:
-    """Raise the error for a reason that `enqueue.lua` returned."""
-    match reason:
-        case "reused":
-            raise KeyReused(
-                "This Idempotency-Key was used for another request. Use a new one.", field="Idempotency-Key"
-            )
-        case "images":
-            raise Unavailable(
-                "The images of this request were lost before it was accepted. Send it again.", retry_after=1
-            )
-        case "too large":
-            detail = (
-                "This job could exceed the memory per API key (QUEUE_BYTES_PER_KEY). Reduce max_tokens or the prompt."
-            )
-            raise Invalid(detail, code="job_too_large", field="max_tokens")
-        case "owner queue full":
-            raise KeyQueueFull(
-                "This API key has too many waiting jobs for the model (MAX_QUEUE_PER_KEY). Try again later.",
-                retry_after=RETRY_S,
-            )
-        case "owner full":
-            raise KeyQueueFull(
-                "This API key's unfinished jobs use all its memory (QUEUE_BYTES_PER_KEY). Try again later.",
-                retry_after=RETRY_S,
-            )
-        case "full":
-            raise QueueFull("The model's queue is full (MAX_QUEUE). Try again later.", retry_after=RETRY_S)
-        case _:
-            raise QueueMemoryFull(
-                "The queue's memory is full (QUEUE_BYTES). Try again later.",
-                retry_after=RETRY_S,
-            )

@@ -1,24 +1,40 @@
--- Deletes a job that has ended, with all its keys. Its record, text and log stay for a few seconds, marked as deleted, so
--- that requests which have read the job before receive its end.
+-- uses: family
+-- Deletes a job that has ended and its children, with all their keys. Records, texts and logs stay for a few seconds, marked
+-- as deleted, so that requests which have read the jobs before receive their ends.
 -- ARGV: job id, seconds until the remaining keys are gone
--- Returns 'done', 'active' if the job has not ended, or 'missing'.
+-- Returns 'done', 'active' if one of them has not ended, or 'missing'.
 local id, rest_s = ARGV[1], ARGV[2]
-local status, owner, idempotency_key, bytes, deleted = unpack(redis.call('HMGET', K.JOB .. id,
-  'status', 'owner', 'idempotency_key', 'request_bytes', 'deleted'))
-if not status or deleted then
-  return 'missing'
-elseif status == 'queued' or status == 'running' then
-  return 'active'
-end
-drop_failed_request(id .. ' ' .. (bytes or '0'))
-redis.call('HSET', K.JOB .. id, 'deleted', 1)
-for _, key in ipairs({K.JOB, K.LOG, K.OUTPUT}) do
-  if redis.call('TTL', key .. id) > tonumber(rest_s) then
-    redis.call('EXPIRE', key .. id, rest_s)
+
+local function forget(job)
+  local owner, idempotency_key, bytes, deleted = unpack(redis.call('HMGET', K.JOB .. job,
+    'owner', 'idempotency_key', 'request_bytes', 'deleted'))
+  if not owner or deleted then
+    return
+  end
+  drop_failed_request(job .. ' ' .. (bytes or '0'))
+  redis.call('HSET', K.JOB .. job, 'deleted', 1)
+  for _, key in ipairs({K.JOB, K.LOG, K.OUTPUT}) do
+    if redis.call('TTL', key .. job) > tonumber(rest_s) then
+      redis.call('EXPIRE', key .. job, rest_s)
+    end
+  end
+  redis.call('ZREM', K.OWNER .. owner, job)
+  if idempotency_key ~= '' then
+    redis.call('DEL', K.IDEM .. owner .. ':' .. idempotency_key)
   end
 end
-redis.call('ZREM', K.OWNER .. owner, id)
-if idempotency_key ~= '' then
-  redis.call('DEL', K.IDEM .. owner .. ':' .. idempotency_key)
+
+local status, deleted = unpack(redis.call('HMGET', K.JOB .. id, 'status', 'deleted'))
+if not status or deleted then
+  return 'missing'
+end
+for _, job in ipairs(family(id)) do
+  status = redis.call('HGET', K.JOB .. job, 'status')
+  if status == 'queued' or status == 'running' then
+    return 'active'
+  end
+end
+for _, job in ipairs(family(id)) do
+  forget(job)
 end
 return 'done'

@@ -1,15 +1,14 @@
--- Ends a queued job at once; marks a running one, so that its worker stops it.
+-- uses: family
+-- Ends queued jobs at once; marks running ones, so that their workers stop them. Children of a job stop with it.
 -- ARGV: job id, 'cancelled' or 'expired'
--- Returns 'done', 'stopping' (its worker will stop it), 'ended' (it had ended before) or 'missing'.
+-- Returns 'missing' if there is no such job. Otherwise, for the job and its children together: 'stopping' if a worker will
+-- stop one of them, 'done' if all have ended and one did now, 'ended' if all had ended before.
 local id, stop_as = ARGV[1], ARGV[2]
-local status = redis.call('HGET', K.JOB .. id, 'status')
-if not status then
+if redis.call('EXISTS', K.JOB .. id) == 0 then
   return 'missing'
-elseif status == 'queued' then
-  finish(id, stop_as, {})
-  return 'done'
-elseif status == 'running' then
-  redis.call('HSETNX', K.JOB .. id, 'stop_as', stop_as)
-  return 'stopping'
 end
-return 'ended'
+local results = {}
+for _, job in ipairs(family(id)) do
+  results[stop(job, stop_as)] = true
+end
+return results.stopping and 'stopping' or results.done and 'done' or 'ended'
