@@ -18,6 +18,12 @@ T = TypeVar("T")
 FALLBACK_CONTEXT = 32_768
 """Context in tokens of a model that has no limit on positions, such as a recurrent one, or declares none."""
 
+_TOKEN_EMBEDDINGS: Final = (
+    *("embed_tokens", "embeddings", "embedding", "embed", "embed_in", "word_embeddings", "wte"),
+    *("tok_embeddings", "token_embeddings"),
+)
+"""Names of the input embedding in mlx-lm's models. Others are embeddings of positions, n-grams and layers."""
+
 NO_CODE: Final = {"trust_remote_code": False}
 """Options for tokenizers and processors. Without them, transformers asks on the terminal whether to run model code."""
 
@@ -65,6 +71,9 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
 def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
     """Change the type of the weights, or quantise them unless they are quantised already. Computes nothing yet.
 
+    The model's own predicates decide which weights keep their type, and which are quantised with more bits or not at
+    all, as in mlx-lm's `convert`: the router of a mixture of experts, for example, or the decay of a recurrent state.
+
     Args:
         bits: bits per weight; None: do not quantise.
 
@@ -75,15 +84,34 @@ def convert(loaded: LoadedModel, dtype: str | None, bits: int | None) -> None:
     from mlx.nn import quantize  # type: ignore[attr-defined]  # MLX has no types for it
 
     if dtype is not None:
-        loaded.model.set_dtype(getattr(mx, dtype))
+        _cast(loaded.model, getattr(mx, dtype))
     if bits is not None and not loaded.config.get("quantization"):
         with contained(f"The model cannot be quantised to {bits} bits"):
-            quantize(loaded.model, group_size=GROUP, bits=bits, class_predicate=_is_quantisable)
+            quantize(loaded.model, group_size=GROUP, bits=bits, class_predicate=_quantisation_of(loaded.model))
         loaded.config["quantization"] = {"group_size": GROUP, "bits": bits}
 
 
-def _is_quantisable(_path: str, module: Any) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP == 0
+def _cast(model: Any, dtype: Any) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_map_with_path
+
+    may_cast: Callable[[str], bool] = getattr(model, "cast_predicate", None) or (lambda _path: True)
+
+    def cast(path: str, array: Any) -> Any:
+        return array.astype(dtype) if may_cast(path) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _quantisation_of(model: Any) -> Callable[[str, Any], bool | dict[str, Any]]:
+    """Return a function that says, for the path of a module, whether to quantise it, or with which parameters."""
+    chosen: Callable[[str, Any], bool | dict[str, Any]] = getattr(model, "quant_predicate", None) or (lambda *_: True)
+
+    def quantisation(path: str, module: Any) -> bool | dict[str, Any]:
+        possible = hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP == 0
+        return possible and chosen(path, module)
+
+    return quantisation
 
 
 def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:
@@ -95,7 +123,7 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
-        vocabulary=_vocabulary(config, tokenizer),
+        vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
 
@@ -106,9 +134,23 @@ def _default_context(model: Any) -> int | None:
     return context_of(vars(arguments), None) if hasattr(arguments, "__dict__") else None
 
 
-def _vocabulary(config: Mapping[str, Any], tokenizer: Any) -> int:
-    """Return the number of tokens that the embedding has."""
-    return int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or len(tokenizer))
+def _embedding_rows(model: Any) -> int | None:
+    """Return the number of tokens that a model can read. With a larger id, MLX would read outside of the array.
+
+    config.json may leave it out, or state that of the tokenizer.
+    """
+    from mlx.nn import Embedding, QuantizedEmbedding  # type: ignore[attr-defined]
+
+    rows = (
+        int(module.weight.shape[0])
+        for path, module in model.named_modules()
+        if isinstance(module, Embedding | QuantizedEmbedding) and path.rpartition(".")[2] in _TOKEN_EMBEDDINGS
+    )
+    return min(rows, default=None)
+
+
+def _declared_vocabulary(config: Mapping[str, Any]) -> int | None:
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def tokenizer_defaults(folder: Path) -> dict[str, Any] | None:
