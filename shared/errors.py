@@ -212,6 +212,8 @@ class JobFailure(StrEnum):
     """The prompt exceeds the model's context."""
     TEMPLATE = "template_error"
     """The model's chat template rejected the messages."""
+    CONSTRAINT = "constraint_error"
+    """The answer's constraint (`response_format`, or the schema of a tool) cannot be honoured."""
     ROW = "generation_error"
     """Sampling or detokenising this job raised; other jobs in the batch were not affected."""
     MEMORY = "out_of_memory"

@@ -126,8 +126,8 @@ class JobError(ResponseModel):
     code: str = Field(
         description="Stable code. Expired jobs: `start_timeout` (the job did not start in time), `deadline_exceeded` "
         "(it started and did not finish in time). Failed jobs: `worker_lost`, `context_length_exceeded`, "
-        "`template_error`, `generation_error`, `out_of_memory`, `engine_error`, `log_lost`, `image_lost`, "
-        "`model_not_found`, `load_failed`"
+        "`template_error`, `constraint_error`, `generation_error`, `out_of_memory`, `engine_error`, `log_lost`, "
+        "`image_lost`, `model_not_found`, `load_failed`"
     )
     message: str = Field(description="The reason, for people")
 

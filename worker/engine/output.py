@@ -9,7 +9,7 @@ from shared.errors import JobFailure
 from shared.jobs.log import Written
 from shared.jobs.record import Status
 from worker.engine.sequence import Sequence, SequenceOutput
-from worker.runner.base import Detokenizer, InvalidLogits, OutOfMemory, TokenOutput
+from worker.runner.base import ConstraintFailed, Detokenizer, InvalidLogits, OutOfMemory, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -158,4 +158,6 @@ def row_failed(sequence: Sequence, error: Exception) -> SequenceOutput:
         return sequence.fail(JobFailure.MEMORY, "The worker has too little memory for this prompt and its answer.")
     if isinstance(error, InvalidLogits):
         return sequence.fail(JobFailure.ROW, "The model produced invalid numbers (NaN or infinity) for this job.")
+    if isinstance(error, ConstraintFailed):
+        return sequence.fail(JobFailure.CONSTRAINT, f"The answer's constraint could not be followed: {error}")
     return sequence.fail(JobFailure.ROW, "Generating this job's text failed.")

@@ -159,6 +159,7 @@ class Sequence:
             owner=self.job.owner,
             shared=self.prompt.shared,
             media=self.prompt.media,
+            constraint=self.prompt.constraint,
         )
 
     def start(self) -> SequenceOutput:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard
@@ -23,6 +23,10 @@ class OutOfMemory(Exception):
 
 class InvalidLogits(Exception):
     """The model produced NaN or infinity for a row, so no token can be chosen."""
+
+
+class ConstraintFailed(Exception):
+    """A row's constraint cannot be followed any further."""
 
 
 class Detokenizer(Protocol):
@@ -60,11 +64,13 @@ class Prompt:
             content.
         shared: length of the prefix that requests of other owners may reuse: at most the system message.
         media: content of the image tokens; None if all tokens are text.
+        constraint: what the answer must satisfy, compiled; None for a free answer. Only the runner knows its structure.
     """
 
     tokens: tuple[int, ...]
     shared: int = 0
     media: Media | None = None
+    constraint: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,7 @@ class Row:
         owner: the owner of the prefixes that the row may reuse and add to, in addition to the shared prefixes; None:
             the row stores no prefix.
         shared: length of the prompt's prefix that other owners may reuse.
-        media: see `Prompt`.
+        media, constraint: see `Prompt`.
     """
 
     uid: int
@@ -92,6 +98,7 @@ class Row:
     owner: str | None = None
     shared: int = 0
     media: Media | None = None
+    constraint: Any = None
 
     @property
     def sampling(self) -> Sampling:

@@ -2,7 +2,8 @@
 
 The next step is always queued on the device before the tokens of the previous step are read, so the device keeps
 working while the host handles those tokens. A row that meets a stop condition has therefore run one step too many; a
-row that reaches its token limit has not. A few rows may get several tokens each in a step
+row that reaches its token limit has not. If a row is constrained, only the forward pass is queued before the tokens are
+read: they decide which tokens may come next. A few rows may get several tokens each in a step
 (`worker.runner.speculation`); such a step reads before it queues.
 
 It replaces `mlx_lm.generate.GenerationBatch` on top of mlx-lm's models and caches, and avoids three costs that exceed
@@ -24,6 +25,7 @@ from worker.runner.base import InvalidLogits, Row, TokenOutput
 from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import SLACK, KVCache, allocated_columns
 from worker.runner.logits.logprobs import BatchLogprobs, Logprob, QueuedLogprobs
+from worker.runner.logits.mask import BatchConstraints
 from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.sampler import INVALID, BatchSampler, valid_ids
@@ -151,22 +153,35 @@ class DecodeBatch:
 
     @property
     def _changes_logits(self) -> bool:
-        """Whether a row uses a logits processor or asks for log-probabilities."""
-        return bool(self._pipeline or self._batch_logprobs)
+        """Whether a row is constrained, uses a logits processor or asks for log-probabilities."""
+        return bool(self._pipeline or self._batch_logprobs or self._constraints)
 
     def _step(self) -> list[TokenOutput]:
         current, unread, logprobs = self._input_ids, self._unread(), self._take_logprobs()
         self._vacate([index for index, row in unread if not row.remaining])
         self._compact_if_worthwhile()
-        failures = self._queue() if self._rows else []
+        logits = self._queue_forward() if self._rows else None
+        tokens = self._read_constrained(current, unread) if logits is not None and self._constraints else None
+        failures = [] if logits is None else self._queue_sampling(logits)
         if not unread:
             self._fail(failures)
             return []
-        tokens = cast("list[int]", current.tolist())
+        if tokens is None:
+            tokens = cast("list[int]", current.tolist())
         for index, row in unread:
             row.cached_ids.append(tokens[index])
         outputs, invalid = self._outputs(unread, tokens, logprobs)
         return self._without_failed(outputs, failures + invalid)
+
+    def _read_constrained(self, current: mx.array, unread: Sequence[tuple[int, DecodeRow]]) -> list[int] | None:
+        """Wait for the queued tokens, on which the constraints depend. Returns None if there are none."""
+        if not unread:
+            return None
+        tokens = cast("list[int]", current.tolist())
+        for index, row in unread:
+            if row.guide is not None and tokens[index] != INVALID:
+                row.guide.advance(tokens[index])
+        return tokens
 
     def _step_drafting(self, rows: Sequence[DecodeRow]) -> list[TokenOutput]:
         """Read the queued tokens, then verify drafts if that pays. Returns an empty list if no draft was worthwhile."""
@@ -177,7 +192,7 @@ class DecodeBatch:
             return outputs
         if None not in self._rows and (length := self._speculation.draft_length(rows)):
             return outputs + self.verify(length)
-        return self._without_failed(outputs, self._queue())
+        return self._without_failed(outputs, self._queue_sampling(self._queue_forward()))
 
     def _unread(self) -> list[tuple[int, DecodeRow]]:
         return [(index, row) for index, row in enumerate(self._rows) if row is not None and row.next_input is None]
@@ -212,13 +227,23 @@ class DecodeBatch:
         self._rows.extend(rows)
         self._input_ids = mx.concatenate([self._input_ids, input_ids])
 
-    def _queue(self) -> _Failures:
-        """Queue a forward pass and the sampling of the next input ids. Returns the rows whose processors raised."""
+    def _queue_forward(self) -> mx.array:
+        """Queue a forward pass of the input ids. Returns its logits, [batch, vocabulary]."""
         self._cache.grow_ahead()
         inputs = valid_ids(self._input_ids)
-        logits = self._model(inputs[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
+        logits: mx.array = self._model(inputs[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
+        if self._constraints:
+            mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        return logits
+
+    def _queue_sampling(self, logits: mx.array) -> _Failures:
+        """Queue the sampling of the next input ids. Returns the rows whose processors or constraints failed."""
+        inputs = valid_ids(self._input_ids)
         unchanged = self._batch_logprobs.select(logits)
         logits, failures = self._pipeline(logits, inputs, [row.cached_ids if row else () for row in self._rows])
+        if self._constraints:
+            logits, failed = self._constraints(logits)
+            failures += failed
         self._input_ids = self._sampler(logits, [row.position if row else 0 for row in self._rows])
         queued = [self._input_ids]
         if unchanged is not None:
@@ -228,7 +253,7 @@ class DecodeBatch:
         self._columns += 1
         for row in filter(None, self._rows):
             row.advance()
-        return [(failed, error) for index, error in failures if (failed := self._rows[index])]
+        return [(failed_row, error) for index, error in failures if (failed_row := self._rows[index])]
 
     def _without_failed(self, outputs: list[TokenOutput], failures: _Failures) -> list[TokenOutput]:
         if not failures:
@@ -249,6 +274,7 @@ class DecodeBatch:
         self._sampler = BatchSampler([row.sampling if row else _GREEDY for row in rows])
         self._pipeline = LogitsPipeline(self._processors, rows)
         self._batch_logprobs = BatchLogprobs(rows)
+        self._constraints = BatchConstraints([row.guide if row else None for row in self._rows])
         self._shifts = forward.shifts(rows)
 
     def _vacate(self, indices: Sequence[int], *, store: bool = True) -> None:

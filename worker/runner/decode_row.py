@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from worker.runner.base import Row
+from worker.runner.logits.constraint import Guide
 
 
 @dataclass(slots=True, eq=False)
@@ -16,17 +17,21 @@ class DecodeRow:
         position: answer position of the token that is sampled next.
         cached_ids: the tokens in the cache: all but the next input.
         next_input: the token that is the next input; None while it is on the device and has not been read.
+        guide: the state of the row's constraint; None if it has none.
     """
 
     row: Row
     position: int
     cached_ids: list[int]
     next_input: int | None
+    guide: Guide | None = None
 
     @classmethod
     def after_prefill(cls, row: Row) -> DecodeRow:
         """Return a row that was just prefilled."""
-        return cls(row, row.generated, list(row.prompt[:-1]), row.prompt[-1])
+        length = len(row.prompt) - row.generated
+        guide = row.constraint.start(row.prompt[:length], row.prompt[length:]) if row.constraint else None
+        return cls(row, row.generated, list(row.prompt[:-1]), row.prompt[-1], guide)
 
     @property
     def uid(self) -> int:

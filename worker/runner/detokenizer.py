@@ -26,12 +26,18 @@ def make_detokenizer(tokenizer: Any) -> Detokenizer:
     Args:
         tokenizer: mlx-lm's or mlx-vlm's.
     """
+    backend = backend_tokenizer(tokenizer)
+    return LibraryDetokenizer(tokenizer.detokenizer) if backend is None else StreamDetokenizer(backend)
+
+
+def backend_tokenizer(tokenizer: Any) -> Tokenizer | None:
+    """Return the tokenizer of the tokenizers library inside mlx-lm's or mlx-vlm's; None for one written in Python."""
     inner = getattr(tokenizer, "_tokenizer", None)
     for each in (tokenizer, inner):
         backend = getattr(each, "backend_tokenizer", None)
         if isinstance(backend, Tokenizer):
-            return StreamDetokenizer(backend)
-    return LibraryDetokenizer(tokenizer.detokenizer)
+            return backend
+    return None
 
 
 class StreamDetokenizer:

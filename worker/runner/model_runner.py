@@ -39,6 +39,8 @@ from worker.runner.decode import DecodeBatch
 from worker.runner.detokenizer import make_detokenizer
 from worker.runner.kv_cache import Footprint
 from worker.runner.length_buckets import LengthBuckets
+from worker.runner.logits.bias import LogitBias
+from worker.runner.logits.constraint import ConstraintCompiler
 from worker.runner.logits.logprobs import MAX_ALTERNATIVES
 from worker.runner.logits.penalties import Penalties
 from worker.runner.logits.processor import LogitsProcessor
@@ -86,7 +88,7 @@ class MLXRunner:
         family: the vision part of the model; None for a language model.
         batching: how far rows may share passes.
         speculation_tokens: maximum draft tokens per row and step; 0: no speculation.
-        processors: logits processors in addition to the penalties.
+        processors: logits processors in addition to the penalties and the logit bias.
     """
 
     def __init__(
@@ -112,7 +114,8 @@ class MLXRunner:
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
         self._vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
-        self._processors = (Penalties(), *processors)
+        self._processors: tuple[LogitsProcessor, ...] = (Penalties(), LogitBias(), *processors)
+        self._constraints = ConstraintCompiler(loaded.tokenizer, self._vocabulary, self.eos)
         self._vision = VisionStage(family, 0) if family else None
         self._footprint = Footprint.of(self._model)
         self._batching = batching
@@ -150,7 +153,7 @@ class MLXRunner:
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, detail)
         if problem := self._unknown_token(expanded, images=media is not None):
             raise PromptRefused(JobFailure.TEMPLATE, problem)
-        return Prompt(tuple(expanded), shared, media)
+        return Prompt(tuple(expanded), shared, media, self._constraints.compile(request))
 
     def detokenizer(self) -> Detokenizer:
         """See `ModelRunner.detokenizer`."""
@@ -323,6 +326,8 @@ class MLXRunner:
             return "a sampling option is not a finite number"
         if row.request.logprobs is not None and not 0 <= row.request.logprobs <= MAX_ALTERNATIVES:
             return f"the number of log-probability alternatives is not between 0 and {MAX_ALTERNATIVES}"
+        if not all(0 <= token < self._vocabulary for token, _ in row.request.logit_bias):
+            return f"a token id of the logit bias is not below {self._vocabulary}"
         return self._unknown_token(row.prompt, images=row.media is not None)
 
     def _unknown_token(self, tokens: Sequence[int], *, images: bool) -> str | None:

@@ -1,0 +1,1 @@
+"""Constraints on answers: checks them and compiles them to llguidance grammars."""

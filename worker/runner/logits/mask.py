@@ -1,0 +1,85 @@
+"""Applies the constraints of a batch to its logits.
+
+Constraints need the newest tokens on the host, which the logits processors of `worker.runner.logits.processor` do not.
+So the batch queues the forward pass first, reads the newest tokens, and computes the masks while the device works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import mlx.core as mx
+import numpy as np
+from llguidance import LLExecutor
+from llguidance.numpy import fill_next_token_bitmask_par
+
+from worker.runner.logits.constraint import Guide
+from worker.runner.logits.processor import RowFailures
+
+_WORD_BITS: Final = 32
+_MAX_THREADS: Final = 8
+
+
+class BatchConstraints:
+    """The constraints of one composition of a batch.
+
+    Args:
+        guides: by batch index; None: the row is not constrained, or there is no row.
+    """
+
+    def __init__(self, guides: Sequence[Guide | None]) -> None:
+        self._guides = [(index, guide) for index, guide in enumerate(guides) if guide is not None]
+
+    def __bool__(self) -> bool:
+        """Return whether any row is constrained."""
+        return bool(self._guides)
+
+    def __call__(self, logits: mx.array) -> tuple[mx.array, RowFailures]:
+        """Set the logits of the tokens that may not come next to minus infinity.
+
+        Args:
+            logits: [batch, vocabulary]; need not be evaluated.
+
+        Returns:
+            [batch, vocabulary] changed logits, and the rows whose constraint failed; ignore the logits of these rows.
+        """
+        allowed = np.ones(logits.shape, dtype=np.bool_)
+        self._fill_by_grammar(allowed)
+        for index, guide in self._guides:
+            if guide.forced is not None:
+                allowed[index] = False
+                allowed[index, guide.forced] = True
+            elif guide.must_not_end:
+                allowed[index, guide.eos] = False
+            elif guide.follows_grammar and guide.think_start is not None:
+                allowed[index, guide.think_start] = True
+        failures: RowFailures = [(index, guide.error) for index, guide in self._guides if guide.error]
+        if allowed.all():
+            return logits, failures
+        return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype)), failures
+
+    def _fill_by_grammar(self, allowed: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        """Let the grammars decide about their rows."""
+        rows = [(index, guide) for index, guide in self._guides if guide.follows_grammar and guide.error is None]
+        matchers = [guide.matcher for _, guide in rows if guide.matcher is not None]
+        if not matchers:
+            return
+        words = rows[0][1].words
+        bits = np.zeros((len(matchers), words), dtype=np.int32)
+        fill_next_token_bitmask_par(_executor(), [(matcher, i) for i, matcher in enumerate(matchers)], bits)
+        for _, guide in rows:
+            guide.check()
+        width = min(allowed.shape[1], words * _WORD_BITS)
+        indices = [index for index, _ in rows]
+        allowed[indices] = False
+        unpacked = np.unpackbits(bits.view(np.uint8), axis=1, count=width, bitorder="little")
+        allowed[indices, :width] = unpacked.view(np.bool_)
+
+
+@lru_cache(maxsize=1)
+def _executor() -> LLExecutor:
+    """Return the threads that compute masks, which are shared by all models."""
+    return LLExecutor(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
