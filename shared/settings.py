@@ -206,10 +206,14 @@ class Settings(BaseSettings):
 
     # Workers
     workers: int = Field(1, ge=1, le=64, description="Number of worker processes that scripts/serve starts")
-    backend: Literal["auto", "fake"] = Field(
+    backend: Literal["auto", "fake", "scripted"] = Field(
         "auto",
-        description="Model runner. `auto`: chosen by the model folder. `fake`: generates random words "
-        "without a model, for tests",
+        description="Model runner. `auto`: chosen by the model folder. For tests, without a model: `fake` generates "
+        "random words, `scripted` gives the answers in SCRIPT_FILE",
+    )
+    script_file: Path | None = Field(
+        None,
+        description="Answers of `BACKEND=scripted`, one JSON object per line; see `worker/runner/scripted.py`",
     )
     worker_models: str = Field(
         "",
@@ -344,6 +348,11 @@ class Settings(BaseSettings):
     def tokenizers_dir(self) -> Path:
         """Tokenizer files, shared by the API and the workers of this host."""
         return self.data_dir / "tokenizers"
+
+    @property
+    def modelless(self) -> bool:
+        """Whether workers run without a model."""
+        return self.backend != "auto"
 
     @cached_property
     def embedded_redis(self) -> bool:

@@ -47,7 +47,7 @@ def ensure_model(settings: Settings, environment: Mapping[str, str], signals: St
     Raises:
         StartFailed: another model is missing or incomplete, or the fetch failed and has printed why.
     """
-    if settings.backend == "fake":
+    if settings.modelless:
         return
     catalog = load_catalog(settings)
     path = catalog.models[catalog.default].path

@@ -66,7 +66,7 @@ class Terminal:
         key_source = "the environment" if key_in_environment else _relative(env_file)
         workers = f"{settings.workers} worker{'s' if settings.workers > 1 else ''}"
         queue = "Valkey in DATA_DIR" if settings.embedded_redis else "REDIS_URL"
-        fake = " (BACKEND=fake: meaningless words)" if settings.backend == "fake" else ""
+        fake = f" (BACKEND={settings.backend}: no model)" if settings.modelless else ""
         loaded = _loaded_models(settings)
         examples = "\n".join(_examples(settings, loaded, _key_in_shell(env_file, key_in_environment)))
         self.print(f"""

@@ -133,6 +133,7 @@ class Job:
         history: the last attempts, oldest first.
         children: ids of the jobs with the further choices of the same request. They are cancelled and deleted together
             with this job.
+        reasoning_tokens: see `Ending`.
     """
 
     id: str
@@ -160,6 +161,7 @@ class Job:
     old_layout: bool = False
     history: tuple[Attempt, ...] = ()
     children: tuple[str, ...] = ()
+    reasoning_tokens: int | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -197,6 +199,7 @@ class Job:
             old_layout=OLD_REQUEST in record,
             history=_history(record),
             children=tuple(record.get("children", "").split()),
+            reasoning_tokens=count("reasoning_tokens"),
         )
 
 
@@ -236,6 +239,7 @@ class Ending:
 
     Attributes:
         prompt_tokens, cached_tokens: None if unknown.
+        reasoning_tokens: completion tokens of reasoning; None unless the text is parsed as a message.
         completion_tokens: None if unknown; the tokens are then counted in the log.
     """
 
@@ -244,6 +248,7 @@ class Ending:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
     error_code: str | None = None
     error_message: str | None = None

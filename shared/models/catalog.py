@@ -259,7 +259,7 @@ class _Reader:
             return "kind", f"{path} holds a {kind} model"
         if adapter is not None and kind == "vision":
             return "adapter", "vision models do not support adapters"
-        if self._settings.backend == "fake":
+        if self._settings.modelless:
             return "", ""
         if entry.hub and (other := other_source(path, entry.hub, entry.revision)):
             key = "revision" if other.startswith("revision ") else "hub"

@@ -34,6 +34,10 @@ class ModelCard:
         template_variables: variables of the template in addition to the messages.
         image: fields of `ImageGeometry`; None if the model accepts no images.
         vocabulary: number of tokens that the embedding has; None in cards of earlier versions.
+        reasoning: whether the model can write its reasoning apart from the answer. None in cards of earlier versions,
+            whose workers know neither reasoning nor tools nor constraints.
+        tool_format: name of the format in which the model calls tools; None if there is no parser for it.
+        structured: whether answers can be constrained.
     """
 
     id: str
@@ -46,6 +50,9 @@ class ModelCard:
     template_variables: dict[str, Any] | None = None
     image: dict[str, int] | None = None
     vocabulary: int | None = None
+    reasoning: bool | None = None
+    tool_format: str | None = None
+    structured: bool = False
 
     @property
     def geometry(self) -> ImageGeometry | None:

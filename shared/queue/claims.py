@@ -100,6 +100,7 @@ class Append:
         n: number of the job's next event, which carries `text`. Nothing is written if the log lacks an earlier event.
         tokens: token ids of `text`; a later attempt prefills them to resume.
         extra: further members of the event's JSON object, without braces.
+        chunk: whether to write a chunk event although there is no text.
         start: whether the job was admitted to the batch, which starts the attempt.
         prompt: token ids of the prompt, if this worker tokenised it; stored for later attempts.
         ending: how the job ends; None while it runs.
@@ -112,9 +113,15 @@ class Append:
     text: str = ""
     tokens: tuple[int, ...] = ()
     extra: str = ""
+    chunk: bool = False
     start: bool = False
     prompt: tuple[int, ...] | None = None
     ending: Ending | None = None
+
+    @property
+    def has_chunk(self) -> bool:
+        """Whether this output is a chunk event."""
+        return self.chunk or bool(self.text)
 
     def to_json(self) -> str:
         """Encode as an argument of `append.lua`."""
@@ -123,9 +130,9 @@ class Append:
             row["start"] = True
         if self.prompt is not None:
             row["prompt"] = pack_tokens(self.prompt)
-        if self.text or self.ending is not None:
+        if self.has_chunk or self.ending is not None:
             row["n"] = self.n
-        if self.text:
+        if self.has_chunk:
             row |= {"text": self.text, "tokens": join_tokens(self.tokens)}
             if self.extra:
                 row["extra"] = self.extra

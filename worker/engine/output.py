@@ -85,6 +85,8 @@ class OutputProcessor:
         for token in written.tokens:
             text, stopped = _append(sequence, TokenOutput(sequence.uid, token))
             texts.append(text)
+            if sequence.message is not None:
+                sequence.message.take()  # its parts are in the log
             if stopped:
                 end = sequence.finish(Status.SUCCEEDED, reason="stop")
                 break
@@ -125,16 +127,23 @@ def _detokenized(detokenizer: Detokenizer, tokens: Iterable[int]) -> str:
 
 
 def _append(sequence: Sequence, output: TokenOutput) -> tuple[str, bool]:
-    """Add a token; return the text that may be published now, and whether a stop string ends it."""
+    """Add a token; return the text that may be published now, and whether it ends the answer.
+
+    A stop string ends it, or a tool call after which the request allows no other.
+    """
     sequence.generated.append(output.token)
     sequence.unpublished.append(output)
     output.text = sequence.detokenizer.add(output.token)
-    return sequence.stops.push(output.text)
+    text, stopped = sequence.stops.push(output.text)
+    if sequence.message is None:
+        return text, stopped
+    sequence.message.add_token(output.text, text)
+    return text, stopped or sequence.message.complete
 
 
 def _published(sequence: Sequence, text: str) -> SequenceOutput:
     outputs, sequence.unpublished = tuple(sequence.unpublished), []
-    return SequenceOutput(sequence, outputs, text)
+    return SequenceOutput(sequence, outputs, text, sequence.message.take() if sequence.message else None)
 
 
 def _end(
@@ -144,6 +153,8 @@ def _end(
     tail, stopped = sequence.stops.push(sequence.detokenizer.finish())
     if not stopped:
         tail += sequence.stops.flush()
+    if sequence.message is not None:
+        sequence.message.add_tail(tail)
     reason = "stop" if stopped else reason
     if output is not None:
         output.finish_reason = reason

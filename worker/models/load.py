@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from shared.models.facts import GROUP, context_of
 from shared.models.folder import ModelError, check_adapter, check_folder
 from shared.models.registry import ModelCard
+from worker.output.format import PLAIN, MessageFormat, message_format
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class LoadedModel:
         tokenizer: mlx-lm's wrapper of the tokenizer.
         config: `config.json` as mlx-lm reads it.
         eos: ids of the tokens that end an answer, including those of `generation_config.json`.
+        message_format: how the model marks reasoning and tool calls in its text.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class LoadedModel:
     config: dict[str, Any]
     card: ModelCard
     eos: frozenset[int]
+    message_format: MessageFormat = PLAIN
 
 
 def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False) -> LoadedModel:
@@ -116,6 +119,7 @@ def _quantisation_of(model: Any) -> Callable[[str, Any], bool | dict[str, Any]]:
 
 def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> LoadedModel:
     """Return a model of a kind (`text` or `vision`) with its card."""
+    form = message_format(tokenizer)
     card = ModelCard(
         id=folder.name,
         kind=kind,
@@ -124,8 +128,10 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
+        reasoning=form.reasons,
+        tool_format=form.tool.name if form.tool else None,
     )
-    return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids))
+    return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids), form)
 
 
 def _default_context(model: Any) -> int | None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import chain
 from queue import Empty, SimpleQueue
 from time import sleep
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from redis import RedisError
 
@@ -23,6 +23,7 @@ from shared.queue.claims import Append, Claims, WriteResult
 from shared.redis.client import passes
 from shared.wire import to_json
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
+from worker.output.parser import Delta, merged
 from worker.process.critical import CriticalThread, OnDeath, end_process
 from worker.queue.lease import ApplyWriteResult
 from worker.runner.base import TokenOutput
@@ -158,12 +159,16 @@ class Publisher(CriticalThread):
 
 
 def _batch_row(sequence: Sequence, outputs: list[SequenceOutput]) -> _BatchRow:
-    """Merge all outputs of a job into one chunk event. Without text there is no event, and no number is used."""
+    """Merge all outputs of a job into one chunk event.
+
+    Without text and without a new part of the message there is no event, and no number is used.
+    """
     last, claimed = outputs[-1], sequence.claimed
     start = any(output.started for output in outputs)
     if start:
         sequence.next_event += 1  # the admission is an event as well
     tokens = tuple(chain.from_iterable(output.outputs for output in outputs))
+    delta = merged(output.delta for output in outputs if output.delta) if sequence.message else None
     append = Append(
         job_id=claimed.job.id,
         attempt=claimed.job.attempt,
@@ -171,19 +176,22 @@ def _batch_row(sequence: Sequence, outputs: list[SequenceOutput]) -> _BatchRow:
         n=sequence.next_event,
         text="".join(output.text for output in outputs),
         tokens=tuple(token.token for token in tokens),
-        extra=_extra_fields(sequence, tokens),
+        extra=_extra_fields(sequence, tokens, delta),
+        chunk=bool(delta),
         start=start,
         prompt=sequence.new_tokens if start else None,
         ending=last.ending,
     )
-    if append.text:
+    if append.has_chunk:
         sequence.next_event += 1
     return _BatchRow(sequence, append, last.outcome)
 
 
-def _extra_fields(sequence: Sequence, tokens: Iterable[TokenOutput]) -> str:
+def _extra_fields(sequence: Sequence, tokens: Iterable[TokenOutput], delta: Delta | None) -> str:
     """Return the fields of the chunk event other than its text, as JSON without braces."""
-    if sequence.request.logprobs is None:
-        return ""
-    entries = [sequence.describe_logprob(token) for token in tokens]
-    return '"logprobs":' + to_json(entries)
+    fields: dict[str, Any] = {}
+    if sequence.request.logprobs is not None:
+        fields["logprobs"] = [sequence.describe_logprob(token) for token in tokens]
+    if delta is not None:
+        fields["delta"] = delta
+    return to_json(fields)[1:-1] if fields else ""

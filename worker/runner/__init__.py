@@ -21,6 +21,10 @@ def choose_loader(settings: Settings, model: CatalogModel) -> RunnerLoader:
         from worker.runner import fake
 
         return partial(fake.load, model)
+    if settings.backend == "scripted":
+        from worker.runner import scripted
+
+        return partial(scripted.load, settings, model)
     from worker.runner import loading
 
     return partial(loading.load, settings, model)
@@ -28,7 +32,7 @@ def choose_loader(settings: Settings, model: CatalogModel) -> RunnerLoader:
 
 def memory_limit(settings: Settings) -> int:
     """Return the maximum bytes for all models of this process and their caches."""
-    if settings.backend == "fake":
+    if settings.modelless:
         return settings.memory_limit_bytes or sys.maxsize
     from worker.runner.memory import device_limit
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard
+from worker.output.format import MessageFormat
 
 IMAGE_TOKENS = 2**31
 """Token ids from this value on stand for image tokens. They fit into 32 bits and are larger than any vocabulary."""
@@ -252,6 +253,7 @@ class ModelRunner(Protocol):
 
     Attributes:
         eos: ids of the end-of-sequence tokens.
+        message_format: how the model marks reasoning and tool calls in its text.
         about: facts for `/health`: device, number types, versions.
         weights_bytes: size of the weights.
         cache_bytes: bytes that were free for caches when the model was loaded; the limit until the engine sets another.
@@ -262,6 +264,7 @@ class ModelRunner(Protocol):
 
     card: ModelCard
     eos: frozenset[int]
+    message_format: MessageFormat
     about: dict[str, object]
     weights_bytes: int
     cache_bytes: int

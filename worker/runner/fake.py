@@ -29,6 +29,7 @@ import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
+from typing import Self
 from zlib import crc32
 
 from shared.errors import JobFailure, PromptRefused
@@ -36,6 +37,7 @@ from shared.jobs.request import Request
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
+from worker.output.format import PLAIN
 from worker.runner.base import (
     UNKNOWN_COST,
     Media,
@@ -99,8 +101,8 @@ class _RowError(RuntimeError):
     """The error of the directive `!row-fails`."""
 
 
-@dataclass(slots=True)
-class _FakeRow:
+@dataclass
+class FakeRow:
     """A row, and the directives in its prompt.
 
     Attributes:
@@ -118,7 +120,8 @@ class _FakeRow:
     remaining: int
 
     @classmethod
-    def of(cls, row: Row) -> _FakeRow:
+    def of(cls, row: Row) -> Self:
+        """Return a row with the directives in its prompt."""
         prompt = row.prompt[: len(row.prompt) - row.generated]
         text = bytes(token for token in prompt if token < EOS).decode(errors="replace")
         return cls(
@@ -199,13 +202,14 @@ class FakeRunner:
     ) -> None:
         self.card = ModelCard(id=model, kind="fake", context=context)
         self.eos = frozenset({EOS})
+        self.message_format = PLAIN
         self.about: dict[str, object] = {"device": "none"}
         self.weights_bytes = weights_bytes
         self.cache_bytes = memory
         self.chunk = chunk
         self.depth = 1
         self.cost = UNKNOWN_COST
-        self._rows: dict[int, _FakeRow] = {}
+        self._rows: dict[int, FakeRow] = {}
         self._step_started = 0.0
 
     def tokenize(self, request: Request) -> list[int]:
@@ -249,7 +253,11 @@ class FakeRunner:
 
     def insert(self, rows: Sequence[Row]) -> None:
         """See `ModelRunner.insert`."""
-        self._rows |= {row.uid: _FakeRow.of(row) for row in rows}
+        self._rows |= {row.uid: self.make_row(row) for row in rows}
+
+    def make_row(self, row: Row) -> FakeRow:
+        """Return a row that generates words."""
+        return FakeRow.of(row)
 
     def prefillable(self) -> dict[int, RemainingPrompt]:
         """See `ModelRunner.prefillable`."""

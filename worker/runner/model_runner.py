@@ -105,6 +105,7 @@ class MLXRunner:
     ) -> None:
         self.card = loaded.card
         self.eos = loaded.eos
+        self.message_format = loaded.message_format
         self.chunk = chunk
         self.depth = max(len(kv_cache.empty_row(loaded.model)) - 1, 1)  # the last layer's output is not needed
         self.cost = UNKNOWN_COST

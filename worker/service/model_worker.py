@@ -178,7 +178,7 @@ class ModelWorker:
         """Prove the tokenizer of the loaded model, and announce it."""
         self._load_s = time.monotonic() - self._opened_at
         runner = self.runner
-        if runner is not None and self._process.settings.backend != "fake":
+        if runner is not None and not self._process.settings.modelless:
             defaults = tokenizer_defaults(self.model.path) if runner.card.kind == "text" else None
             self._tokenizer.begin(self.model.path, runner.card, defaults)
 

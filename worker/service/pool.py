@@ -158,7 +158,7 @@ class ModelPool:
         """Prepare the model library once, before MLX is first imported."""
         if self.memory_limit:
             return
-        if self._settings.backend != "fake":
+        if not self._settings.modelless:
             self._prepare_blas()
         self.memory_limit = memory_limit(self._settings)
 

@@ -4,7 +4,7 @@
 --   start    true if the row was admitted to the batch: its attempt starts
 --   prompt   packed token ids of the prompt, if this worker tokenised it
 --   n        number of the next event: the chunk event with `text`, or the terminal event if there is no text
---   text, tokens ('a,b,c'), extra (further members of the event's JSON object, without braces)
+--   text (may be empty), tokens ('a,b,c'), extra (further members of the event's JSON object, without braces)
 --   ending   record fields of a job that ends, with `status`
 -- Returns one result per row: 'ok'; 'cancelled' or 'expired' if the job must stop; 'fenced' if nothing was written.
 --
