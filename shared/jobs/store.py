@@ -29,6 +29,8 @@ GROWTH_BYTES: Final = 128
 """Bytes that a generated token may add to Redis: its event, its text, and the overhead of the stream."""
 LOGPROB_BYTES: Final = 96
 """Bytes that one log-probability with its token's text adds to an event."""
+DELTA_BYTES: Final = 64
+"""Bytes that a token adds if it is written a second time, as a part of a message."""
 RECORD_BYTES: Final = 2048
 """Bytes that a job occupies in addition to request and answer."""
 MEMORY_SHARE: Final = 0.9
@@ -336,7 +338,8 @@ def _max_queued(settings: Settings) -> int:
 
 def _token_bytes(request: Request) -> int:
     """Return how many bytes a generated token may add to Redis."""
-    return GROWTH_BYTES + (0 if request.logprobs is None else LOGPROB_BYTES * (1 + request.logprobs))
+    logprob_bytes = 0 if request.logprobs is None else LOGPROB_BYTES * (1 + request.logprobs)
+    return GROWTH_BYTES + logprob_bytes + (DELTA_BYTES if request.parse == "message" else 0)
 
 
 def _optional(submission: Submission) -> dict[str, str]:

@@ -13,11 +13,24 @@ from shared.jobs.store import Accepted, Jobs
 from web.cluster.snapshot import Cluster
 from web.parsing import ui_tars
 from web.results import logprobs
-from web.schemas.jobs import ActionView, AttemptView, InferenceView, JobError, JobView, Output, Timings, Urls, Usage
+from web.results.messages import read_message
+from web.schemas.jobs import (
+    ActionView,
+    AttemptView,
+    InferenceView,
+    JobError,
+    JobView,
+    MessageView,
+    Output,
+    Timings,
+    Urls,
+    Usage,
+)
 from web.schemas.requests import PriorityName
 
 UI_TARS: Final = "ui_tars"
-"""The only value of `parse` that this version knows."""
+MESSAGE: Final = "message"
+"""The values of `parse` that this version knows."""
 
 
 class JobViews:
@@ -41,7 +54,9 @@ class JobViews:
         positions = self._jobs.positions(jobs)
         ended = [job for job in jobs if job.status.terminal]
         texts = dict(zip((job.id for job in ended), self._jobs.texts(ended), strict=True))
-        return [self._view(job, _output(job, texts.get(job.id)), positions.get(job.id)) for job in jobs]
+        return [
+            self._view(job, _output(job, texts.get(job.id)), positions.get(job.id), with_message=False) for job in jobs
+        ]
 
     def inference_json(self, job: Job) -> str:
         """Return the result of a job that succeeded, as the JSON of an `InferenceView`."""
@@ -65,7 +80,7 @@ class JobViews:
         untouched = job.status is Status.QUEUED and job.attempt == 0
         return _output(job, "" if untouched else self._jobs.text(job))
 
-    def _view(self, job: Job, output: Output | None, position: int | None) -> JobView:
+    def _view(self, job: Job, output: Output | None, position: int | None, *, with_message: bool = True) -> JobView:
         return JobView(
             id=job.id,
             status=job.status,
@@ -84,21 +99,27 @@ class JobViews:
             error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
             metadata=job.metadata,
             urls=urls(job.id),
-            **self._parsed(job, output.text if output and job.status.terminal else None),
+            **self._parsed(job, output.text if output and job.status.terminal else None, with_message=with_message),
         )
 
     def _estimated_start_s(self, job: Job, position: int | None) -> float | None:
         return self._cluster.snapshot().estimated_start_s(job.model, position) if position else None
 
-    def _parsed(self, job: Job, text: str | None) -> dict[str, Any]:
+    def _parsed(self, job: Job, text: str | None, *, with_message: bool = True) -> dict[str, Any]:
         """Return the fields of `Parsed` if the job requested them; they are None until its text is complete."""
         if job.parsing is None:
             return {}
+        if job.parsing.format == MESSAGE:
+            return {"message": self._message(job) if text is not None and with_message else None}
         if text is None or job.parsing.format != UI_TARS:  # a newer version may know others
             return {"actions": None, "parse_error": None}
         card = self._cluster.snapshot().models.get(job.model)
         actions, error = ui_tars.parse(text, job.parsing.image_size, card.geometry if card else None)
         return {"actions": [ActionView(**asdict(action)) for action in actions], "parse_error": error}
+
+    def _message(self, job: Job) -> MessageView | None:
+        reader = read_message(job, self._log)
+        return None if reader is None else MessageView.model_validate(reader.to_dict())
 
 
 def urls(job_id: str) -> Urls:
@@ -127,4 +148,5 @@ def _usage(job: Job) -> Usage:
         prompt_tokens=job.prompt_tokens,
         completion_tokens=job.completion_tokens,
         cached_tokens=job.cached_tokens,
+        reasoning_tokens=job.reasoning_tokens,
     )

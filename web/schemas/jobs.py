@@ -74,17 +74,46 @@ class ActionView(ResponseModel):
     )
 
 
-_PARSED = frozenset({"actions", "parse_error"})
+class FunctionCall(ResponseModel):
+    """The function that a tool call calls."""
+
+    name: str
+    arguments: str = Field(description="A JSON object as text")
+
+
+class ToolCall(ResponseModel):
+    """A tool call of the model."""
+
+    id: str = Field(description="Send it back with the call's result")
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class MessageView(ResponseModel):
+    """The answer as a message, in OpenAI's form."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None = Field(description="The text without reasoning; null if there is none next to tool calls")
+    reasoning_content: str | None = Field(description="The model's reasoning; null if there is none")
+    tool_calls: list[ToolCall] | None = Field(description="The tools that the model calls; null if there are none")
+
+
+_PARSED = frozenset({"actions", "parse_error", "message"})
 
 
 class Parsed(ResponseModel):
-    """Structured data from the text. Both fields are present only if the request set `parse`."""
+    """Structured data from the text. The fields are present only if the request set `parse` to their format."""
 
     actions: list[ActionView] | None = Field(
-        None, description="Actions in the text; null until the job has ended. Present only if the request set `parse`"
+        None, description="Actions in the text; null until the job has ended. Present only with `parse: ui_tars`"
     )
     parse_error: str | None = Field(
-        None, description="Why no actions could be read from the text. Present only if the request set `parse`"
+        None, description="Why no actions could be read from the text. Present only with `parse: ui_tars`"
+    )
+    message: MessageView | None = Field(
+        None,
+        description="The answer as a message; null until the job has ended, in lists, and once the job's log is no "
+        "longer stored. Present only with `parse: message`",
     )
 
     @model_serializer(mode="wrap")
@@ -109,6 +138,9 @@ class Usage(ResponseModel):
     prompt_tokens: int | None
     completion_tokens: int | None
     cached_tokens: int | None = Field(description="Prompt tokens that the prefix cache supplied")
+    reasoning_tokens: int | None = Field(
+        None, description="Completion tokens of reasoning; null unless the request set `parse: message`"
+    )
 
 
 class Timings(ResponseModel):
