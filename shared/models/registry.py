@@ -34,8 +34,8 @@ class ModelCard:
         template_variables: variables of the template in addition to the messages.
         image: fields of `ImageGeometry`; None if the model accepts no images.
         vocabulary: number of tokens that the embedding has; None in cards of earlier versions.
-        reasoning: whether the model can write its reasoning apart from the answer. None in cards of earlier versions,
-            whose workers know neither reasoning nor tools nor constraints.
+        reasoning: whether the model marks its reasoning, so that its length can be limited. None in cards of earlier
+            versions, which have none of these three fields.
         tool_format: name of the format in which the model calls tools; None if there is no parser for it.
         structured: whether answers can be constrained.
     """
@@ -84,6 +84,8 @@ class WorkerInfo:
         heartbeat_at: time of the announcement.
         stats: counters and gauges for `/metrics` (tokens, steps, batch size, memory, …).
         about: constant facts for `/health` (device, BLAS, GFLOP/s, versions).
+        protocol: which fields of requests the worker understands. 0: those of the versions without tools; also in infos
+            of these versions. 1: also tools, constraints, and options of reasoning and templates.
     """
 
     id: str
@@ -98,6 +100,7 @@ class WorkerInfo:
     heartbeat_at: float
     stats: dict[str, float]
     about: dict[str, Any]
+    protocol: int = 0
 
     def to_json(self) -> str:
         """Encode as one line of JSON without the times, which `announce_worker.lua` adds."""

@@ -99,6 +99,7 @@ class StubWorker(threading.Thread):
                 id=self._id, node=f"{self._id}@stub", host="stub", pid=os.getpid(), model=MODEL, state="ready",
                 slots=self._slots, slots_used=len(self._rows), started_at=self._started_at,
                 heartbeat_at=time.time(), stats={"tokens_total": 1.0, "batch": 2.0}, about={"device": "none"},
+                protocol=1,
             ),
             _LEASE_S,
         )  # fmt: skip

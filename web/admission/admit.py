@@ -24,6 +24,7 @@ from shared.models.registry import ModelCard
 from shared.queue.wakeups import Notifier
 from shared.settings import Settings
 from shared.tokenizing.messages import Tokenized
+from web.admission.capabilities import check_capabilities
 from web.admission.prefix_hashes import prefix_hashes
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.model_availability import model_not_found
@@ -151,6 +152,7 @@ class Admission:
         self._check_loaded(model, context)
         generation = self._generation(request, model, card)
         self._check_images(generation, card)
+        check_capabilities(generation, card, self._cluster.snapshot())
         tokenized = _given_tokens(request, card) or self._tokenized(request, generation, card)
         return Submission(
             request=generation,

@@ -71,6 +71,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "load_failed",
         "unknown_parameter",
         "no_images",
+        "not_supported",
         "too_many_images",
         "image_format",
         "image_broken",

@@ -74,19 +74,19 @@ class ActionView(ResponseModel):
     )
 
 
-class FunctionCall(ResponseModel):
+class FunctionCallView(ResponseModel):
     """The function that a tool call calls."""
 
     name: str
     arguments: str = Field(description="A JSON object as text")
 
 
-class ToolCall(ResponseModel):
+class ToolCallView(ResponseModel):
     """A tool call of the model."""
 
     id: str = Field(description="Send it back with the call's result")
     type: Literal["function"] = "function"
-    function: FunctionCall
+    function: FunctionCallView
 
 
 class MessageView(ResponseModel):
@@ -95,7 +95,7 @@ class MessageView(ResponseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None = Field(description="The text without reasoning; null if there is none next to tool calls")
     reasoning_content: str | None = Field(description="The model's reasoning; null if there is none")
-    tool_calls: list[ToolCall] | None = Field(description="The tools that the model calls; null if there are none")
+    tool_calls: list[ToolCallView] | None = Field(description="The tools that the model calls; null if there are none")
 
 
 _PARSED = frozenset({"actions", "parse_error", "message"})

@@ -128,7 +128,7 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
-        reasoning=form.reasons,
+        reasoning=bool(form.think_start),
         tool_format=form.tool.name if form.tool else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids), form)

@@ -67,12 +67,6 @@ class MessageFormat:
     special: tuple[str, ...] = ()
     decode: Callable[[Sequence[int]], str] | None = None
 
-    @property
-    def reasons(self) -> bool:
-        """Whether the model can write its reasoning apart from the answer."""
-        targets = {target for edges in self.edges.values() for target in edges.values()}
-        return Part.REASONING in targets or Part.MESSAGE in targets
-
     def edges_for(self, *, tools: bool) -> dict[Part, dict[str, Part]]:
         """Return the edges for a request with or without tools.
 

@@ -11,6 +11,7 @@ from redis import RedisError
 from shared.errors import Gone, JobFailure, PromptRefused
 from shared.jobs.log import JobLog, Written
 from shared.jobs.request import Request
+from shared.models.capabilities import missing_capability
 from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
 from shared.redis.client import passes
@@ -69,6 +70,7 @@ class Preparer:
         """
         job = claimed.job
         try:
+            _check_capabilities(claimed.request, runner.card)
             written = self._log.written(job.id, job.last_event) if job.attempt > 1 else None
             tokenized = self._tokenized(claimed, runner)
             images = self._images_of(job.id, claimed.request)
@@ -127,3 +129,10 @@ def _check_vocabulary(tokens: Sequence[int], card: ModelCard) -> None:
     if card.vocabulary is not None and max(tokens) >= card.vocabulary:
         message = f"The prompt contains the token id {max(tokens)}; the model's ids are 0 to {card.vocabulary - 1}."
         raise PromptRefused(JobFailure.TEMPLATE, message)
+
+
+def _check_capabilities(request: Request, card: ModelCard) -> None:
+    """Refuse a request that was accepted before it was known what the model can do."""
+    if missing := missing_capability(request, card):
+        field, reason = missing
+        raise PromptRefused(JobFailure.TEMPLATE, f"{card.id} does not support {field}: {reason}.")

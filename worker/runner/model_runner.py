@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -103,7 +103,6 @@ class MLXRunner:
         speculation_tokens: int = 0,
         processors: Sequence[LogitsProcessor] = (),
     ) -> None:
-        self.card = loaded.card
         self.eos = loaded.eos
         self.message_format = loaded.message_format
         self.chunk = chunk
@@ -117,6 +116,7 @@ class MLXRunner:
         self._vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
         self._processors: tuple[LogitsProcessor, ...] = (Penalties(), LogitBias(), *processors)
         self._constraints = ConstraintCompiler(loaded.tokenizer, self._vocabulary, self.eos)
+        self.card = replace(loaded.card, structured=self._constraints.supported)
         self._vision = VisionStage(family, 0) if family else None
         self._footprint = Footprint.of(self._model)
         self._batching = batching

@@ -160,7 +160,7 @@ class ScriptedRunner(FakeRunner):
         form = self.message_format
         self.card = replace(
             self.card,
-            reasoning=form.reasons,
+            reasoning=bool(script.model.get("reasoning", True)),
             tool_format=form.tool.name if form.tool else None,
             structured=bool(script.model.get("structured", False)),
         )

@@ -296,6 +296,7 @@ class ModelWorker:
             heartbeat_at=time.monotonic(),
             stats=stats | totals.gauges,
             about=dict(runner.about) if runner else {},
+            protocol=1,
         )
 
 

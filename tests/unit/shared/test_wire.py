@@ -15,6 +15,7 @@ from shared.redis.client import Redis
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 MESSAGES = (
     ModelCard("m", "text", context=64, chat_template="{{ messages }}"),
+    ModelCard("m", "text", context=64, reasoning=True, tool_format="json_tools", structured=True),
     Request("m", 9, Sampling(0.5, seed=7), prompt="hi", stop=("x",)),
     Request("m", 9, Sampling(0.5), messages=({"role": "user", "content": "hi"},)),
     Request(

@@ -150,6 +150,12 @@ def test_a_prompt_that_the_runner_refuses_fails_the_job(harness: Harness) -> Non
     assert harness.failure(harness.claimed(plain("word"), tokens=(1,)), runner) == ("template_error", "no")
 
 
+def test_a_request_that_the_model_cannot_honour_fails(harness: Harness) -> None:
+    claimed = harness.claimed(replace(plain("word"), thinking_budget=5), tokens=(1,))
+    code, message = harness.failure(claimed, StubRunner(card=ModelCard("m", "text", 100, reasoning=False)))
+    assert code == "template_error" and "thinking_budget" in message
+
+
 @pytest.mark.parametrize("error", [RedisConnectionError("away"), TokenizerBusy("busy")])
 def test_a_temporary_error_releases_the_job(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -1,0 +1,44 @@
+"""Which fields of a request need something that not every model or worker has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shared.jobs.request import Request
+from shared.models.registry import ModelCard
+
+
+def missing_capability(request: Request, card: ModelCard) -> tuple[str, str] | None:
+    """Return a field of the request that the model cannot honour, and the reason; None if there is none.
+
+    Cards of earlier versions do not say what their models can do, so nothing is missing.
+    """
+    if card.reasoning is None:
+        return None
+    if card.tool_format is None and _needs_tool_format(request):
+        return "tools", "the model has no known format for tool calls"
+    if not card.structured and request.constraint is not None:
+        return "response_format", "the model's tokenizer does not support constraints"
+    if not card.reasoning and request.thinking_budget is not None:
+        return "thinking_budget", "the model does not mark its reasoning"
+    return None
+
+
+def _needs_tool_format(request: Request) -> bool:
+    """Whether tool calls are parsed or enforced. Otherwise the tools are only a part of the prompt."""
+    if not request.tools or request.tool_choice == "none":
+        return False
+    return request.parse == "message" or request.tool_choice != "auto"
+
+
+def newer_fields(request: Request) -> Iterator[str]:
+    """Yield the fields of a request that workers of protocol 0 would ignore; see `WorkerInfo.protocol`."""
+    names = {
+        "tools": request.tools,
+        "response_format": request.constraint,
+        "thinking_budget": request.thinking_budget is not None,
+        "logit_bias": request.logit_bias,
+        "chat_template_kwargs": request.template_variables,
+        "continue_final_message": request.continue_final,
+    }
+    return (name for name, value in names.items() if value)

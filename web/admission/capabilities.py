@@ -1,0 +1,36 @@
+"""Refuses requests with fields that the model or one of its workers would ignore."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shared.errors import Invalid, Unavailable
+from shared.jobs.request import Request
+from shared.models.capabilities import missing_capability, newer_fields
+from shared.models.registry import ModelCard
+from web.cluster.snapshot import ClusterSnapshot
+
+_UPGRADE_S: Final = 30
+"""`retry_after` of requests that a worker of an earlier version would not understand, in seconds."""
+
+
+def check_capabilities(request: Request, card: ModelCard | None, cluster: ClusterSnapshot) -> None:
+    """Refuse a request that cannot be honoured as a whole.
+
+    Args:
+        card: None if no worker has announced the model yet. Then the worker that loads the model checks the request.
+
+    Raises:
+        Invalid: the model lacks a capability that a field needs.
+        Unavailable: a worker of an earlier version has the model. It could get the job and would ignore a field.
+    """
+    field = next(newer_fields(request), None)
+    if field is not None and any(not each.protocol for each in cluster.workers if each.model == request.model):
+        detail = (
+            f"{field} needs newer workers: one that has {request.model} is of an earlier version. Try again when all "
+            "workers are upgraded."
+        )
+        raise Unavailable(detail, field=field, retry_after=_UPGRADE_S)
+    if card is not None and (missing := missing_capability(request, card)):
+        field, reason = missing
+        raise Invalid(f"{request.model} does not support {field}: {reason}.", code="not_supported", field=field)
