@@ -127,6 +127,7 @@ class Job:
         attempt: number of the current or last attempt; 0 before the first.
         claimed_at: time of the last claim as text, which fences writes of earlier claims.
         last_event: number of the last event in the log.
+        stop_string: the stop string that ended the text; None if none did.
         parsing: how the answer is parsed; None if it is not.
         logprobs: whether chunk events carry log-probabilities.
         old_layout: whether the record has the first layout and an old worker is running the job.
@@ -156,6 +157,7 @@ class Job:
     timings: dict[str, float]
     error_code: str | None
     error_message: str | None
+    stop_string: str | None = None
     parsing: Parsing | None = None
     logprobs: bool = False
     old_layout: bool = False
@@ -194,6 +196,7 @@ class Job:
             timings={name: float(record[name]) for name in TIMINGS if name in record},
             error_code=record.get("error_code"),
             error_message=record.get("error_message"),
+            stop_string=record.get("stop_string"),
             parsing=Parsing.from_json(record["parsing"]) if record.get("parsing") else None,
             logprobs="logprobs" in record,
             old_layout=OLD_REQUEST in record,
@@ -238,6 +241,7 @@ class Ending:
     """How a worker ends a job. The text is not part of it: the chunk events carry it.
 
     Attributes:
+        stop_string: the stop string that ended the text; None if none did.
         prompt_tokens, cached_tokens: None if unknown.
         reasoning_tokens: completion tokens of reasoning; None unless the text is parsed as a message.
         completion_tokens: None if unknown; the tokens are then counted in the log.
@@ -245,6 +249,7 @@ class Ending:
 
     status: Status
     finish_reason: str | None = None
+    stop_string: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None

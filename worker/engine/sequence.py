@@ -220,6 +220,7 @@ class Sequence:
         self.ending = Ending(
             status=status,
             finish_reason=reason,
+            stop_string=self.stops.matched,
             prompt_tokens=len(self.prompt.tokens),
             completion_tokens=len(self.generated) + end_tokens,
             cached_tokens=min(self._cached_tokens or 0, len(self.prompt.tokens)),

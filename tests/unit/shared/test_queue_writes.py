@@ -53,6 +53,13 @@ def test_admission_starts_the_attempt_of_the_claim(client: Redis, jobs: Jobs, wo
     assert client.smembers(keys.RUNNING + "w1") == {job.id} and not client.exists(keys.RESERVED + "w1")
 
 
+def test_the_record_names_the_stop_string_that_ended_the_text(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job = submit(jobs)
+    ending = Ending(Status.SUCCEEDED, "stop", stop_string='é"\n')
+    worker.append([row(taken(worker), 3, "text", 1, start=True, ending=ending)])
+    assert jobs.get(job.id, "a").stop_string == 'é"\n'
+
+
 def test_repeated_writes_have_no_effect(client: Redis, jobs: Jobs, worker: Claims) -> None:
     job = submit(jobs)
     claimed = taken(worker)

@@ -46,6 +46,7 @@ def test_the_end_token_counts_but_is_not_published(runner: FakeRunner) -> None:
     ending = published[-1].ending
     assert ending is not None
     assert (ending.finish_reason, ending.completion_tokens, len(text_of(published).split())) == ("stop", 4, 3)
+    assert ending.stop_string is None
     assert all(EOS not in output.tokens for output in published)
 
 
@@ -64,7 +65,7 @@ def test_a_stop_string_across_tokens_ends_a_job_and_is_not_published(runner: Fak
     assert text_of(published) == whole[: whole.index(stop)]
     ending = published[-1].ending
     assert ending is not None
-    assert ending.finish_reason == "stop"
+    assert (ending.finish_reason, ending.stop_string) == ("stop", stop)
 
 
 def test_an_incomplete_stop_string_at_the_end_is_published(runner: FakeRunner) -> None:

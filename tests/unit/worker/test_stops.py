@@ -53,8 +53,11 @@ def test_the_beginning_of_a_stop_is_held_back_until_it_is_decided() -> None:
 
 
 def test_the_stop_that_is_complete_first_wins() -> None:
-    assert StopMatcher(["bcd", "c"]).push("abcd") == ("ab", True)
-    assert StopMatcher(["c", "bc"]).push("abcd") == ("a", True)
+    for stops, text, matched in ((["bcd", "c"], "ab", "c"), (["c", "bc"], "a", "bc")):
+        matcher = StopMatcher(stops)
+        assert matcher.matched is None
+        assert matcher.push("abcd") == (text, True)
+        assert matcher.matched == matched
 
 
 def test_without_stops_nothing_is_held_back() -> None:
