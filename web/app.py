@@ -10,6 +10,7 @@ from shared.load_settings import load_settings
 from shared.redis.client import Redis
 from shared.settings import Settings
 from web.access import auth, rate_limits
+from web.anthropic.routes import routes as anthropic_routes
 from web.http import body, problems
 from web.http.environ import KnownMethods, ProxyMiddleware, networks
 from web.http.request import refuse_unknown_parameters
@@ -46,7 +47,15 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     body.register(app, settings.body_memory_bytes)
     problems.register(app)
     app.after_request(_add_security_headers)
-    for routes in (jobs.routes, inference.routes, models.routes, models.openai_routes, health.routes, openapi.routes):
+    for routes in (
+        jobs.routes,
+        inference.routes,
+        models.routes,
+        models.openai_routes,
+        anthropic_routes,
+        health.routes,
+        openapi.routes,
+    ):
         app.register_blueprint(routes)
     return app
 

@@ -177,6 +177,23 @@ class Admission:
     def _prefixes(self, generation: Request, tokens: Sequence[int], owner: str) -> tuple[str, ...]:
         return prefix_hashes(generation, owner, tokens) if self._settings.prefix_cache_bytes else ()
 
+    def count_tokens(self, request: JobRequest) -> int:
+        """Return how many tokens the prompt of a request has, with its images, whose sizes are known.
+
+        Raises:
+            Invalid: the prompt cannot be tokenised.
+            NotFound: there is no such model.
+            Unavailable: the API does not have the model's tokenizer.
+        """
+        model, card = self._resolve(request.model)
+        generation = self._generation(request, model, card)
+        self._check_images(generation, card)
+        count = None if card is None else self._prompt_tokenizer.count(card, generation, request.prompt_field)
+        if count is None:
+            detail = f"The API does not have the tokenizer of {model!r} before a worker has loaded the model once."
+            raise Unavailable(detail, field="model", retry_after=10)
+        return count
+
     def _resolve(self, name: str | None) -> tuple[str, ModelCard | None]:
         """Return a model's id and its card; the card is None until a worker has first announced the model."""
         entry = self._catalog.resolve(name)

@@ -53,10 +53,21 @@ class PromptTokenizer:
             Unavailable: too many prompts are waiting to be tokenised.
             redis.RedisError: Redis is unavailable.
         """
+        return self._guarded(card, request, field, card.context)
+
+    def count(self, card: ModelCard, request: Request, field: str) -> int | None:
+        """Return how many tokens the model would read, or None if the tokenizer is unavailable. Raises like `tokenize`.
+
+        The count may exceed the model's context.
+        """
+        tokenized = self._guarded(card, request, field, context=None)
+        return None if tokenized is None else len(tokenized.tokens) + _image_tokens(card, request, field)
+
+    def _guarded(self, card: ModelCard, request: Request, field: str, context: int | None) -> Tokenized | None:
         if card.tokenizer is None or self._broken_until.get(card.tokenizer, 0.0) > time.monotonic():
             return None
         try:
-            return self._tokenize(card, card.tokenizer, request, field)
+            return self._tokenize(card, card.tokenizer, request, field, context)
         except PromptRefused as refused:
             raise Invalid(str(refused), code=refused.code, field=field) from refused
         except TokenizerBusy as busy:
@@ -68,7 +79,9 @@ class PromptTokenizer:
             self._broken_until[card.tokenizer] = time.monotonic() + _BROKEN_S
             return None
 
-    def _tokenize(self, card: ModelCard, digest: str, request: Request, field: str) -> Tokenized | None:
+    def _tokenize(
+        self, card: ModelCard, digest: str, request: Request, field: str, context: int | None
+    ) -> Tokenized | None:
         image_tokens = _image_tokens(card, request, field)
         for _ in range(2):
             path = self._files.path(digest)
@@ -77,7 +90,7 @@ class PromptTokenizer:
             source = TokenizerSource.of_card(str(path), digest, asdict(card))
             try:
                 return self._tokenizing.tokenize(
-                    source, request, context=card.context, reserved=image_tokens, vocabulary=card.vocabulary
+                    source, request, context=context, reserved=image_tokens, vocabulary=card.vocabulary
                 )
             except TokenizerCorrupt as corrupt:
                 log.warning("tokenizer_corrupt", extra={"model": card.id, "reason": str(corrupt)})

@@ -15,13 +15,13 @@ from shared.errors import MlxqError
 from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 
 MEDIA_TYPE: Final = "application/json"
-_NATIVE: Final = re.compile(r"/v1/jobs(?:/|$)")
+_OTHERS: Final = re.compile(r"/v1/(?:jobs|messages)(?:/|$)")
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def is_expected(path: str) -> bool:
     """Whether errors of this path are in OpenAI's format."""
-    return path.startswith("/v1/") and not _NATIVE.match(path)
+    return path.startswith("/v1/") and not _OTHERS.match(path)
 
 
 def openai_error(error: MlxqError) -> Response:

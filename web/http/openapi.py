@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from http import HTTPStatus
@@ -34,9 +34,9 @@ from werkzeug.routing import Rule
 from shared import VERSION
 from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
-from web.http.openai_errors import is_expected
+from web.http import anthropic_errors, openai_errors
 from web.http.stream_formats import FORMATS
-from web.schemas.problems import MEDIA_TYPE, OpenAIError, ProblemDetails
+from web.schemas.problems import MEDIA_TYPE, AnthropicError, OpenAIError, ProblemDetails
 from web.schemas.requests import JobRequest
 
 P = ParamSpec("P")
@@ -120,7 +120,7 @@ otherwise the service generates an id. The same id is in the service's log.
 
 Errors are `application/problem+json` (RFC 9457). `code` is stable and meant for programs, `detail` is meant for people,
 and `field` names the field, parameter or header that is wrong. `/v1/models`, and paths below `/v1/` that do not exist,
-have errors in OpenAI's format.
+have errors in OpenAI's format, and `/v1/messages` and the paths below it in Anthropic's.
 
 ## Rate limits
 
@@ -139,6 +139,7 @@ _TAGS: Final = {
     "inference": "Generate text and get it in the response.",
     "models": "List models; load and unload them on running workers.",
     "openai_models": "The list of models in the format of the OpenAI API.",
+    "anthropic": "Anthropic's Messages API.",
     "health": "Health, probes and metrics. The probes need no API key; health and metrics show more with one.",
     "openapi": "This documentation. No API key is needed.",
 }
@@ -175,6 +176,7 @@ IDEMPOTENCY_KEY: Final = _parameter(
     type="string",
     maxLength=255,
 )
+BETA: Final = _parameter("beta", "query", "Accepted for compatibility; has no effect", type="string")
 PREFER: Final = _parameter(
     "Prefer", "header", "`wait=N`: wait up to N seconds for the job to end before responding", type="string"
 )
@@ -188,8 +190,14 @@ _EVENT_SCHEMAS: Final[Mapping[str, Schema]] = {
     "application/x-ndjson": Schema(type="string", description="One event per line, as JSON"),
 }
 """One entry for each of `FORMATS`."""
+_MESSAGES_EXAMPLE: Final = {
+    "model": "SmolLM2-135M-Instruct",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+}
 _EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
     "JobRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
+    "MessagesRequest": _MESSAGES_EXAMPLE | {"max_tokens": 64},
+    "CountRequest": _MESSAGES_EXAMPLE,
     "LoadRequest": {"model": "SmolLM2-135M-Instruct"},
     "UnloadRequest": {"model": "SmolLM2-135M-Instruct"},
 }
@@ -283,7 +291,7 @@ def _operation(app: Flask, rule: Rule, method: str) -> Operation:
         description=inspect.getdoc(view),
         parameters=[*_path_parameters(rule), *description.parameters] or None,
         requestBody=_request_body(description.body),
-        responses=dict(_responses(description, public=public, openai=is_expected(rule.rule))),
+        responses=dict(_responses(description, rule.rule, public=public)),
         security=None if public else [{"ApiKey": []}, {"Bearer": []}],
     )
 
@@ -325,10 +333,13 @@ def _form_schema(model: type[BaseModel]) -> Schema:
     )
 
 
-def _responses(description: describe, *, public: bool, openai: bool) -> Iterator[tuple[str, Response]]:
-    errors = {*description.errors, *_COMMON_ERRORS, *(() if public else _ERRORS_WITH_KEY)}
-    for status in sorted(errors - set(description.responses)):
-        yield str(status), _error_response(status, openai=openai)
+def _responses(description: describe, path: str, *, public: bool) -> Iterator[tuple[str, Response]]:
+    errors = {*description.errors, *_COMMON_ERRORS, *(() if public else _ERRORS_WITH_KEY)} - set(description.responses)
+    if anthropic_errors.is_expected(path):
+        yield from _anthropic_errors(errors)
+    else:
+        openai = openai_errors.is_expected(path)
+        yield from ((str(status), _error_response(status, openai=openai)) for status in sorted(errors))
     for status, content in description.responses.items():
         yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
     if description.streams:
@@ -345,6 +356,15 @@ def _error_response(status: int, *, openai: bool) -> Response:
         headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
         content=_content(OpenAIError) if openai else {MEDIA_TYPE: _media_type(ProblemDetails)},
     )
+
+
+def _anthropic_errors(statuses: Iterable[int]) -> Iterator[tuple[str, Response]]:
+    """Yield the errors of a route of the Messages API, whose format has no codes."""
+    for status in sorted({*map(anthropic_errors.status_of, statuses)}):
+        overloaded = status == anthropic_errors.OVERLOADED
+        description = "Overloaded" if overloaded else HTTPStatus(status).phrase
+        headers = dict(_RETRY_AFTER) if overloaded or status == HTTPStatus.TOO_MANY_REQUESTS else None
+        yield str(status), Response(description=description, headers=headers, content=_content(AnthropicError))
 
 
 def _content(content: Content) -> dict[str, MediaType] | None:

@@ -1,4 +1,4 @@
-"""Errors as `application/problem+json` (RFC 9457); on routes of the OpenAI API in OpenAI's format.
+"""Errors as `application/problem+json` (RFC 9457); on routes of the OpenAI and the Anthropic API in their formats.
 
 Responses contain only what clients may know. Tracebacks and messages of libraries go to the log; the request id in the
 response leads to the log line.
@@ -20,7 +20,7 @@ from werkzeug.exceptions import HTTPException, NotFound
 from shared import errors
 from shared.errors import MlxqError
 from shared.redis.client import is_denied, passes
-from web.http import openai_errors
+from web.http import anthropic_errors, openai_errors
 from web.http.request_id import current_request_id
 from web.schemas.problems import MEDIA_TYPE, FieldError, ProblemDetails
 
@@ -64,7 +64,9 @@ def register(app: Flask) -> None:
 
 def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Response:
     """Return the response for an error."""
-    if openai_errors.is_expected(request.path):
+    if anthropic_errors.is_expected(request.path):
+        response = anthropic_errors.anthropic_error(error)
+    elif openai_errors.is_expected(request.path):
         response = openai_errors.openai_error(error)
     else:
         body = ProblemDetails.of(error, current_request_id(), field_errors)
@@ -85,10 +87,10 @@ def _invalid(error: ValidationError) -> Response:
 
 
 def _field_error(error: ErrorDetails) -> FieldError:
-    return FieldError(field=_path(error["loc"]) or None, code=error["type"], detail=error["msg"])
+    return FieldError(field=field_path(error["loc"]) or None, code=error["type"], detail=error["msg"])
 
 
-def _path(location: Sequence[int | str]) -> str:
+def field_path(location: Sequence[int | str]) -> str:
     """Write pydantic's location `("messages", 0, "role")` as `messages[0].role`."""
     # Names in brackets are the tags of unions, which are no part of the request.
     parts = [part for part in location if isinstance(part, int) or not part.startswith("(")]
@@ -110,7 +112,8 @@ def _http(error: HTTPException) -> Response:
         code = "route_not_found"
         detail = openai_errors.missing_route() if openai_errors.is_expected(request.path) else detail
     response = problem(kind(detail, code=code))
-    response.status_code = status
+    if status != kind.status:
+        response.status_code = status
     allowed = getattr(error, "valid_methods", None)
     if allowed:
         response.headers["Allow"] = ", ".join(sorted(allowed))

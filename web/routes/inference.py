@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 routes = Blueprint("inference", __name__)
 
-_CLIENT_CLOSED_REQUEST = 499
+CLIENT_CLOSED_REQUEST = 499
 """A status that nginx logs in this case."""
 _CAUSED_BY_MODEL = {JobFailure.MODEL: NotFound, JobFailure.LOAD: Invalid}
 _CAUSED_BY_REQUEST = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
@@ -70,7 +70,7 @@ def _respond() -> Response:
     del body  # the response can take hours, and a body many megabytes
     job = accepted.job
     # With an Idempotency-Key, other requests may be waiting for the same job, now or later.
-    on_disconnect = _keep_job if idempotency_key() else _job_canceller(services(), job)
+    on_disconnect = keep_job if idempotency_key() else job_canceller(services(), job)
     response = _stream(job, form, on_disconnect) if form else _complete_text(job, prompt_field, on_disconnect)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not accepted.new:
@@ -80,23 +80,25 @@ def _respond() -> Response:
 
 def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None]) -> Response:
     current = services()
-    watch = _watch(request.environ, on_disconnect)
+    watch = watch_client(request.environ, on_disconnect)
     current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2, watch=watch)
     ended = current.jobs.latest(job)
     if not ended.status.terminal and not current.hub.closing:
-        return Response(status=_CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
+        return Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
     if not ended.status.terminal:
         detail = "The API process is restarting. The job continues; its path is in the Location header."
         return problem(Unavailable(detail, code="restarting", retry_after=1))
     if ended.status is not Status.SUCCEEDED:
-        raise _failure(ended, prompt_field)
+        raise job_failure(ended, prompt_field)
     return Response(current.job_views.inference_json(ended), content_type="application/json")
 
 
 def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Response:
     current = services()
     return stream_response(
-        _ended_by_client(current.follower.follow(job.id, 0, _watch(request.environ, on_disconnect)), on_disconnect),
+        ended_by_client(
+            current.follower.follow(job.id, 0, watch_client(request.environ, on_disconnect)), on_disconnect
+        ),
         form,
         job.id,
         lambda: current.job_views.job_json(current.jobs.latest(job)),
@@ -104,7 +106,7 @@ def _stream(job: Job, form: Format, on_disconnect: Callable[[], None]) -> Respon
     )
 
 
-def _watch(environ: WSGIEnvironment, on_disconnect: Callable[[], None]) -> Watch:
+def watch_client(environ: WSGIEnvironment, on_disconnect: Callable[[], None]) -> Watch:
     """Return a watch that also calls `on_disconnect`."""
 
     def watch(wake: Callable[[], None]) -> AbstractContextManager[None]:
@@ -117,7 +119,7 @@ def _watch(environ: WSGIEnvironment, on_disconnect: Callable[[], None]) -> Watch
     return watch
 
 
-def _ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[], None]) -> Generator[list[Event]]:
+def ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[], None]) -> Generator[list[Event]]:
     """Pass events on; call `on_disconnect` if sending fails before the last one."""
     with closing(events):
         for ready in events:
@@ -130,11 +132,11 @@ def _ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[],
                 raise
 
 
-def _keep_job() -> None:
+def keep_job() -> None:
     """Let the job continue without its client."""
 
 
-def _job_canceller(current: Services, job: Job) -> Callable[[], None]:
+def job_canceller(current: Services, job: Job) -> Callable[[], None]:
     """Return a function that cancels the job the first time it is called."""
     called = False
 
@@ -152,7 +154,7 @@ def _job_canceller(current: Services, job: Job) -> Callable[[], None]:
     return cancel
 
 
-def _failure(job: Job, prompt_field: str) -> MlxqError:
+def job_failure(job: Job, prompt_field: str) -> MlxqError:
     """Return the error for a job that ended without success.
 
     Args:

@@ -1,9 +1,9 @@
-"""Error responses: RFC 9457 problem details, and OpenAI's error format."""
+"""Error responses: RFC 9457 problem details, and the formats of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from pydantic import ConfigDict, Field
 
@@ -65,3 +65,18 @@ class OpenAIError(ResponseModel):
     """An error in OpenAI's format."""
 
     error: OpenAIErrorDetails
+
+
+class AnthropicErrorDetails(ResponseModel):
+    """The error itself."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(ResponseModel):
+    """An error in Anthropic's format."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorDetails
+    request_id: str

@@ -11,7 +11,7 @@ from shared.errors import Expiry, JobFailure
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Status
 from tests.plugins.work import claimed
-from web.routes.inference import _ended_by_client, _failure
+from web.routes.inference import ended_by_client, job_failure
 
 
 def events() -> Generator[list[Event]]:
@@ -23,7 +23,7 @@ def events() -> Generator[list[Event]]:
 @pytest.mark.parametrize(("read", "calls"), [(1, 1), (2, 1), (3, 0)])
 def test_closing_a_stream_before_its_end_counts_as_a_disconnect(read: int, calls: int) -> None:
     calls_made: list[None] = []
-    stream = _ended_by_client(events(), lambda: calls_made.append(None))
+    stream = ended_by_client(events(), lambda: calls_made.append(None))
     for _ in range(read):
         next(stream)
     stream.close()
@@ -44,7 +44,7 @@ STATUSES = {
 def test_the_status_of_a_job_that_did_not_succeed(code: JobFailure | Expiry) -> None:
     status = Status.EXPIRED if isinstance(code, Expiry) else Status.FAILED
     job = replace(claimed().job, status=status, error_code=code, error_message="The reason.")
-    error = _failure(job, "messages")
+    error = job_failure(job, "messages")
     assert (error.status, error.code, error.detail) == (STATUSES.get(code, 500), code, "The reason.")
     fields = {422: "messages", 404: "model"}
     assert error.field == ("model" if code == JobFailure.LOAD else fields.get(error.status))

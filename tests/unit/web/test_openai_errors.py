@@ -20,7 +20,7 @@ from web.http import problems
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 OPENAI_PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations", "/v1/files",
-    "/v1/batches", "/v1/images/generations", "/v1/audio/speech", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/batches", "/v1/images/generations", "/v1/audio/speech",
     "/v1/rerank", "/v1/models/a/b", "/v1/jobsearch", "/v1/",
 )  # fmt: skip
 NATIVE_PATHS = ("/v1/jobs/a/b", "/v1/jobs//stream", "/v2/jobs", "/inference/nothing", "/nothing", "/v1")

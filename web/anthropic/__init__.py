@@ -1,0 +1,1 @@
+"""The Messages API of Anthropic: requests become jobs, and their answers become messages and events."""

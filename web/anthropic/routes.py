@@ -1,0 +1,143 @@
+"""`/v1/messages`: Anthropic's Messages API. Each request becomes a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+from flask import Blueprint, Response, request
+
+from shared.errors import Unavailable
+from shared.jobs.record import Job, Status
+from shared.models.registry import ModelCard
+from web.access.auth import caller
+from web.anthropic.answer import Answer, blocks_of, message_of
+from web.anthropic.schemas import AnthropicMessage, CountRequest, MessagesRequest, TokenCount
+from web.anthropic.stream import HEADERS, MEDIA_TYPE, RESTARTING, MessageStream, deltas
+from web.anthropic.translate import job_request, named_fields, thinking_shown
+from web.http import openapi
+from web.http.anthropic_errors import REQUEST_ID
+from web.http.disconnect import CONNECTION
+from web.http.openapi import describe
+from web.http.problems import problem
+from web.http.request import idempotency_key, read_body
+from web.http.request_id import current_request_id
+from web.routes.inference import (
+    CLIENT_CLOSED_REQUEST,
+    ended_by_client,
+    job_canceller,
+    job_failure,
+    keep_job,
+    watch_client,
+)
+from web.routes.submission import submit
+from web.services import services
+
+routes = Blueprint("anthropic", __name__)
+
+
+@routes.after_request
+def _add_request_id(response: Response) -> Response:
+    response.headers[REQUEST_ID] = current_request_id()
+    return response
+
+
+@routes.post("/v1/messages")
+@describe(
+    "Create a message (Anthropic format)",
+    body=MessagesRequest,
+    responses={200: AnthropicMessage},
+    streams=True,
+    errors=(404, 409, 410, 413, 415, 504),
+    parameters=(openapi.IDEMPOTENCY_KEY, openapi.BETA),
+)
+def create_message() -> Response:
+    """Returns the next message of a conversation, or with `stream` the events of the Messages API.
+
+    The job is in the `Location` header. If the client disconnects, the job is cancelled. With an `Idempotency-Key` it
+    is not: the same request sent again returns the same message. Headers `anthropic-version` and `anthropic-beta` are
+    accepted and have no effect.
+    """
+    return services().open_responses.respond(caller().id, request.environ.get(CONNECTION), _respond)
+
+
+@routes.post("/v1/messages/count_tokens")
+@describe(
+    "Count the tokens of a prompt (Anthropic format)",
+    body=CountRequest,
+    responses={200: TokenCount},
+    errors=(404, 413, 415),
+    parameters=(openapi.BETA,),
+)
+def count_tokens() -> Response:
+    """Returns the number of tokens that the model would read, through its chat template and with its tools."""
+    body = read_body(CountRequest)
+    translated = job_request(body, _card(body.model))
+    with named_fields(translated.paths):
+        loaded = services().image_loader.load(translated.request, caller=caller().id)
+        count = services().admission.count_tokens(loaded.request)
+    return Response(TokenCount(input_tokens=count).model_dump_json(), content_type="application/json")
+
+
+def _card(name: str) -> ModelCard | None:
+    """Return a model's card; None if no worker has announced the model."""
+    entry = services().catalog.resolve(name)
+    return services().cluster.snapshot().models.get(entry.id if entry else name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """How a job's answer is returned."""
+
+    job: Job
+    answer: Answer
+    max_tokens: int
+    prompt_tokens: int | None
+    on_disconnect: Callable[[], None]
+
+
+def _respond() -> Response:
+    body = read_body(MessagesRequest)
+    translated = job_request(body, _card(body.model))
+    with named_fields(translated.paths):
+        accepted = submit(translated.request)
+    job = accepted.job
+    # With an Idempotency-Key, other requests may be waiting for the same job, now or later.
+    on_disconnect = keep_job if idempotency_key() else job_canceller(services(), job)
+    reply = _Reply(job, Answer(thinking_shown(body)), body.max_tokens, None, on_disconnect)
+    response = _stream(reply) if body.stream else _complete(reply)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    if not accepted.new:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
+
+
+def _stream(reply: _Reply) -> Response:
+    current, job = services(), reply.job
+    events = current.follower.follow(job.id, 0, watch_client(request.environ, reply.on_disconnect))
+    stream = MessageStream(job, reply.answer, reply.max_tokens, reply.prompt_tokens, lambda: current.jobs.latest(job))
+    body = stream.body(ended_by_client(events, reply.on_disconnect))
+    return Response(body, content_type=MEDIA_TYPE, headers=HEADERS)
+
+
+def _complete(reply: _Reply) -> Response:
+    current, job = services(), reply.job
+    watch = watch_client(request.environ, reply.on_disconnect)
+    current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2, watch=watch)
+    ended = current.jobs.latest(job)
+    if not ended.status.terminal and not current.hub.closing:
+        return Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
+    if not ended.status.terminal:
+        return problem(Unavailable(RESTARTING, code="restarting", retry_after=1))
+    if ended.status is not Status.SUCCEEDED:
+        raise job_failure(ended, "messages")
+    message = message_of(ended, _content(job, reply.answer), reply.max_tokens, has_calls=reply.answer.has_calls)
+    return Response(message.model_dump_json(), content_type="application/json")
+
+
+def _content(job: Job, answer: Answer) -> list[dict[str, object]]:
+    """Return the blocks of an ended job's answer, from its log."""
+    events = chain.from_iterable(services().follower.follow(job.id, 0))
+    parts = chain.from_iterable(answer.add(delta) for delta in deltas(events))
+    return blocks_of([*parts, *answer.end()])

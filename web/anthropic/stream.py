@@ -1,0 +1,98 @@
+"""Stream a job as the events of the Messages API."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Any, Final
+
+import redis
+
+from shared.errors import MlxqError, Unavailable
+from shared.jobs.log import Event, EventKind
+from shared.jobs.record import Job, Status
+from shared.wire import to_json
+from web.anthropic.answer import Answer, delta_event, start_event
+from web.http.anthropic_errors import error_body
+from web.http.request_id import current_request_id
+from web.routes.inference import job_failure
+
+log = logging.getLogger(__name__)
+
+HEADERS: Final = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
+MEDIA_TYPE: Final = "text/event-stream; charset=utf-8"
+_SILENCE_S: Final = 10.0
+"""Maximum time without an event while a job generates output that the stream leaves out."""
+RESTARTING: Final = "The API process is restarting. The job continues; its path is in the Location header."
+
+
+def deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
+    """Yield the deltas of a job's chunks. A worker that does not parse messages writes only text."""
+    for event in events:
+        if event.kind is EventKind.CHUNK:
+            data = json.loads(event.data)
+            yield data.get("delta") or {"content": data.get("text", "")}
+
+
+class MessageStream:
+    """The stream of one job.
+
+    Args:
+        prompt_tokens: number of the prompt's tokens, if known.
+        ended_job: returns the job's record after it has ended.
+    """
+
+    def __init__(
+        self, job: Job, answer: Answer, max_tokens: int, prompt_tokens: int | None, ended_job: Callable[[], Job]
+    ) -> None:
+        self._job = job
+        self._answer = answer
+        self._max_tokens = max_tokens
+        self._prompt_tokens = prompt_tokens
+        self._ended_job = ended_job
+        self._request_id = current_request_id()
+        self._sent_at = time.monotonic()
+
+    def body(self, events: Generator[list[Event]]) -> Iterator[bytes]:
+        """Yield the response body for the job's events, from the first on."""
+        with closing(events):
+            yield _encoded([start_event(self._job, self._prompt_tokens), {"type": "ping"}])
+            try:
+                for ready in events:
+                    if translated := list(self._translated(ready)) or self._ping(due=not ready):
+                        yield _encoded(translated)
+                    if ready and ready[-1].kind is EventKind.DONE:
+                        return
+                error: MlxqError = Unavailable(RESTARTING, code="restarting")
+            except redis.RedisError as lost:
+                log.warning("stream_interrupted", extra={"job_id": self._job.id, "reason": str(lost)})
+                error = Unavailable("The queue is unavailable. Try again shortly.")
+            except MlxqError as refused:
+                error = refused
+            yield _encoded([error_body(error, self._request_id).model_dump()])
+
+    def _ping(self, *, due: bool) -> list[dict[str, Any]]:
+        """Return a ping if it is due: also while the model generates thoughts that the stream leaves out."""
+        now = time.monotonic()
+        if not due and now - self._sent_at < _SILENCE_S:
+            return []
+        self._sent_at = now
+        return [{"type": "ping"}]
+
+    def _translated(self, ready: list[Event]) -> Iterator[dict[str, Any]]:
+        for delta in deltas(ready):
+            yield from self._answer.add(delta)
+        if ready and ready[-1].kind is EventKind.DONE:
+            job = self._ended_job()
+            if job.status is not Status.SUCCEEDED:
+                raise job_failure(job, "messages")
+            yield from self._answer.end()
+            yield delta_event(job, self._max_tokens, has_calls=self._answer.has_calls)
+            yield {"type": "message_stop"}
+
+
+def _encoded(events: Iterable[dict[str, Any]]) -> bytes:
+    return "".join([f"event: {event['type']}\ndata: {to_json(event)}\n\n" for event in events]).encode()
