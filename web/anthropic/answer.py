@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from shared.jobs.record import Job
-from web.anthropic.schemas import AnthropicMessage, MessageUsage, StopReason
+from web.anthropic.schemas import AnthropicMessage, MessageUsage, OutputDetails, StopReason
 from web.anthropic.translate import ThinkingShown
 
 Event = dict[str, Any]
@@ -42,7 +42,7 @@ class Answer:
         self._space = ""
         self.has_calls = False
 
-    def add(self, delta: dict[str, Any]) -> Iterator[Event]:
+    def add(self, delta: Mapping[str, Any]) -> Iterator[Event]:
         """Add the delta of a chunk; yield its events."""
         if (thinking := delta.get("reasoning_content")) and self._shown != "none":
             yield from self._think(thinking)
@@ -78,7 +78,7 @@ class Answer:
             yield from self._begin({"type": "text", "text": ""})
         yield self._delta({"type": "text_delta", "text": text})
 
-    def _call(self, call: dict[str, Any]) -> Iterator[Event]:
+    def _call(self, call: Mapping[str, Any]) -> Iterator[Event]:
         self.has_calls = True
         function = call["function"]
         use_id = _TOOL_USE_ID + call["id"].removeprefix(_CALL_ID)
@@ -130,6 +130,7 @@ def usage_of(job: Job) -> MessageUsage:
         input_tokens=(job.prompt_tokens or 0) - cached,
         cache_read_input_tokens=cached,
         output_tokens=job.completion_tokens or 0,
+        output_tokens_details=OutputDetails(thinking_tokens=job.reasoning_tokens or 0),
     )
 
 

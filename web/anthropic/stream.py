@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from shared.wire import to_json
 from web.anthropic.answer import Answer, delta_event, start_event
 from web.http.anthropic_errors import error_body
 from web.http.request_id import current_request_id
+from web.results.messages import delta_of
 from web.routes.inference import job_failure
 
 log = logging.getLogger(__name__)
@@ -29,12 +30,9 @@ _SILENCE_S: Final = 10.0
 RESTARTING: Final = "The API process is restarting. The job continues; its path is in the Location header."
 
 
-def deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
-    """Yield the deltas of a job's chunks. A worker that does not parse messages writes only text."""
-    for event in events:
-        if event.kind is EventKind.CHUNK:
-            data = json.loads(event.data)
-            yield data.get("delta") or {"content": data.get("text", "")}
+def deltas(events: Iterable[Event]) -> Iterator[Mapping[str, Any]]:
+    """Yield what each chunk adds to the message."""
+    return (delta_of(json.loads(event.data)) for event in events if event.kind is EventKind.CHUNK)
 
 
 class MessageStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 import pytest
@@ -19,7 +20,7 @@ from web.http.problems import field_path
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOL = {"name": "add", "description": "adds", "input_schema": SCHEMA}
-CARD = ModelCard("m", "text", context=1000)
+CARD = ModelCard("m", "text", context=1000, reasoning=True)
 
 REFUSED = {
     "container", "mcp_servers", "compaction", "fallbacks", "fallback_credit_token", "thread", "billing_policy",
@@ -91,6 +92,12 @@ def test_a_message_of_the_assistant_at_the_end_is_continued() -> None:
 @pytest.mark.parametrize(("card", "expected"), [(CARD, 1000), (None, 32_000)])
 def test_max_tokens_is_limited_to_the_context(card: ModelCard | None, expected: int) -> None:
     assert translated(card, max_tokens=32_000).request.max_tokens == expected
+
+
+def test_a_model_that_does_not_think_satisfies_every_budget() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 32}
+    assert translated(replace(CARD, reasoning=False), thinking=thinking).request.thinking_budget is None
+    assert translated(None, thinking=thinking).request.thinking_budget == 32
 
 
 @pytest.mark.parametrize(
