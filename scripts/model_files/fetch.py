@@ -14,7 +14,7 @@ from scripts.model_files import default_model, hub, local
 from scripts.model_files.manifest import check_replaceable
 from scripts.model_files.smollm2 import Dtype
 from scripts.model_files.staging import locked
-from shared.models.folder import ModelError
+from shared.models.folder import ModelError, has_vision, model_kind
 from shared.settings import ROOT
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -95,6 +95,12 @@ def _guard(arguments: argparse.Namespace, target: Path, source: str) -> None:
         check_replaceable(target, source)
 
 
+def _limits(folder: Path) -> str:
+    if model_kind(folder) == "text" and has_vision(folder):
+        return "; its images are not supported, so it serves only text"
+    return ""
+
+
 def _explain(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; nothing was kept"
@@ -120,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     else:
-        print(f"{target} is ready")
+        print(f"{target} is ready{_limits(target)}")
         return 0
     print(f"fetch_model: {reason}", file=sys.stderr)
     return 1

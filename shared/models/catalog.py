@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from shared.models.catalog_text import CatalogText
 from shared.models.facts import declared_context, other_source, weights_bytes
-from shared.models.folder import ModelError, check_adapter, check_folder, model_kind
+from shared.models.folder import ModelError, check_adapter, check_folder, has_vision, model_kind
 from shared.settings import ROOT, Settings
 
 _NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
@@ -72,6 +72,7 @@ class CatalogModel:
         pin: whether it is never unloaded to free memory for another model.
         declared_context: context declared by the model's files; None if they declare none.
         weights_bytes: result of `measure` when the catalog was read.
+        text_only: whether the folder also has an image encoder, which is not used.
     """
 
     id: str
@@ -88,6 +89,7 @@ class CatalogModel:
     pin: bool = False
     declared_context: int | None = None
     weights_bytes: int = 0
+    text_only: bool = False
 
     def measure(self) -> int:
         """Estimate the bytes of its weights in memory from the current files; 0 if the folder holds no model."""
@@ -256,7 +258,8 @@ class _Reader:
     def _check_folders(self, entry: _Entry, path: Path, kind: str, adapter: Path | None) -> tuple[str, str]:
         """Return the key with a mistake and a description; both are empty if there is none."""
         if entry.kind not in (None, kind):
-            return "kind", f"{path} holds a {kind} model"
+            unsupported = f"the images of {path} are not supported; it serves only text"
+            return "kind", unsupported if has_vision(path) else f"{path} holds a {kind} model"
         if adapter is not None and kind == "vision":
             return "adapter", "vision models do not support adapters"
         if self._settings.modelless:
@@ -298,7 +301,12 @@ def _describe(name: str, error: ErrorDetails) -> str:
 
 def _with_declared(model: CatalogModel) -> CatalogModel:
     """Add the properties that the model's files declare."""
-    return replace(model, declared_context=declared_context(model.path), weights_bytes=model.measure())
+    return replace(
+        model,
+        declared_context=declared_context(model.path),
+        weights_bytes=model.measure(),
+        text_only=model.kind == "text" and has_vision(model.path),
+    )
 
 
 def _missing(entry: _Entry, path: Path) -> tuple[str, str]:

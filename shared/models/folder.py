@@ -13,8 +13,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CODE = (*PICKLES, ".py")
 """Suffixes of files that a model folder must not contain."""
 
+VISION_FAMILIES = ("qwen2_5_vl",)
+"""Values of `model_type` in config.json whose images are supported. Other multimodal folders serve only text."""
+
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_VISION_KEYS = ("vision_config", "thinker_config", "img_processor", "mm_vision_tower", "vit_config")
 _VISION_TENSOR = re.compile(r"vision|visual|image|(?:^|\.)(?:vit|vpm|sam_model|mm_projector)\.")
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
@@ -94,24 +98,33 @@ def check_adapter(folder: Path) -> None:
 
 
 def model_kind(folder: Path) -> str:
-    """Return `vision` if config.json describes an image encoder and the weights contain it, else `text`.
+    """Return `vision` if the folder holds an image encoder of a supported family, else `text`."""
+    return "vision" if _config(folder).get("model_type") in VISION_FAMILIES and has_vision(folder) else "text"
+
+
+def has_vision(folder: Path) -> bool:
+    """Return whether config.json describes an image encoder, supported or not, and the weights contain it.
 
     Text checkpoints of multimodal models keep the `vision_config` of their origin.
     """
-    if not _declares_vision(folder):
-        return "text"
+    if not any(map(_config(folder).get, _VISION_KEYS)):
+        return False
     try:
         names = _tensor_names(folder)
     except (OSError, ModelError):  # not here, or broken: loading reports the reason
-        return "vision"
-    return "vision" if any(map(_VISION_TENSOR.search, names)) else "text"
+        return True
+    return any(map(_VISION_TENSOR.search, names))
 
 
 def _declares_vision(folder: Path) -> bool:
+    return bool(_config(folder).get("vision_config"))
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        return bool(_read_object(folder / "config.json").get("vision_config"))
+        return _read_object(folder / "config.json")
     except (OSError, ModelError):
-        return False
+        return {}
 
 
 def _tensor_names(folder: Path) -> set[str]:

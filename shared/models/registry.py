@@ -38,6 +38,7 @@ class ModelCard:
             versions, which have none of these three fields.
         tool_format: name of the format in which the model calls tools; None if there is no parser for it.
         structured: whether answers can be constrained.
+        text_only: whether the model's folder also has an image encoder, which is not used.
     """
 
     id: str
@@ -53,6 +54,7 @@ class ModelCard:
     reasoning: bool | None = None
     tool_format: str | None = None
     structured: bool = False
+    text_only: bool = False
 
     @property
     def geometry(self) -> ImageGeometry | None:

@@ -354,7 +354,7 @@ def make(name: str, dtype: mx.Dtype = mx.float32, bits: int | None = None, **mor
     arguments["text_config"] |= more
     model = module.Model(module.ModelArgs.from_dict(arguments))
     # Constant arrays would hide mistakes, and so would matrices that change little.
-    model.update(tree_map(_lively, model.parameters()))
+    model.update(tree_map(lively, model.parameters()))
     model.set_dtype(dtype)
     if bits is not None:
         nn.quantize(model, group_size=32, bits=bits, class_predicate=_can_be_packed)  # type: ignore[attr-defined]
@@ -366,7 +366,7 @@ def _can_be_packed(_path: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
 
 
-def _lively(array: mx.array) -> mx.array:
+def lively(array: mx.array) -> mx.array:
     if array.ndim == 2:
         return array * 2 + 0.02 * mx.random.normal(array.shape)
     return array + 0.1 * mx.random.normal(array.shape) if mx.issubdtype(array.dtype, mx.floating) else array

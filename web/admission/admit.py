@@ -223,7 +223,9 @@ class Admission:
         entry = self._catalog.models.get(model)
         kind = card.kind if card else entry.declared_kind if entry else None
         if kind == "text" and generation.image_parts:
-            detail = f"{model} is a text model and does not accept images. Use a vision model."
+            text_only = card.text_only if card else entry is not None and entry.text_only
+            what = "is served without its image encoder" if text_only else "is a text model"
+            detail = f"{model} {what} and does not accept images. Use a vision model."
             raise Invalid(detail, code="no_images", field="model")
 
     def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:

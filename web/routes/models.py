@@ -141,6 +141,7 @@ def _model_view(
         id=name,
         aliases=list(entry.aliases) if entry else [],
         kind=kind,
+        text_only=card.text_only if card else entry is not None and entry.text_only,
         context=card.context if card else entry.context_limit if entry else None,
         default=default,
         state=next((state for state in _BEST_FIRST if state in states), unloaded),

@@ -43,6 +43,9 @@ class ModelView(ResponseModel):
     object: Literal["model"] = "model"
     aliases: list[str] = Field(description="Other names that requests can use")
     kind: str | None = Field(description="`text` or `vision`; null if unknown")
+    text_only: bool = Field(
+        description="Whether the model's folder also has an image encoder, which is not used: images are refused"
+    )
     context: int | None = Field(description="Maximum tokens of prompt and output together; null if unknown")
     default: bool = Field(description="Whether requests that name no model use this one")
     state: ModelState = Field(

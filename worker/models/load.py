@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from shared.models.facts import GROUP, context_of
-from shared.models.folder import ModelError, check_adapter, check_folder
+from shared.models.folder import ModelError, check_adapter, check_folder, has_vision
 from shared.models.registry import ModelCard
 from worker.output.format import PLAIN, MessageFormat, message_format
 
@@ -62,12 +62,10 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
     check_folder(folder, "text")
     if adapter is not None:
         check_adapter(adapter)
-    from mlx_lm import load
+    from worker.models import text_half
 
     with contained(f"The model in {folder} cannot be loaded"):
-        model, tokenizer, config = load(  # type: ignore[misc]
-            str(folder), NO_CODE, adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
-        )
+        model, tokenizer, config = text_half.load(folder, NO_CODE, adapter=adapter, lazy=lazy)
     return loaded_as("text", folder, model, tokenizer, config)
 
 
@@ -127,6 +125,7 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
+        text_only=kind == "text" and has_vision(folder),
         vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
         reasoning=bool(form.think_start),
         tool_format=form.tool.name if form.tool else None,

@@ -158,6 +158,15 @@ def test_local_folder_is_linked(folder: Path, tmp_path: Path) -> None:
     assert target.is_symlink()
 
 
+def test_a_model_with_unsupported_images_is_fetched_as_a_text_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "seer", "vision_tower.w")
+    (folder / "config.json").write_text('{"model_type": "idefics3", "vision_config": {"depth": 2}}')
+    assert run("-o", tmp_path / "models", folder) == 0
+    assert "is ready; its images are not supported, so it serves only text" in capsys.readouterr().out
+
+
 def test_local_folder_is_copied_without_code(folder: Path, tmp_path: Path) -> None:
     (folder / "modeling.py").touch()
     (folder / "optimizer.pt").touch()

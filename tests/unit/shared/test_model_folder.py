@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shared.models import folder as model_folder
 from shared.models.facts import context_of, declared_context, weights_bytes
-from shared.models.folder import ModelError, check_folder, model_kind
+from shared.models.folder import ModelError, check_folder, has_vision, model_kind
 from tests.support.small_models import make_folder
 
 
@@ -93,9 +93,19 @@ def test_a_folder_with_an_image_encoder_needs_its_processor(folder: Path, tensor
     check_folder(folder, kind="text")
 
 
+@pytest.mark.parametrize(("declares", "tensor"), [("vision_config", "visual.w"), ("img_processor", "vision_tower.w")])
+def test_a_folder_with_an_unsupported_image_encoder_is_text(folder: Path, declares: str, tensor: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "idefics3", declares: {"depth": 2}}))
+    (folder / "model.safetensors").write_bytes(safetensors({tensor: {"data_offsets": [0, 0]}}))
+    assert has_vision(folder)
+    assert model_kind(folder) == "text"
+    check_folder(folder)
+
+
 def test_a_text_checkpoint_that_keeps_the_vision_config_of_its_origin_is_text(folder: Path) -> None:
     (folder / "config.json").write_text(VISION)
     assert model_kind(folder) == "text"
+    assert not has_vision(folder)
     check_folder(folder)
     index = {"weight_map": {"model.layers.0.w": "model.safetensors", "visual.w": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

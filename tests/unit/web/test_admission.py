@@ -330,6 +330,20 @@ def test_a_cold_text_model_refuses_images(
         assert (error.status, error.code, error.field) == (422, "no_images", "model")
 
 
+@pytest.mark.parametrize(
+    ("text_only", "what"), [(True, "is served without its image encoder"), (False, "is a text model")]
+)
+def test_the_refusal_of_images_says_whether_the_folder_has_an_encoder(
+    catalog_admission: Admission, text_only: bool, what: str
+) -> None:
+    model = CatalogModel("other", Path("other"), "text", weights_bytes=8, text_only=text_only)
+    catalog_admission._catalog.models["other"] = model
+    content = [StoredImage(image="a" * 64, width=64, height=48), Part(type="text", text="What?")]
+    message = Message.model_construct(role="user", content=content)
+    request = job_request(model="other").model_copy(update={"prompt": None, "messages": [message]})
+    assert str(refusal(catalog_admission, request)).startswith(f"other {what} and does not accept images")
+
+
 def test_a_model_that_was_just_loaded_is_accepted(
     catalog_admission: Admission, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,17 +1,17 @@
-"""The interface between the runner and a family of vision models. `qwen2_5_vl` implements it."""
+"""The interface between the runner and a family of vision models. `qwen2_5_vl` implements it.
+
+Each of `shared.models.folder.VISION_FAMILIES` is a module of this package with a `load` function.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from worker.runner.vision.images import Grid, ImageMedia, PlacedImage
-
-FAMILIES: Final = ("qwen2_5_vl",)
-"""Supported values of `model_type` in config.json. Each is a module of this package with a `load` function."""
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 

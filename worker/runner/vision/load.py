@@ -8,9 +8,9 @@ from typing import Any
 
 from mlx_vlm import utils
 
-from shared.models.folder import ModelError, check_folder
+from shared.models.folder import VISION_FAMILIES, ModelError, check_folder
 from worker.models.load import LoadedModel, contained
-from worker.runner.vision.family import FAMILIES, VisionFamily
+from worker.runner.vision.family import VisionFamily
 
 
 def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, VisionFamily]:
@@ -30,9 +30,9 @@ def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel,
     with contained(f"The model in {folder} cannot be loaded"):
         config = utils.load_config(folder)
         family = config.get("model_type")
-        if family not in FAMILIES:
+        if family not in VISION_FAMILIES:
             raise ModelError(
-                f"{folder}: images are not supported for model_type {family!r}, only for {', '.join(FAMILIES)}."
+                f"{folder}: images are not supported for model_type {family!r}, only for {', '.join(VISION_FAMILIES)}."
             )
         module: Any = importlib.import_module(f"worker.runner.vision.{family}")
         loaded: tuple[LoadedModel, VisionFamily] = module.load(folder, config, lazy=lazy)

@@ -1,0 +1,163 @@
+"""Loads text models with mlx-lm, also from multimodal folders that it does not know: their language model alone.
+
+Such a folder describes its language model in a section of config.json, and the names of its weights have a prefix. The
+architecture must be one of mlx-lm's, and the weights must match it exactly, so a wrong guess is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from mlx.utils import tree_flatten
+from mlx_lm import utils
+
+from shared.models.folder import ModelError
+
+Loaded: TypeAlias = tuple[Any, Any, dict[str, Any]]
+"""The model, its tokenizer, and the configuration."""
+
+_SECTIONS: Final = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Sections of config.json that describe the language model. The last one has a `text_config` of its own."""
+_ARCHITECTURES: Final = {
+    "dots_ocr": "qwen2",
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+    "lfm2_vl": "lfm2",
+    "llava_qwen2": "qwen2",
+    "paddleocr_vl": "llama",
+    "phi3_v": "phi3",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "smolvlm": "llama",
+}
+"""mlx-lm's architectures for language models whose own type it does not know."""
+_DIFFERENT: Final = frozenset(
+    ("colidefics3", "deepseek_vl_v2", "deepseekocr", "deepseekocr_2", "paligemma", "plamo2vl", "unlimited_ocr")
+)
+"""Types whose text mlx-lm would compute in another way: other rotary positions, or prompts that are read both ways."""
+_PREFIX: Final = re.compile(r"(?:model\.|thinker\.)*(?:language_model|text_model|language|llm)\.|thinker\.")
+_OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector")
+
+
+def load(folder: Path, tokenizer_config: dict[str, Any], *, adapter: Path | None, lazy: bool) -> Loaded:
+    """Load a text model, or the language model of a multimodal folder.
+
+    Args:
+        adapter: a folder of LoRA weights to apply.
+        lazy: read the weights only when they are evaluated.
+
+    Raises:
+        Exception: of any type, if the folder is broken or its architecture is not supported.
+    """
+    config = utils.load_config(folder)
+    if is_known(config) or not _is_multimodal(config):
+        return utils.load(  # type: ignore[return-value]
+            str(folder), tokenizer_config, adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
+        )
+    model, config = _load_half(folder, config, lazy=lazy)
+    if adapter is not None:
+        model = utils.load_adapters(model, str(adapter))
+        model.eval()
+    eos = config.get("eos_token_id")
+    tokenizer = utils.load_tokenizer(folder, tokenizer_config, eos_token_ids=eos)  # type: ignore[no-untyped-call]
+    return model, tokenizer, config
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Return whether mlx-lm itself reads folders of this type, with or without a vision half."""
+    text = config.get("text_config")
+    if config["model_type"] == "llava" and isinstance(text, Mapping) and "hidden_size" not in text:
+        return False  # mlx-lm takes it for a Pixtral, which states all sizes
+    if config["model_type"] == "kimi_vl":
+        return False  # mlx-lm does not split the projections of its attention
+    try:
+        utils._get_classes(dict(config))  # noqa: SLF001 - there is no other way
+    except ValueError:
+        return False
+    return True
+
+
+def _is_multimodal(config: Mapping[str, Any]) -> bool:
+    return config["model_type"] in _ARCHITECTURES or any(isinstance(config.get(name), dict) for name in _SECTIONS)
+
+
+def _load_half(folder: Path, config: Mapping[str, Any], *, lazy: bool) -> tuple[Any, dict[str, Any]]:
+    text, kind = _text_config(config), config["model_type"]
+    if kind in _DIFFERENT or not is_known(text):
+        raise ModelError(
+            f"{folder}: neither the images nor the text of model_type {kind!r} are supported"
+            + (f": mlx-lm has no architecture {text['model_type']!r}." if kind not in _DIFFERENT else ".")
+        )
+    model, loaded = utils.load_model(folder, lazy=lazy, model_config=text, get_model_classes=_text_classes)
+    return model, loaded
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json as that of the language model alone."""
+    kind = str(config["model_type"])
+    section = next((config[name] for name in _SECTIONS if isinstance(config.get(name), dict)), config)
+    section = section.get("text_config") or section
+    own = section.get("model_type", kind)
+    defaults = _defaults(kind, config) if section is not config else {}
+    text = {**defaults, **section, "model_type": _ARCHITECTURES.get(own, own)}
+    if config.get("eos_token_id") is not None:  # load_config takes it from generation_config.json
+        text["eos_token_id"] = config["eos_token_id"]
+    if isinstance(quantization := config.get("quantization"), dict):
+        text["quantization"] = {_without_prefix(path): value for path, value in quantization.items()}
+    return text
+
+
+def _defaults(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what mlx-vlm assumes where a folder states nothing: sections leave out the defaults of transformers."""
+    try:
+        module = importlib.import_module(f"mlx_vlm.models.{kind}")
+        text = module.ModelConfig.from_dict(dict(config)).text_config
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError):
+        return {}
+    fields = text if isinstance(text, dict) else vars(text)
+    return {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str)}
+
+
+def _text_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return mlx-lm's classes for the language model; the model also accepts the names of a multimodal folder."""
+    architecture, arguments = utils._get_classes(config)  # noqa: SLF001
+
+    class TextHalf(architecture):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            text = _text_weights(self, weights)
+            return super().sanitize(text) if hasattr(architecture, "sanitize") else text
+
+    TextHalf.__module__ = architecture.__module__
+    return TextHalf, arguments
+
+
+def _text_weights(model: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of the language model under the names that mlx-lm expects.
+
+    Nothing of the language model is left out: a weight that the architecture lacks is an error when they are loaded.
+    """
+    own: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    top = next(path.partition(".")[0] for path in own if not path.startswith("lm_head"))
+    renamed = {path: _text_name(path, top) for path in weights}
+    return {name: weights[path] for path, name in renamed.items() if name is not None}
+
+
+def _text_name(path: str, top: str) -> str | None:
+    """Return the name of a weight in the language model; None if it belongs to another part.
+
+    Args:
+        top: the first part of the names of the language model's weights.
+    """
+    name = _without_prefix(path)
+    in_text = name.replace("model.lm_head.", "lm_head.")
+    if in_text.startswith((f"{top}.", "lm_head.")):
+        return None if name == path and _OTHER_HALF.search(path) else in_text
+    return f"{top}.{in_text}" if name != path else None
+
+
+def _without_prefix(path: str) -> str:
+    match = _PREFIX.match(path)
+    return path[match.end() :] if match else path
