@@ -57,7 +57,7 @@ def announce_idle_worker(client: Redis, model: str) -> None:
     now = time.time()
     worker = WorkerInfo(
         id=f"idle-{model}", node="idle@stub", host="stub", pid=os.getpid(), model=model, state="ready", slots=1,
-        slots_used=1, started_at=now, heartbeat_at=now, stats={}, about={},
+        slots_used=1, started_at=now, heartbeat_at=now, stats={}, about={}, protocol=1,
     )  # fmt: skip
     Registry(client).announce_worker(worker, 3600)
 

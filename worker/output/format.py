@@ -75,15 +75,15 @@ class MessageFormat:
         edges = {part: dict(targets) for part, targets in self.edges.items()}
         if self.tool is None or self.tool.name == HARMONY:
             return edges
-        markers = [marker for marker in (self.tool.start, self.tool.end) if marker]
         if tools:
             for part in self.tool_starts:
                 edges.setdefault(part, {})[self.tool.start] = Part.TOOL
             edges[Part.TOOL] = {self.tool.end: Part.CONTENT} if self.tool.end else {}
-        else:
-            dropped = [marker for marker in markers if any(special in marker for special in self.special)]
-            if dropped:
-                edges.setdefault(Part.CONTENT, {}).update(dict.fromkeys(dropped, Part.CONTENT))
+            return edges
+        for marker in filter(None, (self.tool.start, self.tool.end)):
+            if Part.CONTENT not in self.tool_starts or any(special in marker for special in self.special):
+                for part in (Part.CONTENT, *self.tool_starts):
+                    edges.setdefault(part, {})[marker] = Part.CONTENT
         return edges
 
     def reasoning_is_open(self, prompt: Sequence[int]) -> bool:

@@ -83,6 +83,7 @@ class MessageParser:
         if self.part is Part.TOOL:
             self._finish_section()
         else:
+            self._buffer = self._form.without_special_tokens(self._buffer)
             self._take(len(self._buffer))
             self._finish_header()
         self._add("content", self._content.flush())
