@@ -233,12 +233,14 @@ class JobFailure(StrEnum):
 class PromptRefused(Exception):
     """The model cannot process a prompt: the request is rejected, or the job fails.
 
-    `code` is a `JobFailure`; the text is shown to the API caller.
+    `code` is a `JobFailure`; the text is shown to the API caller. `field` is the request field that is to blame; None
+    for the one with the prompt.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.field = field
 
 
 class Expiry(StrEnum):

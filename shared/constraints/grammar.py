@@ -8,9 +8,11 @@ a parser that recurses too deeply would end its process.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from shared.constraints import json_schema
 from shared.jobs.request import Constraint
@@ -18,8 +20,10 @@ from shared.jobs.request import Constraint
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # exists in the stubs only
 
-MAX_CHARACTERS: Final = 256 * 2**10
-"""Maximum length of a regular expression, a grammar, or all choices together."""
+MAX_CHARACTERS: Final = 512 * 2**10
+"""Maximum length of a schema, regular expression or grammar, or of all choices together."""
+MAX_ITEMS: Final = 20_000
+"""Maximum states of the parser after a token: four per property of an object. Computing these takes about 1 ms."""
 
 WHITESPACE: Final = r" |\n {0,16}"
 """White space between the tokens of JSON. It is bounded, otherwise a model may write white space until its limit."""
@@ -30,90 +34,62 @@ _JSON_OPTIONS: Final[JsonCompileOptions] = {
     "lenient": False,
 }
 _MAX_MESSAGE: Final = 500
-_PARTS: Final = {
-    "json_object": "response_format",
-    "json_schema": "response_format.json_schema.schema",
-    "regex": "response_format.regex",
-    "choice": "response_format.choice",
-    "grammar": "response_format.grammar",
-}
+_JSON_OBJECT: Final = '{"type": "object"}'
 
 
 class ConstraintRefused(Exception):
-    """A constraint cannot be honoured. `part` is the request field, such as `response_format.json_schema.schema`."""
-
-    def __init__(self, part: str, reason: str) -> None:
-        super().__init__(reason)
-        self.part = part
+    """A constraint cannot be honoured. The text says why, and names the place in a schema."""
 
 
 def compile_constraint(constraint: Constraint) -> str:
     """Return a constraint's grammar in llguidance's format.
 
     Raises:
-        ConstraintRefused: it is malformed. `check_grammar` finds the other problems.
+        ConstraintRefused: it is malformed. `check` finds the other problems.
     """
-    part = _PARTS.get(constraint.kind)
-    if part is None:
-        raise ConstraintRefused("response_format.type", f"the type {constraint.kind!r} is not supported")
-    if constraint.kind in ("json_object", "json_schema"):
-        return compile_schema(constraint.source if constraint.kind == "json_schema" else '{"type":"object"}', part)
-    if len(constraint.source) > MAX_CHARACTERS:
-        raise ConstraintRefused(part, f"it can have at most {MAX_CHARACTERS:,} characters")
+    source = constraint.source
+    if len(source) > MAX_CHARACTERS:
+        raise ConstraintRefused(f"it can have at most {MAX_CHARACTERS:,} characters")
     match constraint.kind:
+        case "json_object":
+            return _schema_grammar(_JSON_OBJECT)
+        case "json_schema":
+            return _schema_grammar(source)
         case "regex":
-            return str(LLMatcher.grammar_from_regex(constraint.source))
+            return str(LLMatcher.grammar_from_regex(source))
         case "choice":
-            return str(LLMatcher.grammar_from_lark(_choice(constraint.source, part)))
-        case _:
-            return str(LLMatcher.grammar_from_lark(constraint.source))
-
-
-def compile_schema(text: str, part: str) -> str:
-    """Return the grammar of a JSON schema.
-
-    Raises:
-        ConstraintRefused: the schema is malformed or uses an unsupported keyword.
-    """
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(checked_schema(text, part)), overrides=_JSON_OPTIONS))
-
-
-def checked_schema(text: str, part: str) -> dict[str, Any]:
-    """Parse and check a schema, see `shared.constraints.json_schema.parse`.
-
-    Raises:
-        ConstraintRefused: instead of `SchemaRefused`.
-    """
-    try:
-        return json_schema.parse(text)
-    except json_schema.SchemaRefused as error:
-        place = f"{part}.{error.path}" if error.path else part
-        raise ConstraintRefused(part, f"{place}: {error}" if error.path else str(error)) from error
+            return str(LLMatcher.grammar_from_lark(_choice(source)))
+        case "grammar":
+            return str(LLMatcher.grammar_from_lark(source))
+        case kind:
+            raise ConstraintRefused(f"the type {kind!r} is not supported")
 
 
 def limits() -> LLParserLimits:
     """Return the limits of a grammar and of the work per token. Error messages omit the parser's state."""
-    return LLParserLimits(verbose_errors=False)
-
-
-def check_grammar(grammar: str, part: str) -> None:
-    """Check a grammar without a tokenizer.
-
-    Raises:
-        ConstraintRefused: llguidance cannot honour it, or it is too large.
-    """
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
-    if failed:
-        raise ConstraintRefused(part, short_message(messages[0]))
+    return LLParserLimits(max_items_in_row=MAX_ITEMS, verbose_errors=False)
 
 
 def check(constraint: Constraint) -> None:
-    """Check a constraint completely.
+    """Check a constraint with a tokenizer of single bytes: that of the model is not needed to find its problems.
 
     Raises:
         ConstraintRefused: it cannot be honoured.
     """
-    check_grammar(compile_constraint(constraint), _PARTS.get(constraint.kind, "response_format"))
+    matcher = LLMatcher(_byte_tokenizer(), compile_constraint(constraint), limits=limits(), log_level=0)
+    check_matcher(matcher)
+
+
+def check_matcher(matcher: LLMatcher) -> None:
+    """Check a grammar that was just compiled, and that there is a first token.
+
+    Raises:
+        ConstraintRefused: it cannot be honoured.
+    """
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        raise ConstraintRefused(short_message(matcher.get_error()))
 
 
 def short_message(message: str) -> str:
@@ -122,9 +98,34 @@ def short_message(message: str) -> str:
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
 
 
-def _choice(source: str, part: str) -> str:
+def _schema_grammar(text: str) -> str:
+    try:
+        schema = json_schema.parse(text)
+    except json_schema.SchemaRefused as error:
+        raise ConstraintRefused(f"at {error.path}: {error}" if error.path else str(error)) from error
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
+
+
+def _choice(source: str) -> str:
     """Return a Lark grammar of a JSON list of texts."""
     choices = json.loads(source)
     if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
-        raise ConstraintRefused(part, "it must be a list of at least one text, none of them empty")
+        raise ConstraintRefused("it must be a list of at least one text, none of them empty")
     return "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in choices)
+
+
+class _Bytes:
+    """A tokenizer whose tokens are the 256 bytes and an end-of-sequence token."""
+
+    eos_token_id = 256
+    bos_token_id = None
+    tokens: Sequence[bytes] = (*(bytes([value]) for value in range(256)), b"<eos>")
+    special_token_ids = (256,)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+@lru_cache(maxsize=1)
+def _byte_tokenizer() -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(_Bytes()))

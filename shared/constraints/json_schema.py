@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-MAX_BYTES: Final = 512 * 2**10
 MAX_DEPTH: Final = 64
 """Maximum nesting of objects and arrays in a schema; llguidance's parsers are recursive."""
 MAX_VALUES: Final = 20_000
@@ -54,8 +53,6 @@ def parse(text: str) -> dict[str, Any]:
     Raises:
         SchemaRefused: it is no valid schema, too large, has an unsupported keyword, or no finite value satisfies it.
     """
-    if len(text) > MAX_BYTES:
-        raise SchemaRefused("", f"a schema can have at most {MAX_BYTES:,} characters")
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,9 @@
 """Tokenises requests in helper processes, for several threads or greenlets at once.
 
-Two helpers are started on demand: one for short prompts, and one for long prompts and for models whose template has
-timed out before, so that a short prompt never waits for a long one. Each helper processes one request at a time. A
-helper that exceeds the time limit is killed, its request fails, and the next request starts a new one.
+Helpers are started on demand: one for short prompts, one for long prompts and for models whose template has timed out
+before, so that a short prompt never waits for a long one, and one that checks constraints of answers. Each helper
+processes one request at a time. A helper that exceeds the time limit is killed, its request fails, and the next request
+starts a new one.
 
 Under gevent, waiting greenlets do not block others, because gevent patches `socket`, `threading` and `subprocess`.
 """
@@ -16,11 +17,13 @@ import sys
 import threading
 import time
 from array import array
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
+from shared.constraints.parts import parts, refusal
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Request
 from shared.tokenizing.messages import (
@@ -33,6 +36,7 @@ from shared.tokenizing.messages import (
 )
 
 MODULE: Final = "shared.tokenizing.helper"
+CHECK_MODULE: Final = "shared.constraints.helper"
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _LONG: Final = 64 * 2**10
 """Minimum characters of a long prompt; tokenising this many takes about 50 ms."""
@@ -42,6 +46,8 @@ _START_S: Final = 60.0
 """Time limit for starting a helper (0.1 s on an idle machine) and for loading a tokenizer (up to 2 s)."""
 _MAX_WAIT: Final = 3
 """Maximum wait for a free helper, as a multiple of the request's time limit."""
+_MAX_CHECKED: Final = 10_000
+"""Hashes of valid constraints to remember."""
 _ENVIRONMENT: Final = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 """Environment variables that a helper inherits. None of them may contain a secret."""
 
@@ -74,7 +80,9 @@ class Tokenizing:
     def __init__(self, timeout_s: float, module: str = MODULE) -> None:
         self._timeout_s = timeout_s
         self._short, self._long = _HelperQueue(module), _HelperQueue(module)
+        self._checks = _HelperQueue(CHECK_MODULE)
         self._slow: set[int] = set()
+        self._checked: OrderedDict[int, None] = OrderedDict()
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +130,31 @@ class Tokenizing:
         _raise_error(header, context, reserved)
         return Tokenized(tuple(array("I", payload)), int(header["shared"]))
 
+    def check_constraints(self, request: Request) -> None:
+        """Check that the constraints of a request's answer can be honoured: a hostile one may crash its process.
+
+        Raises:
+            PromptRefused: one cannot be honoured.
+            TokenizerError: the helper failed.
+        """
+        unknown = [part for part in parts(request) if hash(part.constraint) not in self._checked]
+        if not unknown:
+            return
+        fields = {"constraints": [(part.constraint.kind, part.constraint.source) for part in unknown]}
+        try:
+            header, _ = self._checks.call("check", fields, self._timeout_s)
+        except _TimedOut as error:
+            raise refusal(unknown[0].field, f"checking it took more than {self._timeout_s:.3g} s") from error
+        except _Crashed as error:
+            raise refusal(unknown[0].field, "it is too complex") from error
+        if "error" in header:
+            raise refusal(unknown[header.get("index", 0)].field, header.get("message"))
+        for part in unknown:
+            self._checked[hash(part.constraint)] = None
+        while len(self._checked) > _MAX_CHECKED:
+            with suppress(KeyError):  # another thread removed it
+                self._checked.popitem(last=False)
+
     def call(self, operation: str, fields: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
         """Call another operation of the helper and return the header of its reply.
 
@@ -138,8 +171,8 @@ class Tokenizing:
 
     def close(self) -> None:
         """Stop the helpers. A later request starts new ones."""
-        self._short.close()
-        self._long.close()
+        for helpers in (self._short, self._long, self._checks):
+            helpers.close()
 
 
 class _TimedOut(Exception):

@@ -65,7 +65,7 @@ class Tokenizers:
             self._loaded[key] = self._load(TokenizerSource(**fields))
             if len(self._loaded) > _MAX_TOKENIZERS:
                 self._loaded.popitem(last=False)
-            self.peak_bytes = _peak_bytes()
+            self.peak_bytes = peak_bytes()
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
@@ -111,7 +111,7 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Return the peak memory of this process.
 
     On Linux, `ru_maxrss` includes the size of the parent process at the fork; `VmHWM` does not.
@@ -125,7 +125,7 @@ def _peak_bytes() -> int:
 
 
 def _has_grown(tokenizers: Tokenizers) -> bool:
-    return tokenizers.peak_bytes > 0 and _peak_bytes() > tokenizers.peak_bytes + _MAX_GROWTH_BYTES
+    return tokenizers.peak_bytes > 0 and peak_bytes() > tokenizers.peak_bytes + _MAX_GROWTH_BYTES
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ class Admission:
         generation = self._generation(request, model, card)
         self._check_images(generation, card)
         check_capabilities(generation, card, self._cluster.snapshot())
+        self._prompt_tokenizer.check_constraints(generation)
         tokenized = _given_tokens(request, card) or self._tokenized(request, generation, card)
         return Submission(
             request=generation,

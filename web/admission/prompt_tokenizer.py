@@ -18,6 +18,7 @@ from shared.tokenizing.client import (
     TokenizerBroken,
     TokenizerBusy,
     TokenizerCorrupt,
+    TokenizerError,
     Tokenizing,
 )
 from shared.tokenizing.files import TokenizerFiles
@@ -78,6 +79,19 @@ class PromptTokenizer:
             log.warning("tokenizer_unusable", extra={"model": card.id, "reason": str(error)})
             self._broken_until[card.tokenizer] = time.monotonic() + _BROKEN_S
             return None
+
+    def check_constraints(self, request: Request) -> None:
+        """Check the constraints of a request's answer. If that is not possible now, the worker checks them.
+
+        Raises:
+            Invalid: one of them cannot be honoured.
+        """
+        try:
+            self._tokenizing.check_constraints(request)
+        except PromptRefused as refused:
+            raise Invalid(str(refused), code=refused.code, field=refused.field) from refused
+        except (TokenizerError, OSError) as error:
+            log.warning("constraint_not_checked", extra={"reason": str(error)})
 
     def _tokenize(
         self, card: ModelCard, digest: str, request: Request, field: str, context: int | None

@@ -73,6 +73,7 @@ class Preparer:
             _check_capabilities(claimed.request, runner.card)
             written = self._log.written(job.id, job.last_event) if job.attempt > 1 else None
             tokenized = self._tokenized(claimed, runner)
+            self._tokenizing.check_constraints(claimed.request)
             images = self._images_of(job.id, claimed.request)
             prompt = runner.prompt(tokenized.tokens, tokenized.shared, claimed.request, images)
             return Prepared(prompt, written, tokenized.tokens if claimed.tokens is None else None)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from shared.constraints import json_schema
-from shared.constraints.grammar import ConstraintRefused, check
-from shared.jobs.request import Constraint
+from shared.constraints.grammar import MAX_CHARACTERS, ConstraintRefused, check
+from shared.constraints.parts import parts
+from shared.jobs.request import Constraint, Request, Sampling
 
 NODE = {
     "type": "object",
@@ -76,8 +77,7 @@ def test_an_unsupported_keyword_is_named(keyword: str, value: object) -> None:
     inner = {"type": "array", "items": {keyword: value}}
     with pytest.raises(ConstraintRefused, match="not supported") as refused:
         check(schema({"type": "object", "properties": {"list": inner}}))
-    assert refused.value.part == "response_format.json_schema.schema"
-    assert f"response_format.json_schema.schema.properties.list.items: the keyword {keyword!r}" in str(refused.value)
+    assert f"at properties.list.items: the keyword {keyword!r}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -101,32 +101,46 @@ def test_an_unsupported_keyword_is_named(keyword: str, value: object) -> None:
         (json.dumps(nested(json_schema.MAX_DEPTH)), "nested at most"),
         ("[" * 100_000, "too deeply nested"),
         (json.dumps({"enum": list(range(json_schema.MAX_VALUES + 1))}), "at most"),
-        (json.dumps({"description": "x" * json_schema.MAX_BYTES}), "at most"),
+        (json.dumps({"description": "x" * MAX_CHARACTERS}), "at most"),
+        ('{"type": "integer", "multipleOf": 982451653}', "fuel exhausted"),
     ],
     ids=lambda text: text[:30],
 )
 def test_schemas_that_cannot_be_honoured_are_refused(source: str, reason: str) -> None:
     with pytest.raises(ConstraintRefused, match=reason) as refused:
         check(Constraint("json_schema", source))
-    assert refused.value.part == "response_format.json_schema.schema"
     assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize(
-    ("constraint", "part"),
+    "constraint",
     [
-        (Constraint("regex", "(?=a)b"), "response_format.regex"),
-        (Constraint("regex", "(a"), "response_format.regex"),
-        (Constraint("regex", "a" * 300_000), "response_format.regex"),
-        (Constraint("choice", "[]"), "response_format.choice"),
-        (Constraint("choice", '["a", ""]'), "response_format.choice"),
-        (Constraint("grammar", "start: nothing"), "response_format.grammar"),
-        (Constraint("grammar", "begin: /a/"), "response_format.grammar"),
-        (Constraint("xml"), "response_format.type"),
+        Constraint("regex", "(?=a)b"),
+        Constraint("regex", "(a"),
+        Constraint("regex", "a" * (MAX_CHARACTERS + 1)),
+        Constraint("choice", "[]"),
+        Constraint("choice", '["a", ""]'),
+        Constraint("grammar", "start: nothing"),
+        Constraint("grammar", "begin: /a/"),
+        Constraint("xml"),
     ],
-    ids=lambda each: each.source[:20] if isinstance(each, Constraint) else each,
+    ids=lambda constraint: constraint.source[:20],
 )
-def test_other_constraints_that_cannot_be_honoured_are_refused(constraint: Constraint, part: str) -> None:
-    with pytest.raises(ConstraintRefused) as refused:
+def test_other_constraints_that_cannot_be_honoured_are_refused(constraint: Constraint) -> None:
+    with pytest.raises(ConstraintRefused):
         check(constraint)
-    assert refused.value.part == part
+
+
+TOOLS = tuple(
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}, "strict": strict}}
+    for name, strict in (("one", True), ("two", False))
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "constrained"), [("auto", [0]), ("none", []), ("required", [0, 1]), ("function:two", [1])]
+)
+def test_constrained_parts_of_a_request(choice: str, constrained: list[int]) -> None:
+    request = Request("m", 1, Sampling(0.0), constraint=Constraint("regex", "a"), tools=TOOLS, tool_choice=choice)
+    fields = [f"tools[{index}].function.parameters" for index in constrained]
+    assert [part.field for part in parts(request)] == ["response_format.regex", *fields]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.errors import Invalid, Unavailable
-from shared.jobs.request import Request
+from shared.jobs.request import Constraint, Request
 from shared.models.registry import ModelCard
 from shared.tokenizing.client import TokenizerBusy, Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
@@ -147,3 +148,18 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused_by_name(api: Api
         with pytest.raises(Invalid, match=r"'<image>' \(id 6\), .*it has 6 tokens") as caught:
             api.tokenize(api.announce(vocabulary=6), request)
         assert caught.value.field == field
+
+
+def test_a_constraint_that_cannot_be_honoured_is_refused_by_name(api: Api) -> None:
+    request = replace(plain("word"), constraint=Constraint("json_schema", '{"items": {"not": {}}}'))
+    with pytest.raises(Invalid, match="at items: the keyword 'not' is not supported") as caught:
+        api.prompts.check_constraints(request)
+    assert (caught.value.code, caught.value.field) == ("constraint_error", "response_format.json_schema.schema")
+
+
+def test_a_constraint_is_left_to_the_worker_while_the_helper_is_busy(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(_: Request) -> None:
+        raise TokenizerBusy("too many")
+
+    monkeypatch.setattr(api.tokenizing, "check_constraints", busy)
+    api.prompts.check_constraints(replace(plain("word"), constraint=Constraint("regex", "(?=a)b")))

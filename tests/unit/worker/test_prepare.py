@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from shared.errors import PromptRefused
 from shared.jobs.log import JobLog
-from shared.jobs.request import Request
+from shared.jobs.request import Constraint, Request
 from shared.jobs.store import Jobs, Submission
 from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
@@ -168,3 +168,10 @@ def test_a_temporary_error_releases_the_job(
 def test_other_errors_are_raised(harness: Harness, error: Exception) -> None:
     with pytest.raises(type(error)):
         harness.preparer.prepare(harness.claimed(plain("word"), tokens=(1,)), StubRunner(error=error))
+
+
+def test_a_constraint_that_cannot_be_honoured_fails_its_job(harness: Harness) -> None:
+    """Also if the prompt was tokenised by the API, which may have been too busy to check the constraint."""
+    request = replace(plain("word"), constraint=Constraint("regex", "(?=a)b"))
+    code, message = harness.failure(harness.claimed(request, tokens=(1,)))
+    assert code == "constraint_error" and message.startswith("response_format.regex cannot be honoured")

@@ -17,7 +17,8 @@ from typing import Any, Final
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from shared.constraints.grammar import ConstraintRefused, compile_constraint, limits, short_message
+from shared.constraints.grammar import ConstraintRefused, check_matcher, compile_constraint, limits, short_message
+from shared.constraints.parts import constraint_field, refusal
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Constraint, Request
 from worker.runner.base import ConstraintFailed
@@ -207,12 +208,10 @@ class ConstraintCompiler:
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         try:
-            grammar = compile_constraint(constraint)
+            matcher = LLMatcher(self._loaded_tokenizer(), compile_constraint(constraint), limits=limits(), log_level=0)
+            check_matcher(matcher)
         except ConstraintRefused as refused:
-            raise PromptRefused(JobFailure.CONSTRAINT, f"{refused.part}: {refused}") from refused
-        matcher = LLMatcher(self._loaded_tokenizer(), grammar, limits=limits(), log_level=0)
-        if matcher.is_error():
-            raise PromptRefused(JobFailure.CONSTRAINT, short_message(matcher.get_error()))
+            raise refusal(constraint_field(constraint), refused) from refused
         return matcher
 
     def _loaded_tokenizer(self) -> LLTokenizer:
