@@ -191,8 +191,8 @@ class Admission:
         self._check_images(generation, card)
         count = None if card is None else self._prompt_tokenizer.count(card, generation, request.prompt_field)
         if count is None:
-            detail = f"The API does not have the tokenizer of {model!r} before a worker has loaded the model once."
-            raise Unavailable(detail, field="model", retry_after=10)
+            detail = f"The tokenizer of {model!r} is not available yet. A worker announces it after loading the model."
+            raise Unavailable(detail, field="model", retry_after=5)
         return count
 
     def _resolve(self, name: str | None) -> tuple[str, ModelCard | None]:
