@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
 from tests.support.runner import row as row_of
-from worker.runner import forward, kv_cache
+from worker.runner import forward
 from worker.runner.base import UNKNOWN_COST, PrefillWork
 from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint, KVCache
@@ -181,9 +181,7 @@ def test_the_predicted_memory_of_a_row_covers_the_allocated_memory(name: str, to
     cache = KVCache.empty(model, 3)
     for _ in range(0, tokens, 20):
         forward.fill(model, cache, [[1] * 20] * 3)
+    cache.fit()
+    for _ in range(2):
+        forward.fill(model, cache, [[1]] * 3)
     assert cache.nbytes <= 3 * Footprint.of(model).allocated(tokens) <= 3 * cache.nbytes
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_only_models_with_plain_attention_everywhere_are_plain(name: str) -> None:
-    assert kv_cache.plain(make(name)) == (name == "qwen2")

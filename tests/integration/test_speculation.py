@@ -217,13 +217,13 @@ def test_the_prefix_of_a_removed_row_holds_exactly_its_tokens(
     assert tokens == expected[1][: len(tokens)]
     assert runner.stats()["kv_bytes"] == 0
     text = (*one.prompt, *expected[1])
-    length, layers = runner._prefixes.load("me", text)
+    length, loaded = runner._prefixes.load("me", text)
     assert length in {len(one.prompt) - 1, len(one.prompt) + len(tokens) - 1, len(one.prompt) + len(tokens)}
     fresh = KVCache.empty(tiny.model)
     forward.fill(tiny.model, fresh, [text[:length]])
-    for layer, (keys, values) in zip(layers, fresh.copy_columns(0, 0, length), strict=True):
-        assert mx.allclose(layer.keys[:, :, :length], keys, rtol=1e-3, atol=1e-5)
-        assert mx.allclose(layer.values[:, :, :length], values, rtol=1e-3, atol=1e-5)
+    for arrays, expected_arrays in zip(loaded.copy_columns(0, length), fresh.copy_columns(0, length), strict=True):
+        for array, expected_array in zip(arrays, expected_arrays, strict=True):
+            assert mx.allclose(array, expected_array, rtol=1e-3, atol=1e-5)
     again = replace(one, uid=2, prompt=(*text[:length], 7, 8), max_new_tokens=9)
     assert run(runner, [again])[2] == run(plain, [replace(again, owner=None)])[2]
 

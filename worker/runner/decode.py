@@ -22,8 +22,9 @@ import mlx.core as mx
 from shared.jobs.request import Sampling
 from worker.runner import forward
 from worker.runner.base import InvalidLogits, Row, TokenOutput
+from worker.runner.column_cache import SLACK, allocated_columns
 from worker.runner.decode_row import DecodeRow
-from worker.runner.kv_cache import SLACK, KVCache, allocated_columns
+from worker.runner.kv_cache import KVCache
 from worker.runner.logits.logprobs import BatchLogprobs, Logprob, QueuedLogprobs
 from worker.runner.logits.mask import BatchConstraints
 from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor
@@ -89,6 +90,7 @@ class DecodeBatch:
         Args:
             cache: holds all tokens of their prompts but the last. The batch takes it over.
         """
+        cache.fit()
         joining = [DecodeRow.after_prefill(row) for row in rows]
         input_ids = mx.array([row.prompt[-1] for row in rows], dtype=mx.uint32)
         empty = [index for index, row in enumerate(self._rows) if row is None][: len(rows)]

@@ -1,36 +1,30 @@
-"""The KV cache of a batch. This module alone knows the internals of mlx-lm's cache classes.
+"""The cache of a batch: what the model remembers of its rows, in one part per layer.
 
-A column of a cache holds the keys and values of one token per row. All rows of a batch cache end at the same column;
-shorter rows are padded on the left. A row that joins a batch, or takes the batch index of a row that has ended, must
-therefore be moved to that column.
+A part is a `ColumnCache` for attention, or mlx-lm's `ArraysCache` for recurrent layers. This module, `column_cache` and
+`kv_segments` alone know how caches are built.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import mlx.core as mx
-from mlx.utils import tree_map
-from mlx_lm.models.cache import BatchKVCache, CacheList, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.cache import KVCache as AttentionCache
 
-RowCache: TypeAlias = list[Any]
-"""The cache of one row outside any batch: mlx-lm's single-sequence caches, one per layer."""
+from worker.runner.column_cache import SLACK, ColumnCache, allocated_columns, window_columns
 
-Columns: TypeAlias = list[tuple[mx.array, mx.array]]
-"""Keys and values of consecutive tokens of one row, per layer, each [1, heads, tokens, head size]."""
+Columns: TypeAlias = list[list[mx.array]]
+"""By attention part: its arrays with the newest tokens of a row, each [1, heads, tokens, size]."""
+
+States: TypeAlias = list[list[mx.array | None]]
+"""By recurrent part: its arrays for one row, each [1, ...]."""
 
 GROW_AHEAD = 32
 """Number of free columns at which the layers of a cache start to grow, one after another."""
-
-GROWTH_COLUMNS = 256
-"""Caches are allocated in multiples of this number of columns."""
-
-SLACK = 64
-"""Unused columns that a cache may keep. Without them it would soon grow, and be copied, again."""
 
 _LIMITS = ("max_size", "chunk_size", "window_size")
 """Attributes of mlx-lm's caches that limit how many tokens they keep."""
@@ -40,31 +34,43 @@ class KVCache:
     """Cached keys, values and states of the rows of a batch.
 
     Attributes:
-        layers: the `cache` argument of the model: one of mlx-lm's batch caches per layer. If mlx-lm has none for this
-            architecture, the single-sequence caches of one row.
+        layers: the `cache` argument of the model. If this module does not know how to batch the caches of an
+            architecture, mlx-lm's caches of a single sequence.
+        parts: the same with the lists of layers that have several parts flattened.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
+        self.parts = list(_flat(layers))
 
     @classmethod
     def empty(cls, model: Any, rows: int = 1) -> Self:
         """Return a cache without tokens."""
-        return cls.of_rows([empty_row(model) for _ in range(rows)])
+        layers = empty_row(model)
+        return cls([_batched(layer, rows) for layer in layers] if _batchable(layers) else layers)
 
     @classmethod
-    def of_rows(cls, rows: Sequence[RowCache]) -> Self:
-        """Return a batch of one or more rows. Copies them, except for a single row of plain attention."""
-        if len(rows) == 1 and all(type(layer) is AttentionCache and layer.keys is not None for layer in rows[0]):
-            return cls([_as_batch(layer) for layer in rows[0]])
-        if len(rows) == 1 and not _mergeable(rows[0]):
-            return cls(list(rows[0]))
-        return cls(_merged(rows))
+    def of_rows(cls, rows: Sequence[KVCache]) -> KVCache:
+        """Return a batch of one or more rows, given as caches of one row each. Copies them if there are several."""
+        first, *others = rows
+        if others:
+            first.extend(*others)
+        return first
+
+    @property
+    def attention(self) -> list[ColumnCache]:
+        """The attention parts."""
+        return [part for part in self.parts if isinstance(part, ColumnCache)]
+
+    @property
+    def recurrent(self) -> list[Any]:
+        """The recurrent parts."""
+        return [part for part in self.parts if isinstance(part, ArraysCache)]
 
     @property
     def columns(self) -> int:
-        """The column at which all rows end. For plain attention only."""
-        return _end(self.layers[0])
+        """The column at which all rows end in the layers that keep every token; 0 if there are none."""
+        return max((part.end for part in self._growing), default=0)
 
     @property
     def states(self) -> list[Any]:
@@ -84,14 +90,14 @@ class KVCache:
         """
         padding = [max(lengths) - length for length in lengths]
         if any(padding):
-            for layer in self.layers:
-                layer.prepare(lengths=list(lengths), right_padding=padding)
+            for part in self.parts:
+                part.prepare(lengths=list(lengths), right_padding=padding)
         return any(padding)
 
     def unpad(self) -> None:
         """Move the padding of the last pass to the left of each row."""
-        for layer in self.layers:
-            layer.finalize()
+        for part in self.parts:
+            part.finalize()
 
     def layer_range(self, start: int, stop: int) -> KVCache:
         """Return a cache of some of the layers. It shares them with this cache."""
@@ -104,7 +110,7 @@ class KVCache:
         return filled
 
     def reserve(self, columns: int, max_layers: int | None = None) -> bool:
-        """Allocate columns for a long row at once. Otherwise its cache is copied every `GROWTH_COLUMNS` tokens.
+        """Allocate columns for a long row at once. Otherwise its cache is copied every few hundred tokens.
 
         Args:
             max_layers: maximum layers to widen in this call: all layers of a long row take longer than a decode step.
@@ -112,77 +118,86 @@ class KVCache:
         Returns:
             Whether any layer was widened.
         """
-        narrow = [layer for layer in self.layers if _filled(layer) and layer.keys.shape[2] < columns][:max_layers]
-        for layer in narrow:
-            _widen(layer, allocated_columns(columns) - layer.keys.shape[2])
+        narrow = [part for part in self._growing if part.capacity < columns][:max_layers]
+        for part in narrow:
+            part.reserve(columns)
         return bool(narrow)
 
     def grow_ahead(self) -> None:
         """Widen a few of the layers that are nearly full. Widening all of them would delay the step."""
-        near = [
-            layer for layer in self.layers if _filled(layer) and 0 < layer.keys.shape[2] - _end(layer) <= GROW_AHEAD
-        ]
-        for layer in near[: -(-len(self.layers) // GROW_AHEAD)]:
-            _widen(layer, GROWTH_COLUMNS)
+        near = [part for part in self._growing if 0 < part.capacity - part.end <= GROW_AHEAD]
+        for part in near[: -(-len(self.parts) // GROW_AHEAD)]:
+            part.reserve(part.capacity + 1)
 
     def set_columns(self, columns: int) -> None:
         """Set the length of the only row without filling it, to measure the cost of attending to that many tokens."""
-        for layer in filter(_filled, self.layers):
-            _end_at(layer, columns)
+        for part in self._growing:
+            part.set_end(columns)
 
-    def extend(self, other: KVCache) -> None:
-        """Append the rows of another cache. Copies both caches."""
-        for layer, more in zip(self.layers, other.layers, strict=True):
-            layer.extend(more)
+    def fit(self) -> None:
+        """Free memory that only the prefill needs."""
+        for part in self.attention:
+            part.fit()
+
+    def extend(self, *others: KVCache) -> None:
+        """Append the rows of other caches. Copies all rows."""
+        for part, *more in zip(self.parts, *(other.parts for other in others), strict=True):
+            if isinstance(part, ColumnCache):
+                part.extend(more)
+            else:
+                for each in more:
+                    part.extend(each)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep one or more rows, by batch index, and cut the columns that none of them needs. Copies the rows."""
-        for layer in self.layers:
-            layer.filter(list(rows))
-            if _filled(layer) and layer.keys.shape[2] > (limit := allocated_columns(_end(layer) + SLACK)):
-                layer.keys, layer.values = layer.keys[:, :, :limit], layer.values[:, :, :limit]
+        for part in self.parts:
+            if isinstance(part, ColumnCache):
+                part.keep_rows(rows)
+            else:
+                part.filter(mx.array(list(rows)))
 
     def overwrite(self, rows: Sequence[int], other: KVCache) -> bool:
         """Replace rows, given by batch index, with the rows of another cache. Does not copy the other rows.
 
         Returns:
-            False if that is impossible: a layer is not plain attention, or the new rows are longer than the batch.
+            False if that is impossible, for example because the new rows are longer than the batch.
         """
-        pairs = list(zip(self.layers, other.layers, strict=False))
-        if not pairs or not all(_filled(one) and _filled(two) and _end(two) <= _end(one) for one, two in pairs):
+        pairs = list(zip(self.parts, other.parts, strict=False))
+        if not pairs or not all(_fits(part, more) for part, more in pairs):
             return False
-        indices = mx.array(list(rows))
-        for layer, more in pairs:
-            end, length = _end(layer), _end(more)
-            for i, row in enumerate(rows):
-                layer.keys[row : row + 1, :, end - length : end] = more.keys[i : i + 1, :, :length]
-                layer.values[row : row + 1, :, end - length : end] = more.values[i : i + 1, :, :length]
-            layer.offset[indices] = more.offset
-            layer.left_padding[indices] = more.left_padding + (end - length)
+        for part, more in pairs:
+            if isinstance(part, ColumnCache):
+                part.overwrite(rows, more)
+            else:
+                _overwrite_states(part, rows, more)
         return True
 
     def trim(self, tokens: Sequence[int]) -> None:
-        """Drop the newest `tokens[i]` tokens of row i. For plain attention only."""
+        """Drop the newest `tokens[i]` tokens of row i, at most `SLACK`. Leaves recurrent parts as they are."""
         common, uneven = min(tokens), max(tokens) > min(tokens)
-        for layer in self.layers:
-            layer.trim(common)
+        for part in self.attention:
+            part.trim(common)
             if uneven:  # rows end at the same column: a row that loses more tokens is moved there
-                layer.prepare(right_padding=[each - common for each in tokens])
-                layer.finalize()
+                part.prepare(right_padding=[each - common for each in tokens])
+                part.finalize()
         if uneven:
             mx.eval(self.states)
 
-    def copy_columns(self, row: int, start: int, stop: int) -> Columns:
-        """Copy tokens `start` to `stop` of a row that has `stop` tokens. For plain attention only."""
-        return [copied(layer.keys, layer.values, row, _end(layer) - stop + start, _end(layer)) for layer in self.layers]
+    def copy_columns(self, row: int, tokens: int) -> Columns:
+        """Copy the newest tokens of a row. Of a sliding window, they may be fewer; see `ColumnCache.copy`."""
+        return [part.copy(row, tokens) for part in self.attention]
 
-    def copy_row(self, row: int) -> RowCache:
-        """Copy the whole cache of a row. Queues the copy on the device."""
-        layers = [layer.extract(row) for layer in self.layers]
-        for layer in layers:
-            layer.state = tree_map(_owned, layer.state)
-        mx.async_eval([layer.state for layer in layers])  # type: ignore[no-untyped-call]
-        return layers
+    def copy_states(self, row: int) -> States:
+        """Copy the recurrent state of a row."""
+        return [
+            [None if array is None else mx.contiguous(array[row : row + 1]) for array in part.cache]
+            for part in self.recurrent
+        ]
+
+    @property
+    def _growing(self) -> list[ColumnCache]:
+        """The parts that keep every token, once they have any."""
+        return [part for part in self.attention if part.window is None and part.arrays]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +206,7 @@ class Footprint:
 
     Attributes:
         fixed: bytes that do not depend on the length.
-        growing: (bytes per token, maximum tokens) of groups of layers; None: no maximum.
+        growing: (bytes per token, sliding window in tokens) of groups of layers; None: no window.
     """
 
     fixed: int
@@ -202,13 +217,14 @@ class Footprint:
         """Measure the footprint on one token; of caches that do not show their keys, on more."""
         cache = KVCache.empty(model)
         model(mx.array([[0]], dtype=mx.uint32), cache=cache.layers)
-        parts = _flat(cache.layers)
+        parts = cache.parts
         if any(not hasattr(part, "keys") and hasattr(part, "offset") for part in parts):
             return cls._by_growth(model, max(window(model), SLACK))
         keyed = [part for part in parts if getattr(part, "keys", None) is not None]
         growing: Counter[int | None] = Counter()
         for part in keyed:
-            growing[_limit(part)] += part.nbytes // part.keys.shape[2]
+            columns = part.capacity if isinstance(part, ColumnCache) else part.keys.shape[2]
+            growing[_limit(part)] += part.nbytes // columns
         fixed = sum(part.nbytes for part in parts if not hasattr(part, "keys"))
         return cls(fixed, tuple((token_bytes, limit) for limit, token_bytes in growing.items()))
 
@@ -226,9 +242,8 @@ class Footprint:
     def allocated(self, tokens: int) -> int:
         """Return the bytes allocated per row in a batch with a longest row of this many tokens."""
         columns = allocated_columns(tokens + SLACK)
-        # A sliding window also holds the chunk that is being processed.
         return self.fixed + sum(
-            token_bytes * min(columns, limit + GROWTH_COLUMNS if limit else columns)
+            token_bytes * min(columns, window_columns(limit) if limit else columns)
             for token_bytes, limit in self.growing
         )
 
@@ -242,14 +257,9 @@ class Footprint:
         return len(filled) * max(filled, default=0) - sum(filled)
 
 
-def allocated_columns(columns: int) -> int:
-    """Return the number of columns that a cache allocates to use this many."""
-    return -(-columns // GROWTH_COLUMNS) * GROWTH_COLUMNS
-
-
 def mergeable(model: Any) -> bool:
     """Return whether several rows of this model can share a cache."""
-    return _mergeable(empty_row(model))
+    return _batchable(empty_row(model))
 
 
 def kind_of(layer: Any) -> tuple[str, list[int | None]]:
@@ -263,90 +273,74 @@ def window(model: Any) -> int:
     return min((limit for limit in limits if limit), default=0)
 
 
-def plain(model: Any) -> bool:
-    """Return whether every layer is plain attention: a key and a value per token, so rows can be cut at any token."""
-    return all(type(layer) is AttentionCache for layer in empty_row(model))
+def recurrent(model: Any) -> bool:
+    """Return whether any layer has a recurrent state, so that rows cannot be cut at any token."""
+    return any(isinstance(part, ArraysCache) for part in _flat(empty_row(model)))
 
 
-def extractable(model: Any) -> bool:
-    """Return whether the cache of a single row can be copied out of a batch."""
-    return all(hasattr(part, "extract") for part in _flat(KVCache.empty(model).layers))
-
-
-def empty_row(model: Any) -> RowCache:
-    """Return the cache of one row without tokens."""
+def empty_row(model: Any) -> list[Any]:
+    """Return mlx-lm's caches of a single sequence without tokens, one per layer."""
     return list(make_prompt_cache(model))
 
 
-def row_of_columns(columns: Columns, length: int) -> RowCache:
-    """Return the cache of one row of `length` tokens with these keys and values."""
-    layers = []
-    for keys, values in columns:
-        layer = AttentionCache()  # type: ignore[no-untyped-call]
-        layer.keys, layer.values, layer.offset = keys, values, length
-        layers.append(layer)
-    return layers
+def row_of(model: Any, columns: Columns, states: States, tokens: int) -> KVCache:
+    """Return the cache of one row of `tokens` tokens.
+
+    Args:
+        columns: the newest tokens of each attention part: all of them, or at least a window.
+        states: the recurrent parts after the last token.
+    """
+    cache = KVCache.empty(model)
+    for part, arrays in zip(cache.attention, columns, strict=True):
+        part.hold(arrays, tokens)
+    for state, arrays_of_part in zip(cache.recurrent, states, strict=True):
+        # Another array object with the same buffer, because a batch writes rows into its arrays.
+        state.cache = [None if array is None else mx.contiguous(array) for array in arrays_of_part]
+    return cache
 
 
-def row_nbytes(row: RowCache) -> int:
-    """Return the bytes of a row's cache."""
-    return sum(layer.nbytes for layer in row)
+def _batchable(layers: Iterable[Any]) -> bool:
+    return all(
+        type(part) in (AttentionCache, ArraysCache) or (type(part) is RotatingKVCache and not part.keep)
+        for part in _flat(layers)
+    )
 
 
-def copied(keys: mx.array, values: mx.array, row: int, start: int, stop: int) -> tuple[mx.array, mx.array]:
-    """Copy columns `start` to `stop` of a row into new buffers."""
-    return _owned(keys[row : row + 1, :, start:stop]), _owned(values[row : row + 1, :, start:stop])
-
-
-def _owned(part: Any) -> Any:
-    """Copy an array, because a slice keeps the whole array that it was cut from in memory."""
-    return mx.contiguous(part) if isinstance(part, mx.array) else part
-
-
-def _merged(rows: Sequence[RowCache]) -> list[Any]:
-    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
-
-
-def _mergeable(row: RowCache) -> bool:
-    return all(hasattr(layer, "merge") for layer in row)
+def _batched(layer: Any, rows: int) -> Any:
+    """Return the empty batch cache that corresponds to mlx-lm's empty cache of a single sequence."""
+    if isinstance(layer, CacheList):
+        return CacheList(*(_batched(part, rows) for part in layer.caches))  # type: ignore[no-untyped-call]
+    if isinstance(layer, ArraysCache):
+        return ArraysCache(len(layer.cache), [0] * rows)
+    return ColumnCache([0] * rows, getattr(layer, "max_size", None))
 
 
 def _limit(part: Any) -> int | None:
-    """Return the maximum number of tokens that a cache keeps; None: all."""
+    """Return the maximum number of tokens that a layer attends to; None: all."""
+    if isinstance(part, ColumnCache):
+        return part.window
     return next((int(limit) for name in _LIMITS if (limit := getattr(part, name, None))), None)
 
 
-def _as_batch(layer: AttentionCache) -> BatchKVCache:
-    batch = BatchKVCache([0])
-    batch.keys, batch.values = layer.keys, layer.values
-    _end_at(batch, layer.offset)
-    return batch
+def _flat(layers: Iterable[Any]) -> Iterator[Any]:
+    """Yield the parts of all layers."""
+    for layer in layers:
+        if isinstance(layer, CacheList):
+            yield from _flat(layer.caches)
+        else:
+            yield layer
 
 
-def _flat(layers: Iterable[Any]) -> list[Any]:
-    """Return the caches of all layers, with the lists of layers that have several flattened."""
-    return [part for layer in layers for part in (_flat(layer.caches) if isinstance(layer, CacheList) else [layer])]
+def _fits(part: Any, other: Any) -> bool:
+    if isinstance(part, ColumnCache):
+        return part.fits(other)
+    if not isinstance(part, ArraysCache):
+        return False
+    pairs: Any = zip(part.cache, other.cache, strict=True)
+    return all(one is not None and two is not None and one.shape[1:] == two.shape[1:] for one, two in pairs)
 
 
-def _filled(layer: Any) -> bool:
-    """Return whether a layer is plain attention and has tokens."""
-    return type(layer) is BatchKVCache and layer.keys is not None
-
-
-def _end(layer: Any) -> int:
-    """Return the column at which the rows of a batch cache end."""
-    return int(layer._idx)  # noqa: SLF001 - no public name
-
-
-def _end_at(layer: Any, columns: int) -> None:
-    """Set the column at which the only row of a batch cache ends."""
-    layer.offset = mx.array([columns])
-    layer._idx = columns  # noqa: SLF001 - no public name
-
-
-def _widen(layer: Any, columns: int) -> None:
-    layer.keys, layer.values = (_widened(each, columns) for each in (layer.keys, layer.values))
-
-
-def _widened(array: mx.array, columns: int) -> mx.array:
-    return mx.concatenate([array, mx.zeros((*array.shape[:2], columns, array.shape[3]), array.dtype)], axis=2)
+def _overwrite_states(part: Any, rows: Sequence[int], other: Any) -> None:
+    for array, more in zip(part.cache, other.cache, strict=True):
+        for index, row in enumerate(rows):
+            array[row : row + 1] = more[index : index + 1]

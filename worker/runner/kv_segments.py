@@ -1,35 +1,50 @@
-"""KV segments: the parts of row caches that the prefix cache stores. The model decides which of two types is possible.
+"""The parts of row caches that the prefix cache stores: columns of attention layers, and states of recurrent layers.
 
-Plain attention has a key and a value per token, so any consecutive tokens can be stored, split and joined again. The
-state of sliding windows and state-space layers cannot be split: it is stored whole and can only be used at the token
-where it was taken.
+Attention has columns for each token, so any consecutive tokens can be stored, split and joined again (`Segment`). A
+sliding window may have dropped the columns of the first tokens of a segment; a row needs only those of the last window.
+
+The state of a recurrent layer cannot be split: it is stored as it was after a certain token (`Checkpoint`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, Self, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import numpy as np
 
 from worker.runner import kv_cache
-from worker.runner.kv_cache import Columns, KVCache, RowCache
+from worker.runner.kv_cache import Columns, KVCache, States
 from worker.runner.prefix.blocks import Block, Tensor
 
-_TYPES = {mx.float32: ("F32", np.float32), mx.float16: ("F16", np.float16), mx.bfloat16: ("BF16", np.uint16)}
+_TYPES = {
+    mx.float32: ("F32", np.float32),
+    mx.float16: ("F16", np.float16),
+    mx.bfloat16: ("BF16", np.uint16),
+    mx.uint32: ("U32", np.uint32),
+    mx.int32: ("I32", np.int32),
+    mx.int64: ("I64", np.int64),
+}
 """Safetensors names of the number types that a cache may have, and numpy types of the same size."""
 
 
-class Segment(Protocol):
-    """The stored cache of consecutive tokens of a row. Immutable.
+class Segment:
+    """The columns of consecutive tokens of a row. Immutable.
 
     Attributes:
-        splittable: whether a row that shares only the first tokens can use these.
+        length: number of tokens.
+        columns: by attention part, the columns of the last tokens; of all of them, unless a sliding window has dropped
+            the first ones.
+        complete: number of last tokens for which every part has its columns.
     """
 
-    splittable: bool
-    nbytes: int
+    def __init__(self, length: int, columns: Columns) -> None:
+        self.length = length
+        self.columns = columns
+        self.complete = min((arrays[0].shape[2] for arrays in columns if arrays), default=length)
+        self.nbytes = sum(array.nbytes for arrays in columns for array in arrays)
 
     @classmethod
     def copy_from(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
@@ -38,47 +53,11 @@ class Segment(Protocol):
         Args:
             row: batch index.
         """
-        ...
-
-    def split(self, at: int) -> tuple[Self | None, Self]:
-        """Split into the first `at` tokens and the rest. The first part is None if it cannot be separated."""
-        ...
-
-    @classmethod
-    def join(cls, segments: Sequence[Any], length: int) -> RowCache:
-        """Return the cache of one row of `length` tokens from consecutive segments that begin with its first token."""
-        ...
-
-
-class AttentionSegment:
-    """Keys and values of consecutive tokens."""
-
-    splittable = True
-
-    def __init__(self, columns: Columns) -> None:
-        self.columns = columns
-        self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in columns)
-
-    @classmethod
-    def copy_from(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:
-        """See `Segment.copy_from`."""
-        return cls._queued(cache.copy_columns(row, start, stop))
+        return cls._queued(stop - start, cache.copy_columns(row, stop - start))
 
     def split(self, at: int) -> tuple[Self, Self]:
-        """See `Segment.split`."""
+        """Split into the first `at` tokens and the rest."""
         return self._part(0, at), self._part(at, self.length)
-
-    @classmethod
-    def join(cls, segments: Sequence[AttentionSegment], length: int) -> RowCache:
-        """See `Segment.join`."""
-        layers = zip(*(segment.columns for segment in segments), strict=True)
-        joined = ([_joined(arrays, length) for arrays in zip(*parts, strict=True)] for parts in layers)
-        return kv_cache.row_of_columns([(keys, values) for keys, values in joined], length)
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return int(self.columns[0][0].shape[2])
 
     def after(self, at: int) -> Self:
         """Return the segment without its first `at` tokens."""
@@ -86,70 +65,178 @@ class AttentionSegment:
 
     def tensors(self) -> Block:
         """Return the arrays as host memory. They are not copied, so keep the segment as long as they are used."""
-        return [_tensor(array) for pair in self.columns for array in pair]
+        return [_tensor(array) for arrays in self.columns for array in arrays]
 
     @classmethod
-    def from_tensors(cls, block: Block) -> Self:
-        """Return the segment of these tensors; the inverse of `tensors`. Copies them."""
-        arrays = [_array(tensor) for tensor in block]
-        return cls._queued(list(zip(arrays[::2], arrays[1::2], strict=True)))
+    def from_tensors(cls, length: int, tensors: Sequence[Tensor], like: Sequence[int]) -> Self:
+        """Return the segment of these tensors; the inverse of `tensors`. Copies them.
+
+        Args:
+            like: number of arrays by attention part.
+        """
+        arrays = iter([_array(tensor) for tensor in tensors])
+        return cls._queued(length, [[next(arrays) for _ in range(count)] for count in like])
 
     def _part(self, start: int, stop: int) -> Self:
-        return self._queued([kv_cache.copied(keys, values, 0, start, stop) for keys, values in self.columns])
+        columns = []
+        for arrays in self.columns:
+            missing = self.length - arrays[0].shape[2] if arrays else 0
+            low, high = max(start - missing, 0), max(stop - missing, 0)
+            columns.append([mx.contiguous(array[:, :, low:high]) for array in arrays])
+        return self._queued(stop - start, columns)
 
     @classmethod
-    def _queued(cls, columns: Columns) -> Self:
+    def _queued(cls, length: int, columns: Columns) -> Self:
         # Copy now: a lazy slice would keep the cache of the whole batch, and the next step would have to copy it.
         mx.async_eval(columns)  # type: ignore[no-untyped-call]
-        return cls(columns)
+        return cls(length, columns)
 
 
-class StateSegment:
-    """The whole state of a row at one token: for sliding windows, state-space layers and hybrids."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The recurrent states of a row after a token."""
 
-    splittable = False
-
-    def __init__(self, row: RowCache) -> None:
-        self.row = row
-        self.nbytes = kv_cache.row_nbytes(row)
+    states: States
 
     @classmethod
-    def copy_from(cls, cache: KVCache, row: int, start: int, stop: int) -> Self:  # noqa: ARG003 - always whole
-        """See `Segment.copy_from`."""
-        return cls(cache.copy_row(row))
+    def copy_from(cls, cache: KVCache, row: int) -> Self:
+        """Copy the states of a row. Queues the copy on the device."""
+        states = cache.copy_states(row)
+        mx.async_eval(states)  # type: ignore[no-untyped-call]
+        return cls(states)
 
-    def split(self, at: int) -> tuple[None, Self]:  # noqa: ARG002
-        """See `Segment.split`."""
-        return None, self
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return sum(array.nbytes for arrays in self.states for array in arrays if array is not None)
+
+    def tensors(self) -> Block:
+        """Return the arrays as host memory. They are not copied, so keep the checkpoint as long as they are used.
+
+        An array that the layer does not use is represented by an empty tensor without dimensions.
+        """
+        return [_UNUSED if array is None else _tensor(array) for arrays in self.states for array in arrays]
 
     @classmethod
-    def join(cls, segments: Sequence[StateSegment], length: int) -> RowCache:  # noqa: ARG003
-        """See `Segment.join`."""
-        return segments[-1].row
+    def from_tensors(cls, tensors: Sequence[Tensor], like: Sequence[int]) -> Self:
+        """Return the checkpoint of these tensors; the inverse of `tensors`. Copies them.
+
+        Args:
+            like: number of arrays by recurrent part.
+        """
+        arrays = iter([_array(tensor) if tensor.shape else None for tensor in tensors])
+        states = [[next(arrays) for _ in range(count)] for count in like]
+        mx.async_eval(states)  # type: ignore[no-untyped-call]
+        return cls(states)
 
 
-def segment_type(model: Any) -> type[Segment] | None:
-    """Return the type of segment for this model's cache; None if the cache of a row cannot be stored."""
-    if kv_cache.plain(model):
-        return AttentionSegment
-    return StateSegment if kv_cache.extractable(model) else None
+_UNUSED = Tensor("U32", (), np.zeros(0, np.uint8))
 
 
-def storable(model: Any) -> bool:
-    """Return whether segments of this model can be written to files. Only plain attention can."""
-    return segment_type(model) is AttentionSegment
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What is stored of a model's rows.
+
+    Attributes:
+        attention: number of arrays by attention part.
+        recurrent: number of arrays by recurrent part.
+        window: longest sliding window; 0: there is none.
+        state_bytes: bytes of the recurrent states of a row.
+    """
+
+    model: Any
+    attention: tuple[int, ...]
+    recurrent: tuple[int, ...]
+    window: int
+    state_bytes: int
+
+    @classmethod
+    def of(cls, model: Any) -> Layout | None:
+        """Return the layout; None if rows of this model cannot be stored."""
+        if not kv_cache.mergeable(model):
+            return None
+        cache = KVCache.empty(model)
+        model(mx.array([[0]], dtype=mx.uint32), cache=cache.layers)
+        attention = tuple(len(part.arrays) for part in cache.attention)
+        recurrent = tuple(len(part.cache) for part in cache.recurrent)
+        window = max((part.window or 0 for part in cache.attention), default=0)
+        return cls(model, attention, recurrent, window, sum(part.nbytes for part in cache.recurrent))
+
+    def usable(self, segments: Sequence[Segment], length: int) -> int:
+        """Return how many of the first `length` tokens of consecutive segments a row can take.
+
+        Args:
+            segments: they begin with the first token of the sequence and have at least `length` tokens.
+        """
+        for first, last in reversed(list(_complete_ranges(segments))):
+            end = min(last, length)
+            if end > first and (first == 0 or end - self.window >= first):
+                return end
+        return 0
+
+    def row(self, segments: Sequence[Segment], checkpoint: Checkpoint | None, length: int) -> KVCache:
+        """Return the cache of one row from segments of which `length` tokens are usable.
+
+        Args:
+            checkpoint: the recurrent states after these tokens; None if the model has none.
+        """
+        windows = [part.window for part in KVCache.empty(self.model).attention]
+        columns = _newest(segments, length, [window or length for window in windows])
+        return kv_cache.row_of(self.model, columns, checkpoint.states if checkpoint else [], length)
+
+
+def joined(segments: Sequence[Segment], length: int) -> Segment:
+    """Return one segment of the first `length` tokens of consecutive segments. Copies them."""
+    newest = _newest(segments, length, [length] * len(segments[0].columns))
+    columns = [[mx.contiguous(array) for array in arrays] for arrays in newest]
+    mx.async_eval(columns)  # type: ignore[no-untyped-call]
+    return Segment(length, columns)
+
+
+def _complete_ranges(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of tokens for which every part has its columns, in order."""
+    first = end = 0
+    for segment in segments:
+        if segment.complete < segment.length:
+            if end > first:
+                yield first, end
+            first = end + segment.length - segment.complete
+        end += segment.length
+    if end > first:
+        yield first, end
+
+
+def _newest(segments: Sequence[Segment], length: int, wanted: Sequence[int]) -> Columns:
+    """Join the columns of the first `length` tokens of consecutive segments.
+
+    Args:
+        wanted: by attention part, the number of columns, counted from the last; fewer if some of these are missing.
+    """
+    excess = sum(segment.length for segment in segments) - length
+    return [_newest_of_part(segments, part, excess, count) for part, count in enumerate(wanted)]
+
+
+def _newest_of_part(segments: Sequence[Segment], part: int, excess: int, wanted: int) -> list[mx.array]:
+    chosen: list[list[mx.array]] = []
+    for segment in reversed(segments):
+        arrays = segment.columns[part]
+        present = arrays[0].shape[2] if arrays else 0
+        stop = present - excess
+        start = max(0, stop - wanted)
+        if stop > 0:
+            chosen.insert(0, [array[:, :, start:stop] for array in arrays])
+            wanted -= stop - start
+        excess = max(0, excess - segment.length)
+        if not wanted or (not excess and present < segment.length):
+            break
+    return [mx.concatenate(list(each), axis=2) if len(each) > 1 else each[0] for each in zip(*chosen, strict=True)]
 
 
 def _tensor(array: mx.array) -> Tensor:
-    return Tensor(_TYPES[array.dtype][0], array.shape, np.frombuffer(memoryview(cast("Any", array)), np.uint8))
+    data = np.frombuffer(memoryview(cast("Any", array)), np.uint8) if array.size else np.zeros(0, np.uint8)
+    return Tensor(_TYPES[array.dtype][0], array.shape, data)
 
 
 def _array(tensor: Tensor) -> mx.array:
     dtype, bits = next((dtype, bits) for dtype, (name, bits) in _TYPES.items() if name == tensor.dtype)
     return mx.array(tensor.data.view(bits).reshape(tensor.shape)).view(dtype)
-
-
-def _joined(arrays: Sequence[mx.array], length: int) -> mx.array:
-    *whole, last = arrays
-    part = last[:, :, : length - sum(array.shape[2] for array in whole)]
-    return mx.concatenate([*whole, part], axis=2) if whole else part

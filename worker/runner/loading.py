@@ -13,7 +13,7 @@ from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.settings import Settings
 from worker.models.load import LoadedModel, convert, first_line, load_model
-from worker.runner import kv_segments
+from worker.runner import kv_cache
 from worker.runner.batching import verdict
 from worker.runner.batching.proof import CannotRun
 from worker.runner.batching.support import BatchingSupport
@@ -155,7 +155,7 @@ def _memory(settings: Settings) -> Memory:
 
 def _spill(settings: Settings, module: Any, model: CatalogModel, memory: Memory) -> Spill | None:
     """Open the disk store for prefixes; None if it is disabled or this model's prefixes cannot be written."""
-    if not settings.prefix_disk_bytes or not memory.prefix_bytes or not kv_segments.storable(module):
+    if not settings.prefix_disk_bytes or not memory.prefix_bytes or not kv_cache.mergeable(module):
         return None
     layout = f"{mx.default_device()} {type(module).__module__} {model.dtype} {model.quantize_bits}"
     if model.adapter is not None:  # several catalog models may share a folder

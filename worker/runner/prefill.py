@@ -18,6 +18,7 @@ from worker.runner.base import PrefillCost, PrefillWork, RemainingPrompt, Row
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import is_out_of_memory
+from worker.runner.prefix import checkpoints
 from worker.runner.prefix.cache import PrefixCache
 
 RESERVE_STEPS = 8
@@ -57,11 +58,13 @@ class _Waiting:
     Attributes:
         reused: number of its prompt tokens that the prefix cache had when it was last looked up.
         version: `PrefixCache.version` at that time.
+        stops: tokens after which the prefill takes checkpoints.
     """
 
     row: Row
     reused: int
     version: int
+    stops: tuple[int, ...]
 
     @property
     def remaining(self) -> RemainingPrompt:
@@ -76,6 +79,7 @@ class _Partial:
         reused: number of tokens taken from the prefix cache.
         done: number of tokens that have passed all layers.
         stored: number of tokens that are stored as a prefix.
+        stops: tokens after which checkpoints are still to be taken.
         chunk: size of the unfinished chunk, in tokens; 0 if there is none.
         layers: number of layers that the chunk has passed.
     """
@@ -85,6 +89,7 @@ class _Partial:
     reused: int
     done: int
     stored: int
+    stops: tuple[int, ...] = ()
     chunk: int = 0
     layers: int = 0
 
@@ -205,11 +210,32 @@ class Prefill:
             return Prefilled()
         reused, caches = zip(*(self._prefixes.load(row.owner, _prefill_ids(row)) for row in rows), strict=True)
         cache = KVCache.of_rows(caches)
-        input_ids = [_prefill_ids(row)[length:] for row, length in zip(rows, reused, strict=True)]
-        media = [forward.placed(row, length) for row, length in zip(rows, reused, strict=True)]
-        forward.fill(self._model, cache, input_ids, media)
+        starts = list(reused)
+        for stops in self._passes(rows):
+            self._fill(rows, cache, starts, stops)
+            starts = stops
         self._queued = cache.queue()
-        return self._done(Prefilled(tuple(rows), cache, reused, sum(map(len, input_ids))))
+        return self._done(Prefilled(tuple(rows), cache, reused, sum(starts) - sum(reused)))
+
+    def _fill(self, rows: Sequence[Row], cache: KVCache, starts: Sequence[int], stops: Sequence[int]) -> None:
+        """Process tokens `starts[i]` to `stops[i]` of each row, and store a checkpoint if its prompt continues."""
+        input_ids = [row.prompt[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)]
+        media = [forward.placed(row, start) for row, start in zip(rows, starts, strict=True)]
+        forward.fill(self._model, cache, input_ids, media)
+        for index, (row, stop) in enumerate(zip(rows, stops, strict=True)):
+            if stop in self._waiting[row.uid].stops:
+                self._prefixes.store(row.owner, row.prompt[:stop], cache, index)
+
+    def _passes(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return, by pass, the token at which it ends in each row. All rows have tokens in every pass."""
+        stops = [self._waiting[row.uid].stops for row in rows]
+        count = max(map(len, stops))
+        ends = [len(row.prompt) - 1 for row in rows]
+        if not count:
+            return [ends]
+        # A row with fewer checkpoints than another has shorter passes before its first one.
+        padded = [[*range(each[0] - count + len(each), each[0]), *each] for each in stops]
+        return [*(list(each) for each in zip(*padded, strict=True)), ends]
 
     def _in_one_piece(self, uid: int) -> bool:
         """Return whether a waiting row's prompt may be prefilled in a single pass."""
@@ -218,13 +244,15 @@ class Prefill:
 
     def _compatible(self, rows: list[Row]) -> list[Row]:
         """Return the first row, and those that may be prefilled together with it. The others wait for the next plan."""
-        if not rows or not self._batching.restricted:
+        if not rows:
             return rows
-        first = self._waiting[rows[0].uid].remaining
+        first = self._waiting[rows[0].uid]
         others = [
             row
             for row in rows[1:]
-            if self._in_one_piece(row.uid) and self._batching.may_prefill(first, self._waiting[row.uid].remaining)
+            if bool(first.stops) == bool(self._waiting[row.uid].stops)
+            and self._in_one_piece(row.uid)
+            and self._batching.may_prefill(first.remaining, self._waiting[row.uid].remaining)
         ]
         self._current = tuple(row.uid for row in (rows[0], *others))
         return [rows[0], *others]
@@ -245,8 +273,8 @@ class Prefill:
     def _start_row(self, uid: int) -> _Partial:
         row = self._waiting[uid].row
         reused, cache = self._prefixes.load(row.owner, _prefill_ids(row))
-        partial = self._partial[uid] = _Partial(row, KVCache.of_rows([cache]), reused, reused, reused)
-        del self._waiting[uid]
+        stops = self._waiting.pop(uid).stops
+        partial = self._partial[uid] = _Partial(row, KVCache.of_rows([cache]), reused, reused, reused, stops)
         return partial
 
     def _prefill_chunk(self, partial: _Partial, work: PrefillWork, *, decoding: bool) -> Prefilled:
@@ -266,6 +294,8 @@ class Prefill:
         stop = None if tokens is None else start + max(tokens, 1)
         if not self._batching.continues:
             stop = _piece_end(row, start, self._chunk)
+        if partial.stops:
+            stop = min(partial.stops[0], len(row.prompt) if stop is None else stop)
         input_ids = _prefill_ids(row)[start:stop]
         forward.fill(self._model, partial.cache, [input_ids], [forward.placed(row, start)])
         partial.chunk, partial.layers = len(input_ids), 0
@@ -289,9 +319,11 @@ class Prefill:
         return Prefilled(predicted_s=None)
 
     def _store_partial(self, partial: _Partial) -> None:
-        if partial.done - partial.stored >= STORED_TOKENS:
+        checkpoint = partial.done in partial.stops
+        partial.stops = tuple(stop for stop in partial.stops if stop > partial.done)
+        if checkpoint or partial.done - partial.stored >= STORED_TOKENS:
             row, partial.stored = partial.row, partial.done
-            self._prefixes.store_partial(row.owner, row.prompt[: partial.done], partial.cache, 0)
+            self._prefixes.store_partial(row.owner, row.prompt[: partial.done], partial.cache, 0, checkpoint=checkpoint)
 
     def _done(self, prefilled: Prefilled) -> Prefilled:
         """Store the prompts as prefixes now, so that other rows can reuse them while these rows decode."""
@@ -321,7 +353,12 @@ class Prefill:
         return self._partial.pop(uid, None)
 
     def _look_up(self, row: Row) -> _Waiting:
-        return _Waiting(row, self._prefixes.length(row.owner, _prefill_ids(row)), self._prefixes.version)
+        tokens, prefixes = _prefill_ids(row), self._prefixes
+        reused = prefixes.length(row.owner, tokens)
+        stops: list[int] = []
+        if row.owner is not None and prefixes.layout and prefixes.layout.recurrent:
+            stops = checkpoints.stops(row, prefixes.layout, reused, prefixes.matched(row.owner, tokens))
+        return _Waiting(row, reused, prefixes.version, tuple(stops))
 
 
 def _piece_end(row: Row, start: int, chunk: int) -> int:

@@ -13,7 +13,7 @@ pytest.importorskip("mlx_lm")
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache
+from mlx_lm.models.cache import ArraysCache
 
 from shared.models.registry import ModelCard
 from tests.support.architectures import VOCABULARY, config, make, measured
@@ -22,26 +22,28 @@ from worker.runner.batching import verdict
 from worker.runner.batching.layer_sample import in_float32, sample_of
 from worker.runner.batching.proof import CannotRun
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport, Together
+from worker.runner.column_cache import ColumnCache
+from worker.runner.kv_cache import KVCache
 
 ANY, EQUAL_LENGTHS, ONE_BY_ONE = Together
 
 
 def mask_without_padding(patch: pytest.MonkeyPatch) -> None:
     def make_mask(self: Any, tokens: int, *, return_array: bool = False, **options: Any) -> mx.array:
-        return create_causal_mask(tokens, offset=self._idx, **options)
+        return create_causal_mask(tokens, offset=self.end, **options)
 
-    patch.setattr(BatchKVCache, "make_mask", make_mask)
+    patch.setattr(ColumnCache, "make_mask", make_mask)
 
 
 def positions_of_columns(patch: pytest.MonkeyPatch) -> None:
     def offset(self: Any) -> mx.array:
-        return mx.full(self.left_padding.shape, self._idx)
+        return mx.full(self.left_padding.shape, self.end)
 
-    patch.setattr(BatchKVCache, "offset", property(offset, lambda _self, _value: None), raising=False)
+    patch.setattr(ColumnCache, "offset", property(offset, lambda _self, _value: None), raising=False)
 
 
 def padding_stays_behind(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BatchKVCache, "finalize", lambda _self: None)
+    patch.setattr(ColumnCache, "finalize", lambda _self: None)
 
 
 def padding_enters_the_state(patch: pytest.MonkeyPatch) -> None:
@@ -50,36 +52,35 @@ def padding_enters_the_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def window_without_padding(patch: pytest.MonkeyPatch) -> None:
-    right = BatchRotatingKVCache.make_mask
+    right = ColumnCache.make_mask
 
     def make_mask(self: Any, *arguments: Any, **options: Any) -> mx.array:
-        kept, self.left_padding = self.left_padding, mx.zeros_like(self.left_padding)
+        kept = self.left_padding
+        self.left_padding = kept if self.window is None else mx.zeros_like(kept)
         mask: mx.array = right(self, *arguments, **options)
         self.left_padding = kept
         return mask
 
-    patch.setattr(BatchRotatingKVCache, "make_mask", make_mask)
+    patch.setattr(ColumnCache, "make_mask", make_mask)
 
 
 def rows_mixed_up(patch: pytest.MonkeyPatch) -> None:
-    right = BatchKVCache.update_and_fetch
+    right = ColumnCache.update_and_fetch
 
     def update(self: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys, values = right(self, keys, values)
         return keys[::-1], values[::-1]
 
-    patch.setattr(BatchKVCache, "update_and_fetch", update)
+    patch.setattr(ColumnCache, "update_and_fetch", update)
 
 
 def state_lost(patch: pytest.MonkeyPatch) -> None:
-    right = ArraysCache.extract
+    right = KVCache.copy_states
 
-    def extract(self: Any, index: int) -> Any:
-        row = right(self, index)
-        row.cache = [mx.zeros_like(array) for array in row.cache]
-        return row
+    def copy_states(self: Any, row: int) -> Any:
+        return [[mx.zeros_like(array) for array in arrays] for arrays in right(self, row)]
 
-    patch.setattr(ArraysCache, "extract", extract)
+    patch.setattr(KVCache, "copy_states", copy_states)
 
 
 Break = Callable[[pytest.MonkeyPatch], None]

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import gemma3_text, llama
 
+from tests.support import architectures
 from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
@@ -35,6 +36,12 @@ def sliding() -> Any:
     return small_model(gemma3_text, model_type="gemma3_text", head_dim=4, sliding_window=8, sliding_window_pattern=2)
 
 
+@pytest.fixture(scope="module")
+def hybrid() -> Any:
+    """A model with a recurrent state in every other layer."""
+    return architectures.make("qwen3_5", vocab_size=64)
+
+
 def filled(model: Any, *prompts: Sequence[int]) -> KVCache:
     """Return a batch cache that holds these prompts."""
     cache = KVCache.empty(model, len(prompts))
@@ -51,7 +58,7 @@ def counting(start: int, length: int) -> list[int]:
 
 
 def nodes(cache: PrefixCache) -> Iterator[Any]:
-    stack = list(cache._roots.values())
+    stack = list(cache._trees._roots.values())
     while stack:
         node = stack.pop()
         stack.extend(node.children.values())
@@ -59,12 +66,11 @@ def nodes(cache: PrefixCache) -> Iterator[Any]:
 
 
 def check_invariants(cache: PrefixCache, max_bytes: int = PLENTY) -> None:
-    """Check that the totals are right and within the limit, and that every leaf has a segment."""
-    segments = [node.segment for node in nodes(cache) if node.segment is not None]
-    leaves = [node for node in nodes(cache) if not node.children]
-    assert cache.nbytes == sum(segment.nbytes for segment in segments) <= max_bytes
-    assert cache.stats()["prefix_cache_entries"] == len(segments) == len(cache._used)
-    assert all(leaf.segment is not None for leaf in leaves)
+    """Check that the totals are right and within the limit, and that every node has a segment."""
+    parts = [part for node in nodes(cache) for part in (node.segment, node.checkpoint) if part is not None]
+    assert cache.nbytes == sum(part.nbytes for part in parts) <= max_bytes
+    assert cache.stats()["prefix_cache_entries"] == len(parts)
+    assert all(node.segment is not None for node in nodes(cache) if node.parent is not None)
 
 
 def test_a_loaded_prefix_equals_the_cache_that_the_model_computes(model: Any) -> None:
@@ -73,13 +79,13 @@ def test_a_loaded_prefix_equals_the_cache_that_the_model_computes(model: Any) ->
     cache.store("me", first, filled(model, counting(3, 60), first), 1)
     second = [*first[:29], *counting(50, 20)]
     assert cache.length("me", second) == 29
-    length, layers = cache.load("me", second)
-    expected = filled(model, second[:29]).copy_row(0)
+    length, loaded = cache.load("me", second)
+    expected = filled(model, second[:29])
     assert length == 29
-    for layer, expected_layer in zip(layers, expected, strict=True):
-        assert layer.offset == 29
-        assert mx.allclose(layer.keys, expected_layer.keys, atol=1e-5)
-        assert mx.allclose(layer.values, expected_layer.values, atol=1e-5)
+    for part, expected_part in zip(loaded.attention, expected.attention, strict=True):
+        assert part.offset.tolist() == [29]
+        assert mx.allclose(part.keys, expected_part.keys[:, :, :29], atol=1e-5)
+        assert mx.allclose(part.values, expected_part.values[:, :, :29], atol=1e-5)
     assert cache.stats() | {"prefix_cache_bytes": 0} == {
         "prefix_cache_bytes": 0,
         "prefix_cache_entries": 1,
@@ -179,8 +185,8 @@ def test_random_prompts_keep_the_tree_consistent_and_find_the_longest_prefix(mod
         begin = draw.choice(stored)[: draw.randrange(80)] if stored and draw.random() < 0.8 else []
         tokens = [*begin, *(draw.randrange(3) for _ in range(draw.randrange(1, 40)))]
         longest = max((common(tokens, other) for other in stored), default=0)
-        length, layers = cache.load("me", tokens)
-        assert length == layers[0].size()
+        length, loaded = cache.load("me", tokens)
+        assert length == loaded.columns
         assert length <= longest
         if max_tokens == 100_000:
             assert length == (longest if longest >= MIN_TOKENS else 0)
@@ -194,24 +200,74 @@ def common(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def test_a_state_segment_is_usable_only_at_its_own_token(sliding: Any) -> None:
+def test_a_sliding_window_can_be_cut_at_any_token(sliding: Any) -> None:
     cache = PrefixCache(sliding, PLENTY)
-    tokens = counting(1, 40)
+    tokens = counting(1, 400)
     store(cache, sliding, tokens)
-    assert cache.length("me", tokens[:30]) == 0
-    assert cache.length("me", [*tokens[:39], 63, 63]) == 0
-    assert cache.length("me", [*tokens, 63, 63]) == 40
-    store(cache, sliding, [*tokens[:30], *counting(5, 10)])
-    assert cache.length("me", [*tokens, 63, 63]) == 40
-    assert cache.length("me", [*tokens[:30], 63]) == 0
-    store(cache, sliding, tokens[:30])
-    assert cache.length("me", [*tokens[:30], 63]) == 30
+    for length in (MIN_TOKENS, 30, 333, 400):
+        assert cache.length("me", [*tokens[:length], 63, 63]) == length
+        assert_same_logits(sliding, cache.load("me", [*tokens[:length], 63, 63])[1], tokens[:length])
     check_invariants(cache)
-    for _ in range(3):  # the least recently used state is evicted first, even if it is a prefix of others
-        cache.load("me", tokens)
+
+
+def test_after_columns_were_dropped_only_the_last_window_is_usable(sliding: Any) -> None:
+    tokens, cache, prefixes = counting(1, 900), filled(sliding, []), PrefixCache(sliding, PLENTY)
+    for token in tokens:
+        forward.fill(sliding, cache, [[token]])
+    prefixes.store("me", tokens, cache, 0)
+    kept = min(part.copy(0, 900)[0].shape[2] for part in cache.attention)
+    assert 8 < kept < 900
+    lengths = [prefixes.length("me", [*tokens[:length], 63]) for length in (900, 900 - kept + 8, 900 - kept + 7, 500)]
+    assert lengths == [900, 900 - kept + 8, 0, 0]
+    store(prefixes, sliding, tokens[:500])  # the same tokens with all columns, as their prompt stores them
+    assert_same_logits(sliding, prefixes.load("me", tokens)[1], tokens)
+
+
+def assert_same_logits(model: Any, cache: KVCache, tokens: Sequence[int]) -> None:
+    """Compare the logits of the next tokens after a loaded prefix with those after the whole prompt."""
+    loaded, whole = (forward.fill(model, each, [[9, 8, 7]]) for each in (cache, filled(model, tokens)))
+    assert loaded is not None and whole is not None
+    assert mx.allclose(loaded, whole, atol=1e-4)
+
+
+def test_rows_of_recurrent_models_begin_at_checkpoints(hybrid: Any) -> None:
+    cache = PrefixCache(hybrid, PLENTY)
+    tokens = counting(1, 60)
+    batch = filled(hybrid, tokens[:40])
+    cache.store("me", tokens[:40], batch, 0)
+    forward.fill(hybrid, batch, [tokens[40:50]])
+    cache.store("me", tokens[:50], batch, 0, checkpoint=False)
+    forward.fill(hybrid, batch, [tokens[50:]])
+    cache.store("me", tokens, batch, 0)
+    assert [cache.length("me", [*tokens[:length], 63]) for length in (39, 40, 50, 59, 60)] == [0, 40, 40, 40, 60]
+    assert cache.matched("me", [*tokens[:50], 63]) == 50
+    for length in (40, 60):
+        assert_same_logits(hybrid, cache.load("me", [*tokens[:length], 63])[1], tokens[:length])
+    check_invariants(cache)
+
+
+def test_a_checkpoint_splits_the_tokens_that_are_already_stored(hybrid: Any) -> None:
+    cache = PrefixCache(hybrid, PLENTY)
+    tokens = counting(1, 60)
+    store(cache, hybrid, tokens)
+    store(cache, hybrid, tokens[:30])
+    assert [cache.length("me", [*tokens[:length], 63]) for length in (30, 60)] == [30, 60]
+    assert_same_logits(hybrid, cache.load("me", [*tokens, 63])[1], tokens)
+    check_invariants(cache)
+
+
+def test_the_least_recently_used_checkpoint_is_evicted_first(hybrid: Any) -> None:
+    cache = PrefixCache(hybrid, PLENTY)
+    tokens = counting(1, 60)
+    for length in (20, 40, 60):
+        store(cache, hybrid, tokens[:length])
+    cache.load("me", [*tokens[:20], 63])
+    cache.set_limit(cache.nbytes - 1)
+    assert [cache.length("me", tokens[:length]) for length in (20, 40, 60)] == [20, 20, 60]
+    check_invariants(cache)
+    while cache.nbytes:
         cache.set_limit(cache.nbytes - 1)
         check_invariants(cache)
-    assert cache.nbytes == 0
 
 
 def test_an_error_while_storing_only_disables_the_prefix_cache(
@@ -219,7 +275,7 @@ def test_an_error_while_storing_only_disables_the_prefix_cache(
 ) -> None:
     cache = PrefixCache(model, PLENTY)
     store(cache, model, counting(1, 50))
-    monkeypatch.setattr("worker.runner.kv_segments.AttentionSegment.copy_from", lambda *_: 1 / 0)
+    monkeypatch.setattr("worker.runner.kv_segments.Segment.copy_from", lambda *_: 1 / 0)
     store(cache, model, counting(2, 50))
     store(cache, model, counting(3, 50))
     assert cache.load("me", counting(1, 50))[0] == 0
@@ -235,7 +291,7 @@ def test_a_failed_allocation_while_storing_drops_all_prefixes(model: Any, monkey
         raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.runner.kv_segments.AttentionSegment.copy_from", full)
+        patch.setattr("worker.runner.kv_segments.Segment.copy_from", full)
         store(cache, model, counting(2, 50))
     assert cache.nbytes == 0
     store(cache, model, counting(1, 50))
@@ -250,9 +306,9 @@ def test_a_shared_prefix_is_usable_by_all_owners(model: Any) -> None:
     assert cache.length("you", tokens) == 30
     assert cache.length("me", tokens) == 50
     assert cache.length(None, tokens) == 0
-    length, layers = cache.load("you", tokens)
+    length, loaded = cache.load("you", tokens)
     assert length == 30
-    assert mx.allclose(layers[0].keys, filled(model, tokens).layers[0].keys[:, :, :30], atol=1e-5)
+    assert mx.allclose(loaded.layers[0].keys, filled(model, tokens).layers[0].keys[:, :, :30], atol=1e-5)
     store(cache, model, [*tokens[:30], *counting(9, 20)], "you")
     assert cache.length("me", [*tokens[:30], *counting(9, 20)]) == 30  # only the shared part
     assert cache.nbytes == TOKEN_BYTES * (50 + 30 + 50)
@@ -262,11 +318,17 @@ def test_a_shared_prefix_is_usable_by_all_owners(model: Any) -> None:
     check_invariants(cache)
 
 
-def test_a_state_that_cannot_be_split_is_not_shared(sliding: Any) -> None:
-    cache = PrefixCache(sliding, PLENTY)
-    store(cache, sliding, counting(1, 40))
-    cache.share("me", counting(1, 40))
-    assert cache.length("you", counting(1, 40)) == 0
+def test_a_recurrent_prefix_is_shared_up_to_a_checkpoint(hybrid: Any) -> None:
+    cache = PrefixCache(hybrid, PLENTY)
+    tokens = counting(1, 40)
+    store(cache, hybrid, tokens)
+    cache.share("me", tokens[:30])
+    assert cache.length("you", tokens) == 0
+    store(cache, hybrid, tokens[:30])
+    cache.share("me", tokens[:30])
+    assert cache.length("you", tokens) == 30
+    assert_same_logits(hybrid, cache.load("you", tokens)[1], tokens[:30])
+    check_invariants(cache)
 
 
 @pytest.mark.parametrize("length", [2_000, 20_000])
@@ -277,10 +339,10 @@ def test_the_cost_of_evicting_the_end_of_a_prefix_does_not_depend_on_its_length(
     spill = Spill(PrefixFiles(tmp_path, "model", PLENTY, 1e6), PLENTY // 8)
     cache = PrefixCache(model, PLENTY, spill)
     tokens, width = counting(1, length), 200
-    columns = [(mx.zeros((1, 2, length, 4)), mx.zeros((1, 2, length, 4))) for _ in range(2)]
+    columns = [[mx.zeros((1, 2, length, 4)), mx.zeros((1, 2, length, 4))] for _ in range(2)]
     for end in range(width, length + 1, width):  # as the prefill stores a long prompt
-        row = kv_cache.row_of_columns([(keys[:, :, :end], values[:, :, :end]) for keys, values in columns], end)
-        cache.store("me", tokens[:end], KVCache.of_rows([row]), 0)
+        row = kv_cache.row_of(model, [[array[:, :, :end] for array in arrays] for arrays in columns], [], end)
+        cache.store("me", tokens[:end], row, 0)
     hashed: list[int] = []
     blocks = BlockChain.blocks
     monkeypatch.setattr(BlockChain, "blocks", lambda chain, some: (hashed.append(len(some)), blocks(chain, some))[1])

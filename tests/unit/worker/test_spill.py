@@ -17,8 +17,8 @@ from shared.jobs.request import Request, Sampling
 from tests.support.small_models import small_model
 from worker.runner import forward
 from worker.runner.base import Row
-from worker.runner.kv_cache import KVCache, RowCache
-from worker.runner.kv_segments import AttentionSegment
+from worker.runner.kv_cache import KVCache
+from worker.runner.kv_segments import Segment
 from worker.runner.prefix.blocks import BLOCK
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.prefix.fetch import PrefixFetch
@@ -82,7 +82,7 @@ def fetch_all(cache: PrefixCache, tokens: Sequence[int], owner: str = "me") -> i
     """Read these tokens from disk. Returns how many of them are in memory then."""
     fetch = cache.fetch(owner, tokens)
     while fetch is not None:
-        fetch.blocks[0][1].result(10)
+        fetch.pieces[0].content.result(10)
         if not cache.add_fetched(fetch):
             break
     return cache.length(owner, tokens)
@@ -94,11 +94,12 @@ def wait_for_writes(cache: PrefixCache) -> None:
         write.done.result(10)
 
 
-def equal(layers: RowCache, expected: RowCache, length: int) -> bool:
+def equal(cache: KVCache, expected: KVCache, length: int) -> bool:
+    """Return whether the first tokens of two caches of one row are the same."""
     return all(
-        mx.array_equal(each.keys[:, :, :length], other.keys[:, :, :length])
-        and mx.array_equal(each.values[:, :, :length], other.values[:, :, :length])
-        for each, other in zip(layers, expected, strict=True)
+        mx.array_equal(array[:, :, :length], other[:, :, :length])
+        for part, more in zip(cache.attention, expected.attention, strict=True)
+        for array, other in zip(part.arrays, more.arrays, strict=True)
     )
 
 
@@ -145,7 +146,7 @@ def test_disk_continues_a_prefix_in_memory_that_ends_within_a_block(make: CacheF
     assert second.stats()["prefix_disk_read_blocks_total"] == 3
     assert second.nbytes == TOKEN_BYTES * 4 * BLOCK
     # Compare with a prefill of the same length: the last bits depend on it.
-    assert equal(second.load("me", tokens)[1], filled(model, tokens[: BLOCK + 30]).copy_row(0), BLOCK)
+    assert equal(second.load("me", tokens)[1], filled(model, tokens[: BLOCK + 30]), BLOCK)
 
 
 def test_evicted_prefixes_are_written_and_read_back(make: CacheFactory, model: Any) -> None:
@@ -228,7 +229,7 @@ def test_caches_of_every_number_type_are_valid_safetensors_files(
     assert mx.array_equal(arrays["3"], layers[1].values[:, :, :BLOCK])
     second = make()
     assert fetch_all(second, tokens) == BLOCK
-    assert equal(second.load("me", tokens)[1], layers, BLOCK)
+    assert equal(second.load("me", tokens)[1], batch, BLOCK)
 
 
 def test_a_prefix_ends_before_a_broken_block(make: CacheFactory, model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -298,9 +299,7 @@ def test_segments_are_freed_by_the_engine_thread(
     gc.collect()
     gc.disable()
     request.addfinalizer(gc.enable)
-    monkeypatch.setattr(
-        AttentionSegment, "__del__", lambda _: freed.append(threading.current_thread().name), raising=False
-    )
+    monkeypatch.setattr(Segment, "__del__", lambda _: freed.append(threading.current_thread().name), raising=False)
     cache = make(max_bytes=TOKEN_BYTES * 2 * BLOCK)
     for i in range(6):
         store(cache, model, counting(i, 2 * BLOCK))

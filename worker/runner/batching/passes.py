@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
-from worker.runner.kv_segments import segment_type
+from worker.runner.kv_segments import Checkpoint, Layout, Segment
 
 ANSWER = 4
 """Tokens of a sample after its prompt."""
@@ -86,11 +86,11 @@ class Batch:
         del self.samples[0], self.done[0]
 
     def reuse(self) -> None:
-        """Copy the only row to a new cache, as a prefix is, if this model's can be copied."""
-        kind = segment_type(self._model)
-        if kind is not None:
-            segment = kind.copy_from(self.cache, 0, 0, self.done[0])
-            self.cache = KVCache.of_rows([kind.join([segment], self.done[0])])
+        """Copy the only row to a new cache, as a prefix is, if rows of this model can be stored."""
+        layout = Layout.of(self._model)
+        if layout is not None:
+            segment = Segment.copy_from(self.cache, 0, 0, self.done[0])
+            self.cache = layout.row([segment], Checkpoint.copy_from(self.cache, 0), self.done[0])
 
 
 def run_alone(model: Any, ids: tuple[int, ...], length: int) -> Generator[None, None, Sample]:

@@ -20,7 +20,7 @@ from worker.runner.batching.support import BatchingSupport
 
 logger = logging.getLogger(__name__)
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Version of the proof. Verdicts of other versions are ignored."""
 _LIBRARIES: Final = ("mlx", "mlx-lm", "mlx-vlm")
 

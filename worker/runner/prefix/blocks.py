@@ -2,6 +2,7 @@
 
 A block is the KV segment of `BLOCK` tokens. Its name is a hash of the owner and of all tokens up to its end. So every
 worker finds a block by its tokens, two workers write the same file for the same tokens, and a name reveals no prompt. A
+checkpoint of recurrent layers has a file of its own, named after the last block before it and the tokens since then. A
 file is a plain safetensors file with a checksum of its content in the metadata.
 
 The `safetensors` package (0.8.0) is not used. Its readers hold the interpreter lock while they copy from disk, so the
@@ -76,6 +77,11 @@ class BlockChain:
         """Name of the last complete block; names no block if there is none."""
         return str(self.hashed.hexdigest())
 
+    @property
+    def checkpoint_name(self) -> str:
+        """Name of a checkpoint after the last token."""
+        return f"{self.name}-{len(self.rest)}-{hashlib.sha256(array('I', self.rest)).hexdigest()[:32]}"
+
     def blocks(self, tokens: Sequence[int]) -> Iterator[BlockChain]:
         """Yield the chain at the end of each complete block that ends within the following tokens."""
         chain, unhashed = self, (*self.rest, *tokens)
@@ -85,10 +91,26 @@ class BlockChain:
             chain = BlockChain(hashed, self.start + index + BLOCK)
             yield chain
 
+    def chain_of(self, tokens: Sequence[int]) -> Iterator[BlockChain]:
+        """Yield this chain, and that at the end of each complete block of the following tokens."""
+        yield self
+        yield from self.blocks(tokens)
+
     def after(self, tokens: Sequence[int]) -> BlockChain:
         """Return the chain at the end of the following tokens."""
         *_, last = (self, *self.blocks(tokens))
         return BlockChain(last.hashed, last.start, (*self.rest, *tokens)[last.start - self.start :])
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a file is a checkpoint rather than a block."""
+    return "-" in name
+
+
+def split_name(checkpoint: str) -> tuple[str, int]:
+    """Return the name of the last block before a checkpoint, and the number of tokens since then."""
+    block, length, _ = checkpoint.split("-")
+    return block, int(length)
 
 
 def names(owner: str, tokens: Sequence[int]) -> Iterator[str]:

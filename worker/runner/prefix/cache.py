@@ -1,12 +1,15 @@
-"""The prefix cache: KV segments of earlier prompts and answers, reused by rows that begin with the same tokens.
+"""The prefix cache: parts of the caches of earlier rows, reused by rows that begin with the same tokens.
 
-Each owner has a radix tree, and there is a shared tree. A node stands for consecutive tokens and holds their KV segment
-(`worker.runner.kv_segments`), so a prefix of several rows is stored once, and a row that ends adds only its new tokens.
-Owners do not see each other's prefixes: the time to the first token reveals whether a prefix was cached, and thus what
-another owner has sent. Only prefixes that a row shares explicitly are copied into the shared tree.
+Each owner has a radix tree, and there is a shared tree (`worker.runner.prefix.tree`). A prefix of several rows is
+stored once, and a row that ends adds only its new tokens. Owners do not see each other's prefixes: the time to the
+first token reveals whether a prefix was cached, and thus what another owner has sent. Only prefixes that a row shares
+explicitly are copied into the shared tree.
+
+Attention layers can be cut at any token. Recurrent layers can be resumed only at a checkpoint, so a row of a model that
+has some begins at the last checkpoint for which the segments up to it are cached.
 
 A cache belongs to one model in one quantisation. Evicted prefixes, reused prefixes and, on shutdown, all prefixes are
-written to disk (`worker.runner.prefix.spill`), where the next worker finds them.
+written to disk (`worker.runner.prefix.disk`), where the next worker finds them.
 
 mlx-lm's `LRUPromptCache` stores a complete copy for each row, copies a whole entry to use its prefix, evicts in the
 order of arrival, and needs a dictionary for each token.
@@ -17,18 +20,15 @@ Copies are queued on the device and executed later. Only the engine thread may c
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice, takewhile
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from worker.runner import kv_cache
-from worker.runner.kv_cache import KVCache, RowCache
-from worker.runner.kv_segments import AttentionSegment, Segment, segment_type
+from worker.runner.kv_cache import KVCache
+from worker.runner.kv_segments import Checkpoint, Layout, Segment, joined
 from worker.runner.memory import is_out_of_memory
-from worker.runner.prefix.blocks import BLOCK, BlockChain
+from worker.runner.prefix.disk import Disk
 from worker.runner.prefix.spill import Fetch, Spill
+from worker.runner.prefix.tree import Node, PrefixTrees
 
 logger = logging.getLogger(__name__)
 
@@ -37,36 +37,6 @@ MIN_TOKENS = 16
 
 SHARED = ""
 """The owner of the shared tree. No API key has this id."""
-
-
-@dataclass(slots=True, eq=False)
-class _Node:
-    """Consecutive tokens that follow those of the parent node.
-
-    Attributes:
-        segment: the KV segment of these tokens; None if only nodes further down have one.
-        chain: hash chain up to the end of these tokens, which names blocks on disk; None without a disk store.
-    """
-
-    tokens: tuple[int, ...] = ()
-    parent: _Node | None = None
-    segment: Segment | None = None
-    children: dict[int, _Node] = field(default_factory=dict)
-    chain: BlockChain | None = None
-
-    def path(self) -> Iterator[_Node]:
-        """Iterate from this node up to the child of the root."""
-        node = self
-        while node.parent is not None:
-            yield node
-            node = node.parent
-
-    def adopt(self, child: _Node) -> None:
-        """Make `child` a child of this node. Replaces the child that begins with the same token."""
-        child.parent = self
-        self.children[child.tokens[0]] = child
-        if self.chain is not None and child.chain is None:
-            child.chain = self.chain.after(child.tokens)
 
 
 class PrefixCache:
@@ -78,101 +48,136 @@ class PrefixCache:
         spill: the disk store, if there is one.
 
     Attributes:
-        nbytes: bytes of all prefixes in memory.
-        version: changes whenever a prefix is added or evicted.
+        layout: what is stored of a row; None: nothing.
+        disk: writes prefixes to disk.
     """
 
     def __init__(self, model: Any, max_bytes: int, spill: Spill | None = None) -> None:
         self._model = model
-        self._segment_type = segment_type(model) if max_bytes > 0 else None
-        self._spill = spill if self._segment_type is AttentionSegment else None
+        self.layout = Layout.of(model) if max_bytes > 0 else None
+        self._spill = spill if self.layout else None
+        self.disk = Disk(self._spill)
         self._max_bytes = self._limit = max_bytes - (self._spill.max_pending_bytes if self._spill else 0)
-        self._roots: dict[str, _Node] = {}
-        # Nodes with segments, least recently used first. A node always comes before its parent.
-        self._used: OrderedDict[_Node, None] = OrderedDict()
+        self._trees = PrefixTrees(chained=self._spill is not None)
         # Nodes that were reused since the last `set_limit`, which writes them to disk: writing them during the reuse
         # would delay the first token of the row.
-        self._reused: dict[_Node, None] = {}
-        self.nbytes = 0
-        self.version = 0
+        self._reused: dict[Node, None] = {}
         self._lookups = self._hits = self._reused_tokens = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all prefixes in memory."""
+        return self._trees.nbytes
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a prefix is added or evicted."""
+        return self._trees.version
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether rows can begin only at checkpoints."""
+        return self.layout is not None and bool(self.layout.recurrent)
+
     def length(self, owner: str | None, tokens: Sequence[int]) -> int:
-        """Return how many of these tokens, counted from the first, are cached for an owner."""
+        """Return how many of these tokens, counted from the first, a row of an owner can take from the cache."""
         return self._find(owner, tokens)[0]
 
-    def load(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, RowCache]:
+    def matched(self, owner: str | None, tokens: Sequence[int]) -> int:
+        """Return how many of these tokens are stored, even if no checkpoint allows a row to take all of them."""
+        return 0 if owner is None else max(self._trees.walk(tree, tokens)[1] for tree in (owner, SHARED))
+
+    def load(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, KVCache]:
         """Return the longest cached prefix of these tokens: its length, and a cache for one row that holds it."""
         length, nodes = self._find(owner, tokens)
         self._lookups += 1
-        if not nodes or self._segment_type is None:
-            return 0, kv_cache.empty_row(self._model)
+        if not nodes or self.layout is None:
+            return 0, KVCache.empty(self._model)
         self._hits += 1
         self._reused_tokens += length
-        self._touch(nodes[-1])
+        self._trees.touch(nodes[-1])
         self._reused[nodes[-1]] = None
-        return length, self._segment_type.join([node.segment for node in nodes if node.segment], length)
+        return length, self.layout.row(_segments(nodes), nodes[-1].checkpoint, length)
 
-    def store(self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int) -> None:
+    def store(
+        self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int, *, checkpoint: bool = True
+    ) -> None:
         """Store a row of a batch's cache.
 
         Args:
             owner: None: store nothing.
             tokens: the tokens that the cache holds of the row.
             row: batch index.
+            checkpoint: store the recurrent state, if the model has one.
         """
-        if owner is None or self._segment_type is None or len(tokens) < MIN_TOKENS or not self._limit:
+        if owner is None or self.layout is None or len(tokens) < MIN_TOKENS or not self._limit:
             return
-        copy_from, stop = self._segment_type.copy_from, len(tokens)
-        self._insert(owner, tuple(tokens), lambda known: copy_from(cache, row, known, stop))
+        stop, checkpoint = len(tokens), checkpoint and self.recurrent
+        self._insert(
+            owner,
+            tuple(tokens),
+            lambda known: Segment.copy_from(cache, row, known, stop),
+            (lambda: Checkpoint.copy_from(cache, row)) if checkpoint else None,
+        )
 
-    def store_partial(self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int) -> None:
+    def store_partial(
+        self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int, *, checkpoint: bool = False
+    ) -> None:
         """Store the first tokens of a row during its prefill. The cache is already allocated for the whole prompt.
 
-        Stores nothing if segments cannot be split, because each would contain the previous one, or if the whole row
-        would exceed the limit.
+        Stores nothing if the whole row would exceed the limit.
         """
-        if self._segment_type is AttentionSegment and cache.nbytes <= self._limit:
-            self.store(owner, tokens, cache, row)
+        if cache.nbytes <= self._limit:
+            self.store(owner, tokens, cache, row, checkpoint=checkpoint)
 
     def share(self, owner: str | None, tokens: Sequence[int]) -> None:
-        """Copy an owner's prefix to the shared tree, if all of these tokens are cached and segments can be split."""
+        """Copy an owner's prefix to the shared tree, if a row could take all of these tokens from the cache."""
         length, nodes = self._find_in(owner, tokens) if owner is not None else (0, [])
-        if self._segment_type is not AttentionSegment or length < len(tokens):
+        if not length or length < len(tokens) or self._find_in(SHARED, tokens)[0] == length:
             return
-        if self._find_in(SHARED, tokens)[0] == length:
-            return
-        segments = [node.segment for node in nodes if isinstance(node.segment, AttentionSegment)]
-        cache = KVCache.of_rows([AttentionSegment.join(segments, length)])
-        self.store(SHARED, tokens, cache, 0)
+        segments, checkpoint = _segments(nodes), nodes[-1].checkpoint
+        self._insert(
+            SHARED,
+            tuple(tokens),
+            lambda known: joined(segments, length).after(known),
+            (lambda: Checkpoint(checkpoint.states)) if checkpoint and self.recurrent else None,
+        )
 
     def fetch(self, owner: str | None, tokens: Sequence[int]) -> Fetch | None:
-        """Start reading the blocks of these tokens that are on disk but not in memory; None if there are none."""
-        if owner is None or self._spill is None or self._segment_type is None:
+        """Start reading the files of these tokens that are on disk but not in memory; None if there are none."""
+        layout = self.layout
+        if owner is None or self._spill is None or layout is None:
             return None
         in_memory = self.length(owner, tokens)
         for tree in (owner, SHARED):
-            known = self._find_in(tree, tokens)[0]
-            if fetch := self._spill.fetch(tree, tuple(tokens), known, in_memory, self._limit):
+            known = self._trees.walk(tree, tokens)[1]
+            if fetch := self._spill.fetch(tree, tuple(tokens), known, in_memory, self._limit, layout):
                 return fetch
         return None
 
     def add_fetched(self, fetch: Fetch) -> bool:
-        """Add the next block, which must have been read. Returns whether a further block is useful."""
-        start, block = fetch.blocks[0][0], fetch.blocks.popleft()[1].result()
-        if block is None or self._segment_type is None:
+        """Add the next file, which must have been read. Returns whether a further file is useful."""
+        piece = fetch.pieces.popleft()
+        tensors = piece.content.result()
+        if tensors is None or self.layout is None:
             return False
-        tokens = fetch.tokens[: start + BLOCK]
-        known = self._find_in(fetch.owner, tokens)[0]
-        if start <= known < len(tokens):
-            self._insert(fetch.owner, tokens, lambda known: AttentionSegment.from_tensors(block).after(known - start))
-        return bool(fetch.blocks) and self._find_in(fetch.owner, tokens)[0] == len(tokens)
+        layout, tokens, columns = self.layout, fetch.tokens[: piece.stop], sum(self.layout.attention)
+        if piece.start <= self._trees.walk(fetch.owner, tokens)[1]:
+            self._insert(
+                fetch.owner,
+                tokens,
+                lambda known: Segment.from_tensors(piece.stop - piece.start, tensors[:columns], layout.attention).after(
+                    known - piece.start
+                ),
+                (lambda: Checkpoint.from_tensors(tensors[columns:], layout.recurrent)) if tensors[columns:] else None,
+            )
+        return bool(fetch.pieces) and self._trees.walk(fetch.owner, tokens)[1] == len(tokens)
 
     def set_limit(self, max_bytes: int) -> None:
         """Limit the memory to the minimum of this and the constructor's `max_bytes`, and evict prefixes beyond it."""
         reused, self._reused = self._reused, {}
         for node in reused:
-            self._write(node)
+            self.disk.write(node)
         pending_bytes = self._spill.pending_bytes if self._spill else 0
         self._limit = max(0, min(max_bytes - pending_bytes, self._max_bytes))
         self._shrink()
@@ -180,208 +185,112 @@ class PrefixCache:
     def close(self, seconds: float) -> None:
         """Write prefixes that are not on disk yet, most recently used first, for at most this long."""
         if self._spill is not None:
-            for node in reversed(self._used):
-                self._write(node)
+            for node in self._trees.newest_first():
+                self.disk.write(node)
             self._spill.close(seconds)
 
     def clear(self) -> None:
         """Drop all prefixes in memory."""
-        self._roots.clear()
-        self._used.clear()
+        self._trees.clear()
         self._reused.clear()
-        self.nbytes = 0
-        self.version += 1
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters for `/metrics`."""
         return {
             "prefix_cache_bytes": self.nbytes,
-            "prefix_cache_entries": len(self._used),
+            "prefix_cache_entries": len(self._trees),
             "prefix_cache_lookups_total": self._lookups,
             "prefix_cache_hits_total": self._hits,
             "prefix_cache_tokens_total": self._reused_tokens,
             **(self._spill.stats() if self._spill else {}),
         }
 
-    def _insert(self, owner: str, tokens: tuple[int, ...], copy: Callable[[int], Segment]) -> None:
+    def _insert(
+        self,
+        owner: str,
+        tokens: tuple[int, ...],
+        copy: Callable[[int], Segment],
+        checkpoint: Callable[[], Checkpoint] | None,
+    ) -> None:
         """Add tokens to a tree; on an error, drop all prefixes and, unless memory ran out, disable the cache.
 
         Args:
             copy: returns the segment of all tokens but the first `n`, given `n`.
+            checkpoint: returns the recurrent state after the last token; None: do not store it.
         """
         try:
-            self._extend_tree(owner, tokens, copy)
+            self._extend_tree(owner, tokens, copy, checkpoint)
         except Exception as error:
             if not is_out_of_memory(error):
                 logger.exception("prefix_cache_off")
-                self._segment_type = None
+                self.layout = None
             self.clear()
 
-    def _extend_tree(self, owner: str, tokens: tuple[int, ...], copy: Callable[[int], Segment]) -> None:
-        nodes, known = _walk(self._root(owner), tokens)
-        if known == len(tokens) and _usable(nodes, known):
-            self._touch(nodes[-1])
+    def _extend_tree(
+        self,
+        owner: str,
+        tokens: tuple[int, ...],
+        copy: Callable[[int], Segment],
+        checkpoint: Callable[[], Checkpoint] | None,
+    ) -> None:
+        nodes, known = self._trees.walk(owner, tokens)
+        if known == len(tokens) and (checkpoint is None or (nodes[-1].checkpoint and nodes[-1].end == known)):
+            self._trees.touch(nodes[-1])
             return
-        node = self._ending_at(nodes, known)
-        if known < len(tokens):
-            node.adopt(child := _Node(tokens[known:]))
-            node = child
-        if node.segment is None:
-            segment = copy(known)
-            if segment.nbytes > self._limit:
-                self._prune(node)
-                return
-            self._attach(node, segment)
-        self._touch(node)
+        parts: list[Segment | Checkpoint] = [copy(known)] if known < len(tokens) else []
+        parts += [checkpoint()] if checkpoint is not None else []
+        if sum(part.nbytes for part in parts) > self._limit:
+            return
+        node = self._trees.add(owner, tokens)
+        for part in parts:
+            self._trees.attach(node, part)
+        self._trees.touch(node)
         self._shrink()
 
-    def _root(self, owner: str) -> _Node:
-        chain = BlockChain.of(owner) if self._spill else None
-        return self._roots.setdefault(owner, _Node(chain=chain))
-
     def _shrink(self) -> None:
-        """Evict the least recently used nodes until the limit is met."""
-        run: list[tuple[_Node, Segment | None]] = []  # consecutive nodes of a path, from its end towards the root
+        """Evict the least recently used parts until the limit is met."""
+        run: list[tuple[Node, Segment]] = []  # consecutive nodes of a path, from its end towards the root
         while self.nbytes > self._limit:
-            node = next(iter(self._used))
+            node, part = self._trees.pop_oldest()
+            if isinstance(part, Checkpoint):
+                self.disk.write_checkpoint(node, part, evicted=True)
+                continue
             if run and run[-1][0].parent is not node:
-                self._write_evicted(run)
+                self.disk.write_evicted(run)
                 run = []
-            run.append((node, self._detach(node)))
-            self._prune(node)
-        self._write_evicted(run)
+            run.append((node, part))
+            self._trees.prune(node)
+        self.disk.write_evicted(run)
 
-    def _write_evicted(self, run: Sequence[tuple[_Node, Segment | None]]) -> None:
-        """Write the blocks that end in these nodes. The cost depends only on their tokens, not on their depth."""
-        if run and self._spill is not None:
-            nodes, segments = zip(*reversed(run), strict=True)
-            self._to_disk(list(nodes), list(segments), evicted=True)
-
-    def _write(self, node: _Node) -> None:
-        """Write the blocks up to the end of this node, starting at the first ancestor that is not on disk."""
-        if self._spill is None:
-            return
-        nodes = [node]
-        for each in takewhile(lambda above: not self._on_disk(above), islice(node.path(), 1, None)):
-            nodes.insert(0, each)
-        self._to_disk(nodes, [each.segment for each in nodes], evicted=False)
-
-    def _on_disk(self, node: _Node) -> bool:
-        """Return whether the last block that ends in this node is on disk. If it is, so are the blocks before it."""
-        known = node.parent.chain.start if node.parent and node.parent.chain else 0
-        return bool(node.chain and self._spill and node.chain.start > known and self._spill.has(node.chain.name))
-
-    def _to_disk(self, nodes: list[_Node], segments: list[Segment | None], *, evicted: bool) -> None:
-        """Write the blocks that end in these consecutive nodes of a path."""
-        parent = nodes[0].parent
-        if self._spill is None or parent is None or parent.chain is None:
-            return
-        tokens = chain.from_iterable(node.tokens for node in nodes)
-        blocks = [(each.name, each.start - BLOCK) for each in parent.chain.blocks(tuple(tokens))]
-        begin = parent.chain.length
-        for above in parent.path():  # the first block may begin before the first node
-            if not blocks or begin <= blocks[0][1]:
-                break
-            segments.insert(0, above.segment)
-            begin -= len(above.tokens)
-        complete = [segment for segment in segments if isinstance(segment, AttentionSegment)]
-        if blocks and len(complete) == len(segments):
-            self._spill.write(blocks, begin, complete, evicted=evicted)
-
-    def _find(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, list[_Node]]:
+    def _find(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, list[Node]]:
         """Return the length of the longest prefix that an owner may use, and the nodes on its path."""
         if owner is None:
             return 0, []
         return max(self._find_in(owner, tokens), self._find_in(SHARED, tokens), key=lambda match: match[0])
 
-    def _find_in(self, owner: str, tokens: Sequence[int]) -> tuple[int, list[_Node]]:
+    def _find_in(self, owner: str, tokens: Sequence[int]) -> tuple[int, list[Node]]:
         """Do the same as `_find`, in the tree of one owner only."""
-        root = self._roots.get(owner)
-        if root is None:
+        nodes, length = self._trees.walk(owner, tokens)
+        if self.layout is None:
             return 0, []
-        nodes, length = _walk(root, tuple(tokens))
-        nodes = nodes[1:]
-        while nodes and not _usable(nodes, length):
-            length = sum(len(node.tokens) for node in nodes[:-1])
-            nodes.pop()
+        if self.recurrent:
+            length, nodes = self._last_checkpoint(nodes, length)
+        else:
+            length = self.layout.usable(_segments(nodes), length)
+            nodes = [node for node in nodes if node.end - len(node.tokens) < length]
         return (length, nodes) if length >= MIN_TOKENS else (0, [])
 
-    def _ending_at(self, nodes: list[_Node], length: int) -> _Node:
-        """Return the node of this path that ends after `length` tokens. Splits the last node if it is longer."""
-        node = nodes[-1]
-        excess = sum(len(each.tokens) for each in nodes) - length
-        if not excess:
-            return node
-        at = len(node.tokens) - excess
-        upper, segment = _Node(node.tokens[:at]), self._detach(node)
-        nodes[-2].adopt(upper)
-        node.tokens = node.tokens[at:]
-        upper.adopt(node)
-        if segment is not None:
-            first, rest = segment.split(at)
-            self._attach(node, rest)
-            self._attach(upper, first)
-        return upper
-
-    def _attach(self, node: _Node, segment: Segment | None) -> None:
-        node.segment = segment
-        if segment is not None:
-            self._used[node] = None
-            self.nbytes += segment.nbytes
-            self.version += 1
-
-    def _detach(self, node: _Node) -> Segment | None:
-        segment, node.segment = node.segment, None
-        if segment is not None:
-            del self._used[node]
-            self.nbytes -= segment.nbytes
-            self.version += 1
-        return segment
-
-    def _touch(self, node: _Node) -> None:
-        """Mark a node as used, and its ancestors too if it needs their segments."""
-        needs_ancestors = node.segment is not None and node.segment.splittable
-        for each in node.path() if needs_ancestors else (node,):
-            self._used.move_to_end(each)
-
-    def _prune(self, node: _Node) -> None:
-        """Remove a node without segment and children, then its ancestors for which the same holds."""
-        while node.segment is None and not node.children and node.parent is not None:
-            del node.parent.children[node.tokens[0]]
-            node = node.parent
-        if node.parent is None and not node.children:
-            self._roots = {owner: root for owner, root in self._roots.items() if root is not node}
+    def _last_checkpoint(self, nodes: list[Node], length: int) -> tuple[int, list[Node]]:
+        """Return the longest part of a path that ends with a checkpoint and has all columns that a row needs."""
+        layout = self.layout
+        for count in range(len(nodes), 0, -1):
+            node = nodes[count - 1]
+            if layout and node.checkpoint and node.end <= length:
+                segments = _segments(nodes[:count])
+                if layout.usable(segments, node.end) == node.end:
+                    return node.end, nodes[:count]
+        return 0, []
 
 
-def _walk(root: _Node, tokens: tuple[int, ...]) -> tuple[list[_Node], int]:
-    """Return the nodes on the path of these tokens, from the root, and the number of matching tokens.
-
-    The last node may match only in part.
-    """
-    nodes, length = [root], 0
-    while length < len(tokens) and (child := nodes[-1].children.get(tokens[length])) is not None:
-        shared = common_length(child.tokens, tokens[length : length + len(child.tokens)])
-        nodes.append(child)
-        length += shared
-        if shared < len(child.tokens):
-            break
-    return nodes, length
-
-
-def common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return the length of the common prefix of two sequences of the same type."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # comparing slices is far faster than comparing token by token
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _usable(nodes: list[_Node], length: int) -> bool:
-    """Return whether a row that shares `length` tokens with these nodes can use the last node's segment."""
-    segment = nodes[-1].segment
-    whole = length == sum(len(node.tokens) for node in nodes)
-    return segment is not None and (whole or segment.splittable)
+def _segments(nodes: Sequence[Node]) -> list[Segment]:
+    return [node.segment for node in nodes if node.segment is not None]

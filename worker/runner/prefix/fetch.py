@@ -44,7 +44,7 @@ class PrefixFetch:
     def next_read(self) -> Future[Any] | None:
         """Return the block that the first row waits for."""
         first = next(iter(self._waiting.values()), None)
-        return first.fetch.blocks[0][1] if first else None
+        return first.fetch.pieces[0].content if first else None
 
     def ready(self) -> list[Row]:
         """Remove and return the rows with a finished or abandoned read."""
@@ -63,6 +63,6 @@ class PrefixFetch:
 
     def _advance(self, waiting: _Waiting) -> bool:
         """Add the next block if it has been read. Returns whether the row must still wait."""
-        if waiting.fetch.blocks[0][1].done():
+        if waiting.fetch.pieces[0].content.done():
             return self._prefixes.add_fetched(waiting.fetch)
         return time.monotonic() < waiting.deadline

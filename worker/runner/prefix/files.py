@@ -1,4 +1,4 @@
-"""The folder of stored prefixes: one subfolder per model, one file per block.
+"""The folder of stored prefixes: one subfolder per model, one file per block or checkpoint.
 
 All workers with the same DATA_DIR share it. A process holds a lock while it writes or deletes; the lock ends with the
 process. A file gets its name only when it is complete, so readers need no lock, and the next writer deletes the partial
@@ -42,7 +42,7 @@ class _Entry:
 
 
 class PrefixFiles:
-    """The blocks of one model in the folder. All methods but `has` and `size` access the disk and may block.
+    """The files of one model. All methods but `has`, `size` and `checkpoints` access the disk and may block.
 
     Args:
         folder: the folder of all models; created if it is missing.
@@ -60,6 +60,7 @@ class PrefixFiles:
         self._max_bytes = max_bytes
         self._keep_ns = int(keep_s * 1e9)
         self._sizes: dict[str, int] = {}
+        self._checkpoints: dict[str, list[str]] = {}
         self.nbytes = 0
 
     def has(self, name: str) -> bool:
@@ -69,6 +70,10 @@ class PrefixFiles:
     def size(self, name: str) -> int:
         """Return the bytes of a block; 0 if it is not on disk."""
         return self._sizes.get(name, 0)
+
+    def checkpoints(self, block: str) -> list[str]:
+        """Return the names of the checkpoints between a block, given by name, and the next one."""
+        return [name for name in self._checkpoints.get(block, ()) if name in self._sizes]
 
     def refresh(self) -> None:
         """List all blocks, including those of other processes, and delete expired files and files over the limit."""
@@ -136,6 +141,7 @@ class PrefixFiles:
         prefix_blocks.write(partial, name, block)
         partial.replace(self._path(name))
         self._sizes[name] = size
+        self._note_checkpoint(self._checkpoints, name)
         self.nbytes += size
 
     def _fits(self, size: int) -> bool:
@@ -159,6 +165,15 @@ class PrefixFiles:
                 kept.append(entry)
         paths = ((Path(entry.path), entry.size) for entry in kept)
         self._sizes = {path.stem: size for path, size in paths if path.parent == self._own}
+        checkpoints: dict[str, list[str]] = {}
+        for name in self._sizes:
+            self._note_checkpoint(checkpoints, name)
+        self._checkpoints = checkpoints
+
+    @staticmethod
+    def _note_checkpoint(checkpoints: dict[str, list[str]], name: str) -> None:
+        if prefix_blocks.is_checkpoint(name):
+            checkpoints.setdefault(prefix_blocks.split_name(name)[0], []).append(name)
 
     def _entries(self) -> Iterator[_Entry]:
         for folder in self._root.iterdir():

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from worker.runner.kv_segments import AttentionSegment
+from worker.runner.kv_segments import Checkpoint, Layout, Segment
 from worker.runner.prefix import blocks as prefix_blocks
-from worker.runner.prefix.blocks import BLOCK, Block, Tensor
+from worker.runner.prefix.blocks import BLOCK, Block, BlockChain, Tensor
 from worker.runner.prefix.files import PrefixFiles
 
 logger = logging.getLogger(__name__)
@@ -34,25 +34,44 @@ _MAX_WRITES = 8
 """Maximum pending writes. Further prefixes are not written until the disk has caught up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a file holds: the columns of tokens `start` to `stop`, and perhaps the recurrent state after them."""
+
+    name: str
+    start: int
+    stop: int
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPiece:
+    """A file that is being read."""
+
+    start: int
+    stop: int
+    content: Future[Block | None]
+
+
 @dataclass(slots=True)
 class Fetch:
-    """Blocks that are being read for a row.
+    """Files that are being read for a row.
 
     Attributes:
         tokens: the tokens of the row.
-        blocks: first token and content of each block, in order.
+        pieces: in order; at most the last one is a checkpoint.
     """
 
     owner: str
     tokens: tuple[int, ...]
-    blocks: deque[tuple[int, Future[Block | None]]]
+    pieces: deque[ReadPiece]
 
 
 @dataclass(slots=True)
 class _Write:
-    """Segments that are being written, and kept in memory until then."""
+    """Segments and checkpoints that are being written, and kept in memory until then."""
 
-    segments: list[AttentionSegment]
+    parts: list[Segment | Checkpoint]
     names: frozenset[str]
     done: Future[None]
 
@@ -84,64 +103,84 @@ class Spill:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes of the segments that are being written."""
+        """Bytes of the prefixes that are being written."""
         self._writes = [write for write in self._writes if not write.done.done()]
-        return sum(segment.nbytes for write in self._writes for segment in write.segments)
+        return sum(part.nbytes for write in self._writes for part in write.parts)
 
     def has(self, name: str) -> bool:
         """Return whether a block is on disk or is being written."""
         return self.files.has(name) or any(name in write.names for write in self._writes)
 
-    def write(
-        self, blocks: Sequence[tuple[str, int]], begin: int, segments: Sequence[AttentionSegment], *, evicted: bool
-    ) -> None:
-        """Start writing the blocks that are not on disk yet.
+    def write(self, pieces: Sequence[Piece], begin: int, segments: Sequence[Segment], *, evicted: bool) -> None:
+        """Start writing the files that are not on disk yet.
 
         Args:
-            blocks: name and index of the first token of each block, in order.
-            begin: index of the first token of the first segment; no block begins before it.
-            segments: consecutive segments that cover all blocks.
-            evicted: the segments are held in memory only for this write; skip it if it would exceed
-                `max_pending_bytes`.
+            pieces: what to write, in order.
+            begin: index of the first token of the first segment; no piece begins before it.
+            segments: consecutive segments that cover all pieces.
+            evicted: the pieces are held in memory only for this write; skip it if it would exceed `max_pending_bytes`.
         """
         pending_bytes = self.pending_bytes
         if self._disabled or len(self._writes) >= _MAX_WRITES:
             return
-        missing = [block for block in blocks if not self.has(block[0])]
+        missing = [piece for piece in pieces if not self.has(piece.name)]
         if not missing:
             return
-        begin, needed = _from(segments, begin, missing[0][1])
-        if evicted and pending_bytes + sum(segment.nbytes for segment in needed) > self.max_pending_bytes:
+        begin, needed = _from(segments, begin, missing[0].start)
+        parts: list[Segment | Checkpoint] = [*needed, *(piece.checkpoint for piece in missing if piece.checkpoint)]
+        if evicted and pending_bytes + sum(part.nbytes for part in parts) > self.max_pending_bytes:
             return
-        runs = self._guarded(lambda: [segment.tensors() for segment in needed])
-        if runs is None:
+        runs = self._guarded(lambda: [(segment.length, segment.tensors()) for segment in needed])
+        states = self._guarded(lambda: [piece.checkpoint.tensors() if piece.checkpoint else [] for piece in missing])
+        if runs is None or states is None:
             return
-        done = self._writer.submit(self._guarded, lambda: self._write_blocks(missing, begin, runs))
-        self._writes.append(_Write(needed, frozenset(name for name, _ in missing), done))
+        # The writing thread must not hold a checkpoint: the engine thread must drop the last reference.
+        ranges = [(piece.name, piece.start - begin, piece.stop - begin) for piece in missing]
+        done = self._writer.submit(self._guarded, lambda: self._write_ranges(ranges, runs, states))
+        self._writes.append(_Write(parts, frozenset(piece.name for piece in missing), done))
 
-    def fetch(self, owner: str, tokens: tuple[int, ...], known: int, in_memory: int, max_bytes: int) -> Fetch | None:
+    def fetch(
+        self, owner: str, tokens: tuple[int, ...], known: int, in_memory: int, max_bytes: int, layout: Layout
+    ) -> Fetch | None:
         """Start reading an owner's tokens from disk; None if that is not worthwhile.
 
         Args:
             known: number of these tokens that are in memory in this owner's tree.
             in_memory: number of these tokens that the row can reuse from memory, from any tree.
             max_bytes: maximum bytes to read.
+            layout: what files of this model hold.
         """
         if self._disabled or len(tokens) - in_memory < MIN_GAIN:
             return None
         self._refresh()
-        names: list[str] = []
-        for name in prefix_blocks.names(owner, tokens):
-            needed = (len(names) + 1) * BLOCK > known
-            if needed and (not self.files.has(name) or (max_bytes := max_bytes - self.files.size(name)) < 0):
+        blocks, checkpoint = [], None
+        for each in BlockChain.of(owner).chain_of(tokens):
+            needed = each.start > known and layout.attention
+            if needed and (not self.files.has(each.name) or (max_bytes := max_bytes - self.files.size(each.name)) < 0):
                 break
-            names.append(name)
-        if len(names) * BLOCK - in_memory < MIN_GAIN:
+            blocks += [Piece(each.name, each.start - BLOCK, each.start)] if each.start else []
+            checkpoint = self._checkpoint_after(each, tokens) or checkpoint
+        return self._start(owner, tokens, known, in_memory, _wanted(blocks, checkpoint, layout))
+
+    def _start(
+        self, owner: str, tokens: tuple[int, ...], known: int, in_memory: int, pieces: list[Piece]
+    ) -> Fetch | None:
+        if not pieces or pieces[-1].stop - in_memory < MIN_GAIN:
             return None
-        first = known // BLOCK
-        blocks = deque((index * BLOCK, self._read(name)) for index, name in enumerate(names) if index >= first)
-        self._reader.submit(self._guarded, lambda: self.files.touch(names))
-        return Fetch(owner, tokens, blocks)
+        missing = [piece for piece in pieces if piece.stop > known or piece is pieces[-1]]
+        reads = deque(ReadPiece(each.start, each.stop, self._read(each.name)) for each in missing)
+        self._reader.submit(self._guarded, lambda: self.files.touch([piece.name for piece in pieces]))
+        return Fetch(owner, tokens, reads)
+
+    def _checkpoint_after(self, chain: BlockChain, tokens: Sequence[int]) -> Piece | None:
+        """Return the last checkpoint of these tokens after the last block of a chain and before the next one."""
+        found = None
+        for name in self.files.checkpoints(chain.name):
+            stop = chain.start + prefix_blocks.split_name(name)[1]
+            later = found is None or stop > found.stop
+            if later and stop <= len(tokens) and chain.after(tokens[chain.start : stop]).checkpoint_name == name:
+                found = Piece(name, chain.start, stop)
+        return found
 
     def close(self, seconds: float) -> None:
         """Wait for pending writes, at most this long, and stop."""
@@ -176,11 +215,20 @@ class Spill:
         self._blocks_read += block is not None
         return block
 
-    def _write_blocks(self, missing: Sequence[tuple[str, int]], begin: int, runs: list[Block]) -> None:
+    def _write_ranges(
+        self, ranges: Sequence[tuple[str, int, int]], runs: list[tuple[int, Block]], states: list[Block]
+    ) -> None:
         try:
-            self._blocks_written += self.files.write([(name, _block(runs, start - begin)) for name, start in missing])
+            files = [
+                (name, [*_cut(runs, start, stop), *state])
+                for (name, start, stop), state in zip(ranges, states, strict=True)
+            ]
+            self._blocks_written += self.files.write(files)
         finally:
-            runs.clear()  # before the write counts as done, because the engine thread must drop the last reference
+            # Before the write counts as done, because the engine thread must drop the last reference.
+            files = []
+            runs.clear()
+            states.clear()
 
     def _guarded(self, work: Callable[[], _T]) -> _T | None:
         """Call a function. If it raises, disable spilling and return None."""
@@ -195,29 +243,51 @@ class Spill:
             return None
 
 
-def _from(segments: Sequence[AttentionSegment], begin: int, start: int) -> tuple[int, list[AttentionSegment]]:
+def _wanted(blocks: list[Piece], checkpoint: Piece | None, layout: Layout) -> list[Piece]:
+    """Return the files to read: the blocks; in a model with recurrent layers, up to the checkpoint and with it."""
+    if not layout.recurrent:
+        return blocks
+    if checkpoint is None:
+        return []
+    if not layout.attention:
+        return [Piece(checkpoint.name, 0, checkpoint.stop)]
+    return [*(block for block in blocks if block.stop <= checkpoint.start), checkpoint]
+
+
+def _from(segments: Sequence[Segment], begin: int, start: int) -> tuple[int, list[Segment]]:
     """Return the segments that end after token `start`, and the index of their first token."""
     needed = list(segments)
-    while begin + needed[0].length <= start:
+    while needed and begin + needed[0].length <= start:
         begin += needed.pop(0).length
     return begin, needed
 
 
-def _block(runs: Sequence[Block], start: int) -> Block:
-    """Return the block that begins at token `start` of these consecutive runs of tokens."""
-    parts, begin = [], 0
-    for run in runs:
-        length = run[0].shape[2]
-        low, high = max(start - begin, 0), min(start + BLOCK - begin, length)
+def _cut(runs: Sequence[tuple[int, Block]], start: int, stop: int) -> Block:
+    """Return tokens `start` to `stop` of consecutive runs of tokens.
+
+    A tensor of a run may lack the first tokens; then the result lacks them, too.
+    """
+    return [_cut_tensor(runs, index, start, stop) for index in range(len(runs[0][1]))] if runs else []
+
+
+def _cut_tensor(runs: Sequence[tuple[int, Block]], index: int, start: int, stop: int) -> Tensor:
+    parts: list[Tensor] = []
+    end = sum(length for length, _ in runs)
+    for length, tensors in reversed(runs):
+        tensor = tensors[index]
+        first = end - tensor.shape[2]
+        low, high = max(start, first), min(stop, end)
         if low < high:
-            parts.append([_cut(tensor, low, high) for tensor in run])
-        begin += length
-    return [_joined(tensors) for tensors in zip(*parts, strict=True)]
+            parts.insert(0, _columns(tensor, low - first, high - first))
+        end -= length
+        if first > end:  # columns are missing
+            break
+    return _joined(parts) if parts else _columns(runs[-1][1][index], 0, 0)
 
 
-def _cut(tensor: Tensor, low: int, high: int) -> Tensor:
+def _columns(tensor: Tensor, low: int, high: int) -> Tensor:
     rows, heads, length, *rest = tensor.shape
-    data = tensor.data.reshape(rows * heads, length, -1)[:, low:high]
+    data = tensor.data.reshape(rows * heads, length, -1)[:, low:high] if tensor.data.size else tensor.data
     return Tensor(tensor.dtype, (rows, heads, high - low, *rest), data)
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 from worker.runner import forward, kv_cache
 from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import KVCache
-from worker.runner.prefix.cache import common_length
+from worker.runner.prefix.tree import common_length
 from worker.runner.sampler import GREEDY_BELOW, BatchSampler
 from worker.runner.speculation.pass_cost import LENGTHS, UNKNOWN
 from worker.runner.speculation.proposer import Proposer
@@ -52,7 +52,7 @@ class Speculation:
         self.lengths = [length for length in LENGTHS if length <= max_length]
         self._model = model
         self._proposer = proposer
-        self.supported = bool(self.lengths) and kv_cache.plain(model)
+        self.supported = bool(self.lengths) and not kv_cache.recurrent(model) and kv_cache.mergeable(model)
 
     def can_verify(self, rows: int) -> bool:
         """Return whether drafts of this many rows can be verified together.
