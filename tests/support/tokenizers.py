@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard, Registry, WorkerInfo
@@ -78,3 +78,13 @@ def written(folder: Path, text: str | None = None) -> Path:
     path = folder / "tokenizer.json"
     path.write_text(word_tokenizer() if text is None else text)
     return path
+
+
+def byte_tokenizer() -> str:
+    """Return the `tokenizer.json` of a tokenizer with one token for each of the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text: str = tokenizer.to_str()
+    return text
