@@ -233,8 +233,11 @@ class JobFailure(StrEnum):
 class PromptRefused(Exception):
     """The model cannot process a prompt: the request is rejected, or the job fails.
 
-    `code` is a `JobFailure`; the text is shown to the API caller. `field` is the request field that is to blame; None
-    for the one with the prompt.
+    The text is shown to the API caller.
+
+    Attributes:
+        code: a `JobFailure`.
+        field: the request field at fault, if it is not the prompt.
     """
 
     def __init__(self, code: str, message: str, field: str | None = None) -> None:

@@ -145,6 +145,11 @@ class Settings(BaseSettings):
         description="Time limit for applying the chat template and tokenising a prompt, plus 5 s per MiB "
         "of prompt. Slower prompts are rejected",
     )
+    special_tokens_in_text: bool = Field(
+        False,
+        description="Whether special tokens in messages, such as `<|im_end|>`, are tokens. `false`: they are text, so "
+        "that a text cannot end its message",
+    )
     max_tokens: int = Field(512, ge=1, description="Default for max_tokens in requests")
     temperature: float = Field(0.0, ge=0, le=2, description="Default for temperature in requests")
     durable: bool = Field(

@@ -160,4 +160,6 @@ def services() -> Services:
 
 def _prompt_tokenizer(settings: Settings, client: Redis) -> PromptTokenizer:
     files = TokenizerFiles(settings.tokenizers_dir, TokenizerStore(client).get)
-    return PromptTokenizer(Tokenizing(settings.template_timeout_s), files)
+    return PromptTokenizer(
+        Tokenizing(settings.template_timeout_s, special_tokens_in_text=settings.special_tokens_in_text), files
+    )

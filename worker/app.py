@@ -106,7 +106,11 @@ class Service:
             worker_ids=lambda: frozenset(worker.id for worker in self._models.workers),
             on_death=self._die,
             trace=self._breadcrumb.step,
-            tokenizing=Tokenizing(self._settings.template_timeout_s, HELPER),
+            tokenizing=Tokenizing(
+                self._settings.template_timeout_s,
+                HELPER,
+                special_tokens_in_text=self._settings.special_tokens_in_text,
+            ),
         )
 
     def run(self) -> int:

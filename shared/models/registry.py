@@ -28,6 +28,7 @@ class ModelCard:
     Attributes:
         context: maximum tokens of prompt and answer together.
         chat_template: the Jinja template for messages; None if the model has none.
+        tool_template: the template for messages with tools, if it is another one.
         bos_token, eos_token: special tokens for the template; None if the model has none.
         tokenizer: digest of the model's `tokenizer.json` (`shared.tokenizing.files`). None if a worker must tokenise,
             because it could not verify that the API would produce the same tokens.
@@ -55,6 +56,7 @@ class ModelCard:
     tool_format: str | None = None
     structured: bool = False
     text_only: bool = False
+    tool_template: str | None = None
 
     @property
     def geometry(self) -> ImageGeometry | None:

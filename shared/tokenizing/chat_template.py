@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final, NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Environment, Template, TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
+from jinja2.nodes import CallBlock, Const, Name, Node, TemplateData
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -25,9 +26,43 @@ MAX_CHARACTERS: Final = 64 * 2**20
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """Fields that may hold a message's reasoning; templates read the first one."""
 
+_FINAL: Final = "END_OF_THE_FINAL_MESSAGE "
+"""Put at the end of a message to find it in the output. The space shows whether the template removes white space."""
+
 
 class OutputTooLong(Exception):
     """A template's output exceeds the limit."""
+
+
+class CannotContinue(Exception):
+    """The template's output does not contain the last message as it is, so that it cannot be left open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a template uses.
+
+    Attributes:
+        variables: the names that it reads; some of them may be variables of its own.
+        literals: all texts that it writes or compares with, separated by null characters.
+    """
+
+    source: str
+    variables: frozenset[str]
+    literals: str
+
+
+@lru_cache(maxsize=32)
+def features(source: str) -> Features | None:
+    """Return what a template uses; None if it is not valid."""
+    try:
+        tree = _environment().parse(source)
+    except TemplateError:
+        return None
+    texts = [node.data for node in tree.find_all(TemplateData)]
+    texts += [node.value for node in tree.find_all(Const) if isinstance(node.value, str)]
+    variables = frozenset(node.name for node in tree.find_all(Name) if node.ctx == "load")
+    return Features(source, variables, "\0".join(texts))
 
 
 def render(
@@ -35,23 +70,33 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool,
+    continue_final: bool = False,
     max_characters: int = MAX_CHARACTERS,
 ) -> str:
     """Render messages with a chat template.
 
+    Args:
+        continue_final: end the text with the content of the last message.
+
     Raises:
         ValueError: there are no messages.
         OutputTooLong: the text has more than `max_characters`.
+        CannotContinue: the template changes or omits the content of the last message.
         jinja2.TemplateError: exactly this class, not a subclass, if the template itself rejects the messages.
         Exception: any other, because a template is a program.
     """
     if not messages:
         raise ValueError("a conversation needs at least one message")
+    if continue_final:
+        if "content" not in source:
+            raise CannotContinue
+        messages = [*messages[:-1], _marked(messages[-1])]
     chunks, length = [], 0
     for chunk in _compiled(source).generate(
         messages=[_cleaned(message) for message in messages],
-        tools=None,
+        tools=tools,
         documents=None,
         add_generation_prompt=add_generation_prompt,
         **variables,
@@ -60,7 +105,31 @@ def render(
         length += len(chunk)
         if length > max_characters:
             raise OutputTooLong(f"more than {max_characters} characters")
-    return "".join(chunks)
+    text = "".join(chunks)
+    return _before_mark(text, messages[-1]) if continue_final else text
+
+
+def _marked(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put a mark at the end of a message's text; of several texts, at the end of the last one."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + _FINAL}
+    parts = [*(content or ())]
+    for index in reversed(range(len(parts))):
+        if "text" in parts[index]:
+            parts[index] = {**parts[index], "text": parts[index]["text"] + _FINAL}
+            return {**message, "content": parts}
+    raise CannotContinue
+
+
+def _before_mark(text: str, message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    if not isinstance(content, str):
+        content = next(part["text"] for part in reversed(content) if _FINAL in part.get("text", ""))
+    if content.removesuffix(_FINAL).strip() not in text or _FINAL.strip() not in text:
+        raise CannotContinue
+    end = text.rindex(_FINAL.strip())
+    return text[:end] if text.startswith(_FINAL, end) else text[:end].rstrip()
 
 
 def _cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +185,11 @@ def _check_name(name: object) -> None:
 
 @lru_cache(maxsize=32)
 def _compiled(source: str) -> Template:
+    return _environment().from_string(source)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
@@ -124,7 +198,7 @@ def _compiled(source: str) -> Template:
     environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
-    return environment.from_string(source)
+    return environment
 
 
 def _raise(message: str) -> NoReturn:

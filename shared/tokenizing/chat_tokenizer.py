@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -14,7 +16,9 @@ from tokenizers import Tokenizer
 
 from shared.errors import JobFailure
 from shared.tokenizing import chat_template
+from shared.tokenizing.conversation import Conversation, UnsupportedField, conversation_of
 from shared.tokenizing.messages import TokenizerFault, TokenizerSource, digest
+from shared.tokenizing.special_tokens import NotText, SpecialTokens
 
 _MAX_FILE_BYTES: Final = 256 * 2**20
 """Maximum size of a `tokenizer.json`; the largest known ones have 35 MB."""
@@ -28,11 +32,17 @@ _MARGIN: Final = 1.05
 
 
 class CannotTokenize(Exception):
-    """A request cannot be tokenised. `code` is a `JobFailure` or a `TokenizerFault`."""
+    """A request cannot be tokenised.
 
-    def __init__(self, code: str, message: str) -> None:
+    Attributes:
+        code: a `JobFailure` or a `TokenizerFault`.
+        field: the request field at fault, if it is not the prompt.
+    """
+
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.field = field
 
 
 class TooLong(Exception):
@@ -44,19 +54,40 @@ class TooLong(Exception):
 
 
 class ChatTokenizer(Protocol):
-    """A model's tokenizer and chat template.
+    """A model's tokenizer and chat template."""
 
-    Both methods may raise `TooLong` early if a text certainly has more than `max_tokens` tokens.
-    """
-
-    def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:
+    def plain(self, text: str) -> Sequence[int]:
         """Tokenise a text and add special tokens. The first one is not added to a text that begins with it."""
         ...
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, max_tokens: int | None = None
-    ) -> Sequence[int]:
-        """Render messages and tokenise the text, with one token per image. May raise any exception."""
+    def encode(self, text: str) -> Sequence[int]:
+        """Tokenise a text, for example the output of the template, and add no special tokens."""
+        ...
+
+    def encode_as_text(self, text: str) -> Sequence[int]:
+        """Tokenise a text without recognising special or added tokens in it."""
+        ...
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Raise `TooLong` for a text that is far too long, without tokenising all of it."""
+        ...
+
+    def render(self, conversation: Conversation) -> str:
+        """Apply the chat template. Each image becomes one token of the text. May raise any exception."""
+        ...
+
+    def template(self, with_tools: bool) -> str | None:
+        """Return the Jinja template for conversations with or without tools; None if there is none."""
+        ...
+
+    @property
+    def reasons(self) -> bool:
+        """Whether answers begin with reasoning by default."""
+        ...
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """The tokens that messages must not contain."""
         ...
 
     @property
@@ -99,39 +130,60 @@ class FileTokenizer:
         """See `ChatTokenizer`."""
         return self._source.chat_template is not None
 
+    def template(self, with_tools: bool) -> str | None:
+        """See `ChatTokenizer`."""
+        source = self._source
+        return source.tool_template if with_tools and source.tool_template is not None else source.chat_template
+
+    @property
+    def reasons(self) -> bool:
+        """See `ChatTokenizer`."""
+        return bool(self._source.variables.get("enable_thinking", self._source.variables.get("thinking")))
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """See `ChatTokenizer`."""
+        templates = (self._source.chat_template, self._source.tool_template)
+        return special_tokens_of(self._tokenizer.get_added_tokens_decoder().values(), templates)
+
     def text_of(self, token: int) -> str:
         """See `ChatTokenizer`."""
         return str(self._tokenizer.id_to_token(token))
 
-    def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:
+    def plain(self, text: str) -> Sequence[int]:
         """See `ChatTokenizer`."""
         bos = self._source.bos_token
-        return self._tokenize(text, bos is None or not text.startswith(bos), max_tokens)
+        return self._ids(text, bos is None or not text.startswith(bos))
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, max_tokens: int | None = None
-    ) -> Sequence[int]:
+    def encode(self, text: str) -> Sequence[int]:
         """See `ChatTokenizer`."""
-        source = self._source
-        if source.chat_template is None:
-            raise ValueError("the tokenizer has no chat template")
-        text = chat_template.render(
-            source.chat_template, messages, source.variables, add_generation_prompt=add_generation_prompt
-        )
-        return self._tokenize(text, False, max_tokens)
+        return self._ids(text, False)
 
-    def _tokenize(self, text: str, add_special_tokens: bool, max_tokens: int | None) -> Sequence[int]:
-        if max_tokens is not None:
-            self._check_length(text, max_tokens)
-        return self._ids(text, add_special_tokens)
+    def encode_as_text(self, text: str) -> Sequence[int]:
+        """See `ChatTokenizer`."""
+        return encode_as_text(self._tokenizer, text)
+
+    def render(self, conversation: Conversation) -> str:
+        """See `ChatTokenizer`."""
+        template = self.template(bool(conversation.tools))
+        if template is None:
+            raise ValueError("the tokenizer has no chat template")
+        return chat_template.render(
+            template,
+            conversation.messages,
+            {**self._source.variables, **conversation.variables},
+            tools=conversation.tools,
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final=conversation.continue_final,
+        )
 
     def _ids(self, text: str, add_special_tokens: bool) -> Sequence[int]:
         # This method does not compute the offsets of tokens.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def _check_length(self, text: str, max_tokens: int) -> None:
-        """Raise `TooLong` for a text that is far too long, without tokenising all of it."""
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """See `ChatTokenizer`."""
         if len(text) > max(max_tokens, 1) * self._longest:
             raise TooLong
         head = _HEAD * max_tokens
@@ -155,15 +207,14 @@ def tokenize(tokenizer: ChatTokenizer, request: Mapping[str, Any]) -> tuple[Sequ
             embedding does not have.
         TooLong: the prompt has more than `max_tokens` tokens.
     """
-    messages, max_tokens = request["messages"], request.get("max_tokens")
-    if messages is None and not request.get("raw", True) and tokenizer.has_template:
-        messages = [{"role": "user", "content": request["prompt"]}]
-    if messages is None:
-        ids, shared = tokenizer.plain(request["prompt"], max_tokens), 0
+    max_tokens = request.get("max_tokens")
+    if request["messages"] is None and (request.get("raw", True) or not tokenizer.has_template):
+        _check_no_tools(request)
+        if max_tokens is not None:
+            tokenizer.check_length(request["prompt"], max_tokens)
+        ids, shared = tokenizer.plain(request["prompt"]), 0
     else:
-        messages = [_with_placeholders(message) for message in messages]
-        ids = _chat(tokenizer, messages, max_tokens)
-        shared = _shared_length(tokenizer, messages[:1], ids) if request["share_system_prompt"] else 0
+        ids, shared = _chat(_Chat(tokenizer, bool(request.get("special_tokens"))), request, max_tokens)
     if not ids:
         raise CannotTokenize(JobFailure.TEMPLATE, "The prompt is empty: it has no tokens.")
     if max_tokens is not None and len(ids) > max_tokens:
@@ -184,41 +235,132 @@ def _check_embedded(tokenizer: ChatTokenizer, ids: Sequence[int], vocabulary: in
     raise CannotTokenize(JobFailure.TEMPLATE, message)
 
 
-def _chat(tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]], max_tokens: int | None) -> Sequence[int]:
+def _check_no_tools(request: Mapping[str, Any]) -> None:
+    """Refuse options of a chat template for a prompt that is continued without one."""
+    for name, field in (("tools", "tools"), ("template_variables", "chat_template_kwargs")):
+        if request.get(name):
+            raise CannotTokenize(JobFailure.TEMPLATE, f"{field} needs a chat template.", field)
+
+
+def _chat(chat: _Chat, request: Mapping[str, Any], max_tokens: int | None) -> tuple[Sequence[int], int]:
+    """Tokenise a conversation; return the ids and the length of the prefix that depends only on the first message."""
+    tokenizer = chat.tokenizer
     if not tokenizer.has_template:
         raise CannotTokenize(JobFailure.TEMPLATE, "This model has no chat template. Send a prompt instead of messages.")
     try:
-        return tokenizer.chat(messages, add_generation_prompt=True, max_tokens=max_tokens)
+        features = _features(tokenizer, bool(request.get("tools")))
+        conversation = conversation_of(request, features, reasons=tokenizer.reasons)
+        ids = chat.ids(conversation, max_tokens)
     except TooLong:
         raise
-    except chat_template.OutputTooLong as error:
-        raise CannotTokenize(JobFailure.TEMPLATE, f"The model's chat template wrote {error}.") from error
-    except MemoryError as error:
-        raise CannotTokenize(JobFailure.TEMPLATE, "The model's chat template needs too much memory.") from error
     except Exception as error:
-        # A template may raise any exception. Only the message that it raises itself is shown to the caller.
-        reason = f": {str(error)[:_MAX_MESSAGE]}" if type(error) is TemplateError else "."
-        raise CannotTokenize(JobFailure.TEMPLATE, f"The model's chat template rejected the messages{reason}") from error
+        raise _refusal(error) from error
+    return ids, _shared_length(chat, conversation, ids) if request["share_system_prompt"] else 0
 
 
-def _shared_length(tokenizer: ChatTokenizer, first: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
-    """Return the length of the prefix of `ids` that depends only on the first message.
+def _features(tokenizer: ChatTokenizer, with_tools: bool) -> chat_template.Features | None:
+    template = tokenizer.template(with_tools)
+    return None if template is None else chat_template.features(template)
+
+
+def _refusal(error: Exception) -> CannotTokenize:
+    """Return the refusal of a conversation. A template may raise any exception."""
+    field = None
+    match error:
+        case UnsupportedField():
+            message, field = str(error), error.field
+        case NotText():
+            message = f"The model's tokenizer cannot represent {str(error)!r} as text. Remove it from the prompt."
+        case chat_template.CannotContinue():
+            message = "The model's chat template changes the last message, so that it cannot be continued."
+            field = "continue_final_message"
+        case chat_template.OutputTooLong():
+            message = f"The model's chat template wrote {error}."
+        case MemoryError():
+            message = "The model's chat template needs too much memory."
+        case _:  # only the message that the template raises itself is shown to the caller
+            reason = f": {str(error)[:_MAX_MESSAGE]}" if type(error) is TemplateError else "."
+            message = f"The model's chat template rejected the messages{reason}"
+    return CannotTokenize(JobFailure.TEMPLATE, message, field)
+
+
+class _Chat:
+    """Tokenises conversations.
+
+    Args:
+        special_tokens: whether special tokens in messages are tokens, not text.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, special_tokens: bool) -> None:
+        self.tokenizer = tokenizer
+        self._special_tokens = special_tokens
+
+    def ids(self, conversation: Conversation, max_tokens: int | None = None) -> Sequence[int]:
+        """Render a conversation and tokenise the text. May raise any exception."""
+        broken = None if self._special_tokens else self.tokenizer.special_tokens.broken(conversation)
+        text = self._render(broken.conversation if broken else conversation)
+        if max_tokens is not None:
+            self.tokenizer.check_length(text, max_tokens)
+        if broken is None:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.special_tokens.encode(text, broken.character, self.tokenizer)
+
+    def _render(self, conversation: Conversation) -> str:
+        """Apply the template. Templates differ in what they expect of tool calls; find the variant that they accept."""
+        if not conversation.calls:
+            return self.tokenizer.render(conversation)
+        as_text = conversation.with_text_arguments()
+        variants = (conversation, as_text, conversation.with_empty_contents(), as_text.with_empty_contents())
+        failure: Exception | None = None
+        for variant in variants:
+            try:
+                text = self.tokenizer.render(variant)
+            except Exception as error:  # noqa: BLE001 - a template may raise any exception
+                failure = failure or error
+                continue
+            return self.tokenizer.render(as_text) if _shows_python(text, variant) else text
+        raise failure or ValueError("no variant")
+
+
+def _shows_python(text: str, conversation: Conversation) -> bool:
+    """Whether a template printed the arguments of a tool call in Python's notation instead of JSON."""
+    arguments = [call["arguments"] for call in conversation.calls]
+    return any(str(each) in text for each in arguments if isinstance(each, dict) and str(each) != json.dumps(each))
+
+
+def _shared_length(chat: _Chat, conversation: Conversation, ids: Sequence[int]) -> int:
+    """Return the length of the prefix of `ids` that depends only on the first message and the tools.
 
     The first message is also rendered alone; later messages cannot influence the tokens that both results begin with.
     """
     try:
-        system = tokenizer.chat(first, add_generation_prompt=False)
+        system = chat.ids(conversation.first_message())
     except Exception:  # noqa: BLE001 - a template may require further messages
         return 0
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(system, ids, strict=False)))
 
 
-def _with_placeholders(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Reduce image parts to their type, which is all that templates use."""
-    content = message["content"]
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": [{"type": "image"} if part.get("type") == "image" else part for part in content]}
+def special_tokens_of(added: Iterable[Any], templates: Iterable[str | None]) -> SpecialTokens:
+    """Return the special tokens of a tokenizer, and of its other added tokens those that its templates use.
+
+    Args:
+        added: the added tokens, with `content` and `special`.
+    """
+    tokens = [*added]
+    known = (chat_template.features(template) for template in templates if template is not None)
+    literals = "\0".join(each.literals for each in known if each is not None)
+    markers = (token.content for token in tokens if token.content in literals and not token.content.isspace())
+    return SpecialTokens((token.content for token in tokens if token.special), markers)
+
+
+def encode_as_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokenise a text with all steps of a tokenizer but the search for added tokens."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    words = [text]
+    if tokenizer.pre_tokenizer is not None:
+        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in tokenizer.model.tokenize(word)]
 
 
 def _read(path: Path) -> str:

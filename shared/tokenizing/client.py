@@ -75,10 +75,12 @@ class Tokenizing:
         timeout_s: time limit for template and tokenizer together, without the wait for a free helper. It is extended by
             5 s per 2**20 characters of the prompt.
         module: the helper's module; a worker's helper can also read model folders.
+        special_tokens_in_text: whether special tokens in messages are tokens, not text.
     """
 
-    def __init__(self, timeout_s: float, module: str = MODULE) -> None:
+    def __init__(self, timeout_s: float, module: str = MODULE, *, special_tokens_in_text: bool = False) -> None:
         self._timeout_s = timeout_s
+        self._special_tokens = special_tokens_in_text
         self._short, self._long = _HelperQueue(module), _HelperQueue(module)
         self._checks = _HelperQueue(CHECK_MODULE)
         self._slow: set[int] = set()
@@ -112,10 +114,11 @@ class Tokenizing:
             TokenizerError: the tokenizer or its helper failed.
         """
         max_tokens = None if context is None else max(0, context - 1 - reserved)
-        limits = {"max_tokens": max_tokens, "vocabulary": vocabulary}
-        fields = {"source": source.to_dict(), **limits, **request_fields(request)}
+        limits = {"max_tokens": max_tokens, "vocabulary": vocabulary, "special_tokens": self._special_tokens}
+        content = request_fields(request)
+        fields = {"source": source.to_dict(), **limits, **content}
         model = hash(str(fields["source"]))
-        size = _size(request.prompt if request.messages is None else request.messages)
+        size = _size(content)
         helpers = self._long if model in self._slow or size >= _LONG else self._short
         limit_s = self._timeout_s + size * _PER_CHARACTER_S
         try:
@@ -331,4 +334,5 @@ def _raise_error(header: Mapping[str, Any], context: int | None, reserved: int) 
         case TokenizerFault.UNUSABLE:
             raise TokenizerBroken(str(header.get("message")))
         case code:
-            raise PromptRefused(str(code), str(header.get("message")))
+            field = header.get("field")
+            raise PromptRefused(str(code), str(header.get("message")), None if field is None else str(field))

@@ -75,7 +75,7 @@ def reply(operations: Mapping[str, Operation], request: Mapping[str, Any]) -> Re
     try:
         return operations[request["op"]](request)
     except CannotTokenize as error:
-        return _error(error.code, str(error)), b""
+        return {**_error(error.code, str(error)), "field": error.field}, b""
     except TooLong as error:
         return {**_error(JobFailure.CONTEXT_LENGTH, "too long"), "tokens": error.tokens}, b""
     except MemoryError:

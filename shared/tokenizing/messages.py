@@ -44,6 +44,7 @@ class TokenizerSource:
         path: a `tokenizer.json`, optionally gzipped (`.gz`), or a model folder, which only a worker's helper can read.
         digest: digest of the file's text (see `digest`), which is checked when it is loaded; empty for no check.
         chat_template: the Jinja template for messages; None if there is none. Ignored for a folder.
+        tool_template: the template for messages with tools, if it is another one. Ignored for a folder.
         bos_token: first special token; it is not added to a prompt that begins with it.
         variables: variables of the template in addition to the messages.
         defaults: for a folder: mlx-lm's defaults for tokenizers of this model type.
@@ -57,11 +58,19 @@ class TokenizerSource:
     variables: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] | None = None
     vision: bool = False
+    tool_template: str | None = None
 
     @classmethod
     def of_card(cls, path: str, digest: str, fields: Mapping[str, Any]) -> TokenizerSource:
         """Create the source for a tokenizer file and the fields of a `ModelCard`."""
-        return cls(path, digest, fields["chat_template"], fields["bos_token"], fields["template_variables"] or {})
+        return cls(
+            path,
+            digest,
+            chat_template=fields["chat_template"],
+            bos_token=fields["bos_token"],
+            variables=fields["template_variables"] or {},
+            tool_template=fields.get("tool_template"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Encode for a header."""
@@ -92,6 +101,9 @@ def request_fields(request: Request) -> dict[str, Any]:
         "prompt": request.prompt or "",
         "messages": request.messages,
         "raw": request.raw,
+        "tools": None if request.tool_choice == "none" else request.tools,
+        "template_variables": request.template_variables,
+        "continue_final": request.continue_final,
         "share_system_prompt": request.share_system_prompt,
     }
 

@@ -70,7 +70,7 @@ class PromptTokenizer:
         try:
             return self._tokenize(card, card.tokenizer, request, field, context)
         except PromptRefused as refused:
-            raise Invalid(str(refused), code=refused.code, field=field) from refused
+            raise Invalid(str(refused), code=refused.code, field=refused.field or field) from refused
         except TokenizerBusy as busy:
             log.warning("tokenizer_busy", extra={"reason": str(busy)})
             detail = "Too many prompts are waiting to be tokenised. Try again shortly."

@@ -12,15 +12,25 @@ import json
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from shared.tokenizing.chat_tokenizer import CannotTokenize, ChatTokenizer, FileTokenizer, tokenize
+from shared.tokenizing import chat_template
+from shared.tokenizing.chat_tokenizer import (
+    CannotTokenize,
+    ChatTokenizer,
+    FileTokenizer,
+    special_tokens_of,
+    tokenize,
+)
+from shared.tokenizing.conversation import Conversation
 from shared.tokenizing.files import TokenizerFiles
 from shared.tokenizing.helper import Reply, Tokenizers, serve
 from shared.tokenizing.messages import TokenizerFault, TokenizerSource, digest
+from shared.tokenizing.special_tokens import SpecialTokens
 
 _TEXTS: Final = (
     "",
@@ -34,6 +44,17 @@ _TEXTS: Final = (
     "<|im_start|>user\n<s>[INST] <think> </s><|endoftext|>",
     "word " * 200,
 )
+_TOOLS: Final = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Weather of a <city> & more",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+    for name in ("weather", "forecast")
+]
 _MAX_SPECIALS: Final = 16
 _NO_CODE: Final = {"trust_remote_code": False}
 """The same as in `worker.models.load`, which a helper does not import because that imports Redis."""
@@ -47,6 +68,8 @@ class FolderTokenizer:
         self.wrapper: Any = _tokenizer_utils().load(folder, dict(_NO_CODE), defaults=source.defaults)
         if source.vision and (template := _vision_template(folder)) is not None:
             self.wrapper.chat_template = template
+        self._tokenizer = self.wrapper._tokenizer  # noqa: SLF001 - the wrapper does not forward calls
+        self._custom_template: bool = self.wrapper._chat_template is not None  # noqa: SLF001
 
     @classmethod
     def load(cls, source: TokenizerSource) -> FolderTokenizer:
@@ -72,25 +95,64 @@ class FolderTokenizer:
         """See `ChatTokenizer`."""
         return str(self.wrapper.convert_ids_to_tokens(token))
 
-    def plain(self, text: str, max_tokens: int | None) -> Sequence[int]:  # noqa: ARG002 - counted by the caller
+    def template(self, with_tools: bool) -> str | None:
+        """See `ChatTokenizer`."""
+        if self._custom_template:
+            return None
+        templates = _templates(self.wrapper)
+        return templates.get("tool_use", templates.get("default")) if with_tools else templates.get("default")
+
+    @property
+    def reasons(self) -> bool:
+        """See `ChatTokenizer`."""
+        return bool(self.wrapper.has_thinking)
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """See `ChatTokenizer`."""
+        templates = (self.template(with_tools) for with_tools in (False, True))
+        return special_tokens_of(self.wrapper.added_tokens_decoder.values(), templates)
+
+    def plain(self, text: str) -> Sequence[int]:
         """See `ChatTokenizer`."""
         bos = self.wrapper.bos_token
         # As in mlx-lm: a prompt that begins with the BOS token gets no second one.
         ids: Sequence[int] = self.wrapper.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
         return ids
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool,
-        max_tokens: int | None = None,  # noqa: ARG002 - counted by the caller
-    ) -> Sequence[int]:
+    def encode(self, text: str) -> Sequence[int]:
         """See `ChatTokenizer`."""
-        ids: Sequence[int] = self.wrapper.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt
-        )
+        if self._custom_template:  # as in mlx-lm
+            ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        else:  # as in transformers
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def encode_as_text(self, text: str) -> Sequence[int]:
+        """See `ChatTokenizer`."""
+        ids: Sequence[int] = self._tokenizer._encode_without_added_tokens(text)  # noqa: SLF001 - no other function
+        return ids
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """See `ChatTokenizer`. The caller counts the tokens."""
+
+    def render(self, conversation: Conversation) -> str:
+        """See `ChatTokenizer`."""
+        options: dict[str, Any] = {"continue_final_message": True} if conversation.continue_final else {}
+        try:
+            text: str = self.wrapper.apply_chat_template(
+                conversation.messages,
+                tools=conversation.tools,
+                add_generation_prompt=conversation.add_generation_prompt,
+                tokenize=False,
+                **options,
+                **conversation.variables,
+            )
+        except ValueError as error:
+            if conversation.continue_final:
+                raise chat_template.CannotContinue from error
+            raise
+        return text
 
 
 def load_tokenizer(source: TokenizerSource) -> ChatTokenizer:
@@ -129,8 +191,15 @@ def probes(fields: Mapping[str, Any], vision: bool) -> Iterator[dict[str, Any]]:
     specials = sorted({value for value in fields["template_variables"].values() if isinstance(value, str)})
     texts = [*_TEXTS, *(f"{token} a{token}b {token}" for token in specials[:_MAX_SPECIALS])]
     yield from ({"prompt": text, "messages": None, "raw": raw} for raw in (True, False) for text in texts)
+    for request in _chat_probes(texts, vision):
+        yield request
+        yield {**request, "special_tokens": True}
+
+
+def _chat_probes(texts: Sequence[str], vision: bool) -> Iterator[dict[str, Any]]:
     content = " ".join(texts[1:])
-    turns = [{"role": role, "content": f"{role} {content}"} for role in ("system", "user", "assistant", "user")]
+    roles = ("system", "user", "assistant", "user")
+    turns: list[dict[str, Any]] = [{"role": role, "content": f"{role} {content}"} for role in roles]
     conversations: list[list[dict[str, Any]]] = [
         [{"role": "user", "content": text}] for text in ("Hi", *texts[-2:], content)
     ]
@@ -140,8 +209,29 @@ def probes(fields: Mapping[str, Any], vision: bool) -> Iterator[dict[str, Any]]:
     if vision:
         parts = [{"type": "image"}, *parts, {"type": "image"}]
     conversations += [[{"role": "user", "content": parts}], [*turns[:1], {"role": "user", "content": parts}]]
+    calls = [_call(f"call_{n}", name, {"city": "Köln", "days": n}) for n, name in enumerate(("weather", "forecast"))]
+    called = {"role": "assistant", "content": None, "tool_calls": calls}
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "rain"} for call in calls]
+    with_calls = [turns[1], called, *results, turns[2], turns[1]]
+    reasoned = [turns[1], {**turns[2], "reasoning_content": "Think first."}, turns[1]]
+    conversations += [
+        with_calls,
+        [turns[0], *with_calls],
+        [turns[1], {**called, "content": "Wait"}, results[0]],
+        reasoned,
+    ]
+    conversations += [[{"role": "developer", "content": "Be brief."}, turns[1]]]
     for messages in conversations:
         yield {"prompt": "", "messages": messages}
+    for messages in (turns[:2], with_calls):
+        yield {"prompt": "", "messages": messages, "tools": _TOOLS}
+    yield {"prompt": "", "messages": turns[:3], "continue_final": True}
+    for thinking in (True, False):
+        yield {"prompt": "", "messages": turns[:2], "template_variables": {"enable_thinking": thinking}}
+
+
+def _call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
 
 
 def _outcome(tokenizer: ChatTokenizer, probe: Mapping[str, Any]) -> tuple[object, ...]:
@@ -154,16 +244,23 @@ def _outcome(tokenizer: ChatTokenizer, probe: Mapping[str, Any]) -> tuple[object
 
 def _card_fields(wrapper: Any) -> dict[str, Any]:
     """Return the tokenizer's fields of a `ModelCard`."""
-    template = wrapper.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    templates = _templates(wrapper)
     thinking = {wrapper._thinking_kwarg: wrapper.has_thinking}  # noqa: SLF001 - mlx-lm passes it to templates
     return {
-        "chat_template": template if isinstance(template, str) else None,
+        "chat_template": templates.get("default"),
+        "tool_template": templates.get("tool_use"),
         "bos_token": wrapper.bos_token,
         "eos_token": wrapper.eos_token,
         "template_variables": {**wrapper.special_tokens_map, **thinking},
     }
+
+
+def _templates(wrapper: Any) -> dict[str, str]:
+    """Return the Jinja templates by name; a single one is the default."""
+    template = wrapper.chat_template
+    if isinstance(template, str):
+        return {"default": template}
+    return dict(template) if isinstance(template, dict) else {}
 
 
 def _vision_template(folder: Path) -> str | None:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 HELPER: Final = "worker.models.tokenizer_helper"
 PROOF_S: Final = 120.0
 """Time limit for a proof. On an idle machine it takes two seconds, most of them to import transformers."""
-_VERSION: Final = 2
+_VERSION: Final = 3
 """Version of the proof. Results of other versions are not used."""
 _LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "mlx-lm", "mlx-vlm")
 _FILES: Final = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")

@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from shared.tokenizing.chat_template import OutputTooLong, render
+from shared.tokenizing.chat_template import CannotContinue, OutputTooLong, render
+from tests.support.chat_templates import ALL, ASK, CALL, RESULT, TOOL
 from tests.support.tokenizers import CHATML
 
 TURNS: list[dict[str, Any]] = [
@@ -45,6 +46,40 @@ def test_output_equals_that_of_transformers(template: str, generation: bool) -> 
         [messages], chat_template=template, add_generation_prompt=generation, **VARIABLES
     )
     assert render(template, TURNS, VARIABLES, add_generation_prompt=generation) == expected
+
+
+@pytest.mark.parametrize("template", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_tools_and_tool_calls_equal_those_of_transformers(template: str, tools: list[Any] | None) -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, {**RESULT, "name": "weather"}]
+    [expected], _ = render_jinja_template(
+        [messages], tools=tools, chat_template=template, add_generation_prompt=True, **VARIABLES
+    )
+    assert render(template, messages, VARIABLES, tools=tools, add_generation_prompt=True) == expected
+
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES[:3], *ALL.values(), "{{ messages[-1].content | upper }}", "no", "content"]
+)
+@pytest.mark.parametrize(
+    "content", ["It is", " It is \n", "", [{"type": "text", "text": "It "}, {"type": "image"}], []]
+)
+def test_a_continued_message_equals_that_of_transformers(template: str, content: Any) -> None:
+    messages = [ASK, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, **VARIABLES}
+    try:
+        [expected], _ = render_jinja_template(
+            [messages], chat_template=template, continue_final_message=True, **options
+        )
+    except ValueError:
+        with pytest.raises(CannotContinue):
+            render(template, messages, VARIABLES, add_generation_prompt=False, continue_final=True)
+    except TypeError:  # the template needs a text
+        with pytest.raises(TypeError):
+            render(template, messages, VARIABLES, add_generation_prompt=False, continue_final=True)
+    else:
+        assert render(template, messages, VARIABLES, add_generation_prompt=False, continue_final=True) == expected
 
 
 def rendered(template: str, **options: Any) -> str:

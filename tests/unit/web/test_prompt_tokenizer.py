@@ -142,11 +142,13 @@ def test_a_busy_helper_refuses_with_a_retry_time(api: Api, monkeypatch: pytest.M
 
 def test_a_token_that_the_model_has_no_embedding_for_is_refused_by_name(api: Api) -> None:
     """`<image>` is the last token of the tokenizer."""
-    for request, field in ((plain("word <image>"), "prompt"), (chat("word <image>"), "messages")):
-        assert api.tokenize(api.announce(vocabulary=7), request)
-        assert api.tokenize(api.announce(vocabulary=None), request), "a card of an earlier version"
+    template = "<image> " + CHATML
+    for request, field in ((plain("word <image>"), "prompt"), (chat("word"), "messages")):
+        assert api.tokenize(api.announce(vocabulary=7, chat_template=template), request)
+        card = api.announce(vocabulary=None, chat_template=template)
+        assert api.tokenize(card, request), "a card of an earlier version"
         with pytest.raises(Invalid, match=r"'<image>' \(id 6\), .*it has 6 tokens") as caught:
-            api.tokenize(api.announce(vocabulary=6), request)
+            api.tokenize(api.announce(vocabulary=6, chat_template=template), request)
         assert caught.value.field == field
 
 
@@ -163,3 +165,25 @@ def test_a_constraint_is_left_to_the_worker_while_the_helper_is_busy(api: Api, m
 
     monkeypatch.setattr(api.tokenizing, "check_constraints", busy)
     api.prompts.check_constraints(replace(plain("word"), constraint=Constraint("regex", "(?=a)b")))
+
+
+def test_a_refused_option_is_named_instead_of_the_prompt(api: Api) -> None:
+    card = api.announce()
+    tool = {"type": "function", "function": {"name": "add"}}
+    for options, field in (
+        ({"tools": (tool,)}, "tools"),
+        ({"template_variables": {"x": 1}}, "chat_template_kwargs.x"),
+        ({"template_variables": {"enable_thinking": True}}, "enable_thinking"),
+    ):
+        assert api.refusal(card, replace(chat("x"), **options)) == ("template_error", field)
+    assert api.tokenize(card, replace(chat("word"), tools=(tool,), tool_choice="none")) == Tokenized((3, 0, 5))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_special_tokens_in_messages_are_tokens_only_if_that_is_configured(api: Api, allowed: bool) -> None:
+    with Tokenizing(20.0, special_tokens_in_text=allowed) as tokenizing:
+        prompts = PromptTokenizer(tokenizing, api.files)
+        tokenized = prompts.tokenize(api.announce(), chat("word <image>"), "messages")
+        assert tokenized and (6 in tokenized.tokens) is allowed
+        tokenized = prompts.tokenize(api.announce(), plain("word <image>"), "prompt")
+        assert tokenized and 6 in tokenized.tokens, "a raw prompt is continued as it is"
