@@ -55,6 +55,7 @@ class MessageParser:
         self._buffer = ""
         self._position = 0  # of the buffer in the answer's text
         self._section: list[str] = []  # text of a tool section or a header
+        self._header_length = 0  # of the part of a header that is in the prompt
         self._opening = ""  # the marker before it
         self._section_start = 0
         self._recipient = ""
@@ -95,6 +96,7 @@ class MessageParser:
         self.push(text)
         self._content, self._reasoning = TextField(trims=False), TextField(trims=True)
         self._position = -len(self._buffer)
+        self._header_length = sum(map(len, self._section))
 
     def _next_marker(self) -> _Marker | None:
         """Return the marker that is complete first; of those complete at the same character, the longest."""
@@ -150,7 +152,7 @@ class MessageParser:
             self._content.separate()
         self.part, self._opening = part, marker
         if part in (Part.TOOL, Part.HEADER):
-            self._section, self._section_start = [], self._position - len(marker)
+            self._section, self._section_start, self._header_length = [], self._position - len(marker), 0
 
     def _read_header(self) -> tuple[Part, str]:
         part, recipient = read_header("".join(self._section))
@@ -158,7 +160,7 @@ class MessageParser:
 
     def _finish_header(self) -> None:
         """Emit text without any marker, of a model that should have written a header."""
-        text = "".join(self._section)
+        text = "".join(self._section)[self._header_length :]
         silent = not (self._content.started or self._reasoning.started)
         if self.part is Part.HEADER and silent and not is_header(text):
             self._emit_content(text, self._section_start)

@@ -14,17 +14,27 @@ Parse: TypeAlias = Callable[[str, list[dict[str, Any]]], Any]
 
 HARMONY: Final = "harmony"
 """The channels of gpt-oss, whose calls mlx-lm does not parse."""
+_MINICPM5: Final = "minicpm5"
 _MISTRAL: Final = "mistral"
 _KIMI_K2: Final = "kimi_k2"
 _VALUES: Final[dict[str, tuple[str, str]]] = {
     "glm47": ("<arg_value>", "</arg_value>"),
     "longcat": ("<longcat_arg_value>", "</longcat_arg_value>"),
-    "minicpm5": ("<param ", "</param>"),
+    _MINICPM5: ("<param ", "</param>"),
     "minimax_m2": ("<parameter ", "</parameter>"),
     "muse_spark": ("<atem:parameter ", "</atem:parameter>"),
     "qwen3_coder": ("<parameter=", "</parameter>"),
 }
 """By format: what encloses the value of an argument. An end marker inside a value belongs to the value."""
+_NESTING: Final[dict[str, tuple[str, ...]]] = {
+    "function_gemma": (r"(call:\w+\{)|\}",),
+    "gemma4": (r"(\{)|\}", r"(call:)|\}"),
+    "kimi_k3": tuple(rf"(<\|open\|>{name})|<\|close\|>{name}<\|sep\|>" for name in ("call", "argument", "json")),
+    "muse_spark": tuple(rf"(<atem:{name})|</atem:{name}>" for name in ("invoke", "parameter")),
+}
+"""By format: what the parser's regular expressions search for with a cost that grows with the square of the number of
+openings (the group) without an end."""
+_MAX_NESTING: Final = 32
 _SELF_CONTAINED: Final = frozenset({HARMONY, "json_tools", _MISTRAL})
 """Formats of which a cut call cannot be parsed. The parsers of the others would drop the cut argument."""
 _NAME: Final = re.compile(r"[\w.:/-]{1,128}")
@@ -101,6 +111,8 @@ class ToolCalls:
         Args:
             recipient: the function's name, for formats that write it in a message's header.
         """
+        if self._too_nested(section) or (self.form.name == _MINICPM5 and self.form.end in section):
+            return []  # the parser of minicpm5 would take the marker inside a value for the end
         try:
             if self.form.name == HARMONY:
                 parsed: Any = {"name": recipient, "arguments": json.loads(section)}
@@ -110,6 +122,10 @@ class ToolCalls:
         except Exception:  # noqa: BLE001 - parsers raise exceptions of any type for malformed text
             return []
         return [self._call(*each) for each in (found if self._parallel else found[:1])]
+
+    def _too_nested(self, section: str) -> bool:
+        """Whether the parser could take so long that the engine would stand still: 300 s for 100 KB were measured."""
+        return any(_depth(pattern, section) > _MAX_NESTING for pattern in _NESTING.get(self.form.name, ()))
 
     def _checked(self, call: Any, section: str) -> tuple[str, str, str]:
         """Return the name, the arguments as JSON and the model's own id of a call.
@@ -137,6 +153,15 @@ class ToolCalls:
             call_id = f"call_{digest}"
         function = {"name": name, "arguments": arguments}
         return {"index": index, "id": call_id, "type": "function", "function": function}
+
+
+def _depth(pattern: str, text: str) -> int:
+    """Return how many openings at most are unfinished at the same time."""
+    depth = deepest = 0
+    for match in re.finditer(pattern, text):
+        depth = depth + 1 if match[1] else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _with_parameters(tool: Mapping[str, Any]) -> dict[str, Any]:

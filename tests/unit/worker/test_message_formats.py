@@ -111,7 +111,7 @@ def test_a_resumed_answer_continues_with_the_rest_of_the_message(
     """The first attempt ends anywhere; the second one replays its text and emits only what is new."""
     form, text = forms[sample.name], sample.answer(REASONING, CONTENT)
     whole = parsed(parser_for(form), list(text))
-    for cut in range(0, len(text), 3):
+    for cut in range(0, len(text), 11):
         before = list(map(parser_for(form).push, text[:cut]))
         second = parser_for(form)
         for letter in text[:cut]:
