@@ -9,6 +9,7 @@ from flask import current_app
 
 from shared.jobs.images import ImageStore
 from shared.jobs.log import JobLog
+from shared.jobs.readers import Readers
 from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
@@ -54,6 +55,7 @@ class Services:
     catalog: Catalog
     model_manager: ModelManager
     jobs: Jobs
+    readers: Readers
     cluster: Cluster
     registry: Registry
     admission: Admission
@@ -120,6 +122,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         catalog=catalog,
         model_manager=model_manager,
         jobs=jobs,
+        readers=Readers(clients.store),
         cluster=cluster,
         registry=registry,
         admission=Admission(

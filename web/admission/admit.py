@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import redis
 from redis.exceptions import OutOfMemoryError
@@ -34,6 +34,8 @@ from web.schemas.tools import choice_record
 
 log = logging.getLogger(__name__)
 
+MAX_SEED: Final = 2**63
+
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
@@ -42,7 +44,8 @@ class RequestContext:
     Attributes:
         owner: id of the API key.
         idempotency_key: the Idempotency-Key header; empty if absent.
-        fingerprint: hash of the request's meaning; empty without an Idempotency-Key.
+        fingerprint: hash of the request's meaning; empty if the request cannot be repeated.
+        reader: id of this process if the client repeats its request by itself; see `shared.jobs.readers`.
         max_queued: the API key's maximum of waiting jobs per model; None for the default.
         max_priority: the highest priority that the API key may use.
     """
@@ -53,6 +56,7 @@ class RequestContext:
     fingerprint: str = ""
     max_queued: int | None = None
     max_priority: Priority = Priority.HIGH
+    reader: str = ""
 
 
 class Admission:
@@ -113,34 +117,51 @@ class Admission:
             Unavailable: the queue is full, the model cannot be loaded, or Redis must not hold jobs.
             redis.RedisError: Redis is unavailable.
         """
+        return self.admit_all([request], context, files, skipped_images)
+
+    def admit_all(
+        self,
+        requests: Sequence[JobRequest],
+        context: RequestContext,
+        files: Mapping[str, bytes] | None = None,
+        skipped_images: int = 0,
+        choices: int = 1,
+    ) -> Accepted:
+        """Create `choices` jobs for each request, or none. Returns the first; the others are its children.
+
+        The requests have the same model, priority and time limits. Raises like `admit`.
+        """
         files = files or {}
-        submission = replace(
-            self.submission(request, context),
-            images=len(files) + skipped_images,
-            image_bytes=sum(map(len, files.values())),
-        )
-        accepted = self._create(submission, files)
+        count, size = len(files) + skipped_images, sum(map(len, files.values()))
+        each_once = [replace(self.submission(each, context), images=count, image_bytes=size) for each in requests]
+        submissions = [choice for submission in each_once for choice in _choices(submission, choices)]
+        accepted = self._create(submissions, files)
         if accepted.wake:
             self._notifier.wake([accepted.job.model])
         if accepted.new:
             self._request_model(accepted.job)
         return accepted
 
-    def _create(self, submission: Submission, files: Mapping[str, bytes]) -> Accepted:
+    def _create(self, submissions: Sequence[Submission], files: Mapping[str, bytes]) -> Accepted:
         self._check_redis()
-        job_id = new_job_id()
+        job_ids = [new_job_id() for _ in submissions]
         if files:
             # Written before the job: the proof that the job is on disk also covers everything written before it.
-            self._images.put(job_id, files)
+            for job_id in job_ids:
+                self._images.put(job_id, files)
         try:
-            accepted = self._jobs.create(submission, job_id)
+            accepted = self._jobs.create_all(submissions, job_ids)
         except (Invalid, KeyQueueFull, Unavailable, OutOfMemoryError) as refused:
             if files and not isinstance(refused, NotDurable):  # NotDurable: the job may exist
-                self._images.drop(job_id)
+                self._drop_images(job_ids)
             raise
         if files and not accepted.new:
-            self._images.drop(job_id)
+            self._drop_images(job_ids)
         return accepted
+
+    def _drop_images(self, job_ids: Sequence[str]) -> None:
+        for job_id in job_ids:
+            self._images.drop(job_id)
 
     def submission(self, request: JobRequest, context: RequestContext) -> Submission:
         """Return the job that a request describes, with all defaults filled in.
@@ -164,6 +185,7 @@ class Admission:
             request_id=context.request_id,
             idempotency_key=context.idempotency_key,
             fingerprint=context.fingerprint,
+            reader=context.reader,
             start_within_s=_limited("start_within_s", request.start_within_s, self._settings.max_start_within_s),
             deadline_s=_limited("deadline_s", request.deadline_s, self._settings.max_deadline_s),
             prefixes=self._prefixes(generation, request.prompt_tokens or (), context.owner),
@@ -336,6 +358,13 @@ def _check_token(token: int, card: ModelCard | None, field: str) -> None:
     vocabulary = card.vocabulary if card else None
     if vocabulary is not None and token >= vocabulary:
         raise Invalid(f"{field}: the model has no token {token}; its ids are 0 to {vocabulary - 1}.", field=field)
+
+
+def _choices(submission: Submission, count: int) -> list[Submission]:
+    """Return a submission for each choice. Their seeds follow each other, so that one seed determines them all."""
+    request, sampling = submission.request, submission.request.sampling
+    seeds = ((sampling.seed + number) % MAX_SEED for number in range(count))
+    return [replace(submission, request=replace(request, sampling=replace(sampling, seed=seed))) for seed in seeds]
 
 
 def _priority(request: JobRequest, highest: Priority) -> Priority:

@@ -8,30 +8,28 @@ from itertools import chain
 
 from flask import Blueprint, Response, request
 
-from shared.errors import Unavailable
 from shared.jobs.record import Job, Status
 from shared.models.registry import ModelCard
 from web.access.auth import caller
 from web.anthropic.answer import Answer, blocks_of, message_of
 from web.anthropic.schemas import AnthropicMessage, CountRequest, MessagesRequest, TokenCount
-from web.anthropic.stream import HEADERS, MEDIA_TYPE, RESTARTING, MessageStream, deltas
+from web.anthropic.stream import HEADERS, MEDIA_TYPE, MessageStream, deltas
 from web.anthropic.translate import job_request, named_fields, thinking_shown
 from web.http import openapi
 from web.http.anthropic_errors import REQUEST_ID
 from web.http.disconnect import CONNECTION
 from web.http.openapi import describe
-from web.http.problems import problem
-from web.http.request import idempotency_key, read_body
+from web.http.request import read_body
 from web.http.request_id import current_request_id
-from web.routes.inference import (
-    CLIENT_CLOSED_REQUEST,
+from web.routes.submission import submit_choices
+from web.routes.waiting import (
+    disconnect_handler,
     ended_by_client,
-    job_canceller,
     job_failure,
-    keep_job,
+    unfinished,
+    wait_for_end,
     watch_client,
 )
-from web.routes.submission import submit
 from web.services import services
 
 routes = Blueprint("anthropic", __name__)
@@ -101,11 +99,9 @@ def _respond() -> Response:
     body = read_body(MessagesRequest)
     translated = job_request(body, _card(body.model))
     with named_fields(translated.paths):
-        accepted = submit(translated.request)
+        accepted = submit_choices([translated.request], 1, body)
     job = accepted.job
-    # With an Idempotency-Key, other requests may be waiting for the same job, now or later.
-    on_disconnect = keep_job if idempotency_key() else job_canceller(services(), job)
-    reply = _Reply(job, Answer(thinking_shown(body)), body.max_tokens, None, on_disconnect)
+    reply = _Reply(job, Answer(thinking_shown(body)), body.max_tokens, None, disconnect_handler(job))
     response = _stream(reply) if body.stream else _complete(reply)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not accepted.new:
@@ -122,14 +118,10 @@ def _stream(reply: _Reply) -> Response:
 
 
 def _complete(reply: _Reply) -> Response:
-    current, job = services(), reply.job
-    watch = watch_client(request.environ, reply.on_disconnect)
-    current.follower.wait(job.id, None, linger_s=current.settings.drain_s / 2, watch=watch)
-    ended = current.jobs.latest(job)
-    if not ended.status.terminal and not current.hub.closing:
-        return Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
-    if not ended.status.terminal:
-        return problem(Unavailable(RESTARTING, code="restarting", retry_after=1))
+    job = reply.job
+    (ended,) = latest = wait_for_end([job], reply.on_disconnect)
+    if response := unfinished(latest):
+        return response
     if ended.status is not Status.SUCCEEDED:
         raise job_failure(ended, "messages")
     message = message_of(ended, _content(job, reply.answer), reply.max_tokens, has_calls=reply.answer.has_calls)

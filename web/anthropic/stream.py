@@ -19,7 +19,7 @@ from web.anthropic.answer import Answer, delta_event, start_event
 from web.http.anthropic_errors import error_body
 from web.http.request_id import current_request_id
 from web.results.messages import delta_of
-from web.routes.inference import job_failure
+from web.routes.waiting import job_failure
 
 log = logging.getLogger(__name__)
 

@@ -1,18 +1,28 @@
-"""Submit a job for the HTTP request that is being served. All routes that generate text start here."""
+"""Submit the jobs of the HTTP request that is being served. All routes that generate text start here."""
 
 from __future__ import annotations
 
-from flask import request
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
 
+from flask import request
+from pydantic import BaseModel
+
+from shared.jobs.readers import reader_id
 from shared.jobs.store import Accepted, fingerprint
 from web.access.auth import caller
 from web.admission.admit import RequestContext
+from web.admission.image_loader import LoadedRequest
 from web.http.body import release as release_body
 from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
 from web.http.threadpool import run_in_threadpool
 from web.schemas.requests import JobRequest
 from web.services import services
+
+_RETRY_COUNT: Final = "X-Stainless-Retry-Count"
+"""Header of the official clients of OpenAI and Anthropic: how often the request was sent before."""
 
 
 def submit(job_request: JobRequest) -> Accepted:
@@ -24,35 +34,89 @@ def submit(job_request: JobRequest) -> Accepted:
         RateLimited: the API key has too many waiting jobs.
         Unavailable: the queue is full.
     """
-    api_key, key = caller(), idempotency_key()
-    owner = api_key.id
-    loaded = services().image_loader.load(
+    loaded = _load(job_request)
+    return _admit([loaded], _fingerprint(loaded.fingerprint_source) if idempotency_key() else "")
+
+
+def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseModel) -> Accepted:
+    """Accept `choices` jobs for each request, all or none; return the first job, whose children are the others.
+
+    A client that repeats its request by itself finds the jobs of the first try if its connection was lost.
+
+    Args:
+        job_requests: what to generate; at most one of several requests has images.
+        body: the request body, of which the jobs' requests are made.
+
+    Raises:
+        MlxqError: as `submit`.
+    """
+    retries = retry_count()
+    repeatable = retries is not None or idempotency_key()
+    body_fingerprint = _body_fingerprint(body) if repeatable else ""
+    if retries and not idempotency_key() and (joined := _rejoined(body_fingerprint)):
+        return joined
+    reader = "" if retries is None else reader_id()
+    return _admit([_load(each) for each in job_requests], body_fingerprint, choices, reader)
+
+
+def retry_count() -> int | None:
+    """Return how often the client has sent this request before; None if it does not say so."""
+    text = request.headers.get(_RETRY_COUNT, "")
+    return int(text) if re.fullmatch(r"\d{1,4}", text) else None
+
+
+def _rejoined(body_fingerprint: str) -> Accepted | None:
+    """Return the job of an earlier try whose connection was lost; None if there is none."""
+    owner = caller().id
+    job_id = services().readers.rejoin(owner, body_fingerprint)
+    if job_id is None:
+        return None
+    release_body()
+    return Accepted(services().jobs.get(job_id, owner), new=False, wake=False, position=None)
+
+
+def _load(job_request: JobRequest) -> LoadedRequest:
+    """Load the images of a request."""
+    owner, key = caller().id, idempotency_key()
+    return services().image_loader.load(
         job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.key_is_used(owner, key)
     )
+
+
+def _admit(loaded: Sequence[LoadedRequest], request_fingerprint: str, choices: int = 1, reader: str = "") -> Accepted:
+    api_key = caller()
     context = RequestContext(
-        owner=owner,
+        owner=api_key.id,
         request_id=current_request_id(),
-        idempotency_key=key,
-        fingerprint=_fingerprint(loaded.fingerprint_source) if key else "",
+        idempotency_key=idempotency_key(),
+        fingerprint=request_fingerprint,
+        reader=reader,
         max_queued=api_key.max_queued,
         max_priority=api_key.max_priority,
     )
-    accepted = services().admission.admit(loaded.request, context, loaded.files, skipped_images=loaded.skipped)
+    files = {digest: file for each in loaded for digest, file in each.files.items()}
+    skipped = sum(each.skipped for each in loaded)
+    accepted = services().admission.admit_all([each.request for each in loaded], context, files, skipped, choices)
     release_body()
     if accepted.new:
         job = accepted.job
-        services().metrics.submitted.labels(job.model, job.priority.label).inc()
+        services().metrics.submitted.labels(job.model, job.priority.label).inc(1 + len(job.children))
     return accepted
 
 
 def _fingerprint(job_request: JobRequest) -> str:
     """Hash the route and the request's meaning, not its bytes: a retry may format the same JSON differently."""
-    path, size = request.path, request.content_length or 0
     model = services().catalog.resolve(job_request.model)
     model_id = model.id if model else None
     model_defaults = model.sampling.model_dump(exclude_none=True) if model else {}
+    return _hash(lambda: job_request.canonical_json(model_id, model_defaults))
 
-    def compute() -> str:
-        return fingerprint(f"{path}\n{job_request.canonical_json(model_id, model_defaults)}".encode())
 
-    return run_in_threadpool(size, compute)
+def _body_fingerprint(body: BaseModel) -> str:
+    """Hash the route and the fields of a body."""
+    return _hash(lambda: body.model_dump_json(exclude_unset=True))
+
+
+def _hash(meaning: Callable[[], str]) -> str:
+    path = request.path
+    return run_in_threadpool(request.content_length or 0, lambda: fingerprint(f"{path}\n{meaning()}".encode()))

@@ -1,4 +1,4 @@
-"""`/inference`: streams that are closed before their end, and the errors of failed jobs."""
+"""Clients that wait: streams that are closed before their end, and the errors of failed jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.errors import Expiry, JobFailure
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Status
 from tests.plugins.work import claimed
-from web.routes.inference import ended_by_client, job_failure
+from web.routes.waiting import ended_by_client, job_failure
 
 
 def events() -> Generator[list[Event]]:
