@@ -130,6 +130,11 @@ class Settings(BaseSettings):
         description="Maximum streams and waiting requests of one API key in one API process. Further "
         "ones are rejected with 429",
     )
+    cors_origins: str = Field(
+        "",
+        description="Origins of web pages that may call the API from a browser, such as `https://chat.example.com`, "
+        "separated by commas. `*`: all. Empty: none",
+    )
     metrics_public: bool = Field(
         False,
         description="Show `/metrics` to everyone. `false`: only to requests with an API key, and to those from the "

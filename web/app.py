@@ -11,10 +11,11 @@ from shared.redis.client import Redis
 from shared.settings import Settings
 from web.access import auth, rate_limits
 from web.anthropic.routes import routes as anthropic_routes
-from web.http import body, problems
+from web.http import body, cors, problems
 from web.http.environ import KnownMethods, ProxyMiddleware, networks
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
+from web.openai.routes import routes as openai_routes
 from web.routes import health, inference, jobs, models, openapi
 from web.services import EXTENSION, build
 
@@ -39,6 +40,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app.extensions[EXTENSION] = services
 
     services.metrics.register(app)
+    cors.register(app, settings.cors_origins)
     # The rate limiter runs between the two steps of authentication, so that it also counts unauthenticated requests.
     app.before_request(lambda: auth.identify(services.keys))
     rate_limits.register(app, settings)
@@ -51,7 +53,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
         jobs.routes,
         inference.routes,
         models.routes,
-        models.openai_routes,
+        openai_routes,
         anthropic_routes,
         health.routes,
         openapi.routes,

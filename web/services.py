@@ -55,6 +55,7 @@ class Services:
     catalog: Catalog
     model_manager: ModelManager
     jobs: Jobs
+    job_log: JobLog
     readers: Readers
     cluster: Cluster
     registry: Registry
@@ -122,6 +123,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         catalog=catalog,
         model_manager=model_manager,
         jobs=jobs,
+        job_log=job_log,
         readers=Readers(clients.store),
         cluster=cluster,
         registry=registry,

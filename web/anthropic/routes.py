@@ -46,7 +46,7 @@ def _add_request_id(response: Response) -> Response:
     "Create a message (Anthropic format)",
     body=MessagesRequest,
     responses={200: AnthropicMessage},
-    streams=True,
+    streams=("text/event-stream",),
     errors=(404, 409, 410, 413, 415, 504),
     parameters=(openapi.IDEMPOTENCY_KEY, openapi.BETA),
 )

@@ -11,11 +11,15 @@ from typing import Final
 
 from flask import Flask, Response, current_app, request
 
-from shared.errors import MlxqError
+from shared.errors import Invalid, MlxqError
 from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 
 MEDIA_TYPE: Final = "application/json"
 _OTHERS: Final = re.compile(r"/v1/(?:jobs|messages)(?:/|$)")
+CODES: Final = {"extra_forbidden": "unknown_parameter", "unsupported_parameter": "unsupported_parameter"}
+"""Codes of invalid fields that clients may want to distinguish, by pydantic's code."""
+_RETRIED: Final = frozenset({408, 409, 429})
+_MAY_SUCCEED_LATER: Final = frozenset({408, 429})
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -26,9 +30,25 @@ def is_expected(path: str) -> bool:
 
 def openai_error(error: MlxqError) -> Response:
     """Return an error in OpenAI's format."""
+    status = status_of(error.status)
+    response = Response(error_json(error), status, content_type=MEDIA_TYPE)
+    if status in _RETRIED or status >= 500:
+        # Clients repeat these by themselves. A job that failed would fail again, and its record remains for the caller.
+        retry = error.retry_after is not None or status in _MAY_SUCCEED_LATER
+        response.headers["X-Should-Retry"] = "true" if retry else "false"
+    return response
+
+
+def error_json(error: MlxqError) -> str:
+    """Return the body of an error, which is also an event of a stream that fails."""
     kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
     details = OpenAIErrorDetails(message=error.detail, type=kind, param=error.field, code=error.code)
-    return Response(OpenAIError(error=details).model_dump_json(), error.status, content_type=MEDIA_TYPE)
+    return OpenAIError(error=details).model_dump_json()
+
+
+def status_of(status: int) -> int:
+    """Return the status that OpenAI uses in place of a native one: invalid fields are 400."""
+    return 400 if status == Invalid.status else status
 
 
 def missing_route() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from http import HTTPStatus
@@ -35,7 +35,6 @@ from shared import VERSION
 from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
 from web.http import anthropic_errors, openai_errors
-from web.http.stream_formats import FORMATS
 from web.schemas.problems import MEDIA_TYPE, AnthropicError, OpenAIError, ProblemDetails
 from web.schemas.requests import JobRequest
 
@@ -70,6 +69,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "idempotency_key_reused",
         "load_failed",
         "unknown_parameter",
+        "unsupported_parameter",
         "no_images",
         "not_supported",
         "too_many_images",
@@ -119,8 +119,8 @@ otherwise the service generates an id. The same id is in the service's log.
 ## Errors
 
 Errors are `application/problem+json` (RFC 9457). `code` is stable and meant for programs, `detail` is meant for people,
-and `field` names the field, parameter or header that is wrong. `/v1/models`, and paths below `/v1/` that do not exist,
-have errors in OpenAI's format, and `/v1/messages` and the paths below it in Anthropic's.
+and `field` names the field, parameter or header that is wrong. Routes of the OpenAI API, and paths below `/v1/` that do
+not exist, have errors in OpenAI's format; `/v1/messages` and the paths below it in Anthropic's.
 
 ## Rate limits
 
@@ -138,7 +138,7 @@ _TAGS: Final = {
     "jobs": "Submit jobs and read them later: poll, stream, list, cancel, delete.",
     "inference": "Generate text and get it in the response.",
     "models": "List models; load and unload them on running workers.",
-    "openai_models": "The list of models in the format of the OpenAI API.",
+    "openai": "The OpenAI API: chat completions, text completions, models.",
     "anthropic": "Anthropic's Messages API.",
     "health": "Health, probes and metrics. The probes need no API key; health and metrics show more with one.",
     "openapi": "This documentation. No API key is needed.",
@@ -198,6 +198,8 @@ _EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
     "JobRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
     "MessagesRequest": _MESSAGES_EXAMPLE | {"max_tokens": 64},
     "CountRequest": _MESSAGES_EXAMPLE,
+    "ChatRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+    "CompletionRequest": {"prompt": "Once upon a time,", "max_tokens": 64},
     "LoadRequest": {"model": "SmolLM2-135M-Instruct"},
     "UnloadRequest": {"model": "SmolLM2-135M-Instruct"},
 }
@@ -215,7 +217,7 @@ class describe:  # noqa: N801 - used as a decorator
         summary: one line, in the imperative.
         responses: contents of the responses, by status.
         body: model of the request body.
-        streams: whether the route can respond with a stream of events.
+        streams: media types of the streams of events with which the route can respond.
         errors: further error statuses, in addition to those that all routes have.
         parameters: query parameters and headers.
         listed: whether the OpenAPI document has the route. Files of the documentation page are no part of the API.
@@ -225,7 +227,7 @@ class describe:  # noqa: N801 - used as a decorator
     _: KW_ONLY
     responses: Mapping[int, Content]
     body: type[BaseModel] | None = None
-    streams: bool = False
+    streams: Collection[str] = ()
     errors: tuple[int, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     listed: bool = True
@@ -339,18 +341,20 @@ def _responses(description: describe, path: str, *, public: bool) -> Iterator[tu
         yield from _anthropic_errors(errors)
     else:
         openai = openai_errors.is_expected(path)
-        yield from ((str(status), _error_response(status, openai=openai)) for status in sorted(errors))
+        statuses = {*map(openai_errors.status_of, errors)} if openai else errors
+        yield from ((str(status), _error_response(status, openai=openai)) for status in sorted(statuses))
     for status, content in description.responses.items():
         yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
     if description.streams:
-        events = {media_type: MediaType(media_type_schema=_EVENT_SCHEMAS[media_type]) for media_type in FORMATS}
+        events = {name: MediaType(media_type_schema=_EVENT_SCHEMAS[name]) for name in description.streams}
         whole = _content(description.responses.get(200)) or {}
         meaning = "The result, or a stream of events" if whole else "A stream of events"
         yield "200", Response(description=meaning, content={**whole, **events})
 
 
 def _error_response(status: int, *, openai: bool) -> Response:
-    codes = ", ".join(f"`{code}`" for code in ERROR_CODES[status])
+    natives = [native for native in ERROR_CODES if status == (openai_errors.status_of(native) if openai else native)]
+    codes = ", ".join(f"`{code}`" for native in natives for code in ERROR_CODES[native])
     return Response(
         description=f"{HTTPStatus(status).phrase}: {codes}",
         headers=dict(_RETRY_AFTER) if status in (429, 503) else None,

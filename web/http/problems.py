@@ -83,7 +83,8 @@ def _invalid(error: ValidationError) -> Response:
     field_errors = [_field_error(each) for each in details]
     first = field_errors[0]
     prefix = f"{first.field}: " if first.field else ""
-    return problem(errors.Invalid(prefix + first.detail, field=first.field), field_errors)
+    code = openai_errors.CODES.get(first.code) if openai_errors.is_expected(request.path) else None
+    return problem(errors.Invalid(prefix + first.detail, code=code, field=first.field), field_errors)
 
 
 def _field_error(error: ErrorDetails) -> FieldError:

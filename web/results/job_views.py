@@ -98,6 +98,7 @@ class JobViews:
             timings=Timings(**job.timings),
             error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
             metadata=job.metadata,
+            children=list(job.children),
             urls=urls(job.id),
             **self._parsed(job, output.text if output and job.status.terminal else None, with_message=with_message),
         )

@@ -12,7 +12,7 @@ from web.http import openapi
 from web.http.disconnect import CONNECTION
 from web.http.openapi import describe
 from web.http.request import read_body
-from web.http.stream_formats import Format, negotiate
+from web.http.stream_formats import FORMATS, Format, negotiate
 from web.routes.submission import submit
 from web.routes.waiting import (
     disconnect_handler,
@@ -35,7 +35,7 @@ routes = Blueprint("inference", __name__)
     "Generate text",
     body=InferenceRequest,
     responses={200: InferenceView},
-    streams=True,
+    streams=FORMATS,
     errors=(400, 404, 406, 409, 410, 413, 415, 422, 504),
     parameters=(openapi.IDEMPOTENCY_KEY,),
 )

@@ -18,7 +18,7 @@ from web.http import openapi
 from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.request import parse_integer, preferred_wait_s, read_body, wait_s
-from web.http.stream_formats import EventStream, Format, negotiate
+from web.http.stream_formats import FORMATS, EventStream, Format, negotiate
 from web.routes.submission import submit
 from web.schemas.jobs import JobList, JobView
 from web.schemas.requests import JobRequest
@@ -114,7 +114,7 @@ def delete_job(job_id: str) -> Response:
 @describe(
     "Stream a job",
     responses={204: None},
-    streams=True,
+    streams=FORMATS,
     errors=(404, 406, 410, 422),
     parameters=(openapi.LAST_EVENT_ID, openapi.STARTING_AFTER),
 )

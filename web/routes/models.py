@@ -1,4 +1,4 @@
-"""`/inference/models`, loading and unloading, and `/v1/models` in the format of the OpenAI API."""
+"""`/inference/models`, loading and unloading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Final
 from flask import Blueprint, Response
 from pydantic import BaseModel
 
-from shared.errors import NotFound
 from shared.models.catalog import CatalogModel
 from shared.models.operations import Operation
 from shared.models.registry import WorkerInfo
@@ -23,8 +22,6 @@ from web.schemas.models import (
     ModelState,
     ModelView,
     ModelWorkerView,
-    OpenAIModel,
-    OpenAIModelList,
     OperationError,
     OperationList,
     OperationView,
@@ -33,7 +30,6 @@ from web.schemas.models import (
 from web.services import services
 
 routes = Blueprint("models", __name__)
-openai_routes = Blueprint("openai_models", __name__)
 
 _BEST_FIRST: Final[tuple[ModelState, ...]] = ("warm", "loading", "draining")
 _STATES: Final[Mapping[str, ModelState]] = {"ready": "warm", "draining": "draining"}
@@ -107,26 +103,6 @@ def model_views() -> list[ModelView]:
         for name, waiting in zip(names, current.registry.waiting_each(names), strict=True)
         if waiting or name in catalog.models or snapshot.has(name)  # others were only served in the past
     ]
-
-
-@openai_routes.get("/v1/models")
-@describe("List models (OpenAI format)", responses={200: OpenAIModelList})
-def list_openai_models() -> Response:
-    """The models of `/inference/models` in OpenAI's format, with all fields of the original in addition."""
-    models = OpenAIModelList(data=[_openai_model(view) for view in model_views()])
-    return Response(models.model_dump_json(), content_type="application/json")
-
-
-@openai_routes.get("/v1/models/<model_id>")
-@describe("Get a model (OpenAI format)", responses={200: OpenAIModel}, errors=(404,))
-def get_openai_model(model_id: str) -> Response:
-    """The model with this id or alias."""
-    entry = services().catalog.resolve(model_id)
-    name = entry.id if entry else model_id
-    view = next((view for view in model_views() if view.id == name), None)
-    if view is None:
-        raise NotFound(f"The model {model_id!r} does not exist", code="model_not_found", field="model")
-    return Response(_openai_model(view).model_dump_json(), content_type="application/json")
 
 
 def _model_view(
@@ -207,7 +183,3 @@ def _accepted(operation: Operation) -> Response:
 
 def _json(view: BaseModel, status: int = 200) -> Response:
     return Response(view.model_dump_json(), status, content_type="application/json")
-
-
-def _openai_model(view: ModelView) -> OpenAIModel:
-    return OpenAIModel(**view.model_dump(exclude={"object"}), created=0)

@@ -207,6 +207,10 @@ class JobView(Parsed):
     timings: Timings
     error: JobError | None = Field(description="Null unless the job failed or expired")
     metadata: dict[str, str] = Field(description="As submitted")
+    children: list[str] = Field(
+        description="Ids of the jobs with the further choices of the same request, which are cancelled and deleted "
+        "together with this job"
+    )
     urls: Urls
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from typing import Final, Self
 
 import redis
 from flask import Response
@@ -18,7 +19,7 @@ from web.results.job_views import urls
 
 log = logging.getLogger(__name__)
 
-_HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
+STREAM_HEADERS: Final = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
 
 _COUNTED_TOGETHER = 32
 """Chunks after which the counter is updated. Updating a counter that processes share costs as much as a chunk."""
@@ -45,7 +46,7 @@ def reconnect_response(form: Format, job_id: str) -> Response:
 
 
 def _response(form: Format, body: Iterator[bytes] | bytes) -> Response:
-    return Response(body, content_type=f"{form.media_type}; charset=utf-8", headers=_HEADERS)
+    return Response(body, content_type=f"{form.media_type}; charset=utf-8", headers=STREAM_HEADERS)
 
 
 def _body(
@@ -55,10 +56,11 @@ def _body(
     ended_job: Callable[[], str],
     metrics: Metrics,
 ) -> Iterator[bytes]:
-    with metrics.streams_open.track_inprogress(), closing(_metered(events, metrics)) as metered:
+    with metrics.streams_open.track_inprogress(), StreamMeter(metrics) as meter, closing(events):
         yield form.opening
         try:
-            for ready in metered:
+            for ready in events:
+                meter.count(ready)
                 done = ready[-1] if ready and ready[-1].kind is EventKind.DONE else None
                 others = ready[:-1] if done else ready
                 if others:
@@ -73,20 +75,28 @@ def _body(
         yield form.reconnect_hint(stream_path)
 
 
-def _metered(events: Generator[list[Event]], metrics: Metrics) -> Generator[list[Event]]:
-    """Pass events on; measure the time to the first chunk and count the chunks."""
-    opened_at, chunks, uncounted = time.monotonic(), 0, 0
-    try:
-        with closing(events):
-            for ready in events:
-                new = sum(event.kind is EventKind.CHUNK for event in ready)
-                if new and not chunks:
-                    metrics.first_chunk.observe(time.monotonic() - opened_at)
-                chunks += new
-                uncounted += new
-                if uncounted >= _COUNTED_TOGETHER:
-                    metrics.chunks.inc(uncounted)
-                    uncounted = 0
-                yield ready
-    finally:
-        metrics.chunks.inc(uncounted)
+class StreamMeter:
+    """Measures the time to a stream's first chunk and counts its chunks, until its block ends."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._opened_at = time.monotonic()
+        self._chunks = 0
+        self._uncounted = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.chunks.inc(self._uncounted)
+
+    def count(self, events: Sequence[Event]) -> None:
+        """Count the chunks among events that are sent now."""
+        new = sum(event.kind is EventKind.CHUNK for event in events)
+        if new and not self._chunks:
+            self._metrics.first_chunk.observe(time.monotonic() - self._opened_at)
+        self._chunks += new
+        self._uncounted += new
+        if self._uncounted >= _COUNTED_TOGETHER:
+            self._metrics.chunks.inc(self._uncounted)
+            self._uncounted = 0

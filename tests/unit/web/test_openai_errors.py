@@ -19,9 +19,9 @@ from web.http import problems
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 OPENAI_PATHS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/moderations", "/v1/files",
-    "/v1/batches", "/v1/images/generations", "/v1/audio/speech",
-    "/v1/rerank", "/v1/models/a/b", "/v1/jobsearch", "/v1/",
+    "/v1/chat", "/v1/chat/completions/a", "/v1/responses", "/v1/embeddings", "/v1/moderations", "/v1/files",
+    "/v1/batches", "/v1/images/generations", "/v1/audio/speech", "/v1/rerank", "/v1/modelsearch",
+    "/v1/jobsearch", "/v1/",
 )  # fmt: skip
 NATIVE_PATHS = ("/v1/jobs/a/b", "/v1/jobs//stream", "/v2/jobs", "/inference/nothing", "/nothing", "/v1")
 
@@ -82,11 +82,35 @@ def test_every_error_has_both_formats(kind: type[MlxqError]) -> None:
 
     app.add_url_rule("/<path:path>", view_func=view)
     response, native = app.test_client().get("/v1/models"), app.test_client().get("/v1/jobs")
-    assert response.status_code == native.status_code == kind.status
+    assert (native.status_code, response.status_code) == (kind.status, 400 if kind.status == 422 else kind.status)
     assert response.headers["Retry-After"] == native.headers["Retry-After"] == "5"
     error = (response.json or {})["error"]
     assert (error["message"], error["param"], error["code"]) == ("What happened.", "f", kind.code)
     assert (native.json or {})["code"] == kind.code
+
+
+@pytest.mark.parametrize(
+    ("error", "retry"),
+    [
+        (errors.Unavailable("", retry_after=1), "true"),
+        (errors.RateLimited(""), "true"),
+        (errors.RequestTimeout(""), "true"),
+        (errors.Conflict("The job was cancelled."), "false"),
+        (errors.Expired(""), "false"),
+        (errors.Internal("The job failed."), "false"),
+        (errors.Invalid(""), None),
+        (errors.NotFound(""), None),
+    ],
+)
+def test_clients_repeat_only_requests_that_may_succeed_later(error: MlxqError, retry: str | None) -> None:
+    app = Flask("test")
+    problems.register(app)
+
+    @app.get("/v1/models")
+    def view() -> str:
+        raise error
+
+    assert app.test_client().get("/v1/models").headers.get("X-Should-Retry") == retry
 
 
 def test_an_error_of_the_service_is_a_server_error() -> None:

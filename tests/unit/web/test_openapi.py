@@ -17,8 +17,15 @@ from tests.support.fake_redis import FakeRedis
 from web.access.api_keys import KeyStore
 from web.anthropic.schemas import CountRequest, MessagesRequest
 from web.app import create_app
+from web.http.openai_errors import is_expected
+from web.openai.requests import ChatRequest, CompletionRequest
 from web.schemas.models import LoadRequest, UnloadRequest
 from web.schemas.requests import InferenceRequest, JobRequest
+
+REQUESTS: tuple[type[BaseModel], ...] = (
+    *(JobRequest, InferenceRequest, ChatRequest, CompletionRequest, MessagesRequest, CountRequest),
+    *(LoadRequest, UnloadRequest),
+)
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def test_the_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
 
 def test_every_route_is_documented(app: Flask, document: dict[str, Any]) -> None:
     routes = {
-        (method, re.sub(r"<(\w+)>", r"{\1}", rule.rule))
+        (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in rule.methods or ()
         if method not in ("HEAD", "OPTIONS") and not rule.rule.startswith("/docs")
@@ -58,10 +65,7 @@ def test_every_route_is_documented(app: Flask, document: dict[str, Any]) -> None
 
 
 def test_every_example_of_a_request_is_valid(document: dict[str, Any]) -> None:
-    kinds: dict[str, type[BaseModel]] = {
-        kind.__name__: kind
-        for kind in (JobRequest, InferenceRequest, LoadRequest, UnloadRequest, MessagesRequest, CountRequest)
-    }
+    kinds: dict[str, type[BaseModel]] = {kind.__name__: kind for kind in REQUESTS}
     checked = set()
     for operation in operations(document).values():
         for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
@@ -87,9 +91,11 @@ def test_every_route_with_a_key_documents_422_for_unknown_parameters(
 ) -> None:
     secured = {route: each["responses"] for route, each in operations(document).items() if each.get("security")}
     assert ("GET", "/inference/models") in secured
-    compatible = [route for route, responses in secured.items() if "422" not in responses]
-    assert compatible == [("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")]
-    assert all("400" in secured[route] and "529" in secured[route] for route in compatible)
+    anthropic = [("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")]
+    compatible = [*anthropic, *(route for route in secured if is_expected(route[1]))]
+    assert {route for route, responses in secured.items() if "422" not in responses} == {*compatible}
+    assert all("400" in secured[route] for route in compatible)
+    assert all("529" in secured[route] for route in anthropic)
     assert "410" in secured["POST", "/inference"], "a repeated request can come after its events have expired"
 
 

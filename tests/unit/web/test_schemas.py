@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from shared.errors import Expiry, JobFailure
+from web.openai.requests import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
 from web.schemas.base import RequestModel
 from web.schemas.jobs import JobError
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
@@ -161,6 +162,11 @@ def test_all_error_codes_of_jobs_are_documented() -> None:
 REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     JobRequest: {"prompt": "hi"},
     InferenceRequest: {"prompt": "hi"},
+    GenerationRequest: {},
+    ChatRequest: {"messages": [TURN]},
+    CompletionRequest: {"prompt": "hi"},
+    ChatMessage: TURN,
+    StreamOptions: {},
     LoadRequest: {"model": "m"},
     UnloadRequest: {"model": "m"},
     Message: TURN,
@@ -185,7 +191,9 @@ REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
 
 def test_the_list_of_request_models_is_complete() -> None:
     def children(parent: type[RequestModel]) -> set[type[RequestModel]]:
-        found = {child for child in parent.__subclasses__() if child.__module__.startswith("web.schemas.")}
+        found = {
+            child for child in parent.__subclasses__() if child.__module__.startswith(("web.schemas.", "web.openai."))
+        }
         return found.union(*(children(child) for child in found))
 
     assert children(RequestModel) == set(REQUESTS)

@@ -1,0 +1,220 @@
+"""Request bodies of the OpenAI API, and the jobs that they describe.
+
+Every field of OpenAI's is in one of three groups. Most are supported. Advisory ones (`Advice`) cannot change an answer
+and have no effect. Those that would change the answer, and are not supported (`Unsupported`), are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from web.schemas.base import RequestModel
+from web.schemas.messages import Message
+from web.schemas.requests import MAX_LOGPROBS, MAX_MESSAGES, Metadata, Stop
+from web.schemas.response_format import ResponseFormat
+from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables
+from web.schemas.tools import ToolChoice, Tools
+
+MAX_CHOICES: Final = 128
+"""Maximum jobs of one request."""
+_ADVICE: Final = "Accepted; has no effect"
+_UNSUPPORTED: Final = "Not supported: refused unless it is null"
+
+
+def _refuse(_: Any) -> Any:
+    raise PydanticCustomError("unsupported_parameter", "This service does not support the parameter")
+
+
+Advice: TypeAlias = Annotated[Any, Field(description=_ADVICE)]
+Unsupported: TypeAlias = Annotated[None, BeforeValidator(_refuse), Field(description=_UNSUPPORTED)]
+
+ServiceTier: TypeAlias = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+_Integer: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(RequestModel):
+    """What a stream contains."""
+
+    include_usage: bool = Field(False, description="Send a last chunk with the token counts")
+    include_obfuscation: Advice = None
+
+
+class GenerationRequest(RequestModel):
+    """The fields that requests for chat and text completions have in common."""
+
+    model: str | None = Field(
+        None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Maximum tokens to generate. Default: the rest of the model's context"
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="Default: the model's, then the service's")
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many most likely tokens; 0 for all")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Minimum probability of a token, relative to that of the most likely token"
+    )
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field({})
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop = Field([])
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices; with a seed, choice i uses seed + i")
+    stream: bool = False
+    stream_options: StreamOptions | None = Field(None, description="Allowed only with `stream`")
+    metadata: Metadata = Field({}, description="Strings that are stored and returned with the job")
+    service_tier: ServiceTier = Field(
+        "auto",
+        description="`flex`: the lowest priority; `priority` or `fast`: the highest that the API key may use; others: "
+        "normal priority",
+    )
+    user: Advice = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_in_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise PydanticCustomError("no_stream", "stream_options is allowed only if stream is true")
+        return options
+
+
+class ChatMessage(Message):
+    """A message of a conversation. Messages of earlier answers can be sent back as they were received."""
+
+    annotations: Advice = None
+    refusal: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+
+
+class ChatRequest(GenerationRequest):
+    """A request for the next message of a conversation."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="The same as `max_tokens`, which OpenAI has deprecated"
+    )
+    logprobs: bool = Field(False, description="Return the log-probabilities of the tokens of `content`")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Alternatives for each token; needs `logprobs`"
+    )
+    response_format: ResponseFormat | None = None
+    regex: str | None = Field(None, description="The same as `response_format` of type `regex`")
+    choice: list[str] | None = Field(None, description="The same as `response_format` of type `choice`")
+    grammar: str | None = Field(None, description="The same as `response_format` of type `grammar`")
+    tools: Tools | None = None
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: ReasoningEffort | None = None
+    enable_thinking: bool | None = Field(None, description="Whether the model reasons before it answers")
+    thinking_budget: int | None = Field(None, ge=0, le=2**31 - 1, description="Maximum tokens of reasoning")
+    chat_template_kwargs: TemplateVariables = Field({}, description="Variables for the model's chat template")
+    continue_final_message: bool = Field(
+        False, description="Continue the last message, which is from the assistant, instead of beginning a new one"
+    )
+    modalities: list[Literal["text"]] | None = Field(None, min_length=1)
+    store: Advice = None
+    prediction: Advice = None
+    prompt_cache_key: Advice = None
+    prompt_cache_options: Advice = None
+    prompt_cache_retention: Advice = None
+    safety_identifier: Advice = None
+    verbosity: Advice = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    functions: Unsupported = None
+    moderation: Unsupported = None
+    web_search_options: Unsupported = None
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("max_tokens") not in (None, limit):
+            raise PydanticCustomError("two_limits", "max_completion_tokens differs from max_tokens; send one of them")
+        return limit
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+        if top is not None and not info.data.get("logprobs"):
+            raise PydanticCustomError("no_logprobs", "top_logprobs needs logprobs to be true")
+        return top
+
+    @field_validator("regex", "choice", "grammar")
+    @classmethod
+    def _one_format(cls, value: Any, info: ValidationInfo) -> Any:
+        others = (info.data.get(name) for name in ("response_format", "regex", "choice", "grammar"))
+        if value is not None and any(other is not None for other in others):
+            raise PydanticCustomError("two_formats", "Send only one of response_format, regex, choice and grammar")
+        return value
+
+
+def _prompt_tag(prompt: object) -> str:
+    """Return the tag for a prompt's type. Brackets omit it from the path of an invalid field."""
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    if not isinstance(prompt, list):
+        return "(text)"
+    return "(lists)" if isinstance(first, list) else "(tokens)" if isinstance(first, int) else "(texts)"
+
+
+_Text: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
+_Tokens: TypeAlias = Annotated[list[_Integer], Field(min_length=1, fail_fast=True)]
+Prompt: TypeAlias = Annotated[
+    Annotated[_Text, Tag("(text)")]
+    | Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES), Tag("(texts)")]
+    | Annotated[_Tokens, Tag("(tokens)")]
+    | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_CHOICES), Tag("(lists)")],
+    Discriminator(_prompt_tag),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """A request for the continuation of texts. The chat template is not used."""
+
+    prompt: Prompt = Field(description="A text or a list of token ids, or a list of several of these")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Return log-probabilities, with this many alternatives for each token"
+    )
+    best_of: int | None = Field(None, description="Refused unless it equals `n`")
+    echo: bool = Field(False, description="Refused if true")
+    suffix: str = Field("", description="Refused unless empty")
+
+    @field_validator("best_of", "echo", "suffix")
+    @classmethod
+    def _has_no_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and not (info.field_name == "best_of" and value == info.data.get("n")):
+            _refuse(value)
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _few_choices(cls, prompt: Any, info: ValidationInfo) -> Any:
+        if len(list(_prompts(prompt))) * info.data.get("n", 1) > MAX_CHOICES:
+            message = "prompts times n can be at most {limit}"
+            raise PydanticCustomError("too_many_choices", message, {"limit": MAX_CHOICES})
+        return prompt
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or token ids."""
+        return list(_prompts(self.prompt))
+
+
+def _prompts(prompt: Any) -> Iterator[str | list[int]]:
+    if isinstance(prompt, list) and not isinstance(prompt[0], int):
+        yield from prompt
+    else:
+        yield prompt

@@ -1,0 +1,140 @@
+"""`/v1/chat/completions`, `/v1/completions` and `/v1/models`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flask import Blueprint, Response, request
+
+from shared.errors import NotFound
+from shared.jobs.record import Job, Status
+from shared.jobs.store import Accepted
+from web.access.auth import caller
+from web.http import openapi
+from web.http.disconnect import CONNECTION
+from web.http.openapi import describe
+from web.http.request import read_body
+from web.openai.answers import Answer, ChatAnswer, CompletionAnswer
+from web.openai.requests import ChatRequest, CompletionRequest
+from web.openai.responses import ChatCompletion, Completion
+from web.openai.streams import AnswerStream
+from web.openai.translate import chat_job, completion_jobs, original_fields
+from web.routes.models import model_views
+from web.routes.submission import submit_choices
+from web.routes.waiting import disconnect_handler, job_failure, unfinished, wait_for_end, watch_client
+from web.schemas.models import ModelView, OpenAIModel, OpenAIModelList
+from web.services import services
+from web.streaming.merge import follow_all
+
+routes = Blueprint("openai", __name__)
+
+_ERRORS = (400, 404, 409, 413, 415, 504)
+
+
+@routes.post("/v1/chat/completions")
+@describe(
+    "Create a chat completion (OpenAI format)",
+    body=ChatRequest,
+    responses={200: ChatCompletion},
+    streams=("text/event-stream",),
+    errors=_ERRORS,
+    parameters=(openapi.IDEMPOTENCY_KEY,),
+)
+def create_chat_completion() -> Response:
+    """Returns the complete answer, or a stream of chunks if `stream` is true.
+
+    The request becomes a job, whose path is in the `Location` header: the answer survives crashes of the service, and
+    can be read again there. Further choices (`n`) are further jobs, with the ids in its `children`.
+
+    If the client disconnects, the jobs are cancelled. OpenAI's clients, which repeat a request by themselves, have 5
+    seconds to do so: the repeated request continues the same jobs.
+    """
+    return _counted(_chat_completion)
+
+
+@routes.post("/v1/completions")
+@describe(
+    "Create a text completion (OpenAI format)",
+    body=CompletionRequest,
+    responses={200: Completion},
+    streams=("text/event-stream",),
+    errors=_ERRORS,
+    parameters=(openapi.IDEMPOTENCY_KEY,),
+)
+def create_completion() -> Response:
+    """Continues texts or token ids without the chat template. Otherwise as `/v1/chat/completions`."""
+    return _counted(_completion)
+
+
+@routes.get("/v1/models")
+@describe("List models (OpenAI format)", responses={200: OpenAIModelList})
+def list_openai_models() -> Response:
+    """The models of `/inference/models` in OpenAI's format, with all fields of the original in addition."""
+    models = OpenAIModelList(data=[_openai_model(view) for view in model_views()])
+    return Response(models.model_dump_json(), content_type="application/json")
+
+
+@routes.get("/v1/models/<path:model_id>")
+@describe("Get a model (OpenAI format)", responses={200: OpenAIModel}, errors=(404,))
+def get_openai_model(model_id: str) -> Response:
+    """The model with this id or alias."""
+    entry = services().catalog.resolve(model_id)
+    name = entry.id if entry else model_id
+    view = next((view for view in model_views() if view.id == name), None)
+    if view is None:
+        raise NotFound(f"The model {model_id!r} does not exist", code="model_not_found", field="model")
+    return Response(_openai_model(view).model_dump_json(), content_type="application/json")
+
+
+def _openai_model(view: ModelView) -> OpenAIModel:
+    return OpenAIModel(**view.model_dump(exclude={"object"}), created=0)
+
+
+def _counted(make: Callable[[], Response]) -> Response:
+    return services().open_responses.respond(caller().id, request.environ.get(CONNECTION), make)
+
+
+def _chat_completion() -> Response:
+    current, body = services(), read_body(ChatRequest)
+    with original_fields(body):
+        accepted = submit_choices([chat_job(body, caller().max_priority)], body.n, body)
+        answer = ChatAnswer(body, accepted.job, current.jobs, current.job_log)
+        stream = body.stream
+        del body  # the response can take hours, and a body many megabytes
+        return _response(accepted, answer, "messages", stream=stream)
+
+
+def _completion() -> Response:
+    current, body = services(), read_body(CompletionRequest)
+    with original_fields(body):
+        accepted = submit_choices(completion_jobs(body, caller().max_priority), body.n, body)
+        answer = CompletionAnswer(body, accepted.job, current.jobs, current.job_log)
+        return _response(accepted, answer, "prompt", stream=body.stream)
+
+
+def _response(accepted: Accepted, answer: Answer, prompt_field: str, *, stream: bool) -> Response:
+    jobs = [accepted.job, *(services().jobs.get(child, caller().id) for child in accepted.job.children)]
+    response = _stream(jobs, answer, prompt_field) if stream else _whole(jobs, answer, prompt_field)
+    response.headers["Location"] = f"/v1/jobs/{accepted.job.id}"
+    if not accepted.new:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
+
+
+def _whole(jobs: list[Job], answer: Answer, prompt_field: str) -> Response:
+    latest = wait_for_end(jobs, disconnect_handler(jobs[0]))
+    if response := unfinished(latest):
+        return response
+    for job in latest:
+        if job.status is not Status.SUCCEEDED:
+            raise job_failure(job, prompt_field)
+    return Response(answer.whole(latest), content_type="application/json")
+
+
+def _stream(jobs: list[Job], answer: Answer, prompt_field: str) -> Response:
+    current = services()
+    # A client that has received a part of the answer does not repeat its request.
+    on_disconnect = disconnect_handler(jobs[0], lambda: not stream.begun)
+    feed = follow_all(current.follower, [job.id for job in jobs], watch_client(request.environ, on_disconnect))
+    stream = AnswerStream(jobs, answer, feed, current.jobs.latest, prompt_field, on_disconnect)
+    return stream.response(current.metrics)

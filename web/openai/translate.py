@@ -1,0 +1,91 @@
+"""Turn requests of the OpenAI API into job requests, and the errors of these into errors of the original fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from shared.errors import MlxqError
+from shared.jobs.record import Priority
+from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
+from web.schemas.requests import JobRequest
+
+_SAME: Final = (
+    *("model", "messages", "max_tokens", "temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "stop", "metadata", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "enable_thinking", "thinking_budget", "chat_template_kwargs"),
+    "continue_final_message",
+)
+"""Fields that have the same name and meaning in job requests."""
+_FORMATS: Final = ("regex", "choice", "grammar")
+_SMALL_TOP_P: Final = 1e-9
+"""In place of 0, which job requests do not allow: only the most likely token remains."""
+_MAX_SEED: Final = 2**63
+
+
+def chat_job(body: ChatRequest, highest: Priority) -> JobRequest:
+    """Return the job for a choice of a chat completion.
+
+    Args:
+        highest: the highest priority that the API key may use.
+    """
+    fields = _common(body, highest)
+    if body.max_completion_tokens is not None:
+        fields["max_tokens"] = body.max_completion_tokens
+    if body.logprobs:
+        fields["logprobs"] = body.top_logprobs or 0
+    for name in _FORMATS:
+        if (value := getattr(body, name)) is not None:
+            fields["response_format"] = {"type": name, name: value}
+    return JobRequest.model_validate({**fields, "parse": "message"})
+
+
+def completion_jobs(body: CompletionRequest, highest: Priority) -> list[JobRequest]:
+    """Return the job for each prompt of a text completion."""
+    fields = _common(body, highest)
+    if body.logprobs is not None:
+        fields["logprobs"] = body.logprobs
+    prompts: Iterator[dict[str, Any]] = (
+        {"prompt": prompt, "raw": True} if isinstance(prompt, str) else {"prompt_tokens": prompt}
+        for prompt in body.prompts
+    )
+    return [JobRequest.model_validate({**fields, **prompt}) for prompt in prompts]
+
+
+def _common(body: GenerationRequest, highest: Priority) -> dict[str, Any]:
+    # Only fields that were sent: for others, the model can have defaults.
+    fields: dict[str, Any] = {name: getattr(body, name) for name in _SAME if name in body.model_fields_set}
+    if "top_p" in body.model_fields_set:
+        fields["top_p"] = max(body.top_p, _SMALL_TOP_P)
+    if body.seed is not None:
+        fields["seed"] = body.seed % _MAX_SEED
+    if body.service_tier == "flex":
+        fields["priority"] = Priority.BATCH.label
+    elif body.service_tier in ("priority", "fast"):
+        fields["priority"] = highest.label
+    return fields
+
+
+@contextmanager
+def original_fields(body: GenerationRequest) -> Iterator[None]:
+    """Let errors name the fields of the request's body instead of those of the job request."""
+    try:
+        yield
+    except MlxqError as error:
+        for name, original in _renamed(body).items():
+            if error.field and (error.field == name or error.field.startswith((f"{name}.", f"{name}["))):
+                error.field = original + error.field[len(name) :]
+                error.detail = error.detail.replace(name, original)
+                break
+        raise
+
+
+def _renamed(body: GenerationRequest) -> dict[str, str]:
+    """Return the names that job requests have for fields of this body, with the original names."""
+    if isinstance(body, CompletionRequest):
+        return {"prompt_tokens": "prompt"}
+    renamed: dict[str, str] = {f"response_format.{name}": name for name in _FORMATS if name in body.model_fields_set}
+    if "max_completion_tokens" in body.model_fields_set and "max_tokens" not in body.model_fields_set:
+        renamed["max_tokens"] = "max_completion_tokens"
+    return renamed
