@@ -155,8 +155,12 @@ class Settings(BaseSettings):
         description="Whether special tokens in messages, such as `<|im_end|>`, are tokens. `false`: they are text, so "
         "that a text cannot end its message",
     )
-    max_tokens: int = Field(512, ge=1, description="Default for max_tokens in requests")
-    temperature: float = Field(0.0, ge=0, le=2, description="Default for temperature in requests")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Default for max_tokens in requests. Empty: the rest of the model's context"
+    )
+    temperature: float = Field(
+        0.0, ge=0, le=2, description="Default for temperature in requests to models whose files declare none"
+    )
     durable: bool = Field(
         True,
         description="Accept a job only if Redis confirms that it is on disk. `false`: accept it as soon "

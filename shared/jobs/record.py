@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from shared.wire import enum_member, known_fields
 
@@ -135,6 +135,7 @@ class Job:
         children: ids of the jobs with the further choices of the same request. They are cancelled and deleted together
             with this job.
         reasoning_tokens: see `Ending`.
+        sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
     """
 
     id: str
@@ -164,6 +165,7 @@ class Job:
     history: tuple[Attempt, ...] = ()
     children: tuple[str, ...] = ()
     reasoning_tokens: int | None = None
+    sampling: dict[str, Any] | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -203,6 +205,7 @@ class Job:
             history=_history(record),
             children=tuple(record.get("children", "").split()),
             reasoning_tokens=count("reasoning_tokens"),
+            sampling=json.loads(record["sampling"]) if record.get("sampling") else None,
         )
 
 

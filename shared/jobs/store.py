@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from shared.errors import Conflict, JobFailure, NotFound
@@ -23,7 +23,7 @@ from shared.redis import keys
 from shared.redis.client import Redis, script
 from shared.redis.durability import ProvenScript
 from shared.settings import Settings
-from shared.wire import pairs_to_dict
+from shared.wire import pairs_to_dict, to_json
 
 GROWTH_BYTES: Final = 128
 """Bytes that a generated token may add to Redis: its event, its text, and the overhead of the stream."""
@@ -59,6 +59,7 @@ class Submission:
         tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
         shared: number of leading tokens whose cache other API keys may reuse.
         max_queued: maximum number of the owner's queued jobs of the model; None for the default.
+        reserved_tokens: tokens of the answer for which memory in Redis is reserved; None for `max_tokens`.
         reader: id of the API process that waits for the job (`shared.jobs.readers`); empty if a lost connection does
             not matter.
     """
@@ -78,6 +79,7 @@ class Submission:
     tokens: tuple[int, ...] | None = None
     shared: int = 0
     max_queued: int | None = None
+    reserved_tokens: int | None = None
     reader: str = ""
 
 
@@ -185,18 +187,20 @@ class Jobs:
         numbers = {
             "images": submission.images,
             "request_bytes": len(text.encode()) + len(tokens) + submission.image_bytes,
-            "growth_bytes": RECORD_BYTES + _token_bytes(request) * request.max_tokens,
+            "growth_bytes": RECORD_BYTES + _token_bytes(request) * (submission.reserved_tokens or request.max_tokens),
             "shared": submission.shared,
         }
         return numbers, text, tokens
 
     def _record_fields(self, submission: Submission, children: Sequence[str]) -> list[str]:
         """Return the record fields that the script does not set itself: alternating names and values."""
+        request = submission.request
         record = {
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
             "log_retention_s": str(self._settings.log_retention_s or self._settings.retention_s),
             "size": str(_expected_tokens(submission)),
+            "sampling": to_json({"max_tokens": request.max_tokens, **asdict(request.sampling)}),
             **_optional(submission),
         }
         if children:

@@ -17,26 +17,12 @@ from pydantic_core import ErrorDetails
 from shared.models.catalog_text import CatalogText
 from shared.models.facts import declared_context, other_source, weights_bytes
 from shared.models.folder import ModelError, check_adapter, check_folder, has_vision, model_kind
+from shared.models.sampling_defaults import SamplingDefaults
 from shared.settings import ROOT, Settings
 
 _NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
 """Allowed model names, which become part of Redis keys."""
 _HUB_ID: Final = r"^[\w.-]+/[\w.-]+$"
-
-
-class SamplingDefaults(BaseModel):
-    """Defaults for requests. The names are those of request fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
 
 
 class _Entry(BaseModel):
@@ -71,6 +57,7 @@ class CatalogModel:
         chat_template_kwargs: variables of the chat template, unless a request sets them.
         pin: whether it is never unloaded to free memory for another model.
         declared_context: context declared by the model's files; None if they declare none.
+        declared_sampling: sampling parameters declared by the model's files.
         weights_bytes: result of `measure` when the catalog was read.
         text_only: whether the folder also has an image encoder, which is not used.
     """
@@ -88,6 +75,7 @@ class CatalogModel:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     pin: bool = False
     declared_context: int | None = None
+    declared_sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     weights_bytes: int = 0
     text_only: bool = False
 
@@ -304,6 +292,7 @@ def _with_declared(model: CatalogModel) -> CatalogModel:
     return replace(
         model,
         declared_context=declared_context(model.path),
+        declared_sampling=SamplingDefaults.declared(model.path),
         weights_bytes=model.measure(),
         text_only=model.kind == "text" and has_vision(model.path),
     )

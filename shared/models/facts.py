@@ -17,6 +17,7 @@ _CONTEXT_NAMES: Final = (
 )
 _SCALED_ALREADY: Final = ("default", "llama3", "longrope", "mrope", "su")
 """Types of RoPE scaling with which `max_position_embeddings` is the length after scaling."""
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_FACTOR: Final = 10_000
 _MAX_CONTEXT: Final = 100_000_000
 """Tokenizers without a limit declare 1e30."""
@@ -66,6 +67,23 @@ def declared_context(folder: Path) -> int | None:
     config, tokenizer = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
     limit = tokenizer.get("model_max_length")
     return context_of(config, limit if isinstance(limit, int | float) else None)
+
+
+def declared_sampling(folder: Path) -> dict[str, float]:
+    """Return the sampling parameters that a folder's `generation_config.json` declares, unchecked."""
+    declared = _read(folder / "generation_config.json")
+    values = {name: declared[name] for name in _SAMPLING if type(declared.get(name)) in (int, float)}
+    if declared.get("do_sample") is False:
+        values["temperature"] = 0.0
+    return values
+
+
+def separate_template(folder: Path) -> str | None:
+    """Return the chat template of `chat_template.json`, which the tokenizer library ignores, if it is the only one."""
+    if (folder / "chat_template.jinja").exists() or _read(folder / "tokenizer_config.json").get("chat_template"):
+        return None
+    template = _read(folder / "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def weights_bytes(folder: Path, dtype: str | None = None, bits: int | None = None) -> int:

@@ -35,6 +35,7 @@ class ModelCard:
         template_variables: variables of the template in addition to the messages.
         image: fields of `ImageGeometry`; None if the model accepts no images.
         vocabulary: number of tokens that the embedding has; None in cards of earlier versions.
+        sampling: sampling parameters declared by the model's files; None in cards of earlier versions.
         reasoning: whether the model marks its reasoning, so that its length can be limited. None in cards of earlier
             versions, which have none of these three fields.
         tool_format: name of the format in which the model calls tools; None if there is no parser for it.
@@ -57,6 +58,7 @@ class ModelCard:
     structured: bool = False
     text_only: bool = False
     tool_template: str | None = None
+    sampling: dict[str, float] | None = None
 
     @property
     def geometry(self) -> ImageGeometry | None:

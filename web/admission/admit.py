@@ -6,31 +6,31 @@ The job is stored before its worker is woken. If the wake-up is lost, the job st
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import redis
 from redis.exceptions import OutOfMemoryError
 
-from shared.errors import Conflict, Forbidden, Invalid, JobFailure, KeyQueueFull, NotDurable, Unavailable
+from shared.errors import Conflict, Forbidden, Invalid, KeyQueueFull, NotDurable, Unavailable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job, Priority
-from shared.jobs.request import Request, Sampling
+from shared.jobs.request import Request
 from shared.jobs.store import Accepted, Jobs, Submission, new_job_id
-from shared.models.catalog import Catalog, SamplingDefaults
+from shared.models.catalog import Catalog
 from shared.models.registry import ModelCard
+from shared.models.sampling_defaults import SamplingDefaults
 from shared.queue.wakeups import Notifier
 from shared.settings import Settings
 from shared.tokenizing.messages import Tokenized
 from web.admission.capabilities import check_capabilities
+from web.admission.generation import GenerationRequests, given_tokens
 from web.admission.prefix_hashes import prefix_hashes
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.model_availability import model_not_found
 from web.cluster.snapshot import Cluster
 from web.schemas.requests import JobRequest
-from web.schemas.tools import choice_record
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Admission:
     ) -> None:
         self._settings = settings
         self._catalog = catalog
+        self._requests = GenerationRequests(settings, catalog, cluster)
         self._jobs = jobs
         self._images = images
         self._cluster = cluster
@@ -171,16 +172,17 @@ class Admission:
         """
         model, card = self._resolve(request.model)
         self._check_loaded(model, context)
-        generation = self._generation(request, model, card)
+        generation = self._requests.build(request, model, card)
         self._check_images(generation, card)
         check_capabilities(generation, card, self._cluster.snapshot())
         self._prompt_tokenizer.check_constraints(generation)
-        tokenized = _given_tokens(request, card) or self._tokenized(request, generation, card)
+        tokenized = given_tokens(request, card) or self._tokenized(request, generation, card)
         return Submission(
             request=generation,
             owner=context.owner,
             priority=_priority(request, context.max_priority),
             max_queued=context.max_queued,
+            reserved_tokens=self._requests.reserved_tokens(request, generation),
             metadata=request.metadata,
             request_id=context.request_id,
             idempotency_key=context.idempotency_key,
@@ -200,6 +202,11 @@ class Admission:
     def _prefixes(self, generation: Request, tokens: Sequence[int], owner: str) -> tuple[str, ...]:
         return prefix_hashes(generation, owner, tokens) if self._settings.prefix_cache_bytes else ()
 
+    def sampling_defaults(self, name: str | None) -> SamplingDefaults:
+        """Return the sampling defaults of a model, by its id or an alias."""
+        entry = self._catalog.resolve(name)
+        return self._requests.sampling_defaults(entry.id if entry else name or self._catalog.default)
+
     def count_tokens(self, request: JobRequest) -> int:
         """Return how many tokens the prompt of a request has, with its images, whose sizes are known.
 
@@ -209,7 +216,7 @@ class Admission:
             Unavailable: the API does not have the model's tokenizer.
         """
         model, card = self._resolve(request.model)
-        generation = self._generation(request, model, card)
+        generation = self._requests.build(request, model, card)
         self._check_images(generation, card)
         count = None if card is None else self._prompt_tokenizer.count(card, generation, request.prompt_field)
         if count is None:
@@ -251,75 +258,6 @@ class Admission:
             detail = f"{model} {what} and does not accept images. Use a vision model."
             raise Invalid(detail, code="no_images", field="model")
 
-    def _generation(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:
-        messages = request.chat_messages()
-        return Request(
-            model=model,
-            max_tokens=self._max_tokens(request, model, card),
-            sampling=self._sampling(request, model),
-            prompt=None if messages else request.prompt,
-            messages=messages,
-            stop=tuple(request.stop),
-            parse=request.parse,
-            share_system_prompt=request.share_system_prompt,
-            logprobs=request.logprobs,
-            raw=request.raw,
-            tools=request.tool_records(),
-            tool_choice=choice_record(request.tool_choice),
-            parallel_tool_calls=request.parallel_tool_calls,
-            template_variables=self._template_variables(request, model),
-            continue_final=request.continue_final_message,
-            thinking_budget=request.thinking_budget,
-            constraint=request.response_format.constraint() if request.response_format else None,
-            logit_bias=_logit_bias(request, card),
-        )
-
-    def _template_variables(self, request: JobRequest, model: str) -> dict[str, Any]:
-        """Return the variables of the chat template: the request's, and the catalog's that it does not set."""
-        entry = self._catalog.models.get(model)
-        variables = {**(entry.chat_template_kwargs if entry else {}), **request.chat_template_kwargs}
-        for name in ("enable_thinking", "reasoning_effort"):
-            if (value := getattr(request, name)) is not None:
-                variables[name] = value
-        return variables
-
-    def _max_tokens(self, request: JobRequest, model: str, card: ModelCard | None) -> int:
-        entry = self._catalog.models.get(model)
-        context_length = card.context if card else entry.context_limit if entry else None
-        if request.max_tokens is not None:
-            if context_length is not None and request.max_tokens > context_length:
-                detail = f"max_tokens can be at most {context_length}, the model's context length."
-                raise Invalid(detail, field="max_tokens")
-            return request.max_tokens
-        default = self._defaults(model).max_tokens or self._settings.max_tokens
-        return min(default, context_length or default)
-
-    def _sampling(self, request: JobRequest, model: str) -> Sampling:
-        defaults = self._defaults(model)
-
-        def value(name: str) -> Any:
-            """Return the request's value, otherwise the model's default, otherwise the API's default."""
-            requested, default = getattr(request, name), getattr(defaults, name)
-            omitted = requested is None or (default is not None and name not in request.model_fields_set)
-            return default if omitted else requested
-
-        temperature = value("temperature")
-        return Sampling(
-            temperature=self._settings.temperature if temperature is None else temperature,
-            top_p=value("top_p"),
-            top_k=value("top_k"),
-            min_p=value("min_p"),
-            repetition_penalty=value("repetition_penalty"),
-            presence_penalty=value("presence_penalty"),
-            frequency_penalty=value("frequency_penalty"),
-            # Chosen here and stored, so that every attempt generates the same text.
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
-        )
-
-    def _defaults(self, model: str) -> SamplingDefaults:
-        entry = self._catalog.models.get(model)
-        return entry.sampling if entry else SamplingDefaults()
-
     def _request_model(self, job: Job) -> None:
         """Load the job's model if no worker has it. If Redis fails now, maintenance tries again."""
         try:
@@ -328,36 +266,6 @@ class Admission:
         except redis.RedisError as error:
             extra = {"model": job.model, "job_id": job.id, "reason": str(error)}
             log.warning("load_on_demand_failed", extra=extra)
-
-
-def _given_tokens(request: JobRequest, card: ModelCard | None) -> Tokenized | None:
-    """Return the token ids that the request has in place of a text, after checking them; None if it has a text."""
-    tokens = request.prompt_tokens
-    if tokens is None:
-        return None
-    if card is not None and len(tokens) >= card.context:
-        detail = (
-            f"The prompt is longer than the model's context of {card.context} tokens: it has {len(tokens)}, and the "
-            "answer needs at least 1."
-        )
-        raise Invalid(detail, code=JobFailure.CONTEXT_LENGTH, field="prompt_tokens")
-    _check_token(max(tokens), card, f"prompt_tokens[{tokens.index(max(tokens))}]")
-    return Tokenized(tuple(tokens))
-
-
-def _logit_bias(request: JobRequest, card: ModelCard | None) -> tuple[tuple[int, float], ...]:
-    """Return the biases by token id, unless the model has no such token."""
-    biases = {int(token): bias for token, bias in request.logit_bias.items()}
-    for token in biases:
-        _check_token(token, card, f"logit_bias.{token}")
-    return tuple(sorted(biases.items()))
-
-
-def _check_token(token: int, card: ModelCard | None, field: str) -> None:
-    """Refuse a token id that the model does not have."""
-    vocabulary = card.vocabulary if card else None
-    if vocabulary is not None and token >= vocabulary:
-        raise Invalid(f"{field}: the model has no token {token}; its ids are 0 to {vocabulary - 1}.", field=field)
 
 
 def _choices(submission: Submission, count: int) -> list[Submission]:

@@ -22,6 +22,7 @@ from web.schemas.jobs import (
     JobView,
     MessageView,
     Output,
+    SamplingView,
     Timings,
     Urls,
     Usage,
@@ -67,6 +68,7 @@ class JobViews:
             text=text,
             finish_reason=job.finish_reason,
             usage=_usage(job),
+            sampling=_sampling(job),
             timings=Timings(**job.timings),
             **self._parsed(job, text),
         )
@@ -95,6 +97,7 @@ class JobViews:
             estimated_start_s=self._estimated_start_s(job, position),
             output=output,
             usage=_usage(job),
+            sampling=_sampling(job),
             timings=Timings(**job.timings),
             error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
             metadata=job.metadata,
@@ -142,6 +145,13 @@ def _attempt_view(attempt: Attempt) -> AttemptView:
         ended_at=attempt.ended_at,
         outcome=attempt.how,
     )
+
+
+def _sampling(job: Job) -> SamplingView | None:
+    if job.sampling is None:
+        return None
+    known = {name: job.sampling[name] for name in SamplingView.model_fields}
+    return SamplingView.model_validate(known)
 
 
 def _usage(job: Job) -> Usage:

@@ -108,7 +108,8 @@ def _fingerprint(job_request: JobRequest) -> str:
     """Hash the route and the request's meaning, not its bytes: a retry may format the same JSON differently."""
     model = services().catalog.resolve(job_request.model)
     model_id = model.id if model else None
-    model_defaults = model.sampling.model_dump(exclude_none=True) if model else {}
+    defaults = services().admission.sampling_defaults(model_id or job_request.model)
+    model_defaults = defaults.model_dump(exclude_none=True)
     return _hash(lambda: job_request.canonical_json(model_id, model_defaults))
 
 

@@ -132,6 +132,23 @@ class Parsed(ResponseModel):
         return documented
 
 
+class SamplingView(ResponseModel):
+    """The sampling parameters of the answer, with all defaults: those of the request, the catalog and the model."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+
+
+_SAMPLING_DESCRIPTION = "What was used for sampling; null for jobs of earlier versions"
+
+
 class Usage(ResponseModel):
     """Token counts; null until they are known."""
 
@@ -204,6 +221,7 @@ class JobView(Parsed):
     estimated_start_s: float | None = Field(description="Estimated seconds until the job starts; null if unknown")
     output: Output | None = Field(description="The text generated so far; null in lists until the job has ended")
     usage: Usage
+    sampling: SamplingView | None = Field(description=_SAMPLING_DESCRIPTION)
     timings: Timings
     error: JobError | None = Field(description="Null unless the job failed or expired")
     metadata: dict[str, str] = Field(description="As submitted")
@@ -231,4 +249,5 @@ class InferenceView(Parsed):
     finish_reason: str | None = Field(description="`stop` or `length`")
     logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_DESCRIPTION)
     usage: Usage
+    sampling: SamplingView | None = Field(description=_SAMPLING_DESCRIPTION)
     timings: Timings

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from shared.models.facts import GROUP, context_of
+from shared.models.facts import GROUP, context_of, separate_template
 from shared.models.folder import ModelError, check_adapter, check_folder, has_vision
 from shared.models.registry import ModelCard
+from shared.models.sampling_defaults import SamplingDefaults
 from worker.output.format import PLAIN, MessageFormat, message_format
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def load_model(folder: Path, *, adapter: Path | None = None, lazy: bool = False)
     from worker.models import text_half
 
     with contained(f"The model in {folder} cannot be loaded"):
-        model, tokenizer, config = text_half.load(folder, NO_CODE, adapter=adapter, lazy=lazy)
+        model, tokenizer, config = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
     return loaded_as("text", folder, model, tokenizer, config)
 
 
@@ -126,11 +127,18 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         text_only=kind == "text" and has_vision(folder),
+        sampling=SamplingDefaults.declared(folder).model_dump(exclude_none=True),
         vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
         reasoning=bool(form.think_start),
         tool_format=form.tool.name if form.tool else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids), form)
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Return the options with which a folder's tokenizer is loaded."""
+    template = separate_template(folder)
+    return {**NO_CODE, "chat_template": template} if template else dict(NO_CODE)
 
 
 def _default_context(model: Any) -> int | None:

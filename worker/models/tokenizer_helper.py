@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from shared.models.facts import separate_template
 from shared.tokenizing import chat_template
 from shared.tokenizing.chat_tokenizer import (
     CannotTokenize,
@@ -65,7 +66,7 @@ class FolderTokenizer:
 
     def __init__(self, source: TokenizerSource) -> None:
         folder = Path(source.path)
-        self.wrapper: Any = _tokenizer_utils().load(folder, dict(_NO_CODE), defaults=source.defaults)
+        self.wrapper: Any = _tokenizer_utils().load(folder, _options(folder), defaults=source.defaults)
         if source.vision and (template := _vision_template(folder)) is not None:
             self.wrapper.chat_template = template
         self._tokenizer = self.wrapper._tokenizer  # noqa: SLF001 - the wrapper does not forward calls
@@ -153,6 +154,11 @@ class FolderTokenizer:
                 raise chat_template.CannotContinue from error
             raise
         return text
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    template = separate_template(folder)
+    return {**_NO_CODE, "chat_template": template} if template else dict(_NO_CODE)
 
 
 def load_tokenizer(source: TokenizerSource) -> ChatTokenizer:

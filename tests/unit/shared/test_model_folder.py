@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.models import folder as model_folder
-from shared.models.facts import context_of, declared_context, weights_bytes
+from shared.models.facts import context_of, declared_context, separate_template, weights_bytes
 from shared.models.folder import ModelError, check_folder, has_vision, model_kind
+from shared.models.sampling_defaults import SamplingDefaults
 from tests.support.small_models import make_folder
 
 
@@ -297,3 +298,33 @@ def test_code_in_a_model_folder_never_runs(
         load(folder)
     assert not marker.exists()
     assert not prompts
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9, "do_sample": True}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"top_k": 20}, {"top_k": 20}),
+        ({"repetition_penalty": 1.05, "min_p": 0.1, "eos_token_id": [1]}, {"repetition_penalty": 1.05, "min_p": 0.1}),
+        ({"temperature": 0.6, "do_sample": False}, {"temperature": 0.0}),
+        ({"temperature": 7, "top_p": 0, "top_k": -1, "min_p": True, "repetition_penalty": "2"}, {}),
+        ({"temperature": None, "top_k": 50.0}, {}),
+        ([], {}),
+    ],
+)
+def test_sampling_parameters_of_a_folder(tmp_path: Path, file: Any, expected: dict[str, float]) -> None:
+    assert SamplingDefaults.declared(tmp_path) == SamplingDefaults()
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    assert SamplingDefaults.declared(tmp_path).model_dump(exclude_none=True) == expected
+
+
+def test_a_chat_template_in_a_file_of_its_own_counts_if_there_is_no_other(tmp_path: Path) -> None:
+    assert separate_template(tmp_path) is None
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "one"}')
+    assert separate_template(tmp_path) == "one"
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "two"}')
+    assert separate_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert separate_template(tmp_path) == "one"
+    (tmp_path / "chat_template.jinja").write_text("three")
+    assert separate_template(tmp_path) is None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -16,14 +17,16 @@ from shared.jobs.images import ImageStore
 from shared.jobs.record import Priority
 from shared.jobs.request import Constraint, Request
 from shared.jobs.store import Jobs
-from shared.models.catalog import Catalog, CatalogModel, SamplingDefaults, load_catalog
+from shared.models.catalog import Catalog, CatalogModel, load_catalog
 from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.models.sampling_defaults import SamplingDefaults
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles
 from web.admission.admit import Admission, RequestContext
+from web.admission.generation import RESERVED_TOKENS
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.snapshot import Cluster
 from web.schemas.messages import Message, Part, StoredImage
@@ -42,6 +45,16 @@ class FakeNotifier:
         self.woken += models
 
 
+_opened: list[Tokenizing] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_helpers() -> Iterator[None]:
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 @pytest.fixture
 def notifier() -> FakeNotifier:
     return FakeNotifier()
@@ -50,14 +63,16 @@ def notifier() -> FakeNotifier:
 def make_admission(
     client: Redis, settings: Settings, notifier: FakeNotifier, catalog: Catalog | None = None
 ) -> Admission:
-    """An admission without tokenizers, so it starts no helper process."""
+    """An admission without tokenizers. It starts a helper process only to check a constraint."""
+    tokenizing = Tokenizing(20.0)
+    _opened.append(tokenizing)
     return Admission(
         settings,
         catalog or load_catalog(settings),
         Jobs(client, settings),
         ImageStore(client),
         Cluster(Registry(client)),
-        PromptTokenizer(Tokenizing(1.0), TokenizerFiles(settings.tokenizers_dir)),
+        PromptTokenizer(tokenizing, TokenizerFiles(settings.tokenizers_dir)),
         notifier,  # type: ignore[arg-type]
     )
 
@@ -115,11 +130,56 @@ def test_a_repeated_request_wakes_no_worker(admission: Admission, notifier: Fake
 def test_the_service_has_defaults(admission: Admission, settings: Settings) -> None:
     request = admission.submission(JobRequest.model_validate({"prompt": "hi"}), RequestContext("me")).request
     assert request.model == settings.model_id
-    assert (request.max_tokens, request.sampling.temperature) == (settings.max_tokens, settings.temperature)
+    assert request.sampling.temperature == settings.temperature
 
 
-def test_the_default_of_max_tokens_is_limited_to_the_context(admission: Admission) -> None:
+def test_without_max_tokens_the_answer_may_fill_the_context(
+    admission: Admission, client: Redis, settings: Settings, notifier: FakeNotifier
+) -> None:
+    assert settings.max_tokens is None
     assert admission.submission(job_request(), RequestContext("me")).request.max_tokens == CARD.context
+    limited = make_admission(client, settings.model_copy(update={"max_tokens": 7}), notifier)
+    assert limited.submission(job_request(), RequestContext("me")).request.max_tokens == 7
+
+
+def test_memory_is_reserved_for_an_answer_of_usual_length_unless_its_length_is_requested(
+    admission: Admission, client: Redis
+) -> None:
+    Registry(client).announce_model(replace(CARD, context=100_000))
+
+    def growth(**fields: object) -> int:
+        accepted = admission.admit(job_request(**fields), RequestContext("me"))
+        return int(client.hget(keys.JOB + accepted.job.id, "growth_bytes") or 0)
+
+    assert growth() == growth(max_tokens=RESERVED_TOKENS) == growth(max_tokens=2 * RESERVED_TOKENS) // 2 + 1024
+    assert growth(max_tokens=50) < growth()
+
+
+def test_what_the_files_of_a_model_declare_applies_unless_the_catalog_or_the_request_says_otherwise(
+    client: Redis, settings: Settings, notifier: FakeNotifier
+) -> None:
+    declared = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
+    model = CatalogModel(
+        "small", Path("small"), "text", sampling=SamplingDefaults(top_p=0.9), declared_sampling=declared
+    )
+    admission = make_admission(client, settings, notifier, Catalog({"small": model}, "small"))
+
+    def used(**fields: object) -> dict[str, Any]:
+        sampling = admission.admit(job_request(**fields), RequestContext("me")).job.sampling
+        assert sampling is not None
+        return sampling
+
+    for _ in range(2):
+        sampling = used(top_k=5, seed=3, max_tokens=9)
+        assert sampling == {
+            "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.0, "repetition_penalty": 1.1,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 3,
+        }  # fmt: skip
+        assert used(temperature=0, top_p=1.0)["temperature"] == 0 and used(top_p=1.0)["top_p"] == 1
+        # The card of a worker counts more than this host's files, which may be others.
+        Registry(client).announce_model(replace(CARD, sampling=declared.model_dump(exclude_none=True)))
+        model = replace(model, declared_sampling=SamplingDefaults(temperature=0.1))
+        admission = make_admission(client, settings, notifier, Catalog({"small": model}, "small"))
 
 
 def test_options_for_templates_and_logits_reach_the_job(admission: Admission) -> None:

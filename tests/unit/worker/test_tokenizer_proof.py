@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerStore
 from tests.support.tokenizers import ENDLESS, chat, plain
 from worker.models import tokenizer_proof
-from worker.models.load import tokenizer_defaults
+from worker.models.load import tokenizer_config, tokenizer_defaults
 from worker.models.tokenizer_announcer import TokenizerAnnouncer
 from worker.models.tokenizer_helper import probes
 from worker.models.tokenizer_proof import HELPER, ModelTokenizer, prove, remembered, unproved
@@ -121,10 +122,28 @@ def test_a_tokenizer_that_is_not_equivalent_is_not_announced(
 
 
 def test_the_template_named_default_is_used(folder: Path, tmp_path: Path) -> None:
-    named = [{"name": "default", "template": "{{ messages[0].content }}"}, {"name": "tool_use", "template": "no"}]
+    for_tools = "{{ messages[0].content }}{{ tools | length }}"
+    named = [{"name": "default", "template": "{{ messages[0].content }}"}, {"name": "tool_use", "template": for_tools}]
     set_tokenizer_config(folder, chat_template=named)
     proved = prove(unproved(folder, text_card(folder)), tmp_path)
-    assert proved.card(text_card(folder)).chat_template == "{{ messages[0].content }}"
+    card = proved.card(text_card(folder))
+    assert (card.chat_template, card.tool_template) == ("{{ messages[0].content }}", for_tools)
+    with Tokenizing(60.0, HELPER) as tokenizing:
+        request = replace(chat("one"), tools=({"type": "function", "function": {"name": "add"}},))
+        one, other = (tokenizing.tokenize(source, request).tokens for source in proved.sources)
+        assert one == other != tokenizing.tokenize(proved.sources[0], chat("one")).tokens
+
+
+def test_a_template_in_a_file_of_its_own_is_used(folder: Path, tmp_path: Path) -> None:
+    set_tokenizer_config(folder, chat_template=None)
+    template = "{% for message in messages %}<|im_start|>{{ message.content }}{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    proved = prove(unproved(folder, text_card(folder)), tmp_path)
+    assert proved.card(text_card(folder)).chat_template == template
+    with Tokenizing(60.0, HELPER) as tokenizing:
+        one, other = (tokenizing.tokenize(source, chat("two")).tokens for source in proved.sources)
+        assert one == other
+    assert tokenizer_config(folder)["chat_template"] == template
 
 
 def test_a_template_that_does_not_end_fails_its_proof(
