@@ -49,6 +49,7 @@ class MessageParser:
         self.spans: list[Span] = []
         self._form = form
         self._edges = form.edges_for(tools=tools is not None)
+        self._first = {part: frozenset(marker[0] for marker in self._edges.get(part, ())) for part in Part}
         self._tools = tools
         self._content = TextField(trims=False)
         self._reasoning = TextField(trims=True)
@@ -64,16 +65,18 @@ class MessageParser:
     def push(self, text: str) -> Delta:
         """Add text; return what is new in the message."""
         self._delta, self.spans = {}, []
+        if self.done:
+            return self._delta
         if not self._edges:
             self._emit_content(text, self._position)
             self._position += len(text)
             return self._delta
+        if not self._buffer and self._first[self.part].isdisjoint(text):  # most tokens
+            self._buffer = text
+            self._take(len(text))
+            return self._delta
         self._buffer += text
-        while not self.done and (marker := self._next_marker()) is not None:
-            self._take(marker.start)
-            self._cross(marker.text)
-        if not self.done:
-            self._take(len(self._buffer) - self._held_length())
+        self._split()
         return self._delta
 
     def finish(self) -> Delta:
@@ -97,6 +100,14 @@ class MessageParser:
         self._content, self._reasoning = TextField(trims=False), TextField(trims=True)
         self._position = -len(self._buffer)
         self._header_length = sum(map(len, self._section))
+
+    def _split(self) -> None:
+        """Read the buffer up to text that may be the beginning of a marker."""
+        while not self.done and (marker := self._next_marker()) is not None:
+            self._take(marker.start)
+            self._cross(marker.text)
+        if not self.done:
+            self._take(len(self._buffer) - self._held_length())
 
     def _next_marker(self) -> _Marker | None:
         """Return the marker that is complete first; of those complete at the same character, the longest."""
