@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from shared.constraints import json_schema
 from shared.jobs.request import Constraint
@@ -52,15 +52,15 @@ def compile_constraint(constraint: Constraint) -> str:
         raise ConstraintRefused(f"it can have at most {MAX_CHARACTERS:,} characters")
     match constraint.kind:
         case "json_object":
-            return _schema_grammar(_JSON_OBJECT)
+            return compile_schema(_JSON_OBJECT)
         case "json_schema":
-            return _schema_grammar(source)
+            return compile_schema(source)
         case "regex":
-            return str(LLMatcher.grammar_from_regex(source))
+            return _lark_grammar(f"start: /{regex_to_lark(source, use_ascii='')}/")
         case "choice":
-            return str(LLMatcher.grammar_from_lark(_choice(source)))
+            return _lark_grammar(_choice(source))
         case "grammar":
-            return str(LLMatcher.grammar_from_lark(source))
+            return _lark_grammar(source)
         case kind:
             raise ConstraintRefused(f"the type {kind!r} is not supported")
 
@@ -98,12 +98,21 @@ def short_message(message: str) -> str:
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
 
 
-def _schema_grammar(text: str) -> str:
+def compile_schema(text: str) -> str:
+    """Return the grammar of a JSON schema.
+
+    Raises:
+        ConstraintRefused: it is malformed, see `shared.constraints.json_schema.parse`.
+    """
     try:
         schema = json_schema.parse(text)
     except json_schema.SchemaRefused as error:
         raise ConstraintRefused(f"at {error.path}: {error}" if error.path else str(error)) from error
     return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS))
+
+
+def _lark_grammar(lark: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
 def _choice(source: str) -> str:

@@ -35,9 +35,9 @@ def parts(request: Request) -> list[Part]:
     return [*own, *(Part(field, Constraint("json_schema", schema)) for field, schema in _tool_schemas(request))]
 
 
-def constrained_tools(request: Request) -> list[Mapping[str, Any]]:
-    """Return the functions that an answer must call, or whose arguments must satisfy their schema if it calls them."""
-    return [function for _, function in _functions(request)]
+def is_strict(function: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a function must satisfy its schema whenever the model calls it."""
+    return function.get("strict") is True
 
 
 def refusal(field: str, reason: object) -> PromptRefused:
@@ -45,16 +45,11 @@ def refusal(field: str, reason: object) -> PromptRefused:
     return PromptRefused(JobFailure.CONSTRAINT, f"{field} cannot be honoured: {reason}", field)
 
 
-def _functions(request: Request) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _tool_schemas(request: Request) -> Iterator[tuple[str, str]]:
+    """Yield the field and the schema of each tool whose arguments must satisfy it."""
     choice = request.tool_choice
-    name = choice.removeprefix("function:") if choice.startswith("function:") else None
     for index, tool in enumerate(request.tools or () if choice != "none" else ()):
         function = tool["function"]
-        if function["name"] == name or choice == "required" or (name is None and function.get("strict")):
-            yield index, function
-
-
-def _tool_schemas(request: Request) -> Iterator[tuple[str, str]]:
-    for index, function in _functions(request):
-        if (parameters := function.get("parameters")) is not None:
-            yield f"tools[{index}].function.parameters", json.dumps(parameters)
+        demanded = choice in ("required", f"function:{function['name']}")
+        if (demanded or (choice == "auto" and is_strict(function))) and "parameters" in function:
+            yield f"tools[{index}].function.parameters", json.dumps({"type": "object", **function["parameters"]})

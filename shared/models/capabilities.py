@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shared.constraints.parts import is_strict
 from shared.jobs.request import Request
 from shared.models.registry import ModelCard
 
@@ -17,18 +18,28 @@ def missing_capability(request: Request, card: ModelCard) -> tuple[str, str] | N
         return None
     if card.tool_format is None and _needs_tool_format(request):
         return "tools", "the model has no known format for tool calls"
-    if not card.structured and request.constraint is not None:
-        return "response_format", "the model's tokenizer does not support constraints"
+    if not card.structured and (field := _constrained_field(request)):
+        return field, "the model's tokenizer does not support constraints"
     if not card.reasoning and request.thinking_budget is not None:
         return "thinking_budget", "the model does not mark its reasoning"
     return None
+
+
+def _constrained_field(request: Request) -> str | None:
+    """Return a field that constrains the answer; None if it may have any form."""
+    if request.constraint is not None:
+        return "response_format"
+    if request.tool_choice not in ("auto", "none"):
+        return "tool_choice"
+    strict = request.tool_choice == "auto" and any(is_strict(tool["function"]) for tool in request.tools or ())
+    return "tools" if strict else None
 
 
 def _needs_tool_format(request: Request) -> bool:
     """Whether tool calls are parsed or enforced. Otherwise the tools are only a part of the prompt."""
     if not request.tools or request.tool_choice == "none":
         return False
-    return request.parse == "message" or request.tool_choice != "auto"
+    return request.parse == "message" or _constrained_field(request) in ("tools", "tool_choice")
 
 
 def newer_fields(request: Request) -> Iterator[str]:

@@ -66,10 +66,15 @@ class ToolFormat:
 
     def is_inside_value(self, section: str) -> bool:
         """Whether a section stops inside an argument's value, so that an end marker at this place is text."""
-        if self.name == "json_tools":
+        if self.name == "json_tools" or _is_json(section):
             return _ends_in_string(section)
         begin, end = _VALUES.get(self.name, ("", ""))
         return bool(begin) and section.count(begin) > section.count(end)
+
+
+def _is_json(section: str) -> bool:
+    """Whether a section has a call in the form of constrained answers, which every format accepts."""
+    return section.lstrip().startswith('{"name": ')
 
 
 def _ends_in_string(text: str) -> bool:
@@ -117,7 +122,7 @@ class ToolCalls:
             if self.form.name == HARMONY:
                 parsed: Any = {"name": recipient, "arguments": json.loads(section)}
             else:
-                parsed = self.form.parse(section, self._tools)
+                parsed = json.loads(section) if _is_json(section) else self.form.parse(section, self._tools)
             found = [self._checked(call, section) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # noqa: BLE001 - parsers raise exceptions of any type for malformed text
             return []

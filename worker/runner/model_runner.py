@@ -115,7 +115,7 @@ class MLXRunner:
         self._tokenizer = loaded.tokenizer
         self._vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
         self._processors: tuple[LogitsProcessor, ...] = (Penalties(), LogitBias(), *processors)
-        self._constraints = ConstraintCompiler(loaded.tokenizer, self._vocabulary, self.eos)
+        self._constraints = ConstraintCompiler(loaded.tokenizer, loaded.message_format, self._vocabulary, self.eos)
         self.card = replace(loaded.card, structured=self._constraints.supported)
         self._vision = VisionStage(family, 0) if family else None
         self._footprint = Footprint.of(self._model)

@@ -8,21 +8,25 @@ The state of a row is a function of its prompt and its generated tokens, so a re
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from shared.constraints.grammar import ConstraintRefused, check_matcher, compile_constraint, limits, short_message
-from shared.constraints.parts import constraint_field, refusal
+from shared.constraints.grammar import ConstraintRefused, check_matcher, limits, short_message
+from shared.constraints.parts import constraint_field, parts, refusal
 from shared.errors import JobFailure, PromptRefused
-from shared.jobs.request import Constraint, Request
+from shared.jobs.request import Request
+from worker.output.format import MessageFormat
 from worker.runner.base import ConstraintFailed
 from worker.runner.detokenizer import backend_tokenizer
+from worker.runner.logits.answer_grammar import answer_grammar
 from worker.runner.logits.thinking import ThinkMarkers, overlap
 
 _MAX_COMPILED: Final = 64
@@ -51,7 +55,7 @@ class RowConstraint:
 
     def start(self, prompt: Sequence[int], generated: Sequence[int]) -> Guide:
         """Return the state of a row after its prompt and the tokens that were generated before."""
-        guide = Guide(self, thinking=self.markers is not None and self.markers.open_in(prompt, self.eos))
+        guide = Guide(self, thinking=self.markers is not None and self.markers.is_open(prompt))
         for token in generated:
             guide.advance(token)
         return guide
@@ -73,8 +77,10 @@ class Guide:
         self.eos = sorted(constraint.eos)
         self.words = constraint.words
         self._constraint = constraint
+        markers = constraint.markers
+        self._whole = markers is not None and markers.whole
         self._thinking = thinking
-        self._may_think = constraint.may_think and constraint.markers is not None and not thinking
+        self._may_think = constraint.may_think and markers is not None and not thinking
         self._reasoning_tokens = 0
         self._recent: deque[int] = deque(maxlen=_longest_marker(constraint.markers))
         self._forced: deque[int] = deque()
@@ -89,18 +95,23 @@ class Guide:
     @property
     def follows_grammar(self) -> bool:
         """Whether the grammar decides about the next token."""
-        return not (self._ended or self._thinking or self._forced) and self.matcher is not None
+        return not (self._ended or self._forced or self._before_grammar) and self.matcher is not None
 
     @property
     def must_not_end(self) -> bool:
         """Whether all tokens may come next but those that end the answer: the grammar has not begun."""
-        return self._thinking and not self._forced and not self._ended and self.matcher is not None
+        return self._before_grammar and not self._forced and not self._ended and self.matcher is not None
 
     @property
     def think_start(self) -> int | None:
         """A token that may come next in addition to those of the grammar; None if there is none."""
         markers = self._constraint.markers
-        return markers.start[0] if markers and self._may_think and self.matcher is not None else None
+        opens = markers is not None and self._may_think and not self._whole and self.matcher is not None
+        return markers.start[0] if markers and opens else None
+
+    @property
+    def _before_grammar(self) -> bool:
+        return self._thinking and not self._whole
 
     def advance(self, token: int) -> None:
         """Record the row's next token."""
@@ -112,9 +123,11 @@ class Guide:
         if self._forced:
             self._forced.popleft()
         self._recent.append(token)
+        if self._whole:
+            self._answer(token)
         if self._thinking:
             self._reason()
-        elif not self._begin_reasoning(token):
+        elif not self._begin_reasoning(token) and not self._whole:
             self._answer(token)
 
     def check(self) -> None:
@@ -126,6 +139,7 @@ class Guide:
         markers = self._constraint.markers
         if markers and overlap(self._recent, markers.end) == len(markers.end):
             self._thinking = False
+            self._may_think = self.matcher is None or self._whole
             self._recent.clear()
             return
         self._reasoning_tokens += 1
@@ -135,7 +149,11 @@ class Guide:
         """Force the end of the reasoning when the budget is used up."""
         markers, budget = self._constraint.markers, self._constraint.budget
         if self._thinking and markers and budget is not None and self._reasoning_tokens >= budget and not self._forced:
-            self._forced.extend(markers.end[overlap(self._recent, markers.end) :])
+            self._forced.extend(self._forced_end(markers)[overlap(self._recent, markers.end) :])
+
+    def _forced_end(self, markers: ThinkMarkers) -> tuple[int, ...]:
+        # With a grammar of all messages, the grammar decides which message may follow.
+        return markers.end if self._whole and self.matcher is not None else markers.forced
 
     def _begin_reasoning(self, token: int) -> bool:
         """Return whether a token belongs to the marker that begins the reasoning."""
@@ -148,7 +166,7 @@ class Guide:
             self._recent.clear()
             self._limit_reasoning()
             return True
-        if self.matcher is None:
+        if self.matcher is None or self._whole:
             return False
         if found and not self._forced and token == markers.start[0]:
             self._forced.extend(markers.start[1:])  # nothing but the marker may follow: the grammar has not begun
@@ -165,19 +183,21 @@ class ConstraintCompiler:
 
     Args:
         tokenizer: mlx-lm's wrapper of the tokenizer.
+        form: how the model marks reasoning and tool calls.
         vocabulary: number of tokens that the model has.
         eos: end-of-sequence tokens.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, form: MessageFormat, vocabulary: int, eos: frozenset[int]) -> None:
         self._backend = backend_tokenizer(tokenizer)
+        self._form = form
         self._eos = eos
-        self._markers = ThinkMarkers.of(tokenizer)
+        self._markers = ThinkMarkers.of(form, self._encode)
         size = max(vocabulary, self._backend.get_vocab_size() if self._backend else 0)
         self._size, self._words = size, (size + 31) // 32
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     @property
     def supported(self) -> bool:
@@ -190,29 +210,54 @@ class ConstraintCompiler:
         Raises:
             PromptRefused: the constraint cannot be honoured.
         """
-        constraint, budget = request.constraint, request.thinking_budget
-        if constraint is None and (budget is None or self._markers is None):
+        budget = request.thinking_budget if self._markers is not None else None
+        matcher = self._matcher(request) if self._is_constrained(request) else None
+        if matcher is None and budget is None:
             return None
         thinks = request.template_variables.get("enable_thinking") is not False
-        matcher = None if constraint is None else self._matcher(constraint)
         return RowConstraint(matcher, self._markers, budget, self._eos, thinks, self._words)
 
-    def _matcher(self, constraint: Constraint) -> LLMatcher:
-        with self._lock:
-            if (matcher := self._compiled.get(constraint)) is None:
-                matcher = self._compiled[constraint] = self._compile(constraint)
-                if len(self._compiled) > _MAX_COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(constraint)
-            return matcher
+    @staticmethod
+    def _is_constrained(request: Request) -> bool:
+        return request.constraint is not None or request.tool_choice not in ("auto", "none") or bool(parts(request))
 
-    def _compile(self, constraint: Constraint) -> LLMatcher:
-        try:
-            matcher = LLMatcher(self._loaded_tokenizer(), compile_constraint(constraint), limits=limits(), log_level=0)
+    def _matcher(self, request: Request) -> LLMatcher | None:
+        """Return the matcher of a request's grammar; None if any text is allowed.
+
+        Raises:
+            PromptRefused: the grammar cannot be honoured.
+        """
+        field = "tools" if request.constraint is None else constraint_field(request.constraint)
+        with self._lock:
+            try:
+                tokenizer = self._loaded_tokenizer()
+                grammar = answer_grammar(request, self._form, self._marker)
+                return None if grammar is None else self._compiled_grammar(tokenizer, grammar)
+            except ConstraintRefused as refused:
+                raise refusal(field, refused) from refused
+
+    def _compiled_grammar(self, tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+        if (matcher := self._compiled.get(grammar)) is None:
+            matcher = LLMatcher(tokenizer, grammar, limits=limits(), log_level=0)
             check_matcher(matcher)
-        except ConstraintRefused as refused:
-            raise refusal(constraint_field(constraint), refused) from refused
+            self._compiled[grammar] = matcher
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
         return matcher
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        ids = [] if self._backend is None else self._backend.encode(text, add_special_tokens=False).ids
+        return tuple(ids)
+
+    def _marker(self, text: str) -> str:
+        """Return the Lark expression of a text with special tokens, see `answer_grammar`."""
+        tokenizer = self._loaded_tokenizer()
+        pieces: list[str] = []
+        for special, group in groupby(self._encode(text), tokenizer.is_special_token):
+            ids = list(group)
+            pieces += [f"<[{token}]>" for token in ids] if special else [json.dumps(tokenizer.decode_str(ids))]
+        return " ".join(pieces)
 
     def _loaded_tokenizer(self) -> LLTokenizer:
         if self._tokenizer is None:
