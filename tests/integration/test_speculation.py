@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,18 +17,16 @@ import mlx.core as mx
 from shared.jobs.log import EventKind
 from shared.jobs.request import Sampling
 from tests.plugins.stack import Stack
+from tests.support.drafting import answers, counts, drafting, every_fifth, run
 from tests.support.runner import GREEDY, numbered, resumed, row, step
 from tests.support.waiting import eventually
 from worker.models.load import LoadedModel, load_model
 from worker.runner import forward
-from worker.runner.base import Row
-from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
-from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.pass_cost import LENGTHS, PassCost
-from worker.runner.speculation.verification import MAX_ROWS, Speculation
+from worker.runner.speculation.verification import MAX_ROWS
 
 CHUNK = 16
 SAMPLINGS = (GREEDY, Sampling(1.0, seed=11), Sampling(0.8, top_p=0.9, seed=2**63), Sampling(1.2, top_k=40, seed=-5))
@@ -51,68 +46,6 @@ def plain(tiny: LoadedModel) -> MLXRunner:
 @pytest.fixture
 def runner(tiny: LoadedModel) -> MLXRunner:
     return MLXRunner(tiny, CHUNK, Memory(2**30, 2**28), speculation_tokens=16)
-
-
-TokensByUid = dict[int, list[int]]
-
-
-def run(runner: MLXRunner, rows: Sequence[Row], late: dict[int, list[Row]] | None = None) -> TokensByUid:
-    """Step until all rows have generated all their tokens; `late` maps steps to the rows to insert before them."""
-    tokens: TokensByUid = defaultdict(list)
-    waiting = dict(late or {})
-    expected = sum(each.max_new_tokens for each in [*rows, *(one for some in waiting.values() for one in some)])
-    runner.insert(rows)
-    for steps in range(2000):
-        runner.insert(waiting.pop(steps, []))
-        for output in step(runner).tokens:
-            tokens[output.uid].append(output.token)
-        if sum(map(len, tokens.values())) >= expected and not waiting:
-            break
-    assert not step(runner).tokens
-    return tokens
-
-
-def answers(plain: MLXRunner, rows: Sequence[Row]) -> TokensByUid:
-    """Return the tokens of each row, run separately and without speculation."""
-    return {each.uid: run(plain, [each])[each.uid] for each in rows}
-
-
-@contextmanager
-def drafting(rows: Sequence[Row], expected: TokensByUid, wrong: Callable[[int], bool]) -> Iterator[None]:
-    """Draft the expected tokens in every step, in varying lengths.
-
-    Args:
-        wrong: whether the draft token at an index of the row is wrong.
-    """
-    whole = {each.uid: [*each.prompt, *expected[each.uid]] for each in rows}
-    lengths = cycle(LENGTHS)
-
-    def propose(_: NgramProposer, some: Sequence[DecodeRow], length: int) -> list[list[int]]:
-        starts = [row.length + (row.next_input is not None) for row in some]
-        texts = [whole[row.uid][start:][:length] for row, start in zip(some, starts, strict=True)]
-        return [
-            [token + wrong(start + i) for i, token in enumerate(text)]
-            for text, start in zip(texts, starts, strict=True)
-        ]
-
-    def draft_length(_: Speculation, some: Sequence[DecodeRow]) -> int:
-        remaining = min(row.remaining if row.sampled else 0 for row in some)
-        return next((length for length in [next(lengths), *LENGTHS[::-1]] if length < remaining), 0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NgramProposer, "propose", propose)
-        patch.setattr(Speculation, "draft_length", draft_length)
-        yield
-
-
-def every_fifth(index: int) -> bool:
-    return index % 5 == 3
-
-
-def counts(runner: MLXRunner) -> tuple[float, float]:
-    """Return the numbers of verified and of accepted draft tokens."""
-    stats = runner.stats()
-    return stats["speculation_drafted_tokens_total"], stats["speculation_accepted_tokens_total"]
 
 
 @pytest.mark.parametrize("wrong", [lambda _: False, every_fifth, lambda _: True], ids=["right", "mixed", "wrong"])

@@ -32,6 +32,10 @@ from worker.runner.prefix.cache import PrefixCache
 from worker.runner.sampler import INVALID, BatchSampler, valid_ids
 from worker.runner.speculation.verification import Speculation
 
+SAVED_TOKENS = 4096
+"""Number of decoded tokens after which the recurrent state of a row is saved again. Large hybrids have states of 50 to
+80 MB, and a row takes minutes to decode so many tokens."""
+
 _GREEDY = Sampling(temperature=0.0)
 
 _Failures: TypeAlias = list[tuple[DecodeRow, Exception]]
@@ -172,6 +176,8 @@ class DecodeBatch:
             tokens = cast("list[int]", current.tolist())
         for index, row in unread:
             row.cached_ids.append(tokens[index])
+            if self._prefixes.recurrent and row.sampled % SAVED_TOKENS == 0:
+                self._prefixes.save(row.row.owner, row.cached_ids, self._cache, index)
         outputs, invalid = self._outputs(unread, tokens, logprobs)
         return self._without_failed(outputs, failures + invalid)
 

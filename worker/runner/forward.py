@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -24,13 +24,18 @@ def placed(row: Row, start: int) -> PlacedMedia | None:
 
 
 def fill(
-    model: Any, cache: KVCache, input_ids: Sequence[Sequence[int]], media: Sequence[PlacedMedia | None] = ()
+    model: Any,
+    cache: KVCache,
+    input_ids: Sequence[Sequence[int]],
+    media: Sequence[PlacedMedia | None] = (),
+    shifts: Mapping[str, mx.array] | None = None,
 ) -> mx.array | None:
     """Run the next tokens of each row through the model into the cache. Lazy: evaluate the cache to compute them.
 
     Args:
         input_ids: by row; lengths may differ.
         media: by row; empty if no row has any.
+        shifts: see `shifts`.
 
     Returns:
         The logits, padded on the right; None if no row has a token.
@@ -42,7 +47,7 @@ def fill(
     uneven = cache.pad(lengths)
     padded = [[*row, *[0] * (longest - len(row))] for row in input_ids]
     media_arguments = {"media": media} if any(media) else {}
-    logits: mx.array = model(mx.array(padded, dtype=mx.uint32), cache=cache.layers, **media_arguments)
+    logits: mx.array = model(mx.array(padded, dtype=mx.uint32), cache=cache.layers, **media_arguments, **(shifts or {}))
     if uneven:
         cache.unpad()
     return logits

@@ -194,6 +194,15 @@ class KVCache:
             for part in self.recurrent
         ]
 
+    def states_now(self) -> States:
+        """Return the recurrent states of all rows. Passes replace these arrays, so they need not be copied."""
+        return [list(part.cache) for part in self.recurrent]
+
+    def restore_states(self, states: States) -> None:
+        """Restore what `states_now` returned."""
+        for part, arrays in zip(self.recurrent, states, strict=True):
+            part.cache = list(arrays)
+
     @property
     def _growing(self) -> list[ColumnCache]:
         """The parts that keep every token, once they have any."""

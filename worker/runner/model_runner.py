@@ -34,7 +34,7 @@ from worker.runner.base import (
     StepOutput,
     StepPlan,
 )
-from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
+from worker.runner.batching.support import UNRESTRICTED, BatchingSupport, Together
 from worker.runner.decode import DecodeBatch
 from worker.runner.detokenizer import make_detokenizer
 from worker.runner.kv_cache import Footprint
@@ -50,7 +50,7 @@ from worker.runner.prefix.cache import PrefixCache
 from worker.runner.prefix.fetch import PrefixFetch
 from worker.runner.prefix.spill import Spill
 from worker.runner.speculation.ngram import NgramProposer
-from worker.runner.speculation.verification import Speculation
+from worker.runner.speculation.verification import MAX_ROWS, Speculation
 from worker.runner.speculation.warming import measure_passes
 from worker.runner.vision.family import VisionFamily
 from worker.runner.vision.stage import Encoded, VisionStage
@@ -124,7 +124,8 @@ class MLXRunner:
         self._fetch = PrefixFetch(self._prefixes)
         self._prefill = Prefill(self._model, chunk, self._prefixes, self.cost, batching)
         draft_tokens = speculation_tokens if batching.speculates else 0
-        self._speculation = Speculation(self._model, draft_tokens, NgramProposer())
+        max_rows = MAX_ROWS if batching.prefill is Together.ANY else 1
+        self._speculation = Speculation(self._model, draft_tokens, NgramProposer(), max_rows)
         self._batches = LengthBuckets(self._new_batch, self._footprint, _max_padding_bytes(loaded, memory), batching)
         # A row is reported as prefilled together with its first token: until then its prompt is only queued.
         self._joined: dict[int, int] = {}
@@ -280,6 +281,7 @@ class MLXRunner:
         yield from self._warm_steps()
         if self.row_bytes(prefill_cost.CONTEXT_TOKENS + self.chunk) <= self.cache_bytes:
             self.cost = yield from prefill_cost.measure(self._model, self.chunk)
+            self._prefixes.disk.token_s = self.cost.token
         yield from self._warm_passes()
         self.reset()
 

@@ -120,6 +120,12 @@ class PrefixCache:
             (lambda: Checkpoint.copy_from(cache, row)) if checkpoint else None,
         )
 
+    def save(self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int) -> None:
+        """Store a row that still decodes, and write it to disk, so that another worker can continue it cheaply."""
+        self.store(owner, tokens, cache, row)
+        if owner is not None and (nodes := self._trees.walk(owner, tokens)[0]):
+            self._reused[nodes[-1]] = None
+
     def store_partial(
         self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int, *, checkpoint: bool = False
     ) -> None:

@@ -21,7 +21,7 @@ values of about 3,000 tokens."""
 SMALL_STATE_BYTES = 2**16
 """Checkpoints of at most this size are taken at every block."""
 
-MIN_DISTANCE = 4 * TAIL
+MIN_DISTANCE = 16
 """Minimum tokens between the beginning of a prefill and the first checkpoint. Each checkpoint costs a pass."""
 
 

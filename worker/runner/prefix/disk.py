@@ -54,7 +54,7 @@ class Disk:
             return
         start, begin, segments = node.chain.start, node.end, list[Segment]()
         for above in node.path():
-            if begin <= start or above.segment is None:
+            if (segments and begin <= start) or above.segment is None:
                 break
             segments.insert(0, above.segment)
             begin -= len(above.tokens)

@@ -255,9 +255,9 @@ def _wanted(blocks: list[Piece], checkpoint: Piece | None, layout: Layout) -> li
 
 
 def _from(segments: Sequence[Segment], begin: int, start: int) -> tuple[int, list[Segment]]:
-    """Return the segments that end after token `start`, and the index of their first token."""
+    """Return the segments that end after token `start`, at least one, and the index of their first token."""
     needed = list(segments)
-    while needed and begin + needed[0].length <= start:
+    while len(needed) > 1 and begin + needed[0].length <= start:
         begin += needed.pop(0).length
     return begin, needed
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from worker.runner import forward, kv_cache
 from worker.runner.decode_row import DecodeRow
-from worker.runner.kv_cache import KVCache
+from worker.runner.kv_cache import KVCache, States
 from worker.runner.prefix.tree import common_length
 from worker.runner.sampler import GREEDY_BELOW, BatchSampler
 from worker.runner.speculation.pass_cost import LENGTHS, UNKNOWN
@@ -37,6 +37,7 @@ class Speculation:
         model: an mlx-lm model.
         max_length: maximum draft tokens per row and step; 0: no speculation.
         proposer: proposes the drafts.
+        max_rows: maximum rows of a batch that verifies drafts.
 
     Attributes:
         cost: cost of passes, measured during warm-up.
@@ -46,13 +47,14 @@ class Speculation:
         supported: whether this model can verify drafts.
     """
 
-    def __init__(self, model: Any, max_length: int, proposer: Proposer) -> None:
+    def __init__(self, model: Any, max_length: int, proposer: Proposer, max_rows: int = MAX_ROWS) -> None:
         self.cost = UNKNOWN
         self.drafted = self.accepted = 0
         self.lengths = [length for length in LENGTHS if length <= max_length]
         self._model = model
         self._proposer = proposer
-        self.supported = bool(self.lengths) and not kv_cache.recurrent(model) and kv_cache.mergeable(model)
+        self._max_rows = max_rows
+        self.supported = bool(self.lengths) and kv_cache.mergeable(model)
 
     def can_verify(self, rows: int) -> bool:
         """Return whether drafts of this many rows can be verified together.
@@ -60,7 +62,7 @@ class Speculation:
         The rows must neither use logits processors, which depend on the tokens in between, nor ask for
         log-probabilities. The caller checks this.
         """
-        return self.supported and 0 < rows <= MAX_ROWS
+        return self.supported and 0 < rows <= self._max_rows
 
     def draft_length(self, rows: Sequence[DecodeRow]) -> int:
         """Return the draft length with the highest speed-up that exceeds no row's token limit; 0: do not draft."""
@@ -94,15 +96,44 @@ class Speculation:
         inputs = [
             [row.next_input or 0, *draft, *[0] * (length - len(draft))] for row, draft in zip(rows, drafts, strict=True)
         ]
+        states = cache.states_now()
         logits = self._model(mx.array(inputs), cache=cache.layers, **forward.shifts([row.row for row in rows]))
         chosen = self._choose(logits, rows)
         results = [tokens[: common_length(draft, tokens) + 1] for draft, tokens in zip(drafts, chosen, strict=True)]
         for row, tokens in zip(rows, results, strict=True):
             row.append(tokens)
-        cache.trim([length + 1 - len(tokens) for tokens in results])
+        accepted = [ids[: len(tokens)] for ids, tokens in zip(inputs, results, strict=True)]
+        self._reject(cache, rows, states, accepted, length)
         self.drafted += sum(map(len, drafts))
         self.accepted += sum(map(len, results)) - len(results)
         return results
+
+    def _reject(
+        self,
+        cache: KVCache,
+        rows: Sequence[DecodeRow],
+        states: States,
+        accepted: Sequence[Sequence[int]],
+        length: int,
+    ) -> None:
+        """Remove rejected tokens from the cache.
+
+        A recurrent state cannot be shortened: it is restored, and the accepted tokens go through the model again.
+
+        Args:
+            states: recurrent states before the pass.
+            accepted: by row, the inputs that stay in the cache.
+            length: draft tokens per row.
+        """
+        rejected = [length + 1 - len(ids) for ids in accepted]
+        if not any(rejected):
+            return
+        if not states:
+            cache.trim(rejected)
+            return
+        cache.trim([length + 1] * len(rows))
+        cache.restore_states(states)
+        forward.fill(self._model, cache, accepted, shifts=forward.shifts([row.row for row in rows]))
 
     def drop(self, uids: Collection[int]) -> None:
         """Drop the proposer's state of rows."""
