@@ -38,6 +38,7 @@ class _Entry(BaseModel):
     slots: int | None = Field(None, ge=1, le=1024)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     quantize_bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    kv_bits: Literal[4, 8] | None = None
     aliases: list[Annotated[str, Field(pattern=_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
     sampling: SamplingDefaults = SamplingDefaults()
@@ -53,6 +54,7 @@ class CatalogModel:
         context: maximum tokens of prompt and answer, in place of what the model's files declare.
         slots: maximum rows in a batch; None for the setting SLOTS.
         dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
+        kv_bits: bits per number of cached keys and values; None: those of the model's type.
         adapter: a folder with LoRA weights.
         chat_template_kwargs: variables of the chat template, unless a request sets them.
         pin: whether it is never unloaded to free memory for another model.
@@ -69,6 +71,7 @@ class CatalogModel:
     slots: int | None = None
     dtype: str | None = None
     quantize_bits: int | None = None
+    kv_bits: int | None = None
     aliases: tuple[str, ...] = ()
     adapter: Path | None = None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -235,6 +238,7 @@ class _Reader:
             slots=entry.slots,
             dtype=entry.dtype,
             quantize_bits=entry.quantize_bits,
+            kv_bits=entry.kv_bits,
             aliases=tuple(entry.aliases),
             adapter=adapter,
             sampling=entry.sampling,

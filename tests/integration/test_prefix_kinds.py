@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,18 +26,21 @@ from worker.runner.prefix.blocks import BLOCK
 from worker.runner.prefix.checkpoints import TAIL
 from worker.runner.prefix.files import PrefixFiles
 from worker.runner.prefix.spill import Spill
+from worker.runner.quantized_cache import quantize_cache
 
 CHUNK = 64
 PLENTY = 2**28
 TOKENS = 6
-TOLERANCE = 2e-3
-"""Difference of log-probabilities that is rounding."""
+TOLERANCE, TOLERANCE_QUANTIZED = 2e-3, 0.1
+"""Differences of log-probabilities that are rounding. It may change the last bit of a quantised number."""
 
 KINDS = (
     *("llama", "deepseek_v3", "deepseek_v32", "longcat_flash", "gemma3_text", "gpt_oss", "exaone4", "gemma3n"),
     *("qwen3_5", "qwen3_next", "falcon_h1", "lfm2", "mamba2", "kimi_linear"),
+    *("llama KV8", "gemma3_text KV4", "qwen3_5 KV8"),
 )
-"""One or two of each kind: plain, latent, lists of plain caches, sliding windows, hybrids, recurrent only."""
+"""One or two of each kind: plain, latent, lists of plain caches, sliding windows, hybrids, recurrent only; and with
+quantised keys and values."""
 
 
 @pytest.fixture(params=[*KINDS, *(pytest.param(name, marks=pytest.mark.long) for name in names() if name not in KINDS)])
@@ -49,14 +51,20 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 class Kind:
     """A tiny model of an architecture.
 
+    Args:
+        name: the architecture, and perhaps the bits of its keys and values.
+
     Attributes:
         recurrent: whether rows can begin only at checkpoints.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, _, bits = name.partition(" KV")
+        self.tolerance = TOLERANCE_QUANTIZED if bits else TOLERANCE
         try:
-            self.model = make(name)
+            self.model = make(self.name, **({"head_dim": 32} if bits else {}))
+            if bits:
+                quantize_cache(self.model, int(bits))
             self.batching: BatchingSupport = measured(self.model) if name not in KINDS else UNRESTRICTED
         except (CannotRun, RuntimeError, TypeError) as error:
             pytest.skip(str(error))
@@ -100,16 +108,16 @@ def answer(runner: MLXRunner, kind: Kind, *prompts: Sequence[int]) -> list[int]:
             outputs[each.uid].append((each.token, each.logprob))
     runner.remove(outputs)
     for uid, each in enumerate(prompts):
-        compare(kind.model, each, outputs[uid])
+        compare(kind, each, outputs[uid])
     return [reused[uid] for uid in outputs]
 
 
-def compare(model: Any, prompt: Sequence[int], output: Sequence[tuple[int, float]]) -> None:
+def compare(kind: Kind, prompt: Sequence[int], output: Sequence[tuple[int, float]]) -> None:
     """Compare with mlx-lm's own loop, up to a choice between tokens that are equally probable."""
     for (token, logprobs), (chosen, logprob) in zip(
-        generate_step(mx.array(list(prompt)), model, max_tokens=TOKENS), output, strict=True
+        generate_step(mx.array(list(prompt)), kind.model, max_tokens=TOKENS), output, strict=True
     ):
-        assert logprobs[chosen].item() == pytest.approx(logprob, abs=TOLERANCE)
+        assert logprobs[chosen].item() == pytest.approx(logprob, abs=kind.tolerance)
         if chosen != int(token):
             break
 

@@ -12,7 +12,7 @@ the tokens, so rows can be cut, stored and joined in the same way with and witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -83,10 +83,6 @@ class ColumnCache:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays)
-
-    def empty_like(self, rows: int) -> Self:
-        """Return a cache of the same kind for rows without tokens."""
-        return type(self)([0] * rows, self.window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append columns, and return those that the new tokens may attend to."""

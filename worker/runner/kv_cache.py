@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.models.cache import KVCache as AttentionCache
 
 from worker.runner.column_cache import SLACK, ColumnCache, allocated_columns, window_columns
+from worker.runner.quantized_cache import QuantizedColumnCache
 
 Columns: TypeAlias = list[list[mx.array]]
 """By attention part: its arrays with the newest tokens of a row, each [1, heads, tokens, size]."""
@@ -310,7 +311,8 @@ def row_of(model: Any, columns: Columns, states: States, tokens: int) -> KVCache
 
 def _batchable(layers: Iterable[Any]) -> bool:
     return all(
-        type(part) in (AttentionCache, ArraysCache) or (type(part) is RotatingKVCache and not part.keep)
+        type(part) in (AttentionCache, QuantizedKVCache, ArraysCache)
+        or (type(part) is RotatingKVCache and not part.keep)
         for part in _flat(layers)
     )
 
@@ -321,6 +323,8 @@ def _batched(layer: Any, rows: int) -> Any:
         return CacheList(*(_batched(part, rows) for part in layer.caches))  # type: ignore[no-untyped-call]
     if isinstance(layer, ArraysCache):
         return ArraysCache(len(layer.cache), [0] * rows)
+    if isinstance(layer, QuantizedKVCache):
+        return QuantizedColumnCache([0] * rows, layer.bits, layer.group_size)
     return ColumnCache([0] * rows, getattr(layer, "max_size", None))
 
 

@@ -21,6 +21,7 @@ from worker.runner.memory import PREFIX_SHARE, Memory, device_limit
 from worker.runner.model_runner import MLXRunner, default_chunk
 from worker.runner.prefix.files import PrefixFiles, fingerprint
 from worker.runner.prefix.spill import Spill
+from worker.runner.quantized_cache import CannotQuantize, quantize_cache
 from worker.runner.vision.family import VisionFamily
 
 PENDING_WRITES_DIVISOR = 8
@@ -57,10 +58,21 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
         if model.dtype is not None:
             family.encoder.tower.set_dtype(getattr(mx, model.dtype))
         yield from read_weights(family.encoder.tower, model)
+    _quantize_cache(model, loaded)
     batching = yield from _progress(_batching(settings, model, loaded), READ_SHARE, PROOF_SHARE)
     runner = _runner(settings, model, loaded, family, batching)
     yield from _progress(runner.warming(), PROOF_SHARE, 1)
     return runner
+
+
+def _quantize_cache(model: CatalogModel, loaded: LoadedModel) -> None:
+    if model.kv_bits is None:
+        return
+    try:
+        quantize_cache(loaded.model, model.kv_bits)
+    except CannotQuantize as error:
+        problem = "this architecture does not support `kv_bits`; remove it from the catalog entry"
+        raise ModelError(f"{model.path}: {problem} ({first_line(error)})") from error
 
 
 def _progress(steps: Generator[None, None, T], start: float, end: float) -> Generator[float, None, T]:
@@ -157,7 +169,7 @@ def _spill(settings: Settings, module: Any, model: CatalogModel, memory: Memory)
     """Open the disk store for prefixes; None if it is disabled or this model's prefixes cannot be written."""
     if not settings.prefix_disk_bytes or not memory.prefix_bytes or not kv_cache.mergeable(module):
         return None
-    layout = f"{mx.default_device()} {type(module).__module__} {model.dtype} {model.quantize_bits}"
+    layout = f"{mx.default_device()} {type(module).__module__} {model.dtype} {model.quantize_bits} {model.kv_bits}"
     if model.adapter is not None:  # several catalog models may share a folder
         layout += fingerprint(model.adapter, "", "adapter_config.json")
     name = fingerprint(model.path, layout)

@@ -58,6 +58,7 @@ context = 4096
 slots = 8
 dtype = "float16"
 quantize_bits = 4
+kv_bits = 8
 aliases = ["small", "deux"]
 adapter = "HERE/lora"
 pin = true
@@ -73,7 +74,14 @@ path = "HERE/seer"
     two = catalog.resolve(None)
     assert two is not None
     assert two is catalog.resolve("deux") is catalog.resolve("two")
-    assert (two.context, two.slots, two.dtype, two.quantize_bits, two.pin) == (4096, 8, "float16", 4, True)
+    assert (two.context, two.slots, two.dtype, two.quantize_bits, two.kv_bits, two.pin) == (
+        4096,
+        8,
+        "float16",
+        4,
+        8,
+        True,
+    )
     assert (two.sampling.temperature, two.sampling.max_tokens, two.sampling.top_p) == (0.3, 100, None)
     assert two.adapter == models / "lora"
     assert catalog.resolve("three") is None
