@@ -38,7 +38,8 @@ class ModelCard:
         sampling: sampling parameters declared by the model's files; None in cards of earlier versions.
         reasoning: whether the model marks its reasoning, so that its length can be limited. None in cards of earlier
             versions, which have none of these three fields.
-        tool_format: name of the format in which the model calls tools; None if there is no parser for it.
+        tool_format: name of the format in which the model calls tools. `generic`: the prompt explains it
+            (`shared.tokenizing.generic_tools`). None if the model has no chat template.
         structured: whether answers can be constrained.
         text_only: whether the model's folder also has an image encoder, which is not used.
     """

@@ -86,6 +86,11 @@ class ChatTokenizer(Protocol):
         ...
 
     @property
+    def explains_tools(self) -> bool:
+        """Whether the system message explains tools; see `shared.tokenizing.generic_tools`."""
+        ...
+
+    @property
     def special_tokens(self) -> SpecialTokens:
         """The tokens that messages must not contain."""
         ...
@@ -139,6 +144,11 @@ class FileTokenizer:
     def reasons(self) -> bool:
         """See `ChatTokenizer`."""
         return bool(self._source.variables.get("enable_thinking", self._source.variables.get("thinking")))
+
+    @property
+    def explains_tools(self) -> bool:
+        """See `ChatTokenizer`."""
+        return self._source.explain_tools
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
@@ -248,8 +258,9 @@ def _chat(chat: _Chat, request: Mapping[str, Any], max_tokens: int | None) -> tu
     if not tokenizer.has_template:
         raise CannotTokenize(JobFailure.TEMPLATE, "This model has no chat template. Send a prompt instead of messages.")
     try:
-        features = _features(tokenizer, bool(request.get("tools")))
-        conversation = conversation_of(request, features, reasons=tokenizer.reasons)
+        explain = tokenizer.explains_tools
+        features = _features(tokenizer, bool(request.get("tools")) and not explain)
+        conversation = conversation_of(request, features, reasons=tokenizer.reasons, explain_tools=explain)
         ids = chat.ids(conversation, max_tokens)
     except TooLong:
         raise

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from shared.tokenizing import generic_tools
 from shared.tokenizing.chat_template import Features
 
 RESERVED: Final = frozenset(
@@ -68,19 +69,24 @@ class Conversation:
         return self.with_messages(lambda message: {**message, "content": message.get("content") or ""})
 
 
-def conversation_of(request: Mapping[str, Any], features: Features | None, *, reasons: bool) -> Conversation:
+def conversation_of(
+    request: Mapping[str, Any], features: Features | None, *, reasons: bool, explain_tools: bool = False
+) -> Conversation:
     """Return the input of the template for a request.
 
     Args:
         request: `shared.tokenizing.messages.request_fields`.
         features: what the template uses; None if that is unknown, because it is no Jinja template.
         reasons: whether the model reasons by default.
+        explain_tools: whether the system message explains tools, because the model has no known format for them.
 
     Raises:
         UnsupportedField: the template does not support a field.
     """
     messages = request["messages"] or [{"role": "user", "content": request["prompt"]}]
     tools = [*request["tools"]] if request.get("tools") else None
+    if explain_tools:
+        messages, tools = generic_tools.explained(_with_names(messages), tools), None
     variables = dict(request.get("template_variables") or {})
     if features is not None:
         _check_tools(messages, tools, features)

@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from shared.jobs.request import Request
+from shared.tokenizing import generic_tools
 
 _LENGTHS: Final = struct.Struct(">II")
 _MAX_HEADER_BYTES: Final = 256 * 2**20
@@ -49,6 +50,7 @@ class TokenizerSource:
         variables: variables of the template in addition to the messages.
         defaults: for a folder: mlx-lm's defaults for tokenizers of this model type.
         vision: for a folder: whether the template is loaded as mlx-vlm does.
+        explain_tools: whether the system message explains tools (`shared.tokenizing.generic_tools`).
     """
 
     path: str
@@ -59,6 +61,7 @@ class TokenizerSource:
     defaults: dict[str, Any] | None = None
     vision: bool = False
     tool_template: str | None = None
+    explain_tools: bool = False
 
     @classmethod
     def of_card(cls, path: str, digest: str, fields: Mapping[str, Any]) -> TokenizerSource:
@@ -70,6 +73,7 @@ class TokenizerSource:
             bos_token=fields["bos_token"],
             variables=fields["template_variables"] or {},
             tool_template=fields.get("tool_template"),
+            explain_tools=fields.get("tool_format") == generic_tools.FORMAT,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         sampling=SamplingDefaults.declared(folder).model_dump(exclude_none=True),
         vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
         reasoning=form.marks_reasoning,
-        tool_format=form.tool.name if form.tool else None,
+        tool_format=form.tool.card_name if form.tool else None,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids), form)
 

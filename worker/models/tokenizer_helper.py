@@ -12,6 +12,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -70,6 +71,7 @@ class FolderTokenizer:
         if source.vision and (template := _vision_template(folder)) is not None:
             self.wrapper.chat_template = template
         self._tokenizer = self.wrapper._tokenizer  # noqa: SLF001 - the wrapper does not forward calls
+        self.explains_tools = source.explain_tools
         self._custom_template: bool = self.wrapper._chat_template is not None  # noqa: SLF001
 
     @classmethod
@@ -183,7 +185,8 @@ def prove(request: Mapping[str, Any]) -> Reply:
         return {"reason": "its tokenizer is not based on a tokenizer.json"}, b""
     text = backend.to_str()
     fields = _card_fields(folder.wrapper)
-    file = FileTokenizer(TokenizerSource.of_card("", "", fields), Tokenizer.from_str(text))
+    file_source = replace(TokenizerSource.of_card("", "", fields), explain_tools=source.explain_tools)
+    file = FileTokenizer(file_source, Tokenizer.from_str(text))
     for probe in probes(fields, source.vision):
         if _outcome(folder, probe) != _outcome(file, probe):
             return {"reason": f"its tokenizer.json gives different tokens for {json.dumps(probe)[:200]}"}, b""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.models.registry import ModelCard
+from shared.tokenizing import generic_tools
 from shared.tokenizing.client import TokenizerError, Tokenizing
 from shared.tokenizing.files import TokenizerFiles, write_private
 from shared.tokenizing.messages import TokenizerSource
@@ -59,7 +60,13 @@ class ModelTokenizer:
 
 def unproved(folder: Path, card: ModelCard, defaults: dict[str, Any] | None = None) -> ModelTokenizer:
     """Return a folder's tokenizer before its proof."""
-    return ModelTokenizer(TokenizerSource(str(folder.resolve()), defaults=defaults, vision=card.kind == "vision"))
+    source = TokenizerSource(
+        str(folder.resolve()),
+        defaults=defaults,
+        vision=card.kind == "vision",
+        explain_tools=card.tool_format == generic_tools.FORMAT,
+    )
+    return ModelTokenizer(source)
 
 
 def remembered(unproved: ModelTokenizer, files: Path) -> ModelTokenizer | None:
@@ -100,7 +107,8 @@ def _proved(unproved: ModelTokenizer, result: dict[str, Any], files: Path) -> Mo
     if path is None:
         return None
     fields = result["fields"]
-    file = TokenizerSource.of_card(str(path), result["digest"], fields)
+    source = TokenizerSource.of_card(str(path), result["digest"], fields)
+    file = replace(source, explain_tools=unproved.folder.explain_tools)
     return replace(unproved, file=file, fields=fields)
 
 

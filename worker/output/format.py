@@ -180,9 +180,13 @@ def _without_tools(targets: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def tool_format(tokenizer: Any) -> ToolFormat | None:
-    """Return how a model calls tools; None if mlx-lm has no parser for it."""
+    """Return how a model calls tools; None without a chat template.
+
+    If mlx-lm has no parser for the model's own format, the prompt explains a format that it can parse.
+    """
     if not tokenizer.has_tool_calling:
-        return None
+        has_template = tokenizer.has_chat_template or tokenizer.chat_template is not None
+        return ToolFormat.explained() if has_template else None
     return ToolFormat.of(tokenizer.tool_parser, tokenizer.tool_call_start, tokenizer.tool_call_end)
 
 

@@ -9,6 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
 
+from mlx_lm.tool_parsers import json_tools
+
+from shared.tokenizing import generic_tools
+
 Parse: TypeAlias = Callable[[str, list[dict[str, Any]]], Any]
 """Returns the call or the list of calls in a section, each with `name` and `arguments`. May raise any exception."""
 
@@ -47,17 +51,29 @@ class ToolFormat:
     Attributes:
         name: the module of `mlx_lm.tool_parsers`, or `HARMONY`.
         start, end: markers around a section with calls; `end` is empty if the section extends to the answer's end.
+        is_explained: whether the prompt explains it to the model (`shared.tokenizing.generic_tools`).
     """
 
     name: str
     start: str
     end: str
     parse: Parse
+    is_explained: bool = False
+
+    @classmethod
+    def explained(cls) -> Self:
+        """Return the format of models without one of their own."""
+        return cls("json_tools", generic_tools.START, generic_tools.END, json_tools.parse_tool_call, is_explained=True)
 
     @classmethod
     def of(cls, parse: Parse, start: str, end: str) -> Self:
         """Return the format of a function of `mlx_lm.tool_parsers`. Some modules use the function of another one."""
         return cls(parse.__module__.rpartition(".")[2], start, end, parse)
+
+    @property
+    def card_name(self) -> str:
+        """The format's name in the model's card."""
+        return generic_tools.FORMAT if self.is_explained else self.name
 
     @property
     def self_contained(self) -> bool:
