@@ -48,11 +48,13 @@ class Stack:
             "PORT": str(port),
             "RATE_LIMIT": "1000000/minute",
             "DRAIN_S": "2",
+            "MAX_TOKENS": "512",
             **{name: os.environ[name] for name in ("OPENBLAS_NUM_THREADS",) if name in os.environ},
             **variables,
         }
         (home / "data/run").mkdir()
-        self.settings = Settings(_env_file=None, **{name.lower(): value for name, value in self.env.items()})  # type: ignore[arg-type]
+        given = {name.lower(): value for name, value in self.env.items() if value}
+        self.settings = Settings(_env_file=None, **given)  # type: ignore[arg-type]
         self.redis = connect(self.settings.store_url)
         self.registry = Registry(self.redis)
         self.model = self.settings.model_id

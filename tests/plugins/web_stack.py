@@ -30,12 +30,18 @@ from web.access.api_keys import KeyStore, new_key
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "stub"
 CONTEXT = 4096
+MAX_WORDS = 512
 _LEASE_S = 30.0
 
 
 def words_for(claimed: ClaimedJob) -> list[str]:
-    """The output of a stub worker: `max_tokens` words."""
-    return [f"w{n} é🙂\n" if n % 7 == 0 else f"w{n} " for n in range(claimed.request.max_tokens)]
+    """The output of a stub worker: `max_tokens` words, or `MAX_WORDS` if the answer may fill the context."""
+    return [f"w{n} é🙂\n" if n % 7 == 0 else f"w{n} " for n in range(_word_count(claimed))]
+
+
+def _word_count(claimed: ClaimedJob) -> int:
+    requested = claimed.request.max_tokens
+    return requested if requested < CONTEXT else MAX_WORDS
 
 
 @dataclass
@@ -135,7 +141,7 @@ class StubWorker(threading.Thread):
         word = row.words.pop(0)
         ending = None
         if not row.words:
-            tokens = row.claimed.request.max_tokens
+            tokens = _word_count(row.claimed)
             ending = Ending(
                 Status.SUCCEEDED, finish_reason="length", prompt_tokens=3, completion_tokens=tokens,
                 timings={"total_s": 0.1},
