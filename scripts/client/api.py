@@ -70,6 +70,7 @@ class RemoteJob:
     error: Json | None
     actions: list[Json] | None = None
     parse_error: str | None = None
+    message: Json | None = None
 
     @classmethod
     def from_json(cls, data: Json) -> Self:
@@ -83,8 +84,9 @@ class RemoteJob:
             usage=data.get("usage") or {},
             timings=data.get("timings") or {},
             error=data.get("error"),
-            actions=output.get("actions"),
-            parse_error=output.get("parse_error"),
+            actions=data.get("actions"),
+            parse_error=data.get("parse_error"),
+            message=data.get("message"),
         )
 
 

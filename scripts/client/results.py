@@ -38,6 +38,7 @@ class Result:
     error: dict[str, Any] | None = None
     actions: list[dict[str, Any]] | None = None
     parse_error: str | None = None
+    message: dict[str, Any] | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -49,6 +50,8 @@ class Result:
         fields = {name: getattr(self, name) for name in self.__slots__}
         if self.actions is None:  # the request did not ask for actions
             del fields["actions"], fields["parse_error"]
+        if self.message is None:
+            del fields["message"]
         # A lone surrogate has no UTF-8 encoding; the backslash escape is its form in JSON.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 

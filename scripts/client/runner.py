@@ -150,6 +150,7 @@ def _job_result(prompt: Prompt, job: RemoteJob) -> Result:
         error=job.error,
         actions=job.actions,
         parse_error=job.parse_error,
+        message=job.message,
     )
 
 

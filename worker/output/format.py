@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,7 +124,7 @@ PLAIN: Final = MessageFormat()
 
 def _ends_with(tokens: Sequence[int], end: int, marker: tuple[int, ...]) -> bool:
     start = end - len(marker)
-    return start >= 0 and tuple(tokens[start:end]) == marker
+    return tokens[end - 1] == marker[-1] and start >= 0 and tuple(tokens[start:end]) == marker
 
 
 def message_format(tokenizer: Any) -> MessageFormat:
@@ -184,10 +185,21 @@ def tool_format(tokenizer: Any) -> ToolFormat | None:
 
     If mlx-lm has no parser for the model's own format, the prompt explains a format that it can parse.
     """
-    if not tokenizer.has_tool_calling:
-        has_template = tokenizer.has_chat_template or tokenizer.chat_template is not None
-        return ToolFormat.explained() if has_template else None
-    return ToolFormat.of(tokenizer.tool_parser, tokenizer.tool_call_start, tokenizer.tool_call_end)
+    if tokenizer.has_tool_calling:
+        return ToolFormat.of(tokenizer.tool_parser, tokenizer.tool_call_start, tokenizer.tool_call_end)
+    from mlx_lm.tokenizer_utils import _infer_tool_parser  # there is no public function
+
+    # The template of a vision model may be set after its tokenizer was loaded.
+    if name := _infer_tool_parser(tokenizer):  # type: ignore[no-untyped-call]
+        return tool_format_named(name)
+    has_template = tokenizer.has_chat_template or tokenizer.chat_template is not None
+    return ToolFormat.explained() if has_template else None
+
+
+def tool_format_named(name: str) -> ToolFormat:
+    """Return the format of a module of `mlx_lm.tool_parsers`."""
+    module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    return ToolFormat.of(module.parse_tool_call, module.tool_call_start, module.tool_call_end)
 
 
 def channel_format(

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
 
-from mlx_lm.tool_parsers import json_tools
-
 from shared.tokenizing import generic_tools
 
 Parse: TypeAlias = Callable[[str, list[dict[str, Any]]], Any]
@@ -63,7 +61,7 @@ class ToolFormat:
     @classmethod
     def explained(cls) -> Self:
         """Return the format of models without one of their own."""
-        return cls("json_tools", generic_tools.START, generic_tools.END, json_tools.parse_tool_call, is_explained=True)
+        return cls("json_tools", generic_tools.START, generic_tools.END, _parse_json, is_explained=True)
 
     @classmethod
     def of(cls, parse: Parse, start: str, end: str) -> Self:
@@ -86,6 +84,11 @@ class ToolFormat:
             return _ends_in_string(section)
         begin, end = _VALUES.get(self.name, ("", ""))
         return bool(begin) and section.count(begin) > section.count(end)
+
+
+def _parse_json(section: str, _tools: list[dict[str, Any]]) -> Any:
+    # The same as mlx-lm's parser. Importing mlx-lm here would load MLX into processes that do not need it.
+    return json.loads(section)
 
 
 def _is_json(section: str) -> bool:

@@ -21,7 +21,6 @@ The same request always gets the same answer, so another worker continues an int
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -34,8 +33,8 @@ from shared.jobs.request import Request
 from shared.models.catalog import CatalogModel
 from shared.models.folder import ModelError
 from shared.settings import Settings
-from worker.output.format import MessageFormat, channel_format, think_edges
-from worker.output.tool_calls import HARMONY, ToolFormat
+from worker.output.format import MessageFormat, channel_format, think_edges, tool_format_named
+from worker.output.tool_calls import HARMONY
 from worker.runner.base import Row
 from worker.runner.fake import EOS, FakeDetokenizer, FakeRow, FakeRunner
 
@@ -100,12 +99,7 @@ class Script:
         if name == HARMONY:
             return channel_format()
         edges = think_edges("<think>", "</think>") if self.model.get("reasoning", True) else {}
-        return MessageFormat(edges=edges, tool=_tool_format(name) if name else None)
-
-
-def _tool_format(name: str) -> ToolFormat:
-    module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
-    return ToolFormat.of(module.parse_tool_call, module.tool_call_start, module.tool_call_end)
+        return MessageFormat(edges=edges, tool=tool_format_named(name) if name else None)
 
 
 def _texts(request: Request) -> list[str]:

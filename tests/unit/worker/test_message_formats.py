@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.message_samples import FILES, SAMPLES, WEATHER, Sample, calls_of, parsed, parser_for
 from worker.output.content_tokens import ContentTokens
-from worker.output.format import MessageFormat
+from worker.output.format import MessageFormat, message_format
 from worker.output.parser import Delta, merged
 from worker.runner.detokenizer import make_detokenizer
 
@@ -61,6 +62,16 @@ def test_there_is_an_answer_for_every_marker_of_reasoning_of_mlx_lm(forms: dict[
     ]
     assert len(declared) == 5
     assert all(any(line[1] in marker for marker in markers) for line in declared)
+
+
+def test_the_format_is_found_in_a_template_that_is_set_later(tmp_path: Path) -> None:
+    sample = next(each for each in SAMPLES if each.name == "json_tools")
+    tokenizer = dataclasses.replace(sample, template="").tokenizer(tmp_path)
+    before = message_format(tokenizer).tool
+    assert before is not None and before.is_explained
+    tokenizer.chat_template = sample.template
+    after = message_format(tokenizer).tool
+    assert after is not None and (after.name, after.is_explained) == ("json_tools", False)
 
 
 @each_format

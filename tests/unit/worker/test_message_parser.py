@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
@@ -10,23 +9,18 @@ import pytest
 
 from tests.support.message_samples import SAMPLES, TOOLS, calls_of, parsed
 from worker.output.content_tokens import ContentTokens
-from worker.output.format import PLAIN, MessageFormat, Part, channel_format, think_edges
+from worker.output.format import PLAIN, MessageFormat, Part, channel_format, think_edges, tool_format_named
 from worker.output.parser import Delta, MessageParser, merged, message_parser
 from worker.output.text_field import TextField
-from worker.output.tool_calls import ToolCalls, ToolFormat
+from worker.output.tool_calls import ToolCalls
 
 START, END, TURN = 1, 2, 9
-
-
-def tool_format(name: str) -> ToolFormat:
-    module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
-    return ToolFormat.of(module.parse_tool_call, module.tool_call_start, module.tool_call_end)
 
 
 def form(tool: str = "json_tools") -> MessageFormat:
     return MessageFormat(
         edges=think_edges("<think>", "</think>"),
-        tool=tool_format(tool),
+        tool=tool_format_named(tool),
         think_start=(START,),
         think_end=(END,),
         turn_tokens=frozenset({TURN}),
@@ -43,7 +37,7 @@ def read(text: str, tool: str = "json_tools", **options: Any) -> Delta:
 
 def call(body: str, tool: str = "json_tools") -> list[tuple[str, Any]]:
     """Return the calls in a section; if there is none, check that it is content."""
-    declared = tool_format(tool)
+    declared = tool_format_named(tool)
     text = declared.start + body + declared.end
     message = read(text, tool)
     if "tool_calls" not in message:
@@ -176,7 +170,7 @@ def test_a_value_that_the_librarys_parser_would_cut_makes_a_call_malformed() -> 
     "body", ["", "???", "call:a{" * 1000, "<|open|>call" * 1000, "<atem:invoke" * 1000, "-" * 9999]
 )
 def test_no_parser_raises_or_takes_long_for_nonsense(sample: Any, body: str) -> None:
-    declared = tool_format(sample.name)
+    declared = tool_format_named(sample.name)
     assert ToolCalls(declared, TOOLS, "job_1", parallel=True).parse(body) == []
 
 
