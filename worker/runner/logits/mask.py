@@ -46,8 +46,7 @@ class BatchConstraints:
         Returns:
             [batch, vocabulary] changed logits, and the rows whose constraint failed; ignore the logits of these rows.
         """
-        allowed = np.ones(logits.shape, dtype=np.bool_)
-        self._fill_by_grammar(allowed)
+        allowed = self._allowed_by_grammar(*logits.shape)
         for index, guide in self._guides:
             if guide.forced is not None:
                 allowed[index] = False
@@ -57,26 +56,29 @@ class BatchConstraints:
             elif guide.follows_grammar and guide.think_start is not None:
                 allowed[index, guide.think_start] = True
         failures: RowFailures = [(index, guide.error) for index, guide in self._guides if guide.error]
-        if allowed.all():
-            return logits, failures
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype)), failures
 
-    def _fill_by_grammar(self, allowed: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-        """Let the grammars decide about their rows."""
-        rows = [(index, guide) for index, guide in self._guides if guide.follows_grammar and guide.error is None]
-        matchers = [guide.matcher for _, guide in rows if guide.matcher is not None]
-        if not matchers:
-            return
-        words = rows[0][1].words
-        bits = np.zeros((len(matchers), words), dtype=np.int32)
-        fill_next_token_bitmask_par(_executor(), [(matcher, i) for i, matcher in enumerate(matchers)], bits)
-        for _, guide in rows:
+    def _allowed_by_grammar(self, rows: int, vocabulary: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return which tokens may come next according to the grammars, [rows, vocabulary]."""
+        words = max(-(-vocabulary // _WORD_BITS), *(guide.words for _, guide in self._guides))
+        bits = np.full((rows, words), -1, dtype=np.int32)
+        guides = [(index, guide) for index, guide in self._guides if guide.follows_grammar and guide.error is None]
+        if guides:
+            self._fill(bits, guides)
+        # [:, :vocabulary] because the tokenizer may have more tokens than the model, or the model more than it.
+        return np.unpackbits(bits.view(np.uint8), axis=1, count=vocabulary, bitorder="little").view(np.bool_)
+
+    def _fill(self, bits: np.ndarray[Any, np.dtype[np.int32]], guides: Sequence[tuple[int, Guide]]) -> None:
+        bits[[index for index, _ in guides]] = 0
+        matchers = [(guide.matcher, index) for index, guide in guides if guide.matcher is not None]
+        words = guides[0][1].words
+        masks = bits if words == bits.shape[1] else np.zeros((len(bits), words), dtype=np.int32)
+        fill_next_token_bitmask_par(_executor(), matchers, masks)
+        if masks is not bits:
+            for _, index in matchers:
+                bits[index, :words] = masks[index]
+        for _, guide in guides:
             guide.check()
-        width = min(allowed.shape[1], words * _WORD_BITS)
-        indices = [index for index, _ in rows]
-        allowed[indices] = False
-        unpacked = np.unpackbits(bits.view(np.uint8), axis=1, count=width, bitorder="little")
-        allowed[indices, :width] = unpacked.view(np.bool_)
 
 
 @lru_cache(maxsize=1)
