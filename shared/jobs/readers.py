@@ -21,6 +21,8 @@ from shared.redis.client import Redis, script
 GRACE_S: Final = 5.0
 """How long a job is kept for a retry after its connection was lost. The official clients of OpenAI and Anthropic wait
 0.4 to 2 s before their first retries."""
+RESTART_S: Final = 60.0
+"""How long a job is kept for a retry if the API process is restarted, during which connections are refused."""
 
 
 class Readers:
@@ -31,17 +33,17 @@ class Readers:
         self._abandon = script(client, "abandon")
         self._rejoin = script(client, "rejoin")
 
-    def detach(self, job: Job) -> str:
+    def detach(self, job: Job, for_s: float = GRACE_S) -> str:
         """Keep a job and its children for a retry, because the connection of its client is lost.
 
         Returns:
-            The time of the loss as text, for `abandon`.
+            The time until which it is kept, as text, for `abandon`.
         """
-        return str(self._detach(args=[job.id]))
+        return str(self._detach(args=[job.id, for_s]))
 
-    def abandon(self, job: Job, detached_at: str) -> bool:
+    def abandon(self, job: Job, kept_until: str) -> bool:
         """Cancel a job and its children, unless a client has joined it since; return whether they were cancelled."""
-        return bool(self._abandon(args=[job.id, detached_at]))
+        return bool(self._abandon(args=[job.id, kept_until]))
 
     def rejoin(self, owner: str, fingerprint: str) -> str | None:
         """Return the id of the owner's job with this fingerprint whose client was lost, and read it from now on."""
@@ -52,7 +54,7 @@ class Readers:
         return found or None
 
     def _call_rejoin(self, owner: str, fingerprint: str, dead: Sequence[str]) -> list[str]:
-        reply: list[str] = self._rejoin(args=[owner, fingerprint, GRACE_S, reader_id(), *dead])
+        reply: list[str] = self._rejoin(args=[owner, fingerprint, reader_id(), *dead])
         return reply
 
 

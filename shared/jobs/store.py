@@ -173,8 +173,11 @@ class Jobs:
         jobs, texts = [], []
         for number, (submission, job_id) in enumerate(zip(submissions, job_ids, strict=True)):
             job, text, tokens = self._job_arguments(submission)
-            children = () if number else job_ids[1:]
-            jobs.append({"id": job_id, **job, "record": self._record_fields(submission, children)})
+            record = self._record_fields(submission)
+            if number == 0:
+                family = {"children": " ".join(job_ids[1:]), "reader": submission.reader}
+                record |= {name: value for name, value in family.items() if value}
+            jobs.append({"id": job_id, **job, "record": [part for item in record.items() for part in item]})
             texts += [text, tokens]
         return [json.dumps({**arguments, "jobs": jobs}), *texts]
 
@@ -192,10 +195,10 @@ class Jobs:
         }
         return numbers, text, tokens
 
-    def _record_fields(self, submission: Submission, children: Sequence[str]) -> list[str]:
-        """Return the record fields that the script does not set itself: alternating names and values."""
+    def _record_fields(self, submission: Submission) -> dict[str, str]:
+        """Return the record fields that the script does not set itself."""
         request = submission.request
-        record = {
+        return {
             "metadata": json.dumps(submission.metadata),
             "request_id": submission.request_id,
             "log_retention_s": str(self._settings.log_retention_s or self._settings.retention_s),
@@ -203,9 +206,6 @@ class Jobs:
             "sampling": to_json({"max_tokens": request.max_tokens, **asdict(request.sampling)}),
             **_optional(submission),
         }
-        if children:
-            record["children"] = " ".join(children)
-        return [value for item in record.items() for value in item]
 
     def key_is_used(self, owner: str, idempotency_key: str) -> bool:
         """Whether an owner's Idempotency-Key already belongs to a job."""
@@ -351,8 +351,6 @@ def _optional(submission: Submission) -> dict[str, str]:
     request, fields = submission.request, dict[str, str]()
     if submission.prefixes:
         fields["prefixes"] = " ".join(submission.prefixes)
-    if submission.reader:
-        fields["reader"] = submission.reader
     if request.logprobs is not None:
         fields["logprobs"] = "1"
     if request.parse is not None:

@@ -60,7 +60,7 @@ Fields of `JOB` that mainly the scripts read:
 | `stop_as` | `cancelled` or `expired` when a running job must stop |
 | `end_by` | the deadline |
 | `fingerprint` | hash of the request, if it can be repeated: see `shared.jobs.readers` |
-| `reader`, `detached_at` | the API process whose client reads the job, and when that client was lost |
+| `reader`, `kept_until` | the API process that reads the job, and until when its lost client can come back |
 | `children` | ids of the jobs with the further choices of the same request |
 | `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |

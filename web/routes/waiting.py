@@ -12,7 +12,7 @@ from flask import Response, request
 
 from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, NotFound, Unavailable
 from shared.jobs.log import Event, EventKind
-from shared.jobs.readers import after_grace
+from shared.jobs.readers import RESTART_S, after_grace
 from shared.jobs.record import Job, Status
 from web.http.disconnect import watch_disconnect
 from web.http.problems import problem
@@ -70,12 +70,12 @@ def job_retainer(current: Services, job: Job) -> Callable[[], None]:
     """Return a function that cancels the job and its children unless the client comes back soon."""
 
     def retain() -> None:
-        detached_at = current.readers.detach(job)
+        kept_until = current.readers.detach(job)
         if not current.hub.closing:
-            after_grace(_once(lambda: abandon(detached_at), job))
+            after_grace(_once(lambda: abandon(kept_until), job))
 
-    def abandon(detached_at: str) -> None:
-        if current.readers.abandon(job, detached_at):
+    def abandon(kept_until: str) -> None:
+        if current.readers.abandon(job, kept_until):
             log.info("job_cancelled_on_disconnect", extra={"job_id": job.id})
 
     return _once(retain, job)
@@ -138,7 +138,7 @@ def unfinished(jobs: Sequence[Job]) -> Response | None:
     if not current.hub.closing:
         return Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
     if retry_count() is not None:
-        current.readers.detach(jobs[0])
+        current.readers.detach(jobs[0], RESTART_S)
     detail = "The API process is restarting. The job continues; its path is in the Location header."
     return problem(Unavailable(detail, code="restarting", retry_after=1))
 

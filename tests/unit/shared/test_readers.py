@@ -12,11 +12,11 @@ import pytest
 from shared.jobs import readers as module
 from shared.jobs.readers import Readers, reader_id
 from shared.jobs.record import Job, Status
-from shared.jobs.store import Jobs
+from shared.jobs.store import Jobs, new_job_id
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
-from tests.support.queueing import end, lease, started, submit
+from tests.support.queueing import end, lease, started, submission, submit
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def test_a_connected_job_is_not_joined(jobs: Jobs, readers: Readers) -> None:
 
 def test_a_job_without_its_client_is_joined_once(jobs: Jobs, readers: Readers) -> None:
     job = read(jobs)
-    detached_at = readers.detach(job)
+    kept_until = readers.detach(job)
     assert readers.rejoin("a", "another") is None
     assert readers.rejoin("another", "f") is None
     assert readers.rejoin("a", "f") == job.id
     assert readers.rejoin("a", "f") is None, "it has a client again"
-    assert not readers.abandon(job, detached_at)
+    assert not readers.abandon(job, kept_until)
     assert jobs.get(job.id, "a").status is Status.QUEUED
 
 
@@ -87,7 +87,7 @@ def test_a_job_is_joined_only_for_a_while(
 ) -> None:
     job = read(jobs)
     readers.detach(job)
-    client.hincrbyfloat(keys.JOB + job.id, "detached_at", -2 * module.GRACE_S)
+    client.hincrbyfloat(keys.JOB + job.id, "kept_until", -2 * module.GRACE_S)
     assert readers.rejoin("a", "f") is None
 
 
@@ -97,6 +97,14 @@ def test_jobs_of_a_dead_process_are_joined(jobs: Jobs, readers: Readers) -> None
     job = read(jobs, f"{socket.gethostname()}:{dead.pid}:aa")
     assert readers.rejoin("a", "f") == job.id
     assert readers.rejoin("a", "f") is None, "it is read by this process now"
+
+
+def test_the_first_of_several_choices_is_joined(jobs: Jobs, readers: Readers) -> None:
+    dead = f"{socket.gethostname()}:{os.getpid()}:aa"
+    choices = [submission(fingerprint="f", reader=dead) for _ in range(3)]
+    first = jobs.create_all(choices, [new_job_id() for _ in choices]).job
+    assert readers.rejoin("a", "f") == first.id
+    assert readers.rejoin("a", "f") is None
 
 
 def test_jobs_of_an_earlier_process_with_the_same_id_are_joined(jobs: Jobs, readers: Readers) -> None:
