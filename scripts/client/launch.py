@@ -77,6 +77,7 @@ def claude(target: Target) -> Launch:
     environment = {
         "ANTHROPIC_BASE_URL": target.url,
         "ANTHROPIC_AUTH_TOKEN": target.key,
+        "ANTHROPIC_API_KEY": "",  # it would take precedence over the token
         **dict.fromkeys(models, target.model),
         # It would put a line into the system prompt that changes with every request, before everything cacheable.
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
