@@ -42,7 +42,8 @@ def test_help_installs_nothing(fresh: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [each for each in EXECUTABLES if each not in ("check", "compile_requirements", "test", "worker")]
+    "name",
+    [each for each in EXECUTABLES if each not in ("check", "compile_requirements", "test", "test-clients", "worker")],
 )
 def test_no_file_of_the_current_folder_is_imported(tmp_path: Path, name: str) -> None:
     for module in ("secrets", "web", "shared", "scripts", "tests", "redis", "rich", "pydantic"):
