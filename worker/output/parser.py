@@ -250,8 +250,11 @@ def message_parser(
 
 def merged(deltas: Iterable[Delta]) -> Delta:
     """Return one delta for several that follow each other."""
+    collected = [*deltas]
+    if len(collected) == 1:
+        return collected[0]
     result: Delta = {}
-    for delta in deltas:
+    for delta in collected:
         for name, value in delta.items():
             if name == CONTENT_TOKENS and name in result and result[name][-1] == value[0]:
                 result[name] = [*result[name][:-1], *value[1:]]
