@@ -13,6 +13,7 @@ from shared.jobs.store import Jobs
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
+from shared.tokenizing.client import Tokenizing
 from tests.support.queueing import lease, submit
 from worker.engine.core import EngineCore
 from worker.queue.claimer import Claimer
@@ -61,7 +62,7 @@ class SteppedWorker:
         )
         self.core = EngineCore(FakeRunner, slots, self.publisher.put)
         self.core.load()
-        self.preparer = Preparer(None, tuple, self.find_images, self.log)  # type: ignore[arg-type]  # tokenizes nothing
+        self.preparer = Preparer(Tokenizing(1.0), tuple, self.find_images, self.log)  # starts no helper
         self.claimer = Claimer(
             "fake", self.core, self.claims, self.preparer, self.publisher.put,
             self.recorder, self.recorder, slots, lambda: ("w1", "w1-of-another-model"),  # type: ignore[arg-type]
