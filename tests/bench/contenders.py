@@ -174,6 +174,13 @@ def own_stack_jobs(model: Path, slots: int) -> AbstractContextManager[OwnStack]:
 
 
 @contextmanager
+def own_stack_chat(model: Path, slots: int) -> Iterator[Served]:
+    """The same through `/v1/chat/completions`."""
+    with own_stack(model, slots) as stack:
+        yield Served(stack.pid, ChatCompletions(stack.endpoint.url, headers=stack.endpoint.headers))
+
+
+@contextmanager
 def mlx_lm_server(model: Path, slots: int, extra: tuple[str, ...] = ()) -> Iterator[Served]:
     """mlx-lm's own server with our BLAS and otherwise its defaults (32 rows, eight prompts at a time)."""
     del slots
@@ -283,6 +290,7 @@ CONTENDERS = {
     for each in (
         Contender(OWN, own_stack),
         Contender(f"{OWN}-jobs", own_stack_jobs, ("closed",)),
+        Contender(f"{OWN}-chat", own_stack_chat, ("closed",)),
         Contender(PEER, mlx_lm_server),
         Contender(f"{PEER}-wide", mlx_lm_server_wide, ("closed",)),
         Contender("mlx_vlm.server", mlx_vlm_server, missing=_without_vlm),

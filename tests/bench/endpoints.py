@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 from urllib.parse import urljoin
 
@@ -104,7 +104,7 @@ class Own:
 
 @dataclass(frozen=True)
 class ChatCompletions:
-    """OpenAI's chat completions, which the other servers have.
+    """OpenAI's chat completions, which all servers have.
 
     Attributes:
         model: the name to send; empty: none.
@@ -112,6 +112,7 @@ class ChatCompletions:
 
     url: str
     model: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @asynccontextmanager
     async def stream(
@@ -126,7 +127,7 @@ class ChatCompletions:
             "stream_options": {"include_usage": True},
             **({"model": self.model} if self.model else {}),
         }
-        async with session.post(f"{self.url}/v1/chat/completions", json=body) as response:
+        async with session.post(f"{self.url}/v1/chat/completions", json=body, headers=self.headers) as response:
             yield response
 
     def read(self, event: Json) -> Reading:

@@ -50,16 +50,23 @@ def _queue_s(endpoint: Own) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Concurrent streams, tokens of each, and the seconds between two steps of the engine."""
+    """Concurrent streams, tokens of each, and the seconds between two steps of the engine.
+
+    Attributes:
+        chat: whether the streams are chat completions; otherwise those of `/inference`.
+    """
 
     streams: int
     tokens: int
     every_s: float
+    chat: bool = False
 
     def run(self, stack: Stack) -> dict[str, Any]:
         """The figures of the client process."""
-        body = {"prompt": f"Go on. !clock=1 !every={self.every_s}", "max_tokens": self.tokens}
-        return _client("reader", stack, streams=self.streams, body=body, pids=stack.pids())
+        prompt, path = f"Go on. !clock=1 !every={self.every_s}", "/v1/chat/completions" if self.chat else "/inference"
+        question = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        body = {**question, "max_tokens": self.tokens}
+        return _client("reader", stack, path=path, streams=self.streams, body=body, pids=stack.pids())
 
 
 CASES: Final = {
@@ -67,6 +74,8 @@ CASES: Final = {
     "64 streams, a step each 4 ms": Case(64, 2000, 0.004),
     "1,000 streams, a step each 200 ms": Case(1000, 150, 0.2),
     "1 stream, a step each 20 ms": Case(1, 250, 0.02),
+    "64 chat completions, a step each 1 ms": Case(64, 4000, 0.001, chat=True),
+    "1,000 chat completions, a step each 200 ms": Case(1000, 150, 0.2, chat=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""A client process that reads many streams at once: `{"port", "key", "streams", "body", "pids"}` in, figures out.
+"""A client process that reads many streams at once: the parameters of `read` as JSON in, figures out.
 
 The words of the streams are timestamps (the fake backend's `!clock`), so the reader sees how long each event took to
 arrive. Its figures cover the time in which every stream is running.
@@ -25,10 +25,12 @@ from worker.runner.fake import CLOCK_LAP, TICKS_PER_S, ticks
 _MAX_OPENING: Final = 32
 """Streams that were requested and have no token yet: the cost of opening many at once is another question."""
 _WORD: Final = b" @"
-_TIMESTAMP: Final = re.compile(rb'"text":" @(\d+);')
+_TIMESTAMP: Final = re.compile(rb'"(?:text|content)":" @(\d+);')
 """The first word of an event; if it has more, those are younger."""
-_DONE: Final = b"event: done"
-"""The event that repeats the whole text."""
+_DONE: Final = re.compile(rb"event: done|data: \[DONE\]")
+"""The last event, which in a job's stream repeats the whole text."""
+_MAX_DONE: Final = 12
+"""Bytes of `_DONE`."""
 
 
 class Reader:
@@ -38,7 +40,8 @@ class Reader:
         figures: the result, once a stream has ended.
     """
 
-    def __init__(self, streams: int, body: dict[str, Any], watched: dict[str, psutil.Process]) -> None:
+    def __init__(self, path: str, streams: int, body: dict[str, Any], watched: dict[str, psutil.Process]) -> None:
+        self._path = path
         self._silent = streams
         self._body = body
         self._watched = watched
@@ -58,11 +61,11 @@ class Reader:
         await self._opening.acquire()
         begun = done = False
         before = b""
-        async with client.post("/inference", json=self._body) as response:
+        async with client.post(self._path, json=self._body) as response:
             if response.status != 200:
                 raise RuntimeError(await response.text())
             async for data in response.content.iter_any():
-                done = done or _DONE in before[-len(_DONE) :] + data
+                done = done or _DONE.search(before[-_MAX_DONE:] + data) is not None
                 before = data
                 if done:
                     self._stop()
@@ -107,10 +110,12 @@ class Reader:
         return {name: cpu_s(process) for name, process in self._watched.items()}
 
 
-async def read(port: int, key: str, streams: int, body: dict[str, Any], pids: dict[str, int]) -> dict[str, Any]:
+async def read(
+    port: int, key: str, path: str, streams: int, body: dict[str, Any], pids: dict[str, int]
+) -> dict[str, Any]:
     """The figures of all streams, with the CPU time of this process and of those with the given pids."""
     watched = {**{name: psutil.Process(pid) for name, pid in pids.items()}, "client": psutil.Process()}
-    reader = Reader(streams, {**body, "stream": True}, watched)
+    reader = Reader(path, streams, {**body, "stream": True}, watched)
     url = f"http://127.0.0.1:{port}"
     async with session(url, {KEY_HEADER: key}) as client, asyncio.TaskGroup() as readers:
         for _ in range(streams):
