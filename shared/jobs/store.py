@@ -91,12 +91,14 @@ class Accepted:
         new: whether this call created it; False for a repeated Idempotency-Key.
         wake: whether the workers of its model must be woken.
         position: 1-based position in the queue; None if the job is not queued.
+        prompt_tokens: number of tokens that the API has given to the job's prompt; None if it has not tokenised it.
     """
 
     job: Job
     new: bool
     wake: bool
     position: int | None
+    prompt_tokens: int | None = None
 
 
 def new_job_id() -> str:
@@ -150,7 +152,13 @@ class Jobs:
         wake, rank, *flat = reply
         job = Job.from_record(pairs_to_dict(flat))
         # The ids are compared because "exists" may also be the reply to a retry of this call.
-        return Accepted(job, job.id == job_ids[0], bool(wake), None if rank == "" else int(rank) + 1)
+        return Accepted(
+            job,
+            new=job.id == job_ids[0],
+            wake=bool(wake),
+            position=None if rank == "" else int(rank) + 1,
+            prompt_tokens=None if submissions[0].tokens is None else len(submissions[0].tokens),
+        )
 
     def _arguments(self, submissions: Sequence[Submission], job_ids: Sequence[str]) -> list[str]:
         limits, first = self._settings, submissions[0]

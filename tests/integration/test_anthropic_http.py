@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -78,6 +79,35 @@ def test_the_events_of_a_stream(web: WebStack, start_worker: StartWorker) -> Non
     for event in events:
         if event["type"] != "ping":
             EVENT.validate_python(event)
+
+
+def test_the_list_of_models(client: anthropic.Anthropic, start_worker: StartWorker) -> None:
+    start_worker()
+    page = client.models.list()
+    assert [model.id for model in page] == [MODEL]
+    assert not page.has_next_page()
+    model = client.models.retrieve(MODEL)
+    assert (model.type, model.display_name, model.created_at.year) == ("model", MODEL, 1970)
+    with pytest.raises(anthropic.NotFoundError, match="nobody"):
+        client.models.retrieve("nobody")
+
+
+def test_a_retry_joins_the_first_try(web: WebStack, start_worker: StartWorker, eventually: Eventually) -> None:
+    worker = start_worker()
+    worker.hold.set()
+    before = len(web.http.get("/v1/jobs", params={"limit": 100}).json()["data"])
+
+    def release_after_a_retry() -> None:
+        eventually(lambda: web.log.read_text().count("retried-once") >= 2)
+        worker.hold.clear()
+
+    request = body(metadata={"user_id": "retried"}, extra_headers={"X-Request-ID": "retried-once"})
+    with sdk(web) as client, ThreadPoolExecutor(1) as threads:
+        released = threads.submit(release_after_a_retry)
+        message = client.with_options(timeout=1, max_retries=5).messages.create(**request)
+        released.result()
+    assert message.usage.output_tokens == 9
+    assert len(web.http.get("/v1/jobs", params={"limit": 100}).json()["data"]) == before + 1
 
 
 def test_beta_requests(client: anthropic.Anthropic, start_worker: StartWorker) -> None:

@@ -112,12 +112,14 @@ def test_the_list_is_always_up_to_date(web: WebStack) -> None:
     eventually(lambda: listed(web)["one"]["state"] == "cold", "the worker has expired", within_s=5)
 
 
-def test_models_in_openai_format(web: WebStack) -> None:
+def test_models_in_the_formats_of_openai_and_anthropic(web: WebStack) -> None:
     response = web.http.get("/v1/models").json()
-    assert set(response) == {"object", "data"} and response["object"] == "list"
-    for model in response["data"]:
+    data = response.pop("data")
+    assert response == {"object": "list", "has_more": False, "first_id": "two", "last_id": "one"}
+    for model in data:
+        assert (model["type"], model["display_name"]) == ("model", model["id"])
         assert (model["object"], model["owned_by"]) == ("model", "mlxq") and isinstance(model["created"], int)
-    assert [model["id"] for model in response["data"]] == ["two", "one"]
+    assert [model["id"] for model in data] == ["two", "one"]
     for name in ("one", "uno", "gpt-4o-mini"):
         assert web.http.get(f"/v1/models/{name}").json()["id"] == "one"
     missing = web.http.get("/v1/models/three")

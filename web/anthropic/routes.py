@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 
 from flask import Blueprint, Response, request
 
 from shared.jobs.record import Job, Status
+from shared.jobs.store import Accepted
 from shared.models.registry import ModelCard
 from web.access.auth import caller
 from web.anthropic.answer import Answer, blocks_of, message_of
 from web.anthropic.schemas import AnthropicMessage, CountRequest, MessagesRequest, TokenCount
-from web.anthropic.stream import HEADERS, MEDIA_TYPE, MessageStream, deltas
+from web.anthropic.stream import MessageStream, deltas
 from web.anthropic.translate import job_request, named_fields, thinking_shown
 from web.http import openapi
 from web.http.anthropic_errors import REQUEST_ID
@@ -84,47 +83,34 @@ def _card(name: str) -> ModelCard | None:
     return services().cluster.snapshot().models.get(entry.id if entry else name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """How a job's answer is returned."""
-
-    job: Job
-    answer: Answer
-    max_tokens: int
-    prompt_tokens: int | None
-    on_disconnect: Callable[[], None]
-
-
 def _respond() -> Response:
     body = read_body(MessagesRequest)
     translated = job_request(body, _card(body.model))
     with named_fields(translated.paths):
         accepted = submit_choices([translated.request], 1, body)
-    job = accepted.job
-    reply = _Reply(job, Answer(thinking_shown(body)), body.max_tokens, None, disconnect_handler(job))
-    response = _stream(reply) if body.stream else _complete(reply)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    answer = Answer(thinking_shown(body))
+    response = (_stream if body.stream else _complete)(accepted, answer, body.max_tokens)
+    response.headers["Location"] = f"/v1/jobs/{accepted.job.id}"
     if not accepted.new:
         response.headers["Idempotency-Replayed"] = "true"
     return response
 
 
-def _stream(reply: _Reply) -> Response:
-    current, job = services(), reply.job
-    events = current.follower.follow(job.id, 0, watch_client(request.environ, reply.on_disconnect))
-    stream = MessageStream(job, reply.answer, reply.max_tokens, reply.prompt_tokens, lambda: current.jobs.latest(job))
-    body = stream.body(ended_by_client(events, reply.on_disconnect))
-    return Response(body, content_type=MEDIA_TYPE, headers=HEADERS)
+def _stream(accepted: Accepted, answer: Answer, max_tokens: int) -> Response:
+    current, job = services(), accepted.job
+    on_disconnect = disconnect_handler(job)
+    events = current.follower.follow(job.id, 0, watch_client(request.environ, on_disconnect))
+    stream = MessageStream(job, answer, max_tokens, accepted.prompt_tokens, lambda: current.jobs.latest(job))
+    return stream.response(ended_by_client(events, on_disconnect), current.metrics)
 
 
-def _complete(reply: _Reply) -> Response:
-    job = reply.job
-    (ended,) = latest = wait_for_end([job], reply.on_disconnect)
+def _complete(accepted: Accepted, answer: Answer, max_tokens: int) -> Response:
+    (job,) = latest = wait_for_end([accepted.job], disconnect_handler(accepted.job))
     if response := unfinished(latest):
         return response
-    if ended.status is not Status.SUCCEEDED:
-        raise job_failure(ended, "messages")
-    message = message_of(ended, _content(job, reply.answer), reply.max_tokens, has_calls=reply.answer.has_calls)
+    if job.status is not Status.SUCCEEDED:
+        raise job_failure(job, "messages")
+    message = message_of(job, _content(job, answer), max_tokens, has_calls=answer.has_calls)
     return Response(message.model_dump_json(), content_type="application/json")
 
 

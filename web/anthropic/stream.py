@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any, Final
 
 import redis
+from flask import Response
 
 from shared.errors import MlxqError, Unavailable
 from shared.jobs.log import Event, EventKind
@@ -18,12 +19,13 @@ from shared.wire import to_json
 from web.anthropic.answer import Answer, delta_event, start_event
 from web.http.anthropic_errors import error_body
 from web.http.request_id import current_request_id
+from web.metrics import Metrics
 from web.results.messages import delta_of
 from web.routes.waiting import job_failure
+from web.streaming.response import STREAM_HEADERS, StreamMeter
 
 log = logging.getLogger(__name__)
 
-HEADERS: Final = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
 MEDIA_TYPE: Final = "text/event-stream; charset=utf-8"
 _SILENCE_S: Final = 10.0
 """Maximum time without an event while a job generates output that the stream leaves out."""
@@ -54,13 +56,18 @@ class MessageStream:
         self._request_id = current_request_id()
         self._sent_at = time.monotonic()
 
-    def body(self, events: Generator[list[Event]]) -> Iterator[bytes]:
-        """Yield the response body for the job's events, from the first on."""
-        with closing(events):
+    def response(self, events: Generator[list[Event]], metrics: Metrics) -> Response:
+        """Return the response for the job's events, from the first on."""
+        return Response(self._body(events, metrics), content_type=MEDIA_TYPE, headers=STREAM_HEADERS)
+
+    def _body(self, events: Generator[list[Event]], metrics: Metrics) -> Iterator[bytes]:
+        with metrics.streams_open.track_inprogress(), StreamMeter(metrics) as meter, closing(events):
             yield _encoded([start_event(self._job, self._prompt_tokens), {"type": "ping"}])
             try:
                 for ready in events:
+                    meter.count(ready)
                     if translated := list(self._translated(ready)) or self._ping(due=not ready):
+                        self._sent_at = time.monotonic()
                         yield _encoded(translated)
                     if ready and ready[-1].kind is EventKind.DONE:
                         return
@@ -70,15 +77,14 @@ class MessageStream:
                 error = Unavailable("The queue is unavailable. Try again shortly.")
             except MlxqError as refused:
                 error = refused
-            yield _encoded([error_body(error, self._request_id).model_dump()])
+            yield _encoded([self._error(error)])
+
+    def _error(self, error: MlxqError) -> dict[str, Any]:
+        return error_body(error, self._request_id).model_dump()
 
     def _ping(self, *, due: bool) -> list[dict[str, Any]]:
         """Return a ping if it is due: also while the model generates thoughts that the stream leaves out."""
-        now = time.monotonic()
-        if not due and now - self._sent_at < _SILENCE_S:
-            return []
-        self._sent_at = now
-        return [{"type": "ping"}]
+        return [{"type": "ping"}] if due or time.monotonic() - self._sent_at >= _SILENCE_S else []
 
     def _translated(self, ready: list[Event]) -> Iterator[dict[str, Any]]:
         for delta in deltas(ready):
@@ -86,7 +92,8 @@ class MessageStream:
         if ready and ready[-1].kind is EventKind.DONE:
             job = self._ended_job()
             if job.status is not Status.SUCCEEDED:
-                raise job_failure(job, "messages")
+                yield self._error(job_failure(job, "messages"))
+                return
             yield from self._answer.end()
             yield delta_event(job, self._max_tokens, has_calls=self._answer.has_calls)
             yield {"type": "message_stop"}

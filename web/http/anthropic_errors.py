@@ -12,6 +12,7 @@ from flask import Response
 
 from shared.errors import MlxqError
 from web.http.request_id import current_request_id
+from web.http.retries import retry_headers
 from web.schemas.problems import AnthropicError, AnthropicErrorDetails
 
 MEDIA_TYPE: Final = "application/json"
@@ -54,4 +55,5 @@ def anthropic_error(error: MlxqError) -> Response:
     """Return an error in Anthropic's format."""
     request_id = current_request_id()
     body = error_body(error, request_id).model_dump_json()
-    return Response(body, status_of(error.status), {REQUEST_ID: request_id}, content_type=MEDIA_TYPE)
+    headers = {REQUEST_ID: request_id, **retry_headers(error)}
+    return Response(body, status_of(error.status), headers, content_type=MEDIA_TYPE)

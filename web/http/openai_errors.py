@@ -12,14 +12,13 @@ from typing import Final
 from flask import Flask, Response, current_app, request
 
 from shared.errors import Invalid, MlxqError
+from web.http.retries import retry_headers
 from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 
 MEDIA_TYPE: Final = "application/json"
 _OTHERS: Final = re.compile(r"/v1/(?:jobs|messages)(?:/|$)")
 CODES: Final = {"extra_forbidden": "unknown_parameter", "unsupported_parameter": "unsupported_parameter"}
 """Codes of invalid fields that clients may want to distinguish, by pydantic's code."""
-_RETRIED: Final = frozenset({408, 409, 429})
-_MAY_SUCCEED_LATER: Final = frozenset({408, 429})
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -31,12 +30,7 @@ def is_expected(path: str) -> bool:
 def openai_error(error: MlxqError) -> Response:
     """Return an error in OpenAI's format."""
     status = status_of(error.status)
-    response = Response(error_json(error), status, content_type=MEDIA_TYPE)
-    if status in _RETRIED or status >= 500:
-        # Clients repeat these by themselves. A job that failed would fail again, and its record remains for the caller.
-        retry = error.retry_after is not None or status in _MAY_SUCCEED_LATER
-        response.headers["X-Should-Retry"] = "true" if retry else "false"
-    return response
+    return Response(error_json(error), status, retry_headers(error), content_type=MEDIA_TYPE)
 
 
 def error_json(error: MlxqError) -> str:

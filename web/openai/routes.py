@@ -69,8 +69,10 @@ def create_completion() -> Response:
 @routes.get("/v1/models")
 @describe("List models (OpenAI format)", responses={200: OpenAIModelList})
 def list_openai_models() -> Response:
-    """The models of `/inference/models` in OpenAI's format, with all fields of the original in addition."""
-    models = OpenAIModelList(data=[_openai_model(view) for view in model_views()])
+    """The models of `/inference/models` in the formats of OpenAI and of Anthropic, with all original fields."""
+    data = [_openai_model(view) for view in model_views()]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    models = OpenAIModelList(data=data, first_id=first, last_id=last)
     return Response(models.model_dump_json(), content_type="application/json")
 
 
@@ -87,7 +89,8 @@ def get_openai_model(model_id: str) -> Response:
 
 
 def _openai_model(view: ModelView) -> OpenAIModel:
-    return OpenAIModel(**view.model_dump(exclude={"object"}), created=0)
+    fields = view.model_dump(exclude={"object"})
+    return OpenAIModel(**fields, created=0, display_name=view.id, max_input_tokens=view.context)
 
 
 def _counted(make: Callable[[], Response]) -> Response:

@@ -75,17 +75,25 @@ class ModelList(ResponseModel):
 
 
 class OpenAIModel(ModelView):
-    """A model in OpenAI's format, with the fields of `ModelView` in addition."""
+    """A model in the formats of OpenAI and of Anthropic, with the fields of `ModelView` in addition."""
 
     created: int = Field(description="Always 0")
     owned_by: str = "mlxq"
+    type: Literal["model"] = "model"
+    display_name: str = Field(description="The same as `id`")
+    created_at: str = Field("1970-01-01T00:00:00Z", description="Always the beginning of 1970: it is unknown")
+    max_input_tokens: int | None = Field(description="The same as `context`")
+    lifecycle: Literal["active"] = "active"
 
 
 class OpenAIModelList(ResponseModel):
-    """All models in OpenAI's format."""
+    """All models in the formats of OpenAI and of Anthropic."""
 
     object: Literal["list"] = "list"
     data: list[OpenAIModel]
+    has_more: Literal[False] = Field(False, description="The list always has all models")
+    first_id: str | None = Field(description="Id of the first model")
+    last_id: str | None = Field(description="Id of the last model")
 
 
 class LoadRequest(RequestModel):
