@@ -51,7 +51,7 @@ class ColumnCache:
         self.keys: Any = None
         self.values: Any = None
         self.left_padding = mx.array(list(left_padding))
-        self.offset = -self.left_padding
+        self.offset = mx.array([-padding for padding in left_padding])
         self.window = window
         self.end = 0
         self.slack = PREFILL_SLACK
