@@ -39,6 +39,7 @@ class _Entry(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     quantize_bits: Literal[2, 3, 4, 5, 6, 8] | None = None
     kv_bits: Literal[4, 8] | None = None
+    draft_model: str | None = Field(None, min_length=1)
     aliases: list[Annotated[str, Field(pattern=_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
     sampling: SamplingDefaults = SamplingDefaults()
@@ -56,6 +57,7 @@ class CatalogModel:
         dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
         kv_bits: bits per number of cached keys and values; None: those of the model's type.
         adapter: a folder with LoRA weights.
+        draft: folder of a small model that drafts tokens for this one.
         chat_template_kwargs: variables of the chat template, unless a request sets them.
         pin: whether it is never unloaded to free memory for another model.
         declared_context: context declared by the model's files; None if they declare none.
@@ -74,6 +76,7 @@ class CatalogModel:
     kv_bits: int | None = None
     aliases: tuple[str, ...] = ()
     adapter: Path | None = None
+    draft: Path | None = None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     pin: bool = False
@@ -84,8 +87,8 @@ class CatalogModel:
 
     def measure(self) -> int:
         """Estimate the bytes of its weights in memory from the current files; 0 if the folder holds no model."""
-        adapter = weights_bytes(self.adapter) if self.adapter else 0
-        return weights_bytes(self.path, self.dtype, self.quantize_bits) + adapter
+        more = sum(weights_bytes(folder) for folder in (self.adapter, self.draft) if folder)
+        return weights_bytes(self.path, self.dtype, self.quantize_bits) + more
 
     @property
     def declared_kind(self) -> str | None:
@@ -222,6 +225,7 @@ class _Reader:
         """Convert an entry to a model after checking its folders; None if there is a mistake."""
         path = _resolve_path(entry.path or f"models/{(entry.hub or name).rpartition('/')[2]}")
         adapter = _resolve_path(entry.adapter) if entry.adapter else None
+        draft = _resolve_path(entry.draft_model) if entry.draft_model else None
         exists = _is_model(path)
         kind = model_kind(path) if exists and entry.kind != "text" else entry.kind or "text"
         key, problem = self._check_folders(entry, path, kind, adapter) if exists else _missing(entry, path)
@@ -241,6 +245,7 @@ class _Reader:
             kv_bits=entry.kv_bits,
             aliases=tuple(entry.aliases),
             adapter=adapter,
+            draft=draft,
             sampling=entry.sampling,
             chat_template_kwargs=entry.chat_template_kwargs,
             pin=entry.pin,
@@ -261,6 +266,8 @@ class _Reader:
             return key, f"{path} holds {other}; {_fetch_hint(entry, path)}"
         if problem := _problem(lambda folder: check_folder(folder, kind), path):
             return "path" if entry.path else "hub", problem
+        if entry.draft_model and (problem := _problem(check_folder, _resolve_path(entry.draft_model))):
+            return "draft_model", problem
         return "adapter", _problem(check_adapter, adapter) if adapter else ""
 
     def _names_are_free(self, model: CatalogModel, taken: dict[str, str]) -> bool:

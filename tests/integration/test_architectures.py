@@ -107,7 +107,7 @@ def run_batch(
     Returns:
         The generated tokens by prompt.
     """
-    prefill, speculation = Prefill(model, 32, prefixes, UNKNOWN_COST), Speculation(model, 0, NgramProposer())
+    prefill, speculation = Prefill(model, 32, prefixes, UNKNOWN_COST), Speculation(model, 0, [NgramProposer()])
     batches = LengthBuckets(lambda: DecodeBatch(model, prefixes, speculation), Footprint.of(model), max_padding_bytes)
     generated: list[list[int]] = [[] for _ in prompts]
     waiting = [row_of(i, prompt, TOKENS - 9 * (i % 2), owner="me") for i, prompt in enumerate(prompts)]

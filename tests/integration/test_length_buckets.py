@@ -36,7 +36,7 @@ def batches(tiny: LoadedModel) -> LengthBuckets:
 
 
 def make_buckets(tiny: LoadedModel, max_padding_bytes: int) -> LengthBuckets:
-    speculation = Speculation(tiny.model, 0, NgramProposer())
+    speculation = Speculation(tiny.model, 0, [NgramProposer()])
     prefixes = PrefixCache(tiny.model, 0)
     return LengthBuckets(
         lambda: DecodeBatch(tiny.model, prefixes, speculation), Footprint.of(tiny.model), max_padding_bytes

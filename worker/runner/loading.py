@@ -22,6 +22,7 @@ from worker.runner.model_runner import MLXRunner, default_chunk
 from worker.runner.prefix.files import PrefixFiles, fingerprint
 from worker.runner.prefix.spill import Spill
 from worker.runner.quantized_cache import CannotQuantize, quantize_cache
+from worker.runner.speculation import draft_model
 from worker.runner.vision.family import VisionFamily
 
 PENDING_WRITES_DIVISOR = 8
@@ -59,8 +60,11 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
             family.encoder.tower.set_dtype(getattr(mx, model.dtype))
         yield from read_weights(family.encoder.tower, model)
     _quantize_cache(model, loaded)
+    draft = _load_draft(model, loaded)
+    if draft is not None:
+        yield from read_weights(draft.model, model)
     batching = yield from _progress(_batching(settings, model, loaded), READ_SHARE, PROOF_SHARE)
-    runner = _runner(settings, model, loaded, family, batching)
+    runner = _runner(settings, model, loaded, family, batching, draft)
     yield from _progress(runner.warming(), PROOF_SHARE, 1)
     return runner
 
@@ -73,6 +77,22 @@ def _quantize_cache(model: CatalogModel, loaded: LoadedModel) -> None:
     except CannotQuantize as error:
         problem = "this architecture does not support `kv_bits`; remove it from the catalog entry"
         raise ModelError(f"{model.path}: {problem} ({first_line(error)})") from error
+
+
+def _load_draft(model: CatalogModel, loaded: LoadedModel) -> LoadedModel | None:
+    """Load the model that drafts tokens. Its weights are read only when they are evaluated."""
+    if model.draft is None:
+        return None
+    draft = load_model(model.draft, lazy=True)
+    if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise ModelError(
+            f"{model.path}: `draft_model` {model.draft} has another tokenizer; choose a model with the same."
+        )
+    if not draft_model.usable(draft.model):
+        raise ModelError(
+            f"{model.path}: `draft_model` {model.draft} has recurrent layers, which drafts do not support."
+        )
+    return draft
 
 
 def _progress(steps: Generator[None, None, T], start: float, end: float) -> Generator[float, None, T]:
@@ -140,6 +160,7 @@ def _runner(
     loaded: LoadedModel,
     family: VisionFamily | None,
     batching: BatchingSupport,
+    draft: LoadedModel | None,
 ) -> MLXRunner:
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.max_bytes)
@@ -151,6 +172,7 @@ def _runner(
         family,
         batching=batching,
         speculation_tokens=settings.speculation_tokens,
+        draft=draft,
     )
     if runner.row_bytes(1) > memory.max_bytes:
         raise ModelError(f"{model.path} leaves no memory for jobs; raise MEMORY_LIMIT_BYTES or choose a smaller model.")

@@ -49,9 +49,10 @@ from worker.runner.prefill import Prefill
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.prefix.fetch import PrefixFetch
 from worker.runner.prefix.spill import Spill
+from worker.runner.speculation.draft_model import DraftModelProposer
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import MAX_ROWS, Speculation
-from worker.runner.speculation.warming import measure_passes
+from worker.runner.speculation.warming import measure_draft, measure_passes
 from worker.runner.vision.family import VisionFamily
 from worker.runner.vision.stage import Encoded, VisionStage
 
@@ -89,6 +90,7 @@ class MLXRunner:
         batching: how far rows may share passes.
         speculation_tokens: maximum draft tokens per row and step; 0: no speculation.
         processors: logits processors in addition to the penalties and the logit bias.
+        draft: a small model with the same tokenizer that drafts tokens for this one.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class MLXRunner:
         batching: BatchingSupport = UNRESTRICTED,
         speculation_tokens: int = 0,
         processors: Sequence[LogitsProcessor] = (),
+        draft: LoadedModel | None = None,
     ) -> None:
         self.eos = loaded.eos
         self.message_format = loaded.message_format
@@ -111,6 +114,7 @@ class MLXRunner:
         self.cache_bytes = memory.max_bytes
         self.about = _about(loaded, family) | {"batching": batching.to_dict()}
         self.weights_bytes = _weights_bytes(loaded) + (family.encoder.nbytes if family else 0)
+        self.weights_bytes += _weights_bytes(draft) if draft else 0
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
         self._vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
@@ -125,7 +129,9 @@ class MLXRunner:
         self._prefill = Prefill(self._model, chunk, self._prefixes, self.cost, batching)
         draft_tokens = speculation_tokens if batching.speculates else 0
         max_rows = MAX_ROWS if batching.prefill is Together.ANY else 1
-        self._speculation = Speculation(self._model, draft_tokens, NgramProposer(), max_rows)
+        self._draft = DraftModelProposer(draft.model, self._vocabulary) if draft and draft_tokens else None
+        proposers = [NgramProposer(), *([self._draft] if self._draft else [])]
+        self._speculation = Speculation(self._model, draft_tokens, proposers, max_rows)
         self._batches = LengthBuckets(self._new_batch, self._footprint, _max_padding_bytes(loaded, memory), batching)
         # A row is reported as prefilled together with its first token: until then its prompt is only queued.
         self._joined: dict[int, int] = {}
@@ -163,11 +169,11 @@ class MLXRunner:
 
     def row_bytes(self, length: int) -> int:
         """See `ModelRunner.row_bytes`."""
-        return self._footprint.allocated(length)
+        return self._footprint.allocated(length) + self._draft_bytes([length])
 
     def batch_bytes(self, lengths: Sequence[int]) -> int:
         """See `ModelRunner.batch_bytes`."""
-        return self._batches.bytes(lengths)
+        return self._batches.bytes(lengths) + self._draft_bytes(lengths)
 
     def encode_bytes(self, media: Media | None) -> int:
         """See `ModelRunner.encode_bytes`."""
@@ -298,6 +304,8 @@ class MLXRunner:
         if self._speculation.supported:
             batch = self._new_batch()
             self._speculation.cost = yield from measure_passes(self._model, self._speculation, batch, self.cost)
+            if self._draft is not None:
+                yield from measure_draft(self._draft)
 
     def _wait(self) -> None:
         """Wait up to `IDLE_WAIT_S` for the disk read or the image file that holds back the next row."""
@@ -312,6 +320,12 @@ class MLXRunner:
         cached = self._prefixes.length(row.owner, row.prompt[:-1]) if row.media is not None else 0
         if self._vision is None or not self._vision.add(row, cached):
             self._prefill.add(row)
+
+    def _draft_bytes(self, lengths: Sequence[int]) -> int:
+        """Return the bytes of the draft model's caches. At most `MAX_ROWS` rows have one."""
+        if self._draft is None:
+            return 0
+        return sum(self._draft.footprint.allocated(length) for length in sorted(lengths)[-MAX_ROWS:])
 
     def _take_failures(self, encoded: Encoded) -> list[tuple[int, Exception]]:
         rejected, self._rejected = self._rejected, {}

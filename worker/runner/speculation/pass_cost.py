@@ -29,17 +29,18 @@ class PassCost:
     sampling: float = 0.0
     attention: float = 0.0
 
-    def ratio(self, rows: int, sampled_rows: int, length: int, position: int) -> float:
+    def ratio(self, rows: int, sampled_rows: int, length: int, position: int, drafting_s: float = 0.0) -> float:
         """Return the cost of verifying drafts of `length` tokens, in plain decode steps.
 
         Args:
             rows: number of rows in the batch.
             sampled_rows: number of rows with a temperature.
             position: number of tokens that each row has in the cache.
+            drafting_s: seconds that proposing the drafts takes.
         """
         width = 1 + length
         plain = self._pass_seconds(rows, sampled_rows, position)
-        return self._pass_seconds(rows * width, sampled_rows * width, position) / plain
+        return (self._pass_seconds(rows * width, sampled_rows * width, position) + drafting_s) / plain
 
     def _pass_seconds(self, tokens: int, sampled: int, position: int) -> float:
         return self._interpolated(tokens) + sampled * self.sampling + tokens * position * self.attention

@@ -36,7 +36,7 @@ class Speculation:
     Args:
         model: an mlx-lm model.
         max_length: maximum draft tokens per row and step; 0: no speculation.
-        proposer: proposes the drafts.
+        proposers: propose the drafts. In each step, the one with the highest estimated speed-up is used.
         max_rows: maximum rows of a batch that verifies drafts.
 
     Attributes:
@@ -47,12 +47,13 @@ class Speculation:
         supported: whether this model can verify drafts.
     """
 
-    def __init__(self, model: Any, max_length: int, proposer: Proposer, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, model: Any, max_length: int, proposers: Sequence[Proposer], max_rows: int = MAX_ROWS) -> None:
         self.cost = UNKNOWN
         self.drafted = self.accepted = 0
         self.lengths = [length for length in LENGTHS if length <= max_length]
         self._model = model
-        self._proposer = proposer
+        self._proposers = proposers
+        self._proposer = proposers[0]  # of the next draft
         self._max_rows = max_rows
         self.supported = bool(self.lengths) and kv_cache.mergeable(model)
 
@@ -68,19 +69,29 @@ class Speculation:
         """Return the draft length with the highest speed-up that exceeds no row's token limit; 0: do not draft."""
         remaining = min(row.remaining if row.sampled else 0 for row in rows)
         fitting = [length for length in self.lengths if length < remaining]
-        # Call the proposer even if no length fits: each call lets it index more of a prompt.
-        accepted = [each for each in self._proposer.expected(rows, self.lengths[-1]) if each]
-        if not fitting or not accepted:
-            return 0
+        best, chosen, best_speedup = 0, self._proposers[0], MIN_SPEEDUP
+        for proposer in self._proposers:
+            length, speedup = self._best_length(proposer, rows, fitting)
+            if speedup > best_speedup:
+                best, chosen, best_speedup = length, proposer, speedup
+        self._proposer = chosen
+        return best if best and chosen.prepare(rows) else 0
+
+    def _best_length(self, proposer: Proposer, rows: Sequence[DecodeRow], lengths: Sequence[int]) -> tuple[int, float]:
+        """Return the draft length with the highest estimated speed-up, and that speed-up; zeros without a draft."""
+        # Estimate even if no length fits: each call lets a proposer index more of a prompt.
+        accepted = [each for each in proposer.expected(rows, self.lengths[-1]) if each]
+        if not lengths or not accepted:
+            return 0, 0.0
         sampled_rows = sum(row.row.sampling.temperature >= GREEDY_BELOW for row in rows)
         position = max(row.length for row in rows)
 
         def speedup(length: int) -> float:
             tokens = 1 + sum(each[length - 1] for each in accepted) / len(rows)
-            return tokens / self.cost.ratio(len(rows), sampled_rows, length, position)
+            drafting_s = proposer.seconds(len(rows), length)
+            return tokens / self.cost.ratio(len(rows), sampled_rows, length, position, drafting_s)
 
-        best = max(fitting, key=speedup)
-        return best if speedup(best) > MIN_SPEEDUP else 0
+        return max(((length, speedup(length)) for length in lengths), key=lambda pair: pair[1])
 
     def verify(self, cache: KVCache, rows: Sequence[DecodeRow], length: int) -> list[list[int]]:
         """Run the next input and a draft of each row through the model, and append the resulting tokens to the rows.
@@ -104,6 +115,9 @@ class Speculation:
             row.append(tokens)
         accepted = [ids[: len(tokens)] for ids, tokens in zip(inputs, results, strict=True)]
         self._reject(cache, rows, states, accepted, length)
+        for draft, tokens in zip(drafts, results, strict=True):
+            if draft:
+                self._proposer.record(len(draft), len(tokens) - 1)
         self.drafted += sum(map(len, drafts))
         self.accepted += sum(map(len, results)) - len(results)
         return results
@@ -136,8 +150,9 @@ class Speculation:
         forward.fill(self._model, cache, accepted, shifts=forward.shifts([row.row for row in rows]))
 
     def drop(self, uids: Collection[int]) -> None:
-        """Drop the proposer's state of rows."""
-        self._proposer.drop(uids)
+        """Drop the proposers' state of rows."""
+        for proposer in self._proposers:
+            proposer.drop(uids)
 
     def stats(self) -> dict[str, float]:
         """Counters for `/metrics`."""

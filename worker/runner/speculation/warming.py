@@ -12,9 +12,11 @@ from shared.jobs.request import Request, Sampling
 from worker.runner import forward
 from worker.runner.base import PrefillCost, Row
 from worker.runner.decode import DecodeBatch
+from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import KVCache
 from worker.runner.prefill_cost import shortest_seconds
 from worker.runner.sampler import BatchSampler
+from worker.runner.speculation.draft_model import DraftModelProposer
 from worker.runner.speculation.pass_cost import PassCost
 from worker.runner.speculation.verification import Speculation
 
@@ -49,6 +51,18 @@ def measure_passes(
     speculation.drafted = speculation.accepted = 0
     sampling = yield from _sampling_seconds(model, speculation.lengths[-1])
     return PassCost(seconds, sampling, cost.attention)
+
+
+def measure_draft(draft: DraftModelProposer) -> Generator[None, None, None]:
+    """Measure how long the draft model takes to draft a token.
+
+    Yields:
+        None, before each run.
+    """
+    length = 4
+    row = DecodeRow.after_prefill(Row(-1, Request("", 1000, Sampling(temperature=0.0)), _PROMPT, 0, 1000))
+    draft.token_s = (yield from shortest_seconds(partial(draft.propose, [row], length))) / length
+    draft.drop([-1])
 
 
 def _sampling_seconds(model: Any, rows: int) -> Generator[None, None, float]:
