@@ -90,8 +90,7 @@ class DraftModelProposer(Proposer):
 
     def propose(self, rows: Sequence[DecodeRow], length: int) -> list[list[int]]:
         """Return the draft model's continuation of each row."""
-        drafts = [self._draft(row, length) if row.row.media is None else [] for row in rows]
-        return drafts
+        return [self._draft(row, length) if row.row.media is None else [] for row in rows]
 
     def record(self, drafted: int, accepted: int) -> None:
         """See `Proposer.record`."""
