@@ -86,7 +86,8 @@ class GenerationRequests:
         return request.max_tokens
 
     def _default_max_tokens(self, model: str) -> int | None:
-        return self.sampling_defaults(model).max_tokens or self._settings.max_tokens
+        entry = self._catalog.models.get(model)
+        return (entry.sampling.max_tokens if entry else None) or self._settings.max_tokens
 
     def reserved_tokens(self, request: JobRequest, generation: Request) -> int | None:
         """Return the tokens for which memory is reserved; None for `max_tokens`."""
