@@ -192,7 +192,8 @@ class PrefixCache:
         """Write prefixes that are not on disk yet, most recently used first, for at most this long."""
         if self._spill is not None:
             for node in self._trees.newest_first():
-                self.disk.write(node)
+                if not node.children:  # this writes the nodes above it, too
+                    self.disk.write(node)
             self._spill.close(seconds)
 
     def clear(self) -> None:

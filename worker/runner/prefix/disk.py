@@ -35,7 +35,7 @@ class Disk:
         for each in takewhile(lambda above: not self._on_disk(above), islice(node.path(), 1, None)):
             nodes.insert(0, each)
         self._write_blocks(nodes, [each.segment for each in nodes], evicted=False)
-        for each in nodes:
+        for each in reversed(nodes):  # pending writes are limited, and the last checkpoint saves the most
             if each.checkpoint is not None:
                 self.write_checkpoint(each, each.checkpoint, evicted=False)
 

@@ -287,7 +287,8 @@ def _cut_tensor(runs: Sequence[tuple[int, Block]], index: int, start: int, stop:
 
 def _columns(tensor: Tensor, low: int, high: int) -> Tensor:
     rows, heads, length, *rest = tensor.shape
-    data = tensor.data.reshape(rows * heads, length, -1)[:, low:high] if tensor.data.size else tensor.data
+    width = tensor.data.size // max(rows * heads * length, 1)  # 0 where a layer caches keys without values
+    data = tensor.data.reshape(rows * heads, length, width)[:, low:high]
     return Tensor(tensor.dtype, (rows, heads, high - low, *rest), data)
 
 
