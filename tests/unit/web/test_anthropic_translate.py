@@ -96,7 +96,8 @@ def test_max_tokens_is_limited_to_the_context(card: ModelCard | None, expected: 
 
 def test_a_model_that_does_not_think_satisfies_every_budget() -> None:
     thinking = {"type": "enabled", "budget_tokens": 32}
-    assert translated(replace(CARD, reasoning=False), thinking=thinking).request.thinking_budget is None
+    request = translated(replace(CARD, reasoning=False), thinking=thinking).request
+    assert request.thinking_budget is None and request.enable_thinking is None, "this model's template would refuse it"
     assert translated(None, thinking=thinking).request.thinking_budget == 32
 
 
