@@ -93,8 +93,8 @@ def _field_error(error: ErrorDetails) -> FieldError:
 
 def field_path(location: Sequence[int | str]) -> str:
     """Write pydantic's location `("messages", 0, "role")` as `messages[0].role`."""
-    # Names in brackets are the tags of unions, which are no part of the request.
-    parts = [part for part in location if isinstance(part, int) or not part.startswith("(")]
+    # Names in brackets are tags of unions, or say that a name in an object is invalid; they are no part of the request.
+    parts = [part for part in location if isinstance(part, int) or not part.startswith(("(", "[key]"))]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return path.removeprefix(".")
 
