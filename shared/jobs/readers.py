@@ -24,6 +24,8 @@ GRACE_S: Final = 5.0
 RESTART_S: Final = 60.0
 """How long a job is kept for a retry if the API process is restarted, during which connections are refused."""
 
+_MAX_UNCERTAIN: Final = 1000
+
 
 class Readers:
     """The clients that read the jobs of this API process."""
@@ -32,6 +34,7 @@ class Readers:
         self._detach = script(client, "detach")
         self._abandon = script(client, "abandon")
         self._rejoin = script(client, "rejoin")
+        self._uncertain: dict[tuple[str, str], str] = {}
 
     def detach(self, job: Job, for_s: float = GRACE_S) -> str:
         """Keep a job and its children for a retry, because the connection of its client is lost.
@@ -52,6 +55,16 @@ class Readers:
         if not found and dead:
             found = self._call_rejoin(owner, fingerprint, dead)[0]
         return found or None
+
+    def submission_failed(self, owner: str, fingerprint: str, job_id: str) -> None:
+        """Remember the id of a job that may have been accepted although Redis's reply was lost."""
+        self._uncertain[owner, fingerprint] = job_id
+        while len(self._uncertain) > _MAX_UNCERTAIN:
+            del self._uncertain[next(iter(self._uncertain))]
+
+    def uncertain_job(self, owner: str, fingerprint: str) -> str | None:
+        """Return the id of such a job, once."""
+        return self._uncertain.pop((owner, fingerprint), None)
 
     def _call_rejoin(self, owner: str, fingerprint: str, dead: Sequence[str]) -> list[str]:
         reply: list[str] = self._rejoin(args=[owner, fingerprint, reader_id(), *dead])

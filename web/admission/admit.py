@@ -45,6 +45,7 @@ class RequestContext:
         owner: id of the API key.
         idempotency_key: the Idempotency-Key header; empty if absent.
         fingerprint: hash of the request's meaning; empty if the request cannot be repeated.
+        job_id: id of the first job; empty for a new one.
         reader: id of this process if the client repeats its request by itself; see `shared.jobs.readers`.
         max_queued: the API key's maximum of waiting jobs per model; None for the default.
         max_priority: the highest priority that the API key may use.
@@ -56,6 +57,7 @@ class RequestContext:
     fingerprint: str = ""
     max_queued: int | None = None
     max_priority: Priority = Priority.HIGH
+    job_id: str = ""
     reader: str = ""
 
 
@@ -136,16 +138,18 @@ class Admission:
         count, size = len(files) + skipped_images, sum(map(len, files.values()))
         each_once = [replace(self.submission(each, context), images=count, image_bytes=size) for each in requests]
         submissions = [choice for submission in each_once for choice in _choices(submission, choices)]
-        accepted = self._create(submissions, files)
+        job_ids = [context.job_id or new_job_id(), *(new_job_id() for _ in submissions[1:])]
+        accepted = self._create(submissions, job_ids, files)
         if accepted.wake:
             self._notifier.wake([accepted.job.model])
         if accepted.new:
             self._request_model(accepted.job)
         return accepted
 
-    def _create(self, submissions: Sequence[Submission], files: Mapping[str, bytes]) -> Accepted:
+    def _create(
+        self, submissions: Sequence[Submission], job_ids: Sequence[str], files: Mapping[str, bytes]
+    ) -> Accepted:
         self._check_redis()
-        job_ids = [new_job_id() for _ in submissions]
         if files:
             # Written before the job: the proof that the job is on disk also covers everything written before it.
             for job_id in job_ids:

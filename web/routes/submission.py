@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import redis
 from flask import request
 from pydantic import BaseModel
 
+from shared.errors import NotDurable, NotFound
 from shared.jobs.readers import reader_id
-from shared.jobs.store import Accepted, fingerprint
+from shared.jobs.store import Accepted, fingerprint, new_job_id
 from web.access.auth import caller
 from web.admission.admit import RequestContext
 from web.admission.image_loader import LoadedRequest
@@ -55,8 +57,13 @@ def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseM
     body_fingerprint = _body_fingerprint(body) if repeatable else ""
     if retries and not idempotency_key() and (joined := _rejoined(body_fingerprint)):
         return joined
-    reader = "" if retries is None else reader_id()
-    return _admit([_load(each) for each in job_requests], body_fingerprint, choices, reader)
+    reader, job_id = "" if retries is None else reader_id(), new_job_id()
+    loaded = [_load(each) for each in job_requests]
+    try:
+        return _admit(loaded, body_fingerprint, choices, reader, job_id)
+    except (NotDurable, redis.RedisError):
+        services().readers.submission_failed(caller().id, body_fingerprint, job_id)
+        raise
 
 
 def retry_count() -> int | None:
@@ -67,12 +74,16 @@ def retry_count() -> int | None:
 
 def _rejoined(body_fingerprint: str) -> Accepted | None:
     """Return the job of an earlier try whose connection was lost; None if there is none."""
-    owner = caller().id
-    job_id = services().readers.rejoin(owner, body_fingerprint)
+    owner, readers = caller().id, services().readers
+    job_id = readers.rejoin(owner, body_fingerprint) or readers.uncertain_job(owner, body_fingerprint)
     if job_id is None:
         return None
+    try:
+        job = services().jobs.get(job_id, owner)
+    except NotFound:  # the earlier submission failed
+        return None
     release_body()
-    return Accepted(services().jobs.get(job_id, owner), new=False, wake=False, position=None)
+    return Accepted(job, new=False, wake=False, position=None)
 
 
 def _load(job_request: JobRequest) -> LoadedRequest:
@@ -83,13 +94,16 @@ def _load(job_request: JobRequest) -> LoadedRequest:
     )
 
 
-def _admit(loaded: Sequence[LoadedRequest], request_fingerprint: str, choices: int = 1, reader: str = "") -> Accepted:
+def _admit(
+    loaded: Sequence[LoadedRequest], request_fingerprint: str, choices: int = 1, reader: str = "", job_id: str = ""
+) -> Accepted:
     api_key = caller()
     context = RequestContext(
         owner=api_key.id,
         request_id=current_request_id(),
         idempotency_key=idempotency_key(),
         fingerprint=request_fingerprint,
+        job_id=job_id,
         reader=reader,
         max_queued=api_key.max_queued,
         max_priority=api_key.max_priority,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import redis
 from flask import Flask
 from werkzeug.test import TestResponse
 
@@ -72,3 +73,29 @@ def test_a_repeated_request_does_not_fetch_its_images_again(
     assert image.requests == 1
     new = submit(app, caller, "k2")
     assert (new.status_code, new.get_json()["code"], image.requests) == (422, "image_unreachable", 2)
+
+
+def test_a_retry_finds_the_job_of_a_submission_whose_reply_was_lost(
+    app: Flask, caller: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = app.extensions[EXTENSION].jobs
+    create = jobs._enqueue
+
+    def lose_reply(args: Any) -> None:
+        create(args=args)
+        raise redis.ConnectionError
+
+    def send(retries: int) -> Any:
+        headers = {**caller, "X-Stainless-Retry-Count": str(retries)}
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with app.test_client().post("/v1/chat/completions", json=body, headers=headers) as response:
+            return response
+
+    monkeypatch.setattr(jobs, "_enqueue", lose_reply)
+    lost = send(0)
+    assert (lost.status_code, lost.headers["X-Should-Retry"]) == (503, "true")
+    monkeypatch.setattr(jobs, "_enqueue", create)
+    (key,) = jobs._client.keys("mlxq:job:*")
+    again = send(1)
+    assert (again.status_code, again.headers["Location"]) == (200, f"/v1/jobs/{key.removeprefix('mlxq:job:')}")
+    assert len(jobs._client.keys("mlxq:job:*")) == 1
