@@ -141,6 +141,7 @@ class Layout:
         attention: number of arrays by attention part.
         recurrent: number of arrays by recurrent part.
         window: longest sliding window; 0: there is none.
+        token_bytes: bytes of the columns of a token.
         state_bytes: bytes of the recurrent states of a row.
     """
 
@@ -148,6 +149,7 @@ class Layout:
     attention: tuple[int, ...]
     recurrent: tuple[int, ...]
     window: int
+    token_bytes: int
     state_bytes: int
 
     @classmethod
@@ -160,7 +162,12 @@ class Layout:
         attention = tuple(len(part.arrays) for part in cache.attention)
         recurrent = tuple(len(part.cache) for part in cache.recurrent)
         window = max((part.window or 0 for part in cache.attention), default=0)
-        return cls(model, attention, recurrent, window, sum(part.nbytes for part in cache.recurrent))
+        token_bytes = sum(part.nbytes // part.capacity for part in cache.attention if part.capacity)
+        return cls(model, attention, recurrent, window, token_bytes, sum(part.nbytes for part in cache.recurrent))
+
+    def nbytes(self, length: int) -> int:
+        """Return the bytes of a prefix of this many tokens with a checkpoint at its end."""
+        return self.token_bytes * length + self.state_bytes
 
     def usable(self, segments: Sequence[Segment], length: int) -> int:
         """Return how many of the first `length` tokens of consecutive segments a row can take.

@@ -323,7 +323,9 @@ class Prefill:
         partial.stops = tuple(stop for stop in partial.stops if stop > partial.done)
         if checkpoint or partial.done - partial.stored >= STORED_TOKENS:
             row, partial.stored = partial.row, partial.done
-            self._prefixes.store_partial(row.owner, row.prompt[: partial.done], partial.cache, 0, checkpoint=checkpoint)
+            self._prefixes.store_partial(
+                row.owner, row.prompt[: partial.done], partial.cache, len(row.prompt), checkpoint=checkpoint
+            )
 
     def _done(self, prefilled: Prefilled) -> Prefilled:
         """Store the prompts as prefixes now, so that other rows can reuse them while these rows decode."""

@@ -14,13 +14,15 @@ import pytest
 from mlx_lm.models import llama
 
 from shared.jobs.request import Request, Sampling
+from tests.support import architectures
 from tests.support.small_models import small_model
 from worker.runner import forward
 from worker.runner.base import Row
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import Segment
-from worker.runner.prefix.blocks import BLOCK
+from worker.runner.prefix.blocks import BLOCK, split_name
 from worker.runner.prefix.cache import PrefixCache
+from worker.runner.prefix.disk import WRITE_BYTES_PER_S
 from worker.runner.prefix.fetch import PrefixFetch
 from worker.runner.prefix.files import SUFFIX, PrefixFiles
 from worker.runner.prefix.spill import Spill
@@ -355,3 +357,18 @@ def test_only_the_shared_part_of_a_prefix_is_shared_on_disk(make: CacheFactory, 
     assert fetch_all(second, tokens, "you") == 2 * BLOCK
     assert fetch_all(second, tokens, "me") == 3 * BLOCK
     assert second.length("you", tokens) == 2 * BLOCK
+
+
+def test_of_close_checkpoints_only_the_first_is_written(tmp_path: Path) -> None:
+    hybrid = architectures.make("qwen3_5", vocab_size=64)
+    factory = CacheFactory(tmp_path / "prefixes", hybrid)
+    cache, tokens = factory(), counting(1, 3 * BLOCK)
+    lengths = (BLOCK, BLOCK + 20, 2 * BLOCK + 16, 2 * BLOCK + 17)
+    for length in lengths:
+        store(cache, hybrid, tokens[:length])
+    state_bytes = cache.layout.state_bytes if cache.layout else 0
+    cache.disk.token_s = state_bytes / WRITE_BYTES_PER_S / 100  # computing a state over 100 tokens pays
+    cache.close(10)
+    written = {split_name(path.stem)[1] for path in factory.folder.rglob("*-*" + SUFFIX)}
+    assert written == {0, 16}  # tokens after a block: those of the first and of the third checkpoint
+    assert fetch_all(factory(), tokens[: 2 * BLOCK + 17]) == 2 * BLOCK + 16

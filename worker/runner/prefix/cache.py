@@ -127,14 +127,17 @@ class PrefixCache:
             self._reused[nodes[-1]] = None
 
     def store_partial(
-        self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int, *, checkpoint: bool = False
+        self, owner: str | None, tokens: Sequence[int], cache: KVCache, length: int, *, checkpoint: bool = False
     ) -> None:
-        """Store the first tokens of a row during its prefill. The cache is already allocated for the whole prompt.
+        """Store the first tokens of a row during its prefill, unless the whole prompt would exceed the limit.
 
-        Stores nothing if the whole row would exceed the limit.
+        Args:
+            cache: the row's cache.
+            length: number of tokens of the whole prompt.
+            checkpoint: see `store`.
         """
-        if cache.nbytes <= self._limit:
-            self.store(owner, tokens, cache, row, checkpoint=checkpoint)
+        if self.layout is not None and self.layout.nbytes(length) <= self._limit:
+            self.store(owner, tokens, cache, 0, checkpoint=checkpoint)
 
     def share(self, owner: str | None, tokens: Sequence[int]) -> None:
         """Copy an owner's prefix to the shared tree, if a row could take all of these tokens from the cache."""

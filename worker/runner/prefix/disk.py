@@ -63,12 +63,20 @@ class Disk:
             self.spill.write([piece], begin, segments, evicted=evicted)
 
     def _worth_writing(self, node: Node, checkpoint: Checkpoint) -> bool:
-        """Return whether computing the state from the previous checkpoint on disk takes longer than writing it."""
-        if self.spill is None or not self.token_s:
-            return True
-        above = (each for each in islice(node.path(), 1, None) if each.chain and self.spill)
-        previous = next((each.end for each in above if self.spill.has(_checkpoint_name(each))), 0)
-        return (node.end - previous) * self.token_s > checkpoint.nbytes / WRITE_BYTES_PER_S
+        """Return whether computing the state from the previous checkpoint takes longer than writing it.
+
+        Of several checkpoints close to each other, only the first is worthwhile.
+        """
+        previous = 0
+        for above in reversed(list(islice(node.path(), 1, None))):
+            stored = above.checkpoint
+            on_disk = above.chain and self.spill and self.spill.has(above.chain.checkpoint_name)
+            if on_disk or (stored and self._pays(above.end - previous, stored)):
+                previous = above.end
+        return self._pays(node.end - previous, checkpoint)
+
+    def _pays(self, tokens: int, checkpoint: Checkpoint) -> bool:
+        return not self.token_s or tokens * self.token_s > checkpoint.nbytes / WRITE_BYTES_PER_S
 
     def _on_disk(self, node: Node) -> bool:
         """Return whether the last block that ends in this node is on disk. If it is, so are the blocks before it."""
@@ -89,13 +97,9 @@ class Disk:
             segments.insert(0, above.segment)
             begin -= len(above.tokens)
         complete = [segment for segment in segments if segment is not None]
-        if pieces and len(complete) == len(segments):
+        if pieces and len(complete) == len(segments) and complete[0].columns:
             self.spill.write(pieces, begin, complete, evicted=evicted)
 
 
 def _block(chain: BlockChain) -> Piece:
     return Piece(chain.name, chain.start - BLOCK, chain.start)
-
-
-def _checkpoint_name(node: Node) -> str:
-    return node.chain.checkpoint_name if node.chain else ""
