@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 from mlx_lm.models import llama, mamba
 
+from tests.support.bare_tokenizer import BareTokenizer
 from worker.models.load import FALLBACK_CONTEXT, loaded_as
-
-TOKENIZER = SimpleNamespace(
-    model_max_length=10**30, chat_template=None, bos_token=None, eos_token=None, eos_token_ids=[0], vocab_size=8
-)
 
 
 def context(args: Any, config: dict[str, Any], limit: int = 10**30) -> int:
-    tokenizer = SimpleNamespace(**{**vars(TOKENIZER), "model_max_length": limit})
-    model = SimpleNamespace(args=args)
+    tokenizer = BareTokenizer(limit)
+    model = SimpleNamespace(args=args, named_modules=list)
     return loaded_as("text", Path("model"), model, tokenizer, {"vocab_size": 8, **config}).card.context
 
 

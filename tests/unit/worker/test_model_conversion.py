@@ -17,6 +17,7 @@ from shared.models.facts import GROUP
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
 from tests.support.architectures import VOCABULARY, config, make, names
+from tests.support.bare_tokenizer import BareTokenizer
 from tests.support.runner import row, step
 from worker.models.load import LoadedModel, convert, loaded_as
 from worker.runner.model_runner import MLXRunner
@@ -25,15 +26,8 @@ CAST = ("afmoe", "deepseek_v3", "glm4_moe", "kimi_linear", "nemotron_h", "qwen3_
 QUANTISED = ("gpt_oss", "granitemoe", "jamba", "lfm2_moe", "longcat_flash", "qwen3_moe", "qwen3_next", "rwkv7")
 
 
-class Tokenizer:
-    """What a card takes from a tokenizer, for a model with more tokens than any here."""
-
-    model_max_length = 512
-    chat_template = bos_token = eos_token = None
-    eos_token_ids: frozenset[int] = frozenset()
-
-    def __len__(self) -> int:
-        return 300_000
+TOKENIZER = BareTokenizer(limit=512, size=300_000)
+"""It has more tokens than any model here."""
 
 
 def loaded(name: str, **more: Any) -> LoadedModel:
@@ -118,13 +112,13 @@ def vocabulary(name: str, declared: dict[str, Any]) -> int | None:
 
 
 def card(name: str, declared: dict[str, Any], model: Any) -> ModelCard:
-    return loaded_as("text", Path(name), model, Tokenizer(), declared).card
+    return loaded_as("text", Path(name), model, TOKENIZER, declared).card
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_a_token_beyond_the_embedding_is_refused(bits: int | None) -> None:
     model = make("gemma3_text", bits=bits)
-    runner = MLXRunner(LoadedModel(model, Tokenizer(), {}, card("gemma3_text", {}, model), frozenset()), 16)
+    runner = MLXRunner(LoadedModel(model, TOKENIZER, {}, card("gemma3_text", {}, model), frozenset()), 16)
     runner.insert([row(1, [1, VOCABULARY]), row(2, [1, VOCABULARY - 1])])
     output = step(runner)
     assert [(uid, str(error)) for uid, error in output.failed] == [
