@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -20,6 +21,9 @@ from web.results.messages import MessageReader, delta_of, read_message
 
 FINGERPRINT: Final = f"mlxq-{VERSION}"
 DONE: Final = b"data: [DONE]\n\n"
+_STRING: Final = r'"(?:[^"\\]|\\.)*"'
+_ONLY_CONTENT: Final = re.compile(rf'\{{"text":{_STRING},"delta":(\{{"content":{_STRING}\}})\}}')
+_NO_MORE: Final = '"logprobs":null,"finish_reason":null'
 _ALWAYS: Final = frozenset({"role", "content"})
 _DELTA: Final = frozenset({"content", "reasoning_content", "tool_calls"})
 
@@ -137,7 +141,7 @@ class ChatAnswer(_Base):
         chunks: list[str] = []
         for event in events:
             if event.kind is EventKind.CHUNK:
-                chunks += self._delta(index, json.loads(event.data))
+                chunks += self._content_delta(index, event.data) or self._delta(index, json.loads(event.data))
         return "".join(chunks)
 
     def end(self, index: int, job: Job) -> str:
@@ -153,6 +157,15 @@ class ChatAnswer(_Base):
         self._begun = True
         delta = f'"delta":{{"role":"assistant","content":{to_json(self._content)},"refusal":null}}'
         return "".join(self._chunk(index, delta) for index in range(len(self._states)))
+
+    def _content_delta(self, index: int, data: str) -> list[str]:
+        """Return the chunk for a job's chunk that has nothing but content, without parsing it; otherwise nothing."""
+        match = None if self._with_logprobs else _ONLY_CONTENT.fullmatch(data)
+        if match is None:
+            return []
+        self._states[index].speaks = True
+        text = f'{self._head}"choices":[{{"index":{index},"delta":{match[1]},{_NO_MORE}}}]{self._tail}'
+        return [text] if self._begun else [self._begin(), text]
 
     def _delta(self, index: int, chunk: Mapping[str, Any]) -> list[str]:
         state = self._states[index]
