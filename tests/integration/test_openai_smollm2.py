@@ -102,12 +102,17 @@ def test_limits_and_stops(client: openai.OpenAI, model: str) -> None:
     ).choices[0].message.content == content(short)  # fmt: skip
 
 
-def test_choices_differ_and_share_their_prompt(client: openai.OpenAI, model: str) -> None:
-    completion = ask(client, model, n=4, temperature=1.2, max_completion_tokens=12)
+def test_choices_differ_and_share_their_prompt(client: openai.OpenAI, model: str, smollm2_stack: Stack) -> None:
+    messages: Any = [{"role": "user", "content": f"Answer the question. {'Think well. ' * 20}{QUESTION[0]['content']}"}]
+    completion = ask(client, model, messages, n=4, temperature=1.2, max_completion_tokens=12)
     texts = [choice.message.content for choice in completion.choices]
     assert len(set(texts)) > 1
-    assert texts[1] == content(ask(client, model, temperature=1.2, max_completion_tokens=12, seed=2))
-    assert completion.usage is not None and completion.usage.prompt_tokens < 2 * len("What is the capital of France?")
+    assert texts[1] == content(ask(client, model, messages, temperature=1.2, max_completion_tokens=12, seed=2))
+    with smollm2_stack.client() as native:
+        first = native.request("GET", f"/v1/jobs/{completion.id.removeprefix('chatcmpl-')}").json()
+        usages = [native.request("GET", f"/v1/jobs/{child}").json()["usage"] for child in first["children"]]
+    assert all(usage["cached_tokens"] > usage["prompt_tokens"] / 2 for usage in usages), "it is processed once"
+    assert completion.usage is not None and completion.usage.prompt_tokens == usages[0]["prompt_tokens"]
 
 
 def test_logprobs(client: openai.OpenAI, model: str) -> None:
