@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,16 @@ from anthropic.types import RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from tests.plugins.web_stack import MODEL, StubWorker, WebStack, running_web
+from tests.support.image_files import picture
 
 StartWorker = Callable[..., StubWorker]
 Eventually = Callable[..., None]
 EVENT = TypeAdapter[Any](RawMessageStreamEvent)
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
+_SOURCE = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(picture()).decode()}
+PICTURE = [{"role": "user", "content": [{"type": "image", "source": _SOURCE}]}]
+RESULT = [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "3"}]}]
+TOOL = {"name": "add", "input_schema": {"type": "object"}}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +144,9 @@ def test_a_bearer_token_is_a_key(web: WebStack, start_worker: StartWorker) -> No
         ({"max_tokens": 0}, anthropic.BadRequestError, 400, "max_tokens: "),
         ({"messages": []}, anthropic.BadRequestError, 400, "messages: "),
         ({"extra_body": {"colour": 1}}, anthropic.BadRequestError, 400, "colour: "),
+        ({"messages": PICTURE}, anthropic.BadRequestError, 400, "stub is a text model"),
+        ({"messages": RESULT}, anthropic.BadRequestError, 400, "messages[0].content[0].tool_use_id: "),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "sub"}}, anthropic.BadRequestError, 400, "sub"),
         ({"extra_query": {"colour": 1}}, anthropic.BadRequestError, 400, "colour: "),
         ({"messages": [{"role": "user", "content": "a" * 100_000}]}, anthropic.RequestTooLargeError, 413, "larger"),
         ({"extra_headers": {"Content-Type": "text/plain"}}, anthropic.APIStatusError, 415, "application/json"),
@@ -146,14 +155,17 @@ def test_a_bearer_token_is_a_key(web: WebStack, start_worker: StartWorker) -> No
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors(
     web: WebStack,
+    start_worker: StartWorker,
     fields: dict[str, Any],
     error: type[anthropic.APIStatusError],
     status: int,
     message: str,
     stream: bool,
 ) -> None:
+    start_worker()  # announces what the model supports
+    assert web.http.get("/inference/models").is_success  # the API reads it now
     with sdk(web) as client, pytest.raises(error) as raised:
-        client.messages.create(**body(stream=stream) | fields)
+        client.with_options(timeout=20).messages.create(**body(stream=stream) | fields)
     check(raised.value, status, message)
 
 
