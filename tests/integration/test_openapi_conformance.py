@@ -54,7 +54,7 @@ def test_responses_conform_to_the_document(tmp_path: Path, phases: str, examples
                     "--checks", "all", "--phases", phases, "--max-examples", str(examples),
                     "--seed", "1", "--request-timeout", "30", "--generation-database", "none", "--no-color",
                 ],
-                cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+                cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
             )  # fmt: skip
         finally:
             worker.stop()
