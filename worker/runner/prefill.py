@@ -118,6 +118,7 @@ class Prefill:
         prefixes: provides and stores prefixes.
         cost: predicts the duration of a chunk.
         batching: which rows may be prefilled together, whatever the plan says, and in which pieces.
+        turn_ends: ids of the tokens that end a message in the chat template.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Prefill:
         prefixes: PrefixCache,
         cost: PrefillCost,
         batching: BatchingSupport = UNRESTRICTED,
+        turn_ends: Collection[int] = (),
     ) -> None:
         self._batching = batching
+        self._turn_ends = turn_ends
         self._cost = cost
         self._model = model
         self._chunk = chunk
@@ -359,7 +362,8 @@ class Prefill:
         reused = prefixes.length(row.owner, tokens)
         stops: list[int] = []
         if row.owner is not None and prefixes.layout and prefixes.layout.recurrent:
-            stops = checkpoints.stops(row, prefixes.layout, reused, prefixes.matched(row.owner, tokens))
+            matched = prefixes.matched(row.owner, tokens)
+            stops = checkpoints.stops(row, prefixes.layout, reused, matched, self._turn_ends)
         return _Waiting(row, reused, prefixes.version, tuple(stops))
 
 

@@ -6,6 +6,8 @@ chat template, because the next turn of a conversation drops the thoughts that f
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from worker.runner.base import Row
 from worker.runner.kv_segments import Layout
 from worker.runner.prefix.blocks import BLOCK
@@ -25,10 +27,11 @@ MIN_DISTANCE = 16
 """Minimum tokens between the beginning of a prefill and the first checkpoint. Each checkpoint costs a pass."""
 
 
-def stops(row: Row, layout: Layout, reused: int, matched: int) -> list[int]:
+def stops(row: Row, layout: Layout, reused: int, matched: int, turn_ends: Collection[int] = ()) -> list[int]:
     """Return the tokens of a prompt after which checkpoints are taken, in order, without the end of the prefill.
 
     Args:
+        turn_ends: ids of the tokens that end a message. The first message is the system message, if there is one.
         reused: number of tokens whose cache the row takes from the prefix cache.
         matched: number of tokens that an earlier row had in common with this one: likely so has the next one.
     """
@@ -36,4 +39,10 @@ def stops(row: Row, layout: Layout, reused: int, matched: int) -> list[int]:
     interval = BLOCK if layout.state_bytes <= SMALL_STATE_BYTES else INTERVAL
     tail = len(row.prompt) - row.generated - TAIL
     regular = range(reused - reused % interval + interval, end, interval)
-    return sorted({each for each in (row.shared, matched, tail, *regular) if reused + MIN_DISTANCE <= each < end})
+    chosen = {row.shared, matched, tail, _first_turn_end(row.prompt, turn_ends), *regular}
+    return sorted(each for each in chosen if reused + MIN_DISTANCE <= each < end)
+
+
+def _first_turn_end(tokens: tuple[int, ...], turn_ends: Collection[int]) -> int:
+    """Return the number of tokens up to the first end of a message; 0 if there is none."""
+    return min((tokens.index(end) + 1 for end in turn_ends if end in tokens), default=0)
