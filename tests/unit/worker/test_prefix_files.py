@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,20 @@ import safetensors
 
 from shared.settings import ROOT
 from worker.runner.prefix import blocks
-from worker.runner.prefix.blocks import BLOCK, Block, Tensor
+from worker.runner.prefix.blocks import BLOCK, Block, BlockChain, Tensor
 from worker.runner.prefix.files import FREE_BYTES, SUFFIX, PrefixFiles, fingerprint
 
 PLENTY = 2**30
 DAY_S = 86_400.0
 TOKENS = list(range(4 * BLOCK))
-NAMES = list(blocks.names("me", TOKENS))
+
+
+def names(owner: str, tokens: Sequence[int]) -> list[str]:
+    """Return the name of each complete block of these tokens."""
+    return [chain.name for chain in BlockChain.of(owner).blocks(tokens)]
+
+
+NAMES = names("me", TOKENS)
 
 
 def block(seed: int, *, halves: int = 512) -> Block:
@@ -82,12 +89,12 @@ def test_only_the_user_may_read_the_files(tmp_path: Path) -> None:
 
 def test_a_name_depends_on_the_owner_and_all_tokens_up_to_its_end() -> None:
     assert len(NAMES) == 4
-    assert list(blocks.names("me", TOKENS[: 2 * BLOCK + 5])) == NAMES[:2]
+    assert names("me", TOKENS[: 2 * BLOCK + 5]) == NAMES[:2]
     other = [1, *TOKENS[1:]]
-    assert not set(blocks.names("me", other)) & set(NAMES)
-    assert not set(blocks.names("you", TOKENS)) & set(NAMES)
+    assert not set(names("me", other)) & set(NAMES)
+    assert not set(names("you", TOKENS)) & set(NAMES)
     late = [*TOKENS[:-1], 0]
-    assert [a == b for a, b in zip(blocks.names("me", late), NAMES, strict=True)] == [True, True, True, False]
+    assert [a == b for a, b in zip(names("me", late), NAMES, strict=True)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, SIZE // 2, SIZE - 1])
@@ -136,7 +143,7 @@ def test_models_are_separate_but_share_the_limit(tmp_path: Path) -> None:
 
 def test_the_least_recently_used_block_is_deleted_first_from_the_end(tmp_path: Path) -> None:
     opened = files(tmp_path, max_bytes=4 * SIZE)
-    others = list(blocks.names("you", TOKENS))
+    others = names("you", TOKENS)
     opened.write([(name, block(0)) for name in others[:2]])
     opened.write([(name, block(0)) for name in NAMES[:2]])
     opened.touch(others[:2])
@@ -193,7 +200,7 @@ files(folder).write([(name, block(i)) for i, name in enumerate(NAMES)])
 """
 WRITE = """
 seed = int(sys.argv[2])
-own = list(blocks.names(str(seed), TOKENS))
+own = names(str(seed), TOKENS)
 opened = files(folder, max_bytes=6 * SIZE)
 for _ in range(20):
     opened.write([(name, block(i)) for i, name in enumerate(NAMES)])
@@ -259,3 +266,16 @@ def test_the_fingerprint_depends_on_weights_quantisation_and_layout(weights: Pat
     assert changed(lambda _: os.truncate(file, 99_999), weights)
     assert changed(lambda folder: (folder / "more.safetensors").write_bytes(b"1"), weights)
     assert fingerprint(weights, "another") != fingerprint(weights, "layout")
+
+
+def test_checkpoints_are_found_by_the_block_before_them(tmp_path: Path) -> None:
+    chain = BlockChain.of("me").after(TOKENS[: 2 * BLOCK + 5])
+    opened = files(tmp_path)
+    opened.write([(NAMES[1], block(0)), (chain.checkpoint_name, block(1))])
+    path(tmp_path, "notes-of-somebody-else").touch()
+    for each in (opened, files(tmp_path)):
+        assert each.checkpoints(NAMES[1]) == [chain.checkpoint_name]
+        assert each.checkpoints(NAMES[0]) == []
+    path(tmp_path, chain.checkpoint_name).unlink()
+    assert opened.read(chain.checkpoint_name) is None
+    assert opened.checkpoints(NAMES[1]) == []

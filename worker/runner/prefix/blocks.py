@@ -104,18 +104,13 @@ class BlockChain:
 
 def is_checkpoint(name: str) -> bool:
     """Return whether a file is a checkpoint rather than a block."""
-    return "-" in name
+    return name.count("-") == 2
 
 
 def split_name(checkpoint: str) -> tuple[str, int]:
     """Return the name of the last block before a checkpoint, and the number of tokens since then."""
     block, length, _ = checkpoint.split("-")
     return block, int(length)
-
-
-def names(owner: str, tokens: Sequence[int]) -> Iterator[str]:
-    """Yield the name of each complete block of these tokens, from the first."""
-    return (chain.name for chain in BlockChain.of(owner).blocks(tokens))
 
 
 def write(path: Path, name: str, block: Block) -> None:
