@@ -12,6 +12,8 @@ import mlx.core as mx
 
 from tests.architectures.batches import RESTRICTED, TOLERANCE, compare_all
 from tests.architectures.folders import QUANTISATIONS, adapted, quantised, write_folder
+from tests.architectures.memory import check_memory
+from tests.architectures.reuse import check_conversation, check_disk, check_shared_prefix, check_speculation
 from tests.support.architectures import VOCABULARY, config, make, measured
 from worker.models.load import load_model
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
@@ -82,6 +84,11 @@ CHECKS: Final[Mapping[str, Check]] = {
         f"quantised to {kind}": Check("quantised", partial(check_quantised, kind=kind), kind in ("4 bits", "mixed"))
         for kind in QUANTISATIONS
     },
+    "conversation": Check("next turn", check_conversation),
+    "shared prefix": Check("shared prefix", check_shared_prefix),
+    "disk": Check("after a restart", check_disk, always=False),
+    "speculation": Check("speculation", check_speculation),
+    "memory": Check("memory predicted", check_memory),
     "shards": Check("shards", check_shards),
     "adapter": Check("adapter", check_adapter),
 }

@@ -108,9 +108,10 @@ def adapted(name: str, folder: Path) -> Any:
         mx.eval(model(mx.array([[1, 2, 3]])))
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise Unsupported(str(error).splitlines()[0]) from error
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     weights = {
         path: 0.1 * mx.random.normal(array.shape)
-        for path, array in tree_flatten(model.parameters())
+        for path, array in parameters.items()
         if path.endswith(("lora_a", "lora_b"))
     }
     model.load_weights(list(weights.items()), strict=False)

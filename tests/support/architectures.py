@@ -190,7 +190,7 @@ OWN: dict[str, dict[str, Any]] = {
         "kv_source_layer_ids": [0, 1, 2, 3],
         "index_source_layer_ids": [0, 1, 2, 3],
     },
-    "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LGLG"},
+    "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LGLG", "layer_types": _PAIRS},
     "exaone_moe": {"layer_types": _PAIRS, "is_moe_layer": [False, True, True, True]},
     "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 64, "mamba_expand": 1},
     "gemma3": _GEMMA,
@@ -216,7 +216,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
     "gpt_oss": {"layer_types": _PAIRS},
     "gptj": {"rotary_dim": 8},
-    "granitemoehybrid": _MAMBA2 | {"layer_types": ["mamba", "attention"] * 2},
+    "granitemoehybrid": _MAMBA2 | {"mamba_expand": 1, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan": {
         "num_shared_expert": 1,
         "use_mixed_mlp_moe": True,
@@ -328,6 +328,8 @@ OWN: dict[str, dict[str, Any]] = {
 def config(name: str) -> dict[str, Any]:
     """`config.json` of a tiny model."""
     own = COMMON | OWN.get(name, {}) | {"model_type": name}
+    if name == "minicpm3":  # transformers refuses it
+        del own["logits_scaling"]
     return own | {"text_config": dict(own) | {"model_type": _TEXT.get(name, name)}}
 
 
@@ -337,6 +339,7 @@ _TEXT = {
     "gemma4": "gemma4_text",
     "pixtral": "llama",
     "kimi_k25": "deepseek_v3",
+    "kimi_vl": "deepseek_v3",
 }
 """Model types of the language halves."""
 
@@ -355,6 +358,9 @@ def make(name: str, dtype: mx.Dtype = mx.float32, bits: int | None = None, **mor
     model = module.Model(module.ModelArgs.from_dict(arguments))
     # Constant arrays would hide mistakes, and so would matrices that change little.
     model.update(tree_map(lively, model.parameters()))
+    if name == "baichuan_m1":  # it does this whenever it is loaded
+        head = model.lm_head
+        head.weight = head.weight / (mx.linalg.norm(head.weight, axis=-1, keepdims=True) + 1e-7)
     model.set_dtype(dtype)
     if bits is not None:
         nn.quantize(model, group_size=32, bits=bits, class_predicate=_can_be_packed)  # type: ignore[attr-defined]

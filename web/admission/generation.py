@@ -41,7 +41,6 @@ class GenerationRequests:
         Raises:
             Invalid: a value is not possible with this model.
         """
-        _check_template_options(request)
         messages = request.chat_messages()
         return Request(
             model=model,
@@ -67,8 +66,7 @@ class GenerationRequests:
     def _template_variables(self, request: JobRequest, model: str) -> dict[str, Any]:
         """Return the variables of the chat template: the request's, and the catalog's that it does not set."""
         entry = self._catalog.models.get(model)
-        defaults = entry.chat_template_kwargs if entry and not request.skips_template else {}
-        variables = {**defaults, **request.chat_template_kwargs}
+        variables = {**(entry.chat_template_kwargs if entry else {}), **request.chat_template_kwargs}
         for name in ("enable_thinking", "reasoning_effort"):
             if (value := getattr(request, name)) is not None:
                 variables[name] = value
@@ -86,8 +84,7 @@ class GenerationRequests:
         return request.max_tokens
 
     def _default_max_tokens(self, model: str) -> int | None:
-        entry = self._catalog.models.get(model)
-        return (entry.sampling.max_tokens if entry else None) or self._settings.max_tokens
+        return self.sampling_defaults(model).max_tokens or self._settings.max_tokens
 
     def reserved_tokens(self, request: JobRequest, generation: Request) -> int | None:
         """Return the tokens for which memory is reserved; None for `max_tokens`."""
@@ -125,16 +122,6 @@ class GenerationRequests:
         else:
             declared = entry.declared_sampling if entry else SamplingDefaults()
         return entry.sampling.over(declared) if entry else declared
-
-
-def _check_template_options(request: JobRequest) -> None:
-    """Refuse options for the chat template if the prompt does not go through it."""
-    if not request.skips_template:
-        return
-    for field in ("tools", "chat_template_kwargs", "enable_thinking", "reasoning_effort"):
-        if getattr(request, field) not in (None, {}):
-            what = "raw prompts" if request.raw else "prompt_tokens"
-            raise Invalid(f"{field} cannot be used with {what}, which skip the chat template.", field=field)
 
 
 def given_tokens(request: JobRequest, card: ModelCard | None) -> Tokenized | None:

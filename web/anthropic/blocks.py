@@ -23,14 +23,17 @@ def by_type(supported: str) -> Discriminator:
     return Discriminator(_type_tag, custom_error_type="unsupported_type", custom_error_message=message)
 
 
-CacheControl = Annotated[dict[str, Any], Field(description="Accepted as advice; has no effect")]
-"""The prefix cache decides by itself what to keep. Clients add fields to this object."""
+class CacheControl(RequestModel):
+    """Accepted as advice: the prefix cache decides by itself what to keep."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] = "5m"
 
 
 class Cacheable(RequestModel):
     """A part of a prompt that may carry `cache_control`."""
 
-    cache_control: CacheControl | None = None
+    cache_control: CacheControl | None = Field(None, description="Accepted as advice; has no effect")
 
 
 class Citations(RequestModel):
