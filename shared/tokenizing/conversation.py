@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 from shared.tokenizing import generic_tools
 from shared.tokenizing.chat_template import Features
-
-RESERVED: Final = frozenset(
-    {
-        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize"),
-        *("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"),
-        *("return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs"),
-        "sanitize_control_tokens",
-    }
-)
-"""Names that cannot be template variables: other fields set them, or they are options of transformers' function."""
+from shared.tokenizing.messages import RESERVED_VARIABLES
 
 
 class UnsupportedField(Exception):
@@ -93,7 +84,7 @@ def conversation_of(
         variables = _variables(variables, features.variables, reasons)
         if "developer" not in features.source:
             messages = _without_developer(messages)
-    for name in RESERVED & variables.keys():
+    for name in RESERVED_VARIABLES & variables.keys():
         raise UnsupportedField(f"chat_template_kwargs.{name}", f"{name} cannot be a variable of the chat template.")
     continue_final = bool(request.get("continue_final"))
     prepared = [_prepared(message) for message in _with_names(messages)]

@@ -28,6 +28,17 @@ _MAX_HEADER_BYTES: Final = 256 * 2**20
 _MAX_PAYLOAD_BYTES: Final = 2**30
 
 
+RESERVED_VARIABLES: Final = frozenset(
+    {
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"),
+        *("return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+        "sanitize_control_tokens",
+    }
+)
+"""Names that cannot be template variables: other fields set them, or they are options of transformers' function."""
+
+
 class TokenizerFault(StrEnum):
     """Errors of a helper that are not caused by the prompt."""
 

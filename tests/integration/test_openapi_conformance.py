@@ -30,10 +30,10 @@ expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 429]
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503, 504, 529]
 
-# Anthropic's statuses are 400 instead of 422, and 529 instead of 503.
+# The statuses of OpenAI and Anthropic are 400 instead of 422; Anthropic's is 529 instead of 503.
 [[operations]]
-include-path-regex = "^/v1/messages"
-checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 409, 429, 504, 529]
+include-path-regex = "^/v1/(messages|chat/completions|completions)"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 409, 429, 503, 504, 529]
 """
 
 

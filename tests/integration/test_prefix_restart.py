@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,13 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
 from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Status
-from tests.plugins.stack import Stack
+from tests.plugins.stack import Stack, made_stack
+from tests.support.architectures import config, make
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 
@@ -20,8 +27,8 @@ SYSTEM = "You answer in few words and name your sources, whatever you are asked.
 MIN_TOKENS = 5 * 128
 
 
-def ask(stack: Stack, question: str, key: str = "", **more: Any) -> RemoteJob:
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+def ask(stack: Stack, question: str, key: str = "", system: str = SYSTEM, **more: Any) -> RemoteJob:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     with Client(stack.url, key or stack.key) as client:
         job = client.submit({"messages": messages, "temperature": 0, "max_tokens": 4, **more}, wait_s=60)
         while not job.status.terminal:
@@ -71,6 +78,50 @@ def test_reused_prefixes_survive_a_kill(tiny_stack: Stack) -> None:
     again = ask(stack, "Is it so at night?")
     assert cached_tokens(again) >= MIN_TOKENS
     assert again.text == job.text
+
+
+@pytest.fixture(params=["gemma3_text", "qwen3_5"])
+def kind_stack(request: pytest.FixtureRequest, tiny_model_path: Path, tmp_path: Path) -> Iterator[Stack]:
+    """Only the API, for a tiny model with sliding windows or recurrent layers."""
+    for stack in made_stack(folder_of(request.param, tmp_path / request.param, tiny_model_path), {"LEASE_S": "1"}):
+        stack.start_web()
+        yield stack
+
+
+def test_prefixes_of_windows_and_recurrent_layers_survive_a_kill(kind_stack: Stack) -> None:
+    """A restarted worker finds at least four fifths of a prompt of 4,000 tokens."""
+    stack, system = kind_stack, SYSTEM * 6
+    first = stack.start_worker()
+    for question in ("Why is the sky blue?", "Is it so at night?"):
+        job = ask(stack, question, system=system)
+    assert 4000 <= job.usage["prompt_tokens"] < 6000
+    minimum = 0.8 * job.usage["prompt_tokens"]
+    recurrent = "qwen3_5" in stack.model
+
+    def written() -> bool:
+        checkpoints = [file for file in files(stack) if "-" in file.stem]
+        return len(files(stack)) - len(checkpoints) >= minimum // 128 and bool(checkpoints) == recurrent
+
+    eventually(written, "the reused prefix is on disk", 20)
+    assert stack.stop(first, signal.SIGKILL) == -signal.SIGKILL
+    stack.start_worker()
+    again = ask(stack, "Is it so at night?", system=system)
+    assert cached_tokens(again) >= minimum
+    assert again.text == job.text
+
+
+def folder_of(name: str, folder: Path, tiny_model_path: Path) -> Path:
+    """Write a tiny model of an architecture with the tokenizer of the tiny llama."""
+    folder.mkdir()
+    for file in tiny_model_path.glob("*token*"):
+        shutil.copy(file, folder)
+    vocabulary = json.loads((tiny_model_path / "config.json").read_text())["vocab_size"]
+    options = {"vocab_size": vocabulary, "max_position_embeddings": 8192}
+    own = config(name) | options
+    (folder / "config.json").write_text(json.dumps(own | {"text_config": own["text_config"] | options}))
+    weights = dict(tree_flatten(make(name, **options).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
 
 
 @pytest.mark.parametrize("variables", [{"PREFIX_DISK_BYTES": "0"}, {"PREFIX_CACHE_BYTES": "0"}], ids=str)

@@ -41,6 +41,7 @@ class GenerationRequests:
         Raises:
             Invalid: a value is not possible with this model.
         """
+        _check_template_options(request)
         messages = request.chat_messages()
         return Request(
             model=model,
@@ -66,7 +67,8 @@ class GenerationRequests:
     def _template_variables(self, request: JobRequest, model: str) -> dict[str, Any]:
         """Return the variables of the chat template: the request's, and the catalog's that it does not set."""
         entry = self._catalog.models.get(model)
-        variables = {**(entry.chat_template_kwargs if entry else {}), **request.chat_template_kwargs}
+        defaults = entry.chat_template_kwargs if entry and not request.skips_template else {}
+        variables = {**defaults, **request.chat_template_kwargs}
         for name in ("enable_thinking", "reasoning_effort"):
             if (value := getattr(request, name)) is not None:
                 variables[name] = value
@@ -84,7 +86,8 @@ class GenerationRequests:
         return request.max_tokens
 
     def _default_max_tokens(self, model: str) -> int | None:
-        return self.sampling_defaults(model).max_tokens or self._settings.max_tokens
+        entry = self._catalog.models.get(model)
+        return (entry.sampling.max_tokens if entry else None) or self._settings.max_tokens
 
     def reserved_tokens(self, request: JobRequest, generation: Request) -> int | None:
         """Return the tokens for which memory is reserved; None for `max_tokens`."""
@@ -122,6 +125,16 @@ class GenerationRequests:
         else:
             declared = entry.declared_sampling if entry else SamplingDefaults()
         return entry.sampling.over(declared) if entry else declared
+
+
+def _check_template_options(request: JobRequest) -> None:
+    """Refuse options for the chat template if the prompt does not go through it."""
+    if not request.skips_template:
+        return
+    for field in ("tools", "chat_template_kwargs", "enable_thinking", "reasoning_effort"):
+        if getattr(request, field) not in (None, {}):
+            what = "raw prompts" if request.raw else "prompt_tokens"
+            raise Invalid(f"{field} cannot be used with {what}, which skip the chat template.", field=field)
 
 
 def given_tokens(request: JobRequest, card: ModelCard | None) -> Tokenized | None:

@@ -23,17 +23,14 @@ def by_type(supported: str) -> Discriminator:
     return Discriminator(_type_tag, custom_error_type="unsupported_type", custom_error_message=message)
 
 
-class CacheControl(RequestModel):
-    """Accepted as advice: the prefix cache decides by itself what to keep."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] = "5m"
+CacheControl = Annotated[dict[str, Any], Field(description="Accepted as advice; has no effect")]
+"""The prefix cache decides by itself what to keep. Clients add fields to this object."""
 
 
 class Cacheable(RequestModel):
     """A part of a prompt that may carry `cache_control`."""
 
-    cache_control: CacheControl | None = Field(None, description="Accepted as advice; has no effect")
+    cache_control: CacheControl | None = None
 
 
 class Citations(RequestModel):

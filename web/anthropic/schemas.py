@@ -169,12 +169,6 @@ class ContextManagement(RequestModel):
     edits: list[ClearThinking] | None = None
 
 
-class Diagnostics(RequestModel):
-    """Accepted as advice; the answer has no diagnostics."""
-
-    previous_message_id: str | None = None
-
-
 class CountRequest(RequestModel):
     """A conversation whose tokens are counted."""
 
@@ -190,7 +184,7 @@ class CountRequest(RequestModel):
     tool_choice: Choice | None = Field(None, description="Whether the model must call a tool. Default: `auto`")
     thinking: Thinking | None = Field(None, description="Default: `disabled`")
     output_config: OutputConfig | None = None
-    cache_control: CacheControl | None = Field(None, description="Accepted as advice; has no effect")
+    cache_control: CacheControl | None = None
     context_management: ContextManagement | None = Field(None, description="Accepted as advice")
     speed: Literal["standard", "fast"] | None = Field(None, description="Accepted as advice; has no effect")
 
@@ -211,7 +205,7 @@ class MessagesRequest(CountRequest):
         None, description="Accepted as advice; the API key and the queue decide"
     )
     inference_geo: str | None = Field(None, description="Accepted as advice; has no effect")
-    diagnostics: Diagnostics | None = Field(None, description="Accepted as advice")
+    diagnostics: dict[str, Any] | None = Field(None, description="Accepted as advice; has no effect")
 
     @field_validator("max_tokens")
     @classmethod

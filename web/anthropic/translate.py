@@ -122,9 +122,13 @@ def _function(tool: Tool) -> dict[str, Any]:
 
 
 def _thinking_fields(request: CountRequest, card: ModelCard | None) -> dict[str, Any]:
-    """Return the fields about thinking. A model that does not think satisfies every budget."""
-    fields: dict[str, Any] = {"enable_thinking": thinking_shown(request) != "none"}
-    thinks = card is None or card.reasoning
+    """Return the fields about thinking.
+
+    Agents ask for thinking whatever the model is. A model that does not think satisfies every budget.
+    """
+    shown = thinking_shown(request) != "none"
+    thinks = card is None or card.reasoning is not False
+    fields: dict[str, Any] = {"enable_thinking": shown} if thinks or not shown else {}
     if isinstance(request.thinking, ThinkingEnabled) and thinks:
         fields["thinking_budget"] = request.thinking.budget_tokens
     if request.output_config and request.output_config.effort:

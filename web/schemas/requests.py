@@ -258,7 +258,7 @@ class JobRequest(RequestModel):
     @field_validator("share_system_prompt")
     @classmethod
     def _system_message_first(cls, share: bool, info: ValidationInfo) -> bool:
-        if share and not ((messages := info.data.get("messages")) and messages[0].role == "system"):
+        if share and not ((messages := info.data.get("messages")) and messages[0].role in ("system", "developer")):
             message = "The first of the messages must be a system message to share it"
             raise PydanticCustomError("no_system_prompt", message)
         return share
@@ -269,6 +269,11 @@ class JobRequest(RequestModel):
         if raw and (info.data.get("messages") or info.data.get("prompt_tokens")):
             raise PydanticCustomError("no_raw_prompt", "raw needs a prompt; messages always use the chat template")
         return raw
+
+    @property
+    def skips_template(self) -> bool:
+        """Whether the model continues the prompt without its chat template."""
+        return self.raw or self.prompt_tokens is not None
 
     @property
     def prompt_field(self) -> str:

@@ -8,28 +8,18 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from shared.tokenizing.messages import RESERVED_VARIABLES
+
 MAX_VARIABLES: Final = 64
 MAX_VARIABLES_BYTES: Final = 64 * 2**10
 MAX_BIASES: Final = 1024
-_RESERVED: Final = (
-    *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize"),
-    *(
-        "add_generation_prompt",
-        "continue_final_message",
-        "return_dict",
-        "return_tensors",
-        "return_assistant_tokens_mask",
-    ),
-    *("padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens"),
-)
-"""Variables that the request sets by other fields, and options of the function that renders a template."""
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
     for name in variables:
-        if name in _RESERVED or name.endswith("_token"):
+        if name in RESERVED_VARIABLES or name.endswith("_token"):
             message = "{name} cannot be set: the service sets it"
             raise PydanticCustomError("reserved_variable", message, {"name": name})
     if len(json.dumps(variables).encode()) > MAX_VARIABLES_BYTES:

@@ -227,6 +227,23 @@ def test_token_ids_are_checked_and_stored(admission: Admission, client: Redis) -
     assert (error.code, error.field) == ("context_length_exceeded", "prompt_tokens")
 
 
+@pytest.mark.parametrize("prompt", [{"raw": True}, {"prompt": None, "prompt_tokens": [1]}])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "add"}}]),
+        ("chat_template_kwargs", {"x": 1}),
+        ("enable_thinking", False),
+        ("reasoning_effort", "none"),
+    ],
+)
+def test_options_of_the_template_need_a_prompt_that_goes_through_it(
+    admission: Admission, prompt: dict[str, object], field: str, value: object
+) -> None:
+    error = refusal(admission, job_request(**prompt, **{field: value}))
+    assert (error.status, error.field) == (422, field) and "skip the chat template" in error.detail
+
+
 def test_the_catalog_has_defaults_for_template_variables(
     client: Redis, settings: Settings, notifier: FakeNotifier
 ) -> None:
@@ -239,6 +256,8 @@ def test_the_catalog_has_defaults_for_template_variables(
         ({"chat_template_kwargs": {"x": 2}}, {**defaults, "x": 2}),
     ):
         assert admission.submission(job_request(**fields), RequestContext("me")).request.template_variables == variables
+    raw = admission.submission(job_request(raw=True), RequestContext("me")).request
+    assert raw.template_variables == {}, "a raw prompt skips the template"
 
 
 def test_a_seed_is_random_unless_requested(admission: Admission) -> None:

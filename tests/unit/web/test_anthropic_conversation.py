@@ -159,7 +159,7 @@ def test_an_invalid_block_is_named(messages: list[Any], field: str) -> None:
 
 
 def test_advice_is_accepted() -> None:
-    advice = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    advice = {"cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"}}
     blocks = [text("a", **advice, citations=None), {**IMAGE, **advice}]
     with_advice = translated(user(blocks), system=[text("s", **advice)], **advice, speed="fast")
     assert with_advice.messages == translated(user([text("a"), IMAGE]), system="s").messages

@@ -96,7 +96,8 @@ def test_max_tokens_is_limited_to_the_context(card: ModelCard | None, expected: 
 
 def test_a_model_that_does_not_think_satisfies_every_budget() -> None:
     thinking = {"type": "enabled", "budget_tokens": 32}
-    assert translated(replace(CARD, reasoning=False), thinking=thinking).request.thinking_budget is None
+    request = translated(replace(CARD, reasoning=False), thinking=thinking).request
+    assert request.thinking_budget is None and request.enable_thinking is None, "this model's template would refuse it"
     assert translated(None, thinking=thinking).request.thinking_budget == 32
 
 
@@ -199,3 +200,29 @@ def test_null_means_that_an_optional_field_is_absent() -> None:
     required = {"model", "max_tokens", "messages"}
     nulls = dict.fromkeys(set(MessagesRequest.model_fields) - required)
     assert translated(**nulls).request == translated().request
+
+
+def test_a_request_as_agents_send_it() -> None:
+    """All that a coding agent adds to its requests, as far as it is known, is accepted."""
+    cached = {"cache_control": {"type": "ephemeral", "ttl": "1h", "scope": "global"}}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "additionalProperties": False, **SCHEMA}
+    request = translated(
+        max_tokens=32_000,
+        temperature=1,
+        stream=True,
+        system=[{"type": "text", "text": "You are an agent."}, {"type": "text", "text": "Rules", **cached}],
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "<system-reminder/>"}, {"type": "text", "text": "hi", **cached}],
+            }
+        ],
+        tools=[{**TOOL, "input_schema": schema, "eager_input_streaming": True}, {**TOOL, "name": "other", **cached}],
+        thinking={"type": "adaptive"},
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        output_config={"effort": "medium"},
+        metadata={"user_id": '{"device_id": "' + "0" * 64 + '", "session_id": "' + "0" * 36 + '"}'},
+    ).request
+    assert request.max_tokens == CARD.context
+    assert [message.role for message in request.messages or ()] == ["system", "user"]
+    assert len(request.tools or ()) == 2

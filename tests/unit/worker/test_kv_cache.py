@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
+from tests.support import architectures
 from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
@@ -57,3 +58,39 @@ def test_reserve_widens_a_limited_number_of_layers_per_call(model: Any) -> None:
         steps.append(capacities(cache))
     assert steps == [[768, 768, 256], [768, 768, 768]]
     assert not cache.reserve(600)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_5", "falcon_h1", "deepseek_v32"])
+def test_a_row_joins_without_a_copy_of_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes the batch index of another one, and has the logits that it has alone."""
+    model = architectures.make(name)
+    prompts = [[(7 * i + 31 * row) % 256 for i in range(90 + 40 * row)] for row in range(3)]
+    batch, joining, alone = KVCache.empty(model, 3), KVCache.empty(model), KVCache.empty(model)
+    forward.fill(model, batch, prompts)
+    new = [(11 * i + 5) % 256 for i in range(60)]
+    for cache in (joining, alone):
+        forward.fill(model, cache, [new])
+    for cache in (batch, joining):
+        cache.fit()
+    monkeypatch.setattr(mx, "concatenate", lambda *_: pytest.fail("the batch was copied"))
+    assert batch.overwrite([1], joining)
+    monkeypatch.undo()
+    for step in range(3):
+        logits, expected = (
+            model(mx.array([[step]] * 3), cache=batch.layers),
+            model(mx.array([[step]]), cache=alone.layers),
+        )
+        assert mx.allclose(logits[1], expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "qwen3_5", "lfm2", "deepseek_v3", "deepseek_v32"])
+@pytest.mark.parametrize("tokens", [100, 600, 1300])
+def test_the_memory_of_decoding_rows_is_predicted(name: str, tokens: int) -> None:
+    model = architectures.make(name, sliding_window=128, sliding_window_pattern=2)
+    cache = KVCache.empty(model, 2)
+    forward.fill(model, cache, [[1] * tokens] * 2)
+    cache.fit()
+    for _ in range(2):
+        forward.fill(model, cache, [[1]] * 2)
+    predicted = 2 * kv_cache.Footprint.of(model).allocated(tokens)
+    assert cache.nbytes <= predicted <= 1.05 * cache.nbytes
