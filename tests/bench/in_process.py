@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from worker.runner.model_runner import MLXRunner
 
 GREEDY = Sampling(temperature=0.0)
+SMOLLM2 = "SmolLM2-135M-Instruct"
+"""Folder of the default model; `scripts.model_files.default_model` has the same name, but imports MLX."""
 
 
 def load_runner(folder: Path, speculation_tokens: int = 0, memory_bytes: int = 4 * 2**30) -> MLXRunner:
@@ -58,12 +60,15 @@ class InProcess:
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, owner: str = "bench"
     ) -> RunningSequence:
         """Add a row with this prompt."""
+        return self.submit_request(prompt, Request(self.runner.card.id, max_tokens, sampling, prompt=""), owner)
+
+    def submit_request(self, prompt: Sequence[int], request: Request, owner: str = "bench") -> RunningSequence:
+        """Add a row with this prompt and the options of a request."""
         from worker.engine.sequence import Sequence as RunningSequence
-        from worker.runner.base import Prompt
 
         self._jobs += 1
-        request = Request(self.runner.card.id, max_tokens, sampling, prompt="")
-        sequence = RunningSequence(_claimed(self._jobs, request, owner), Prompt(tuple(prompt)), self.runner)
+        claimed = _claimed(self._jobs, request, owner)
+        sequence = RunningSequence(claimed, self.runner.prompt(prompt, 0, request, {}), self.runner)
         self.core.submit(sequence)
         return sequence
 

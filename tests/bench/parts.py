@@ -12,6 +12,7 @@ from rich.table import Table
 from tests.bench import (
     api_cost,
     comparison,
+    constrained,
     durability,
     interference,
     path,
@@ -87,6 +88,7 @@ PARTS: Final[dict[str, Part]] = {
     "submit": Part(lambda options: path.submits(options.rounds), path.submits_table),
     "switching": Part(lambda options: switching.switching(options.model, options.rounds), switching.line, quick=True),
     "speculation": Part(lambda options: speculation.speculation(options.model, options.rounds), speculation.table),
+    "constrained": Part(lambda options: constrained.constrained(options.model, options.rounds), constrained.table),
     "recovery": Part(lambda options: recovery.recovery(options.model, options.rounds, options.before), recovery.table),
     "comparison": Part(
         lambda options: comparison.compare(options.earlier, options.rounds, options.model.parent),

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 
-from scripts.model_files import default_model
 from shared.blas import prefer_openblas
 from shared.jobs.request import Sampling
+from tests.bench.in_process import SMOLLM2
 from tests.bench.plans import Json
 from tests.bench.processes import run_module
 from tests.bench.prompts import question
@@ -26,7 +26,7 @@ from tests.bench.prompts import question
 if TYPE_CHECKING:
     from tests.bench.in_process import InProcess
 
-_TOKENS: Final = {default_model.NAME: 80}
+_TOKENS: Final = {SMOLLM2: 80}
 """Tokens of each answer, by model."""
 _DEFAULT_TOKENS: Final = 400
 _WITHIN_S: Final = 3600.0
@@ -76,7 +76,7 @@ CASES: Final = (
 
 def speculation(tiny: Path, rounds: int) -> dict[str, Turns]:
     """Model → case → turns: the tiny model, and the default model if it is in the same folder; each in a process."""
-    models = [model for model in (tiny.with_name(default_model.NAME), tiny) if model.exists()]
+    models = [model for model in (tiny.with_name(SMOLLM2), tiny) if model.exists()]
     return {model.name: _measure(model, rounds) for model in models}
 
 

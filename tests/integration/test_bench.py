@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from shared.settings import ROOT
-from tests.bench import cli, recovery, saving, speculation, streams
+from tests.bench import cli, constrained, recovery, saving, speculation, streams
 from tests.bench.contenders import BARE, OWN, PEER, own_stack
 from tests.bench.modelless import modelless
 from tests.bench.path import Case, submit
@@ -146,6 +146,19 @@ def test_a_text_has_the_length_that_was_asked_for(tiny_model_path: Path) -> None
 
     assert len(tokenizer.encode(text_of(777, 3, tiny_model_path)).ids) == pytest.approx(777, abs=2)
     assert text_of(50, 3, tiny_model_path) != text_of(50, 4, tiny_model_path)
+
+
+@pytest.mark.parametrize("module", ["constrained", "speculation"])
+def test_measurements_in_process_load_openblas_before_mlx(module: str) -> None:
+    code = f"import sys, tests.bench.{module}; sys.exit('mlx.core' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_constrained_rows_are_measured_next_to_free_ones(tiny_model_path: Path) -> None:
+    found = constrained.compare(tiny_model_path, rounds=1, rows=3, tokens=10)
+    assert list(found) == [case.name for case in constrained.CASES]
+    assert all(turn["tokens_per_s"] > 0 and turn["cpu_ms"] > 0 for [turn] in found.values())
+    assert constrained.table({"tiny": found}).row_count == len(constrained.CASES)
 
 
 def test_speculation_is_measured_on_answers_that_repeat_their_prompts_and_on_others(tiny_model_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 from llguidance import LLExecutor
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from worker.runner.logits.constraint import Guide
 from worker.runner.logits.processor import RowFailures
@@ -73,7 +73,11 @@ class BatchConstraints:
         matchers = [(guide.matcher, index) for index, guide in guides if guide.matcher is not None]
         words = guides[0][1].words
         masks = bits if words == bits.shape[1] else np.zeros((len(bits), words), dtype=np.int32)
-        fill_next_token_bitmask_par(_executor(), matchers, masks)
+        if (executor := _executor()) is None:
+            for matcher, index in matchers:
+                fill_next_token_bitmask(matcher, masks, index)
+        else:
+            fill_next_token_bitmask_par(executor, matchers, masks)
         if masks is not bits:
             for _, index in matchers:
                 bits[index, :words] = masks[index]
@@ -82,6 +86,10 @@ class BatchConstraints:
 
 
 @lru_cache(maxsize=1)
-def _executor() -> LLExecutor:
-    """Return the threads that compute masks, which are shared by all models."""
-    return LLExecutor(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
+def _executor() -> LLExecutor | None:
+    """Return the threads that compute masks, which are shared by all models; None if the engine thread does it alone.
+
+    A mask takes about 10 µs, so with one thread, waiting for it would take longer than its work.
+    """
+    threads = min(_MAX_THREADS, (os.cpu_count() or 1) // 2)
+    return LLExecutor(threads) if threads > 1 else None
