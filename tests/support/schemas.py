@@ -41,7 +41,7 @@ SCHEMAS: Final[dict[str, Any]] = {
     "negative integer": {"type": "integer", "minimum": -20, "maximum": -3},
     "multiple": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 500},
     "number in a range": {"type": "number", "minimum": 0.5, "maximum": 2.5},
-    "number in an open range": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    "number in steps": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "multipleOf": 0.125},
     "boolean": BOOLEAN,
     "null": {"type": "null"},
     "string or null": {"type": ["string", "null"], "maxLength": 20},
