@@ -137,4 +137,86 @@ TINY_VISION: Final = Shape(
     },
 )
 
-SHAPES: Final = {shape.name: shape for shape in (TINY, TINY_VISION, QWEN2_5_7B)}
+_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_WINDOW: Final[Json] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "vocab_size": 49152,
+    "max_position_embeddings": 32768,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "float32",
+}
+_HYBRID: Final[Json] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5",
+    "vocab_size": 49152,
+    "max_position_embeddings": 32768,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000.0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def _window(name: str, hidden: int, layers: int, window: int) -> Shape:
+    """Return a shape with sliding windows in five of six layers."""
+    heads = max(hidden // 64, 4)
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": hidden // heads,
+        "query_pre_attn_scalar": hidden // heads,
+        "sliding_window": window,
+    }
+    return Shape(name, f"{name.partition('-')[0]}-random-gemma3", _WINDOW | sizes, inherits=_TOKENS)
+
+
+def _hybrid(name: str, hidden: int, layers: int, **more: Any) -> Shape:
+    """Return a shape with recurrent state in three of four layers."""
+    heads = max(hidden // 64, 4)
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": hidden // heads,
+        "linear_num_value_heads": heads,
+        "linear_num_key_heads": heads // 2,
+        "linear_key_head_dim": hidden // heads,
+        "linear_value_head_dim": hidden // heads,
+    }
+    return Shape(name, f"{name.partition('-')[0]}-random-qwen3.5", _HYBRID | sizes | more, inherits=_TOKENS)
+
+
+TINY_WINDOW: Final = _window("tiny-window", 64, 6, 64)
+MID_WINDOW: Final = _window("mid-window", 512, 24, 512)
+TINY_HYBRID: Final = _hybrid("tiny-hybrid", 128, 4)
+MID_HYBRID: Final = _hybrid("mid-hybrid", 512, 24)
+HYBRID_7B: Final = _hybrid(
+    "7b-hybrid",
+    4096,
+    32,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=256,
+    linear_num_value_heads=32,
+    linear_num_key_heads=16,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    vocab_size=152064,
+    torch_dtype="bfloat16",
+)
+
+_ALL: Final = (TINY, TINY_VISION, TINY_WINDOW, TINY_HYBRID, MID_WINDOW, MID_HYBRID, QWEN2_5_7B, HYBRID_7B)
+SHAPES: Final = {shape.name: shape for shape in _ALL}

@@ -13,7 +13,7 @@ from mlx_lm import load
 
 from scripts.model_files import random_weights
 from scripts.model_files.make_tiny_model import make_tiny_model
-from scripts.model_files.shapes import QWEN2_5_7B, TINY
+from scripts.model_files.shapes import QWEN2_5_7B, SHAPES, TINY
 from scripts.model_files.smollm2 import Dtype, convert
 from scripts.model_files.vocabulary import pad_vocabulary
 from shared.models.folder import ModelError, check_folder
@@ -47,6 +47,15 @@ def test_the_tiny_shape_keeps_the_vocabulary_and_drops_the_quantization() -> Non
 
     assert (tiny["vocab_size"], tiny["hidden_size"]) == (9, 64)
     assert not {"quantization", "quantization_config"} & set(tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [("tiny-window", 0.03), ("mid-window", 0.6), ("tiny-hybrid", 0.05), ("mid-hybrid", 0.7), ("7b-hybrid", 16)],
+)
+def test_a_shape_of_another_kind_can_be_built(name: str, gigabytes: float) -> None:
+    config = SHAPES[name].config_with({"model_type": "llama", "mlp_bias": False, "eos_token_id": 2})
+    assert random_weights.size(config) / 1e9 == pytest.approx(gigabytes, rel=0.3)
 
 
 def test_a_complete_shape_inherits_only_the_special_tokens() -> None:
