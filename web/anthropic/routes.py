@@ -13,7 +13,7 @@ from web.access.auth import caller
 from web.anthropic.answer import Answer, blocks_of, message_of
 from web.anthropic.schemas import AnthropicMessage, CountRequest, MessagesRequest, TokenCount
 from web.anthropic.stream import MessageStream, deltas
-from web.anthropic.translate import job_request, named_fields, thinking_shown
+from web.anthropic.translate import job_request, original_fields, thinking_shown
 from web.http import openapi
 from web.http.anthropic_errors import REQUEST_ID
 from web.http.disconnect import CONNECTION
@@ -71,7 +71,7 @@ def count_tokens() -> Response:
     """Returns the number of tokens that the model would read, through its chat template and with its tools."""
     body = read_body(CountRequest)
     translated = job_request(body, _card(body.model))
-    with named_fields(translated.paths):
+    with original_fields(translated.paths):
         loaded = services().image_loader.load(translated.request, caller=caller().id)
         count = services().admission.count_tokens(loaded.request)
     return Response(TokenCount(input_tokens=count).model_dump_json(), content_type="application/json")
@@ -86,7 +86,7 @@ def _card(name: str) -> ModelCard | None:
 def _respond() -> Response:
     body = read_body(MessagesRequest)
     translated = job_request(body, _card(body.model))
-    with named_fields(translated.paths):
+    with original_fields(translated.paths):
         accepted = submit_choices([translated.request], 1, body)
     answer = Answer(thinking_shown(body))
     response = (_stream if body.stream else _complete)(accepted, answer, body.max_tokens)

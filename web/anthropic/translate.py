@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pydantic import ValidationError
-
-from shared.errors import Invalid, MlxqError
 from shared.models.registry import ModelCard
 from web.anthropic.conversation import Conversation
 from web.anthropic.schemas import (
@@ -21,7 +18,7 @@ from web.anthropic.schemas import (
     Tool,
     ToolChoice,
 )
-from web.http.problems import field_path
+from web.http.field_names import named_fields, renamed
 from web.schemas.requests import JobRequest
 
 ThinkingShown = Literal["all", "omitted", "none"]
@@ -55,7 +52,7 @@ class Translated:
     """A request for a job.
 
     Attributes:
-        paths: paths of the messages' parts in the original request; see `named_fields`.
+        paths: paths of the messages' parts in the original request; see `original_fields`.
     """
 
     request: JobRequest
@@ -82,7 +79,7 @@ def job_request(request: CountRequest, card: ModelCard | None) -> Translated:
         fields["response_format"] = {"type": "json_schema", "json_schema": response}
     if isinstance(request, MessagesRequest):
         fields |= _generation_fields(request, card)
-    with named_fields(conversation.paths):
+    with original_fields(conversation.paths):
         return Translated(JobRequest.model_validate(fields), conversation.paths)
 
 
@@ -136,22 +133,13 @@ def _thinking_fields(request: CountRequest, card: ModelCard | None) -> dict[str,
     return fields
 
 
-@contextmanager
-def named_fields(paths: Mapping[str, str]) -> Iterator[None]:
+def original_fields(paths: Mapping[str, str]) -> AbstractContextManager[None, None]:
     """Let errors name the fields of the Messages API instead of those of the job's request.
 
     Args:
         paths: `Conversation.paths`.
     """
-    try:
-        yield
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise Invalid(details["msg"], field=_api_field(field_path(details["loc"]), paths)) from error
-    except MlxqError as error:
-        if error.field is not None:
-            error.field = _api_field(error.field, paths)
-        raise
+    return named_fields(lambda field: _api_field(field, paths))
 
 
 def _api_field(field: str, paths: Mapping[str, str]) -> str:
@@ -161,7 +149,4 @@ def _api_field(field: str, paths: Mapping[str, str]) -> str:
         return paths[max(keys, key=len)] if keys else field
     if field.startswith("tools["):
         return field.replace(".function", "", 1).replace(".parameters", ".input_schema", 1)
-    for name, api_name in _FIELDS.items():
-        if field == name or field.startswith((f"{name}.", f"{name}[")):
-            return api_name + field[len(name) :]
-    return field
+    return renamed(field, _FIELDS)

@@ -45,6 +45,8 @@ _BY_STATUS: dict[int, type[MlxqError]] = {
         errors.Unavailable,
     )
 }
+_FIELD_DETAILS = {"extra_forbidden": "Unknown field. Remove it, or correct its name"}
+"""Messages in place of pydantic's, by its code."""
 _DETAILS = {
     404: "There is no route with this path.",
     405: "This route does not support the method; the Allow header lists the supported ones.",
@@ -79,16 +81,21 @@ def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Respon
 
 
 def _invalid(error: ValidationError) -> Response:
-    details = error.errors(include_url=False, include_context=False, include_input=False)
-    field_errors = [_field_error(each) for each in details]
+    field_errors = errors_of(error)
     first = field_errors[0]
     prefix = f"{first.field}: " if first.field else ""
     code = openai_errors.CODES.get(first.code) if openai_errors.is_expected(request.path) else None
     return problem(errors.Invalid(prefix + first.detail, code=code, field=first.field), field_errors)
 
 
+def errors_of(error: ValidationError) -> list[FieldError]:
+    """Return the invalid fields of a body; at least one."""
+    return [_field_error(each) for each in error.errors(include_url=False, include_context=False, include_input=False)]
+
+
 def _field_error(error: ErrorDetails) -> FieldError:
-    return FieldError(field=field_path(error["loc"]) or None, code=error["type"], detail=error["msg"])
+    detail = _FIELD_DETAILS.get(error["type"], error["msg"])
+    return FieldError(field=field_path(error["loc"]) or None, code=error["type"], detail=detail)
 
 
 def field_path(location: Sequence[int | str]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
-from shared.errors import MlxqError
 from shared.jobs.record import Priority
+from web.http.field_names import named_fields, renamed
 from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from web.schemas.requests import JobRequest
 
@@ -67,18 +67,10 @@ def _common(body: GenerationRequest, highest: Priority) -> dict[str, Any]:
     return fields
 
 
-@contextmanager
-def original_fields(body: GenerationRequest) -> Iterator[None]:
+def original_fields(body: GenerationRequest) -> AbstractContextManager[None, None]:
     """Let errors name the fields of the request's body instead of those of the job request."""
-    try:
-        yield
-    except MlxqError as error:
-        for name, original in _renamed(body).items():
-            if error.field and (error.field == name or error.field.startswith((f"{name}.", f"{name}["))):
-                error.field = original + error.field[len(name) :]
-                error.detail = error.detail.replace(name, original)
-                break
-        raise
+    names = _renamed(body)
+    return named_fields(lambda field: renamed(field, names))
 
 
 def _renamed(body: GenerationRequest) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from shared.errors import Invalid
 from shared.models.registry import ModelCard
 from web.anthropic.schemas import CountRequest, MessagesRequest, Tool
-from web.anthropic.translate import Translated, job_request, named_fields, thinking_shown
+from web.anthropic.translate import Translated, job_request, original_fields, thinking_shown
 from web.http.problems import field_path
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -174,7 +174,7 @@ def test_errors_of_the_job_name_the_fields_of_the_request(fields: dict[str, Any]
 )
 def test_fields_of_the_job_are_named_as_in_the_request(field: str, expected: str) -> None:
     paths = {"messages[1]": "messages[3]", "messages[1].content[0]": "messages[3].content[2]"}
-    with pytest.raises(Invalid) as refused, named_fields(paths):
+    with pytest.raises(Invalid) as refused, original_fields(paths):
         raise Invalid("no", field=field)
     assert refused.value.field == expected
 

@@ -263,3 +263,21 @@ def test_errors_name_the_original_field(body: GenerationRequest, field: str, ori
     with pytest.raises(Invalid) as caught, original_fields(body):
         raise Invalid(f"{field} is too large.", field=field)
     assert (caught.value.field, caught.value.detail) == (original, f"{original} is too large.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({"regex": ""}, "regex"), ({"choice": ["a", ""]}, "choice[1]"), ({"grammar": ""}, "grammar")],
+)
+def test_invalid_fields_of_the_job_are_named_as_in_the_request(fields: dict[str, Any], field: str) -> None:
+    body = chat(**fields)
+    with pytest.raises(Invalid) as caught, original_fields(body):
+        chat_job(body, Priority.HIGH)
+    assert caught.value.field == field
+    assert caught.value.detail.startswith(f"{field}: ")
+
+
+def test_details_keep_words_that_contain_a_field_name() -> None:
+    with pytest.raises(Invalid) as caught, original_fields(chat(max_completion_tokens=5)):
+        raise Invalid("max_tokens is not max_tokens_total or x.max_tokens.", field="max_tokens")
+    assert caught.value.detail == "max_completion_tokens is not max_tokens_total or x.max_tokens."

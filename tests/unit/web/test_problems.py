@@ -6,6 +6,7 @@ import pytest
 import redis
 from flask import Flask
 from flask.testing import FlaskClient
+from pydantic import ValidationError
 
 from shared import errors
 from shared.errors import MlxqError
@@ -15,6 +16,7 @@ from shared.redis.client import Redis
 from shared.settings import Settings
 from web.http import problems
 from web.http.request_id import RequestIdMiddleware
+from web.schemas.models import LoadRequest
 
 
 def subclasses(parent: type[MlxqError] = MlxqError) -> list[type[MlxqError]]:
@@ -115,3 +117,12 @@ def test_a_request_id_is_generated_unless_the_client_sends_a_valid_one(app: Flas
     generated = client.get("/nothing", headers={"X-Request-ID": "no spaces allowed"})
     assert generated.json["request_id"] == generated.headers["X-Request-ID"] != "no spaces allowed"  # type: ignore[index]
     assert client.get("/nothing", headers={"X-Request-ID": "a.b-C_9"}).headers["X-Request-ID"] == "a.b-C_9"
+
+
+def test_an_unknown_field_is_called_unknown(app: Flask) -> None:
+    with pytest.raises(ValidationError) as caught:
+        LoadRequest.model_validate({"model": "m", "modell": "n"})
+    response = raising(app, caught.value).get("/")
+    assert response.json is not None
+    assert response.json["detail"] == "modell: Unknown field. Remove it, or correct its name"
+    assert response.json["errors"][0]["code"] == "extra_forbidden"
