@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from shared.models.catalog_text import CatalogText
-from shared.models.facts import declared_context, other_source, weights_bytes
+from shared.models.facts import declared_context, modified_at, other_source, weights_bytes
 from shared.models.folder import ModelError, check_adapter, check_folder, has_vision, model_kind
 from shared.models.sampling_defaults import SamplingDefaults
 from shared.settings import ROOT, Settings
@@ -63,6 +63,7 @@ class CatalogModel:
         declared_context: context declared by the model's files; None if they declare none.
         declared_sampling: sampling parameters declared by the model's files.
         weights_bytes: result of `measure` when the catalog was read.
+        modified_at: when its config.json was written, in seconds since the epoch; None if it is not on this host.
         text_only: whether the folder also has an image encoder, which is not used.
     """
 
@@ -83,6 +84,7 @@ class CatalogModel:
     declared_context: int | None = None
     declared_sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     weights_bytes: int = 0
+    modified_at: float | None = None
     text_only: bool = False
 
     def measure(self) -> int:
@@ -305,6 +307,7 @@ def _with_declared(model: CatalogModel) -> CatalogModel:
         declared_context=declared_context(model.path),
         declared_sampling=SamplingDefaults.declared(model.path),
         weights_bytes=model.measure(),
+        modified_at=modified_at(model.path),
         text_only=model.kind == "text" and has_vision(model.path),
     )
 

@@ -69,6 +69,14 @@ def declared_context(folder: Path) -> int | None:
     return context_of(config, limit if isinstance(limit, int | float) else None)
 
 
+def modified_at(folder: Path) -> float | None:
+    """Return when a folder's config.json was written, in seconds since the epoch; None if there is none."""
+    try:
+        return (folder / "config.json").stat().st_mtime
+    except OSError:
+        return None
+
+
 def declared_sampling(folder: Path) -> dict[str, float]:
     """Return the sampling parameters that a folder's `generation_config.json` declares, unchecked."""
     declared = _read(folder / "generation_config.json")

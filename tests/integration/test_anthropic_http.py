@@ -93,7 +93,8 @@ def test_the_list_of_models(client: anthropic.Anthropic, start_worker: StartWork
     assert [model.id for model in page] == [MODEL]
     assert not page.has_next_page()
     model = client.models.retrieve(MODEL)
-    assert (model.type, model.display_name, model.created_at.year) == ("model", MODEL, 1970)
+    assert (model.type, model.display_name) == ("model", MODEL)
+    assert model.created_at.year > 1970
     with pytest.raises(anthropic.NotFoundError, match="nobody"):
         client.models.retrieve("nobody")
 

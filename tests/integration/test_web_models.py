@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -118,7 +119,10 @@ def test_models_in_the_formats_of_openai_and_anthropic(web: WebStack) -> None:
     assert response == {"object": "list", "has_more": False, "first_id": "two", "last_id": "one"}
     for model in data:
         assert (model["type"], model["display_name"]) == ("model", model["id"])
-        assert (model["object"], model["owned_by"]) == ("model", "mlxq") and isinstance(model["created"], int)
+        assert (model["object"], model["owned_by"]) == ("model", "mlxq")
+        created = datetime.fromisoformat(model["created_at"])
+        assert model["created"] == created.timestamp()
+        assert time.time() - 3600 < model["created"] <= time.time()  # its folder is new
     assert [model["id"] for model in data] == ["two", "one"]
     for name in ("one", "uno", "gpt-4o-mini"):
         assert web.http.get(f"/v1/models/{name}").json()["id"] == "one"

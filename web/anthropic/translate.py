@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -133,13 +133,15 @@ def _thinking_fields(request: CountRequest, card: ModelCard | None) -> dict[str,
     return fields
 
 
-def original_fields(paths: Mapping[str, str]) -> AbstractContextManager[None, None]:
+@contextmanager
+def original_fields(paths: Mapping[str, str]) -> Iterator[None]:
     """Let errors name the fields of the Messages API instead of those of the job's request.
 
     Args:
         paths: `Conversation.paths`.
     """
-    return named_fields(lambda field: _api_field(field, paths))
+    with named_fields(lambda field: _api_field(field, paths)):
+        yield
 
 
 def _api_field(field: str, paths: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from flask import Blueprint, Response, request
 
@@ -84,13 +85,32 @@ def get_openai_model(model_id: str) -> Response:
     name = entry.id if entry else model_id
     view = next((view for view in model_views() if view.id == name), None)
     if view is None:
-        raise NotFound(f"The model {model_id!r} does not exist", code="model_not_found", field="model")
+        raise NotFound(
+            f"The model {model_id!r} does not exist. GET /v1/models lists the models.",
+            code="model_not_found",
+            field="model",
+        )
     return Response(_openai_model(view).model_dump_json(), content_type="application/json")
 
 
 def _openai_model(view: ModelView) -> OpenAIModel:
-    fields = view.model_dump(exclude={"object"})
-    return OpenAIModel(**fields, created=0, display_name=view.id, max_input_tokens=view.context)
+    created = _created(view.id)
+    return OpenAIModel(
+        **view.model_dump(exclude={"object"}),
+        created=created,
+        created_at=f"{datetime.fromtimestamp(created, UTC):%Y-%m-%dT%H:%M:%SZ}",
+        display_name=view.id,
+        max_input_tokens=view.context,
+    )
+
+
+def _created(name: str) -> int:
+    """Return when a model's files were written, or else when the first of its workers loaded it; 0 if unknown."""
+    entry = services().catalog.models.get(name)
+    if entry and entry.modified_at is not None:
+        return int(entry.modified_at)
+    workers = services().cluster.snapshot().workers
+    return int(min((worker.started_at for worker in workers if worker.model == name), default=0))
 
 
 def _counted(make: Callable[[], Response]) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any, Final
 
 from shared.jobs.record import Priority
@@ -67,10 +67,12 @@ def _common(body: GenerationRequest, highest: Priority) -> dict[str, Any]:
     return fields
 
 
-def original_fields(body: GenerationRequest) -> AbstractContextManager[None, None]:
+@contextmanager
+def original_fields(body: GenerationRequest) -> Iterator[None]:
     """Let errors name the fields of the request's body instead of those of the job request."""
     names = _renamed(body)
-    return named_fields(lambda field: renamed(field, names))
+    with named_fields(lambda field: renamed(field, names)):
+        yield
 
 
 def _renamed(body: GenerationRequest) -> dict[str, str]:

@@ -77,11 +77,14 @@ class ModelList(ResponseModel):
 class OpenAIModel(ModelView):
     """A model in the formats of OpenAI and of Anthropic, with the fields of `ModelView` in addition."""
 
-    created: int = Field(description="Always 0")
+    created: int = Field(
+        description="When the model's files were written, in seconds since the epoch. If they are not on the API's "
+        "host: when a worker loaded the model; 0 if none has it"
+    )
     owned_by: str = "mlxq"
     type: Literal["model"] = "model"
     display_name: str = Field(description="The same as `id`")
-    created_at: str = Field("1970-01-01T00:00:00Z", description="Always the beginning of 1970: it is unknown")
+    created_at: str = Field(description="`created` as an RFC 3339 timestamp")
     max_input_tokens: int | None = Field(description="The same as `context`")
     lifecycle: Literal["active"] = "active"
 
