@@ -150,13 +150,16 @@ def message_of(job: Job, content: list[dict[str, Any]], max_tokens: int, *, has_
 def blocks_of(events: Iterable[Event]) -> list[dict[str, Any]]:
     """Return the blocks that a message's events stream."""
     blocks: list[dict[str, Any]] = []
+    parts: list[dict[str, list[str]]] = []  # of each block, by its field
     for event in events:
         if event["type"] == "content_block_start":
             blocks.append(event["content_block"])
+            parts.append({})
         elif event["type"] == "content_block_delta":
             name, part = _PARTS[event["delta"]["type"]]
-            blocks[-1][name] = (blocks[-1][name] or "") + event["delta"][part]
-    for block in blocks:
+            parts[-1].setdefault(name, []).append(event["delta"][part])
+    for block, fields in zip(blocks, parts, strict=True):
+        block |= {name: "".join(texts) for name, texts in fields.items()}
         if block["type"] == "tool_use":
             block["input"] = json.loads(block["input"])
     return blocks

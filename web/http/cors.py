@@ -10,7 +10,7 @@ from flask import Flask, Response, request
 _ANY: Final = "*"
 _METHODS: Final = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED: Final = (
-    "X-Request-ID, Location, Retry-After, X-Should-Retry, Idempotency-Replayed, Preference-Applied, "
+    "X-Request-ID, Request-ID, Location, Retry-After, X-Should-Retry, Idempotency-Replayed, Preference-Applied, "
     "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
 """Headers of responses that scripts may read."""

@@ -90,6 +90,17 @@ class _Base:
     def _choice(self, index: int, job: Job) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _read(self, job: Job) -> MessageReader:
+        """Read the log of a job that has ended.
+
+        Raises:
+            Gone: the log is incomplete.
+        """
+        reader = read_message(job, self._log)
+        if reader is None:
+            raise Gone("The job has ended, but its log is no longer stored. GET the job to read its text.")
+        return reader
+
     def _chunk(self, index: int, content: str, logprobs: Any = None, reason: str | None = None) -> str:
         """Return a chunk with one choice.
 
@@ -125,9 +136,7 @@ class ChatAnswer(_Base):
         self._begun = False
 
     def _choice(self, index: int, job: Job) -> dict[str, Any]:
-        reader = read_message(job, self._log)
-        if reader is None:
-            raise Gone("The job has ended, but its log is no longer stored. GET the job to read its text.")
+        reader = self._read(job)
         message = {name: value for name, value in reader.to_dict().items() if name in _ALWAYS or value is not None}
         return {
             "index": index,
@@ -196,17 +205,14 @@ class CompletionAnswer(_Base):
         self._offsets: dict[int, int] = {}
 
     def _choice(self, index: int, job: Job) -> dict[str, Any]:
-        entries = self._entries(job) if self._with_logprobs else None
+        # Without deltas, all tokens are content.
+        entries = self._read(job).content_logprobs if self._with_logprobs else None
         return {
             "index": index,
             "text": self._jobs.text(job),
             "logprobs": None if entries is None else completion_logprobs(entries),
             "finish_reason": finish_reason(job),
         }
-
-    def _entries(self, job: Job) -> list[dict[str, Any]]:
-        reader = read_message(job, self._log)  # without deltas, all tokens are content
-        return [] if reader is None else reader.content_logprobs
 
     def chunks(self, index: int, events: Sequence[Event]) -> str:
         """See `Answer.chunks`."""

@@ -29,7 +29,7 @@ from web.streaming.merge import follow_all
 
 routes = Blueprint("openai", __name__)
 
-_ERRORS = (400, 404, 409, 413, 415, 504)
+_ERRORS = (400, 404, 409, 410, 413, 415, 504)
 
 
 @routes.post("/v1/chat/completions")

@@ -62,7 +62,8 @@ def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseM
     try:
         return _admit(loaded, body_fingerprint, choices, reader, job_id)
     except (NotDurable, redis.RedisError):
-        services().readers.submission_failed(caller().id, body_fingerprint, job_id)
+        if retries is not None:  # only such clients repeat the request without a key
+            services().readers.submission_failed(caller().id, body_fingerprint, job_id)
         raise
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.errors import Gone
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
 from shared.wire import to_json
@@ -101,3 +102,11 @@ def test_a_text_completion() -> None:
     first, second = parsed(answer.chunks(0, chunks))
     assert (first["text"], first["logprobs"]["text_offset"], second["logprobs"]["text_offset"]) == ("ab", [0], [2])
     assert parsed(answer.end(0, job()))[0]["finish_reason"] == "stop"
+
+
+def test_missing_logprobs_are_an_error() -> None:
+    body = CompletionRequest.model_validate({"prompt": "a", "logprobs": 1})
+    log = Mock()
+    log.read.side_effect = Gone("The log has expired.")
+    with pytest.raises(Gone, match="no longer stored"):
+        CompletionAnswer(body, job(), Mock(), log).whole([job()])
