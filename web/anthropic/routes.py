@@ -20,7 +20,7 @@ from web.http.disconnect import CONNECTION
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.http.request_id import current_request_id
-from web.routes.submission import submit_choices
+from web.routes.submission import submit_choices, with_job_headers
 from web.routes.waiting import (
     disconnect_handler,
     ended_by_client,
@@ -90,17 +90,15 @@ def _respond() -> Response:
         accepted = submit_choices([translated.request], 1, body)
     answer = Answer(thinking_shown(body))
     response = (_stream if body.stream else _complete)(accepted, answer, body.max_tokens)
-    response.headers["Location"] = f"/v1/jobs/{accepted.job.id}"
-    if not accepted.new:
-        response.headers["Idempotency-Replayed"] = "true"
-    return response
+    return with_job_headers(response, accepted)
 
 
 def _stream(accepted: Accepted, answer: Answer, max_tokens: int) -> Response:
     current, job = services(), accepted.job
-    on_disconnect = disconnect_handler(job)
-    events = current.follower.follow(job.id, 0, watch_client(request.environ, on_disconnect))
     stream = MessageStream(job, answer, max_tokens, accepted.prompt_tokens, lambda: current.jobs.latest(job))
+    # A client that has received a part of the answer does not repeat its request.
+    on_disconnect = disconnect_handler(job, lambda: not stream.begun)
+    events = current.follower.follow(job.id, 0, watch_client(request.environ, on_disconnect))
     return stream.response(ended_by_client(events, on_disconnect), current.metrics)
 
 

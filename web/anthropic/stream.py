@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -12,7 +11,7 @@ from typing import Any, Final
 import redis
 from flask import Response
 
-from shared.errors import MlxqError, Unavailable
+from shared.errors import MlxqError
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Job, Status
 from shared.wire import to_json
@@ -22,14 +21,11 @@ from web.http.request_id import current_request_id
 from web.metrics import Metrics
 from web.results.messages import delta_of
 from web.routes.waiting import job_failure
-from web.streaming.response import STREAM_HEADERS, StreamMeter
-
-log = logging.getLogger(__name__)
+from web.streaming.response import STREAM_HEADERS, StreamMeter, interruption, restarting
 
 MEDIA_TYPE: Final = "text/event-stream; charset=utf-8"
 _SILENCE_S: Final = 10.0
 """Maximum time without an event while a job generates output that the stream leaves out."""
-RESTARTING: Final = "The API process is restarting. The job continues; its path is in the Location header."
 
 
 def deltas(events: Iterable[Event]) -> Iterator[Mapping[str, Any]]:
@@ -43,6 +39,9 @@ class MessageStream:
     Args:
         prompt_tokens: number of the prompt's tokens, if known.
         ended_job: returns the job's record after it has ended.
+
+    Attributes:
+        begun: whether a part of the answer was sent.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class MessageStream:
         self._ended_job = ended_job
         self._request_id = current_request_id()
         self._sent_at = time.monotonic()
+        self.begun = False
 
     def response(self, events: Generator[list[Event]], metrics: Metrics) -> Response:
         """Return the response for the job's events, from the first on."""
@@ -66,17 +66,16 @@ class MessageStream:
             try:
                 for ready in events:
                     meter.count(ready)
-                    if translated := list(self._translated(ready)) or self._ping(due=not ready):
+                    translated = list(self._translated(ready))
+                    self.begun = self.begun or bool(translated)
+                    if translated := translated or self._ping(due=not ready):
                         self._sent_at = time.monotonic()
                         yield _encoded(translated)
                     if ready and ready[-1].kind is EventKind.DONE:
                         return
-                error: MlxqError = Unavailable(RESTARTING, code="restarting")
-            except redis.RedisError as lost:
-                log.warning("stream_interrupted", extra={"job_id": self._job.id, "reason": str(lost)})
-                error = Unavailable("The queue is unavailable. Try again shortly.")
-            except MlxqError as refused:
-                error = refused
+                error: MlxqError = restarting()
+            except (MlxqError, redis.RedisError) as cause:
+                error = interruption(cause, self._job.id)
             yield _encoded([self._error(error)])
 
     def _error(self, error: MlxqError) -> dict[str, Any]:

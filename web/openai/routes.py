@@ -21,7 +21,7 @@ from web.openai.responses import ChatCompletion, Completion
 from web.openai.streams import AnswerStream
 from web.openai.translate import chat_job, completion_jobs, original_fields
 from web.routes.models import model_views
-from web.routes.submission import submit_choices
+from web.routes.submission import submit_choices, with_job_headers
 from web.routes.waiting import disconnect_handler, job_failure, unfinished, wait_for_end, watch_client
 from web.schemas.models import ModelView, OpenAIModel, OpenAIModelList
 from web.services import services
@@ -138,10 +138,7 @@ def _completion() -> Response:
 def _response(accepted: Accepted, answer: Answer, prompt_field: str, *, stream: bool) -> Response:
     jobs = [accepted.job, *(services().jobs.get(child, caller().id) for child in accepted.job.children)]
     response = _stream(jobs, answer, prompt_field) if stream else _whole(jobs, answer, prompt_field)
-    response.headers["Location"] = f"/v1/jobs/{accepted.job.id}"
-    if not accepted.new:
-        response.headers["Idempotency-Replayed"] = "true"
-    return response
+    return with_job_headers(response, accepted)
 
 
 def _whole(jobs: list[Job], answer: Answer, prompt_field: str) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Final
@@ -10,7 +9,7 @@ from typing import Final
 import redis
 from flask import Response
 
-from shared.errors import MlxqError, Unavailable
+from shared.errors import MlxqError
 from shared.jobs.log import EventKind
 from shared.jobs.record import Job, Status
 from web.http.openai_errors import error_json
@@ -19,9 +18,7 @@ from web.metrics import Metrics
 from web.openai.answers import DONE, Answer
 from web.routes.waiting import job_failure
 from web.streaming.merge import Feed
-from web.streaming.response import STREAM_HEADERS, StreamMeter
-
-log = logging.getLogger(__name__)
+from web.streaming.response import STREAM_HEADERS, StreamMeter, interruption, restarting
 
 _OPENING: Final = b": the request is accepted\n\n"
 """A comment. It makes the server send the headers, and tells proxies that the connection is alive."""
@@ -73,8 +70,7 @@ class AnswerStream:
                     self._on_disconnect()
                 raise
             except (MlxqError, redis.RedisError) as error:
-                log.warning("stream_interrupted", extra={"reason": str(error)})
-                yield _error(error)
+                yield _error(interruption(error, self._jobs[0].id))
 
     def _chunks(self, meter: StreamMeter) -> Iterator[bytes]:
         for index, events in self._feed:
@@ -87,8 +83,7 @@ class AnswerStream:
             if not self._running:
                 yield self._answer.usage(self._jobs).encode() + DONE
                 return
-        detail = f"The API process is restarting. The job continues: GET /v1/jobs/{self._jobs[0].id}."
-        raise Unavailable(detail, code="restarting", retry_after=1)
+        yield _error(restarting())
 
     def _end(self, index: int) -> str:
         job = self._jobs[index] = self._latest(self._jobs[index])
@@ -98,6 +93,5 @@ class AnswerStream:
         return self._answer.end(index, job)
 
 
-def _error(error: MlxqError | redis.RedisError) -> bytes:
-    shown = error if isinstance(error, MlxqError) else Unavailable("The queue is unavailable.", retry_after=1)
-    return f"data: {error_json(shown)}\n\n".encode() + DONE
+def _error(error: MlxqError) -> bytes:
+    return f"data: {error_json(error)}\n\n".encode() + DONE

@@ -13,7 +13,7 @@ from web.http.disconnect import CONNECTION
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.http.stream_formats import FORMATS, Format, negotiate
-from web.routes.submission import submit
+from web.routes.submission import submit, with_job_headers
 from web.routes.waiting import (
     disconnect_handler,
     ended_by_client,
@@ -62,10 +62,7 @@ def _respond() -> Response:
     job = accepted.job
     on_disconnect = disconnect_handler(job)
     response = _stream(job, form, on_disconnect) if form else _complete_text(job, prompt_field, on_disconnect)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    if not accepted.new:
-        response.headers["Idempotency-Replayed"] = "true"
-    return response
+    return with_job_headers(response, accepted)
 
 
 def _complete_text(job: Job, prompt_field: str, on_disconnect: Callable[[], None]) -> Response:

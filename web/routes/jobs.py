@@ -19,7 +19,7 @@ from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.request import parse_integer, preferred_wait_s, read_body, wait_s
 from web.http.stream_formats import FORMATS, EventStream, Format, negotiate
-from web.routes.submission import submit
+from web.routes.submission import submit, with_job_headers
 from web.schemas.jobs import JobList, JobView
 from web.schemas.requests import JobRequest
 from web.services import services
@@ -65,10 +65,7 @@ def submit_job() -> Response:
         response.headers["Preference-Applied"] = f"wait={max_wait_s:g}"
     else:
         response = _json(services().job_views.accepted_json(accepted), 200 if job.status.terminal else 202)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    if not accepted.new:
-        response.headers["Idempotency-Replayed"] = "true"
-    return response
+    return with_job_headers(response, accepted)
 
 
 @routes.get("/<job_id>")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import redis
-from flask import request
+from flask import Response, request
 from pydantic import BaseModel
 
 from shared.errors import NotDurable, NotFound
@@ -65,6 +65,14 @@ def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseM
         if retries is not None:  # only such clients repeat the request without a key
             services().readers.submission_failed(caller().id, body_fingerprint, job_id)
         raise
+
+
+def with_job_headers(response: Response, accepted: Accepted) -> Response:
+    """Add the path of the job to a response, and whether an earlier request created the job."""
+    response.headers["Location"] = f"/v1/jobs/{accepted.job.id}"
+    if not accepted.new:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
 
 
 def retry_count() -> int | None:

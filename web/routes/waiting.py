@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import redis
 from flask import Response, request
 
-from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, NotFound, Unavailable
+from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, NotFound
 from shared.jobs.log import Event, EventKind
 from shared.jobs.readers import RESTART_S, after_grace
 from shared.jobs.record import Job, Status
@@ -20,6 +20,7 @@ from web.http.request import idempotency_key
 from web.routes.submission import retry_count
 from web.services import Services, services
 from web.streaming.follower import Watch
+from web.streaming.response import restarting
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -139,8 +140,7 @@ def unfinished(jobs: Sequence[Job]) -> Response | None:
         return Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
     if retry_count() is not None:
         current.readers.detach(jobs[0], RESTART_S)
-    detail = "The API process is restarting. The job continues; its path is in the Location header."
-    return problem(Unavailable(detail, code="restarting", retry_after=1))
+    return problem(restarting())
 
 
 def ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[], None]) -> Generator[list[Event]]:

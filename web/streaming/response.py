@@ -11,7 +11,7 @@ from typing import Final, Self
 import redis
 from flask import Response
 
-from shared.errors import MlxqError
+from shared.errors import MlxqError, Unavailable
 from shared.jobs.log import Event, EventKind
 from web.http.stream_formats import Format
 from web.metrics import Metrics
@@ -34,7 +34,7 @@ def stream_response(
         events: from `Follower.follow`.
         ended_job: returns the complete job as JSON after it has ended.
     """
-    return _response(form, _body(events, form, urls(job_id).stream, ended_job, metrics))
+    return _response(form, _body(events, form, job_id, ended_job, metrics))
 
 
 def reconnect_response(form: Format, job_id: str) -> Response:
@@ -52,7 +52,7 @@ def _response(form: Format, body: Iterator[bytes] | bytes) -> Response:
 def _body(
     events: Generator[list[Event]],
     form: Format,
-    stream_path: str,
+    job_id: str,
     ended_job: Callable[[], str],
     metrics: Metrics,
 ) -> Iterator[bytes]:
@@ -71,8 +71,22 @@ def _body(
                     yield form.events([done._replace(data=ended_job())])
                     return
         except (MlxqError, redis.RedisError) as error:
-            log.warning("stream_interrupted", extra={"reason": str(error)})
-        yield form.reconnect_hint(stream_path)
+            interruption(error, job_id)
+        yield form.reconnect_hint(urls(job_id).stream)
+
+
+def interruption(error: MlxqError | redis.RedisError, job_id: str) -> MlxqError:
+    """Log why a stream ends before its job; return what its client may know."""
+    log.warning("stream_interrupted", extra={"job_id": job_id, "reason": str(error)})
+    if isinstance(error, MlxqError):
+        return error
+    return Unavailable("The queue is unavailable. Try again shortly.", retry_after=1)
+
+
+def restarting() -> Unavailable:
+    """Return the error for clients that wait for a job while the process shuts down."""
+    detail = "The API process is restarting. The job continues; its path is in the Location header."
+    return Unavailable(detail, code="restarting", retry_after=1)
 
 
 class StreamMeter:
