@@ -31,7 +31,7 @@ class AnswerStream:
         feed: the events of the jobs.
         latest: returns the present state of a job.
         prompt_field: name of the request field with the prompt.
-        on_disconnect: called if sending fails before the end.
+        on_disconnect: called if the stream ends before all of its jobs.
 
     Attributes:
         begun: whether a part of the answer was sent.
@@ -89,6 +89,8 @@ class AnswerStream:
         job = self._jobs[index] = self._latest(self._jobs[index])
         self._running.discard(index)
         if job.status is not Status.SUCCEEDED:
+            if self._running:  # the stream ends here, so nobody reads the other choices
+                self._on_disconnect()
             raise job_failure(job, self._prompt_field)
         return self._answer.end(index, job)
 
