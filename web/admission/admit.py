@@ -150,11 +150,10 @@ class Admission:
         self, submissions: Sequence[Submission], job_ids: Sequence[str], files: Mapping[str, bytes]
     ) -> Accepted:
         self._check_redis()
-        if files:
-            # Written before the job: the proof that the job is on disk also covers everything written before it.
-            for job_id in job_ids:
-                self._images.put(job_id, files)
         try:
+            # Written before the job: the proof that the job is on disk also covers everything written before it.
+            for job_id in job_ids if files else ():
+                self._images.put(job_id, files)
             accepted = self._jobs.create_all(submissions, job_ids)
         except (Invalid, KeyQueueFull, Unavailable, OutOfMemoryError) as refused:
             if files and not isinstance(refused, NotDurable):  # NotDurable: the job may exist
