@@ -38,10 +38,8 @@ class JsonObjectFormat(RequestModel):
 class JsonSchema(RequestModel):
     """A JSON schema, in OpenAI's format."""
 
-    name: str | None = Field(
-        None, min_length=1, max_length=128, description="Accepted for compatibility; has no effect"
-    )
-    description: str | None = Field(None, description="Accepted for compatibility; has no effect")
+    name: str | None = Field(None, min_length=1, max_length=128, description=_ADVICE)
+    description: str | None = Field(None, description=_ADVICE)
     schema_: dict[str, Any] = Field(alias="schema", description="The JSON schema")
     strict: bool | None = Field(None, description="Accepted for compatibility; every schema is strict")
 
