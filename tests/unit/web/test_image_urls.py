@@ -20,7 +20,8 @@ from shared.errors import Invalid, MlxqError, TooLarge
 from shared.settings import ROOT
 from tests.support.image_files import picture
 from web.admission import image_urls
-from web.admission.image_urls import ImageUrls, is_public_address
+from web.admission.image_urls import ImageUrls
+from web.http.outbound import is_public_address
 
 PNG = picture()
 
