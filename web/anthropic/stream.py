@@ -73,7 +73,7 @@ class MessageStream:
                         yield _encoded(translated)
                     if ready and ready[-1].kind is EventKind.DONE:
                         return
-                error: MlxqError = restarting()
+                error: MlxqError = restarting(self._job.id)
             except (MlxqError, redis.RedisError) as cause:
                 error = interruption(cause, self._job.id)
             yield _encoded([self._error(error)])

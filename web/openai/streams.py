@@ -83,7 +83,7 @@ class AnswerStream:
             if not self._running:
                 yield self._answer.usage(self._jobs).encode() + DONE
                 return
-        yield _error(restarting())
+        yield _error(restarting(self._jobs[0].id))
 
     def _end(self, index: int) -> str:
         job = self._jobs[index] = self._latest(self._jobs[index])

@@ -140,7 +140,7 @@ def unfinished(jobs: Sequence[Job]) -> Response | None:
         return Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it, but it is logged and counted
     if retry_count() is not None:
         current.readers.detach(jobs[0], RESTART_S)
-    return problem(restarting())
+    return problem(restarting(jobs[0].id))
 
 
 def ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[], None]) -> Generator[list[Event]]:

@@ -83,9 +83,9 @@ def interruption(error: MlxqError | redis.RedisError, job_id: str) -> MlxqError:
     return Unavailable("The queue is unavailable. Try again shortly.", retry_after=1)
 
 
-def restarting() -> Unavailable:
+def restarting(job_id: str) -> Unavailable:
     """Return the error for clients that wait for a job while the process shuts down."""
-    detail = "The API process is restarting. The job continues; its path is in the Location header."
+    detail = f"The API process is restarting. The job continues: GET {urls(job_id).self}."
     return Unavailable(detail, code="restarting", retry_after=1)
 
 
