@@ -68,12 +68,14 @@ class Demand:
         spare: number of jobs that it may claim ahead of capacity; negative if it holds too many.
         waiting: ids of claimed jobs that it cannot admit now. Other workers may take them over, and each one that ranks
             behind a queued job does not count against `spare` for that job.
+        reserve: number of rows that jobs of the class `batch` leave free for others.
     """
 
     rows: int
     tokens: int
     spare: int = 0
     waiting: tuple[str, ...] = ()
+    reserve: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
 --   rows             number of jobs that the worker can admit now, in addition to those it has claimed
 --   tokens           number of prompt and answer tokens that fit in its free memory
 --   spare            number of jobs that it may claim ahead of capacity; negative if it holds too many
+--   reserve          rows that jobs of the class `batch` leave free, so that others start at once; they are no spare jobs then
 --   waiting          ids of claimed jobs that it cannot admit now: other workers may take them over, and each one that
 --                    ranks behind a queued job does not count against `spare` for that job
 --   process_workers  ids of all workers of its process
@@ -17,6 +18,7 @@ local request = cjson.decode(ARGV[1])
 local model, worker, at = request.model, request.worker, now()
 local MAX_EXAMINED = 200 -- bounds the duration of a call
 local PAGE = 32
+local BATCH = 2 * CLASS_WIDTH -- lowest score of the class `batch`
 local MIN_STAY_S = 5 -- after n takeovers (n > 0), a job stays at least 2^n times this long with its worker
 
 if not has_lease(worker, at) then
@@ -136,14 +138,16 @@ local function examine(id, score)
     finish(id, 'expired', {})
     return true, true
   end
-  local has_room = rows - deferred > 0 and tokens >= job.size
-  if rows - deferred <= 0 and spare_at(score) <= 0 then
+  local kept = tonumber(score) >= BATCH and request.reserve or 0
+  local has_room = rows - deferred > kept and tokens >= job.size
+  local may_be_spare = kept == 0 and spare_at(score) > 0
+  if rows - deferred <= kept and not may_be_spare then
     return false
   elseif is_free(job, has_room) and may_join(id, held) then
     local defer, prefixes = is_deferred(id, job)
     if defer then
       deferred = deferred + 1
-    elseif has_room or spare_at(score) > 0 then
+    elseif has_room or may_be_spare then
       take(id, score, job, prefixes, not has_room)
     end
   end

@@ -216,6 +216,15 @@ def test_later_job_of_a_higher_class_is_claimed_first(jobs: Jobs, worker: Claims
     assert [each.job.id for each in reserved(worker, 2)] == [urgent.id, batch[2]]
 
 
+def test_batch_jobs_leave_rows_free_for_others(jobs: Jobs, worker: Claims) -> None:
+    batch = [submit(jobs, priority=Priority.BATCH).id for _ in range(6)]
+    assert [each.job.id for each in reserved(worker, 5, spare=2, reserve=2)] == batch[:3]
+    assert reserved(worker, 2, spare=2, reserve=2) == []
+    normal = [submit(jobs, "b").id for _ in range(3)]
+    assert [each.job.id for each in reserved(worker, 2, spare=1, reserve=2)] == normal, "two rows and a spare job"
+    assert [each.job.id for each in reserved(worker, 3, reserve=2)] == batch[3:4]
+
+
 # Fairness
 
 
