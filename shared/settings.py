@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.locations import Locations
 from shared.redis import urls
 from shared.redis.urls import Tls
 
@@ -33,7 +34,7 @@ _IN_ORDER: Final = {
 """Pairs of settings of which the first must not exceed the second, by the one that is validated last."""
 
 
-class Settings(BaseSettings):
+class Settings(Locations, BaseSettings):
     """One attribute per variable. Times are in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
@@ -142,6 +143,39 @@ class Settings(BaseSettings):
     )
     heartbeat_s: float = Field(15.0, gt=0, description="Interval between heartbeats on idle streams")
     max_wait_s: float = Field(60.0, gt=0, description="Maximum duration of a long poll")
+
+    # Files and batches
+    files_dir: Path | None = Field(
+        None,
+        description="Folder for uploaded files and for the results of batches. Several API hosts must share it. "
+        "Empty: `files` in DATA_DIR",
+    )
+    max_file_bytes: int = Field(200 * 2**20, ge=1024, description="Maximum size of an uploaded file")
+    files_bytes_per_key: int = Field(
+        4 * 2**30, ge=1024, description="Maximum size of all files of an API key. Further uploads are rejected with 413"
+    )
+    files_retention_s: int = Field(
+        30 * 24 * 3600,
+        ge=3600,
+        description="How long uploaded files, the results of batches and ended batches are kept",
+    )
+
+    batch_lookahead: int = Field(
+        128, ge=1, le=10_000, description="Maximum number of unfinished jobs of one batch; its other lines wait on disk"
+    )
+
+    # Webhooks
+    webhook_networks: str = Field(
+        "",
+        description="Addresses and networks, separated by commas, that webhooks may reach without being public",
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0, le=120, description="Time limit for one attempt to deliver a webhook")
+    webhook_attempts: int = Field(
+        10, ge=1, le=100, description="Attempts to deliver a webhook. With the default pauses they take about 20 hours"
+    )
+    webhook_backoff_s: float = Field(
+        5.0, gt=0, description="Pause after the first failed attempt. Each further one is 4 times longer, up to 6 hours"
+    )
 
     # Jobs
     template_timeout_s: float = Field(
@@ -318,7 +352,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{names[0].upper()} ({small:.15g}) is more than {names[1].upper()} ({large:.15g})")
         return value
 
-    @field_validator("trusted_proxies")
+    @field_validator("trusted_proxies", "webhook_networks")
     @classmethod
     def _networks(cls, value: str) -> str:
         for each in filter(None, value.split(",")):
@@ -328,40 +362,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:
         # Relative paths are resolved against the repository, not the working directory.
-        for name in ("data_dir", "model_path", "models_file", *TLS_FILES):
+        for name in ("data_dir", "model_path", "models_file", "files_dir", *TLS_FILES):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, ROOT / path.expanduser())
         return self
-
-    @cached_property
-    def run_dir(self) -> Path:
-        """Sockets, pid files and generated configuration."""
-        return self.data_dir / "run"
-
-    def create_run_dir(self) -> None:
-        """Create DATA_DIR and `run_dir` with mode 700. Raises OSError."""
-        for folder in (self.data_dir, self.run_dir):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    @cached_property
-    def log_dir(self) -> Path:
-        """Log files of supervisord and its child processes."""
-        return self.data_dir / "logs"
-
-    @cached_property
-    def prefixes_dir(self) -> Path:
-        """Cached prefixes on disk, shared by all workers of DATA_DIR."""
-        return self.data_dir / "prefixes"
-
-    @cached_property
-    def batching_dir(self) -> Path:
-        """What workers measured about the batching of each model."""
-        return self.data_dir / "batching"
-
-    @cached_property
-    def tokenizers_dir(self) -> Path:
-        """Tokenizer files, shared by the API and the workers of this host."""
-        return self.data_dir / "tokenizers"
 
     @property
     def modelless(self) -> bool:
@@ -372,11 +376,6 @@ class Settings(BaseSettings):
     def embedded_redis(self) -> bool:
         """Whether the queue is in the embedded Valkey, which listens on a Unix socket in DATA_DIR."""
         return not self.redis_url
-
-    @cached_property
-    def redis_socket(self) -> Path:
-        """Socket of the embedded Valkey."""
-        return self.run_dir / "valkey.sock"
 
     @cached_property
     def store_url(self) -> str:
@@ -397,8 +396,3 @@ class Settings(BaseSettings):
     def model_id(self) -> str:
         """Id of the model of MODEL_PATH: the name of its folder."""
         return self.model_path.name
-
-    @cached_property
-    def keys_file(self) -> Path:
-        """Hashed API keys."""
-        return self.data_dir / "keys.json"

@@ -29,15 +29,19 @@ from web.admission.admit import Admission
 from web.admission.image_loader import ImageLoader
 from web.admission.image_urls import ImageUrls
 from web.admission.prompt_tokenizer import PromptTokenizer
+from web.batches.store import Batches
 from web.cluster.health_checker import HealthChecker
 from web.cluster.model_availability import ModelAvailability
 from web.cluster.model_manager import ModelManager
 from web.cluster.ping import WorkerPing
 from web.cluster.snapshot import Cluster
+from web.files.store import FileStore
 from web.metrics import Metrics
 from web.results.job_views import JobViews
 from web.streaming.follower import Follower
 from web.streaming.hub import Hub
+from web.webhooks.deliveries import Deliveries
+from web.webhooks.receivers import Receivers, UrlPolicy
 
 EXTENSION: Final = "mlxq"
 
@@ -68,6 +72,11 @@ class Services:
     metrics: Metrics
     maintenance: Maintenance
     events: TaskEvents
+    files: FileStore
+    batches: Batches
+    receivers: Receivers
+    deliveries: Deliveries
+    webhook_urls: UrlPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     cluster, hub = Cluster(registry), Hub(clients.pubsub)
     operations, on_demand = Operations(clients.store), settings.load_on_demand
     model_manager = ModelManager(celery, operations, registry, catalog, on_demand=on_demand)
+    webhook_urls = UrlPolicy(settings.webhook_networks)
     availability = ModelAvailability(registry, operations, jobs, catalog, on_demand=on_demand)
 
     def look_after_waiting_jobs() -> None:
@@ -139,6 +149,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             model_manager.check_load_on_demand,
             availability.check,
             Requirements(clients.store).check if client is None else lambda: None,  # a fake Redis has no ACL
+            webhook_urls.check,
         ),
         image_loader=ImageLoader(settings, ImageUrls().fetch if settings.image_urls else None),
         job_views=JobViews(jobs, cluster, job_log),
@@ -154,6 +165,11 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             events.ended_without_worker,
         ),
         events=events,
+        receivers=Receivers(clients.store),
+        deliveries=Deliveries(clients.store, settings.webhook_attempts, settings.webhook_backoff_s),
+        webhook_urls=webhook_urls,
+        batches=Batches(clients.store, durable=settings.durable, retention_s=settings.files_retention_s),
+        files=FileStore(settings.files_path, settings.files_retention_s, settings.files_bytes_per_key),
     )
 
 

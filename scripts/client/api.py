@@ -53,6 +53,8 @@ class Refused(ClientError):
     def from_response(cls, response: httpx2.Response) -> Self:
         """Read a problem document; if there is none, use the HTTP status."""
         problem = _object(response) or {}
+        if isinstance(error := problem.get("error"), dict):  # OpenAI's format
+            problem = {"detail": error.get("message"), "code": error.get("code") or ""}
         detail = str(problem.get("detail") or problem.get("title") or response.reason_phrase)
         return cls(response.status_code, str(problem.get("code", "")), detail, _retry_after(response))
 
@@ -139,6 +141,23 @@ class Client:
         if wait_s:
             headers["Prefer"] = f"wait={wait_s}"
         return _job(self.request("POST", "/v1/jobs", json=body, headers=headers, wait_s=wait_s))
+
+    def complete(self, url: str, body: Json, *, idempotency_key: str, wait_s: int) -> Json | None:
+        """Send a request to a route of OpenAI's API; None if there is no answer after about `wait_s` seconds.
+
+        The job then continues: the same call finds it again.
+        """
+        headers = {"Idempotency-Key": idempotency_key}
+        try:
+            response = self.request("POST", url, json=body, headers=headers, wait_s=wait_s)
+        except Unreachable as error:
+            if isinstance(error.__cause__, httpx2.ReadTimeout):
+                return None
+            raise
+        answer = _object(response)
+        if answer is None or not answer.get("choices"):
+            raise Unreachable(f"{response.url} returned something that is not an answer")
+        return answer
 
     def job(self, job_id: str, *, wait_s: int = 0) -> RemoteJob:
         """Return a job when it has ended, or after `wait_s` seconds."""

@@ -1,8 +1,8 @@
 """Runs a file of prompts through the service: `scripts/batch prompts.jsonl -o results.jsonl`.
 
 Each line of the prompts file is the body of a `POST /v1/jobs`, optionally with an `id` or `custom_id`, or a
-string, which is the prompt. Each line of the results file is one result. The same command continues an
-interrupted run; no prompt is sent twice.
+string, which is the prompt, or a request in the format of OpenAI's batches. Each line of the results file is one
+result. The same command continues an interrupted run; no prompt is sent twice.
 
 Exit status: 0 all succeeded, 1 a prompt failed or was malformed, 2 nothing was sent, 130 interrupted.
 """

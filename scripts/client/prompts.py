@@ -8,7 +8,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
+
+OPENAI_URLS: Final = ("/v1/chat/completions", "/v1/completions")
+_TIERS: Final = {"batch": "flex", "high": "priority"}
+"""OpenAI's service tier for each priority that is not the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,8 @@ class Prompt:
     body: dict[str, Any]
     digest: str
     """Hash of the request and its line. It is the Idempotency-Key, and assigns a result to its prompt."""
+    url: str = ""
+    """Path of the route of OpenAI's API to which the body is sent; empty for `POST /v1/jobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,34 @@ def _reject_duplicate(prompt: Prompt, first_lines: dict[str, int]) -> None:
 def _prompt(line: int, fields: dict[str, Any], defaults: Mapping[str, Any], run: str) -> Prompt:
     own_id = fields.pop("id", None)
     custom_id = _name(fields.pop("custom_id", own_id))
+    if "body" in fields:
+        return _openai_prompt(line, custom_id, fields, defaults, run)
     if "prompt" not in fields and "messages" not in fields:
-        if isinstance(fields.get("body"), dict):
-            raise ValueError(
-                "is in the format of OpenAI's batches: move the fields of `body` to the same level as `custom_id`"
-            )
         raise ValueError("needs `prompt` or `messages`")
     body = {**defaults, **fields}
     # Includes the line number: the same prompt on two lines is two jobs.
     identity = json.dumps([run, line, custom_id, body], separators=(",", ":"))
     return Prompt(line, custom_id, body, digest(identity))
+
+
+def _openai_prompt(
+    line: int, custom_id: str | None, fields: dict[str, Any], defaults: Mapping[str, Any], run: str
+) -> Prompt:
+    """Parse a line in the format of OpenAI's batches."""
+    url, body = fields.get("url"), fields["body"]
+    if url not in OPENAI_URLS:
+        raise ValueError(f"needs `url`: one of {', '.join(OPENAI_URLS)}")
+    if fields.get("method", "POST") != "POST":
+        raise ValueError("needs `method` POST")
+    if not isinstance(body, dict):
+        raise ValueError("has a `body` that is not a JSON object")
+    if unknown := fields.keys() - {"method", "url", "body"}:
+        raise ValueError(f"has the unknown field `{min(unknown)}`")
+    tier = _TIERS.get(str(defaults.get("priority")))
+    given = {name: value for name, value in defaults.items() if name != "priority"}
+    body = {**given, **({"service_tier": tier} if tier else {}), **body}
+    identity = json.dumps([run, line, custom_id, url, body], separators=(",", ":"))
+    return Prompt(line, custom_id, body, digest(identity), url)
 
 
 def digest(text: str) -> str:

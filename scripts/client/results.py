@@ -39,6 +39,8 @@ class Result:
     actions: list[dict[str, Any]] | None = None
     parse_error: str | None = None
     message: dict[str, Any] | None = None
+    response: dict[str, Any] | None = None
+    """The whole response, for requests in OpenAI's format."""
 
     @property
     def succeeded(self) -> bool:
@@ -52,6 +54,8 @@ class Result:
             del fields["actions"], fields["parse_error"]
         if self.message is None:
             del fields["message"]
+        if self.response is None:
+            del fields["response"]
         # A lone surrogate has no UTF-8 encoding; the backslash escape is its form in JSON.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Self
 
-from scripts.client.api import Client, Refused, RemoteJob
+from scripts.client.api import Client, Json, Refused, RemoteJob
 from scripts.client.prompts import Prompt
-from scripts.client.results import Result
+from scripts.client.results import SUCCEEDED, Result
 from scripts.client.retries import RetryPolicy, Stopped
 
 POLL_S = 1.0
@@ -114,6 +114,8 @@ class Runner:
     def _complete(self, task: Task) -> Result:
         job: RemoteJob | None = None
         try:
+            if task.prompt.url:
+                return _answer_result(task.prompt, self._answer(task))
             job = self._submit(task)
             while not job.status.terminal:
                 job = self._poll(job.id)
@@ -127,6 +129,17 @@ class Runner:
         return self._retries.call(
             lambda: self._client.submit(task.prompt.body, idempotency_key=task.key, wait_s=self._limits.wait_s)
         )
+
+    def _answer(self, task: Task) -> Json:
+        """Return the answer of a route of OpenAI's API, which comes when the job has ended."""
+        prompt, wait_s = task.prompt, self._limits.wait_s
+        while True:
+            answer = self._retries.call(
+                lambda: self._client.complete(prompt.url, prompt.body, idempotency_key=task.key, wait_s=wait_s)
+            )
+            if answer is not None:
+                return answer
+            self._retries.call(lambda: self._client.request("GET", "/v1/jobs?limit=1"))  # whether the service is alive
 
     def _poll(self, job_id: str) -> RemoteJob:
         polled_at = time.monotonic()
@@ -151,6 +164,22 @@ def _job_result(prompt: Prompt, job: RemoteJob) -> Result:
         actions=job.actions,
         parse_error=job.parse_error,
         message=job.message,
+    )
+
+
+def _answer_result(prompt: Prompt, answer: Json) -> Result:
+    choice, usage = answer["choices"][0], answer.get("usage") or {}
+    text = choice.get("text") if "text" in choice else choice["message"].get("content")
+    return Result(
+        line=prompt.line,
+        custom_id=prompt.custom_id,
+        id=answer["id"].partition("-")[2],
+        status=SUCCEEDED,
+        request=prompt.digest,
+        text=text or "",
+        finish_reason=choice.get("finish_reason"),
+        usage={name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")},
+        response=answer,
     )
 
 

@@ -32,6 +32,7 @@ READ_IN_SHARED: Final = {
     "redis_cert_file": ("API", "worker", "Flower", "`scripts/serve`"),
     "redis_key_file": ("API", "worker", "Flower", "`scripts/serve`"),
     "broker_url": ("API", "worker", "Flower"),
+    "files_dir": ("API",),
     "max_queue": ("API",),
     "max_queue_per_key": ("API",),
     "queue_bytes": ("API",),

@@ -54,8 +54,9 @@ def programs(settings: Settings) -> list[Program]:
         "worker", (*_PYTHON, "worker.process.launcher"), stop_wait_s=drain_s, numbered=True, processes=settings.workers
     )
     web = Program("web", (*_PYTHON, "web"), stop_wait_s=drain_s)
+    background = Program("background", (*_PYTHON, "web.background"), stop_wait_s=_DRAIN_MARGIN_S)
     flower = Program("flower", (*_PYTHON, "scripts.stack.flower"), stop_wait_s=5)
-    return [*([valkey] if settings.embedded_redis else []), worker, web, flower]
+    return [*([valkey] if settings.embedded_redis else []), worker, web, background, flower]
 
 
 def valkey_command(settings: Settings) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The health checks of compose.yaml: `python -m scripts.stack.container_health web|mlx-server|flower`.
+"""The health checks of compose.yaml: `python -m scripts.stack.container_health web|background|mlx-server|flower`.
 
 Exit status 0: healthy; 1: unhealthy, with the reason on stdout, which `docker inspect` shows.
 """
@@ -44,7 +44,22 @@ def check_worker() -> None:
         raise Unhealthy("the model is still loading")
 
 
-CHECKS: dict[str, Callable[[], None]] = {"web": check_web, "mlx-server": check_worker, "flower": check_flower}
+def check_background() -> None:
+    """Check that a background process leads. Others wait until it ends."""
+    from shared.load_settings import load_settings
+    from shared.redis import keys
+    from shared.redis.client import connect
+
+    if not connect(load_settings().store_url, timeout_s=TIMEOUT_S, retries=0).exists(keys.LEADER):
+        raise Unhealthy("no background process leads")
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "web": check_web,
+    "background": check_background,
+    "mlx-server": check_worker,
+    "flower": check_flower,
+}
 
 
 def _get(url: str) -> None:

@@ -38,6 +38,7 @@ MEMORY_SHARE: Final = 0.9
 DELETED_S: Final = 10
 """Seconds for which record, text and log of a deleted job remain for requests that are waiting for its end."""
 _DELETED: Final = "deleted"
+NO_WEBHOOKS: Final = "-"
 
 _OLD_KEYS: Final = (*(f"mlxq:{name}:" for name in ("clock", "alone", "emptying", "rescue", "tokenizer")), "mlxq.")
 """Prefixes of the first layout's keys. Its Celery queues were named `mlxq.<model>`."""
@@ -62,6 +63,8 @@ class Submission:
         reserved_tokens: tokens of the answer for which memory in Redis is reserved; None for `max_tokens`.
         reader: id of the API process that waits for the job (`shared.jobs.readers`); empty if a lost connection does
             not matter.
+        webhook: JSON of the `url` and the `events` of the job's webhooks; empty if only registered endpoints receive
+            its events, `NO_WEBHOOKS` if nobody does.
     """
 
     request: Request
@@ -81,6 +84,7 @@ class Submission:
     max_queued: int | None = None
     reserved_tokens: int | None = None
     reader: str = ""
+    webhook: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +222,19 @@ class Jobs:
     def key_is_used(self, owner: str, idempotency_key: str) -> bool:
         """Whether an owner's Idempotency-Key already belongs to a job."""
         return bool(idempotency_key) and bool(self._client.exists(f"{keys.IDEM}{owner}:{idempotency_key}"))
+
+    def find(self, owner: str, idempotency_keys: Sequence[str]) -> list[str | None]:
+        """Return the ids of the jobs that belong to an owner's Idempotency-Keys; None for unused keys."""
+        names = [f"{keys.IDEM}{owner}:{key}" for key in idempotency_keys]
+        return [*self._client.mget(names)] if names else []
+
+    def ended(self, job_ids: Sequence[str]) -> set[str]:
+        """Return those of the jobs that have ended or no longer exist, with one call."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hmget(keys.JOB + job_id, "id", "finished_at")
+            fields = pipe.execute() if job_ids else []
+        return {each for each, (known, finished) in zip(job_ids, fields, strict=True) if not known or finished}
 
     def get(self, job_id: str, owner: str) -> Job:
         """Return an owner's job.
@@ -357,6 +374,8 @@ def _token_bytes(request: Request) -> int:
 def _optional(submission: Submission) -> dict[str, str]:
     """Return the record fields that only some jobs have."""
     request, fields = submission.request, dict[str, str]()
+    if submission.webhook:
+        fields["webhook"] = submission.webhook
     if submission.prefixes:
         fields["prefixes"] = " ".join(submission.prefixes)
     if request.logprobs is not None:

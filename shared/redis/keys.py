@@ -43,6 +43,17 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `TOKENIZER` + digest | string | a model's tokenizer.json, gzipped, for the API | until no model card names it |
 | `ENDED` | hash | `model:status` → number of jobs | forever, 4 fields per model |
 | `ENDS` | list | JSON of jobs that ended without their worker, for task events | until an API process reads it |
+| `LEADER` | string | token of the background process that leads | a few seconds |
+| `BATCH` + batch | hash | a batch (`web.batches.store`); its lines are on disk | file retention after its end |
+| `BATCHES` + key id | zset | batch → creation time, for all batches of an API key | entries are pruned |
+| `UNFINISHED_BATCHES` | zset | unfinished batch → creation time; with `:` + key id: those of an API key | until empty |
+| `WEBHOOK_ENDPOINTS` | hash | endpoint → JSON of `web.webhooks.receivers.Endpoint` | until removed |
+| `WEBHOOK_SECRETS` | hash | key id → JSON of the secrets for the URLs of its jobs | forever, one per key that has one |
+| `WEBHOOK_OUTBOX` | list | JSON of events that are not yet deliveries | until a background process takes them |
+| `WEBHOOK_COUNTS` | hash | numbers: `events`; `dropped`, those that were not taken in time | forever |
+| `WEBHOOK` + delivery | hash | a delivery (`web.webhooks.deliveries`) | 1 day after delivery, 30 days after failure |
+| `WEBHOOKS_DUE` | zset | pending delivery → time of its next attempt | until empty |
+| `WEBHOOKS_DEAD` | zset | delivery that failed for good → time of its end | entries are pruned after 30 days |
 | `OLD_QUEUE` + model | zset | queue of the first layout; old processes write it during an upgrade | until adopted |
 
 `PREFIXES` is a direct-mapped table of at most 65,536 fields per model: a hash replaces an earlier one with the same
@@ -62,6 +73,7 @@ Fields of `JOB` that mainly the scripts read:
 | `fingerprint` | hash of the request, if it can be repeated: see `shared.jobs.readers` |
 | `reader`, `kept_until` | the API process that reads the job, and until when its lost client can come back |
 | `children` | ids of the jobs with the further choices of the same request |
+| `webhook` | JSON of the URL and events of the job's webhooks; `-` if it has none at all |
 | `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
 
@@ -110,6 +122,17 @@ MODELS: Final = "mlxq:models"
 TOKENIZER: Final = "mlxq:tokenizer-gz:"
 ENDED: Final = "mlxq:ended"
 ENDS: Final = "mlxq:ends"
+LEADER: Final = "mlxq:leader"
+BATCH: Final = "mlxq:batch:"
+BATCHES: Final = "mlxq:batches:"
+UNFINISHED_BATCHES: Final = "mlxq:unfinished-batches"
+WEBHOOK_ENDPOINTS: Final = "mlxq:webhook-endpoints"
+WEBHOOK_SECRETS: Final = "mlxq:webhook-secrets"
+WEBHOOK_OUTBOX: Final = "mlxq:webhook-outbox"
+WEBHOOK_COUNTS: Final = "mlxq:webhook-counts"
+WEBHOOK: Final = "mlxq:webhook:"
+WEBHOOKS_DUE: Final = "mlxq:webhooks-due"
+WEBHOOKS_DEAD: Final = "mlxq:webhooks-dead"
 OLD_QUEUE: Final = "mlxq:queue:"
 
 LUA_TABLE: Final = (

@@ -27,7 +27,7 @@ _WIDTH_IN, _HEIGHT_IN, _LEGEND_IN = 4.4, 3.3, 0.7
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the markers tell them apart without colour.
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS: Final = "osD^vPX"
-_STYLE: Final[dict[Any, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "svg.hashsalt": "mlxq",  # the same ids in every run: drawing the same figures again gives the same file
     "svg.fonttype": "none",  # text stays text
     "figure.facecolor": "white",  # an opaque background is readable on light and on dark pages
@@ -74,7 +74,7 @@ def svg(results: Results, caption: str) -> str:
     if not found:
         return ""
     out = io.StringIO()
-    with style.context(["default", _STYLE], after_reset=True):
+    with style.context(["default", STYLE], after_reset=True):
         draw(found, caption).savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 

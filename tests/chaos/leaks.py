@@ -26,9 +26,12 @@ UNFINISHED = (
     keys.ENDS,
     keys.DEMAND,
     keys.OLD_QUEUE,
+    keys.UNFINISHED_BATCHES,
+    keys.WEBHOOK_OUTBOX,
+    keys.WEBHOOKS_DUE,
 )
 """Keys of unfinished jobs: none may be left."""
-ENDED_JOBS = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER)
+ENDED_JOBS = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER, keys.BATCH, keys.WEBHOOK)
 """Keys of ended jobs: each must have a time to live."""
 PERMANENT = (
     keys.SPEED,
@@ -51,6 +54,12 @@ PERMANENT = (
     keys.ENDED,
     keys.SERVABLE,
     keys.LOAD_FAILURE,
+    keys.LEADER,
+    keys.BATCHES,
+    keys.WEBHOOK_ENDPOINTS,
+    keys.WEBHOOK_SECRETS,
+    keys.WEBHOOK_COUNTS,
+    keys.WEBHOOKS_DEAD,
     "_kombu.",
     "LIMITS",
 )

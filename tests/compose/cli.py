@@ -26,7 +26,7 @@ from shared.settings import ROOT
 from tests.compose.containers import Containers, EngineError, clean_environment
 from web.access.api_keys import new_key
 
-SERVICES: Final = ("redis", "mlx-server", "web", "flower")
+SERVICES: Final = ("redis", "mlx-server", "web", "background", "flower")
 HEALTHY_WITHIN_S: Final = 300
 MANY_RESTARTS: Final = 5
 DONE_WITHIN_S: Final = 300

@@ -196,9 +196,18 @@ def test_a_duplicate_custom_id_is_rejected(command: Command, api: StubApi) -> No
     assert len(api.state.sent) == 2
 
 
-def test_a_line_in_openais_batch_format_is_reported_with_the_fix(command: Command) -> None:
-    command.write('{"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}')
-    assert "move the fields of `body` to the same level as `custom_id`" in command.run()[1]
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"custom_id": "x", "method": "POST", "url": "/v1/embeddings", "body": {}}, "needs `url`: one of"),
+        ({"custom_id": "x", "method": "GET", "url": "/v1/completions", "body": {}}, "needs `method` POST"),
+        ({"custom_id": "x", "url": "/v1/completions", "body": "hi"}, "has a `body` that is not a JSON object"),
+        ({"custom_id": "x", "url": "/v1/completions", "body": {}, "seed": 1}, "has the unknown field `seed`"),
+    ],
+)
+def test_a_malformed_line_in_openais_format_is_reported(command: Command, line: dict[str, object], reason: str) -> None:
+    command.write(json.dumps(line))
+    assert f"line 1 {reason}" in command.run()[1]
 
 
 def test_lines_added_during_a_run_are_sent_by_the_next_run(command: Command, api: StubApi) -> None:

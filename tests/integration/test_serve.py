@@ -168,7 +168,7 @@ def test_a_signal_ends_everything_in_order(served: ServeCommand, number: signal.
     assert served.processes() == []
     if number != signal.SIGHUP:  # after SIGHUP there is no terminal
         stopped = re.findall(r"stopped: (\S+)", served.output())
-        assert stopped == ["flower", "web", "worker-0", "valkey"]
+        assert stopped == ["flower", "background", "web", "worker-0", "valkey"]
 
 
 def test_a_second_signal_stops_at_once_and_leaves_no_process(served: ServeCommand) -> None:

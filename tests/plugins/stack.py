@@ -90,6 +90,10 @@ class Stack:
         eventually(ready, "the worker is ready", START_WITHIN_S)
         return child
 
+    def start_background(self) -> subprocess.Popen[bytes]:
+        """Start a background process without waiting."""
+        return self._start("background", [sys.executable, "-m", "web.background"])
+
     def start_flower(self) -> subprocess.Popen[bytes]:
         child = self._start("flower", [sys.executable, "-m", "scripts.stack.flower"])
         with Client(self.flower_url) as client:

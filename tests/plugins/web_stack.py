@@ -74,6 +74,7 @@ class StubWorker(threading.Thread):
 
     Attributes:
         hold: while set, running jobs get no further words; cancelled jobs still end.
+        prompts: the prompt, or the last message, of each claimed job.
     """
 
     def __init__(self, url: str, *, slots: int = 128, pause_s: float = 0.002, name: str = "w1") -> None:
@@ -88,6 +89,7 @@ class StubWorker(threading.Thread):
         self._rows: dict[str, _Row] = {}
         self._stopped = threading.Event()
         self.hold = threading.Event()
+        self.prompts: list[str] = []
 
     def run(self) -> None:
         while not self._stopped.wait(self._pause_s):
@@ -123,6 +125,8 @@ class StubWorker(threading.Thread):
         except NoLease:
             return
         for claimed in claim.jobs:
+            request = claimed.request
+            self.prompts.append(request.prompt or str((request.messages or ({},))[-1].get("content")))
             self._rows[claimed.job.id] = _Row(claimed, words_for(claimed), claimed.job.last_event)
 
     def _step(self) -> None:
@@ -161,6 +165,8 @@ class WebStack:
     log: Path
     http: httpx2.Client = field(repr=False)
     launch: Callable[[], subprocess.Popen[bytes]] = field(repr=False)
+    launch_background: Callable[[], subprocess.Popen[bytes]] = field(repr=False)
+    background: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def redis_url(self) -> str:
@@ -191,6 +197,16 @@ class WebStack:
         self.process.wait(20)
         self.process = self.launch()
         _wait_for(self)
+
+    def start_background(self) -> subprocess.Popen[bytes]:
+        """Start a background process."""
+        self.background.append(self.launch_background())
+        return self.background[-1]
+
+    def stop_background(self) -> None:
+        """End all background processes."""
+        while self.background:
+            _end(self.background.pop())
 
     def kill_redis(self) -> None:
         self.server.terminate()
@@ -239,29 +255,34 @@ def running_web(redis: dict[str, str] = DURABLE, **environment: str) -> Iterator
         log = home / "web.log"
         server = start_redis(home, redis)
 
-        def launch() -> subprocess.Popen[bytes]:
+        def launch(module: str = "web") -> subprocess.Popen[bytes]:
             with log.open("ab") as output:
                 return subprocess.Popen(
-                    [sys.executable, "-m", "web"],
+                    [sys.executable, "-m", module],
                     cwd=ROOT, env=stack_environment, stdout=output, stderr=output,
                 )  # fmt: skip
 
         url = f"http://127.0.0.1:{port}"
         http = httpx2.Client(base_url=url, headers={"X-API-Key": key}, timeout=30)
-        stack = WebStack(home, url, key, server, launch(), log, http, launch)
+        stack = WebStack(home, url, key, server, launch(), log, http, launch, lambda: launch("web.background"))
         try:
             _wait_for(stack)
             yield stack
         finally:
             http.close()
-            stack.process.send_signal(signal.SIGTERM)
-            try:
-                stack.process.wait(20)
-            except subprocess.TimeoutExpired:
-                stack.process.kill()
-                stack.process.wait()
+            stack.stop_background()
+            _end(stack.process)
             stack.server.stop()
             print(log.read_text())  # pytest shows it with a failure
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_for(stack: WebStack) -> None:

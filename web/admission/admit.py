@@ -5,10 +5,11 @@ The job is stored before its worker is woken. If the wake-up is lost, the job st
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, get_args
 
 import redis
 from redis.exceptions import OutOfMemoryError
@@ -17,7 +18,7 @@ from shared.errors import Conflict, Forbidden, Invalid, KeyQueueFull, NotDurable
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job, Priority
 from shared.jobs.request import Request
-from shared.jobs.store import Accepted, Jobs, Submission, new_job_id
+from shared.jobs.store import NO_WEBHOOKS, Accepted, Jobs, Submission, new_job_id
 from shared.models.catalog import Catalog
 from shared.models.registry import ModelCard
 from shared.models.sampling_defaults import SamplingDefaults
@@ -31,6 +32,7 @@ from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.model_availability import model_not_found
 from web.cluster.snapshot import Cluster
 from web.schemas.requests import JobRequest
+from web.schemas.webhooks import JobEvent
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class RequestContext:
         reader: id of this process if the client repeats its request by itself; see `shared.jobs.readers`.
         max_queued: the API key's maximum of waiting jobs per model; None for the default.
         max_priority: the highest priority that the API key may use.
+        silent: whether the end of the job is no event for webhooks.
     """
 
     owner: str
@@ -59,6 +62,7 @@ class RequestContext:
     max_priority: Priority = Priority.HIGH
     job_id: str = ""
     reader: str = ""
+    silent: bool = False
 
 
 class Admission:
@@ -69,6 +73,7 @@ class Admission:
         check_load_on_demand: raises `Unavailable` if such a model cannot be loaded.
         check_available: raises `NotFound` or `Invalid` if such a model can never be served.
         check_redis: raises `RedisUnsuitable` if Redis must not hold jobs.
+        check_webhook_url: raises `Invalid` if an API key may not send webhooks to a URL, given also the field's name.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Admission:
         check_load_on_demand: Callable[[str], object] = lambda _: None,
         check_available: Callable[[str], object] = lambda _: None,
         check_redis: Callable[[], object] = lambda: None,
+        check_webhook_url: Callable[[str, str, str], object] = lambda *_: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -97,6 +103,7 @@ class Admission:
         self._check_load_on_demand = check_load_on_demand
         self._check_available = check_available
         self._check_redis = check_redis
+        self._check_webhook_url = check_webhook_url
 
     def admit(
         self,
@@ -177,6 +184,8 @@ class Admission:
         self._check_loaded(model, context)
         generation = self._requests.build(request, model, card)
         self._check_images(generation, card)
+        if request.webhook_url is not None:
+            self._check_webhook_url(request.webhook_url, "webhook_url", context.owner)
         check_capabilities(generation, card, self._cluster.snapshot())
         self._prompt_tokenizer.check_constraints(generation)
         tokenized = given_tokens(request, card) or self._tokenized(request, generation, card)
@@ -196,6 +205,7 @@ class Admission:
             prefixes=self._prefixes(generation, request.prompt_tokens or (), context.owner),
             tokens=tokenized.tokens if tokenized else None,
             shared=tokenized.shared if tokenized else 0,
+            webhook=NO_WEBHOOKS if context.silent else _webhook(request),
         )
 
     def _tokenized(self, request: JobRequest, generation: Request, card: ModelCard | None) -> Tokenized | None:
@@ -287,6 +297,12 @@ def _priority(request: JobRequest, highest: Priority) -> Priority:
         detail = f"This API key may use at most priority {highest.label!r}."
         raise Forbidden(detail, code="priority_not_allowed", field="priority")
     return highest
+
+
+def _webhook(request: JobRequest) -> str:
+    if request.webhook_url is None:
+        return ""
+    return json.dumps({"url": request.webhook_url, "events": request.webhook_events or get_args(JobEvent)})
 
 
 def _limited(field: str, value: float | None, maximum: float) -> float | None:

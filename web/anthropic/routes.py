@@ -20,11 +20,11 @@ from web.http.disconnect import CONNECTION
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.http.request_id import current_request_id
+from web.results.failures import job_failure
 from web.routes.submission import submit_choices, with_job_headers
 from web.routes.waiting import (
     disconnect_handler,
     ended_by_client,
-    job_failure,
     unfinished,
     wait_for_end,
     watch_client,

@@ -19,8 +19,8 @@ from web.anthropic.answer import Answer, delta_event, start_event
 from web.http.anthropic_errors import error_body
 from web.http.request_id import current_request_id
 from web.metrics import Metrics
+from web.results.failures import job_failure
 from web.results.messages import delta_of
-from web.routes.waiting import job_failure
 from web.streaming.response import STREAM_HEADERS, StreamMeter, interruption, restarting
 
 MEDIA_TYPE: Final = "text/event-stream; charset=utf-8"

@@ -95,16 +95,26 @@ def parse_form(body: bytes, content_type: str) -> Form:
     Raises:
         BadRequest: it is malformed, has too many parts, or a part has too long headers.
     """
-    boundary = parse_options_header(content_type)[1].get("boundary", "").encode("latin-1", "replace")
-    if not re.fullmatch(rb"[ -~]{0,69}[!-~]", boundary):
-        raise _bad_form("its Content-Type has no valid boundary")
+    boundary = boundary_of(content_type)
     _check_parts(body, b"--" + boundary)
     # Without a stream factory, files over 500 kB would go to disk.
     parser = MultiPartParser(stream_factory=_in_memory, max_form_memory_size=len(body))
     try:
         return parser.parse(io.BytesIO(body), boundary, len(body))
     except ValueError as error:
-        raise _bad_form("it cannot be parsed") from error
+        raise bad_form("it cannot be parsed") from error
+
+
+def boundary_of(content_type: str) -> bytes:
+    """Return the boundary of a multipart form.
+
+    Raises:
+        BadRequest: there is no valid one.
+    """
+    boundary = parse_options_header(content_type)[1].get("boundary", "").encode("latin-1", "replace")
+    if not re.fullmatch(rb"[ -~]{0,69}[!-~]", boundary):
+        raise bad_form("its Content-Type has no valid boundary")
+    return boundary
 
 
 def check_json(body: bytes) -> None:
@@ -137,13 +147,19 @@ def _read_counted(size: int) -> bytes:
     budget.take(size)
     counted = g.setdefault("body_bytes", 0)
     g.body_bytes = counted + size
-    piece = _read(size)
+    piece = read_body_piece(size)
     g.body_bytes = counted + len(piece)
     budget.give_back(size - len(piece))
     return piece
 
 
-def _read(size: int) -> bytes:
+def read_body_piece(size: int) -> bytes:
+    """Read up to `size` bytes of the body of the current request; none at its end.
+
+    Raises:
+        BadRequest: the body is not valid HTTP, or ends early.
+        RequestTimeout: it arrives too slowly.
+    """
     try:
         return request.environ["wsgi.input"].read(size)  # type: ignore[no-any-return]
     except (ParseException, OSError) as error:
@@ -153,13 +169,13 @@ def _read(size: int) -> bytes:
 def _check_parts(body: bytes, delimiter: bytes) -> None:
     """Check what takes werkzeug's parser more than linear time."""
     if body.count(delimiter) > MAX_PARTS + 1:
-        raise _bad_form(f"it has more than {MAX_PARTS} parts")
+        raise bad_form(f"it has more than {MAX_PARTS} parts")
     start = body.find(delimiter)
     while start >= 0:
         start += len(delimiter)
         is_last = body.startswith(b"--", start)
         if not is_last and body.find(b"\r\n\r\n", start, start + MAX_PART_HEADER_BYTES) < 0:
-            raise _bad_form(f"the headers of a part are malformed or longer than {MAX_PART_HEADER_BYTES} bytes")
+            raise bad_form(f"the headers of a part are malformed or longer than {MAX_PART_HEADER_BYTES} bytes")
         start = body.find(delimiter, start)
 
 
@@ -175,5 +191,6 @@ def _too_many_values() -> BadRequest:
     return BadRequest(f"The body has more than {MAX_JSON_VALUES} values.", code="invalid_json")
 
 
-def _bad_form(reason: str) -> BadRequest:
+def bad_form(reason: str) -> BadRequest:
+    """Return the error for a malformed multipart form."""
     return BadRequest(f"The body is not a valid multipart form: {reason}.")

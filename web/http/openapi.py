@@ -32,9 +32,9 @@ from pydantic import BaseModel
 from werkzeug.routing import Rule
 
 from shared import VERSION
-from shared.errors import Expiry
 from web.access.auth import PUBLIC_BLUEPRINTS
 from web.http import anthropic_errors, openai_errors
+from web.http.openapi_texts import DESCRIPTION, ERROR_CODES, EXAMPLES, TAGS
 from web.schemas.problems import MEDIA_TYPE, AnthropicError, OpenAIError, ProblemDetails
 from web.schemas.requests import JobRequest
 
@@ -46,102 +46,8 @@ _COMMON_ERRORS: Final = (400, 408, 429, 431, 500, 503)
 """Error statuses that every route may return."""
 _ERRORS_WITH_KEY: Final = (401, 403, 422)
 """Error statuses that every route with authentication may return in addition."""
-ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
-    400: ("bad_request", "invalid_json", "invalid_utf8"),
-    401: ("unauthorized",),
-    403: ("forbidden", "priority_not_allowed"),
-    404: (
-        "job_not_found",
-        "route_not_found",
-        "not_found",
-        "model_not_found",
-        "model_not_loaded",
-        "operation_not_found",
-    ),
-    406: ("not_acceptable",),
-    408: ("request_timeout",),
-    409: ("job_active", "job_cancelled", "job_ended", "conflict", "model_not_loaded"),
-    410: ("log_expired", "log_trimmed", "gone"),
-    413: ("body_too_large", "image_too_large"),
-    415: ("unsupported_media_type",),
-    422: (
-        "invalid_request",
-        "idempotency_key_reused",
-        "load_failed",
-        "unknown_parameter",
-        "unsupported_parameter",
-        "no_images",
-        "not_supported",
-        "too_many_images",
-        "image_format",
-        "image_broken",
-        "image_too_many_pixels",
-        "image_shape",
-        "image_url_refused",
-        "image_unreachable",
-        "worker_not_found",
-        "worker_needed",
-        "job_too_large",
-    ),
-    429: ("rate_limited", "key_queue_full", "too_many_streams", "too_many_connections"),
-    431: ("head_too_large",),
-    500: ("internal",),
-    503: (
-        "unavailable",
-        "queue_full",
-        "queue_memory_full",
-        "not_durable",
-        "too_many_connections",
-        "too_many_bytes",
-        "redis_unsuitable",
-        "restarting",
-        "no_worker",
-        "model_not_loaded",
-    ),
-    504: (*Expiry, "job_expired"),
-}
-"""Possible values of an error's `code`, by status. `/inference` also returns the codes of failed jobs."""
 _RETRY_AFTER: Final = {
     "Retry-After": Header(description="Seconds to wait before trying again", param_schema=Schema(type="integer"))
-}
-_DESCRIPTION: Final = """Durable, streaming inference jobs for MLX models.
-
-## Authentication
-
-Send an API key in the header `X-API-Key`, or as `Authorization: Bearer <key>`. Generating text needs the scope `infer`,
-loading and unloading models needs `admin`.
-
-## Request ids
-
-Every response has the header `X-Request-ID`. A request may set it to 1 to 128 characters of `A-Z a-z 0-9 . _ -`;
-otherwise the service generates an id. The same id is in the service's log.
-
-## Errors
-
-Errors are `application/problem+json` (RFC 9457). `code` is stable and meant for programs, `detail` is meant for people,
-and `field` names the field, parameter or header that is wrong. Routes of the OpenAI API, and paths below `/v1/` that do
-not exist, have errors in OpenAI's format; `/v1/messages` and the paths below it in Anthropic's.
-
-## Rate limits
-
-Each API key has a limit for requests with GET, and one for all others. Responses report the limit that applies in
-`X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset` (seconds since the epoch). A request over the
-limit gets 429; `Retry-After` has the seconds to wait.
-
-## Streams
-
-A stream consists of numbered events: `queued`, `started`, `chunk` and `resumed`, and finally exactly one `done`, which
-contains the complete job. The concatenated texts of all `chunk` events are the job's text. If the job has `logprobs`,
-each `chunk` has a list `logprobs` in addition to `text`. A stream can be resumed after any event. Ignore events of
-unknown types: later versions may add some."""
-_TAGS: Final = {
-    "jobs": "Submit jobs and read them later: poll, stream, list, cancel, delete.",
-    "inference": "Generate text and get it in the response.",
-    "models": "List models; load and unload them on running workers.",
-    "openai": "The OpenAI API: chat completions, text completions, models.",
-    "anthropic": "Anthropic's Messages API.",
-    "health": "Health, probes and metrics. The probes need no API key; health and metrics show more with one.",
-    "openapi": "This documentation. No API key is needed.",
 }
 
 
@@ -153,13 +59,26 @@ WAIT: Final = _parameter(
     "wait", "query", "Seconds to wait for the job to end before responding", type="number", minimum=0
 )
 LIMIT: Final = _parameter(
-    "limit", "query", "Maximum number of jobs to return", type="integer", minimum=1, maximum=100, default=20
+    "limit", "query", "Maximum number of items to return", type="integer", minimum=1, maximum=100, default=20
 )
 BEFORE: Final = _parameter(
     "before", "query", "`next` of the previous page", type="number", minimum=0, exclusiveMaximum=1e11
 )
 STARTING_AFTER: Final = _parameter(
     "starting_after", "query", "Number of the last event received", type="integer", minimum=0, default=0
+)
+PAGE_LIMIT: Final = _parameter(
+    "limit", "query", "Maximum number of items to return", type="integer", minimum=1, maximum=10_000
+)
+AFTER: Final = _parameter("after", "query", "`last_id` of the previous page", type="string")
+ORDER: Final = _parameter(
+    "order", "query", "Order by time of creation", type="string", enum=["asc", "desc"], default="desc"
+)
+DELIVERY_STATUS: Final = _parameter(
+    "status", "query", "Only deliveries with this status", type="string", enum=["dead", "pending"], default="dead"
+)
+PURPOSE: Final = _parameter(
+    "purpose", "query", "Only files with this purpose", type="string", enum=["batch", "batch_output"]
 )
 LAST_EVENT_ID: Final = _parameter(
     "Last-Event-ID",
@@ -190,20 +109,6 @@ _EVENT_SCHEMAS: Final[Mapping[str, Schema]] = {
     "application/x-ndjson": Schema(type="string", description="One event per line, as JSON"),
 }
 """One entry for each of `FORMATS`."""
-_MESSAGES_EXAMPLE: Final = {
-    "model": "SmolLM2-135M-Instruct",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-}
-_EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "JobRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
-    "MessagesRequest": _MESSAGES_EXAMPLE | {"max_tokens": 64},
-    "CountRequest": _MESSAGES_EXAMPLE,
-    "ChatRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
-    "CompletionRequest": {"prompt": "Once upon a time,", "max_tokens": 64},
-    "LoadRequest": {"model": "SmolLM2-135M-Instruct"},
-    "UnloadRequest": {"model": "SmolLM2-135M-Instruct"},
-}
-"""Examples of request bodies by name of the model."""
 
 Content = type[BaseModel] | str | None
 """The body of a response: JSON of a model, text of a media type, or none."""
@@ -217,6 +122,8 @@ class describe:  # noqa: N801 - used as a decorator
         summary: one line, in the imperative.
         responses: contents of the responses, by status.
         body: model of the request body.
+        form: fields of the multipart form, if the body is one.
+        required: the fields that the form must have.
         streams: media types of the streams of events with which the route can respond.
         errors: further error statuses, in addition to those that all routes have.
         parameters: query parameters and headers.
@@ -227,6 +134,8 @@ class describe:  # noqa: N801 - used as a decorator
     _: KW_ONLY
     responses: Mapping[int, Content]
     body: type[BaseModel] | None = None
+    form: Mapping[str, Schema] | None = None
+    required: tuple[str, ...] = ()
     streams: Collection[str] = ()
     errors: tuple[int, ...] = ()
     parameters: tuple[Parameter, ...] = ()
@@ -253,9 +162,9 @@ def document(app: Flask) -> str:
     """Return the OpenAPI document of all routes of an application, as JSON."""
     openapi = OpenAPI(
         openapi="3.1.0",
-        info=Info(title="mlxq", version=VERSION, description=_DESCRIPTION),
+        info=Info(title="mlxq", version=VERSION, description=DESCRIPTION),
         paths=_paths(app),
-        tags=[Tag(name=name, description=_TAGS[name]) for name in app.blueprints],
+        tags=[Tag(name=name, description=TAGS[name]) for name in app.blueprints],
         components=Components(
             securitySchemes={
                 "ApiKey": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
@@ -292,7 +201,7 @@ def _operation(app: Flask, rule: Rule, method: str) -> Operation:
         summary=description.summary,
         description=inspect.getdoc(view),
         parameters=[*_path_parameters(rule), *description.parameters] or None,
-        requestBody=_request_body(description.body),
+        requestBody=_form_body(description) if description.form else _request_body(description.body),
         responses=dict(_responses(description, rule.rule, public=public)),
         security=None if public else [{"ApiKey": []}, {"Bearer": []}],
     )
@@ -309,7 +218,7 @@ def _request_body(model: type[BaseModel] | None) -> RequestBody | None:
     if model is None:
         return None
     # Swagger UI would otherwise make an example with all fields, some of which exclude each other.
-    example = _EXAMPLES["JobRequest" if issubclass(model, JobRequest) else model.__name__]
+    example = EXAMPLES["JobRequest" if issubclass(model, JobRequest) else model.__name__]
     content = {"application/json": _media_type(model).model_copy(update={"example": example})}
     if issubclass(model, JobRequest):
         content["multipart/form-data"] = MediaType(
@@ -318,6 +227,12 @@ def _request_body(model: type[BaseModel] | None) -> RequestBody | None:
             example={"request": example},
         )
     return RequestBody(required=True, content=content)
+
+
+def _form_body(description: describe) -> RequestBody:
+    fields = dict(description.form or {})
+    schema = Schema(type="object", required=[*description.required], properties=fields, additionalProperties=False)
+    return RequestBody(required=True, content={"multipart/form-data": MediaType(media_type_schema=schema)})
 
 
 def _form_schema(model: type[BaseModel]) -> Schema:

@@ -7,7 +7,7 @@ response leads to the log line.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 import redis
@@ -80,12 +80,21 @@ def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Respon
     return response
 
 
-def _invalid(error: ValidationError) -> Response:
+def invalid_fields(error: ValidationError, codes: Mapping[str, str]) -> tuple[errors.Invalid, list[FieldError]]:
+    """Return the error for the first invalid field of a request, and all invalid fields.
+
+    Args:
+        codes: codes of errors in place of the general one, by pydantic's code.
+    """
     field_errors = errors_of(error)
     first = field_errors[0]
     prefix = f"{first.field}: " if first.field else ""
-    code = openai_errors.CODES.get(first.code) if openai_errors.is_expected(request.path) else None
-    return problem(errors.Invalid(prefix + first.detail, code=code, field=first.field), field_errors)
+    return errors.Invalid(prefix + first.detail, code=codes.get(first.code), field=first.field), field_errors
+
+
+def _invalid(error: ValidationError) -> Response:
+    openai = openai_errors.is_expected(request.path)
+    return problem(*invalid_fields(error, openai_errors.CODES if openai else {}))
 
 
 def errors_of(error: ValidationError) -> list[FieldError]:

@@ -51,7 +51,7 @@ def read_body(model: type[Model]) -> Model:
     if is_form:
         content_type = request.content_type or ""
         body = _form_json(*run_in_threadpool(len(body), lambda: parse_form(body, content_type)))
-    return run_in_threadpool(len(body), lambda: model.model_validate(_parse_json(body)))
+    return run_in_threadpool(len(body), lambda: model.model_validate(parse_json(body)))
 
 
 def uploads() -> list[bytes]:
@@ -88,7 +88,12 @@ def _form_json(fields: MultiDict[str, str], files: MultiDict[str, FileStorage]) 
     return values[0]
 
 
-def _parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        BadRequest: it is not valid, has too many values, or has a name twice.
+    """
     check_json(body)
     try:
         text = body.decode()

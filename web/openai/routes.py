@@ -20,9 +20,10 @@ from web.openai.requests import ChatRequest, CompletionRequest
 from web.openai.responses import ChatCompletion, Completion
 from web.openai.streams import AnswerStream
 from web.openai.translate import chat_job, completion_jobs, original_fields
+from web.results.failures import job_failure
 from web.routes.models import model_views
 from web.routes.submission import submit_choices, with_job_headers
-from web.routes.waiting import disconnect_handler, job_failure, unfinished, wait_for_end, watch_client
+from web.routes.waiting import disconnect_handler, unfinished, wait_for_end, watch_client
 from web.schemas.models import ModelView, OpenAIModel, OpenAIModelList
 from web.services import services
 from web.streaming.merge import follow_all

@@ -16,7 +16,7 @@ from web.http.openai_errors import error_json
 from web.http.stream_formats import EventStream
 from web.metrics import Metrics
 from web.openai.answers import DONE, Answer
-from web.routes.waiting import job_failure
+from web.results.failures import job_failure
 from web.streaming.merge import Feed
 from web.streaming.response import STREAM_HEADERS, StreamMeter, interruption, restarting
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 import redis
 from flask import Response, request
 
-from shared.errors import Conflict, Expired, Internal, Invalid, JobFailure, MlxqError, NotFound
+from shared.errors import MlxqError
 from shared.jobs.log import Event, EventKind
 from shared.jobs.readers import RESTART_S, after_grace
-from shared.jobs.record import Job, Status
+from shared.jobs.record import Job
 from web.http.disconnect import watch_disconnect
 from web.http.problems import problem
 from web.http.request import idempotency_key
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST: Final = 499
 """A status that nginx logs in this case."""
-_CAUSED_BY_MODEL: Final = {JobFailure.MODEL: NotFound, JobFailure.LOAD: Invalid}
-_CAUSED_BY_REQUEST: Final = frozenset({JobFailure.CONTEXT_LENGTH, JobFailure.TEMPLATE})
 
 
 def disconnect_handler(job: Job, may_retry: Callable[[], bool] = lambda: True) -> Callable[[], None]:
@@ -154,22 +152,3 @@ def ended_by_client(events: Generator[list[Event]], on_disconnect: Callable[[], 
                 if not ended:  # sending failed; `watch_disconnect` may not have noticed yet
                     on_disconnect()
                 raise
-
-
-def job_failure(job: Job, prompt_field: str) -> MlxqError:
-    """Return the error for a job that ended without success.
-
-    Args:
-        prompt_field: name of the request field with the prompt.
-    """
-    code, message = job.error_code, job.error_message or "The job failed."
-    if job.status is Status.CANCELLED:
-        return Conflict("The job was cancelled.", code="job_cancelled")
-    if job.status is Status.EXPIRED:
-        return Expired(job.error_message or "The job did not end within its deadline.", code=code)
-    if code in _CAUSED_BY_REQUEST:
-        return Invalid(message, code=code, field=prompt_field)
-    for failure, error in _CAUSED_BY_MODEL.items():
-        if code == failure:
-            return error(message, code=code, field="model")
-    return Internal(message, code=code)

@@ -22,6 +22,7 @@ from web.schemas.messages import Message, Part, check_results
 from web.schemas.response_format import ResponseFormat
 from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables, check_no_conflict
 from web.schemas.tools import ToolChoice, Tools, check_choice
+from web.schemas.webhooks import JobEvent
 
 MAX_STOPS = 16
 MAX_STOP_BYTES = 4096
@@ -159,6 +160,16 @@ class JobRequest(RequestModel):
         "service's",
     )
     metadata: Metadata = Field({}, description="Strings that are stored and returned with the job")
+    webhook_url: str | None = Field(
+        None,
+        min_length=1,
+        max_length=2048,
+        description="Where to send a webhook when the job has ended: http(s), with public addresses unless the service "
+        "allows others. `GET /v1/webhooks/secret` has the secret that signs it",
+    )
+    webhook_events: list[JobEvent] | None = Field(
+        None, min_length=1, max_length=4, description="The events to send to `webhook_url`. Default: all"
+    )
     tools: Tools | None = Field(None, description="Functions that the model may call")
     tool_choice: ToolChoice = Field(
         "auto",
@@ -246,6 +257,13 @@ class JobRequest(RequestModel):
     def _agrees_with_template_kwargs(cls, value: Any, info: ValidationInfo) -> Any:
         check_no_conflict(info.field_name or "", value, info.data.get("chat_template_kwargs", {}))
         return value
+
+    @field_validator("webhook_events")
+    @classmethod
+    def _events_need_a_url(cls, events: list[JobEvent] | None, info: ValidationInfo) -> list[JobEvent] | None:
+        if events and not info.data.get("webhook_url"):
+            raise PydanticCustomError("no_webhook_url", "webhook_events needs webhook_url")
+        return events
 
     @field_validator("stop")
     @classmethod

@@ -14,7 +14,7 @@ from shared.errors import Expiry, JobFailure
 from shared.settings import ROOT, Settings
 from tests.support.fake_redis import FakeRedis
 from web.app import create_app
-from web.http.openapi import ERROR_CODES
+from web.http.openapi_texts import ERROR_CODES
 from web.schemas.health import HealthView, RedisView, WorkerMemory, WorkerView
 from web.schemas.jobs import AttemptView, JobView, Output, Timings, TokenLogprob, Usage
 from web.schemas.models import LoadRequest, ModelView, OperationView, UnloadRequest

@@ -41,12 +41,12 @@ def parsed(settings: Settings) -> dict[str, Any]:
 
 def test_programs_start_in_order(tmp_path: Path) -> None:
     # supervisord starts groups by ascending priority and stops them by descending priority.
-    assert list(parsed(make(tmp_path))) == ["valkey", "worker", "web", "flower"]
+    assert list(parsed(make(tmp_path))) == ["valkey", "worker", "web", "background", "flower"]
 
 
 def test_an_external_redis_replaces_valkey(tmp_path: Path) -> None:
     settings = make(tmp_path, redis_url="redis://queue.example:6379")
-    assert list(parsed(settings)) == ["worker", "web", "flower"]
+    assert list(parsed(settings)) == ["worker", "web", "background", "flower"]
     assert not config.valkey_conf_path(settings).exists()
 
 

@@ -42,7 +42,7 @@ def routes(app: Flask) -> set[str]:
     """Return the routes with a generation request as body."""
     document: Any = app.test_client().get("/openapi.json").get_json()
     bodies = {
-        path: item["post"]["requestBody"]["content"]["application/json"]["schema"].get("$ref", "")
+        path: item["post"]["requestBody"]["content"].get("application/json", {}).get("schema", {}).get("$ref", "")
         for path, item in document["paths"].items()
         if "requestBody" in item.get("post", {})
     }

@@ -35,6 +35,7 @@ FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_HOST", "FLOWER_PORT"}
 """Settings with the same value in all containers, whatever the user sets."""
 UNUSED = {
     "BROKER_URL",  # the redis service is the broker too
+    "FILES_DIR",  # below DATA_DIR, which is a volume
     "REDIS_CA_FILE",  # the redis service has no TLS
     "REDIS_CERT_FILE",
     "REDIS_KEY_FILE",
@@ -46,7 +47,7 @@ UNUSED = {
 REDIS_PASSWORD = "${REDIS_PASSWORD:?set it in .env, see docs/containers.md}"
 
 each_service = pytest.mark.parametrize("service", FILE["services"].values(), ids=FILE["services"])
-each_own_service = pytest.mark.parametrize("name", ["web", "mlx-server", "flower"])
+each_own_service = pytest.mark.parametrize("name", ["web", "background", "mlx-server", "flower"])
 
 
 def test_follows_the_compose_specification() -> None:
@@ -131,6 +132,7 @@ def test_ports_are_published_on_loopback_by_default() -> None:
     assert ports == {
         "redis": ["127.0.0.1:${REDIS_PORT:-6379}:6379"],
         "web": ["${HOST:-127.0.0.1}:${PORT:-8080}:8080"],
+        "background": [],
         "mlx-server": [],
         "flower": ["${FLOWER_HOST:-127.0.0.1}:${FLOWER_PORT:-5555}:5555"],
     }

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from shared.errors import Expiry, JobFailure
 from web.openai.requests import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
 from web.schemas.base import RequestModel
+from web.schemas.batches import BatchRequest, ExpiresAfter
 from web.schemas.jobs import JobError
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
 from web.schemas.models import LoadRequest, UnloadRequest
@@ -25,6 +26,7 @@ from web.schemas.response_format import (
     TextFormat,
 )
 from web.schemas.tools import CalledFunction, FunctionDefinition, NamedFunction, NamedTool, Tool, ToolCall
+from web.schemas.webhooks import EndpointRequest, RotationRequest
 
 TURN = {"role": "user", "content": "hi"}
 ADD = {"type": "function", "function": {"name": "add"}}
@@ -167,6 +169,10 @@ REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     CompletionRequest: {"prompt": "hi"},
     ChatMessage: TURN,
     StreamOptions: {},
+    BatchRequest: {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"},
+    ExpiresAfter: {"anchor": "created_at", "seconds": 3600},
+    EndpointRequest: {"url": "https://example.org/", "events": ["job.failed"]},
+    RotationRequest: {},
     LoadRequest: {"model": "m"},
     UnloadRequest: {"model": "m"},
     Message: TURN,

@@ -11,7 +11,8 @@ from shared.errors import Expiry, JobFailure
 from shared.jobs.log import Event, EventKind
 from shared.jobs.record import Status
 from tests.plugins.work import claimed
-from web.routes.waiting import ended_by_client, job_failure
+from web.results.failures import job_failure
+from web.routes.waiting import ended_by_client
 
 
 def events() -> Generator[list[Event]]:

@@ -249,13 +249,31 @@ local function report_end(id, model, status, fields)
   redis.call('LTRIM', K.ENDS, -MAX_ENDS_KEPT, -1)
 end
 
+local MAX_OUTBOX = 100000
+
+-- Records an event for webhooks if there may be a receiver: a registered endpoint, or `hook`, the JSON of the URL and the
+-- events that a job names. If the background process has not taken events for long, the oldest are dropped and counted.
+local function publish_event(kind, id, owner, hook)
+  hook = hook and hook ~= '' and hook or nil
+  if hook == '-' then -- a line of a batch: its owner waits for the batch
+    return
+  elseif not hook and redis.call('EXISTS', K.WEBHOOK_ENDPOINTS) == 0 then
+    return
+  end
+  local event = cjson.encode({kind = kind, id = id, owner = owner, at = stamp(now()), hook = hook})
+  if redis.call('RPUSH', K.WEBHOOK_OUTBOX, event) > MAX_OUTBOX then
+    redis.call('LPOP', K.WEBHOOK_OUTBOX)
+    redis.call('HINCRBY', K.WEBHOOK_COUNTS, 'dropped', 1)
+  end
+end
+
 -- Ends a job; the only transition to a terminal state. `fields`: further record fields to set. `by_worker`: whether the
 -- worker that runs the job ends it; all other ends are reported for task events.
 local function finish(id, status, fields, by_worker)
   local job = K.JOB .. id
   local at = now()
-  local model, worker, was, retention, log_retention, owner, idem, started = unpack(redis.call('HMGET', job,
-    'model', 'worker', 'status', 'retention_s', 'log_retention_s', 'owner', 'idempotency_key', 'started_at'))
+  local model, worker, was, retention, log_retention, owner, idem, started, hook = unpack(redis.call('HMGET', job,
+    'model', 'worker', 'status', 'retention_s', 'log_retention_s', 'owner', 'idempotency_key', 'started_at', 'webhook'))
   if started and not fields.completion_tokens then
     fields.completion_tokens = tokens_in_log(id)
   end
@@ -285,6 +303,7 @@ local function finish(id, status, fields, by_worker)
   end
   emit(id, 'done', '{"status":"' .. status .. '"}')
   redis.call('PUBLISH', K.DONE .. id, status)
+  publish_event('job.' .. status, id, owner, hook)
   redis.call('EXPIRE', job, retention)
   redis.call('EXPIRE', K.OUTPUT .. id, retention)
   redis.call('EXPIRE', K.LOG .. id, log_retention or retention)

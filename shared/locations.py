@@ -1,0 +1,60 @@
+"""Where the service keeps its data, below the folders that the settings name."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+class Locations:
+    """The part of `shared.settings.Settings` that derives paths."""
+
+    if TYPE_CHECKING:
+        data_dir: Path
+        files_dir: Path | None
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """Sockets, pid files and generated configuration."""
+        return self.data_dir / "run"
+
+    def create_run_dir(self) -> None:
+        """Create DATA_DIR and `run_dir` with mode 700. Raises OSError."""
+        for folder in (self.data_dir, self.run_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @cached_property
+    def log_dir(self) -> Path:
+        """Log files of supervisord and its child processes."""
+        return self.data_dir / "logs"
+
+    @cached_property
+    def files_path(self) -> Path:
+        """Uploaded files and the results of batches."""
+        return self.files_dir or self.data_dir / "files"
+
+    @cached_property
+    def prefixes_dir(self) -> Path:
+        """Cached prefixes on disk, shared by all workers of DATA_DIR."""
+        return self.data_dir / "prefixes"
+
+    @cached_property
+    def batching_dir(self) -> Path:
+        """What workers measured about the batching of each model."""
+        return self.data_dir / "batching"
+
+    @cached_property
+    def tokenizers_dir(self) -> Path:
+        """Tokenizer files, shared by the API and the workers of this host."""
+        return self.data_dir / "tokenizers"
+
+    @cached_property
+    def redis_socket(self) -> Path:
+        """Socket of the embedded Valkey."""
+        return self.run_dir / "valkey.sock"
+
+    @cached_property
+    def keys_file(self) -> Path:
+        """Hashed API keys."""
+        return self.data_dir / "keys.json"
