@@ -58,9 +58,9 @@ def test_a_constrained_answer_continues_after_its_worker_was_killed(stack: Stack
             kinds.append(event.kind)
             if event.kind is EventKind.CHUNK:
                 texts.append(json.loads(event.data)["text"])
-            if len(texts) == 3 and worker.poll() is None:
-                stack.stop(worker, signal.SIGKILL)
-                worker = stack.start_worker()
+                if len(texts) == 3:
+                    stack.stop(worker, signal.SIGKILL)
+                    worker = stack.start_worker()
         finished = client.job(job.id)
     stack.stop(worker)
     assert EventKind.RESUMED in kinds
