@@ -22,7 +22,7 @@ from tests.plugins.stack import Stack, made_stack
 NUMBER = {"type": "integer", "minimum": 0, "maximum": 999}
 NUMBERS = {
     "type": "object",
-    "properties": {"numbers": {"type": "array", "items": NUMBER, "minItems": 500, "maxItems": 510}},
+    "properties": {"numbers": {"type": "array", "items": NUMBER, "minItems": 200, "maxItems": 210}},
     "required": ["numbers"],
     "additionalProperties": False,
 }
