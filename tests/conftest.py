@@ -23,6 +23,7 @@ from tests.support.valkey import DURABLE
 from tests.support.waiting import eventually
 
 pytest_plugins = [
+    "tests.plugins.admission",
     "tests.plugins.fleet",
     "tests.plugins.models",
     "tests.plugins.sentinels",

@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from shared.models.registry import ModelCard
-from tests.support.architectures import VOCABULARY, config
+from tests.support.architecture_configs import VOCABULARY, config
 from tests.support.runner import resumed, row, step
 from worker.models.load import LoadedModel
 from worker.runner.base import Row

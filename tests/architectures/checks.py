@@ -14,7 +14,8 @@ from tests.architectures.batches import RESTRICTED, TOLERANCE, compare_all
 from tests.architectures.folders import QUANTISATIONS, adapted, quantised, write_folder
 from tests.architectures.memory import check_memory
 from tests.architectures.reuse import check_conversation, check_disk, check_shared_prefix, check_speculation
-from tests.support.architectures import VOCABULARY, config, make, measured
+from tests.support.architecture_configs import VOCABULARY, config
+from tests.support.architectures import make, measured
 from worker.models.load import load_model
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import quantize_model
 
-from tests.support.architectures import config, make
+from tests.support.architecture_configs import config
+from tests.support.architectures import make
 from tests.support.tokenizers import byte_tokenizer
 
 Predicate: TypeAlias = Callable[[str, Any], "bool | dict[str, Any]"]

@@ -13,7 +13,8 @@ from shared.settings import Settings
 from tests.architectures.batches import RESTRICTED, runner_of
 from tests.architectures.folders import Unsupported, write_folder
 from tests.architectures.kinds import Kind, kind_of
-from tests.support.architectures import VOCABULARY, config, make
+from tests.support.architecture_configs import VOCABULARY, config
+from tests.support.architectures import make
 from tests.support.runner import alone, loaded, row, run, step
 from worker.runner.base import ModelRunner
 from worker.runner.batching.support import UNRESTRICTED, Together

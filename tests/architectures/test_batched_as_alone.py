@@ -17,7 +17,8 @@ from shared.settings import Settings
 from tests.architectures.batches import LENGTHS, RESTRICTED, TOLERANCE_SHORT, compare_all, rows_of, runner_of
 from tests.architectures.checks import batching
 from tests.architectures.folders import write_folder
-from tests.support.architectures import config, make, measured, names
+from tests.support.architecture_configs import config
+from tests.support.architectures import make, measured, names
 from tests.support.runner import loaded, step
 from worker.runner import forward
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport

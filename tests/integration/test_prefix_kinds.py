@@ -14,7 +14,8 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from shared.models.registry import ModelCard
-from tests.support.architectures import VOCABULARY, config, make, measured, names
+from tests.support.architecture_configs import VOCABULARY, config
+from tests.support.architectures import make, measured, names
 from tests.support.runner import row, step
 from tests.support.waiting import eventually
 from worker.models.load import LoadedModel

@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Status
 from tests.plugins.stack import Stack, made_stack
-from tests.support.architectures import config, make
+from tests.support.architecture_configs import config
+from tests.support.architectures import make
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 

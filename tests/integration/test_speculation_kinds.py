@@ -10,7 +10,8 @@ pytest.importorskip("mlx_lm")
 
 from shared.jobs.request import Sampling
 from shared.models.registry import ModelCard
-from tests.support.architectures import VOCABULARY, config, make, measured, names
+from tests.support.architecture_configs import VOCABULARY, config
+from tests.support.architectures import make, measured, names
 from tests.support.drafting import answers, counts, drafting, every_fifth, run
 from tests.support.runner import GREEDY, row
 from worker.models.load import LoadedModel

@@ -16,7 +16,8 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import ArraysCache
 
 from shared.models.registry import ModelCard
-from tests.support.architectures import VOCABULARY, config, make, measured
+from tests.support.architecture_configs import VOCABULARY, config
+from tests.support.architectures import make, measured
 from worker.models.load import LoadedModel
 from worker.runner.batching import verdict
 from worker.runner.batching.layer_sample import in_float32, sample_of

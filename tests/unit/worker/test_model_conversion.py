@@ -16,7 +16,8 @@ from mlx_lm.utils import quantize_model
 from shared.models.facts import GROUP
 from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
-from tests.support.architectures import VOCABULARY, config, make, names
+from tests.support.architecture_configs import VOCABULARY, config
+from tests.support.architectures import make, names
 from tests.support.bare_tokenizer import BareTokenizer
 from tests.support.runner import row, step
 from worker.models.load import LoadedModel, convert, loaded_as

@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten, tree_map
 from shared.models.catalog import load_catalog
 from shared.models.folder import ModelError, check_folder, has_vision, model_kind
 from shared.settings import Settings
-from tests.support.architectures import COMMON, lively, make
+from tests.support.architecture_configs import COMMON
+from tests.support.architectures import lively, make
 from tests.support.runner import alone, loaded, row
 from worker.models.load import load_model
 
