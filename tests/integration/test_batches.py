@@ -280,7 +280,7 @@ def test_few_lines_are_in_redis_at_a_time(
     batch = create(sdk, jsonl([request_line(str(n)) for n in range(200)]))
     redis = web.client()
     eventually(lambda: len(redis.keys(keys.REQUEST + "*")) == 16, "the look-ahead is used")
-    time.sleep(0.5)
+    time.sleep(0.5)  # several rounds of the background process: nothing reports that it adds no further line
     assert len(redis.keys(keys.REQUEST + "*")) == 16
     sdk.batches.cancel(batch.id)
     worker.hold.clear()

@@ -31,7 +31,7 @@ ANSWER = (
 SLOW = "!every=0.01"
 SCRIPT = [
     {"match": "file", "text": ANSWER, "directives": SLOW},
-    {"match": "think for ever", "text": "<think>\nHm, hm, hm, hm, hm, hm, hm.", "directives": ""},
+    {"match": "think without end", "text": "<think>\nHm, hm, hm, hm, hm, hm, hm.", "directives": ""},
     {"match": "sum", "text": "<think>1 + 1</think>\n\nIt is 2."},
 ]
 
@@ -173,7 +173,7 @@ def test_inference_returns_the_message(stack: Stack) -> None:
 
 
 def test_reasoning_that_max_tokens_cuts_is_reasoning(stack: Stack) -> None:
-    done = stream(stack, submit(stack, body("think for ever", max_tokens=6)))[-1]["data"]
+    done = stream(stack, submit(stack, body("think without end", max_tokens=6)))[-1]["data"]
     assert done["output"]["finish_reason"] == "length"
     assert done["message"]["reasoning_content"] == "Hm, hm, hm"
     assert done["message"]["content"] == ""

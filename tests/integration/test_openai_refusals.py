@@ -1,4 +1,4 @@
-"""OpenAI's client gets errors that it can show, for everything that can be wrong with a request."""
+"""OpenAI's client shows a clear error for each kind of invalid request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options for the chat template and the prompt change what a real model reads, over HTTP and whoever tokenises."""
+"""Options for the chat template change the tokens of a real model, whether the API or the worker tokenises."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from worker.runner.speculation.verification import Speculation
 
 SAVED_TOKENS = 4096
 """Number of decoded tokens after which the recurrent state of a row is saved again. Large hybrids have states of 50 to
-80 MB, and a row takes minutes to decode so many tokens."""
+80 MB, and a row takes minutes to decode this number of tokens."""
 
 _GREEDY = Sampling(temperature=0.0)
 

@@ -149,8 +149,8 @@ def test_a_delivery_is_visible_to_the_owner_of_the_job(deliveries: Deliveries, j
     delivery = only(deliveries)
     assert deliveries.get(delivery.id, delivery.owner).id == delivery.id
     with pytest.raises(NotFound):
-        deliveries.get(delivery.id, "somebody")
-    assert deliveries.list(DeliveryStatus.PENDING, "somebody", 10) == []
+        deliveries.get(delivery.id, "another-owner")
+    assert deliveries.list(DeliveryStatus.PENDING, "another-owner", 10) == []
 
 
 def test_pauses_grow_and_are_bounded(deliveries: Deliveries) -> None:
