@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from mlx_lm.generate import generate_step
 from shared.models.registry import ModelCard
 from tests.support.architecture_configs import VOCABULARY, config
 from tests.support.architectures import make, measured, names
-from tests.support.runner import row, step
+from tests.support.runner import plan, row, step
 from tests.support.waiting import eventually
 from worker.models.load import LoadedModel
+from worker.runner import decode
 from worker.runner.batching.proof import CannotRun
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 from worker.runner.memory import Memory
@@ -83,7 +85,7 @@ class Kind:
             spill.open()
         card = ModelCard(self.name, "text", 8192, vocabulary=config(self.name)["vocab_size"])
         loaded = LoadedModel(self.model, None, config(self.name), card, frozenset())
-        return MLXRunner(loaded, CHUNK, Memory(2**30, PLENTY), spill, batching=self.batching)
+        return MLXRunner(loaded, CHUNK, Memory(2**30, PLENTY), spill, batching=self.batching, speculation_tokens=4)
 
     def reused(self, length: int) -> int:
         """Return how many of the first `length` tokens of an earlier prompt another one reuses."""
@@ -172,6 +174,22 @@ def test_a_new_worker_reads_reused_prompts_from_disk(kind: Kind, tmp_path: Path)
     eventually(lambda: not spill.pending_bytes, "prefixes are written", 20)
     (reused,) = answer(kind.runner(tmp_path), kind, (*long, *prompt(20, 4)))
     assert 800 < reused <= 1000
+    spill.close(1)
+
+
+def test_a_new_worker_continues_a_long_answer(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first worker is not closed, as if it had been killed while the row decoded."""
+    monkeypatch.setattr(decode, "SAVED_TOKENS", BLOCK)
+    first, tokens = kind.runner(tmp_path), list[int]()
+    first.insert([row(1, prompt(100), 600, owner="me")])
+    while len(tokens) < 300:
+        tokens += [each.token for each in first.execute(replace(plan(first), speculate=True)).tokens]
+    first.set_prefix_limit(PLENTY)
+    spill = first._prefixes._spill
+    assert spill is not None
+    eventually(lambda: not spill.pending_bytes, "the row is written", 20)
+    (reused,) = answer(kind.runner(tmp_path), kind, (*prompt(100), *tokens))
+    assert reused >= 2 * BLOCK
     spill.close(1)
 
 

@@ -1,9 +1,8 @@
-"""Prefixes on disk, with real worker processes that are stopped, killed and restarted."""
+"""Prefixes through the API and real worker processes, which are stopped, killed and restarted."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,11 @@ import pytest
 
 pytest.importorskip("mlx_lm")
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
 from scripts.client.api import Client, RemoteJob
 from shared.jobs.record import Status
 from tests.plugins.stack import Stack, made_stack
-from tests.support.architecture_configs import config
-from tests.support.architectures import make
+from tests.support.architectures import write_folder
+from tests.support.chat_templates import THINKING
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 
@@ -81,18 +77,69 @@ def test_reused_prefixes_survive_a_kill(tiny_stack: Stack) -> None:
     assert again.text == job.text
 
 
-@pytest.fixture(params=["gemma3_text", "qwen3_5"])
-def kind_stack(request: pytest.FixtureRequest, tiny_model_path: Path, tmp_path: Path) -> Iterator[Stack]:
-    """Only the API, for a tiny model with sliding windows or recurrent layers."""
-    for stack in made_stack(folder_of(request.param, tmp_path / request.param, tiny_model_path), {"LEASE_S": "1"}):
+@pytest.fixture(scope="module", params=["gemma3_text", "qwen3_5"])
+def kind_stack(
+    request: pytest.FixtureRequest, tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """The API and a worker, for a tiny model that thinks and has sliding windows or recurrent layers."""
+    folder = write_folder(request.param, tmp_path_factory.mktemp("models") / request.param, tiny_model_path)
+    _mark_thoughts(folder)
+    for stack in made_stack(folder, {"LEASE_S": "1"}):
         stack.start_web()
+        stack.start_worker()
         yield stack
+
+
+def _mark_thoughts(folder: Path) -> None:
+    """Give a model's tokenizer markers around thoughts, and a template that uses them."""
+    names = {"<jupyter_output>": "<think>", "<jupyter_script>": "</think>"}  # tokens that no test needs
+    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        text = file.read_text()
+        for token, marker in names.items():
+            text = text.replace(token, marker)
+        content = json.loads(text)
+        if file.name == "tokenizer.json":
+            added = content["added_tokens"]
+        else:
+            content["chat_template"] = THINKING
+            added = content["added_tokens_decoder"].values()
+        for token in added:
+            token["special"] = token["special"] and token["content"] not in names.values()
+        file.write_text(json.dumps(content))
+
+
+def test_turns_reuse_a_conversation_without_its_thoughts(kind_stack: Stack) -> None:
+    """With another key nothing is cached, and the answers are the same."""
+    stack, opened = kind_stack, 2  # tokens at the end of a prompt that begin the thoughts
+    messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
+    repeated = 0
+    for question in ("Why is the sky blue?", "Is it so at night, when there is no sun?", "Are you sure?"):
+        messages.append({"role": "user", "content": question})
+        answer, usage = think(stack, messages, stack.key)
+        uncached = think(stack, messages, KeyStore(stack.settings.keys_file).create(question, ["infer"]))
+        assert answer == uncached[0]
+        assert uncached[1]["cached_tokens"] == 0
+        assert answer["reasoning_content"]
+        assert answer["content"]
+        assert repeated - 1 <= usage["cached_tokens"] <= repeated
+        repeated = usage["prompt_tokens"] - opened
+        messages.append(answer)
+    assert repeated > MIN_TOKENS
+
+
+def think(stack: Stack, messages: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return an answer's message, in which the thoughts end after a few tokens, and its usage."""
+    body = {"messages": messages, "temperature": 0, "max_tokens": 24, "parse": "message", "thinking_budget": 8}
+    with Client(stack.url, key) as client:
+        job = client.request("POST", "/v1/jobs", json=body, headers={"Prefer": "wait=60"}).json()
+        assert job["status"] == "succeeded", job
+    return job["message"], job["usage"]
 
 
 def test_prefixes_of_windows_and_recurrent_layers_survive_a_kill(kind_stack: Stack) -> None:
     """A restarted worker finds at least four fifths of a prompt of 4,000 tokens."""
     stack, system = kind_stack, SYSTEM * 6
-    first = stack.start_worker()
+    first = stack.processes[-1]
     for question in ("Why is the sky blue?", "Is it so at night?"):
         job = ask(stack, question, system=system)
     assert 4000 <= job.usage["prompt_tokens"] < 6000
@@ -109,20 +156,6 @@ def test_prefixes_of_windows_and_recurrent_layers_survive_a_kill(kind_stack: Sta
     again = ask(stack, "Is it so at night?", system=system)
     assert cached_tokens(again) >= minimum
     assert again.text == job.text
-
-
-def folder_of(name: str, folder: Path, tiny_model_path: Path) -> Path:
-    """Write a tiny model of an architecture with the tokenizer of the tiny llama."""
-    folder.mkdir()
-    for file in tiny_model_path.glob("*token*"):
-        shutil.copy(file, folder)
-    vocabulary = json.loads((tiny_model_path / "config.json").read_text())["vocab_size"]
-    options = {"vocab_size": vocabulary, "max_position_embeddings": 8192}
-    own = config(name) | options
-    (folder / "config.json").write_text(json.dumps(own | {"text_config": own["text_config"] | options}))
-    weights = dict(tree_flatten(make(name, **options).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return folder
 
 
 @pytest.mark.parametrize("variables", [{"PREFIX_DISK_BYTES": "0"}, {"PREFIX_CACHE_BYTES": "0"}], ids=str)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+import shutil
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models
 from mlx import nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from tests.support.architecture_configs import VOCABULARY, config
 from worker.runner.batching.proof import proving
@@ -75,3 +78,17 @@ def measured(model: Any, passes: list[None] | None = None) -> BatchingSupport:
             return found
         if passes is not None:
             passes.append(step)
+
+
+def write_folder(name: str, folder: Path, tiny_model_path: Path) -> Path:
+    """Write a tiny model of an architecture with the tokenizer of the tiny llama."""
+    folder.mkdir()
+    for file in tiny_model_path.glob("*token*"):
+        shutil.copy(file, folder)
+    vocabulary = json.loads((tiny_model_path / "config.json").read_text())["vocab_size"]
+    options = {"vocab_size": vocabulary, "max_position_embeddings": 8192}
+    own = config(name) | options
+    (folder / "config.json").write_text(json.dumps(own | {"text_config": own["text_config"] | options}))
+    weights = dict(tree_flatten(make(name, **options).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder

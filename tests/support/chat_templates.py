@@ -32,6 +32,9 @@ QWEN: Final = """\
 {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""  # noqa: E501
 """Arguments as JSON of an object, tools in the system message, `enable_thinking`."""
 
+THINKING: Final = QWEN.removesuffix("{% endif %}{% endif %}") + "{% else %}{{- '<think>\\n' }}{% endif %}{% endif %}"
+"""Prompts end with the beginning of the thoughts, and earlier thoughts are left out."""
+
 DEEPSEEK: Final = """\
 {{- bos_token }}{% if not thinking is defined %}{% set thinking = false %}{% endif %}
 {%- for message in messages %}

@@ -106,6 +106,24 @@ class MessageFormat:
                 return False
         return False
 
+    def thoughts_start(self, prompt: Sequence[int]) -> int | None:
+        """Return the index of the first marker of reasoning in the last message of a prompt.
+
+        Templates write such markers where the answer begins.
+
+        Returns:
+            The length of the prompt if there is no marker; None if the model has no markers.
+        """
+        if not self.think_start:
+            return None
+        start = len(prompt)
+        for end in range(len(prompt), 0, -1):
+            if prompt[end - 1] in self.turn_tokens:
+                break
+            marker = next((each for each in (self.think_start, self.think_end) if _ends_with(prompt, end, each)), ())
+            start = end - len(marker) if marker else start
+        return start
+
     def end_of(self, prompt: Sequence[int]) -> str:
         """Return the text of a prompt after the last token that separates messages."""
         start = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in self.turn_tokens), len(prompt))

@@ -28,13 +28,15 @@ from worker.runner.kv_cache import KVCache
 from worker.runner.logits.logprobs import BatchLogprobs, Logprob, QueuedLogprobs
 from worker.runner.logits.mask import BatchConstraints
 from worker.runner.logits.processor import LogitsPipeline, LogitsProcessor
+from worker.runner.prefix.blocks import BLOCK
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.sampler import INVALID, BatchSampler, valid_ids
 from worker.runner.speculation.verification import Speculation
 
 SAVED_TOKENS = 4096
-"""Number of decoded tokens after which the recurrent state of a row is saved again. Large hybrids have states of 50 to
-80 MB, and a row takes minutes to decode this number of tokens."""
+"""Number of decoded tokens after which a row is saved again. A row takes minutes to decode them, and a worker that
+continues the row takes seconds to process those that were not saved. Saving more often would wear the disk: large
+hybrids have states of 50 to 80 MB. Keys and values are written only once, here or when memory evicts them."""
 
 _GREEDY = Sampling(temperature=0.0)
 
@@ -130,9 +132,10 @@ class DecodeBatch:
         """
         rows = [row for row in self._rows if row is not None]
         full = len(rows) == len(self._rows)
-        if speculate and full and self._speculation.can_verify(len(rows)) and not self._changes_logits:
-            return self._step_drafting(rows) or self._step()
-        return self._step()
+        drafting = speculate and full and self._speculation.can_verify(len(rows)) and not self._changes_logits
+        outputs = (self._step_drafting(rows) if drafting else []) or self._step()
+        self._save_long_rows()
+        return outputs
 
     def verify(self, length: int) -> list[TokenOutput]:
         """Verify `length` draft tokens per row, whether it pays or not. All input ids must have been read."""
@@ -176,10 +179,19 @@ class DecodeBatch:
             tokens = cast("list[int]", current.tolist())
         for index, row in unread:
             row.cached_ids.append(tokens[index])
-            if self._prefixes.recurrent and row.sampled % SAVED_TOKENS == 0:
-                self._prefixes.save(row.row.owner, row.cached_ids, self._cache, index)
         outputs, invalid = self._outputs(unread, tokens, logprobs)
         return self._without_failed(outputs, failures + invalid)
+
+    def _save_long_rows(self) -> None:
+        """Store rows that have decoded many tokens, so that another worker can continue them cheaply.
+
+        A file ends with a complete block. The tokens after it must be few, because a sliding window has only `SLACK`
+        columns more than a row needs that begins at the end of the block.
+        """
+        for index, row in enumerate(self._rows):
+            if row is not None and row.sampled - row.saved >= SAVED_TOKENS and row.length % BLOCK < SLACK:
+                row.saved = row.sampled
+                self._prefixes.save(row.row.owner, row.cached_ids, self._cache, index)
 
     def _read_constrained(self, current: mx.array, unread: Sequence[tuple[int, DecodeRow]]) -> list[int] | None:
         """Wait for the queued tokens, on which the constraints depend. Returns None if there are none."""

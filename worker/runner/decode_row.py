@@ -18,6 +18,7 @@ class DecodeRow:
         cached_ids: the tokens in the cache: all but the next input.
         next_input: the token that is the next input; None while it is on the device and has not been read.
         guide: the state of the row's constraint; None if it has none.
+        saved: number of tokens that were sampled when the row was last saved as a prefix.
     """
 
     row: Row
@@ -25,6 +26,7 @@ class DecodeRow:
     cached_ids: list[int]
     next_input: int | None
     guide: Guide | None = None
+    saved: int = 0
 
     @classmethod
     def after_prefill(cls, row: Row) -> DecodeRow:

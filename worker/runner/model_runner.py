@@ -126,7 +126,7 @@ class MLXRunner:
         self._batching = batching
         self._prefixes = PrefixCache(self._model, memory.prefix_bytes if batching.continues else 0, spill)
         self._fetch = PrefixFetch(self._prefixes)
-        self._prefill = Prefill(self._model, chunk, self._prefixes, self.cost, batching, self.eos)
+        self._prefill = self._new_prefill()
         draft_tokens = speculation_tokens if batching.speculates else 0
         max_rows = MAX_ROWS if batching.prefill is Together.ANY else 1
         self._draft = DraftModelProposer(draft.model, self._vocabulary) if draft and draft_tokens else None
@@ -213,7 +213,7 @@ class MLXRunner:
         self._fetch.clear()
         if self._vision is not None:
             self._vision.clear()
-        self._prefill = Prefill(self._model, self.chunk, self._prefixes, self.cost, self._batching, self.eos)
+        self._prefill = self._new_prefill()
         self._batches.clear()
         self._joined.clear()
         self._rejected.clear()
@@ -331,6 +331,10 @@ class MLXRunner:
         rejected, self._rejected = self._rejected, {}
         not_encoded = [(row.uid, error) for row, error in encoded.failed]
         return [*rejected.items(), *not_encoded, *self._batches.take_failures()]
+
+    def _new_prefill(self) -> Prefill:
+        model, form = self._model, self.message_format
+        return Prefill(model, self.chunk, self._prefixes, self.cost, self._batching, self.eos, form)
 
     def _new_batch(self) -> DecodeBatch:
         return DecodeBatch(self._model, self._prefixes, self._speculation, self._processors)

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from worker.output.format import PLAIN, MessageFormat
 from worker.runner import forward
 from worker.runner.base import PrefillCost, PrefillWork, RemainingPrompt, Row
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
@@ -118,7 +119,7 @@ class Prefill:
         prefixes: provides and stores prefixes.
         cost: predicts the duration of a chunk.
         batching: which rows may be prefilled together, whatever the plan says, and in which pieces.
-        turn_ends: ids of the tokens that end a message in the chat template.
+        turn_ends, form: which tokens of the chat template end a message, and which mark thoughts.
     """
 
     def __init__(
@@ -129,9 +130,11 @@ class Prefill:
         cost: PrefillCost,
         batching: BatchingSupport = UNRESTRICTED,
         turn_ends: Collection[int] = (),
+        form: MessageFormat = PLAIN,
     ) -> None:
         self._batching = batching
         self._turn_ends = turn_ends
+        self._form = form
         self._cost = cost
         self._model = model
         self._chunk = chunk
@@ -363,7 +366,7 @@ class Prefill:
         stops: list[int] = []
         if row.owner is not None and prefixes.layout and prefixes.layout.recurrent:
             matched = prefixes.matched(row.owner, tokens)
-            stops = checkpoints.stops(row, prefixes.layout, reused, matched, self._turn_ends)
+            stops = checkpoints.stops(row, prefixes.layout, reused, matched, self._turn_ends, self._form)
         return _Waiting(row, reused, prefixes.version, tuple(stops))
 
 
