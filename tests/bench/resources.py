@@ -14,6 +14,11 @@ _SAMPLE_S: Final = 0.25
 _DESCENDANTS_S: Final = 2.0
 """Looking for descendants reads every process of the machine, so it is done less often."""
 
+_IDLE_S: Final = 1.0
+_IDLE_SHARE: Final = 0.1
+"""Share of a core that idle processes may use for this many seconds. The idle stack uses 2 %."""
+_SETTLE_WITHIN_S: Final = 60.0
+
 
 class Meter:
     """Measures a process and its descendants while the `with` block runs.
@@ -72,6 +77,21 @@ def cpu_s(process: psutil.Process) -> float:
     with suppress(psutil.Error):
         family += process.children(recursive=True)
     return sum(sum(_times(each)[:2]) for each in family)
+
+
+def settle(pid: int) -> None:
+    """Wait until a process and its descendants are idle, but not longer than `_SETTLE_WITHIN_S`.
+
+    A server that reports that it is ready may still be starting programs and checking files for some seconds.
+    """
+    process, until = psutil.Process(pid), time.monotonic() + _SETTLE_WITHIN_S
+    before = cpu_s(process)
+    while time.monotonic() < until:
+        time.sleep(_IDLE_S)
+        after = cpu_s(process)
+        if abs(after - before) < _IDLE_SHARE * _IDLE_S:  # less than before: a descendant has ended
+            return
+        before = after
 
 
 def _times(process: psutil.Process) -> tuple[float, ...]:

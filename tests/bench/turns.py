@@ -12,6 +12,7 @@ from typing import Final
 from tests.bench.contenders import CONTENDERS, Contender
 from tests.bench.plans import closed
 from tests.bench.processes import NotUp
+from tests.bench.resources import settle
 from tests.bench.results import Absence, Place, Record, Results
 from tests.bench.scenarios.base import NotMeasured, Scenario, Sizes, Subject
 from tests.bench.scenarios.registry import SCENARIOS
@@ -105,13 +106,20 @@ def measure(turn: Turn, results: Results) -> None:
             # The same questions in the same order for every contender of a round.
             numbers = count(turn.round * _QUESTIONS_PER_ROUND)
             subject = Subject(turn.contender, running, turn.model, turn.sizes, numbers)
-            if not turn.scenarios[0].needs_images:
-                running.run(closed([[subject.request(_WARM_TOKENS)] for _ in range(_WARM_CLIENTS)]))
+            _warm(turn, subject)
             for scenario in turn.scenarios:
                 _measure(scenario, subject, turn.round, results)
     except NotUp as error:
         print(f"{turn}: {error}\n{error.log}", file=sys.stderr)
         results.add_absence(replace(absence, scenario=turn.scenarios[0].name, why=str(error)))
+
+
+def _warm(turn: Turn, subject: Subject) -> None:
+    """Wait until the contender is idle, and send a few requests. They may start more programs, so wait again."""
+    settle(subject.running.pid)
+    if not turn.scenarios[0].needs_images:
+        subject.running.run(closed([[subject.request(_WARM_TOKENS)] for _ in range(_WARM_CLIENTS)]))
+        settle(subject.running.pid)
 
 
 def _measure(scenario: Scenario, subject: Subject, number: int, results: Results) -> None:
