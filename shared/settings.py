@@ -273,6 +273,12 @@ class Settings(Locations, BaseSettings):
         description="Load a catalog model when a job asks for it and no worker has it. `false`: reject the job",
     )
     slots: int = Field(32, ge=1, le=1024, description="Maximum number of rows in a model's decode batch")
+    reserved_rows: int | None = Field(
+        None,
+        ge=0,
+        description="Number of these rows that jobs of the class `batch` leave free, so that other jobs start at once. "
+        "Empty: a sixteenth of them",
+    )
     prefill_step_tokens: int = Field(
         0, ge=0, description="Maximum number of tokens of a long prompt in one prefill chunk. 0: chosen for the device"
     )

@@ -23,6 +23,7 @@ def claimed(
     owner: str = "me",
     rank: float = 0.0,
     started_after_s: float | None = None,
+    priority: Priority = Priority.NORMAL,
     **request: Any,
 ) -> ClaimedJob:
     """Return a job that was created a second ago and claimed now.
@@ -40,7 +41,7 @@ def claimed(
         status=Status.QUEUED,
         attempt=attempt,
         claimed_at="",
-        priority=Priority.NORMAL,
+        priority=priority,
         metadata={},
         request_id="req",
         last_event=last_event,

@@ -14,11 +14,13 @@ from worker.runner.fake import FakeRunner
 class SteppedEngine:
     """An engine that a test steps by hand, and its output."""
 
-    def __init__(self, slots: int = 4, **runner: Any) -> None:
+    def __init__(self, slots: int = 4, reserve: int = 0, **runner: Any) -> None:
         self.runner = FakeRunner(**runner)
         self.published: list[SequenceOutput] = []
         self.traced: list[list[str]] = []
-        self.core = EngineCore(lambda: self.runner, slots, self.published.extend, trace=self.traced.append)
+        self.core = EngineCore(
+            lambda: self.runner, slots, self.published.extend, trace=self.traced.append, reserve=reserve
+        )
         self.core.load()
 
     def submit(self, prompt: str, **request: Any) -> Sequence:

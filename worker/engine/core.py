@@ -39,6 +39,7 @@ class EngineCore:
         publish: takes the output of sequences to be written; must not block.
         wake: called when there is work.
         trace: called with the ids of the jobs in the batch, before the step, whenever they change.
+        reserve: number of rows that jobs of the class `batch` leave free.
 
     Attributes:
         clock: stands still while the engine thread works for other models.
@@ -54,6 +55,7 @@ class EngineCore:
         publish: Callable[[list[SequenceOutput]], object],
         wake: Callable[[], object] = lambda: None,
         trace: Trace = lambda _job_ids: None,
+        reserve: int = 0,
     ) -> None:
         self.progress_at = self.used_at = time.monotonic()
         self.charged_s = 0.0
@@ -61,6 +63,7 @@ class EngineCore:
         self.totals = Totals()
         self._loading = Loading(load)
         self._slots = slots
+        self._reserve = reserve
         self._publish = publish
         self._inbox = Inbox(wake)
         self._trace = trace
@@ -180,7 +183,7 @@ class EngineCore:
 
     def _on_loaded(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(runner, self._slots, self.clock)
+        self._scheduler = Scheduler(runner, self._slots, self.clock, self._reserve)
         self._output_processor = OutputProcessor(runner.eos, runner.detokenizer)
         self.read_gauges()
         self._shared_scheduler = self._scheduler

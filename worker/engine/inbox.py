@@ -89,7 +89,7 @@ class Inbox:
         with self._lock:
             rows = self._capacity.rows - len(self._submitted)
             tokens = self._capacity.tokens - sum(each.max_length for each in self._submitted.values())
-        return Capacity(max(0, rows), max(0, tokens))
+            return Capacity(max(0, rows), max(0, tokens), self._capacity.reserve)
 
     def waiting(self) -> list[str]:
         """Return the ids of submitted jobs that were never in the batch, in the order of admission."""

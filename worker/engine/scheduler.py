@@ -1,8 +1,12 @@
 """Decides which rows are in the batch of one model and what the next step does. Knows neither Redis nor MLX.
 
-Rows are admitted in the order of their rank, resumed ones first, while there are slots and memory. Later rows may
+Rows are admitted in the order of their rank, resumed ones of a class first, while there are slots and memory. Later rows may
 overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. When memory runs short,
-the row that was admitted last is preempted. It continues later, with its generated tokens as part of its prompt.
+the row that was admitted last is preempted, rows of the class `batch` before others. It continues later, with its
+generated tokens as part of its prompt.
+
+Rows of the class `batch` do not delay others. They are admitted and prefilled last, leave some rows free, and are
+preempted when a row of another class lacks a slot or memory.
 
 When a step raises, its batch is lost, and which row caused the error is unknown. After an out-of-memory error the rows
 continue in a batch of half the size, which grows by one with each row that ends. After any other error each row is
@@ -50,10 +54,12 @@ class Capacity:
 
     Attributes:
         tokens: total length of the rows that the memory for caches allows.
+        reserve: number of the rows that jobs of the class `batch` leave free.
     """
 
     rows: int
     tokens: int
+    reserve: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Scheduler:
     Args:
         slots: maximum rows in the batch.
         clock: seconds by which steps are measured; stands still while other models step.
+        reserve: number of rows that jobs of the class `batch` leave free.
 
     Attributes:
         running: rows in the batch by uid, in the order of admission.
@@ -84,7 +91,9 @@ class Scheduler:
         preemptions: rows preempted so far.
     """
 
-    def __init__(self, runner: ModelRunner, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, runner: ModelRunner, slots: int, clock: Callable[[], float] = time.monotonic, reserve: int = 0
+    ) -> None:
         self.running: dict[int, Sequence] = {}
         self.preemptions = 0
         self.version = 0
@@ -92,6 +101,7 @@ class Scheduler:
         self.prefill_budget = PrefillBudget(runner.chunk, runner.cost)
         self._policy = PrefillPolicy(runner.chunk, runner.depth, runner.cost, self.prefill_budget)
         self._slots = self._max_rows = slots
+        self._reserve = reserve
         self._clock = clock
         self._stepped_at = clock()
         self._waiting: list[Sequence] = []
@@ -156,8 +166,8 @@ class Scheduler:
         self.version += 1
 
     def schedule(self) -> Schedule:
-        """Preempt rows if memory runs short, and admit rows that fit."""
-        preempted = self._preempt()
+        """Preempt rows if memory runs short or rows of a higher class wait, and admit rows that fit."""
+        preempted = (*self._preempt(), *self._make_room())
         reinserted, self._reinsert = self._reinsert, []
         admitted, failed = self._admit()
         return Schedule((*reinserted, *admitted), preempted, failed)
@@ -173,7 +183,8 @@ class Scheduler:
             self._ready.update(remaining)
             self.version += 1
         decoding = any(uid not in remaining for uid in self._ready)
-        return self._policy.plan(remaining, image_s, decoding=decoding, exclusive=self._exclusive)
+        urgent = {uid: left for uid, left in remaining.items() if not self.running[uid].is_batch}
+        return self._policy.plan(urgent or remaining, image_s, decoding=decoding, exclusive=self._exclusive)
 
     def update(self, output: StepOutput) -> list[RowError]:
         """Apply the output of a step; return the rows that failed in it."""
@@ -237,7 +248,8 @@ class Scheduler:
         """Return what could be admitted in addition to all running and waiting rows."""
         rows = [*self.running.values(), *self.waiting]
         free_bytes = self.memory.free_bytes(rows, self._encoding())
-        return Capacity(max(0, self._max_rows - len(rows)), self.memory.tokens_in(free_bytes))
+        free_rows = max(0, self._max_rows - len(rows))
+        return Capacity(free_rows, self.memory.tokens_in(free_bytes), self._reserved())
 
     def prefix_bytes(self) -> int:
         """Return the bytes that the rows in the batch leave for prefixes."""
@@ -254,21 +266,52 @@ class Scheduler:
         """Rows in the batch whose images are not encoded yet."""
         return [each for uid, each in self.running.items() if each.prompt.media and uid not in self._ready]
 
-    def _preempt(self) -> tuple[int, ...]:
+    def _reserved(self) -> int:
+        """Return the number of rows that jobs of the class `batch` leave free; not all, if there are few at present."""
+        return min(self._reserve, self._max_rows - 1)
+
+    def _preempt(self) -> list[int]:
         """Remove the newest rows from the batch until the others can grow."""
         if self._tokens_to_check > 0 and self._scheduled_version == self.version:
-            return ()
+            return []
         self._tokens_to_check = _CHECK_TOKENS
         self.version += 1
         preempted = []
         while self.running and self.memory.is_exceeded(self.running.values()):
-            sequence = next(reversed(self.running.values()))
-            logger.info("row_preempted", extra={"job_id": sequence.job.id})
-            self._leave_batch(sequence)
-            self.add(sequence)
-            preempted.append(sequence.uid)
-        self.preemptions += len(preempted)
-        return tuple(preempted)
+            newest = self._newest_of_batch_class() or next(reversed(self.running.values()))
+            preempted.append(self._set_aside(newest))
+        return preempted
+
+    def _make_room(self) -> list[int]:
+        """Remove the newest rows of the class `batch` until those of other classes that wait can be admitted."""
+        if self._scheduled_version == self.version or self._suspects or self._on_trial:
+            return []
+        urgent = [each for each in self._waiting if not each.is_batch]
+        preempted = []
+        while urgent and self._lack_room(urgent) and (newest := self._newest_of_batch_class()) is not None:
+            preempted.append(self._set_aside(newest))
+        return preempted
+
+    def _lack_room(self, urgent: list[Sequence]) -> bool:
+        """Return whether waiting rows lack slots, or the first one memory that rows of the class `batch` have."""
+        if len(self.running) + len(urgent) > self._max_rows:
+            return True
+        rows, encoding = self.running.values(), self._encoding()
+        if self.memory.fits(urgent[0], rows, encoding) is not Fit.LATER:
+            return False
+        others = [each for each in rows if not each.is_batch]
+        return self.memory.fits(urgent[0], others, [each for each in encoding if not each.is_batch]) is Fit.NOW
+
+    def _newest_of_batch_class(self) -> Sequence | None:
+        return next((each for each in reversed(self.running.values()) if each.is_batch), None)
+
+    def _set_aside(self, sequence: Sequence) -> int:
+        """Let a row wait again; return its uid."""
+        logger.info("row_preempted", extra={"job_id": sequence.job.id})
+        self._leave_batch(sequence)
+        self.add(sequence)
+        self.preemptions += 1
+        return sequence.uid
 
     def _admit(self) -> tuple[list[Sequence], tuple[RowError, ...]]:
         """Fill the batch. While there are suspects, admit one of them alone instead."""
@@ -297,6 +340,8 @@ class Scheduler:
         source = self._suspects if trial else self._waiting
         encoding = self._encoding()
         for sequence in source:
+            if not trial and sequence.is_batch and len(self.running) >= self._max_rows - self._reserved():
+                return None  # only rows of the class `batch` follow
             fit = self.memory.fits(sequence, self.running.values(), encoding)
             if fit is not Fit.LATER:
                 source.remove(sequence)
@@ -322,5 +367,5 @@ class Scheduler:
         return failed
 
 
-def _order(sequence: Sequence) -> tuple[bool, float, int]:
-    return (not sequence.resumed, sequence.claimed.rank, sequence.uid)
+def _order(sequence: Sequence) -> tuple[bool, bool, float, int]:
+    return (sequence.is_batch, not sequence.resumed, sequence.claimed.rank, sequence.uid)

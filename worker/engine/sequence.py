@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from shared.errors import JobFailure
-from shared.jobs.record import Ending, Job, Status
+from shared.jobs.record import Ending, Job, Priority, Status
 from shared.jobs.request import Request
 from shared.queue.claims import ClaimedJob, WriteResult
 from worker.engine.message import MessageOutput
@@ -153,6 +153,11 @@ class Sequence:
     def resumed(self) -> bool:
         """Whether the job has run before, here or on another worker."""
         return self.started or self.job.attempt > 1 or bool(self.generated)
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the job has the class `batch`."""
+        return self.job.priority is Priority.BATCH
 
     def row(self) -> Row:
         """Return what the runner needs to continue from here."""

@@ -36,9 +36,6 @@ RETRY_S: Final = 1.0
 NOT_STARTED: Final = "The worker could not start this job."
 SLOTS_PER_SPARE_JOB: Final = 8
 """A worker claims one spare job per this many slots, so that a job is ready when a row ends."""
-SLOTS_PER_RESERVED_ROW: Final = 16
-"""Jobs of the class `batch` leave one row per this many slots free, so that a job of another class starts at once. With
-all rows taken, it would wait until one ends. The price is a sixteenth of the rows while only batches run."""
 PREPARERS: Final = 4
 """Threads for jobs that need images, the log or the tokenizer. The claimer's own thread prepares all others."""
 
@@ -81,7 +78,6 @@ class Claimer(CriticalThread):
         self._notifier = notifier
         self._events = events
         self._max_spare = max(1, slots // SLOTS_PER_SPARE_JOB)
-        self._reserve = slots // SLOTS_PER_RESERVED_ROW
         self._worker_ids = worker_ids
         self._held: dict[str, ClaimedJob] = {}
         self._preparing: set[str] = set()
@@ -156,7 +152,7 @@ class Claimer(CriticalThread):
             tokens=capacity.tokens,
             spare=self._max_spare - len(waiting) - max(0, preparing - capacity.rows),
             waiting=waiting if full else (),
-            reserve=self._reserve,
+            reserve=capacity.reserve,
         )
 
     def _begin(self, claimed: ClaimedJob) -> None:

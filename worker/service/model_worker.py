@@ -48,6 +48,9 @@ PUBLISHER_S: Final = 60.0
 """Longest time of a write. While Redis is unreachable, several connections are tried."""
 UNLOAD_S: Final = 600.0
 """Longest wait for the engine thread to unload a model. It may be in a long step."""
+SLOTS_PER_RESERVED_ROW: Final = 16
+"""By default, jobs of the class `batch` leave one row per this many slots free. Further rows are preempted when other
+jobs need them, so the reserve need not be large. Its price is a sixteenth of the rows while only batches run."""
 RATE_WINDOW_S: Final = 60.0
 """Period over which tokens per second are averaged."""
 
@@ -124,7 +127,8 @@ class ModelWorker:
             process.events.started,
         )
         trace: Trace = partial(process.trace, self.id)
-        self.core = EngineCore(load, self.slots, self._publisher.put, process.engine.wake, trace)
+        reserve = self.slots // SLOTS_PER_RESERVED_ROW if settings.reserved_rows is None else settings.reserved_rows
+        self.core = EngineCore(load, self.slots, self._publisher.put, process.engine.wake, trace, reserve)
         preparer = Preparer(process.tokenizing, lambda: self._tokenizer.sources, ImageStore(files).get, JobLog(client))
         self._claimer = self._make_claimer(claims, preparer)
         self._lease = self._make_lease()
