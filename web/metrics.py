@@ -19,6 +19,8 @@ from prometheus_client.registry import Collector
 from prometheus_flask_exporter import PrometheusMetrics
 
 from shared.models.registry import Registry, WorkerInfo
+from shared.redis.client import Redis
+from web.background.metrics import background_metrics
 
 _FIRST_CHUNK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -64,9 +66,9 @@ WORKER_HELP: Final = {
 class Metrics:
     """The counters of this process, and the `/metrics` page."""
 
-    def __init__(self, cluster_registry: Registry) -> None:
+    def __init__(self, client: Redis) -> None:
         own = self._own = CollectorRegistry()
-        self._cluster = ClusterCollector(cluster_registry)
+        self._cluster = ClusterCollector(client)
         self.submitted = Counter("mlxq_jobs_submitted", "Jobs accepted", ["model", "priority"], registry=own)
         self.streams_open = Gauge("mlxq_streams_open", "Streams being sent", registry=own, multiprocess_mode="livesum")
         self.chunks = Counter("mlxq_stream_chunks", "Chunks sent on streams", registry=own)
@@ -105,15 +107,17 @@ class _Combined(CollectorRegistry):
 
 
 class ClusterCollector(Collector):
-    """Collects the state of queues and workers from Redis."""
+    """Collects the state of queues, workers, batches and webhooks from Redis."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+        self._registry = Registry(client)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the current state; only `mlxq_redis_up` if Redis is unavailable."""
         try:
-            metrics = [*self._queues(), *_worker_metrics(self._registry.workers())]
+            workers = _worker_metrics(self._registry.workers())
+            metrics = [*self._queues(), *workers, *background_metrics(self._client)]
         except redis.RedisError:
             metrics = []
         yield GaugeMetricFamily("mlxq_redis_up", "Whether Redis answers", value=float(bool(metrics)))

@@ -156,7 +156,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),
         health_checker=HealthChecker(settings, catalog, clients.probe, WorkerPing(celery)),
-        metrics=Metrics(Registry(clients.probe)),
+        metrics=Metrics(clients.probe),
         maintenance=Maintenance(
             Reaper(clients.store, settings.max_attempts, settings.failed_request_bytes),
             notifier,

@@ -47,10 +47,11 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `BATCH` + batch | hash | a batch (`web.batches.store`); its lines are on disk | file retention after its end |
 | `BATCHES` + key id | zset | batch → creation time, for all batches of an API key | entries are pruned |
 | `UNFINISHED_BATCHES` | zset | unfinished batch → creation time; with `:` + key id: those of an API key | until empty |
+| `BATCH_COUNTS` | hash | numbers: `lines_completed`, `lines_failed`; status → batches that ended with it | forever |
 | `WEBHOOK_ENDPOINTS` | hash | endpoint → JSON of `web.webhooks.receivers.Endpoint` | until removed |
 | `WEBHOOK_SECRETS` | hash | key id → JSON of the secrets for the URLs of its jobs | forever, one per key that has one |
 | `WEBHOOK_OUTBOX` | list | JSON of events that are not yet deliveries | until a background process takes them |
-| `WEBHOOK_COUNTS` | hash | numbers: `events`; `dropped`, those that were not taken in time | forever |
+| `WEBHOOK_COUNTS` | hash | numbers of events, `dropped` events, and attempts: `delivered`, `failed`, `dead` | forever |
 | `WEBHOOK` + delivery | hash | a delivery (`web.webhooks.deliveries`) | 1 day after delivery, 30 days after failure |
 | `WEBHOOKS_DUE` | zset | pending delivery → time of its next attempt | until empty |
 | `WEBHOOKS_DEAD` | zset | delivery that failed for good → time of its end | entries are pruned after 30 days |
@@ -126,6 +127,7 @@ LEADER: Final = "mlxq:leader"
 BATCH: Final = "mlxq:batch:"
 BATCHES: Final = "mlxq:batches:"
 UNFINISHED_BATCHES: Final = "mlxq:unfinished-batches"
+BATCH_COUNTS: Final = "mlxq:batch-counts"
 WEBHOOK_ENDPOINTS: Final = "mlxq:webhook-endpoints"
 WEBHOOK_SECRETS: Final = "mlxq:webhook-secrets"
 WEBHOOK_OUTBOX: Final = "mlxq:webhook-outbox"

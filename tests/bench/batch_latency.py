@@ -100,8 +100,8 @@ def start_batch(stack: Stack, client: openai.OpenAI, lines: int, prefix: str, to
     """Upload a file of requests and start a batch; return its id."""
     content = b"".join(_line(number, prefix, tokens) for number in range(lines))
     file = client.files.create(file=("in.jsonl", content), purpose="batch")
-    endpoint = "/v1/chat/completions"
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h").id
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    return batch.id
 
 
 def _line(number: int, prefix: str, tokens: int) -> bytes:

@@ -1,9 +1,9 @@
 """Decides which rows are in the batch of one model and what the next step does. Knows neither Redis nor MLX.
 
-Rows are admitted in the order of their rank, resumed ones of a class first, while there are slots and memory. Later rows may
-overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. When memory runs short,
-the row that was admitted last is preempted, rows of the class `batch` before others. It continues later, with its
-generated tokens as part of its prompt.
+Rows are admitted in the order of their rank, resumed ones of a class first, while there are slots and memory. Later
+rows may overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. When memory
+runs short, the row that was admitted last is preempted, rows of the class `batch` before others. It continues later,
+with its generated tokens as part of its prompt.
 
 Rows of the class `batch` do not delay others. They are admitted and prefilled last, leave some rows free, and are
 preempted when a row of another class lacks a slot or memory.

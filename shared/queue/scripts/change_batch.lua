@@ -10,7 +10,7 @@ local batch = K.BATCH .. request.id
 if request.leader ~= '' and redis.call('GET', K.LEADER) ~= request.leader then
   return {'not leader'}
 end
-local status, owner, created = unpack(redis.call('HMGET', batch, 'status', 'owner', 'created_at'))
+local status, owner, counts = unpack(redis.call('HMGET', batch, 'status', 'owner', 'counts'))
 local permitted = false
 for _, each in ipairs(request.allowed) do
   permitted = permitted or each == status
@@ -19,10 +19,18 @@ if not permitted then
   return {'refused'}
 end
 redis.call('HSET', batch, 'status', request.status, unpack(ARGV, 2))
+local latest = redis.call('HGET', batch, 'counts')
+if latest and latest ~= counts then
+  local before, after = cjson.decode(counts or '{}'), cjson.decode(latest)
+  for _, outcome in ipairs({'completed', 'failed'}) do
+    redis.call('HINCRBY', K.BATCH_COUNTS, 'lines_' .. outcome, (after[outcome] or 0) - (before[outcome] or 0))
+  end
+end
 if status ~= request.status then
   redis.call('HSET', batch, 'at:' .. request.status, stamp(now()))
 end
 if request.terminal then
+  redis.call('HINCRBY', K.BATCH_COUNTS, request.status, 1)
   publish_event('batch.' .. request.status, request.id, owner)
   redis.call('ZREM', K.UNFINISHED_BATCHES, request.id)
   redis.call('ZREM', K.UNFINISHED_BATCHES .. ':' .. owner, request.id)

@@ -18,6 +18,7 @@ if status == 'resend' then
   status = 'pending'
 else
   redis.call('HSET', key, 'last_status', code, 'last_error', reason)
+  redis.call('HINCRBY', K.WEBHOOK_COUNTS, status == 'pending' and 'failed' or status, 1)
 end
 redis.call('HSET', key, 'status', status)
 if status == 'pending' then

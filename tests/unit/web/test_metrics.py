@@ -36,7 +36,7 @@ def test_the_page_has_the_help_texts_of_worker_metrics() -> None:
 
 
 def test_the_page_lists_exactly_the_metrics_of_the_api() -> None:
-    source = (ROOT / "web/metrics.py").read_text()
+    source = "".join((ROOT / path).read_text() for path in ("web/metrics.py", "web/background/metrics.py"))
     defined = {(kind.startswith("Counter"), name) for kind, name in re.findall(r'(\w+)\(\s*"(mlxq_\w+)"', source)}
     listed = set(re.findall(r"^\| `(mlxq_\w+)`", PAGE, re.MULTILINE))
     of_api = {name for name in listed if not name.startswith("mlxq_worker_")}
@@ -55,7 +55,7 @@ def test_a_restarted_worker_continues_its_time_series(client: Redis) -> None:
     announce(2, "a", 1.0)  # the predecessor, which has died; its card has not expired yet
     announce(1, "a", 2.0)
     announce(3, "b", 3.0)
-    [family] = [each for each in ClusterCollector(registry).collect() if each.name == "mlxq_worker_tokens_per_s"]
+    [family] = [each for each in ClusterCollector(client).collect() if each.name == "mlxq_worker_tokens_per_s"]
     assert [(sample.labels, sample.value) for sample in family.samples] == [
         ({"worker": "w@h", "model": "a"}, 2.0),
         ({"worker": "w@h", "model": "b"}, 3.0),
