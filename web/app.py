@@ -16,7 +16,7 @@ from web.http.environ import KnownMethods, ProxyMiddleware, networks
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
 from web.openai.routes import routes as openai_routes
-from web.routes import batches, files, health, inference, jobs, models, openapi, webhooks
+from web.routes import batches, files, health, inference, jobs, models, openapi, responses, webhooks
 from web.services import EXTENSION, build
 
 _SECURITY_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -55,6 +55,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
         models.routes,
         openai_routes,
         anthropic_routes,
+        responses.routes,
         files.routes,
         batches.routes,
         webhooks.routes,

@@ -120,6 +120,7 @@ TAGS: Final = {
     "models": "List models; load and unload them on running workers.",
     "openai": "The OpenAI API: chat completions, text completions, models.",
     "anthropic": "Anthropic's Messages API.",
+    "responses": "The Responses API of OpenAI: responses that are stored, continued, and run in the background.",
     "files": "Files with the requests and the results of batches, in the format of the OpenAI API.",
     "batches": "Run files of requests, in the format of the OpenAI API.",
     "webhooks": "Webhook endpoints, secrets and deliveries.",
@@ -136,6 +137,8 @@ EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
     "CountRequest": _MESSAGES_EXAMPLE,
     "ChatRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
     "CompletionRequest": {"prompt": "Once upon a time,", "max_tokens": 64},
+    "ResponseRequest": {"input": "What is the capital of France?"},
+    "TokensRequest": {"input": "What is the capital of France?"},
     "BatchRequest": {
         "input_file_id": "file-18ec9252ab231d2c8a3e5f0b1c2d",
         "endpoint": "/v1/chat/completions",

@@ -14,10 +14,11 @@ from shared.jobs.log import Event, EventKind, JobLog
 from shared.jobs.record import Job
 from shared.jobs.store import Jobs
 from shared.wire import to_json
-from web.openai.logprobs import chat_logprobs, completion_logprobs
 from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
-from web.openai.usage import finish_reason, service_tier, usage
+from web.openai.usage import finish_reason, usage
+from web.results.logprobs import openai_logprobs
 from web.results.messages import MessageReader, delta_of, read_message
+from web.schemas.openai_fields import tier_of_priority
 
 FINGERPRINT: Final = f"mlxq-{VERSION}"
 DONE: Final = b"data: [DONE]\n\n"
@@ -70,7 +71,7 @@ class _Base:
             "system_fingerprint": FINGERPRINT,
         }
         if "service_tier" in body.model_fields_set:
-            self._fields["service_tier"] = service_tier(job)
+            self._fields["service_tier"] = tier_of_priority(job.priority)
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._head = f"data: {to_json({**self._fields, 'object': self.chunk_object})[:-1]},"
         self._tail = ',"usage":null}\n\n' if self._include_usage else "}\n\n"
@@ -141,7 +142,7 @@ class ChatAnswer(_Base):
         return {
             "index": index,
             "message": {**message, "refusal": None},
-            "logprobs": chat_logprobs(reader.content_logprobs) if self._with_logprobs else None,
+            "logprobs": _logprobs(reader.content_logprobs) if self._with_logprobs else None,
             "finish_reason": finish_reason(job, calls_tools=bool(reader.tool_calls)),
         }
 
@@ -182,7 +183,7 @@ class ChatAnswer(_Base):
         logprobs = None
         if self._with_logprobs:  # the reader is needed to find the tokens of the content
             entries = state.reader.add(chunk)
-            logprobs = chat_logprobs(entries) if entries else None
+            logprobs = _logprobs(entries) if entries else None
         if not (delta or logprobs):
             return []
         state.speaks = state.speaks or "content" in delta
@@ -191,6 +192,10 @@ class ChatAnswer(_Base):
             delta["tool_calls"] = [{"type": "function", **call} for call in delta["tool_calls"]]
         text = self._chunk(index, f'"delta":{to_json(delta)}', logprobs)
         return [text] if self._begun else [self._begin(), text]
+
+
+def _logprobs(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"content": openai_logprobs(entries), "refusal": None}
 
 
 class CompletionAnswer(_Base):
@@ -210,7 +215,7 @@ class CompletionAnswer(_Base):
         return {
             "index": index,
             "text": self._jobs.text(job),
-            "logprobs": None if entries is None else completion_logprobs(entries),
+            "logprobs": None if entries is None else _completion_logprobs(entries),
             "finish_reason": finish_reason(job),
         }
 
@@ -226,6 +231,24 @@ class CompletionAnswer(_Base):
         logprobs = None
         if entries := chunk.get("logprobs") if self._with_logprobs else None:
             offset = self._offsets.get(index, 0)
-            logprobs = completion_logprobs(entries, offset)
+            logprobs = _completion_logprobs(entries, offset)
             self._offsets[index] = offset + sum(len(entry["token"]) for entry in entries)
         return self._chunk(index, f'"text":{to_json(chunk["text"])}', logprobs)
+
+
+def _completion_logprobs(entries: Sequence[Mapping[str, Any]], offset: int = 0) -> dict[str, Any]:
+    """Return the log-probabilities of a text completion's tokens.
+
+    Args:
+        offset: where the text of the first token begins in the completion.
+    """
+    offsets: list[int] = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry["token"])
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [{each["token"]: each["logprob"] for each in entry.get("top", ())} for entry in entries],
+        "text_offset": offsets,
+    }

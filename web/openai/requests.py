@@ -1,8 +1,4 @@
-"""Request bodies of the OpenAI API, and the jobs that they describe.
-
-Every field of OpenAI's is in one of three groups. Most are supported. Advisory ones (`Advice`) cannot change an answer
-and have no effect. Those that would change the answer, and are not supported (`Unsupported`), are refused.
-"""
+"""Request bodies of chat completions and text completions."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
-    BeforeValidator,
     Discriminator,
     Field,
     StringConstraints,
@@ -22,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from web.schemas.base import RequestModel
 from web.schemas.messages import Message
+from web.schemas.openai_fields import Advice, ServiceTier, Unsupported, refuse
 from web.schemas.requests import MAX_LOGPROBS, MAX_MESSAGES, Metadata, Stop
 from web.schemas.response_format import ResponseFormat
 from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables
@@ -29,18 +25,7 @@ from web.schemas.tools import ToolChoice, Tools
 
 MAX_CHOICES: Final = 128
 """Maximum jobs of one request."""
-_ADVICE: Final = "Accepted; has no effect"
-_UNSUPPORTED: Final = "Not supported: refused unless it is null"
 
-
-def _refuse(_: Any) -> Any:
-    raise PydanticCustomError("unsupported_parameter", "This service does not support the parameter")
-
-
-Advice: TypeAlias = Annotated[Any, Field(description=_ADVICE)]
-Unsupported: TypeAlias = Annotated[None, BeforeValidator(_refuse), Field(description=_UNSUPPORTED)]
-
-ServiceTier: TypeAlias = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 _Integer: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -196,7 +181,7 @@ class CompletionRequest(GenerationRequest):
     @classmethod
     def _has_no_effect(cls, value: Any, info: ValidationInfo) -> Any:
         if value and not (info.field_name == "best_of" and value == info.data.get("n")):
-            _refuse(value)
+            refuse(value)
         return value
 
     @field_validator("prompt")

@@ -15,9 +15,9 @@ from web.http import openapi
 from web.http.disconnect import CONNECTION
 from web.http.openapi import describe
 from web.http.request import read_body
+from web.openai.answer_schemas import ChatCompletion, Completion
 from web.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from web.openai.requests import ChatRequest, CompletionRequest
-from web.openai.responses import ChatCompletion, Completion
 from web.openai.streams import AnswerStream
 from web.openai.translate import chat_job, completion_jobs, original_fields
 from web.results.failures import job_failure

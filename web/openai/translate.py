@@ -9,6 +9,7 @@ from typing import Any, Final
 from shared.jobs.record import Priority
 from web.http.field_names import named_fields, renamed
 from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
+from web.schemas.openai_fields import priority_of_tier
 from web.schemas.requests import JobRequest
 
 _SAME: Final = (
@@ -60,10 +61,8 @@ def _common(body: GenerationRequest, highest: Priority) -> dict[str, Any]:
         fields["top_p"] = max(body.top_p, _SMALL_TOP_P)
     if body.seed is not None:
         fields["seed"] = body.seed % _MAX_SEED
-    if body.service_tier == "flex":
-        fields["priority"] = Priority.BATCH.label
-    elif body.service_tier in ("priority", "fast"):
-        fields["priority"] = highest.label
+    if priority := priority_of_tier(body.service_tier, highest):
+        fields["priority"] = priority
     return fields
 
 

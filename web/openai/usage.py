@@ -1,13 +1,11 @@
-"""What answers say about the jobs behind them: token counts, finish reasons, the service tier."""
+"""What answers say about the jobs behind them: token counts and finish reasons."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-from shared.jobs.record import Job, Priority
-
-_TIERS: Final = {Priority.HIGH: "priority", Priority.NORMAL: "default", Priority.BATCH: "flex"}
+from shared.jobs.record import Job
 
 
 def usage(jobs: Sequence[Job], choices: int) -> dict[str, Any]:
@@ -33,8 +31,3 @@ def finish_reason(job: Job, *, calls_tools: bool = False) -> str:
     """Return why a job that succeeded ended. An answer that ends with tool calls asks for their results."""
     reason = job.finish_reason or "stop"
     return "tool_calls" if calls_tools and reason == "stop" else reason
-
-
-def service_tier(job: Job) -> str:
-    """Return the service tier that corresponds to a job's priority."""
-    return _TIERS[job.priority]

@@ -7,9 +7,9 @@ result is inserted into the JSON of a view instead of being validated as part of
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -48,3 +48,17 @@ def _read(job: Job, log: JobLog) -> str | None:
 def _elements(events: Sequence[Event]) -> list[str]:
     lists = (json.loads(event.data).get("logprobs") for event in events if event.kind is EventKind.CHUNK)
     return [wire.to_json(tokens)[1:-1] for tokens in lists if tokens]
+
+
+def openai_logprobs(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return log-probabilities in the form that chat completions and responses have in common.
+
+    Args:
+        entries: log-probabilities as chunks of jobs have them (`web.schemas.jobs.TokenLogprob`).
+    """
+    return [{**_token(entry), "top_logprobs": [_token(each) for each in entry.get("top", ())]} for entry in entries]
+
+
+def _token(entry: Mapping[str, Any]) -> dict[str, Any]:
+    encoded = entry.get("bytes") or [*entry["token"].encode(errors="replace")]
+    return {"token": entry["token"], "logprob": entry["logprob"], "bytes": encoded}

@@ -19,7 +19,7 @@ from web.http import problems
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 OPENAI_PATHS = (
-    "/v1/chat", "/v1/chat/completions/a", "/v1/responses", "/v1/embeddings", "/v1/moderations", "/v1/uploads",
+    "/v1/chat", "/v1/chat/completions/a", "/v1/conversations", "/v1/embeddings", "/v1/moderations", "/v1/uploads",
     "/v1/fine_tuning/jobs", "/v1/images/generations", "/v1/audio/speech", "/v1/rerank", "/v1/modelsearch",
     "/v1/jobsearch", "/v1/",
 )  # fmt: skip

@@ -19,6 +19,7 @@ from web.anthropic.schemas import CountRequest, MessagesRequest
 from web.app import create_app
 from web.http.openai_errors import is_expected
 from web.openai.requests import ChatRequest, CompletionRequest
+from web.responses.requests import ResponseRequest, TokensRequest
 from web.schemas.batches import BatchRequest
 from web.schemas.models import LoadRequest, UnloadRequest
 from web.schemas.requests import InferenceRequest, JobRequest
@@ -26,7 +27,7 @@ from web.schemas.webhooks import EndpointRequest, RotationRequest
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     *(JobRequest, InferenceRequest, ChatRequest, CompletionRequest, MessagesRequest, CountRequest),
-    *(BatchRequest, EndpointRequest, RotationRequest, LoadRequest, UnloadRequest),
+    *(BatchRequest, EndpointRequest, RotationRequest, LoadRequest, UnloadRequest, ResponseRequest, TokensRequest),
 )
 
 
