@@ -53,7 +53,9 @@ def _measure(name: str, model: Any, lengths: Sequence[int]) -> tuple[int, int]:
     runner.insert([row(uid, prompt_of(length), _LATER) for uid, length in enumerate(lengths)])
     generated = [0] * len(lengths)
     while min(generated) < STEPS:
-        for each in step(runner).tokens:
+        output = step(runner)
+        assert not output.failed
+        for each in output.tokens:
             generated[each.uid] += 1
     now = [length + tokens for length, tokens in zip(lengths, generated, strict=True)]
     return runner.batch_bytes(now), int(runner.stats()["kv_bytes"])

@@ -65,8 +65,7 @@ def check_disk(name: str, folder: Path) -> None:
     settings = Settings(
         model_path=folder / "model", models_file=folder / "none.toml", data_dir=folder / "data", _env_file=None
     )
-    length = 400 if name in ("gpt2", "gpt_bigcode") else LONG  # they have 512 positions
-    prompt = prompt_of(length)
+    prompt = prompt_of(LONG)
     first = loaded(settings)
     expected, _ = generate(first, 1, prompt)
     first.close()
@@ -76,7 +75,7 @@ def check_disk(name: str, folder: Path) -> None:
     check_greedy(name, model, prompt, answer)
     check_greedy(name, model, prompt, expected)
     _require_prefixes(name, model)
-    assert reused >= 0.8 * length
+    assert reused >= 0.8 * LONG
 
 
 def check_speculation(name: str, _folder: Path) -> None:

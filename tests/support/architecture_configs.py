@@ -60,7 +60,8 @@ COMMON: dict[str, Any] = {
     **dict.fromkeys(("n_embd", "d_model", "model_dim"), 64),
     **dict.fromkeys(("n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("n_layer", "n_layers", "num_layers"), 4),
-    **dict.fromkeys(("n_positions", "n_ctx", "block_size", "model_max_length"), 512),
+    **dict.fromkeys(("block_size", "model_max_length"), 512),
+    **dict.fromkeys(("n_positions", "n_ctx"), 4096),  # GPT-2 has an embedding of positions
     "n_inner": 96,
     "n_kv_heads": 2,
     "full_attention_interval": 2,
