@@ -19,11 +19,12 @@ from tests.support.waiting import eventually
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebStack]:
-    """An API whose catalog has two models, and an invalid third one."""
+    """An API whose catalog has a text model, one with an image encoder that is not supported, and an invalid one."""
     models = tmp_path_factory.mktemp("models")
-    for name in ("one", "two"):
-        config = {"model_type": "llama", "max_position_embeddings": 2048}
-        (make_folder(models / name) / "config.json").write_text(json.dumps(config))
+    configs = {"one": {"model_type": "llama"}, "two": {"model_type": "idefics3", "vision_config": {"depth": 2}}}
+    for name, config in configs.items():
+        folder = make_folder(models / name, "vision_tower.weight" if "vision_config" in config else "weight")
+        (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
     (models / "catalog.toml").write_text(
         f"""
 default = "two"
@@ -73,6 +74,7 @@ def test_cold_models_are_listed_with_the_properties_of_their_folders(web: WebSta
         32,
     )
     assert (two["aliases"], two["kind"], two["context"], two["memory_bytes"]) == ([], "text", 2048, 64)
+    assert (one["text_only"], two["text_only"]) == (False, True)
     assert (one["workers"], one["load_s"], one["tokens_per_s"], one["waiting"]) == ([], None, 0, 0)
 
 

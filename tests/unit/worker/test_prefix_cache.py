@@ -318,6 +318,16 @@ def test_a_shared_prefix_is_usable_by_all_owners(model: Any) -> None:
     check_invariants(cache)
 
 
+def test_a_prefix_with_windows_is_shared_up_to_any_token(sliding: Any) -> None:
+    cache = PrefixCache(sliding, PLENTY)
+    tokens = counting(1, 60)
+    store(cache, sliding, tokens)
+    cache.share("me", tokens[:33])
+    assert cache.length("you", tokens) == 33
+    assert_same_logits(sliding, cache.load("you", tokens)[1], tokens[:33])
+    check_invariants(cache)
+
+
 def test_a_recurrent_prefix_is_shared_up_to_a_checkpoint(hybrid: Any) -> None:
     cache = PrefixCache(hybrid, PLENTY)
     tokens = counting(1, 40)

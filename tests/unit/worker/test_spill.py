@@ -20,7 +20,7 @@ from worker.runner import forward
 from worker.runner.base import Row
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import Segment
-from worker.runner.prefix.blocks import BLOCK, split_name
+from worker.runner.prefix.blocks import BLOCK, BlockChain, split_name
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.prefix.disk import WRITE_BYTES_PER_S
 from worker.runner.prefix.fetch import PrefixFetch
@@ -372,3 +372,19 @@ def test_of_close_checkpoints_only_the_first_is_written(tmp_path: Path) -> None:
     written = {split_name(path.stem)[1] for path in factory.folder.rglob("*-*" + SUFFIX)}
     assert written == {0, 16}  # tokens after a block: those of the first and of the third checkpoint
     assert fetch_all(factory(), tokens[: 2 * BLOCK + 17]) == 2 * BLOCK + 16
+
+
+def test_the_last_checkpoint_whose_blocks_are_on_disk_is_read(tmp_path: Path) -> None:
+    hybrid = architectures.make("qwen3_5", vocab_size=64)
+    factory = CacheFactory(tmp_path / "prefixes", hybrid)
+    cache, tokens = factory(), counting(1, 4 * BLOCK)
+    for length in (BLOCK + 30, 3 * BLOCK + 30):
+        store(cache, hybrid, tokens[:length])
+    cache.close(10)
+    files = {path.stem: path for path in factory.folder.rglob("*" + SUFFIX)}
+    assert factory().stats()["prefix_disk_bytes"] == sum(path.stat().st_size for path in files.values())
+    assert fetch_all(factory(), tokens) == 3 * BLOCK + 30
+    names = [chain.name for chain in BlockChain.of("me").blocks(tokens)]
+    assert [name in files for name in names] == [True, True, True, False]
+    files[names[1]].unlink()
+    assert fetch_all(factory(), tokens) == BLOCK + 30
