@@ -13,6 +13,7 @@ class Locations:
     if TYPE_CHECKING:
         data_dir: Path
         files_dir: Path | None
+        responses_dir: Path | None
 
     @cached_property
     def run_dir(self) -> Path:
@@ -33,6 +34,11 @@ class Locations:
     def files_path(self) -> Path:
         """Uploaded files and the results of batches."""
         return self.files_dir or self.data_dir / "files"
+
+    @cached_property
+    def responses_path(self) -> Path:
+        """Stored responses, if they are on disk."""
+        return self.responses_dir or self.data_dir / "responses"
 
     @cached_property
     def prefixes_dir(self) -> Path:

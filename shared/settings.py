@@ -164,6 +164,25 @@ class Settings(Locations, BaseSettings):
         128, ge=1, le=10_000, description="Maximum number of unfinished jobs of one batch; its other lines wait on disk"
     )
 
+    # Responses
+    responses_store: Literal["disk", "redis"] = Field(
+        "disk", description="Where stored responses are: `disk` or `redis`"
+    )
+    responses_dir: Path | None = Field(
+        None,
+        description="Folder for stored responses. Several API hosts must share it. Empty: `responses` in DATA_DIR",
+    )
+    responses_retention_s: int = Field(
+        30 * 24 * 3600,
+        ge=1,
+        description="How long a stored response is kept after it was created or continued",
+    )
+    responses_bytes_per_key: int = Field(
+        2**30,
+        ge=1024,
+        description="Maximum size of the stored responses of an API key. If they have more, the oldest are deleted",
+    )
+
     # Webhooks
     webhook_networks: str = Field(
         "",
@@ -368,7 +387,7 @@ class Settings(Locations, BaseSettings):
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:
         # Relative paths are resolved against the repository, not the working directory.
-        for name in ("data_dir", "model_path", "models_file", "files_dir", *TLS_FILES):
+        for name in ("data_dir", "model_path", "models_file", "files_dir", "responses_dir", *TLS_FILES):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, ROOT / path.expanduser())
         return self

@@ -37,6 +37,8 @@ from web.cluster.ping import WorkerPing
 from web.cluster.snapshot import Cluster
 from web.files.store import FileStore
 from web.metrics import Metrics
+from web.responses.store import DiskResponses, RedisResponses, ResponseStore
+from web.responses.stored import Responses
 from web.results.job_views import JobViews
 from web.streaming.follower import Follower
 from web.streaming.hub import Hub
@@ -74,6 +76,8 @@ class Services:
     events: TaskEvents
     files: FileStore
     batches: Batches
+    responses: Responses
+    response_store: ResponseStore
     receivers: Receivers
     deliveries: Deliveries
     webhook_urls: UrlPolicy
@@ -119,6 +123,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     cluster, hub = Cluster(registry), Hub(clients.pubsub)
     operations, on_demand = Operations(clients.store), settings.load_on_demand
     model_manager = ModelManager(celery, operations, registry, catalog, on_demand=on_demand)
+    response_store = _response_store(settings, clients.store)
     webhook_urls = UrlPolicy(settings.webhook_networks)
     availability = ModelAvailability(registry, operations, jobs, catalog, on_demand=on_demand)
 
@@ -169,6 +174,8 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         deliveries=Deliveries(clients.store, settings.webhook_attempts, settings.webhook_backoff_s),
         webhook_urls=webhook_urls,
         batches=Batches(clients.store, durable=settings.durable, retention_s=settings.files_retention_s),
+        responses=Responses(clients.store, response_store, jobs, job_log),
+        response_store=response_store,
         files=FileStore(settings.files_path, settings.files_retention_s, settings.files_bytes_per_key),
     )
 
@@ -177,6 +184,12 @@ def services() -> Services:
     """Return the services of the application that serves the current request."""
     current: Services = current_app.extensions[EXTENSION]
     return current
+
+
+def _response_store(settings: Settings, client: Redis) -> ResponseStore:
+    if settings.responses_store == "redis":
+        return RedisResponses(client, settings.responses_retention_s)
+    return DiskResponses(settings.responses_path, settings.responses_retention_s)
 
 
 def _prompt_tokenizer(settings: Settings, client: Redis) -> PromptTokenizer:

@@ -33,6 +33,7 @@ READ_IN_SHARED: Final = {
     "redis_key_file": ("API", "worker", "Flower", "`scripts/serve`"),
     "broker_url": ("API", "worker", "Flower"),
     "files_dir": ("API",),
+    "responses_dir": ("API",),
     "max_queue": ("API",),
     "max_queue_per_key": ("API",),
     "queue_bytes": ("API",),

@@ -65,6 +65,7 @@ class Submission:
             not matter.
         webhook: JSON of the `url` and the `events` of the job's webhooks; empty if only registered endpoints receive
             its events, `NO_WEBHOOKS` if nobody does.
+        in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
     """
 
     request: Request
@@ -85,6 +86,7 @@ class Submission:
     reserved_tokens: int | None = None
     reader: str = ""
     webhook: str = ""
+    in_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +378,8 @@ def _optional(submission: Submission) -> dict[str, str]:
     request, fields = submission.request, dict[str, str]()
     if submission.webhook:
         fields["webhook"] = submission.webhook
+    if submission.in_background:
+        fields["response"] = "1"
     if submission.prefixes:
         fields["prefixes"] = " ".join(submission.prefixes)
     if request.logprobs is not None:

@@ -48,6 +48,9 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `BATCHES` + key id | zset | batch → creation time, for all batches of an API key | entries are pruned |
 | `UNFINISHED_BATCHES` | zset | unfinished batch → creation time; with `:` + key id: those of an API key | until empty |
 | `BATCH_COUNTS` | hash | numbers: `lines_completed`, `lines_failed`; status → batches that ended with it | forever |
+| `RESPONSE` + key id + `:` + response | hash | `request` and `answer`, if not on disk | response retention |
+| `RESPONSES` + key id | zset | response → time of its last use, of those in Redis | as its last response |
+| `UNANSWERED` | zset | `key id response` whose answer is not yet stored → creation time | until stored |
 | `WEBHOOK_ENDPOINTS` | hash | endpoint → JSON of `web.webhooks.receivers.Endpoint` | until removed |
 | `WEBHOOK_SECRETS` | hash | key id → JSON of the secrets for the URLs of its jobs | forever, one per key that has one |
 | `WEBHOOK_OUTBOX` | list | JSON of events that are not yet deliveries | until a background process takes them |
@@ -74,6 +77,7 @@ Fields of `JOB` that mainly the scripts read:
 | `fingerprint` | hash of the request, if it can be repeated: see `shared.jobs.readers` |
 | `reader`, `kept_until` | the API process that reads the job, and until when its lost client can come back |
 | `children` | ids of the jobs with the further choices of the same request |
+| `response` | set if a background response waits for the job, so that its end is an event for webhooks |
 | `webhook` | JSON of the URL and events of the job's webhooks; `-` if it has none at all |
 | `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
@@ -128,6 +132,9 @@ BATCH: Final = "mlxq:batch:"
 BATCHES: Final = "mlxq:batches:"
 UNFINISHED_BATCHES: Final = "mlxq:unfinished-batches"
 BATCH_COUNTS: Final = "mlxq:batch-counts"
+RESPONSE: Final = "mlxq:response:"
+RESPONSES: Final = "mlxq:responses:"
+UNANSWERED: Final = "mlxq:unanswered"
 WEBHOOK_ENDPOINTS: Final = "mlxq:webhook-endpoints"
 WEBHOOK_SECRETS: Final = "mlxq:webhook-secrets"
 WEBHOOK_OUTBOX: Final = "mlxq:webhook-outbox"

@@ -61,6 +61,7 @@ _COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     ("HMGET", _KEY, "field"),
     ("HSET", _KEY, "field", "value"),
     ("HSETNX", _KEY, "field", "value"),
+    ("HSTRLEN", _KEY, "field"),
     ("INCRBY", _KEY, "1"),
     ("LTRIM", _KEY, "0", "1"),
     ("PEXPIRE", _KEY, "1"),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from openai.types.responses import Response
+from pydantic import BaseModel
 
 from tests.plugins.stack import Stack, made_stack
+from tests.support.responses import checked, kinds, known
 
 THOUGHTS = "<think>Two numbers.\nI add them.</think>\n\n"
 CALLS = "".join(
@@ -36,7 +37,6 @@ FUNCTION: Any = {
     "strict": False,
 }
 CUSTOM: Any = {"type": "custom", "name": "patch", "description": "applies a patch"}
-EVENTS: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,6 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def checked(events: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return the events of a stream as sent, after checking each against the client's models, and their numbers."""
-    sent = [event.to_dict() for event in events]
-    for event in sent:
-        EVENTS.validate_python(event)
-    numbers = [event["sequence_number"] for event in sent]
-    assert numbers == list(range(numbers[0], numbers[0] + len(sent)))
-    return sent
-
-
 def ask(client: openai.OpenAI, text: Any, **fields: Any) -> Response:
     """Return the response, after checking that the stream of the same request adds up to the same response."""
     fields = {"model": "fake", "input": text, "seed": 1, **fields}
@@ -75,21 +65,6 @@ def ask(client: openai.OpenAI, text: Any, **fields: Any) -> Response:
     events = checked(client.responses.create(**fields, extra_body=extra, stream=True))
     assert known(Response.model_validate(events[-1]["response"])) == known(whole)
     return whole
-
-
-def known(response: Response) -> dict[str, Any]:
-    """Everything but ids and times."""
-    dumped = response.model_dump(exclude={"id", "created_at", "completed_at"})
-    for item in dumped["output"]:
-        item.pop("id")
-        item.pop("call_id", None)
-    return dumped
-
-
-def kinds(events: Sequence[dict[str, Any]]) -> list[str]:
-    """The types of events; of several deltas in a row, the first."""
-    types = [event["type"].removeprefix("response.") for event in events]
-    return [each for i, each in enumerate(types) if not (each.endswith("delta") and i and types[i - 1] == each)]
 
 
 def test_the_events_of_an_answer_with_reasoning_text_and_calls(client: openai.OpenAI) -> None:

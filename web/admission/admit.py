@@ -52,6 +52,8 @@ class RequestContext:
         max_queued: the API key's maximum of waiting jobs per model; None for the default.
         max_priority: the highest priority that the API key may use.
         silent: whether the end of the job is no event for webhooks.
+        prepare: called with the first job's id right before the jobs are accepted.
+        in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
     """
 
     owner: str
@@ -63,6 +65,8 @@ class RequestContext:
     job_id: str = ""
     reader: str = ""
     silent: bool = False
+    prepare: Callable[[str], object] = lambda _: None
+    in_background: bool = False
 
 
 class Admission:
@@ -146,7 +150,7 @@ class Admission:
         each_once = [replace(self.submission(each, context), images=count, image_bytes=size) for each in requests]
         submissions = [choice for submission in each_once for choice in _choices(submission, choices)]
         job_ids = [context.job_id or new_job_id(), *(new_job_id() for _ in submissions[1:])]
-        accepted = self._create(submissions, job_ids, files)
+        accepted = self._create(submissions, job_ids, files, context.prepare)
         if accepted.wake:
             self._notifier.wake([accepted.job.model])
         if accepted.new:
@@ -154,11 +158,16 @@ class Admission:
         return accepted
 
     def _create(
-        self, submissions: Sequence[Submission], job_ids: Sequence[str], files: Mapping[str, bytes]
+        self,
+        submissions: Sequence[Submission],
+        job_ids: Sequence[str],
+        files: Mapping[str, bytes],
+        prepare: Callable[[str], object],
     ) -> Accepted:
         self._check_redis()
         try:
             # Written before the job: the proof that the job is on disk also covers everything written before it.
+            prepare(job_ids[0])
             for job_id in job_ids if files else ():
                 self._images.put(job_id, files)
             accepted = self._jobs.create_all(submissions, job_ids)
@@ -206,6 +215,7 @@ class Admission:
             tokens=tokenized.tokens if tokenized else None,
             shared=tokenized.shared if tokenized else 0,
             webhook=NO_WEBHOOKS if context.silent else _webhook(request),
+            in_background=context.in_background,
         )
 
     def _tokenized(self, request: JobRequest, generation: Request, card: ModelCard | None) -> Tokenized | None:

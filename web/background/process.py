@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Final
 
 import gevent
@@ -13,6 +14,7 @@ from shared.redis.client import connect, passes
 from web.background.batch_runner import LOOK_S, BatchRunner
 from web.background.endpoints import make_endpoints
 from web.background.leader import RENEW_S, Leadership
+from web.background.response_keeper import ResponseKeeper
 from web.batches.requests import LineRequests
 from web.services import Services
 from web.webhooks.sender import Sender
@@ -55,7 +57,8 @@ class Background:
         """Work while this process leads."""
         batches = self._batch_runner()
         working: list[gevent.Greenlet[..., None]] = [
-            gevent.spawn(self._work, batches),
+            gevent.spawn(self._work, batches.round),
+            gevent.spawn(self._work, self._response_keeper().round),
             gevent.spawn(self._sender().work, self._stopping),
         ]
         try:
@@ -79,15 +82,19 @@ class Background:
             self._leads,
         )
 
-    def _work(self, batches: BatchRunner) -> None:
+    def _work(self, work_round: Callable[[], None]) -> None:
         while self._leads():
             try:
-                batches.round()
+                work_round()
             except redis.RedisError as error:
                 log.warning("background_paused", extra={"reason": str(error)})
             except Exception:
                 log.exception("background_round_failed")
             self._stopping.wait(LOOK_S)
+
+    def _response_keeper(self) -> ResponseKeeper:
+        current = self._services
+        return ResponseKeeper(current.settings, current.responses, current.response_store, current.jobs)
 
     def _batch_runner(self) -> BatchRunner:
         current = self._services

@@ -95,6 +95,17 @@ IDEMPOTENCY_KEY: Final = _parameter(
     type="string",
     maxLength=255,
 )
+STREAM: Final = _parameter("stream", "query", "Respond with events", type="boolean", default=False)
+AFTER_EVENT: Final = _parameter(
+    "starting_after", "query", "`sequence_number` of the last event received", type="integer", minimum=0
+)
+INCLUDE: Final = tuple(
+    _parameter(name, "query", "Accepted for compatibility; has no effect", type="array", items=Schema(type="string"))
+    for name in ("include", "include[]")
+)
+OBFUSCATION: Final = _parameter(
+    "include_obfuscation", "query", "Accepted for compatibility; has no effect", type="boolean"
+)
 BETA: Final = _parameter("beta", "query", "Accepted for compatibility; has no effect", type="string")
 PREFER: Final = _parameter(
     "Prefer", "header", "`wait=N`: wait up to N seconds for the job to end before responding", type="string"

@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from functools import partial
+from typing import Final
 
 from flask import Blueprint, Response, request
 
-from shared.errors import Gone, Invalid, NotFound
+from shared.errors import Conflict, Invalid, NotDurable, NotFound
+from shared.jobs.log import Event
 from shared.jobs.record import Job, Status
 from shared.jobs.store import Accepted
+from shared.wire import to_json
 from web.access.auth import caller
 from web.http import openapi
-from web.http.disconnect import CONNECTION
+from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
-from web.http.request import read_body
-from web.responses.events import ResponseEvents
+from web.http.request import parse_integer, read_body
 from web.responses.output import Shown
 from web.responses.requests import ENCRYPTED, CustomTool, ResponseRequest, TokensRequest
+from web.responses.stored import StoredResponse, listed
 from web.responses.stream import ResponseStream
-from web.responses.translate import job_request, original_fields
-from web.responses.view import InputTokenCount, ResponseView, echoed_fields
+from web.responses.translate import Translated, input_items, job_request, original_fields
+from web.responses.view import (
+    DeletedResponse,
+    InputTokenCount,
+    ItemList,
+    ResponseView,
+    echoed_fields,
+    job_id,
+    response_id,
+    status_of,
+    view,
+)
 from web.results.failures import job_failure
 from web.routes.submission import submit_choices, with_job_headers
-from web.routes.waiting import disconnect_handler, ended_by_client, unfinished, wait_for_end, watch_client
+from web.routes.waiting import (
+    disconnect_handler,
+    ended_by_client,
+    stored_disconnect_handler,
+    unfinished,
+    wait_for_end,
+    watch_client,
+)
+from web.schemas.base import ResponseModel
 from web.services import services
 
 routes = Blueprint("responses", __name__, url_prefix="/v1/responses")
 
 _ERRORS = (400, 404, 409, 410, 413, 415, 504)
+_CANCEL_WAIT_S: Final = 5.0
+"""How long a request waits until a cancelled response has ended. A worker needs one step."""
+_DEFAULT_LIMIT: Final = 20
+_MAX_LIMIT: Final = 100
 
 
 @routes.post("")
@@ -40,11 +67,95 @@ _ERRORS = (400, 404, 409, 410, 413, 415, 504)
     parameters=(openapi.IDEMPOTENCY_KEY,),
 )
 def create_response() -> Response:
-    """Returns the complete response, or its events if `stream` is true.
+    """Returns the complete response, or its events if `stream` is true, or with `background` the queued response.
 
-    The job is in the `Location` header. If the client disconnects, the job is cancelled.
+    The job is in the `Location` header. If the client disconnects, the job is cancelled, unless the response runs in
+    the background. A stream of a stored response can be resumed within 5 seconds.
     """
     return services().open_responses.respond(caller().id, request.environ.get(CONNECTION), _respond)
+
+
+@routes.get("/<response_id>")
+@describe(
+    "Get a response",
+    responses={200: ResponseView},
+    streams=("text/event-stream",),
+    errors=(404, 409, 410),
+    parameters=(openapi.STREAM, openapi.AFTER_EVENT, *openapi.INCLUDE, openapi.OBFUSCATION),
+)
+def get_response(response_id: str) -> Response:
+    """The response in its present state, or with `stream` its events after the one with the given number.
+
+    A stream can be read as often as you like, until the log of its job expires (LOG_RETENTION_S).
+    """
+    stored = services().responses.get(response_id, caller().id)
+    after, streams = request.args.get("starting_after"), request.args.get("stream", "false")
+    if streams not in ("true", "false"):
+        raise Invalid("stream must be true or false.", field="stream")
+    if streams == "false":
+        if after is not None:
+            raise Invalid("starting_after needs stream=true.", field="starting_after")
+        return _json(services().responses.view(stored))
+    number = -1 if after is None else parse_integer("starting_after", after)
+    return services().open_responses.respond(
+        caller().id, request.environ.get(CONNECTION), lambda: _resumed(stored, number)
+    )
+
+
+@routes.delete("/<response_id>")
+@describe("Delete a response", responses={200: DeletedResponse}, errors=(404, 409))
+def delete_response(response_id: str) -> Response:
+    """Deletes a response that has ended, and its job. It can no longer be continued, nor can those that continue it."""
+    stored = services().responses.get(response_id, caller().id)
+    services().responses.delete(stored)
+    return _rendered(DeletedResponse(id=stored.id))
+
+
+@routes.post("/<response_id>/cancel")
+@describe("Cancel a response", responses={200: ResponseView}, errors=(404, 409, 410))
+def cancel_response(response_id: str) -> Response:
+    """Cancels a background response. Its output so far is kept. Cancelling it again changes nothing."""
+    current, stored = services(), services().responses.get(response_id, caller().id)
+    if not stored.echoed["background"]:
+        raise Invalid("Only background responses can be cancelled.", field="background")
+    status = current.responses.view(stored)["status"]
+    if status in ("queued", "in_progress"):
+        try:
+            current.jobs.stop(job_id(stored.id), stored.owner)
+        except Conflict:  # it has ended since
+            status = current.responses.view(stored)["status"]
+        else:
+            current.follower.wait(job_id(stored.id), _CANCEL_WAIT_S, watch=partial(watch_disconnect, request.environ))
+            return _json(current.responses.view(stored))
+    if status != "cancelled":
+        raise Conflict(f"The response can no longer be cancelled: its status is {status}.", code="response_ended")
+    return _json(current.responses.view(stored))
+
+
+@routes.get("/<response_id>/input_items")
+@describe(
+    "List the input of a response",
+    responses={200: ItemList},
+    errors=(404, 409, 410),
+    parameters=(openapi.LIMIT, openapi.AFTER, openapi.ORDER, *openapi.INCLUDE),
+)
+def list_input_items(response_id: str) -> Response:
+    """The items that the model read, newest first: the conversation before the response, and its input."""
+    limit = parse_integer("limit", request.args.get("limit", str(_DEFAULT_LIMIT)), 1, _MAX_LIMIT)
+    order, after = request.args.get("order", "desc"), request.args.get("after")
+    if order not in ("asc", "desc"):
+        raise Invalid("order must be asc or desc.", field="order")
+    stored = services().responses.get(response_id, caller().id)
+    items = services().responses.input_items(stored)
+    items = items if order == "asc" else items[::-1]
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise NotFound("after must be the id of an item of the list.", field="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    return _rendered(ItemList(data=page, first_id=first, last_id=last, has_more=len(items) > limit))
 
 
 @routes.post("/input_tokens")
@@ -52,30 +163,27 @@ def create_response() -> Response:
 def count_input_tokens() -> Response:
     """Returns the number of tokens that the model would read, through its chat template and with its tools."""
     body = read_body(TokensRequest)
-    translated = job_request(body, [], caller().max_priority)
+    history = services().responses.history(body.previous_response_id, caller().id)
+    translated = job_request(body, history, caller().max_priority)
     with original_fields(translated.paths):
         loaded = services().image_loader.load(translated.request, caller=caller().id)
         count = services().admission.count_tokens(loaded.request)
-    return Response(InputTokenCount(input_tokens=count).model_dump_json(), content_type="application/json")
+    return _rendered(InputTokenCount(input_tokens=count))
 
 
 def _respond() -> Response:
     body = read_body(ResponseRequest)
-    _check_stored(body)
-    translated = job_request(body, [], caller().max_priority)
-    with original_fields(translated.paths):
-        accepted = submit_choices([translated.request], 1, body)
-    events = ResponseEvents(accepted.job, echoed_fields(body), _shown(body))
-    response = (_stream if body.stream else _complete)(accepted, events)
-    return with_job_headers(response, accepted)
-
-
-def _check_stored(body: ResponseRequest) -> None:
-    """Refuse what needs stored responses."""
-    if body.background:
-        raise Invalid("Background responses are not supported yet.", field="background")
-    if body.previous_response_id is not None:
-        raise NotFound("There is no such response.", field="previous_response_id")
+    history = services().responses.history(body.previous_response_id, caller().id)
+    translated = job_request(body, history, caller().max_priority)
+    response = StoredResponse("", caller().id, [], echoed_fields(body), _shown(body))
+    accepted = _submit(body, translated, response)
+    if body.stream:
+        answer = _stream(accepted, response, body)
+    elif body.background:
+        answer = _rendered(view(accepted.job, response.echoed, status_of(accepted.job), ()))
+    else:
+        answer = _complete(accepted, response)
+    return with_job_headers(answer, accepted)
 
 
 def _shown(body: ResponseRequest) -> Shown:
@@ -87,27 +195,81 @@ def _shown(body: ResponseRequest) -> Shown:
     )
 
 
-def _stream(accepted: Accepted, translated: ResponseEvents) -> Response:
+def _submit(body: ResponseRequest, translated: Translated, response: StoredResponse) -> Accepted:
+    """Submit the job of a response, which is stored before."""
+    begun: list[str] = []
+
+    def begin(job: str) -> None:
+        name = response_id(job)
+        begun.append(name)
+        services().responses.begin(replace(response, id=name, items=listed(input_items(body), name)))
+
+    def discard() -> None:
+        for name in begun:
+            services().responses.discard(name, response.owner)
+
+    try:
+        with original_fields(translated.paths):
+            accepted = submit_choices(
+                [translated.request], 1, body, begin if body.store else lambda _: None, in_background=body.background
+            )
+    except NotDurable:  # the job may exist
+        raise
+    except Exception:
+        discard()
+        raise
+    if not accepted.new:
+        discard()
+    return accepted
+
+
+def _stream(accepted: Accepted, response: StoredResponse, body: ResponseRequest) -> Response:
     current, job = services(), accepted.job
-    stream = ResponseStream(job, translated, current.jobs.latest)
+    stream = ResponseStream(job, current.responses.events(response, job), current.jobs.latest)
+    if body.background:
+        return stream.response(_watched(job), current.metrics)
     # A client that has received a part of the answer does not repeat its request.
-    on_disconnect = disconnect_handler(job, lambda: not stream.begun)
-    events = current.follower.follow(job.id, 0, watch_client(request.environ, on_disconnect))
-    return stream.response(ended_by_client(events, on_disconnect), current.metrics)
+    handler = stored_disconnect_handler(job) if body.store else disconnect_handler(job, lambda: not stream.begun)
+    return stream.response(_ended_by(job, handler), current.metrics)
 
 
-def _complete(accepted: Accepted, translated: ResponseEvents) -> Response:
+def _resumed(response: StoredResponse, after: int) -> Response:
+    """Return a response's events after number `after`."""
+    current = services()
+    job = current.responses.job(response)
+    count = current.responses.event_count(response, job)
+    if after >= count:
+        raise Invalid(f"starting_after is beyond the last event, {count - 1}.", field="starting_after")
+    stream = ResponseStream(job, current.responses.events(response, job), current.jobs.latest, after)
+    if response.echoed["background"] or job.status.terminal:
+        return stream.response(_watched(job), current.metrics)
+    current.readers.detach(job)  # so that it is not cancelled because its former client has gone
+    return stream.response(_ended_by(job, stored_disconnect_handler(job)), current.metrics)
+
+
+def _watched(job: Job) -> Generator[list[Event]]:
+    """Return the events of a job that continues without its client."""
+    return services().follower.follow(job.id, 0, partial(watch_disconnect, request.environ))
+
+
+def _ended_by(job: Job, on_disconnect: Callable[[], None]) -> Generator[list[Event]]:
+    """Return the events of a job. If the client disconnects, `on_disconnect` is called."""
+    events = services().follower.follow(job.id, 0, watch_client(request.environ, on_disconnect))
+    return ended_by_client(events, on_disconnect)
+
+
+def _complete(accepted: Accepted, response: StoredResponse) -> Response:
     (job,) = latest = wait_for_end([accepted.job], disconnect_handler(accepted.job))
-    if response := unfinished(latest):
-        return response
+    if waiting := unfinished(latest):
+        return waiting
     if job.status is not Status.SUCCEEDED:
         raise job_failure(job, "input")
-    return Response(_final(job, translated).model_dump_json(), content_type="application/json")
+    return _rendered(services().responses.answer(response, job))
 
 
-def _final(job: Job, translated: ResponseEvents) -> ResponseView:
-    """Return the response of an ended job, from its log."""
-    translated.of(chain.from_iterable(services().follower.follow(job.id, 0)), job)
-    if translated.final is None:
-        raise Gone("The response has ended, but its events are no longer stored.", code="log_expired")
-    return translated.final
+def _rendered(model: ResponseModel) -> Response:
+    return Response(model.model_dump_json(), content_type="application/json")
+
+
+def _json(body: dict[str, object]) -> Response:
+    return Response(to_json(body), content_type="application/json")

@@ -37,10 +37,17 @@ def submit(job_request: JobRequest) -> Accepted:
         Unavailable: the queue is full.
     """
     loaded = _load(job_request)
-    return _admit([loaded], _fingerprint(loaded.fingerprint_source) if idempotency_key() else "")
+    return _admit([loaded], _context(_fingerprint(loaded.fingerprint_source) if idempotency_key() else ""))
 
 
-def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseModel) -> Accepted:
+def submit_choices(
+    job_requests: Sequence[JobRequest],
+    choices: int,
+    body: BaseModel,
+    prepare: Callable[[str], object] = lambda _: None,
+    *,
+    in_background: bool = False,
+) -> Accepted:
     """Accept `choices` jobs for each request, all or none; return the first job, whose children are the others.
 
     A client that repeats its request by itself finds the jobs of the first try if its connection was lost.
@@ -48,6 +55,8 @@ def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseM
     Args:
         job_requests: what to generate; at most one of several requests has images.
         body: the request body, of which the jobs' requests are made.
+        prepare: called with the first job's id right before the jobs are accepted.
+        in_background: see `RequestContext`.
 
     Raises:
         MlxqError: as `submit`.
@@ -60,7 +69,8 @@ def submit_choices(job_requests: Sequence[JobRequest], choices: int, body: BaseM
     reader, job_id = "" if retries is None else reader_id(), new_job_id()
     loaded = [_load(each) for each in job_requests]
     try:
-        return _admit(loaded, body_fingerprint, choices, reader, job_id)
+        context = _context(body_fingerprint, reader, job_id, prepare, in_background=in_background)
+        return _admit(loaded, context, choices)
     except (NotDurable, redis.RedisError):
         if retries is not None:  # only such clients repeat the request without a key
             services().readers.submission_failed(caller().id, body_fingerprint, job_id)
@@ -103,11 +113,16 @@ def _load(job_request: JobRequest) -> LoadedRequest:
     )
 
 
-def _admit(
-    loaded: Sequence[LoadedRequest], request_fingerprint: str, choices: int = 1, reader: str = "", job_id: str = ""
-) -> Accepted:
+def _context(
+    request_fingerprint: str,
+    reader: str = "",
+    job_id: str = "",
+    prepare: Callable[[str], object] = lambda _: None,
+    *,
+    in_background: bool = False,
+) -> RequestContext:
     api_key = caller()
-    context = RequestContext(
+    return RequestContext(
         owner=api_key.id,
         request_id=current_request_id(),
         idempotency_key=idempotency_key(),
@@ -116,7 +131,12 @@ def _admit(
         reader=reader,
         max_queued=api_key.max_queued,
         max_priority=api_key.max_priority,
+        prepare=prepare,
+        in_background=in_background,
     )
+
+
+def _admit(loaded: Sequence[LoadedRequest], context: RequestContext, choices: int = 1) -> Accepted:
     files = {digest: file for each in loaded for digest, file in each.files.items()}
     skipped = sum(each.skipped for each in loaded)
     accepted = services().admission.admit_all([each.request for each in loaded], context, files, skipped, choices)

@@ -49,6 +49,11 @@ def disconnect_handler(job: Job, may_retry: Callable[[], bool] = lambda: True) -
     return lambda: retain() if may_retry() else cancel()
 
 
+def stored_disconnect_handler(job: Job) -> Callable[[], None]:
+    """Return what to call when the client of a stream disconnects that can be resumed: the job gets some time."""
+    return keep_job if idempotency_key() else job_retainer(services(), job)
+
+
 def keep_job() -> None:
     """Let the job continue without its client."""
 

@@ -18,6 +18,10 @@ WebhookEvent = Literal[
     "batch.failed",
     "batch.expired",
     "batch.cancelled",
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
 ]
 DeliveryStatusName = Literal["pending", "delivered", "dead"]
 Url = Annotated[str, Field(min_length=1, max_length=2048)]
@@ -31,7 +35,9 @@ class EndpointRequest(RequestModel):
         "others"
     )
     events: list[WebhookEvent] = Field(
-        min_length=1, max_length=32, description="The types of events to send, for jobs and batches of all API keys"
+        min_length=1,
+        max_length=32,
+        description="The types of events to send, for jobs, batches and background responses of all API keys",
     )
     description: str = Field("", max_length=256)
 

@@ -36,6 +36,7 @@ FIXED = {"DATA_DIR", "REDIS_URL", "HOST", "PORT", "FLOWER_HOST", "FLOWER_PORT"}
 UNUSED = {
     "BROKER_URL",  # the redis service is the broker too
     "FILES_DIR",  # below DATA_DIR, which is a volume
+    "RESPONSES_DIR",  # the same
     "REDIS_CA_FILE",  # the redis service has no TLS
     "REDIS_CERT_FILE",
     "REDIS_KEY_FILE",

@@ -267,13 +267,25 @@ local function publish_event(kind, id, owner, hook)
   end
 end
 
+-- Records the event that a background response has ended.
+local function publish_response(id, status, finish_reason, owner, hook)
+  local kind = status
+  if status == 'succeeded' then
+    kind = finish_reason == 'length' and 'incomplete' or 'completed'
+  elseif status == 'expired' then
+    kind = 'failed'
+  end
+  publish_event('response.' .. kind, (id:gsub('^job_', 'resp_')), owner, hook)
+end
+
 -- Ends a job; the only transition to a terminal state. `fields`: further record fields to set. `by_worker`: whether the
 -- worker that runs the job ends it; all other ends are reported for task events.
 local function finish(id, status, fields, by_worker)
   local job = K.JOB .. id
   local at = now()
-  local model, worker, was, retention, log_retention, owner, idem, started, hook = unpack(redis.call('HMGET', job,
-    'model', 'worker', 'status', 'retention_s', 'log_retention_s', 'owner', 'idempotency_key', 'started_at', 'webhook'))
+  local model, worker, was, retention, log_retention, owner, idem, started, hook, response = unpack(redis.call('HMGET', job,
+    'model', 'worker', 'status', 'retention_s', 'log_retention_s', 'owner', 'idempotency_key', 'started_at', 'webhook',
+    'response'))
   if started and not fields.completion_tokens then
     fields.completion_tokens = tokens_in_log(id)
   end
@@ -304,6 +316,9 @@ local function finish(id, status, fields, by_worker)
   emit(id, 'done', '{"status":"' .. status .. '"}')
   redis.call('PUBLISH', K.DONE .. id, status)
   publish_event('job.' .. status, id, owner, hook)
+  if response then
+    publish_response(id, status, fields.finish_reason, owner, hook)
+  end
   redis.call('EXPIRE', job, retention)
   redis.call('EXPIRE', K.OUTPUT .. id, retention)
   redis.call('EXPIRE', K.LOG .. id, log_retention or retention)
