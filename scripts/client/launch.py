@@ -93,7 +93,32 @@ def aider(target: Target) -> Launch:
     return Launch(environment, command, "python -m pip install aider-chat")
 
 
-AGENTS: Final[Mapping[str, Callable[[Target], Launch]]] = {"opencode": opencode, "claude": claude, "aider": aider}
+def codex(target: Target) -> Launch:
+    """Return how to start Codex, without the two kinds of tools that this service refuses."""
+    provider = {
+        "name": PROVIDER,
+        "base_url": f"{target.url}/v1",
+        "env_key": "MLXQ_API_KEY",
+        "wire_api": "responses",
+    }
+    settings: dict[str, str] = {
+        "model_provider": json.dumps(PROVIDER),
+        **{f"model_providers.{PROVIDER}.{name}": json.dumps(value) for name, value in provider.items()},
+        "web_search": '"disabled"',
+        "features.multi_agent": "false",
+    }
+    if target.context is not None:
+        settings["model_context_window"] = str(target.context)
+    options = (part for name, value in settings.items() for part in ("-c", f"{name}={value}"))
+    return Launch({"MLXQ_API_KEY": target.key}, ("codex", *options, "-m", target.model), "npm install -g @openai/codex")
+
+
+AGENTS: Final[Mapping[str, Callable[[Target], Launch]]] = {
+    "opencode": opencode,
+    "claude": claude,
+    "codex": codex,
+    "aider": aider,
+}
 
 
 class CannotLaunch(Exception):

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def test_aider(service: WebStack, capsys: pytest.CaptureFixture[str]) -> None:
     variables, command = printed(capsys, "aider")
     assert variables == {"OPENAI_API_BASE": f"{service.url}/v1", "OPENAI_API_KEY": service.key}
     assert command[:3] == ["aider", "--model", f"openai/{MODEL}"]
+
+
+def test_codex(service: WebStack, capsys: pytest.CaptureFixture[str]) -> None:
+    variables, command = printed(capsys, "codex", "exec", "hi")
+    assert variables == {"MLXQ_API_KEY": service.key}
+    assert (command[0], command[-4:]) == ("codex", ["-m", MODEL, "exec", "hi"])
+    settings = tomllib.loads("\n".join(command[2:-4:2]))
+    expected = {"name": "mlxq", "base_url": f"{service.url}/v1", "env_key": "MLXQ_API_KEY", "wire_api": "responses"}
+    assert settings["model_providers"] == {"mlxq": expected}
+    assert settings["model_provider"] == "mlxq"
+    assert (settings["web_search"], settings["features"]) == ("disabled", {"multi_agent": False})
+    assert settings["model_context_window"] > 0
 
 
 def test_opencode(service: WebStack, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from shared.settings import ROOT
 from tests.plugins.stack import Stack, made_stack
+from tests.support.waiting import eventually
 
 INSTALLED: Final = ROOT / ".venv-clients"
 PROGRAMS: Final = ROOT / "tests/clients/programs"
@@ -36,6 +39,35 @@ def scripted_stack(lines: Sequence[Mapping[str, Any]], **variables: str) -> Iter
         for stack in made_stack(Path("fake"), {"BACKEND": "scripted", "SCRIPT_FILE": str(script), **variables}):
             stack.start_web()
             yield stack
+
+
+@contextmanager
+def killing_a_worker(stack: Stack, text: str) -> Iterator[None]:
+    """Start a worker, kill it while an answer with this text is generated, and start another one."""
+    first = stack.start_worker()
+
+    def kill() -> None:
+        eventually(lambda: any(text in each for each in _running_texts(stack)), "the model writes", 60)
+        stack.stop(first, signal.SIGKILL)
+        stack.spawn_worker()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield
+    killer.join()
+
+
+def _running_texts(stack: Stack) -> list[str]:
+    with stack.client() as client:
+        paths = [job["urls"]["self"] for job in jobs(stack) if job["status"] == "running"]
+        return [str(client.request("GET", path).json()["output"]["text"]) for path in paths]
+
+
+def jobs(stack: Stack) -> list[dict[str, Any]]:
+    """Return the newest jobs."""
+    with stack.client() as client:
+        listed: list[dict[str, Any]] = client.request("GET", "/v1/jobs").json()["data"]
+    return listed
 
 
 def executable(pattern: str) -> Path:

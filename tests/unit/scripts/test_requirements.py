@@ -9,7 +9,7 @@ import pytest
 
 from shared.settings import ROOT
 
-SETS = ("web", "worker", "stack", "dev", "clients", "pydantic-ai", "aider", "aiperf")
+SETS = ("web", "worker", "stack", "dev", "clients", "pydantic-ai", "aider", "aiperf", "agents")
 PIN = re.compile(
     r"^(?P<name>[a-z0-9][a-z0-9._-]*)(?:\[[^]]*])?==(?P<version>\S+)"
     r"(?P<rest>[^\n]*(?:\n    --hash\S+.*)*)",
