@@ -52,6 +52,20 @@ TINY: Final = Shape(
     },
 )
 
+MID: Final = Shape(
+    "mid",
+    "mid-random-llama",
+    {
+        **TINY.config,
+        "hidden_size": 512,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+    },
+)
+
 QWEN2_5_7B: Final = Shape(
     "qwen2.5-7b",
     "random-qwen2.5-7b",
@@ -218,5 +232,5 @@ HYBRID_7B: Final = _hybrid(
     torch_dtype="bfloat16",
 )
 
-_ALL: Final = (TINY, TINY_VISION, TINY_WINDOW, TINY_HYBRID, MID_WINDOW, MID_HYBRID, QWEN2_5_7B, HYBRID_7B)
+_ALL: Final = (TINY, TINY_VISION, TINY_WINDOW, TINY_HYBRID, MID, MID_WINDOW, MID_HYBRID, QWEN2_5_7B, HYBRID_7B)
 SHAPES: Final = {shape.name: shape for shape in _ALL}

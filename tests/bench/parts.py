@@ -15,6 +15,7 @@ from tests.bench import (
     constrained,
     durability,
     interference,
+    long_contexts,
     path,
     recovery,
     speculation,
@@ -89,6 +90,9 @@ PARTS: Final[dict[str, Part]] = {
     "switching": Part(lambda options: switching.switching(options.model, options.rounds), switching.line, quick=True),
     "speculation": Part(lambda options: speculation.speculation(options.model, options.rounds), speculation.table),
     "constrained": Part(lambda options: constrained.constrained(options.model, options.rounds), constrained.table),
+    "long-contexts": Part(
+        lambda options: long_contexts.long_contexts(options.model, options.rounds), long_contexts.table
+    ),
     "recovery": Part(lambda options: recovery.recovery(options.model, options.rounds, options.before), recovery.table),
     "comparison": Part(
         lambda options: comparison.compare(options.earlier, options.rounds, options.model.parent),
