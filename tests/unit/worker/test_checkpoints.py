@@ -19,7 +19,7 @@ from worker.runner.prefix.blocks import BLOCK
 from worker.runner.prefix.checkpoints import INTERVAL, MIN_DISTANCE, SMALL_STATE_BYTES, TAIL, stops
 from worker.runner.prefix.tree import common_length
 
-LARGE = Layout(None, (2,), (2,), 0, 16, SMALL_STATE_BYTES + 1)
+LARGE = Layout(None, (2,), (2,), (None,), 16, 0, SMALL_STATE_BYTES + 1)
 SMALL = replace(LARGE, state_bytes=SMALL_STATE_BYTES)
 END, START, STOP = 7, 8, 9
 CHAT = """\

@@ -15,6 +15,7 @@ from tests.support import architectures
 from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
+from worker.runner.kv_segments import Layout
 from worker.runner.prefix.blocks import BLOCK, BlockChain
 from worker.runner.prefix.cache import MIN_TOKENS, PrefixCache
 from worker.runner.prefix.files import SUFFIX, PrefixFiles
@@ -221,6 +222,33 @@ def test_after_columns_were_dropped_only_the_last_window_is_usable(sliding: Any)
     assert lengths == [900, 900 - kept + 8, 0, 0]
     store(prefixes, sliding, tokens[:500])  # the same tokens with all columns, as their prompt stores them
     assert_same_logits(sliding, prefixes.load("me", tokens)[1], tokens)
+
+
+def test_a_prefix_that_does_not_fit_with_all_windows_is_thinned(sliding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.runner.kv_segments.CUTTABLE_TOKENS", 256)
+    layout, tokens = Layout.of(sliding), [(i * i + i // 64) % 64 for i in range(1120)]
+    assert layout is not None
+    limit = layout.nbytes(880)
+    assert limit > layout.thinned_nbytes(1120)
+    cache, one = PrefixCache(sliding, limit), KVCache.empty(sliding)
+    extend(cache, sliding, tokens[:928], one, 0)
+    lengths = {length: cache.length("me", [*tokens[:length], 63]) for length in (928, 704, 400, 100)}
+    assert lengths == {928: 928, 704: 704, 400: 256, 100: 0}  # the window before 256 is kept
+    other = [*tokens[:704], *counting(5, 32)]
+    extend(cache, sliding, other, cache.load("me", other)[1], 704)
+    extend(cache, sliding, tokens, one, 928)
+    for length in (256, 704, 1120):  # the window before the branch is kept, too
+        known, loaded = cache.load("me", [*tokens[:length], 63])
+        assert known == length
+        assert_same_logits(sliding, loaded, tokens[:length])
+    check_invariants(cache, limit)
+
+
+def extend(cache: PrefixCache, model: Any, tokens: Sequence[int], row: KVCache, start: int) -> None:
+    """Process the tokens from `start` on, and store each piece."""
+    for stop in range(start + 32, len(tokens) + 1, 32):
+        forward.fill(model, row, [tokens[stop - 32 : stop]])
+        cache.store_partial("me", tokens[:stop], row, len(tokens))
 
 
 def assert_same_logits(model: Any, cache: KVCache, tokens: Sequence[int]) -> None:

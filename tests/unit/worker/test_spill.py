@@ -19,7 +19,7 @@ from tests.support.small_models import small_model
 from worker.runner import forward
 from worker.runner.base import Row
 from worker.runner.kv_cache import KVCache
-from worker.runner.kv_segments import Segment
+from worker.runner.kv_segments import Layout, Segment
 from worker.runner.prefix.blocks import BLOCK, BlockChain, split_name
 from worker.runner.prefix.cache import PrefixCache
 from worker.runner.prefix.disk import WRITE_BYTES_PER_S
@@ -388,3 +388,26 @@ def test_the_last_checkpoint_whose_blocks_are_on_disk_is_read(tmp_path: Path) ->
     assert [name in files for name in names] == [True, True, True, False]
     files[names[1]].unlink()
     assert fetch_all(factory(), tokens) == BLOCK + 30
+
+
+def test_a_thinned_prefix_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.runner.kv_segments.CUTTABLE_TOKENS", 256)
+    model = architectures.make("gemma3_text", vocab_size=64)
+    layout, tokens = Layout.of(model), counting(1, 850)
+    assert layout is not None
+    limit = layout.nbytes(800)
+    factory = CacheFactory(tmp_path / "prefixes", model)
+    cache, row = factory(limit), KVCache.empty(model)
+    for stop in range(50, len(tokens) + 1, 50):
+        forward.fill(model, row, [tokens[stop - 50 : stop]])
+        cache.store_partial("me", tokens[:stop], row, len(tokens))
+    assert [cache.length("me", [*tokens[:length], 63]) for length in (850, 450)] == [850, 300]
+    cache.close(20)
+    again = factory(limit)
+    assert fetch_all(again, tokens) == 850 - 850 % BLOCK
+    assert again.length("me", [*tokens[:450], 63]) <= 300
+    length, loaded = again.load("me", tokens)
+    forward.fill(model, loaded, [tokens[length:]])
+    found, expected = (forward.fill(model, each, [[9, 8, 7]]) for each in (loaded, row))
+    assert found is not None and expected is not None
+    assert mx.allclose(found, expected, atol=1e-3)

@@ -5,8 +5,9 @@ stored once, and a row that ends adds only its new tokens. Owners do not see eac
 first token reveals whether a prefix was cached, and thus what another owner has sent. Only prefixes that a row shares
 explicitly are copied into the shared tree.
 
-Attention layers can be cut at any token. Recurrent layers can be resumed only at a checkpoint, so a row of a model that
-has some begins at the last checkpoint for which the segments up to it are cached.
+Attention layers can be cut at any token, unless the prefix was too long for all columns of sliding windows. Recurrent
+layers can be resumed only at a checkpoint, so a row of a model that has some begins at the last checkpoint for which
+the segments up to it are cached.
 
 A cache belongs to one model in one quantisation. Evicted prefixes, reused prefixes and, on shutdown, all prefixes are
 written to disk (`worker.runner.prefix.disk`), where the next worker finds them.
@@ -136,7 +137,7 @@ class PrefixCache:
             length: number of tokens of the whole prompt.
             checkpoint: see `store`.
         """
-        if self.layout is not None and self.layout.nbytes(length) <= self._limit:
+        if self.layout is not None and self.layout.thinned_nbytes(length) <= self._limit:
             self.store(owner, tokens, cache, 0, checkpoint=checkpoint)
 
     def share(self, owner: str | None, tokens: Sequence[int]) -> None:
@@ -254,8 +255,20 @@ class PrefixCache:
         node = self._trees.add(owner, tokens)
         for part in parts:
             self._trees.attach(node, part)
+        self._thin(node)
         self._trees.touch(node)
         self._shrink()
+
+    def _thin(self, last: Node) -> None:
+        """Drop columns of sliding windows on the path to a node if it would not fit with all of them."""
+        layout, branch = self.layout, last.end
+        if layout is None or not layout.window or layout.nbytes(last.end) <= self._limit:
+            return
+        for node in last.path():
+            branch = node.end if len(node.children) > 1 else branch
+            kept = node.end > branch - layout.window or layout.is_kept(node.end - len(node.tokens), node.end, last.end)
+            if node.segment is not None and node.segment.complete and not kept:
+                self._trees.replace(node, node.segment.without_windows(layout.windows))
 
     def _shrink(self) -> None:
         """Evict the least recently used parts until the limit is met."""

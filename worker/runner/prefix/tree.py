@@ -99,6 +99,12 @@ class PrefixTrees:
         self.nbytes += part.nbytes
         self.version += 1
 
+    def replace(self, node: Node, segment: Segment) -> None:
+        """Replace the segment of a node. Call `touch` afterwards for a node below it."""
+        if node.segment is not None:
+            self._detach(node, node.segment)
+        self.attach(node, segment)
+
     def touch(self, node: Node) -> None:
         """Mark the checkpoint of a node, its segment and those of its ancestors as used."""
         for part in (node.checkpoint, *(each.segment for each in node.path())):
