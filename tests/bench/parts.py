@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tests.bench import (
     api_cost,
+    bad_draft,
     comparison,
     constrained,
     durability,
@@ -89,6 +90,7 @@ PARTS: Final[dict[str, Part]] = {
     "submit": Part(lambda options: path.submits(options.rounds), path.submits_table),
     "switching": Part(lambda options: switching.switching(options.model, options.rounds), switching.line, quick=True),
     "speculation": Part(lambda options: speculation.speculation(options.model, options.rounds), speculation.table),
+    "bad-draft": Part(lambda options: bad_draft.bad_draft(options.model, options.rounds), bad_draft.table),
     "constrained": Part(lambda options: constrained.constrained(options.model, options.rounds), constrained.table),
     "long-contexts": Part(
         lambda options: long_contexts.long_contexts(options.model, options.rounds), long_contexts.table

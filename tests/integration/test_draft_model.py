@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from tests.support.runner import GREEDY, numbered
 from worker.models.load import LoadedModel, load_model
 from worker.runner import loading
 from worker.runner.base import Row
+from worker.runner.decode_row import DecodeRow
 from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
-from worker.runner.speculation.draft_model import PAUSE_STEPS, DraftModelProposer
+from worker.runner.speculation.draft_model import PAUSE_STEPS, PROBE_TOKENS, DraftModelProposer
 from worker.runner.speculation.pass_cost import PassCost
 
 CHUNK = 16
@@ -80,16 +83,49 @@ def test_wrong_drafts_change_no_token_and_soon_pause(tiny: LoadedModel, differen
     assert 0 < len(passes) <= 8
 
 
-def test_pauses_make_wrong_drafts_cost_less_than_three_percent(tiny: LoadedModel) -> None:
-    draft = DraftModelProposer(tiny.model, 10)
+STEPS = 1.2
+"""What drafting and verifying two tokens costs in `attempts`, in decode steps."""
+
+
+def attempts(draft: DraftModelProposer, steps: int, accepted: Callable[[int], int] = lambda _: 0) -> list[int]:
+    """Draft two tokens whenever that seems worthwhile. Returns the steps in which it did.
+
+    Args:
+        accepted: the number of accepted tokens, by step.
+    """
     row: Any = type("Stub", (), {"row": numbered(1, 5)})()
-    cost, steps = 0.0, 50_000
-    for _ in range(steps):
+    made = []
+    for step in range(steps):
         (expected,) = draft.expected([row], 16)
-        if expected and (1 + expected[1]) / 1.6 > 1.1:  # two tokens for 1.6 steps
-            draft.record(2, 0)
-            cost += 1.6
-    assert 0 < cost < 0.03 * steps
+        if expected and (1 + expected[1]) / STEPS > 1.1:
+            draft.record(2, accepted(step))
+            made.append(step)
+    return made
+
+
+def test_pauses_make_wrong_drafts_cost_less_than_one_percent(tiny: LoadedModel) -> None:
+    draft = DraftModelProposer(tiny.model, 10)
+    assert 0 < STEPS * len(attempts(draft, 50_000)) < 0.01 * 50_000
+
+
+def test_pauses_are_short_again_once_a_draft_model_has_helped(tiny: LoadedModel) -> None:
+    draft = DraftModelProposer(tiny.model, 10)
+    made = attempts(draft, 6_000, lambda step: 2 * (1_000 < step < 2_000))
+    pauses = [later - step - 1 for step, later in pairwise(made) if later - step > 1]
+    assert pauses[:4] == [PAUSE_STEPS, 2 * PAUSE_STEPS, PAUSE_STEPS, 2 * PAUSE_STEPS]
+
+
+def test_after_a_pause_the_draft_model_reads_only_the_end_of_a_row(tiny: LoadedModel) -> None:
+    draft, row = DraftModelProposer(tiny.model, 49152), DecodeRow.after_prefill(numbered(1, 300, 40))
+    while not draft.prepare([row]):
+        pass
+    draft.propose([row], 2)
+    assert len(draft._drafts[1].ids) == 301
+    for _ in range(10):
+        draft.record(2, 0)
+    assert draft.prepare([row])
+    draft.propose([row], 2)
+    assert len(draft._drafts[1].ids) == PROBE_TOKENS + 2
 
 
 def test_long_prompts_reach_the_draft_model_in_parts(tiny: LoadedModel) -> None:

@@ -3,8 +3,9 @@
 The draft model chooses its tokens with the row's sampling options and the randomness of (seed, position), as the model
 does, so that a good draft model often makes the same choice even at high temperatures.
 
-If the model accepts few of the drafts, drafting pauses for a few hundred steps. During a pause the draft model computes
-nothing. Afterwards it catches up with the rows in a few passes over many tokens.
+If the model accepts few of the drafts, drafting pauses for a few hundred steps. If the drafts are wrong again after a
+pause, the next pause is twice as long. During a pause the draft model computes nothing. After a pause it reads only the
+end of each row, because reading long rows is expensive and the drafts are probably wrong again.
 """
 
 from __future__ import annotations
@@ -25,25 +26,41 @@ from worker.runner.speculation.proposer import Proposer
 CATCH_UP_TOKENS = 256
 """Maximum tokens per row and step that the draft model processes before it drafts."""
 
+PROBE_TOKENS = CATCH_UP_TOKENS // 8
+"""Tokens of each row that the draft model reads after a pause: so few that `propose` reads them in its first pass."""
+
 PAUSE_STEPS = 512
 """Steps without drafts after too few were accepted. A failed attempt costs about 3 steps, so less than 1%."""
+
+MAX_PAUSE_STEPS = 16 * PAUSE_STEPS
 
 MIN_RATE = 0.3
 """Acceptance rate per token below which drafting pauses."""
 
-_PRIOR = (2.8, 4.0)
-"""Initial numbers of accepted and drafted tokens."""
-_PRIOR_AFTER_PAUSE = (0.5, 1.0)
+_PRIOR = (1.4, 2.0)
+"""Initial numbers of accepted and drafted tokens. If the first three tokens are wrong, drafting pauses."""
+_PRIOR_AFTER_PAUSE = (0.59, 1.0)
+"""The same after a pause. If the first token is wrong, drafting pauses again."""
 _HALF_LIFE = 64
 """Drafted tokens after which the counts are halved, because the style of a text changes."""
 
 
 @dataclass(slots=True)
 class _Draft:
-    """The draft model's cache of a row, and the tokens in it."""
+    """The draft model's cache of a row.
+
+    Attributes:
+        start: the row's first token in the cache.
+        ids: the tokens in the cache.
+    """
 
     cache: KVCache
+    start: int = 0
     ids: list[int] = field(default_factory=list)
+
+    def missing(self, row: DecodeRow) -> list[int]:
+        """Return the row's cached tokens after those of the draft model."""
+        return row.cached_ids[self.start + len(self.ids) :]
 
 
 class DraftModelProposer(Proposer):
@@ -66,6 +83,7 @@ class DraftModelProposer(Proposer):
         self._drafts: dict[int, _Draft] = {}
         self._accepted, self._drafted = _PRIOR
         self._paused_steps = 0
+        self._next_pause = PAUSE_STEPS
 
     def expected(self, rows: Sequence[DecodeRow], max_length: int) -> list[list[float]]:
         """Estimate acceptance by the recent acceptance rate of all rows."""
@@ -93,41 +111,61 @@ class DraftModelProposer(Proposer):
         return [self._draft(row, length) if row.row.media is None else [] for row in rows]
 
     def record(self, drafted: int, accepted: int) -> None:
-        """See `Proposer.record`."""
+        """See `Proposer.record`. Ignores the other rows of a pass after which drafting pauses."""
+        if self._paused_steps:
+            return
         self._drafted += accepted + (accepted < drafted)
         self._accepted += accepted
         if self._accepted < MIN_RATE * self._drafted:
-            self._paused_steps = PAUSE_STEPS
+            self._paused_steps, self._next_pause = self._next_pause, min(2 * self._next_pause, MAX_PAUSE_STEPS)
             self._accepted, self._drafted = _PRIOR_AFTER_PAUSE
+            self._drafts.clear()
         elif self._drafted > _HALF_LIFE:
             self._accepted, self._drafted = self._accepted / 2, self._drafted / 2
+            self._end_probing()
 
     def drop(self, uids: Collection[int]) -> None:
         """Drop the caches of rows."""
         for uid in uids:
             self._drafts.pop(uid, None)
 
-    def _catch_up(self, row: DecodeRow) -> bool:
-        draft = self._drafts.setdefault(row.uid, _Draft(KVCache.empty(self._model)))
+    @property
+    def _probing(self) -> bool:
+        """Whether the draft model has been paused and has not helped since."""
+        return self._next_pause > PAUSE_STEPS
+
+    def _end_probing(self) -> None:
+        if self._probing:
+            self._next_pause = PAUSE_STEPS
+            self._drafts.clear()  # read the rows from their start
+
+    def _draft_of(self, row: DecodeRow) -> _Draft:
+        """Return the draft model's cache of a row, without tokens that the model has not accepted."""
+        if row.uid not in self._drafts:
+            start = max(0, row.length - PROBE_TOKENS) if self._probing else 0
+            self._drafts[row.uid] = _Draft(KVCache.empty(self._model), start)
+        draft = self._drafts[row.uid]
         self._forget_rejected(draft, row)
-        missing = row.cached_ids[len(draft.ids) :]
-        if len(missing) <= CATCH_UP_TOKENS // 8:  # `propose` processes these together with the first draft token
+        return draft
+
+    def _catch_up(self, row: DecodeRow) -> bool:
+        draft = self._draft_of(row)
+        missing = draft.missing(row)
+        if len(missing) <= PROBE_TOKENS:  # `propose` processes these together with the first draft token
             return True
         self._process(draft, missing[:CATCH_UP_TOKENS])
         mx.async_eval(draft.cache.states)  # type: ignore[no-untyped-call]
         return False
 
     def _forget_rejected(self, draft: _Draft, row: DecodeRow) -> None:
-        """Remove draft tokens that the model has not accepted."""
-        known = common_length(draft.ids, row.cached_ids)
+        known = common_length(draft.ids, row.cached_ids[draft.start :])
         if known < len(draft.ids):
             draft.cache.trim([len(draft.ids) - known])
             del draft.ids[known:]
 
     def _draft(self, row: DecodeRow, length: int) -> list[int]:
-        draft = self._drafts.setdefault(row.uid, _Draft(KVCache.empty(self._model)))
-        self._forget_rejected(draft, row)
-        logits = self._process(draft, [*row.cached_ids[len(draft.ids) :], row.next_input or 0])
+        draft = self._draft_of(row)
+        logits = self._process(draft, [*draft.missing(row), row.next_input or 0])
         sampler, tokens = BatchSampler([row.row.sampling]), list[mx.array]()
         for i in range(length):
             tokens.append(valid_ids(sampler(self._fitted(logits), [row.position + i])))
