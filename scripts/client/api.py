@@ -155,7 +155,7 @@ class Client:
                 return None
             raise
         answer = _object(response)
-        if answer is None or not answer.get("choices"):
+        if answer is None or not (answer.get("choices") or answer.get("object") == "response"):
             raise Unreachable(f"{response.url} returned something that is not an answer")
         return answer
 

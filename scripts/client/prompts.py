@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-OPENAI_URLS: Final = ("/v1/chat/completions", "/v1/completions")
+RESPONSES: Final = "/v1/responses"
+OPENAI_URLS: Final = ("/v1/chat/completions", "/v1/completions", RESPONSES)
 _TIERS: Final = {"batch": "flex", "high": "priority"}
 """OpenAI's service tier for each priority that is not the default."""
 
@@ -99,6 +100,9 @@ def _openai_prompt(
         raise ValueError(f"has the unknown field `{min(unknown)}`")
     tier = _TIERS.get(str(defaults.get("priority")))
     given = {name: value for name, value in defaults.items() if name != "priority"}
+    if url == RESPONSES:
+        given = {"max_output_tokens" if name == "max_tokens" else name: value for name, value in given.items()}
+        given["store"] = False
     body = {**given, **({"service_tier": tier} if tier else {}), **body}
     identity = json.dumps([run, line, custom_id, url, body], separators=(",", ":"))
     return Prompt(line, custom_id, body, digest(identity), url)

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Self
 
 from scripts.client.api import Client, Json, Refused, RemoteJob
-from scripts.client.prompts import Prompt
+from scripts.client.prompts import RESPONSES, Prompt
 from scripts.client.results import SUCCEEDED, Result
 from scripts.client.retries import RetryPolicy, Stopped
 
@@ -115,7 +115,7 @@ class Runner:
         job: RemoteJob | None = None
         try:
             if task.prompt.url:
-                return _answer_result(task.prompt, self._answer(task))
+                return _answer_of(task.prompt, self._answer(task))
             job = self._submit(task)
             while not job.status.terminal:
                 job = self._poll(job.id)
@@ -164,6 +164,26 @@ def _job_result(prompt: Prompt, job: RemoteJob) -> Result:
         actions=job.actions,
         parse_error=job.parse_error,
         message=job.message,
+    )
+
+
+def _answer_of(prompt: Prompt, answer: Json) -> Result:
+    return _response_result(prompt, answer) if prompt.url == RESPONSES else _answer_result(prompt, answer)
+
+
+def _response_result(prompt: Prompt, answer: Json) -> Result:
+    messages = [item for item in answer["output"] if item["type"] == "message"]
+    usage = answer.get("usage") or {}
+    return Result(
+        line=prompt.line,
+        custom_id=prompt.custom_id,
+        id=answer["id"].replace("resp_", "job_", 1),
+        status=SUCCEEDED,
+        request=prompt.digest,
+        text="".join(part.get("text", "") for message in messages for part in message["content"]),
+        finish_reason="length" if answer["status"] == "incomplete" else "stop",
+        usage={"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")},
+        response=answer,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 from openai.types import Batch
+from openai.types.responses import Response
 
 from shared.redis import keys
 from shared.settings import ROOT
@@ -109,6 +110,21 @@ def test_completions_are_an_endpoint_too(sdk: openai.OpenAI, start_worker: Calla
     done = ended(sdk, create(sdk, jsonl(lines), "/v1/completions"))
     texts = [each["response"]["body"]["choices"][0]["text"] for each in results(sdk, done.output_file_id)]
     assert len(texts) == 3 and all(text.startswith("w0") for text in texts)
+
+
+def test_responses_are_an_endpoint_too(sdk: openai.OpenAI, start_worker: Callable[..., StubWorker]) -> None:
+    start_worker()
+    bodies: list[dict[str, Any]] = [{"input": "hi"}, {"input": "hi", "background": True}, {"input": [{"type": "x"}]}]
+    lines = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/responses", "body": {"max_output_tokens": 3, **body}}
+        for n, body in enumerate(bodies)
+    ]
+    done = ended(sdk, create(sdk, jsonl(lines), "/v1/responses"))
+    (answer,) = results(sdk, done.output_file_id)
+    response = Response.model_validate(answer["response"]["body"])
+    assert response.output_text.startswith("w0") and response.usage is not None and response.usage.output_tokens == 3
+    errors = [each["response"]["body"]["error"]["param"] for each in results(sdk, done.error_file_id)]
+    assert errors == ["background", "input[0]"]
 
 
 def test_batches_are_listed_and_belong_to_their_key(web: WebStack, sdk: openai.OpenAI) -> None:

@@ -11,12 +11,20 @@ from web.batches.requests import Endpoints, Translated
 from web.openai.answers import ChatAnswer, CompletionAnswer
 from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from web.openai.translate import chat_job, completion_jobs, original_fields
+from web.responses.requests import ResponseRequest
+from web.responses.stored import StoredResponse
+from web.responses.translate import job_request
+from web.responses.translate import original_fields as original_response_fields
 from web.services import Services
 
 
 def make_endpoints(current: Services) -> Endpoints:
     """Return the translation of bodies, by endpoint."""
-    return {"/v1/chat/completions": partial(_chat, current), "/v1/completions": partial(_completion, current)}
+    return {
+        "/v1/chat/completions": partial(_chat, current),
+        "/v1/completions": partial(_completion, current),
+        "/v1/responses": partial(_response, current),
+    }
 
 
 def _chat(current: Services, fields: dict[str, Any]) -> Translated:
@@ -47,6 +55,24 @@ def _completion(current: Services, fields: dict[str, Any]) -> Translated:
     )
 
 
-def _check(body: GenerationRequest) -> None:
+def _response(current: Services, fields: dict[str, Any]) -> Translated:
+    """Translate a response. It is not stored: the output file has it."""
+    body = ResponseRequest.model_validate(fields)
+    _check(body)
+    if body.background or body.previous_response_id is not None:
+        field = "background" if body.background else "previous_response_id"
+        raise Invalid(f"The requests of a batch cannot have {field}.", field=field)
+    translated = job_request(body, [], Priority.BATCH)
+    response = StoredResponse.of(body.model_copy(update={"store": False}), "")
+    return Translated(
+        [translated.request],
+        1,
+        "input",
+        lambda jobs: current.responses.answer(response, jobs[0]).model_dump_json(),
+        lambda: original_response_fields(translated.paths),
+    )
+
+
+def _check(body: GenerationRequest | ResponseRequest) -> None:
     if body.stream:
         raise Invalid("The requests of a batch cannot be streamed: leave out stream.", field="stream")

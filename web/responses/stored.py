@@ -21,8 +21,9 @@ from web.http.threadpool import run_in_threadpool
 from web.responses.events import ResponseEvents
 from web.responses.items import ITEMS, MAX_ITEMS, Item
 from web.responses.output import Shown
+from web.responses.requests import ENCRYPTED, CustomTool, ResponseRequest
 from web.responses.store import ResponseStore
-from web.responses.view import ResponseView, job_id, status_of, view
+from web.responses.view import ResponseView, echoed_fields, job_id, status_of, view
 
 MAX_TURNS: Final = 1000
 """Maximum responses of a conversation."""
@@ -49,6 +50,17 @@ class StoredResponse:
     echoed: dict[str, Any]
     shown: Shown
     answer: dict[str, Any] | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, request: ResponseRequest, owner: str) -> Self:
+        """Return a response that has no id and no items yet."""
+        shown = Shown(
+            custom_tools=frozenset(tool.name for tool in request.tools if isinstance(tool, CustomTool)),
+            summary=bool(request.reasoning.summary or request.reasoning.generate_summary),
+            encrypted=ENCRYPTED in request.include,
+            logprobs=request.logprobs is not None,
+        )
+        return cls("", owner, [], echoed_fields(request), shown)
 
     @property
     def previous(self) -> str | None:

@@ -19,8 +19,7 @@ from web.http import openapi
 from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.request import parse_integer, read_body
-from web.responses.output import Shown
-from web.responses.requests import ENCRYPTED, CustomTool, ResponseRequest, TokensRequest
+from web.responses.requests import ResponseRequest, TokensRequest
 from web.responses.stored import StoredResponse, listed
 from web.responses.stream import ResponseStream
 from web.responses.translate import Translated, input_items, job_request, original_fields
@@ -29,7 +28,6 @@ from web.responses.view import (
     InputTokenCount,
     ItemList,
     ResponseView,
-    echoed_fields,
     job_id,
     response_id,
     status_of,
@@ -175,7 +173,7 @@ def _respond() -> Response:
     body = read_body(ResponseRequest)
     history = services().responses.history(body.previous_response_id, caller().id)
     translated = job_request(body, history, caller().max_priority)
-    response = StoredResponse("", caller().id, [], echoed_fields(body), _shown(body))
+    response = StoredResponse.of(body, caller().id)
     accepted = _submit(body, translated, response)
     if body.stream:
         answer = _stream(accepted, response, body)
@@ -184,15 +182,6 @@ def _respond() -> Response:
     else:
         answer = _complete(accepted, response)
     return with_job_headers(answer, accepted)
-
-
-def _shown(body: ResponseRequest) -> Shown:
-    return Shown(
-        custom_tools=frozenset(tool.name for tool in body.tools if isinstance(tool, CustomTool)),
-        summary=bool(body.reasoning.summary or body.reasoning.generate_summary),
-        encrypted=ENCRYPTED in body.include,
-        logprobs=body.logprobs is not None,
-    )
 
 
 def _submit(body: ResponseRequest, translated: Translated, response: StoredResponse) -> Accepted:

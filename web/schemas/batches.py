@@ -25,7 +25,7 @@ class BatchRequest(RequestModel):
         max_length=64,
         description="A file with purpose `batch`: at most 50,000 lines, each with `custom_id`, `method`, `url`, `body`",
     )
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"] = Field(
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"] = Field(
         description="The route to which all requests are addressed"
     )
     completion_window: str = Field(
