@@ -7,13 +7,14 @@ that is not in the prefix cache.
 
 While other rows decode, a long prompt gets the time that `PrefillBudget` allows; a chunk may go through a few layers at
 a time. Short prompts are not limited. Prefilled one by one under the same budget, 32 simultaneous prompts gave 40%
-fewer tokens per second, and the last one waited four times as long.
+fewer tokens per second, and the last one waited four times as long. Only prompts of the class `batch` take at most a
+chunk per pass, because a row of another class that comes meanwhile waits for the pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 from worker.engine.prefill_budget import PrefillBudget
 from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
@@ -56,6 +57,7 @@ class PrefillPolicy:
         *,
         decoding: bool,
         exclusive: Collection[int] = (),
+        batch: bool = False,
     ) -> StepPlan:
         """Plan a step.
 
@@ -64,6 +66,7 @@ class PrefillPolicy:
             image_s: seconds that encoding the next image takes; None: no image waits.
             decoding: whether other rows decode in the step.
             exclusive: rows that must not be prefilled together with others.
+            batch: whether all these rows have the class `batch`.
         """
         if not remaining and image_s is None:
             return StepPlan(speculate=True)
@@ -73,7 +76,7 @@ class PrefillPolicy:
             work = self._encode(image_s, decoding)
             if work is not None:
                 return StepPlan(encode=work)
-        return StepPlan(prefill=self._prefill(remaining, decoding, exclusive))
+        return StepPlan(prefill=self._prefill(remaining, decoding, exclusive, batch))
 
     def _encode(self, image_s: float, decoding: bool) -> EncodeWork | None:
         if not decoding or image_s <= SHORT_IMAGE_S:
@@ -81,7 +84,7 @@ class PrefillPolicy:
         return None if self._pauses() else EncodeWork(self._budget.spare_s())
 
     def _prefill(
-        self, remaining: Mapping[int, RemainingPrompt], decoding: bool, exclusive: Collection[int]
+        self, remaining: Mapping[int, RemainingPrompt], decoding: bool, exclusive: Collection[int], batch: bool
     ) -> PrefillWork | None:
         """Let short and long prompts take turns; if there are none of the one kind, continue with the other."""
         if self._long_uid not in remaining:
@@ -89,8 +92,8 @@ class PrefillPolicy:
         short, long = self._split(remaining, exclusive)
         long_first, self._long_next = self._long_next, not self._long_next
         if long_first:
-            return self._long_work(remaining, long, decoding) or self._short_work(remaining, short)
-        return self._short_work(remaining, short) or self._long_work(remaining, long, decoding)
+            return self._long_work(remaining, long, decoding) or self._short_work(remaining, short, batch)
+        return self._short_work(remaining, short, batch) or self._long_work(remaining, long, decoding)
 
     def _split(
         self, remaining: Mapping[int, RemainingPrompt], exclusive: Collection[int]
@@ -103,13 +106,21 @@ class PrefillPolicy:
             (long if is_long else short).append(uid)
         return short, long
 
-    def _short_work(self, remaining: Mapping[int, RemainingPrompt], short: list[int]) -> PrefillWork | None:
+    def _short_work(
+        self, remaining: Mapping[int, RemainingPrompt], short: list[int], batch: bool
+    ) -> PrefillWork | None:
         """Prefill the first short prompt and the following ones of about the same length, cached prefixes included."""
         if not short:
             return None
-        lengths = [remaining[uid].position + remaining[uid].tokens for uid in short[:MAX_SHORT_PROMPTS]]
+        candidates = short[: self._prompts_in_a_chunk(remaining, short) if batch else MAX_SHORT_PROMPTS]
+        lengths = [remaining[uid].position + remaining[uid].tokens for uid in candidates]
         alike = takewhile(lambda length: abs(length - lengths[0]) <= SHORT_CHUNKS * self._chunk, lengths)
         return PrefillWork(tuple(short[: len(list(alike))]))
+
+    def _prompts_in_a_chunk(self, remaining: Mapping[int, RemainingPrompt], short: list[int]) -> int:
+        """Return how many of the first prompts have no more tokens together than a chunk, at least one."""
+        tokens = accumulate(remaining[uid].tokens for uid in short[:MAX_SHORT_PROMPTS])
+        return max(1, len(list(takewhile(lambda total: total <= self._chunk, tokens))))
 
     def _long_work(
         self, remaining: Mapping[int, RemainingPrompt], long: list[int], decoding: bool

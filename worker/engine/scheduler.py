@@ -184,7 +184,8 @@ class Scheduler:
             self.version += 1
         decoding = any(uid not in remaining for uid in self._ready)
         urgent = {uid: left for uid, left in remaining.items() if not self.running[uid].is_batch}
-        return self._policy.plan(urgent or remaining, image_s, decoding=decoding, exclusive=self._exclusive)
+        rows = urgent or remaining
+        return self._policy.plan(rows, image_s, decoding=decoding, exclusive=self._exclusive, batch=not urgent)
 
     def update(self, output: StepOutput) -> list[RowError]:
         """Apply the output of a step; return the rows that failed in it."""

@@ -198,3 +198,13 @@ def test_draft_tokens_are_verified_only_if_there_is_no_other_work(prompts: Promp
     assert prompts.policy.plan(nothing, None, decoding=True) == StepPlan(speculate=True)
     prompts.add(1, 400 * CHUNK)
     assert not any(prompts.plan().speculate for _ in range(40))
+
+
+def test_prompts_of_the_batch_take_at_most_a_chunk_per_pass(prompts: Prompts) -> None:
+    for uid in range(1, 6):
+        prompts.add(uid, CHUNK // 2 if uid < 5 else 2 * CHUNK)
+    plans = [prompts.policy.plan(prompts.remaining, None, decoding=True, batch=batch) for batch in (True, False)]
+    assert [plan.prefill.uids for plan in plans if plan.prefill] == [(1, 2), (1, 2, 3, 4, 5)]
+    only_long = {5: prompts.remaining[5]}
+    plan = prompts.policy.plan(only_long, None, decoding=True, batch=True)
+    assert plan.prefill is not None and plan.prefill.uids == (5,)
