@@ -16,9 +16,12 @@ from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.queueing import submission
+from tests.support.receivers import Receiver
 from web.background.leader import LEASE_S, Leadership
+from web.http.outbound import Outbound
 from web.webhooks.deliveries import MAX_BACKOFF_S, Deliveries, Delivery, DeliveryStatus
 from web.webhooks.receivers import MAX_ENDPOINTS, Receivers, UrlPolicy
+from web.webhooks.sender import Sender
 from web.webhooks.signing import MAX_SECRETS, Secret, headers, new_secret, rotate, valid_secrets
 
 LEADER, URL = "leader-1", "https://example.org/hooks"
@@ -181,3 +184,30 @@ def test_one_process_leads_at_a_time(client: Redis) -> None:
     assert first.acquire()
     second.hold(threading.Event())  # returns at the next renewal
     assert not second.valid and first.valid
+
+
+def test_a_name_is_resolved_and_checked_again_for_each_attempt(
+    client: Redis, deliveries: Deliveries, jobs: Jobs
+) -> None:
+    permitted, private = ["127.0.0.1"], ["127.0.0.1", "10.0.0.1"]
+    answers = [permitted, private, permitted]
+    policy = UrlPolicy("127.0.0.1/32")
+    policy.outbound = Outbound(lambda *_: answers.pop(0), policy.is_allowed)
+    sender = Sender(deliveries, Receivers(client), policy, 5.0, lambda: LEADER, lambda: True)
+
+    def attempt() -> Delivery:
+        sender.round()
+        sender._pool.join(10)
+        (delivery_id,) = [name.removeprefix(keys.WEBHOOK) for name in client.keys(keys.WEBHOOK + "*")]
+        client.zadd(keys.WEBHOOKS_DUE, {delivery_id: 0}, xx=True)
+        return deliveries.get(delivery_id, None)
+
+    with Receiver() as receiver:
+        url = receiver.url.replace("127.0.0.1", "rebinding.example")
+        policy.check(url, "webhook_url", "me")
+        cancelled(jobs, json.dumps({"url": url, "events": ["job.cancelled"]}))
+        refused = attempt()
+        assert (refused.status, refused.attempts, receiver.received) == (DeliveryStatus.PENDING, 1, [])
+        assert refused.last_error == "The host of the URL must have only public addresses."
+        assert attempt().status is DeliveryStatus.DELIVERED
+        assert len(receiver.received) == 1 and not answers
