@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self, TypeVar
 
+from shared.histogram import Histogram
 from shared.models.image_geometry import ImageGeometry
 from shared.redis import keys
 from shared.redis.client import Redis, script
@@ -93,6 +94,7 @@ class WorkerInfo:
         about: constant facts for `/health` (device, BLAS, GFLOP/s, versions).
         protocol: which fields of requests the worker understands. 0: those of the versions without tools; also in infos
             of these versions. 1: also tools, constraints, and options of reasoning and templates.
+        histograms: latencies since the start of the worker.
     """
 
     id: str
@@ -108,6 +110,7 @@ class WorkerInfo:
     stats: dict[str, float]
     about: dict[str, Any]
     protocol: int = 0
+    histograms: tuple[Histogram, ...] = ()
 
     def to_json(self) -> str:
         """Encode as one line of JSON without the times, which `announce_worker.lua` adds."""
@@ -118,7 +121,8 @@ class WorkerInfo:
         """Parse the output of `to_json`, also that of another version."""
         data = known_fields(cls, json.loads(text))
         stats = {name: value for name, value in data["stats"].items() if isinstance(value, int | float)}
-        return cls(**data | {"stats": stats})
+        histograms = tuple(_histograms(data.get("histograms", ())))
+        return cls(**data | {"stats": stats, "histograms": histograms})
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +270,14 @@ class Registry:
         """
         return self._counts(keys.ROUTED)
 
+    def attempts(self) -> dict[tuple[str, str], int]:
+        """Return the number of attempts that have ended, by (model, value of `AttemptEnd`)."""
+        return self._counts(keys.ATTEMPTS)
+
+    def tokens(self) -> dict[tuple[str, str], int]:
+        """Return the number of tokens of ended jobs, by (API key id, `input` or `output`)."""
+        return self._counts(keys.TOKENS)
+
     def _counts(self, key: str) -> dict[tuple[str, str], int]:
         counts = ((field.rpartition(":"), int(count)) for field, count in self._client.hgetall(key).items())
         return {(model, label): count for (model, _, label), count in counts}
@@ -275,6 +287,15 @@ def _card_json(card: WorkerInfo | HostInfo) -> str:
     fields = asdict(card)
     del fields["started_at"], fields["heartbeat_at"]
     return json.dumps(fields, ensure_ascii=False)
+
+
+def _histograms(entries: Iterable[Any]) -> Iterable[Histogram]:
+    """Yield the histograms that this version can read."""
+    for entry in entries:
+        try:
+            yield Histogram.from_wire(entry)
+        except (ValueError, TypeError, KeyError) as error:
+            log.warning("histogram_not_read", extra={"reason": str(error)})
 
 
 def _readable(cards: Iterable[str | None], parse: Callable[[str], C]) -> Iterable[C]:

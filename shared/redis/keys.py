@@ -42,6 +42,8 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `MODELS` | hash | model → JSON of `shared.models.registry.ModelCard` | forever, one field per model |
 | `TOKENIZER` + digest | string | a model's tokenizer.json, gzipped, for the API | until no model card names it |
 | `ENDED` | hash | `model:status` → number of jobs | forever, 4 fields per model |
+| `ATTEMPTS` | hash | `model:outcome` → number of attempts that ended | forever, 3 fields per model |
+| `TOKENS` | hash | key id + `:input` or `:output` → tokens of ended jobs | forever, 2 fields per API key |
 | `ENDS` | list | JSON of jobs that ended without their worker, for task events | until an API process reads it |
 | `LEADER` | string | token of the background process that leads | a few seconds |
 | `BATCH` + batch | hash | a batch (`web.batches.store`); its lines are on disk | file retention after its end |
@@ -126,6 +128,8 @@ DEMAND: Final = "mlxq:demand:"
 MODELS: Final = "mlxq:models"
 TOKENIZER: Final = "mlxq:tokenizer-gz:"
 ENDED: Final = "mlxq:ended"
+ATTEMPTS: Final = "mlxq:attempts"
+TOKENS: Final = "mlxq:tokens"
 ENDS: Final = "mlxq:ends"
 LEADER: Final = "mlxq:leader"
 BATCH: Final = "mlxq:batch:"

@@ -52,6 +52,8 @@ PERMANENT = (
     keys.MODELS,
     keys.TOKENIZER,
     keys.ENDED,
+    keys.ATTEMPTS,
+    keys.TOKENS,
     keys.SERVABLE,
     keys.LOAD_FAILURE,
     keys.LEADER,

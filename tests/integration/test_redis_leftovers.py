@@ -23,8 +23,8 @@ from tests.support.waiting import eventually
 JOBS = 100
 FLOWER_PASSWORD = "hush"
 CONSTANT: Final = {
-    keys.BYTES, keys.ENDED, keys.MEMORY, keys.PASSED, keys.MODELS, keys.ROUTED, keys.SPEED + "*",
-    keys.SERVABLE,
+    keys.BYTES, keys.ENDED, keys.ATTEMPTS, keys.TOKENS, keys.MEMORY, keys.PASSED, keys.MODELS, keys.ROUTED,
+    keys.SPEED + "*", keys.SERVABLE,
     # as long as workers live, and a few lease lifetimes longer
     keys.LEASES, keys.EXTENSIONS, keys.WORKER + "*", keys.WORKERS, keys.HOST + "*", keys.HOSTS,
     "LIMITS:*",

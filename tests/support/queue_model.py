@@ -26,6 +26,7 @@ LONG_AGO = 1.0
 MUCH = 10**6
 PERMANENT = {
     keys.TIMERS, keys.LEASES, keys.EXTENSIONS, keys.PASSED, keys.MEMORY, keys.BYTES, keys.FAILED, keys.ENDED, keys.ENDS,
+    keys.ATTEMPTS, keys.TOKENS,
     keys.QUEUE + MODEL, keys.QUEUED + MODEL, keys.TURNS + MODEL, keys.SPEED + MODEL,
     *(key + worker for key in (keys.RUNNING, keys.RESERVED) for worker in WORKERS),
 }  # fmt: skip

@@ -207,6 +207,7 @@ class EngineCore:
         rows = self._scheduler.running
         results = [row_failed(*each) for each in self._scheduler.update(output)]
         results += self._output_processor.process(rows, output.tokens)
+        self.totals.count(output, self._output_processor.tokens, rows)
         ended = [result.sequence for result in results if result.outcome and result.sequence.uid in rows]
         for sequence in ended:
             self._scheduler.finish(sequence)
@@ -215,7 +216,6 @@ class EngineCore:
             leaving += self._scheduler.clear_suspect()
         if leaving:
             self._runner.remove(leaving)
-        self.totals.count(output, self._output_processor.tokens)
         if output.tokens or output.prompt_tokens or output.prefilled or output.failed or output.out_of_memory:
             self._note_progress()  # a step without any result is no progress
         self._emit(results)
@@ -242,8 +242,14 @@ class EngineCore:
         self._inbox.set_snapshot(capacity, self._scheduler.waiting)
 
     def _emit(self, outputs: list[SequenceOutput]) -> None:
-        if outputs:
-            self._publish(outputs)
+        if not outputs:
+            return
+        for output in outputs:
+            if output.started:
+                self.totals.latencies.started(output.sequence)
+            if output.ending is not None:
+                self.totals.latencies.ended(output)
+        self._publish(outputs)
 
     def _receive(self, message: Message) -> None:
         if not self.busy:

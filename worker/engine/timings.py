@@ -23,6 +23,7 @@ class Timings:
         self._prefilled: float | None = None
         self._first_token: float | None = None
         self._first_token_known = True
+        self._first_token_reported = False
 
     def admitted(self) -> None:
         """Record the admission to the batch; only the first one counts."""
@@ -42,6 +43,18 @@ class Timings:
     def forget_first_token(self) -> None:
         """Omit `first_token_s`, because an earlier attempt generated the first token."""
         self._first_token_known = False
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds in the queue; None if an earlier attempt was admitted, so that they were reported before."""
+        return None if self._queued_before_s is not None else self._queue_s(time.monotonic())
+
+    def report_first_token(self) -> float | None:
+        """Return `first_token_s` once, as soon as it is known; None otherwise."""
+        if self._first_token_reported or self._first_token is None or not self._first_token_known:
+            return None
+        self._first_token_reported = True
+        return self._since_creation(self._first_token)
 
     def as_dict(self) -> dict[str, float]:
         """Return `queue_s` and `total_s`, and `prefill_s` and `first_token_s` if they are known."""

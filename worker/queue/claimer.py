@@ -53,6 +53,7 @@ class Claimer(CriticalThread):
 
     Attributes:
         draining: whether no more jobs are claimed.
+        claimed: number of jobs claimed so far.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Claimer(CriticalThread):
     ) -> None:
         super().__init__("claimer", on_death)
         self.draining = False
+        self.claimed = 0
         self._model = model
         self._core = core
         self._claims = claims
@@ -138,6 +140,7 @@ class Claimer(CriticalThread):
         for job_id in claim.lost:
             if claimed := self._held.get(job_id):
                 self._core.apply_write_result(job_id, claimed.job.attempt, WriteResult.FENCED)
+        self.claimed += len(claim.jobs)
         for claimed in claim.jobs:
             self._begin(claimed)
         return POLL_S if claim.again_s is None else min(POLL_S, claim.again_s)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
+import psutil
 from redis import RedisError
 
 from shared.jobs.images import ImageStore
@@ -111,6 +112,7 @@ class ModelWorker:
         self._announced = False
         self._tokenizer = TokenizerAnnouncer(settings, self._announce_again)
         self._rate = Rate()
+        self._psutil = psutil.Process()
 
         client = connect(settings.store_url)
         # A renewal, with one retry and the pause before it, must not take longer than the lease.
@@ -275,9 +277,12 @@ class ModelWorker:
         totals = core.totals
         stats = {
             "steps": totals.steps,
+            "batch_rows_total": totals.rows,
             "generated_tokens": totals.tokens,
             "prompt_tokens": totals.prompt_tokens,
             "batch_size": totals.last_batch,
+            "claims_total": self._claimer.claimed,
+            "attempts_started_total": self._publisher.started,
             "claimed_jobs": len(self._claimer.held),
             "publisher_backlog": self._publisher.backlog,
             "engine_idle_s": time.monotonic() - core.progress_at if core.busy else 0.0,
@@ -286,6 +291,9 @@ class ModelWorker:
             "load_progress": core.load_progress,
             "tokens_per_s": self._rate.update(totals.tokens),
             "pinned": float(self.pinned),
+            "resident_memory_bytes": self._psutil.memory_info().rss,
+            "threads": self._psutil.num_threads(),
+            "open_files": self._psutil.num_fds(),
         }
         return WorkerInfo(
             id=self.id,
@@ -301,6 +309,7 @@ class ModelWorker:
             stats=stats | totals.gauges,
             about=dict(runner.about) if runner else {},
             protocol=1,
+            histograms=(*totals.latencies.read(), self._publisher.latency),
         )
 
 

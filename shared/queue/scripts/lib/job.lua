@@ -15,6 +15,7 @@
 local CLASS_WIDTH = 1e12 -- score in a queue = class * CLASS_WIDTH + turn; turn 0 is the front of the class
 local MAX_ATTEMPTS_KEPT = 20 -- newest attempts in a record; only a job that is handed back very often has more
 local MAX_ENDS_KEPT = 10000
+local MAX_OUTBOX = 100000
 
 local function now()
   local time = redis.call('TIME')
@@ -149,12 +150,13 @@ end
 -- Ends the current attempt and records it. `how` is 'worker_lost', 'handed_back' or 'ended'.
 local function end_attempt(id, worker, how)
   local job = K.JOB .. id
-  local n, admitted, claimed, started = unpack(redis.call('HMGET', job,
-    'attempt', 'admitted_at', 'claimed_at', 'started_at'))
+  local n, admitted, claimed, started, model = unpack(redis.call('HMGET', job,
+    'attempt', 'admitted_at', 'claimed_at', 'started_at', 'model'))
   local entry = {worker = worker, started_at = admitted or claimed or started, ended_at = stamp(now()), how = how}
   redis.call('HSET', job, 'worker', '', 'attempt:' .. n, cjson.encode(entry))
   redis.call('HDEL', job, 'attempt:' .. tonumber(n) - MAX_ATTEMPTS_KEPT, 'admitted_at')
   redis.call('SREM', K.RUNNING .. worker, id)
+  redis.call('HINCRBY', K.ATTEMPTS, model .. ':' .. how, 1)
 end
 
 -- The number of tokens in a job's log. Takes about 1 ms per 1,000 events.
@@ -249,8 +251,6 @@ local function report_end(id, model, status, fields)
   redis.call('LTRIM', K.ENDS, -MAX_ENDS_KEPT, -1)
 end
 
-local MAX_OUTBOX = 100000
-
 -- Records an event for webhooks if there may be a receiver: a registered endpoint, or `hook`, the JSON of the URL and the
 -- events that a job names. If the background process has not taken events for long, the oldest are dropped and counted.
 local function publish_event(kind, id, owner, hook)
@@ -331,6 +331,8 @@ local function finish(id, status, fields, by_worker)
     redis.call('EXPIRE', K.IDEM .. owner .. ':' .. idem, retention)
   end
   redis.call('HINCRBY', K.ENDED, model .. ':' .. status, 1)
+  redis.call('HINCRBY', K.TOKENS, owner .. ':input', fields.prompt_tokens or 0)
+  redis.call('HINCRBY', K.TOKENS, owner .. ':output', fields.completion_tokens or 0)
   if status == 'succeeded' and started then
     local duration = at - tonumber(started)
     local mean = tonumber(redis.call('HGET', K.SPEED .. model, 'mean_s') or duration)
