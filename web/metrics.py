@@ -91,7 +91,13 @@ class ClusterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the current state; only `mlxq_redis_up` if Redis is unavailable."""
         try:
-            metrics = [*self._redis(), *self._queues(), *self._counts(), *self._workers(), *background_metrics(self._client)]
+            metrics = [
+                *self._redis(),
+                *self._queues(),
+                *self._counts(),
+                *self._workers(),
+                *background_metrics(self._client),
+            ]
         except redis.RedisError:
             metrics = []
         yield GaugeMetricFamily("mlxq_redis_up", "Whether Redis answers", value=float(bool(metrics)))
