@@ -315,8 +315,7 @@ class Settings(Locations, BaseSettings):
     prefix_disk_bytes: int = Field(
         8 * 2**30,
         ge=0,
-        description="Maximum disk space in DATA_DIR for prefixes evicted from memory; workers reuse them "
-        "after a restart. 0: off",
+        description="Maximum disk space in DATA_DIR for cached prefixes; workers reuse them after a restart. 0: off",
     )
     lease_s: float = Field(
         2.0,

@@ -80,7 +80,7 @@ WORKER_METRICS: Final = {
     "prefix_cache_tokens_total": WorkerMetric(
         "prefix_cache_tokens_total", "Prompt tokens that came from the prefix cache"
     ),
-    "prefix_disk_bytes": WorkerMetric("prefix_disk_bytes", "Bytes of evicted prefixes on disk"),
+    "prefix_disk_bytes": WorkerMetric("prefix_disk_bytes", "Bytes of cached prefixes on disk"),
     "prefix_disk_read_blocks_total": WorkerMetric(
         "prefix_disk_read_blocks_total", "Blocks of 128 tokens read from disk"
     ),

@@ -20,7 +20,7 @@ from tests.support.architectures import make, measured, names
 from tests.support.runner import plan, row, step
 from tests.support.waiting import eventually
 from worker.models.load import LoadedModel
-from worker.runner import decode
+from worker.runner import decode, prefill
 from worker.runner.batching.proof import CannotRun
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 from worker.runner.memory import Memory
@@ -162,12 +162,14 @@ def test_the_next_turn_reuses_a_whole_answer(kind: Kind) -> None:
     assert answer(runner, kind, (*first, *tokens, 7, 8, 9)) == [399]
 
 
-def test_a_new_worker_reads_reused_prompts_from_disk(kind: Kind, tmp_path: Path) -> None:
+def test_a_new_worker_reads_a_long_prompt_from_disk(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first worker is not closed, as if it had been killed."""
+    monkeypatch.setattr(prefill, "SAVED_TOKENS", 1000)
     long = prompt(1000)
     first = kind.runner(tmp_path)
     answer(first, kind, (*long, *prompt(20, 2)))
-    answer(first, kind, (*long, *prompt(20, 3)))
     first.set_prefix_limit(PLENTY)
     spill = first._prefixes._spill
     assert spill is not None

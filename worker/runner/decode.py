@@ -191,7 +191,7 @@ class DecodeBatch:
         for index, row in enumerate(self._rows):
             if row is not None and row.sampled - row.saved >= SAVED_TOKENS and row.length % BLOCK < SLACK:
                 row.saved = row.sampled
-                self._prefixes.save(row.row.owner, row.cached_ids, self._cache, index)
+                self._prefixes.store(row.row.owner, row.cached_ids, self._cache, index, save=True)
 
     def _read_constrained(self, current: mx.array, unread: Sequence[tuple[int, DecodeRow]]) -> list[int] | None:
         """Wait for the queued tokens, on which the constraints depend. Returns None if there are none."""

@@ -28,6 +28,10 @@ RESERVE_STEPS = 8
 STORED_TOKENS = 256
 """Tokens of a long prompt that are stored as a prefix at a time. Storing all of them at the end would delay a step."""
 
+SAVED_TOKENS = 2048
+"""Minimum length of a prompt that is written to disk at once, so that a worker that takes over need not compute it. It
+would be written later in any case, when memory evicts it."""
+
 MAX_REFRESHED = 8
 """Maximum waiting rows per step for which the prefix is looked up again after the prefix cache has changed."""
 
@@ -336,9 +340,10 @@ class Prefill:
     def _done(self, prefilled: Prefilled) -> Prefilled:
         """Store the prompts as prefixes now, so that other rows can reuse them while these rows decode."""
         for index, row in enumerate(prefilled.rows):
-            self._prefixes.store(row.owner, _prefill_ids(row), prefilled.cache, index)
+            tokens = _prefill_ids(row)
+            self._prefixes.store(row.owner, tokens, prefilled.cache, index, save=len(tokens) >= SAVED_TOKENS)
             if row.shared:
-                self._prefixes.share(row.owner, _prefill_ids(row)[: row.shared])
+                self._prefixes.share(row.owner, tokens[: row.shared])
             if row.media is not None:
                 row.media.release()
             self._drop(row.uid)

@@ -9,8 +9,8 @@ Attention layers can be cut at any token, unless the prefix was too long for all
 layers can be resumed only at a checkpoint, so a row of a model that has some begins at the last checkpoint for which
 the segments up to it are cached.
 
-A cache belongs to one model in one quantisation. Evicted prefixes, reused prefixes and, on shutdown, all prefixes are
-written to disk (`worker.runner.prefix.disk`), where the next worker finds them.
+A cache belongs to one model in one quantisation. Long prompts, reused and evicted prefixes and, on shutdown, all
+prefixes are written to disk (`worker.runner.prefix.disk`), where the next worker finds them.
 
 mlx-lm's `LRUPromptCache` stores a complete copy for each row, copies a whole entry to use its prefix, evicts in the
 order of arrival, and needs a dictionary for each token.
@@ -60,9 +60,8 @@ class PrefixCache:
         self.disk = Disk(self._spill)
         self._max_bytes = self._limit = max_bytes - (self._spill.max_pending_bytes if self._spill else 0)
         self._trees = PrefixTrees(chained=self._spill is not None)
-        # Nodes that were reused since the last `set_limit`, which writes them to disk: writing them during the reuse
-        # would delay the first token of the row.
-        self._reused: dict[Node, None] = {}
+        # Nodes that the next `set_limit` writes to disk. Writing them at once would delay the first token of a row.
+        self._unsaved: dict[Node, None] = {}
         self._lookups = self._hits = self._reused_tokens = 0
 
     @property
@@ -97,11 +96,18 @@ class PrefixCache:
         self._hits += 1
         self._reused_tokens += length
         self._trees.touch(nodes[-1])
-        self._reused[nodes[-1]] = None
+        self._unsaved[nodes[-1]] = None
         return length, self.layout.row(_segments(nodes), nodes[-1].checkpoint, length)
 
     def store(
-        self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int, *, checkpoint: bool = True
+        self,
+        owner: str | None,
+        tokens: Sequence[int],
+        cache: KVCache,
+        row: int,
+        *,
+        checkpoint: bool = True,
+        save: bool = False,
     ) -> None:
         """Store a row of a batch's cache.
 
@@ -110,6 +116,7 @@ class PrefixCache:
             tokens: the tokens that the cache holds of the row.
             row: batch index.
             checkpoint: store the recurrent state, if the model has one.
+            save: also write the row to disk, so that another worker can continue it cheaply.
         """
         if owner is None or self.layout is None or len(tokens) < MIN_TOKENS or not self._limit:
             return
@@ -120,12 +127,8 @@ class PrefixCache:
             lambda known: Segment.copy_from(cache, row, known, stop),
             (lambda: Checkpoint.copy_from(cache, row)) if checkpoint else None,
         )
-
-    def save(self, owner: str | None, tokens: Sequence[int], cache: KVCache, row: int) -> None:
-        """Store a row that still decodes, and write it to disk, so that another worker can continue it cheaply."""
-        self.store(owner, tokens, cache, row)
-        if owner is not None and (nodes := self._trees.walk(owner, tokens)[0]):
-            self._reused[nodes[-1]] = None
+        if save and (nodes := self._trees.walk(owner, tokens)[0]):
+            self._unsaved[nodes[-1]] = None
 
     def store_partial(
         self, owner: str | None, tokens: Sequence[int], cache: KVCache, length: int, *, checkpoint: bool = False
@@ -185,8 +188,8 @@ class PrefixCache:
 
     def set_limit(self, max_bytes: int) -> None:
         """Limit the memory to the minimum of this and the constructor's `max_bytes`, and evict prefixes beyond it."""
-        reused, self._reused = self._reused, {}
-        for node in reused:
+        unsaved, self._unsaved = self._unsaved, {}
+        for node in unsaved:
             self.disk.write(node)
         pending_bytes = self._spill.pending_bytes if self._spill else 0
         self._limit = max(0, min(max_bytes - pending_bytes, self._max_bytes))
@@ -203,7 +206,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Drop all prefixes in memory."""
         self._trees.clear()
-        self._reused.clear()
+        self._unsaved.clear()
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters for `/metrics`."""
