@@ -32,12 +32,17 @@ def constraint_field(constraint: Constraint) -> str:
 def parts(request: Request) -> list[Part]:
     """Return the constraints of a request: its own and those of the tools whose calls are constrained."""
     own = [] if request.constraint is None else [Part(constraint_field(request.constraint), request.constraint)]
-    return [*own, *(Part(field, Constraint("json_schema", schema)) for field, schema in _tool_schemas(request))]
+    return [*own, *_tool_parts(request)]
 
 
 def is_strict(function: Mapping[str, Any]) -> bool:
-    """Whether the arguments of a function must satisfy its schema whenever the model calls it."""
-    return function.get("strict") is True
+    """Whether the arguments of a function must satisfy its schema or grammar whenever the model calls it."""
+    return function.get("strict") is True or takes_text(function)
+
+
+def takes_text(function: Mapping[str, Any]) -> bool:
+    """Whether the model writes the argument of a function as text of a grammar, instead of writing JSON."""
+    return bool(function.get("grammar"))
 
 
 def refusal(field: str, reason: object) -> PromptRefused:
@@ -45,11 +50,16 @@ def refusal(field: str, reason: object) -> PromptRefused:
     return PromptRefused(JobFailure.CONSTRAINT, f"{field} cannot be honoured: {reason}", field)
 
 
-def _tool_schemas(request: Request) -> Iterator[tuple[str, str]]:
-    """Yield the field and the schema of each tool whose arguments must satisfy it."""
+def _tool_parts(request: Request) -> Iterator[Part]:
+    """Yield the constraint of each tool whose arguments must satisfy it."""
     choice = request.tool_choice
     for index, tool in enumerate(request.tools or () if choice != "none" else ()):
         function = tool["function"]
         demanded = choice in ("required", f"function:{function['name']}")
-        if (demanded or (choice == "auto" and is_strict(function))) and "parameters" in function:
-            yield f"tools[{index}].function.parameters", json.dumps({"type": "object", **function["parameters"]})
+        if not (demanded or (choice == "auto" and is_strict(function))):
+            continue
+        if takes_text(function):
+            yield Part(f"tools[{index}].function.grammar", Constraint("grammar", function["grammar"]))
+        elif "parameters" in function:
+            schema = json.dumps({"type": "object", **function["parameters"]})
+            yield Part(f"tools[{index}].function.parameters", Constraint("json_schema", schema))

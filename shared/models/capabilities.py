@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
-from shared.constraints.parts import is_strict
+from shared.constraints.parts import is_strict, takes_text
 from shared.jobs.request import Request
 from shared.models.registry import ModelCard
+
+_ONLY_JSON: Final = frozenset({"mistral", "kimi_k2", "kimi_k3"})
+"""Formats of tool calls in which arguments must be JSON."""
 
 
 def missing_capability(request: Request, card: ModelCard) -> tuple[str, str] | None:
@@ -20,6 +24,8 @@ def missing_capability(request: Request, card: ModelCard) -> tuple[str, str] | N
         return "tools", "the model has no known format for tool calls"
     if not card.structured and (field := _constrained_field(request)):
         return field, "the model's tokenizer does not support constraints"
+    if card.tool_format in _ONLY_JSON and any(takes_text(tool["function"]) for tool in request.tools or ()):
+        return "tools", "grammars are not possible in the model's format of tool calls"
     if not card.reasoning and request.thinking_budget is not None:
         return "thinking_budget", "the model does not mark its reasoning"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,3 +266,54 @@ def test_a_model_without_a_supported_tokenizer_refuses_constraints() -> None:
     assert not compiler.supported
     with pytest.raises(PromptRefused, match="does not support constraints"):
         compiler.compile(Request("m", 9, Sampling(0.0), constraint=Constraint("json_object")))
+
+
+PATCH = r"""
+start: begin_patch hunk+ end_patch
+begin_patch: "*** Begin Patch" LF
+end_patch: "*** End Patch" LF?
+hunk: "*** Add File: " filename LF add_line+
+filename: /[a-z.]{1,9}/
+add_line: "+" /[a-z{}" ]{0,9}/ LF
+%import common.LF
+"""
+TEXT_TOOLS: tuple[dict[str, Any], ...] = (
+    {"type": "function", "function": {"name": "patch", "grammar": PATCH, "strict": True}},
+    TOOLS[0],
+)
+TEXT_FORMATS = [name for name in FORMATS if name not in ("mistral", "kimi_k2", "kimi_k3")]
+A_PATCH = re.compile(r"\*\*\* Begin Patch\n(\*\*\* Add File: [a-z.]{1,9}\n(\+[a-z{}\" ]{0,9}\n)+)+\*\*\* End Patch\n?")
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("json_tools", "harmony") else pytest.param(name, marks=pytest.mark.long)
+        for name in TEXT_FORMATS
+    ],
+)
+def test_the_argument_of_a_function_is_text_of_a_grammar(tiny_model_path: Path, name: str, special: bool) -> None:
+    if name == "harmony" and not special:
+        pytest.skip("its markers are special tokens")
+    model = Model(tiny_model_path, name, special=special)
+    named = request("function:patch", TEXT_TOOLS)
+    for seed in range(3):
+        message = model.message(model.answer(model.guide(named), seed), named)
+        assert not message.get("content", "").strip()
+        (call,) = message["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert call["function"]["name"] == "patch" and A_PATCH.fullmatch(arguments["input"]), arguments
+
+
+def test_text_and_json_are_arguments_of_one_answer(tiny_model_path: Path) -> None:
+    model, auto = Model(tiny_model_path, "json_tools"), request("auto", TEXT_TOOLS)
+    patch = '*** Begin Patch\n*** Add File: a.b\n+say "x"\n*** End Patch'
+    call = f'<tool_call>\n{{"name": "patch"}}\n{patch}\n</tool_call>'
+    both = f"I do.\n{call}\n<tool_call>\n{VALID}\n</tool_call>"
+    for text in ("Hello!", call, both):
+        assert model.accepts(model.guide(auto), text), text
+    assert not model.accepts(model.guide(auto), call.replace("+say", "say"))
+    calls = [each["function"] for each in model.message(both, auto)["tool_calls"]]
+    assert [each["name"] for each in calls] == ["patch", "weather"]
+    assert json.loads(calls[0]["arguments"]) == {"input": patch}

@@ -133,7 +133,10 @@ def _custom_parameters(tool: CustomTool) -> dict[str, Any]:
     if grammar is not None and grammar.syntax == "regex":
         text["pattern"] = f"^(?:{grammar.definition})$"
     schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False}
-    return {"parameters": schema, **({"strict": True} if grammar is not None else {})}
+    if grammar is None:
+        return {"parameters": schema}
+    by_grammar = {"grammar": grammar.definition} if grammar.syntax == "lark" else {}
+    return {"parameters": schema, "strict": True, **by_grammar}
 
 
 def _text_fields(request: PromptRequest) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Ta
 from pydantic_core import PydanticCustomError
 
 from web.schemas.base import RequestModel
+from web.schemas.response_format import Source
 
 MAX_TOOLS: Final = 128
 MAX_TOOLS_BYTES: Final = 512 * 2**10
@@ -28,6 +29,11 @@ class FunctionDefinition(RequestModel):
         None, description="JSON schema of the arguments. Default: the function takes none"
     )
     strict: bool | None = Field(None, description="Generate only arguments that satisfy `parameters`")
+    grammar: Source | None = Field(
+        None,
+        description="A grammar in Lark's notation. The function then has one argument, the text `input`, which the "
+        "model writes as it is and not as JSON. It always satisfies the grammar",
+    )
 
 
 class Tool(RequestModel):

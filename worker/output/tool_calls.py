@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
 
+from shared.constraints.parts import takes_text
 from shared.tokenizing import generic_tools
 
 Parse: TypeAlias = Callable[[str, list[dict[str, Any]]], Any]
@@ -39,6 +40,8 @@ openings (the group) without an end."""
 _MAX_NESTING: Final = 32
 _SELF_CONTAINED: Final = frozenset({HARMONY, "json_tools", _MISTRAL})
 """Formats of which a cut call cannot be parsed. The parsers of the others would drop the cut argument."""
+_TEXT_CALL: Final = re.compile(r'\s*\{"name": "([^"\\]+)"\}\n(.*?)\n?', re.DOTALL)
+"""A call whose argument is a text of a grammar, in every format but gpt-oss's."""
 _NAME: Final = re.compile(r"[\w.:/-]{1,128}")
 
 
@@ -120,6 +123,7 @@ class ToolCalls:
         self.form = form
         self._tools = [_with_parameters(tool) for tool in tools]
         self._names = {tool["function"]["name"] for tool in self._tools}
+        self._texts = {tool["function"]["name"] for tool in self._tools if takes_text(tool["function"])}
         self._seed = seed
         self._parallel = parallel
         self._count = 0
@@ -137,6 +141,8 @@ class ToolCalls:
         """
         if self._too_nested(section) or (self.form.name == _MINICPM5 and self.form.end in section):
             return []  # the parser of minicpm5 would take the marker inside a value for the end
+        if text_call := self._text_call(section, recipient):
+            return [text_call]
         try:
             if self.form.name == HARMONY:
                 parsed: Any = {"name": recipient, "arguments": json.loads(section)}
@@ -146,6 +152,14 @@ class ToolCalls:
         except Exception:  # noqa: BLE001 - parsers raise exceptions of any type for malformed text
             return []
         return [self._call(*each) for each in (found if self._parallel else found[:1])]
+
+    def _text_call(self, section: str, recipient: str) -> dict[str, Any] | None:
+        """Return the call of a function whose argument is a text; None if the section has none."""
+        name, text = recipient, section
+        if self.form.name != HARMONY:
+            match = _TEXT_CALL.fullmatch(section) if self._texts else None
+            name, text = (match[1], match[2]) if match else ("", "")
+        return self._call(name, _arguments_json({"input": text}), "") if name in self._texts else None
 
     def _too_nested(self, section: str) -> bool:
         """Whether the parser could take so long that the engine would stand still: 300 s for 100 KB were measured."""

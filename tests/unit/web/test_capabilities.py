@@ -81,3 +81,11 @@ def test_older_workers_serve_requests_without_newer_fields() -> None:
 @pytest.mark.parametrize("card", [None, OLD])
 def test_without_a_card_of_this_version_the_worker_checks(card: ModelCard | None) -> None:
     assert [refusal(request(**fields), card) for _, fields in NEEDY] == [None] * len(NEEDY)
+
+
+def test_grammars_of_functions_need_a_format_with_text() -> None:
+    tool = {"type": "function", "function": {"name": "patch", "grammar": 'start: "a"'}}
+    asked = request(tools=(tool,), parse="message")
+    assert refusal(asked, ABLE, WORKER) is None
+    error = refusal(asked, replace(ABLE, tool_format="kimi_k2"), WORKER)
+    assert isinstance(error, Invalid) and (error.code, error.field) == ("not_supported", "tools")

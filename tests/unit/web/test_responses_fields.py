@@ -219,6 +219,19 @@ def test_only_allowed_tools_reach_the_job() -> None:
     assert not isinstance(named, str) and named.function.name == "patch"
 
 
+def test_grammars_of_custom_tools_reach_the_job() -> None:
+    def function(syntax: str, definition: str) -> Any:
+        form = {"type": "grammar", "syntax": syntax, "definition": definition}
+        (tool,) = job(tools=[{**CUSTOM, "format": form}]).tools or ()
+        return tool.function
+
+    by_regex, by_lark = function("regex", "a|b"), function("lark", 'start: "a"')
+    assert by_regex.strict and by_regex.parameters["properties"]["input"]["pattern"] == "^(?:a|b)$"
+    assert by_lark.grammar == 'start: "a"'
+    (free,) = job(tools=[CUSTOM]).tools or ()
+    assert free.function.strict is None and free.function.grammar is None
+
+
 def test_functions_are_strict_only_if_they_say_so() -> None:
     made = job(tools=[TOOL, {**TOOL, "name": "sub", "strict": True, "parameters": {"type": "object"}}])
     assert [tool.function.strict for tool in made.tools or ()] == [None, True]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from shared.constraints.grammar import compile_constraint, compile_schema
-from shared.constraints.parts import is_strict
-from shared.jobs.request import Request
+from shared.constraints.parts import is_strict, takes_text
+from shared.jobs.request import Constraint, Request
 from worker.output.format import MessageFormat
 from worker.output.tool_calls import ToolFormat
 from worker.runner.logits.thinking import is_harmony
@@ -25,6 +25,7 @@ MAX_CALLS: Final = 32
 """Maximum tool calls per answer. Without a limit, a model that repeats itself would never end."""
 _MAX_ANALYSES: Final = 8
 _ANY_OBJECT: Final = '{"type": "object"}'
+_LINE: Final = "\n"
 _NO_ARGUMENTS: Final = '{"type": "object", "properties": {}, "additionalProperties": false}'
 
 
@@ -33,11 +34,13 @@ class _Call(NamedTuple):
 
     Attributes:
         arguments: name of the grammar of its arguments.
+        is_text: whether they are a text, which follows the call's name as it is.
     """
 
     name: str
     arguments: str
     grammar: dict[str, Any]
+    is_text: bool = False
 
 
 class _Section(NamedTuple):
@@ -93,11 +96,14 @@ def _calls(request: Request) -> list[_Call]:
 
 
 def _call(index: int, function: Mapping[str, Any], choice: str) -> _Call:
+    name = f"args_{index}"
+    if takes_text(function):
+        text = compile_constraint(Constraint("grammar", function["grammar"]))
+        return _Call(function["name"], name, _named(name, text), is_text=True)
     schema = _ANY_OBJECT
     if choice != "auto" or is_strict(function):
         parameters = function.get("parameters")
         schema = _NO_ARGUMENTS if parameters is None else json.dumps({"type": "object", **parameters})
-    name = f"args_{index}"
     return _Call(function["name"], name, _named(name, compile_schema(schema)))
 
 
@@ -112,10 +118,12 @@ def _section(form: ToolFormat, marker: Marker, most: int) -> _Section:
         case "kimi_k3":
             return _Section(lambda call: _kimi_k3_call(call, marker), f"one{{1,{most}}} {end}")
         case _:
-            return _Section(_json_call, f'"\\n" one "\\n" {end}', repeats=True)
+            return _Section(_json_call, f'"\\n" one "\\n"? {end}', repeats=True)
 
 
 def _json_call(call: _Call) -> str:
+    if call.is_text:
+        return f"{json.dumps(json.dumps({'name': call.name}) + _LINE)} @{call.arguments}"
     head = f'{{"name": {json.dumps(call.name)}, "arguments": '
     return f'{json.dumps(head)} @{call.arguments} "}}"'
 
@@ -156,7 +164,8 @@ def _channels(own: str | None, calls: Sequence[_Call], marker: Marker, *, must_c
     final = f"{marker('<|channel|>final<|message|>')} {'@answer' if own else 'TEXT'}"
     constrain = f'{marker("<|constrain|>")} "json"'
     one = [
-        f"{marker(f'<|channel|>commentary to=functions.{call.name} ')} {constrain} {message} @{call.arguments}"
+        f"{marker(f'<|channel|>commentary to=functions.{call.name} ')} {'' if call.is_text else constrain} {message} "
+        f"@{call.arguments}"
         for call in calls
     ]
     ending = " | ".join([*one, *([] if must_call else [final])])
