@@ -16,6 +16,7 @@ from threading import Timer
 from typing import Any, Final
 
 from shared.jobs.record import Job
+from shared.redis import keys
 from shared.redis.client import Redis, script
 
 GRACE_S: Final = 5.0
@@ -31,6 +32,7 @@ class Readers:
     """The clients that read the jobs of this API process."""
 
     def __init__(self, client: Redis) -> None:
+        self._client = client
         self._detach = script(client, "detach")
         self._abandon = script(client, "abandon")
         self._rejoin = script(client, "rejoin")
@@ -47,6 +49,10 @@ class Readers:
     def abandon(self, job: Job, kept_until: str) -> bool:
         """Cancel a job and its children, unless a client has joined it since; return whether they were cancelled."""
         return bool(self._abandon(args=[job.id, kept_until]))
+
+    def is_streamed(self, job: Job) -> bool:
+        """Whether any client reads the job's events as they come."""
+        return any(count for _, count in self._client.pubsub_numsub(keys.LIVE + job.id))
 
     def rejoin(self, owner: str, fingerprint: str) -> str | None:
         """Return the id of the owner's job with this fingerprint whose client was lost, and read it from now on."""

@@ -84,6 +84,7 @@ _COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     ("SCRIPT", "LOAD", "return 1"),
     ("SCAN", "0"),
     ("PING",),
+    ("PUBSUB", "NUMSUB"),
     ("TIME",),
     *((name, channel) for name in ("PUBLISH", "SUBSCRIBE", "UNSUBSCRIBE") for channel in (keys.LIVE, keys.DONE)),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +16,14 @@ import openai
 import pytest
 from openai.types.responses import Response
 
+from shared.jobs.readers import GRACE_S
 from shared.redis import keys
 from tests.plugins.stack import Stack, made_stack
+from tests.support.receivers import Receiver
 from tests.support.responses import Json, checked, kinds, known
 from tests.support.waiting import eventually
+from web.access.api_keys import SCOPES, KeyStore
+from web.webhooks.receivers import Receivers
 
 CALL = f"<tool_call>\n{json.dumps({'name': 'add', 'arguments': {'a': 1}})}\n</tool_call>"
 ANSWER = f"<think>One, and « é🙂 », and two.</think>\n\nI call the tool, and I say so in a few more words.\n{CALL}"
@@ -28,6 +34,7 @@ SCRIPT = (
     {"match": "first question.*It is 1\\..*second question", "in": "any", "text": "I remember."},
     {"match": "first question", "text": "It is 1."},
     {"match": "^sum: 3$", "text": "The sum is 3."},
+    {"match": "^fail", "text": "one two three", "directives": "!row-fails=2"},
     {"match": "^count", "text": "one two three four five"},
 )
 TOOL: Any = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}
@@ -42,6 +49,7 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "SCRIPT_FILE": str(script),
         "LEASE_S": "1",
         "RESPONSES_STORE": request.param,
+        "WEBHOOK_NETWORKS": "127.0.0.1/32",
     }
     for stack in made_stack(Path("fake"), variables):
         stack.start_web()
@@ -100,6 +108,49 @@ def test_a_conversation_is_continued_from_the_log_and_from_the_store(client: ope
     assert client.responses.retrieve(second.id).output_text == "I remember."
 
 
+def test_an_expired_response_is_gone(client: openai.OpenAI, stack: Stack) -> None:
+    first = create(client, "the first question")
+    second = create(client, "the second question", previous_response_id=first.id)
+    wait_until_stored(stack)
+    for path in (stack.home / "data").glob(f"responses/*/{first.id}.request.json"):
+        os.utime(path, (0, 0))
+    for name in stack.redis.scan_iter(f"{keys.RESPONSE}*{first.id}"):
+        stack.redis.expire(name, 0)
+    assert refusal(openai.NotFoundError, lambda: client.responses.retrieve(first.id)) == ("response_not_found", None)
+    for continued in (first, second):
+        call = lambda continued=continued: create(client, "x", previous_response_id=continued.id)  # noqa: E731
+        assert refusal(openai.NotFoundError, call) == ("response_not_found", "previous_response_id")
+
+
+def test_an_answer_outlives_its_job(client: openai.OpenAI, stack: Stack) -> None:
+    first = create(client, "the first question")
+    wait_until_stored(stack)
+    for prefix in (keys.JOB, keys.LOG, keys.OUTPUT):
+        stack.redis.delete(prefix + first.id.replace("resp_", "job_"))
+    assert client.responses.retrieve(first.id).to_dict() == first.to_dict()
+    with pytest.raises(openai.APIStatusError) as gone:
+        client.responses.retrieve(first.id, stream=True)
+    assert (gone.value.status_code, gone.value.code) == (410, "log_expired")
+    assert create(client, "the second question", previous_response_id=first.id).output_text == "I remember."
+    client.responses.delete(first.id)
+
+
+@pytest.mark.long
+def test_a_stream_that_lost_its_client_can_be_resumed_for_some_seconds(client: openai.OpenAI) -> None:
+    """Reading it again keeps the job; without a reader it is cancelled after the grace period."""
+    with create(client, "endless", stream=True) as stream:
+        first = next(stream)
+    events = client.responses.retrieve(first.response.id, stream=True, starting_after=0)
+    deltas, opened_at = 0, time.monotonic()
+    for event in events:
+        deltas += event.type == "response.output_text.delta"
+        if deltas > 20 and time.monotonic() - opened_at > GRACE_S + 2:
+            break
+    assert client.responses.retrieve(first.response.id).status == "in_progress"
+    events.close()
+    assert ended(client, first.response.id).status == "cancelled"
+
+
 def test_the_output_of_a_function_continues_a_response(client: openai.OpenAI) -> None:
     first = create(client, "slow", tools=[TOOL])
     (call,) = [item for item in first.output if item.type == "function_call"]
@@ -112,8 +163,6 @@ def test_the_output_of_a_function_continues_a_response(client: openai.OpenAI) ->
 
 
 def test_another_key_cannot_see_a_response(client: openai.OpenAI, stack: Stack) -> None:
-    from web.access.api_keys import SCOPES, KeyStore
-
     response = create(client, "count")
     other = KeyStore(stack.home / "data/keys.json").create("other", SCOPES)
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=other, max_retries=0) as stranger:
@@ -165,6 +214,35 @@ def test_cancelling(client: openai.OpenAI, stack: Stack) -> None:
     assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
     wait_until_stored(stack)
     assert client.responses.retrieve(queued.id).to_dict() == cancelled.to_dict()
+
+
+def test_a_response_that_fails(client: openai.OpenAI) -> None:
+    failed = ended(client, create(client, "fail", background=True).id)
+    assert failed.status == "failed" and failed.error is not None and failed.error.code == "server_error"
+    (message,) = failed.output
+    assert message.type == "message" and message.status == "incomplete"
+    *_, last = checked(client.responses.retrieve(failed.id, stream=True))
+    assert (last["type"], last["response"]) == ("response.failed", failed.to_dict())
+    with pytest.raises(openai.InternalServerError):
+        create(client, "fail")
+
+
+def test_ends_of_background_responses_are_events_for_webhooks(client: openai.OpenAI, stack: Stack) -> None:
+    kinds = ("completed", "incomplete", "failed", "cancelled")
+    receivers = Receivers(stack.redis)
+    with Receiver() as receiver:
+        endpoint = receivers.register(receiver.url, [f"response.{kind}" for kind in kinds], "")
+        create(client, "count")  # the client has its answer
+        cut = create(client, "count", background=True, max_output_tokens=2)
+        ids = [create(client, text, background=True).id for text in ("count", "fail", "endless")]
+        client.responses.cancel(ids[-1])
+        eventually(lambda: len(receiver.confirmed) == 4, "all webhooks arrive")
+        secret = endpoint.secrets[0].text
+        events = [client.webhooks.unwrap(each.body, each.headers, secret=secret) for each in receiver.received]
+        receivers.remove(endpoint.id)
+    sent = {(event.type, event.data.id) for event in events}
+    expected = zip(("completed", "failed", "cancelled", "incomplete"), [*ids, cut.id], strict=True)
+    assert sent == {(f"response.{kind}", response_id) for kind, response_id in expected}
 
 
 def test_starting_after(client: openai.OpenAI, stack: Stack) -> None:

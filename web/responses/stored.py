@@ -30,6 +30,7 @@ MAX_TURNS: Final = 1000
 _RESPONSE_ID: Final = re.compile(r"resp_[0-9a-f]{28}")
 _PREVIOUS: Final = "previous_response_id"
 _PAGE: Final = 500
+_NO_EVENTS: Final = "The events of the response are no longer stored. GET it without stream."
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +149,14 @@ class Responses:
         """Return the job of a response.
 
         Raises:
-            NotFound: it was never accepted, or is no longer stored.
+            NotFound: it was never accepted, or was deleted before the answer was stored.
+            Gone: it is no longer stored, but the answer is.
         """
         try:
             return self._jobs.get(job_id(response.id), response.owner)
         except NotFound:
+            if response.answer is not None:
+                raise Gone(_NO_EVENTS, code="log_expired") from None
             raise NotFound("There is no such response.", code="response_not_found") from None
 
     def view(self, response: StoredResponse) -> dict[str, Any]:
@@ -193,8 +197,7 @@ class Responses:
         """
         count = self._read(response, job).next_number
         if not count:
-            detail = "The events of the response are no longer stored. GET it without stream."
-            raise Gone(detail, code="log_expired")
+            raise Gone(_NO_EVENTS, code="log_expired")
         return count
 
     def _read(self, response: StoredResponse, job: Job) -> ResponseEvents:

@@ -80,7 +80,7 @@ def job_request(request: PromptRequest, history: Sequence[Item], highest: Priori
            for i, item in enumerate(input_items(request))]  # fmt: skip
     conversation = Conversation(request.instructions, [*earlier, *new])
     tools = [(index, tool) for index, tool in enumerate(request.tools) if _is_allowed(tool, request)]
-    paths = conversation.paths | {f"tools[{number}]": f"tools[{index}]" for number, (index, _) in enumerate(tools)}
+    paths = conversation.paths | _tool_paths(tools)
     fields: dict[str, Any] = {"model": request.model, "messages": conversation.messages, "parse": "message"}
     fields |= _tool_fields(request, [tool for _, tool in tools]) | _text_fields(request)
     if request.reasoning.effort is not None:
@@ -96,6 +96,17 @@ def _is_allowed(tool: Tool, request: PromptRequest) -> bool:
     return not isinstance(choice, AllowedTools) or any(
         (each.type, each.name) == (tool.type, tool.name) for each in choice.tools
     )
+
+
+def _tool_paths(tools: Sequence[tuple[int, Tool]]) -> dict[str, str]:
+    """Return the paths of tools, which have their index in the request, by their path in the job's request."""
+    paths: dict[str, str] = {}
+    for number, (index, tool) in enumerate(tools):
+        paths[f"tools[{number}]"] = f"tools[{index}]"
+        if isinstance(tool, CustomTool):
+            for name in ("grammar", "parameters"):
+                paths[f"tools[{number}].function.{name}"] = f"tools[{index}].format.definition"
+    return paths
 
 
 def _tool_fields(request: PromptRequest, tools: Sequence[Tool]) -> dict[str, Any]:

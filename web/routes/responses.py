@@ -232,7 +232,6 @@ def _resumed(response: StoredResponse, after: int) -> Response:
     stream = ResponseStream(job, current.responses.events(response, job), current.jobs.latest, after)
     if response.echoed["background"] or job.status.terminal:
         return stream.response(_watched(job), current.metrics)
-    current.readers.detach(job)  # so that it is not cancelled because its former client has gone
     return stream.response(_ended_by(job, stored_disconnect_handler(job)), current.metrics)
 
 

@@ -50,8 +50,11 @@ def disconnect_handler(job: Job, may_retry: Callable[[], bool] = lambda: True) -
 
 
 def stored_disconnect_handler(job: Job) -> Callable[[], None]:
-    """Return what to call when the client of a stream disconnects that can be resumed: the job gets some time."""
-    return keep_job if idempotency_key() else job_retainer(services(), job)
+    """Return what to call when the client of a stream disconnects that can be resumed.
+
+    The job gets some time, and is not cancelled if another client streams it then.
+    """
+    return keep_job if idempotency_key() else job_retainer(services(), job, services().readers.is_streamed)
 
 
 def keep_job() -> None:
@@ -70,8 +73,12 @@ def job_canceller(current: Services, job: Job) -> Callable[[], None]:
     return _once(cancel, job)
 
 
-def job_retainer(current: Services, job: Job) -> Callable[[], None]:
-    """Return a function that cancels the job and its children unless the client comes back soon."""
+def job_retainer(current: Services, job: Job, is_read: Callable[[Job], bool] = lambda _: False) -> Callable[[], None]:
+    """Return a function that cancels the job and its children unless the client comes back soon.
+
+    Args:
+        is_read: whether another client reads the job.
+    """
 
     def retain() -> None:
         kept_until = current.readers.detach(job)
@@ -79,7 +86,7 @@ def job_retainer(current: Services, job: Job) -> Callable[[], None]:
             after_grace(_once(lambda: abandon(kept_until), job))
 
     def abandon(kept_until: str) -> None:
-        if current.readers.abandon(job, kept_until):
+        if not is_read(job) and current.readers.abandon(job, kept_until):
             log.info("job_cancelled_on_disconnect", extra={"job_id": job.id})
 
     return _once(retain, job)
