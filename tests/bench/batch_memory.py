@@ -1,4 +1,4 @@
-"""A large batch beside interactive clients: the memory of each process, and the time to the first token.
+"""A large batch beside interactive clients: the memory of each process.
 
     python -m tests.bench.batch_memory --lines 10000 --out FOLDER
 
@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import openai
 import psutil
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from scripts.client.api import Client
+from tests.bench.batch_latency import CLIENTS, FAKE, PAUSE, UNFINISHED, batch_stack, interactive, start_batch
 from tests.bench.charts import STYLE
-from tests.plugins.stack import Stack, made_stack
+from tests.plugins.stack import Stack
 
-PAUSE: Final = "!pause=0.01"
 TOKENS: Final = 12
-CLIENTS: Final = 4
-ALONE_S: Final = 20.0
 SAMPLE_S: Final = 0.5
 
 
@@ -41,14 +37,13 @@ class Figures:
 
     Attributes:
         memory: (completed lines, bytes) of each process, by name, over time.
-        alone, beside: times to the first token of interactive requests in seconds, without and beside the batch.
+        requests: number of interactive requests that ended meanwhile.
         batch_s: how long the batch took.
     """
 
     lines: int
     memory: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    alone: list[float] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)
+    requests: int = 0
     batch_s: float = 0.0
 
     def growth(self, start: int) -> dict[str, float]:
@@ -60,36 +55,25 @@ class Figures:
         return growth
 
 
-def p99(times: Sequence[float]) -> float:
-    """Return the 99th percentile."""
-    return statistics.quantiles(times, n=100)[98]
-
-
 def measure(lines: int) -> Figures:
     """Run a batch of this many lines."""
     figures = Figures(lines)
-    for stack in made_stack(Path("fake"), {"BACKEND": "fake", "RETENTION_S": "30"}):
-        web = stack.start_web()
-        worker = stack.start_worker()
-        background = stack.start_background()
-        processes = _processes({"web": web.pid, "worker": worker.pid, "background": background.pid}, stack)
-        figures.alone = _interactive(stack, lambda started: time.monotonic() - started > ALONE_S)
-        with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.key) as client:
-            file = client.files.create(file=("in.jsonl", _content(lines)), purpose="batch")
-            started = time.monotonic()
-            batch = client.batches.create(
-                input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-            )
-            ended = threading.Event()
-            clients = threading.Thread(target=_beside, args=(stack, ended, figures.beside))
-            clients.start()
-            try:
-                _watch(client, batch.id, processes, figures)
-            finally:
-                ended.set()
-                clients.join()
-            figures.batch_s = time.monotonic() - started
+    with batch_stack(FAKE) as stack, openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.key) as client:
+        started, ended = time.monotonic(), threading.Event()
+        batch_id = start_batch(stack, client, lines, PAUSE, TOKENS)
+        requests = threading.Thread(target=_interactive, args=(stack, ended, figures))
+        requests.start()
+        try:
+            _watch(client, batch_id, _processes(stack), figures)
+        finally:
+            ended.set()
+            requests.join()
+        figures.batch_s = time.monotonic() - started
     return figures
+
+
+def _interactive(stack: Stack, ended: threading.Event, figures: Figures) -> None:
+    figures.requests = len(interactive(stack, PAUSE, TOKENS, ended.is_set))
 
 
 def _watch(client: openai.OpenAI, batch_id: str, processes: Mapping[str, psutil.Process], figures: Figures) -> None:
@@ -99,66 +83,24 @@ def _watch(client: openai.OpenAI, batch_id: str, processes: Mapping[str, psutil.
         done = batch.request_counts.completed if batch.request_counts else 0
         for name, process in processes.items():
             figures.memory.setdefault(name, []).append((done, _memory(process)))
-        if batch.status not in ("validating", "in_progress", "finalizing"):
+        if batch.status not in UNFINISHED:
             if batch.status != "completed" or done != figures.lines:
                 raise RuntimeError(f"the batch ended as {batch.status} after {done} lines")
             return
         time.sleep(SAMPLE_S)
 
 
-def _processes(pids: Mapping[str, int], stack: Stack) -> dict[str, psutil.Process]:
-    processes = {name: psutil.Process(pid) for name, pid in pids.items()}
-    children = psutil.Process().children(recursive=True)
+def _processes(stack: Stack) -> dict[str, psutil.Process]:
+    started = zip(("web", "worker", "background"), stack.processes, strict=True)
+    processes = {name: psutil.Process(process.pid) for name, process in started}
     home = str(stack.home)
+    children = psutil.Process().children(recursive=True)
     queue = [each for each in children if "valkey" in each.name() and home in " ".join(each.cmdline())]
     return {**processes, **({"valkey": queue[0]} if queue else {})}
 
 
 def _memory(process: psutil.Process) -> int:
     return sum(int(each.memory_info().rss) for each in (process, *process.children(recursive=True)))
-
-
-def _interactive(stack: Stack, over: Any) -> list[float]:
-    """Send interactive requests from a few clients; return their times to the first token."""
-    times: list[float] = []
-    started = time.monotonic()
-
-    def work() -> None:
-        with Client(stack.url, stack.key) as client:
-            while not over(started):
-                times.append(_first_token_s(client))
-
-    clients = [threading.Thread(target=work) for _ in range(CLIENTS)]
-    for each in clients:
-        each.start()
-    for each in clients:
-        each.join()
-    return times
-
-
-def _beside(stack: Stack, ended: threading.Event, times: list[float]) -> None:
-    """Measure interactive requests until the batch has ended."""
-    times += _interactive(stack, lambda _: ended.is_set())
-
-
-def _first_token_s(client: Client) -> float:
-    body = {"prompt": f"{PAUSE} hello", "max_tokens": TOKENS, "stream": True}
-    started = time.monotonic()
-    first = 0.0
-    with client.stream("POST", "/inference", json=body, headers={"Accept": "text/event-stream"}) as response:
-        for line in response.iter_lines():
-            if not first and line.startswith("event: chunk"):
-                first = time.monotonic() - started
-    return first
-
-
-def _content(lines: int) -> bytes:
-    def line(n: int) -> bytes:
-        body = {"messages": [{"role": "user", "content": f"{PAUSE} line {n}"}], "max_tokens": TOKENS}
-        request = {"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body}
-        return json.dumps(request).encode() + b"\n"
-
-    return b"".join(map(line, range(lines)))
 
 
 def draw(figures: Figures) -> Figure:
@@ -189,12 +131,8 @@ def main() -> int:
         "growth after a tenth, MB:",
         {name: round(size, 1) for name, size in figures.growth(options.lines // 10).items()},
     )
-    print(f"TTFT p50 / p99, ms: alone {_summary(figures.alone)}, beside the batch {_summary(figures.beside)}")
+    print(f"{figures.requests} interactive requests meanwhile")
     return 0
-
-
-def _summary(times: Sequence[float]) -> str:
-    return f"{statistics.median(times) * 1e3:.1f} / {p99(times) * 1e3:.1f} ({len(times)} requests)"
 
 
 if __name__ == "__main__":
