@@ -47,7 +47,7 @@ def killing_a_worker(stack: Stack, text: str) -> Iterator[None]:
     first = stack.start_worker()
 
     def kill() -> None:
-        eventually(lambda: any(text in each for each in _running_texts(stack)), "the model writes", 60)
+        eventually(lambda: any(text in each for each in _running_texts(stack)), "the model writes", 240)
         stack.stop(first, signal.SIGKILL)
         stack.spawn_worker()
 
@@ -95,7 +95,7 @@ def environment(home: Path, stack: Stack, **variables: str) -> dict[str, str]:
     }
 
 
-def run(command: Sequence[str | Path], folder: Path, variables: Mapping[str, str], within_s: float = 120) -> str:
+def run(command: Sequence[str | Path], folder: Path, variables: Mapping[str, str], within_s: float = 300) -> str:
     """Run a program in a folder; return its output."""
     ended = subprocess.run(
         command, cwd=folder, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True,

@@ -280,6 +280,7 @@ class ResponseRequest(PromptRequest):
     prompt_cache_key: str | None = Field(None, max_length=512, description="Returned; has no effect")
     prompt_cache_retention: Advice = None
     prompt_cache_options: Advice = None
+    client_metadata: Advice = None
     image: Advice = None
     access_programs: Unsupported = None
     background_options: Unsupported = None

@@ -30,6 +30,7 @@ from web.schemas.requests import JobRequest
 ADVICE: dict[str, Any] = {
     "user": "u", "prompt_cache_key": "k", "safety_identifier": "s", "max_tool_calls": 3, "image": {},
     "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h",
+    "client_metadata": {"thread_id": "t"},
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
     "conversation": "conv_1", "prompt": {"id": "p"}, "context_management": [{"type": "compaction"}],
