@@ -54,6 +54,9 @@ WORKER_METRICS: Final = {
     "engine_idle_s": WorkerMetric("engine_stalled_seconds", "Seconds without progress while there are rows"),
     "publisher_backlog": WorkerMetric("publisher_backlog", "Jobs with output that Redis has not confirmed yet"),
     "preemptions_total": WorkerMetric("preemptions_total", "Rows preempted because memory ran short"),
+    "batch_preemptions_total": WorkerMetric(
+        "batch_preemptions_total", "Rows of the class batch preempted because a row of another class waited"
+    ),
     "prefill_chunk_tokens": WorkerMetric(
         "prefill_chunk_tokens", "Tokens of the last prefill chunk that ran together with decoding rows"
     ),

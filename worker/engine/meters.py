@@ -153,4 +153,5 @@ def _read_gauges(runner: ModelRunner, scheduler: Scheduler) -> dict[str, float]:
     return runner.stats() | {
         "prefill_chunk_tokens": float(scheduler.prefill_budget.tokens),
         "preemptions_total": float(scheduler.preemptions),
+        "batch_preemptions_total": float(scheduler.yielded),
     }

@@ -88,14 +88,15 @@ class Scheduler:
     Attributes:
         running: rows in the batch by uid, in the order of admission.
         version: changes whenever the rows or their expected memory may have changed.
-        preemptions: rows preempted so far.
+        preemptions: rows preempted so far because memory ran short.
+        yielded: rows of the class `batch` preempted so far because a row of another class waited.
     """
 
     def __init__(
         self, runner: ModelRunner, slots: int, clock: Callable[[], float] = time.monotonic, reserve: int = 0
     ) -> None:
         self.running: dict[int, Sequence] = {}
-        self.preemptions = 0
+        self.preemptions = self.yielded = 0
         self.version = 0
         self.memory = MemoryBudget(runner)
         self.prefill_budget = PrefillBudget(runner.chunk, runner.cost)
@@ -281,6 +282,7 @@ class Scheduler:
         while self.running and self.memory.is_exceeded(self.running.values()):
             newest = self._newest_of_batch_class() or next(reversed(self.running.values()))
             preempted.append(self._set_aside(newest))
+        self.preemptions += len(preempted)
         return preempted
 
     def _make_room(self) -> list[int]:
@@ -291,6 +293,7 @@ class Scheduler:
         preempted = []
         while urgent and self._lack_room(urgent) and (newest := self._newest_of_batch_class()) is not None:
             preempted.append(self._set_aside(newest))
+        self.yielded += len(preempted)
         return preempted
 
     def _lack_room(self, urgent: list[Sequence]) -> bool:
@@ -311,7 +314,6 @@ class Scheduler:
         logger.info("row_preempted", extra={"job_id": sequence.job.id})
         self._leave_batch(sequence)
         self.add(sequence)
-        self.preemptions += 1
         return sequence.uid
 
     def _admit(self) -> tuple[list[Sequence], tuple[RowError, ...]]:

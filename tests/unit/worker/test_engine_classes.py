@@ -33,6 +33,7 @@ def test_a_row_of_another_class_starts_at_once(priority: Priority) -> None:
     urgent = submit(engine, "urgent", priority)
     engine.core.step()
     assert running(engine) == ["batch 0", "batch 1", "urgent"], "the newest row has left"
+    assert (engine.core._scheduler.yielded, engine.core._scheduler.preemptions) == (1, 0)
     engine.run()
     for number, row in enumerate(batch):
         assert engine.text(row) == alone(f"batch {number}", max_tokens=40), "it continues later"

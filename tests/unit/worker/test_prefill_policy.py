@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from worker.engine.prefill_budget import AIM, PAUSE, PrefillBudget
-from worker.engine.prefill_policy import MAX_SHORT_PROMPTS, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
+from worker.engine.prefill_policy import BATCH_PASSES, MAX_SHORT_PROMPTS, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
 from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
 
 CHUNK, DEPTH = 16, 8
@@ -200,9 +200,10 @@ def test_draft_tokens_are_verified_only_if_there_is_no_other_work(prompts: Promp
     assert not any(prompts.plan().speculate for _ in range(40))
 
 
-def test_prompts_of_the_batch_take_at_most_a_chunk_per_pass(prompts: Prompts) -> None:
+def test_prompts_of_the_batch_take_few_tokens_per_pass(prompts: Prompts) -> None:
+    size = CHUNK // BATCH_PASSES // 2
     for uid in range(1, 6):
-        prompts.add(uid, CHUNK // 2 if uid < 5 else 2 * CHUNK)
+        prompts.add(uid, size if uid < 5 else 2 * CHUNK)
     plans = [prompts.policy.plan(prompts.remaining, None, decoding=True, batch=batch) for batch in (True, False)]
     assert [plan.prefill.uids for plan in plans if plan.prefill] == [(1, 2), (1, 2, 3, 4, 5)]
     only_long = {5: prompts.remaining[5]}
