@@ -100,7 +100,9 @@ def _processes(stack: Stack) -> dict[str, psutil.Process]:
 
 
 def _memory(process: psutil.Process) -> int:
-    return sum(int(each.memory_info().rss) for each in (process, *process.children(recursive=True)))
+    """Return the resident memory of a process and its children, except the copies of itself that Valkey forks."""
+    children = [] if "valkey" in process.name() else process.children(recursive=True)
+    return sum(int(each.memory_info().rss) for each in (process, *children))
 
 
 def draw(figures: Figures) -> Figure:
