@@ -85,7 +85,8 @@ def _watch(client: openai.OpenAI, batch_id: str, processes: Mapping[str, psutil.
             figures.memory.setdefault(name, []).append((done, _memory(process)))
         if batch.status not in UNFINISHED:
             if batch.status != "completed" or done != figures.lines:
-                raise RuntimeError(f"the batch ended as {batch.status} after {done} lines")
+                failed = client.files.content(batch.error_file_id).text[:2000] if batch.error_file_id else ""
+                raise RuntimeError(f"the batch ended as {batch.status} after {done} lines: {failed}")
             return
         time.sleep(SAMPLE_S)
 
