@@ -1,4 +1,4 @@
-"""Where the service keeps its data, below the folders that the settings name."""
+"""Where the service keeps its data, and what else follows from the settings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.redis import urls
+from shared.redis.urls import Tls
+
 
 class Locations:
-    """The part of `shared.settings.Settings` that derives paths."""
+    """The part of `shared.settings.Settings` that derives paths, URLs and names."""
 
     if TYPE_CHECKING:
         data_dir: Path
         files_dir: Path | None
         responses_dir: Path | None
+        model_path: Path
+        backend: str
+        redis_url: str
+        broker_url: str
+        redis_ca_file: Path | None
+        redis_cert_file: Path | None
+        redis_key_file: Path | None
 
     @cached_property
     def run_dir(self) -> Path:
@@ -64,3 +74,33 @@ class Locations:
     def keys_file(self) -> Path:
         """Hashed API keys."""
         return self.data_dir / "keys.json"
+
+    @property
+    def modelless(self) -> bool:
+        """Whether workers run without a model."""
+        return self.backend != "auto"
+
+    @cached_property
+    def embedded_redis(self) -> bool:
+        """Whether the queue is in the embedded Valkey, which listens on a Unix socket in DATA_DIR."""
+        return not self.redis_url
+
+    @cached_property
+    def store_url(self) -> str:
+        """URL of the queue's Redis, for `shared.redis.client.connect`."""
+        return urls.with_tls_files(self.redis_url, self._tls) or f"unix://{self.redis_socket}"
+
+    @cached_property
+    def celery_url(self) -> str:
+        """URL of the broker, for `shared.queue.broker`."""
+        return urls.with_tls_files(self.broker_url, self._tls) or self.store_url
+
+    @property
+    def _tls(self) -> Tls:
+        files = (self.redis_ca_file, self.redis_cert_file, self.redis_key_file)
+        return Tls(*(str(file) if file else None for file in files))
+
+    @cached_property
+    def model_id(self) -> str:
+        """Id of the model of MODEL_PATH: the name of its folder."""
+        return self.model_path.name

@@ -7,7 +7,6 @@ Names are the same in both. `.env.example` and `docs/configuration.md` are gener
 from __future__ import annotations
 
 import os
-from functools import cached_property
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -17,7 +16,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.locations import Locations
 from shared.redis import urls
-from shared.redis.urls import Tls
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
@@ -345,6 +343,18 @@ class Settings(Locations, BaseSettings):
         pattern="^(DEBUG|INFO|WARNING|ERROR)$",
         description="Minimum log level: DEBUG, INFO, WARNING or ERROR",
     )
+    log_prompts: bool = Field(
+        False, description="Log the prompt or the messages of each accepted job. Otherwise no log has any text of them"
+    )
+    otel_exporter_otlp_endpoint: str = Field(
+        "",
+        pattern="^(https?://[^/]+.*)?$",
+        description="OpenTelemetry collector that receives traces by OTLP over HTTP, such as http://127.0.0.1:4318. "
+        "Empty: no traces. See docs/observability.md",
+    )
+    otel_exporter_otlp_headers: SecretStr = Field(
+        SecretStr(""), description="Headers for the collector, as `name=value,name=value`"
+    )
 
     @field_validator("redis_url")
     @classmethod
@@ -390,33 +400,3 @@ class Settings(Locations, BaseSettings):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, ROOT / path.expanduser())
         return self
-
-    @property
-    def modelless(self) -> bool:
-        """Whether workers run without a model."""
-        return self.backend != "auto"
-
-    @cached_property
-    def embedded_redis(self) -> bool:
-        """Whether the queue is in the embedded Valkey, which listens on a Unix socket in DATA_DIR."""
-        return not self.redis_url
-
-    @cached_property
-    def store_url(self) -> str:
-        """URL of the queue's Redis, for `shared.redis.client.connect`."""
-        return urls.with_tls_files(self.redis_url, self._tls) or f"unix://{self.redis_socket}"
-
-    @cached_property
-    def celery_url(self) -> str:
-        """URL of the broker, for `shared.queue.broker`."""
-        return urls.with_tls_files(self.broker_url, self._tls) or self.store_url
-
-    @property
-    def _tls(self) -> Tls:
-        files = (self.redis_ca_file, self.redis_cert_file, self.redis_key_file)
-        return Tls(*(str(file) if file else None for file in files))
-
-    @cached_property
-    def model_id(self) -> str:
-        """Id of the model of MODEL_PATH: the name of its folder."""
-        return self.model_path.name

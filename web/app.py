@@ -11,8 +11,8 @@ from shared.redis.client import Redis
 from shared.settings import Settings
 from web.access import auth, rate_limits
 from web.anthropic.routes import routes as anthropic_routes
-from web.http import body, cors, problems
-from web.http.environ import KnownMethods, ProxyMiddleware, networks
+from web.http import body, cors, problems, tracing
+from web.http.environ import KnownMethods, ProxyMiddleware, networks, note_caller
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
 from web.openai.routes import routes as openai_routes
@@ -38,6 +38,8 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     proxied = ProxyMiddleware(app.wsgi_app, networks(settings.trusted_proxies))
     app.wsgi_app = RequestIdMiddleware(KnownMethods(proxied))  # type: ignore[method-assign]
     app.extensions[EXTENSION] = services
+    if services.tracer is not None:
+        tracing.register(app, services.tracer)
 
     services.metrics.register(app)
     cors.register(app, settings.cors_origins)
@@ -49,6 +51,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     body.register(app, settings.body_memory_bytes)
     problems.register(app)
     app.after_request(_add_security_headers)
+    app.after_request(note_caller)
     for routes in (
         jobs.routes,
         inference.routes,

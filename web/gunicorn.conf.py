@@ -85,6 +85,12 @@ def post_worker_init(worker: Any) -> None:
     freeze_garbage_collector()
 
 
+def worker_exit(server: Any, worker: Any) -> None:
+    app = getattr(worker, "wsgi", None)  # missing if the process could not start
+    if app is not None and (tracer := app.extensions["mlxq"].tracer) is not None:
+        tracer.close()
+
+
 def child_exit(server: Any, worker: Any) -> None:
     if _multiprocess:
         from prometheus_client.multiprocess import mark_process_dead

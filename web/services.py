@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -10,19 +11,23 @@ from flask import current_app
 from shared.jobs.images import ImageStore
 from shared.jobs.log import JobLog
 from shared.jobs.readers import Readers
+from shared.jobs.record import EndedJob, Job
 from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
+from shared.queue.job_spans import JobSpans
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, make_app
+from shared.redis import keys
 from shared.redis.client import Redis, connect
 from shared.redis.requirements import Requirements
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
+from shared.tracing import Tracer, make_tracer
 from web.access.api_keys import KeyStore
 from web.access.open_responses import OpenResponses
 from web.admission.admit import Admission
@@ -37,6 +42,7 @@ from web.cluster.ping import WorkerPing
 from web.cluster.snapshot import Cluster
 from web.files.store import FileStore
 from web.metrics import Metrics
+from web.metrics.cluster import ClusterCollector
 from web.responses.store import DiskResponses, RedisResponses, ResponseStore
 from web.responses.stored import Responses
 from web.results.job_views import JobViews
@@ -81,6 +87,7 @@ class Services:
     receivers: Receivers
     deliveries: Deliveries
     webhook_urls: UrlPolicy
+    tracer: Tracer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,14 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     webhook_urls = UrlPolicy(settings.webhook_networks)
     availability = ModelAvailability(registry, operations, jobs, catalog, on_demand=on_demand)
 
+    tracer = make_tracer(settings, "mlxq-web", socket.gethostname())
+    spans = JobSpans(tracer, "")
+
+    def report_end(end: EndedJob) -> None:
+        events.ended_without_worker(end)
+        if spans.enabled and (record := clients.store.hgetall(keys.JOB + end.id)):
+            spans.ended_without_worker(Job.from_record(record), end)
+
     def look_after_waiting_jobs() -> None:
         availability.round()
         model_manager.load_for_waiting_jobs()
@@ -161,14 +176,15 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         hub=hub,
         follower=Follower(job_log, hub, settings.heartbeat_s),
         health_checker=HealthChecker(settings, catalog, clients.probe, WorkerPing(celery)),
-        metrics=Metrics(clients.probe),
+        metrics=Metrics([ClusterCollector(clients.probe)]),
         maintenance=Maintenance(
             Reaper(clients.store, settings.max_attempts, settings.failed_request_bytes),
             notifier,
             jobs,
             look_after_waiting_jobs,
-            events.ended_without_worker,
+            report_end,
         ),
+        tracer=tracer,
         events=events,
         receivers=Receivers(clients.store),
         deliveries=Deliveries(clients.store, settings.webhook_attempts, settings.webhook_backoff_s),

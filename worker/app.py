@@ -29,6 +29,7 @@ from shared.logging import configure
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
+from shared.queue.job_spans import JobSpans
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
 from shared.queue.task_events import TaskEvents
@@ -39,6 +40,7 @@ from shared.redis.requirements import Fault, find_faults
 from shared.runtime import freeze_garbage_collector
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
+from shared.tracing import make_tracer
 from worker.engine.engine import EngineThread
 from worker.models.tokenizer_proof import HELPER
 from worker.process.critical import end_process, exit_after, exit_now
@@ -85,6 +87,7 @@ class Service:
         notifier = Notifier(sender)
         self._registry = Registry(connect(settings.store_url, timeout_s=settings.lease_s / 3, retries=1))
         self._events = TaskEvents(sender, self._name)
+        self._tracer = make_tracer(settings, "mlxq-worker", self._name)
         self._engine = EngineThread(self._die, lambda *phase: self._models.on_phase(*phase))  # noqa: PLW0108 - the pool is made later
         self._watchdog = Watchdog(self._tasks, self._on_stuck, self._on_overdue, self._die)
         self._host_announcer = HostAnnouncer(self._announce, settings.lease_s, self._die)
@@ -102,6 +105,7 @@ class Service:
             engine=self._engine,
             notifier=notifier,
             events=self._events,
+            spans=JobSpans(self._tracer, self._name),
             let_leases_lapse=lambda: self._watchdog.tripped or self._ending,
             worker_ids=lambda: frozenset(worker.id for worker in self._models.workers),
             on_death=self._die,
@@ -204,6 +208,8 @@ class Service:
         self._host_announcer.stop()
         self._forget_host()
         self._events.stop()
+        if self._tracer is not None:
+            self._tracer.close()
         logger.info("worker_ended")
 
     def _tasks(self) -> ProgressByTask:

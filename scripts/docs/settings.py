@@ -43,6 +43,8 @@ READ_IN_SHARED: Final = {
     "deadline_s": ("API",),
     "retention_s": ("API", "worker"),
     "log_retention_s": ("API", "worker"),
+    "otel_exporter_otlp_endpoint": ("API", "worker"),
+    "otel_exporter_otlp_headers": ("API", "worker"),
 }
 """Who reads a setting through a module in `shared`, or through a property of `Settings`."""
 

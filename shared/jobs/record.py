@@ -136,6 +136,7 @@ class Job:
             with this job.
         reasoning_tokens: see `Ending`.
         sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
+        traceparent: position of the job's HTTP request in its trace; empty if it is not traced.
     """
 
     id: str
@@ -166,6 +167,7 @@ class Job:
     children: tuple[str, ...] = ()
     reasoning_tokens: int | None = None
     sampling: dict[str, Any] | None = None
+    traceparent: str = ""
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -206,6 +208,7 @@ class Job:
             children=tuple(record.get("children", "").split()),
             reasoning_tokens=count("reasoning_tokens"),
             sampling=json.loads(record["sampling"]) if record.get("sampling") else None,
+            traceparent=record.get("traceparent", ""),
         )
 
 

@@ -87,6 +87,7 @@ class Submission:
     reader: str = ""
     webhook: str = ""
     in_background: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,9 +376,8 @@ def _token_bytes(request: Request) -> int:
 
 def _optional(submission: Submission) -> dict[str, str]:
     """Return the record fields that only some jobs have."""
-    request, fields = submission.request, dict[str, str]()
-    if submission.webhook:
-        fields["webhook"] = submission.webhook
+    request, given = submission.request, {"webhook": submission.webhook, "traceparent": submission.traceparent}
+    fields = {name: value for name, value in given.items() if value}
     if submission.in_background:
         fields["response"] = "1"
     if submission.prefixes:

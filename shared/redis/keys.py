@@ -81,6 +81,7 @@ Fields of `JOB` that mainly the scripts read:
 | `children` | ids of the jobs with the further choices of the same request |
 | `response` | set if a background response waits for the job, so that its end is an event for webhooks |
 | `webhook` | JSON of the URL and events of the job's webhooks; `-` if it has none at all |
+| `traceparent` | position of the HTTP request in its trace, if it is traced |
 | `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
 

@@ -1,11 +1,11 @@
 """Jobs over HTTP: submitting, polling, listing, cancelling, deleting and repeating them."""
 
 import json
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import httpx2
 import pytest
@@ -315,10 +315,27 @@ def test_api_keys_are_created_and_revoked_without_a_restart(web: WebStack) -> No
     assert refused.status_code == 401 and refused.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-def test_the_request_id_is_in_the_access_log(web: WebStack) -> None:
-    web.http.get("/v1/jobs", headers={"X-Request-ID": "seen-in-the-log"})
-    line = re.compile(r'"GET /v1/jobs 200".*"request_id": "seen-in-the-log"')
-    eventually(lambda: line.search(web.log.read_text()), "the line is written")  # after the response was sent
+def test_the_access_log_has_the_ids_of_request_key_and_job(web: WebStack) -> None:
+    headers = {"X-Request-ID": "seen-in-the-log"}
+    job = web.http.post("/v1/jobs", json={"prompt": "never logged"}, headers=headers).json()
+    web.http.get(f"/v1/jobs/{job['id']}", headers=headers)
+
+    def lines() -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in web.log.read_text().splitlines() if line.startswith("{")]
+        return [
+            line for line in found if line["logger"] == "web.access" and line.get("request_id") == "seen-in-the-log"
+        ]
+
+    eventually(lambda: len(lines()) == 2, "the lines are written")  # after the responses were sent
+    assert {(line["job_id"], line["key"]) for line in lines()} == {(job["id"], web.key.split("_")[1])}
+    assert "never logged" not in web.log.read_text()
+
+
+def test_prompts_are_logged_only_if_a_setting_says_so() -> None:
+    with running_web(LOG_PROMPTS="true") as web:
+        job = web.submit(prompt="shown in the log")
+        [line] = [json.loads(line) for line in web.log.read_text().splitlines() if "shown in the log" in line]
+    assert (line["message"], line["job_id"], line["prompt"]) == ("prompt", job["id"], "shown in the log")
 
 
 def test_metrics_count_jobs_and_workers(web: WebStack, start_worker: StartWorker) -> None:

@@ -10,6 +10,7 @@ import pytest
 from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job
 from shared.jobs.store import Jobs
+from shared.queue.job_spans import JobSpans
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
@@ -65,7 +66,7 @@ class SteppedWorker:
         self.preparer = Preparer(Tokenizing(1.0), tuple, self.find_images, self.log)  # starts no helper
         self.claimer = Claimer(
             "fake", self.core, self.claims, self.preparer, self.publisher.put,
-            self.recorder, self.recorder, slots, lambda: ("w1", "w1-of-another-model"),  # type: ignore[arg-type]
+            self.recorder, self.recorder, JobSpans(None, ""), slots, lambda: ("w1", "w1-of-another-model"),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def find_images(self, _job_id: str, digests: Iterable[str]) -> Mapping[str, bytes]:

@@ -54,6 +54,7 @@ class RequestContext:
         silent: whether the end of the job is no event for webhooks.
         prepare: called with the first job's id right before the jobs are accepted.
         in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
+        traceparent: position of the HTTP request in its trace; empty if it is not traced.
     """
 
     owner: str
@@ -67,6 +68,7 @@ class RequestContext:
     silent: bool = False
     prepare: Callable[[str], object] = lambda _: None
     in_background: bool = False
+    traceparent: str = ""
 
 
 class Admission:
@@ -154,6 +156,8 @@ class Admission:
         if accepted.wake:
             self._notifier.wake([accepted.job.model])
         if accepted.new:
+            if self._settings.log_prompts:
+                _log_prompts(accepted.job, each_once)
             self._request_model(accepted.job)
         return accepted
 
@@ -216,6 +220,7 @@ class Admission:
             shared=tokenized.shared if tokenized else 0,
             webhook=NO_WEBHOOKS if context.silent else _webhook(request),
             in_background=context.in_background,
+            traceparent=context.traceparent,
         )
 
     def _tokenized(self, request: JobRequest, generation: Request, card: ModelCard | None) -> Tokenized | None:
@@ -319,3 +324,10 @@ def _limited(field: str, value: float | None, maximum: float) -> float | None:
     if value is not None and value > maximum:
         raise Invalid(f"{field} can be at most {maximum:.15g} seconds.", field=field)
     return value
+
+
+def _log_prompts(job: Job, submissions: Sequence[Submission]) -> None:
+    """Log what a request asks for. Images appear as their digests."""
+    for submission in submissions:
+        request = submission.request
+        log.info("prompt", extra={"job_id": job.id, "prompt": request.prompt, "messages": request.messages})

@@ -10,6 +10,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from shared.load_settings import load_settings
 from shared.logging import configure
+from web.http.environ import JOB_ID, KEY_ID
 from web.http.request_id import ENVIRON_KEY
 
 log = logging.getLogger("web.access")
@@ -34,6 +35,8 @@ class JsonLogger(Logger):  # type: ignore[misc]
             status,
             extra={
                 "request_id": environ.get(ENVIRON_KEY, ""),
+                "job_id": environ.get(JOB_ID, ""),
+                "key": environ.get(KEY_ID, ""),
                 "status": status,
                 "duration_ms": round(request_time.total_seconds() * 1000, 1),
                 "bytes": resp.sent,

@@ -1,4 +1,4 @@
-"""WSGI middleware that limits what a client's choices can affect: its method, and its address behind a proxy."""
+"""The WSGI environment: what clients may set in it, and what the application leaves in it for its log."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from http import HTTPMethod
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Final
 
+from flask import Response, g, request
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 Network = IPv4Network | IPv6Network
 
+KEY_ID: Final = "mlxq.key_id"
+JOB_ID: Final = "mlxq.job_id"
+"""Entries for the access log and traces: the API key, and the job that a request creates or is about."""
 OTHER: Final = "OTHER"
 _KNOWN: Final = frozenset(HTTPMethod)
 
@@ -19,6 +24,15 @@ _KNOWN: Final = frozenset(HTTPMethod)
 def networks(text: str) -> tuple[Network, ...]:
     """Read addresses and networks such as `127.0.0.1, 10.0.0.0/8`."""
     return tuple(ip_network(each.strip()) for each in text.split(",") if each.strip())
+
+
+def note_caller(response: Response) -> Response:
+    """Leave the ids of the API key and the job for the access log, which has only the WSGI environment."""
+    if key := g.get("key"):
+        request.environ[KEY_ID] = key.id
+    if job_id := (request.view_args or {}).get("job_id"):
+        request.environ[JOB_ID] = job_id
+    return response
 
 
 class ProxyMiddleware:

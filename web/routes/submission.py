@@ -17,9 +17,11 @@ from web.access.auth import caller
 from web.admission.admit import RequestContext
 from web.admission.image_loader import LoadedRequest
 from web.http.body import release as release_body
+from web.http.environ import JOB_ID
 from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
 from web.http.threadpool import run_in_threadpool
+from web.http.tracing import TRACEPARENT
 from web.schemas.requests import JobRequest
 from web.services import services
 
@@ -133,6 +135,7 @@ def _context(
         max_priority=api_key.max_priority,
         prepare=prepare,
         in_background=in_background,
+        traceparent=request.environ.get(TRACEPARENT, ""),
     )
 
 
@@ -141,6 +144,7 @@ def _admit(loaded: Sequence[LoadedRequest], context: RequestContext, choices: in
     skipped = sum(each.skipped for each in loaded)
     accepted = services().admission.admit_all([each.request for each in loaded], context, files, skipped, choices)
     release_body()
+    request.environ[JOB_ID] = accepted.job.id
     if accepted.new:
         job = accepted.job
         services().metrics.submitted.labels(job.model, job.priority.label).inc(1 + len(job.children))

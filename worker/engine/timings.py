@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from shared.queue.claims import ClaimedJob
+from shared.queue.job_spans import Stages
 
 
 class Timings:
@@ -55,6 +56,17 @@ class Timings:
             return None
         self._first_token_reported = True
         return self._since_creation(self._first_token)
+
+    def stages(self) -> Stages:
+        """Return when each stage began, by the clock of this process, for traces."""
+        now = time.monotonic()
+        offset_s = time.time() - now
+
+        def at(moment: float | None) -> float | None:
+            return None if moment is None else moment + offset_s
+
+        created = self._claimed - self._age_s + offset_s
+        return Stages(created, now + offset_s, at(self._admitted), at(self._prefilled), at(self._first_token))
 
     def as_dict(self) -> dict[str, float]:
         """Return `queue_s` and `total_s`, and `prefill_s` and `first_token_s` if they are known."""

@@ -15,6 +15,7 @@ from shared.errors import JobFailure, PromptRefused
 from shared.jobs.record import Ending, Job, Status
 from shared.logging import log_context
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
+from shared.queue.job_spans import JobSpans
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier
 from shared.redis.client import passes
@@ -22,6 +23,7 @@ from worker.engine.core import EngineCore
 from worker.engine.loading import Unloaded
 from worker.engine.output import OutputProcessor
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
+from worker.engine.timings import Timings
 from worker.process.critical import CriticalThread, OnDeath, end_process
 from worker.queue.prepare import Preparer, TryLater
 
@@ -48,6 +50,7 @@ class Claimer(CriticalThread):
         preparer: makes the prompts of claimed jobs.
         publish: writes the end of a job that never reaches the engine.
         events: sends Celery's task events of jobs.
+        spans: sends the spans of jobs to a trace collector.
         slots: maximum rows in the batch.
         worker_ids: returns the ids of all model workers of this process.
 
@@ -65,6 +68,7 @@ class Claimer(CriticalThread):
         publish: Callable[[list[SequenceOutput]], object],
         notifier: Notifier,
         events: TaskEvents,
+        spans: JobSpans,
         slots: int,
         worker_ids: Callable[[], Iterable[str]] = tuple,
         on_death: OnDeath = end_process,
@@ -79,6 +83,7 @@ class Claimer(CriticalThread):
         self._publish = publish
         self._notifier = notifier
         self._events = events
+        self._spans = spans
         self._max_spare = max(1, slots // SLOTS_PER_SPARE_JOB)
         self._worker_ids = worker_ids
         self._held: dict[str, ClaimedJob] = {}
@@ -208,11 +213,15 @@ class Claimer(CriticalThread):
                 _log_end(job, ending)
                 self._events.started(job)
                 self._events.ended(job, ending)
+                self._spans.attempt_ended(claimed, Timings(claimed).stages(), ending)
         self._forget(claimed)
 
     def _settled(self, sequence: Sequence, outcome: Outcome) -> None:
         """Handle the outcome of a sequence; called by the engine thread or the publisher thread."""
         job = sequence.job
+        # A job that is handed back before it was admitted has had no attempt.
+        if self._spans.enabled and (outcome is Outcome.ENDED or (outcome is Outcome.HANDED_BACK and sequence.started)):
+            self._spans.attempt_ended(sequence.claimed, sequence.timings.stages(), sequence.ending)
         with log_context(request_id=job.request_id, job_id=job.id):
             if outcome is Outcome.HANDED_BACK:
                 logger.info("job_handed_back", extra={"attempt": job.attempt})

@@ -26,6 +26,7 @@ from shared.jobs.log import JobLog
 from shared.models.catalog import CatalogModel
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Claims
+from shared.queue.job_spans import JobSpans
 from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier
 from shared.redis.client import connect
@@ -75,6 +76,7 @@ class WorkerProcess:
     engine: EngineThread
     notifier: Notifier
     events: TaskEvents
+    spans: JobSpans
     let_leases_lapse: Callable[[], bool]
     worker_ids: Callable[[], frozenset[str]]
     on_death: OnDeath
@@ -145,6 +147,7 @@ class ModelWorker:
             self._publisher.put,
             process.notifier,
             process.events,
+            process.spans,
             self.slots,
             process.worker_ids,
             process.on_death,

@@ -11,9 +11,9 @@ import pytest
 from shared.redis import keys
 from shared.redis.client import Redis
 from web.background.leader import Leadership
-from web.background.metrics import background_metrics
 from web.batches.store import Batch, Batches, BatchStatus, Counts
-from web.metrics import ClusterCollector
+from web.metrics.background import background_metrics
+from web.metrics.cluster import ClusterCollector
 from web.webhooks.deliveries import Deliveries
 
 LEADER = "leader-1"

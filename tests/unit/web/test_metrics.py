@@ -21,8 +21,8 @@ from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import ROOT, Settings
 from web.app import create_app
-from web.metrics import KEYS_SHOWN, ClusterCollector
-from web.worker_metrics import FORMER_NAMES, HISTOGRAMS, PREFIX, WORKER_METRICS
+from web.metrics.cluster import KEYS_SHOWN, ClusterCollector
+from web.metrics.workers import FORMER_NAMES, HISTOGRAMS, PREFIX, WORKER_METRICS
 from worker.engine.meters import BOUNDS
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
@@ -30,6 +30,7 @@ REPORTING = {"stats", "_read_gauges", "_describe"}
 """Functions of the worker that return its numbers in a dictionary."""
 WORKER = WorkerInfo("w@h/1", "w@h", "h", 1, "a", "ready", 4, 1, 0.0, 0.0, {}, {})
 MODEL = "a"
+_DEFINITION = r'\b((?:Counter|Gauge|Histogram)(?:MetricFamily)?)\(\s*"(mlxq_\w+)"'
 
 
 def reported(path: Path) -> Iterator[str]:
@@ -72,8 +73,8 @@ def test_the_page_has_the_help_texts_of_worker_metrics() -> None:
 
 
 def test_the_page_lists_exactly_the_metrics_of_the_api() -> None:
-    source = "".join((ROOT / path).read_text() for path in ("web/metrics.py", "web/background/metrics.py"))
-    defined = {("Counter" in kind, name) for kind, name in re.findall(r'(\w+)\(\s*"(mlxq_\w+)"', source)}
+    source = "".join(path.read_text() for path in sorted((ROOT / "web/metrics").glob("*.py")))
+    defined = {("Counter" in kind, name) for kind, name in re.findall(_DEFINITION, source)}
     listed = {
         name for line in re.findall(r"^\| `mlxq_.*?` \|", PAGE, re.MULTILINE) for name in re.findall(r"mlxq_\w+", line)
     }

@@ -1,83 +1,27 @@
-"""Metrics for Prometheus.
-
-prometheus_flask_exporter measures requests. Counters of jobs and streams are summed over all API processes of the
-machine. The state of queues and workers is read from Redis at each scrape.
-"""
+"""The metrics of the whole cluster, read from Redis at each scrape, so that every API process shows the same values."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Final
 
-import prometheus_client
 import redis
-from flask import Flask
-from prometheus_client import CollectorRegistry, Gauge, Histogram, multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from prometheus_flask_exporter import PrometheusMetrics
 
 from shared.jobs.record import Priority
 from shared.models.registry import Registry
 from shared.queue.depths import QueueDepths
 from shared.redis import keys
 from shared.redis.client import Redis
-from web.background.metrics import background_metrics
-from web.worker_metrics import worker_metrics
+from web.metrics.background import background_metrics
+from web.metrics.workers import worker_metrics
 
-_FIRST_CHUNK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 KEYS_SHOWN: Final = 50
 """API keys that have series of their own. More would make the page large where keys are many."""
-
-
-class Metrics:
-    """The counters of this process, and the `/metrics` page."""
-
-    def __init__(self, client: Redis) -> None:
-        own = self._own = CollectorRegistry()
-        self._cluster = ClusterCollector(client)
-        self.submitted = prometheus_client.Counter(
-            "mlxq_jobs_submitted", "Jobs accepted", ["model", "priority"], registry=own
-        )
-        self.streams_open = Gauge("mlxq_streams_open", "Streams being sent", registry=own, multiprocess_mode="livesum")
-        self.chunks = prometheus_client.Counter("mlxq_stream_chunks", "Chunks sent on streams", registry=own)
-        # prometheus_flask_exporter measures only the creation of a streaming response.
-        self.first_chunk = Histogram(
-            "mlxq_stream_first_chunk_seconds",
-            "Time from opening a stream to its first chunk",
-            registry=own,
-            buckets=_FIRST_CHUNK_BUCKETS,
-        )
-
-    def register(self, app: Flask) -> None:
-        """Count and time the application's requests, by route instead of path, because paths contain ids."""
-        PrometheusMetrics(app, path=None, registry=self._own, group_by="url_rule")
-
-    def page(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics in a format that the Accept header allows, and the content type."""
-        registry = self._own
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        generate, content_type = choose_encoder(accept)
-        return generate(_Combined((registry, self._cluster))), content_type
-
-
-class _Combined(CollectorRegistry):
-    """Collects from several sources."""
-
-    def __init__(self, sources: Iterable[CollectorRegistry | Collector]) -> None:
-        super().__init__()
-        self._sources = tuple(sources)
-
-    def collect(self) -> Iterator[Metric]:
-        for source in self._sources:
-            yield from source.collect()
 
 
 class ClusterCollector(Collector):

@@ -1,0 +1,131 @@
+"""Traces: one through HTTP, queue and engine, complete also if a worker dies, and harmless if the collector hangs."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.client.api import Client
+from shared.jobs.record import Status
+from tests.plugins.stack import Stack, made_stack
+from tests.support.collector import Collector, ReceivedSpan
+from tests.support.waiting import eventually
+
+SECRET = "zxqvsecretword"
+STAGES = ["POST /v1/jobs", "queue", "text_completion fake", "prefill", "decode"]
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def stack(collector: Collector) -> Iterator[Stack]:
+    """The API and a worker with the fake model, which send traces."""
+    variables = {
+        "BACKEND": "fake",
+        "LEASE_S": "1",
+        "SLOTS": "2",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_EXPORTER_OTLP_HEADERS": "x-team=blue",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "OTEL_BSP_MAX_QUEUE_SIZE": "64",
+        "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "32",
+    }
+    for stack in made_stack(Path("fake"), variables):
+        stack.start_web()
+        stack.start_worker()
+        yield stack
+
+
+class Traced:
+    """A job submitted by a client that has a trace of its own."""
+
+    def __init__(self, client: Client, prompt: str, tokens: int = 5) -> None:
+        self.trace_id, self.caller = secrets.token_hex(16), secrets.token_hex(8)
+        response = client.request(
+            "POST",
+            "/v1/jobs",
+            json={"prompt": prompt, "max_tokens": tokens},
+            headers={"traceparent": f"00-{self.trace_id}-{self.caller}-01"},
+        )
+        self.id = response.json()["id"]
+        self.traceparent = response.headers["traceparent"]
+
+    def spans(self, collector: Collector, names: list[str]) -> list[ReceivedSpan]:
+        """Wait until the collector has exactly these spans of the trace."""
+
+        def complete() -> bool:
+            return sorted(span.name for span in collector.trace(self.trace_id)) == sorted(names)
+
+        eventually(complete, "the trace is complete")
+        return collector.trace(self.trace_id)
+
+
+def by_name(spans: list[ReceivedSpan], name: str) -> ReceivedSpan:
+    [span] = [span for span in spans if span.name == name]
+    return span
+
+
+def test_one_trace_goes_through_http_queue_and_engine(stack: Stack, collector: Collector) -> None:
+    with stack.client() as client:
+        job = Traced(client, f"{SECRET} hello")
+        client.job(job.id, wait_s=30)
+    spans = job.spans(collector, STAGES)
+    http, queue, attempt, prefill, decode = (by_name(spans, name) for name in STAGES)
+    assert http.parent == job.caller and job.traceparent == f"00-{job.trace_id}-{http.id}-01"
+    assert {queue.parent, attempt.parent} == {http.id} and {prefill.parent, decode.parent} == {attempt.id}
+    assert (http.service, attempt.service) == ("mlxq-web", "mlxq-worker")
+    assert queue.start <= queue.end == attempt.start == prefill.start <= prefill.end == decode.start <= decode.end
+    assert http.attributes["http.route"] == "/v1/jobs" and http.attributes["http.response.status_code"] == 202
+    assert attempt.attributes["gen_ai.request.model"] == "fake" and attempt.attributes["gen_ai.response.id"] == job.id
+    assert attempt.attributes["gen_ai.usage.output_tokens"] == 5 and attempt.attributes["gen_ai.usage.input_tokens"] > 5
+    assert attempt.attributes["gen_ai.response.finish_reasons"] == ["length"]
+    assert attempt.events == ("first token",) and not attempt.links and not attempt.failed
+    assert collector.headers["x-team"] == "blue"
+    assert not any(SECRET.encode() in body for body in collector.bodies)
+
+
+def test_a_job_that_ends_in_the_queue_has_a_complete_trace(stack: Stack, collector: Collector) -> None:
+    with stack.client() as client:
+        blocked = [client.submit({"prompt": "!every=0.2", "max_tokens": 4000}).id for _ in range(4)]
+        job = Traced(client, "cancelled while it waits")
+        client.cancel(job.id)
+        queue = by_name(job.spans(collector, ["POST /v1/jobs", "queue"]), "queue")
+        for each in blocked:
+            client.cancel(each)
+        eventually(lambda: all(client.job(each).status.terminal for each in blocked), "all are cancelled")
+    assert queue.attributes["mlxq.job.status"] == "cancelled" and not queue.failed
+
+
+def test_the_trace_of_a_recovered_job_has_both_attempts(stack: Stack, collector: Collector) -> None:
+    [worker] = [each for each in stack.processes[1:] if each.poll() is None]
+    with stack.client() as client:
+        job = Traced(client, "!every=0.02 its worker is killed", tokens=60)
+        eventually(lambda: client.job(job.id).text, "it runs")
+        stack.stop(worker, signal.SIGKILL)
+        stack.start_worker()
+        client.job(job.id, wait_s=30)
+    names = [*STAGES, "queue", "text_completion fake"]
+    spans = job.spans(collector, names)
+    lost, recovered = (span for span in spans if span.name == "text_completion fake")
+    assert lost.failed and lost.attributes["error.type"] == "worker_lost" and not lost.links
+    assert not recovered.failed and recovered.links == (lost.id,)
+    assert [lost.attributes["mlxq.attempt"], recovered.attributes["mlxq.attempt"]] == [1, 2]
+    first_wait, second_wait = (span for span in spans if span.name == "queue")
+    assert first_wait.end <= lost.end <= second_wait.end == pytest.approx(recovered.start)
+
+
+def test_jobs_run_while_the_collector_hangs(stack: Stack, collector: Collector) -> None:
+    collector.hanging.set()
+    with stack.client() as client:
+        for number in range(100):  # more spans than the queue of spans holds
+            Traced(client, f"without a collector {number}", tokens=1)
+        last = Traced(client, "last", tokens=1)
+        assert client.job(last.id, wait_s=30).status is Status.SUCCEEDED

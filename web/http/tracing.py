@@ -1,0 +1,104 @@
+"""Spans of HTTP requests, for OpenTelemetry. Not imported by requests unless a collector is configured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from flask import Flask, Response, request
+
+from shared.tracing import TraceParent, Tracer
+from web.http.environ import JOB_ID, KEY_ID
+from web.http.request_id import ENVIRON_KEY as REQUEST_ID
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from opentelemetry.trace import Span
+
+TRACEPARENT: Final = "mlxq.traceparent"
+"""Entry of the WSGI environment: the position of the request's span, for the job that it creates."""
+_ROUTE: Final = "mlxq.route"
+_UNTRACED: Final = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+"""Paths that monitors ask for all the time."""
+
+
+class TraceMiddleware:
+    """WSGI middleware that traces requests. The span of a stream ends with the stream.
+
+    The header `traceparent` of a request makes its span part of the client's trace; the response has the header of the
+    request's span.
+    """
+
+    def __init__(self, app: WSGIApplication, tracer: Tracer) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve a request."""
+        if environ.get("PATH_INFO", "") in _UNTRACED:
+            return self._app(environ, start_response)
+        return self._traced(environ, start_response)
+
+    def _traced(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        span = self._start(environ)
+        context = span.get_span_context()
+        environ[TRACEPARENT] = str(TraceParent(context.trace_id, context.span_id, context.trace_flags))
+        status = 500
+
+        def start(line: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            nonlocal status
+            status = int(line.split(maxsplit=1)[0])
+            return start_response(line, [*headers, ("traceparent", environ[TRACEPARENT])], exc_info)
+
+        try:
+            body = self._app(environ, start)
+            try:
+                yield from body
+            finally:
+                close = getattr(body, "close", None)
+                if close is not None:
+                    close()
+        finally:
+            _end(span, environ, status)
+
+    def _start(self, environ: WSGIEnvironment) -> Span:
+        from opentelemetry.trace import SpanKind
+
+        method = environ["REQUEST_METHOD"]
+        attributes = {
+            "http.request.method": method,
+            "url.path": environ.get("PATH_INFO", ""),
+            "url.scheme": environ.get("wsgi.url_scheme"),
+            "user_agent.original": environ.get("HTTP_USER_AGENT"),
+            "mlxq.request_id": environ.get(REQUEST_ID),
+        }
+        parent = TraceParent.parse(environ.get("HTTP_TRACEPARENT", ""))
+        return self._tracer.start(method, parent, kind=SpanKind.SERVER, attributes=attributes)
+
+
+def _end(span: Span, environ: WSGIEnvironment, status: int) -> None:
+    from opentelemetry.trace import Status, StatusCode
+
+    if route := environ.get(_ROUTE):
+        span.update_name(f"{environ['REQUEST_METHOD']} {route}")
+        span.set_attribute("http.route", route)
+    for name, entry in (("mlxq.key_id", KEY_ID), ("gen_ai.response.id", JOB_ID)):
+        if entry in environ:
+            span.set_attribute(name, environ[entry])
+    span.set_attribute("http.response.status_code", status)
+    if status >= 500:
+        span.set_attribute("error.type", str(status))
+        span.set_status(Status(StatusCode.ERROR))
+    span.end()
+
+
+def register(app: Flask, tracer: Tracer) -> None:
+    """Trace the application's requests."""
+    app.wsgi_app = TraceMiddleware(app.wsgi_app, tracer)  # type: ignore[method-assign]
+    app.after_request(_note_route)
+
+
+def _note_route(response: Response) -> Response:
+    if request.url_rule is not None:
+        request.environ[_ROUTE] = request.url_rule.rule
+    return response
