@@ -8,7 +8,7 @@ ClientError
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -122,16 +122,18 @@ class Client:
         json: Json | None = None,
         headers: Mapping[str, str] | None = None,
         wait_s: float = 0,
+        also: Collection[int] = (),
     ) -> httpx2.Response:
         """Send a request and return a successful response.
 
         Args:
             wait_s: duration of the long poll that the request asks for; extends the timeout.
+            also: statuses of errors whose response is returned, too.
         """
         with _transport_errors():
             timeout = RESPONSE_TIMEOUT_S + wait_s
             response = self._http.request(method, path, json=json, headers=headers, timeout=timeout)
-        if not response.is_success:
+        if not response.is_success and response.status_code not in also:
             raise Refused.from_response(response)
         return response
 

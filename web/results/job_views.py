@@ -93,6 +93,7 @@ class JobViews:
             created_at=job.created_at,
             started_at=job.started_at,
             finished_at=job.finished_at,
+            last_event=job.last_event,
             queue_position=position,
             estimated_start_s=self._estimated_start_s(job, position),
             output=output,

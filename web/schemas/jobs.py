@@ -217,6 +217,7 @@ class JobView(Parsed):
     created_at: float
     started_at: float | None = Field(description="When a worker first began to process the job; null before")
     finished_at: float | None = Field(description="Null until the job has ended")
+    last_event: int = Field(description="Number of the last event; it grows by about one per token while the job runs")
     queue_position: int | None = Field(description="1 is next; null if the job is not waiting")
     estimated_start_s: float | None = Field(description="Estimated seconds until the job starts; null if unknown")
     output: Output | None = Field(description="The text generated so far; null in lists until the job has ended")
