@@ -297,7 +297,9 @@ class Settings(Locations, BaseSettings):
         "Empty: a sixteenth of them",
     )
     prefill_step_tokens: int = Field(
-        0, ge=0, description="Maximum number of tokens of a long prompt in one prefill chunk. 0: chosen for the device"
+        0,
+        ge=0,
+        description="Maximum tokens of a long prompt's prefill chunk while rows decode. 0: chosen for the device",
     )
     speculation_tokens: int = Field(
         16, ge=0, description="Maximum number of draft tokens per row and step in speculative decoding. 0: off"

@@ -21,6 +21,9 @@ from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPr
 
 SHORT_CHUNKS, SHORT_S = 2, 0.01
 """A prompt is short if it costs at most this many chunks or seconds. Readers do not notice such a pause."""
+ALONE_CHUNKS, ALONE_TOKENS = 4, 512
+"""While no row decodes, a chunk of a long prompt is this many times as long, but at most this many tokens. On a CPU,
+512 tokens in chunks of 128 take 0.65 to 0.8 of the time that they take in chunks of 32 (0.96 with recurrent layers)."""
 MAX_SHORT_CHUNKS = 16
 """A prompt of more chunks is never short."""
 SHORT_IMAGE_S = 0.02
@@ -37,7 +40,7 @@ class PrefillPolicy:
     """Plans the prefill and the encoding of each step.
 
     Args:
-        chunk: maximum tokens of a long prompt's chunk.
+        chunk: maximum tokens of a long prompt's chunk while other rows decode.
         depth: layers of the model.
         cost: of prefill passes, measured at loading.
         budget: limits prefill while rows decode.
@@ -45,6 +48,7 @@ class PrefillPolicy:
 
     def __init__(self, chunk: int, depth: int, cost: PrefillCost, budget: PrefillBudget) -> None:
         self._chunk = chunk
+        self._alone_chunk = max(chunk, min(ALONE_CHUNKS * chunk, ALONE_TOKENS))
         self._depth = depth
         self._cost = cost
         self._budget = budget
@@ -133,9 +137,9 @@ class PrefillPolicy:
         if not long or self._pauses():
             return None
         self._long_uid = uid = long[0] if self._long_uid is None else self._long_uid
-        if not decoding:
-            return PrefillWork((uid,), self._chunk)
         left = remaining[uid]
+        if not decoding:
+            return PrefillWork((uid,), min(self._alone_chunk, left.tokens))
         size = left.in_progress or min(self._budget.chunk(left.position, self._depth), left.tokens)
         return PrefillWork((uid,), size, self._budget.layers(size, left.position, self._depth))
 

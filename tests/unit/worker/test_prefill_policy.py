@@ -8,7 +8,14 @@ from itertools import pairwise
 import pytest
 
 from worker.engine.prefill_budget import AIM, PAUSE, PrefillBudget
-from worker.engine.prefill_policy import BATCH_PASSES, MAX_SHORT_PROMPTS, SHORT_CHUNKS, SHORT_IMAGE_S, PrefillPolicy
+from worker.engine.prefill_policy import (
+    ALONE_CHUNKS,
+    BATCH_PASSES,
+    MAX_SHORT_PROMPTS,
+    SHORT_CHUNKS,
+    SHORT_IMAGE_S,
+    PrefillPolicy,
+)
 from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
 
 CHUNK, DEPTH = 16, 8
@@ -120,7 +127,7 @@ def test_a_fully_cached_prompt_is_treated_as_short(prompts: Prompts) -> None:
 
 
 def test_the_rest_of_a_long_prompt_is_not_prefilled_together_with_short_ones(prompts: Prompts) -> None:
-    prompts.add(1, 3 * CHUNK)
+    prompts.add(1, (ALONE_CHUNKS + SHORT_CHUNKS) * CHUNK)
     prompts.plan(decoding=False)
     assert prompts.remaining[1].tokens == SHORT_CHUNKS * CHUNK
     prompts.add(2, CHUNK)
@@ -134,9 +141,9 @@ def test_rows_marked_as_alone_are_prefilled_separately(prompts: Prompts) -> None
     assert {work.uids for work in steps if work} == {(0, 2), (1,)}
 
 
-def test_a_long_prompt_is_prefilled_in_full_chunks_while_nothing_decodes(prompts: Prompts) -> None:
+def test_a_long_prompt_is_prefilled_in_longer_chunks_while_nothing_decodes(prompts: Prompts) -> None:
     prompts.add(1, 40 * CHUNK)
-    assert {prompts.plan(decoding=False).prefill for _ in range(20)} == {PrefillWork((1,), CHUNK)}
+    assert {prompts.plan(decoding=False).prefill for _ in range(9)} == {PrefillWork((1,), ALONE_CHUNKS * CHUNK)}
 
 
 def test_while_rows_decode_a_chunk_runs_as_many_layers_as_fit_into_the_budget() -> None:
