@@ -41,6 +41,13 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def media_type(data: bytes) -> str:
+    """Return the media type of an image file of one of the `FORMATS`, by its first bytes."""
+    signatures = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+    known = (kind for signature, kind in signatures.items() if data.startswith(signature))
+    return next(known, "application/octet-stream")
+
+
 def webp_size(data: bytes) -> tuple[int, int] | None:
     """Return the width and height of the canvas in the header of a WebP file; None if the data has no such header."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:

@@ -239,8 +239,18 @@ class Settings(Locations, BaseSettings):
     failed_request_bytes: int = Field(
         64 * 2**20,
         ge=0,
-        description="Maximum Redis memory for the requests of failed jobs, which are kept for "
-        "inspection. The oldest are deleted first",
+        description="Maximum Redis memory for the requests of ended jobs, with their images. The oldest are deleted "
+        "first",
+    )
+    keep_requests: Literal["failed", "all"] = Field(
+        "failed",
+        description="Which ended jobs keep their request, so that it can be read and run again: `failed`, or `all`. At "
+        "most FAILED_REQUEST_BYTES",
+    )
+    prompt_access: Literal["admin", "owner", "none"] = Field(
+        "admin",
+        description="Who can read the prompt and the images of a job: `admin`: the API key that submitted it and keys "
+        "with the scope `admin`, `owner`: only the former, `none`: nobody",
     )
     start_within_s: float = Field(
         24 * 3600.0,

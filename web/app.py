@@ -9,6 +9,7 @@ from flask import Flask, Response
 from shared.load_settings import load_settings
 from shared.redis.client import Redis
 from shared.settings import Settings
+from web import console
 from web.access import auth, rate_limits
 from web.anthropic.routes import routes as anthropic_routes
 from web.http import body, cors, problems, tracing
@@ -16,7 +17,19 @@ from web.http.environ import KnownMethods, ProxyMiddleware, networks, note_calle
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
 from web.openai.routes import routes as openai_routes
-from web.routes import batches, files, health, inference, jobs, models, openapi, responses, webhooks
+from web.routes import (
+    batches,
+    files,
+    health,
+    inference,
+    job_requests,
+    jobs,
+    models,
+    openapi,
+    overview,
+    responses,
+    webhooks,
+)
 from web.services import EXTENSION, build
 
 _SECURITY_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -44,7 +57,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     services.metrics.register(app)
     cors.register(app, settings.cors_origins)
     # The rate limiter runs between the two steps of authentication, so that it also counts unauthenticated requests.
-    app.before_request(lambda: auth.identify(services.keys))
+    app.before_request(lambda: auth.identify(services.keys, services.sessions))
     rate_limits.register(app, settings)
     app.before_request(auth.require_key)
     app.before_request(refuse_unknown_parameters)
@@ -54,6 +67,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     app.after_request(note_caller)
     for routes in (
         jobs.routes,
+        job_requests.routes,
         inference.routes,
         models.routes,
         openai_routes,
@@ -62,8 +76,10 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
         files.routes,
         batches.routes,
         webhooks.routes,
+        overview.routes,
         health.routes,
         openapi.routes,
+        console.routes,
     ):
         app.register_blueprint(routes)
     return app

@@ -12,7 +12,9 @@ from shared.jobs.images import ImageStore
 from shared.jobs.log import JobLog
 from shared.jobs.readers import Readers
 from shared.jobs.record import EndedJob, Job
+from shared.jobs.search import JobSearch
 from shared.jobs.store import Jobs
+from shared.jobs.stored_requests import StoredRequests
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
@@ -30,6 +32,7 @@ from shared.tokenizing.files import TokenizerFiles, TokenizerStore
 from shared.tracing import Tracer, make_tracer
 from web.access.api_keys import KeyStore
 from web.access.open_responses import OpenResponses
+from web.access.sessions import Sessions
 from web.admission.admit import Admission
 from web.admission.image_loader import ImageLoader
 from web.admission.image_urls import ImageUrls
@@ -39,6 +42,7 @@ from web.cluster.health_checker import HealthChecker
 from web.cluster.model_availability import ModelAvailability
 from web.cluster.model_manager import ModelManager
 from web.cluster.ping import WorkerPing
+from web.cluster.samples import Samples
 from web.cluster.snapshot import Cluster
 from web.files.store import FileStore
 from web.metrics import Metrics
@@ -62,15 +66,20 @@ class Services:
     """The objects that routes use."""
 
     settings: Settings
+    redis: Redis
     keys: KeyStore
+    sessions: Sessions
     open_responses: OpenResponses
     catalog: Catalog
     model_manager: ModelManager
     jobs: Jobs
+    job_search: JobSearch
+    stored_requests: StoredRequests
     job_log: JobLog
     readers: Readers
     cluster: Cluster
     registry: Registry
+    samples: Samples
     admission: Admission
     image_loader: ImageLoader
     job_views: JobViews
@@ -125,6 +134,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
     clients = _Clients(client, client, client, client) if client is not None else _Clients.connect(settings.store_url)
     celery = make_app(settings, hasty=True)
     notifier, events = Notifier(celery), TaskEvents(celery, TaskEvents.QUEUE_NODE)
+    images = ImageStore(clients.binary)
     catalog, registry = load_catalog(settings), Registry(clients.store)
     jobs, job_log = Jobs(clients.store, settings), JobLog(clients.store)
     cluster, hub = Cluster(registry), Hub(clients.pubsub)
@@ -148,20 +158,25 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
 
     return Services(
         settings=settings,
+        redis=clients.store,
         keys=KeyStore(settings.keys_file),
+        sessions=Sessions(clients.store),
         open_responses=OpenResponses(settings.max_streams_per_key),
         catalog=catalog,
         model_manager=model_manager,
         jobs=jobs,
+        job_search=JobSearch(clients.store),
+        stored_requests=StoredRequests(clients.store, images),
         job_log=job_log,
         readers=Readers(clients.store),
         cluster=cluster,
         registry=registry,
+        samples=Samples(clients.store),
         admission=Admission(
             settings,
             catalog,
             jobs,
-            ImageStore(clients.binary),
+            images,
             cluster,
             _prompt_tokenizer(settings, clients.binary),
             notifier,
@@ -178,7 +193,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         health_checker=HealthChecker(settings, catalog, clients.probe, WorkerPing(celery)),
         metrics=Metrics([ClusterCollector(clients.probe)]),
         maintenance=Maintenance(
-            Reaper(clients.store, settings.max_attempts, settings.failed_request_bytes),
+            Reaper(clients.store, settings.max_attempts, settings.failed_request_bytes, settings.keep_requests),
             notifier,
             jobs,
             look_after_waiting_jobs,

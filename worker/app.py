@@ -91,7 +91,7 @@ class Service:
         self._engine = EngineThread(self._die, lambda *phase: self._models.on_phase(*phase))  # noqa: PLW0108 - the pool is made later
         self._watchdog = Watchdog(self._tasks, self._on_stuck, self._on_overdue, self._die)
         self._host_announcer = HostAnnouncer(self._announce, settings.lease_s, self._die)
-        reaper = Reaper(client, settings.max_attempts, settings.failed_request_bytes)
+        reaper = Reaper(client, settings.max_attempts, settings.failed_request_bytes, settings.keep_requests)
         self._maintenance = Maintenance(reaper, notifier, Jobs(client, settings))
         self._catalog: Catalog = load_catalog(settings)
         self._models = ModelPool(settings, self._catalog, self._shared_parts(notifier), self._breadcrumb)

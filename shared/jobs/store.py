@@ -239,14 +239,14 @@ class Jobs:
             fields = pipe.execute() if job_ids else []
         return {each for each, (known, finished) in zip(job_ids, fields, strict=True) if not known or finished}
 
-    def get(self, job_id: str, owner: str) -> Job:
-        """Return an owner's job.
+    def get(self, job_id: str, owner: str | None) -> Job:
+        """Return an owner's job; with `None`, that of any owner.
 
         Raises:
             NotFound: the job does not exist or belongs to another owner.
         """
         record = self._record(job_id)
-        if not record or record["owner"] != owner or _DELETED in record:
+        if not record or owner not in (None, record["owner"]) or _DELETED in record:
             raise NotFound("There is no such job.", code="job_not_found")
         return Job.from_record(record)
 
@@ -269,7 +269,7 @@ class Jobs:
         )
         return [Job.from_record(record) for record in records]
 
-    def stop(self, job_id: str, owner: str) -> Job:
+    def stop(self, job_id: str, owner: str | None) -> Job:
         """Cancel a job and its children. A queued job ends at once, a running job at its worker's next step.
 
         Raises:
@@ -287,7 +287,7 @@ class Jobs:
         """Fail up to 1,000 queued jobs of a model that nothing can run; return how many."""
         return int(self._fail_waiting(args=[model, code, message, 1000]))
 
-    def forget(self, job_id: str, owner: str) -> None:
+    def forget(self, job_id: str, owner: str | None) -> None:
         """Delete a job that has ended, and its children. Requests that are waiting for it still receive its end.
 
         Raises:

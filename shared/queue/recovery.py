@@ -25,23 +25,26 @@ class Reaper:
 
     Args:
         max_deaths: number of process crashes with a job as the only suspect after which the job fails.
-        failed_request_bytes: maximum total size of the stored requests of failed jobs.
+        failed_request_bytes: maximum total size of the kept requests of ended jobs.
+        keep_requests: `failed` or `all`: which ended jobs keep their request.
 
     Attributes:
         rest_s: seconds until the next pass is due: `REAP_S`, or less if a lease may expire earlier.
     """
 
-    def __init__(self, client: Redis, max_deaths: int, failed_request_bytes: int) -> None:
+    def __init__(
+        self, client: Redis, max_deaths: int, failed_request_bytes: int, keep_requests: str = "failed"
+    ) -> None:
         self.rest_s = REAP_S
         self._client = client
         self._reap = script(client, "reap")
         self._max_deaths = max_deaths
-        self._failed_request_bytes = failed_request_bytes
+        self._kept = (failed_request_bytes, keep_requests)
 
     def reap(self) -> list[str]:
         """Make one pass. Returns the models that have queued jobs because of it."""
         self.rest_s = REAP_S
-        expires_s, *models = self._reap(args=[self._max_deaths, _MAX_EXPIRED, self._failed_request_bytes])
+        expires_s, *models = self._reap(args=[self._max_deaths, _MAX_EXPIRED, *self._kept])
         if expires_s:
             # All processes wait for the same lease; jitter keeps them from making the pass at the same time.
             self.rest_s = min(REAP_S, max(0.05, float(expires_s)) + random.uniform(0.002, 0.03))

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -185,11 +185,20 @@ class KeyStore:
         matches = hmac.compare_digest(entry.hash if entry else _DUMMY_HASH, _hash(key))
         return entry if entry and matches and entry.revoked_at is None else None
 
-    def is_valid(self, key_id: str) -> bool:
-        """Whether a key with this id exists and is not revoked."""
+    def valid(self, key_id: str) -> ApiKey | None:
+        """Return the entry of a key by its id; None if there is none or it is revoked."""
         self._refresh()
         entry = self._keys.get(key_id)
-        return entry is not None and entry.revoked_at is None
+        return entry if entry is not None and entry.revoked_at is None else None
+
+    def is_valid(self, key_id: str) -> bool:
+        """Whether a key with this id exists and is not revoked."""
+        return self.valid(key_id) is not None
+
+    def entries(self) -> Mapping[str, ApiKey]:
+        """Return all keys by id, including revoked ones. If the file cannot be read, those read before."""
+        self._refresh()
+        return self._keys
 
     def _refresh(self) -> None:
         """Read the file if it has changed. If it cannot be read, the keys read before stay valid."""

@@ -21,6 +21,10 @@ from web.access.auth import PUBLIC_BLUEPRINTS
 
 ANONYMOUS_LIMIT: Final = "300/minute"
 """Limit per address for requests without a valid key: enough for a misconfigured client, too slow to guess keys."""
+SIGN_IN_LIMIT: Final = "10/minute"
+"""Limit per address for attempts to sign in to the console."""
+SIGN_IN: Final = "console.sign_in"
+"""Endpoint of these attempts."""
 
 _READS: Final = frozenset({"GET", "HEAD"})
 _NO_ROUTE: Final = "no_route"
@@ -52,12 +56,16 @@ def register(app: Flask, settings: Settings) -> Limiter:
 
 
 def _limit_key() -> str:
+    if request.endpoint == SIGN_IN:
+        return f"sign-in:{request.remote_addr}"
     if g.key is None:
         return f"address:{request.remote_addr}"
     return f"reads:{g.key.id}" if request.method in _READS else f"key:{g.key.id}"
 
 
 def _current_limit(settings: Settings) -> str:
+    if request.endpoint == SIGN_IN:
+        return SIGN_IN_LIMIT
     if g.key is None:
         return ANONYMOUS_LIMIT
     limit = g.key.rate_limit or settings.rate_limit

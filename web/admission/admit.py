@@ -161,6 +161,17 @@ class Admission:
             self._request_model(accepted.job)
         return accepted
 
+    def repeat(self, submission: Submission, job_id: str) -> Accepted:
+        """Create a job from the stored request of another one. Its images are stored under `job_id` already.
+
+        Raises: as `admit`.
+        """
+        accepted = self._create([submission], [job_id], {})
+        if accepted.wake:
+            self._notifier.wake([accepted.job.model])
+        self._request_model(accepted.job)
+        return accepted
+
     def _create(
         self,
         submissions: Sequence[Submission],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+import time
 from typing import Final
 
 import gevent
@@ -16,6 +17,7 @@ from web.background.endpoints import make_endpoints
 from web.background.leader import RENEW_S, Leadership
 from web.background.response_keeper import ResponseKeeper
 from web.batches.requests import LineRequests
+from web.cluster.samples import INTERVAL_S
 from web.services import Services
 from web.webhooks.sender import Sender
 
@@ -60,6 +62,7 @@ class Background:
             gevent.spawn(self._work, batches.round),
             gevent.spawn(self._work, self._response_keeper().round),
             gevent.spawn(self._sender().work, self._stopping),
+            gevent.spawn(self._sample),
         ]
         try:
             self._leadership.hold(self._stopping)
@@ -95,6 +98,19 @@ class Background:
     def _response_keeper(self) -> ResponseKeeper:
         current = self._services
         return ResponseKeeper(current.settings, current.responses, current.response_store, current.jobs)
+
+    def _sample(self) -> None:
+        """Take samples of the service's state. They continue those of the process that led before."""
+        while self._leads():
+            try:
+                self._services.samples.take()
+            except redis.RedisError as error:
+                log.warning("sample_not_taken", extra={"reason": str(error)})
+            except Exception:
+                log.exception("sample_failed")
+            next_at = time.monotonic() + INTERVAL_S
+            while self._leads() and time.monotonic() < next_at:
+                self._stopping.wait(LOOK_S)
 
     def _batch_runner(self) -> BatchRunner:
         current = self._services

@@ -36,7 +36,7 @@ def note_caller(response: Response) -> Response:
 
 
 class ProxyMiddleware:
-    """Sets `REMOTE_ADDR` to the client of a trusted proxy.
+    """Sets `REMOTE_ADDR` to the client of a trusted proxy, and the scheme to the one that the client used.
 
     Headers of proxies are ignored unless the connection comes from a trusted proxy: otherwise any client could choose
     the address that rate limits and logs see.
@@ -48,7 +48,10 @@ class ProxyMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve a request."""
-        environ["REMOTE_ADDR"] = self._client(environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", ""))
+        peer = environ.get("REMOTE_ADDR", "")
+        environ["REMOTE_ADDR"] = self._client(peer, environ.get("HTTP_X_FORWARDED_FOR", ""))
+        if self._is_trusted(peer) and environ.get("HTTP_X_FORWARDED_PROTO", "").strip() == "https":
+            environ["wsgi.url_scheme"] = "https"  # cookies of the console are then marked as secure
         return self._app(environ, start_response)
 
     def _client(self, address: str, forwarded_for: str) -> str:

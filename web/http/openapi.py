@@ -64,6 +64,28 @@ LIMIT: Final = _parameter(
 BEFORE: Final = _parameter(
     "before", "query", "`next` of the previous page", type="number", minimum=0, exclusiveMaximum=1e11
 )
+JOB_FILTERS: Final = (
+    _parameter(
+        "status",
+        "query",
+        "Only jobs with this status",
+        type="string",
+        enum=["queued", "running", "succeeded", "failed", "cancelled", "expired"],
+    ),
+    _parameter("model", "query", "Only jobs of this model, by its id", type="string"),
+    _parameter("priority", "query", "Only jobs of this class", type="string", enum=["high", "normal", "batch"]),
+    _parameter("after", "query", "Only jobs created at this time or later", type="number", exclusiveMaximum=1e11),
+    _parameter(
+        "metadata",
+        "query",
+        "`name=value`: only jobs with this metadata; may be repeated",
+        type="array",
+        items={"type": "string", "pattern": "="},
+    ),
+    _parameter(
+        "key", "query", "Id of an API key, or `all`. Others than the own one need the scope `admin`", type="string"
+    ),
+)
 STARTING_AFTER: Final = _parameter(
     "starting_after", "query", "Number of the last event received", type="integer", minimum=0, default=0
 )
@@ -175,7 +197,7 @@ def document(app: Flask) -> str:
         openapi="3.1.0",
         info=Info(title="mlxq", version=VERSION, description=DESCRIPTION),
         paths=_paths(app),
-        tags=[Tag(name=name, description=TAGS[name]) for name in app.blueprints],
+        tags=[Tag(name=name, description=TAGS[name]) for name in app.blueprints if name in TAGS],
         components=Components(
             securitySchemes={
                 "ApiKey": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),

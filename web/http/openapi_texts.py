@@ -10,7 +10,7 @@ from shared.errors import Expiry
 ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request", "invalid_json", "invalid_utf8"),
     401: ("unauthorized",),
-    403: ("forbidden", "priority_not_allowed"),
+    403: ("forbidden", "csrf_token", "priority_not_allowed"),
     404: (
         "job_not_found",
         "route_not_found",
@@ -38,7 +38,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "not_dead",
         "too_many_endpoints",
     ),
-    410: ("log_expired", "log_trimmed", "gone"),
+    410: ("log_expired", "log_trimmed", "request_gone", "gone"),
     413: ("body_too_large", "image_too_large", "files_quota_exceeded"),
     415: ("unsupported_media_type",),
     422: (
@@ -119,6 +119,7 @@ each `chunk` has a list `logprobs` in addition to `text`. A stream can be resume
 unknown types: later versions may add some."""
 TAGS: Final = {
     "jobs": "Submit jobs and read them later: poll, stream, list, cancel, delete.",
+    "job_requests": "The stored requests of jobs, and running them again.",
     "inference": "Generate text and get it in the response.",
     "models": "List models; load and unload them on running workers.",
     "openai": "The OpenAI API: chat completions, text completions, models.",
@@ -127,6 +128,7 @@ TAGS: Final = {
     "files": "Files with the requests and the results of batches, in the format of the OpenAI API.",
     "batches": "Run files of requests, in the format of the OpenAI API.",
     "webhooks": "Webhook endpoints, secrets and deliveries.",
+    "overview": "The state of queues and workers, now and over the last hour.",
     "health": "Health, probes and metrics. The probes need no API key; health and metrics show more with one.",
     "openapi": "This documentation. No API key is needed.",
 }

@@ -56,12 +56,25 @@ _DETAILS = {
 
 def register(app: Flask) -> None:
     """Answer every exception with a problem document."""
-    app.register_error_handler(MlxqError, problem)
-    app.register_error_handler(ValidationError, _invalid)
-    app.register_error_handler(RateLimitExceeded, _rate_limited)
-    app.register_error_handler(HTTPException, _http)
-    app.register_error_handler(redis.RedisError, _redis)
-    app.register_error_handler(Exception, _internal)
+    for kind in (MlxqError, ValidationError, RateLimitExceeded, HTTPException, redis.RedisError, Exception):
+        app.register_error_handler(kind, answer)
+
+
+def answer(error: Exception) -> Response:
+    """Return the response for any exception, and log those that are no fault of the client."""
+    match error:
+        case MlxqError():
+            return problem(error)
+        case ValidationError():
+            return _invalid(error)
+        case RateLimitExceeded():
+            return _rate_limited(error)
+        case HTTPException():
+            return _http(error)
+        case redis.RedisError():
+            return _redis(error)
+        case _:
+            return _internal(error)
 
 
 def problem(error: MlxqError, field_errors: Sequence[FieldError] = ()) -> Response:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from werkzeug.datastructures import FileStorage, MultiDict
 
 from shared.errors import BadRequest, Invalid, UnsupportedMedia
-from web.access.auth import is_public_route
+from web.access.auth import CONSOLE, is_public_route
 from web.http.body import check_json, parse_form, receive
 from web.http.openapi import query_names
 from web.http.threadpool import run_in_threadpool
@@ -186,7 +186,7 @@ def refuse_unknown_parameters() -> None:
     Raises:
         Invalid: the route has no parameter with this name.
     """
-    if request.endpoint is None or not request.args or is_public_route():
+    if request.endpoint is None or not request.args or is_public_route() or request.blueprint == CONSOLE:
         return
     known = query_names(current_app.view_functions[request.endpoint])
     for name in request.args:

@@ -86,6 +86,7 @@ class JobViews:
         return JobView(
             id=job.id,
             status=job.status,
+            key_id=job.owner,
             model=job.model,
             attempt=job.attempt,
             history=[_attempt_view(attempt) for attempt in job.history],

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from typing import Final, TypeVar
 from urllib.parse import quote
 
 import redis
 from flask import Blueprint, Response, request
+from werkzeug.datastructures import MultiDict
 
 from shared.errors import Invalid, RateLimited
-from shared.jobs.record import Job
+from shared.jobs.record import Job, Priority, Status
+from shared.jobs.search import JobFilter, JobPage
 from shared.redis.client import passes
-from web.access.auth import caller
+from web.access.auth import caller, require_scope, visible_owner
 from web.http import openapi
 from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
@@ -32,6 +36,9 @@ routes = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 _DEFAULT_LIMIT = 20
 _MAX_LIMIT = 100
 _LAST_EVENT_ID = "Last-Event-ID"
+ALL_KEYS: Final = "all"
+
+T = TypeVar("T")
 
 
 @routes.post("")
@@ -72,19 +79,28 @@ def submit_job() -> Response:
 @describe("Get a job", responses={200: JobView}, errors=(404, 422), parameters=(openapi.WAIT,))
 def get_job(job_id: str) -> Response:
     """The job with its text so far. With `wait`, the response comes when the job has ended or the time is over."""
-    job = services().jobs.get(job_id, caller().id)
+    job = services().jobs.get(job_id, visible_owner())
     ended = _wait_or_refuse(job, wait_s(services().settings.max_wait_s))
     return _json(services().job_views.job_json(ended))
 
 
 @routes.get("")
-@describe("List jobs", responses={200: JobList}, errors=(422,), parameters=(openapi.LIMIT, openapi.BEFORE))
+@describe(
+    "List jobs",
+    responses={200: JobList},
+    errors=(422,),
+    parameters=(openapi.LIMIT, openapi.BEFORE, *openapi.JOB_FILTERS),
+)
 def list_jobs() -> Response:
-    """The jobs of the API key, newest first. To get the next page, pass `next` as `before`."""
+    """The jobs of the API key, newest first. To get the next page, pass `next` as `before`.
+
+    Filters are combined: a job must match all of them. With the scope `admin`, `key` selects the jobs of another API
+    key, or of all keys.
+    """
     limit = parse_integer("limit", request.args.get("limit", str(_DEFAULT_LIMIT)), 1, _MAX_LIMIT)
-    jobs = services().jobs.recent(caller().id, limit=limit, before=_before())
-    next_page = repr(jobs[-1].created_at) if len(jobs) == limit else None
-    return _json(JobList(data=services().job_views.list_items(jobs), next=next_page).model_dump_json())
+    page = find_jobs(request.args, limit)
+    next_page = None if page.next is None else repr(page.next)
+    return _json(JobList(data=services().job_views.list_items(page.jobs), next=next_page).model_dump_json())
 
 
 @routes.post("/<job_id>/cancel")
@@ -96,14 +112,14 @@ def cancel_job(job_id: str) -> Response:
     another way is refused with 409.
     """
     max_wait_s = wait_s(services().settings.max_wait_s)
-    return _job_response(_wait(services().jobs.stop(job_id, caller().id), max_wait_s))
+    return _job_response(_wait(services().jobs.stop(job_id, visible_owner()), max_wait_s))
 
 
 @routes.delete("/<job_id>")
 @describe("Delete a job", responses={204: None}, errors=(404, 409))
 def delete_job(job_id: str) -> Response:
     """Deletes a job that has ended, with its text and events. A job that has not ended must be cancelled first."""
-    services().jobs.forget(job_id, caller().id)
+    services().jobs.forget(job_id, visible_owner())
     return Response(status=204)
 
 
@@ -140,7 +156,7 @@ def stream_job(job_id: str) -> Response:
 
 def _stream(job_id: str, form: Format, cursor: int) -> Response:
     jobs, views, owner = services().jobs, services().job_views, caller().id
-    job = jobs.get(job_id, owner)
+    job = jobs.get(job_id, visible_owner())
     if job.status.terminal and cursor >= job.last_event:
         return Response(status=204)
     environ = request.environ
@@ -172,17 +188,60 @@ def _cursor() -> int:
     return parse_integer(_LAST_EVENT_ID, last) if last else starting_after
 
 
-def _before() -> float | None:
-    text = request.args.get("before")
+def find_jobs(query: MultiDict[str, str], limit: int) -> JobPage:
+    """Return the page of jobs that query parameters of the route select."""
+    owners, wanted, before = _owners(query), _filter(query), _time(query, "before")
+    if wanted == JobFilter() and len(owners) == 1:
+        jobs = services().jobs.recent(owners[0], limit=limit, before=before)
+        return JobPage(jobs, jobs[-1].created_at if len(jobs) == limit else None)
+    return services().job_search.page(owners, wanted, limit=limit, before=before)
+
+
+def _owners(query: MultiDict[str, str]) -> list[str]:
+    """Return the ids of the API keys whose jobs the request asks for."""
+    key = query.get("key", caller().id)
+    if key == caller().id:
+        return [key]
+    require_scope("admin")
+    return [*services().keys.entries()] if key == ALL_KEYS else [key]
+
+
+def _filter(query: MultiDict[str, str]) -> JobFilter:
+    status, priority = query.get("status"), query.get("priority")
+    return JobFilter(
+        status=None if status is None else _member("status", status, {each.value: each for each in Status}),
+        model=query.get("model"),
+        priority=None if priority is None else _member("priority", priority, {each.label: each for each in Priority}),
+        after=_time(query, "after"),
+        metadata=dict(map(_pair, query.getlist("metadata"))),
+    )
+
+
+def _member(name: str, text: str, members: Mapping[str, T]) -> T:
+    if text not in members:
+        raise Invalid(f"{name} must be one of {', '.join(members)}.", field=name)
+    return members[text]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise Invalid("metadata must have the form name=value.", field="metadata")
+    return name, value
+
+
+def _time(query: MultiDict[str, str], name: str) -> float | None:
+    text = query.get(name)
     if text is None:
         return None
     try:
-        created_at = float(text)
+        seconds = float(text)
     except ValueError:
-        created_at = -1.0
-    if not 0 <= created_at < 1e11:
-        raise Invalid("before must be the value of next from the previous page.", field="before")
-    return created_at
+        seconds = -1.0
+    if not 0 <= seconds < 1e11:
+        source = "the value of next from the previous page" if name == "before" else "a time in seconds since the epoch"
+        raise Invalid(f"{name} must be {source}.", field=name)
+    return seconds
 
 
 def _wait(job: Job, max_wait_s: float) -> Job:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer
 from pydantic.json_schema import JsonSchemaValue
@@ -210,6 +210,7 @@ class JobView(Parsed):
     status: Status = Field(
         description="`queued` and `running` are temporary; `succeeded`, `failed`, `cancelled` and `expired` are final"
     )
+    key_id: str = Field(description="Id of the API key that submitted the job")
     model: str = Field(description="Id of the model, also if the request named an alias")
     attempt: int = Field(description="Number of the current or last attempt; 0 before the first")
     history: list[AttemptView] = Field(description="The attempts, oldest first; at most the last 20")
@@ -233,12 +234,29 @@ class JobView(Parsed):
     urls: Urls
 
 
+class StoredRequestView(ResponseModel):
+    """The request of a job as it is stored: with all defaults, and images replaced by references."""
+
+    id: str = Field(description="Id of the job")
+    object: Literal["job_request"] = "job_request"
+    prompt: str | None
+    messages: list[dict[str, Any]] | None = Field(
+        description="An image is `{type: image, image, width, height}`; `image` is the name under which "
+        "`/v1/jobs/{job_id}/images/{name}` has it"
+    )
+    options: dict[str, Any] = Field(description="All other fields of the stored request")
+    prompt_tokens: int | None = Field(description="Tokens of the prompt; null if not yet known")
+
+
 class JobList(ResponseModel):
-    """A page of the caller's jobs, newest first."""
+    """A page of jobs, newest first."""
 
     object: Literal["list"] = "list"
     data: list[JobView]
-    next: str | None = Field(description="Pass it as `before` to get the next page; null on the last page")
+    next: str | None = Field(
+        description="Pass it as `before` to get the next page; null on the last page. With filters, a page "
+        "can have fewer jobs than `limit`, or none, and still be followed by others"
+    )
 
 
 class InferenceView(Parsed):

@@ -2,14 +2,15 @@
 -- Returns jobs of expired leases to the queue, expires jobs whose time is over, and records Redis's memory. Any process
 -- may call it at any time.
 -- ARGV: number of consecutive crashes with a job as the only suspect after which the job fails, maximum jobs to expire in
---   this call, maximum bytes of the requests of failed jobs
+--   this call, maximum bytes of the kept requests of ended jobs, 'all' if the requests of all jobs are kept, not only those
+--   of failed ones
 -- Returns {seconds until the next lease may expire or '', models that have queued jobs because of this…}
 --
 -- Invariant: a lease does not expire while its worker cannot renew it. So each lease is extended by its full lifetime,
 -- once per renewal, if this server is not the one of the last pass (restart or failover), if the last pass was long ago
 -- (Redis was unreachable, or the machine slept), or if the clock was set back. The lease of a dead worker is not renewed,
 -- so it is extended at most once.
-local max_deaths, max_expired, failed_limit = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+local max_deaths, max_expired, failed_limit, kept = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 local at = now()
 local OUTAGE_S = 2 -- passes are at most one second apart
 local RECORD_S = 0.5 -- shortest interval between two records of a pass
@@ -35,6 +36,11 @@ if last_server ~= server or math.abs(since) > RECORD_S then
       'system', memory:match('total_system_memory:(%d+)') or '0')
   end
   redis.call('HSET', K.BYTES, 'failed_limit', failed_limit)
+  if kept == 'all' then
+    redis.call('HSET', K.BYTES, 'keep_all', 1)
+  elseif kept then -- processes of earlier versions do not say
+    redis.call('HDEL', K.BYTES, 'keep_all')
+  end
 end
 
 local models = {}

@@ -185,7 +185,8 @@ end
 -- Bytes -----------------------------------------------------------------------------------------------------------
 
 -- Fields of K.BYTES: what unfinished jobs occupy plus what they may grow by, in all ('total') and per owner ('owner:…');
--- the growth alone ('growth'); requests of failed jobs ('failed') and their limit ('failed_limit').
+-- the growth alone ('growth'); kept requests of ended jobs ('failed'), their limit ('failed_limit'), and whether those of
+-- all jobs are kept ('keep_all'), not only of failed ones.
 local function count_bytes(field, bytes)
   if redis.call('HINCRBY', K.BYTES, field, string.format('%.0f', bytes)) <= 0 then
     redis.call('HDEL', K.BYTES, field)
@@ -206,22 +207,23 @@ end
 
 local function drop_failed_request(member)
   local id, bytes = member:match('^(.+) (%d+)$')
-  redis.call('UNLINK', K.REQUEST .. id)
+  redis.call('UNLINK', K.REQUEST .. id, K.IMAGES .. id)
   if redis.call('ZREM', K.FAILED, member) == 1 then
     count_bytes('failed', -tonumber(bytes))
   end
 end
 
--- Keeps the request of a failed job for inspection and drops the oldest such requests beyond the limit. Deletes the
--- requests of jobs that ended otherwise.
+-- Keeps the request of a failed job, with its images, so that it can be read and run again. Drops the oldest such requests
+-- beyond the limit. Deletes the requests of jobs that ended otherwise, unless all are to be kept.
 local function settle_request(id, status, retention)
-  if status ~= 'failed' then
-    redis.call('UNLINK', K.REQUEST .. id)
+  if status ~= 'failed' and redis.call('HEXISTS', K.BYTES, 'keep_all') == 0 then
+    redis.call('UNLINK', K.REQUEST .. id, K.IMAGES .. id)
     return
   end
   local bytes = redis.call('HGET', K.JOB .. id, 'request_bytes') or '0'
   local limit = tonumber(redis.call('HGET', K.BYTES, 'failed_limit') or 2 ^ 26)
   redis.call('EXPIRE', K.REQUEST .. id, retention)
+  redis.call('EXPIRE', K.IMAGES .. id, retention)
   redis.call('ZADD', K.FAILED, stamp(now() + retention), id .. ' ' .. bytes)
   count_bytes('failed', tonumber(bytes))
   while tonumber(redis.call('HGET', K.BYTES, 'failed') or '0') > limit do
@@ -300,7 +302,6 @@ local function finish(id, status, fields, by_worker)
   redis.call('HSET', job, unpack(record))
   leave_queue(id, model)
   redis.call('ZREM', K.TIMERS, id)
-  redis.call('UNLINK', K.IMAGES .. id)
   release_bytes(id, owner)
   settle_request(id, status, retention)
   if worker and worker ~= '' then

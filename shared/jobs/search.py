@@ -1,0 +1,181 @@
+"""Search the jobs of API keys by status, model, class, time and metadata, newest first.
+
+There is no index of all jobs: each API key has a list of its own, and this merges the lists. A page looks at a bounded
+number of jobs, so it may have fewer than were asked for, even none, and still be followed by others.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import itemgetter
+from typing import Final
+
+from shared.jobs.record import Job, Priority, Status
+from shared.redis import keys
+from shared.redis.client import Redis
+
+MAX_LOOKED_AT: Final = 3000
+"""Jobs that one page looks at."""
+MAX_CANDIDATES: Final = 20_000
+"""Unfinished or failed jobs among which a page is looked for."""
+_CHUNK: Final = 250
+_LARGEST_BLOCK: Final = 512
+_FIELDS: Final = ("owner", "status", "model", "class", "created_at", "metadata", "deleted")
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs to find; None and empty values match all.
+
+    Attributes:
+        after: earliest time of creation, in seconds since the epoch.
+        metadata: names and values that a job's metadata must have.
+    """
+
+    status: Status | None = None
+    model: str | None = None
+    priority: Priority | None = None
+    after: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def matches_all(self) -> bool:
+        """Whether no record needs to be read to know that it matches."""
+        return self == JobFilter(after=self.after)
+
+    def matches(self, record: Mapping[str, str]) -> bool:
+        """Whether the record of a job matches, apart from its time."""
+        if self.status is not None and record["status"] != self.status:
+            return False
+        if self.model is not None and record["model"] != self.model:
+            return False
+        if self.priority is not None and record["class"] != str(int(self.priority)):
+            return False
+        return not self.metadata or self.metadata.items() <= json.loads(record["metadata"]).items()
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """Jobs that were found, newest first.
+
+    Attributes:
+        next: continue with jobs created before this time; None if there are no others.
+    """
+
+    jobs: list[Job]
+    next: float | None
+
+
+class JobSearch:
+    """Finds jobs. Methods raise `redis.RedisError` if Redis is unreachable."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    def page(self, owners: Sequence[str], wanted: JobFilter, *, limit: int, before: float | None = None) -> JobPage:
+        """Return up to `limit` jobs of these API keys that were created before a time."""
+        if wanted.status in (Status.QUEUED, Status.RUNNING):
+            return self._among(self._unfinished(), owners, wanted, limit, before)
+        if wanted.status is Status.FAILED:
+            return self._among(self._failed(), owners, wanted, limit, before)
+        return self._through_lists(owners, wanted, limit, before)
+
+    def _through_lists(self, owners: Sequence[str], wanted: JobFilter, limit: int, before: float | None) -> JobPage:
+        """Go through the lists of jobs, newest first."""
+        entries = heapq.merge(
+            *(self._list(owner, wanted.after, before, limit + 1) for owner in owners), key=itemgetter(0), reverse=True
+        )
+        found: list[tuple[float, str]] = []
+        looked_at = 0
+        while looked_at < MAX_LOOKED_AT and len(found) < limit:
+            # Without conditions every entry is a job, unless it was deleted or its time is over.
+            size = min(_CHUNK, limit - len(found)) if wanted.matches_all else _CHUNK
+            chunk = list(islice(entries, size))
+            for position, (created_at, _, job_id, record) in enumerate(self._with_records(chunk), 1):
+                if record is not None and wanted.matches(record):
+                    found.append((created_at, job_id))
+                if len(found) == limit:
+                    return JobPage(
+                        self._jobs(found), created_at if len(chunk) > position or len(chunk) == size else None
+                    )
+            if len(chunk) < size:
+                return JobPage(self._jobs(found), None)
+            looked_at += len(chunk)
+            before = chunk[-1][0]
+        return JobPage(self._jobs(found), before)
+
+    def _list(
+        self, owner: str, after: float | None, before: float | None, block: int
+    ) -> Iterator[tuple[float, str, str]]:
+        """Yield time, owner and id of an API key's jobs, newest first, read in blocks that grow."""
+        name, oldest = keys.OWNER + owner, "-inf" if after is None else repr(after)
+        newest = "+inf" if before is None else f"({before!r}"
+        while True:
+            entries = self._client.zrange(
+                name, newest, oldest, byscore=True, desc=True, withscores=True, offset=0, num=block
+            )
+            for job_id, created_at in entries:
+                yield created_at, owner, job_id
+            if len(entries) < block:
+                return
+            newest, block = f"({entries[-1][1]!r}", min(2 * block, _LARGEST_BLOCK)
+
+    def _with_records(
+        self, entries: Sequence[tuple[float, str, str]]
+    ) -> Iterator[tuple[float, str, str, dict[str, str] | None]]:
+        """Yield entries of lists with the fields of their records; None for jobs that no longer exist."""
+        records = self._fields([job_id for _, _, job_id in entries])
+        for (created_at, owner, job_id), record in zip(entries, records, strict=True):
+            if not record:
+                self._client.zrem(keys.OWNER + owner, job_id)
+            yield created_at, owner, job_id, record if record and "deleted" not in record else None
+
+    def _among(
+        self, job_ids: list[str], owners: Sequence[str], wanted: JobFilter, limit: int, before: float | None
+    ) -> JobPage:
+        """Look for a page among these jobs. Ids sort by the time of creation."""
+        known, found = set(owners), list[tuple[float, str]]()
+        newest_first = sorted(job_ids, reverse=True)
+        looked_at = 0
+        for start in range(0, len(newest_first), _CHUNK):
+            chunk = newest_first[start : start + _CHUNK]
+            for job_id, record in zip(chunk, self._fields(chunk), strict=True):
+                created_at = float(record.get("created_at", 0.0))
+                if not record or "deleted" in record or (before is not None and created_at >= before):
+                    continue
+                looked_at += 1
+                if created_at >= (wanted.after or 0.0) and record["owner"] in known and wanted.matches(record):
+                    found.append((created_at, job_id))
+                if len(found) == limit or looked_at == MAX_LOOKED_AT:
+                    return JobPage(self._jobs(found), created_at)
+        return JobPage(self._jobs(found), None)
+
+    def _unfinished(self) -> list[str]:
+        """Return the ids of unfinished jobs: each has a time at which it expires."""
+        return [*self._client.zrange(keys.TIMERS, 0, MAX_CANDIDATES - 1)]
+
+    def _failed(self) -> list[str]:
+        """Return the ids of jobs whose request is kept, which are all that failed unless memory was short."""
+        newest = self._client.zrange(keys.FAILED, 0, MAX_CANDIDATES - 1, desc=True)
+        return [entry.partition(" ")[0] for entry in newest]
+
+    def _fields(self, job_ids: Sequence[str]) -> list[dict[str, str]]:
+        """Return the fields that filters need, of each job; empty if it does not exist."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hmget(keys.JOB + job_id, _FIELDS)
+            replies = pipe.execute() if job_ids else []
+        return [
+            {name: value for name, value in zip(_FIELDS, values, strict=True) if value is not None}
+            for values in replies
+        ]
+
+    def _jobs(self, found: Sequence[tuple[float, str]]) -> list[Job]:
+        with self._client.pipeline(transaction=False) as pipe:
+            for _, job_id in found:
+                pipe.hgetall(keys.JOB + job_id)
+            return [Job.from_record(record) for record in pipe.execute() if record] if found else []

@@ -1,0 +1,62 @@
+"""`/v1/overview`: the state of queues and workers, now and over the last hour."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+from flask import Blueprint, Response
+
+from shared.models.registry import WorkerInfo
+from web.cluster.queues import Depth, depths
+from web.cluster.samples import memory_bytes
+from web.http.openapi import describe
+from web.schemas.overview import OverviewView, OverviewWorkerView, QueueView, SampleView
+from web.services import services
+
+routes = Blueprint("overview", __name__, url_prefix="/v1/overview")
+
+
+@routes.get("")
+@describe("Get the state of queues and workers", responses={200: OverviewView})
+def get_overview() -> Response:
+    """Queue depths, workers, throughput and latencies. The figures are those of the whole service."""
+    return Response(overview().model_dump_json(), content_type="application/json")
+
+
+def overview() -> OverviewView:
+    """Read the state of the service."""
+    current = services()
+    now, workers = current.registry.workers_now()
+    models = sorted({*current.registry.known_models(), *current.catalog.models})
+    return OverviewView(
+        queues=[_queue_view(depth) for depth in depths(current.redis, models)],
+        workers=[_worker_view(now, worker) for worker in workers],
+        tokens_per_s=round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1),
+        memory_bytes=memory_bytes(workers),
+        samples=[SampleView.model_validate(asdict(sample)) for sample in current.samples.recent()],
+    )
+
+
+def _queue_view(depth: Depth) -> QueueView:
+    return QueueView(
+        model=depth.model,
+        priority=depth.priority.label,
+        waiting=depth.waiting,
+        oldest_s=round(max(0.0, time.time() - depth.oldest_at), 3),
+    )
+
+
+def _worker_view(now: float, worker: WorkerInfo) -> OverviewWorkerView:
+    stats = worker.stats
+    return OverviewWorkerView(
+        worker=worker.node,
+        model=worker.model,
+        state=worker.state,
+        slots=worker.slots,
+        slots_used=worker.slots_used,
+        tokens_per_s=round(stats.get("tokens_per_s", 0.0), 1),
+        memory_bytes=round(stats.get("memory_active_bytes", 0.0)),
+        model_bytes=round(stats.get("model_bytes", 0.0)),
+        uptime_s=round(max(0.0, now - worker.started_at), 3),
+    )
