@@ -26,15 +26,17 @@ aliases = ["coder"]
 path = "{ROOT}/models/ui-micro"
 """
 LIGHTHOUSE: Final = (
-    "<think>\nThe reader wants a short explanation. Light, lens, rotation, and why it blinks. Keep it concrete.\n</think>\n\n"
+    "<think>\nThe reader wants a short explanation. Light, lens, rotation, and why it blinks. Keep it concrete.\n"
+    "</think>\n\n"
     "A lighthouse sends one narrow beam instead of light in all directions.\n\n"
     "1. The lamp stands in the focus of a Fresnel lens, whose rings bend the light into a beam.\n"
     "2. The lens turns on a bed of mercury or on rollers, so the beam sweeps the horizon.\n"
     "3. Each station has its own rhythm, so that a sailor can tell it from its neighbours.\n"
 )
+NUMBERS: Final = " ".join(map(str, range(200)))
 SCRIPT: Final[list[dict[str, Any]]] = [
     {"match": "lighthouse", "text": LIGHTHOUSE, "directives": "!every=0.02"},
-    {"match": "slowly", "text": "<think>\nCount.\n</think>\n\n" + " ".join(map(str, range(200))), "directives": "!every=0.05"},
+    {"match": "slowly", "text": f"<think>\nCount.\n</think>\n\n{NUMBERS}", "directives": "!every=0.03"},
     {"match": "weather", "text": f"I look it up.\n{tool_call('weather', city='Oslo')}"},
     {"match": "12 degrees", "text": "It is 12 degrees in Oslo."},
     {"match": "fail", "text": "This answer breaks off.", "directives": "!row-fails=2"},

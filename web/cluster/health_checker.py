@@ -44,12 +44,16 @@ class HealthChecker:
         except redis.RedisError:
             return False
 
-    def check(self) -> HealthView:
-        """Check Redis, the workers and the queues."""
+    def check(self, *, ping: bool = True) -> HealthView:
+        """Check Redis, the workers and the queues.
+
+        Args:
+            ping: whether to wait for answers of the workers' processes.
+        """
         faults: list[str] = []
         try:
             faults += self._redis_faults()
-            return self._check(faults)
+            return self._check(faults, ping=ping)
         except redis.RedisError as error:
             if isinstance(error, (AuthenticationError, AuthorizationError)):
                 faults = ["Redis rejects the user name or the password. Correct REDIS_URL."]
@@ -59,18 +63,18 @@ class HealthChecker:
                 status="down", models=0, version=VERSION, reasons=reasons, redis=view, workers=[], queues={}
             )
 
-    def _check(self, faults: list[str]) -> HealthView:
+    def _check(self, faults: list[str], *, ping: bool) -> HealthView:
         sent_at = time.monotonic()
         self._probe.ping()
         redis_view = RedisView(reachable=True, response_s=round(time.monotonic() - sent_at, 6))
         now, workers = self._registry.workers_now()
         queues = self._queues()
-        views = self._worker_views(now, workers)
+        views = self._worker_views(now, workers, ping=ping)
         reasons = [
             *faults,
             *self._durability_reasons(),
             *self._memory_reasons(),
-            *_worker_reasons(views, self._settings.lease_s),
+            *_worker_reasons(views, self._settings.lease_s, pinged=ping),
             *self._queue_reasons(workers, queues),
         ]
         status: HealthStatus = "degraded" if reasons else "ok"
@@ -110,9 +114,10 @@ class HealthChecker:
         reason = why_unproven(self._probe)
         return [reason] if reason else []
 
-    def _worker_views(self, now: float, workers: list[WorkerInfo]) -> list[WorkerView]:
+    def _worker_views(self, now: float, workers: list[WorkerInfo], *, ping: bool) -> list[WorkerView]:
         """Return the workers as of `now`, by Redis's clock, which their timestamps use too."""
-        response_s = self._worker_ping.response_times(len({worker.node for worker in workers}))
+        count = len({worker.node for worker in workers})
+        response_s = self._worker_ping.response_times(count) if ping else {}
         return [
             WorkerView(
                 id=worker.id,
@@ -154,10 +159,10 @@ def _memory(stats: Mapping[str, float]) -> WorkerMemory | None:
     )
 
 
-def _worker_reasons(workers: list[WorkerView], lease_s: float) -> list[str]:
+def _worker_reasons(workers: list[WorkerView], lease_s: float, *, pinged: bool) -> list[str]:
     return [
         *(f"{_name(worker)} is {worker.state}." for worker in workers if worker.state != "ready"),
-        *(f"{_name(worker)} does not answer pings." for worker in workers if worker.response_s is None),
+        *(f"{_name(worker)} does not answer pings." for worker in workers if pinged and worker.response_s is None),
         *(
             f"{_name(worker)} has not sent a heartbeat for {worker.heartbeat_age_s:.1f} s."
             for worker in workers

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Final
 
 import redis
-from flask import g, send_from_directory
+from flask import request, send_from_directory
 from flask_limiter import RateLimitExceeded
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as AnyResponse
 
-from shared.errors import MlxqError
+from shared.errors import MlxqError, NotFound
 from web.access.auth import caller, is_admin
 from web.batches.store import Batch
 from web.console.layout import STATIC, page, page_description, render, routes, static_version
@@ -33,7 +33,7 @@ _MAX_DELIVERIES: Final = 50
 @page
 def overview_page() -> AnyResponse:
     """Queues, workers, throughput and latencies."""
-    return render("overview", "overview", view=overview(), health=services().health_checker.check())
+    return render("overview", "overview", view=overview(), health=services().health_checker.check(ping=False))
 
 
 @routes.get("/console/playground")
@@ -103,6 +103,15 @@ def static_file(version: str, name: str) -> AnyResponse:
     return response
 
 
+@routes.get("/console/")
+@routes.get("/console/<path:_unknown>")
+@page_description("Show that there is no such page")
+@page
+def no_page(_unknown: str = "") -> AnyResponse:
+    """An error page instead of the API's answer."""
+    raise NotFound("There is no such page.")
+
+
 @routes.errorhandler(MlxqError)
 @routes.errorhandler(redis.RedisError)
 @routes.errorhandler(RateLimitExceeded)
@@ -111,7 +120,7 @@ def static_file(version: str, name: str) -> AnyResponse:
 def error_page(error: Exception) -> AnyResponse:
     """Show an error as a page, with the same status, headers and log line as the API's answer."""
     answer = problems.answer(error)
-    if answer.status_code == 404 and g.get("session") is None:
+    if answer.status_code == 404 and request.path == "/":
         return answer
     body = answer.get_json(force=True)
     shown = render("error", "", answer.status_code, title=body["title"], detail=body["detail"], code=body["code"])
