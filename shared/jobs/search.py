@@ -18,7 +18,7 @@ from shared.jobs.record import Job, Priority, Status
 from shared.redis import keys
 from shared.redis.client import Redis
 
-MAX_LOOKED_AT: Final = 3000
+MAX_LOOKED_AT: Final = 2000
 """Jobs that one page looks at."""
 MAX_CANDIDATES: Final = 20_000
 """Unfinished or failed jobs among which a page is looked for."""

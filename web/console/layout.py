@@ -29,7 +29,6 @@ NAVIGATION: Final = (
     ("batches", "/console/batches", "Batches"),
     ("webhooks", "/console/webhooks", "Webhooks"),
     ("keys", "/console/keys", "Keys"),
-    ("usage", "/console/usage", "Usage"),
 )
 """Name, path and title of each page."""
 _CONTENT_SECURITY_POLICY: Final = (
