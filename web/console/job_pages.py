@@ -51,6 +51,7 @@ def jobs_page() -> AnyResponse:
         positions=services().jobs.positions(found.jobs),
         chosen=chosen,
         older=older,
+        searched_to=found.next,
         newest=urlencode({name: value for name, value in chosen.items() if name != "before"}),
         error=error,
         models=sorted(services().registry.known_models() | set(services().catalog.models)),

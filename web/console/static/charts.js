@@ -4,7 +4,7 @@ import { call } from "./api.js";
 
 const uPlot = window.uPlot;
 const PERIOD_MS = 15_000;
-const HEIGHT = 160;
+const HEIGHT = 150;
 const colours = { first: "--accent", second: "--decode", third: "--queue", bad: "--bad" };
 
 const seconds = (value) => (value == null ? "–" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
@@ -43,7 +43,7 @@ function options(width, format, lines) {
     legend: { live: true },
     scales: { y: { range: (_, __, most) => [0, Math.max(most, 1e-9) * 1.1] } },
     axes: [
-      { ...axis, values: (_, ticks) => ticks.map((t) => new Date(t * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })), space: 60 },
+      { ...axis, values: (_, ticks) => ticks.map((t) => new Date(t * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })), space: 60, size: 30 },
       { ...axis, values: (_, ticks) => ticks.map(format), size: 62 },
     ],
     series: [
@@ -71,7 +71,11 @@ function draw() {
       place.append(note);
       continue;
     }
-    drawn.set(figure, new uPlot(options(place.clientWidth, format, lines), data, place));
+    const plot = new uPlot(options(place.clientWidth, format, lines), data, place);
+    const showLatest = () => plot.setLegend({ idx: samples.length - 1 });
+    plot.over.addEventListener("mouseleave", () => setTimeout(showLatest));
+    showLatest();
+    drawn.set(figure, plot);
     const latest = lines.map(([label, , read]) => `${label} ${format(read(samples.at(-1)))}`).join(", ");
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", `${figure.querySelector("figcaption").textContent}, latest: ${latest}`);

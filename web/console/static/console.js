@@ -155,5 +155,9 @@ window.addEventListener("pageshow", () => {
   for (const field of document.querySelectorAll("[data-filters] :disabled")) field.disabled = false;
 });
 
+// A search that has found nothing yet continues with older jobs.
+const further = document.querySelector("[data-continue]");
+if (further) location.replace(further.dataset.continue);
+
 localTimes();
 live();
