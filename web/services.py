@@ -18,6 +18,7 @@ from shared.jobs.stored_requests import StoredRequests
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
+from shared.queue.depths import QueueDepths
 from shared.queue.job_spans import JobSpans
 from shared.queue.maintenance import Maintenance
 from shared.queue.recovery import Reaper
@@ -66,7 +67,6 @@ class Services:
     """The objects that routes use."""
 
     settings: Settings
-    redis: Redis
     keys: KeyStore
     sessions: Sessions
     open_responses: OpenResponses
@@ -79,6 +79,7 @@ class Services:
     readers: Readers
     cluster: Cluster
     registry: Registry
+    queue_depths: QueueDepths
     samples: Samples
     admission: Admission
     image_loader: ImageLoader
@@ -158,7 +159,6 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
 
     return Services(
         settings=settings,
-        redis=clients.store,
         keys=KeyStore(settings.keys_file),
         sessions=Sessions(clients.store),
         open_responses=OpenResponses(settings.max_streams_per_key),
@@ -171,6 +171,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         readers=Readers(clients.store),
         cluster=cluster,
         registry=registry,
+        queue_depths=QueueDepths(clients.store),
         samples=Samples(clients.store),
         admission=Admission(
             settings,

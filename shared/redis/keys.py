@@ -61,7 +61,6 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `WEBHOOKS_DUE` | zset | pending delivery → time of its next attempt | until empty |
 | `WEBHOOKS_DEAD` | zset | delivery that failed for good → time of its end | entries are pruned after 30 days |
 | `SESSION` + hash of its token | string | id of the API key that signed in to the console | 12 h |
-| `RECENT_ENDS` | list | status and timings of jobs that ended since the last sample | until the next sample |
 | `SAMPLES` | list | JSON of `web.cluster.samples.Sample`, oldest first: the last hour | forever, 120 entries |
 | `OLD_QUEUE` + model | zset | queue of the first layout; old processes write it during an upgrade | until adopted |
 
@@ -151,7 +150,6 @@ WEBHOOK: Final = "mlxq:webhook:"
 WEBHOOKS_DUE: Final = "mlxq:webhooks-due"
 WEBHOOKS_DEAD: Final = "mlxq:webhooks-dead"
 SESSION: Final = "mlxq:session:"
-RECENT_ENDS: Final = "mlxq:recent-ends"
 SAMPLES: Final = "mlxq:samples"
 OLD_QUEUE: Final = "mlxq:queue:"
 

@@ -153,12 +153,8 @@ class Admission:
         submissions = [choice for submission in each_once for choice in _choices(submission, choices)]
         job_ids = [context.job_id or new_job_id(), *(new_job_id() for _ in submissions[1:])]
         accepted = self._create(submissions, job_ids, files, context.prepare)
-        if accepted.wake:
-            self._notifier.wake([accepted.job.model])
-        if accepted.new:
-            if self._settings.log_prompts:
-                _log_prompts(accepted.job, each_once)
-            self._request_model(accepted.job)
+        if accepted.new and self._settings.log_prompts:
+            _log_prompts(accepted.job, each_once)
         return accepted
 
     def repeat(self, submission: Submission, job_id: str) -> Accepted:
@@ -166,11 +162,7 @@ class Admission:
 
         Raises: as `admit`.
         """
-        accepted = self._create([submission], [job_id], {})
-        if accepted.wake:
-            self._notifier.wake([accepted.job.model])
-        self._request_model(accepted.job)
-        return accepted
+        return self._create([submission], [job_id], {}, lambda _: None)
 
     def _create(
         self,
@@ -192,6 +184,10 @@ class Admission:
             raise
         if files and not accepted.new:
             self._drop_images(job_ids)
+        if accepted.wake:
+            self._notifier.wake([accepted.job.model])
+        if accepted.new:
+            self._request_model(accepted.job)
         return accepted
 
     def _drop_images(self, job_ids: Sequence[str]) -> None:

@@ -7,16 +7,18 @@ API process answers, and restarts lose nothing.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Final, NamedTuple, Self
+from math import inf
+from typing import Final, Self
 
+from shared.histogram import quantile
 from shared.models.registry import Registry, WorkerInfo
+from shared.queue.depths import QueueDepths
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.wire import known_fields
-from web.cluster.queues import depths
 
 INTERVAL_S: Final = 30.0
 KEPT: Final = 120
@@ -30,15 +32,6 @@ class Percentiles:
     p50: float
     p99: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Self | None:
-        """Return the percentiles by the nearest-rank method; None without values."""
-        ordered = sorted(values)
-        if not ordered:
-            return None
-        p50, p99 = (ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.99))
-        return cls(round(p50, 6), round(p99, 6))
-
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -51,8 +44,8 @@ class Sample:
         tokens_per_s: tokens that all workers generated per second, over the last minute.
         memory_bytes: memory that MLX uses in all worker processes.
         ended: jobs that ended since the last sample, by status.
-        ttft: time from submission to the first token, of these jobs.
-        itl: mean time between the tokens of a job, of these jobs.
+        ttft: time from submission to the first token, of the first tokens since the last sample.
+        itl: time between two tokens of a job, of the tokens since the last sample.
     """
 
     at: float
@@ -78,21 +71,38 @@ class Sample:
         return cls(**data)
 
 
-class _End(NamedTuple):
-    """A job that ended; durations in seconds, None if unknown."""
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Counters that only grow, at one moment: what happened between two readings is their difference.
 
-    status: str
-    ttft_s: float | None
-    itl_s: float | None
+    Attributes:
+        ended: jobs that ended, by status.
+        latencies: observations per bucket of each histogram, by worker, name and class, after the bounds.
+    """
+
+    ended: Counter[str]
+    latencies: dict[tuple[str, str, str], tuple[tuple[float, ...], list[int]]]
 
     @classmethod
-    def parse(cls, entry: str) -> _End:
-        """Parse an entry of `lib/job.lua`: status, time to the first token, total time, tokens; `-` if unknown."""
-        status, first, total, tokens = entry.split()
-        ttft_s = None if first == "-" else float(first)
-        intervals = 0 if tokens == "-" else int(tokens) - 1
-        known = ttft_s is not None and total != "-" and intervals > 0
-        return cls(status, ttft_s, (float(total) - (ttft_s or 0.0)) / intervals if known else None)
+    def of(cls, ended: Mapping[tuple[str, str], int], workers: Sequence[WorkerInfo]) -> Self:
+        """Read the counters."""
+        by_status: Counter[str] = Counter()
+        for (_, status), count in ended.items():
+            by_status[status] += count
+        histograms = ((worker.id, each) for worker in workers for each in worker.histograms)
+        return cls(by_status, {(worker, e.name, e.priority): (e.bounds, e.counts) for worker, e in histograms})
+
+    def percentiles(self, before: _Reading, name: str) -> Percentiles | None:
+        """Return the percentiles of a latency since an earlier reading; None if there were no observations."""
+        sums: Counter[float] = Counter()
+        for key, (bounds, counts) in self.latencies.items():
+            if key[1] == name:
+                _, earlier = before.latencies.get(key, (bounds, [0] * len(counts)))
+                sums.update({bound: new - old for bound, new, old in zip((*bounds, inf), counts, earlier, strict=True)})
+        edges = sorted(sums)
+        counts = [sums[edge] for edge in edges]
+        p50, p99 = (quantile(share, edges[:-1], counts) for share in (0.5, 0.99)) if edges else (None, None)
+        return None if p50 is None or p99 is None else Percentiles(round(p50, 6), round(p99, 6))
 
 
 class Samples:
@@ -101,6 +111,8 @@ class Samples:
     def __init__(self, client: Redis) -> None:
         self._client = client
         self._registry = Registry(client)
+        self._depths = QueueDepths(client)
+        self._last: _Reading | None = None
 
     def recent(self) -> list[Sample]:
         """Return the samples of the last hour, oldest first."""
@@ -109,40 +121,37 @@ class Samples:
         return [each for each in samples if each.at > now - KEPT * INTERVAL_S]
 
     def take(self) -> Sample:
-        """Take a sample and store it. Only the leader calls this: each ended job is counted in one sample."""
+        """Take a sample and store it. Only the leader calls this; its first sample has no ends and latencies."""
         now, workers = self._registry.workers_now()
-        sample = self._sample(now, workers, self._take_ends())
+        reading = _Reading.of(self._registry.ended(), workers)
+        sample = self._sample(now, workers, reading, self._last or reading)
+        self._last = reading
         with self._client.pipeline() as pipe:
             pipe.rpush(keys.SAMPLES, sample.to_json())
             pipe.ltrim(keys.SAMPLES, -KEPT, -1)
             pipe.execute()
         return sample
 
-    def _sample(self, now: float, workers: Sequence[WorkerInfo], ends: Sequence[_End]) -> Sample:
-        waiting: dict[str, int] = {}
-        for depth in depths(self._client, sorted(self._registry.known_models())):
-            waiting[depth.priority.label] = waiting.get(depth.priority.label, 0) + depth.waiting
-        ended: dict[str, int] = {}
-        for end in ends:
-            ended[end.status] = ended.get(end.status, 0) + 1
+    def _sample(self, now: float, workers: Sequence[WorkerInfo], reading: _Reading, before: _Reading) -> Sample:
+        waiting: Counter[str] = Counter()
+        for depth in self._depths.read(sorted(self._registry.known_models())):
+            waiting[depth.priority.label] += depth.waiting
         return Sample(
             at=now,
-            waiting=waiting,
+            waiting=dict(waiting),
             running=sum(worker.slots_used for worker in workers),
             slots=sum(worker.slots for worker in workers),
-            tokens_per_s=round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1),
+            tokens_per_s=tokens_per_s(workers),
             memory_bytes=memory_bytes(workers),
-            ended=ended,
-            ttft=Percentiles.of([end.ttft_s for end in ends if end.ttft_s is not None]),
-            itl=Percentiles.of([end.itl_s for end in ends if end.itl_s is not None]),
+            ended=dict(reading.ended - before.ended),
+            ttft=reading.percentiles(before, "time_to_first_token"),
+            itl=reading.percentiles(before, "inter_token_latency"),
         )
 
-    def _take_ends(self) -> list[_End]:
-        with self._client.pipeline() as pipe:
-            pipe.lrange(keys.RECENT_ENDS, 0, -1)
-            pipe.delete(keys.RECENT_ENDS)
-            entries, _ = pipe.execute()
-        return [_End.parse(entry) for entry in entries]
+
+def tokens_per_s(workers: Sequence[WorkerInfo]) -> float:
+    """Return how many tokens all workers generated per second, over the last minute."""
+    return round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1)
 
 
 def memory_bytes(workers: Sequence[WorkerInfo]) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 
 from flask import Blueprint, Response
 
 from shared.models.registry import WorkerInfo
-from web.cluster.queues import Depth, depths
-from web.cluster.samples import memory_bytes
+from shared.queue.depths import QueueDepth
+from web.cluster.samples import memory_bytes, tokens_per_s
 from web.http.openapi import describe
 from web.schemas.overview import OverviewView, OverviewWorkerView, QueueView, SampleView
 from web.services import services
@@ -30,20 +29,20 @@ def overview() -> OverviewView:
     now, workers = current.registry.workers_now()
     models = sorted({*current.registry.known_models(), *current.catalog.models})
     return OverviewView(
-        queues=[_queue_view(depth) for depth in depths(current.redis, models)],
+        queues=[_queue_view(depth) for depth in current.queue_depths.read(models)],
         workers=[_worker_view(now, worker) for worker in workers],
-        tokens_per_s=round(sum(worker.stats.get("tokens_per_s", 0.0) for worker in workers), 1),
+        tokens_per_s=tokens_per_s(workers),
         memory_bytes=memory_bytes(workers),
         samples=[SampleView.model_validate(asdict(sample)) for sample in current.samples.recent()],
     )
 
 
-def _queue_view(depth: Depth) -> QueueView:
+def _queue_view(depth: QueueDepth) -> QueueView:
     return QueueView(
         model=depth.model,
         priority=depth.priority.label,
         waiting=depth.waiting,
-        oldest_s=round(max(0.0, time.time() - depth.oldest_at), 3),
+        oldest_s=round(depth.oldest_s, 3),
     )
 
 

@@ -50,8 +50,8 @@ class SampleView(ResponseModel):
     tokens_per_s: float
     memory_bytes: int
     ended: dict[str, int] = Field(description="Jobs that ended since the sample before, by status")
-    ttft: PercentilesView | None = Field(description="Time from submission to the first token, of these jobs")
-    itl: PercentilesView | None = Field(description="Mean time between the tokens of a job, of these jobs")
+    ttft: PercentilesView | None = Field(description="Time from submission to the first token")
+    itl: PercentilesView | None = Field(description="Time between two tokens of a job")
 
 
 class OverviewView(ResponseModel):

@@ -11,6 +11,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.fake_redis import FakeRedis
 from tests.support.queueing import submit
@@ -26,8 +27,13 @@ PATHS = [path for _, path, _ in NAVIGATION]
 
 
 @pytest.fixture
-def app(tmp_path: Path) -> Flask:
-    return create_app(Settings(data_dir=tmp_path, model_path=tmp_path / "default", durable=False), FakeRedis())
+def redis() -> Redis:
+    return FakeRedis()
+
+
+@pytest.fixture
+def app(tmp_path: Path, redis: Redis) -> Flask:
+    return create_app(Settings(data_dir=tmp_path, model_path=tmp_path / "default", durable=False), redis)
 
 
 @pytest.fixture
@@ -104,11 +110,10 @@ def test_the_sign_in_leads_only_to_pages_of_the_console(
     assert answer.status_code == 303 and answer.location == leads_to
 
 
-def test_the_cookie_is_strict_and_redis_has_only_its_hash(app: Flask, store: KeyStore) -> None:
+def test_the_cookie_is_strict_and_redis_has_only_its_hash(app: Flask, redis: Redis, store: KeyStore) -> None:
     client = app.test_client()
     cookie = sign_in(client, store.create("user", {"infer"})).headers.getlist("Set-Cookie")[0]
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and "Secure" not in cookie
-    redis = app.extensions["mlxq"].redis
     (name,) = redis.keys(keys.SESSION + "*")
     session = client.get_cookie(COOKIE)
     assert session is not None and session.value not in name + redis.get(name)

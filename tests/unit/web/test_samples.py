@@ -1,19 +1,19 @@
-"""Samples of the service's state: queues, latencies of ended jobs, and the last hour."""
+"""Samples of the service's state: queues, latencies and ended jobs between two samples, and the last hour."""
 
 from __future__ import annotations
 
 import pytest
 
-from shared.jobs.record import Ending, Priority, Status
+from shared.histogram import Histogram
+from shared.jobs.record import Priority
 from shared.jobs.store import Jobs
 from shared.models.registry import Registry, WorkerInfo
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.fake_redis import FakeRedis
-from tests.support.queueing import MODEL, end, lease, started, submit
-from web.cluster.queues import depths
-from web.cluster.samples import KEPT, Percentiles, Sample, Samples
+from tests.support.queueing import MODEL, lease, run, submit
+from web.cluster.samples import KEPT, Sample, Samples
 
 
 @pytest.fixture
@@ -27,33 +27,46 @@ def jobs(client: Redis) -> Jobs:
     return Jobs(client, Settings(durable=False))
 
 
-def test_depths_are_by_class_with_the_age_of_the_oldest_job(client: Redis, jobs: Jobs) -> None:
-    first = submit(jobs, priority=Priority.BATCH)
-    submit(jobs, "b", priority=Priority.BATCH)
-    high = submit(jobs, priority=Priority.HIGH)
-    found = {(each.model, each.priority): each for each in depths(client, [MODEL, "empty"])}
-    assert {key: each.waiting for key, each in found.items()} == {(MODEL, Priority.BATCH): 2, (MODEL, Priority.HIGH): 1}
-    assert found[MODEL, Priority.BATCH].oldest_at == pytest.approx(first.created_at, abs=1)
-    assert found[MODEL, Priority.HIGH].oldest_at == pytest.approx(high.created_at, abs=1)
-
-
-def test_each_ended_job_is_in_one_sample(client: Redis, jobs: Jobs) -> None:
-    worker, samples = lease(client, "w1"), Samples(client)
-    for first_s, total_s in ((0.5, 1.5), (1.0, 3.0)):
-        submit(jobs)
-        timings = {"first_token_s": first_s, "total_s": total_s}
-        end(worker, started(worker), Ending(Status.SUCCEEDED, completion_tokens=11, timings=timings))
-    jobs.stop(submit(jobs).id, "a")
-    waiting = submit(jobs, priority=Priority.BATCH)
-    info = WorkerInfo("w1", "n", "h", 1, MODEL, "ready", 4, 2, 1.0, 2.0, {"tokens_per_s": 7.0}, {})
+def announce(client: Redis, worker: str, *histograms: Histogram) -> None:
+    stats = {"tokens_per_s": 7.0, "memory_active_bytes": 100.0}
+    info = WorkerInfo(worker, "n", "h", 1, MODEL, "ready", 4, 2, 1.0, 2.0, stats, {}, 1, histograms)
     Registry(client).announce_worker(info, 60)
+
+
+def histogram(name: str, *values: float) -> Histogram:
+    made = Histogram(name, (1.0, 2.0, 4.0), "normal")
+    for value in values:
+        made.observe(value)
+    return made
+
+
+def test_a_sample_has_the_queues_and_the_workers(client: Redis, jobs: Jobs) -> None:
+    for priority in (Priority.BATCH, Priority.BATCH, Priority.HIGH):
+        submit(jobs, priority=priority)
+    announce(client, "n/1")
+    announce(client, "n/2")
+    sample = Samples(client).take()
+    assert sample.waiting == {"batch": 2, "high": 1}
+    assert (sample.running, sample.slots, sample.tokens_per_s) == (4, 8, 14.0)
+    assert sample.memory_bytes == 100  # both models are in one process
+    assert (sample.ended, sample.ttft, sample.itl) == ({}, None, None)
+
+
+def test_jobs_and_latencies_are_those_since_the_sample_before(client: Redis, jobs: Jobs) -> None:
+    samples, worker = Samples(client), lease(client, "w1")
+    announce(client, "n/1", histogram("time_to_first_token", 0.5, 0.5, 0.5))
+    samples.take()
+    submit(jobs)
+    run(worker)
+    jobs.stop(submit(jobs).id, "a")
+    announce(client, "n/1", histogram("time_to_first_token", 0.5, 0.5, 0.5, 3.0), histogram("inter_token_latency", 9.0))
+    announce(client, "n/2", histogram("time_to_first_token", 3.0))
     sample = samples.take()
-    assert sample.ended == {"succeeded": 2, "cancelled": 1}
-    assert sample.ttft == Percentiles(0.5, 1.0) and sample.itl == Percentiles(0.1, 0.2)
-    assert (sample.waiting, sample.running, sample.slots, sample.tokens_per_s) == ({"batch": 1}, 2, 4, 7.0)
-    jobs.stop(waiting.id, "a")
-    assert samples.take().ended == {"cancelled": 1}
-    assert [each.ended for each in samples.recent()] == [sample.ended, {"cancelled": 1}]
+    assert sample.ended == {"succeeded": 1, "cancelled": 1}
+    assert sample.ttft is not None and 2.0 < sample.ttft.p50 <= sample.ttft.p99 <= 4.0
+    assert sample.itl is not None and sample.itl.p99 == 4.0
+    assert samples.take().ttft is None
+    assert [each.ended for each in samples.recent()] == [{}, sample.ended, {}]
 
 
 def test_only_the_last_hour_is_kept(client: Redis) -> None:

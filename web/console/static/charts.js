@@ -74,7 +74,7 @@ function draw() {
     const plot = new uPlot(options(place.clientWidth, format, lines), data, place);
     const showLatest = () => plot.setLegend({ idx: samples.length - 1 });
     plot.over.addEventListener("mouseleave", () => setTimeout(showLatest));
-    showLatest();
+    setTimeout(showLatest);
     drawn.set(figure, plot);
     const latest = lines.map(([label, , read]) => `${label} ${format(read(samples.at(-1)))}`).join(", ");
     place.setAttribute("role", "img");
