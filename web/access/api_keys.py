@@ -185,7 +185,7 @@ class KeyStore:
         matches = hmac.compare_digest(entry.hash if entry else _DUMMY_HASH, _hash(key))
         return entry if entry and matches and entry.revoked_at is None else None
 
-    def valid(self, key_id: str) -> ApiKey | None:
+    def get(self, key_id: str) -> ApiKey | None:
         """Return the entry of a key by its id; None if there is none or it is revoked."""
         self._refresh()
         entry = self._keys.get(key_id)
@@ -193,7 +193,7 @@ class KeyStore:
 
     def is_valid(self, key_id: str) -> bool:
         """Whether a key with this id exists and is not revoked."""
-        return self.valid(key_id) is not None
+        return self.get(key_id) is not None
 
     def entries(self) -> Mapping[str, ApiKey]:
         """Return all keys by id, including revoked ones. If the file cannot be read, those read before."""

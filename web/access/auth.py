@@ -43,7 +43,7 @@ def identify(store: KeyStore, sessions: Sessions) -> None:
     if key:
         g.key = store.find(key)
     elif token and (session := sessions.find(token)) is not None:
-        g.session, g.key = session, store.valid(session.key_id)
+        g.session, g.key = session, store.get(session.key_id)
 
 
 def require_key() -> None:
