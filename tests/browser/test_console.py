@@ -136,6 +136,26 @@ def test_a_batch_is_created_and_its_results_downloaded(tmp_path: Path, open_page
     assert len(Path(download.value.path()).read_text().splitlines()) == 3
 
 
+def test_a_key_is_created_limited_and_revoked(console: Stack, open_page: OpenPage) -> None:
+    page = open_page("/console/keys")
+    page.get_by_role("button", name="Create a key").click()
+    page.get_by_label("Name").fill("chat")
+    page.get_by_role("button", name="Create", exact=True).click()
+    text = page.locator("[data-secret-text]")
+    expect(text).to_contain_text("mlxq_")
+    store = KeyStore(console.settings.keys_file)
+    assert store.find(text.inner_text()) is not None
+    page.get_by_role("button", name="Close").click()
+    row = page.locator("tr", has_text="chat")
+    row.get_by_role("button", name="Limits of chat").click()
+    page.get_by_role("dialog").get_by_label("Requests").fill("7/minute")
+    page.get_by_role("button", name="Save").click()
+    expect(row).to_contain_text("7/minute")
+    row.get_by_role("button", name="Revoke chat").click()
+    page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+    expect(row).to_contain_text("revoked")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_violation(console: Stack, open_page: OpenPage, scheme: str) -> None:
     with console.client() as client:

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -156,16 +156,27 @@ class KeyStore:
             keys[entry.id] = entry
         return key
 
+    def change(self, id_or_name: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
+        """Change the limits of a key, from the next request on. Jobs that were accepted before keep their place.
+
+        Raises:
+            KeyError: there is no valid key with this id or name.
+        """
+        return self._replace_entry(id_or_name, change)
+
     def revoke(self, id_or_name: str) -> ApiKey:
         """Revoke a key. It is refused from the next request on.
 
         Raises:
             KeyError: there is no valid key with this id or name.
         """
+        return self._replace_entry(id_or_name, lambda entry: replace(entry, revoked_at=time.time()))
+
+    def _replace_entry(self, id_or_name: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
         with self._editing() as keys:
             for entry in keys.values():
                 if id_or_name in (entry.id, entry.name) and entry.revoked_at is None:
-                    keys[entry.id] = replace(entry, revoked_at=time.time())
+                    keys[entry.id] = change(entry)
                     return keys[entry.id]
         raise KeyError(id_or_name)
 

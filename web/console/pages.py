@@ -17,6 +17,7 @@ from web.access.auth import caller, is_admin
 from web.batches.store import Batch
 from web.console.layout import STATIC, page, page_description, render, routes, static_version
 from web.http import problems
+from web.routes.keys import key_view
 from web.routes.models import model_views
 from web.routes.overview import overview
 from web.services import services
@@ -89,7 +90,8 @@ def webhooks_page() -> AnyResponse:
 def keys_page() -> AnyResponse:
     """All API keys, or the own one."""
     entries = services().keys.list() if is_admin() else [caller()]
-    return render("keys", "keys", keys=sorted(entries, key=lambda key: (key.revoked_at is not None, key.created_at)))
+    ordered = sorted(entries, key=lambda entry: (entry.revoked_at is not None, entry.created_at))
+    return render("keys", "keys", keys=[key_view(entry) for entry in ordered])
 
 
 @routes.get("/console/static/<version>/<path:name>")

@@ -21,6 +21,7 @@ from web.http.openai_errors import is_expected
 from web.openai.requests import ChatRequest, CompletionRequest
 from web.responses.requests import ResponseRequest, TokensRequest
 from web.schemas.batches import BatchRequest
+from web.schemas.keys import KeyLimits, KeyRequest
 from web.schemas.models import LoadRequest, UnloadRequest
 from web.schemas.requests import InferenceRequest, JobRequest
 from web.schemas.webhooks import EndpointRequest, RotationRequest
@@ -28,6 +29,7 @@ from web.schemas.webhooks import EndpointRequest, RotationRequest
 REQUESTS: tuple[type[BaseModel], ...] = (
     *(JobRequest, InferenceRequest, ChatRequest, CompletionRequest, MessagesRequest, CountRequest),
     *(BatchRequest, EndpointRequest, RotationRequest, LoadRequest, UnloadRequest, ResponseRequest, TokensRequest),
+    *(KeyRequest, KeyLimits),
 )
 
 

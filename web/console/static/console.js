@@ -137,6 +137,7 @@ document.addEventListener("click", (event) => {
   else if (data.retry) retry(data.retry, true);
   else if ("retryShown" in data) retryShown(button);
   else if (data.copy) copy(data.copy);
+  else if (data.open) document.getElementById(data.open).showModal();
   else if ("close" in data) button.closest("dialog").close();
   else if ("menu" in data) {
     const open = document.getElementById("navigation").classList.toggle("open");

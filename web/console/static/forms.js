@@ -33,10 +33,10 @@ document.addEventListener("submit", async (event) => {
   try {
     const answer = await callLine(form.dataset.jsonForm, fieldsOf(form));
     toast(form.dataset.done);
+    form.closest("dialog")?.close();
     form.reset();
     await refresh();
     if (form.dataset.secretField) showSecret(answer[form.dataset.secretField]);
-    form.closest("dialog")?.close();
   } catch (error) {
     toast(error.message, true);
   }

@@ -1,0 +1,109 @@
+"""`/v1/keys`: list, create, limit and revoke API keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from flask import Blueprint, Response
+from pydantic import BaseModel
+
+from shared.errors import Conflict, Forbidden, Invalid, NotFound
+from shared.jobs.record import Priority
+from web.access.api_keys import ApiKey
+from web.access.auth import caller, is_admin, require_scope
+from web.http.openapi import describe
+from web.http.request import read_body
+from web.schemas.keys import KeyLimits, KeyList, KeyRequest, KeyView, NewKeyView, Scope
+from web.schemas.requests import PriorityName
+from web.services import services
+
+routes = Blueprint("keys", __name__, url_prefix="/v1/keys")
+
+
+@routes.get("")
+@describe("List API keys", responses={200: KeyList})
+def list_keys() -> Response:
+    """All keys with the scope `admin`, including revoked ones; otherwise only the own key."""
+    entries = services().keys.list() if is_admin() else [caller()]
+    return _json(KeyList(data=[key_view(entry) for entry in entries]))
+
+
+@routes.post("")
+@describe("Create an API key", body=KeyRequest, responses={201: NewKeyView}, errors=(409, 413, 415))
+def create_key() -> Response:
+    """Needs the scope `admin`. Only this answer has the key."""
+    require_scope("admin")
+    body, store = read_body(KeyRequest), services().keys
+    try:
+        key = store.create(
+            body.name,
+            body.scopes,
+            body.rate_limit,
+            max_queued=body.max_queued,
+            max_priority=Priority[body.max_priority.upper()],
+        )
+    except ValueError as error:
+        if any(other.name == body.name and other.revoked_at is None for other in store.list()):
+            raise Conflict("Another API key has this name.", code="name_taken", field="name") from None
+        raise Invalid(f"{error}.") from None
+    entry = store.find(key)
+    if entry is None:  # revoked already
+        raise NotFound("The API key was revoked.", code="key_not_found")
+    return _json(NewKeyView(**key_view(entry).model_dump(), key=key), 201)
+
+
+@routes.put("/<key_id>/limits")
+@describe("Set the limits of an API key", body=KeyLimits, responses={200: KeyView}, errors=(404, 413, 415))
+def set_limits(key_id: str) -> Response:
+    """Needs the scope `admin`. Replaces all limits of the key, from its next request on."""
+    require_scope("admin")
+    body = read_body(KeyLimits)
+
+    def limited(entry: ApiKey) -> ApiKey:
+        return replace(
+            entry,
+            rate_limit=body.rate_limit,
+            max_queued=body.max_queued,
+            max_priority=Priority[body.max_priority.upper()],
+        )
+
+    _require_known(key_id)
+    return _json(key_view(services().keys.change(key_id, limited)))
+
+
+@routes.delete("/<key_id>")
+@describe("Revoke an API key", responses={200: KeyView}, errors=(404,))
+def revoke_key(key_id: str) -> Response:
+    """Needs the scope `admin`. The key is refused from the next request on; its jobs still run.
+
+    A key cannot revoke itself.
+    """
+    require_scope("admin")
+    if key_id == caller().id:
+        raise Forbidden("An API key cannot revoke itself. Use another one, or scripts/keys.")
+    _require_known(key_id)
+    return _json(key_view(services().keys.revoke(key_id)))
+
+
+def key_view(entry: ApiKey) -> KeyView:
+    """Describe a key."""
+    return KeyView(
+        id=entry.id,
+        name=entry.name,
+        scopes=cast("list[Scope]", sorted(entry.scopes)),
+        rate_limit=entry.rate_limit,
+        max_queued=entry.max_queued,
+        max_priority=cast("PriorityName", entry.max_priority.label),
+        created_at=entry.created_at,
+        revoked_at=entry.revoked_at,
+    )
+
+
+def _require_known(key_id: str) -> None:
+    if services().keys.get(key_id) is None:
+        raise NotFound("There is no valid API key with this id.", code="key_not_found")
+
+
+def _json(view: BaseModel, status: int = 200) -> Response:
+    return Response(view.model_dump_json(), status, content_type="application/json")
