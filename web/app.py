@@ -48,6 +48,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
 
     app = Flask("web", static_folder=None)
     app.url_map.merge_slashes = False  # a path with an empty job id must be 404, not a redirect
+    app.url_map.converters["response"] = responses.ResponseIdConverter
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     proxied = ProxyMiddleware(app.wsgi_app, networks(settings.trusted_proxies))
     app.wsgi_app = RequestIdMiddleware(KnownMethods(proxied))  # type: ignore[method-assign]

@@ -126,7 +126,7 @@ INCLUDE: Final = tuple(
     for name in ("include", "include[]")
 )
 OBFUSCATION: Final = _parameter(
-    "include_obfuscation", "query", "Accepted for compatibility; has no effect", type="boolean"
+    "include_obfuscation", "query", "Accepted for compatibility; has no effect", type="string"
 )
 BETA: Final = _parameter("beta", "query", "Accepted for compatibility; has no effect", type="string")
 PREFER: Final = _parameter(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from flask import Blueprint, Response, request
+from werkzeug.routing import BaseConverter
 
 from shared.errors import Conflict, Invalid, NotDurable, NotFound
 from shared.jobs.log import Event
@@ -46,6 +47,13 @@ from web.routes.waiting import (
 from web.schemas.base import ResponseModel
 from web.services import services
 
+
+class ResponseIdConverter(BaseConverter):
+    """Matches the ids of responses in paths, and no words such as `input_tokens`."""
+
+    regex = "resp_[^/]+"
+
+
 routes = Blueprint("responses", __name__, url_prefix="/v1/responses")
 
 _ERRORS = (400, 404, 409, 410, 413, 415, 504)
@@ -73,7 +81,7 @@ def create_response() -> Response:
     return services().open_responses.respond(caller().id, request.environ.get(CONNECTION), _respond)
 
 
-@routes.get("/<response_id>")
+@routes.get("/<response:response_id>")
 @describe(
     "Get a response",
     responses={200: ResponseView},
@@ -100,7 +108,7 @@ def get_response(response_id: str) -> Response:
     )
 
 
-@routes.delete("/<response_id>")
+@routes.delete("/<response:response_id>")
 @describe("Delete a response", responses={200: DeletedResponse}, errors=(404, 409))
 def delete_response(response_id: str) -> Response:
     """Deletes a response that has ended, and its job. It can no longer be continued, nor can those that continue it."""
@@ -109,7 +117,7 @@ def delete_response(response_id: str) -> Response:
     return _rendered(DeletedResponse(id=stored.id))
 
 
-@routes.post("/<response_id>/cancel")
+@routes.post("/<response:response_id>/cancel")
 @describe("Cancel a response", responses={200: ResponseView}, errors=(404, 409, 410))
 def cancel_response(response_id: str) -> Response:
     """Cancels a background response. Its output so far is kept. Cancelling it again changes nothing."""
@@ -130,7 +138,7 @@ def cancel_response(response_id: str) -> Response:
     return _json(current.responses.view(stored))
 
 
-@routes.get("/<response_id>/input_items")
+@routes.get("/<response:response_id>/input_items")
 @describe(
     "List the input of a response",
     responses={200: ItemList},
