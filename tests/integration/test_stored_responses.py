@@ -189,6 +189,20 @@ def test_without_store_nothing_is_left(client: openai.OpenAI, stack: Stack) -> N
     assert stored() == before and not stack.redis.zcard(keys.UNANSWERED)
 
 
+def test_a_repeated_request_is_stored_once_and_a_refused_one_not_at_all(client: openai.OpenAI, stack: Stack) -> None:
+    def stored() -> int:
+        files = [*(stack.home / "data").glob("responses/*/*.request.json")]
+        return len(files) + len([*stack.redis.scan_iter(f"{keys.RESPONSE}*")])
+
+    before, headers = stored(), {"Idempotency-Key": "once"}
+    first = create(client, "count", extra_headers=headers)
+    assert create(client, "count", extra_headers=headers).to_dict() == first.to_dict()
+    other = lambda: create(client, "another text", extra_headers=headers)  # noqa: E731
+    assert refusal(openai.BadRequestError, other) == ("idempotency_key_reused", "Idempotency-Key")
+    assert stored() == before + 1
+    wait_until_stored(stack)
+
+
 def test_a_background_response(client: openai.OpenAI, stack: Stack) -> None:
     queued = create(client, "slow", tools=[TOOL], background=True)
     assert (queued.status, queued.output, queued.background) == ("queued", [], True)
