@@ -66,6 +66,7 @@ class Submission:
         webhook: JSON of the `url` and the `events` of the job's webhooks; empty if only registered endpoints receive
             its events, `NO_WEBHOOKS` if nobody does.
         in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
+        min_retention_s: minimum time for which the finished job is kept, if RETENTION_S is shorter.
     """
 
     request: Request
@@ -88,6 +89,7 @@ class Submission:
     webhook: str = ""
     in_background: bool = False
     traceparent: str = ""
+    min_retention_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class Jobs:
             "owner": first.owner,
             "model": first.request.model,
             "class": int(first.priority),
-            "retention_s": limits.retention_s,
+            "retention_s": max(limits.retention_s, first.min_retention_s),
             "idempotency_key": first.idempotency_key,
             "fingerprint": first.fingerprint,
             "start_within_s": first.start_within_s or limits.start_within_s,

@@ -55,6 +55,7 @@ class RequestContext:
         prepare: called with the first job's id right before the jobs are accepted.
         in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
         traceparent: position of the HTTP request in its trace; empty if it is not traced.
+        min_retention_s: minimum time for which the finished job is kept.
     """
 
     owner: str
@@ -69,6 +70,7 @@ class RequestContext:
     prepare: Callable[[str], object] = lambda _: None
     in_background: bool = False
     traceparent: str = ""
+    min_retention_s: int = 0
 
 
 class Admission:
@@ -228,6 +230,7 @@ class Admission:
             webhook=NO_WEBHOOKS if context.silent else _webhook(request),
             in_background=context.in_background,
             traceparent=context.traceparent,
+            min_retention_s=context.min_retention_s,
         )
 
     def _tokenized(self, request: JobRequest, generation: Request, card: ModelCard | None) -> Tokenized | None:

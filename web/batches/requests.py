@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 _FINGERPRINT: Final = "batch"
 """The same for all lines: their keys cannot be those of other requests."""
 _MIN_TIME_S: Final = 1.0
+_MIN_RETENTION_S: Final = 3600
+"""How long the result of a line may take to reach the disk: on a busy machine longer than a short RETENTION_S."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,7 @@ class LineRequests:
             fingerprint=_FINGERPRINT,
             max_queued=batch.max_queued,
             silent=True,
+            min_retention_s=_MIN_RETENTION_S,
         )
         admitted = [each.request for each in loaded]
         job = self._admission.admit_all(admitted, context, files, choices=translated.choices).job

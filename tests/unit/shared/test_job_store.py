@@ -89,6 +89,15 @@ def test_ended_is_read_from_the_record_not_from_the_log(client: Redis, jobs: Job
     assert log.ended(job.id)
 
 
+@pytest.mark.parametrize(("minimum", "kept_s"), [(0, 77), (50, 77), (300, 300)])
+def test_a_job_may_be_kept_for_longer(client: Redis, minimum: int, kept_s: int) -> None:
+    jobs = Jobs(client, Settings(retention_s=77, durable=False))
+    job = submit(jobs, idempotency_key="k", min_retention_s=minimum)
+    jobs.stop(job.id, "a")
+    kept = {name: client.ttl(name) for name in (keys.JOB + job.id, keys.IDEM + "a:k")}
+    assert all(kept_s - 5 <= ttl <= kept_s for ttl in kept.values()), kept
+
+
 @pytest.mark.parametrize(("log_retention_s", "log_ttl_s"), [(None, 77), (33, 33)])
 def test_ended_job_lives_as_long_as_its_retention(
     client: Redis, worker: Claims, log_retention_s: int | None, log_ttl_s: int
