@@ -54,8 +54,7 @@ class Submission:
         start_within_s, deadline_s: time limits in seconds from now; None for the defaults.
         fingerprint: hash of the request body; distinguishes a repeated request from another one with the same
             Idempotency-Key, and finds the job of a request whose connection was lost.
-        images: number of images stored under the job's id (`shared.jobs.images`).
-        image_bytes: their total size.
+        images, image_bytes: number and total size of the images stored under the job's id (`shared.jobs.images`).
         prefixes: hashes of the prompt's prefixes, longest first, by which claims find a worker with a cached prefix.
         tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
         shared: number of leading tokens whose cache other API keys may reuse.
@@ -322,9 +321,7 @@ class Jobs:
     def positions(self, jobs: Iterable[Job]) -> dict[str, int]:
         """Return the 1-based position of each queued job, by id."""
         queued = [job for job in jobs if job.status is Status.QUEUED]
-        if not queued:
-            return {}
-        with self._client.pipeline(transaction=False) as pipe:
+        with self._client.pipeline(transaction=False) as pipe:  # without commands, it calls nothing
             for job in queued:
                 pipe.zrank(keys.QUEUE + job.model, job.id)
             ranks = pipe.execute()
@@ -395,10 +392,8 @@ def _optional(submission: Submission) -> dict[str, str]:
 
 def _expected_tokens(submission: Submission) -> int:
     """Estimate how many tokens of worker memory the job needs at first: the prompt and the start of the answer."""
-    request = submission.request
+    request, start = submission.request, min(submission.request.max_tokens, 256)
     if submission.tokens is not None:
-        prompt_tokens = len(submission.tokens)
-    else:
-        text = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
-        prompt_tokens = len(text) // 4
-    return prompt_tokens + min(request.max_tokens, 256)
+        return len(submission.tokens) + start
+    text = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
+    return len(text) // 4 + start
