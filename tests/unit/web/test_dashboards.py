@@ -121,7 +121,8 @@ def promtool(*arguments: str | Path, page: str = "") -> str:
 
 @needs_promtool
 def test_promtool_accepts_the_configuration_and_the_rules() -> None:
-    assert promtool("check", "config", FOLDER / "prometheus.yml") == ""
+    assert promtool("check", "config", "--syntax-only", FOLDER / "prometheus.yml") == ""
+    assert promtool("check", "rules", FOLDER / "alerts.yml") == ""
 
 
 @needs_promtool
