@@ -38,7 +38,7 @@ def test_once_shows_workers_queues_and_running_jobs(web: WebStack, start_worker:
     [of_worker] = [line for line in lines if line[:3] == ["w1@stub", MODEL, "ready"]]
     assert of_worker[3] == "1/1" and "1/1" in of_model
     [of_job] = [line for line in lines if line[:1] == [running]]
-    assert MODEL in of_job and "normal" in of_job and waiting not in shown.stdout
+    assert of_job[1:4] == [web.key.split("_")[1], MODEL, "normal"] and waiting not in shown.stdout
     for job in (running, waiting):
         web.http.post(f"/v1/jobs/{job}/cancel")
 

@@ -57,6 +57,7 @@ class Traced:
         )
         self.id = response.json()["id"]
         self.traceparent = response.headers["traceparent"]
+        self.request_id = response.headers["X-Request-ID"]
 
     def spans(self, collector: Collector, names: list[str]) -> list[ReceivedSpan]:
         """Wait until the collector has exactly these spans of the trace."""
@@ -84,6 +85,8 @@ def test_one_trace_goes_through_http_queue_and_engine(stack: Stack, collector: C
     assert (http.service, attempt.service) == ("mlxq-web", "mlxq-worker")
     assert queue.start <= queue.end == attempt.start == prefill.start <= prefill.end == decode.start <= decode.end
     assert http.attributes["http.route"] == "/v1/jobs" and http.attributes["http.response.status_code"] == 202
+    assert http.attributes["mlxq.request_id"] == attempt.attributes["mlxq.request_id"] == job.request_id
+    assert http.attributes["mlxq.key_id"] == stack.key.split("_")[1]
     assert attempt.attributes["gen_ai.request.model"] == "fake" and attempt.attributes["gen_ai.response.id"] == job.id
     assert attempt.attributes["gen_ai.usage.output_tokens"] == 5 and attempt.attributes["gen_ai.usage.input_tokens"] > 5
     assert attempt.attributes["gen_ai.response.finish_reasons"] == ["length"]

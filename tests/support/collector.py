@@ -80,8 +80,9 @@ class Collector:
         self._thread.join()
 
     def trace(self, trace_id: str) -> list[ReceivedSpan]:
-        """Return the spans of a trace in the order of their start."""
-        return sorted((span for span in self.spans if span.trace_id == trace_id), key=lambda span: span.start)
+        """Return the spans of a trace in the order of their start, longer ones first."""
+        found = [span for span in self.spans if span.trace_id == trace_id]
+        return sorted(found, key=lambda span: (span.start, -span.end))
 
 
 def _spans(body: bytes) -> list[ReceivedSpan]:

@@ -70,7 +70,6 @@ class TraceMiddleware:
             "url.path": environ.get("PATH_INFO", ""),
             "url.scheme": environ.get("wsgi.url_scheme"),
             "user_agent.original": environ.get("HTTP_USER_AGENT"),
-            "mlxq.request_id": environ.get(REQUEST_ID),
         }
         parent = TraceParent.parse(environ.get("HTTP_TRACEPARENT", ""))
         return self._tracer.start(method, parent, kind=SpanKind.SERVER, attributes=attributes)
@@ -82,8 +81,8 @@ def _end(span: Span, environ: WSGIEnvironment, status: int) -> None:
     if route := environ.get(_ROUTE):
         span.update_name(f"{environ['REQUEST_METHOD']} {route}")
         span.set_attribute("http.route", route)
-    for name, entry in (("mlxq.key_id", KEY_ID), ("gen_ai.response.id", JOB_ID)):
-        if entry in environ:
+    for name, entry in (("mlxq.request_id", REQUEST_ID), ("mlxq.key_id", KEY_ID), ("gen_ai.response.id", JOB_ID)):
+        if environ.get(entry):
             span.set_attribute(name, environ[entry])
     span.set_attribute("http.response.status_code", status)
     if status >= 500:
