@@ -87,25 +87,22 @@ class JobSearch:
     def _through_lists(self, owners: Sequence[str], wanted: JobFilter, limit: int, before: float | None) -> JobPage:
         """Go through the lists of jobs, newest first."""
         entries = heapq.merge(
-            *(self._list(owner, wanted.after, before, limit + 1) for owner in owners), key=itemgetter(0), reverse=True
+            *(self._list(owner, wanted.after, before, limit) for owner in owners), key=itemgetter(0), reverse=True
         )
         found: list[tuple[float, str]] = []
         looked_at = 0
-        while looked_at < MAX_LOOKED_AT and len(found) < limit:
+        while looked_at < MAX_LOOKED_AT:
             # Without conditions every entry is a job, unless it was deleted or its time is over.
-            size = min(_CHUNK, limit - len(found)) if wanted.matches_all else _CHUNK
+            size = limit - len(found) if wanted.matches_all else _CHUNK
             chunk = list(islice(entries, size))
-            for position, (created_at, _, job_id, record) in enumerate(self._with_records(chunk), 1):
+            for (before, _, job_id), record in zip(chunk, self._records(chunk), strict=True):
                 if record is not None and wanted.matches(record):
-                    found.append((created_at, job_id))
+                    found.append((before, job_id))
                 if len(found) == limit:
-                    return JobPage(
-                        self._jobs(found), created_at if len(chunk) > position or len(chunk) == size else None
-                    )
+                    return JobPage(self._jobs(found), before)
             if len(chunk) < size:
                 return JobPage(self._jobs(found), None)
             looked_at += len(chunk)
-            before = chunk[-1][0]
         return JobPage(self._jobs(found), before)
 
     def _list(
@@ -124,15 +121,13 @@ class JobSearch:
                 return
             newest, block = f"({entries[-1][1]!r}", min(2 * block, _LARGEST_BLOCK)
 
-    def _with_records(
-        self, entries: Sequence[tuple[float, str, str]]
-    ) -> Iterator[tuple[float, str, str, dict[str, str] | None]]:
-        """Yield entries of lists with the fields of their records; None for jobs that no longer exist."""
+    def _records(self, entries: Sequence[tuple[float, str, str]]) -> Iterator[dict[str, str] | None]:
+        """Yield the fields of the record of each entry; None for jobs that no longer exist, which leave the list."""
         records = self._fields([job_id for _, _, job_id in entries])
-        for (created_at, owner, job_id), record in zip(entries, records, strict=True):
+        for (_, owner, job_id), record in zip(entries, records, strict=True):
             if not record:
                 self._client.zrem(keys.OWNER + owner, job_id)
-            yield created_at, owner, job_id, record if record and "deleted" not in record else None
+            yield record if record and "deleted" not in record else None
 
     def _among(
         self, job_ids: list[str], owners: Sequence[str], wanted: JobFilter, limit: int, before: float | None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+_LONG: Final = ((3600, "min", 60, "s", 1), (86_400, "h", 3600, "min", 60), (math.inf, "d", 86_400, "h", 3600))
+"""For durations below the first number: a unit and its seconds, and the next smaller unit."""
 _NONE: Final = "\N{EN DASH}"
 
 
@@ -30,11 +33,9 @@ def duration(seconds: float | None) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    for large, small, length, part in (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600)):
-        if seconds < length * (60 if length < 3600 else 24) or large == "d":
-            rest = round(seconds % length // part)
-            return f"{int(seconds // length)} {large}" + (f" {rest} {small}" if rest else "")
-    return _NONE
+    _, large, length, small, part = next(row for row in _LONG if seconds < row[0])
+    rest = int(seconds % length // part)
+    return f"{int(seconds // length)} {large}" + (f" {rest} {small}" if rest else "")
 
 
 def age(at: float | None) -> str:

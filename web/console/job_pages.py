@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlencode
 
 from flask import redirect, request
@@ -107,9 +107,3 @@ def _stored(job: Job) -> tuple[StoredRequestView | None, str]:
         return request_view(job), ""
     except (Gone, Forbidden) as reason:
         return None, reason.detail
-
-
-def message_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the content of a message as a list of parts."""
-    content = message.get("content")
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,8 +21,6 @@ from web.routes.models import model_views
 from web.routes.overview import overview
 from web.services import services
 from web.webhooks.deliveries import DeliveryStatus
-
-log = logging.getLogger(__name__)
 
 _MAX_BATCHES: Final = 100
 _MAX_DELIVERIES: Final = 50

@@ -8,6 +8,7 @@ const RELOAD_AFTER_MS = 150;
 // Live regions: the page is fetched again, and its parts with the attribute `data-region` replace those shown.
 
 let refreshing = false;
+const shown = new WeakMap();
 
 export async function refresh() {
   if (refreshing) return;
@@ -28,9 +29,9 @@ export async function refresh() {
 }
 
 function replace(region, next) {
-  if (!next || region.innerHTML === next.innerHTML || region.dataset.shown === next.innerHTML) return;
+  if (!next || shown.get(region) === next.innerHTML) return;
+  shown.set(region, next.innerHTML);
   const focused = region.contains(document.activeElement) ? focusPath(region, document.activeElement) : undefined;
-  region.dataset.shown = "";
   region.replaceChildren(...next.childNodes);
   if (focused !== undefined) region.querySelectorAll("a, button, input, select")[focused]?.focus();
 }
@@ -82,7 +83,7 @@ function confirmed(question, verb) {
   const form = document.createElement("form");
   form.method = "dialog";
   form.className = "card-actions";
-  for (const [value, label, kind] of [["yes", verb, "danger"], ["", "Keep", ""]]) {
+  for (const [value, label, kind] of [["yes", verb, "danger"], ["", "Back", ""]]) {
     const button = document.createElement("button");
     button.value = value;
     button.textContent = label;
@@ -160,5 +161,6 @@ window.addEventListener("pageshow", () => {
 const further = document.querySelector("[data-continue]");
 if (further) location.replace(further.dataset.continue);
 
+for (const region of document.querySelectorAll("[data-region]")) shown.set(region, region.innerHTML);
 localTimes();
 live();

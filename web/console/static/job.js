@@ -34,9 +34,8 @@ async function load() {
 }
 
 function add(line) {
-  const data = line.data ?? line;
-  const kind = line.event ?? line.type ?? line.kind;
-  if (kind === undefined || kind === "heartbeat") return;
+  const { event: kind, data } = line;
+  if (!data) return; // a heartbeat, or a hint to reconnect
   events.push({ kind, text: data.text ?? "" });
   const item = document.createElement("li");
   const name = document.createElement("span");
