@@ -63,6 +63,7 @@ _COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     ("HSETNX", _KEY, "field", "value"),
     ("HSTRLEN", _KEY, "field"),
     ("INCRBY", _KEY, "1"),
+    ("LINDEX", _KEY, "0"),
     ("LRANGE", _KEY, "0", "1"),
     ("LTRIM", _KEY, "0", "1"),
     ("PEXPIRE", _KEY, "1"),

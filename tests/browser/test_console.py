@@ -192,8 +192,10 @@ def test_an_image_reaches_the_vision_model(console: Stack, open_page: OpenPage) 
     page.locator("[data-images]").set_input_files("docs/images/page.png")
     expect(page.get_by_alt_text("Attached image 1")).to_be_visible()
     ask(page, "Click the first button")
-    expect(page.locator(".turn-assistant .turn-text").last).to_contain_text("Action")
+    expect(page.locator(".turn-assistant .turn-text").last).to_contain_text("click(")
+    expect(page.locator(".turn-user img")).to_be_visible()
     page.get_by_role("link", name="job", exact=True).click()
+    expect(page.get_by_text("The request is no longer stored.")).to_be_visible()
 
 
 def test_a_key_without_admin_sees_only_its_own_jobs(console: Stack, open_page: OpenPage) -> None:

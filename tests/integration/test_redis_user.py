@@ -89,7 +89,8 @@ def test_rule_of_the_documentation_denies_nothing(stack: Stack, operator: Redis)
         stack.start_worker()
         for job in (*jobs, continued):
             assert client.job(job, wait_s=30).status is Status.SUCCEEDED
-        assert client.request("GET", "/v1/jobs").is_success
+        for path in ("/v1/jobs", "/v1/jobs?key=all&metadata=a%3Db", "/v1/jobs?status=running", "/v1/overview"):
+            assert client.request("GET", path).is_success
         assert client.request("DELETE", f"/v1/jobs/{jobs[0]}").status_code == 204
         eventually(lambda: client.request("GET", "/health").json()["reasons"] == [], "the service is healthy")
         assert client.request("GET", "/metrics").is_success
