@@ -15,7 +15,7 @@ MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, 
 ├── Invalid               422  a field has an invalid value; `field` names it
 │   └── KeyReused         422  the Idempotency-Key was used for a different request
 ├── HeadTooLarge          431  the request line or the headers are too long
-├── RateLimited           429  the API key exceeded its rate limit
+├── RateLimited           429  the API key exceeded its limit of requests or of tokens
 │   └── KeyQueueFull      429  the API key reached its number of waiting jobs, or its share of memory
 ├── Internal              500  a bug in the service
 ├── Unavailable           503  a dependency is unreachable; retry after `retry_after` seconds
@@ -152,7 +152,7 @@ class HeadTooLarge(MlxqError):
 
 
 class RateLimited(MlxqError):
-    """The API key exceeded its rate limit."""
+    """The API key exceeded its limit of requests, or of tokens (`tokens_per_minute`, `tokens_per_day`)."""
 
     status, code, title = 429, "rate_limited", "Too many requests"
 

@@ -7,15 +7,14 @@ Names are the same in both. `.env.example` and `docs/configuration.md` are gener
 from __future__ import annotations
 
 import os
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from shared.locations import Locations
-from shared.redis import urls
+from shared.settings_checks import SettingsChecks
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
@@ -23,16 +22,9 @@ RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
 """A rate in the format of the `limits` package."""
 
 TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
-_IN_ORDER: Final = {
-    "max_start_within_s": ("start_within_s", "max_start_within_s"),
-    "body_memory_bytes": ("max_body_bytes", "body_memory_bytes"),
-    "max_deadline_s": ("deadline_s", "max_deadline_s"),
-    "log_retention_s": ("log_retention_s", "retention_s"),
-}
-"""Pairs of settings of which the first must not exceed the second, by the one that is validated last."""
 
 
-class Settings(Locations, BaseSettings):
+class Settings(Locations, SettingsChecks):
     """One attribute per variable. Times are in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
@@ -225,6 +217,24 @@ class Settings(Locations, BaseSettings):
         description="Maximum number of waiting jobs per model of an API key that has no limit of its own. Further "
         "jobs are rejected with 429. `auto`: a quarter of MAX_QUEUE",
     )
+    max_running_per_key: int = Field(
+        0,
+        ge=0,
+        description="Maximum number of running jobs, of all models, of an API key that has no limit of its own. "
+        "Further jobs wait. 0: unlimited",
+    )
+    tokens_per_minute_per_key: int = Field(
+        0,
+        ge=0,
+        description="Tokens of prompts and answers per minute of an API key that has no limit of its own. Further jobs "
+        "are rejected with 429. 0: unlimited",
+    )
+    tokens_per_day_per_key: int = Field(
+        0,
+        ge=0,
+        description="Tokens of prompts and answers per day (UTC) of an API key that has no limit of its own. Further "
+        "jobs are rejected with 429. 0: unlimited",
+    )
     queue_bytes: Literal["auto"] | Annotated[int, Field(ge=2**20)] = Field(
         "auto",
         description="Maximum Redis memory that all unfinished jobs may reserve. Further jobs are "
@@ -367,43 +377,6 @@ class Settings(Locations, BaseSettings):
     otel_exporter_otlp_headers: SecretStr = Field(
         SecretStr(""), description="Headers for the collector, as `name=value,name=value`"
     )
-
-    @field_validator("redis_url")
-    @classmethod
-    def _redis_url_is_valid(cls, url: str) -> str:
-        return url and urls.check_store(url)
-
-    @field_validator("broker_url")
-    @classmethod
-    def _broker_url_is_valid(cls, url: str) -> str:
-        return url and urls.check_broker(url)
-
-    @field_validator("flower_user", "flower_password")
-    @classmethod
-    def _is_ascii(cls, value: str | SecretStr, info: ValidationInfo) -> str | SecretStr:
-        text = value if isinstance(value, str) else value.get_secret_value()
-        if not (text.isascii() and text.isprintable()):
-            raise ValueError("use printable ASCII characters only: Flower cannot compare others")
-        if info.field_name == "flower_user" and ":" in text:
-            raise ValueError("remove the colon: HTTP basic authentication does not allow one in a user name")
-        return value
-
-    @field_validator("max_start_within_s", "max_deadline_s", "log_retention_s")
-    @classmethod
-    def _in_order(cls, value: float | None, info: ValidationInfo) -> float | None:
-        field = str(info.field_name)
-        names = _IN_ORDER[field]
-        small, large = ({**info.data, field: value}.get(name) for name in names)
-        if small is not None and large is not None and small > large:
-            raise ValueError(f"{names[0].upper()} ({small:.15g}) is more than {names[1].upper()} ({large:.15g})")
-        return value
-
-    @field_validator("trusted_proxies", "webhook_networks")
-    @classmethod
-    def _networks(cls, value: str) -> str:
-        for each in filter(None, value.split(",")):
-            ip_network(each.strip())
-        return value
 
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> Self:

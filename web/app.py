@@ -12,7 +12,7 @@ from shared.settings import Settings
 from web import console
 from web.access import auth, rate_limits
 from web.anthropic.routes import routes as anthropic_routes
-from web.http import body, cors, problems, tracing
+from web.http import body, cors, limit_headers, problems, tracing
 from web.http.environ import KnownMethods, ProxyMiddleware, networks, note_caller
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
@@ -29,6 +29,7 @@ from web.routes import (
     openapi,
     overview,
     responses,
+    usage,
     webhooks,
 )
 from web.services import EXTENSION, build
@@ -60,7 +61,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     cors.register(app, settings.cors_origins)
     # The rate limiter runs between the two steps of authentication, so that it also counts unauthenticated requests.
     app.before_request(lambda: auth.identify(services.keys, services.sessions))
-    rate_limits.register(app, settings)
+    rate_limits.register(app, settings, limit_headers.add_headers)
     app.before_request(auth.require_key)
     app.before_request(refuse_unknown_parameters)
     body.register(app, settings.body_memory_bytes)
@@ -80,6 +81,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
         webhooks.routes,
         keys.routes,
         overview.routes,
+        usage.routes,
         health.routes,
         openapi.routes,
         console.routes,

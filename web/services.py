@@ -15,6 +15,7 @@ from shared.jobs.record import EndedJob, Job
 from shared.jobs.search import JobSearch
 from shared.jobs.store import Jobs
 from shared.jobs.stored_requests import StoredRequests
+from shared.jobs.usage import UsageStore
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
@@ -75,6 +76,7 @@ class Services:
     jobs: Jobs
     job_search: JobSearch
     stored_requests: StoredRequests
+    usage: UsageStore
     job_log: JobLog
     readers: Readers
     cluster: Cluster
@@ -167,6 +169,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         jobs=jobs,
         job_search=JobSearch(clients.store),
         stored_requests=StoredRequests(clients.store, images),
+        usage=UsageStore(clients.store),
         job_log=job_log,
         readers=Readers(clients.store),
         cluster=cluster,

@@ -36,6 +36,9 @@ READ_IN_SHARED: Final = {
     "responses_dir": ("API",),
     "max_queue": ("API",),
     "max_queue_per_key": ("API",),
+    "max_running_per_key": ("API",),
+    "tokens_per_minute_per_key": ("API",),
+    "tokens_per_day_per_key": ("API",),
     "queue_bytes": ("API",),
     "queue_bytes_per_key": ("API",),
     "durable": ("API",),
@@ -62,6 +65,9 @@ _UNIT_OF: Final = {
     "WEB_WORKERS": "processes",
     "MAX_QUEUE": "jobs",
     "MAX_QUEUE_PER_KEY": "jobs",
+    "MAX_RUNNING_PER_KEY": "jobs",
+    "TOKENS_PER_MINUTE_PER_KEY": "tokens",
+    "TOKENS_PER_DAY_PER_KEY": "tokens",
 }
 
 _EXAMPLE_HEAD: Final = """\

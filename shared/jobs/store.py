@@ -10,85 +10,32 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from shared.errors import Conflict, JobFailure, NotFound
 from shared.jobs.images import SLACK_S
+from shared.jobs.limits import TokensLeft
 from shared.jobs.log import JobLog
-from shared.jobs.record import OLD_REQUEST, Job, Parsing, Priority, Status
+from shared.jobs.record import OLD_REQUEST, Job, Status
 from shared.jobs.rejections import reject
-from shared.jobs.request import Request, pack_tokens
+from shared.jobs.submission import Submission, job_arguments, record_fields
 from shared.redis import keys
 from shared.redis.client import Redis, script
 from shared.redis.durability import ProvenScript
 from shared.settings import Settings
-from shared.wire import pairs_to_dict, to_json
+from shared.wire import pairs_to_dict
 
-GROWTH_BYTES: Final = 128
-"""Bytes that a generated token may add to Redis: its event, its text, and the overhead of the stream."""
-LOGPROB_BYTES: Final = 96
-"""Bytes that one log-probability with its token's text adds to an event."""
-DELTA_BYTES: Final = 64
-"""Bytes that a token adds if it is written a second time, as a part of a message."""
-RECORD_BYTES: Final = 2048
-"""Bytes that a job occupies in addition to request and answer."""
 MEMORY_SHARE: Final = 0.9
 """Share of Redis's memory limit that may be used or reserved for jobs; the rest is for the queue's own data."""
 DELETED_S: Final = 10
 """Seconds for which record, text and log of a deleted job remain for requests that are waiting for its end."""
 _DELETED: Final = "deleted"
-NO_WEBHOOKS: Final = "-"
 
 _OLD_KEYS: Final = (*(f"mlxq:{name}:" for name in ("clock", "alone", "emptying", "rescue", "tokenizer")), "mlxq.")
 """Prefixes of the first layout's keys. Its Celery queues were named `mlxq.<model>`."""
 _WAKEUPS: Final = "mlxq.wakeups."
 """Prefix of the current Celery queues, which must be kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A job to be accepted.
-
-    Attributes:
-        start_within_s, deadline_s: time limits in seconds from now; None for the defaults.
-        fingerprint: hash of the request body; distinguishes a repeated request from another one with the same
-            Idempotency-Key, and finds the job of a request whose connection was lost.
-        images, image_bytes: number and total size of the images stored under the job's id (`shared.jobs.images`).
-        prefixes: hashes of the prompt's prefixes, longest first, by which claims find a worker with a cached prefix.
-        tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
-        shared: number of leading tokens whose cache other API keys may reuse.
-        max_queued: maximum number of the owner's queued jobs of the model; None for the default.
-        reserved_tokens: tokens of the answer for which memory in Redis is reserved; None for `max_tokens`.
-        reader: id of the API process that waits for the job (`shared.jobs.readers`); empty if a lost connection does
-            not matter.
-        webhook: JSON of the `url` and the `events` of the job's webhooks; empty if only registered endpoints receive
-            its events, `NO_WEBHOOKS` if nobody does.
-        in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
-        min_retention_s: minimum time for which the finished job is kept, if RETENTION_S is shorter.
-    """
-
-    request: Request
-    owner: str
-    priority: Priority = Priority.NORMAL
-    metadata: dict[str, str] = field(default_factory=dict)
-    request_id: str = ""
-    idempotency_key: str = ""
-    start_within_s: float | None = None
-    deadline_s: float | None = None
-    fingerprint: str = ""
-    images: int = 0
-    image_bytes: int = 0
-    prefixes: tuple[str, ...] = ()
-    tokens: tuple[int, ...] | None = None
-    shared: int = 0
-    max_queued: int | None = None
-    reserved_tokens: int | None = None
-    reader: str = ""
-    webhook: str = ""
-    in_background: bool = False
-    traceparent: str = ""
-    min_retention_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +47,7 @@ class Accepted:
         wake: whether the workers of its model must be woken.
         position: 1-based position in the queue; None if the job is not queued.
         prompt_tokens: number of tokens that the API has given to the job's prompt; None if it has not tokenised it.
+        tokens: what the owner's limits of tokens leave; None if it has none.
     """
 
     job: Job
@@ -107,6 +55,7 @@ class Accepted:
     wake: bool
     position: int | None
     prompt_tokens: int | None = None
+    tokens: TokensLeft | None = None
 
 
 def new_job_id() -> str:
@@ -156,8 +105,8 @@ class Jobs:
         """
         result, *reply = self._enqueue(args=self._arguments(submissions, job_ids))
         if result not in ("created", "exists"):
-            reject(result)
-        wake, rank, *flat = reply
+            reject(result, *reply)
+        wake, rank, tokens, *flat = reply
         job = Job.from_record(pairs_to_dict(flat))
         # The ids are compared because "exists" may also be the reply to a retry of this call.
         return Accepted(
@@ -166,62 +115,42 @@ class Jobs:
             wake=bool(wake),
             position=None if rank == "" else int(rank) + 1,
             prompt_tokens=None if submissions[0].tokens is None else len(submissions[0].tokens),
+            tokens=TokensLeft.from_reply(tokens) if tokens else None,
         )
 
     def _arguments(self, submissions: Sequence[Submission], job_ids: Sequence[str]) -> list[str]:
-        limits, first = self._settings, submissions[0]
+        settings, first = self._settings, submissions[0]
+        limits = first.limits.with_defaults(settings)
         arguments = {
             "owner": first.owner,
             "model": first.request.model,
             "class": int(first.priority),
-            "retention_s": max(limits.retention_s, first.min_retention_s),
+            "retention_s": max(settings.retention_s, first.min_retention_s),
             "idempotency_key": first.idempotency_key,
             "fingerprint": first.fingerprint,
-            "start_within_s": first.start_within_s or limits.start_within_s,
-            "deadline_s": first.deadline_s or limits.deadline_s,
+            "start_within_s": first.start_within_s or settings.start_within_s,
+            "deadline_s": first.deadline_s or settings.deadline_s,
             "images_slack_s": SLACK_S,
-            "max_queue": limits.max_queue,
-            "owner_queue": first.max_queued or _max_queued(limits),
-            "queue_bytes": 0 if limits.queue_bytes == "auto" else limits.queue_bytes,
-            "owner_bytes": 0 if limits.queue_bytes_per_key == "auto" else limits.queue_bytes_per_key,
+            "max_queue": settings.max_queue,
+            "queue_bytes": 0 if settings.queue_bytes == "auto" else settings.queue_bytes,
+            "weight": limits.weight,
+            "owner_queue": limits.max_queued,
+            "owner_bytes": limits.max_queued_bytes,
+            "max_running": limits.max_running,
+            "tokens_per_minute": limits.tokens_per_minute,
+            "tokens_per_day": limits.tokens_per_day,
             "memory_share": MEMORY_SHARE,
         }
         jobs, texts = [], []
         for number, (submission, job_id) in enumerate(zip(submissions, job_ids, strict=True)):
-            job, text, tokens = self._job_arguments(submission)
-            record = self._record_fields(submission)
+            job, text, tokens = job_arguments(submission)
+            record = record_fields(submission, settings.log_retention_s or settings.retention_s)
             if number == 0:
                 family = {"children": " ".join(job_ids[1:]), "reader": submission.reader}
                 record |= {name: value for name, value in family.items() if value}
             jobs.append({"id": job_id, **job, "record": [part for item in record.items() for part in item]})
             texts += [text, tokens]
         return [json.dumps({**arguments, "jobs": jobs}), *texts]
-
-    @staticmethod
-    def _job_arguments(submission: Submission) -> tuple[dict[str, int], str, str]:
-        """Return the numbers that `enqueue.lua` needs of a job, the request's text, and its packed tokens."""
-        request = submission.request
-        text = request.to_json()
-        tokens = "" if submission.tokens is None else pack_tokens(submission.tokens)
-        numbers = {
-            "images": submission.images,
-            "request_bytes": len(text.encode()) + len(tokens) + submission.image_bytes,
-            "growth_bytes": RECORD_BYTES + _token_bytes(request) * (submission.reserved_tokens or request.max_tokens),
-            "shared": submission.shared,
-        }
-        return numbers, text, tokens
-
-    def _record_fields(self, submission: Submission) -> dict[str, str]:
-        """Return the record fields that the script does not set itself."""
-        request = submission.request
-        return {
-            "metadata": json.dumps(submission.metadata),
-            "request_id": submission.request_id,
-            "log_retention_s": str(self._settings.log_retention_s or self._settings.retention_s),
-            "size": str(_expected_tokens(submission)),
-            "sampling": to_json({"max_tokens": request.max_tokens, **asdict(request.sampling)}),
-            **_optional(submission),
-        }
 
     def key_is_used(self, owner: str, idempotency_key: str) -> bool:
         """Whether an owner's Idempotency-Key already belongs to a job."""
@@ -321,11 +250,24 @@ class Jobs:
     def positions(self, jobs: Iterable[Job]) -> dict[str, int]:
         """Return the 1-based position of each queued job, by id."""
         queued = [job for job in jobs if job.status is Status.QUEUED]
-        with self._client.pipeline(transaction=False) as pipe:  # without commands, it calls nothing
+        if not queued:
+            return {}
+        with self._client.pipeline(transaction=False) as pipe:
             for job in queued:
                 pipe.zrank(keys.QUEUE + job.model, job.id)
-            ranks = pipe.execute()
-        return {job.id: rank + 1 for job, rank in zip(queued, ranks, strict=True) if rank is not None}
+            ranks = dict(zip((job.id for job in queued), pipe.execute(), strict=True))
+        # Few jobs are neither in the queue nor running: those that are parked, and those that have just left it.
+        ranks |= {job.id: self._parked_rank(job) for job in queued if ranks[job.id] is None}
+        return {job_id: rank + 1 for job_id, rank in ranks.items() if rank is not None}
+
+    def _parked_rank(self, job: Job) -> int | None:
+        """Return the 0-based place of a parked job among the waiting jobs of its owner; None if it is not parked."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.zrank(f"{keys.PARKED}{job.model}:{job.owner}", job.id)
+            pipe.hget(keys.QUEUED + job.model, job.owner)
+            pipe.hget(keys.PARKED_COUNTS, f"{job.model} {job.owner}")
+            rank, queued, parked = pipe.execute()
+        return None if rank is None else rank + max(0, int(queued or 0) - int(parked or 0))
 
     def adopt_old_layout(self) -> int:
         """Convert all jobs of the first layout. Returns how many remain, because old workers run them."""
@@ -359,41 +301,3 @@ class Jobs:
             return records
         self._adopt(args=old)
         return [*fetch()]
-
-
-def _max_queued(settings: Settings) -> int:
-    """Return the number of queued jobs per model for API keys that have no limit of their own."""
-    limit = settings.max_queue_per_key
-    return max(1, settings.max_queue // 4) if limit == "auto" else limit
-
-
-def _token_bytes(request: Request) -> int:
-    """Return how many bytes a generated token may add to Redis."""
-    logprob_bytes = 0 if request.logprobs is None else LOGPROB_BYTES * (1 + request.logprobs)
-    return GROWTH_BYTES + logprob_bytes + (DELTA_BYTES if request.parse == "message" else 0)
-
-
-def _optional(submission: Submission) -> dict[str, str]:
-    """Return the record fields that only some jobs have."""
-    request, given = submission.request, {"webhook": submission.webhook, "traceparent": submission.traceparent}
-    fields = {name: value for name, value in given.items() if value}
-    if submission.in_background:
-        fields["response"] = "1"
-    if submission.prefixes:
-        fields["prefixes"] = " ".join(submission.prefixes)
-    if request.logprobs is not None:
-        fields["logprobs"] = "1"
-    if request.parse is not None:
-        images = request.image_parts
-        size = (images[-1]["width"], images[-1]["height"]) if images else None
-        fields["parsing"] = Parsing(request.parse, size).to_json()
-    return fields
-
-
-def _expected_tokens(submission: Submission) -> int:
-    """Estimate how many tokens of worker memory the job needs at first: the prompt and the start of the answer."""
-    request, start = submission.request, min(submission.request.max_tokens, 256)
-    if submission.tokens is not None:
-        return len(submission.tokens) + start
-    text = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
-    return len(text) // 4 + start

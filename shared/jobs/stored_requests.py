@@ -9,7 +9,8 @@ from shared.errors import Conflict, Gone
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Job
 from shared.jobs.request import Request, unpack_tokens
-from shared.jobs.store import Submission, new_job_id
+from shared.jobs.store import new_job_id
+from shared.jobs.submission import Submission
 from shared.redis import keys
 from shared.redis.client import Redis
 

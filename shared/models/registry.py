@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self, TypeVar
@@ -240,14 +241,19 @@ class Registry:
 
     def waiting(self, model: str) -> int:
         """Return the number of queued jobs of a model."""
-        return int(self._client.zcard(keys.QUEUE + model))
+        return self.waiting_each([model])[0]
 
     def waiting_each(self, models: Sequence[str]) -> list[int]:
         """Return the numbers of queued jobs of several models with one call."""
         with self._client.pipeline(transaction=False) as pipe:
             for model in models:
                 pipe.zcard(keys.QUEUE + model)
-            return [int(count) for count in pipe.execute()]
+            pipe.hgetall(keys.PARKED_COUNTS)
+            *counts, parked = pipe.execute()
+        by_model = Counter[str]()
+        for field, count in parked.items():
+            by_model[field.rpartition(" ")[0]] += int(count)
+        return [int(count) + by_model[model] for model, count in zip(models, counts, strict=True)]
 
     def mean_job_s(self, models: Iterable[str]) -> dict[str, float]:
         """Return the moving average of the running time in seconds, for each model with jobs that have ended."""

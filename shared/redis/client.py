@@ -94,13 +94,17 @@ _ENQUEUE: Final = "enqueue"
 """The only script that Redis rejects when its memory is full: the others help jobs to end, which frees memory."""
 
 
+_LIBRARIES: Final = ("clock", "usage", "events", "queue", "job")
+"""The libraries that every script has."""
+
+
 @cache
 def source(name: str) -> str:
-    """Assemble a script: key prefixes, `lib/job.lua`, the libraries named in its `-- uses:` line, and its own file."""
+    """Assemble a script: key prefixes, the libraries of all scripts, those in its `-- uses:` line, and its own file."""
     body = (SCRIPTS / f"{name}.lua").read_text()
     first_line = body.partition("\n")[0]
     libraries = first_line.removeprefix(_USES).split() if first_line.startswith(_USES) else []
-    parts = [(SCRIPTS / "lib" / f"{library}.lua").read_text() for library in ("job", *libraries)]
+    parts = [(SCRIPTS / "lib" / f"{library}.lua").read_text() for library in (*_LIBRARIES, *libraries)]
     flags = "" if name == _ENQUEUE else "#!lua flags=allow-oom\n"
     return flags + LUA_TABLE + "".join(parts) + body
 

@@ -12,10 +12,15 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `LIVE` + job | channel | a copy of each log entry when it is written | – |
 | `DONE` + job | channel | the final status, once, when the job ends | – |
 | `QUEUE` + model | zset | queued jobs, reserved ones included; score = class, then turn | until empty |
-| `TURNS` + model | hash | fair queueing: turn reached by each class, and by each owner in it | as `QUEUE` |
+| `TURNS` + model | hash | fair queueing: turns of classes and of owners in them; `passed:` + class | as `QUEUE` |
 | `QUEUED` + model | hash | number of queued jobs by owner; `counted_at`: time of the last recount | as `QUEUE` |
 | `WAKE` + model | string | set while a wake-up is in flight | 1 s, or until the next claim |
-| `SPEED` + model | hash | `mean_s`: moving average of a job's running time in seconds | forever, one per model |
+| `USAGE` + key id + `:` + day | hash | model → counters of jobs and tokens (`lib/usage.lua`) | 400 days |
+| `CHARGES` + key id | hash | tokens of a key that has a limit of tokens (`lib/usage.lua`) | 8 days |
+| `MAX_RUNNING` | hash | key id → maximum of running jobs, for keys that have one | forever |
+| `PARKED` + model + `:` + key id | zset | queued jobs of a key at its limit of running jobs | until empty |
+| `PARKED_COUNTS` | hash | model + space + key id → number of parked jobs | until empty |
+| `SPEED` + model | hash | `mean_s`: average running time in seconds; rate of starts by class | forever, one per model |
 | `OWNER` + key id | zset | job → creation time, for all jobs of an API key | as its longest-lived job |
 | `IDEM` + key id + `:` + key | string | job id for an Idempotency-Key | as the record |
 | `IMAGES` + job | hash | image digest → file (`shared.jobs.images`) | job end; 2 min if the job is never accepted |
@@ -80,6 +85,8 @@ Fields of `JOB` that mainly the scripts read:
 | `end_by` | the deadline |
 | `fingerprint` | hash of the request, if it can be repeated: see `shared.jobs.readers` |
 | `reader`, `kept_until` | the API process that reads the job, and until when its lost client can come back |
+| `charged` | tokens that the job is expected to use, if its API key has a limit of tokens |
+| `repeats_prompt` | set if the job is a further choice of a request: its prompt does not count as usage again |
 | `children` | ids of the jobs with the further choices of the same request |
 | `response` | set if a background response waits for the job, so that its end is an event for webhooks |
 | `webhook` | JSON of the URL and events of the job's webhooks; `-` if it has none at all |
@@ -103,6 +110,11 @@ DONE: Final = "mlxq:done:"
 QUEUE: Final = "mlxq:waiting:"
 TURNS: Final = "mlxq:turns:"
 QUEUED: Final = "mlxq:queued:"
+MAX_RUNNING: Final = "mlxq:max-running"
+PARKED: Final = "mlxq:parked:"
+PARKED_COUNTS: Final = "mlxq:parked-counts"
+USAGE: Final = "mlxq:usage:"
+CHARGES: Final = "mlxq:charges:"
 WAKE: Final = "mlxq:wake:"
 SPEED: Final = "mlxq:speed:"
 OWNER: Final = "mlxq:owner:"

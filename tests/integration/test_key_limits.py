@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from tests.plugins.stack import Stack, made_stack
 from tests.plugins.web_stack import WebStack, running_web
@@ -32,7 +33,7 @@ def accepted(web: WebStack, key: str, limit: int) -> int:
 def test_waiting_jobs_of_one_key_are_limited_while_others_are_accepted() -> None:
     with running_web(MAX_QUEUE="40") as web, web.client() as redis:
         one, two = (web.keys.create(name, ["infer"]) for name in ("one", "two"))
-        few = web.keys.create("few", ["infer"], max_queued=3)
+        few = web.keys.create("few", ["infer"], limits=OwnerLimits(max_queued=3))
         assert accepted(web, one, 20) == 10  # a quarter of the queue
         assert (accepted(web, two, 5), accepted(web, few, 5)) == (5, 3)
         job = web.http.get("/v1/jobs", headers={"X-API-Key": one}).json()["data"][0]["id"]
@@ -56,7 +57,7 @@ def test_waiting_jobs_of_one_key_are_limited_while_others_are_accepted() -> None
 
 def test_repeated_request_is_answered_although_the_key_is_at_its_limit() -> None:
     with running_web() as web:
-        key = web.keys.create("one", ["infer"], max_queued=1)
+        key = web.keys.create("one", ["infer"], limits=OwnerLimits(max_queued=1))
         headers = {"X-API-Key": key, "Idempotency-Key": "k"}
         first, again = (web.http.post("/v1/jobs", json={"prompt": "hi"}, headers=headers) for _ in range(2))
         assert (first.status_code, again.status_code) == (202, 202) and first.json()["id"] == again.json()["id"]

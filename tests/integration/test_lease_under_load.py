@@ -8,7 +8,8 @@ import pytest
 
 from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.queue.wakeups import Notifier, make_app
 from shared.redis import keys
 from shared.redis.client import Redis

@@ -17,7 +17,7 @@ from shared.errors import Expiry, JobFailure
 from shared.jobs.log import EventKind
 from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Submission
+from shared.jobs.submission import Submission
 from shared.queue.recovery import Reaper
 from shared.redis import keys
 from tests.plugins.fleet import SLOW, Fleet

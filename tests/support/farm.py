@@ -9,7 +9,8 @@ from typing import Final
 
 from shared.jobs.record import Ending, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand
 from shared.queue.recovery import CrashOutcome, report_crash
 from shared.redis import keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import date, timedelta
 from typing import Any
 
 import redis
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant
 from shared.jobs.log import JobLog
 from shared.jobs.record import AttemptEnd, Job, Status
 from shared.jobs.store import Jobs
+from shared.jobs.usage import Counters, UsageRow, UsageStore
 from shared.queue.claims import Claims
 from shared.queue.recovery import Reaper
 from shared.redis import keys
@@ -144,6 +146,8 @@ class ExpectedQueue(RuleBasedStateMachine):
         self.extensible: set[str] = set()
         """Workers whose lease an outage would extend."""
         self.expected: dict[str, Expected] = {}
+        self.forgotten: list[Expected] = []
+        """Deleted jobs, which still count as usage."""
         self.submitted: list[str] = []
         self.beliefs: list[Belief] = [Belief("none", 0, WORKERS[0])]
         self.raw = redis.Redis(unix_socket_path=client.connection_pool.connection_kwargs["path"])
@@ -176,11 +180,14 @@ class ExpectedQueue(RuleBasedStateMachine):
                 pipe.hgetall(keys.JOB + job_id).xrange(keys.LOG + job_id).get(keys.OUTPUT + job_id)
             pipe.zrange(keys.QUEUE + MODEL, 0, -1).zrange(keys.TIMERS, 0, -1, withscores=True)
             pipe.zrange(keys.LEASES, 0, -1).hgetall(keys.BYTES).hgetall(keys.QUEUED + MODEL)
+            pipe.hget(keys.CHARGES + "a", "reserved")
             pipe.keys("*")
             for worker in WORKERS:
                 pipe.smembers(keys.RUNNING + worker).smembers(keys.RESERVED + worker)
-            *jobs, queued, timers, leases, counted, by_owner, names = (result := pipe.execute())[: 3 * len(own) + 6]
-            held = result[3 * len(own) + 6 :]
+            *jobs, queued, timers, leases, counted, by_owner, reserved, names = (result := pipe.execute())[
+                : 3 * len(own) + 7
+            ]
+            held = result[3 * len(own) + 7 :]
         for n, (job_id, expected) in enumerate(self.expected.items()):
             record, log, text = jobs[3 * n : 3 * n + 3]
             self.check_record(record, expected)
@@ -196,6 +203,9 @@ class ExpectedQueue(RuleBasedStateMachine):
         assert set(leases) == self.leases.keys()
         assert held == [{*self.held_by(name, running=runs)} for name in WORKERS for runs in (True, False)]
         self.check_bytes(counted)
+        charged = [record.get("charged") for record in jobs[::3] if not record.get("finished_at")]
+        assert int(reserved or 0) == sum(int(tokens) for tokens in charged if tokens)
+        self.check_usage({*names})
         assert queued or not {keys.TURNS + MODEL, keys.QUEUED + MODEL} & {*names}
         self.check_keys(set(names), own)
 
@@ -208,7 +218,7 @@ class ExpectedQueue(RuleBasedStateMachine):
 
     def check_keys(self, present: set[str], own: dict[str, set[str]]) -> None:
         of_jobs = {name for names in own.values() for name in names}
-        shared = {name for name in present if name.startswith((keys.OWNER, keys.WAKE))}
+        shared = {name for name in present if name.startswith((keys.OWNER, keys.WAKE, keys.USAGE, keys.CHARGES))}
         assert of_jobs <= present and present - of_jobs - shared <= PERMANENT
         ended = {name for i, names in own.items() if self.expected[i].status.terminal for name in names}
         names = [*sorted(of_jobs | shared)]
@@ -224,6 +234,22 @@ class ExpectedQueue(RuleBasedStateMachine):
         sums |= {f"owner:{name}": sum(job.bytes for job in unfinished if job.owner == name) for name in "ab"}
         known = {name: int(value) for name, value in counted.items() if not name.startswith("failed")}
         assert known == {name: total for name, total in sums.items() if total}
+
+    def check_usage(self, names: set[str]) -> None:
+        """Each job that has ended counts once, with the tokens of all its attempts."""
+        ended = [job for job in (*self.expected.values(), *self.forgotten) if job.status.terminal]
+        for owner in "ab":
+            used = sum((row.counters for row in self.usage_of(owner, names)), Counters())
+            own = [job for job in ended if job.owner == owner]
+            ends = Counter(job.status.value for job in own)
+            assert {status: getattr(used, status) for status in ends} == ends and used.jobs == len(own)
+            assert used.completion == sum(job.tokens for job in own)
+
+    def usage_of(self, owner: str, names: set[str]) -> list[UsageRow]:
+        """Return an owner's usage on all days, of which there are two at midnight."""
+        days = [int(name.rpartition(":")[2]) for name in names if name.startswith(f"{keys.USAGE}{owner}:")]
+        first, last = (date(1970, 1, 1) + timedelta(days=day) for day in (min(days, default=0), max(days, default=0)))
+        return UsageStore(self.redis).read([owner], first, last)
 
     def check_record(self, record: dict[str, str], expected: Expected) -> None:
         job = Job.from_record(record)

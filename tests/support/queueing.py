@@ -7,7 +7,8 @@ from typing import Any
 from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, WriteResult
 from shared.queue.recovery import Reaper
 from shared.redis import keys

@@ -18,13 +18,15 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from limits import parse_many
 
+from shared.jobs.limits import STANDARD, OwnerLimits
 from shared.jobs.record import Priority
+from shared.wire import known_fields
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class ApiKey:
         scopes: permissions: `infer`, `admin`.
         rate_limit: for example `100/minute`; None for the service's default.
         created_at, revoked_at: seconds since the epoch; `revoked_at` is None for a valid key.
-        max_queued: maximum number of waiting jobs per model; None for the service's default.
+        limits: what the key may use.
         max_priority: highest priority that jobs may have. Entries without one were created before there was a limit.
     """
 
@@ -63,24 +65,26 @@ class ApiKey:
     rate_limit: str | None
     created_at: float
     revoked_at: float | None = None
-    max_queued: int | None = None
+    limits: OwnerLimits = STANDARD
     max_priority: Priority = Priority.HIGH
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as it is stored in the file."""
-        return {**asdict(self), "scopes": sorted(self.scopes), "max_priority": self.max_priority.label}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "limits"}
+        max_queued = self.limits.max_queued  # processes of earlier versions need this one
+        stored = {"scopes": sorted(self.scopes), "max_priority": self.max_priority.label, "max_queued": max_queued}
+        return own | stored | self.limits.to_dict()
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ApiKey:
-        """Read an entry that `to_dict` wrote."""
-        fields = {"max_priority": Priority.HIGH.label, **data}
-        return cls(
-            **{
-                **fields,
-                "scopes": frozenset(fields["scopes"]),
-                "max_priority": Priority[fields["max_priority"].upper()],
-            }
-        )
+        """Read an entry that `to_dict` wrote, also that of another version."""
+        known = known_fields(cls, {"max_priority": Priority.HIGH.label, **data})
+        values = {
+            "scopes": frozenset(known["scopes"]),
+            "max_priority": Priority[known["max_priority"].upper()],
+            "limits": OwnerLimits.from_dict(data),
+        }
+        return cls(**known | values)
 
 
 def new_key() -> str:
@@ -126,19 +130,16 @@ class KeyStore:
         scopes: Iterable[str],
         rate_limit: str | None = None,
         *,
-        max_queued: int | None = None,
+        limits: OwnerLimits = STANDARD,
         max_priority: Priority = Priority.NORMAL,
     ) -> str:
         """Create a key and return it. It cannot be read again later: only its hash is stored.
 
         Raises:
-            ValueError: a scope is unknown, a limit is malformed, or the name is in use.
+            ValueError: a scope is unknown, a limit is invalid, or the name is in use.
         """
         granted = _valid_scopes(scopes)
-        if max_queued is not None and max_queued < 1:
-            raise ValueError("the maximum number of waiting jobs must be at least 1")
-        if rate_limit is not None:
-            parse_many(rate_limit)
+        _check_limits(rate_limit, limits)
         key = new_key()
         entry = ApiKey(
             id=key.split("_")[1],
@@ -147,7 +148,7 @@ class KeyStore:
             scopes=granted,
             rate_limit=rate_limit,
             created_at=time.time(),
-            max_queued=max_queued,
+            limits=limits,
             max_priority=max_priority,
         )
         with self._editing() as keys:
@@ -161,8 +162,15 @@ class KeyStore:
 
         Raises:
             KeyError: there is no valid key with this id or name.
+            ValueError: a limit is invalid.
         """
-        return self._replace_entry(id_or_name, change)
+
+        def checked(entry: ApiKey) -> ApiKey:
+            changed = change(entry)
+            _check_limits(changed.rate_limit, changed.limits)
+            return changed
+
+        return self._replace_entry(id_or_name, checked)
 
     def revoke(self, id_or_name: str) -> ApiKey:
         """Revoke a key. It is refused from the next request on.
@@ -205,6 +213,11 @@ class KeyStore:
     def is_valid(self, key_id: str) -> bool:
         """Whether a key with this id exists and is not revoked."""
         return self.get(key_id) is not None
+
+    def limits_of(self, key_id: str) -> OwnerLimits | None:
+        """Return the limits of a valid key; None if there is none with this id."""
+        entry = self.get(key_id)
+        return None if entry is None else entry.limits
 
     def entries(self) -> Mapping[str, ApiKey]:
         """Return all keys by id, including revoked ones. If the file cannot be read, those read before."""
@@ -253,6 +266,16 @@ class KeyStore:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _check_limits(rate_limit: str | None, limits: OwnerLimits) -> None:
+    """Raise ValueError if a limit is invalid."""
+    limits.check()
+    if rate_limit is not None:
+        try:
+            parse_many(rate_limit)
+        except ValueError:
+            raise ValueError(f"rate_limit must be a rate such as 100/minute, not {rate_limit!r}") from None
 
 
 def _valid_scopes(scopes: Iterable[str]) -> frozenset[str]:

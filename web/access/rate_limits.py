@@ -7,14 +7,17 @@ client that follows its jobs must not use up the requests that it has for new on
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import redis
 from flask import Flask, Response, g, request
 from flask_limiter import Limiter
 from limits import parse_many
 
+from shared.jobs.limits import TokensLeft
 from shared.redis.client import connect
 from shared.settings import Settings
 from web.access.auth import PUBLIC_BLUEPRINTS
@@ -29,11 +32,46 @@ SIGN_IN: Final = "console.sign_in"
 _READS: Final = frozenset({"GET", "HEAD"})
 _NO_ROUTE: Final = "no_route"
 """Flask-Limiter ignores requests without a name."""
+MINUTE_S: Final = 60
+DAY_S: Final = 86400
 _TIMEOUT_S: Final = 1.0
 """Timeout of calls to Redis: counting locally is better than waiting."""
 
 
-def register(app: Flask, settings: Settings) -> Limiter:
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """A limit and what is left of it.
+
+    Attributes:
+        name: `requests`, `reads`, `tokens` or `tokens-day`.
+        window_s: the period for which the limit holds.
+        reset_s: seconds until the whole limit is available again.
+    """
+
+    name: str
+    limit: int
+    remaining: int
+    window_s: int
+    reset_s: float
+
+
+def _token_quotas(tokens: TokensLeft | None) -> list[Quota]:
+    """Return the limits of tokens that an API key has."""
+    if tokens is None:
+        return []
+    quotas = []
+    if tokens.minute_limit is not None:
+        quotas.append(Quota("tokens", tokens.minute_limit, tokens.minute_left or 0, MINUTE_S, tokens.minute_reset_s))
+    if tokens.day_limit is not None:
+        quotas.append(Quota("tokens-day", tokens.day_limit, tokens.day_left or 0, DAY_S, tokens.day_reset_s))
+    return quotas
+
+
+Report: TypeAlias = Callable[[Response, Sequence[Quota]], None]
+"""Adds the headers that report limits."""
+
+
+def register(app: Flask, settings: Settings, report: Report) -> Limiter:
     """Count and limit all requests that need a key, and those to routes that do not exist, by address."""
     app.config["RATELIMIT_REQUEST_IDENTIFIER"] = lambda: request.endpoint or _NO_ROUTE
     pool: Any = connect(settings.store_url, timeout_s=_TIMEOUT_S, retries=0).connection_pool
@@ -51,7 +89,7 @@ def register(app: Flask, settings: Settings) -> Limiter:
     )
     limiter.request_filter(lambda: request.blueprint in PUBLIC_BLUEPRINTS)
     limiter.init_app(app)
-    app.after_request(lambda response: _add_headers(limiter, response))
+    app.after_request(lambda response: _add_headers(limiter, response, report))
     return limiter
 
 
@@ -77,18 +115,27 @@ def _per_second(limit: str) -> float:
     return min(item.amount / item.get_expiry() for item in parse_many(limit))
 
 
-def _add_headers(limiter: Limiter, response: Response) -> Response:
-    """Add the rate limit headers. Flask-Limiter's own would add Retry-After to responses that were not limited."""
-    limit = limiter.current_limit
-    if limit is None:
-        return response
-    try:
-        reset_at, remaining = limit.window
-    except redis.RedisError:
-        return response  # the next request counts locally
-    response.headers["X-RateLimit-Limit"] = str(limit.limit.amount)
-    response.headers["X-RateLimit-Remaining"] = str(remaining)
-    response.headers["X-RateLimit-Reset"] = str(round(reset_at + 0.5))
-    if limit.breached:
-        response.headers["Retry-After"] = str(max(1, round(reset_at - time.time() + 0.5)))
+def report_tokens(tokens: TokensLeft | None) -> None:
+    """Report what the caller's limits of tokens leave in the headers of the response."""
+    g.tokens_left = tokens
+
+
+def _add_headers(limiter: Limiter, response: Response, report: Report) -> Response:
+    """Add the headers that report limits. Flask-Limiter's own would add Retry-After to all responses."""
+    quotas = _token_quotas(g.get("tokens_left"))
+    limit, now = limiter.current_limit, time.time()
+    if limit is not None:
+        try:
+            reset_at, remaining = limit.window
+        except redis.RedisError:
+            return response  # the next request counts locally
+        response.headers["X-RateLimit-Limit"] = str(limit.limit.amount)
+        response.headers["X-RateLimit-Remaining"] = str(remaining)
+        response.headers["X-RateLimit-Reset"] = str(round(reset_at + 0.5))
+        reset_s = max(0.0, reset_at - now)
+        if limit.breached:
+            response.headers["Retry-After"] = str(max(1, round(reset_s + 0.5)))
+        name = "reads" if request.method in _READS else "requests"
+        quotas.insert(0, Quota(name, limit.limit.amount, remaining, limit.limit.get_expiry(), reset_s))
+    report(response, quotas)
     return response

@@ -14,11 +14,13 @@ from typing import Final, get_args
 import redis
 from redis.exceptions import OutOfMemoryError
 
-from shared.errors import Conflict, Forbidden, Invalid, KeyQueueFull, NotDurable, Unavailable
+from shared.errors import Conflict, Forbidden, Invalid, NotDurable, RateLimited, Unavailable
 from shared.jobs.images import ImageStore
+from shared.jobs.limits import STANDARD, OwnerLimits
 from shared.jobs.record import Job, Priority
 from shared.jobs.request import Request
-from shared.jobs.store import NO_WEBHOOKS, Accepted, Jobs, Submission, new_job_id
+from shared.jobs.store import Accepted, Jobs, new_job_id
+from shared.jobs.submission import NO_WEBHOOKS, Submission
 from shared.models.catalog import Catalog
 from shared.models.registry import ModelCard
 from shared.models.sampling_defaults import SamplingDefaults
@@ -49,7 +51,7 @@ class RequestContext:
         fingerprint: hash of the request's meaning; empty if the request cannot be repeated.
         job_id: id of the first job; empty for a new one.
         reader: id of this process if the client repeats its request by itself; see `shared.jobs.readers`.
-        max_queued: the API key's maximum of waiting jobs per model; None for the default.
+        limits: what the API key may use.
         max_priority: the highest priority that the API key may use.
         silent: whether the end of the job is no event for webhooks.
         prepare: called with the first job's id right before the jobs are accepted.
@@ -62,7 +64,7 @@ class RequestContext:
     request_id: str = ""
     idempotency_key: str = ""
     fingerprint: str = ""
-    max_queued: int | None = None
+    limits: OwnerLimits = STANDARD
     max_priority: Priority = Priority.HIGH
     job_id: str = ""
     reader: str = ""
@@ -132,6 +134,7 @@ class Admission:
             Forbidden: the API key may not use the priority.
             NotFound: there is no such model.
             Conflict: no worker has the model, and models are not loaded on demand.
+            RateLimited: the API key has reached one of its limits.
             Unavailable: the queue is full, the model cannot be loaded, or Redis must not hold jobs.
             redis.RedisError: Redis is unavailable.
         """
@@ -180,7 +183,7 @@ class Admission:
             for job_id in job_ids if files else ():
                 self._images.put(job_id, files)
             accepted = self._jobs.create_all(submissions, job_ids)
-        except (Invalid, KeyQueueFull, Unavailable, OutOfMemoryError) as refused:
+        except (Invalid, RateLimited, Unavailable, OutOfMemoryError) as refused:
             if files and not isinstance(refused, NotDurable):  # NotDurable: the job may exist
                 self._drop_images(job_ids)
             raise
@@ -215,7 +218,7 @@ class Admission:
             request=generation,
             owner=context.owner,
             priority=_priority(request, context.max_priority),
-            max_queued=context.max_queued,
+            limits=context.limits,
             reserved_tokens=self._requests.reserved_tokens(request, generation),
             metadata=request.metadata,
             request_id=context.request_id,
@@ -309,8 +312,9 @@ class Admission:
 def _choices(submission: Submission, count: int) -> list[Submission]:
     """Return a submission for each choice. Their seeds follow each other, so that one seed determines them all."""
     request, sampling = submission.request, submission.request.sampling
-    seeds = ((sampling.seed + number) % MAX_SEED for number in range(count))
-    return [replace(submission, request=replace(request, sampling=replace(sampling, seed=seed))) for seed in seeds]
+    seeds = [(sampling.seed + number) % MAX_SEED for number in range(count)]
+    requests = [replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds]
+    return [replace(submission, request=each, repeats_prompt=n > 0) for n, each in enumerate(requests)]
 
 
 def _priority(request: JobRequest, highest: Priority) -> Priority:

@@ -115,7 +115,12 @@ class Background:
     def _batch_runner(self) -> BatchRunner:
         current = self._services
         requests = LineRequests(
-            current.settings, current.admission, current.image_loader, current.jobs, make_endpoints(current)
+            current.settings,
+            current.admission,
+            current.image_loader,
+            current.jobs,
+            make_endpoints(current),
+            current.keys.limits_of,
         )
         return BatchRunner(
             current.settings,

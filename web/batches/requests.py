@@ -15,6 +15,7 @@ import redis
 from pydantic import ValidationError
 
 from shared.errors import Internal, MlxqError, NotFound, RateLimited, Unavailable
+from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Job, Status
 from shared.jobs.store import Jobs
 from shared.redis.client import passes
@@ -83,16 +84,27 @@ def idempotency_key(batch: Batch, line: int) -> str:
 
 
 class LineRequests:
-    """Submits lines and renders results."""
+    """Submits lines and renders results.
+
+    Args:
+        limits_of: returns the present limits of an API key; None if this host does not know the key.
+    """
 
     def __init__(
-        self, settings: Settings, admission: Admission, image_loader: ImageLoader, jobs: Jobs, endpoints: Endpoints
+        self,
+        settings: Settings,
+        admission: Admission,
+        image_loader: ImageLoader,
+        jobs: Jobs,
+        endpoints: Endpoints,
+        limits_of: Callable[[str], OwnerLimits | None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._admission = admission
         self._image_loader = image_loader
         self._jobs = jobs
         self._endpoints = endpoints
+        self._limits_of = limits_of
 
     def submit(self, batch: Batch, line: Line) -> Running | Result:
         """Submit a line's job, or find the job that an earlier leader submitted; an error result if it is invalid.
@@ -170,7 +182,7 @@ class LineRequests:
             request_id=batch.request_id,
             idempotency_key=key,
             fingerprint=_FINGERPRINT,
-            max_queued=batch.max_queued,
+            limits=self._limits_of(batch.owner) or OwnerLimits(max_queued=batch.max_queued),
             silent=True,
             min_retention_s=_MIN_RETENTION_S,
         )

@@ -11,7 +11,7 @@ _ANY: Final = "*"
 _METHODS: Final = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
 _EXPOSED: Final = (
     "X-Request-ID, Request-ID, Location, Retry-After, X-Should-Retry, Idempotency-Replayed, Preference-Applied, "
-    "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+    "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, RateLimit, RateLimit-Policy"
 )
 """Headers of responses that scripts may read."""
 _MAX_AGE_S: Final = 7200

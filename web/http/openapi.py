@@ -99,6 +99,15 @@ ORDER: Final = _parameter(
 DELIVERY_STATUS: Final = _parameter(
     "status", "query", "Only deliveries with this status", type="string", enum=["dead", "pending"], default="dead"
 )
+START: Final = _parameter(
+    "start", "query", "First day (UTC); default: 30 days up to `end`", type="string", schema_format="date"
+)
+END: Final = _parameter("end", "query", "Last day (UTC); default: today", type="string", schema_format="date")
+KEY: Final = _parameter("key", "query", "Id of an API key; default: the caller's. For usage also `all`", type="string")
+MODEL: Final = _parameter("model", "query", "Only this model", type="string")
+USAGE_FORMAT: Final = _parameter(
+    "format", "query", "Format of the answer; default: as the header `Accept` asks", type="string", enum=["json", "csv"]
+)
 PURPOSE: Final = _parameter(
     "purpose", "query", "Only files with this purpose", type="string", enum=["batch", "batch_output"]
 )

@@ -65,6 +65,8 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
     ),
     429: (
         "rate_limited",
+        "tokens_per_minute",
+        "tokens_per_day",
         "key_queue_full",
         "too_many_streams",
         "too_many_connections",
@@ -110,8 +112,9 @@ not exist, have errors in OpenAI's format; `/v1/messages` and the paths below it
 ## Rate limits
 
 Each API key has a limit for requests with GET, and one for all others. Responses report the limit that applies in
-`X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset` (seconds since the epoch). A request over the
-limit gets 429; `Retry-After` has the seconds to wait.
+`X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset` (seconds since the epoch), and in `RateLimit` and
+`RateLimit-Policy`. Answers to submissions also report the key's limits of tokens. A request over a limit gets 429, one
+that the service has no capacity for 503; `Retry-After` has the seconds to wait. `GET /v1/limits` shows a key's limits.
 
 ## Streams
 
@@ -132,6 +135,7 @@ TAGS: Final = {
     "webhooks": "Webhook endpoints, secrets and deliveries.",
     "keys": "List, create, limit and revoke API keys.",
     "overview": "The state of queues and workers, now and over the last hour.",
+    "usage": "Usage and limits of API keys.",
     "health": "Health, probes and metrics. The probes need no API key; health and metrics show more with one.",
     "openapi": "This documentation. No API key is needed.",
 }

@@ -74,7 +74,7 @@ def create_batch() -> Response:
             completion_window=body.completion_window,
             window_s=window_s,
             metadata=body.metadata,
-            max_queued=owner.max_queued,
+            max_queued=owner.limits.max_queued,
             request_id=current_request_id(),
             output_lifetime_s=body.output_expires_after.seconds if body.output_expires_after else None,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import cast
 
 from flask import Blueprint, Response
 from pydantic import BaseModel
 
 from shared.errors import Conflict, Forbidden, Invalid, NotFound
+from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from web.access.api_keys import ApiKey
 from web.access.auth import caller, is_admin, require_scope
@@ -40,7 +41,7 @@ def create_key() -> Response:
             body.name,
             body.scopes,
             body.rate_limit,
-            max_queued=body.max_queued,
+            limits=OwnerLimits.from_dict(body.model_dump()),
             max_priority=Priority[body.max_priority.upper()],
         )
     except ValueError as error:
@@ -64,7 +65,7 @@ def set_limits(key_id: str) -> Response:
         return replace(
             entry,
             rate_limit=body.rate_limit,
-            max_queued=body.max_queued,
+            limits=OwnerLimits.from_dict(body.model_dump()),
             max_priority=Priority[body.max_priority.upper()],
         )
 
@@ -93,7 +94,7 @@ def key_view(entry: ApiKey) -> KeyView:
         name=entry.name,
         scopes=cast("list[Scope]", sorted(entry.scopes)),
         rate_limit=entry.rate_limit,
-        max_queued=entry.max_queued,
+        **asdict(entry.limits),
         max_priority=cast("PriorityName", entry.max_priority.label),
         created_at=entry.created_at,
         revoked_at=entry.revoked_at,

@@ -11,8 +11,10 @@ from flask import Response, request
 from pydantic import BaseModel
 
 from shared.errors import NotDurable, NotFound
+from shared.jobs.limits import TokensExceeded
 from shared.jobs.readers import reader_id
 from shared.jobs.store import Accepted, fingerprint, new_job_id
+from web.access import rate_limits
 from web.access.auth import caller
 from web.admission.admit import RequestContext
 from web.admission.image_loader import LoadedRequest
@@ -35,7 +37,7 @@ def submit(job_request: JobRequest) -> Accepted:
     Raises:
         Invalid: the request cannot be run; nothing was enqueued.
         Forbidden: the API key may not use the priority.
-        RateLimited: the API key has too many waiting jobs.
+        RateLimited: the API key has reached one of its limits.
         Unavailable: the queue is full.
     """
     loaded = _load(job_request)
@@ -131,7 +133,7 @@ def _context(
         fingerprint=request_fingerprint,
         job_id=job_id,
         reader=reader,
-        max_queued=api_key.max_queued,
+        limits=api_key.limits,
         max_priority=api_key.max_priority,
         prepare=prepare,
         in_background=in_background,
@@ -142,9 +144,14 @@ def _context(
 def _admit(loaded: Sequence[LoadedRequest], context: RequestContext, choices: int = 1) -> Accepted:
     files = {digest: file for each in loaded for digest, file in each.files.items()}
     skipped = sum(each.skipped for each in loaded)
-    accepted = services().admission.admit_all([each.request for each in loaded], context, files, skipped, choices)
+    try:
+        accepted = services().admission.admit_all([each.request for each in loaded], context, files, skipped, choices)
+    except TokensExceeded as refused:
+        rate_limits.report_tokens(refused.left)
+        raise
     release_body()
     request.environ[JOB_ID] = accepted.job.id
+    rate_limits.report_tokens(accepted.tokens)
     if accepted.new:
         job = accepted.job
         services().metrics.submitted.labels(job.model, job.priority.label).inc(1 + len(job.children))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from shared.jobs.limits import MAX_LIMIT, MAX_WEIGHT, MIN_WEIGHT
 from shared.settings import RATE
 from web.schemas.base import RequestModel, ResponseModel
 from web.schemas.requests import PriorityName
@@ -17,7 +18,20 @@ class KeyLimits(RequestModel):
     """What a key may use. A limit that is left out or null is the service's default."""
 
     rate_limit: str | None = Field(None, pattern=RATE, description="Requests, such as `100/minute`; without reads")
-    max_queued: int | None = Field(None, ge=1, le=10_000_000, description="Maximum waiting jobs per model")
+    weight: float = Field(1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT, description="Share of a model, relative to other keys")
+    max_queued: int | None = Field(None, ge=1, le=MAX_LIMIT, description="Maximum waiting jobs per model")
+    max_queued_bytes: int | None = Field(
+        None, ge=1, le=MAX_LIMIT, description="Maximum Redis memory that unfinished jobs may reserve"
+    )
+    max_running: int | None = Field(
+        None, ge=0, le=MAX_LIMIT, description="Maximum running jobs; further ones wait. 0: unlimited"
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=0, le=MAX_LIMIT, description="Tokens of prompts and answers per minute. 0: unlimited"
+    )
+    tokens_per_day: int | None = Field(
+        None, ge=0, le=MAX_LIMIT, description="Tokens of prompts and answers per day (UTC). 0: unlimited"
+    )
     max_priority: PriorityName = Field("normal", description="Highest class that jobs may have")
 
 
@@ -38,7 +52,12 @@ class KeyView(ResponseModel):
     name: str
     scopes: list[Scope]
     rate_limit: str | None = Field(description="Null for the service's default")
+    weight: float
     max_queued: int | None = Field(description="Null for the service's default")
+    max_queued_bytes: int | None = Field(description="Null for the service's default")
+    max_running: int | None = Field(description="Null for the service's default; 0: unlimited")
+    tokens_per_minute: int | None = Field(description="Null for the service's default; 0: unlimited")
+    tokens_per_day: int | None = Field(description="Null for the service's default; 0: unlimited")
     max_priority: PriorityName
     created_at: float
     revoked_at: float | None = Field(description="Null for a valid key")

@@ -1,6 +1,6 @@
--- uses: suspicion crash layout
--- Returns jobs of expired leases to the queue, expires jobs whose time is over, and records Redis's memory. Any process
--- may call it at any time.
+-- uses: suspicion crash layout running
+-- Returns jobs of expired leases and parked jobs that may run to the queue, expires jobs whose time is over, and records
+-- Redis's memory. Any process may call it at any time.
 -- ARGV: number of consecutive crashes with a job as the only suspect after which the job fails, maximum jobs to expire in
 --   this call, maximum bytes of the kept requests of ended jobs, 'all' if the requests of all jobs are kept, not only those
 --   of failed ones
@@ -73,6 +73,12 @@ end
 
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', K.FAILED, '-inf', stamp(at), 'LIMIT', 0, 100)) do
   drop_failed_request(member)
+end
+
+if redis.call('EXISTS', K.PARKED_COUNTS) == 1 then
+  for _, model in ipairs(running.unpark(nil)) do
+    models[#models + 1] = model
+  end
 end
 
 local next_expiry = redis.call('ZRANGE', K.LEASES, 0, 0, 'WITHSCORES')[2]

@@ -9,6 +9,7 @@ import pytest
 from scripts.stack import keys, serve
 from scripts.stack.failure import StartFailed
 from scripts.stack.terminal import Terminal
+from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from shared.load_settings import load_settings
 from web.access.api_keys import KeyStore, new_key
@@ -112,9 +113,48 @@ def test_a_key_has_its_own_limits_and_a_normal_priority_by_default(
 ) -> None:
     keys.main(["create", "plain"])
     keys.main(["create", "limited", "--max-queued", "7", "--max-priority", "high"])
-    assert [(key.max_queued, key.max_priority) for key in store.list()] == [(None, Priority.NORMAL), (7, Priority.HIGH)]
+    assert [(key.limits.max_queued, key.max_priority) for key in store.list()] == [
+        (None, Priority.NORMAL),
+        (7, Priority.HIGH),
+    ]
     capsys.readouterr()
     keys.main(["list"])
     _, plain, limited = capsys.readouterr().out.splitlines()
     assert (plain.split()[4:6], limited.split()[4:6]) == (["default", "normal"], ["7", "high"])
     assert keys.main(["create", "none", "--max-queued", "0"]) == 1
+
+
+def test_limits_are_changed_shown_and_removed(store: KeyStore, capsys: pytest.CaptureFixture[str]) -> None:
+    key = store.create("team", ["infer"], "5/minute", limits=OwnerLimits(max_queued=7))
+    arguments = ["--weight", "2.5", "--max-running", "4", "--tokens-per-minute", "6000", "--tokens-per-day", "0"]
+    assert keys.main(["limit", "team", *arguments, "--max-priority", "batch"]) == 0
+    found = store.find(key)
+    assert found is not None and found.limits == OwnerLimits(2.5, 7, None, 4, 6000, 0)
+    assert (found.rate_limit, found.max_priority) == ("5/minute", Priority.BATCH)
+    assert keys.main(["limit", found.id, "--max-queued", "default", "--rate-limit", "default"]) == 0
+    capsys.readouterr()
+    assert keys.main(["show", "team"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (shown["weight"], shown["max_running"], shown["tokens_per_day"]) == ("2.5", "4", "unlimited")
+    assert (shown["max_queued"], shown["rate_limit"]) == ("default (2500)", "default (100/minute)")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        *(("--weight", text, "weight") for text in ("0", "-1", "101", "nan", "inf")),
+        *(
+            (f"--{name}", "-1", name.replace("-", "_"))
+            for name in ("max-running", "tokens-per-minute", "tokens-per-day")
+        ),
+        ("--rate-limit", "a lot", "rate_limit"),
+    ],
+)
+def test_an_invalid_limit_is_named(
+    store: KeyStore, capsys: pytest.CaptureFixture[str], option: str, value: str, field: str
+) -> None:
+    before = store.create("team", ["infer"])
+    assert keys.main(["limit", "team", f"{option}={value}"]) == 1
+    assert capsys.readouterr().err.startswith(f"keys: {field} must be ")
+    found = store.find(before)
+    assert found is not None and found.limits == OwnerLimits()

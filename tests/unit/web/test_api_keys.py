@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from web.access.api_keys import SCOPES, KeyStore, new_key
 
@@ -139,5 +140,5 @@ def test_entries_of_earlier_versions_keep_every_priority(store: KeyStore) -> Non
         del content["keys"][0][name]
     path.write_text(json.dumps(content))
     entry = store.find(key)
-    assert entry is not None and (entry.max_queued, entry.max_priority) == (None, Priority.HIGH)
+    assert entry is not None and (entry.limits, entry.max_priority) == (OwnerLimits(), Priority.HIGH)
     assert store.ensure(new_key(), "local", SCOPES).max_priority is Priority.HIGH

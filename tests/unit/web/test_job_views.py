@@ -11,7 +11,8 @@ import pytest
 from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Append, Claims, Demand, WriteResult
 from shared.redis import keys

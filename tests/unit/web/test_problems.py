@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from shared import errors
 from shared.errors import MlxqError
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.redis.client import Redis
 from shared.settings import Settings
 from web.http import problems

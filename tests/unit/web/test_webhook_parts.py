@@ -11,7 +11,8 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from shared.errors import Conflict, Invalid, NotFound
 from shared.jobs.record import Status
-from shared.jobs.store import NO_WEBHOOKS, Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import NO_WEBHOOKS, Submission
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings

@@ -14,7 +14,8 @@ from redis.exceptions import ResponseError
 from shared.errors import PromptRefused
 from shared.jobs.log import JobLog
 from shared.jobs.request import Constraint, Request
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
 from shared.redis import keys

@@ -14,7 +14,8 @@ from shared.errors import JobFailure
 from shared.jobs.log import EventKind, JobLog
 from shared.jobs.record import Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs, Submission
+from shared.jobs.store import Jobs
+from shared.jobs.submission import Submission
 from shared.queue.claims import Append, Claims, WriteResult
 from shared.redis.client import Redis
 from shared.settings import Settings

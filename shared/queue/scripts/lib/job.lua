@@ -1,4 +1,5 @@
--- The clock, the job log, and every transition between a job's states. Jobs change only through these functions.
+-- The job log, and every transition between a job's states. Jobs change only through these functions. Needs lib/clock.lua,
+-- lib/usage.lua, lib/events.lua and lib/queue.lua.
 --
 -- The hash K.JOB..id holds a job's state. The request with its token ids, the images and the text have their own keys
 -- (see shared/redis/keys.py), so that polling and listing do not read them.
@@ -7,24 +8,12 @@
 -- joins the worker's batch: it becomes `running`, gets the next attempt number and leaves the queue) → finish, or requeue.
 --
 -- Invariants:
--- * A job is in exactly one of these: K.QUEUE (status `queued`), K.RUNNING of one worker (`running`), none (it has ended).
---   A reserved job is in K.QUEUE and in K.RESERVED of one worker.
+-- * A job is in exactly one of these: K.QUEUE or K.PARKED of its owner (status `queued`), K.RUNNING of one worker
+--   (`running`), none (it has ended). A reserved job is in K.QUEUE and in K.RESERVED of one worker.
 -- * Events are numbered from 1 without gaps; `seq` is the number of the last one. The terminal event is the last event.
 -- * K.BYTES counts each unfinished job exactly once.
 
-local CLASS_WIDTH = 1e12 -- score in a queue = class * CLASS_WIDTH + turn; turn 0 is the front of the class
 local MAX_ATTEMPTS_KEPT = 20 -- newest attempts in a record; only a job that is handed back very often has more
-local MAX_ENDS_KEPT = 10000
-local MAX_OUTBOX = 100000
-
-local function now()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) + tonumber(time[2]) / 1e6
-end
-
-local function stamp(seconds)
-  return string.format('%.6f', seconds)
-end
 
 -- Appends event n to a job's log and publishes a copy. `data` is JSON, `tokens` is 'a,b,c' or ''.
 local function write_event(id, n, event, data, tokens)
@@ -41,64 +30,6 @@ end
 local function emit(id, event, data)
   local last = tonumber(redis.call('HGET', K.JOB .. id, 'seq') or '0')
   write_event(id, last + 1, event, data, '')
-end
-
--- Queues ----------------------------------------------------------------------------------------------------------
-
--- Start-time fair queueing: an owner's next turn comes after the owner's last turn and after the turn that the class has
--- reached. So an owner with one job does not wait for all jobs of an owner with a hundred.
-local function next_turn(model, class, owner)
-  local turns = K.TURNS .. model
-  local reached = tonumber(redis.call('HGET', turns, class) or '0')
-  local last = tonumber(redis.call('HGET', turns, class .. ':' .. owner) or '0')
-  local turn = math.max(reached, last) + 1
-  redis.call('HSET', turns, class .. ':' .. owner, turn)
-  return turn
-end
-
-local function reach_turn(model, class, turn)
-  local reached = tonumber(redis.call('HGET', K.TURNS .. model, class) or '0')
-  if turn > reached then -- a job that returned to the front has turn 0
-    redis.call('HSET', K.TURNS .. model, class, turn)
-  end
-end
-
--- Counts the queued jobs of each owner anew. The counts are missing, or have drifted, if older processes use the queue.
-local function recount_queue(model)
-  local counts = {}
-  for _, id in ipairs(redis.call('ZRANGE', K.QUEUE .. model, 0, -1)) do
-    local owner = redis.call('HGET', K.JOB .. id, 'owner')
-    if owner then
-      counts[owner] = (counts[owner] or 0) + 1
-    end
-  end
-  redis.call('DEL', K.QUEUED .. model)
-  for owner, count in pairs(counts) do
-    redis.call('HSET', K.QUEUED .. model, owner, count)
-  end
-  redis.call('HSET', K.QUEUED .. model, 'counted_at', stamp(now()))
-end
-
-local function count_queued(id, model, change)
-  local owner = redis.call('HGET', K.JOB .. id, 'owner')
-  if owner and redis.call('HINCRBY', K.QUEUED .. model, owner, change) <= 0 then
-    redis.call('HDEL', K.QUEUED .. model, owner)
-  end
-end
-
-local function join_queue(id, model, class, turn)
-  if redis.call('ZADD', K.QUEUE .. model, tonumber(class) * CLASS_WIDTH + turn, id) == 1 then
-    count_queued(id, model, 1)
-  end
-end
-
-local function leave_queue(id, model)
-  if redis.call('ZREM', K.QUEUE .. model, id) == 1 then
-    count_queued(id, model, -1)
-  end
-  if redis.call('EXISTS', K.QUEUE .. model) == 0 then
-    redis.call('DEL', K.TURNS .. model, K.QUEUED .. model)
-  end
 end
 
 -- Reservations ----------------------------------------------------------------------------------------------------
@@ -132,6 +63,7 @@ local function admit(id)
     reach_turn(model, class, tonumber(score) - tonumber(class) * CLASS_WIDTH)
   end
   leave_queue(id, model)
+  measure_start(model, class)
   redis.call('SREM', K.RESERVED .. worker, id)
   redis.call('SADD', K.RUNNING .. worker, id)
   local attempt = redis.call('HINCRBY', job, 'attempt', 1)
@@ -245,39 +177,17 @@ end
 
 -- Ends ------------------------------------------------------------------------------------------------------------
 
--- Records a job that ended without a worker, for Celery's task events. They only inform operators, so only the newest are
--- kept.
-local function report_end(id, model, status, fields)
-  redis.call('RPUSH', K.ENDS, cjson.encode({id = id, model = model, status = status, error_code = fields.error_code,
-    error_message = fields.error_message}))
-  redis.call('LTRIM', K.ENDS, -MAX_ENDS_KEPT, -1)
-end
-
--- Records an event for webhooks if there may be a receiver: a registered endpoint, or `hook`, the JSON of the URL and the
--- events that a job names. If the background process has not taken events for long, the oldest are dropped and counted.
-local function publish_event(kind, id, owner, hook)
-  hook = hook and hook ~= '' and hook or nil
-  if hook == '-' then -- a line of a batch: its owner waits for the batch
-    return
-  elseif not hook and redis.call('EXISTS', K.WEBHOOK_ENDPOINTS) == 0 then
-    return
+-- The tokens to count for a job that ends: those that its worker reports, else those in its request and its log. Further
+-- choices of a request repeat the prompt of the first one, which counts once.
+local function used_tokens(id, fields, unreported, repeats_prompt)
+  local prompt, cached = fields.prompt_tokens, fields.cached_tokens
+  if unreported then
+    prompt = math.floor(redis.call('HSTRLEN', K.REQUEST .. id, 'tokens') * 3 / 16) -- base64 of 32-bit integers
   end
-  local event = cjson.encode({kind = kind, id = id, owner = owner, at = stamp(now()), hook = hook})
-  if redis.call('RPUSH', K.WEBHOOK_OUTBOX, event) > MAX_OUTBOX then
-    redis.call('LPOP', K.WEBHOOK_OUTBOX)
-    redis.call('HINCRBY', K.WEBHOOK_COUNTS, 'dropped', 1)
+  if repeats_prompt then
+    prompt, cached = 0, 0
   end
-end
-
--- Records the event that a background response has ended.
-local function publish_response(id, status, finish_reason, owner, hook)
-  local kind = status
-  if status == 'succeeded' then
-    kind = finish_reason == 'length' and 'incomplete' or 'completed'
-  elseif status == 'expired' then
-    kind = 'failed'
-  end
-  publish_event('response.' .. kind, (id:gsub('^job_', 'resp_')), owner, hook)
+  return {prompt = prompt, cached = cached, completion = fields.completion_tokens, reasoning = fields.reasoning_tokens}
 end
 
 -- Ends a job; the only transition to a terminal state. `fields`: further record fields to set. `by_worker`: whether the
@@ -285,9 +195,9 @@ end
 local function finish(id, status, fields, by_worker)
   local job = K.JOB .. id
   local at = now()
-  local model, worker, was, retention, log_retention, owner, idem, started, hook, response = unpack(redis.call('HMGET', job,
-    'model', 'worker', 'status', 'retention_s', 'log_retention_s', 'owner', 'idempotency_key', 'started_at', 'webhook',
-    'response'))
+  local model, worker, was, retention, log_retention, owner, idem, started, hook, response, charged, repeats_prompt =
+    unpack(redis.call('HMGET', job, 'model', 'worker', 'status', 'retention_s', 'log_retention_s', 'owner',
+      'idempotency_key', 'started_at', 'webhook', 'response', 'charged', 'repeats_prompt'))
   if started and not fields.completion_tokens then
     fields.completion_tokens = tokens_in_log(id)
   end
@@ -300,6 +210,11 @@ local function finish(id, status, fields, by_worker)
     record[#record + 1] = value
   end
   redis.call('HSET', job, unpack(record))
+  local tokens = used_tokens(id, fields, started and not by_worker, repeats_prompt)
+  count_usage(owner, model, status, at, tokens)
+  if charged then
+    settle_charge(owner, tonumber(charged), tonumber(tokens.prompt or 0) + tonumber(tokens.completion or 0))
+  end
   leave_queue(id, model)
   redis.call('ZREM', K.TIMERS, id)
   release_bytes(id, owner)
