@@ -309,6 +309,12 @@ class Settings(Locations, SettingsChecks):
         True,
         description="Load a catalog model when a job asks for it and no worker has it. `false`: reject the job",
     )
+    model_idle_s: float = Field(
+        0,
+        ge=0,
+        description="Time without jobs after which a worker unloads a model that it loaded on request. Models of "
+        "WORKER_MODELS and pinned ones stay. 0: never. Needs LOAD_ON_DEMAND",
+    )
     slots: int = Field(32, ge=1, le=1024, description="Maximum number of rows in a model's decode batch")
     reserved_rows: int | None = Field(
         None,

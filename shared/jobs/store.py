@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from shared.errors import Conflict, JobFailure, NotFound
 from shared.jobs.images import SLACK_S
@@ -39,13 +39,37 @@ _WAKEUPS: Final = "mlxq.wakeups."
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """The place of a queued job.
+
+    Attributes:
+        position: 1-based position in the queue. If the job is parked, because its owner runs as many jobs as it may: in
+            the row of the owner's waiting jobs.
+        higher: number of jobs of higher classes in the queue.
+        turns: turns until its own; see `next_turn` in `lib/queue.lua`.
+        max_running: the owner's limit of running jobs if the job is parked, else 0.
+    """
+
+    position: int
+    higher: int = 0
+    turns: float = 0.0
+    max_running: int = 0
+
+    @classmethod
+    def from_reply(cls, reply: Sequence[int | str]) -> Self:
+        """Parse what `queue_place` in `lib/queue.lua` returns."""
+        rank, higher, turns, max_running = reply
+        return cls(int(rank) + 1, int(higher), float(turns), int(max_running))
+
+
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """An accepted job.
 
     Attributes:
         new: whether this call created it; False for a repeated Idempotency-Key.
         wake: whether the workers of its model must be woken.
-        position: 1-based position in the queue; None if the job is not queued.
+        place: its place in the queue; None if the job is not queued.
         prompt_tokens: number of tokens that the API has given to the job's prompt; None if it has not tokenised it.
         tokens: what the owner's limits of tokens leave; None if it has none.
     """
@@ -53,7 +77,7 @@ class Accepted:
     job: Job
     new: bool
     wake: bool
-    position: int | None
+    place: Place | None
     prompt_tokens: int | None = None
     tokens: TokensLeft | None = None
 
@@ -80,6 +104,7 @@ class Jobs:
         self._stop = script(client, "stop")
         self._fail_waiting = script(client, "fail_waiting")
         self._forget = script(client, "forget")
+        self._places = script(client, "places")
         self._adopt = script(client, "adopt")
 
     def create(self, submission: Submission, job_id: str | None = None) -> Accepted:
@@ -106,14 +131,14 @@ class Jobs:
         result, *reply = self._enqueue(args=self._arguments(submissions, job_ids))
         if result not in ("created", "exists"):
             reject(result, *reply)
-        wake, rank, tokens, *flat = reply
+        wake, place, tokens, *flat = reply
         job = Job.from_record(pairs_to_dict(flat))
         # The ids are compared because "exists" may also be the reply to a retry of this call.
         return Accepted(
             job,
             new=job.id == job_ids[0],
             wake=bool(wake),
-            position=None if rank == "" else int(rank) + 1,
+            place=Place.from_reply(place) if place else None,
             prompt_tokens=None if submissions[0].tokens is None else len(submissions[0].tokens),
             tokens=TokensLeft.from_reply(tokens) if tokens else None,
         )
@@ -249,25 +274,13 @@ class Jobs:
 
     def positions(self, jobs: Iterable[Job]) -> dict[str, int]:
         """Return the 1-based position of each queued job, by id."""
-        queued = [job for job in jobs if job.status is Status.QUEUED]
-        if not queued:
-            return {}
-        with self._client.pipeline(transaction=False) as pipe:
-            for job in queued:
-                pipe.zrank(keys.QUEUE + job.model, job.id)
-            ranks = dict(zip((job.id for job in queued), pipe.execute(), strict=True))
-        # Few jobs are neither in the queue nor running: those that are parked, and those that have just left it.
-        ranks |= {job.id: self._parked_rank(job) for job in queued if ranks[job.id] is None}
-        return {job_id: rank + 1 for job_id, rank in ranks.items() if rank is not None}
+        return {job_id: place.position for job_id, place in self.places(jobs).items()}
 
-    def _parked_rank(self, job: Job) -> int | None:
-        """Return the 0-based place of a parked job among the waiting jobs of its owner; None if it is not parked."""
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.zrank(f"{keys.PARKED}{job.model}:{job.owner}", job.id)
-            pipe.hget(keys.QUEUED + job.model, job.owner)
-            pipe.hget(keys.PARKED_COUNTS, f"{job.model} {job.owner}")
-            rank, queued, parked = pipe.execute()
-        return None if rank is None else rank + max(0, int(queued or 0) - int(parked or 0))
+    def places(self, jobs: Iterable[Job]) -> dict[str, Place]:
+        """Return the place of each queued job in its queue, by id."""
+        queued = [job.id for job in jobs if job.status is Status.QUEUED]
+        found = zip(queued, self._places(args=queued), strict=True) if queued else ()
+        return {job_id: Place.from_reply(reply) for job_id, reply in found if reply}
 
     def adopt_old_layout(self) -> int:
         """Convert all jobs of the first layout. Returns how many remain, because old workers run them."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self, TypeVar
 
 from shared.histogram import Histogram
@@ -21,6 +21,47 @@ C = TypeVar("C")
 
 MIN_CACHE_SHARE: Final = 0.02
 """Minimum share of a worker's memory that must remain free for the caches of jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Starts of a class of jobs.
+
+    Attributes:
+        turns: how far the class advanced in turns; see `next_turn` in `lib/queue.lua`.
+    """
+
+    number: float = 0.0
+    turns: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, str], priority: int) -> Self:
+        """Parse the fields of a class that `lib/queue.lua` writes."""
+        return cls(*(float(record.get(f"{name}:{priority}", 0)) for name in ("starts", "turns", "seconds")))
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast the jobs of a model run and start.
+
+    Attributes:
+        mean_s: moving average of the running time in seconds; None if no job has ended.
+        starts: by class, recent starts while other jobs of the class waited.
+    """
+
+    mean_s: float | None = None
+    starts: Mapping[int, Starts] = field(default_factory=dict)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, str]) -> Self:
+        """Parse a record that `lib/queue.lua` and `lib/job.lua` write."""
+        classes = [int(name[len(_STARTS) :]) for name in record if name.startswith(_STARTS)]
+        starts = {each: Starts.from_record(record, each) for each in classes}
+        return cls(float(record["mean_s"]) if "mean_s" in record else None, starts)
+
+
+_STARTS: Final = "starts:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,18 +292,18 @@ class Registry:
             pipe.hgetall(keys.PARKED_COUNTS)
             *counts, parked = pipe.execute()
         by_model = Counter[str]()
-        for field, count in parked.items():
-            by_model[field.rpartition(" ")[0]] += int(count)
+        for name, count in parked.items():
+            by_model[name.rpartition(" ")[0]] += int(count)
         return [int(count) + by_model[model] for model, count in zip(models, counts, strict=True)]
 
-    def mean_job_s(self, models: Iterable[str]) -> dict[str, float]:
-        """Return the moving average of the running time in seconds, for each model with jobs that have ended."""
+    def speeds(self, models: Iterable[str]) -> dict[str, Speed]:
+        """Return how fast the jobs of models run and start."""
         names = list(models)
         with self._client.pipeline(transaction=False) as pipe:
             for model in names:
-                pipe.hget(keys.SPEED + model, "mean_s")
-            means = pipe.execute() if names else []
-        return {model: float(mean) for model, mean in zip(names, means, strict=True) if mean is not None}
+                pipe.hgetall(keys.SPEED + model)
+            found = pipe.execute() if names else []
+        return {model: Speed.from_record(record) for model, record in zip(names, found, strict=True)}
 
     def ended(self) -> dict[tuple[str, str], int]:
         """Return the number of jobs that have ended, by (model, status)."""

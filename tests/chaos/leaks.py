@@ -18,6 +18,7 @@ UNFINISHED = (
     keys.QUEUE,
     keys.QUEUED,
     keys.TURNS,
+    keys.PARKED_COUNTS,
     keys.WAKE,
     keys.RUNNING,
     keys.RESERVED,
@@ -31,11 +32,23 @@ UNFINISHED = (
     keys.WEBHOOKS_DUE,
 )
 """Keys of unfinished jobs: none may be left."""
-ENDED_JOBS = (keys.JOB, keys.REQUEST, keys.OUTPUT, keys.LOG, keys.IDEM, keys.OWNER, keys.BATCH, keys.WEBHOOK)
+ENDED_JOBS = (
+    keys.JOB,
+    keys.REQUEST,
+    keys.OUTPUT,
+    keys.LOG,
+    keys.IDEM,
+    keys.OWNER,
+    keys.BATCH,
+    keys.WEBHOOK,
+    keys.USAGE,
+)
 """Keys of ended jobs: each must have a time to live."""
 PERMANENT = (
     keys.SPEED,
     keys.FAILED,
+    keys.TOKENS,
+    keys.MAX_RUNNING,
     keys.BYTES,
     keys.MEMORY,
     keys.LEASES,

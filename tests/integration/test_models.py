@@ -262,3 +262,13 @@ def test_loading_needs_the_admin_scope_and_valid_fields(admin: Callable[..., Adm
     assert (answer.status_code, answer.json()["code"]) == (404, "model_not_loaded")
     assert operator.http.get("/inference/operations/op_none").status_code == 404
     assert operator.http.get("/inference/operations").json()["data"] == []
+
+
+def test_an_unused_model_is_unloaded_and_returns_on_demand(admin: Callable[..., Admin]) -> None:
+    operator = admin(MODEL_IDLE_S="0.5", MEMORY_LIMIT_BYTES=str(200 * MIB))
+    assert operator.say("two").status_code == 200  # loaded on demand
+    assert operator.ask("load", "eyes", pin=True)["state"] == "succeeded"
+    eventually(lambda: operator.models()["two"]["state"] == "cold", "it is unloaded")
+    states = {name: model["state"] for name, model in operator.models().items()}
+    assert (states["one"], states["eyes"]) == ("warm", "warm")  # one from the start, one pinned
+    assert operator.say("two").status_code == 200

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from shared.jobs.limits import OwnerLimits
-from tests.plugins.web_stack import StubWorker, WebStack
+from tests.plugins.web_stack import MODEL, StubWorker, WebStack
 from tests.support.waiting import eventually
 
 StartWorker = Callable[..., StubWorker]
@@ -82,12 +82,12 @@ def test_limits_and_what_is_in_use_are_shown(web: WebStack, start_worker: StartW
     headers = new_key(web, "limited", limits=limits, rate_limit="50/minute")
     for _ in range(3):
         submit(web, headers)
-    eventually(lambda: view()["running_jobs"]["used"] == 1, "one job runs")
 
     def view() -> dict[str, Any]:
         found: dict[str, Any] = web.http.get("/v1/limits", headers=headers).json()
         return found
 
+    eventually(lambda: view()["running_jobs"]["used"] == 1, "one job runs")
     shown = view()
     assert (shown["key"], shown["key_name"], shown["weight"]) == (key_id(headers), "limited", 2.0)
     assert (shown["requests"], shown["max_priority"]) == ({"limit": "50/minute"}, "normal")
@@ -105,7 +105,11 @@ def test_limits_and_what_is_in_use_are_shown(web: WebStack, start_worker: StartW
     [
         ("/v1/jobs", {}, "native"),
         ("/v1/completions", {}, "openai"),
-        ("/v1/messages", {"prompt": None, "messages": [{"role": "user", "content": "hi"}]}, "anthropic"),
+        (
+            "/v1/messages",
+            {"prompt": None, "model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
+            "anthropic",
+        ),
     ],
 )
 def test_exhausted_tokens_are_429_with_the_headers_that_clients_read(

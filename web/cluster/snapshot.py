@@ -13,7 +13,9 @@ from typing import Final
 
 import redis
 
-from shared.models.registry import HostInfo, ModelCard, Registry, WorkerInfo
+from shared.jobs.record import Priority
+from shared.jobs.store import Place
+from shared.models.registry import HostInfo, ModelCard, Registry, Speed, Starts, WorkerInfo
 
 _MAX_AGE_S: Final = 0.5
 _TIMEOUT_S: Final = 10.0
@@ -25,14 +27,14 @@ class ClusterSnapshot:
     """The models and workers in Redis at one moment.
 
     Attributes:
-        mean_job_s: mean duration of a model's jobs in seconds, if any have ended.
+        speeds: how fast jobs run and start, by model.
         taken_at: when the reading began, by the monotonic clock.
         hosts: worker processes, including those without a model.
     """
 
     models: dict[str, ModelCard]
     workers: tuple[WorkerInfo, ...]
-    mean_job_s: dict[str, float]
+    speeds: dict[str, Speed]
     taken_at: float
     hosts: tuple[HostInfo, ...] = ()
 
@@ -44,18 +46,20 @@ class ClusterSnapshot:
         """Whether any worker has a model or is loading it."""
         return any(worker.model == model for worker in self.workers)
 
-    def estimated_start_s(self, model: str, position: int) -> float | None:
-        """Estimate in how many seconds the job at a queue position starts; None if that cannot be estimated."""
+    def estimated_start_s(self, model: str, place: Place, priority: Priority = Priority.NORMAL) -> float | None:
+        """Estimate in how many seconds a job at a place in the queue starts; None if that cannot be estimated."""
         ready = self.ready_workers(model)
-        slots = sum(worker.slots for worker in ready)
-        free = slots - sum(worker.slots_used for worker in ready)
+        slots, speed = sum(worker.slots for worker in ready), self.speeds.get(model, Speed())
         if not slots:
             return None
-        if position <= free:
+        if place.max_running:
+            mean_s = speed.mean_s
+            return None if mean_s is None else round(place.position * mean_s / place.max_running, 3)
+        reserved = sum(worker.stats.get("reserved_rows", 0) for worker in ready) if priority is Priority.BATCH else 0
+        free = slots - sum(worker.slots_used for worker in ready) - reserved
+        if place.position <= free:
             return 0.0
-        mean_s = self.mean_job_s.get(model)
-        # When all slots are in use, one becomes free every `mean_s / slots` seconds.
-        return None if mean_s is None else round((position - free) * mean_s / slots, 3)
+        return _start_s(speed, place, priority, slots, max(0.0, free))
 
 
 class Cluster:
@@ -109,10 +113,28 @@ class Cluster:
         return ClusterSnapshot(
             models=self._registry.models(),
             workers=workers,
-            mean_job_s=self._registry.mean_job_s({worker.model for worker in workers}),
+            speeds=self._registry.speeds({worker.model for worker in workers}),
             taken_at=began_at,
             hosts=tuple(self._registry.hosts()),
         )
+
+
+def _start_s(speed: Speed, place: Place, priority: Priority, slots: int, free: float) -> float | None:
+    """Estimate the seconds until a job starts whose model has too few free slots; None if nothing was measured.
+
+    The job starts when its class reaches its turn. How fast the class advances was measured, which includes jobs of
+    other keys and classes that come later but start earlier. The measurement counts as much as it has starts. What mean
+    time and slots predict counts as much as one start per slot, because the measurement alone is wrong after many jobs
+    have started in empty slots.
+    """
+    if speed.mean_s is None:
+        return None
+    predicted_s = max(0.0, place.position - free) * speed.mean_s / slots
+    starts = speed.starts.get(priority, Starts())
+    if not starts.turns:
+        return round(predicted_s, 3)
+    measured_s = place.turns * starts.seconds / starts.turns
+    return round((starts.number * measured_s + slots * predicted_s) / (starts.number + slots), 3)
 
 
 def _wait_for(future: Future[ClusterSnapshot]) -> ClusterSnapshot:

@@ -65,6 +65,8 @@ WORKER_METRICS: Final = {
     "load_progress": WorkerMetric("load_progress_ratio", "Fraction of the model that is loaded, 0 to 1"),
     "model_bytes": WorkerMetric("model_bytes", "Bytes of the model's weights"),
     "pinned": WorkerMetric("pinned", "1 if the model is pinned"),
+    "unused_s": WorkerMetric("unused_seconds", "Seconds since the model last had a job"),
+    "reserved_rows": WorkerMetric("reserved_rows", "Rows that jobs of the class batch leave free"),
     "kv_bytes": WorkerMetric("kv_bytes", "Bytes of the KV caches of all rows"),
     "memory_active_bytes": WorkerMetric("memory_active_bytes", "Bytes in use by MLX in the worker process"),
     "memory_spare_bytes": WorkerMetric(

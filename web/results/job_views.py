@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 
 from shared.jobs.log import JobLog
 from shared.jobs.record import Attempt, Job, Status
-from shared.jobs.store import Accepted, Jobs
+from shared.jobs.store import Accepted, Jobs, Place
 from web.cluster.snapshot import Cluster
 from web.parsing import ui_tars
 from web.results import logprobs
@@ -44,19 +44,19 @@ class JobViews:
 
     def job_json(self, job: Job) -> str:
         """Return a job with its text so far, as the JSON of a `JobView`."""
-        return self._job_json(job, self._jobs.position(job))
+        return self._job_json(job, self._jobs.places([job]).get(job.id))
 
     def accepted_json(self, accepted: Accepted) -> str:
         """Return a job that was just accepted. Its queue position is already known."""
-        return self._job_json(accepted.job, accepted.position)
+        return self._job_json(accepted.job, accepted.place)
 
     def list_items(self, jobs: Sequence[Job]) -> list[JobView]:
         """Return jobs as a list shows them: only ended jobs have their text."""
-        positions = self._jobs.positions(jobs)
+        places = self._jobs.places(jobs)
         ended = [job for job in jobs if job.status.terminal]
         texts = dict(zip((job.id for job in ended), self._jobs.texts(ended), strict=True))
         return [
-            self._view(job, _output(job, texts.get(job.id)), positions.get(job.id), with_message=False) for job in jobs
+            self._view(job, _output(job, texts.get(job.id)), places.get(job.id), with_message=False) for job in jobs
         ]
 
     def inference_json(self, job: Job) -> str:
@@ -74,15 +74,15 @@ class JobViews:
         )
         return logprobs.to_json(view, job, self._log)
 
-    def _job_json(self, job: Job, position: int | None) -> str:
-        return logprobs.to_json(self._view(job, self._output(job), position), job, self._log)
+    def _job_json(self, job: Job, place: Place | None) -> str:
+        return logprobs.to_json(self._view(job, self._output(job), place), job, self._log)
 
     def _output(self, job: Job) -> Output | None:
         # A job before its first attempt has no text. Not reading it saves a round trip per submission.
         untouched = job.status is Status.QUEUED and job.attempt == 0
         return _output(job, "" if untouched else self._jobs.text(job))
 
-    def _view(self, job: Job, output: Output | None, position: int | None, *, with_message: bool = True) -> JobView:
+    def _view(self, job: Job, output: Output | None, place: Place | None, *, with_message: bool = True) -> JobView:
         return JobView(
             id=job.id,
             status=job.status,
@@ -95,8 +95,8 @@ class JobViews:
             started_at=job.started_at,
             finished_at=job.finished_at,
             last_event=job.last_event,
-            queue_position=position,
-            estimated_start_s=self._estimated_start_s(job, position),
+            queue_position=place.position if place else None,
+            estimated_start_s=self._estimated_start_s(job, place),
             output=output,
             usage=_usage(job),
             sampling=_sampling(job),
@@ -108,8 +108,8 @@ class JobViews:
             **self._parsed(job, output.text if output and job.status.terminal else None, with_message=with_message),
         )
 
-    def _estimated_start_s(self, job: Job, position: int | None) -> float | None:
-        return self._cluster.snapshot().estimated_start_s(job.model, position) if position else None
+    def _estimated_start_s(self, job: Job, place: Place | None) -> float | None:
+        return self._cluster.snapshot().estimated_start_s(job.model, place, job.priority) if place else None
 
     def _parsed(self, job: Job, text: str | None, *, with_message: bool = True) -> dict[str, Any]:
         """Return the fields of `Parsed` if the job requested them; they are None until its text is complete."""

@@ -146,6 +146,7 @@ def _worker_view(worker: WorkerInfo) -> ModelWorkerView:
         progress=stats.get("load_progress", 1.0),
         memory_bytes=round(stats.get("model_bytes", 0)),
         load_s=round(stats.get("load_s", 0.0), 3),
+        unused_s=round(stats.get("unused_s", 0.0), 1),
         tokens_per_s=round(stats.get("tokens_per_s", 0.0), 1),
         batching=BatchingView(**batching) if (batching := worker.about.get("batching")) else None,
     )

@@ -106,7 +106,7 @@ def _rejoined(body_fingerprint: str) -> Accepted | None:
     except NotFound:  # the earlier submission failed
         return None
     release_body()
-    return Accepted(job, new=False, wake=False, position=None)
+    return Accepted(job, new=False, wake=False, place=None)
 
 
 def _load(job_request: JobRequest) -> LoadedRequest:

@@ -32,6 +32,7 @@ class ModelWorkerView(ResponseModel):
     progress: float = Field(description="Progress of loading, from 0 to 1")
     memory_bytes: int = Field(description="Size of the weights in memory")
     load_s: float = Field(description="Seconds that loading took")
+    unused_s: float = Field(description="Seconds since the model last had a job; 0 while it has one")
     tokens_per_s: float = Field(description="Generated tokens per second over the last minute")
     batching: BatchingView | None = Field(description="How rows share passes; null if not known yet")
 

@@ -132,6 +132,7 @@ class ModelWorker:
         )
         trace: Trace = partial(process.trace, self.id)
         reserve = self.slots // SLOTS_PER_RESERVED_ROW if settings.reserved_rows is None else settings.reserved_rows
+        self._reserve = reserve
         self.core = EngineCore(load, self.slots, self._publisher.put, process.engine.wake, trace, reserve)
         preparer = Preparer(process.tokenizing, lambda: self._tokenizer.sources, ImageStore(files).get, JobLog(client))
         self._claimer = self._make_claimer(claims, preparer)
@@ -190,6 +191,14 @@ class ModelWorker:
         if runner is not None and not self._process.settings.modelless:
             defaults = tokenizer_defaults(self.model.path) if runner.card.kind == "text" else None
             self._tokenizer.begin(self.model.path, runner.card, defaults)
+
+    @property
+    def unused_s(self) -> float:
+        """Seconds since this model last had a job; 0 while it has one, is loading or is draining."""
+        core = self.core
+        if self.state != "ready" or core.busy or not core.idle or not self._claimer.idle:
+            return 0.0
+        return time.monotonic() - max(core.used_at, core.progress_at)
 
     def start_claiming(self) -> None:
         """Claim jobs from now on."""
@@ -297,6 +306,8 @@ class ModelWorker:
             "resident_memory_bytes": self._psutil.memory_info().rss,
             "threads": self._psutil.num_threads(),
             "open_files": self._psutil.num_fds(),
+            "reserved_rows": self._reserve,
+            "unused_s": self.unused_s,
         }
         return WorkerInfo(
             id=self.id,

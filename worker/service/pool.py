@@ -36,12 +36,15 @@ class ModelPool:
     Attributes:
         memory_limit: bytes that models and caches may take together; 0 before the first model is loaded.
         serving: whether jobs are claimed. Until then loaded models wait.
+        warm: ids of the models that stay loaded although nothing uses them: those that the process loads when
+            it starts. Pinned models stay too.
     """
 
     def __init__(self, settings: Settings, catalog: Catalog, process: WorkerProcess, breadcrumb: Breadcrumb) -> None:
         self.catalog = catalog
         self.memory_limit = 0
         self.serving = False
+        self.warm = frozenset[str]()
         self._settings = settings
         self._process = process
         self._breadcrumb = breadcrumb
@@ -57,6 +60,7 @@ class ModelPool:
     def load_all(self, models: Iterable[CatalogModel]) -> Iterator[str]:
         """Load models as far as there is memory; yield the reason for each one that was not loaded."""
         for model in models:
+            self.warm |= {model.id}
             if self._workers and not self.fits(model, self.workers):
                 yield f"{model.path} is not loaded: the other models leave too little memory (MEMORY_LIMIT_BYTES)"
                 continue
@@ -107,6 +111,14 @@ class ModelPool:
         worker.unload()
         self._workers = {name: each for name, each in self._workers.items() if each is not worker}
         self.divide_memory()
+
+    def unused(self) -> list[ModelWorker]:
+        """Return the models that have had no job for MODEL_IDLE_S and need not stay loaded."""
+        limit_s = self._settings.model_idle_s
+        if not limit_s or not self._settings.load_on_demand:
+            return []
+        kept = (each for each in self.workers if not each.pinned and each.model.id not in self.warm)
+        return [each for each in kept if each.unused_s > limit_s]
 
     def fits(self, model: CatalogModel, others: Iterable[ModelWorker]) -> bool:
         """Return whether a model fits in addition to others, with some memory left for their jobs."""

@@ -1,4 +1,4 @@
-"""Loads and unloads models on a running worker, one command after another, in its own thread.
+"""Loads and unloads models on a running worker, one command after another, in its own thread. Unloads unused models.
 
 A model is loaded in addition to the others if there is enough memory. Otherwise the least recently used models that are
 not pinned are drained and unloaded first. If loading fails, the previous models stay loaded or are loaded again.
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol, TypeVar
 
 from redis import RedisError
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 PUBLISH_EVERY_S: Final = 0.5
 """Time between two publications of an operation's progress, and between two tries while Redis is unreachable."""
+UNUSED_CHECK_S: Final = 1.0
+"""Interval of looks for models that nothing uses."""
 RETRY_LIMIT_S: Final = 120.0
 """Longest time for which the end of an operation is retried while Redis is unreachable."""
 
@@ -62,6 +64,10 @@ class Models(Protocol):
 
     def close(self, worker: ModelWorker) -> None:
         """Drain and unload a model; return when that is done."""
+        ...
+
+    def unused(self) -> Sequence[ModelWorker]:
+        """Return the models to unload because nothing has used them for long."""
         ...
 
     def fits(self, model: CatalogModel, others: Iterable[ModelWorker]) -> bool:
@@ -148,7 +154,7 @@ class Switcher(threading.Thread):
 
     def run(self) -> None:
         """Carry out commands until closed."""
-        while (command := self._commands.get()) is not None:
+        while (command := self._next_command()) is not None:
             try:
                 self._execute(command)
             except RedisError as error:
@@ -157,6 +163,23 @@ class Switcher(threading.Thread):
                 logger.exception("operation_not_published", extra={"operation": command.operation})
             with self._lock:
                 self._unfinished = tuple(name for name in self._unfinished if name != command.operation)
+
+    def _next_command(self) -> SwitchCommand | None:
+        """Wait for the next command, and meanwhile unload unused models. None: end the thread."""
+        while True:
+            try:
+                return self._commands.get(timeout=UNUSED_CHECK_S)
+            except Empty:
+                self._unload_unused()
+
+    def _unload_unused(self) -> None:
+        for worker in self._models.unused():
+            logger.info("unused_model_unloaded", extra={"model": worker.model.id})
+            try:
+                self._models.close(worker)  # a job that was claimed in this moment runs to its end, or is handed back
+                self._announce()
+            except RedisError as error:
+                logger.debug("host_not_announced", extra={"reason": str(error)})
 
     def _execute(self, command: SwitchCommand) -> None:
         operation = _retry(lambda: self._operations.read(command.operation))

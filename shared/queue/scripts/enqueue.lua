@@ -23,7 +23,7 @@
 --     tokens         number of tokens that it is expected to use
 --     record         record fields as name, value, …
 -- ARGV[2..]: for each job its request as JSON, and its packed token ids or ''
--- Returns {'created' or 'exists', 1 if the model's workers must be woken else 0, rank of the first job in the queue or '',
+-- Returns {'created' or 'exists', 1 if the model's workers must be woken else 0, place of the first job (see `queue_place`),
 --   what is left of the limits of tokens (see `tokens_left`) or '', its record as name, value, …}, or why the jobs were
 --   rejected, with the seconds to wait or '' and what is left: {'reused', ''} (Idempotency-Key with another fingerprint), {'full', …},
 --   {'too large', …}, {'owner queue full', …}, {'owner full', …}, {'tokens per minute', …}, {'tokens per day', …},
@@ -52,8 +52,7 @@ local function exists(existing)
   if ttl_ms < 0 then
     redis.call('PERSIST', key)
   end
-  local of, by = unpack(redis.call('HMGET', key, 'model', 'owner'))
-  return {'exists', 0, queue_rank(existing, of, by), '', unpack(redis.call('HGETALL', key))}
+  return {'exists', 0, queue_place(existing), '', unpack(redis.call('HGETALL', key))}
 end
 
 local RECOUNT_S = 10
@@ -179,5 +178,5 @@ if request.idempotency_key ~= '' then
   redis.call('SET', K.IDEM .. owner .. ':' .. request.idempotency_key, first)
 end
 local wake = redis.call('SET', K.WAKE .. model, 1, 'NX', 'PX', 1000) and 1 or 0
-return {'created', wake, queue_rank(first, model, owner), limits and tokens_left(limits, expected_tokens) or '',
+return {'created', wake, queue_place(first), limits and tokens_left(limits, expected_tokens) or '',
   unpack(redis.call('HGETALL', K.JOB .. first))}

@@ -291,7 +291,7 @@ def test_polling_and_listing_transfer_no_requests_logs_or_images(valkey_client: 
     jobs.get(claimed.job.id, "a")  # opens the connection
     CountingConnection.received = 0
     listed = jobs.recent("a", limit=100)
-    jobs.positions(listed)
+    jobs.places(listed)
     assert len(listed) == 20 and 1_000 < CountingConnection.received < 20 * 2_000
     CountingConnection.received = 0
     job = jobs.get(claimed.job.id, "a")

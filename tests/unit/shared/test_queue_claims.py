@@ -45,7 +45,7 @@ def worker(client: Redis) -> Claims:
 def test_submission_creates_record_place_and_first_event(client: Redis, jobs: Jobs) -> None:
     accepted = jobs.create(submission(metadata={"k": "v"}, request_id="r1"))
     job = accepted.job
-    assert (accepted.new, accepted.position) == (True, 1)
+    assert accepted.new and accepted.place is not None and accepted.place.position == 1
     assert (job.status, job.metadata, job.request_id) == (Status.QUEUED, {"k": "v"}, "r1")
     assert kinds(client, job) == ["queued"]
 
@@ -86,7 +86,7 @@ def test_repeated_call_still_reports_a_new_job(jobs: Jobs, monkeypatch: pytest.M
 
     monkeypatch.setattr(jobs, "_enqueue", send_twice)
     accepted = jobs.create(submission())
-    assert accepted.new and accepted.position == 1
+    assert accepted.new and accepted.place is not None and accepted.place.position == 1
 
 
 # Reservation

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from shared.models.registry import HostInfo, ModelCard, WorkerInfo
+from shared.models.registry import HostInfo, ModelCard, Speed, WorkerInfo
 from shared.settings import ROOT
 from tests.support.waiting import eventually
 from web.cluster import snapshot
@@ -36,7 +36,7 @@ class Registry:
             raise error
         return []
 
-    def mean_job_s(self, models: Iterable[str]) -> dict[str, float]:
+    def speeds(self, models: Iterable[str]) -> dict[str, Speed]:
         return {}
 
     def models(self) -> dict[str, ModelCard]:
@@ -150,7 +150,7 @@ class Registry:
         self.readings += 1
         gevent.sleep(0.1)
         return []
-    def mean_job_s(self, models):
+    def speeds(self, models):
         return {}
     def models(self):
         return {}

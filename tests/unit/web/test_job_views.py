@@ -11,9 +11,9 @@ import pytest
 from shared.jobs.log import JobLog
 from shared.jobs.record import Ending, Job, Status
 from shared.jobs.request import Request, Sampling
-from shared.jobs.store import Jobs
+from shared.jobs.store import Jobs, Place
 from shared.jobs.submission import Submission
-from shared.models.registry import Registry, WorkerInfo
+from shared.models.registry import Registry, Speed, WorkerInfo
 from shared.queue.claims import Append, Claims, Demand, WriteResult
 from shared.redis import keys
 from shared.redis.client import Redis
@@ -29,7 +29,7 @@ WORKER = WorkerInfo(
 
 
 def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> ClusterSnapshot:
-    return ClusterSnapshot({}, workers, {} if mean_s is None else {MODEL: mean_s}, taken_at=0.0)
+    return ClusterSnapshot({}, workers, {MODEL: Speed(mean_s)}, taken_at=0.0)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def snapshot(*workers: WorkerInfo, mean_s: float | None = 10.0) -> ClusterSnapsh
 def test_the_estimated_start_is_the_time_until_enough_slots_come_free(
     cluster_snapshot: ClusterSnapshot, position: int, start_s: float | None
 ) -> None:
-    assert cluster_snapshot.estimated_start_s(MODEL, position) == start_s
+    assert cluster_snapshot.estimated_start_s(MODEL, Place(position)) == start_s
 
 
 @pytest.fixture
@@ -132,13 +132,13 @@ def test_queue_positions_of_all_jobs_are_read_in_one_round_trip(
     jobs = Jobs(valkey_client, settings)
     waiting = [submit(jobs) for _ in range(20)]
     monkeypatch.setattr(valkey_client, "execute_command", None)  # a pipeline does not use it
-    assert sorted(jobs.positions(waiting).values()) == [*range(1, 21)]
+    assert sorted(place.position for place in jobs.places(waiting).values()) == [*range(1, 21)]
 
 
 def test_a_job_that_has_left_the_queue_has_no_position(jobs: Jobs) -> None:
     job = submit(jobs)
     jobs.stop(job.id, "me")
-    assert jobs.positions([job]) == {}
+    assert jobs.places([job]) == {}
 
 
 def token(n: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operation, Operations, OperationState
 from shared.redis import keys
 from shared.redis.client import Redis
+from tests.support.waiting import eventually
+from worker.service import switching
 from worker.service.switching import SwitchCommand, Switcher
 
 LIMIT = 1000
@@ -42,6 +44,7 @@ class FakeModels:
     calls: list[str] = field(default_factory=list)
     row_bytes: int = 0
     clock: int = 0
+    unused_models: set[str] = field(default_factory=set)
 
     def open(self, model: CatalogModel, *, pinned: bool = False) -> FakeWorker:
         loaded: Future[str] = Future()
@@ -64,6 +67,9 @@ class FakeModels:
         self.workers = tuple(each for each in self.workers if each is not worker)
         self.row_bytes = 0
         self.calls.append(f"close {worker.model.id}")
+
+    def unused(self) -> list[FakeWorker]:
+        return [each for each in self.workers if each.model.id in self.unused_models]
 
     def fits(self, model: CatalogModel, others: Iterable[FakeWorker]) -> bool:
         return model.measure() + sum(worker.weights_bytes for worker in others) <= 0.98 * self.memory_limit
@@ -148,6 +154,23 @@ def test_a_command_that_is_delivered_twice_runs_once(worker: Callable[..., FakeM
         assert ended is not None
         assert ended.state is OperationState.SUCCEEDED
         assert models.calls == ["load two", "serve two"]
+
+
+def test_unused_models_are_unloaded_between_commands(
+    worker: Callable[..., FakeModels], client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switching, "UNUSED_CHECK_S", 0.01)
+    models, operations = worker(["one", "two"], one=300, two=300), Operations(client)
+    switcher = Switcher(models, operations, models.announce)  # type: ignore[arg-type]
+    switcher.start()
+    models.unused_models = {"two"}
+    eventually(lambda: models.calls == ["close two"], "the unused model is unloaded")
+    operation = operations.begin("load", "two", "here")
+    models.unused_models = set()
+    switcher.put(SwitchCommand(operation.id, "load", "two"))
+    switcher.close()
+    switcher.join()
+    assert models.names == models.announced == {"one", "two"}
 
 
 def test_a_model_is_loaded_in_addition_to_others_if_memory_allows(

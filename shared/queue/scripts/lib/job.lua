@@ -59,11 +59,9 @@ local function admit(id)
     'worker', 'model', 'class', 'end_by', 'started_at'))
   local at = stamp(now())
   local score = redis.call('ZSCORE', K.QUEUE .. model, id)
-  if score then
-    reach_turn(model, class, tonumber(score) - tonumber(class) * CLASS_WIDTH)
-  end
+  local advance = score and reach_turn(model, class, tonumber(score) - tonumber(class) * CLASS_WIDTH) or 0
   leave_queue(id, model)
-  measure_start(model, class)
+  measure_start(model, class, advance)
   redis.call('SREM', K.RESERVED .. worker, id)
   redis.call('SADD', K.RUNNING .. worker, id)
   local attempt = redis.call('HINCRBY', job, 'attempt', 1)

@@ -51,7 +51,10 @@ end
 -- The measured seconds between two starts of a class of a model's jobs, or of those of one of its owners.
 local function seconds_per_start(model, class, owner)
   local starts, seconds = unpack(redis.call('HMGET', K.SPEED .. model, 'starts:' .. class, 'seconds:' .. class))
-  local mean_s = tonumber(starts or '0') > 0 and tonumber(seconds) / tonumber(starts) or DEFAULT_WAIT_S
+  if tonumber(starts or '0') == 0 then
+    return DEFAULT_WAIT_S
+  end
+  local mean_s = tonumber(seconds) / tonumber(starts)
   local owners = owner and math.max(1, redis.call('HLEN', K.QUEUED .. model) - 1) or 1
   return math.max(1, math.min(MAX_WAIT_S, math.ceil(mean_s * owners)))
 end

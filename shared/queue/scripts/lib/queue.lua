@@ -67,19 +67,26 @@ local function leave_parked(id, model)
   return true
 end
 
--- Returns the 0-based place of a job in the queue; of a parked one, its place among the owner's own waiting jobs; '' if it
--- is not queued.
-local function queue_rank(id, model, owner)
+-- Returns the place of a job: its 0-based rank in the queue, the number of jobs of higher classes, the turns until its own,
+-- and 0; or, if it is parked, its rank among the owner's own waiting jobs, 0, '0', and the owner's limit of running jobs.
+-- {} if it is not queued.
+local function queue_place(id)
+  local model, owner, class = unpack(redis.call('HMGET', K.JOB .. id, 'model', 'owner', 'class'))
   local rank = redis.call('ZRANK', K.QUEUE .. model, id)
   if rank then
-    return rank
+    local first = class * CLASS_WIDTH
+    local turn = tonumber(redis.call('ZSCORE', K.QUEUE .. model, id)) - first
+    local reached = tonumber(redis.call('HGET', K.TURNS .. model, class) or '0')
+    return {rank, redis.call('ZCOUNT', K.QUEUE .. model, '-inf', string.format('(%.0f', first)),
+      stamp(math.max(0, turn - reached)), 0}
   end
   rank = redis.call('ZRANK', K.PARKED .. model .. ':' .. owner, id)
   if not rank then
-    return ''
+    return {}
   end
   local queued = tonumber(redis.call('HGET', K.QUEUED .. model, owner) or '0')
-  return rank + math.max(0, queued - tonumber(redis.call('HGET', K.PARKED_COUNTS, model .. ' ' .. owner) or '0'))
+  local parked = tonumber(redis.call('HGET', K.PARKED_COUNTS, model .. ' ' .. owner) or '0')
+  return {rank + math.max(0, queued - parked), 0, '0', tonumber(redis.call('HGET', K.MAX_RUNNING, owner) or '1')}
 end
 
 local function queue_length(model)
@@ -103,11 +110,14 @@ local function next_turn(model, class, owner, weight)
   return turn
 end
 
+-- Lets a class reach a turn; returns by how much it advances. A job that returned to the front has turn 0.
 local function reach_turn(model, class, turn)
   local reached = tonumber(redis.call('HGET', K.TURNS .. model, class) or '0')
-  if turn > reached then -- a job that returned to the front has turn 0
-    redis.call('HSET', K.TURNS .. model, class, turn)
+  if turn <= reached then
+    return 0
   end
+  redis.call('HSET', K.TURNS .. model, class, string.format('%.3f', turn))
+  return reached > 0 and turn - reached or 0 -- the first turn of a queue says nothing about its speed
 end
 
 -- Counts the queued jobs of each owner anew. The counts are missing, or have drifted, if older processes use the queue.
@@ -153,25 +163,27 @@ end
 
 local STARTS_KEPT = 128
 
--- Measures how often a class of a model's jobs starts while others of that class wait: K.SPEED..model has, per class, the
--- number of starts and their seconds, and the time of the last start if jobs were waiting then. Both numbers are halved
--- now and then, so that they describe the last starts.
-local function measure_start(model, class)
-  local speed, at = K.SPEED .. model, now()
-  local starts, seconds, since = unpack(redis.call('HMGET', speed, 'starts:' .. class, 'seconds:' .. class,
-    'since:' .. class))
+-- Measures how fast a class of a model's jobs starts while others of that class wait. K.SPEED..model has, per class, the
+-- number of starts, the turns by which the class advanced, their seconds, and the time of the last start if jobs were
+-- waiting then. The numbers are halved now and then, so that they describe the last starts. `advance`: what `reach_turn`
+-- returned.
+local function measure_start(model, class, advance)
+  local speed, at, names = K.SPEED .. model, now(), {}
+  for i, name in ipairs({'starts:', 'turns:', 'seconds:', 'since:'}) do
+    names[i] = name .. class
+  end
+  local starts, turns, seconds, since = unpack(redis.call('HMGET', speed, unpack(names)))
   if since then
-    starts, seconds = tonumber(starts or '0') + 1, tonumber(seconds or '0') + math.max(0, at - tonumber(since))
-    if starts >= STARTS_KEPT then
-      starts, seconds = starts / 2, seconds / 2
-    end
-    redis.call('HSET', speed, 'starts:' .. class, starts, 'seconds:' .. class, stamp(seconds))
+    local share = tonumber(starts or '0') >= STARTS_KEPT and 0.5 or 1
+    redis.call('HSET', speed, names[1], (tonumber(starts or '0') + 1) * share,
+      names[2], stamp((tonumber(turns or '0') + advance) * share),
+      names[3], stamp((tonumber(seconds or '0') + math.max(0, at - tonumber(since))) * share))
   end
   local first = class * CLASS_WIDTH
   if redis.call('ZCOUNT', K.QUEUE .. model, first, string.format('(%.0f', first + CLASS_WIDTH)) > 0 then
-    redis.call('HSET', speed, 'since:' .. class, stamp(at))
+    redis.call('HSET', speed, names[4], stamp(at))
   elseif since then
-    redis.call('HDEL', speed, 'since:' .. class)
+    redis.call('HDEL', speed, names[4])
   end
 end
 
