@@ -76,7 +76,7 @@ class TraceMiddleware:
 
 
 def _end(span: Span, environ: WSGIEnvironment, status: int) -> None:
-    from opentelemetry.trace import Status, StatusCode
+    from opentelemetry.trace import StatusCode
 
     if route := environ.get(_ROUTE):
         span.update_name(f"{environ['REQUEST_METHOD']} {route}")
@@ -87,7 +87,7 @@ def _end(span: Span, environ: WSGIEnvironment, status: int) -> None:
     span.set_attribute("http.response.status_code", status)
     if status >= 500:
         span.set_attribute("error.type", str(status))
-        span.set_status(Status(StatusCode.ERROR))
+        span.set_status(StatusCode.ERROR)
     span.end()
 
 
