@@ -46,7 +46,8 @@ class ClaimedJob:
         job: the record; its `attempt` is the number that the attempt will have when the job is admitted.
         tokens: token ids of the prompt; None if it has not been tokenised yet.
         shared: number of leading tokens whose cache other API keys may reuse.
-        rank: score in the queue; lower scores are served first.
+        rank: score in the queue; lower scores are served first. -1: it is the turn of the job's class, so that it ranks
+            before all others (`claim.lua`).
         age_s: seconds from acceptance to the claim, by Redis's clock.
     """
 

@@ -59,7 +59,7 @@ class ClusterSnapshot:
         free = slots - sum(worker.slots_used for worker in ready) - reserved
         if place.position <= free:
             return 0.0
-        return _start_s(speed, place, priority, slots, max(0.0, free))
+        return _start_s(speed, place, priority, slots, free)
 
 
 class Cluster:

@@ -156,8 +156,8 @@ class Sequence:
 
     @property
     def is_batch(self) -> bool:
-        """Whether the job has the class `batch`."""
-        return self.job.priority is Priority.BATCH
+        """Whether the job has the class `batch` and was not claimed in place of jobs of higher classes."""
+        return self.job.priority is Priority.BATCH and self.claimed.rank >= 0
 
     def row(self) -> Row:
         """Return what the runner needs to continue from here."""

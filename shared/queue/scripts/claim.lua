@@ -165,7 +165,7 @@ local function examine(id, score, first)
     if defer then
       deferred = deferred + 1
     elseif has_room or may_be_spare then
-      take(id, score, job, prefixes, not has_room, first and '0' or score)
+      take(id, score, job, prefixes, not has_room, first and '-1' or score)
     end
   end
   return true

@@ -90,7 +90,7 @@ def test_batch_jobs_run_although_others_take_every_row(jobs: Jobs, worker: Claim
     for _ in range(15):  # a full worker claims only spare jobs
         served += reserved(worker, 0, spare=1, reserve=2)
     batch = [claimed.rank for claimed in served if claimed.job.priority is Priority.BATCH]
-    assert batch == [0.0]  # it is admitted before the other spare jobs
+    assert batch == [-1.0]  # it is admitted before the other spare jobs
 
 
 def test_running_jobs_are_limited_and_further_ones_wait(client: Redis, jobs: Jobs, worker: Claims) -> None:

@@ -131,8 +131,12 @@ def test_queue_positions_of_all_jobs_are_read_in_one_round_trip(
 ) -> None:
     jobs = Jobs(valkey_client, settings)
     waiting = [submit(jobs) for _ in range(20)]
-    monkeypatch.setattr(valkey_client, "execute_command", None)  # a pipeline does not use it
+    jobs.places(waiting[:1])  # loads the script
+    sent: list[str] = []
+    execute = valkey_client.execute_command
+    monkeypatch.setattr(valkey_client, "execute_command", lambda *call: sent.append(call[0]) or execute(*call))
     assert sorted(place.position for place in jobs.places(waiting).values()) == [*range(1, 21)]
+    assert sent == ["EVALSHA"]
 
 
 def test_a_job_that_has_left_the_queue_has_no_position(jobs: Jobs) -> None:

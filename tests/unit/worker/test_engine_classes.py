@@ -92,3 +92,11 @@ def test_prompts_of_the_batch_are_prefilled_last() -> None:
     assert [len(row.generated) for row in rows] == [0, 1]
     engine.core.step()
     assert [len(row.generated) for row in rows] == [1, 2]
+
+
+def test_a_batch_job_whose_turn_it_is_counts_like_others() -> None:
+    engine = SteppedEngine(slots=4, reserve=2)
+    fill(engine, 4)
+    engine.submit("turn", max_tokens=40, priority=Priority.BATCH, rank=-1.0)
+    engine.core.step()
+    assert "turn" in running(engine)
