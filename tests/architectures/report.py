@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -124,7 +124,15 @@ def section(rows: Mapping[str, tuple[str, str, Outcomes]]) -> str:
         if found == FAILED
     ]
     text = f"\n{len(rows)} architectures, {versions}, on a CPU; {works} without a failure.\n\n{table(rows, columns)}\n"
-    return text + ("Failures:\n\n" + "\n".join(failures) + "\n\n" if failures else "")
+    return text + _other_names(rows) + ("Failures:\n\n" + "\n".join(failures) + "\n\n" if failures else "")
+
+
+def _other_names(rows: Collection[str]) -> str:
+    """Return the values of `model_type` that mlx-lm runs as one of these architectures."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    others = [f"`{name}` as {runs_as}" for name, runs_as in sorted(MODEL_REMAPPING.items()) if runs_as in rows]
+    return f"Other values of `model_type`: {', '.join(others)}.\n\n" if others else ""
 
 
 def main(argv: Iterable[str] | None = None) -> int:
