@@ -12,7 +12,7 @@ the tokens, so rows can be cut, stored and joined in the same way with and witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -58,6 +58,7 @@ class ColumnCache:
         self._dropped = False
         self._first_complete = 0  # if columns were dropped: columns before this one may be missing in some rows
         self._first_visible = 0
+        self._padded = any(padding > 0 for padding in left_padding)
         self._right_padding: Sequence[int] | None = None
 
     @property
@@ -99,8 +100,13 @@ class ColumnCache:
         """Return the columns that the newest tokens may attend to."""
         return self._visible(self.keys), self._visible(self.values)
 
-    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> mx.array:  # noqa: ARG002, N803 - mlx-lm's names
-        """Return which of the columns that `update_and_fetch` returns each of the next `N` tokens attends to."""
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> mx.array | None:  # noqa: N803 - mlx-lm's names
+        """Return which of the columns that `update_and_fetch` returns each of the next `N` tokens attends to.
+
+        None: all of them. A mask costs about 10 operations per step, and on a GPU the faster kernels.
+        """
+        if N == 1 and not self._padded and not return_array and window_size in (None, self.window):
+            return None
         first = self._visible_from(self.end)
         mask: mx.array = create_causal_mask(
             N, self.end - first, window_size or self.window, left_padding=self.left_padding - first
@@ -120,6 +126,7 @@ class ColumnCache:
         self.arrays = [dynamic_roll(array, shifts[:, None], axis=2) for array in self.arrays]  # type: ignore[no-untyped-call]
         self.offset = self.offset - shifts
         self.left_padding = self.left_padding + shifts
+        self._padded = True
         if self._dropped:
             self._first_complete += max(padding)
 
@@ -166,7 +173,9 @@ class ColumnCache:
         """Keep rows, by batch index, and cut the columns that none of them needs. Copies the rows."""
         indices = mx.array(list(rows))
         self.offset, self.left_padding = self.offset[indices], self.left_padding[indices]
-        unused = max(0, int(self.left_padding.min()))
+        least, most = cast("list[int]", mx.stack([self.left_padding.min(), self.left_padding.max()]).tolist())
+        unused = max(0, least)
+        self._padded = most > unused
         if self.arrays:
             self.arrays = [array[indices][:, :, unused:] for array in self.arrays]
         self._move(-unused)
@@ -186,6 +195,7 @@ class ColumnCache:
             self.arrays = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
         self.offset = mx.concatenate([cache.offset for cache in caches])
         self.left_padding = mx.concatenate([cache.left_padding for cache in caches])
+        self._padded = any(cache._padded for cache in caches)  # noqa: SLF001
         self._take_first_complete(others)
 
     def fits(self, other: ColumnCache) -> bool:
@@ -202,6 +212,7 @@ class ColumnCache:
         indices = mx.array(list(rows))
         self.offset[indices] = other.offset
         self.left_padding[indices] = other.left_padding
+        self._padded |= other._padded
         self._take_first_complete([other])
 
     def _encoded(self, keys: mx.array, values: mx.array) -> list[mx.array]:
@@ -237,6 +248,7 @@ class ColumnCache:
 
     def _move(self, columns: int) -> None:
         """Account for columns that were inserted, or removed if negative, before all others."""
+        self._padded |= columns > 0
         self.end += columns
         self.left_padding = self.left_padding + columns
         self._first_complete = max(0, self._first_complete + columns)

@@ -136,9 +136,12 @@ class KVCache:
             part.set_end(columns)
 
     def fit(self) -> None:
-        """Free memory that only the prefill needs."""
+        """Free memory that only the prefill needs, and the padding of recurrent layers, which would need a mask."""
         for part in self.attention:
             part.fit()
+        for part in self.recurrent:
+            if not part.empty():  # the padding of an empty part is its number of rows
+                part.left_padding = None
 
     def extend(self, *others: KVCache) -> None:
         """Append the rows of other caches. Copies all rows."""

@@ -11,6 +11,7 @@ from mlx_lm.models import llama
 from tests.support import architectures
 from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
+from worker.runner.column_cache import ColumnCache
 from worker.runner.kv_cache import KVCache
 
 
@@ -94,3 +95,29 @@ def test_the_memory_of_decoding_rows_is_predicted(name: str, tokens: int) -> Non
         forward.fill(model, cache, [[1]] * 2)
     predicted = 2 * kv_cache.Footprint.of(model).allocated(tokens)
     assert cache.nbytes <= predicted <= 1.05 * cache.nbytes
+
+
+def masked(cache: KVCache) -> set[bool]:
+    """Return whether the parts use a mask for the next token."""
+    return {part.make_mask(1) is not None for part in cache.parts}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "qwen3_5", "falcon_h1"])
+def test_rows_without_padding_decode_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = architectures.make(name)
+    one, other, long = ([(7 * i + start) % 256 for i in range(tokens)] for start, tokens in ((0, 70), (9, 70), (3, 90)))
+    batch, same, more = KVCache.empty(model, 2), KVCache.empty(model, 2), KVCache.empty(model)
+    for cache, prompts in ((batch, [one, other]), (same, [one, other]), (more, [long])):
+        forward.fill(model, cache, prompts)
+        cache.fit()
+        assert masked(cache) == {False}
+    tokens = mx.array([[1], [2]])
+    with monkeypatch.context() as patch:
+        original = ColumnCache.make_mask
+        patch.setattr(ColumnCache, "make_mask", lambda self, tokens, **_: original(self, tokens, return_array=True))
+        expected = model(tokens, cache=same.layers)
+    assert mx.allclose(model(tokens, cache=batch.layers), expected, atol=1e-5)
+    batch.extend(more)
+    assert all(part.make_mask(1) is not None for part in batch.attention)
+    batch.keep_rows([2])
+    assert masked(batch) == {False}
