@@ -162,6 +162,22 @@ def test_the_output_of_a_function_continues_a_response(client: openai.OpenAI) ->
     assert refusal(openai.BadRequestError, wrong) == ("invalid_request", "input[0].call_id")
 
 
+def test_items_of_stored_responses_can_be_referenced(client: openai.OpenAI) -> None:
+    first = create(client, "slow", tools=[TOOL])
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    references: Any = [{"type": "item_reference", "id": item.id} for item in first.output]
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sum: 3"}
+    user: Any = {"role": "user", "content": "slow"}
+    second = create(client, [user, *references, output], tools=[TOOL])
+    assert second.output_text == "The sum is 3."
+    items = client.responses.input_items.list(second.id, order="asc")
+    assert [item.type for item in items] == ["message", *(item.type for item in first.output), output["type"]]
+    for unknown in (f"{call.id}9", "msg_1"):
+        wrong: Any = [user, {"type": "item_reference", "id": unknown}]
+        call_it = lambda wrong=wrong: create(client, wrong)  # noqa: E731
+        assert refusal(openai.NotFoundError, call_it) == ("item_not_found", "input[1]")
+
+
 def test_another_key_cannot_see_a_response(client: openai.OpenAI, stack: Stack) -> None:
     response = create(client, "count")
     other = KeyStore(stack.home / "data/keys.json").create("other", SCOPES)

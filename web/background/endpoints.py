@@ -13,7 +13,7 @@ from web.openai.requests import ChatRequest, CompletionRequest, GenerationReques
 from web.openai.translate import chat_job, completion_jobs, original_fields
 from web.responses.requests import ResponseRequest
 from web.responses.stored import StoredResponse
-from web.responses.translate import job_request
+from web.responses.translate import input_items, job_request
 from web.responses.translate import original_fields as original_response_fields
 from web.services import Services
 
@@ -62,7 +62,7 @@ def _response(current: Services, fields: dict[str, Any]) -> Translated:
     if body.background or body.previous_response_id is not None:
         field = "background" if body.background else "previous_response_id"
         raise Invalid(f"The requests of a batch cannot have {field}.", field=field)
-    translated = job_request(body, [], Priority.BATCH)
+    translated = job_request(body, input_items(body), [], Priority.BATCH)
     response = StoredResponse.of(body.model_copy(update={"store": False}), "")
     return Translated(
         [translated.request],

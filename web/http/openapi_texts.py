@@ -21,6 +21,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "file_not_found",
         "batch_not_found",
         "response_not_found",
+        "item_not_found",
         "webhook_not_found",
         "delivery_not_found",
         "key_not_found",

@@ -19,6 +19,7 @@ from web.responses.items import (
     FunctionCallOutputItem,
     InputImage,
     Item,
+    ItemReference,
     MessageItem,
     ReasoningItem,
 )
@@ -82,14 +83,20 @@ class Conversation:
             self._add_output(item, path)
             return
         self._add_images()
-        if isinstance(item, ReasoningItem):
-            if text := _reasoning(item):
-                self._extend_assistant("reasoning_content", text, path)
-        elif isinstance(item, FunctionCallItem):
-            self._add_call(item.type, item.call_id, item.name, item.arguments, path)
-        elif isinstance(item, CustomToolCallItem):
-            self._add_call(item.type, item.call_id, item.name, json.dumps({INPUT: item.input}), path)
-        elif item.role == "assistant":
+        match item:
+            case MessageItem():
+                self._add_message(item, path)
+            case ReasoningItem():
+                self._extend_assistant("reasoning_content", _reasoning(item), path)
+            case FunctionCallItem():
+                self._add_call(item.type, item.call_id, item.name, item.arguments, path)
+            case CustomToolCallItem():
+                self._add_call(item.type, item.call_id, item.name, json.dumps({INPUT: item.input}), path)
+            case ItemReference():  # `Responses.resolved` has replaced those of stored responses
+                raise Invalid("Items cannot be referenced here.", field=path)
+
+    def _add_message(self, item: MessageItem, path: str) -> None:
+        if item.role == "assistant":
             self._extend_assistant("content", _text(item), path)
         elif item.role in _SYSTEM:
             self._add_system(item, path)
@@ -117,8 +124,9 @@ class Conversation:
             content.append(part)
 
     def _extend_assistant(self, field: str, text: str, path: str) -> None:
-        message = self._assistant(path)
-        message[field] = f"{message[field]}\n\n{text}" if message.get(field) else text
+        if text or field == "content":  # reasoning may be unreadable
+            message = self._assistant(path)
+            message[field] = f"{message[field]}\n\n{text}" if message.get(field) else text
 
     def _add_call(self, kind: str, call_id: str, name: str, arguments: str, path: str) -> None:
         self._calls.add((kind, call_id))

@@ -193,18 +193,26 @@ class CustomToolCallOutputItem(_OutputItem):
     type: Literal["custom_tool_call_output"]
 
 
+class ItemReference(RequestModel):
+    """An output item of a stored response, by its id."""
+
+    type: Literal["item_reference"]
+    id: str = Field(min_length=1, max_length=256)
+
+
 Item: TypeAlias = Annotated[
     Annotated[MessageItem, Tag("(message)")]
     | Annotated[ReasoningItem, Tag("(reasoning)")]
     | Annotated[FunctionCallItem, Tag("(function_call)")]
     | Annotated[FunctionCallOutputItem, Tag("(function_call_output)")]
     | Annotated[CustomToolCallItem, Tag("(custom_tool_call)")]
-    | Annotated[CustomToolCallOutputItem, Tag("(custom_tool_call_output)")],
+    | Annotated[CustomToolCallOutputItem, Tag("(custom_tool_call_output)")]
+    | Annotated[ItemReference, Tag("(item_reference)")],
     Discriminator(type_tag),
     only_types(
         "Items",
         *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call"),
-        "custom_tool_call_output",
+        *("custom_tool_call_output", "item_reference"),
     ),
 ]
 ITEMS: Final[TypeAdapter[list[Item]]] = TypeAdapter(list[Item])

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Final, Self
@@ -19,7 +20,7 @@ from shared.redis.client import Redis
 from shared.wire import known_fields, to_json
 from web.http.threadpool import run_in_threadpool
 from web.responses.events import ResponseEvents
-from web.responses.items import ITEMS, MAX_ITEMS, Item
+from web.responses.items import ITEMS, MAX_ITEMS, Item, ItemReference
 from web.responses.output import Shown
 from web.responses.requests import ENCRYPTED, CustomTool, ResponseRequest
 from web.responses.store import ResponseStore
@@ -28,6 +29,7 @@ from web.responses.view import ResponseView, echoed_fields, job_id, status_of, v
 MAX_TURNS: Final = 1000
 """Maximum responses of a conversation."""
 _RESPONSE_ID: Final = re.compile(r"resp_[0-9a-f]{28}")
+_ITEM_ID: Final = re.compile(r"[a-z]+_([0-9a-f]{28})_\d+")
 _PREVIOUS: Final = "previous_response_id"
 _PAGE: Final = 500
 _NO_EVENTS: Final = "The events of the response are no longer stored. GET it without stream."
@@ -222,6 +224,25 @@ class Responses:
         items = [item for turn in turns for item in (*turn.items, *self._output(turn))]
         self._store.touch(owner, [turn.id for turn in turns])
         return ITEMS.validate_python(items)
+
+    def resolved(self, items: Sequence[Item], owner: str) -> list[Item]:
+        """Return input items with the items of stored responses in place of references to them.
+
+        Raises:
+            NotFound: there is no such item.
+        """
+        return [
+            self._referenced(item.id, owner, f"input[{index}]") if isinstance(item, ItemReference) else item
+            for index, item in enumerate(items)
+        ]
+
+    def _referenced(self, item_id: str, owner: str, field: str) -> Item:
+        if match := _ITEM_ID.fullmatch(item_id):
+            with suppress(NotFound, Gone):
+                output = self.view(self.get(f"resp_{match[1]}", owner))["output"]
+                if found := [each for each in output if each["id"] == item_id]:
+                    return ITEMS.validate_python(found)[0]
+        raise NotFound(f"There is no item {item_id[:64]!r} of a stored response.", code="item_not_found", field=field)
 
     def input_items(self, response: StoredResponse) -> list[dict[str, Any]]:
         """Return everything that the model read: the conversation before a response, and its input."""

@@ -65,10 +65,13 @@ def input_items(request: PromptRequest) -> list[Item]:
     return [MessageItem(role="user", content=request.input)] if request.input else []
 
 
-def job_request(request: PromptRequest, history: Sequence[Item], highest: Priority) -> Translated:
+def job_request(
+    request: PromptRequest, items: Sequence[Item], history: Sequence[Item], highest: Priority
+) -> Translated:
     """Return the job that generates a response.
 
     Args:
+        items: the input, see `input_items`.
         history: input and output of the responses that this one continues.
         highest: the highest priority that the API key may use.
 
@@ -76,8 +79,7 @@ def job_request(request: PromptRequest, history: Sequence[Item], highest: Priori
         Invalid: the request cannot be run; the field is one of the Responses API.
     """
     earlier = [("previous_response_id", item) for item in history]
-    new = [("input" if isinstance(request.input, str) else f"input[{i}]", item)
-           for i, item in enumerate(input_items(request))]  # fmt: skip
+    new = [("input" if isinstance(request.input, str) else f"input[{i}]", item) for i, item in enumerate(items)]
     conversation = Conversation(request.instructions, [*earlier, *new])
     tools = [(index, tool) for index, tool in enumerate(request.tools) if _is_allowed(tool, request)]
     paths = conversation.paths | _tool_paths(tools)

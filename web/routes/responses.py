@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -20,7 +20,8 @@ from web.http import openapi
 from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.request import parse_integer, read_body
-from web.responses.requests import ResponseRequest, TokensRequest
+from web.responses.items import Item
+from web.responses.requests import PromptRequest, ResponseRequest, TokensRequest
 from web.responses.stored import StoredResponse, listed
 from web.responses.stream import ResponseStream
 from web.responses.translate import Translated, input_items, job_request, original_fields
@@ -169,20 +170,26 @@ def list_input_items(response_id: str) -> Response:
 def count_input_tokens() -> Response:
     """Returns the number of tokens that the model would read, through its chat template and with its tools."""
     body = read_body(TokensRequest)
-    history = services().responses.history(body.previous_response_id, caller().id)
-    translated = job_request(body, history, caller().max_priority)
+    _, translated = _translate(body)
     with original_fields(translated.paths):
         loaded = services().image_loader.load(translated.request, caller=caller().id)
         count = services().admission.count_tokens(loaded.request)
     return _rendered(InputTokenCount(input_tokens=count))
 
 
+def _translate(body: PromptRequest) -> tuple[list[Item], Translated]:
+    """Return the input of a request, and the job that it describes."""
+    owner, responses = caller().id, services().responses
+    history = responses.history(body.previous_response_id, owner)
+    items = responses.resolved(input_items(body), owner)
+    return items, job_request(body, items, history, caller().max_priority)
+
+
 def _respond() -> Response:
     body = read_body(ResponseRequest)
-    history = services().responses.history(body.previous_response_id, caller().id)
-    translated = job_request(body, history, caller().max_priority)
+    items, translated = _translate(body)
     response = StoredResponse.of(body, caller().id)
-    accepted = _submit(body, translated, response)
+    accepted = _submit(body, items, translated, response)
     if body.stream:
         answer = _stream(accepted, response, body)
     elif body.background:
@@ -192,14 +199,14 @@ def _respond() -> Response:
     return with_job_headers(answer, accepted)
 
 
-def _submit(body: ResponseRequest, translated: Translated, response: StoredResponse) -> Accepted:
+def _submit(body: ResponseRequest, items: Sequence[Item], translated: Translated, response: StoredResponse) -> Accepted:
     """Submit the job of a response, which is stored before."""
     begun: list[str] = []
 
     def begin(job: str) -> None:
         name = response_id(job)
         begun.append(name)
-        services().responses.begin(replace(response, id=name, items=listed(input_items(body), name)))
+        services().responses.begin(replace(response, id=name, items=listed(items, name)))
 
     def discard() -> None:
         for name in begun:

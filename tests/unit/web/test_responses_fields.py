@@ -23,7 +23,7 @@ from shared.jobs.record import Priority
 from shared.settings import ROOT
 from web.responses import items, requests
 from web.responses.requests import ResponseRequest, TokensRequest
-from web.responses.translate import job_request
+from web.responses.translate import input_items, job_request
 from web.schemas.base import RequestModel
 from web.schemas.requests import JobRequest
 
@@ -44,6 +44,7 @@ ITEMS: dict[str, type[RequestModel]] = {
     "function_call_output": items.FunctionCallOutputItem,
     "custom_tool_call": items.CustomToolCallItem,
     "custom_tool_call_output": items.CustomToolCallOutputItem,
+    "item_reference": items.ItemReference,
 }
 TOOL: Any = {"type": "function", "name": "add"}
 CUSTOM: Any = {"type": "custom", "name": "patch"}
@@ -54,7 +55,8 @@ def body(**fields: Any) -> ResponseRequest:
 
 
 def job(**fields: Any) -> JobRequest:
-    return job_request(body(**fields), [], Priority.HIGH).request
+    request = body(**fields)
+    return job_request(request, input_items(request), [], Priority.HIGH).request
 
 
 def refused(fields: dict[str, Any], kind: type[RequestModel] = ResponseRequest) -> tuple[str, str]:
@@ -113,6 +115,7 @@ def names_of(model: type[RequestModel]) -> set[str]:
         (response_input_item_param.FunctionCallOutput, items.FunctionCallOutputItem),
         (sdk.ResponseCustomToolCallParam, items.CustomToolCallItem),
         (sdk.ResponseCustomToolCallOutputParam, items.CustomToolCallOutputItem),
+        (response_input_item_param.ItemReference, items.ItemReference),
     ],
 )
 def test_no_field_of_the_client_is_forgotten(params: Any, model: type[RequestModel]) -> None:
