@@ -7,6 +7,7 @@ sends them: a slow collector costs spans, never time of a job.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import threading
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from shared.settings import Settings
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Link, Span, SpanContext, SpanKind
+
+logger = logging.getLogger(__name__)
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _CLOSE_S: Final = 2.0
@@ -65,12 +69,10 @@ class Tracer:
     """
 
     def __init__(self, endpoint: str, headers: str, service: str, instance: str) -> None:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-        from opentelemetry.util.re import parse_env_headers
 
         chosen = threading.local()
 
@@ -85,11 +87,7 @@ class Tracer:
         attributes = {"service.name": service, "service.instance.id": instance}
         resource = Resource.create(attributes).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, id_generator=Ids(), shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(
-            os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or f"{endpoint.rstrip('/')}/v1/traces",
-            headers=parse_env_headers(headers, liberal=True) or None,
-        )
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._provider.add_span_processor(BatchSpanProcessor(_make_exporter(endpoint, headers)))
         self._tracer = self._provider.get_tracer("mlxq")
 
     def start(
@@ -129,6 +127,30 @@ class Tracer:
         sender = threading.Thread(target=self._provider.shutdown, daemon=True)
         sender.start()
         sender.join(_CLOSE_S)
+
+
+def _make_exporter(endpoint: str, headers: str) -> SpanExporter:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExportResult
+    from opentelemetry.util.re import parse_env_headers
+
+    class Exporter(OTLPSpanExporter):
+        """Logs one line when the collector stops to take spans, and one when it takes them again."""
+
+        failing = False
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            result = super().export(spans)
+            failed = result is not SpanExportResult.SUCCESS
+            if failed != self.failing:
+                self.failing = failed
+                logger.log(logging.WARNING if failed else logging.INFO, "traces_dropped" if failed else "traces_sent")
+            return result
+
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it logs every retry and every span that is dropped
+    url = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or f"{endpoint.rstrip('/')}/v1/traces"
+    return Exporter(url, headers=parse_env_headers(headers, liberal=True) or None)
 
 
 def nanoseconds(seconds: float) -> int:

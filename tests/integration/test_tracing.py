@@ -123,6 +123,9 @@ def test_the_trace_of_a_recovered_job_has_both_attempts(stack: Stack, collector:
     assert [lost.attributes["mlxq.attempt"], recovered.attributes["mlxq.attempt"]] == [1, 2]
     first_wait, second_wait = (span for span in spans if span.name == "queue")
     assert first_wait.end <= lost.end <= second_wait.end == pytest.approx(recovered.start)
+    with stack.client() as client:
+        page = client.request("GET", "/metrics").text
+    assert 'mlxq_attempts_ended_total{model="fake",outcome="worker_lost"} 1.0' in page
 
 
 def test_jobs_run_while_the_collector_hangs(stack: Stack, collector: Collector) -> None:

@@ -331,13 +331,6 @@ def test_the_access_log_has_the_ids_of_request_key_and_job(web: WebStack) -> Non
     assert "never logged" not in web.log.read_text()
 
 
-def test_prompts_are_logged_only_if_a_setting_says_so() -> None:
-    with running_web(LOG_PROMPTS="true") as web:
-        job = web.submit(prompt="shown in the log")
-        [line] = [json.loads(line) for line in web.log.read_text().splitlines() if "shown in the log" in line]
-    assert (line["message"], line["job_id"], line["prompt"]) == ("prompt", job["id"], "shown in the log")
-
-
 def test_metrics_count_jobs_and_workers(web: WebStack, start_worker: StartWorker) -> None:
     start_worker()
     job = web.submit(max_tokens=1)

@@ -36,6 +36,7 @@ class Collector:
         bodies: the bodies of all requests.
         headers: the headers of the last request.
         hanging: while set, requests get no answer.
+        status: of the answers. With an error, nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,7 @@ class Collector:
         self.bodies: list[bytes] = []
         self.headers: dict[str, str] = {}
         self.hanging = threading.Event()
+        self.status = 200
         self._released = threading.Event()
         collector = self
 
@@ -53,10 +55,11 @@ class Collector:
                 if collector.hanging.is_set():
                     collector._released.wait(60)
                     return
-                collector.headers = {name.lower(): value for name, value in self.headers.items()}
-                collector.bodies.append(body)
-                collector.spans += _spans(body)
-                self.send_response(200)
+                if collector.status == 200:
+                    collector.headers = {name.lower(): value for name, value in self.headers.items()}
+                    collector.bodies.append(body)
+                    collector.spans += _spans(body)
+                self.send_response(collector.status)
                 self.send_header("Content-Type", "application/x-protobuf")
                 self.send_header("Content-Length", "0")
                 self.end_headers()

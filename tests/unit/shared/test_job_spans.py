@@ -110,3 +110,15 @@ def test_spans_of_a_trace_that_is_not_sampled_are_not_sent(sent: Sent) -> None:
     job = replace(JOB, traceparent=JOB.traceparent[:-1] + "0")
     sent.spans.attempt_ended(claimed(job), Stages(100.0, 103.0, 101.0), None)
     assert sent.received() == []
+
+
+def test_the_log_tells_once_that_the_collector_takes_no_spans(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with Collector() as collector:
+        tracer = Tracer(collector.url, "", "test", "here")
+        for collector.status in (400, 400, 200, 200):
+            tracer.start("span", None).end()
+            tracer._provider.force_flush()
+        tracer.close()
+    messages = [record.message for record in caplog.records if record.name != "urllib3.connectionpool"]
+    assert messages == ["traces_dropped", "traces_sent"] and len(collector.spans) == 2

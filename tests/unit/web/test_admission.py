@@ -312,3 +312,15 @@ def test_a_queue_without_free_bytes_refuses_jobs_with_a_retry_time(
         assert admission.admit(request, RequestContext("another")).new
     Jobs(client, tight).stop(accepted[0].id, "me")
     assert admission.admit(request, RequestContext("me")).new, "a job that has ended frees its bytes"
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_prompts_are_logged_only_if_a_setting_says_so(
+    client: Redis, settings: Settings, notifier: FakeNotifier, caplog: pytest.LogCaptureFixture, log_prompts: bool
+) -> None:
+    caplog.set_level("INFO")
+    Registry(client).announce_model(CARD)
+    admission = make_admission(client, settings.model_copy(update={"log_prompts": log_prompts}), notifier)
+    job = admission.admit(job_request(prompt="shown in the log"), RequestContext("me")).job
+    lines = [vars(record) for record in caplog.records if "shown in the log" in str(vars(record))]
+    assert [(line["message"], line["job_id"]) for line in lines] == [("prompt", job.id)] * log_prompts
