@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from shared.wire import known_fields
@@ -35,13 +35,9 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return a copy as JSON values. Safe in any thread: each list is copied at once."""
-        return asdict(self)
-
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Self:
-        """Parse the output of `to_wire`, also that of another version.
+        """Parse the fields as JSON values, also those of another version.
 
         Raises:
             ValueError, TypeError, KeyError: the data is no histogram.

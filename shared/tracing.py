@@ -28,7 +28,7 @@ _CLOSE_S: Final = 2.0
 
 
 class TraceParent(NamedTuple):
-    """The position of a span in its trace, as W3C's header `traceparent` tells it."""
+    """The position of a span in its trace, as in W3C's header `traceparent`."""
 
     trace_id: int
     span_id: int
@@ -53,7 +53,7 @@ class TraceParent(NamedTuple):
 
 
 def span_id(*parts: object) -> int:
-    """Derive a span's id. Any process can so name a span, even one that a dead process should have sent."""
+    """Derive the id of a span, so that any process can refer to it or send it, also if the process that made it died."""
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") or 1
 
@@ -136,7 +136,7 @@ def _make_exporter(endpoint: str, headers: str) -> SpanExporter:
     from opentelemetry.util.re import parse_env_headers
 
     class Exporter(OTLPSpanExporter):
-        """Logs one line when the collector stops to take spans, and one when it takes them again."""
+        """Logs one line when the collector stops accepting spans, and one when it accepts them again."""
 
         failing = False
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from shared.jobs.record import Ending, Status
+from shared.models.registry import ModelCard, Registry
 from shared.queue.claims import Append, Claims, Demand
 from shared.redis import keys
 from shared.redis.client import Redis
@@ -343,10 +345,29 @@ def test_metrics_count_jobs_and_workers(web: WebStack, start_worker: StartWorker
     assert "mlxq_redis_up 1.0" in page
 
 
-def test_metrics_of_several_processes_are_summed() -> None:
+def test_metrics_of_several_processes_are_summed_also_after_one_was_killed() -> None:
+    def pages(web: WebStack) -> list[str]:
+        """Return the page several times, over connections that any process may accept."""
+        found = []
+        for _ in range(6):
+            with httpx2.Client(base_url=web.url, headers=web.http.headers) as one_connection:
+                found.append(one_connection.get("/metrics").text)
+        return found
+
+    expected = {
+        f'mlxq_jobs_submitted_total{{model="{MODEL}",priority="normal"}} 20.0',
+        f'mlxq_jobs_waiting{{model="{MODEL}",priority="normal"}} 20.0',
+    }
     with running_web(WEB_WORKERS="2") as web:
+        Registry(web.client()).announce_model(ModelCard(MODEL, "text", 64))
         for _ in range(20):
             with httpx2.Client(base_url=web.url, headers=web.http.headers) as one_connection:
                 assert one_connection.post("/v1/jobs", json={"prompt": "hi"}).status_code == 202
-        page = web.http.get("/metrics").text
-    assert f'mlxq_jobs_submitted_total{{model="{MODEL}",priority="normal"}} 20.0' in page
+        before = pages(web)
+        gunicorn = psutil.Process(web.process.pid)
+        [killed, other] = gunicorn.children()
+        killed.kill()
+        eventually(lambda: len({*gunicorn.children()} - {killed, other}) == 1, "gunicorn starts another process")
+        eventually(lambda: web.http.get("/livez").status_code == 200, "it answers")
+        after = pages(web)
+    assert all(expected <= {*page.splitlines()} for page in before + after)

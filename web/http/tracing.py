@@ -1,4 +1,4 @@
-"""Spans of HTTP requests, for OpenTelemetry. Not imported by requests unless a collector is configured."""
+"""Spans of HTTP requests, for OpenTelemetry, which is imported only if a collector is configured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRACEPARENT: Final = "mlxq.traceparent"
 """Entry of the WSGI environment: the position of the request's span, for the job that it creates."""
 _ROUTE: Final = "mlxq.route"
 _UNTRACED: Final = frozenset({"/health", "/livez", "/readyz", "/metrics"})
-"""Paths that monitors ask for all the time."""
+"""Paths that monitors poll."""
 
 
 class TraceMiddleware:

@@ -1,8 +1,7 @@
 """The metrics of workers: which numbers they report, and under which names Prometheus gets them.
 
-Workers report through Redis, so that one page has all of them, on whichever machine they run. Their series are labelled
-with the name of the process, which restarts do not change: a counter that starts anew is what Prometheus expects of a
-restart.
+Workers report through Redis, so one page has all of them, on whichever machine they run. Their series are labelled with
+the name of the process, which restarts do not change. Counters start at 0 after a restart, which Prometheus handles.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import prometheus_client.openmetrics.parser as openmetrics
@@ -109,9 +109,9 @@ def test_a_histogram_travels_from_the_worker_to_the_page(client: Redis) -> None:
 
 def test_a_histogram_that_this_version_cannot_read_hides_nothing(client: Redis) -> None:
     known = Histogram("prefill", (1.0,))
-    for unreadable in ({"name": "prefill"}, {**known.to_wire(), "counts": [1]}, 3, {**known.to_wire(), "name": "new"}):
+    for unreadable in ({"name": "prefill"}, {**asdict(known), "counts": [1]}, 3, {**asdict(known), "name": "new"}):
         card = json.loads(WORKER.to_json()) | {"started_at": 0.0, "heartbeat_at": 0.0}
-        read = WorkerInfo.from_json(json.dumps(card | {"histograms": [unreadable, known.to_wire()]}))
+        read = WorkerInfo.from_json(json.dumps(card | {"histograms": [unreadable, asdict(known)]}))
         assert known in read.histograms
 
 
