@@ -8,6 +8,7 @@ are removed from the environment of the process and its children before the libr
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, MutableMapping
 from difflib import get_close_matches
 from typing import Final
@@ -53,6 +54,8 @@ _COMPOSE: Final = frozenset(
     {"MODELS_DIR", "PYTHON_IMAGE", "REDIS_IMAGE", "REDIS_MAXMEMORY", "REDIS_PASSWORD", "REDIS_PORT"}
 )
 """Variables of compose.yaml, which reads the same `.env`."""
+_OPENTELEMETRY: Final = re.compile(r"OTEL_EXPORTER_(OTLP_(LOGS|METRICS|TRACES)|ZIPKIN)_\w+")
+"""OpenTelemetry's own variables whose names are similar to those of settings."""
 _CLOSE: Final = 0.85
 """Minimum similarity, from 0 to 1, of a misspelled name to a setting."""
 
@@ -67,8 +70,8 @@ def unknown_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, st
 def misspelled_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, str]:
     """Return the names in the environment that are probably misspelled settings, each with that setting."""
     known = {name.upper() for name in settings}
-    similar = {name: closest(name, known) for name in names if name not in known | _COMPOSE | _OURS}
-    return {name: setting for name, setting in similar.items() if setting}
+    others = [name for name in names if name not in known | _COMPOSE | _OURS and not _OPENTELEMETRY.fullmatch(name)]
+    return {name: setting for name in others if (setting := closest(name, known))}
 
 
 def closest(name: str, settings: Iterable[str]) -> str:

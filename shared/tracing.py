@@ -53,7 +53,7 @@ class TraceParent(NamedTuple):
 
 
 def span_id(*parts: object) -> int:
-    """Derive the id of a span, so that any process can refer to it or send it, also if the process that made it died."""
+    """Derive the id of a span, so that any process can refer to it, or send it in place of one that died."""
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") or 1
 

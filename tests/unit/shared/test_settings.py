@@ -180,7 +180,7 @@ def test_unknown_name_in_the_file_is_rejected(tmp_path: Path, monkeypatch: pytes
 def test_setting_with_a_missing_letter_is_recognised(name: str) -> None:
     setting = name.upper()
     misspelled = setting[:-1] if len(setting) > 4 else setting + "S"
-    names = [misspelled, setting, "PATH", "HOSTNAME", "HOME"]
+    names = [misspelled, setting, "PATH", "HOSTNAME", "HOME", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
     assert misspelled_names(names, Settings.model_fields) == {misspelled: setting}
 
 
