@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from shared.jobs.record import Priority
 from shared.redis import keys
 from shared.settings import ROOT
 from tests.browser import chromium
@@ -19,6 +20,7 @@ from tests.browser.pages import PHONE
 from tests.browser.stack import console_stack
 from tests.plugins.stack import Stack
 from tests.support.waiting import eventually
+from web.access.api_keys import KeyStore
 from web.access.sessions import COOKIE, Sessions
 from web.cluster.samples import INTERVAL_S, KEPT, Percentiles, Sample
 from web.console.layout import NAVIGATION
@@ -55,6 +57,9 @@ def fill(stack: Stack) -> str:
     """Write samples and submit jobs; return the id of one that failed."""
     stack.redis.delete(keys.SAMPLES)
     stack.redis.rpush(keys.SAMPLES, *(sample.to_json() for sample in last_hour()))
+    store = KeyStore(stack.settings.keys_file)
+    store.create("chat application", {"infer"}, "600/minute", max_priority=Priority.HIGH)
+    store.create("nightly evaluation", {"infer"}, max_queued=500, max_priority=Priority.BATCH)
     with stack.client() as client:
 
         def submit(**body: Any) -> str:
@@ -91,6 +96,7 @@ def converse(page: Page) -> None:
 def take(browser: Browser, stack: Stack, failed: str, folder: Path) -> None:
     """Take all screenshots."""
     paths = {name: path for name, path, _ in NAVIGATION} | {"job": f"/console/jobs/{failed}"}
+    paths["jobs"] = paths.pop("jobs")  # last: some jobs have ended by then, and some still run
     for scheme, size, suffix in (("light", _DESKTOP, ""), ("dark", _DESKTOP, "-dark"), ("dark", PHONE, "-phone")):
         page = opened(browser, stack, color_scheme=scheme, viewport=size)
         for name, path in paths.items():
@@ -107,7 +113,7 @@ def take(browser: Browser, stack: Stack, failed: str, folder: Path) -> None:
 def main() -> None:
     """Take the screenshots."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/images"
-    with console_stack() as stack, sync_playwright() as playwright:
+    with console_stack(background=False) as stack, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium.find(), args=["--no-sandbox"])
         take(browser, stack, fill(stack), folder)
         browser.close()

@@ -45,8 +45,8 @@ SCRIPT: Final[list[dict[str, Any]]] = [
 
 
 @contextmanager
-def console_stack(**variables: str) -> Iterator[Stack]:
-    """Start the API, a background process, and a worker with the scripted model."""
+def console_stack(*, background: bool = True, **variables: str) -> Iterator[Stack]:
+    """Start the API, a worker with the scripted model and, unless told otherwise, a background process."""
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         script = Path(folder) / "script.jsonl"
         script.write_text("".join(json.dumps(line) + "\n" for line in SCRIPT))
@@ -55,7 +55,8 @@ def console_stack(**variables: str) -> Iterator[Stack]:
             (Path(folder) / model / "config.json").write_text("{}")
         overrides = {"BACKEND": "scripted", "SCRIPT_FILE": str(script), **variables}
         with catalog_stack(CATALOG.replace("{models}", folder), **overrides) as stack:
-            stack.start_background()
+            if background:
+                stack.start_background()
             stack.start_worker(WORKER_MODELS="chat-demo")
             yield stack
 
