@@ -34,6 +34,10 @@ def test_an_architecture_with_restrictions(name: str, tmp_path: Path) -> None:
     run(name, "batched", tmp_path)
 
 
+def test_an_adapter_of_a_multimodal_model_applies_to_its_text(tmp_path: Path) -> None:
+    run("kimi_vl", "adapter", tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", names())

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 
@@ -39,6 +42,7 @@ _DIFFERENT: Final = frozenset(
 )
 """Types whose text mlx-lm would compute in another way: other rotary positions, or prompts that are read both ways."""
 _PREFIX: Final = re.compile(r"(?:model\.|thinker\.)*(?:language_model|text_model|language|llm)\.|thinker\.")
+_ADAPTER: Final = "adapters.safetensors"
 _OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector")
 
 
@@ -59,11 +63,20 @@ def load(folder: Path, tokenizer_config: dict[str, Any], *, adapter: Path | None
         )
     model, config = _load_half(folder, config, lazy=lazy)
     if adapter is not None:
-        model = utils.load_adapters(model, str(adapter))
-        model.eval()
+        _load_adapter(model, adapter)
     eos = config.get("eos_token_id")
     tokenizer = utils.load_tokenizer(folder, tokenizer_config, eos_token_ids=eos)  # type: ignore[no-untyped-call]
     return model, tokenizer, config
+
+
+def _load_adapter(model: Any, adapter: Path) -> None:
+    """Load LoRA weights, also those that were trained with the whole multimodal model."""
+    weights: Any = mx.load(str(adapter / _ADAPTER))
+    with TemporaryDirectory() as folder:  # mlx-lm reads weights only from a folder
+        shutil.copy(adapter / "adapter_config.json", folder)
+        mx.save_safetensors(f"{folder}/{_ADAPTER}", _text_weights(model, weights))
+        utils.load_adapters(model, folder)
+    model.eval()
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
