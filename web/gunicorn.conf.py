@@ -5,10 +5,13 @@ import hashlib
 import os
 import resource
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gevent
+from redis import RedisError
 
 from shared.load_settings import load_or_exit
 from shared.runtime import freeze_garbage_collector
@@ -17,6 +20,7 @@ from web.http.connection import KEEPALIVE_S
 from web.http.server import SPARE_CONNECTIONS
 
 _REVOCATION_CHECK_S = 1.0
+_TOKENIZERS_WITHIN_S = 60.0
 _settings = load_or_exit()
 
 # Processes share their metrics through memory-mapped files. These are in memory where possible, because writing to a
@@ -82,6 +86,7 @@ def post_worker_init(worker: Any) -> None:
     services.maintenance.start(lambda: worker.alive)
     gevent.spawn(_close_when_stopping, worker, services.hub)
     gevent.spawn(_abort_revoked, services)
+    gevent.spawn(_load_tokenizers, worker, services)
     freeze_garbage_collector()
 
 
@@ -114,3 +119,16 @@ def _abort_revoked(services: Any) -> None:
     while True:
         gevent.sleep(_REVOCATION_CHECK_S)
         services.open_responses.abort_revoked(services.keys)
+
+
+def _load_tokenizers(worker: Any, services: Any) -> None:
+    # Otherwise the first prompt waits for the helper process. A model that is loaded later loads its tokenizer with its
+    # first prompt.
+    until = time.monotonic() + _TOKENIZERS_WITHIN_S
+    while worker.alive and time.monotonic() < until:
+        with suppress(RedisError):
+            models = {each.model for each in services.registry.workers()}
+            cards = services.registry.models()
+            if services.prompt_tokenizer.load(card for card in cards.values() if card.id in models):
+                return
+        gevent.sleep(1)

@@ -83,6 +83,7 @@ class Services:
     registry: Registry
     queue_depths: QueueDepths
     samples: Samples
+    prompt_tokenizer: PromptTokenizer
     admission: Admission
     image_loader: ImageLoader
     job_views: JobViews
@@ -159,6 +160,8 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         availability.round()
         model_manager.load_for_waiting_jobs()
 
+    prompt_tokenizer = _prompt_tokenizer(settings, clients.binary)
+
     return Services(
         settings=settings,
         keys=KeyStore(settings.keys_file),
@@ -176,13 +179,14 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
         registry=registry,
         queue_depths=QueueDepths(clients.store),
         samples=Samples(clients.store),
+        prompt_tokenizer=prompt_tokenizer,
         admission=Admission(
             settings,
             catalog,
             jobs,
             images,
             cluster,
-            _prompt_tokenizer(settings, clients.binary),
+            prompt_tokenizer,
             notifier,
             model_manager.load_on_demand,
             model_manager.check_load_on_demand,

@@ -133,6 +133,19 @@ class Tokenizing:
         _raise_error(header, context, reserved)
         return Tokenized(tuple(array("I", payload)), int(header["shared"]))
 
+    def load(self, source: TokenizerSource) -> None:
+        """Start the helper for short prompts and load a tokenizer, so that the first prompt does not wait for that.
+
+        Raises:
+            TokenizerError: the tokenizer or its helper failed.
+        """
+        try:
+            header, _ = self._short.call("load", {"source": source.to_dict()}, _START_S)
+        except (_TimedOut, _Crashed) as error:
+            raise TokenizerBroken(f"the tokenizer could not be loaded: {error!r}") from error
+        if "error" in header:
+            raise TokenizerBroken(str(header.get("message")))
+
     def check_constraints(self, request: Request) -> None:
         """Check that the constraints of a request's answer can be honoured: a hostile one may crash its process.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Final
 
@@ -55,6 +56,25 @@ class PromptTokenizer:
             redis.RedisError: Redis is unavailable.
         """
         return self._guarded(card, request, field, card.context)
+
+    def load(self, cards: Iterable[ModelCard]) -> bool:
+        """Load the tokenizers of models before their first prompts. Returns whether any of them was available.
+
+        Raises:
+            redis.RedisError: Redis is unavailable.
+        """
+        available = [self._load(card.tokenizer, card) for card in cards if card.tokenizer is not None]
+        return any(available)
+
+    def _load(self, digest: str, card: ModelCard) -> bool:
+        try:
+            path = self._files.path(digest)
+            if path is None:
+                return False
+            self._tokenizing.load(TokenizerSource.of_card(str(path), digest, asdict(card)))
+        except (TokenizerError, OSError) as error:  # the first prompt tries again
+            log.warning("tokenizer_not_loaded", extra={"model": card.id, "reason": str(error)})
+        return True
 
     def count(self, card: ModelCard, request: Request, field: str) -> int | None:
         """Return how many tokens the model would read, or None if the tokenizer is unavailable. Raises like `tokenize`.

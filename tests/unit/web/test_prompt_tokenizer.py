@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,26 @@ def test_images_count_as_many_tokens_as_their_model_uses(api: Api) -> None:
     assert api.refusal(card, chat({"role": "user", "content": [image] * 3}))[0] == "context_length_exceeded"
     odd = {**image, "height": 1}
     assert api.refusal(card, chat({"role": "user", "content": [{**odd, "width": 1000}]}))[1] == "messages"
+
+
+def test_tokenizers_are_loaded_before_the_first_prompt(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown, card = api.announce(text=None), api.announce()
+    assert not api.prompts.load([unknown])
+    assert api.prompts.load([unknown, card])
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a second helper was started"))
+    assert api.tokenize(card, plain("word")) == Tokenized((2, 0))
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_no_error_before_the_first_prompt(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = api.announce()
+    path = api.files.path(str(card.tokenizer))
+    assert path is not None
+    path.write_bytes(b"damaged")
+    assert api.prompts.load([card])
+    assert caplog.messages == ["tokenizer_not_loaded"]
+    assert api.tokenize(card, plain("word")) == Tokenized((2, 0))
 
 
 def test_without_a_tokenizer_the_worker_tokenises(api: Api) -> None:
