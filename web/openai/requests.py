@@ -17,8 +17,8 @@ from pydantic_core import PydanticCustomError
 
 from web.schemas.base import RequestModel
 from web.schemas.messages import Message
-from web.schemas.openai_fields import Advice, ServiceTier, Unsupported, refuse
-from web.schemas.requests import MAX_LOGPROBS, MAX_MESSAGES, Metadata, Stop
+from web.schemas.openai_fields import Advice, SampledRequest, Unsupported, refuse
+from web.schemas.requests import MAX_LOGPROBS, MAX_MESSAGES
 from web.schemas.response_format import ResponseFormat
 from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables
 from web.schemas.tools import ToolChoice, Tools
@@ -36,7 +36,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: Advice = None
 
 
-class GenerationRequest(RequestModel):
+class GenerationRequest(SampledRequest):
     """The fields that requests for chat and text completions have in common."""
 
     model: str | None = Field(
@@ -45,27 +45,12 @@ class GenerationRequest(RequestModel):
     max_tokens: int | None = Field(
         None, ge=1, le=2**31 - 1, description="Maximum tokens to generate. Default: the rest of the model's context"
     )
-    temperature: float | None = Field(None, ge=0, le=2, description="Default: the model's, then the service's")
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many most likely tokens; 0 for all")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="Minimum probability of a token, relative to that of the most likely token"
-    )
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field({})
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop = Field([])
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices; with a seed, choice i uses seed + i")
-    stream: bool = False
     stream_options: StreamOptions | None = Field(None, description="Allowed only with `stream`")
-    metadata: Metadata = Field({}, description="Strings that are stored and returned with the job")
-    service_tier: ServiceTier = Field(
-        "auto",
-        description="`flex`: the lowest priority; `priority` or `fast`: the highest that the API key may use; others: "
-        "normal priority",
-    )
     user: Advice = None
 
     @field_validator("stream_options")

@@ -9,20 +9,16 @@ from typing import Any, Final
 from shared.jobs.record import Priority
 from web.http.field_names import named_fields, renamed
 from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
-from web.schemas.openai_fields import priority_of_tier
 from web.schemas.requests import JobRequest
 
 _SAME: Final = (
-    *("model", "messages", "max_tokens", "temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "logit_bias", "stop", "metadata", "response_format", "tools", "tool_choice"),
+    *("model", "messages", "max_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+    *("response_format", "tools", "tool_choice"),
     *("parallel_tool_calls", "reasoning_effort", "enable_thinking", "thinking_budget", "chat_template_kwargs"),
     "continue_final_message",
 )
 """Fields that have the same name and meaning in job requests."""
 _FORMATS: Final = ("regex", "choice", "grammar")
-_SMALL_TOP_P: Final = 1e-9
-"""In place of 0, which job requests do not allow: only the most likely token remains."""
-_MAX_SEED: Final = 2**63
 
 
 def chat_job(body: ChatRequest, highest: Priority) -> JobRequest:
@@ -57,13 +53,7 @@ def completion_jobs(body: CompletionRequest, highest: Priority) -> list[JobReque
 def _common(body: GenerationRequest, highest: Priority) -> dict[str, Any]:
     # Only fields that were sent: for others, the model can have defaults.
     fields: dict[str, Any] = {name: getattr(body, name) for name in _SAME if name in body.model_fields_set}
-    if "top_p" in body.model_fields_set:
-        fields["top_p"] = max(body.top_p, _SMALL_TOP_P)
-    if body.seed is not None:
-        fields["seed"] = body.seed % _MAX_SEED
-    if priority := priority_of_tier(body.service_tier, highest):
-        fields["priority"] = priority
-    return fields
+    return {**fields, **body.sampling_fields(highest)}
 
 
 @contextmanager

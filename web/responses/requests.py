@@ -9,8 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from web.responses.items import MAX_ITEMS, Item, only_types, type_tag
 from web.schemas.base import RequestModel
-from web.schemas.openai_fields import Advice, ServiceTier, Unsupported
-from web.schemas.requests import MAX_LOGPROBS, Metadata, Stop
+from web.schemas.openai_fields import Advice, SampledRequest, Unsupported
+from web.schemas.requests import MAX_LOGPROBS
 from web.schemas.response_format import Source
 from web.schemas.template_options import ReasoningEffort, TemplateVariables
 from web.schemas.tools import MAX_TOOLS, ToolName
@@ -232,7 +232,7 @@ class PromptRequest(RequestModel):
         return choice
 
 
-class ResponseRequest(PromptRequest):
+class ResponseRequest(PromptRequest, SampledRequest):
     """A request for a response."""
 
     background: bool = Field(
@@ -252,25 +252,10 @@ class ResponseRequest(PromptRequest):
         description="Maximum tokens to generate, with the reasoning. Default: the rest of the model's context",
     )
     max_tool_calls: Advice = None
-    metadata: Metadata = Field({}, description="Strings that are stored and returned with the response")
     store: bool = Field(True, description="Store the response, so that it can be read and continued")
-    stream: bool = False
     stream_options: StreamOptions | None = Field(None, description="Allowed only with `stream`")
-    temperature: float | None = Field(None, ge=0, le=2, description="Default: the model's, then the service's")
-    top_p: float = Field(1.0, ge=0, le=1)
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Return log-probabilities, with this many alternatives for each token"
-    )
-    service_tier: ServiceTier = Field(
-        "auto",
-        description="`flex`: the lowest priority; `priority`, `fast` or `ultrafast`: the highest that the API key may "
-        "use; others: normal priority",
-    )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop = Field([])
-    top_k: int = Field(0, ge=0, le=2**31 - 1, description="Sample from this many most likely tokens; 0 for all")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="Minimum probability of a token, relative to that of the most likely token"
     )
     enable_thinking: bool | None = Field(None, description="Whether the model reasons before it answers")
     thinking_budget: int | None = Field(None, ge=0, le=2**31 - 1, description="Maximum tokens of reasoning")

@@ -24,7 +24,6 @@ from web.responses.requests import (
     ResponseRequest,
     Tool,
 )
-from web.schemas.openai_fields import priority_of_tier
 from web.schemas.requests import JobRequest
 
 _FIELDS: Final = {
@@ -36,13 +35,7 @@ _FIELDS: Final = {
     "messages": "input",
 }
 """Fields of the Responses API, by the field of the job's request that they become. Longer names come first."""
-_SAME: Final = (
-    *("temperature", "top_k", "min_p", "stop", "metadata", "enable_thinking", "thinking_budget"),
-    "chat_template_kwargs",
-)
-_SMALL_TOP_P: Final = 1e-9
-"""In place of 0, which job requests do not allow: only the most likely token remains."""
-_MAX_SEED: Final = 2**63
+_SAME: Final = ("enable_thinking", "thinking_budget", "chat_template_kwargs")
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -164,20 +157,12 @@ def _text_fields(request: PromptRequest) -> dict[str, Any]:
 
 
 def _generation_fields(request: ResponseRequest, highest: Priority) -> dict[str, Any]:
-    # Only fields that were sent: for others, the model can have defaults.
-    sent = request.model_fields_set
-    fields: dict[str, Any] = {name: getattr(request, name) for name in _SAME if name in sent}
-    if "top_p" in sent:
-        fields["top_p"] = max(request.top_p, _SMALL_TOP_P)
+    fields: dict[str, Any] = {name: getattr(request, name) for name in _SAME if name in request.model_fields_set}
     if request.max_output_tokens is not None:
         fields["max_tokens"] = request.max_output_tokens
     if request.logprobs is not None:
         fields["logprobs"] = request.logprobs
-    if request.seed is not None:
-        fields["seed"] = request.seed % _MAX_SEED
-    if priority := priority_of_tier(request.service_tier, highest):
-        fields["priority"] = priority
-    return fields
+    return {**fields, **request.sampling_fields(highest)}
 
 
 @contextmanager
