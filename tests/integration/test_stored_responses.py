@@ -281,6 +281,10 @@ def test_starting_after(client: openai.OpenAI, stack: Stack) -> None:
     assert kinds(events)[:2] == ["created", "in_progress"]
     last = events[-1]["sequence_number"]
     assert checked(client.responses.retrieve(response.id, stream=True, starting_after=last)) == []
+    with client.responses.stream(response_id=response.id, starting_after=2) as stream:
+        numbers = [event.sequence_number for event in stream]  # type: ignore[union-attr]
+        assert numbers == list(range(3, last + 1))
+        assert stream.get_final_response().output_text == response.output_text
     for text in (str(last + 1), "x", "-1"):
         extra = {"stream": "true", "starting_after": text}
         call = lambda extra=extra: client.responses.retrieve(response.id, extra_query=extra)  # noqa: E731
