@@ -70,11 +70,13 @@ class Latencies:
         if queue_s is not None:
             self.observe("queue_wait", queue_s, sequence.job.priority.label)
 
-    def first_token(self, sequence: Sequence) -> None:
-        """Observe the first token of a job; later calls do nothing."""
-        first_token_s = sequence.timings.report_first_token()
-        if first_token_s is not None:
+    def token_after_pause(self, sequence: Sequence) -> None:
+        """Observe a token of a row that had none in the last step: its first one, or one after a preemption."""
+        timings = sequence.timings
+        if (first_token_s := timings.report_first_token()) is not None:
             self.observe("time_to_first_token", first_token_s, sequence.job.priority.label)
+        elif (gap_s := timings.token_gap_s) is not None:
+            self.observe("inter_token_latency", gap_s)
 
     def ended(self, output: SequenceOutput) -> None:
         """Observe the end of a job."""
@@ -137,7 +139,7 @@ class Totals:
         if len(new) < len(uids):
             self.latencies.observe("inter_token_latency", now - self._last_tokens_at, times=len(uids) - len(new))
         for uid in new & rows.keys():
-            self.latencies.first_token(rows[uid])
+            self.latencies.token_after_pause(rows[uid])
         self._last_uids, self._last_tokens_at = uids, now
 
     def read_gauges(self, runner: ModelRunner, scheduler: Scheduler) -> float:

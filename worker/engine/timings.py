@@ -23,6 +23,8 @@ class Timings:
         self._admitted: float | None = None
         self._prefilled: float | None = None
         self._first_token: float | None = None
+        self._last_token: float | None = None
+        self._token_before: float | None = None
         self._first_token_known = True
         self._first_token_reported = False
 
@@ -37,9 +39,11 @@ class Timings:
             self._prefilled = time.monotonic()
 
     def token(self) -> None:
-        """Record a token; only the first one counts."""
+        """Record a token."""
+        now = time.monotonic()
         if self._first_token is None:
-            self._first_token = time.monotonic()
+            self._first_token = now
+        self._token_before, self._last_token = self._last_token, now
 
     def forget_first_token(self) -> None:
         """Omit `first_token_s`, because an earlier attempt generated the first token."""
@@ -49,6 +53,13 @@ class Timings:
     def queue_s(self) -> float | None:
         """Seconds in the queue; None if an earlier attempt was admitted, so that they were reported before."""
         return None if self._queued_before_s is not None else self._queue_s(time.monotonic())
+
+    @property
+    def token_gap_s(self) -> float | None:
+        """Seconds between the last two tokens of this attempt; None before the second one."""
+        if self._last_token is None or self._token_before is None:
+            return None
+        return self._last_token - self._token_before
 
     def report_first_token(self) -> float | None:
         """Return `first_token_s` once, as soon as it is known; None otherwise."""
