@@ -18,7 +18,7 @@ _NOTHING = "-"
 def screen(history: History, url: str) -> RenderableType:
     """Draw everything."""
     state = history.now
-    tables = (_models(history), _workers(state), _jobs(history))
+    tables = (_models(history), _latencies(history), _workers(state), _jobs(history))
     return Group(_head(history, url), *_reasons(state), *tables)
 
 
@@ -39,8 +39,8 @@ def _reasons(state: State) -> Iterator[Text]:
 
 def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in left:
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
+    for name in left:  # these become narrower on a narrow terminal, because rich shrinks columns that may wrap first
+        table.add_column(name, overflow="ellipsis")
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -53,13 +53,11 @@ def _models(history: History) -> Table:
         "oldest",
         "rows",
         "tok/s",
-        "TTFT p50, p99",
-        "ITL p50, p99",
         "ended/min",
         "failed/min",
-        "attempts lost",
+        "lost",
     ]
-    table = _table("\nModels (waiting jobs: high + normal + batch)", ["model"], counts)
+    table = _table("\nModels (waiting: high + normal + batch; lost: attempts whose worker died)", ["model"], counts)
     for (model,) in sorted(page.by("mlxq_jobs_waiting", "model")):
         waiting = page.by("mlxq_jobs_waiting", "priority", model=model)
         ages = page.by("mlxq_oldest_job_age_seconds", "priority", model=model).values()
@@ -71,11 +69,23 @@ def _models(history: History) -> Table:
             _duration(max(ages, default=0.0)),
             _share(page.sum("mlxq_worker_slots_used", model=model), page.sum("mlxq_worker_slots", model=model)),
             f"{page.sum('mlxq_worker_output_tokens_per_second', model=model):.0f}",
-            _latency(history.latency("gen_ai_server_time_to_first_token_seconds", gen_ai_request_model=model)),
-            _latency(history.latency("mlxq_inter_token_latency_seconds", model=model)),
             f"{60 * history.per_second('mlxq_jobs_ended_total', model=model):.0f}",
             Text(f"{failed:.0f}", "red" if failed else ""),
             f"{lost:.0f}",
+        )
+    return table
+
+
+def _latencies(history: History) -> Table:
+    names = ["wait in queue", "first token", "between tokens", "whole job"]
+    table = _table("\nLatency (median, 99th percentile)", ["model"], names)
+    for (model,) in sorted(history.now.page.by("mlxq_jobs_waiting", "model")):
+        table.add_row(
+            model,
+            _latency(history.latency("mlxq_queue_wait_seconds", model=model)),
+            _latency(history.latency("gen_ai_server_time_to_first_token_seconds", gen_ai_request_model=model)),
+            _latency(history.latency("mlxq_inter_token_latency_seconds", model=model)),
+            _latency(history.latency("gen_ai_server_request_duration_seconds", gen_ai_request_model=model)),
         )
     return table
 
