@@ -120,11 +120,11 @@ def test_a_malformed_request_id_is_replaced(web: WebStack) -> None:
 
 
 def test_an_unknown_parameter_is_refused(web: WebStack) -> None:
-    response = web.http.get("/v1/jobs", params={"limit": "1", "status": "running"})
+    response = web.http.get("/v1/jobs", params={"limit": "1", "state": "running"})
     assert (response.status_code, response.json()["code"], response.json()["field"]) == (
         422,
         "unknown_parameter",
-        "status",
+        "state",
     )
     assert web.http.get("/livez", params={"at": "1"}).status_code == 200, "probes may send any parameter"
 
