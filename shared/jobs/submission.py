@@ -43,7 +43,7 @@ class Submission:
             its events, `NO_WEBHOOKS` if nobody does.
         repeats_prompt: whether this is a further choice of the previous submission; its prompt then counts once.
         in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
-        min_retention_s: minimum time for which the finished job is kept, if RETENTION_S is shorter.
+        min_retention_s: minimum time for which the finished job and its log are kept, if settings are shorter.
     """
 
     request: Request
@@ -91,7 +91,7 @@ def record_fields(submission: Submission, log_retention_s: int) -> dict[str, str
     return {
         "metadata": json.dumps(submission.metadata),
         "request_id": submission.request_id,
-        "log_retention_s": str(log_retention_s),
+        "log_retention_s": str(max(log_retention_s, submission.min_retention_s)),
         "size": str(_expected_tokens(submission)),
         "sampling": to_json({"max_tokens": request.max_tokens, **asdict(request.sampling)}),
         **_optional(submission),

@@ -94,7 +94,7 @@ def test_a_job_may_be_kept_for_longer(client: Redis, minimum: int, kept_s: int) 
     jobs = Jobs(client, Settings(retention_s=77, durable=False))
     job = submit(jobs, idempotency_key="k", min_retention_s=minimum)
     jobs.stop(job.id, "a")
-    kept = {name: client.ttl(name) for name in (keys.JOB + job.id, keys.IDEM + "a:k")}
+    kept = {name: client.ttl(name) for name in (keys.JOB + job.id, keys.LOG + job.id, keys.IDEM + "a:k")}
     assert all(kept_s - 5 <= ttl <= kept_s for ttl in kept.values()), kept
 
 
