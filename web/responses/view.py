@@ -173,6 +173,8 @@ def _dumped(model: Any) -> dict[str, Any]:
 
 def status_of(job: Job) -> ResponseStatus:
     """Return the status of a job's response."""
+    if job.status is Status.QUEUED and job.started_at is not None:  # it waits for another worker
+        return "in_progress"
     return "incomplete" if is_cut(job) else _STATUSES[job.status]
 
 

@@ -14,7 +14,7 @@ from tests.support.responses import EVENTS, Json
 from web.responses.events import ResponseEvents
 from web.responses.output import Shown
 from web.responses.requests import ResponseRequest
-from web.responses.view import echoed_fields
+from web.responses.view import echoed_fields, status_of
 
 JOB = Job(
     id="job_" + "0" * 28, owner="key", model="m", status=Status.QUEUED, attempt=0, claimed_at="",
@@ -113,3 +113,8 @@ def test_a_custom_call_without_a_text_keeps_its_arguments() -> None:
         call = {**CALL, "function": {"name": "patch", "arguments": arguments}}
         made = events(log({"tool_calls": [call]}), shown=Shown(custom_tools=frozenset({"patch"})))
         assert made[-1]["response"]["output"][0]["input"] == given
+
+
+def test_a_response_that_lost_its_worker_is_still_in_progress() -> None:
+    assert status_of(JOB) == "queued"
+    assert status_of(replace(JOB, started_at=2.5, attempt=1)) == "in_progress"
