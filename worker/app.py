@@ -208,9 +208,13 @@ class Service:
         self._host_announcer.stop()
         self._forget_host()
         self._events.stop()
+        self._send_traces()
+        logger.info("worker_ended")
+
+    def _send_traces(self) -> None:
+        """Send the last spans, because the process ends."""
         if self._tracer is not None:
             self._tracer.close()
-        logger.info("worker_ended")
 
     def _tasks(self) -> ProgressByTask:
         """Return the tasks that the watchdog watches."""
@@ -230,7 +234,7 @@ class Service:
         """End a drain that takes too long, such as in a long step. Jobs that still run continue elsewhere."""
         self._stop_claiming()
         log = partial(logger.warning, "drain_timed_out")
-        exit_after(os.EX_OK, log, self._end_leases, self._breadcrumb.remove)
+        exit_after(os.EX_OK, log, self._end_leases, self._breadcrumb.remove, self._send_traces)
 
     def _die(self, reason: str) -> NoReturn:
         """End because this process cannot continue. The launcher or the reaper finds the job to blame."""
