@@ -52,7 +52,8 @@ local function exists(existing)
   if ttl_ms < 0 then
     redis.call('PERSIST', key)
   end
-  return {'exists', 0, queue_place(existing), '', unpack(redis.call('HGETALL', key))}
+  local of, by, at_class = unpack(redis.call('HMGET', key, 'model', 'owner', 'class'))
+  return {'exists', 0, queue_place(existing, of, by, at_class), '', unpack(redis.call('HGETALL', key))}
 end
 
 local RECOUNT_S = 10
@@ -123,7 +124,8 @@ end
 
 local start_by, end_by = at + request.start_within_s, at + request.deadline_s
 
-local owner_waits = has_parked(model, owner)
+local was_limited = redis.call('HEXISTS', K.MAX_RUNNING, owner) == 1
+local owner_waits = was_limited and has_parked(model, owner)
 
 -- Accepts a job. Jobs of one call are created a microsecond apart, because lists are paged by that time.
 local function accept(job, text, tokens, created_at)
@@ -161,7 +163,7 @@ for i, job in ipairs(jobs) do
 end
 if request.max_running > 0 then
   redis.call('HSET', K.MAX_RUNNING, owner, request.max_running)
-else
+elseif was_limited then
   redis.call('HDEL', K.MAX_RUNNING, owner)
 end
 if limits then
@@ -178,5 +180,5 @@ if request.idempotency_key ~= '' then
   redis.call('SET', K.IDEM .. owner .. ':' .. request.idempotency_key, first)
 end
 local wake = redis.call('SET', K.WAKE .. model, 1, 'NX', 'PX', 1000) and 1 or 0
-return {'created', wake, queue_place(first), limits and tokens_left(limits, expected_tokens) or '',
+return {'created', wake, queue_place(first, model, owner, class), limits and tokens_left(limits, expected_tokens) or '',
   unpack(redis.call('HGETALL', K.JOB .. first))}

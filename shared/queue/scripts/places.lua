@@ -2,6 +2,7 @@
 -- ARGV: job ids
 local places = {}
 for i, id in ipairs(ARGV) do
-  places[i] = redis.call('EXISTS', K.JOB .. id) == 1 and queue_place(id) or {}
+  local model, owner, class = unpack(redis.call('HMGET', K.JOB .. id, 'model', 'owner', 'class'))
+  places[i] = model and queue_place(id, model, owner, class) or {}
 end
 return places

@@ -70,14 +70,13 @@ end
 -- Returns the place of a job: its 0-based rank in the queue, the number of jobs of higher classes, the turns until its own,
 -- and 0; or, if it is parked, its rank among the owner's own waiting jobs, 0, '0', and the owner's limit of running jobs.
 -- {} if it is not queued.
-local function queue_place(id)
-  local model, owner, class = unpack(redis.call('HMGET', K.JOB .. id, 'model', 'owner', 'class'))
+local function queue_place(id, model, owner, class)
   local rank = redis.call('ZRANK', K.QUEUE .. model, id)
   if rank then
     local first = class * CLASS_WIDTH
     local turn = tonumber(redis.call('ZSCORE', K.QUEUE .. model, id)) - first
     local reached = tonumber(redis.call('HGET', K.TURNS .. model, class) or '0')
-    return {rank, redis.call('ZCOUNT', K.QUEUE .. model, '-inf', string.format('(%.0f', first)),
+    return {rank, redis.call('ZCOUNT', K.QUEUE .. model, '-inf', first - 1),
       stamp(math.max(0, turn - reached)), 0}
   end
   rank = redis.call('ZRANK', K.PARKED .. model .. ':' .. owner, id)
@@ -168,21 +167,21 @@ local STARTS_KEPT = 128
 -- waiting then. The numbers are halved now and then, so that they describe the last starts. `advance`: what `reach_turn`
 -- returned.
 local function measure_start(model, class, advance)
-  local speed, at, names = K.SPEED .. model, now(), {}
-  for i, name in ipairs({'starts:', 'turns:', 'seconds:', 'since:'}) do
-    names[i] = name .. class
-  end
+  local speed, at = K.SPEED .. model, now()
+  local names = {'starts:' .. class, 'turns:' .. class, 'seconds:' .. class, 'since:' .. class}
   local starts, turns, seconds, since = unpack(redis.call('HMGET', speed, unpack(names)))
+  local first = class * CLASS_WIDTH
+  local waits = redis.call('ZCOUNT', K.QUEUE .. model, first, first + CLASS_WIDTH - 1) > 0
   if since then
     local share = tonumber(starts or '0') >= STARTS_KEPT and 0.5 or 1
     redis.call('HSET', speed, names[1], (tonumber(starts or '0') + 1) * share,
       names[2], stamp((tonumber(turns or '0') + advance) * share),
-      names[3], stamp((tonumber(seconds or '0') + math.max(0, at - tonumber(since))) * share))
-  end
-  local first = class * CLASS_WIDTH
-  if redis.call('ZCOUNT', K.QUEUE .. model, first, string.format('(%.0f', first + CLASS_WIDTH)) > 0 then
+      names[3], stamp((tonumber(seconds or '0') + math.max(0, at - tonumber(since))) * share),
+      names[4], waits and stamp(at) or since)
+  elseif waits then
     redis.call('HSET', speed, names[4], stamp(at))
-  elseif since then
+  end
+  if since and not waits then
     redis.call('HDEL', speed, names[4])
   end
 end

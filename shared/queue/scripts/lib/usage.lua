@@ -31,9 +31,6 @@ local function count_usage(owner, model, status, at, tokens)
   for i, name in ipairs(COUNTERS) do
     counters[i] = (counters[i] or 0) + (tonumber(tokens[name]) or 0) + (name == status and 1 or 0)
   end
-  for i, number in ipairs(counters) do
-    counters[i] = string.format('%.0f', number)
-  end
   if redis.call('HSET', key, model, table.concat(counters, ' ')) == 1 then
     redis.call('EXPIRE', key, USAGE_DAYS * DAY_S)
   end
