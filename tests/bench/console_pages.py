@@ -35,6 +35,7 @@ PAGES: Final = {
     "batches": "/console/batches",
     "webhooks": "/console/webhooks",
     "keys": "/console/keys",
+    "usage": "/console/usage",
 }
 
 

@@ -29,6 +29,7 @@ NAVIGATION: Final = (
     ("batches", "/console/batches", "Batches"),
     ("webhooks", "/console/webhooks", "Webhooks"),
     ("keys", "/console/keys", "Keys"),
+    ("usage", "/console/usage", "Usage"),
 )
 """Name, path and title of each page."""
 _CONTENT_SECURITY_POLICY: Final = (
