@@ -207,6 +207,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
     "gpt_oss": {"layer_types": _PAIRS},
     "gptj": {"rotary_dim": 8},
+    # Some of their weights are always quantised in groups of 64.
+    **{name: {"intermediate_size": 128} for name in ("granite", "granitemoe")},
     "granitemoehybrid": _MAMBA2 | {"mamba_expand": 1, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan": {
         "num_shared_expert": 1,
