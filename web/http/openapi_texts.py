@@ -32,6 +32,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "job_active",
         "job_cancelled",
         "job_ended",
+        "key_revoked",
         "conflict",
         "model_not_loaded",
         "batch_ended",

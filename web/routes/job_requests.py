@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from flask import Blueprint, Response
 
-from shared.errors import Forbidden, NotFound
+from shared.errors import Conflict, Forbidden, NotFound
 from shared.image_files import media_type
 from shared.jobs.record import Job
 from web.access.auth import caller, visible_owner
@@ -56,7 +56,10 @@ def retry_job(job_id: str) -> Response:
     """
     job = services().jobs.get(job_id, visible_owner())
     submission, new_id = services().stored_requests.repeat(job, current_request_id())
-    accepted = services().admission.repeat(submission, new_id)
+    limits = services().keys.limits_of(job.owner)
+    if limits is None:
+        raise Conflict("The API key that submitted the job is revoked.", code="key_revoked")
+    accepted = services().admission.repeat(replace(submission, limits=limits), new_id)
     services().metrics.submitted.labels(job.model, job.priority.label).inc()
     response = Response(services().job_views.accepted_json(accepted), 202, content_type="application/json")
     return with_job_headers(response, accepted)

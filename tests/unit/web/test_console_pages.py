@@ -10,11 +10,12 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from shared.jobs.record import Ending, Status
 from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.fake_redis import FakeRedis
-from tests.support.queueing import submit
+from tests.support.queueing import end, lease, started, submit
 from web.access.api_keys import KeyStore
 from web.access.sessions import COOKIE
 from web.app import create_app
@@ -184,3 +185,21 @@ def test_durations(seconds: float | None, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(None, NONE), (512, "512 B"), (1536, "1.5 KiB"), (500 * 2**30, "500 GiB")])
 def test_sizes(count: int | None, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_failed_job_runs_again_for_its_owner_unless_the_key_is_revoked(
+    app: Flask, redis: Redis, store: KeyStore, admin: FlaskClient
+) -> None:
+    owner = store.create("user", {"infer"}).split("_")[1]
+    job = submit(app.extensions["mlxq"].jobs, owner, metadata={"a": "b"})
+    headers = {"X-CSRF-Token": csrf_token(admin)}
+    assert admin.post(f"/v1/jobs/{job.id}/retry", headers=headers).status_code == 409
+    worker = lease(redis, "w1")
+    end(worker, started(worker), Ending(Status.FAILED, error_code="generation_error", error_message="It failed."))
+    again = admin.post(f"/v1/jobs/{job.id}/retry", headers=headers)
+    assert again.status_code == 202 and again.json is not None
+    assert (again.json["key_id"], again.json["metadata"], again.json["status"]) == (owner, {"a": "b"}, "queued")
+    assert again.headers["Location"] == f"/v1/jobs/{again.json['id']}"
+    assert admin.get("/v1/jobs?key=all&status=failed", headers=HTML).json["data"][0]["id"] == job.id  # type: ignore[index]
+    store.revoke("user")
+    assert admin.post(f"/v1/jobs/{job.id}/retry", headers=headers).status_code == 409
