@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from shared.redis import keys
 from shared.settings import ROOT
@@ -59,7 +60,7 @@ def fill(stack: Stack) -> str:
     stack.redis.rpush(keys.SAMPLES, *(sample.to_json() for sample in last_hour()))
     store = KeyStore(stack.settings.keys_file)
     store.create("chat application", {"infer"}, "600/minute", max_priority=Priority.HIGH)
-    store.create("nightly evaluation", {"infer"}, max_queued=500, max_priority=Priority.BATCH)
+    store.create("nightly evaluation", {"infer"}, limits=OwnerLimits(max_queued=500), max_priority=Priority.BATCH)
     with stack.client() as client:
 
         def submit(**body: Any) -> str:

@@ -38,7 +38,7 @@ function options(width, format, lines) {
   return {
     width,
     height: HEIGHT,
-    padding: [8, 8, 0, 0],
+    padding: [8, 26, 0, 0],
     cursor: { points: { size: 6 } },
     legend: { live: true },
     scales: { y: { range: (_, __, most) => [0, Math.max(most, 1e-9) * 1.1] } },

@@ -5,6 +5,8 @@ import { call } from "./api.js";
 const list = document.querySelector("[data-limits]");
 const number = (value) => (value == null ? "unlimited" : value.toLocaleString());
 
+const share = ({ used, limit }) => (limit == null ? `${number(used)}, unlimited` : `${number(used)} of ${number(limit)}`);
+
 function fact(name, text) {
   const group = document.createElement("div");
   const [term, value] = [document.createElement("dt"), document.createElement("dd")];
@@ -20,9 +22,9 @@ try {
   list.replaceChildren(
     fact("Requests", limits.requests.limit),
     fact("Tokens per minute", limits.tokens_per_minute.limit == null ? "unlimited" : `${number(limits.tokens_per_minute.remaining)} of ${number(limits.tokens_per_minute.limit)} left`),
-    fact("Tokens today", limits.tokens_per_day.limit == null ? `${number(limits.tokens_per_day.used)}, unlimited` : `${number(limits.tokens_per_day.used)} of ${number(limits.tokens_per_day.limit)}`),
+    fact("Tokens today", share(limits.tokens_per_day)),
     fact("Waiting jobs", `${number(waiting)} of ${number(limits.queued_jobs.limit)} per model`),
-    fact("Running jobs", `${number(limits.running_jobs.used)} of ${number(limits.running_jobs.limit)}`),
+    fact("Running jobs", share(limits.running_jobs)),
     fact("Weight", String(limits.weight)),
     fact("Highest class", limits.max_priority),
   );
