@@ -29,8 +29,8 @@ STORED_TOKENS = 256
 """Tokens of a long prompt that are stored as a prefix at a time. Storing all of them at the end would delay a step."""
 
 SAVED_TOKENS = 2048
-"""Minimum length of a prompt that is written to disk at once, so that a worker that takes over need not compute it. It
-would be written later in any case, when memory evicts it."""
+"""Minimum length of a prompt that is written to disk at once, so that a worker that takes over need not compute it.
+Unless memory never fills, it would be written later in any case, when memory evicts it."""
 
 MAX_REFRESHED = 8
 """Maximum waiting rows per step for which the prefix is looked up again after the prefix cache has changed."""
