@@ -33,6 +33,8 @@ TINY_SHAPES: Final = ("tiny", "tiny-hybrid")
 GOAL: Final = 372.0
 """Tokens/s to exceed: with 4 bits at one row, and with bfloat16 from two rows on."""
 _MARGIN_S: Final = 20.0
+_STOP_S: Final = 60.0
+"""Time limit for a command to stop a server."""
 
 
 class Run:
@@ -57,8 +59,8 @@ class Run:
         print(f"{name} ({left:.0f} s left)", file=sys.stderr, flush=True)
         start = time.monotonic()
         try:
-            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=True)
-            found = json.loads(ended.stdout.splitlines()[-1]) if parse else {}
+            lines = _run(command, left).splitlines()
+            found = json.loads(lines[-1]) if parse else {}
         except subprocess.TimeoutExpired:
             found = {"failed": "out of time"}
         except (subprocess.CalledProcessError, ValueError, IndexError) as error:
@@ -67,6 +69,28 @@ class Run:
         self.results[name] = found | {"seconds": round(time.monotonic() - start, 1)}
         self._output.write_text(json.dumps(self.results, indent=2) + "\n")
         return "failed" not in found
+
+
+def _run(command: Sequence[str], timeout_s: float) -> str:
+    """Run a command and return its output. At its time limit it gets SIGTERM, so that it stops what it has started.
+
+    Raises:
+        subprocess.CalledProcessError, subprocess.TimeoutExpired: as from `subprocess.run`.
+    """
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=_STOP_S)
+            raise
+        finally:
+            child.kill()
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command, output, errors)
+    return str(output)
 
 
 def measure(run: Run, shapes: Sequence[str], folder: Path) -> None:

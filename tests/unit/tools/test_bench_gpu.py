@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,16 @@ def test_a_failed_measurement_does_not_stop_the_others(tmp_path: Path) -> None:
     assert written == run.results
     assert written["bad"]["failed"] == "no memory"
     assert written["good"]["copy"] == 1.0
+
+
+def test_a_command_that_is_out_of_time_stops_what_it_has_started(tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu._run(
+            ["sh", "-c", f"trap 'kill $child; touch {stopped}; exit' TERM; sleep 600 >/dev/null 2>&1 & child=$!; wait"],
+            2.0,
+        )
+    assert stopped.exists()
 
 
 def test_nothing_begins_shortly_before_the_end(tmp_path: Path) -> None:
