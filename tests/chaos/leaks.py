@@ -18,6 +18,7 @@ UNFINISHED = (
     keys.QUEUE,
     keys.QUEUED,
     keys.TURNS,
+    keys.PARKED,
     keys.PARKED_COUNTS,
     keys.WAKE,
     keys.RUNNING,
@@ -28,6 +29,7 @@ UNFINISHED = (
     keys.DEMAND,
     keys.OLD_QUEUE,
     keys.UNFINISHED_BATCHES,
+    keys.UNANSWERED,
     keys.WEBHOOK_OUTBOX,
     keys.WEBHOOKS_DUE,
 )
@@ -40,14 +42,17 @@ ENDED_JOBS = (
     keys.IDEM,
     keys.OWNER,
     keys.BATCH,
+    keys.RESPONSE,
+    keys.RESPONSES,
     keys.WEBHOOK,
     keys.USAGE,
+    keys.CHARGES,
+    keys.SESSION,
 )
-"""Keys of ended jobs: each must have a time to live."""
+"""Keys of ended jobs, usage and sessions: each must have a time to live."""
 PERMANENT = (
     keys.SPEED,
     keys.FAILED,
-    keys.TOKENS,
     keys.MAX_RUNNING,
     keys.BYTES,
     keys.MEMORY,
@@ -71,10 +76,12 @@ PERMANENT = (
     keys.LOAD_FAILURE,
     keys.LEADER,
     keys.BATCHES,
+    keys.BATCH_COUNTS,
     keys.WEBHOOK_ENDPOINTS,
     keys.WEBHOOK_SECRETS,
     keys.WEBHOOK_COUNTS,
     keys.WEBHOOKS_DEAD,
+    keys.SAMPLES,
     "_kombu.",
     "LIMITS",
 )
