@@ -72,8 +72,8 @@ class Terminal:
         self.print(f"""
   {", ".join(loaded)} {"is" if len(loaded) == 1 else "are"} ready{fake}: {workers}, queue in {queue}
 
-  API        {base}
-  API docs   {base}/docs
+  API        {base}  documentation: {base}/docs
+  Console    {base}/  sign in with the API key
   API key    MLXQ_API_KEY in {key_source}
   Flower     {base_url(settings.flower_host, settings.flower_port)}  user {settings.flower_user}, \
 password FLOWER_PASSWORD in {_relative(env_file)}
