@@ -3,20 +3,20 @@
 MlxqError                 carries `code`, HTTP `status`, `title`, `detail` and, for one field, `field`
 ├── BadRequest            400  the request body cannot be parsed
 ├── Unauthorized          401  the API key is missing or unknown
-├── Forbidden             403  the API key lacks a scope
+├── Forbidden             403  the API key may not do this, or a CSRF token is missing
 ├── NotFound              404  the route or the job does not exist, or the job belongs to another key
 ├── MethodNotAllowed      405  the route does not support the method
 ├── NotAcceptable         406  no response format matches the Accept header
 ├── RequestTimeout        408  the request arrives too slowly
 ├── Conflict              409  the operation is not possible in the current state
-├── Gone                  410  the job's log has expired or was trimmed
+├── Gone                  410  the job's log or request is no longer stored
 ├── TooLarge              413  the request body exceeds the limit
 ├── UnsupportedMedia      415  the route does not accept the content type
 ├── Invalid               422  a field has an invalid value; `field` names it
 │   └── KeyReused         422  the Idempotency-Key was used for a different request
 ├── HeadTooLarge          431  the request line or the headers are too long
-├── RateLimited           429  the API key exceeded its limit of requests or of tokens
-│   └── KeyQueueFull      429  the API key reached its number of waiting jobs, or its share of memory
+├── RateLimited           429  the API key exceeded its limit on requests or tokens
+│   └── KeyQueueFull      429  the API key reached its limit on waiting jobs or on memory
 ├── Internal              500  a bug in the service
 ├── Unavailable           503  a dependency is unreachable; retry after `retry_after` seconds
 │   ├── NotDurable        503  Redis did not confirm that the job is on disk
@@ -152,7 +152,7 @@ class HeadTooLarge(MlxqError):
 
 
 class RateLimited(MlxqError):
-    """The API key exceeded its limit of requests, or of tokens (`tokens_per_minute`, `tokens_per_day`)."""
+    """The API key exceeded its limit on requests or tokens (`tokens_per_minute`, `tokens_per_day`)."""
 
     status, code, title = 429, "rate_limited", "Too many requests"
 

@@ -16,7 +16,7 @@ class Histogram:
 
     Attributes:
         bounds: upper bounds of the buckets, ascending, inclusive. A last bucket holds everything above.
-        priority: class of the jobs that were observed; empty if the classes are not told apart.
+        priority: class of the jobs that were observed; empty if classes are not distinguished.
         counts: observations per bucket, not cumulative; one more than `bounds`.
         sum: of all observed values.
     """

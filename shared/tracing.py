@@ -28,7 +28,7 @@ _CLOSE_S: Final = 2.0
 
 
 class TraceParent(NamedTuple):
-    """The position of a span in its trace, as in W3C's header `traceparent`."""
+    """The trace context of a span, as in the W3C header `traceparent`."""
 
     trace_id: int
     span_id: int

@@ -15,7 +15,7 @@ from scripts.client.api import Client, Refused, Unreachable
 from shared.histogram import quantile
 
 MAX_JOBS: Final = 20
-"""Running jobs that are read; the newest ones."""
+"""Maximum running jobs that are read, the newest ones."""
 _MAX_LISTED: Final = 100
 _PROBES: Final = ("/health", "/readyz")
 """Their status is 503 while no job can run."""
@@ -136,7 +136,7 @@ class History:
         return max(0.0, grown) / elapsed_s if elapsed_s > 0 else 0.0  # less: a worker was started anew
 
     def server_errors(self) -> float:
-        """Return the requests per second that failed with a status of 500 or more, except for probes of the health."""
+        """Return the requests per second that failed with a status of 500 or more, except for health probes."""
         name = "flask_http_request_duration_seconds_count"
         return sum(
             self.per_second(name, status=status, url_rule=route)
@@ -145,7 +145,7 @@ class History:
         )
 
     def latency(self, name: str, **where: str) -> Latency:
-        """Return percentiles of what a histogram has observed; since the start of the workers if that is nothing."""
+        """Return percentiles of a histogram's new observations; if there are none, since the start of the workers."""
         last = self.now.page.buckets(name, **where)
         first = self.states[0].page.buckets(name, **where)
         grown = {bound: count - first.get(bound, 0.0) for bound, count in last.items()}

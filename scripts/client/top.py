@@ -24,13 +24,13 @@ WIDTH: Final = 160
 
 
 def _arguments(settings: Settings) -> argparse.Namespace:
-    description = "Shows what a running service does: workers, models, queues and running jobs."
+    description = "Shows the workers, models, queues and running jobs of a service."
     parser = argparse.ArgumentParser(prog="scripts/top", description=description)
     add_options(parser, settings)
     parser.add_argument(
         "--every", type=_seconds, default=2.0, metavar="S", help="seconds between updates (%(default)s)"
     )
-    parser.add_argument("--once", action="store_true", help="print one page as plain text, and end")
+    parser.add_argument("--once", action="store_true", help="print one page as plain text and exit")
     return parser.parse_args()
 
 

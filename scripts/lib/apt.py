@@ -1,4 +1,4 @@
-"""Installs packages of Debian and Ubuntu, where that is possible."""
+"""Installs Debian and Ubuntu packages where possible."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def can_install() -> bool:
 
 
 def install(package: str) -> None:
-    """Install a package. If that fails, the caller finds it missing."""
+    """Install a package. Errors are ignored: the caller checks whether the program exists."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     command = ["apt-get", "install", "--quiet", "--yes", "--no-install-recommends", package]
     for each in (["apt-get", "update", "--quiet"], command):

@@ -80,7 +80,7 @@ STANDARD: Final = OwnerLimits()
 
 @dataclass(frozen=True, slots=True)
 class TokensLeft:
-    """What the limits of tokens leave an API key; the fields of a limit that it does not have are None.
+    """What is left of an API key's token limits. If it lacks a limit, the fields of that limit are None.
 
     Attributes:
         minute_limit, day_limit: the limits.

@@ -136,7 +136,7 @@ class Job:
             with this job.
         reasoning_tokens: see `Ending`.
         sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
-        traceparent: position of the job's HTTP request in its trace; empty if it is not traced.
+        traceparent: W3C trace context of the job's HTTP request; empty if it is not traced.
     """
 
     id: str

@@ -51,7 +51,7 @@ _TOKENS: Final[Mapping[str, tuple[str, str]]] = {
         "This API key and its unfinished jobs use all its tokens per day (TOKENS_PER_DAY_PER_KEY or its own limit).",
     ),
 }
-"""Codes and details of requests that exceed a limit of tokens."""
+"""Codes and details of requests that exceed a token limit."""
 
 
 def reject(reason: str, wait_s: str = "", tokens: Sequence[str] = ()) -> NoReturn:
@@ -59,7 +59,7 @@ def reject(reason: str, wait_s: str = "", tokens: Sequence[str] = ()) -> NoRetur
 
     Args:
         wait_s: seconds after which a retry may succeed; empty if nothing was measured.
-        tokens: what the limits of tokens leave; empty if the key has none.
+        tokens: what is left of the token limits; empty if the key has none.
     """
     if reason in _FAULTS:
         fault = _FAULTS[reason]

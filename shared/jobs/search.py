@@ -19,9 +19,9 @@ from shared.redis import keys
 from shared.redis.client import Redis
 
 MAX_LOOKED_AT: Final = 2000
-"""Jobs that one page looks at."""
+"""Maximum jobs that one page examines."""
 MAX_CANDIDATES: Final = 20_000
-"""Unfinished or failed jobs among which a page is looked for."""
+"""Maximum unfinished or failed jobs that one search examines."""
 _CHUNK: Final = 250
 _LARGEST_BLOCK: Final = 512
 _FIELDS: Final = ("owner", "status", "model", "class", "created_at", "metadata", "deleted")
@@ -33,7 +33,7 @@ class JobFilter:
 
     Attributes:
         after: earliest time of creation, in seconds since the epoch.
-        metadata: names and values that a job's metadata must have.
+        metadata: names and values that a job's metadata must contain.
     """
 
     status: Status | None = None
@@ -132,7 +132,7 @@ class JobSearch:
     def _among(
         self, job_ids: list[str], owners: Sequence[str], wanted: JobFilter, limit: int, before: float | None
     ) -> JobPage:
-        """Look for a page among these jobs. Ids sort by the time of creation."""
+        """Search these jobs for a page. Ids sort by the time of creation."""
         known, found = set(owners), list[tuple[float, str]]()
         newest_first = sorted(job_ids, reverse=True)
         looked_at = 0

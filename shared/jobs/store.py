@@ -43,8 +43,8 @@ class Place:
     """The place of a queued job.
 
     Attributes:
-        position: 1-based position in the queue. If the job is parked, because its owner runs as many jobs as it may: in
-            the row of the owner's waiting jobs.
+        position: 1-based position in the queue. If the job is parked, because its owner runs as many jobs as it may:
+            position among the owner's waiting jobs.
         higher: number of jobs of higher classes in the queue.
         turns: turns until its own; see `next_turn` in `lib/queue.lua`.
         max_running: the owner's limit of running jobs if the job is parked, else 0.
@@ -71,7 +71,7 @@ class Accepted:
         wake: whether the workers of its model must be woken.
         place: its place in the queue; None if the job is not queued.
         prompt_tokens: number of tokens that the API has given to the job's prompt; None if it has not tokenised it.
-        tokens: what the owner's limits of tokens leave; None if it has none.
+        tokens: what is left of the owner's token limits; None if it has none.
     """
 
     job: Job

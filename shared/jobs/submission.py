@@ -42,7 +42,7 @@ class Submission:
         webhook: JSON of the `url` and the `events` of the job's webhooks; empty if only registered endpoints receive
             its events, `NO_WEBHOOKS` if nobody does.
         repeats_prompt: whether this is a further choice of the previous submission; its prompt then counts once.
-        in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
+        in_background: whether the job generates a background response, whose end causes a webhook event.
         min_retention_s: minimum time for which the finished job and its log are kept, if settings are shorter.
     """
 

@@ -176,7 +176,7 @@ def _operation(request: Request) -> str:
 
 
 def _request_attributes(request: Request) -> dict[str, Any]:
-    """Return what was asked for, without any text."""
+    """Return the parameters of the request, without its text."""
     sampling = request.sampling
     return {
         "gen_ai.request.max_tokens": request.max_tokens,

@@ -6,7 +6,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | key | type | content | lifetime |
 | --- | --- | --- | --- |
 | `JOB` + job | hash | the record (`shared.jobs.record.Job`), without prompt and answer | retention after job end |
-| `REQUEST` + job | hash | `request` (JSON), `tokens` (packed), `shared` | job end; if it failed, see `FAILED` |
+| `REQUEST` + job | hash | `request` (JSON), `tokens` (packed), `shared` | job end; if it is kept, see `FAILED` |
 | `OUTPUT` + job | string | the generated text so far | as the record |
 | `LOG` + job | stream | the job's log (`shared.jobs.log`); entry `n-0` is event n | log retention after job end |
 | `LIVE` + job | channel | a copy of each log entry when it is written | – |
@@ -16,17 +16,17 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `QUEUED` + model | hash | number of queued jobs by owner; `counted_at`: time of the last recount | as `QUEUE` |
 | `WAKE` + model | string | set while a wake-up is in flight | 1 s, or until the next claim |
 | `USAGE` + key id + `:` + day | hash | model → counters of jobs and tokens (`lib/usage.lua`) | 400 days |
-| `CHARGES` + key id | hash | tokens of a key that has a limit of tokens (`lib/usage.lua`) | 8 days |
+| `CHARGES` + key id | hash | tokens of a key that has a token limit (`lib/usage.lua`) | 8 days |
 | `MAX_RUNNING` | hash | key id → maximum of running jobs, for keys that have one | forever |
 | `PARKED` + model + `:` + key id | zset | queued jobs of a key at its limit of running jobs | until empty |
 | `PARKED_COUNTS` | hash | model + space + key id → number of parked jobs | until empty |
 | `SPEED` + model | hash | `mean_s`: average running time in seconds; rate of starts by class | forever, one per model |
 | `OWNER` + key id | zset | job → creation time, for all jobs of an API key | as its longest-lived job |
 | `IDEM` + key id + `:` + key | string | job id for an Idempotency-Key | as the record |
-| `IMAGES` + job | hash | image digest → file (`shared.jobs.images`) | job end; 2 min if the job is never accepted |
+| `IMAGES` + job | hash | image digest → file (`shared.jobs.images`) | as `REQUEST`; 2 min if never accepted |
 | `TIMERS` | zset | job → time at which it expires | job end |
-| `FAILED` | zset | `job bytes` of failed jobs → expiry of their stored requests | retention, or until over the limit |
-| `BYTES` | hash | bytes of jobs: `total`, `growth`, `owner:` + key id, `failed`; and `failed_limit` | forever |
+| `FAILED` | zset | `job bytes` of ended jobs → expiry of their kept requests | retention, or until over the limit |
+| `BYTES` | hash | bytes of jobs: `total`, `growth`, `owner:` + key id, `failed`; `failed_limit`, `keep_all` | forever |
 | `MEMORY` | hash | `used`, `max`, `system`: Redis's memory in bytes at the reaper's last pass | forever |
 | `LEASES` | zset | worker → time at which its lease expires | until the lease expires |
 | `EXTENSIONS` | hash | worker → seconds that its lease may be extended after an outage | as the lease |
@@ -85,12 +85,12 @@ Fields of `JOB` that mainly the scripts read:
 | `end_by` | the deadline |
 | `fingerprint` | hash of the request, if it can be repeated: see `shared.jobs.readers` |
 | `reader`, `kept_until` | the API process that reads the job, and until when its lost client can come back |
-| `charged` | tokens that the job is expected to use, if its API key has a limit of tokens |
+| `charged` | tokens that the job is expected to use, if its API key has a token limit |
 | `repeats_prompt` | set if the job is a further choice of a request: its prompt does not count as usage again |
 | `children` | ids of the jobs with the further choices of the same request |
 | `response` | set if a background response waits for the job, so that its end is an event for webhooks |
 | `webhook` | JSON of the URL and events of the job's webhooks; `-` if it has none at all |
-| `traceparent` | position of the HTTP request in its trace, if it is traced |
+| `traceparent` | W3C trace context of the HTTP request, if it is traced |
 | `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
 

@@ -1,4 +1,4 @@
-"""What a draft model costs that never guesses right: it must switch itself off.
+"""What a draft model costs that is always wrong: it must switch itself off.
 
 The engine runs in process: `python -m tests.bench.bad_draft`, with `{"model": FOLDER, "rounds": …, "tokens": …}` on
 standard input, measures one model. Answers are sampled, so that they do not repeat themselves, and the draft models

@@ -38,7 +38,7 @@ def console() -> Iterator[Stack]:
 
 @pytest.fixture
 def open_page(browser: Browser, console: Stack) -> Iterator[OpenPage]:
-    """Opens a page of the console, signed in unless told otherwise. Errors of its scripts fail the test."""
+    """Opens a page of the console, signed in by default. Errors of its scripts fail the test."""
     contexts, errors = [], list[str]()
 
     def open_at(path: str, *, key: str | None = None, signed_in: bool = True, **options: object) -> Page:

@@ -46,7 +46,7 @@ SCRIPT: Final[list[dict[str, Any]]] = [
 
 @contextmanager
 def console_stack(*, background: bool = True, **variables: str) -> Iterator[Stack]:
-    """Start the API, a worker with the scripted model and, unless told otherwise, a background process."""
+    """Start the API, a worker with the scripted model and, by default, a background process."""
     with tempfile.TemporaryDirectory(prefix="mlxq-") as folder:
         script = Path(folder) / "script.jsonl"
         script.write_text("".join(json.dumps(line) + "\n" for line in SCRIPT))

@@ -23,7 +23,7 @@ def make(name: str, dtype: mx.Dtype = mx.float32, bits: int | None = None, **mor
     """A model with random weights.
 
     Args:
-        bits: pack the matrices to so many.
+        bits: number of bits to pack the matrices to.
         more: of the configuration.
     """
     module = importlib.import_module(f"mlx_lm.models.{name}")

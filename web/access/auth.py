@@ -19,7 +19,7 @@ PUBLIC_BLUEPRINTS: Final = frozenset({"health", "openapi"})
 """Blueprints whose routes answer without a key, because monitors, load balancers and browsers send none. The routes
 themselves decide what they show to strangers."""
 CONSOLE: Final = "console"
-"""The blueprint of the console, whose pages lead strangers to the sign-in page."""
+"""The blueprint of the console, whose pages redirect to the sign-in page."""
 CSRF_HEADER: Final = "X-CSRF-Token"
 CSRF_FIELD: Final = "csrf_token"
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -56,7 +56,7 @@ class Quota:
 
 
 def _token_quotas(tokens: TokensLeft | None) -> list[Quota]:
-    """Return the limits of tokens that an API key has."""
+    """Return the token limits of an API key."""
     if tokens is None:
         return []
     quotas = []
@@ -116,7 +116,7 @@ def _per_second(limit: str) -> float:
 
 
 def report_tokens(tokens: TokensLeft | None) -> None:
-    """Report what the caller's limits of tokens leave in the headers of the response."""
+    """Report in the response's headers what is left of the caller's token limits."""
     g.tokens_left = tokens
 
 

@@ -53,10 +53,10 @@ class RequestContext:
         reader: id of this process if the client repeats its request by itself; see `shared.jobs.readers`.
         limits: what the API key may use.
         max_priority: the highest priority that the API key may use.
-        silent: whether the end of the job is no event for webhooks.
+        silent: whether the end of the job causes no webhook event.
         prepare: called with the first job's id right before the jobs are accepted.
-        in_background: whether the job generates a response that nobody waits for; its end is an event for webhooks.
-        traceparent: position of the HTTP request in its trace; empty if it is not traced.
+        in_background: whether the job generates a background response, whose end causes a webhook event.
+        traceparent: W3C trace context of the HTTP request; empty if it is not traced.
         min_retention_s: minimum time for which the finished job is kept.
     """
 

@@ -120,12 +120,12 @@ class Cluster:
 
 
 def _start_s(speed: Speed, place: Place, priority: Priority, slots: int, free: float) -> float | None:
-    """Estimate the seconds until a job starts whose model has too few free slots; None if nothing was measured.
+    """Estimate the seconds until a job starts if its model has too few free slots; None if nothing was measured.
 
-    The job starts when its class reaches its turn. How fast the class advances was measured, which includes jobs of
-    other keys and classes that come later but start earlier. The measurement counts as much as it has starts. What mean
-    time and slots predict counts as much as one start per slot, because the measurement alone is wrong after many jobs
-    have started in empty slots.
+    The job starts when its class reaches its turn. The measured rate of the class accounts for jobs of other keys and
+    classes that come later but start earlier, but it is wrong after many jobs have started in empty slots. So the
+    result is a weighted mean of the measurement, weighted by its number of starts, and of the prediction from mean
+    running time and slots, weighted by the number of slots.
     """
     if speed.mean_s is None:
         return None

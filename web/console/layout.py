@@ -50,7 +50,7 @@ page_description = partial(describe, responses={200: "text/html"}, listed=False)
 
 
 def page(view: Callable[..., AnyResponse]) -> Callable[..., AnyResponse]:
-    """Show a page only to a signed-in browser; lead others to the sign-in page."""
+    """Show a page only to a signed-in browser; redirect others to the sign-in page."""
 
     @wraps(view)
     def show(*args: Any, **kwargs: Any) -> AnyResponse:
@@ -100,7 +100,7 @@ def with_headers(response: Response) -> Response:
 
 @cache
 def static_version() -> str:
-    """Return a hash of all static files: their addresses change with it, so browsers may keep them for ever."""
+    """Return a hash of all static files: their addresses change with it, so browsers may cache them forever."""
     files = sorted(path for path in STATIC.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 

@@ -85,7 +85,7 @@ def webhooks_page() -> AnyResponse:
 @page_description("Show the API keys")
 @page
 def keys_page() -> AnyResponse:
-    """All API keys, or the own one."""
+    """All API keys, or only the caller's."""
     entries = services().keys.list() if is_admin() else [caller()]
     ordered = sorted(entries, key=lambda entry: (entry.revoked_at is not None, entry.created_at))
     return render("keys", "keys", keys=[key_view(entry) for entry in ordered])
@@ -94,7 +94,7 @@ def keys_page() -> AnyResponse:
 @routes.get("/console/static/<version>/<path:name>")
 @page_description("Get a file of the console")
 def static_file(version: str, name: str) -> AnyResponse:
-    """Scripts and style sheets. Their addresses contain a hash, so they can be kept."""
+    """Scripts and style sheets. Their addresses contain a hash, so they can be cached."""
     current = version == static_version()
     response = send_from_directory(STATIC, name, max_age=31_536_000 if current else 0)
     if current:
@@ -130,7 +130,7 @@ def error_page(error: Exception) -> AnyResponse:
 
 
 def key_names() -> Mapping[str, str]:
-    """Return the names of API keys by id: of all, or of the own one."""
+    """Return the names of API keys by id: of all, or only of the caller's."""
     if not is_admin():
         return {caller().id: caller().name}
     return {key_id: key.name for key_id, key in services().keys.entries().items()}

@@ -10,7 +10,7 @@ from typing import Final
 from shared.jobs.record import Job
 
 _MIN_SHARE: Final = 0.4
-"""Least width of a bar in percent, so that it can be seen."""
+"""Minimum width of a bar in percent, so that it is visible."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ JOB_FILTERS: Final = (
         items={"type": "string", "pattern": "="},
     ),
     _parameter(
-        "key", "query", "Id of an API key, or `all`. Others than the own one need the scope `admin`", type="string"
+        "key", "query", "Id of an API key, or `all`. Keys other than the caller's need the scope `admin`", type="string"
     ),
 )
 STARTING_AFTER: Final = _parameter(
@@ -106,7 +106,7 @@ END: Final = _parameter("end", "query", "Last day (UTC); default: today", type="
 KEY: Final = _parameter("key", "query", "Id of an API key; default: the caller's. For usage also `all`", type="string")
 MODEL: Final = _parameter("model", "query", "Only this model", type="string")
 USAGE_FORMAT: Final = _parameter(
-    "format", "query", "Format of the answer; default: as the header `Accept` asks", type="string", enum=["json", "csv"]
+    "format", "query", "Format of the answer; default: from the `Accept` header", type="string", enum=["json", "csv"]
 )
 PURPOSE: Final = _parameter(
     "purpose", "query", "Only files with this purpose", type="string", enum=["batch", "batch_output"]

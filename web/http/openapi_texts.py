@@ -115,8 +115,8 @@ not exist, have errors in OpenAI's format; `/v1/messages` and the paths below it
 
 Each API key has a limit for requests with GET, and one for all others. Responses report the limit that applies in
 `X-RateLimit-Limit`, `X-RateLimit-Remaining` and `X-RateLimit-Reset` (seconds since the epoch), and in `RateLimit` and
-`RateLimit-Policy`. Answers to submissions also report the key's limits of tokens. A request over a limit gets 429, one
-that the service has no capacity for 503; `Retry-After` has the seconds to wait. `GET /v1/limits` shows a key's limits.
+`RateLimit-Policy`. Answers to submissions also report the key's token limits. A request over a limit gets 429, and one
+for which the service has no capacity 503; `Retry-After` has the seconds to wait. `GET /v1/limits` shows the limits.
 
 ## Streams
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 TRACEPARENT: Final = "mlxq.traceparent"
-"""Entry of the WSGI environment: the position of the request's span, for the job that it creates."""
+"""Entry of the WSGI environment: the `traceparent` of the request's span, for the job that it creates."""
 _ROUTE: Final = "mlxq.route"
 _UNTRACED: Final = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 """Paths that monitors poll."""

@@ -112,7 +112,7 @@ FORMER_NAMES: Final = {
     "mlxq_worker_load_s": "load_s",
     "mlxq_worker_load_progress": "load_progress",
 }
-"""Names until this release, which dashboards may still use. They will be removed."""
+"""Former names, which dashboards may still use. They will be removed in the release after the first."""
 
 
 class HistogramMetric(NamedTuple):
@@ -158,7 +158,7 @@ HISTOGRAMS: Final = {
 
 def worker_metrics(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:
     """Yield what workers report."""
-    # The card of a process that has died can still exist when its successor announces itself: the newest one counts.
+    # The announcement of a dead process can still exist when its successor announces itself: the newest one counts.
     newest = {(each.node, each.model): each for each in sorted(workers, key=lambda each: each.heartbeat_at)}
     live = [worker for _, worker in sorted(newest.items())]
     yield from _numbers(live)

@@ -51,7 +51,7 @@ def _decrypted(text: str) -> str:
 class Conversation:
     """The messages of a job.
 
-    Successive items of one author become one message, because chat templates expect alternating roles.
+    Consecutive items with the same role become one message, because chat templates expect alternating roles.
 
     Args:
         items: all items, each with its path in the request.

@@ -1,7 +1,7 @@
 """Where stored responses are: on disk or in Redis.
 
 A response has two parts, which never change: its request, written before its job is accepted, and its answer, written
-after the job has ended (`web.background.responses`). Until then, the job's log has the answer.
+after the job has ended (`web.background.response_keeper`). Until then, the job's log has the answer.
 
     RESPONSES_DIR/<key id>/<response id>.request.json
     RESPONSES_DIR/<key id>/<response id>.answer.json

@@ -1,4 +1,4 @@
-"""Responses as their owners see them."""
+"""The response objects that the API returns."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ routes = Blueprint("keys", __name__, url_prefix="/v1/keys")
 @routes.get("")
 @describe("List API keys", responses={200: KeyList})
 def list_keys() -> Response:
-    """All keys with the scope `admin`, including revoked ones; otherwise only the own key."""
+    """All keys with the scope `admin`, including revoked ones; otherwise only the caller's."""
     entries = services().keys.list() if is_admin() else [caller()]
     return _json(KeyList(data=[key_view(entry) for entry in entries]))
 

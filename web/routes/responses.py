@@ -50,7 +50,7 @@ from web.services import services
 
 
 class ResponseIdConverter(BaseConverter):
-    """Matches the ids of responses in paths, and no words such as `input_tokens`."""
+    """Matches the ids of responses in paths, but not words such as `input_tokens`."""
 
     regex = "resp_[^/]+"
 

@@ -121,7 +121,7 @@ def _key(key_id: str) -> ApiKey:
     """Return a key by its id, also a revoked one.
 
     Raises:
-        Forbidden: it is not the caller's, who has not the scope `admin`.
+        Forbidden: it is not the caller's key, and the caller lacks the scope `admin`.
         NotFound: there is no such key.
     """
     if key_id == caller().id:

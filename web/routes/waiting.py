@@ -50,9 +50,9 @@ def disconnect_handler(job: Job, may_retry: Callable[[], bool] = lambda: True) -
 
 
 def stored_disconnect_handler(job: Job) -> Callable[[], None]:
-    """Return what to call when the client of a stream disconnects that can be resumed.
+    """Return the function to call when the client of a resumable stream disconnects.
 
-    The job gets some time, and is not cancelled if another client streams it then.
+    It cancels the job after a grace period, unless another client streams the job then.
     """
     return keep_job if idempotency_key() else job_retainer(services(), job, services().readers.is_streamed)
 

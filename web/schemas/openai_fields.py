@@ -63,7 +63,7 @@ class SampledRequest(RequestModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop = Field([])
     stream: bool = False
-    metadata: Metadata = Field({}, description="Strings that are stored and returned with the answer's job")
+    metadata: Metadata = Field({}, description="Strings that are stored and returned with the job")
     service_tier: ServiceTier = Field(
         "auto",
         description="`flex`: the lowest priority; `priority`, `fast` or `ultrafast`: the highest that the API key may "

@@ -67,13 +67,13 @@ class UsageReport(ResponseModel):
 
 
 class RequestLimit(ResponseModel):
-    """The limit of requests. How much of it is left is in the headers of responses."""
+    """The limit on requests. How much of it is left is in the headers of responses."""
 
     limit: str = Field(description="For requests other than GET, such as `100/minute`")
 
 
 class TokensPerMinute(ResponseModel):
-    """The limit of tokens per minute."""
+    """The limit on tokens per minute."""
 
     limit: int | None = Field(description="Null: unlimited")
     remaining: int | None
@@ -81,31 +81,31 @@ class TokensPerMinute(ResponseModel):
 
 
 class TokensPerDay(ResponseModel):
-    """The limit of tokens per day."""
+    """The limit on tokens per day."""
 
     limit: int | None = Field(description="Null: unlimited")
     used: int = Field(description="Tokens of jobs that ended since midnight UTC")
-    reserved: int = Field(description="Tokens that unfinished jobs are expected to use; 0 without a limit of tokens")
+    reserved: int = Field(description="Tokens that unfinished jobs are expected to use; 0 without a token limit")
     remaining: int | None
     reset_s: float = Field(description="Seconds until midnight UTC")
 
 
 class QueuedJobs(ResponseModel):
-    """The limit of waiting jobs."""
+    """The limit on waiting jobs."""
 
     limit: int = Field(description="Maximum per model")
     used: dict[str, int] = Field(description="Waiting jobs by model")
 
 
 class QueuedBytes(ResponseModel):
-    """The limit of Redis memory that unfinished jobs reserve."""
+    """The limit on the Redis memory that unfinished jobs reserve."""
 
     limit: int | None = Field(description="Null: a share of the memory of Redis")
     used: int
 
 
 class RunningJobs(ResponseModel):
-    """The limit of running jobs of all models together; further jobs wait."""
+    """The limit on running jobs of all models together; further jobs wait."""
 
     limit: int | None = Field(description="Null: unlimited")
     used: int

@@ -28,8 +28,8 @@ BOUNDS: Final = {
     "prefill": _FIRST_TOKEN,
     "inter_token_latency": _PER_TOKEN,
 }
-"""Upper bounds in seconds. Where OpenTelemetry names a metric, its bounds are kept and a few are added at the ends:
-small models are faster, and jobs wait longer, than its authors assumed."""
+"""Upper bounds in seconds. For metrics that OpenTelemetry defines, these are its bounds and a few more at both ends,
+because small models are faster and queues longer than its bounds allow for."""
 
 
 class ModelClock:

@@ -30,7 +30,7 @@ SHORT_IMAGE_S = 0.02
 """An image that costs at most this is encoded whole, even if rows decode."""
 BATCH_PASSES = 4
 """A pass over short prompts of the class `batch` has at most this part of a chunk. With a whole chunk, the p99 of the
-times to the first token beside a batch rises from 1.20 to 1.50 of those without it, with equal throughput of the batch
+time to the first token beside a batch is 1.50 instead of 1.20 times the p99 without a batch, and the batch is no faster
 (`tests.bench.batch_engine`, a CPU)."""
 MAX_SHORT_PROMPTS = 8
 """Maximum short prompts in one pass. More would not make a token cheaper, and would delay the first answers."""

@@ -269,7 +269,7 @@ class Scheduler:
         return [each for uid, each in self.running.items() if each.prompt.media and uid not in self._ready]
 
     def _reserved(self) -> int:
-        """Return the number of rows that jobs of the class `batch` leave free; not all, if there are few at present."""
+        """Return the number of rows that jobs of the class `batch` leave free. They always get at least one row."""
         return min(self._reserve, self._max_rows - 1)
 
     def _preempt(self) -> list[int]:
@@ -297,7 +297,7 @@ class Scheduler:
         return preempted
 
     def _lack_room(self, urgent: list[Sequence]) -> bool:
-        """Return whether waiting rows lack slots, or the first one memory that rows of the class `batch` have."""
+        """Return whether waiting rows lack slots, or the first one lacks memory that rows of the class `batch` hold."""
         if len(self.running) + len(urgent) > self._max_rows:
             return True
         rows, encoding = self.running.values(), self._encoding()

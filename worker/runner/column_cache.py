@@ -103,7 +103,7 @@ class ColumnCache:
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> mx.array | None:  # noqa: N803 - mlx-lm's names
         """Return which of the columns that `update_and_fetch` returns each of the next `N` tokens attends to.
 
-        None: all of them. A mask costs about 10 operations per step, and on a GPU the faster kernels.
+        None: all of them. With a mask, a step takes about 10 more operations, and a GPU cannot use its faster kernels.
         """
         if N == 1 and not self._padded and not return_array and window_size in (None, self.window):
             return None

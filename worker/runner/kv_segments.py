@@ -35,7 +35,7 @@ CUTTABLE_TOKENS = 2048
 """Minimum number of tokens at the end of a thinned prefix after any of which a row can begin."""
 
 THINNED_WINDOWS = 8
-"""Before these tokens, a window is kept every so many windows, or every `CUTTABLE_TOKENS` if these are more. Gemma 3
+"""Before these tokens, one window is kept per this many windows, or per `CUTTABLE_TOKENS` if that is longer. Gemma 3
 12B takes 384 KiB per token with all columns, 64 KiB without those of windows, and about 120 KiB thinned."""
 
 
@@ -196,7 +196,7 @@ class Layout:
         return self.token_bytes * length + self.state_bytes
 
     def thinned_nbytes(self, length: int) -> int:
-        """Return about the bytes of a thinned prefix; see `is_kept`. Of the windows, at most a quarter is kept."""
+        """Return the approximate bytes of a thinned prefix; see `is_kept`. At most a quarter of the windows is kept."""
         return self.nbytes(length) - self.window_bytes * max(0, length - self._cuttable) * 3 // 4
 
     def is_kept(self, start: int, stop: int, end: int) -> bool:

@@ -52,7 +52,7 @@ UNLOAD_S: Final = 600.0
 """Longest wait for the engine thread to unload a model. It may be in a long step."""
 SLOTS_PER_RESERVED_ROW: Final = 16
 """By default, jobs of the class `batch` leave one row per this many slots free. Further rows are preempted when other
-jobs need them, so the reserve need not be large. Its price is a sixteenth of the rows while only batches run."""
+jobs need them, so the reserve need not be large. It costs a sixteenth of the rows while only batches run."""
 RATE_WINDOW_S: Final = 60.0
 """Period over which tokens per second are averaged."""
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 PUBLISH_EVERY_S: Final = 0.5
 """Time between two publications of an operation's progress, and between two tries while Redis is unreachable."""
 UNUSED_CHECK_S: Final = 1.0
-"""Interval of looks for models that nothing uses."""
+"""Interval between searches for unused models."""
 RETRY_LIMIT_S: Final = 120.0
 """Longest time for which the end of an operation is retried while Redis is unreachable."""
 

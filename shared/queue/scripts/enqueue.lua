@@ -24,7 +24,7 @@
 --     record         record fields as name, value, …
 -- ARGV[2..]: for each job its request as JSON, and its packed token ids or ''
 -- Returns {'created' or 'exists', 1 if the model's workers must be woken else 0, place of the first job (see `queue_place`),
---   what is left of the limits of tokens (see `tokens_left`) or '', its record as name, value, …}, or why the jobs were
+--   what is left of the token limits (see `tokens_left`) or '', its record as name, value, …}, or why the jobs were
 --   rejected, with the seconds to wait or '' and what is left: {'reused', ''} (Idempotency-Key with another fingerprint), {'full', …},
 --   {'too large', …}, {'owner queue full', …}, {'owner full', …}, {'tokens per minute', …}, {'tokens per day', …},
 --   {'bytes full', …}, {'memory full', …} or {'images', …} (images are missing)

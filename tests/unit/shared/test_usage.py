@@ -1,4 +1,4 @@
-"""Usage counts each job once; limits of tokens are checked when jobs are accepted and corrected when they end."""
+"""Usage counts each job once; token limits are checked when jobs are accepted and corrected when they end."""
 
 from __future__ import annotations
 

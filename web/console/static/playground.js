@@ -22,7 +22,7 @@ function save() {
   try {
     sessionStorage.setItem(STORE, JSON.stringify({ turns: turns.map(({ element, ...turn }) => turn), fields }));
   } catch {
-    toast("The images are too large for the browser to keep them over a reload.", true);
+    toast("The images are too large to survive a reload of the page.", true);
   }
 }
 

@@ -36,7 +36,7 @@ def stops(
 
     Args:
         reused: number of tokens whose cache the row takes from the prefix cache.
-        matched: number of tokens that an earlier row had in common with this one: likely so has the next one.
+        matched: number of tokens that an earlier row had in common with this one; the next row probably has them, too.
         turn_ends: ids of the tokens that end a message. The first message is the system message, if there is one.
         form: how the model marks its thoughts.
     """

@@ -8,7 +8,7 @@ local MINUTE_S = 60
 local DEFAULT_WAIT_S = 10 -- while no rate has been measured
 local MAX_WAIT_S = 600
 
--- Returns the limits of tokens that a request names, and their state; nil if it names none.
+-- Returns the token limits that a request names, and their state; nil if it names none.
 local function read_limits(request, at)
   local per_minute, per_day = request.tokens_per_minute, request.tokens_per_day
   if per_minute == 0 and per_day == 0 then
@@ -26,7 +26,7 @@ local function read_limits(request, at)
     day_left_s = DAY_S - at % DAY_S}
 end
 
--- Returns which limit of tokens further jobs would exceed, and the seconds until they would not; nil if none.
+-- Returns which token limit further jobs would exceed, and the seconds until they would not; nil if none.
 local function exceeded_tokens(limits, expected)
   if not limits then
     return nil

@@ -4,7 +4,7 @@ local CLASS_WIDTH = 1e12 -- score in a queue = class * CLASS_WIDTH + turn; turn 
 
 -- Parked jobs -----------------------------------------------------------------------------------------------------
 
--- If an owner has a limit of running jobs and has reached it, claims take its next jobs out of the queue. Otherwise they
+-- If an owner has reached its limit on running jobs, claims take its next jobs out of the queue. Otherwise they
 -- would collect at its front, and a claim would have to pass thousands of them to find a job that may run.
 
 -- Returns the numbers of parked jobs of a model by owner.

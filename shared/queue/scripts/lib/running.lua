@@ -1,4 +1,4 @@
--- Limits of running jobs per owner. The jobs are counted when a limit must be checked, which takes about 1 µs per running
+-- Limits on running jobs per owner. The jobs are counted when a limit must be checked, which takes about 1 µs per running
 -- job, so no counter can drift. Needs lib/job.lua.
 
 local running = {}
@@ -48,8 +48,8 @@ end
 
 local MAX_UNPARKED = 200
 
--- Returns parked jobs to the queue as far as the limits of their owners allow, so that the queue has as many of an owner's
--- jobs as may run. Returns the models that have them. `model`: only those of this model; nil for all.
+-- Returns parked jobs to the queue, for each owner as many as may run. Returns the models of these jobs. `model`: only
+-- those of this model; nil for all.
 function running.unpark(model)
   local models = {}
   for _, field in ipairs(redis.call('HKEYS', K.PARKED_COUNTS)) do

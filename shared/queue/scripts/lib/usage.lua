@@ -7,8 +7,8 @@ local PROMPT, COMPLETION = 5, 7
 local DAY_S = 86400
 local USAGE_DAYS = 400
 
--- K.CHARGES..owner exists for keys with a limit of tokens:
--- * `debt`: tokens that the key has used and that its limit per minute has not made up for, as of `at`
+-- K.CHARGES..owner exists for keys with a token limit:
+-- * `debt`: used tokens that the limit per minute has not refilled yet, as of `at`
 -- * `reserved`: tokens that its unfinished jobs are expected to use
 local TOKENS_TTL_S = 8 * DAY_S -- longer than a job can take
 
@@ -24,7 +24,7 @@ local function read_counters(text)
   return counters
 end
 
--- Counts an ended job. `tokens` has the numbers of its tokens by the names of the counters.
+-- Counts an ended job. `tokens` has its numbers of tokens, by name of the counter.
 local function count_usage(owner, model, status, at, tokens)
   local key = usage_key(owner, at)
   local counters = read_counters(redis.call('HGET', key, model))
