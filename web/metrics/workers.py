@@ -158,7 +158,7 @@ HISTOGRAMS: Final = {
 
 def worker_metrics(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:
     """Yield what workers report."""
-    # The announcement of a dead process can still exist when its successor announces itself: the newest one counts.
+    # The card of a dead process can still exist when its successor announces itself: the newest one counts.
     newest = {(each.node, each.model): each for each in sorted(workers, key=lambda each: each.heartbeat_at)}
     live = [worker for _, worker in sorted(newest.items())]
     yield from _numbers(live)

@@ -15,7 +15,6 @@ from web.schemas.response_format import Source
 from web.schemas.template_options import ReasoningEffort, TemplateVariables
 from web.schemas.tools import MAX_TOOLS, ToolName
 
-RESPONSE_ID: Final = r"^resp_[0-9a-f]{28}$"
 Includable = Literal[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",

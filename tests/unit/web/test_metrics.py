@@ -84,7 +84,7 @@ def test_the_page_lists_exactly_the_metrics_of_the_api() -> None:
 
 def test_a_restarted_worker_continues_its_time_series(client: Redis) -> None:
     for number, model, tokens in (
-        (2, "a", 1.0),  # the predecessor, which has died; its announcement has not expired yet
+        (2, "a", 1.0),  # the predecessor, which has died; its card has not expired yet
         (1, "a", 2.0),
         (3, "b", 3.0),
     ):

@@ -12,6 +12,7 @@ import pytest
 from mlx_lm.models import gemma3_text, llama
 
 from tests.support import architectures
+from tests.support.prefix_caches import PLENTY, counting, filled, store
 from tests.support.small_models import small_model
 from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
@@ -21,7 +22,6 @@ from worker.runner.prefix.cache import MIN_TOKENS, PrefixCache
 from worker.runner.prefix.files import SUFFIX, PrefixFiles
 from worker.runner.prefix.spill import Spill
 
-PLENTY = 2**30
 TOKEN_BYTES = 2 * 2 * 2 * 4 * 4
 """Keys and values, layers, heads, head size, bytes."""
 
@@ -41,21 +41,6 @@ def sliding() -> Any:
 def hybrid() -> Any:
     """A model with a recurrent state in every other layer."""
     return architectures.make("qwen3_5", vocab_size=64)
-
-
-def filled(model: Any, *prompts: Sequence[int]) -> KVCache:
-    """Return a batch cache that holds these prompts."""
-    cache = KVCache.empty(model, len(prompts))
-    forward.fill(model, cache, prompts)
-    return cache
-
-
-def store(cache: PrefixCache, model: Any, tokens: Sequence[int], owner: str = "me") -> None:
-    cache.store(owner, tokens, filled(model, tokens), 0)
-
-
-def counting(start: int, length: int) -> list[int]:
-    return [(start + i * 7) % 64 for i in range(length)]
 
 
 def nodes(cache: PrefixCache) -> Iterator[Any]:

@@ -14,20 +14,16 @@ import pytest
 from mlx_lm.models import llama
 
 from shared.jobs.request import Request, Sampling
-from tests.support import architectures
+from tests.support.prefix_caches import PLENTY, CacheFactory, counting, fetch_all, filled, store
 from tests.support.small_models import small_model
-from worker.runner import forward
 from worker.runner.base import Row
 from worker.runner.kv_cache import KVCache
-from worker.runner.kv_segments import Layout, Segment
-from worker.runner.prefix.blocks import BLOCK, BlockChain, split_name
+from worker.runner.kv_segments import Segment
+from worker.runner.prefix.blocks import BLOCK
 from worker.runner.prefix.cache import PrefixCache
-from worker.runner.prefix.disk import WRITE_BYTES_PER_S
 from worker.runner.prefix.fetch import PrefixFetch
 from worker.runner.prefix.files import SUFFIX, PrefixFiles
-from worker.runner.prefix.spill import Spill
 
-PLENTY = 2**30
 TOKEN_BYTES = 2 * 2 * 2 * 4 * 4
 """Keys and values, layers, heads, head size, bytes."""
 
@@ -37,57 +33,11 @@ def model() -> Any:
     return small_model(llama, model_type="llama")
 
 
-class CacheFactory:
-    """Creates prefix caches over one folder, each like that of a worker."""
-
-    def __init__(self, folder: Path, model: Any) -> None:
-        self.folder = folder
-        self._model = model
-        self.spills: list[Spill] = []
-
-    def __call__(
-        self, max_bytes: int = PLENTY, disk_bytes: int = PLENTY, max_pending: int = PLENTY // 8
-    ) -> PrefixCache:
-        spill = Spill(PrefixFiles(self.folder, "model", disk_bytes, 1e6), max_pending)
-        spill.open()
-        self.spills.append(spill)
-        return PrefixCache(self._model, max_bytes + max_pending, spill)
-
-    def on_disk(self) -> int:
-        """Return the number of blocks on disk."""
-        return len(list(self.folder.rglob("*" + SUFFIX)))
-
-
 @pytest.fixture
 def make(tmp_path: Path, model: Any) -> Iterator[CacheFactory]:
     factory = CacheFactory(tmp_path / "prefixes", model)
     yield factory
-    for spill in factory.spills:
-        spill.close(10)
-
-
-def counting(start: int, length: int) -> list[int]:
-    return [(start + i * 7 + i // 64) % 64 for i in range(length)]
-
-
-def filled(model: Any, tokens: Sequence[int]) -> KVCache:
-    cache = KVCache.empty(model)
-    forward.fill(model, cache, [tokens])
-    return cache
-
-
-def store(cache: PrefixCache, model: Any, tokens: Sequence[int], owner: str = "me") -> None:
-    cache.store(owner, tokens, filled(model, tokens), 0)
-
-
-def fetch_all(cache: PrefixCache, tokens: Sequence[int], owner: str = "me") -> int:
-    """Read these tokens from disk. Returns how many of them are in memory then."""
-    fetch = cache.fetch(owner, tokens)
-    while fetch is not None:
-        fetch.pieces[0].content.result(10)
-        if not cache.add_fetched(fetch):
-            break
-    return cache.length(owner, tokens)
+    factory.close()
 
 
 def wait_for_writes(cache: PrefixCache) -> None:
@@ -357,57 +307,3 @@ def test_only_the_shared_part_of_a_prefix_is_shared_on_disk(make: CacheFactory, 
     assert fetch_all(second, tokens, "you") == 2 * BLOCK
     assert fetch_all(second, tokens, "me") == 3 * BLOCK
     assert second.length("you", tokens) == 2 * BLOCK
-
-
-def test_of_close_checkpoints_only_the_first_is_written(tmp_path: Path) -> None:
-    hybrid = architectures.make("qwen3_5", vocab_size=64)
-    factory = CacheFactory(tmp_path / "prefixes", hybrid)
-    cache, tokens = factory(), counting(1, 3 * BLOCK)
-    lengths = (BLOCK, BLOCK + 20, 2 * BLOCK + 16, 2 * BLOCK + 17)
-    for length in lengths:
-        store(cache, hybrid, tokens[:length])
-    state_bytes = cache.layout.state_bytes if cache.layout else 0
-    cache.disk.token_s = state_bytes / WRITE_BYTES_PER_S / 100  # computing a state over 100 tokens pays
-    cache.close(10)
-    written = {split_name(path.stem)[1] for path in factory.folder.rglob("*-*" + SUFFIX)}
-    assert written == {0, 16}  # tokens after a block: those of the first and of the third checkpoint
-    assert fetch_all(factory(), tokens[: 2 * BLOCK + 17]) == 2 * BLOCK + 16
-
-
-def test_the_last_checkpoint_whose_blocks_are_on_disk_is_read(tmp_path: Path) -> None:
-    hybrid = architectures.make("qwen3_5", vocab_size=64)
-    factory = CacheFactory(tmp_path / "prefixes", hybrid)
-    cache, tokens = factory(), counting(1, 4 * BLOCK)
-    for length in (BLOCK + 30, 3 * BLOCK + 30):
-        store(cache, hybrid, tokens[:length])
-    cache.close(10)
-    files = {path.stem: path for path in factory.folder.rglob("*" + SUFFIX)}
-    assert factory().stats()["prefix_disk_bytes"] == sum(path.stat().st_size for path in files.values())
-    assert fetch_all(factory(), tokens) == 3 * BLOCK + 30
-    names = [chain.name for chain in BlockChain.of("me").blocks(tokens)]
-    assert [name in files for name in names] == [True, True, True, False]
-    files[names[1]].unlink()
-    assert fetch_all(factory(), tokens) == BLOCK + 30
-
-
-def test_a_thinned_prefix_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.runner.kv_segments.CUTTABLE_TOKENS", 256)
-    model = architectures.make("gemma3_text", vocab_size=64)
-    layout, tokens = Layout.of(model), counting(1, 850)
-    assert layout is not None
-    limit = layout.nbytes(800)
-    factory = CacheFactory(tmp_path / "prefixes", model)
-    cache, row = factory(limit), KVCache.empty(model)
-    for stop in range(50, len(tokens) + 1, 50):
-        forward.fill(model, row, [tokens[stop - 50 : stop]])
-        cache.store_partial("me", tokens[:stop], row, len(tokens))
-    assert [cache.length("me", [*tokens[:length], 63]) for length in (850, 450)] == [850, 300]
-    cache.close(20)
-    again = factory(limit)
-    assert fetch_all(again, tokens) == 850 - 850 % BLOCK
-    assert again.length("me", [*tokens[:450], 63]) <= 300
-    length, loaded = again.load("me", tokens)
-    forward.fill(model, loaded, [tokens[length:]])
-    found, expected = (forward.fill(model, each, [[9, 8, 7]]) for each in (loaded, row))
-    assert found is not None and expected is not None
-    assert mx.allclose(found, expected, atol=1e-3)
