@@ -254,13 +254,13 @@ class Settings(Locations, SettingsChecks):
     )
     keep_requests: Literal["failed", "all"] = Field(
         "failed",
-        description="Which ended jobs keep their request, so that it can be read and run again: `failed`, or `all`. At "
-        "most FAILED_REQUEST_BYTES",
+        description="Which ended jobs keep their request, so that it can be read and run again: `failed` or `all`, "
+        "within FAILED_REQUEST_BYTES",
     )
     prompt_access: Literal["admin", "owner", "none"] = Field(
         "admin",
-        description="Who can read the prompt and the images of a job: `admin`: the API key that submitted it and keys "
-        "with the scope `admin`, `owner`: only the former, `none`: nobody",
+        description="Who can read the prompt and the images of a job. `admin`: its API key and keys with the scope "
+        "`admin`; `owner`: only its API key; `none`: nobody",
     )
     start_within_s: float = Field(
         24 * 3600.0,
@@ -319,8 +319,8 @@ class Settings(Locations, SettingsChecks):
     reserved_rows: int | None = Field(
         None,
         ge=0,
-        description="Number of these rows that jobs of the class `batch` leave free, so that other jobs start at once. "
-        "Empty: a sixteenth of them",
+        description="Number of the SLOTS rows that jobs of the class `batch` leave free, so that other jobs start at "
+        "once. Empty: a sixteenth of them",
     )
     prefill_step_tokens: int = Field(
         0,
@@ -372,7 +372,7 @@ class Settings(Locations, SettingsChecks):
         description="Minimum log level: DEBUG, INFO, WARNING or ERROR",
     )
     log_prompts: bool = Field(
-        False, description="Log the prompt or the messages of each accepted job. Otherwise no log has any text of them"
+        False, description="Log the prompt or the messages of each accepted job. Otherwise no log contains their text"
     )
     otel_exporter_otlp_endpoint: str = Field(
         "",

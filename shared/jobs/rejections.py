@@ -48,7 +48,7 @@ _TOKENS: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "tokens per day": (
         "tokens_per_day",
-        "This API key and its unfinished jobs use all its tokens per day (TOKENS_PER_DAY_PER_KEY or its own limit).",
+        "This API key has used its tokens per day, with its unfinished jobs (TOKENS_PER_DAY_PER_KEY or its own limit).",
     ),
 }
 """Codes and details of requests that exceed a token limit."""

@@ -17,7 +17,7 @@ from web.access.sessions import COOKIE, Session, Sessions
 
 PUBLIC_BLUEPRINTS: Final = frozenset({"health", "openapi"})
 """Blueprints whose routes answer without a key, because monitors, load balancers and browsers send none. The routes
-themselves decide what they show to strangers."""
+themselves decide what they show without a key."""
 CONSOLE: Final = "console"
 """The blueprint of the console, whose pages redirect to the sign-in page."""
 CSRF_HEADER: Final = "X-CSRF-Token"
