@@ -1,7 +1,7 @@
 """Traces for OpenTelemetry: the connection to a collector, trace contexts, and spans with known ids.
 
 OpenTelemetry is imported only if a collector is configured. Finished spans wait in a bounded queue, from which a thread
-sends them: a slow collector costs spans, never time of a job.
+sends them: a slow collector may lose spans, but never delays a job.
 """
 
 from __future__ import annotations
