@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, get_args
 
 import redis
 from flask import request, send_from_directory
@@ -19,6 +19,8 @@ from web.http import problems
 from web.routes.keys import key_view
 from web.routes.models import model_views
 from web.routes.overview import overview
+from web.schemas.batches import BatchEndpoint
+from web.schemas.webhooks import WebhookEvent
 from web.services import services
 from web.webhooks.deliveries import DeliveryStatus
 
@@ -63,7 +65,7 @@ def models_page() -> AnyResponse:
 @page
 def batches_page() -> AnyResponse:
     """Batches and their progress."""
-    return render("batches", "batches", batches=_batches(), models=model_views(), key_names=key_names())
+    return render("batches", "batches", batches=_batches(), endpoints=get_args(BatchEndpoint), key_names=key_names())
 
 
 @routes.get("/console/webhooks")
@@ -76,6 +78,7 @@ def webhooks_page() -> AnyResponse:
         "webhooks",
         "webhooks",
         endpoints=current.receivers.endpoints() if is_admin() else [],
+        events=get_args(WebhookEvent),
         dead=current.deliveries.list(DeliveryStatus.DEAD, owner, _MAX_DELIVERIES),
         pending=current.deliveries.list(DeliveryStatus.PENDING, owner, _MAX_DELIVERIES),
     )

@@ -9,6 +9,8 @@ from pydantic import Field
 from web.schemas.base import RequestModel, ResponseModel
 from web.schemas.requests import Metadata
 
+BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+
 
 class ExpiresAfter(RequestModel):
     """When the result files of a batch are deleted."""
@@ -25,9 +27,7 @@ class BatchRequest(RequestModel):
         max_length=64,
         description="A file with purpose `batch`: at most 50,000 lines, each with `custom_id`, `method`, `url`, `body`",
     )
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"] = Field(
-        description="The route to which all requests are addressed"
-    )
+    endpoint: BatchEndpoint = Field(description="The route to which all requests are addressed")
     completion_window: str = Field(
         pattern=r"^[1-9]\d{0,6}[smhd]$",
         description="Time within which the batch must end, for example `24h`. Requests that have not ended by then "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from flask import Flask
@@ -21,6 +21,8 @@ from web.access.sessions import COOKIE
 from web.app import create_app
 from web.console.formats import duration, size
 from web.console.layout import NAVIGATION
+from web.schemas.batches import BatchEndpoint
+from web.schemas.webhooks import WebhookEvent
 
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 NONE = "\N{EN DASH}"
@@ -203,3 +205,9 @@ def test_a_failed_job_runs_again_for_its_owner_unless_the_key_is_revoked(
     assert admin.get("/v1/jobs?key=all&status=failed", headers=HTML).json["data"][0]["id"] == job.id  # type: ignore[index]
     store.revoke("user")
     assert admin.post(f"/v1/jobs/{job.id}/retry", headers=headers).status_code == 409
+
+
+def test_forms_offer_what_the_api_accepts(admin: FlaskClient) -> None:
+    batches, webhooks = (admin.get(f"/console/{page}", headers=HTML).text for page in ("batches", "webhooks"))
+    assert all(f"<option>{endpoint}</option>" in batches for endpoint in get_args(BatchEndpoint))
+    assert all(f'value="{event}"' in webhooks for event in get_args(WebhookEvent))
