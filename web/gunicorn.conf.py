@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gevent
-from redis import RedisError
 
 from shared.load_settings import load_or_exit
 from shared.runtime import freeze_garbage_collector
@@ -122,6 +121,8 @@ def _abort_revoked(services: Any) -> None:
 
 
 def _load_tokenizers(worker: Any, services: Any) -> None:
+    from redis import RedisError  # imported before gevent patches ssl, its connections would block
+
     # Otherwise the first prompt waits for the helper process. A model that is loaded later loads its tokenizer with its
     # first prompt.
     until = time.monotonic() + _TOKENIZERS_WITHIN_S

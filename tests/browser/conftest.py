@@ -16,9 +16,12 @@ from web.access.sessions import COOKIE, Sessions
 TIMEOUT_MS = 30_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser process; every page has a profile of its own."""
+    """One browser process; every page has a profile of its own.
+
+    Not for the session: Playwright runs an event loop in this thread, in which other tests could not run their own.
+    """
     path = chromium.find()
     assert path is not None, "Chromium is missing: install it, or set CHROMIUM to its path (scripts/test installs it)"
     expect.set_options(timeout=TIMEOUT_MS)

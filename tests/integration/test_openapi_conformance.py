@@ -21,7 +21,8 @@ with-security-parameters = false  # the key that each request has is enough, wha
 # 422: some rules, such as "at least one message has text", are beyond JSON Schema.
 # 406, 503: a valid request for a format that a stream does not have, or for a worker when none is running.
 # 504: the deadline of a job can be shorter than its execution.
-expected-statuses = ["2xx", "3xx", 404, 406, 409, 422, 429, 503, 504]
+# 410: the request of a job that has ended is usually no longer stored.
+expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429, 503, 504]
 
 [checks.negative_data_rejection]
 # 413: what is wrong with a body does not matter if it is too large.

@@ -96,7 +96,7 @@ def pubsub(settings: Settings) -> object:
 
 
 def limiter(settings: Settings) -> object:
-    storage = rate_limits.register(Flask("test"), settings).storage
+    storage = rate_limits.register(Flask("test"), settings, lambda _response, _quotas: None).storage
     assert storage.get("key") == 0
     return storage
 

@@ -101,6 +101,7 @@ def test_a_model_lists_its_workers(web: WebStack) -> None:
     assert first == {
         "worker": "w1@host", "state": "warm", "slots": 8, "slots_used": 3, "pinned": True, "progress": 1.0,
         "memory_bytes": 64, "load_s": 1.5, "tokens_per_s": 20.0, "batching": None,
+        "unused_s": 0.0,
     }  # fmt: skip
     assert (second["state"], second["progress"], second["pinned"]) == ("loading", 0.5, False)
     eventually(lambda: listed(web)["one"]["state"] == "cold", "the workers have expired", within_s=5)

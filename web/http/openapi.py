@@ -152,8 +152,8 @@ _EVENT_SCHEMAS: Final[Mapping[str, Schema]] = {
 }
 """One entry for each of `FORMATS`."""
 
-Content = type[BaseModel] | str | None
-"""The body of a response: JSON of a model, text of a media type, or none."""
+Content = type[BaseModel] | str | tuple[type[BaseModel] | str, ...] | None
+"""The body of a response: JSON of a model, text of a media type, one of several, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +331,8 @@ def _anthropic_errors(statuses: Iterable[int]) -> Iterator[tuple[str, Response]]
 def _content(content: Content) -> dict[str, MediaType] | None:
     if content is None:
         return None
+    if isinstance(content, tuple):
+        return {name: media for each in content for name, media in (_content(each) or {}).items()}
     if isinstance(content, str):
         return {content: _media_type(None)}
     return {"application/json": _media_type(content)}

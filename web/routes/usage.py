@@ -46,7 +46,7 @@ COLUMNS: Final = ("date", "key", "key_name", "model", *UsageCounters.model_field
 @routes.get("/v1/usage")
 @describe(
     "Get usage",
-    responses={200: UsageReport},
+    responses={200: (UsageReport, "text/csv")},
     errors=(404,),
     parameters=(openapi.START, openapi.END, openapi.KEY, openapi.MODEL, openapi.USAGE_FORMAT),
 )
