@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+import redis
 from flask import Blueprint, Response, request
 from werkzeug.routing import BaseConverter
 
@@ -193,10 +194,18 @@ def _respond() -> Response:
     if body.stream:
         answer = _stream(accepted, response, body)
     elif body.background:
-        answer = _rendered(view(accepted.job, response.echoed, status_of(accepted.job), ()))
+        answer = _json(_present(accepted.job, response))
     else:
         answer = _complete(accepted, response)
     return with_job_headers(answer, accepted)
+
+
+def _present(job: Job, response: StoredResponse) -> dict[str, object]:
+    """Return a background response, which has ended already if an earlier request created it."""
+    if job.status.terminal:
+        responses = services().responses
+        return responses.view(responses.get(response_id(job.id), response.owner))
+    return view(job, response.echoed, status_of(job), ()).model_dump()
 
 
 def _submit(body: ResponseRequest, items: Sequence[Item], translated: Translated, response: StoredResponse) -> Accepted:
@@ -217,7 +226,7 @@ def _submit(body: ResponseRequest, items: Sequence[Item], translated: Translated
             accepted = submit_choices(
                 [translated.request], 1, body, begin if body.store else lambda _: None, in_background=body.background
             )
-    except NotDurable:  # the job may exist
+    except (NotDurable, redis.RedisError):  # the job may exist; if it does not, the background process discards it
         raise
     except Exception:
         discard()
