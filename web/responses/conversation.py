@@ -69,11 +69,14 @@ class Conversation:
         self.paths: dict[str, str] = {}
         self._calls = set[tuple[str, str]]()
         self._images: list[tuple[str, dict[str, Any]]] = []
+        self._texts: dict[tuple[int, str], list[str]] = {}
         if instructions:
-            self._add({"role": "system", "content": instructions}, "instructions")
+            self._add({"role": "system", "content": ""}, "instructions")
+            self._extend("content", instructions)
         for path, item in items:
             self._translate(item, path)
         self._add_images()
+        self._join_texts()
         if self.messages and self.messages[-1]["role"] == "assistant":
             detail = "The last item must be a message that the model answers, or the output of a tool."
             raise Invalid(detail, field="input")
@@ -110,10 +113,9 @@ class Conversation:
     def _add_system(self, item: MessageItem, path: str) -> None:
         """Add a system message. Those at the beginning become one: many templates read only the first message."""
         text = _text(item)
-        if self.messages and all(message["role"] in _SYSTEM for message in self.messages):
-            self.messages[0]["content"] += f"\n\n{text}"
-        else:
-            self._add({"role": "system" if not self.messages else item.role, "content": text}, path)
+        if not (self.messages and all(message["role"] in _SYSTEM for message in self.messages)):
+            self._add({"role": "system" if not self.messages else item.role, "content": ""}, path)
+        self._extend("content", text)
 
     def _add_user(self, parts: Sequence[tuple[str, dict[str, Any]]], path: str) -> None:
         if not (self.messages and self.messages[-1]["role"] == "user"):
@@ -125,8 +127,17 @@ class Conversation:
 
     def _extend_assistant(self, field: str, text: str, path: str) -> None:
         if text or field == "content":  # reasoning may be unreadable
-            message = self._assistant(path)
-            message[field] = f"{message[field]}\n\n{text}" if message.get(field) else text
+            self._assistant(path)
+            self._extend(field, text)
+
+    def _extend(self, field: str, text: str) -> None:
+        """Add text to a field of the last message."""
+        self._texts.setdefault((len(self.messages) - 1, field), []).append(text)
+
+    def _join_texts(self) -> None:
+        """Set the fields of all texts at once: joining them one by one took a minute for 10,000 items of 1.5 KB."""
+        for (number, field), texts in self._texts.items():
+            self.messages[number][field] = "\n\n".join(filter(None, texts))
 
     def _add_call(self, kind: str, call_id: str, name: str, arguments: str, path: str) -> None:
         self._calls.add((kind, call_id))

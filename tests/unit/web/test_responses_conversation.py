@@ -110,3 +110,11 @@ def test_impossible_conversations_are_refused(items: list[Json], field: str) -> 
     with pytest.raises(Invalid) as refused:
         converted(*items)
     assert refused.value.field == field
+
+
+def test_texts_of_successive_items_are_joined_without_empty_ones() -> None:
+    answers = [{"role": "assistant", "content": text} for text in ("", "A", "", "B")]
+    conversation = converted({"role": "system", "content": ""}, {"role": "system", "content": "S"}, *answers, USER)
+    assert [(m["role"], texts(m)) for m in conversation.messages] == [
+        ("system", "S"), ("assistant", "A\n\nB"), ("user", ["hi"]),
+    ]  # fmt: skip
