@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, Self
 
 from shared.errors import Conflict, Gone, Invalid, NotFound
@@ -28,10 +28,14 @@ from web.responses.view import ResponseView, echoed_fields, job_id, status_of, v
 
 MAX_TURNS: Final = 1000
 """Maximum responses of a conversation."""
+MAX_BYTES: Final = 256 * 2**20
+"""Maximum size of the stored parts of a prompt: more than all images that a request may have."""
 _RESPONSE_ID: Final = re.compile(r"resp_[0-9a-f]{28}")
 _ITEM_ID: Final = re.compile(r"[a-z]+_([0-9a-f]{28})_\d+")
 _PREVIOUS: Final = "previous_response_id"
 _PAGE: Final = 500
+_OUTPUTS_KEPT: Final = 16
+"""Responses kept in memory while references are resolved: successive ones are usually to the same response."""
 _NO_EVENTS: Final = "The events of the response are no longer stored. GET it without stream."
 
 
@@ -45,6 +49,7 @@ class StoredResponse:
         echoed: see `web.responses.view.echoed_fields`.
         shown: what the output contains; fields of `Shown`.
         answer: the response after its end; None until it is stored.
+        size: bytes of the stored JSON.
     """
 
     id: str
@@ -53,6 +58,7 @@ class StoredResponse:
     echoed: dict[str, Any]
     shown: Shown
     answer: dict[str, Any] | None = field(default=None, compare=False)
+    size: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, request: ResponseRequest, owner: str) -> Self:
@@ -83,7 +89,8 @@ class StoredResponse:
         shown = known_fields(Shown, data["shown"])
         shown["custom_tools"] = frozenset(shown["custom_tools"])
         parsed = None if answer is None else json.loads(answer)
-        return cls(data["id"], owner, data["items"], data["echoed"], Shown(**shown), parsed)
+        size = len(request) + len(answer or "")
+        return cls(data["id"], owner, data["items"], data["echoed"], Shown(**shown), parsed, size)
 
 
 class Responses:
@@ -230,19 +237,23 @@ class Responses:
 
         Raises:
             NotFound: there is no such item.
+            Invalid: the items are too large together.
         """
-        return [
-            self._referenced(item.id, owner, f"input[{index}]") if isinstance(item, ItemReference) else item
-            for index, item in enumerate(items)
-        ]
+        outputs = lru_cache(_OUTPUTS_KEPT)(partial(self._output_items, owner=owner))
+        resolved, size = list[Item](), 0
+        for index, item in enumerate(items):
+            found = _referenced(item, outputs, f"input[{index}]") if isinstance(item, ItemReference) else None
+            size += len(to_json(found)) if found else 0
+            if size > MAX_BYTES:
+                raise Invalid("The referenced items are too large together.", field=f"input[{index}]")
+            resolved.append(ITEMS.validate_python([found])[0] if found else item)
+        return resolved
 
-    def _referenced(self, item_id: str, owner: str, field: str) -> Item:
-        if match := _ITEM_ID.fullmatch(item_id):
-            with suppress(NotFound, Gone):
-                output = self.view(self.get(f"resp_{match[1]}", owner))["output"]
-                if found := [each for each in output if each["id"] == item_id]:
-                    return ITEMS.validate_python(found)[0]
-        raise NotFound(f"There is no item {item_id[:64]!r} of a stored response.", code="item_not_found", field=field)
+    def _output_items(self, response_id: str, owner: str) -> dict[str, dict[str, Any]]:
+        """Return the items of a response's output by their ids; none if there is no such response."""
+        with suppress(NotFound, Gone):
+            return {item["id"]: item for item in self.view(self.get(response_id, owner))["output"]}
+        return {}
 
     def input_items(self, response: StoredResponse) -> list[dict[str, Any]]:
         """Return everything that the model read: the conversation before a response, and its input."""
@@ -251,15 +262,16 @@ class Responses:
         return [*earlier, *response.items]
 
     def _turns(self, response_id: str | None, owner: str) -> list[StoredResponse]:
-        turns: list[StoredResponse] = []
+        turns, count, size = list[StoredResponse](), 0, 0
         while response_id is not None:
-            if len(turns) >= MAX_TURNS or sum(len(turn.items) for turn in turns) > MAX_ITEMS:
+            if len(turns) >= MAX_TURNS or count > MAX_ITEMS or size > MAX_BYTES:
                 raise Invalid("The conversation is too long to be continued.", field=_PREVIOUS)
             try:
                 turns.append(self.get(response_id, owner))
             except NotFound:
                 detail = f"There is no response {response_id[:64]!r}: it was deleted, or has expired."
                 raise NotFound(detail, code="response_not_found", field=_PREVIOUS) from None
+            count, size = count + len(turns[-1].items), size + turns[-1].size
             response_id = turns[-1].previous
         return turns[::-1]
 
@@ -287,6 +299,17 @@ class Responses:
         except Conflict:
             raise Conflict("The response has not ended. Cancel it first.", code="response_active") from None
         self.discard(response.id, response.owner)
+
+
+def _referenced(
+    item: ItemReference, outputs: Callable[[str], Mapping[str, dict[str, Any]]], field: str
+) -> dict[str, Any]:
+    match = _ITEM_ID.fullmatch(item.id)
+    found = outputs(f"resp_{match[1]}").get(item.id) if match else None
+    if found is None:
+        detail = f"There is no item {item.id[:64]!r} of a stored response."
+        raise NotFound(detail, code="item_not_found", field=field)
+    return found
 
 
 def _size(events: Sequence[Event]) -> int:

@@ -18,6 +18,8 @@ from shared.settings import Settings
 from tests.support.queueing import MODEL, end, lease, row, started
 from web.access.api_keys import KeyStore
 from web.app import create_app
+from web.responses import stored
+from web.responses.stored import Responses, StoredResponse
 
 BODY = {"model": MODEL, "input": "hi", "background": True, "max_output_tokens": 4}
 
@@ -70,3 +72,49 @@ def test_response_is_kept_if_the_connection_to_redis_is_lost_after_its_job_was_a
     ((member, _),) = valkey_client.zrange(keys.UNANSWERED, 0, -1, withscores=True)
     response = api.get(f"/v1/responses/{member.split()[1]}")
     assert (response.status_code, response.get_json()["status"]) == (200, "queued")
+
+
+@pytest.fixture
+def answered(api: FlaskClient, valkey_client: Redis) -> dict[str, Any]:
+    """A response that has ended."""
+    name = api.post("/v1/responses", json=BODY).get_json()["id"]
+    answer_next(valkey_client)
+    answered: dict[str, Any] = api.get(f"/v1/responses/{name}").get_json()
+    return answered
+
+
+def test_response_is_read_once_however_often_its_items_are_referenced(
+    api: FlaskClient, answered: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, get = list[str](), Responses.get
+
+    def counted(self: Responses, response_id: str, owner: str) -> StoredResponse:
+        read.append(response_id)
+        return get(self, response_id, owner)
+
+    monkeypatch.setattr(Responses, "get", counted)
+    references = [{"type": "item_reference", "id": answered["output"][0]["id"]}] * 50
+    user = {"role": "user", "content": "hi"}
+    created = api.post("/v1/responses", json={**BODY, "input": [user, *references, user]})
+    assert (created.status_code, read) == (200, [answered["id"]]), created.get_json()
+    items = api.get(f"/v1/responses/{created.get_json()['id']}/input_items?limit=100").get_json()["data"]
+    assert [item["content"][0]["text"] for item in items] == ["hi", *["One"] * 50, "hi"]
+
+
+def test_size_of_what_a_request_continues_and_references_is_limited(
+    api: FlaskClient, answered: dict[str, Any], valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "MAX_BYTES", 1000)
+    reference = {"type": "item_reference", "id": answered["output"][0]["id"]}
+    user = {"role": "user", "content": "hi"}
+    assert api.post("/v1/responses", json={**BODY, "input": [user, reference, user]}).status_code == 200
+    answer_next(valkey_client)
+    refused = api.post("/v1/responses", json={**BODY, "input": [user, *[reference] * 20, user]})
+    assert refused.status_code == 400
+    assert refused.get_json()["error"]["param"].startswith("input[")
+    monkeypatch.setattr(stored, "MAX_BYTES", 100)
+    following = api.post("/v1/responses", json={**BODY, "previous_response_id": answered["id"]})
+    assert following.status_code == 200
+    answer_next(valkey_client)
+    refused = api.post("/v1/responses", json={**BODY, "previous_response_id": following.get_json()["id"]})
+    assert (refused.status_code, refused.get_json()["error"]["param"]) == (400, "previous_response_id")
