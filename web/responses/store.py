@@ -189,6 +189,8 @@ class RedisResponses:
     def put_answer(self, owner: str, response_id: str, answer: str) -> None:
         """See `ResponseStore.put_answer`."""
         self._put(owner, response_id, "answer", answer)
+        if not self._client.hexists(_key(owner, response_id), "request"):  # it has been deleted since it was read
+            self.delete(owner, response_id)
 
     def get(self, owner: str, response_id: str) -> Stored | None:
         """See `ResponseStore.get`."""

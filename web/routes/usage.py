@@ -38,6 +38,7 @@ routes = Blueprint("usage", __name__)
 
 _ALL: Final = "all"
 _DEFAULT_DAYS, _MAX_DAYS_OF_ALL = 30, 92
+_FIRST_DAY: Final = date(1970, 1, 1)
 _CSV: Final = "text/csv"
 COLUMNS: Final = ("date", "key", "key_name", "model", *UsageCounters.model_fields)
 """Columns of the CSV form."""
@@ -138,9 +139,12 @@ def _day(name: str, default: date) -> date:
     if text is None:
         return default
     try:
-        return date.fromisoformat(text)
+        day = date.fromisoformat(text)
     except ValueError:
         raise Invalid(f"{name} must be a day such as {default.isoformat()}.", field=name) from None
+    if day < _FIRST_DAY:
+        raise Invalid(f"{name} must not be before {_FIRST_DAY}.", field=name)
+    return day
 
 
 def _check_range(start: date, end: date, max_days: int) -> None:

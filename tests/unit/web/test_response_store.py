@@ -18,6 +18,7 @@ from web.responses import store as store_module
 from web.responses.store import DiskResponses, Entry, RedisResponses, ResponseStore
 
 LIFETIME_S = 100
+LIMIT = 10**6
 
 
 @pytest.fixture(params=["disk", "redis"])
@@ -46,6 +47,8 @@ def test_a_deleted_response_does_not_come_back_with_its_answer(store: ResponseSt
     store.delete("key", "resp_1")
     store.put_answer("key", "resp_1", "answer")
     assert store.get("key", "resp_1") is None
+    left = [entry.id for entry in surplus(store.entries("key"), time.time() - LIFETIME_S, LIMIT)]
+    assert [entry.id for entry in store.entries("key")] == left  # what is left, the next cleaning deletes
 
 
 def test_use_begins_the_lifetime_of_a_file_anew(tmp_path: Path) -> None:
