@@ -44,7 +44,6 @@ def prompt(**more: Any) -> dict[str, Any]:
         ({"messages": [{"role": "king", "content": "a"}]}, "invalid_request", "messages[0].role"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "invalid_request", "messages"),
         ({}, "invalid_request", "messages"),
-        ({"prompt": "\ud800"}, "invalid_request", "prompt"),
     ],
 )
 def test_an_invalid_field_is_named(web: WebStack, path: str, body: Any, code: str, field: str) -> None:
@@ -68,6 +67,7 @@ def test_an_invalid_field_is_named(web: WebStack, path: str, body: Any, code: st
         (b'{"prompt": "a", "prompt": "b"}', JSON, 400, "invalid_json"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", JSON, 400, "invalid_json"),
         (b"[" * 20000, JSON, 400, "invalid_json"),
+        (b'{"prompt": "\\ud800"}', JSON, 400, "invalid_json"),
         (b"prompt=hi", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "unsupported_media_type"),
         (b'{"prompt": "hi"}', {}, 415, "unsupported_media_type"),
         (b'{"prompt": "' + b"a" * 100_000 + b'"}', JSON, 413, "body_too_large"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from werkzeug.datastructures import FileStorage, MultiDict
 
 from shared.errors import BadRequest, Invalid, UnsupportedMedia
+from shared.wire import to_json
 from web.access.auth import CONSOLE, is_public_route
 from web.http.body import check_json, parse_form, receive
 from web.http.openapi import query_names
@@ -28,6 +29,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _MAX_NAMES: Final = 1000
 """Maximum names in one JSON object. Every unknown name is a validation error, and a body has space for a million."""
+_SURROGATE_ESCAPE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _PREFER_WAIT: Final = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:$|[,;])", re.IGNORECASE)
 
 
@@ -92,7 +94,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        BadRequest: it is not valid, has too many values, or has a name twice.
+        BadRequest: it is not valid, has too many values, has a name twice, or has texts that are not Unicode.
     """
     check_json(body)
     try:
@@ -110,7 +112,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise BadRequest(detail, code="invalid_json") from error
     if not isinstance(data, dict):
         raise BadRequest("The body is not a JSON object.", code="invalid_json")
+    if _SURROGATE_ESCAPE.search(text) and not _is_unicode(data):
+        raise BadRequest("The body has half of a surrogate pair, which is no character.", code="invalid_json")
     return data
+
+
+def _is_unicode(data: dict[str, Any]) -> bool:
+    """Whether the texts can be encoded: JSON can escape single surrogates, but no encoding has them."""
+    try:
+        to_json(data).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_constant(name: str) -> NoReturn:

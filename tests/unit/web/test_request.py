@@ -12,7 +12,7 @@ from flask import Flask
 
 from shared.errors import BadRequest, Invalid
 from web.http import body
-from web.http.request import read_body, uploads
+from web.http.request import parse_json, read_body, uploads
 from web.schemas.requests import JobRequest
 
 
@@ -39,6 +39,21 @@ def test_an_object_with_too_many_names_is_refused() -> None:
 def test_a_duplicate_name_is_refused_even_if_it_is_not_valid_unicode() -> None:
     field = refusal(b'{"\\ud800": 1, "\\ud800": 2}').field
     assert field == "?"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "\udfff"}]},
+        {"messages": [], "tools": [{"function": {"parameters": {"\ud800": 1}}}]},
+    ],
+)
+def test_text_that_no_encoding_has_is_refused(body: object) -> None:
+    assert refusal(json.dumps(body).encode()).code == "invalid_json"
+
+
+def test_escaped_pairs_and_escaped_backslashes_are_accepted() -> None:
+    assert parse_json(rb'{"a": "\ud83d\ude00 \\ud800"}') == {"a": "😀 \\ud800"}
 
 
 @contextmanager
