@@ -55,8 +55,14 @@ class ResponseKeeper:
     def clean(self) -> None:
         """Delete expired responses, and the oldest of API keys that have too many."""
         for owner in self._store.owners():
-            for entry in surplus(self._store.entries(owner), time.time() - self._lifetime_s, self._bytes_per_key):
-                self._responses.discard(entry.id, owner)
+            try:
+                self._clean(owner)
+            except OSError as error:  # such as that of `lost+found`, the root's own folder on a disk
+                log.warning("responses_not_cleaned", extra={"key_id": owner, "reason": str(error)})
+
+    def _clean(self, owner: str) -> None:
+        for entry in surplus(self._store.entries(owner), time.time() - self._lifetime_s, self._bytes_per_key):
+            self._responses.discard(entry.id, owner)
 
     def _settle(self, owner: str, response_id: str, created_at: float) -> None:
         extra = {"response_id": response_id}

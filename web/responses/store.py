@@ -103,7 +103,7 @@ class DiskResponses:
         path = self._path(owner, response_id, _REQUEST)
         with suppress(FileNotFoundError):
             if path.stat().st_mtime + self._lifetime_s > time.time():
-                return Stored(path.read_text(), _text(self._path(owner, response_id, _ANSWER)))
+                return Stored(path.read_text("utf-8"), _text(self._path(owner, response_id, _ANSWER)))
         return None
 
     def touch(self, owner: str, response_ids: Sequence[str]) -> None:
@@ -166,7 +166,7 @@ def _write_durably(path: Path, text: str) -> None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except FileNotFoundError:
         return None
 

@@ -120,7 +120,7 @@ class Responses:
         """Store the answer of a response whose job has ended, unless it already is or cannot be any more.
 
         Returns:
-            Whether there is an answer now.
+            False if there will never be an answer, because the job or its log does not exist.
 
         Raises:
             Unavailable: the disk is full.
@@ -129,8 +129,8 @@ class Responses:
             response = self.get(response_id, owner)
             if response.answer is None:
                 job = self.job(response)
-                if not job.status.terminal:
-                    return False
+                if not job.status.terminal:  # a failover of Redis has lost its end: it ends again
+                    return True
                 self._store.put_answer(owner, response_id, self.answer(response, job).model_dump_json())
         except (NotFound, Gone):
             return False

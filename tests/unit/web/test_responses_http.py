@@ -18,8 +18,11 @@ from shared.settings import Settings
 from tests.support.queueing import MODEL, end, lease, row, started
 from web.access.api_keys import KeyStore
 from web.app import create_app
+from web.background.response_keeper import ResponseKeeper
 from web.responses import stored
+from web.responses.store import DiskResponses, Entry
 from web.responses.stored import Responses, StoredResponse
+from web.services import Services
 
 BODY = {"model": MODEL, "input": "hi", "background": True, "max_output_tokens": 4}
 
@@ -72,6 +75,45 @@ def test_response_is_kept_if_the_connection_to_redis_is_lost_after_its_job_was_a
     ((member, _),) = valkey_client.zrange(keys.UNANSWERED, 0, -1, withscores=True)
     response = api.get(f"/v1/responses/{member.split()[1]}")
     assert (response.status_code, response.get_json()["status"]) == (200, "queued")
+
+
+def keeper(app: Flask) -> ResponseKeeper:
+    current: Services = app.extensions["mlxq"]
+    return ResponseKeeper(current.settings, current.responses, current.response_store, current.jobs)
+
+
+def test_response_whose_job_has_lost_its_end_by_a_failover_is_kept(
+    app: Flask, api: FlaskClient, valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The background process sees the end of the job, and reads the job after the failover."""
+    name = api.post("/v1/responses", json=BODY).get_json()["id"]
+    valkey_client.zadd(keys.UNANSWERED, {valkey_client.zrange(keys.UNANSWERED, 0, 0)[0]: 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(Jobs, "ended", lambda _, job_ids: set(job_ids))
+        keeper(app).round()
+    assert api.get(f"/v1/responses/{name}").status_code == 200
+    answer_next(valkey_client)
+    keeper(app).round()
+    assert not valkey_client.exists(keys.UNANSWERED)
+    assert api.get(f"/v1/responses/{name}").get_json()["status"] == "completed"
+
+
+def test_folder_that_cannot_be_read_does_not_keep_other_responses_from_being_deleted(
+    app: Flask, api: FlaskClient, answered: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: Services = app.extensions["mlxq"]
+    store, path = current.response_store, f"/v1/responses/{answered['id']}"
+    owners, entries = [*store.owners()], DiskResponses.entries
+
+    def unreadable(self: DiskResponses, owner: str) -> list[Entry]:
+        if owner == "lost+found":
+            raise PermissionError
+        return [each._replace(used_at=1.0) for each in entries(self, owner)]
+
+    monkeypatch.setattr(DiskResponses, "owners", lambda _: iter(["lost+found", *owners]))
+    monkeypatch.setattr(DiskResponses, "entries", unreadable)
+    keeper(app).clean()
+    assert api.get(path).status_code == 404
 
 
 @pytest.fixture
