@@ -123,16 +123,22 @@ def _variables(variables: dict[str, Any], known: Collection[str], reasons: bool)
 def _without_developer(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Convert messages of the developer to system messages, and join one to a system message directly before it."""
     converted: list[Mapping[str, Any]] = []
+    texts: list[str] = []  # of the last system message; joined at its end, because each join copies everything
     for message in messages:
-        if message["role"] != "developer":
-            converted.append(message)
+        is_developer, content = message["role"] == "developer", message.get("content")
+        if is_developer and texts and isinstance(content, str):
+            texts.append(content)
             continue
-        previous, text = converted[-1] if converted else {}, message["content"]
-        if previous.get("role") == "system" and isinstance(text, str) and isinstance(previous["content"], str):
-            converted[-1] = {**previous, "content": f"{previous['content']}\n\n{text}"}
-        else:
-            converted.append({**message, "role": "system"})
+        _join_last(converted, texts)
+        converted.append({**message, "role": "system"} if is_developer else message)
+        texts = [content] if converted[-1]["role"] == "system" and isinstance(content, str) else []
+    _join_last(converted, texts)
     return converted
+
+
+def _join_last(messages: list[Mapping[str, Any]], texts: Sequence[str]) -> None:
+    if len(texts) > 1:
+        messages[-1] = {**messages[-1], "content": "\n\n".join(texts)}
 
 
 def _with_names(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

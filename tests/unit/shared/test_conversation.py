@@ -98,6 +98,8 @@ def test_the_developer_is_the_system_for_templates_that_do_not_know_it() -> None
     both = {"role": "system", "content": "Be brief.\n\nBe kind."}
     assert rendered(QWEN, SYSTEM, DEVELOPER, ASK) == rendered(QWEN, both, ASK)
     assert rendered(QWEN, SYSTEM, ASK, DEVELOPER) == rendered(QWEN, SYSTEM, ASK, system)
+    all_three = {"role": "system", "content": "Be brief.\n\nBe kind.\n\nBe kind."}
+    assert rendered(QWEN, SYSTEM, DEVELOPER, DEVELOPER, ASK) == rendered(QWEN, all_three, ASK)
 
 
 @pytest.mark.parametrize(
