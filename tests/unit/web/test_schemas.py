@@ -15,6 +15,7 @@ from web.schemas.batches import BatchRequest, ExpiresAfter
 from web.schemas.jobs import JobError
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
 from web.schemas.models import LoadRequest, UnloadRequest
+from web.schemas.openai_fields import SampledRequest
 from web.schemas.requests import InferenceRequest, JobRequest
 from web.schemas.response_format import (
     ChoiceFormat,
@@ -164,6 +165,7 @@ def test_all_error_codes_of_jobs_are_documented() -> None:
 REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     JobRequest: {"prompt": "hi"},
     InferenceRequest: {"prompt": "hi"},
+    SampledRequest: {},
     GenerationRequest: {},
     ChatRequest: {"messages": [TURN]},
     CompletionRequest: {"prompt": "hi"},
