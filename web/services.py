@@ -27,7 +27,7 @@ from shared.queue.task_events import TaskEvents
 from shared.queue.wakeups import Notifier, make_app
 from shared.redis import keys
 from shared.redis.client import Redis, connect
-from shared.redis.requirements import Requirements
+from shared.redis.requirements import Process, Requirements
 from shared.settings import Settings
 from shared.tokenizing.client import Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
@@ -129,11 +129,12 @@ class _Clients:
         )
 
 
-def build(settings: Settings, client: Redis | None = None) -> Services:
+def build(settings: Settings, client: Redis | None = None, *, process: Process = "web") -> Services:
     """Create all services.
 
     Args:
         client: a Redis client to use for everything, in tests.
+        process: the kind of this process, whose permissions in Redis are checked.
     """
     clients = _Clients(client, client, client, client) if client is not None else _Clients.connect(settings.store_url)
     celery = make_app(settings, hasty=True)
@@ -191,7 +192,7 @@ def build(settings: Settings, client: Redis | None = None) -> Services:
             model_manager.load_on_demand,
             model_manager.check_load_on_demand,
             availability.check,
-            Requirements(clients.store).check if client is None else lambda: None,  # a fake Redis has no ACL
+            Requirements(clients.store, process).check if client is None else lambda: None,  # a fake Redis has no ACL
             webhook_urls.check,
         ),
         image_loader=ImageLoader(settings, ImageUrls().fetch if settings.image_urls else None),

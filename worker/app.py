@@ -154,7 +154,7 @@ class Service:
         """Log what makes Redis unsuitable. Return why no job can run; an empty string also if Redis is unreachable."""
         faults: list[Fault] = []
         with suppress(RedisError), connect(self._settings.store_url, timeout_s=2, retries=0) as client:
-            faults = find_faults(client, broker=not self._settings.broker_url)
+            faults = find_faults(client, broker=not self._settings.broker_url, process="worker")
             if self._settings.durable and not faults and (reason := why_unproven(client)):
                 faults.append(Fault(reason, fatal=False))
         for fault in faults:

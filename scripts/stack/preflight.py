@@ -20,7 +20,7 @@ from scripts.stack.failure import StartFailed
 from shared.load_settings import faults, load_settings
 from shared.redis.client import Redis, connect
 from shared.redis.durability import why_unproven
-from shared.redis.requirements import Fault, find_broker_faults, find_faults
+from shared.redis.requirements import Fault, Process, find_broker_faults, find_faults
 from shared.redis.urls import is_redis
 from shared.settings import ENV_FILE, ROOT, Settings
 
@@ -147,14 +147,14 @@ def check_redis(settings: Settings) -> None:
         raise StartFailed(f"REDIS_URL: {unproven} To accept jobs all the same, set DURABLE=false")
 
 
-def redis_faults(client: Redis, settings: Settings) -> list[Fault]:
-    """Return why this Redis must not hold jobs.
+def redis_faults(client: Redis, settings: Settings, process: Process = "web") -> list[Fault]:
+    """Return why this Redis must not hold jobs, or which permission a process lacks.
 
     Raises:
         redis.RedisError: Redis is unreachable.
     """
     client.ping()
-    faults = find_faults(client, broker=not settings.broker_url)
+    faults = find_faults(client, broker=not settings.broker_url, process=process)
     if not faults and client.info("replication").get("role") != "master":
         return [Fault("This Redis is a read-only replica: use the URL of its master, or a sentinel:// URL.")]
     return faults

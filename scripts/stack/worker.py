@@ -64,7 +64,8 @@ def check_redis(settings: Settings) -> None:
 
 def _fatal_faults(settings: Settings) -> str:
     with connect(settings.store_url, timeout_s=_TIMEOUT_S, retries=0) as client:
-        return " ".join(str(fault) for fault in preflight.redis_faults(client, settings) if fault.fatal)
+        faults = preflight.redis_faults(client, settings, "worker")
+        return " ".join(str(fault) for fault in faults if fault.fatal)
 
 
 def _is_transient(error: Exception) -> bool:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from redis.exceptions import NoPermissionError, ResponseError
 
@@ -92,15 +92,28 @@ _COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     *((name, channel) for name in ("PUBLISH", "SUBSCRIBE", "UNSUBSCRIBE") for channel in (keys.LIVE, keys.DONE)),
 )
 """Every command that the queue and the rate limiter send, with arguments that are valid for it."""
+Process: TypeAlias = Literal["web", "background", "worker"]
+"""A kind of process that connects to the queue's Redis. Each may have a Redis user of its own."""
+
+_LIMITS: Final = "LIMITS:"
 _KINDS: Final = (
     *sorted(
         value
         for name, value in vars(keys).items()
         if name.isupper() and value.startswith("mlxq:") and name not in _CHANNELS
     ),
-    "LIMITS:",
+    _LIMITS,
 )
 """One key of each kind: the prefixes are valid keys too."""
+_OF_THE_API: Final = frozenset({_LIMITS, keys.SESSION})
+"""Kinds of keys that only the API uses."""
+_NOT_OF_WORKERS: Final = _OF_THE_API | {
+    *(keys.BATCH, keys.BATCHES, keys.BATCH_COUNTS, keys.UNFINISHED_BATCHES),
+    *(keys.RESPONSE, keys.RESPONSES, keys.UNANSWERED),
+    *(keys.WEBHOOK, keys.WEBHOOK_SECRETS, keys.WEBHOOKS_DUE, keys.WEBHOOKS_DEAD),
+    *(keys.LEADER, keys.SAMPLES),
+}
+"""Kinds of keys that workers do not use."""
 
 _BROKER_COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     *((name, _KEY) for name in ("DEL", "EXISTS", "LLEN", "RPOP", "SMEMBERS")),
@@ -109,6 +122,12 @@ _BROKER_COMMANDS: Final[tuple[tuple[str, ...], ...]] = (
     ("LPUSH", _KEY, "value"),
     ("SADD", _KEY, "member"),
     ("SREM", _KEY, "member"),
+    ("ZADD", _KEY, "1", "member"),
+    ("ZRANGEBYSCORE", _KEY, "0", "1"),
+    ("ZREM", _KEY, "member"),
+    ("EVALSHA", "0" * 40, "0"),
+    ("SCRIPT", "LOAD", "return 1"),
+    ("TIME",),
     ("PING",),
     ("MULTI",),
     ("EXEC",),
@@ -138,11 +157,18 @@ class Fault:
         return self.text
 
 
-def find_faults(client: Redis, *, broker: bool = False) -> list[Fault]:
+def used_kinds(process: Process) -> tuple[str, ...]:
+    """Return a key of each kind that a process uses."""
+    unused = {"web": frozenset(), "background": _OF_THE_API, "worker": _NOT_OF_WORKERS}[process]
+    return tuple(kind for kind in _KINDS if kind not in unused)
+
+
+def find_faults(client: Redis, *, broker: bool = False, process: Process = "web") -> list[Fault]:
     """Return why this Redis must not hold jobs.
 
     Args:
         broker: whether it is Celery's broker, too.
+        process: the kind of process whose permissions are checked. `web` has those of all others.
 
     Raises:
         redis.RedisError: Redis is unreachable.
@@ -154,7 +180,7 @@ def find_faults(client: Redis, *, broker: bool = False) -> list[Fault]:
     version = tuple(map(int, re.findall(r"\d+", str(info["redis_version"]))[:2]))
     if version < MIN_VERSION:
         return [Fault(f"Redis {info['redis_version']} is too old: use Redis 7.0 or later, or Valkey.")]
-    faults = [*_mode_faults(info), *_denied(client, _COMMANDS, _KINDS)]
+    faults = [*_mode_faults(info), *_denied(client, _COMMANDS, used_kinds(process))]
     return faults + find_broker_faults(client) if broker else faults
 
 
@@ -167,6 +193,11 @@ def find_broker_faults(client: Redis) -> list[Fault]:
     return _denied(client, _BROKER_COMMANDS, _BROKER_KINDS)
 
 
+def broker_commands() -> frozenset[str]:
+    """Return the names of all commands that Celery and Flower send."""
+    return frozenset(command[0] for command in _BROKER_COMMANDS)
+
+
 def checked_commands() -> frozenset[str]:
     """Return the names of all commands whose permission is checked."""
     return frozenset(command[0] for command in (*_COMMANDS, *_BROKER_COMMANDS))
@@ -175,8 +206,9 @@ def checked_commands() -> frozenset[str]:
 class Requirements:
     """Checks Redis before jobs are accepted, at most once a second."""
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, process: Process = "web") -> None:
         self._client = client
+        self._process: Process = process
         self._lock = threading.Lock()
         self._checked_at = float("-inf")
         self._faults: list[Fault] = []
@@ -190,7 +222,7 @@ class Requirements:
         """
         with self._lock:
             if time.monotonic() - self._checked_at >= CHECK_S:
-                self._faults = find_faults(self._client)
+                self._faults = find_faults(self._client, process=self._process)
                 self._checked_at = time.monotonic()
             faults = self._faults
         if faults:

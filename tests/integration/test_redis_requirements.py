@@ -180,7 +180,7 @@ def test_cluster_and_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch, u
 
 def test_checks_are_shared_for_a_second(monkeypatch: pytest.MonkeyPatch, user: Redis) -> None:
     calls: list[Redis] = []
-    monkeypatch.setattr(requirements, "find_faults", lambda client: calls.append(client) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(requirements, "find_faults", lambda client, **_: calls.append(client) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(requirements, "CHECK_S", 1e9)
     check = Requirements(user).check
     for _ in range(5):

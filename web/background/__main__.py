@@ -22,7 +22,7 @@ def main() -> None:
     configure("background", "INFO")  # reading the settings can log
     settings = load_or_exit()
     configure("background", settings.log_level)
-    background = Background(build(settings))
+    background = Background(build(settings, process="background"))
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, background.stop)
     freeze_garbage_collector()
