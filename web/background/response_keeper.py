@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Container
 from typing import Final
 
 import redis
@@ -53,15 +54,17 @@ class ResponseKeeper:
             self.clean()
 
     def clean(self) -> None:
-        """Delete expired responses, and the oldest of API keys that have too many."""
+        """Delete expired responses, and the oldest of API keys that have too many. Those in progress are kept."""
+        waiting = {response_id for _, response_id, _ in self._responses.unanswered()}
         for owner in self._store.owners():
             try:
-                self._clean(owner)
+                self._clean(owner, waiting)
             except OSError as error:  # such as that of `lost+found`, the root's own folder on a disk
                 log.warning("responses_not_cleaned", extra={"key_id": owner, "reason": str(error)})
 
-    def _clean(self, owner: str) -> None:
-        for entry in surplus(self._store.entries(owner), time.time() - self._lifetime_s, self._bytes_per_key):
+    def _clean(self, owner: str, waiting: Container[str]) -> None:
+        entries = [entry for entry in self._store.entries(owner) if entry.id not in waiting]
+        for entry in surplus(entries, time.time() - self._lifetime_s, self._bytes_per_key):
             self._responses.discard(entry.id, owner)
 
     def _settle(self, owner: str, response_id: str, created_at: float) -> None:

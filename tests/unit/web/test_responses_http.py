@@ -103,6 +103,7 @@ def test_folder_that_cannot_be_read_does_not_keep_other_responses_from_being_del
 ) -> None:
     current: Services = app.extensions["mlxq"]
     store, path = current.response_store, f"/v1/responses/{answered['id']}"
+    keeper(app).round()  # stores the answer
     owners, entries = [*store.owners()], DiskResponses.entries
 
     def unreadable(self: DiskResponses, owner: str) -> list[Entry]:
@@ -114,6 +115,22 @@ def test_folder_that_cannot_be_read_does_not_keep_other_responses_from_being_del
     monkeypatch.setattr(DiskResponses, "entries", unreadable)
     keeper(app).clean()
     assert api.get(path).status_code == 404
+
+
+def test_response_in_progress_is_kept_however_large_or_old(
+    app: Flask, api: FlaskClient, valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, entries = api.post("/v1/responses", json=BODY).get_json()["id"], DiskResponses.entries
+
+    def old(self: DiskResponses, owner: str) -> list[Entry]:
+        return [each._replace(used_at=1.0) for each in entries(self, owner)]
+
+    monkeypatch.setattr(DiskResponses, "entries", old)
+    keeper(app).clean()
+    assert api.get(f"/v1/responses/{name}").status_code == 200
+    answer_next(valkey_client)
+    keeper(app).round()  # stores the answer, and then cleans
+    assert api.get(f"/v1/responses/{name}").status_code == 404
 
 
 @pytest.fixture
