@@ -36,9 +36,9 @@ expected-statuses = ["2xx", "3xx", "4xx", 503, 504, 529]
 include-path-regex = "^/v1/(messages|chat/completions|completions|responses)"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 409, 429, 503, 504, 529]
 
-# Which URLs are refused is beyond JSON Schema.
+# Which URLs and which periods are refused is beyond JSON Schema.
 [[operations]]
-include-path-regex = "^/v1/webhooks"
+include-path-regex = "^/v1/(webhooks|usage)"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 409, 429, 503]
 """
 

@@ -83,6 +83,13 @@ def use(stack: Stack, client: Client, number: int) -> None:
     httpx2.get(f"{stack.flower_url}/workers?refresh=1", auth=("admin", FLOWER_PASSWORD), timeout=30)
 
 
+def answers(stack: Stack) -> bool:
+    try:
+        return httpx2.get(f"{stack.url}/livez", timeout=30).is_success
+    except httpx2.TransportError:
+        return False
+
+
 def test_killed_processes_leave_a_constant(stack: Stack) -> None:
     counts = []
     for number in range(3):
@@ -91,6 +98,7 @@ def test_killed_processes_leave_a_constant(stack: Stack) -> None:
             use(stack, client, number)
         for process in (flower, worker, web):
             stack.stop(process, signal.SIGKILL)
+        eventually(lambda: not answers(stack), "gunicorn's orphaned process has ended, so the next one gets the port")
         counts.append(bindings(stack.redis) - int(stack.redis.scard("_kombu.binding.reply.celery.pidbox")))
     assert counts[1] == counts[2], "a start adds no binding"
     stack.start_web()

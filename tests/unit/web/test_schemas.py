@@ -13,6 +13,7 @@ from web.openai.requests import ChatMessage, ChatRequest, CompletionRequest, Gen
 from web.schemas.base import RequestModel
 from web.schemas.batches import BatchRequest, ExpiresAfter
 from web.schemas.jobs import JobError
+from web.schemas.keys import KeyLimits, KeyRequest
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
 from web.schemas.models import LoadRequest, UnloadRequest
 from web.schemas.openai_fields import SampledRequest
@@ -166,6 +167,8 @@ REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     JobRequest: {"prompt": "hi"},
     InferenceRequest: {"prompt": "hi"},
     SampledRequest: {},
+    KeyLimits: {},
+    KeyRequest: {"name": "alice"},
     GenerationRequest: {},
     ChatRequest: {"messages": [TURN]},
     CompletionRequest: {"prompt": "hi"},
