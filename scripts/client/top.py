@@ -46,7 +46,7 @@ def _seconds(text: str) -> float:
 
 def _once(client: Client, url: str) -> None:
     history = History()
-    for pause_s in (0.0, ONCE_S):
+    for pause_s in (0.0, ONCE_S):  # rates need two readings
         time.sleep(pause_s)
         history.add(State.read(client))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
@@ -59,7 +59,7 @@ def _live(client: Client, url: str, every_s: float) -> None:
     history.add(State.read(client))
     with Live(screen(history, url), screen=True, auto_refresh=False) as live:
         while True:
-            time.sleep(every_s)
+            time.sleep(every_s)  # the interval between two drawings
             try:
                 history.add(State.read(client))
             except Unreachable as error:

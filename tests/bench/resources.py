@@ -87,7 +87,7 @@ def settle(pid: int) -> None:
     process, until = psutil.Process(pid), time.monotonic() + _SETTLE_WITHIN_S
     before = cpu_s(process)
     while time.monotonic() < until:
-        time.sleep(_IDLE_S)
+        time.sleep(_IDLE_S)  # the interval over which CPU time is measured
         after = cpu_s(process)
         if abs(after - before) < _IDLE_SHARE * _IDLE_S:  # less than before: a descendant has ended
             return

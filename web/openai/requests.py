@@ -53,13 +53,6 @@ class GenerationRequest(SampledRequest):
     stream_options: StreamOptions | None = Field(None, description="Allowed only with `stream`")
     user: Advice = None
 
-    @field_validator("stream_options")
-    @classmethod
-    def _only_in_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if options is not None and not info.data.get("stream"):
-            raise PydanticCustomError("no_stream", "stream_options is allowed only if stream is true")
-        return options
-
 
 class ChatMessage(Message):
     """A message of a conversation. Messages of earlier answers can be sent back as they were received."""

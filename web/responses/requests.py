@@ -272,13 +272,6 @@ class ResponseRequest(PromptRequest, SampledRequest):
     moderation: Unsupported = None
     prompt: Unsupported = None
 
-    @field_validator("stream_options")
-    @classmethod
-    def _only_in_streams(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if options is not None and not info.data.get("stream"):
-            raise PydanticCustomError("no_stream", "stream_options is allowed only if stream is true")
-        return options
-
     @field_validator("store")
     @classmethod
     def _background_is_stored(cls, store: bool, info: ValidationInfo) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from shared.jobs.record import Priority
@@ -69,6 +69,13 @@ class SampledRequest(RequestModel):
         description="`flex`: the lowest priority; `priority`, `fast` or `ultrafast`: the highest that the API key may "
         "use; others: normal priority",
     )
+
+    @field_validator("stream_options", check_fields=False)  # each route has options of its own
+    @classmethod
+    def _only_in_streams(cls, options: Any, info: ValidationInfo) -> Any:
+        if options is not None and not info.data.get("stream"):
+            raise PydanticCustomError("no_stream", "stream_options is allowed only if stream is true")
+        return options
 
     def sampling_fields(self, highest: Priority) -> dict[str, Any]:
         """Return the fields of the job request that follow from these.
