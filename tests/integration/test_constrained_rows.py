@@ -55,13 +55,13 @@ def constrained(
     return replace(base, request=request, constraint=prompt.constraint)
 
 
-def answers(runner: MLXRunner, rows: Sequence[Row]) -> dict[int, list[int]]:
+def answers(runner: MLXRunner, rows: Sequence[Row], *, ahead: bool = True) -> dict[int, list[int]]:
     """Step until every row has ended; return the tokens by uid, with the end token."""
     tokens: dict[int, list[int]] = defaultdict(list)
     running = {row.uid: row for row in rows}
     runner.insert(rows)
     while running:
-        output = step(runner)
+        output = step(runner, ahead=ahead)
         assert not output.failed
         for each in output.tokens:
             if (row := running.get(each.uid)) is None:
@@ -118,7 +118,9 @@ def test_every_answer_satisfies_its_constraint(tiny: LoadedModel, runner: MLXRun
 def test_rows_in_company_generate_what_they_generate_alone(runner: MLXRunner) -> None:
     constraints = [constrained(runner, uid, each) for uid, each in enumerate(CONSTRAINTS.values())]
     free = [numbered(uid, 5 * uid, 40, Sampling(0.8, seed=uid)) for uid in range(10, 13)]
-    together = answers(runner, [constraints[0], free[0], *constraints[1:], *free[1:]])
+    rows = [constraints[0], free[0], *constraints[1:], *free[1:]]
+    together = answers(runner, rows)
+    assert answers(runner, rows, ahead=False) == together
     for row in (*constraints, *free):
         assert together[row.uid] == answers(runner, [replace(row, uid=row.uid + 100)])[row.uid + 100]
 

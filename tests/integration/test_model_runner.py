@@ -125,6 +125,24 @@ def test_a_resumed_row_continues_with_the_same_tokens(runner: MLXRunner, samplin
     assert [tokens[cut] for cut in range(12)] == [expected[cut:] for cut in range(12)]
 
 
+def test_a_step_that_does_not_run_ahead_gives_its_tokens_at_once(runner: MLXRunner) -> None:
+    runner.insert([numbered(1, 5, max_new_tokens=2), numbered(2, 7, max_new_tokens=3)])
+    first = step(runner, ahead=False)
+    assert first.prefilled == {1: 0, 2: 0} and [each.uid for each in first.tokens] == [1, 2]
+    assert [each.uid for each in step(runner, ahead=False).tokens] == [1, 2]
+    assert [each.uid for each in step(runner, ahead=False).tokens] == [2], "the first row has reached its limit"
+    assert not step(runner, ahead=False).tokens
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_steps_that_run_ahead_and_others_generate_the_same_tokens(runner: MLXRunner, sampling: Sampling) -> None:
+    rows = [numbered(uid, 5 + 4 * uid, 6 + uid, sampling) for uid in range(1, 6)]
+    expected = run(runner, rows)
+    for ahead in (lambda _: False, lambda number: number % 2 == 0, lambda number: number % 3 == 0):
+        later = {4: rows[3:]}
+        assert run(runner, rows[:3], lambda number, later=later: later.get(number, ()), ahead=ahead) == expected
+
+
 def test_rows_decode_while_others_are_prefilled(runner: MLXRunner) -> None:
     decoding, long = numbered(1, 5, 400), numbered(2, 20 * CHUNK)
     runner.insert([decoding])

@@ -46,11 +46,12 @@ def resumed(row: Row, uid: int, output: Sequence[int]) -> Row:
     return replace(row, uid=uid, prompt=(*row.prompt, *output), generated=len(output), max_new_tokens=remaining)
 
 
-def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
+def plan(runner: ModelRunner, *, layers: int | None = None, ahead: bool = True) -> StepPlan:
     """Plan a step, in the order of insertion: several short prompts together, or a chunk of a long one.
 
     Args:
         layers: number of layers per step for chunks; None: all.
+        ahead: see `StepPlan`.
     """
     remaining = runner.prefillable()
     encode = EncodeWork() if runner.next_image_s() is not None else None
@@ -59,12 +60,12 @@ def plan(runner: ModelRunner, *, layers: int | None = None) -> StepPlan:
     work = None
     if first is not None:
         work = PrefillWork(tuple(short[:8])) if first in short else PrefillWork((first,), runner.chunk, layers)
-    return StepPlan(work, encode, speculate=not remaining and encode is None)
+    return StepPlan(work, encode, speculate=not remaining and encode is None, ahead=ahead)
 
 
-def step(runner: ModelRunner, *, layers: int | None = None) -> StepOutput:
+def step(runner: ModelRunner, *, layers: int | None = None, ahead: bool = True) -> StepOutput:
     """Plan and execute a step."""
-    return runner.execute(plan(runner, layers=layers))
+    return runner.execute(plan(runner, layers=layers, ahead=ahead))
 
 
 def run(
@@ -73,12 +74,14 @@ def run(
     joins: Callable[[int], Iterable[Row]] = lambda _: (),
     *,
     layers: int | None = None,
+    ahead: Callable[[int], bool] = lambda _: True,
 ) -> dict[int, list[int]]:
     """Step until every row has generated all its tokens.
 
     Args:
         joins: returns the rows to insert before step n, given n.
         layers: see `plan`.
+        ahead: returns whether step n runs ahead, given n.
 
     Returns:
         Token ids by uid.
@@ -94,7 +97,7 @@ def run(
     steps = 0
     while any(len(tokens[uid]) < limit for uid, limit in limits.items()):
         insert(list(joins(steps)))
-        output = step(runner, layers=layers)
+        output = step(runner, layers=layers, ahead=ahead(steps))
         assert not output.failed
         for each in output.tokens:
             tokens[each.uid].append(each.token)

@@ -68,6 +68,11 @@ class PrefillBudget:
         """Size of the last chunk in a step with decoding rows."""
         return self._tokens
 
+    @property
+    def plain_s(self) -> float:
+        """Seconds of a recent plain step; 0 if none has been seen."""
+        return statistics.median(self._plain_s) if self._plain_s else 0.0
+
     def pauses(self) -> bool:
         """Return whether no long prompt is prefilled in this step. Call it once per step."""
         self._since_pause += 1
@@ -127,7 +132,7 @@ class PrefillBudget:
         if predicted_s == previous_s == 0:
             self._plain_s.append(max(seconds, _EPSILON))  # a coarse clock may measure 0
         elif self._plain_s:
-            ratio = seconds / statistics.median(self._plain_s)
+            ratio = seconds / self.plain_s
             # The device may have run this step's chunk or the previous one; half of each is right on average.
             self._chunks.append((min(ratio - 1, _OUTLIER), (predicted_s + previous_s) / 2))
             self._aim = min(max(self._aim * (_OVER if ratio > LIMIT else _WITHIN), MIN_AIM), MAX_AIM)

@@ -22,7 +22,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shared.jobs.record import Status
@@ -38,6 +38,10 @@ OVERTAKE_LIMIT_S: Final = 5.0
 """Longest time for which later rows may take the memory that a waiting row needs."""
 MAX_SINGLE_FAILURES: Final = 3
 """Rows in succession that raise alone before the engine counts as broken."""
+LONG_STEP_S: Final = 0.05
+"""While rows of the class `batch` decode, the engine waits for a step of this length before it plans the next one. So a
+row of another class that arrives meanwhile is in the next step, not in the one after it. The device waits for the host
+for one or two milliseconds, which would be a larger part of a shorter step."""
 _CHECK_TOKENS: Final = GROWTH // 8
 """Tokens per row between two checks of the memory."""
 
@@ -186,7 +190,13 @@ class Scheduler:
         decoding = any(uid not in remaining for uid in self._ready)
         urgent = {uid: left for uid, left in remaining.items() if not self.running[uid].is_batch}
         rows = urgent or remaining
-        return self._policy.plan(rows, image_s, decoding=decoding, exclusive=self._exclusive, batch=not urgent)
+        plan = self._policy.plan(rows, image_s, decoding=decoding, exclusive=self._exclusive, batch=not urgent)
+        return replace(plan, ahead=not self._gives_way())
+
+    def _gives_way(self) -> bool:
+        """Whether the engine does not run ahead of the device: with many rows of a batch, a step is long."""
+        is_long = self.prefill_budget.plain_s >= LONG_STEP_S
+        return is_long and any(each.is_batch for each in self.running.values())
 
     def update(self, output: StepOutput) -> list[RowError]:
         """Apply the output of a step; return the rows that failed in it."""

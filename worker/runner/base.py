@@ -160,11 +160,14 @@ class StepPlan:
 
     Attributes:
         speculate: the device has no other work, so rows may verify draft tokens.
+        ahead: the tokens of this step may be read after the next step is queued, so the device never waits for the
+            host. A row that arrives meanwhile waits for one step more.
     """
 
     prefill: PrefillWork | None = None
     encode: EncodeWork | None = None
     speculate: bool = False
+    ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """A batch of decoding rows: one forward pass and one sampling operation per step for all of them.
 
-The next step is always queued on the device before the tokens of the previous step are read, so the device keeps
-working while the host handles those tokens. A row that meets a stop condition has therefore run one step too many; a
-row that reaches its token limit has not. If a row is constrained, only the forward pass is queued before the tokens are
-read: they decide which tokens may come next. A few rows may get several tokens each in a step
+The next step is usually queued on the device before the tokens of the previous step are read, so the device keeps
+working while the host handles those tokens (`StepPlan.ahead`). A row that meets a stop condition has therefore run one
+step too many; a row that reaches its token limit has not. If a row is constrained, only the forward pass is queued
+before the tokens are read: they decide which tokens may come next. A few rows may get several tokens each in a step
 (`worker.runner.speculation`); such a step reads before it queues.
 
 It replaces `mlx_lm.generate.GenerationBatch` on top of mlx-lm's models and caches, and avoids three costs that exceed
@@ -147,17 +147,21 @@ class DecodeBatch:
         self._columns = self._cache.columns
         invalid = [row for row, tokens in verified if INVALID in tokens]
         self._fail([(row, InvalidLogits()) for row in invalid])
-        self._vacate([index for index, row in enumerate(self._rows) if row and not row.remaining])
+        self._vacate_ended()
         return [TokenOutput(row.uid, token) for row, tokens in verified if row not in invalid for token in tokens]
 
     def read(self) -> list[TokenOutput]:
-        """Wait for the queued tokens and return them, without queueing another step."""
+        """Wait for the queued tokens and return them, without queueing another step.
+
+        Rows that have reached their limit are removed.
+        """
         unread = self._unread()
-        tokens = cast("list[int]", self._input_ids.tolist())
+        tokens = self._wait(self._input_ids, unread)
         outputs, failures = self._outputs(unread, tokens, self._take_logprobs())
         for index, row in unread:
             row.next_input = tokens[index]
         self._fail(failures)
+        self._vacate_ended()
         return outputs
 
     @property
@@ -170,13 +174,13 @@ class DecodeBatch:
         self._vacate([index for index, row in unread if not row.remaining])
         self._compact_if_worthwhile()
         logits = self._queue_forward() if self._rows else None
-        tokens = self._read_constrained(current, unread) if logits is not None and self._constraints else None
+        tokens = self._wait(current, unread) if logits is not None and unread and self._constraints else None
         failures = [] if logits is None else self._queue_sampling(logits)
         if not unread:
             self._fail(failures)
             return []
         if tokens is None:
-            tokens = cast("list[int]", current.tolist())
+            tokens = self._wait(current, unread)
         for index, row in unread:
             row.cached_ids.append(tokens[index])
         outputs, invalid = self._outputs(unread, tokens, logprobs)
@@ -193,11 +197,9 @@ class DecodeBatch:
                 row.saved = row.sampled
                 self._prefixes.store(row.row.owner, row.cached_ids, self._cache, index, save=True)
 
-    def _read_constrained(self, current: mx.array, unread: Sequence[tuple[int, DecodeRow]]) -> list[int] | None:
-        """Wait for the queued tokens, on which the constraints depend. Returns None if there are none."""
-        if not unread:
-            return None
-        tokens = cast("list[int]", current.tolist())
+    def _wait(self, input_ids: mx.array, unread: Sequence[tuple[int, DecodeRow]]) -> list[int]:
+        """Wait for queued tokens and return them. The constraints of the rows learn them, once."""
+        tokens = cast("list[int]", input_ids.tolist())
         for index, row in unread:
             if row.guide is not None and tokens[index] != INVALID:
                 row.guide.advance(tokens[index])
@@ -296,6 +298,9 @@ class DecodeBatch:
         self._batch_logprobs = BatchLogprobs(rows)
         self._constraints = BatchConstraints([row.guide if row else None for row in self._rows])
         self._shifts = forward.shifts(rows)
+
+    def _vacate_ended(self) -> None:
+        self._vacate([index for index, row in enumerate(self._rows) if row and not row.remaining])
 
     def _vacate(self, indices: Sequence[int], *, store: bool = True) -> None:
         """Store the prefixes of rows, unless `store` is false, and empty their batch indices."""

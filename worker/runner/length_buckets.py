@@ -72,8 +72,12 @@ class LengthBuckets:
         for bucket in self._buckets:
             bucket.remove(uids)
 
-    def step(self, *, speculate: bool = False) -> list[TokenOutput]:
-        """Run a step of each bucket; see `DecodeBatch.step`."""
+    def step(self, *, speculate: bool = False, ahead: bool = True) -> list[TokenOutput]:
+        """Run a step of each bucket; see `DecodeBatch.step`.
+
+        Args:
+            ahead: leave the tokens of this step on the device until the next one.
+        """
         rows = len(self)
         if rows < self._previous_rows:
             self._merge_buckets()
@@ -82,6 +86,9 @@ class LengthBuckets:
         outputs: list[TokenOutput] = []
         for bucket in self._buckets:
             outputs += bucket.step(speculate=speculate)
+        for bucket in self._buckets:
+            if not ahead:
+                outputs += bucket.read()
             self._failures += bucket.failures
             bucket.failures = []
         self._buckets = [bucket for bucket in self._buckets if len(bucket)]

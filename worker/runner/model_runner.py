@@ -240,12 +240,12 @@ class MLXRunner:
             if prefilled.rows:
                 self._batches.join(prefilled.rows, prefilled.cache)
             drafted = self._speculation.drafted
-            tokens = self._batches.step(speculate=plan.speculate)
+            tokens = self._batches.step(speculate=plan.speculate, ahead=plan.ahead)
         self._steps += 1
         if self._steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
         joined = {row.uid: reused for row, reused in zip(prefilled.rows, prefilled.reused, strict=True)}
-        reported, self._joined = self._joined, joined
+        reported, self._joined = (self._joined, joined) if plan.ahead else (self._joined | joined, {})
         return StepOutput(
             tokens=tokens,
             prefilled=reported,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 
 from shared.jobs.record import Priority
+from tests.plugins.work import claimed, sequence_for
 from tests.support.stepped_engine import SteppedEngine, alone
-from worker.engine.scheduler import Capacity
+from worker.engine.scheduler import LONG_STEP_S, Capacity, Scheduler
 from worker.engine.sequence import Sequence
+from worker.runner.base import StepOutput, TokenOutput
+from worker.runner.fake import FakeRunner
 
 
 def submit(engine: SteppedEngine, name: str, priority: Priority = Priority.BATCH, max_tokens: int = 40) -> Sequence:
@@ -100,3 +105,15 @@ def test_a_batch_job_whose_turn_it_is_counts_like_others() -> None:
     engine.submit("turn", max_tokens=40, priority=Priority.BATCH, rank=-1.0)
     engine.core.step()
     assert "turn" in running(engine)
+
+
+@pytest.mark.parametrize("step_s", [0.049, 0.051])
+@pytest.mark.parametrize("priority", [Priority.NORMAL, Priority.BATCH])
+def test_long_steps_do_not_run_ahead_beside_a_batch(step_s: float, priority: Priority) -> None:
+    clock = iter(count(0, step_s))
+    scheduler = Scheduler(FakeRunner(), 4, lambda: next(clock))
+    scheduler.add(row := sequence_for(claimed("x", max_tokens=40, priority=priority), FakeRunner()))
+    scheduler.schedule()
+    for _ in range(4):
+        scheduler.update(StepOutput(tokens=[TokenOutput(row.uid, 1)]))
+    assert scheduler.plan({}, None).ahead is not (step_s > LONG_STEP_S and priority is Priority.BATCH)
