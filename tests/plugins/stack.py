@@ -64,8 +64,8 @@ class Stack:
     def client(self) -> Client:
         return Client(self.url, self.key, connections=128)
 
-    def start_web(self) -> subprocess.Popen[bytes]:
-        child = self._start("web", [sys.executable, "-m", "web"])
+    def start_web(self, **variables: str) -> subprocess.Popen[bytes]:
+        child = self._start("web", [sys.executable, "-m", "web"], variables)
         with Client(self.url) as client:
             eventually(lambda: self._answers(client, child, "web", "/livez"), "the API answers", START_WITHIN_S)
         return child
@@ -90,12 +90,12 @@ class Stack:
         eventually(ready, "the worker is ready", START_WITHIN_S)
         return child
 
-    def start_background(self) -> subprocess.Popen[bytes]:
+    def start_background(self, **variables: str) -> subprocess.Popen[bytes]:
         """Start a background process without waiting."""
-        return self._start("background", [sys.executable, "-m", "web.background"])
+        return self._start("background", [sys.executable, "-m", "web.background"], variables)
 
-    def start_flower(self) -> subprocess.Popen[bytes]:
-        child = self._start("flower", [sys.executable, "-m", "scripts.stack.flower"])
+    def start_flower(self, **variables: str) -> subprocess.Popen[bytes]:
+        child = self._start("flower", [sys.executable, "-m", "scripts.stack.flower"], variables)
         with Client(self.flower_url) as client:
             eventually(lambda: self._answers(client, child, "flower", "/healthcheck"), "Flower answers", START_WITHIN_S)
         return child
