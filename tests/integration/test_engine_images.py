@@ -35,8 +35,8 @@ class Model:
     """A runner, its tokenizer, and the image files of all jobs created so far."""
 
     def __init__(self, folder: Path) -> None:
-        loaded, family = load_vision_model(folder)
-        self.runner = MLXRunner(loaded, 32, Memory(2**30, 2**28), None, family)
+        loaded, vision = load_vision_model(folder)
+        self.runner = MLXRunner(loaded, 32, Memory(2**30, 2**28), None, vision)
         self.encoder: ChatTokenizer = load_tokenizer(TokenizerSource(str(folder), vision=True))
         self.files: dict[str, bytes] = {}
 

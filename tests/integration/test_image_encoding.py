@@ -27,10 +27,10 @@ from worker.runner.base import IMAGE_TOKENS, EncodeWork, StepPlan
 from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
 from worker.runner.vision import qwen_encoder
-from worker.runner.vision.family import VisionFamily
+from worker.runner.vision.half import VisionHalf
 from worker.runner.vision.images import Grid, ImageMedia, decode_image
 from worker.runner.vision.load import load_vision_model
-from worker.runner.vision.qwen_encoder import QwenEncoder
+from worker.runner.vision.qwen_encoder import QwenEncoder, WindowEncoder
 
 CHUNK = 32
 
@@ -41,19 +41,19 @@ def files() -> ImageFiles:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_vision_path: Path) -> tuple[LoadedModel, VisionFamily]:
+def model(tiny_vision_path: Path) -> tuple[LoadedModel, VisionHalf]:
     return load_vision_model(tiny_vision_path)
 
 
 @pytest.fixture
-def runner(model: tuple[LoadedModel, VisionFamily]) -> Iterator[MLXRunner]:
-    loaded, family = model
-    runner = MLXRunner(loaded, CHUNK, Memory(2**30, 2**28), None, family, speculation_tokens=4)
+def runner(model: tuple[LoadedModel, VisionHalf]) -> Iterator[MLXRunner]:
+    loaded, vision = model
+    runner = MLXRunner(loaded, CHUNK, Memory(2**30, 2**28), None, vision, speculation_tokens=4)
     yield runner
     runner.close()
 
 
-def test_the_stages_give_the_features_of_mlx_vlm(model: tuple[LoadedModel, VisionFamily]) -> None:
+def test_the_stages_give_the_features_of_mlx_vlm(model: tuple[LoadedModel, VisionHalf]) -> None:
     encoder = model[1].encoder
     rng = np.random.default_rng(3)
     for rows, columns in ((4, 4), (16, 8), (14, 22), (34, 46), (2, 40)):
@@ -61,8 +61,8 @@ def test_the_stages_give_the_features_of_mlx_vlm(model: tuple[LoadedModel, Visio
         pixels = rng.normal(size=(grid.patches, 3 * 2 * 14 * 14)).astype(np.float32)
         *_, ours = encoder.stages(pixels, grid)
         theirs = encoder.tower(mx.array(pixels), mx.array([[1, rows, columns]]))
-        assert mx.allclose(ours, theirs, atol=1e-5), grid
-        assert ours.shape[0] == grid.tokens
+        assert mx.allclose(ours[0], theirs, atol=1e-5), grid
+        assert ours.shape[:2] == (1, grid.tokens)
 
 
 def test_a_broken_image_fails_only_the_rows_that_contain_it(runner: MLXRunner, files: ImageFiles) -> None:
@@ -115,22 +115,22 @@ def test_large_images_that_the_api_accepted_are_decoded(monkeypatch: pytest.Monk
 
 
 def test_no_failures_are_reported_for_rows_before_a_reset(
-    model: tuple[LoadedModel, VisionFamily],
+    model: tuple[LoadedModel, VisionHalf],
     runner: MLXRunner,
     files: ImageFiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bad, worse, good = (files.part(56, 56, seed) for seed in range(3))
     files[bad["image"]] = files[bad["image"]][:100]
-    stages = QwenEncoder.stages
+    stages = WindowEncoder.stages
 
-    def raises(encoder: QwenEncoder, pixels: Any, grid: Grid) -> Iterator[mx.array]:
-        monkeypatch.setattr(QwenEncoder, "stages", stages)
+    def raises(encoder: WindowEncoder, pixels: Any, grid: Grid) -> Iterator[mx.array]:
+        monkeypatch.setattr(WindowEncoder, "stages", stages)
         raise RuntimeError("the device failed")
 
     requests = [ask("?", part) for part in (bad, worse, good)]
     rows = [row(prompt_of(runner, each, files), each, uid) for uid, each in enumerate(requests)]
-    monkeypatch.setattr(QwenEncoder, "stages", raises)
+    monkeypatch.setattr(WindowEncoder, "stages", raises)
     runner.insert(rows[:2])
     wait([task.pixels for task in runner._vision._tasks.values() if task.pixels])
     with pytest.raises(RuntimeError, match="failed"):
@@ -215,7 +215,7 @@ def test_the_memory_for_encoding_is_that_of_the_largest_image(runner: MLXRunner,
     assert runner._vision is not None
     encoder = runner._vision._encoder
     several = prompt_of(runner, ask("?", small, large, small), files)
-    assert runner.encode_bytes(several.media) == encoder.bytes(encoder.grid(640, 480)) > 0
+    assert runner.encode_bytes(several.media) == encoder.bytes(encoder.layout(640, 480)) > 0
     assert runner.encode_bytes(prompt_of(runner, ask("?"), files).media) == 0
 
 
@@ -225,6 +225,6 @@ def test_image_tokens_depend_on_the_content_of_the_image(runner: MLXRunner, file
     assert isinstance(media, ImageMedia)
     (image,) = media.images
     tokens = prompt.tokens[image.start : image.stop]
-    assert len(set(tokens)) == len(tokens) == 77 == image.grid.tokens
+    assert len(set(tokens)) == len(tokens) == 77 == image.layout.tokens
     assert all(IMAGE_TOKENS <= token < 2**32 for token in tokens)
     assert media.shift == 11 - 77

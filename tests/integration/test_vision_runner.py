@@ -23,7 +23,7 @@ from worker.runner import model_runner
 from worker.runner.base import IMAGE_TOKENS, Row
 from worker.runner.memory import Memory
 from worker.runner.model_runner import MLXRunner
-from worker.runner.vision.family import VisionFamily
+from worker.runner.vision.half import VisionHalf
 from worker.runner.vision.load import load_vision_model
 
 CHUNK = 32
@@ -43,14 +43,14 @@ def files() -> ImageFiles:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_vision_path: Path) -> tuple[LoadedModel, VisionFamily]:
+def model(tiny_vision_path: Path) -> tuple[LoadedModel, VisionHalf]:
     return load_vision_model(tiny_vision_path)
 
 
 @pytest.fixture
-def runner(model: tuple[LoadedModel, VisionFamily]) -> Iterator[MLXRunner]:
-    loaded, family = model
-    runner = MLXRunner(loaded, CHUNK, Memory(2**30, 2**28), None, family, speculation_tokens=4)
+def runner(model: tuple[LoadedModel, VisionHalf]) -> Iterator[MLXRunner]:
+    loaded, vision = model
+    runner = MLXRunner(loaded, CHUNK, Memory(2**30, 2**28), None, vision, speculation_tokens=4)
     yield runner
     runner.close()
 
@@ -142,11 +142,11 @@ def test_simultaneous_rows_with_the_same_image_encode_it_once(runner: MLXRunner,
 
 
 def test_features_are_evicted_when_they_exceed_the_limit(
-    model: tuple[LoadedModel, VisionFamily], files: ImageFiles, monkeypatch: pytest.MonkeyPatch
+    model: tuple[LoadedModel, VisionHalf], files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, family = model
+    loaded, vision = model
     monkeypatch.setattr(model_runner, "MAX_FEATURE_BYTES", 30_000)
-    runner = MLXRunner(loaded, CHUNK, family=family)
+    runner = MLXRunner(loaded, CHUNK, vision=vision)
     for seed in (1, 2, 1):
         answer(runner, ask("What?", files.part(300, 200, seed)), files, "me")
     assert runner.stats()["images_encoded_total"] == 3

@@ -20,7 +20,7 @@ T = TypeVar("T")
 FALLBACK_CONTEXT = 32_768
 """Context in tokens of a model that has no limit on positions, such as a recurrent one, or declares none."""
 
-_TOKEN_EMBEDDINGS: Final = (
+TOKEN_EMBEDDINGS: Final = (
     *("embed_tokens", "embeddings", "embedding", "embed", "embed_in", "word_embeddings", "wte"),
     *("tok_embeddings", "token_embeddings"),
 )
@@ -157,7 +157,7 @@ def _embedding_rows(model: Any) -> int | None:
     rows = (
         int(module.weight.shape[0])
         for path, module in model.named_modules()
-        if isinstance(module, Embedding | QuantizedEmbedding) and path.rpartition(".")[2] in _TOKEN_EMBEDDINGS
+        if isinstance(module, Embedding | QuantizedEmbedding) and path.rpartition(".")[2] in TOKEN_EMBEDDINGS
     )
     return min(rows, default=None)
 

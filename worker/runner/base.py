@@ -51,6 +51,10 @@ class Media(Protocol):
 
     shift: int
 
+    def pass_end(self, stop: int) -> int:
+        """Return where a pass over the prompt may end that should end at token `stop`: there, or a little later."""
+        ...
+
     def release(self) -> None:
         """Drop data that only the prefill needs. It is computed again if the prompt is prefilled again."""
         ...

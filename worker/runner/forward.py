@@ -59,6 +59,5 @@ def shifts(rows: Sequence[Row | None]) -> dict[str, mx.array]:
     Args:
         rows: by batch index; None: empty.
     """
-    if not any(row is not None and row.media is not None for row in rows):
-        return {}
-    return {"shifts": mx.array([row.media.shift if row is not None and row.media else 0 for row in rows])}
+    by_row = [row.media.shift if row is not None and row.media is not None else 0 for row in rows]
+    return {"shifts": mx.array(by_row)} if any(by_row) else {}

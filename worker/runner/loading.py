@@ -23,7 +23,7 @@ from worker.runner.prefix.files import PrefixFiles, fingerprint
 from worker.runner.prefix.spill import Spill
 from worker.runner.quantized_cache import CannotQuantize, quantize_cache
 from worker.runner.speculation import draft_model
-from worker.runner.vision.family import VisionFamily
+from worker.runner.vision.half import VisionHalf
 
 PENDING_WRITES_DIVISOR = 8
 """Evicted prefixes that are waiting to be written to disk may take 1/8 of the memory for prefixes."""
@@ -52,19 +52,19 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
     """
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
-    loaded, family = _loaded(model)
+    loaded, vision = _loaded(model)
     convert(loaded, model.dtype, model.quantize_bits)
     yield from read_weights(loaded.model, model)
-    if family is not None:
+    if vision is not None:
         if model.dtype is not None:
-            family.encoder.tower.set_dtype(getattr(mx, model.dtype))
-        yield from read_weights(family.encoder.tower, model)
+            vision.encoder.tower.set_dtype(getattr(mx, model.dtype))
+        yield from read_weights(vision.encoder.tower, model)
     _quantize_cache(model, loaded)
     draft = _load_draft(model, loaded)
     if draft is not None:
         yield from read_weights(draft.model, model)
     batching = yield from _progress(_batching(settings, model, loaded), READ_SHARE, PROOF_SHARE)
-    runner = _runner(settings, model, loaded, family, batching, draft)
+    runner = _runner(settings, model, loaded, vision, batching, draft)
     yield from _progress(runner.warming(), PROOF_SHARE, 1)
     return runner
 
@@ -133,7 +133,7 @@ def read_weights(module: Any, model: CatalogModel) -> Generator[float, None, Non
             yield READ_SHARE * done / max(total, 1)
 
 
-def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionFamily | None]:
+def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionHalf | None]:
     if model.kind != "vision":
         return load_model(model.path, adapter=model.adapter, lazy=True), None
     if model.adapter is not None:
@@ -158,7 +158,7 @@ def _runner(
     settings: Settings,
     model: CatalogModel,
     loaded: LoadedModel,
-    family: VisionFamily | None,
+    vision: VisionHalf | None,
     batching: BatchingSupport,
     draft: LoadedModel | None,
 ) -> MLXRunner:
@@ -169,7 +169,7 @@ def _runner(
         settings.prefill_step_tokens or default_chunk(),
         memory,
         _spill(settings, loaded.model, model, memory) if batching.continues else None,
-        family,
+        vision,
         batching=batching,
         speculation_tokens=settings.speculation_tokens,
         draft=draft,

@@ -1,4 +1,4 @@
-"""The model runner on MLX: mlx-lm's language models, and vision models through a `VisionFamily`.
+"""The model runner on MLX: mlx-lm's language models, and vision models through a `VisionHalf`.
 
 A row passes through these stages: `insert` checks it, `PrefixFetch` reads its prefix from disk, `VisionStage` encodes
 its images, `Prefill` computes the cache of the rest of its prompt, and `LengthBuckets` decodes it together with other
@@ -53,7 +53,7 @@ from worker.runner.speculation.draft_model import DraftModelProposer
 from worker.runner.speculation.ngram import NgramProposer
 from worker.runner.speculation.verification import MAX_ROWS, Speculation
 from worker.runner.speculation.warming import measure_draft, measure_passes
-from worker.runner.vision.family import VisionFamily
+from worker.runner.vision.half import VisionHalf
 from worker.runner.vision.stage import Encoded, VisionStage
 
 CHUNK_CPU = 32
@@ -86,7 +86,7 @@ class MLXRunner:
         chunk: maximum tokens per chunk of a long prompt.
         memory: limits for the caches of rows and prefixes.
         spill: the disk store for prefixes; None: prefixes stay in memory.
-        family: the vision part of the model; None for a language model.
+        vision: the image half of the model; None for a language model.
         batching: how far rows may share passes.
         speculation_tokens: maximum draft tokens per row and step; 0: no speculation.
         processors: logits processors in addition to the penalties and the logit bias.
@@ -99,7 +99,7 @@ class MLXRunner:
         chunk: int,
         memory: Memory = UNLIMITED,
         spill: Spill | None = None,
-        family: VisionFamily | None = None,
+        vision: VisionHalf | None = None,
         *,
         batching: BatchingSupport = UNRESTRICTED,
         speculation_tokens: int = 0,
@@ -112,8 +112,8 @@ class MLXRunner:
         self.depth = max(len(kv_cache.empty_row(loaded.model)) - 1, 1)  # the last layer's output is not needed
         self.cost = UNKNOWN_COST
         self.cache_bytes = memory.max_bytes
-        self.about = _about(loaded, family) | {"batching": batching.to_dict()}
-        self.weights_bytes = _weights_bytes(loaded) + (family.encoder.nbytes if family else 0)
+        self.about = _about(loaded, vision) | {"batching": batching.to_dict()}
+        self.weights_bytes = _weights_bytes(loaded) + (_bytes_of(vision.encoder.tower) if vision else 0)
         self.weights_bytes += _weights_bytes(draft) if draft else 0
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
@@ -121,7 +121,7 @@ class MLXRunner:
         self._processors: tuple[LogitsProcessor, ...] = (Penalties(), LogitBias(), *processors)
         self._constraints = ConstraintCompiler(loaded.tokenizer, loaded.message_format, self._vocabulary, self.eos)
         self.card = replace(loaded.card, structured=self._constraints.supported)
-        self._vision = VisionStage(family, 0) if family else None
+        self._vision = VisionStage(vision, 0) if vision else None
         self._footprint = Footprint.of(self._model)
         self._batching = batching
         self._prefixes = PrefixCache(self._model, memory.prefix_bytes if batching.continues else 0, spill)
@@ -374,16 +374,20 @@ def _max_padding_bytes(loaded: LoadedModel, memory: Memory) -> int:
     return min(padding_worth_a_pass(loaded), memory.max_bytes // PADDING_DIVISOR)
 
 
-def _parameters(loaded: LoadedModel) -> list[mx.array]:
-    return list(dict(tree_flatten(loaded.model.parameters())).values())
+def _arrays(module: Any) -> list[mx.array]:
+    return list(dict(tree_flatten(module.parameters())).values())
+
+
+def _bytes_of(module: Any) -> int:
+    return sum(array.nbytes for array in _arrays(module))
 
 
 def _weights_bytes(loaded: LoadedModel) -> int:
-    return sum(array.nbytes for array in _parameters(loaded))
+    return _bytes_of(loaded.model)
 
 
-def _about(loaded: LoadedModel, family: VisionFamily | None) -> dict[str, object]:
-    types = {str(array.dtype).removeprefix("mlx.core.") for array in _parameters(loaded)}
+def _about(loaded: LoadedModel, vision: VisionHalf | None) -> dict[str, object]:
+    types = {str(array.dtype).removeprefix("mlx.core.") for array in _arrays(loaded.model)}
     quantisation = loaded.config.get("quantization") or {}
     about: dict[str, object] = {
         "device": str(mx.default_device()),
@@ -393,6 +397,7 @@ def _about(loaded: LoadedModel, family: VisionFamily | None) -> dict[str, object
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
     }
-    if family is not None:
-        about |= {"mlx_vlm": version("mlx-vlm"), "encoder_parameters": family.encoder.parameters}
+    if vision is not None:
+        parameters = sum(array.size for array in _arrays(vision.encoder.tower))
+        about |= {"mlx_vlm": version("mlx-vlm"), "encoder_parameters": parameters}
     return about

@@ -306,6 +306,8 @@ class Prefill:
             stop = _piece_end(row, start, self._chunk)
         if partial.stops:
             stop = min(partial.stops[0], len(row.prompt) if stop is None else stop)
+        if stop is not None and row.media is not None:
+            stop = row.media.pass_end(stop)
         input_ids = _prefill_ids(row)[start:stop]
         forward.fill(self._model, partial.cache, [input_ids], [forward.placed(row, start)])
         partial.chunk, partial.layers = len(input_ids), 0

@@ -72,7 +72,7 @@ def test_loading_a_text_model_survives_exits_and_panics(
 
 
 @pytest.mark.parametrize(
-    "where", ["mlx_vlm.utils.load_config", "mlx_vlm.utils.load_model", "mlx_lm.tokenizer_utils.load"]
+    "where", ["mlx_vlm.utils.load_config", "mlx_vlm.utils.load_model", "worker.models.text_half.load"]
 )
 def test_loading_a_vision_model_survives_exits(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     _raise_in(monkeypatch, where, SystemExit(1))

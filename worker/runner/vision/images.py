@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -25,9 +25,24 @@ image that is now decoded to other pixels. Increase it whenever the pixels chang
 Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 
 
+class Layout(Protocol):
+    """How an encoder sees an image of a certain size. Equal sizes have equal layouts.
+
+    Attributes:
+        tokens: number of tokens of the image in the language model.
+        patches: size of the encoder's input, the unit of its cost.
+    """
+
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def patches(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The grid of patches that an image is divided into.
+    """The layout of an image that is divided into a grid of patches.
 
     Attributes:
         rows, columns: number of patches; multiples of `merge`.
@@ -55,14 +70,14 @@ class PlacedImage:
 
     Attributes:
         digest: digest of the file.
-        grid: the grid of patches.
+        layout: how the encoder sees it.
         data: content of the file.
         pixels: number of pixels of the image that the API checked.
         start: index of its first token in the prompt.
     """
 
     digest: str
-    grid: Grid
+    layout: Layout
     data: bytes = field(repr=False)
     pixels: int
     start: int = 0
@@ -70,7 +85,7 @@ class PlacedImage:
     @property
     def stop(self) -> int:
         """Index of the first token after it."""
-        return self.start + self.grid.tokens
+        return self.start + self.layout.tokens
 
 
 @dataclass(slots=True)
@@ -79,22 +94,32 @@ class ImageMedia:
 
     Attributes:
         images: the images, in the order of their tokens.
-        positions: [3, tokens] positions of the prompt's tokens for M-RoPE: time, row and column.
+        positions: [3, tokens] positions of the prompt's tokens for M-RoPE: time, row and column; None: the model counts
+            image tokens like text.
         shift: see `Media.shift`.
-        features: image features by digest, during the prefill.
+        whole: whether the tokens of an image attend to each other, so that a pass may not end within an image.
+        features: image features by digest, during the prefill; see `Encoder.stages`.
     """
 
     images: tuple[PlacedImage, ...]
-    positions: Ints
-    shift: int
+    positions: Ints | None = None
+    shift: int = 0
+    whole: bool = False
     features: dict[str, mx.array] = field(default_factory=dict)
 
     def at(self, start: int, length: int) -> Ints:
         """Return the positions [3, length] of the tokens from index `start` on, in the prompt and after it."""
+        assert self.positions is not None  # noqa: S101 - only M-RoPE asks for positions
         in_prompt = self.positions[:, start : start + length]
         first = max(start, self.positions.shape[1]) + self.shift
         after = np.arange(first, first + length - in_prompt.shape[1], dtype=np.int32)
         return np.concatenate([in_prompt, np.broadcast_to(after, (3, after.size))], axis=1)
+
+    def pass_end(self, stop: int) -> int:
+        """See `Media.pass_end`."""
+        if not self.whole:
+            return stop
+        return next((image.stop for image in self.images if image.start < stop < image.stop), stop)
 
     def release(self) -> None:
         """See `Media.release`."""
@@ -106,25 +131,52 @@ class ImageMedia:
 
 
 def expand(tokens: Sequence[int], image_token: int, images: Sequence[PlacedImage]) -> tuple[list[int], ImageMedia]:
-    """Replace the placeholder token of each image with the image's tokens; see `VisionFamily.expand`."""
+    """Replace the placeholder token of each image with the image's tokens.
+
+    Args:
+        tokens: token ids, with one `image_token` for each image, in order.
+        images: the images, without `start`.
+
+    Returns:
+        The token ids and the media of the prompt.
+    """
     expanded: list[int] = []
     placed: list[PlacedImage] = []
-    positions: list[Ints] = []
-    next_position = 0
     remaining = iter(images)
     for token in tokens:
         if token == image_token:
             image = next(remaining)
-            grid = image.grid
             placed.append(replace(image, start=len(expanded)))
-            expanded += _token_ids(image.digest, grid.tokens)
-            positions.append(next_position + _grid_positions(grid))
-            next_position += max(grid.rows, grid.columns) // grid.merge
+            expanded += _token_ids(image.digest, image.layout.tokens)
         else:
             expanded.append(token)
-            positions.append(np.full((3, 1), next_position, dtype=np.int32))
-            next_position += 1
-    return expanded, ImageMedia(tuple(placed), np.concatenate(positions, axis=1), next_position - len(expanded))
+    return expanded, ImageMedia(tuple(placed))
+
+
+def with_grid_positions(media: ImageMedia, tokens: int) -> ImageMedia:
+    """Return the media of a prompt with M-RoPE positions. The layouts of its images are grids.
+
+    Args:
+        tokens: number of tokens of the prompt.
+    """
+    positions: list[Ints] = []
+    next_position = end = 0
+    for image in media.images:
+        grid = image.layout
+        assert isinstance(grid, Grid)  # noqa: S101 - the encoders of these families make no other layouts
+        next_position = _append_text(positions, next_position, image.start - end)
+        positions.append(next_position + _grid_positions(grid))
+        next_position += max(grid.rows, grid.columns) // grid.merge
+        end = image.stop
+    next_position = _append_text(positions, next_position, tokens - end)
+    return replace(media, positions=np.concatenate(positions, axis=1), shift=next_position - tokens)
+
+
+def _append_text(positions: list[Ints], start: int, tokens: int) -> int:
+    """Append the positions of text tokens. Returns the next position."""
+    text = np.arange(start, start + tokens, dtype=np.int32)
+    positions.append(np.broadcast_to(text, (3, tokens)))
+    return start + tokens
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:

@@ -1,26 +1,30 @@
-"""Loads vision models by their family."""
+"""Loads vision models: the language model with mlx-lm, the image encoder with mlx-vlm."""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_vlm import utils
 
 from shared.models.folder import VISION_FAMILIES, ModelError, check_folder
-from worker.models.load import LoadedModel, contained
-from worker.runner.vision.family import VisionFamily
+from worker.models import text_half
+from worker.models.load import NO_CODE, LoadedModel, contained, loaded_as, tokenizer_config
+from worker.runner.vision.families import FAMILIES, Parts, VisionFamily
+from worker.runner.vision.half import VisionHalf
 
 
-def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, VisionFamily]:
+def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, VisionHalf]:
     """Load a model folder.
 
     Args:
         lazy: do not read the weights yet.
 
     Returns:
-        The language model with its tokenizer, and the vision part.
+        The language model with its tokenizer, and the image half.
 
     Raises:
         ModelError: the folder is incomplete, broken or of an unsupported family.
@@ -29,11 +33,45 @@ def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel,
     folder = folder.resolve()  # the libraries take a relative path for a hub id
     with contained(f"The model in {folder} cannot be loaded"):
         config = utils.load_config(folder)
-        family = config.get("model_type")
-        if family not in VISION_FAMILIES:
+        family = FAMILIES.get(config.get("model_type", ""))
+        if family is None:
             raise ModelError(
-                f"{folder}: images are not supported for model_type {family!r}, only for {', '.join(VISION_FAMILIES)}."
+                f"{folder}: images are not supported for model_type {config.get('model_type')!r}, only for "
+                f"{', '.join(VISION_FAMILIES)}."
             )
-        module: Any = importlib.import_module(f"worker.runner.vision.{family}")
-        loaded: tuple[LoadedModel, VisionFamily] = module.load(folder, config, lazy=lazy)
-        return loaded
+        loaded, vision = _put_together(family, _parts(folder, config, family, lazy=lazy))
+        if not lazy:
+            mx.eval(loaded.model.parameters(), vision.encoder.tower.parameters())
+        return loaded, vision
+
+
+def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, *, lazy: bool) -> Parts:
+    text, tokenizer, text_config = text_half.load(folder, tokenizer_config(folder), adapter=None, lazy=lazy)
+    model = utils.load_model(folder, lazy=True)
+    _drop_weights(model.language_model)
+    processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)
+    token = _placeholder(family, {**vars(model.config), **config}, tokenizer)
+    return Parts(folder, {**config, **text_config}, text, model, processor, tokenizer, token)
+
+
+def _put_together(family: VisionFamily, parts: Parts) -> tuple[LoadedModel, VisionHalf]:
+    language = family.language(parts)
+    encoder = family.encoder(parts, language)
+    language.encode = encoder.encode
+    loaded = loaded_as("vision", parts.folder, language, parts.tokenizer, dict(parts.config))
+    if encoder.geometry is not None:
+        loaded = replace(loaded, card=replace(loaded.card, image=asdict(encoder.geometry)))
+    return loaded, VisionHalf(parts.image_token, encoder, family.expand(parts))
+
+
+def _drop_weights(language_model: Any) -> None:
+    """Drop the weights of mlx-vlm's language model, which have not been read."""
+    for _, module in language_model.named_modules():
+        for name in [name for name, value in module.items() if isinstance(value, mx.array)]:
+            del module[name]
+
+
+def _placeholder(family: VisionFamily, config: Mapping[str, Any], tokenizer: Any) -> int:
+    """Return the token that stands for an image in a prompt."""
+    value = next(config[name] for name in family.placeholder if config.get(name) is not None)
+    return int(tokenizer.convert_tokens_to_ids(value) if isinstance(value, str) else value)

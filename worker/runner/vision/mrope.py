@@ -1,104 +1,114 @@
-"""The language model of the Qwen-VL family with the call signature of mlx-lm's models.
+"""Rotary positions in three dimensions (M-RoPE): an image token has a time, a row and a column.
 
-mlx-vlm's own call keeps the positions of the last prompt in the model, so it serves only one prompt at a time. Here
-each row has its own positions. During the prefill they come from its images. After it, a position is the token's index
-in the cache plus the shift that the images cause.
+`MRope` takes the place of an attention layer's rotary positions. Passes without images, which include all decode steps,
+need only a shift of the ordinary positions, because text tokens have three equal ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
-from worker.runner.base import IMAGE_TOKENS
-from worker.runner.forward import PlacedMedia
-from worker.runner.vision.images import ImageMedia, PlacedImage
+from worker.runner.vision.language import PassInputs
 
 
-class MRopeModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no types for it
-    """A language model with three-dimensional positions (M-RoPE).
+class Axes(Enum):
+    """Which of the three positions rotates which frequency.
 
-    Args:
-        language: mlx-vlm's `LanguageModel` of Qwen2-VL or Qwen2.5-VL.
-        image_token: the token id that the vocabulary has for image tokens.
-        encode: encodes an image; used if its features are missing during the prefill.
+    Attributes:
+        SECTIONS: consecutive frequencies share a position: time first, then row, then column.
+        INTERLEAVED: the positions take turns, until the frequencies of rows and columns are used up; the rest are time.
     """
 
-    def __init__(self, language: Any, image_token: int, encode: Callable[[PlacedImage], mx.array]) -> None:
-        super().__init__()
-        self.language = language
-        self.image_token = image_token
-        self._encode = encode
+    SECTIONS = "sections"
+    INTERLEAVED = "interleaved"
 
-    @property
-    def layers(self) -> list[Any]:
-        """The transformer layers, as `mlx_lm.models.cache.make_prompt_cache` expects them."""
-        return cast("list[Any]", self.language.layers)
-
-    def __call__(
-        self,
-        tokens: mx.array,
-        cache: list[Any],
-        media: Sequence[PlacedMedia | None] = (),
-        shifts: mx.array | None = None,
-    ) -> mx.array:
-        """Run a forward pass.
+    def of(self, sections: Sequence[int], frequencies: int) -> list[int]:
+        """Return the axis of each frequency.
 
         Args:
-            tokens: [rows, length] token ids.
-            media: media by row; empty if all tokens are text.
-            shifts: [rows] see `Media.shift`; None: 0 for all rows.
-
-        Returns:
-            [rows, length, vocabulary] logits.
+            sections: number of frequencies of each axis.
         """
-        positions = self._positions(cache, tokens.shape, media, shifts)
-        embeds = self._embedded(tokens, media) if media else None
-        # When embeddings are given, mlx-vlm uses only the shape of the tokens.
-        output = self.language(tokens, inputs_embeds=embeds, cache=cache, position_ids=positions)
-        return cast("mx.array", output.logits)
+        if self is Axes.SECTIONS:
+            return [axis for axis, count in enumerate(sections) for _ in range(count)]
+        axes = [0] * frequencies
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
+        return axes
 
-    def _positions(
-        self,
-        cache: list[Any],
-        shape: Sequence[int],
-        media: Sequence[PlacedMedia | None],
-        shifts: mx.array | None,
-    ) -> mx.array:
-        """Return the positions [3, rows, length] of the tokens."""
-        rows, length = shape
-        offsets = mx.broadcast_to(mx.array(cache[0].offset), (rows,))
-        if shifts is not None:
-            offsets = offsets + shifts
+
+class MRope(nn.Module):  # type: ignore[misc,name-defined]  # MLX has no types for it
+    """Rotary positions of one attention layer.
+
+    Args:
+        rope: the layer's own, for text.
+        axes: the axis of each frequency.
+        inputs: the images of the current pass.
+    """
+
+    def __init__(self, rope: Any, axes: Sequence[int], inputs: PassInputs) -> None:
+        super().__init__()
+        self.rope = rope
+        self._axes = np.array(axes, dtype=np.int32)
+        self._inputs = inputs
+        exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / rope.dims
+        self._frequencies = (1.0 / rope.base**exponents).astype(np.float32)
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """Rotate queries or keys [rows, heads, length, size].
+
+        Args:
+            offset: [rows] position of the first token of each row, without images.
+        """
+        inputs = self._inputs
+        if not any(inputs.media):
+            shifted = offset if inputs.shifts is None else offset + inputs.shifts
+            rotated: mx.array = self.rope(x, offset=shifted)
+            return rotated
+        key = (self.rope.dims, self.rope.base)
+        if key not in inputs.rotations:
+            inputs.rotations[key] = self._rotation(offset, x.shape[0], x.shape[2])
+        return self._rotated(x, *inputs.rotations[key])
+
+    def _rotation(self, offset: Any, rows: int, length: int) -> tuple[mx.array, mx.array]:
+        """Return cosines and sines [rows, 1, length, frequencies] for the tokens of a pass."""
+        offsets = mx.broadcast_to(mx.array(offset), (rows,))
         text = mx.broadcast_to(offsets[:, None] + mx.arange(length), (3, rows, length))
-        if not media:
-            return text
-        return mx.concatenate(
-            [
-                text[:, row : row + 1] if each is None else mx.array(each.media.at(each.start, length))[:, None]
-                for row, each in enumerate(media)
-            ],
-            axis=1,
-        )
+        by_row = [
+            text[:, row : row + 1] if each is None else mx.array(each.media.at(each.start, length))[:, None]
+            for row, each in enumerate(self._inputs.media)
+        ]
+        positions = mx.concatenate(by_row, axis=1)[mx.array(self._axes)]  # [frequencies, rows, length]
+        angles = positions.transpose(1, 2, 0).astype(mx.float32) * mx.array(self._frequencies)
+        return mx.cos(angles)[:, None], mx.sin(angles)[:, None]
 
-    def _embedded(self, tokens: mx.array, media: Sequence[PlacedMedia | None]) -> mx.array:
-        """Return embeddings [rows, length, hidden size], with image features for the image tokens."""
-        text = mx.where(tokens < IMAGE_TOKENS, tokens, self.image_token)
-        embeds: mx.array = self.language.model.embed_tokens(text)
-        for row, placed in enumerate(media):
-            if placed is None:
-                continue
-            for image in placed.media.images:
-                start, stop = max(image.start, placed.start), min(image.stop, placed.start + tokens.shape[1])
-                if start < stop:
-                    features = self._features(placed.media, image)[start - image.start : stop - image.start]
-                    embeds[row, start - placed.start : stop - placed.start] = features.astype(embeds.dtype)
-        return embeds
+    def _rotated(self, x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+        dims = self.rope.dims
+        exact = x[..., :dims].astype(mx.float32)
+        if self.rope.traditional:  # pairs of neighbours
+            one, other = exact[..., ::2], exact[..., 1::2]
+        else:
+            one, other = exact[..., : dims // 2], exact[..., dims // 2 :]
+        pairs = [one * cosines - other * sines, one * sines + other * cosines]
+        rotated = mx.stack(pairs, axis=-1).flatten(-2) if self.rope.traditional else mx.concatenate(pairs, axis=-1)
+        return mx.concatenate([rotated.astype(x.dtype), x[..., dims:]], axis=-1)
 
-    def _features(self, media: ImageMedia, image: PlacedImage) -> mx.array:
-        if (features := media.features.get(image.digest)) is None:
-            features = media.features[image.digest] = self._encode(image)
-        return features
+
+def use_mrope(language: Any, axes: Axes, sections: Sequence[int], inputs: PassInputs) -> None:
+    """Replace the rotary positions of every attention layer of a model.
+
+    Raises:
+        ValueError: the model's own rotary positions are of a kind that has no three dimensions, or are scaled.
+    """
+    for _, module in language.named_modules():
+        rope = module.get("rope")
+        if rope is None:
+            continue
+        if not isinstance(rope, nn.RoPE) or rope.scale != 1.0:  # type: ignore[attr-defined]
+            raise ValueError(f"rotary positions of type {type(rope).__name__} have no rows and columns")
+        module.rope = MRope(rope, axes.of(sections, rope.dims // 2), inputs)

@@ -19,8 +19,8 @@ import mlx.core as mx
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Request
 from worker.runner.base import IMAGE_TOKENS, EncodeWork, Media, Row
-from worker.runner.vision.family import Floats, VisionFamily
 from worker.runner.vision.features import FeatureCache, Key
+from worker.runner.vision.half import Pixels, VisionHalf
 from worker.runner.vision.images import ImageMedia, PlacedImage
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class _Task:
     key: Key
     image: PlacedImage
     rows: list[Row] = field(default_factory=list)
-    pixels: Future[Floats] | None = None
+    pixels: Future[Pixels] | None = None
     stages: Iterator[mx.array] | None = None
     done: int = 0
 
@@ -69,13 +69,13 @@ class VisionStage:
     """Rows with images that are not encoded yet.
 
     Args:
-        family: the vision part of the model.
+        half: the image half of the model.
         cache_bytes: maximum bytes of cached features.
     """
 
-    def __init__(self, family: VisionFamily, cache_bytes: int) -> None:
-        self._family = family
-        self._encoder = family.encoder
+    def __init__(self, half: VisionHalf, cache_bytes: int) -> None:
+        self._half = half
+        self._encoder = half.encoder
         self._cache = FeatureCache(cache_bytes)
         self._tasks: OrderedDict[Key, _Task] = OrderedDict()
         self._rows: dict[int, Row] = {}
@@ -99,29 +99,29 @@ class VisionStage:
             PromptRefused: the images do not match the placeholders, or the model does not support an aspect ratio.
         """
         parts = request.image_parts
-        if list(tokens).count(self._family.image_token) != len(parts):
+        if list(tokens).count(self._half.image_token) != len(parts):
             raise PromptRefused(JobFailure.TEMPLATE, _PLACEHOLDERS)
         if not parts:
             return list(tokens), None
         try:
-            grids = [self._encoder.grid(part["width"], part["height"]) for part in parts]
+            layouts = [self._encoder.layout(part["width"], part["height"]) for part in parts]
         except ValueError as error:
             raise PromptRefused(
                 JobFailure.TEMPLATE, f"The model does not support the shape of an image: {error}"
             ) from error
         sent = [
-            PlacedImage(part["image"], grid, images[part["image"]], part["width"] * part["height"])
-            for part, grid in zip(parts, grids, strict=True)
+            PlacedImage(part["image"], layout, images[part["image"]], part["width"] * part["height"])
+            for part, layout in zip(parts, layouts, strict=True)
         ]
-        expanded, media = self._family.expand(tokens, sent)
+        expanded, media = self._half.expand(tokens, sent)
         if expanded[-1] >= IMAGE_TOKENS:
             raise PromptRefused(JobFailure.TEMPLATE, "The prompt ends with an image.")
         return expanded, media
 
     def bytes(self, media: Media | None) -> int:
         """Return the temporary bytes for encoding these images one after the other: those of the largest image."""
-        grids = {image.grid for image in media.images} if isinstance(media, ImageMedia) else set()
-        return max(map(self._encoder.bytes, grids), default=0)
+        layouts = {image.layout for image in media.images} if isinstance(media, ImageMedia) else set()
+        return max(map(self._encoder.bytes, layouts), default=0)
 
     def add(self, row: Row, cached: int) -> bool:
         """Add a row, unless all images that it needs are encoded already.
@@ -150,7 +150,7 @@ class VisionStage:
         waiting = {row.uid for task in self._tasks.values() for row in task.rows}
         return [self._rows.pop(uid) for uid in [*self._rows] if uid not in waiting]
 
-    def next_pixels(self) -> Future[Floats] | None:
+    def next_pixels(self) -> Future[Pixels] | None:
         """Return the future of the next image's pixels; None if no image is being decoded."""
         task = next(iter(self._tasks.values()), None)
         return task.pixels if task else None
@@ -160,7 +160,7 @@ class VisionStage:
         task = self._next()
         if task is None:
             return None
-        return self._encoder.seconds(task.image.grid) * (1 - task.done / self._encoder.blocks)
+        return self._encoder.seconds(task.image.layout) * (1 - task.done / self._encoder.blocks)
 
     def advance(self, work: EncodeWork | None) -> Encoded:
         """Queue one image, several small ones, or some blocks of a large one."""
@@ -176,13 +176,13 @@ class VisionStage:
         return Encoded(predicted_s, self._take_failed())
 
     def _blocks_in(self, seconds: float, task: _Task) -> int:
-        blocks, cost = self._encoder.blocks, self._encoder.seconds(task.image.grid)
+        blocks, cost = self._encoder.blocks, self._encoder.seconds(task.image.layout)
         return max(int(blocks * min(seconds / max(cost, 1e-9), 1.0) + _ROUNDING), 1)
 
     def _encode_whole(self, task: _Task | None) -> float:
         """Queue the rest of an image and further small images. Returns the predicted seconds."""
         predicted_s = 0.0  # stays 0 after images that could not be decoded
-        while task and (predicted_s == 0.0 or predicted_s + self._encoder.seconds(task.image.grid) <= SHORT_S):
+        while task and (predicted_s == 0.0 or predicted_s + self._encoder.seconds(task.image.layout) <= SHORT_S):
             predicted_s += self._advance_task(task, self._encoder.blocks)
             task = self._next()
         return predicted_s
@@ -202,7 +202,7 @@ class VisionStage:
                 logger.warning("image_not_read", exc_info=error)
                 self._fail(task, error)
                 return 0.0
-            task.stages = self._encoder.stages(pixels, task.image.grid)
+            task.stages = self._encoder.stages(pixels, task.image.layout)
         blocks = min(max_blocks, self._encoder.blocks - task.done)
         *_, hidden = islice(task.stages, blocks)
         task.done += blocks
@@ -210,7 +210,7 @@ class VisionStage:
         mx.async_eval(hidden)  # type: ignore[no-untyped-call]
         if task.done == self._encoder.blocks:
             self._finish(task, hidden)
-        return self._encoder.seconds(task.image.grid) * blocks / self._encoder.blocks
+        return self._encoder.seconds(task.image.layout) * blocks / self._encoder.blocks
 
     def _finish(self, task: _Task, features: mx.array) -> None:
         self._encoded += 1
@@ -276,7 +276,7 @@ class VisionStage:
         """Request the decoding of the next images."""
         patches = 0
         for index, task in enumerate(self._tasks.values()):
-            patches += task.image.grid.patches
+            patches += task.image.layout.patches
             if index > 1 and patches > AHEAD_PATCHES:
                 return
             if task.pixels is None:

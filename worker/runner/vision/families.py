@@ -1,0 +1,109 @@
+"""The families of vision models: for each `model_type` of config.json, how its images become tokens and features.
+
+The names are also in `shared.models.folder.VISION_FAMILIES`, which processes without MLX read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from worker.runner.vision import images
+from worker.runner.vision.half import Encoder, Expand
+from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
+from worker.runner.vision.mrope import Axes, use_mrope
+from worker.runner.vision.qwen_encoder import WindowEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a vision model is made of.
+
+    Attributes:
+        config: content of config.json.
+        text: mlx-lm's language model.
+        model: mlx-vlm's model. The weights of its language model are not loaded.
+        processor: mlx-vlm's processor.
+        tokenizer: mlx-lm's wrapper of the tokenizer.
+        image_token: the placeholder.
+        inputs: what the layers of the language model read during a pass.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    text: Any
+    model: Any
+    processor: Any
+    tokenizer: Any
+    image_token: int
+    inputs: PassInputs = field(default_factory=PassInputs)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of config.json that describes the language model."""
+        section: Mapping[str, Any] = self.config.get("text_config") or self.config
+        return section
+
+
+def plain_expand(parts: Parts) -> Expand:
+    """Replace the placeholders; positions count image tokens like text."""
+    return lambda tokens, placed: images.expand(tokens, parts.image_token, placed)
+
+
+def mrope_expand(parts: Parts) -> Expand:
+    """Replace the placeholders, and place image tokens in rows and columns."""
+
+    def expand(tokens: Any, placed: Any) -> tuple[list[int], images.ImageMedia]:
+        expanded, media = images.expand(tokens, parts.image_token, placed)
+        return expanded, images.with_grid_positions(media, len(expanded))
+
+    return expand
+
+
+def plain_language(parts: Parts) -> ImageLanguageModel:
+    """Let mlx-lm's language model read image tokens."""
+    return ImageLanguageModel(parts.text, parts.image_token, parts.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFamily:
+    """How the models of a family work. Each field makes a part of a `VisionHalf` or its language model.
+
+    Attributes:
+        encoder: makes the image encoder, with the language model for the embeddings of text.
+        placeholder: names of fields of config.json with the token that stands for an image, or its text.
+        expand: makes the function that replaces the placeholders in a prompt.
+        language: makes the language model.
+    """
+
+    encoder: Callable[[Parts, ImageLanguageModel], Encoder]
+    placeholder: tuple[str, ...] = ("image_token_id", "image_token_index")
+    expand: Callable[[Parts], Expand] = plain_expand
+    language: Callable[[Parts], ImageLanguageModel] = plain_language
+
+
+def _mrope_language(axes: Axes) -> Callable[[Parts], ImageLanguageModel]:
+    def language(parts: Parts) -> ImageLanguageModel:
+        text = parts.text_config
+        settings = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        use_mrope(parts.text, axes, settings["mrope_section"], parts.inputs)
+        deepstack = getattr(parts.model.vision_tower, "deepstack_visual_indexes", None) or ()
+        add_image_features(parts.text.layers[: len(deepstack)], parts.inputs)
+        return plain_language(parts)
+
+    return language
+
+
+def _qwen(encoder: Callable[[Any, Any], Encoder], axes: Axes) -> VisionFamily:
+    return VisionFamily(
+        encoder=lambda parts, _language: encoder(parts.model.vision_tower, parts.processor.image_processor),
+        expand=mrope_expand,
+        language=_mrope_language(axes),
+    )
+
+
+FAMILIES: Final[Mapping[str, VisionFamily]] = {
+    "qwen2_5_vl": _qwen(WindowEncoder, Axes.SECTIONS),
+}
