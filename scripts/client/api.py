@@ -71,6 +71,7 @@ class RemoteJob:
     timings: Json
     error: Json | None
     actions: list[Json] | None = None
+    regions: list[Json] | None = None
     parse_error: str | None = None
     message: Json | None = None
 
@@ -87,6 +88,7 @@ class RemoteJob:
             timings=data.get("timings") or {},
             error=data.get("error"),
             actions=data.get("actions"),
+            regions=data.get("regions"),
             parse_error=data.get("parse_error"),
             message=data.get("message"),
         )

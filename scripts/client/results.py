@@ -37,6 +37,7 @@ class Result:
     timings: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     actions: list[dict[str, Any]] | None = None
+    regions: list[dict[str, Any]] | None = None
     parse_error: str | None = None
     message: dict[str, Any] | None = None
     response: dict[str, Any] | None = None
@@ -50,12 +51,11 @@ class Result:
     def to_line(self) -> bytes:
         """Return the line for the file."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        if self.actions is None:  # the request did not ask for actions
-            del fields["actions"], fields["parse_error"]
-        if self.message is None:
-            del fields["message"]
-        if self.response is None:
-            del fields["response"]
+        for name in ("actions", "regions", "message", "response"):  # those that the request did not ask for
+            if fields[name] is None:
+                del fields[name]
+        if self.actions is None and self.regions is None:
+            del fields["parse_error"]
         # A lone surrogate has no UTF-8 encoding; the backslash escape is its form in JSON.
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 

@@ -162,6 +162,7 @@ def _job_result(prompt: Prompt, job: RemoteJob) -> Result:
         timings=job.timings,
         error=job.error,
         actions=job.actions,
+        regions=job.regions,
         parse_error=job.parse_error,
         message=job.message,
     )

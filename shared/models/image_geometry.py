@@ -1,16 +1,34 @@
-"""The size to which models of the Qwen-VL family resize images.
+"""What the coordinates in a model's answers refer to, and the size to which models of the Qwen-VL family resize images.
 
-These models return coordinates in pixels of the resized image. The size is needed to convert them to the original.
+Some of these models return coordinates in pixels of the resized image, others in thousandths of its width and height.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 MAX_ASPECT_RATIO: Final = 200
 """Maximum ratio of an image's longer side to its shorter side."""
+
+_IN_THOUSANDTHS: Final = frozenset({"qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
+"""Model types, by config.json, that write coordinates in thousandths. UI-TARS 1.0 is a qwen2_vl, 1.5 a qwen2_5_vl."""
+
+
+class Coordinates(StrEnum):
+    """What the coordinates in a model's answers refer to."""
+
+    PIXELS = "pixels"
+    """Pixels of the image after resizing."""
+    THOUSANDTHS = "thousandths"
+    """Thousandths of the image's width and height."""
+
+    @classmethod
+    def of(cls, model_type: str | None) -> Coordinates:
+        """Return the coordinates of a type of model."""
+        return cls.THOUSANDTHS if model_type in _IN_THOUSANDTHS else cls.PIXELS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self, TypeVar
 
 from shared.histogram import Histogram
-from shared.models.image_geometry import ImageGeometry
+from shared.models.image_geometry import Coordinates, ImageGeometry
 from shared.redis import keys
 from shared.redis.client import Redis, script
-from shared.wire import known_fields
+from shared.wire import enum_member, known_fields
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class ModelCard:
             because it could not verify that the API would produce the same tokens.
         template_variables: variables of the template in addition to the messages.
         image: fields of `ImageGeometry`; None if the model accepts no images.
+        coordinates: what the coordinates in its answers refer to; see `Coordinates`.
         vocabulary: number of tokens that the embedding has; None in cards of earlier versions.
         sampling: sampling parameters declared by the model's files; None in cards of earlier versions.
         reasoning: whether the model marks its reasoning, so that its length can be limited. None in cards of earlier
@@ -103,6 +104,12 @@ class ModelCard:
     text_only: bool = False
     tool_template: str | None = None
     sampling: dict[str, float] | None = None
+    coordinates: str = Coordinates.PIXELS.value
+
+    @property
+    def coordinate_kind(self) -> Coordinates:
+        """What the coordinates refer to. A kind that only newer processes know is read as pixels."""
+        return enum_member(Coordinates, self.coordinates, Coordinates.PIXELS)
 
     @property
     def geometry(self) -> ImageGeometry | None:

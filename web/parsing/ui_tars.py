@@ -1,148 +1,65 @@
 r"""Parse the output of a UI-TARS model into actions, with coordinates in pixels of the image in the request.
 
+Versions 1.0 and 1.5 write calls:
+
     Thought: The search field is empty.
     Action: click(start_box='(197,525)')
 
     type(content='weather\n')
 
-UI-TARS 1.5 gives coordinates in pixels of the resized image that it sees; they are converted here. If any part of the
-output is invalid, there are no actions at all: carrying out only some of them could do harm.
+Version 2 writes tags, with coordinates in thousandths of the image:
+
+    <gui_think>The search field is empty.</gui_think>
+    <seed:tool_call><function=click><parameter=point><point>197 525</point></parameter></function></seed:tool_call>
+
+If any part of the output is invalid, there are no actions at all: carrying out only some of them could do harm.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from shared.models.image_geometry import ImageGeometry
-from web.parsing.ui_tars_calls import ActionName, Call, ParseError, parse_calls, shortened
+from web.parsing.actions import Action, ActionName, ParseError, shortened
+from web.parsing.coordinates import Point, Scale, corners_of
+from web.parsing.tool_calls import is_tagged, tagged_calls
+from web.parsing.ui_tars_calls import UI_TARS, Call, action_name, canonical, parse_calls
 
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A point in the image as it was sent: pixels from the upper left, with one decimal.
-
-    Attributes:
-        inside: whether the point is inside the image. False if there is no image; the coordinates are then those that
-            the model wrote.
-    """
-
-    x: float
-    y: float
-    inside: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """An action. Fields that do not apply to it are None.
-
-    Attributes:
-        thought: what the model wrote before the action; it also applies to the actions that follow directly.
-        start: where to act, or where a drag starts. A scroll without it applies at the pointer.
-        end: where a drag or a swipe ends, or a scroll without a direction.
-        key: keys to press together, in the model's notation: "ctrl c".
-        text: the text to type, or the closing message. A line break at the end means Enter.
-        direction: of a scroll: up, down, left or right. None if the scroll has an `end`.
-        app: name of the app to open.
-        time: duration of a long press, as the model wrote it; None if it wrote none. The model defines no unit.
-        raw: the call as the model wrote it.
-    """
-
-    action: ActionName
-    thought: str | None
-    start: Point | None
-    end: Point | None
-    key: str | None
-    text: str | None
-    direction: str | None
-    app: str | None
-    time: str | None
-    raw: str
-
-
-def parse(text: str, size: tuple[int, int] | None, geometry: ImageGeometry | None) -> tuple[list[Action], str | None]:
-    """Return the actions in a text, or an empty list and the reason in one line.
-
-    Args:
-        size: width and height of the last image of the request.
-        geometry: how the model resizes images; without it, the model is assumed to see images in their own size.
-    """
-    try:
-        scale = _Scale.of(size, geometry)
-        return [_action(call, scale) for call in parse_calls(text)], None
-    except ParseError as error:
-        return [], str(error)
-
-
-_DIRECTIONS: Final = frozenset({"up", "down", "left", "right"})
-_REQUIRED: Final[Mapping[ActionName, tuple[str, ...]]] = {
-    ActionName.CLICK: ("start_box",),
-    ActionName.LEFT_DOUBLE: ("start_box",),
-    ActionName.RIGHT_SINGLE: ("start_box",),
-    ActionName.DRAG: ("start_box", "end_box"),
-    ActionName.HOTKEY: ("key",),
-    ActionName.TYPE: ("content",),
-    ActionName.SCROLL: ("direction",),
-    ActionName.WAIT: (),
-    ActionName.FINISHED: (),
-    ActionName.CALL_USER: (),
-    ActionName.LONG_PRESS: ("start_box",),
-    ActionName.SWIPE: ("start_box", "end_box"),
-    ActionName.OPEN_APP: ("app_name",),
-    ActionName.PRESS_HOME: (),
-    ActionName.PRESS_BACK: (),
-    ActionName.PRESS_ENTER: (),
-}
-_OPTIONAL: Final[Mapping[ActionName, tuple[str, ...]]] = {
-    ActionName.SCROLL: ("start_box",),
-    ActionName.FINISHED: ("content",),
-    ActionName.LONG_PRESS: ("time",),
-}
 _SWIPE: Final = ("start_box", "end_box")
 """The arguments of a scroll on phones in the first version of UI-TARS, instead of a direction."""
-_TAGS: Final = re.compile(r"<\|box_(?:start|end)\|>|</?(?:bbox|point)>")
-_BRACKETS: Final = str.maketrans("()[],", "     ")
-_NUMBER: Final = re.compile(r"-?[0-9]{1,7}(?:\.[0-9]{0,20})?")
+_DIRECTIONS: Final = frozenset({"up", "down", "left", "right"})
 _ESCAPE: Final = re.compile(r"\\(['\"n\\])")
 
 
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    """Converts coordinates from the image that the model sees to the image that was sent."""
+def parse(text: str, scale: Scale) -> list[Action]:
+    """Return the actions in a text, at least one.
 
-    sent: tuple[int, int] | None
-    seen: tuple[int, int] | None
-
-    @classmethod
-    def of(cls, size: tuple[int, int] | None, geometry: ImageGeometry | None) -> _Scale:
-        try:
-            return cls(size, geometry.resized(*size) if size and geometry else size)
-        except ValueError as error:
-            raise ParseError(f"The image has no valid coordinates: {error}.") from error
-
-    def point(self, x: float, y: float) -> Point:
-        if self.sent is None or self.seen is None:
-            return Point(_rounded(x), _rounded(y), inside=False)
-        (width, height), (seen_width, seen_height) = self.sent, self.seen
-        x, y = _rounded(x * width / seen_width), _rounded(y * height / seen_height)
-        return Point(x, y, inside=0 <= x < width and 0 <= y < height)
+    Raises:
+        ParseError: the text has no actions, or one of them is unknown or malformed.
+    """
+    if is_tagged(text):
+        return [_action(call, scale.in_thousandths()) for call in _tagged_calls(text)]
+    return [_action(call, scale) for call in parse_calls(text)]
 
 
-def _rounded(number: float) -> float:
-    return round(number, 1) + 0.0  # adding 0 turns -0.0 into 0.0
+def _tagged_calls(text: str) -> Iterator[Call]:
+    for call in tagged_calls(text):
+        arguments = {canonical(name): value for name, value in call.arguments.items()}
+        yield Call(action_name(call.name), arguments, call.thought, call.raw)
 
 
-def _action(call: Call, scale: _Scale) -> Action:
+def _action(call: Call, scale: Scale) -> Action:
     is_swipe = call.name is ActionName.SCROLL and "end_box" in call.arguments and "direction" not in call.arguments
-    required = _SWIPE if is_swipe else _REQUIRED[call.name]
+    known = UI_TARS[call.name]
+    required: Sequence[str] = _SWIPE if is_swipe else known.required
     for argument in required:
         if argument not in call.arguments:
             raise ParseError(f"{call.name} needs the argument {argument}.")
-    used = {name: call.arguments.get(name) for name in (*required, *_OPTIONAL.get(call.name, ()))}
+    used = {name: call.arguments.get(name) for name in (*required, *known.optional)}
     return Action(
         action=call.name,
+        raw=call.raw,
         thought=call.thought,
         start=_point(call.name, "start_box", used.get("start_box"), scale),
         end=_point(call.name, "end_box", used.get("end_box"), scale),
@@ -150,20 +67,19 @@ def _action(call: Call, scale: _Scale) -> Action:
         text=_unescaped(used.get("content")),
         direction=_direction(used.get("direction")),
         app=_filled(call.name, "app_name", _unescaped(used.get("app_name"))),
+        button=_filled(call.name, "button", used.get("button")),
         time=(used.get("time") or "").strip() or None,
-        raw=call.raw,
     )
 
 
-def _point(name: ActionName, argument: str, value: str | None, scale: _Scale) -> Point | None:
+def _point(name: ActionName, argument: str, value: str | None, scale: Scale) -> Point | None:
     """Parse a point, or a box, of which the center is returned."""
     if value is None:
         return None
-    numbers = _TAGS.sub(" ", value).translate(_BRACKETS).split()
-    if len(numbers) not in {2, 4} or not all(map(_NUMBER.fullmatch, numbers)):
+    corners = corners_of(value)
+    if corners is None:
         raise ParseError(f"The {argument} of {name} is neither a point nor a box: {shortened(value)}.")
-    corners = [float(number) for number in numbers]
-    return scale.point((corners[0] + corners[-2]) / 2, (corners[1] + corners[-1]) / 2)
+    return scale.center(corners)
 
 
 def _filled(name: ActionName, argument: str, value: str | None) -> str | None:

@@ -9,35 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
-
-class ActionName(StrEnum):
-    """The actions of UI-TARS on desktops and phones, under the names that the model uses."""
-
-    CLICK = "click"
-    LEFT_DOUBLE = "left_double"
-    RIGHT_SINGLE = "right_single"
-    DRAG = "drag"
-    HOTKEY = "hotkey"
-    TYPE = "type"
-    SCROLL = "scroll"
-    WAIT = "wait"
-    """Wait a few seconds and take a new screenshot."""
-    FINISHED = "finished"
-    CALL_USER = "call_user"
-    """The task cannot be solved without the user."""
-    LONG_PRESS = "long_press"
-    SWIPE = "swipe"
-    OPEN_APP = "open_app"
-    PRESS_HOME = "press_home"
-    PRESS_BACK = "press_back"
-    PRESS_ENTER = "press_enter"
-
-
-class ParseError(Exception):
-    """The text has no actions of UI-TARS; the message gives the reason in one line."""
+from web.parsing.actions import ActionName, ParseError, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +24,39 @@ class Call:
     raw: str
 
 
+class Arguments(NamedTuple):
+    """The canonical names of an action's arguments. Others are ignored."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+UI_TARS: Final[Mapping[ActionName, Arguments]] = {
+    ActionName.CLICK: Arguments(("start_box",)),
+    ActionName.LEFT_DOUBLE: Arguments(("start_box",)),
+    ActionName.RIGHT_SINGLE: Arguments(("start_box",)),
+    ActionName.DRAG: Arguments(("start_box", "end_box")),
+    ActionName.MOVE_TO: Arguments(("start_box",)),
+    ActionName.MOUSE_DOWN: Arguments((), ("start_box", "button")),
+    ActionName.MOUSE_UP: Arguments((), ("start_box", "button")),
+    ActionName.HOTKEY: Arguments(("key",)),
+    ActionName.PRESS: Arguments(("key",)),
+    ActionName.RELEASE: Arguments(("key",)),
+    ActionName.TYPE: Arguments(("content",)),
+    ActionName.SCROLL: Arguments(("direction",), ("start_box",)),
+    ActionName.WAIT: Arguments((), ("time",)),
+    ActionName.TAKE_SCREENSHOT: Arguments(),
+    ActionName.OPEN_COMPUTER: Arguments(),
+    ActionName.FINISHED: Arguments((), ("content",)),
+    ActionName.CALL_USER: Arguments((), ("content",)),
+    ActionName.LONG_PRESS: Arguments(("start_box",), ("time",)),
+    ActionName.SWIPE: Arguments(("start_box", "end_box")),
+    ActionName.OPEN_APP: Arguments(("app_name",)),
+    ActionName.PRESS_HOME: Arguments(),
+    ActionName.PRESS_BACK: Arguments(),
+    ActionName.PRESS_ENTER: Arguments(),
+}
+"""The actions of UI-TARS on desktops and phones, in all its versions."""
 _ALIASES: Final[Mapping[str, str]] = {
     "point": "start_box",
     "start_point": "start_box",
@@ -57,7 +64,7 @@ _ALIASES: Final[Mapping[str, str]] = {
     "hotkey": "key",
     "text": "content",
 }
-_ARGUMENTS: Final = ("direction", "app_name", "time", *_ALIASES, *_ALIASES.values())
+_ARGUMENTS: Final = ("direction", "app_name", "time", "button", *_ALIASES, *_ALIASES.values())
 
 _NAME: Final = r"[A-Za-z_][A-Za-z0-9_]*+"
 _COLON: Final = r"[ \t]*+[:\uff1a]"  # U+FF1A is the full-width colon of Chinese input methods
@@ -65,7 +72,7 @@ _CALL: Final = rf"(?P<name>{_NAME})\("
 _ACTION_LABEL: Final = rf"Action{_COLON}\s*+"
 _CALL_ON_LINE: Final = re.compile(rf"^[ \t]*+{_ACTION_LABEL}{_CALL}", re.MULTILINE)
 _CALL_ANYWHERE: Final = re.compile(rf"\b{_ACTION_LABEL}{_CALL}")
-_CALL_AT_START: Final = re.compile(rf"\s*+(?P<name>{'|'.join(ActionName)})\(")
+_CALL_AT_START: Final = re.compile(rf"\s*+(?P<name>{'|'.join(UI_TARS)})\(")
 _UNKNOWN_CALL_AT_START: Final = re.compile(rf"\s*+{_CALL}")
 _NEXT_CALL: Final = re.compile(rf"[\s;]*+(?:{_ACTION_LABEL})?{_CALL}")
 _THOUGHT: Final = re.compile(rf"^[ \t]*+Thought{_COLON}|\bAction_Summary{_COLON}", re.MULTILINE)
@@ -96,7 +103,7 @@ def parse_calls(text: str) -> Iterator[Call]:
     )
     if section is None:
         raise ParseError('The text has no action. An action is "Action:" and a call, for example wait().')
-    thought = _thought(text[: section.start()], allow_unlabeled=True)
+    thought = thought_in(text[: section.start()], allow_unlabeled=True)
     while section:
         opening: re.Match[str] | None = section
         while opening:
@@ -104,10 +111,10 @@ def parse_calls(text: str) -> Iterator[Call]:
             yield call
             opening = _NEXT_CALL.match(text, end)
         section = _CALL_ON_LINE.search(text, end)
-        thought = (_thought(text[end : section.start()]) if section else None) or thought
+        thought = (thought_in(text[end : section.start()]) if section else None) or thought
 
 
-def _thought(before: str, *, allow_unlabeled: bool = False) -> str | None:
+def thought_in(before: str, *, allow_unlabeled: bool = False) -> str | None:
     """Return the thought or summary in the text before an action, otherwise the reflection.
 
     Args:
@@ -121,22 +128,31 @@ def _thought(before: str, *, allow_unlabeled: bool = False) -> str | None:
 
 def _call(opening: re.Match[str], thought: str | None) -> tuple[Call, int]:
     """Parse the call that begins with `opening`; return it and its end position."""
-    text, position, name = opening.string, opening.end(), _action_name(opening["name"])
+    text, position, name = opening.string, opening.end(), action_name(opening["name"])
     arguments: dict[str, str] = {}
     while not (closing := _CLOSE.match(text, position)):
         argument = _ARGUMENT.match(text, position)
         if argument is None:
             raise ParseError(f"The arguments of {name} are malformed or incomplete.")
         value, position = _value(text, argument.end(), name)
-        arguments.setdefault(_ALIASES.get(argument["name"], argument["name"]), value)
+        arguments.setdefault(canonical(argument["name"]), value)
     return Call(name, arguments, thought, text[opening.start("name") : closing.end()]), closing.end()
 
 
-def _action_name(name: str) -> ActionName:
-    try:
-        return ActionName(name)
-    except ValueError:
-        raise ParseError(f"Unknown action {shortened(name)}.") from None
+def canonical(argument: str) -> str:
+    """Return the canonical name of an argument, which differs between versions of UI-TARS."""
+    return _ALIASES.get(argument, argument)
+
+
+def action_name(name: str) -> ActionName:
+    """Return the action of UI-TARS with this name.
+
+    Raises:
+        ParseError: there is none.
+    """
+    if name not in UI_TARS:
+        raise ParseError(f"Unknown action {shortened(name)}.")
+    return ActionName(name)
 
 
 def _value(text: str, start: int, name: ActionName) -> tuple[str, int]:
@@ -178,8 +194,3 @@ def _end_of_string(text: str, start: int, quote: str) -> int | None:
 def _end_of_line(text: str, position: int) -> int:
     end = text.find("\n", position)
     return len(text) if end < 0 else end
-
-
-def shortened(text: str) -> str:
-    """Quote a text of the model for a one-line message; cut it after 60 characters."""
-    return repr(text if len(text) <= 60 else f"{text[:60]}…")

@@ -11,11 +11,10 @@ from shared.jobs.log import JobLog
 from shared.jobs.record import Attempt, Job, Status
 from shared.jobs.store import Accepted, Jobs, Place
 from web.cluster.snapshot import Cluster
-from web.parsing import ui_tars
+from web.parsing.parse import field_of, parse
 from web.results import logprobs
 from web.results.messages import read_message
 from web.schemas.jobs import (
-    ActionView,
     AttemptView,
     InferenceView,
     JobError,
@@ -29,9 +28,8 @@ from web.schemas.jobs import (
 )
 from web.schemas.requests import PriorityName
 
-UI_TARS: Final = "ui_tars"
 MESSAGE: Final = "message"
-"""The values of `parse` that this version knows."""
+"""The value of `parse` whose result does not depend on the text alone."""
 
 
 class JobViews:
@@ -117,11 +115,11 @@ class JobViews:
             return {}
         if job.parsing.format == MESSAGE:
             return {"message": self._message(job) if text is not None and with_message else None}
-        if text is None or job.parsing.format != UI_TARS:  # a newer version may know others
-            return {"actions": None, "parse_error": None}
-        card = self._cluster.snapshot().models.get(job.model)
-        actions, error = ui_tars.parse(text, job.parsing.image_size, card.geometry if card else None)
-        return {"actions": [ActionView(**asdict(action)) for action in actions], "parse_error": error}
+        field = field_of(job.parsing.format)
+        if text is None or field is None:
+            return {field or "actions": None, "parse_error": None}
+        found, error = parse(text, job.parsing, self._cluster.snapshot().models.get(job.model))
+        return {field: [asdict(each) for each in found], "parse_error": error}
 
     def _message(self, job: Job) -> MessageView | None:
         reader = read_message(job, self._log)

@@ -9,7 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from shared.jobs.record import AttemptEnd, Status
-from web.parsing.ui_tars_calls import ActionName
+from web.parsing.actions import ActionName
 from web.schemas.base import ResponseModel
 from web.schemas.requests import PriorityName
 
@@ -53,25 +53,62 @@ class PointView(ResponseModel):
     inside: bool = Field(description="Whether the point is inside the image")
 
 
+class BoxView(ResponseModel):
+    """A rectangle in the last image of the request, in pixels of the image as it was sent, from the upper left."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    inside: bool = Field(description="Whether the whole box is inside the image")
+
+
 class ActionView(ResponseModel):
-    """An action that a UI-TARS model requests. Fields that do not apply to the action are null."""
+    """An action that a GUI model requests. Fields that do not apply to the action are null."""
 
     action: ActionName = Field(
-        description="`long_press`, `swipe`, `open_app`, `press_home`, `press_back` and `press_enter` are for phones"
+        description="The name that the model used. With `parse: ui_tars`, an action of UI-TARS; with "
+        "`parse: computer_use`, the argument `action` of `computer_use` or `mobile_use`"
     )
     raw: str = Field(description="The call as the model wrote it")
     thought: str | None = Field(description="The reasoning that the model wrote before the action")
-    start: PointView | None = Field(description="Where to act; for `drag` and `swipe`, where to start")
-    end: PointView | None = Field(description="Where `drag` or `swipe` ends, or `scroll` if it has no direction")
-    key: str | None = Field(description="Keys of `hotkey`, for example `ctrl c`")
+    start: PointView | None = Field(
+        description="Where to act; for `drag` and `swipe`, where to start. Without it, actions of the mouse apply at "
+        "the pointer"
+    )
+    end: PointView | None = Field(
+        description="Where `drag`, `swipe` or `left_click_drag` ends, or `scroll` if it has no direction and no pixels"
+    )
+    key: str | None = Field(
+        description="Keys of `hotkey` and `key`, separated by spaces: `ctrl c`; the key of `press` and `release`"
+    )
     text: str | None = Field(
-        description="Text to `type`, where a newline at the end submits it; or the closing message of `finished`"
+        description="Text to `type`, where a newline at the end submits it; or the closing message of `finished`, "
+        "`call_user`, `answer` or `terminate`"
     )
-    direction: Literal["up", "down", "left", "right"] | None = Field(description="Direction of `scroll`")
-    app: str | None = Field(description="Name of the app for `open_app`")
+    direction: Literal["up", "down", "left", "right"] | None = Field(description="Direction of `scroll` (UI-TARS)")
+    pixels: float | None = Field(
+        description="Amount of `scroll` and `hscroll` (computer_use) as the model wrote it; positive values scroll up"
+    )
+    app: str | None = Field(description="Name of the app for `open_app` and `open`")
+    button: str | None = Field(
+        description="For `system_button`: `Back`, `Home`, `Menu` or `Enter`. For `mouse_down` and `mouse_up`: `left` "
+        "or `right`"
+    )
     time: str | None = Field(
-        description="Duration of `long_press` as the model wrote it, without a defined unit; null if it wrote none"
+        description="Duration of `wait` in seconds, or of `long_press`, as the model wrote it; null if it wrote none. "
+        "UI-TARS defines no unit for `long_press`; mobile_use means seconds"
     )
+    status: str | None = Field(description="Outcome of `terminate`: `success` or `failure`")
+
+
+class RegionView(ResponseModel):
+    """A place in the last image of the request."""
+
+    label: str | None = Field(description="The model's description of the place")
+    point: PointView = Field(description="The point; of a box, its center")
+    box: BoxView | None = Field(description="The box; null if the model returned a point")
+    raw: str = Field(description="The JSON object as the model wrote it")
 
 
 class FunctionCallView(ResponseModel):
@@ -98,17 +135,23 @@ class MessageView(ResponseModel):
     tool_calls: list[ToolCallView] | None = Field(description="The tools that the model calls; null if there are none")
 
 
-_PARSED = frozenset({"actions", "parse_error", "message"})
+_PARSED = frozenset({"actions", "regions", "parse_error", "message"})
 
 
 class Parsed(ResponseModel):
     """Structured data from the text. The fields are present only if the request set `parse` to their format."""
 
     actions: list[ActionView] | None = Field(
-        None, description="Actions in the text; null until the job has ended. Present only with `parse: ui_tars`"
+        None,
+        description="Actions in the text; null until the job has ended. Present only with `parse: ui_tars` and "
+        "`parse: computer_use`",
+    )
+    regions: list[RegionView] | None = Field(
+        None,
+        description="Points and boxes in the text; null until the job has ended. Present only with `parse: grounding`",
     )
     parse_error: str | None = Field(
-        None, description="Why no actions could be read from the text. Present only with `parse: ui_tars`"
+        None, description="Why the text has no valid actions or regions. Present only if either is"
     )
     message: MessageView | None = Field(
         None,

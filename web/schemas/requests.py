@@ -198,11 +198,12 @@ class JobRequest(RequestModel):
     logit_bias: LogitBias = Field(
         {}, description="Values from -100 to 100 that are added to the logits of tokens, by token id"
     )
-    parse: Literal["ui_tars", "message"] | None = Field(
+    parse: Literal["ui_tars", "computer_use", "grounding", "message"] | None = Field(
         None,
         description="`message`: also return the answer as a message, with reasoning and tool calls separated from the "
-        "text. `ui_tars`: also return the actions in the text as structured data, with coordinates in pixels of the "
-        "last image",
+        "text. The other values also return structured data from the text, with coordinates in pixels of the last "
+        "image: `ui_tars` the actions of UI-TARS, `computer_use` the calls of `computer_use` and `mobile_use` (Qwen), "
+        "`grounding` points and boxes in JSON",
     )
     share_system_prompt: bool = Field(
         False,

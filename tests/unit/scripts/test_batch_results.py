@@ -15,10 +15,20 @@ from scripts.client.runner import _job_result
 MESSAGE = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "tool_calls": None}
 
 
-@pytest.mark.parametrize("parsed", [{}, {"actions": [{"action": "wait"}], "parse_error": None}, {"message": MESSAGE}])
+@pytest.mark.parametrize(
+    "parsed",
+    [
+        {},
+        {"actions": [{"action": "wait"}], "parse_error": None},
+        {"regions": [], "parse_error": "why"},
+        {"message": MESSAGE},
+    ],
+)
 def test_a_line_has_the_parsed_fields_that_the_request_asked_for(parsed: dict[str, Any]) -> None:
     job = RemoteJob.from_json({"id": "job_1", "status": "succeeded", "output": {"text": "x"}, **parsed})
     line = _job_result(Prompt(line=1, body={"prompt": "hi"}, custom_id=None, digest="a" * 32), job).to_line()
     written = json.loads(line)
-    assert {name: written[name] for name in ("actions", "parse_error", "message") if name in written} == parsed
+    assert {
+        name: written[name] for name in ("actions", "regions", "parse_error", "message") if name in written
+    } == parsed
     assert Result.from_line(line).text == "x"

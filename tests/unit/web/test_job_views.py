@@ -199,22 +199,30 @@ def test_the_log_is_not_read_for_a_job_without_logprobs(
     assert read_view(views, jobs, job)["output"] == {"text": "text", "finish_reason": "stop", "logprobs": None}
 
 
-@pytest.mark.parametrize("parse", [None, "ui_tars"])
+@pytest.mark.parametrize(
+    ("parse", "field", "text"),
+    [
+        (None, None, "wait()"),
+        ("ui_tars", "actions", "wait()"),
+        ("computer_use", "actions", '{"name": "mobile_use", "arguments": {"action": "wait", "time": 1}}'),
+        ("grounding", "regions", '{"point_2d": [1, 2]}'),
+    ],
+)
 def test_parsed_fields_are_present_only_if_requested(
-    client: Redis, jobs: Jobs, views: JobViews, parse: str | None
+    client: Redis, jobs: Jobs, views: JobViews, parse: str | None, field: str | None, text: str
 ) -> None:
-    fields = {"actions", "parse_error"}
+    fields = {"actions", "regions", "parse_error", "message"}
     submit(jobs, parse=parse)
     claims, job = start(client)
     waiting = read_view(views, jobs, job)
-    assert fields & set(waiting) == (fields if parse else set())
-    claims.append([write(job, 3, "wait()", (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
+    assert fields & set(waiting) == ({field, "parse_error"} if parse else set())
+    claims.append([write(job, 3, text, (1,), ending=Ending(Status.SUCCEEDED, "stop"))])
     ended = jobs.get(job.id, "me")
     answers = [read_view(views, jobs, job), json.loads(views.inference_json(ended))]
     answers.append(json.loads(views.list_items([ended])[0].model_dump_json()))
     for answer in answers:
-        assert fields & set(answer) == (fields if parse else set())
-        assert bool(answer.get("actions")) == bool(parse)
+        assert fields & set(answer) == ({field, "parse_error"} if parse else set())
+        assert field is None or len(answer[field]) == 1
 
 
 def test_an_unknown_value_of_parse_leaves_the_text_unparsed(client: Redis, jobs: Jobs, views: JobViews) -> None:

@@ -3,25 +3,33 @@
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.models.image_geometry import ImageGeometry
-from web.parsing.ui_tars import Action, Point, parse
-from web.parsing.ui_tars_calls import ActionName
+from shared.jobs.record import Parsing
+from shared.models.image_geometry import Coordinates, ImageGeometry
+from shared.models.registry import ModelCard
+from web.parsing import ui_tars
+from web.parsing.actions import Action, ActionName, ParseError
+from web.parsing.coordinates import Point, Scale
+from web.parsing.parse import parse
+from web.parsing.ui_tars_calls import UI_TARS
 
 GEOMETRY = ImageGeometry(28, 100 * 28 * 28, 16384 * 28 * 28)
 SIZE = (1120, 560)
 """Multiples of 28, so the model sees this image in its own size."""
 
 
+def scale_of(size: tuple[int, int] | None, geometry: ImageGeometry | None = GEOMETRY) -> Scale:
+    return Scale.of(size, geometry, Coordinates.PIXELS)
+
+
 def actions(text: str, size: tuple[int, int] = SIZE) -> list[Action]:
-    parsed, reason = parse(text, size, GEOMETRY)
-    assert reason is None and parsed
-    return parsed
+    return ui_tars.parse(text, scale_of(size))
 
 
 def single(text: str) -> Action:
@@ -30,9 +38,9 @@ def single(text: str) -> Action:
 
 
 def parse_error(text: str) -> str:
-    parsed, reason = parse(text, SIZE, GEOMETRY)
-    assert parsed == [] and reason is not None
-    return reason
+    with pytest.raises(ParseError) as error:
+        actions(text)
+    return str(error.value)
 
 
 def at(x: float, y: float) -> Point:
@@ -40,8 +48,7 @@ def at(x: float, y: float) -> Point:
 
 
 def action_of(name: ActionName, raw: str, **fields: object) -> Action:
-    absent = dict.fromkeys(("thought", "start", "end", "key", "text", "direction", "app", "time"))
-    return Action(action=name, raw=raw, **(absent | fields))  # type: ignore[arg-type]
+    return Action(action=name, raw=raw, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,19 @@ def action_of(name: ActionName, raw: str, **fields: object) -> Action:
             {"start": at(1, 2), "direction": "left"},
         ),
         ("wait()", ActionName.WAIT, {}),
+        ("wait(time=3)", ActionName.WAIT, {"time": "3"}),
+        ("move_to(point='<point>1 2</point>')", ActionName.MOVE_TO, {"start": at(1, 2)}),
+        (
+            "mouse_down(point='<point>1 2</point>', button='right')",
+            ActionName.MOUSE_DOWN,
+            {"start": at(1, 2), "button": "right"},
+        ),
+        ("mouse_up()", ActionName.MOUSE_UP, {}),
+        ("press(key='shift')", ActionName.PRESS, {"key": "shift"}),
+        ("release(key='shift')", ActionName.RELEASE, {"key": "shift"}),
+        ("take_screenshot()", ActionName.TAKE_SCREENSHOT, {}),
+        ("open_computer()", ActionName.OPEN_COMPUTER, {}),
+        ("call_user(content='Which?')", ActionName.CALL_USER, {"text": "Which?"}),
         ("finished()", ActionName.FINISHED, {}),
         (r"finished(content='It\'s \"done\".')", ActionName.FINISHED, {"text": 'It\'s "done".'}),
         ("call_user()", ActionName.CALL_USER, {}),
@@ -287,33 +307,37 @@ def test_negative_zero_becomes_zero() -> None:
 
 
 def test_without_a_geometry_coordinates_are_not_converted() -> None:
-    parsed, _ = parse("click(start_box='(197,1079)')", (1920, 1080), None)
-    assert parsed[0].start == at(197, 1079)
-    parsed, _ = parse("click(start_box='(197,1080)')", (1920, 1080), None)
-    assert parsed[0].start == Point(197, 1080, inside=False)
+    scale = scale_of((1920, 1080), None)
+    assert (scale.point(197, 1079), scale.point(197, 1080)) == (at(197, 1079), Point(197, 1080, inside=False))
+
+
+def test_version_1_0_writes_thousandths() -> None:
+    scale = Scale.of((1920, 1080), GEOMETRY, Coordinates.of("qwen2_vl"))
+    (action,) = ui_tars.parse("Action: click(start_box='(500,250)')", scale)
+    assert action.start == at(960, 270)
 
 
 @pytest.mark.parametrize("geometry", [None, GEOMETRY])
 def test_without_an_image_no_point_is_inside(geometry: ImageGeometry | None) -> None:
-    parsed, _ = parse("click(start_box='(1,2)')", None, geometry)
-    assert parsed[0].start == Point(1, 2, inside=False)
+    assert scale_of(None, geometry).point(1, 2) == Point(1, 2, inside=False)
 
 
 @pytest.mark.parametrize("size", [(1, 201), (0, 0)])
 def test_an_image_of_an_unsupported_shape_gives_a_reason(size: tuple[int, int]) -> None:
-    parsed, reason = parse("click(start_box='(1,2)')", size, GEOMETRY)
+    card = ModelCard("a", "vision", 512, image=asdict(GEOMETRY))
+    parsed, reason = parse("click(start_box='(1,2)')", Parsing("ui_tars", size), card)
     assert parsed == [] and reason is not None and f"{size[0]} x {size[1]} pixels" in reason
 
 
 def documented_actions() -> set[str]:
-    """Return the actions that docs/images.md lists."""
-    (row,) = re.findall(r"^\| `action` \|(.*)\|$", Path("docs/images.md").read_text(), re.MULTILINE)
+    """Return the actions of UI-TARS that docs/images.md lists."""
+    (row,) = re.findall(r"^\| UI-TARS \|(.*)\|$", Path("docs/images.md").read_text(), re.MULTILINE)
     return set(re.findall("`([a-z_]+)`", row))
 
 
 def test_every_action_is_documented_and_tested() -> None:
     (forms,) = [mark for mark in test_every_documented_form.pytestmark if "call" in mark.args[0]]
-    assert {name for _, name, _ in forms.args[1]} == set(ActionName) == documented_actions()
+    assert {name for _, name, _ in forms.args[1]} == set(UI_TARS) == documented_actions()
 
 
 def test_coordinates_on_phones_are_converted_to_the_image_that_was_sent() -> None:
@@ -325,7 +349,7 @@ def test_coordinates_on_phones_are_converted_to_the_image_that_was_sent() -> Non
 
 def test_the_parser_does_not_import_mlx() -> None:
     code = (
-        "import sys, web.parsing.ui_tars\n"
+        "import sys, web.parsing.parse\n"
         "sys.exit(any(name.split('.')[0] in {'mlx', 'mlx_lm', 'mlx_vlm', 'worker'} for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

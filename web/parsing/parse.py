@@ -1,0 +1,47 @@
+"""Parse the text of a job in the format that its request asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from shared.jobs.record import Parsing
+from shared.models.registry import ModelCard
+from web.parsing import computer_use, grounding, ui_tars
+from web.parsing.actions import ParseError
+from web.parsing.coordinates import Scale
+
+_PARSERS: Final[Mapping[str, tuple[str, Callable[[str, Scale], list[Any]]]]] = {
+    "ui_tars": ("actions", ui_tars.parse),
+    "computer_use": ("actions", computer_use.parse),
+    "grounding": ("regions", grounding.parse),
+}
+"""For each format, the field of an answer that has the result, and the parser."""
+
+
+def field_of(format_: str) -> str | None:
+    """Return the field of an answer that has the result; None for a format that only newer versions know."""
+    return _PARSERS[format_][0] if format_ in _PARSERS else None
+
+
+def parse(text: str, parsing: Parsing, card: ModelCard | None) -> tuple[list[Any], str | None]:
+    """Return the actions or regions in a text, or an empty list and the reason in one line.
+
+    Args:
+        card: the card of the model that wrote the text; without it, coordinates are taken as pixels of the image.
+    """
+    _, parser = _PARSERS[parsing.format]
+    try:
+        return parser(text, _scale(parsing, card)), None
+    except ParseError as error:
+        return [], str(error)
+    except RecursionError:
+        return [], "The JSON is nested too deeply."
+
+
+def _scale(parsing: Parsing, card: ModelCard | None) -> Scale:
+    size = parsing.image_size
+    try:
+        return Scale.of(size, card.geometry, card.coordinate_kind) if card else Scale(size, size)
+    except ValueError as error:
+        raise ParseError(f"The image has no valid coordinates: {error}.") from error
