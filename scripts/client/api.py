@@ -123,18 +123,20 @@ class Client:
         *,
         json: Json | None = None,
         headers: Mapping[str, str] | None = None,
+        form: Mapping[str, str | tuple[str, bytes]] | None = None,
         wait_s: float = 0,
         also: Collection[int] = (),
     ) -> httpx2.Response:
         """Send a request and return a successful response.
 
         Args:
+            form: fields of a multipart form: texts, and files as name and content.
             wait_s: duration of the long poll that the request asks for; extends the timeout.
             also: statuses of errors whose response is returned, too.
         """
         with _transport_errors():
             timeout = RESPONSE_TIMEOUT_S + wait_s
-            response = self._http.request(method, path, json=json, headers=headers, timeout=timeout)
+            response = self._http.request(method, path, json=json, headers=headers, files=_form(form), timeout=timeout)
         if not response.is_success and response.status_code not in also:
             raise Refused.from_response(response)
         return response
@@ -233,6 +235,13 @@ def _transport_errors() -> Iterator[None]:
         yield
     except httpx2.TransportError as error:
         raise Unreachable(str(error) or type(error).__name__) from error
+
+
+def _form(fields: Mapping[str, str | tuple[str, bytes]] | None) -> dict[str, Any] | None:
+    """Return a form as the library wants it: a field without a file name is a text."""
+    if fields is None:
+        return None
+    return {name: (None, value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
 def _job(response: httpx2.Response) -> RemoteJob:

@@ -34,12 +34,8 @@ class Clients:
     """Threads that each run one job at a time, until `finish`."""
 
     def __init__(self, client: Client, requests: Sequence[Request], outcomes: Outcomes, seed: int, count: int) -> None:
-        self._client = client
-        self._requests = requests
-        self._outcomes = outcomes
         self._finishing = threading.Event()
-        # The event is never set: every submitted job is followed to its end.
-        self._retries = RetryPolicy(MAX_OUTAGE_S, threading.Event())
+        self._jobs = JobClient(client, requests, outcomes, self._finishing)
         self._threads = [
             threading.Thread(target=self._run, args=(random.Random(f"{seed}/{i}"),), name=f"client-{i}", daemon=True)
             for i in range(count)
@@ -62,19 +58,40 @@ class Clients:
 
     def _run(self, rng: random.Random) -> None:
         while not self._finishing.is_set():
-            request, behaviour = draw(rng, self._requests)
-            key = uuid.UUID(int=rng.getrandbits(128)).hex
-            try:
-                self._run_job(rng, request, behaviour, key)
-            except (_JobNotEnded, RetriesExhausted, ClientError) as error:
-                job_id = self._outcomes.accepted.get(key, f"(never accepted) {key}")
-                self._outcomes.add_finding(
-                    Finding(Violation.LOST, job_id, f"{behaviour}: {type(error).__name__}: {error}")
-                )
-            except Exception as error:
-                log.exception("a client failed")
-                self._outcomes.add_finding(Finding(Violation.WRONG, self._outcomes.accepted.get(key, key), repr(error)))
+            self._jobs.run_one(rng)
             self._finishing.wait(rng.uniform(0, 0.3))
+
+
+class JobClient:
+    """Runs single jobs and checks their results. Threads may share it."""
+
+    def __init__(
+        self, client: Client, requests: Sequence[Request], outcomes: Outcomes, finishing: threading.Event
+    ) -> None:
+        """Create a client.
+
+        Args:
+            finishing: ends the pauses in which a client is disconnected; the jobs are still followed to their end.
+        """
+        self._client = client
+        self._requests = requests
+        self._outcomes = outcomes
+        self._finishing = finishing
+        # The event is never set: every submitted job is followed to its end.
+        self._retries = RetryPolicy(MAX_OUTAGE_S, threading.Event())
+
+    def run_one(self, rng: random.Random) -> None:
+        """Run a random job with a random behaviour, and record the result."""
+        request, behaviour = draw(rng, self._requests)
+        key = uuid.UUID(int=rng.getrandbits(128)).hex
+        try:
+            self._run_job(rng, request, behaviour, key)
+        except (_JobNotEnded, RetriesExhausted, ClientError) as error:
+            job_id = self._outcomes.accepted.get(key, f"(never accepted) {key}")
+            self._outcomes.add_finding(Finding(Violation.LOST, job_id, f"{behaviour}: {type(error).__name__}: {error}"))
+        except Exception as error:
+            log.exception("a client failed")
+            self._outcomes.add_finding(Finding(Violation.WRONG, self._outcomes.accepted.get(key, key), repr(error)))
 
     def _run_job(self, rng: random.Random, request: Request, behaviour: Behaviour, key: str) -> None:
         body = request.body

@@ -34,6 +34,7 @@ class FaultKind(StrEnum):
     WORKER_STOPPED = "worker stopped (SIGTERM)"
     WORKER_CUT_OFF = "worker cut off from Redis"
     API_KILLED = "API process killed (SIGKILL)"
+    BACKGROUND_KILLED = "background process killed (SIGKILL)"
     REDIS_KILLED = "Redis killed (SIGKILL)"
     CLIENTS_KILLED = "connections cut (CLIENT KILL)"
     DISK_FILLED = "disk of Redis full"
@@ -45,6 +46,7 @@ PER_MINUTE = {
     FaultKind.WORKER_STOPPED: 0.3,
     FaultKind.WORKER_CUT_OFF: 0.4,
     FaultKind.API_KILLED: 0.7,
+    FaultKind.BACKGROUND_KILLED: 0.3,
     FaultKind.REDIS_KILLED: 0.5,
     FaultKind.CLIENTS_KILLED: 0.8,
     FaultKind.DISK_FILLED: 0.15,
@@ -127,11 +129,20 @@ class FaultInjector:
         injected: number of faults by kind that hit a target.
     """
 
-    def __init__(self, stack: ChaosStack, recovery: Recovery, retry_s: float = RETRY_S) -> None:
+    def __init__(
+        self, stack: ChaosStack, recovery: Recovery, retry_s: float = RETRY_S, *, api_parent: bool = True
+    ) -> None:
+        """Create an injector.
+
+        Args:
+            retry_s: how long a fault is retried whose target is down.
+            api_parent: whether every fourth death of an API process includes the parent, and with it all others.
+        """
         self.injected: Counter[FaultKind] = Counter()
         self._stack = stack
         self._recovery = recovery
         self._retry_s = retry_s
+        self._api_parent = api_parent
         self._timers: list[threading.Timer] = []
         self._pauses = [SharedEffect(*_pause(worker)) for worker in stack.workers]
         self._cuts = [SharedEffect(*_cut(link)) for link in stack.links]
@@ -169,6 +180,8 @@ class FaultInjector:
                 return measurement.hit
             case FaultKind.API_KILLED:
                 return self._kill_api(fault)
+            case FaultKind.BACKGROUND_KILLED:
+                return stack.background.kill()
             case FaultKind.CLIENTS_KILLED:
                 return self._cut_connections()
             case FaultKind.DISK_FILLED:
@@ -192,7 +205,7 @@ class FaultInjector:
 
     def _kill_api(self, fault: Fault) -> bool:
         """Kill an API process, which its parent restarts; every fourth time the parent too."""
-        if self.injected[fault.kind] % 4 == 3:
+        if self._api_parent and self.injected[fault.kind] % 4 == 3:
             return self._stack.api.kill()
         processes = self._stack.api_processes()
         if not processes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from shared.jobs.record import Status
 from shared.redis import keys
@@ -91,13 +91,19 @@ _PERMANENT_BYTES = {"failed", "failed_limit"}
 
 def find_leaks(stack: ChaosStack, outcomes: Outcomes) -> list[str]:
     """Return a line for each leak that does not disappear by itself."""
-    deadline = time.monotonic() + _SETTLE_S
-    while (leaks := list(_current_leaks(stack, outcomes))) and time.monotonic() < deadline:
+    return settled(lambda: [*unfinished_work(stack), *_unknown_jobs(stack.redis, outcomes)])
+
+
+def settled(leaks: Callable[[], list[str]], within_s: float = _SETTLE_S) -> list[str]:
+    """Call `leaks` until it finds none, or the time is over; return what it found last."""
+    deadline = time.monotonic() + within_s
+    while (found := leaks()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return leaks
+    return found
 
 
-def _current_leaks(stack: ChaosStack, outcomes: Outcomes) -> Iterator[str]:
+def unfinished_work(stack: ChaosStack) -> Iterator[str]:
+    """Generate a line for everything that belongs to unfinished jobs, or lacks a time to live."""
     store, workers = stack.redis, stack.ready_workers()
     yield from _check_keys(stack)
     leases = set(store.zrange(keys.LEASES, 0, -1))
@@ -109,6 +115,10 @@ def _current_leaks(stack: ChaosStack, outcomes: Outcomes) -> Iterator[str]:
             yield f"worker {worker.id} has {worker.slots_used} slots in use, {backlog:g} unpublished events"
     if held := set(store.hkeys(keys.BYTES)) - _PERMANENT_BYTES:
         yield f"bytes of unfinished jobs: {sorted(held)}"
+
+
+def _unknown_jobs(store: Redis, outcomes: Outcomes) -> Iterator[str]:
+    """Compare the records with the jobs that clients submitted."""
     recorded = {name.removeprefix(keys.JOB) for name in store.scan_iter(keys.JOB + "*")}
     if extra := recorded - set(outcomes.accepted.values()):
         yield f"{len(extra)} jobs that no client submitted, such as {min(extra)}"

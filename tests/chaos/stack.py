@@ -1,4 +1,4 @@
-"""The stack under test: Valkey, two workers and two API processes, each restarted when it ends."""
+"""The stack under test: Valkey, two workers, two API processes, a background process. Each is restarted if it ends."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class ChaosStack:
     valkey: ManagedProcess
     workers: list[ManagedProcess]
     api: ManagedProcess
+    background: ManagedProcess
     links: list[Link]
     disk: Disk | None
     client: Client
@@ -64,7 +65,7 @@ class ChaosStack:
     @property
     def all_processes(self) -> list[ManagedProcess]:
         """All processes in the order in which they start."""
-        return [self.valkey, *self.workers, self.api]
+        return [self.valkey, *self.workers, self.api, self.background]
 
     def start(self) -> None:
         """Start everything and wait until it is ready.
@@ -102,12 +103,17 @@ class ChaosStack:
         return next((info for info in self.ready_workers() if child is not None and info.pid == child.pid), None)
 
     def api_processes(self) -> list[psutil.Process]:
-        """Return the processes that answer requests; their parent only restarts them."""
+        """Return the processes that answer requests, oldest first; their parent only restarts them."""
         pid = self.api.pid
         try:
-            return psutil.Process(pid).children() if pid is not None else []
+            children = psutil.Process(pid).children() if pid is not None else []
+            return sorted(children, key=lambda child: child.create_time())
         except psutil.Error:
             return []
+
+    def new_client(self) -> Client:
+        """Return a further client, whose connections end when it is closed."""
+        return _client(self.settings)
 
     def stop(self) -> list[str]:
         """Stop everything in order; return a line for each unexpected exit, now or earlier."""
@@ -154,24 +160,27 @@ class ChaosStack:
             return False
 
 
-def build(home: Path, model: Path, slots: int, network: str = "auto", backend: str = "auto") -> ChaosStack:
+def build(
+    home: Path, model: Path, slots: int, network: str = "auto", backend: str = "auto", **variables: str
+) -> ChaosStack:
     """Prepare a stack in a folder without starting it.
 
     Args:
         network: `namespace`, `proxy`, or `auto`: namespaces if they work.
         backend: `auto` or `fake`.
+        variables: further settings.
     """
     with ExitStack() as undo:
-        stack = _build(home, model, slots, network, backend, undo)
+        stack = _build(home, network, {**_variables(home, model, slots, backend), **variables}, undo)
         undo.pop_all()  # the stack closes them from now on
         return stack
 
 
-def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo: ExitStack) -> ChaosStack:
+def _build(home: Path, network: str, variables: dict[str, str], undo: ExitStack) -> ChaosStack:
     port, api_port, key = free_port(), free_port(), new_key()
     links = _links(network, port, undo)
     disk = _valkey_disk(home, undo)
-    variables = _variables(home, model, slots, backend) | {"PORT": str(api_port), "MLXQ_API_KEY": key}
+    variables = variables | {"PORT": str(api_port), "MLXQ_API_KEY": key}
     settings = Settings(_env_file=None, **{name.lower(): value for name, value in variables.items()})  # type: ignore[arg-type]
     env = {
         **{name: value for name, value in os.environ.items() if name in _PASSED_VARIABLES},
@@ -187,10 +196,15 @@ def _build(home: Path, model: Path, slots: int, network: str, backend: str, undo
         valkey=ManagedProcess("valkey", _valkey_command(settings, home, links, port), env, home / "valkey.log"),
         workers=[_worker(index, link, env, home) for index, link in enumerate(links)],
         api=ManagedProcess("api", (sys.executable, "-m", "web"), env, home / "api.log"),
+        background=ManagedProcess("background", (sys.executable, "-m", "web.background"), env, home / "background.log"),
         links=links,
         disk=disk,
-        client=Client(f"http://127.0.0.1:{api_port}", key, connections=256),
+        client=_client(settings),
     )
+
+
+def _client(settings: Settings) -> Client:
+    return Client(f"http://127.0.0.1:{settings.port}", settings.mlxq_api_key.get_secret_value(), connections=256)
 
 
 def _links(network: str, port: int, undo: ExitStack) -> list[Link]:

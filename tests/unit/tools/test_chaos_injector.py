@@ -65,6 +65,7 @@ def make_injector(worker: ManagedProcess, retry_s: float = 0.0) -> FaultInjector
         disk=None,
         valkey=worker,
         api=worker,
+        background=worker,
         redis=UnreachableRedis(),
         api_processes=list,
         worker_info=lambda _: None,
