@@ -12,6 +12,9 @@ from scripts.client.api import Refused, Unreachable
 
 T = TypeVar("T")
 
+OVERLOADED = 529
+"""Status of Anthropic's API for 503."""
+
 FIRST_PAUSE_S = 0.25
 MAX_PAUSE_S = 15.0
 MAX_RETRY_AFTER_S = 300.0
@@ -104,4 +107,4 @@ def _is_queueing(error: Refused | Unreachable) -> bool:
 
 def _is_transient(error: Refused, failures: int) -> bool:
     """Whether the same request may succeed later."""
-    return error.status in (429, 502, 503, 504) or (error.status == 500 and failures < MAX_SERVER_ERRORS)
+    return error.status in (429, 502, 503, 504, OVERLOADED) or (error.status == 500 and failures < MAX_SERVER_ERRORS)
