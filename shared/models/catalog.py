@@ -259,8 +259,6 @@ class _Reader:
         if entry.kind not in (None, kind):
             unsupported = f"the images of {path} are not supported; it serves only text"
             return "kind", unsupported if has_vision(path) else f"{path} holds a {kind} model"
-        if adapter is not None and kind == "vision":
-            return "adapter", "vision models do not support adapters"
         if self._settings.modelless:
             return "", ""
         if entry.hub and (other := other_source(path, entry.hub, entry.revision)):

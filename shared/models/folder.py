@@ -13,7 +13,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CODE = (*PICKLES, ".py")
 """Suffixes of files that a model folder must not contain."""
 
-VISION_FAMILIES = ("qwen2_5_vl",)
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 """Values of `model_type` in config.json whose images are supported. Other multimodal folders serve only text."""
 
 _INDEX = "model.safetensors.index.json"

@@ -141,8 +141,11 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", help="architectures to check and print; without names, all are checked and written"
     )
+    parser.add_argument("--vision", action="store_true", help="check the families of vision models instead")
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args(list(argv) if argv is not None else None)
+    if arguments.vision:
+        return _check_vision(arguments.names, arguments.one)
     if arguments.one:
         print(json.dumps(run_checks(arguments.one)))
         return 0
@@ -156,6 +159,23 @@ def main(argv: Iterable[str] | None = None) -> int:
     else:
         PAGE.write_text(_SECTION.sub(lambda _: text, PAGE.read_text()))
     return int(any(found == FAILED for _, _, outcomes in rows.values() for found, _ in outcomes.values()))
+
+
+def _check_vision(names: Sequence[str], one: str | None) -> int:
+    from tests.architectures import vision_report
+    from tests.architectures.vision_models import VISION_MODELS
+
+    if one:
+        print(json.dumps(vision_report.run_checks(one)))
+        return 0
+    chosen = names or list(VISION_MODELS)
+    families = {name: vision_report.run_apart(name) for name in track(chosen, "checking", console=Console(stderr=True))}
+    text = vision_report.section(families)
+    if names:
+        print(text)
+    else:
+        vision_report.write(text)
+    return int(any(any(outcomes.values()) for outcomes in families.values()))
 
 
 if __name__ == "__main__":

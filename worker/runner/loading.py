@@ -136,13 +136,9 @@ def read_weights(module: Any, model: CatalogModel) -> Generator[float, None, Non
 def _loaded(model: CatalogModel) -> tuple[LoadedModel, VisionHalf | None]:
     if model.kind != "vision":
         return load_model(model.path, adapter=model.adapter, lazy=True), None
-    if model.adapter is not None:
-        raise ModelError(
-            f"{model.path}: `adapter` works only with text models; remove it from this vision model's catalog entry."
-        )
     from worker.runner.vision.load import load_vision_model
 
-    return load_vision_model(model.path, lazy=True)
+    return load_vision_model(model.path, adapter=model.adapter, lazy=True)
 
 
 def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> Generator[None, None, BatchingSupport]:

@@ -125,7 +125,6 @@ def test_folder_fetched_at_the_named_revision_is_served(
         ),
         ('path = "HERE/two"\nkind = "vision"', 5, "[models.two] kind: HERE/two holds a text model"),
         ('path = "HERE/two"\nadapter = "HERE/one"', 5, "[models.two] adapter: HERE/one has no adapter_config.json"),
-        ('path = "HERE/seer"\nadapter = "HERE/one"', 5, "[models.two] adapter: vision models do not support adapters"),
         ('path = "~nobody-here/two"', 4, "[models.two]: there is no model in"),
         (f'path = "{"x" * 300}"', 4, "[models.two]: there is no model in"),
         ('path = "a\\u0000b"', 4, "[models.two]: there is no model in"),

@@ -14,7 +14,7 @@ from worker.runner.vision import images
 from worker.runner.vision.half import Encoder, Expand
 from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
 from worker.runner.vision.mrope import Axes, use_mrope
-from worker.runner.vision.qwen_encoder import WindowEncoder
+from worker.runner.vision.qwen_encoder import DeepstackEncoder, QwenEncoder, WindowEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,13 @@ def _qwen(encoder: Callable[[Any, Any], Encoder], axes: Axes) -> VisionFamily:
     )
 
 
+_QWEN3: Final = _qwen(DeepstackEncoder, Axes.INTERLEAVED)
+
 FAMILIES: Final[Mapping[str, VisionFamily]] = {
+    "qwen2_vl": _qwen(QwenEncoder, Axes.SECTIONS),
     "qwen2_5_vl": _qwen(WindowEncoder, Axes.SECTIONS),
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": _QWEN3,
+    "qwen3_5_moe": _QWEN3,
 }

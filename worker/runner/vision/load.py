@@ -10,17 +10,20 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm import utils
 
-from shared.models.folder import VISION_FAMILIES, ModelError, check_folder
+from shared.models.folder import VISION_FAMILIES, ModelError, check_adapter, check_folder
 from worker.models import text_half
 from worker.models.load import NO_CODE, LoadedModel, contained, loaded_as, tokenizer_config
 from worker.runner.vision.families import FAMILIES, Parts, VisionFamily
 from worker.runner.vision.half import VisionHalf
 
 
-def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel, VisionHalf]:
+def load_vision_model(
+    folder: Path, *, adapter: Path | None = None, lazy: bool = False
+) -> tuple[LoadedModel, VisionHalf]:
     """Load a model folder.
 
     Args:
+        adapter: a folder of LoRA weights to apply to the language model.
         lazy: do not read the weights yet.
 
     Returns:
@@ -30,6 +33,8 @@ def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel,
         ModelError: the folder is incomplete, broken or of an unsupported family.
     """
     check_folder(folder)
+    if adapter is not None:
+        check_adapter(adapter)
     folder = folder.resolve()  # the libraries take a relative path for a hub id
     with contained(f"The model in {folder} cannot be loaded"):
         config = utils.load_config(folder)
@@ -39,14 +44,14 @@ def load_vision_model(folder: Path, *, lazy: bool = False) -> tuple[LoadedModel,
                 f"{folder}: images are not supported for model_type {config.get('model_type')!r}, only for "
                 f"{', '.join(VISION_FAMILIES)}."
             )
-        loaded, vision = _put_together(family, _parts(folder, config, family, lazy=lazy))
+        loaded, vision = _put_together(family, _parts(folder, config, family, adapter, lazy=lazy))
         if not lazy:
             mx.eval(loaded.model.parameters(), vision.encoder.tower.parameters())
         return loaded, vision
 
 
-def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, *, lazy: bool) -> Parts:
-    text, tokenizer, text_config = text_half.load(folder, tokenizer_config(folder), adapter=None, lazy=lazy)
+def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, adapter: Path | None, *, lazy: bool) -> Parts:
+    text, tokenizer, text_config = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
     model = utils.load_model(folder, lazy=True)
     _drop_weights(model.language_model)
     processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)

@@ -84,7 +84,7 @@ class QwenEncoder:
         config, patches = self.tower.config, layout.patches
         # On a CPU, attention stores the whole score matrix twice. GPU kernels do not store it.
         scores = 2 * config.num_heads * patches if mx.default_device() == mx.cpu else 0
-        return int(patches * (4 * self._values_per_patch(config) + scores) * 4)
+        return int(patches * (3 * self._values + 4 * self._values_per_patch(config) + scores) * 4)
 
     def stages(self, pixels: Floats, layout: Any) -> Iterator[mx.array]:
         """See `Encoder.stages`."""
@@ -117,9 +117,11 @@ class QwenEncoder:
 
     def _angles(self, grid: Grid) -> mx.array:
         """Return the rotation angles [patches, values] by row and column, in the patch order of the processor."""
-        table = np.array(self.tower.rotary_pos_emb(mx.array(max(grid.rows, grid.columns))))
-        rows, columns = _places(grid)
-        return mx.array(np.concatenate([table[rows], table[columns]], axis=-1))
+        rotary = self.tower.rotary_pos_emb
+        exponents = np.arange(0, rotary.dim, 2, dtype=np.float32) / rotary.dim
+        frequencies = (1.0 / rotary.theta**exponents).astype(np.float32)
+        rows, columns = (places.astype(np.float32)[:, None] * frequencies for places in _places(grid))
+        return mx.array(np.concatenate([rows, columns], axis=-1))
 
 
 class WindowEncoder(QwenEncoder):

@@ -1,0 +1,232 @@
+"""What is checked for each family of vision models, against mlx-vlm's own loop for one prompt."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+import pytest
+from mlx_vlm import load as load_with_mlx_vlm
+from mlx_vlm.generate import generate_step
+from mlx_vlm.utils import prepare_inputs
+from PIL import Image
+
+from shared.jobs.request import Request
+from tests.architectures.batches import TOLERANCE
+from tests.architectures.vision_models import build
+from tests.support.runner import GREEDY, resumed, step
+from tests.support.vision_runner import ImageFiles, prompt_of, row, template_parts
+from worker.runner.base import EncodeWork, Row, StepPlan
+from worker.runner.column_cache import SLACK
+from worker.runner.memory import Memory
+from worker.runner.model_runner import MLXRunner
+from worker.runner.vision.load import load_vision_model
+
+CHUNK = 32
+TOKENS = 8
+CUT = 4
+"""Tokens after which a row is removed, and continues as another one, as after the death of a worker."""
+_ALTERNATIVES = 5
+_SIZES: Final = ((300, 200), (64, 480), (200, 180), (60, 50))
+
+
+@dataclass
+class Answer:
+    """Tokens of a row, with the log-probabilities of each and of its alternatives."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+
+
+class Subject:
+    """A family's tiny model in a runner, and in mlx-vlm.
+
+    Args:
+        folder: for the model.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.folder = build(name, folder / name)
+        self.files = ImageFiles()
+        self._loaded = load_vision_model(self.folder)
+        self._reference: Any = None
+
+    @contextmanager
+    def runner(self, chunk: int = CHUNK, prefix_bytes: int = 2**28) -> Iterator[MLXRunner]:
+        """A new runner without prefixes and cached images."""
+        loaded, vision = self._loaded
+        runner = MLXRunner(loaded, chunk, Memory(2**30, prefix_bytes), None, vision, speculation_tokens=4)
+        try:
+            yield runner
+        finally:
+            runner.close()
+
+    def image(self, width: int, height: int, seed: int) -> dict[str, Any]:
+        """A part of a message."""
+        return self.files.part(width, height, seed)
+
+    def row(self, runner: MLXRunner, uid: int, request: Request) -> Row:
+        """A row for a request, which may store prefixes."""
+        return row(prompt_of(runner, request, self.files), request, uid, "me")
+
+    def compare(self, request: Request, answer: Answer) -> None:
+        """Compare an answer with mlx-vlm's, up to a choice between tokens that are equally probable."""
+        for (token, logprobs), said, ours in zip(self._expected(request), answer.tokens, answer.logprobs, strict=True):
+            for each, logprob in ours.items():
+                assert logprobs[each].item() == pytest.approx(logprob, abs=TOLERANCE)
+            assert (logprobs[token] <= logprobs[said] + TOLERANCE).item()
+            if said != token:
+                break
+
+    def _expected(self, request: Request) -> Iterator[tuple[int, mx.array]]:
+        if self._reference is None:
+            self._reference = load_with_mlx_vlm(str(self.folder))
+        model, processor = self._reference
+        assert request.messages is not None
+        messages = [{**each, "content": template_parts(each["content"])} for each in request.messages]
+        text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        images = [Image.open(io.BytesIO(self.files[part["image"]])).convert("RGB") for part in request.image_parts]
+        inputs = prepare_inputs(processor, images=images or None, prompts=[text])
+        ids, pixels, mask = (inputs.pop(name, None) for name in ("input_ids", "pixel_values", "attention_mask"))
+        steps = generate_step(ids, model, pixels, mask, max_tokens=request.max_tokens, temperature=0.0, **inputs)
+        for _, (token, logprobs) in zip(range(request.max_tokens), steps, strict=False):
+            yield int(token), logprobs
+
+
+def asking(*messages: str | Sequence[Any]) -> Request:
+    """Return a request with a conversation: the user's first message, then in turns.
+
+    Args:
+        messages: text, or parts of text and images.
+    """
+    roles = ("user", "assistant")
+    turns = [
+        {
+            "role": roles[number % 2],
+            "content": each
+            if isinstance(each, str)
+            else [part if isinstance(part, dict) else {"type": "text", "text": part} for part in each],
+        }
+        for number, each in enumerate(messages)
+    ]
+    return Request("m", TOKENS, GREEDY, logprobs=_ALTERNATIVES, messages=tuple(turns))
+
+
+def answers(
+    runner: MLXRunner, rows: Sequence[Row], at_once: int = 100, cut: Sequence[int] = ()
+) -> tuple[dict[int, Answer], dict[int, int]]:
+    """Run rows until all have their tokens.
+
+    Args:
+        at_once: rows to insert first; the others join one after another.
+        cut: uids of rows that are removed once, and continue.
+
+    Returns:
+        By uid, the answers, and the number of reused prompt tokens.
+    """
+    found: dict[int, Answer] = defaultdict(Answer)
+    reused: dict[int, int] = {}
+    alias = {each.uid: each.uid for each in rows}
+    by_uid = {each.uid: each for each in rows}
+    waiting = list(rows[at_once:])
+    runner.insert(rows[:at_once])
+    steps = 0
+    while any(len(found[each.uid].tokens) < each.max_new_tokens for each in rows):
+        if steps % 2 and waiting:
+            runner.insert([waiting.pop(0)])
+        output = step(runner)
+        assert not output.failed
+        reused |= output.prefilled
+        for each in output.tokens:
+            answer = found[alias[each.uid]]
+            answer.tokens.append(each.token)
+            assert each.logprob is not None
+            answer.logprobs.append({each.token: each.logprob, **dict(each.top_logprobs)})
+            if len(answer.tokens) == CUT and each.uid in cut:
+                runner.remove([each.uid])
+                alias[each.uid + 100] = each.uid
+                runner.insert([resumed(by_uid[each.uid], each.uid + 100, answer.tokens)])
+        steps += 1
+        assert steps < 2000
+    return found, reused
+
+
+def check_batched(subject: Subject) -> None:
+    """Eight rows with images and eight without, that join late or continue, are as mlx-vlm generates them alone."""
+    requests = []
+    for number in range(8):
+        images = [subject.image(*_SIZES[(number + i) % len(_SIZES)], seed=number // 2) for i in range(1 + number % 2)]
+        requests += [asking([*images, f"Question {number}?"]), asking(f"Only words, {'many ' * number}of them.")]
+    with subject.runner() as runner:
+        rows = [subject.row(runner, uid, each) for uid, each in enumerate(requests)]
+        found, _ = answers(runner, rows, at_once=6, cut=(0, 1, 6))
+    for uid, each in enumerate(requests):
+        subject.compare(each, found[uid])
+    assert len({tuple(found[uid].tokens) for uid in range(0, 16, 2)}) > 4, "the tokens do not depend on the images"
+
+
+def check_conversation(subject: Subject) -> None:
+    """Several images in a turn and in a conversation; the next turn reuses the prefix, and encodes only its image."""
+    one, two, three = (subject.image(*_SIZES[seed], seed) for seed in range(3))
+    first = asking([one, "and", two, "differ?"])
+    second = asking([one, "and", two, "differ?"], "Yes.", [three, "And this?"])
+    with subject.runner() as runner:
+        found, _ = answers(runner, [subject.row(runner, 1, first)])
+        subject.compare(first, found[1])
+        assert runner.stats()["images_encoded_total"] == 2
+        found, reused = answers(runner, [subject.row(runner, 2, second)])
+        subject.compare(second, found[2])
+        assert runner.stats()["images_encoded_total"] == 3
+        assert reused[2] > len(prompt_of(runner, first, subject.files).tokens) // 2
+        other = asking([two, "and", one, "differ?"])
+        found, reused = answers(runner, [subject.row(runner, 3, other)])
+        subject.compare(other, found[3])
+        assert runner.stats()["images_encoded_total"] == 3, "the images are cached"
+        assert reused[3] < 20, "another image has another prefix"
+
+
+def check_sizes(subject: Subject) -> None:
+    """Tiny, long and huge images."""
+    sizes = ((3, 3), (28, 28), (1300, 40), (40, 900), (1000, 700))
+    requests = [asking([subject.image(*size, seed), "What?"]) for seed, size in enumerate(sizes)]
+    with subject.runner(chunk=256) as runner:
+        found, _ = answers(runner, [subject.row(runner, uid, each) for uid, each in enumerate(requests)])
+    for uid, each in enumerate(requests):
+        subject.compare(each, found[uid])
+
+
+def check_memory(subject: Subject) -> None:
+    """The memory of rows and of encoding images is predicted, including what the next tokens need."""
+    requests = [replace(asking([subject.image(400, 300, seed), "What?"]), max_tokens=1000) for seed in range(4)]
+    with subject.runner(prefix_bytes=0) as runner:
+        rows = [subject.row(runner, uid, each) for uid, each in enumerate(requests)]
+        runner.insert(rows)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        while runner.stats()["images_encoded_total"] < len(rows):
+            runner.execute(StepPlan(encode=EncodeWork()))
+        features = sum(each.nbytes for row in rows for each in row.media.features.values())  # type: ignore[union-attr]
+        assert mx.get_peak_memory() - before <= runner.encode_bytes(rows[0].media) + features
+        generated = [0] * len(rows)
+        while min(generated) < CUT:
+            for each in step(runner).tokens:
+                generated[each.uid] += 1
+        now = [len(each.prompt) + tokens for each, tokens in zip(rows, generated, strict=True)]
+        held = runner.stats()["kv_bytes"]
+        assert held <= 1.05 * runner.batch_bytes(now)
+        assert held >= 0.95 * runner.batch_bytes([length - SLACK for length in now])
+
+
+CHECKS: Final[Mapping[str, Callable[[Subject], None]]] = {
+    "batched": check_batched,
+    "conversation": check_conversation,
+    "sizes": check_sizes,
+    "memory": check_memory,
+}
+"""All checks by name."""
