@@ -6,17 +6,21 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from scripts.model_files.weights import save_weights
 
 SHARD_BYTES = 2**30
 SEED = 20
-_IMAGE_SCALE, _ATTENTION_SCALE = 16, 8
-"""With unscaled random weights, attention averages over all tokens, so the output would hardly depend on the image."""
+_SCALES: Final = {
+    **dict.fromkeys(("merger.mlp.2.weight", "merger.linear_fc2.weight", "mm_input_projection_weight"), 16),
+    **dict.fromkeys(("self_attn.q_proj.weight", "self_attn.k_proj.weight"), 8),
+}
+"""By the end of a name, factors for the weights of vision models. With unscaled random weights, attention averages over
+all tokens, so the output would hardly depend on the image."""
 
 
 def random_weights(config: Mapping[str, Any]) -> dict[str, mx.array]:
@@ -40,12 +44,15 @@ def _vision_model(config: Mapping[str, Any]) -> Any:
     values = dict(config)  # the library modifies it
     model_config = library.ModelConfig.from_dict(values)
     modules = ["text", "vision"]
-    model = library.Model(update_module_configs(model_config, library, values, modules))  # type: ignore[no-untyped-call]
-    model.vision_tower.merger.mlp[-1].weight *= _IMAGE_SCALE
-    for layer in model.layers:
-        layer.self_attn.q_proj.weight *= _ATTENTION_SCALE
-        layer.self_attn.k_proj.weight *= _ATTENTION_SCALE
+    model: Any = library.Model(update_module_configs(model_config, library, values, modules))  # type: ignore[no-untyped-call]
+    model.update(tree_map_with_path(_scaled, model.parameters()))
     return model
+
+
+def _scaled(name: str, array: mx.array) -> mx.array:
+    if name.startswith("vision_tower.") and "self_attn" in name:
+        return array
+    return next((array * factor for end, factor in _SCALES.items() if name.endswith(end)), array)
 
 
 def write_random_weights(folder: Path, config: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:

@@ -153,6 +153,123 @@ TINY_VISION: Final = Shape(
 
 _TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+_VISION_TEXT: Final[Json] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 49156,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+}
+
+TINY_QWEN3_VL: Final = Shape(
+    "tiny-qwen3-vl",
+    "tiny-random-qwen3-vl",
+    {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "torch_dtype": "float32",
+        "vocab_size": 49156,
+        "vision_start_token_id": 49152,
+        "vision_end_token_id": 49153,
+        "image_token_id": 49154,
+        "video_token_id": 49155,
+        "text_config": {
+            **_VISION_TEXT,
+            "model_type": "qwen3_vl_text",
+            "num_hidden_layers": 4,
+            "rope_theta": 5000000.0,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_heads": 4,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    },
+    inherits=_TOKENS,
+    special=TINY_VISION.special,
+    files={
+        "chat_template.jinja": _QWEN_VL_TEMPLATE,
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+    },
+)
+
+TINY_GEMMA3: Final = Shape(
+    "tiny-gemma3",
+    "tiny-random-gemma3-vision",
+    {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "torch_dtype": "float32",
+        "vocab_size": 49156,
+        "hidden_size": 64,
+        "boi_token_index": 49152,
+        "eoi_token_index": 49153,
+        "image_token_index": 49154,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            **_VISION_TEXT,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "num_hidden_layers": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "image_size": 448,
+            "patch_size": 14,
+        },
+    },
+    inherits=_TOKENS,
+    special=("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused>"),
+    files={
+        "chat_template.jinja": _QWEN_VL_TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>"
+        ),
+        "preprocessor_config.json": {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "processor_class": "Gemma3Processor",
+            "image_seq_length": 256,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "size": {"height": 448, "width": 448},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        "processor_config.json": {"image_seq_length": 256, "processor_class": "Gemma3Processor"},
+    },
+)
+
 _WINDOW: Final[Json] = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
@@ -232,5 +349,6 @@ HYBRID_7B: Final = _hybrid(
     torch_dtype="bfloat16",
 )
 
-_ALL: Final = (TINY, TINY_VISION, TINY_WINDOW, TINY_HYBRID, MID, MID_WINDOW, MID_HYBRID, QWEN2_5_7B, HYBRID_7B)
+_VISION: Final = (TINY_VISION, TINY_QWEN3_VL, TINY_GEMMA3)
+_ALL: Final = (TINY, *_VISION, TINY_WINDOW, TINY_HYBRID, MID, MID_WINDOW, MID_HYBRID, QWEN2_5_7B, HYBRID_7B)
 SHAPES: Final = {shape.name: shape for shape in _ALL}

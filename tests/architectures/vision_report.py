@@ -1,4 +1,4 @@
-"""`scripts/test_architectures --vision`: checks tiny models of every vision family, and writes the results into the docs."""
+"""`scripts/test_architectures --vision`: checks tiny models of every vision family, and writes docs/models.md."""
 
 from __future__ import annotations
 

@@ -68,7 +68,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--clients", type=int, nargs="+", help="concurrent clients in closed loops (default 1 8 32 64)")
     add("--tokens", type=int, help="tokens of each answer (default 48; 128 for the tiny model)")
     add("--seconds", type=float, help="duration of open loops (default 60)")
-    add("--vision-model", type=Path, default=VISION, help="folder of a model that takes images (default %(default)s)")
+    add(
+        "--vision-model",
+        type=Path,
+        nargs="+",
+        default=[VISION],
+        help="folders of models that take images (default models/tiny-random-qwen2.5-vl)",
+    )
     add(
         "--only",
         choices=(LOAD, *PARTS),
@@ -100,7 +106,7 @@ def selection(args: argparse.Namespace) -> Selection:
         scenarios=[name for name in args.scenario if name != "single" or 1 in (args.clients or [1])],
         contenders=args.who,
         rounds=1 if args.quick else args.rounds,
-        vision=args.vision_model.resolve() if args.vision_model.is_dir() else None,
+        vision=[path.resolve() for path in args.vision_model if path.is_dir()],
         one_start=args.quick,
     )
 

@@ -13,6 +13,8 @@ from tests.bench.samples import Figures
 SMOLLM2: Final = "SmolLM2-135M-Instruct"
 TINY: Final = "tiny-random-llama"
 VISION: Final = "tiny-random-qwen2.5-vl"
+MORE_VISION: Final = ("tiny-random-qwen3-vl", "tiny-random-gemma3-vision")
+"""Measured with `--vision-model`; scripts/make_tiny_model creates them."""
 VLM_PEER: Final = "mlx_vlm.server"
 QWEN: Final = "random-qwen2.5-7b"
 """Measured where there is an NVIDIA GPU, with `--model`."""
@@ -90,12 +92,15 @@ GOALS: Final = (
     Goal(f"{SMOLLM2}, 32 clients: tokens/s ÷ {BARE}'s", ("closed", SMOLLM2, "32 clients"), _speed, 1.0, peer=BARE),
     Goal(f"{TINY}, 64 clients: tokens/s ÷ {PEER}'s", ("closed", TINY, "64 clients"), _speed, 3.0, peer=PEER),
     Goal(f"{QWEN}, 64 clients: tokens/s", ("closed", QWEN, "64 clients"), lambda own, _: own["tokens_per_s"], 372),
-    Goal(
-        f"{VISION}, 16 clients with an image each: tokens/s ÷ {VLM_PEER}'s",
-        ("images", VISION, "16 clients"),
-        _speed,
-        1.3,
-        peer=VLM_PEER,
+    *(
+        Goal(
+            f"{model}, 16 clients with an image each: tokens/s ÷ {VLM_PEER}'s",
+            ("images", model, "16 clients"),
+            _speed,
+            1.3,
+            peer=VLM_PEER,
+        )
+        for model in (VISION, *MORE_VISION)
     ),
     Goal(
         f"{VISION}, 16 clients with an image each: TTFT p50 ÷ {VLM_PEER}'s",

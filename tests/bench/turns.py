@@ -30,7 +30,7 @@ class Selection:
 
     Attributes:
         models: folders, each with the sizes that fit it.
-        vision: the folder of the model for images.
+        vision: the folders of models for images.
         one_start: whether all scenarios of a contender share one start: fewer starts, coarser turns.
     """
 
@@ -38,7 +38,7 @@ class Selection:
     scenarios: Sequence[str]
     contenders: Sequence[str]
     rounds: int
-    vision: Path | None = None
+    vision: Sequence[Path] = ()
     one_start: bool = False
 
 
@@ -82,9 +82,9 @@ def _stages(
         for group in [tuple(text)] if selection.one_start else [(each,) for each in text]:
             yield model, sizes, group
     for each in chosen:
-        if each.needs_images and selection.vision:
-            yield selection.vision, next(iter(selection.models.values())), (each,)
-        elif each.needs_images:
+        for model in selection.vision if each.needs_images else ():
+            yield model, next(iter(selection.models.values())), (each,)
+        if each.needs_images and not selection.vision:
             absent(Absence(each.name, "", "", _NO_VISION_MODEL))
 
 
