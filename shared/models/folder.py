@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,19 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CODE = (*PICKLES, ".py")
 """Suffixes of files that a model folder must not contain."""
 
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+VISION_FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+    *("pixtral", "mistral3", "lfm2_vl", "internvl", "internvl_chat", "idefics3", "smolvlm", "llava", "kimi_vl"),
+    *("gemma3", "gemma4"),
+)
 """Values of `model_type` in config.json whose images are supported. Other multimodal folders serve only text."""
+_SECTION_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "internvl": ("text_config", ("qwen3",)),
+    "internvl_chat": ("llm_config", ("qwen2",)),
+    "llava": ("vision_config", ("clip_vision_model", "siglip_vision_model")),
+    "mistral3": ("text_config", ("mistral", "ministral3")),
+}
+"""Families of which mlx-vlm supports some models: a section of config.json, and the supported types of it."""
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -99,7 +111,15 @@ def check_adapter(folder: Path) -> None:
 
 def model_kind(folder: Path) -> str:
     """Return `vision` if the folder holds an image encoder of a supported family, else `text`."""
-    return "vision" if _config(folder).get("model_type") in VISION_FAMILIES and has_vision(folder) else "text"
+    return "vision" if _images_supported(_config(folder)) and has_vision(folder) else "text"
+
+
+def _images_supported(config: Mapping[str, Any]) -> bool:
+    family = config.get("model_type")
+    section, types = _SECTION_TYPES.get(str(family), ("", ()))
+    described = config.get(section)
+    kind = described.get("model_type") if isinstance(described, Mapping) else None
+    return family in VISION_FAMILIES and (kind is None or kind in types)
 
 
 def has_vision(folder: Path) -> bool:

@@ -25,6 +25,9 @@ SLACK = 64
 """Unused columns that a cache may keep. Without them it would soon grow, and be copied, again. A window keeps as many
 columns in addition, so that rejected draft tokens can be removed."""
 
+NO_SPAN = -1
+"""In `ColumnCache.spans`: a token that attends only to the tokens before it."""
+
 PREFILL_SLACK = SLACK + GROWTH_COLUMNS
 """Columns that a window keeps in addition during the prefill, until they are stored as a prefix."""
 
@@ -45,6 +48,8 @@ class ColumnCache:
         left_padding: by row; negative if columns of the row were dropped.
         end: the column at which all rows end.
         slack: number of columns that are kept in addition to the window.
+        spans: [rows, tokens] of the next pass: tokens with the same number attend to each other, also to later ones, at
+            any distance; None: no token attends to later ones.
     """
 
     def __init__(self, left_padding: Sequence[int], window: int | None = None) -> None:
@@ -55,6 +60,7 @@ class ColumnCache:
         self.window = window
         self.end = 0
         self.slack = PREFILL_SLACK
+        self.spans: mx.array | None = None
         self._dropped = False
         self._first_complete = 0  # if columns were dropped: columns before this one may be missing in some rows
         self._first_visible = 0
@@ -111,7 +117,7 @@ class ColumnCache:
         mask: mx.array = create_causal_mask(
             N, self.end - first, window_size or self.window, left_padding=self.left_padding - first
         )
-        return mask
+        return mask if self.spans is None else mask | _within_spans(self.spans, self.end - first)
 
     def prepare(self, *, right_padding: Sequence[int], lengths: Sequence[int] | None = None) -> None:  # noqa: ARG002
         """Announce a pass over rows that are padded on the right."""
@@ -277,6 +283,16 @@ def allocated_columns(columns: int) -> int:
 def window_columns(window: int, slack: int = SLACK) -> int:
     """Return the maximum number of columns that a layer with a sliding window allocates while rows decode."""
     return max(allocated_columns(window + slack), window + slack + WINDOW_ROOM)
+
+
+def _within_spans(spans: mx.array, before: int) -> mx.array:
+    """Return [rows, 1, tokens, columns]: whether two tokens of a pass have the same span.
+
+    Args:
+        before: number of columns before the pass.
+    """
+    same = (spans[:, :, None] == spans[:, None]) & (spans[:, :, None] != NO_SPAN)
+    return mx.pad(same, [(0, 0), (0, 0), (before, 0)])[:, None]
 
 
 def _widened(array: mx.array, columns: int) -> mx.array:

@@ -96,11 +96,27 @@ def test_a_folder_with_an_image_encoder_needs_its_processor(folder: Path, tensor
 
 @pytest.mark.parametrize(("declares", "tensor"), [("vision_config", "visual.w"), ("img_processor", "vision_tower.w")])
 def test_a_folder_with_an_unsupported_image_encoder_is_text(folder: Path, declares: str, tensor: str) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "idefics3", declares: {"depth": 2}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava_next", declares: {"depth": 2}}))
     (folder / "model.safetensors").write_bytes(safetensors({tensor: {"data_offsets": [0, 0]}}))
     assert has_vision(folder)
     assert model_kind(folder) == "text"
     check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}}, "vision"),
+        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "text"),
+        ({"model_type": "internvl_chat", "vision_config": {"x": 1}, "llm_config": {"model_type": "internlm2"}}, "text"),
+        ({"model_type": "mistral3", "vision_config": {"x": 1}, "text_config": {"model_type": "mistral4"}}, "text"),
+        ({"model_type": "mistral3", "vision_config": {"x": 1}, "text_config": {"model_type": "mistral"}}, "vision"),
+    ],
+)
+def test_a_family_may_be_supported_in_part(folder: Path, config: dict[str, object], kind: str) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(safetensors({"vision_tower.w": {"data_offsets": [0, 0]}}))
+    assert model_kind(folder) == kind
 
 
 def test_a_text_checkpoint_that_keeps_the_vision_config_of_its_origin_is_text(folder: Path) -> None:

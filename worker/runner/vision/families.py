@@ -6,11 +6,13 @@ The names are also in `shared.models.folder.VISION_FAMILIES`, which processes wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from worker.runner.vision import images
+from worker.runner.vision.gemma import Gemma4Language
+from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.half import Encoder, Expand
 from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
 from worker.runner.vision.mrope import Axes, use_mrope
@@ -74,12 +76,16 @@ class VisionFamily:
     Attributes:
         encoder: makes the image encoder, with the language model for the embeddings of text.
         placeholder: names of fields of config.json with the token that stands for an image, or its text.
+        placeholder_text: the text of that token if config.json does not have it.
+        template: text in the chat template, and what to replace it with before prompts are tokenised.
         expand: makes the function that replaces the placeholders in a prompt.
         language: makes the language model.
     """
 
     encoder: Callable[[Parts, ImageLanguageModel], Encoder]
     placeholder: tuple[str, ...] = ("image_token_id", "image_token_index")
+    placeholder_text: str | None = None
+    template: tuple[str, str] | None = None
     expand: Callable[[Parts], Expand] = plain_expand
     language: Callable[[Parts], ImageLanguageModel] = plain_language
 
@@ -104,6 +110,38 @@ def _qwen(encoder: Callable[[Any, Any], Encoder], axes: Axes) -> VisionFamily:
     )
 
 
+def _generic(text: str | None = None, **fields: Any) -> VisionFamily:
+    """Return a family whose images are encoded by mlx-vlm's `get_input_embeddings`.
+
+    Args:
+        text: what the processor replaces with the tokens of an image; None: the placeholder.
+        fields: further fields of `VisionFamily`.
+    """
+
+    def encoder(parts: Parts, language: ImageLanguageModel) -> Encoder:
+        placeholder = text or parts.tokenizer.convert_ids_to_tokens(parts.image_token)
+        return GenericEncoder(parts.model, parts.processor, language, placeholder)
+
+    return VisionFamily(encoder, **fields)
+
+
+def _gemma4_language(parts: Parts) -> ImageLanguageModel:
+    token = parts.image_token
+    return Gemma4Language(parts.text, token, parts.inputs, feature_token=token, whole=_attends_within_images(parts))
+
+
+def _gemma4_expand(parts: Parts) -> Expand:
+    def expand(tokens: Any, placed: Any) -> tuple[list[int], images.ImageMedia]:
+        expanded, media = images.expand(tokens, parts.image_token, placed)
+        return expanded, replace(media, whole=_attends_within_images(parts))
+
+    return expand
+
+
+def _attends_within_images(parts: Parts) -> bool:
+    return parts.text_config.get("use_bidirectional_attention") == "vision"
+
+
 _QWEN3: Final = _qwen(DeepstackEncoder, Axes.INTERLEAVED)
 
 FAMILIES: Final[Mapping[str, VisionFamily]] = {
@@ -113,4 +151,10 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": _QWEN3,
     "qwen3_5_moe": _QWEN3,
+    **dict.fromkeys(("pixtral", "mistral3", "lfm2_vl", "internvl", "idefics3", "smolvlm", "llava"), _generic()),
+    "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>", template=("<image>", "<IMG_CONTEXT>")),
+    "kimi_vl": _generic(placeholder=("media_placeholder_token_id",)),
+    # The processor writes line breaks around an image, which merge with those of the template.
+    "gemma3": _generic(placeholder_text="<start_of_image>", template=("<start_of_image>", "\n\n<start_of_image>\n\n")),
+    "gemma4": _generic(language=_gemma4_language, expand=_gemma4_expand),
 }

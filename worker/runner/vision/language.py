@@ -6,9 +6,10 @@ time. mlx-lm's models have the same weights, and all that is known about batchin
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import mlx.core as mx
 from mlx import nn
@@ -18,6 +19,8 @@ from worker.models.load import TOKEN_EMBEDDINGS
 from worker.runner.base import IMAGE_TOKENS
 from worker.runner.forward import PlacedMedia
 from worker.runner.vision.images import ImageMedia, PlacedImage
+
+_INPUT_EMBEDDINGS: Final = "input_embeddings"
 
 
 class PassInputs:
@@ -56,7 +59,7 @@ class ImageLanguageModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX h
     """A language model that also reads image tokens.
 
     Args:
-        language: mlx-lm's model. It takes the argument `input_embeddings`.
+        language: mlx-lm's model.
         image_token: the token id that the vocabulary has for image tokens.
         inputs: read by those layers of `language` that depend on images.
 
@@ -71,7 +74,7 @@ class ImageLanguageModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX h
         self.language = language
         self.image_token = image_token
         self.inputs = inputs or PassInputs()
-        self._embedding = _embedding_of(language)
+        self._embedding = _Embedding(language)
 
     @property
     def layers(self) -> list[Any]:
@@ -99,7 +102,7 @@ class ImageLanguageModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX h
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Return the embeddings of text tokens, as `language` takes them."""
-        embeds: mx.array = self._embedding()(tokens)
+        embeds: mx.array = self._embedding.module(tokens)
         return embeds
 
     def __call__(
@@ -123,8 +126,8 @@ class ImageLanguageModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX h
         added: list[mx.array] = []
         if media:
             arguments, added = self._image_arguments(tokens, media)
-        with self.inputs.of_pass(media, shifts, added):
-            logits: mx.array = self.language(tokens, cache=cache, **arguments)
+        with self.inputs.of_pass(media, shifts, added), self._embedding.arguments(arguments) as accepted:
+            logits: mx.array = self.language(tokens, cache=cache, **accepted)
         return logits
 
     def _image_arguments(
@@ -157,14 +160,48 @@ class ImageLanguageModel(nn.Module):  # type: ignore[misc,name-defined]  # MLX h
         return features
 
 
-def _embedding_of(language: Any) -> Callable[[], Any]:
-    """Return a function that returns the input embedding of a model. The module itself may be replaced later."""
-    paths = [path.rpartition(".") for path, _ in language.named_modules()]
-    parent_path, _, name = next(path for path in paths if path[2] in TOKEN_EMBEDDINGS)
-    parent = language
-    for part in filter(None, parent_path.split(".")):
-        parent = parent[part]
-    return lambda: parent[name]
+class _Embedding:
+    """The input embedding of a language model. The module may be replaced later, for example by a quantised one."""
+
+    def __init__(self, language: Any) -> None:
+        paths = [path.rpartition(".") for path, _ in language.named_modules()]
+        parent_path, _, self._name = next(path for path in paths if path[2] in TOKEN_EMBEDDINGS)
+        self._parent = language
+        for part in filter(None, parent_path.split(".")):
+            self._parent = self._parent[part]
+        self._is_argument = _INPUT_EMBEDDINGS in inspect.signature(type(language).__call__).parameters
+
+    @property
+    def module(self) -> Any:
+        """The module."""
+        return self._parent[self._name]
+
+    @contextmanager
+    def arguments(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield arguments that the language model takes.
+
+        If it does not take embeddings, its own embedding returns them while the graph of the pass is built.
+        """
+        if self._is_argument or _INPUT_EMBEDDINGS not in arguments:
+            yield arguments
+            return
+        module = self.module
+        self._parent[self._name] = _Given(module, arguments[_INPUT_EMBEDDINGS])
+        try:
+            yield {name: value for name, value in arguments.items() if name != _INPUT_EMBEDDINGS}
+        finally:
+            self._parent[self._name] = module
+
+
+class _Given:
+    """Takes the place of an embedding, and returns what it was given. Output layers may share the weights."""
+
+    def __init__(self, module: Any, embeddings: mx.array) -> None:
+        self._embeddings = embeddings
+        self.as_linear = getattr(module, "as_linear", None)
+
+    def __call__(self, _tokens: mx.array) -> mx.array:
+        return self._embeddings
 
 
 def add_image_features(layers: Sequence[Any], inputs: PassInputs) -> None:

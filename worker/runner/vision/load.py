@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from jinja2 import Environment
 from mlx_vlm import utils
 
 from shared.models.folder import VISION_FAMILIES, ModelError, check_adapter, check_folder
@@ -52,6 +54,8 @@ def load_vision_model(
 
 def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, adapter: Path | None, *, lazy: bool) -> Parts:
     text, tokenizer, text_config = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
+    if family.template is not None and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = rewritten(tokenizer.chat_template, *family.template)
     model = utils.load_model(folder, lazy=True)
     _drop_weights(model.language_model)
     processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)
@@ -69,6 +73,14 @@ def _put_together(family: VisionFamily, parts: Parts) -> tuple[LoadedModel, Visi
     return loaded, VisionHalf(parts.image_token, encoder, family.expand(parts))
 
 
+def rewritten(template: str, text: str, new: str) -> str:
+    """Replace a text in what a chat template writes, in the literals of its expressions and outside of them."""
+    literal = json.dumps(new)
+    replacements = {"data": f"{{{{ {literal} }}}}", "string": literal[1:-1]}
+    tokens = Environment(autoescape=True).lex(template)
+    return "".join(value.replace(text, replacements.get(kind, text)) for _, kind, value in tokens)
+
+
 def _drop_weights(language_model: Any) -> None:
     """Drop the weights of mlx-vlm's language model, which have not been read."""
     for _, module in language_model.named_modules():
@@ -78,5 +90,5 @@ def _drop_weights(language_model: Any) -> None:
 
 def _placeholder(family: VisionFamily, config: Mapping[str, Any], tokenizer: Any) -> int:
     """Return the token that stands for an image in a prompt."""
-    value = next(config[name] for name in family.placeholder if config.get(name) is not None)
+    value = family.placeholder_text or next(config[name] for name in family.placeholder if config.get(name) is not None)
     return int(tokenizer.convert_tokens_to_ids(value) if isinstance(value, str) else value)

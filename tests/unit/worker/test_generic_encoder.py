@@ -1,0 +1,132 @@
+"""Images of any family: their tokens as a processor writes them, the chat template, and attention within an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_vlm")
+
+import mlx.core as mx
+from jinja2 import Environment
+from PIL import Image
+
+from worker.runner.column_cache import NO_SPAN, ColumnCache
+from worker.runner.vision.generic_encoder import GenericEncoder
+from worker.runner.vision.images import PlacedImage
+from worker.runner.vision.load import rewritten
+
+_BEGIN, _BREAK, _SOFT, _END = 1, 2, 3, 4
+_TEXT = {_BEGIN: "<s>", _BREAK: "\n\n", _SOFT: "<soft>", _END: "<end>"}
+
+
+class Tokenizer:
+    """Adds a token for the beginning of each text."""
+
+    def __call__(self, text: str) -> Any:
+        return type("Encoding", (), {"input_ids": [_BEGIN] if not text else [_BEGIN, _SOFT]})()
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(_TEXT[token] for token in ids)
+
+
+class Processor:
+    """Writes one token per 10 pixels of width, with line breaks around them."""
+
+    tokenizer = Tokenizer()
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+
+    def __call__(self, images: list[Image.Image], text: list[str]) -> dict[str, Any]:
+        assert text == ["<image>"]
+        (image,) = images
+        self.sizes.append(image.size)
+        if image.height > 1000:
+            raise ZeroDivisionError("too high")
+        soft = [_SOFT] * (image.width // 10)
+        ids = [_BEGIN, _BREAK, *soft, *([_END] if soft else []), _BREAK]
+        return {"input_ids": [ids], "pixel_values": np.zeros((1, 3, image.height, image.width), np.float32)}
+
+
+class Language:
+    """Has embeddings, like a language model."""
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return tokens[..., None].astype(mx.float32)
+
+
+class Model:
+    """Adds the number of pixels to the embeddings of soft tokens."""
+
+    language_model: Any = None
+    audio_tower: Any = "audio"
+
+    def get_input_embeddings(self, ids: mx.array, pixels: mx.array, mask: mx.array) -> Any:
+        assert mask.shape == ids.shape
+        embeds = self.language_model.model.embed_tokens(ids)
+        more = mx.where(ids == _SOFT, pixels.shape[2] * pixels.shape[3], 0)
+        return type("Features", (), {"inputs_embeds": embeds + more[..., None]})()
+
+
+@pytest.fixture
+def processor() -> Processor:
+    return Processor()
+
+
+@pytest.fixture
+def encoder(processor: Processor) -> GenericEncoder:
+    language: Any = Language()
+    return GenericEncoder(Model(), processor, language, "<image>")
+
+
+def test_an_image_has_the_tokens_of_its_processor_without_the_text_around(
+    encoder: GenericEncoder, processor: Processor
+) -> None:
+    assert encoder.layout(30, 20).ids == (_SOFT, _SOFT, _SOFT, _END)
+    assert encoder.layout(30, 20).tokens == 4
+    assert processor.sizes == [(30, 20)], "a size is processed once"
+
+
+def test_features_include_tokens_that_are_not_of_the_image(encoder: GenericEncoder) -> None:
+    layout, inputs = encoder._processed(Image.new("RGB", (20, 10)))
+    (features,) = encoder.stages(inputs, layout)
+    assert features.tolist() == [[[_SOFT + 200], [_SOFT + 200], [_END]]]
+    assert encoder.tower.audio_tower is None
+
+
+@pytest.mark.parametrize(("size", "problem"), [((5, 5), "too small"), ((50, 2000), "cannot be read: too high")])
+def test_a_size_that_a_processor_does_not_support_is_refused(
+    encoder: GenericEncoder, size: tuple[int, int], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels .*{problem}"):
+        encoder.layout(*size)
+
+
+def test_an_image_of_another_size_than_in_the_request_is_refused(encoder: GenericEncoder, tmp_path: Any) -> None:
+    Image.new("RGB", (40, 10)).save(tmp_path / "image.png")
+    data = (tmp_path / "image.png").read_bytes()
+    assert encoder.pixels(PlacedImage("d", encoder.layout(40, 10), data, 400))
+    with pytest.raises(ValueError, match="differs from the size in the request"):
+        encoder.pixels(PlacedImage("d", encoder.layout(20, 10), data, 400))
+
+
+@pytest.mark.parametrize("template", ["{{ 'a<image>b' }}", "a<image>b", '{% if true %}a{{ "<image>" }}{% endif %}b'])
+def test_a_template_is_rewritten_in_literals_and_outside(template: str) -> None:
+    new = rewritten(template, "<image>", "\n\n<soi>\n\n")
+    assert Environment(trim_blocks=True, autoescape=False).from_string(new).render() == "a\n\n<soi>\n\nb"
+
+
+def test_tokens_of_a_span_attend_to_each_other() -> None:
+    cache = ColumnCache([0, 1], window=2)
+    keys = mx.zeros((2, 1, 2, 4))
+    cache.update_and_fetch(keys, keys)
+    cache.spans = mx.array([[NO_SPAN, 0, 0, 0], [1, 1, NO_SPAN, NO_SPAN]])
+    mask = cache.make_mask(4, window_size=2)
+    assert mask is not None
+    first, second = (mask[row, 0].astype(mx.int32).tolist() for row in range(2))
+    # The columns are the token before the pass that the window still reaches, and the four of the pass.
+    assert first == [[1, 1, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert second == [[1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
