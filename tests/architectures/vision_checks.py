@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Self
 
 import mlx.core as mx
 import pytest
 from mlx_vlm import load as load_with_mlx_vlm
+from mlx_vlm.convert import convert
 from mlx_vlm.generate import generate_step
 from mlx_vlm.utils import prepare_inputs
 from PIL import Image
@@ -52,9 +54,19 @@ class Subject:
     """
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.folder = build(name, folder / name)
+        self._open(build(name, folder / name))
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """Return the subject of an existing folder."""
+        subject = cls.__new__(cls)
+        subject._open(folder)
+        return subject
+
+    def _open(self, folder: Path) -> None:
+        self.folder = folder
         self.files = ImageFiles()
-        self._loaded = load_vision_model(self.folder)
+        self._loaded = load_vision_model(folder)
         self._reference: Any = None
 
     @contextmanager
@@ -75,12 +87,12 @@ class Subject:
         """A row for a request, which may store prefixes."""
         return row(prompt_of(runner, request, self.files), request, uid, "me")
 
-    def compare(self, request: Request, answer: Answer) -> None:
+    def compare(self, request: Request, answer: Answer, tolerance: float = TOLERANCE) -> None:
         """Compare an answer with mlx-vlm's, up to a choice between tokens that are equally probable."""
         for (token, logprobs), said, ours in zip(self._expected(request), answer.tokens, answer.logprobs, strict=True):
             for each, logprob in ours.items():
-                assert logprobs[each].item() == pytest.approx(logprob, abs=TOLERANCE)
-            assert (logprobs[token] <= logprobs[said] + TOLERANCE).item()
+                assert logprobs[each].item() == pytest.approx(logprob, abs=tolerance)
+            assert (logprobs[token] <= logprobs[said] + tolerance).item()
             if said != token:
                 break
 
@@ -223,10 +235,26 @@ def check_memory(subject: Subject) -> None:
         assert held >= 0.95 * runner.batch_bytes([length - SLACK for length in now])
 
 
+def check_quantised(subject: Subject) -> None:
+    """A folder that mlx-vlm has quantised."""
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / "quantised"
+        with redirect_stdout(io.StringIO()):
+            convert(str(subject.folder), str(target), quantize=True, q_group_size=32, q_bits=4, trust_remote_code=False)
+        found = Subject.in_folder(target)
+        requests = [asking([found.image(300, 200, 1), "What?"]), asking("Only words.")]
+        with found.runner() as runner:
+            rows = [found.row(runner, uid, each) for uid, each in enumerate(requests)]
+            said, _ = answers(runner, rows)
+        for uid, each in enumerate(requests):
+            found.compare(each, said[uid], 10 * TOLERANCE)
+
+
 CHECKS: Final[Mapping[str, Callable[[Subject], None]]] = {
     "batched": check_batched,
     "conversation": check_conversation,
     "sizes": check_sizes,
     "memory": check_memory,
+    "quantised": check_quantised,
 }
 """All checks by name."""

@@ -1,0 +1,53 @@
+"""A job with images continues after its worker was killed, for every family of vision models.
+
+`tests/integration/test_vision_stack.py` does the same by default with one family.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlx_vlm")
+
+from shared.jobs.log import EventKind
+from shared.jobs.record import Status
+from tests.architectures.vision_models import VISION_MODELS, build
+from tests.plugins.stack import Stack, made_stack
+from tests.support.image_files import data_url, picture
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(params=VISION_MODELS)
+def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
+    """Only the API, for a family's tiny model."""
+    for stack in made_stack(build(request.param, tmp_path / request.param), {"LEASE_S": "1"}):
+        stack.start_web()
+        yield stack
+
+
+def test_a_stream_of_any_vision_family_continues_after_its_worker_was_killed(stack: Stack) -> None:
+    worker = stack.start_worker()
+    images = [{"type": "image_url", "image_url": {"url": data_url(picture(200, 150, seed=n))}} for n in range(2)]
+    content = [*images, {"type": "text", "text": "Tell me everything."}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 200, "temperature": 0.9, "seed": 5}
+    with stack.client() as client:
+        expected = client.job(client.submit(body, wait_s=60).id, wait_s=60)
+        job = client.submit(body)
+        texts, resumed = [], False
+        for number, event in enumerate(client.events(job.id)):
+            if event.kind is EventKind.CHUNK:
+                texts.append(json.loads(event.data)["text"])
+            resumed |= event.kind is EventKind.RESUMED
+            if number == 10:
+                worker.send_signal(signal.SIGKILL)
+                worker.wait(10)
+                stack.start_worker()
+        assert client.job(job.id).status is expected.status is Status.SUCCEEDED
+    assert resumed
+    assert "".join(texts) == expected.text
