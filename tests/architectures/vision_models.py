@@ -5,33 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_vlm.utils import update_module_configs
 from tokenizers import Tokenizer
 
+from tests.architectures.vision_models_gemma import GEMMA
+from tests.architectures.vision_models_plain import PLAIN
+from tests.architectures.vision_spec import CLIP, HALF, TEXT, Json, VisionModel
 from tests.support.architecture_configs import VOCABULARY
 from tests.support.tokenizers import byte_tokenizer
 
-Json: TypeAlias = dict[str, Any]
-
-TEXT: Final[Json] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
-"""Sizes of the language models."""
-
 _TOKENS: Final = ("<|im_start|>", "<|im_end|>", "<pad>")
+_LOUDNESS: Final = 16.0
 _TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -39,25 +28,6 @@ _TEMPLATE: Final = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class VisionModel:
-    """A tiny model of a family.
-
-    Attributes:
-        config: makes config.json, given the ids of the special tokens and the size of the vocabulary.
-        image: what the chat template writes for an image.
-        tokens: special tokens of images.
-        files: other files by name.
-        tokenizer: further values of tokenizer_config.json.
-    """
-
-    config: Callable[[Mapping[str, int], int], Json]
-    image: str
-    tokens: tuple[str, ...]
-    files: Mapping[str, Json]
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build(name: str, folder: Path) -> Path:
@@ -79,7 +49,11 @@ def build(name: str, folder: Path) -> Path:
         (folder / file).write_text(json.dumps(content))
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "chat_template.jinja").write_text(_TEMPLATE.replace("IMAGE", spec.image))
-    weights = dict(tree_flatten(_model(config).parameters()))
+    weights = {
+        path: array * _LOUDNESS if spec.loud is not None and spec.loud in path else array
+        for path, array in tree_flatten(_model(config).parameters())
+        if path not in spec.without
+    }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     return folder
 
@@ -87,6 +61,7 @@ def build(name: str, folder: Path) -> Path:
 def _model(config: Json) -> Any:
     library: Any = importlib.import_module(f"mlx_vlm.models.{config['model_type']}")
     values = json.loads(json.dumps(config))
+    values.setdefault("text_config", values.pop("llm_config", {}))
     settings = library.ModelConfig.from_dict(values)
     settings = update_module_configs(settings, library, values, ["text", "vision", "perceiver", "projector", "audio"])
     mx.random.seed(1)
@@ -106,11 +81,6 @@ def _lively(path: str, array: mx.array) -> mx.array:
 
 _QWEN_TOKENS: Final = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_IMAGE: Final = "<|vision_start|><|image_pad|><|vision_end|>"
-_CLIP: Final[Json] = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-_HALF: Final[Json] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _TOWER: Final[Json] = {"depth": 3, "num_heads": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
@@ -137,7 +107,7 @@ def _qwen2(kind: str, vision: Json) -> VisionModel:
     return _qwen(
         config,
         {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14}
-        | {"temporal_patch_size": 2, "merge_size": 2, **_CLIP},
+        | {"temporal_patch_size": 2, "merge_size": 2, **CLIP},
     )
 
 
@@ -158,7 +128,7 @@ def _qwen3(kind: str, text: Json, deepstack: list[int]) -> VisionModel:
     return _qwen(
         config,
         {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 16, "temporal_patch_size": 2}
-        | {"merge_size": 2, "size": {"longest_edge": 16777216, "shortest_edge": 65536}, **_HALF},
+        | {"merge_size": 2, "size": {"longest_edge": 16777216, "shortest_edge": 65536}, **HALF},
     )
 
 
@@ -207,5 +177,7 @@ VISION_MODELS: Final[dict[str, VisionModel]] = {
     "qwen3_5_moe": _qwen3(
         "qwen3_5_moe", _QWEN3_5 | _QWEN3_MOE | {"shared_expert_intermediate_size": 32, "intermediate_size": 64}, []
     ),
+    **PLAIN,
+    **GEMMA,
 }
 """By `model_type`, or a variant of one."""

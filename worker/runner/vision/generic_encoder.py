@@ -84,6 +84,7 @@ class GenericEncoder:
         self._processor = processor
         self._placeholder = placeholder
         self._cost = (0.0, 1.0)  # seconds per image and per patch
+        self._more_bytes = 0  # peak bytes of an image beyond what its patches need, such as for interpolated positions
         self._layout = lru_cache(_LAYOUTS)(self._compute_layout)
 
     def layout(self, width: int, height: int) -> TokenLayout:
@@ -99,11 +100,7 @@ class GenericEncoder:
 
     def stages(self, pixels: Inputs, layout: Any) -> Iterator[mx.array]:
         """See `Encoder.stages`."""
-        inputs = {name: _as_array(value) for name, value in pixels.items()}
-        ids = mx.array([layout.ids])
-        values = next(inputs.pop(name) for name in _PIXELS if name in inputs)
-        found = self.tower.get_input_embeddings(ids, values, mask=mx.ones_like(ids), **inputs)
-        yield found.inputs_embeds
+        yield self._features(pixels, layout)
 
     def encode(self, image: PlacedImage) -> mx.array:
         """See `Encoder.encode`."""
@@ -130,16 +127,30 @@ class GenericEncoder:
 
     def bytes(self, layout: Any) -> int:
         """See `Encoder.bytes`."""
+        return self._more_bytes + self._patch_bytes(layout)
+
+    def _patch_bytes(self, layout: Any) -> int:
         hidden, intermediate, heads = _sizes(self.tower.config.vision_config)
         # On a CPU, attention stores the whole score matrix twice. GPU kernels do not store it.
         scores = 2 * heads * -(-layout.patches // layout.tiles) if mx.default_device() == mx.cpu else 0
-        return int(layout.patches * (4 * (PATCH_VALUES + hidden + intermediate) + scores) * 4)
+        return int(layout.patches * (6 * PATCH_VALUES + 4 * (hidden + intermediate) + scores) * 4)
+
+    def _features(self, pixels: Inputs, layout: TokenLayout) -> mx.array:
+        inputs = {name: _as_array(value) for name, value in pixels.items()}
+        ids = mx.array([layout.ids])
+        values = next(inputs.pop(name) for name in _PIXELS if name in inputs)
+        embeds: mx.array = self.tower.get_input_embeddings(ids, values, mask=mx.ones_like(ids), **inputs).inputs_embeds
+        return embeds
 
     def _timed(self, width: int, height: int) -> float:
         layout, inputs = self._processed(Image.new("RGB", (width, height)))
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
         start = time.perf_counter()
         mx.eval([*self.stages(inputs, layout)])
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._more_bytes = max(self._more_bytes, mx.get_peak_memory() - before - self._patch_bytes(layout))
+        return seconds
 
     def _compute_layout(self, width: int, height: int) -> TokenLayout:
         try:
@@ -155,18 +166,15 @@ class GenericEncoder:
         # Some processors compute with MLX, and this may not be the thread that uses the device.
         with self._lock, mx.stream(mx.cpu):
             found = dict(self._processor(images=[image], text=[self._placeholder]))
-            ids, start = self._image_ids(np.array(found["input_ids"])[0].tolist())
-            inputs = {name: value for name, value in found.items() if name not in _TEXT}
-            if "images_seq_mask" in inputs:
-                inputs["images_seq_mask"] = inputs["images_seq_mask"][:, start : start + len(ids)]
-            mx.eval([value for value in inputs.values() if isinstance(value, mx.array | list)])
+            ids = self._image_ids(np.array(found["input_ids"])[0].tolist())
+            inputs = {name: _on_host(value) for name, value in found.items() if name not in _TEXT}
         values = next(inputs[name] for name in _PIXELS if name in inputs)
         arrays = values if isinstance(values, list) else [values]
         patches = sum(int(array.size) for array in arrays) // PATCH_VALUES + 1
-        return TokenLayout(tuple(ids), patches, _tiles(arrays)), inputs
+        return TokenLayout(ids, patches, _tiles(arrays)), inputs
 
-    def _image_ids(self, ids: list[int]) -> tuple[list[int], int]:
-        """Return the token ids of an image and where they start.
+    def _image_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Return the token ids of an image.
 
         The tokenizer adds tokens for the beginning of a text, and some processors add line breaks around an image. The
         chat template has those (`VisionFamily.template`), where they may merge with others.
@@ -174,7 +182,7 @@ class GenericEncoder:
         tokenizer = self._processor.tokenizer
         around = frozenset(tokenizer("").input_ids)
         own = [i for i, token in enumerate(ids) if token not in around and tokenizer.decode([token]).strip()]
-        return (ids[own[0] : own[-1] + 1], own[0]) if own else ([], 0)
+        return tuple(ids[own[0] : own[-1] + 1]) if own else ()
 
 
 class TextEmbeddings:
@@ -190,6 +198,11 @@ class TextEmbeddings:
     def __init__(self, embed: Callable[[mx.array], mx.array]) -> None:
         self.model = self
         self.embed_tokens = self.get_input_embeddings = embed
+
+
+def _on_host(value: Any) -> Any:
+    """Copy arrays of MLX, which would count as the device's memory while an image waits."""
+    return np.array(value) if isinstance(value, mx.array) else value
 
 
 def _as_array(value: Any) -> Any:
