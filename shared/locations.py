@@ -18,6 +18,7 @@ class Locations:
         files_dir: Path | None
         responses_dir: Path | None
         model_path: Path
+        models_file: Path
         backend: str
         redis_url: str
         broker_url: str
@@ -49,6 +50,11 @@ class Locations:
     def responses_path(self) -> Path:
         """Stored responses, if they are on disk."""
         return self.responses_dir or self.data_dir / "responses"
+
+    @cached_property
+    def models_dir(self) -> Path:
+        """The folder of the catalog, to which models are downloaded."""
+        return self.models_file.parent
 
     @cached_property
     def prefixes_dir(self) -> Path:

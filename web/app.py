@@ -19,6 +19,7 @@ from web.http.request_id import RequestIdMiddleware
 from web.openai.routes import routes as openai_routes
 from web.routes import (
     batches,
+    downloads,
     files,
     health,
     inference,
@@ -64,6 +65,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     rate_limits.register(app, settings, limit_headers.add_headers)
     app.before_request(auth.require_key)
     app.before_request(refuse_unknown_parameters)
+    app.before_request(services.catalog_updates.refresh_if_due)
     body.register(app, settings.body_memory_bytes)
     problems.register(app)
     app.after_request(_add_security_headers)
@@ -73,6 +75,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
         job_requests.routes,
         inference.routes,
         models.routes,
+        downloads.routes,
         openai_routes,
         anthropic_routes,
         responses.routes,

@@ -16,6 +16,7 @@ from shared.jobs.search import JobSearch
 from shared.jobs.store import Jobs
 from shared.jobs.stored_requests import StoredRequests
 from shared.jobs.usage import UsageStore
+from shared.models.additions import CatalogAdditions, CatalogUpdates
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import Registry
@@ -42,6 +43,7 @@ from web.admission.prompt_tokenizer import PromptTokenizer
 from web.batches.store import Batches
 from web.cluster.health_checker import HealthChecker
 from web.cluster.model_availability import ModelAvailability
+from web.cluster.model_downloads import ModelDownloads
 from web.cluster.model_manager import ModelManager
 from web.cluster.ping import WorkerPing
 from web.cluster.samples import Samples
@@ -72,7 +74,9 @@ class Services:
     sessions: Sessions
     open_responses: OpenResponses
     catalog: Catalog
+    catalog_updates: CatalogUpdates
     model_manager: ModelManager
+    model_downloads: ModelDownloads
     jobs: Jobs
     job_search: JobSearch
     stored_requests: StoredRequests
@@ -145,6 +149,8 @@ def build(settings: Settings, client: Redis | None = None, *, process: Process =
     cluster, hub = Cluster(registry), Hub(clients.pubsub)
     operations, on_demand = Operations(clients.store), settings.load_on_demand
     model_manager = ModelManager(celery, operations, registry, catalog, on_demand=on_demand)
+    additions = CatalogAdditions(clients.store)
+    catalog_updates = CatalogUpdates(settings, catalog, additions)
     response_store = _response_store(settings, clients.store)
     webhook_urls = UrlPolicy(settings.webhook_networks)
     availability = ModelAvailability(registry, operations, jobs, catalog, on_demand=on_demand)
@@ -169,7 +175,9 @@ def build(settings: Settings, client: Redis | None = None, *, process: Process =
         sessions=Sessions(clients.store),
         open_responses=OpenResponses(settings.max_streams_per_key),
         catalog=catalog,
+        catalog_updates=catalog_updates,
         model_manager=model_manager,
+        model_downloads=ModelDownloads(operations, additions, catalog, catalog_updates, model_manager),
         jobs=jobs,
         job_search=JobSearch(clients.store),
         stored_requests=StoredRequests(clients.store, images),

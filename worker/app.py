@@ -26,6 +26,7 @@ from redis import RedisError
 from shared.jobs.store import Jobs
 from shared.load_settings import faults, load_settings
 from shared.logging import configure
+from shared.models.additions import CatalogAdditions, CatalogUpdates
 from shared.models.catalog import Catalog, load_catalog
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
@@ -51,7 +52,8 @@ from worker.process.parent import Launch, end_with_launcher
 from worker.process.watchdog import Progress, ProgressByTask, Watchdog
 from worker.queue.consumer import Consumer, stop_consuming
 from worker.queue.lease import HostAnnouncer
-from worker.service.control import set_handler
+from worker.service.control import set_handlers
+from worker.service.downloads import Downloads
 from worker.service.model_worker import WorkerProcess
 from worker.service.pool import LAST_WRITES_S, ModelPool
 from worker.service.switching import Switcher
@@ -95,7 +97,10 @@ class Service:
         self._maintenance = Maintenance(reaper, notifier, Jobs(client, settings))
         self._catalog: Catalog = load_catalog(settings)
         self._models = ModelPool(settings, self._catalog, self._shared_parts(notifier), self._breadcrumb)
-        self._switcher = Switcher(self._models, Operations(client), self._announce, self._host_announcer.hurry)
+        additions, operations, hurry = CatalogAdditions(client), Operations(client), self._host_announcer.hurry
+        updates = CatalogUpdates(settings, self._catalog, additions)
+        self._switcher = Switcher(self._models, operations, self._announce, hurry, updates.refresh)
+        self._downloads = Downloads(settings.models_dir, operations, additions, hurry)
 
     def _shared_parts(self, notifier: Notifier) -> WorkerProcess:
         return WorkerProcess(
@@ -137,7 +142,8 @@ class Service:
         self._maintenance.start()
         self._events.start()
         self._switcher.start()
-        set_handler(self._switcher.put)
+        self._downloads.start()
+        set_handlers(self._switcher.put, self._downloads)
         consumer = Consumer(app, self._name, self._models.wake, self._on_connected)
         self._models.start_serving()
         consumer.start()
@@ -198,6 +204,7 @@ class Service:
     def _shut_down(self) -> None:
         """Wait until every job is settled, then end the threads. The watchdog bounds the time for this."""
         self._switcher.close()
+        self._downloads.close()
         self._maintenance.stop()
         while not all(worker.wait_idle(1.0) for worker in self._models.workers):
             pass
@@ -273,7 +280,7 @@ class Service:
             memory_limit=self._models.memory_limit,
             memory_used=sum(worker.weights_bytes for worker in workers),
             memory_pinned=sum(worker.weights_bytes for worker in workers if worker.pinned),
-            operations=self._switcher.operations,
+            operations=(*self._switcher.operations, *self._downloads.operations),
         )
 
 

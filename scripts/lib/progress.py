@@ -1,18 +1,52 @@
-"""Progress of a long command on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a long command on stderr: a bar on a terminal, a plain line every few seconds elsewhere.
+
+For programs, it can be written to stdout as JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 EVERY_S = 10.0
 """Interval between plain lines."""
 LABEL = TextColumn("{task.description}", markup=False)
 PERCENT = (LABEL, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+
+
+class Progress(Protocol):
+    """Shows the progress of one task while its block runs."""
+
+    def __init__(self, label: str, total: float) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, completed: float) -> None:
+        """Report that `completed` of `total` is done."""
+        ...
+
+
+class JsonProgress:
+    """Writes a line of JSON with `done` and `total` to stdout for each update."""
+
+    def __init__(self, _label: str, total: float) -> None:
+        self._total = total
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def update(self, completed: float) -> None:
+        """Write a line."""
+        print(json.dumps({"done": completed, "total": self._total}), flush=True)
 
 
 class ProgressBar:
@@ -36,7 +70,7 @@ class ProgressBar:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._label = label
         self._texts = [column for column in columns if not isinstance(column, BarColumn)]
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = RichProgress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._id = self._progress.add_task(label, total=total, completed=completed, **fields)
         self._printed_at = time.monotonic()
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from scripts.lib.progress import JsonProgress, ProgressBar
 from scripts.model_files import default_model, hub, local
 from scripts.model_files.manifest import check_replaceable
 from scripts.model_files.smollm2 import Dtype
@@ -38,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", help="name of the new folder (default: the model's name)")
     parser.add_argument("-o", "--models-dir", type=Path, default=ROOT / "models", help="default: %(default)s")
+    parser.add_argument(
+        "--progress", choices=["bar", "json"], default="bar", help="json: a line per report of a download, on stdout"
+    )
     parser.add_argument("--force", action="store_true", help="fetch again and replace an existing folder")
     return parser
 
@@ -81,7 +85,8 @@ def _fetch_from_hub(arguments: argparse.Namespace) -> Path:
     target = _target(arguments, arguments.model.rpartition("/")[2])
     if arguments.force or not hub.is_ready(target, arguments.model, arguments.revision):
         _guard(arguments, target, arguments.model)
-        hub.fetch(target, arguments.model, arguments.revision)
+        progress = JsonProgress if arguments.progress == "json" else ProgressBar
+        hub.fetch(target, arguments.model, arguments.revision, progress)
     return target
 
 
@@ -126,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     else:
-        print(f"{target} is ready{_limits(target)}")
+        if arguments.progress == "bar":
+            print(f"{target} is ready{_limits(target)}")
         return 0
     print(f"fetch_model: {reason}", file=sys.stderr)
     return 1

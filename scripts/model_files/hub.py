@@ -19,7 +19,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it has no _
     logging,
 )
 
-from scripts.lib.progress import ProgressBar
+from scripts.lib.progress import Progress, ProgressBar
 from scripts.model_files.download import RemoteFile, download
 from scripts.model_files.manifest import Origin, is_intact, read_origin, write_manifest
 from scripts.model_files.space import check_space
@@ -42,8 +42,11 @@ def is_ready(target: Path, repository: str, revision: str | None) -> bool:
     return revision in (None, origin.revision, origin.requested) and is_intact(target)
 
 
-def fetch(target: Path, repository: str, revision: str | None) -> None:
+def fetch(target: Path, repository: str, revision: str | None, progress: type[Progress] = ProgressBar) -> None:
     """Download into `target`, continuing an interrupted download.
+
+    Args:
+        progress: reports the progress.
 
     Raises:
         ModelError: the download failed, the model cannot be served, or the disk is too small.
@@ -59,7 +62,7 @@ def fetch(target: Path, repository: str, revision: str | None) -> None:
         url = partial(hf_hub_url, repository, revision=info.sha, endpoint=api.endpoint)
         with staged(target, resumable=True) as folder:
             files = _files(info)
-            _download(f"Downloading {repository}", url, files, folder)
+            _download(f"Downloading {repository}", url, files, folder, progress)
             check_folder(folder)
             known = {file.name: file.sha256 for file in files if file.sha256}
             write_manifest(folder, Origin(repository, info.sha or "", requested=revision or ""), known)
@@ -77,7 +80,9 @@ def _files(info: ModelInfo) -> list[RemoteFile]:
     return sorted(files, key=lambda file: (file.name.endswith(_WEIGHTS), file.size))
 
 
-def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], folder: Path) -> None:
+def _download(
+    label: str, url: Callable[[str], str], files: list[RemoteFile], folder: Path, progress: type[Progress]
+) -> None:
     """Download the missing files into a folder and remove all others."""
     _keep_only(folder, {file.name for file in files} | {file.partial(folder).name for file in files})
     missing = [file for file in files if not file.is_in(folder)]
@@ -87,7 +92,7 @@ def _download(label: str, url: Callable[[str], str], files: list[RemoteFile], fo
     check_space(folder, total - _bytes_in(folder))
     known = f"; {_bytes_in(folder) / total:.0%} already downloaded" if _bytes_in(folder) else ""
     headers = build_hf_headers()
-    with ProgressBar(f"{label} ({total / 1e9:.2f} GB{known})", total) as bar:
+    with progress(f"{label} ({total / 1e9:.2f} GB{known})", total) as bar:
         for file in files:
             if file.name.endswith(_WEIGHTS):
                 check_config(folder)

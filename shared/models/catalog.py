@@ -20,9 +20,9 @@ from shared.models.folder import ModelError, check_adapter, check_folder, has_vi
 from shared.models.sampling_defaults import SamplingDefaults
 from shared.settings import ROOT, Settings
 
-_NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
+MODEL_NAME: Final = r"^[A-Za-z0-9][\w.-]{0,127}$"
 """Allowed model names, which become part of Redis keys."""
-_HUB_ID: Final = r"^[\w.-]+/[\w.-]+$"
+HUB_ID: Final = r"^[\w.-]+/[\w.-]+$"
 
 
 class _Entry(BaseModel):
@@ -31,7 +31,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     path: str | None = Field(None, min_length=1)
-    hub: str | None = Field(None, pattern=_HUB_ID)
+    hub: str | None = Field(None, pattern=HUB_ID)
     revision: str | None = Field(None, min_length=1)
     kind: Literal["text", "vision"] | None = None
     context: int | None = Field(None, ge=16)
@@ -40,7 +40,7 @@ class _Entry(BaseModel):
     quantize_bits: Literal[2, 3, 4, 5, 6, 8] | None = None
     kv_bits: Literal[4, 8] | None = None
     draft_model: str | None = Field(None, min_length=1)
-    aliases: list[Annotated[str, Field(pattern=_NAME)]] = []
+    aliases: list[Annotated[str, Field(pattern=MODEL_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
     sampling: SamplingDefaults = SamplingDefaults()
     chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Any] = {}
@@ -103,9 +103,9 @@ class CatalogModel:
         return self.context or self.declared_context
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Catalog:
-    """All models that may be served, by id.
+    """All models that may be served, by id. Models and aliases may be added while the service runs.
 
     Attributes:
         default: id of the model for requests that name none.
@@ -122,6 +122,10 @@ class Catalog:
         if name in self.models:
             return self.models[name]
         return next((model for model in self.models.values() if name in model.aliases), None)
+
+    def become(self, other: Catalog) -> None:
+        """Take the content of another catalog. Iterations over the former models are not disturbed."""
+        self.models, self.default, self.faults = other.models, other.default, other.faults
 
     def first(self, worker_models: str, index: int) -> tuple[list[CatalogModel], list[str]]:
         """Return the models that a worker loads at startup.
@@ -143,7 +147,7 @@ class Catalog:
 def load_catalog(settings: Settings) -> Catalog:
     """Read the catalog. If MODEL_PATH is set explicitly, its model is the default, whatever the file says."""
     path = settings.model_path
-    own = _with_declared(CatalogModel(path.name, path, model_kind(path)))
+    own = with_declared(CatalogModel(path.name, path, model_kind(path)))
     if not settings.models_file.exists():
         is_set = "models_file" in settings.model_fields_set
         return Catalog({own.id: own}, own.id, (f"MODELS_FILE: {settings.models_file} does not exist",) * is_set)
@@ -207,7 +211,7 @@ class _Reader:
         self._note(self._text.line(*(("models", name) if name else ()), key), problem)
 
     def _model(self, name: str, table: Any) -> CatalogModel | None:
-        if not re.fullmatch(_NAME, name):
+        if not re.fullmatch(MODEL_NAME, name):
             self.fault(name, "", f"[models.{name}]: a name must consist of letters, digits and . _ -")
             return None
         try:
@@ -252,7 +256,7 @@ class _Reader:
             chat_template_kwargs=entry.chat_template_kwargs,
             pin=entry.pin,
         )
-        return _with_declared(model)
+        return with_declared(model)
 
     def _check_folders(self, entry: _Entry, path: Path, kind: str, adapter: Path | None) -> tuple[str, str]:
         """Return the key with a mistake and a description; both are empty if there is none."""
@@ -298,7 +302,7 @@ def _describe(name: str, error: ErrorDetails) -> str:
     return error["msg"]
 
 
-def _with_declared(model: CatalogModel) -> CatalogModel:
+def with_declared(model: CatalogModel) -> CatalogModel:
     """Add the properties that the model's files declare."""
     return replace(
         model,

@@ -1,4 +1,4 @@
-"""Operations: loads and unloads of models on running workers, with progress and result."""
+"""Operations: loads, unloads and downloads of models by running workers, with progress and result."""
 
 from __future__ import annotations
 
@@ -36,26 +36,30 @@ class OperationState(StrEnum):
     DRAINING = "draining"
     """The worker waits for the jobs of a model that must be unloaded."""
     LOADING = "loading"
+    DOWNLOADING = "downloading"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
     @property
     def terminal(self) -> bool:
         """Whether the state is final."""
-        return self in (OperationState.SUCCEEDED, OperationState.FAILED)
+        return self in (OperationState.SUCCEEDED, OperationState.FAILED, OperationState.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One load or unload. Times are seconds since the epoch, by Redis's clock.
+    """One load, unload or download. Times are seconds since the epoch, by Redis's clock.
 
     Attributes:
-        kind: `load` or `unload`.
+        kind: `load`, `unload` or `download`.
         node: Celery node name of the worker process.
-        progress: share of the weights that is loaded, from 0 to 1.
+        progress: share of the weights that is loaded, or of the files that is downloaded, from 0 to 1.
         error_code, error_message: why it failed.
         unloaded: models that were unloaded to free memory for it.
         memory_before, memory_after: bytes in use by MLX.
+        source: of a download: the repository on the hub, and the revision after an `@` if one was requested.
+        bytes_done, bytes_total: of a download.
     """
 
     id: str
@@ -71,6 +75,9 @@ class Operation:
     unloaded: tuple[str, ...] = ()
     memory_before: int | None = None
     memory_after: int | None = None
+    source: str | None = None
+    bytes_done: int | None = None
+    bytes_total: int | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -78,9 +85,9 @@ class Operation:
         data: dict[str, Any] = known_fields(cls, record)
         for name in ("created_at", "updated_at", "progress"):
             data[name] = float(data[name])
-        for name in ("memory_before", "memory_after"):
+        for name in ("memory_before", "memory_after", "bytes_done", "bytes_total"):
             data[name] = int(data[name]) if data.get(name) else None
-        for name in ("error_code", "error_message"):
+        for name in ("error_code", "error_message", "source"):
             data[name] = data.get(name) or None
         data["unloaded"] = tuple(data["unloaded"].split())
         data["state"] = enum_member(OperationState, data["state"], OperationState.LOADING)
@@ -116,10 +123,10 @@ class Operations:
         self._client = client
         self._write = script(client, "operation")
 
-    def begin(self, kind: str, model: str, node: str) -> Operation:
+    def begin(self, kind: str, model: str, node: str, source: str | None = None) -> Operation:
         """Create an operation before the command is sent to its worker."""
         operation_id = f"op_{secrets.token_hex(12)}"
-        return self.put(Operation(operation_id, kind, model, node, OperationState.PENDING, 0.0, 0.0))
+        return self.put(Operation(operation_id, kind, model, node, OperationState.PENDING, 0.0, 0.0, source=source))
 
     def put(self, operation: Operation) -> Operation:
         """Store an operation and return it with its times."""

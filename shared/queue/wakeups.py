@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 TASK: Final = "mlxq.run"
 """Task name under which Flower shows jobs."""
 LOAD, UNLOAD = "mlxq_load_model", "mlxq_unload_model"
-"""Commands of Celery's remote control that load and unload a model."""
+DOWNLOAD, CANCEL_DOWNLOAD = "mlxq_download_model", "mlxq_cancel_download"
+"""Commands of Celery's remote control for models."""
 WAKEUPS: Final = Exchange("mlxq.wakeups", type="fanout", durable=False, delivery_mode="transient")
 
 

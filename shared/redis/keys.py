@@ -39,12 +39,14 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `WORKERS` | zset | worker → last heartbeat; the index of `WORKER` | entries are pruned when read |
 | `HOST` + node | string | JSON of `shared.models.registry.HostInfo`: one worker process | a few lease lifetimes |
 | `HOSTS` | zset | node → last heartbeat; the index of `HOST` | entries are pruned when read |
-| `OPERATION` + id | hash | a load or unload of a model (`shared.models.operations`) | 1 day |
+| `OPERATION` + id | hash | a load, unload or download of a model (`shared.models.operations`) | 1 day |
 | `OPERATIONS` | zset | operation → creation time | entries are pruned after 1 day |
 | `DEMAND` + model | string | operation that loads a model for queued jobs; empty until it starts | half a minute |
 | `LOAD_FAILURE` + model | string | JSON of `shared.models.operations.LoadFailure` | 10 min |
 | `SERVABLE` | zset | model → time at which a process that could serve it was last seen | forever, one entry per model |
 | `MODELS` | hash | model → JSON of `shared.models.registry.ModelCard` | forever, one field per model |
+| `ADDED_MODELS` | hash | model → JSON of `shared.models.additions.AddedModel` | forever, one field each |
+| `ALIASES` | hash | alias → model, of those that were added while the service runs | forever |
 | `TOKENIZER` + digest | string | a model's tokenizer.json, gzipped, for the API | until no model card names it |
 | `ENDED` | hash | `model:status` → number of jobs | forever, 4 fields per model |
 | `ATTEMPTS` | hash | `model:outcome` → number of attempts that ended | forever, 3 fields per model |
@@ -141,6 +143,8 @@ LOAD_FAILURE: Final = "mlxq:load-failure:"
 SERVABLE: Final = "mlxq:servable"
 DEMAND: Final = "mlxq:demand:"
 MODELS: Final = "mlxq:models"
+ADDED_MODELS: Final = "mlxq:models-added"
+ALIASES: Final = "mlxq:models-aliases"
 TOKENIZER: Final = "mlxq:tokenizer-gz:"
 ENDED: Final = "mlxq:ended"
 ATTEMPTS: Final = "mlxq:attempts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -11,6 +12,7 @@ from tests.browser import chromium
 from tests.browser.pages import OpenPage
 from tests.browser.stack import console_stack
 from tests.plugins.stack import Stack
+from tests.support.model_hub import ModelHub, model_hub
 from web.access.sessions import COOKIE, Sessions
 
 TIMEOUT_MS = 30_000
@@ -33,9 +35,16 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def console() -> Iterator[Stack]:
+def hub(tiny_model_path: Path) -> Iterator[ModelHub]:
+    """A hub from which the worker can download a model."""
+    with model_hub(tiny_model_path) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def console(hub: ModelHub) -> Iterator[Stack]:
     """A stack with a scripted model, which the tests of a module share."""
-    with console_stack() as stack:
+    with console_stack(HF_ENDPOINT=hub.url) as stack:
         yield stack
 
 

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.pages import PHONE, OpenPage, sign_in, violations
 from tests.browser.stack import NUMBERS, start_vision_worker
 from tests.plugins.stack import Stack
+from tests.support.model_hub import ModelHub
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 from web.console.layout import NAVIGATION
@@ -117,9 +118,47 @@ def test_a_model_is_loaded_pinned_and_unloaded(open_page: OpenPage) -> None:
     expect(card.locator(".card-head .badge")).to_have_text("warm")
     card.get_by_role("button", name="Pin code-demo").click()
     expect(card.get_by_text("pinned")).to_be_visible()
+    expect(card.get_by_text("Unused for")).to_be_visible()
+    card.get_by_role("button", name="Unpin code-demo").click()
+    expect(card.get_by_text("pinned")).to_have_count(0)
     card.get_by_role("button", name="Unload code-demo").click()
     page.get_by_role("dialog").get_by_role("button", name="Unload").click()
     expect(card.locator(".card-head .badge")).to_have_text("cold")
+
+
+def test_aliases_of_a_model_are_changed(console: Stack, open_page: OpenPage) -> None:
+    page = open_page("/console/models")
+    card = page.locator("article", has=page.get_by_role("heading", name="code-demo"))
+    for typed, shown in (("programmer, dev", 3), ("", 1)):
+        card.get_by_role("button", name="Aliases of code-demo").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog.get_by_text("The catalog's file also has coder.")).to_be_visible()
+        assert violations(page) == []
+        dialog.get_by_label("Other names").fill(typed)
+        dialog.get_by_role("button", name="Save").click()
+        expect(card.locator(".tag", has_text="alias ")).to_have_count(shown)
+    with console.client() as client:
+        assert client.request("GET", "/v1/models/coder").json()["id"] == "code-demo"
+
+
+def test_a_model_is_downloaded_with_progress_after_a_cancelled_attempt(hub: ModelHub, open_page: OpenPage) -> None:
+    page = open_page("/console/models")
+    hub.stalls["model.safetensors"] = 5 * 2**20
+    for _ in range(2):
+        page.get_by_role("button", name="Download a model").click()
+        assert violations(page) == []
+        page.get_by_label("Repository").fill("org/model")
+        page.get_by_label("Name in this service").fill("tiny")
+        page.get_by_role("dialog").get_by_role("button", name="Download").click()
+        row = page.get_by_role("row", name="download org/model").first
+        if hub.stalls:
+            expect(row).to_contain_text("downloading")
+            expect(row).to_contain_text("MiB of")
+            row.get_by_role("button", name="Cancel").click()
+            expect(row).to_contain_text("cancelled")
+            hub.stalls.clear()
+    expect(row).to_contain_text("succeeded")
+    expect(page.locator("article", has=page.get_by_role("heading", name="tiny"))).to_be_visible()
 
 
 def test_a_batch_is_created_and_its_results_downloaded(tmp_path: Path, open_page: OpenPage) -> None:

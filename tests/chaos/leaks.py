@@ -68,6 +68,8 @@ PERMANENT = (
     keys.OPERATION,
     keys.OPERATIONS,
     keys.MODELS,
+    keys.ADDED_MODELS,
+    keys.ALIASES,
     keys.TOKENIZER,
     keys.ENDED,
     keys.ATTEMPTS,

@@ -30,7 +30,7 @@ class Admin:
 
     def end(self, url: str) -> dict[str, Any]:
         """Wait for the end of an operation and return it."""
-        eventually(lambda: self.look(url)["state"] in ("succeeded", "failed"), f"{url} ends", 60)
+        eventually(lambda: self.look(url)["state"] in ("succeeded", "failed", "cancelled"), f"{url} ends", 60)
         return self.look(url)
 
     def ask(self, verb: str, model: str, **options: Any) -> dict[str, Any]:

@@ -103,7 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(302, b"", {"Location": hub.redirect_to + path})
             return
         statuses = hub.statuses.get(name)
-        if statuses:
+        if not name:  # such as the library's announcements
+            self._answer(404, b"", {})
+        elif statuses:
             self._answer(statuses.pop(0), b"not now", {})
         else:
             self._send(name)

@@ -88,6 +88,7 @@ class Background:
     def _work(self, work_round: Callable[[], None]) -> None:
         while self._leads():
             try:
+                self._services.catalog_updates.refresh_if_due()
                 work_round()
             except redis.RedisError as error:
                 log.warning("background_paused", extra={"reason": str(error)})

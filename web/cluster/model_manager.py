@@ -38,7 +38,9 @@ class ModelManager:
         self._catalog = catalog
         self._on_demand = on_demand
 
-    def load(self, name: str, worker: str | None = None, *, replace: bool = False, pin: bool = False) -> Operation:
+    def load(
+        self, name: str, worker: str | None = None, *, replace: bool = False, pin: bool | None = None
+    ) -> Operation:
         """Ask a worker to load a model.
 
         Without `worker`, a worker that already has the model is chosen, otherwise the one with the most free memory.
@@ -51,11 +53,11 @@ class ModelManager:
         model = self._catalog.resolve(name)
         if model is None:
             raise model_not_found(name)
-        hosts = self._hosts(worker)
+        hosts = self.hosts(worker)
         with_model = [host for host in hosts if model.id in host.models]
         host = with_model[0] if with_model else _host_for(hosts, model.measure())
         operation = self._operations.begin("load", model.id, host.node)
-        self._send(LOAD, host, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
+        self.send(LOAD, host.node, {"operation": operation.id, "model": model.id, "replace": replace, "pin": pin})
         return operation
 
     def unload(self, name: str, worker: str | None = None) -> Operation:
@@ -68,7 +70,7 @@ class ModelManager:
         """
         model = self._catalog.resolve(name)
         model_id = model.id if model else name
-        with_model = [host for host in self._hosts(worker) if model_id in host.models]
+        with_model = [host for host in self.hosts(worker) if model_id in host.models]
         if not with_model:
             detail = f"No worker has the model {model_id!r} loaded."
             raise NotFound(detail, code="model_not_loaded", field="model")
@@ -77,7 +79,7 @@ class ModelManager:
             raise Invalid(detail, code="worker_needed", field="worker")
         host = with_model[0]
         operation = self._operations.begin("unload", model_id, host.node)
-        self._send(UNLOAD, host, {"operation": operation.id, "model": model_id})
+        self.send(UNLOAD, host.node, {"operation": operation.id, "model": model_id})
         return operation
 
     def get(self, operation_id: str) -> Operation:
@@ -130,8 +132,13 @@ class ModelManager:
         if last is not None and last.state is OperationState.FAILED:
             raise _not_loaded(f"Loading the model failed: {last.error_message}")
 
-    def _hosts(self, worker: str | None) -> list[HostInfo]:
-        """Return all workers, or only the named one."""
+    def hosts(self, worker: str | None) -> list[HostInfo]:
+        """Return all workers, or only the named one.
+
+        Raises:
+            Invalid: there is no such worker.
+            Unavailable: there is no worker at all.
+        """
         hosts = self._registry.hosts()
         if not hosts:
             raise Unavailable("No worker is running.", code="no_worker", retry_after=5)
@@ -141,11 +148,16 @@ class ModelManager:
             raise Invalid(detail, code="worker_not_found", field="worker")
         return matching
 
-    def _send(self, command: str, host: HostInfo, arguments: dict[str, object]) -> None:
+    def send(self, command: str, node: str, arguments: dict[str, object]) -> None:
+        """Send a command to a worker.
+
+        Raises:
+            Unavailable: the broker is unavailable.
+        """
         try:
-            self._app.control.broadcast(command, arguments=arguments, destination=[host.node])
+            self._app.control.broadcast(command, arguments=arguments, destination=[node])
         except (OperationalError, OSError) as error:
-            log.warning("worker_unreachable", extra={"node": host.node, "reason": str(error)})
+            log.warning("worker_unreachable", extra={"node": node, "reason": str(error)})
             detail = "The message broker is unavailable. Try again shortly."
             raise Unavailable(detail, retry_after=2) from error
 

@@ -16,7 +16,7 @@ from web.http.retries import retry_headers
 from web.schemas.problems import OpenAIError, OpenAIErrorDetails
 
 MEDIA_TYPE: Final = "application/json"
-_OTHERS: Final = re.compile(r"/v1/(?:jobs|messages|keys|overview)(?:/|$)")
+_OTHERS: Final = re.compile(r"/v1/(?:(?:jobs|messages|keys|overview|models/downloads)(?:/|$)|models/[^/]+/aliases$)")
 CODES: Final = {"extra_forbidden": "unknown_parameter", "unsupported_parameter": "unsupported_parameter"}
 """Codes of invalid fields that clients may want to distinguish, by pydantic's code."""
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -41,6 +41,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "not_dead",
         "too_many_endpoints",
         "name_taken",
+        "alias_taken",
     ),
     410: ("log_expired", "log_trimmed", "request_gone", "gone"),
     413: ("body_too_large", "image_too_large", "files_quota_exceeded"),
@@ -98,7 +99,7 @@ DESCRIPTION: Final = """Durable, streaming inference jobs for MLX models.
 ## Authentication
 
 Send an API key in the header `X-API-Key`, or as `Authorization: Bearer <key>`. Generating text needs the scope `infer`,
-loading and unloading models needs `admin`.
+loading, unloading and downloading models needs `admin`.
 
 ## Request ids
 
@@ -129,6 +130,7 @@ TAGS: Final = {
     "job_requests": "The stored requests of jobs, and running them again.",
     "inference": "Generate text and get it in the response.",
     "models": "List models; load and unload them on running workers.",
+    "downloads": "Download models, and set their aliases.",
     "openai": "The OpenAI API: chat completions, text completions, models.",
     "anthropic": "Anthropic's Messages API.",
     "responses": "The Responses API of OpenAI: responses that are stored, continued, and run in the background.",
@@ -163,6 +165,8 @@ EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
     "EndpointRequest": {"url": "https://example.org/hooks", "events": ["batch.completed", "batch.failed"]},
     "RotationRequest": {"overlap_s": 3600},
     "LoadRequest": {"model": "SmolLM2-135M-Instruct"},
+    "DownloadRequest": {"hub": "mlx-community/Qwen3-4B-4bit"},
+    "AliasesRequest": {"aliases": ["small", "default-chat"]},
     "UnloadRequest": {"model": "SmolLM2-135M-Instruct"},
 }
 """Examples of request bodies by name of the model."""

@@ -61,7 +61,7 @@ def load_model() -> Response:
     require_scope("admin")
     body = read_body(LoadRequest)
     operation = services().model_manager.load(body.model, body.worker, replace=body.mode == "replace", pin=body.pin)
-    return _accepted(operation)
+    return accepted(operation)
 
 
 @routes.post("/inference/unload_model")
@@ -73,7 +73,7 @@ def unload_model() -> Response:
     """
     require_scope("admin")
     body = read_body(UnloadRequest)
-    return _accepted(services().model_manager.unload(body.model, body.worker))
+    return accepted(services().model_manager.unload(body.model, body.worker))
 
 
 @routes.get("/inference/operations")
@@ -81,15 +81,15 @@ def unload_model() -> Response:
 def list_operations() -> Response:
     """Needs the scope `admin`. The operations of the last 24 hours, newest first."""
     require_scope("admin")
-    return _json(OperationList(data=[_operation_view(each) for each in services().model_manager.recent()]))
+    return _json(OperationList(data=[operation_view(each) for each in services().model_manager.recent()]))
 
 
 @routes.get("/inference/operations/<operation_id>")
 @describe("Get an operation", responses={200: OperationView}, errors=(404,))
 def get_operation(operation_id: str) -> Response:
-    """Needs the scope `admin`. The state of the loading or unloading of a model."""
+    """Needs the scope `admin`. The state of the loading, unloading or download of a model."""
     require_scope("admin")
-    return _json(_operation_view(services().model_manager.get(operation_id)))
+    return _json(operation_view(services().model_manager.get(operation_id)))
 
 
 def model_views() -> list[ModelView]:
@@ -156,7 +156,8 @@ def _max_stat(workers: Sequence[WorkerInfo], name: str) -> float:
     return max((worker.stats.get(name, 0.0) for worker in workers), default=0.0)
 
 
-def _operation_view(operation: Operation) -> OperationView:
+def operation_view(operation: Operation) -> OperationView:
+    """Return an operation as the API shows it."""
     error = None
     if operation.error_code:
         error = OperationError(code=operation.error_code, message=operation.error_message or "")
@@ -170,14 +171,18 @@ def _operation_view(operation: Operation) -> OperationView:
         unloaded=list(operation.unloaded),
         memory_before=operation.memory_before,
         memory_after=operation.memory_after,
+        source=operation.source,
+        bytes_done=operation.bytes_done,
+        bytes_total=operation.bytes_total,
         created_at=operation.created_at,
         updated_at=operation.updated_at,
         error=error,
     )
 
 
-def _accepted(operation: Operation) -> Response:
-    response = _json(_operation_view(operation), 202)
+def accepted(operation: Operation) -> Response:
+    """Return an operation that was started, with its path in the header `Location`."""
+    response = _json(operation_view(operation), 202)
     response.headers["Location"] = f"/inference/operations/{operation.id}"
     return response
 

@@ -1,11 +1,12 @@
-"""Models, and the requests that load and unload them."""
+"""Models, and the requests that load, unload, download and rename them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from shared.models.catalog import HUB_ID, MODEL_NAME
 from shared.models.operations import OperationState
 from web.schemas.base import RequestModel, ResponseModel
 
@@ -112,7 +113,11 @@ class LoadRequest(RequestModel):
         description="`beside`: unload other models only if memory is needed; `replace`: always unload the worker's "
         "other models, except pinned ones",
     )
-    pin: bool = Field(False, description="Never unload the model to free memory for another")
+    pin: bool | None = Field(
+        None,
+        description="Whether the model stays loaded when another needs memory, and when nothing uses it. Null: as it "
+        "is, or as the catalog says",
+    )
 
 
 class UnloadRequest(RequestModel):
@@ -124,29 +129,57 @@ class UnloadRequest(RequestModel):
     )
 
 
+class DownloadRequest(RequestModel):
+    """A model to download from the Hugging Face hub."""
+
+    hub: str = Field(pattern=HUB_ID, max_length=256, description="Id of the repository: `organisation/name`")
+    revision: str | None = Field(
+        None, pattern=r"^\w[\w./-]*$", max_length=256, description="Branch, tag or commit. Default: the default branch"
+    )
+    name: str | None = Field(
+        None,
+        pattern=MODEL_NAME,
+        description="Id of the model in this service, and name of its folder. Default: the repository's name",
+    )
+    worker: str | None = Field(
+        None, min_length=1, description="Name of a worker on the host to download to. Default: any worker"
+    )
+
+
+class AliasesRequest(RequestModel):
+    """The aliases of a model."""
+
+    aliases: list[Annotated[str, Field(pattern=MODEL_NAME)]] = Field(
+        max_length=64, description="Other names that requests can use, in addition to those in the catalog's file"
+    )
+
+
 class OperationError(ResponseModel):
     """Why an operation failed."""
 
     code: str = Field(
         description="Stable code: `not_enough_memory`, `load_failed`, `model_not_found`, `model_not_loaded`, "
-        "`worker_lost`, `worker_silent`, `internal`"
+        "`worker_lost`, `worker_silent`, `download_failed`, `internal`"
     )
     message: str = Field(description="The reason, for people")
 
 
 class OperationView(ResponseModel):
-    """The loading or unloading of a model. Times are in seconds since the epoch."""
+    """The loading, unloading or download of a model. Times are in seconds since the epoch."""
 
     id: str
     object: Literal["operation"] = "operation"
-    kind: str = Field(description="`load` or `unload`")
+    kind: str = Field(description="`load`, `unload` or `download`")
     model: str
     worker: str
     state: OperationState
-    progress: float = Field(description="Progress of loading, from 0 to 1")
+    progress: float = Field(description="Progress of loading or of the download, from 0 to 1")
     unloaded: list[str] = Field(description="Models that were unloaded to free memory")
     memory_before: int | None = Field(description="Bytes of MLX memory in use on the worker before the operation")
     memory_after: int | None = Field(description="Bytes of MLX memory in use on the worker after the operation")
+    source: str | None = Field(description="Of a download: the repository, and the revision after an `@`")
+    bytes_done: int | None = Field(description="Of a download: bytes that have been received")
+    bytes_total: int | None = Field(description="Of a download: bytes of all files")
     created_at: float
     updated_at: float
     error: OperationError | None

@@ -12,27 +12,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from redis import RedisError
 
 from shared.models.catalog import Catalog, CatalogModel
-from shared.models.operations import Operation, Operations, OperationState
+from shared.models.operations import Operations, OperationState
 from shared.models.registry import MIN_CACHE_SHARE
-from shared.redis.client import passes
 from worker.models.load import first_line
 from worker.service.model_worker import ModelWorker
+from worker.service.operation_progress import PUBLISH_EVERY_S, OperationProgress, log_unpublished, retry
 
 logger = logging.getLogger(__name__)
 
-PUBLISH_EVERY_S: Final = 0.5
-"""Time between two publications of an operation's progress, and between two tries while Redis is unreachable."""
 UNUSED_CHECK_S: Final = 1.0
 """Interval between searches for unused models."""
-RETRY_LIMIT_S: Final = 120.0
-"""Longest time for which the end of an operation is retried while Redis is unreachable."""
-
-T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -95,13 +89,14 @@ class SwitchCommand:
         operation: id of its operation.
         kind: `load` or `unload`.
         replace: whether to unload all other models that are not pinned, even if there is memory for all.
+        pin: whether the model is pinned; None: as the catalog says, or as it is if it is loaded.
     """
 
     operation: str
     kind: str
     model: str
     replace: bool = False
-    pin: bool = False
+    pin: bool | None = None
 
 
 class Switcher(threading.Thread):
@@ -110,6 +105,7 @@ class Switcher(threading.Thread):
     Args:
         announce: announces the models and `operations` of this process before it returns.
         announce_soon: does the same in another thread.
+        refresh_catalog: adds the models that were downloaded since the catalog was read.
     """
 
     def __init__(
@@ -118,12 +114,14 @@ class Switcher(threading.Thread):
         operations: Operations,
         announce: Callable[[], object],
         announce_soon: Callable[[], object] = lambda: None,
+        refresh_catalog: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__(name="switcher", daemon=True)
         self._models = models
         self._operations = operations
         self._announce = announce
         self._announce_soon = announce_soon
+        self._refresh_catalog = refresh_catalog
         self._commands: SimpleQueue[SwitchCommand | None] = SimpleQueue()
         self._unfinished: tuple[str, ...] = ()
         self._lock = threading.Lock()
@@ -145,7 +143,7 @@ class Switcher(threading.Thread):
             if operation and not operation.state.terminal:
                 self._operations.put(replace(operation, state=OperationState.WAITING))
         except RedisError as error:
-            _log_unpublished(command.operation, error)
+            log_unpublished(command.operation, error)
         self._commands.put(command)
 
     def close(self) -> None:
@@ -158,7 +156,7 @@ class Switcher(threading.Thread):
             try:
                 self._execute(command)
             except RedisError as error:
-                _log_unpublished(command.operation, error)
+                log_unpublished(command.operation, error)
             except Exception:  # such as an operation that cannot be read: it must not stop the following commands
                 logger.exception("operation_not_published", extra={"operation": command.operation})
             with self._lock:
@@ -182,11 +180,11 @@ class Switcher(threading.Thread):
                 logger.debug("host_not_announced", extra={"reason": str(error)})
 
     def _execute(self, command: SwitchCommand) -> None:
-        operation = _retry(lambda: self._operations.read(command.operation))
+        operation = retry(lambda: self._operations.read(command.operation))
         if operation is None or operation.state.terminal:
             logger.warning("operation_unknown_or_ended", extra={"operation": command.operation})
             return
-        progress = _Progress(self._operations, replace(operation, memory_before=self._models.memory_used()))
+        progress = OperationProgress(self._operations, replace(operation, memory_before=self._models.memory_used()))
         end = self._outcome(command, progress)
         try:
             self._announce()  # before the end is published, because clients may send the next command at once
@@ -194,7 +192,7 @@ class Switcher(threading.Thread):
             logger.debug("host_not_announced", extra={"reason": str(error)})  # announced again within a second
         progress.publish(**end)
 
-    def _outcome(self, command: SwitchCommand, progress: _Progress) -> dict[str, Any]:
+    def _outcome(self, command: SwitchCommand, progress: OperationProgress) -> dict[str, Any]:
         """Carry out a command; return the final fields of its operation."""
         try:
             self._load(command, progress) if command.kind == "load" else self._unload(command, progress)
@@ -208,8 +206,8 @@ class Switcher(threading.Thread):
             return {"state": OperationState.FAILED, "error_code": "internal", "error_message": message}
         return {"state": OperationState.SUCCEEDED, "progress": 1.0, "memory_after": self._models.memory_used()}
 
-    def _load(self, command: SwitchCommand, progress: _Progress) -> None:
-        model = self._models.catalog.resolve(command.model)
+    def _load(self, command: SwitchCommand, progress: OperationProgress) -> None:
+        model = self._catalog_model(command.model)
         if model is None:
             raise Refused("model_not_found", f"This worker's catalog has no model {command.model}.")
         loaded = self._worker(model.id)
@@ -224,7 +222,7 @@ class Switcher(threading.Thread):
         if not fits:
             self._close(to_unload, progress)
         try:
-            self._load_and_serve(model, progress, pinned=command.pin)
+            self._load_and_serve(model, progress, pinned=bool(command.pin))
         except Refused:
             if not fits:
                 self._load_again(to_unload)
@@ -232,13 +230,22 @@ class Switcher(threading.Thread):
         if fits:
             self._close(to_unload, progress)
 
-    def _keep(self, loaded: ModelWorker, command: SwitchCommand, progress: _Progress) -> None:
+    def _catalog_model(self, name: str) -> CatalogModel | None:
+        """Return a model of the catalog, which may have been added since it was read."""
+        model = self._models.catalog.resolve(name)
+        if model is None:
+            self._refresh_catalog()
+            model = self._models.catalog.resolve(name)
+        return model
+
+    def _keep(self, loaded: ModelWorker, command: SwitchCommand, progress: OperationProgress) -> None:
         """Handle a command for a model that is loaded already."""
-        loaded.pinned = loaded.pinned or command.pin
+        if command.pin is not None:
+            loaded.pinned = command.pin
         if command.replace:
             self._close([each for each in self._models.workers if each is not loaded and not each.pinned], progress)
 
-    def _unload(self, command: SwitchCommand, progress: _Progress) -> None:
+    def _unload(self, command: SwitchCommand, progress: OperationProgress) -> None:
         model = self._models.catalog.resolve(command.model)
         worker = self._worker(model.id if model else command.model)
         if worker is None:
@@ -275,13 +282,13 @@ class Switcher(threading.Thread):
             f"(MEMORY_LIMIT_BYTES), of which {MIN_CACHE_SHARE:.0%} are reserved for jobs."
         )
 
-    def _close(self, workers: Iterable[ModelWorker], progress: _Progress) -> None:
+    def _close(self, workers: Iterable[ModelWorker], progress: OperationProgress) -> None:
         for worker in workers:
             progress.publish(OperationState.DRAINING)
             self._models.close(worker)
             progress.add_unloaded(worker.model.id)
 
-    def _load_and_serve(self, model: CatalogModel, progress: _Progress, *, pinned: bool) -> None:
+    def _load_and_serve(self, model: CatalogModel, progress: OperationProgress, *, pinned: bool) -> None:
         """Load a model, publish the progress, and claim its jobs.
 
         Raises:
@@ -320,50 +327,9 @@ class Switcher(threading.Thread):
                 self._models.close(again)
 
 
-class _Progress:
-    """Publishes the progress of an operation. The operation continues while Redis is unreachable."""
-
-    def __init__(self, operations: Operations, operation: Operation) -> None:
-        self._operations = operations
-        self._operation = operation
-
-    def publish(self, state: OperationState, **fields: object) -> None:
-        self._operation = replace(self._operation, state=state, **fields)  # type: ignore[arg-type]
-        if state.terminal:
-            _retry(lambda: self._operations.put(self._operation))
-            return
-        try:
-            self._operation = self._operations.put(self._operation)
-        except RedisError as error:
-            _log_unpublished(self._operation.id, error)
-
-    def add_unloaded(self, model: str) -> None:
-        self._operation = replace(self._operation, unloaded=(*self._operation.unloaded, model))
-
-
-def _log_unpublished(operation: str, error: RedisError) -> None:
-    logger.warning("operation_not_published", extra={"operation": operation, "reason": str(error)})
-
-
 def _last_used(worker: ModelWorker) -> tuple[bool, float]:
     """Sort key. A model with jobs is in use, however long ago they came."""
     return not worker.core.idle, worker.core.used_at
-
-
-def _retry(call: Callable[[], T]) -> T:
-    """Call until Redis answers.
-
-    Raises:
-        redis.RedisError: Redis was unreachable for `RETRY_LIMIT_S`, or rejects the call.
-    """
-    until = time.monotonic() + RETRY_LIMIT_S
-    while True:
-        try:
-            return call()
-        except RedisError as error:
-            if not passes(error) or time.monotonic() > until:
-                raise
-            time.sleep(PUBLISH_EVERY_S)
 
 
 def _wait_loaded(worker: ModelWorker, seconds: float) -> None:

@@ -274,7 +274,7 @@ def test_examples_in_the_shipped_catalog_are_valid_and_complete() -> None:
     tables = tomllib.loads("\n".join(line for line in examples if re.match(r"\[|[a-z_]+ = ", line)))["models"]
     assert len(tables) >= 3
     for name, table in tables.items():
-        assert re.fullmatch(catalog_module._NAME, name) and catalog_module._Entry.model_validate(table)
+        assert re.fullmatch(catalog_module.MODEL_NAME, name) and catalog_module._Entry.model_validate(table)
     assert {key for table in tables.values() for key in table} == set(catalog_module._Entry.model_fields)
 
 

@@ -22,13 +22,14 @@ from web.openai.requests import ChatRequest, CompletionRequest
 from web.responses.requests import ResponseRequest, TokensRequest
 from web.schemas.batches import BatchRequest
 from web.schemas.keys import KeyLimits, KeyRequest
-from web.schemas.models import LoadRequest, UnloadRequest
+from web.schemas.models import AliasesRequest, DownloadRequest, LoadRequest, UnloadRequest
 from web.schemas.requests import InferenceRequest, JobRequest
 from web.schemas.webhooks import EndpointRequest, RotationRequest
 
 REQUESTS: tuple[type[BaseModel], ...] = (
     *(JobRequest, InferenceRequest, ChatRequest, CompletionRequest, MessagesRequest, CountRequest),
     *(BatchRequest, EndpointRequest, RotationRequest, LoadRequest, UnloadRequest, ResponseRequest, TokensRequest),
+    *(DownloadRequest, AliasesRequest),
     *(KeyRequest, KeyLimits),
 )
 

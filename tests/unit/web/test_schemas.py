@@ -15,7 +15,7 @@ from web.schemas.batches import BatchRequest, ExpiresAfter
 from web.schemas.jobs import JobError
 from web.schemas.keys import KeyLimits, KeyRequest
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
-from web.schemas.models import LoadRequest, UnloadRequest
+from web.schemas.models import AliasesRequest, DownloadRequest, LoadRequest, UnloadRequest
 from web.schemas.openai_fields import SampledRequest
 from web.schemas.requests import InferenceRequest, JobRequest
 from web.schemas.response_format import (
@@ -179,6 +179,8 @@ REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     EndpointRequest: {"url": "https://example.org/", "events": ["job.failed"]},
     RotationRequest: {},
     LoadRequest: {"model": "m"},
+    DownloadRequest: {"hub": "org/model"},
+    AliasesRequest: {"aliases": ["small"]},
     UnloadRequest: {"model": "m"},
     Message: TURN,
     Part: {"type": "text", "text": "hi"},

@@ -11,7 +11,7 @@ function showSecret(text) {
   dialog.showModal();
 }
 
-/** Return the fields of a form as JSON: checkboxes of one name as a list, empty fields left out. */
+/** Return the fields of a form as JSON: checkboxes of one name and words as lists, other empty fields left out. */
 function fieldsOf(form) {
   const body = {};
   for (const field of form.elements) {
@@ -19,6 +19,8 @@ function fieldsOf(form) {
     if (field.type === "checkbox") {
       body[field.name] ??= [];
       if (field.checked) body[field.name].push(field.value);
+    } else if ("list" in field.dataset) {
+      body[field.name] = field.value.split(/[\s,]+/).filter(Boolean);
     } else if (field.value !== "") {
       body[field.name] = field.type === "number" ? Number(field.value) : field.value;
     }
