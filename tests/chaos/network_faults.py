@@ -49,7 +49,11 @@ class Link(Protocol):
 
 
 class Namespace:
-    """A pair of virtual interfaces, one of them in its own network namespace."""
+    """A pair of virtual interfaces, one of them in its own network namespace.
+
+    Attributes:
+        guest: the address of the end in the namespace.
+    """
 
     kind = "network namespace"
 
@@ -58,14 +62,14 @@ class Namespace:
         tag = f"mq{os.getpid()}{number}"
         self._name, self._here, there = tag, f"{tag}h", f"{tag}n"
         in_use = {address.address for each in psutil.net_if_addrs().values() for address in each}
-        host, guest = _free_pair(os.getpid() * 8 + number, in_use)
+        host, self.guest = _free_pair(os.getpid() * 8 + number, in_use)
         self.address = (host, port)
         try:
             _ip("netns", "add", self._name)
             _ip("link", "add", self._here, "type", "veth", "peer", "name", there, "netns", self._name)
             _ip("addr", "add", f"{host}/30", "dev", self._here)
             _ip("link", "set", self._here, "up")
-            _ip("-n", self._name, "addr", "add", f"{guest}/30", "dev", there)
+            _ip("-n", self._name, "addr", "add", f"{self.guest}/30", "dev", there)
             _ip("-n", self._name, "link", "set", there, "up")
             _ip("-n", self._name, "link", "set", "lo", "up")
         except BaseException:
