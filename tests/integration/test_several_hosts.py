@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -222,29 +222,34 @@ def test_a_host_is_cut_off_and_comes_back(cluster: Cluster) -> None:
     first, second = cluster.clients()
     with first, second, ThreadPoolExecutor(16) as pool:
         jobs = {submit(first, model, number): (model, number) for model in MODELS for number in range(3)}
+        own = [job for job, (model, _) in jobs.items() if model == "alpha"]
+        others = [job for job in jobs if job not in own]
         streams = {job: pool.submit(follow, cluster, job) for job in jobs}
         eventually(lambda: running(second, jobs) == 6, "all rows of all workers are taken")
-
-        lost.namespace.cut()
-        own = [job for job, (model, _) in jobs.items() if model == "alpha"]
-        eventually(lambda: states(second, own) == {Status.QUEUED}, "the jobs of the lost host wait again")
-        own.append(late := submit(second, "alpha", 3))
-        jobs[late] = ("alpha", 3)
-        others = [job for job in jobs if job not in own]
-        eventually(lambda: states(second, others) == {Status.SUCCEEDED}, "the jobs of the other hosts end", 60)
-        assert states(second, own) == {Status.QUEUED}
-        check_streams(jobs, streams, others)
-
-        lost.namespace.restore()
+        with cut(lost):
+            eventually(lambda: states(second, own) == {Status.QUEUED}, "the jobs of the lost host wait again")
+            eventually(lambda: states(second, others) == {Status.SUCCEEDED}, "the jobs of the other hosts end", 60)
+            assert states(second, own) == {Status.QUEUED}
+            check_streams(jobs, streams, others)
         eventually(lambda: states(second, own) == {Status.SUCCEEDED}, "the jobs of the lost host end", 60)
-        check_streams(jobs, streams, [job for job in own if job in streams])
+        check_streams(jobs, streams, own)
         for job, (_, number) in jobs.items():  # from its beginning, from the host that was away
             check_events(list(first.events(job)), number)
     attempts = {job: int(cluster.redis.hget(keys.JOB + job, "attempt") or 0) for job in jobs}
     assert {attempts[job] for job in others} == {1}
-    assert sorted(attempts[job] for job in own) == [1, 1, 2, 2], "only the two running jobs were interrupted"
-    ends = cluster.redis.hgetall(keys.ENDED)
-    assert ends == {"alpha:succeeded": "4", "beta:succeeded": "3", "gamma:succeeded": "3"}
+    # Two were running; the third was at most claimed.
+    assert sorted(attempts[job] for job in own) in ([1, 2, 2], [2, 2, 2])
+    assert cluster.redis.hgetall(keys.ENDED) == {f"{model}:succeeded": "3" for model in MODELS}
+
+
+@contextmanager
+def cut(host: Host) -> Iterator[None]:
+    """Cut a host off during the block."""
+    host.namespace.cut()
+    try:
+        yield
+    finally:  # also after a failure: threads wait for the streams of its jobs
+        host.namespace.restore()
 
 
 def running(client: Client, jobs: Iterable[str]) -> int:
