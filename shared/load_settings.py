@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from shared.environment import drop_foreign_variables, unknown_names
+from shared.locations import TLS_FILES
 from shared.redis.urls import unusable_tls_files
-from shared.settings import ENV_FILE, TLS_FILES, Settings
+from shared.settings import ENV_FILE, Settings
 
 
 def load_settings(*, env_file_may_be_missing: bool = False) -> Settings:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from shared.redis import urls
 from shared.redis.urls import Tls
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
 
 
 class Locations:
@@ -17,6 +20,7 @@ class Locations:
         data_dir: Path
         files_dir: Path | None
         responses_dir: Path | None
+        archive_url: str
         model_path: Path
         models_file: Path
         backend: str
@@ -55,6 +59,14 @@ class Locations:
     def models_dir(self) -> Path:
         """The folder of the catalog, to which models are downloaded."""
         return self.models_file.parent
+
+    @cached_property
+    def archive_file(self) -> Path | None:
+        """The archive's database; None if there is no archive. A relative path is in DATA_DIR."""
+        if self.archive_url == "off":
+            return None
+        name = "archive.sqlite3" if self.archive_url == "auto" else self.archive_url.removeprefix("sqlite:///")
+        return self.data_dir / name
 
     @cached_property
     def prefixes_dir(self) -> Path:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from shared import locations
 from shared.locations import Locations
 from shared.settings_checks import SettingsChecks
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = locations.ROOT
 ENV_FILE = Path(os.environ.get("ENV_FILE", ROOT / ".env")).absolute()
 RATE = r"^\d+ ?(/|per) ?(\d+ ?)?(second|minute|hour|day|month|year)s?$"
 """A rate in the format of the `limits` package."""
-
-TLS_FILES: Final = ("redis_ca_file", "redis_cert_file", "redis_key_file")
 
 
 class Settings(Locations, SettingsChecks):
@@ -152,6 +151,24 @@ class Settings(Locations, SettingsChecks):
 
     batch_lookahead: int = Field(
         128, ge=1, le=10_000, description="Maximum number of unfinished jobs of one batch; its other lines wait on disk"
+    )
+
+    # Archive
+    archive_url: str = Field(
+        "auto",
+        description="Database for ended jobs and usage beyond RETENTION_S. `auto`: `archive.sqlite3` in DATA_DIR; "
+        "`sqlite:///` and a path: another file; `off`: none",
+    )
+    archive_content: Literal["all", "output", "none"] = Field(
+        "all",
+        description="What the archive stores of a job besides its record. `all`: the request without images, and "
+        "the text; `output`: only the text; `none`: neither",
+    )
+    archive_retention_s: int = Field(90 * 24 * 3600, ge=60, description="How long ended jobs are kept in the archive")
+    archive_max_bytes: int = Field(
+        20 * 2**30,
+        ge=2**20,
+        description="Maximum size of the archive. If it is larger, the jobs that ended first are deleted",
     )
 
     # Responses
@@ -383,11 +400,3 @@ class Settings(Locations, SettingsChecks):
     otel_exporter_otlp_headers: SecretStr = Field(
         SecretStr(""), description="Headers for the collector, as `name=value,name=value`"
     )
-
-    @model_validator(mode="after")
-    def _paths_are_absolute(self) -> Self:
-        # Relative paths are resolved against the repository, not the working directory.
-        for name in ("data_dir", "model_path", "models_file", "files_dir", "responses_dir", *TLS_FILES):
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, ROOT / path.expanduser())
-        return self

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_network
-from typing import Final
+from typing import Final, Self
 
-from pydantic import SecretStr, ValidationInfo, field_validator
+from pydantic import SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
+from shared.locations import ROOT, TLS_FILES
 from shared.redis import urls
 
 _IN_ORDER: Final = {
@@ -31,6 +33,21 @@ class SettingsChecks(BaseSettings):
     @classmethod
     def _broker_url_is_valid(cls, url: str) -> str:
         return url and urls.check_broker(url)
+
+    @model_validator(mode="after")
+    def _paths_are_absolute(self) -> Self:
+        # Relative paths are resolved against the repository, not the working directory.
+        for name in ("data_dir", "model_path", "models_file", "files_dir", "responses_dir", *TLS_FILES):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, ROOT / path.expanduser())
+        return self
+
+    @field_validator("archive_url", check_fields=False)
+    @classmethod
+    def _archive_url_is_valid(cls, url: str) -> str:
+        if url not in ("auto", "off") and not re.fullmatch(r"sqlite:///[^?#]+", url):
+            raise ValueError("use auto, off, or sqlite:/// and the path of a file; other databases are not supported")
+        return url
 
     @field_validator("flower_user", "flower_password", check_fields=False)
     @classmethod

@@ -35,11 +35,15 @@ from shared.tokenizing.files import TokenizerFiles, TokenizerStore
 from shared.tracing import Tracer, make_tracer
 from web.access.api_keys import KeyStore
 from web.access.open_responses import OpenResponses
+from web.access.purges import Purges
 from web.access.sessions import Sessions
 from web.admission.admit import Admission
 from web.admission.image_loader import ImageLoader
 from web.admission.image_urls import ImageUrls
 from web.admission.prompt_tokenizer import PromptTokenizer
+from web.archive.database import Archive
+from web.archive.history import History
+from web.archive.queue import ArchiveQueue
 from web.batches.store import Batches
 from web.cluster.health_checker import HealthChecker
 from web.cluster.model_availability import ModelAvailability
@@ -80,6 +84,10 @@ class Services:
     jobs: Jobs
     job_search: JobSearch
     stored_requests: StoredRequests
+    archive: Archive | None
+    archive_queue: ArchiveQueue
+    history: History
+    purges: Purges
     usage: UsageStore
     job_log: JobLog
     readers: Readers
@@ -168,6 +176,8 @@ def build(settings: Settings, client: Redis | None = None, *, process: Process =
         model_manager.load_for_waiting_jobs()
 
     prompt_tokenizer = _prompt_tokenizer(settings, clients.binary)
+    archive = Archive(settings.archive_file) if settings.archive_file is not None else None
+    archive_queue, usage = ArchiveQueue(clients.store, settings.archive_content), UsageStore(clients.store)
 
     return Services(
         settings=settings,
@@ -181,7 +191,11 @@ def build(settings: Settings, client: Redis | None = None, *, process: Process =
         jobs=jobs,
         job_search=JobSearch(clients.store),
         stored_requests=StoredRequests(clients.store, images),
-        usage=UsageStore(clients.store),
+        archive=archive,
+        archive_queue=archive_queue,
+        history=History(archive, archive_queue, jobs, usage),
+        purges=Purges(clients.store),
+        usage=usage,
         job_log=job_log,
         readers=Readers(clients.store),
         cluster=cluster,

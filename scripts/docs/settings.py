@@ -34,6 +34,7 @@ READ_IN_SHARED: Final = {
     "broker_url": ("API", "worker", "Flower"),
     "files_dir": ("API",),
     "responses_dir": ("API",),
+    "archive_url": ("API",),
     "max_queue": ("API",),
     "max_queue_per_key": ("API",),
     "max_running_per_key": ("API",),

@@ -9,11 +9,15 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
+from redis import RedisError
+
 from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from shared.load_settings import load_or_exit
+from shared.redis.client import connect
 from shared.settings import Settings
 from web.access.api_keys import SCOPES, ApiKey, KeyStore
+from web.access.purges import Purges
 
 COLUMNS = ("id", "name", "scopes", "limit", "queue", "priority", "created", "revoked")
 _LIMITS: Final = {
@@ -85,9 +89,22 @@ def _create(store: KeyStore, options: argparse.Namespace, settings: Settings) ->
     return key
 
 
-def _revoke(store: KeyStore, options: argparse.Namespace, _settings: Settings) -> str:
-    revoked = store.revoke(options.key)
-    return f"revoked {revoked.id} ({revoked.name})"
+def _revoke(store: KeyStore, options: argparse.Namespace, settings: Settings) -> str:
+    key = _find(store, options.key) if options.purge else store.revoke(options.key)
+    if key.revoked_at is None:
+        key = store.revoke(key.id)
+    if options.purge:
+        _purge(key, settings)
+        return f"revoked {key.id} ({key.name}); the background process and the workers erase its data"
+    return f"revoked {key.id} ({key.name})"
+
+
+def _purge(key: ApiKey, settings: Settings) -> None:
+    try:
+        with connect(settings.store_url) as client:
+            Purges(client).request(key.id)
+    except RedisError as error:
+        raise OSError(f"{key.id} is revoked, but its data is not erased: Redis cannot be used ({error})") from error
 
 
 def _limit(store: KeyStore, options: argparse.Namespace, settings: Settings) -> str:
@@ -159,6 +176,11 @@ def _parser(default_limit: str) -> argparse.ArgumentParser:
     _add_limits(limit, default_limit)
     revoke = actions.add_parser("revoke", help="revoke a key")
     revoke.add_argument("key", metavar="ID_OR_NAME")
+    revoke.add_argument(
+        "--purge",
+        action="store_true",
+        help="also erase its jobs, archived ones included, responses, files, batches and cached prefixes",
+    )
     return parser
 
 

@@ -137,6 +137,7 @@ class Job:
         reasoning_tokens: see `Ending`.
         sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
         traceparent: W3C trace context of the job's HTTP request; empty if it is not traced.
+        archived: whether the record comes from the archive.
     """
 
     id: str
@@ -168,6 +169,7 @@ class Job:
     reasoning_tokens: int | None = None
     sampling: dict[str, Any] | None = None
     traceparent: str = ""
+    archived: bool = False
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:

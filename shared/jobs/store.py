@@ -242,15 +242,18 @@ class Jobs:
         """Fail up to 1,000 queued jobs of a model that nothing can run; return how many."""
         return int(self._fail_waiting(args=[model, code, message, 1000]))
 
-    def forget(self, job_id: str, owner: str | None) -> None:
+    def forget(self, job_id: str, owner: str | None, *, erase: bool = False) -> None:
         """Delete a job that has ended, and its children. Requests that are waiting for it still receive its end.
+
+        Args:
+            erase: whether the background process must erase the jobs from the archive, and the workers their prefixes.
 
         Raises:
             NotFound: the job does not exist or belongs to another owner.
             Conflict: the job or a child has not ended.
         """
         self.get(job_id, owner)
-        if self._forget(args=[job_id, DELETED_S]) == "active":
+        if self._forget(args=[job_id, DELETED_S, "erase" if erase else ""]) == "active":
             raise Conflict("The job has not ended. Cancel it first.", code="job_active")
 
     def text(self, job: Job) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from shared.errors import Conflict, Gone
@@ -48,8 +48,13 @@ class StoredRequests:
             raise Gone(detail, code="request_gone")
         return StoredRequest(Request.from_json(text), unpack_tokens(tokens) if tokens else None, int(shared or 0))
 
-    def repeat(self, job: Job, request_id: str) -> tuple[Submission, str]:
+    def repeat(
+        self, job: Job, request_id: str, find: Callable[[], StoredRequest] | None = None
+    ) -> tuple[Submission, str]:
         """Return the submission that runs a job again under a new id, and that id; its images are stored already.
+
+        Args:
+            find: returns the job's request, by default `get`'s.
 
         Raises:
             Conflict: the job has not ended.
@@ -57,7 +62,7 @@ class StoredRequests:
         """
         if not job.status.terminal:
             raise Conflict("The job has not ended.", code="job_active")
-        stored, job_id = self.get(job), new_job_id()
+        stored, job_id = find() if find else self.get(job), new_job_id()
         digests = {part["image"] for part in stored.request.image_parts}
         image_bytes = self._copy_images(job, job_id, digests) if digests else 0
         prefixes, webhook = self._client.hmget(keys.JOB + job.id, "prefixes", "webhook")

@@ -45,6 +45,10 @@ class Counters:
         """Parse the counters of a day, also those of another version."""
         return cls(*map(int, text.split()[: len(fields(cls))]))
 
+    def to_text(self) -> str:
+        """Return the counters in the form that `from_text` parses."""
+        return " ".join(str(getattr(self, each.name)) for each in fields(self))
+
     def __add__(self, other: Counters) -> Counters:
         """Return the sum of both."""
         names = [each.name for each in fields(self)]

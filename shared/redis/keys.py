@@ -26,7 +26,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `IMAGES` + job | hash | image digest → file (`shared.jobs.images`) | as `REQUEST`; 2 min if never accepted |
 | `TIMERS` | zset | job → time at which it expires | job end |
 | `FAILED` | zset | `job bytes` of ended jobs → expiry of their kept requests | retention, or until over the limit |
-| `BYTES` | hash | bytes of jobs: `total`, `growth`, `owner:` + key id, `failed`; `failed_limit`, `keep_all` | forever |
+| `BYTES` | hash | bytes of jobs: `total`, `growth`, `owner:` + key id, `failed`, `unarchived`; 3 settings | forever |
 | `MEMORY` | hash | `used`, `max`, `system`: Redis's memory in bytes at the reaper's last pass | forever |
 | `LEASES` | zset | worker → time at which its lease expires | until the lease expires |
 | `EXTENSIONS` | hash | worker → seconds that its lease may be extended after an outage | as the lease |
@@ -53,6 +53,11 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `TOKENS` | hash | key id + `:input` or `:output` → tokens of ended jobs | forever, 2 fields per API key |
 | `ENDS` | list | JSON of jobs that ended without their worker, for task events | until an API process reads it |
 | `LEADER` | string | token of the background process that leads | a few seconds |
+| `UNARCHIVED` | zset | `job bytes` of ended jobs that are not archived yet → time of their end | until archived |
+| `ERASED` | zset | deleted job → time; its row in the archive must be erased | a minute after it was erased |
+| `ARCHIVE` | hash | state of the archive (`web.archive.state`) | forever |
+| `PURGES` | zset | key id → time at which erasing everything of a revoked key was requested | until done |
+| `PREFIX_CUTOFFS` | zset | key id → time; workers erase the key's prefixes not used since; `inf`: all | forever |
 | `BATCH` + batch | hash | a batch (`web.batches.store`); its lines are on disk | file retention after its end |
 | `BATCHES` + key id | zset | batch → creation time, for all batches of an API key | entries are pruned |
 | `UNFINISHED_BATCHES` | zset | unfinished batch → creation time; with `:` + key id: those of an API key | until empty |
@@ -151,6 +156,11 @@ ATTEMPTS: Final = "mlxq:attempts"
 TOKENS: Final = "mlxq:tokens"
 ENDS: Final = "mlxq:ends"
 LEADER: Final = "mlxq:leader"
+UNARCHIVED: Final = "mlxq:unarchived"
+ERASED: Final = "mlxq:erased"
+ARCHIVE: Final = "mlxq:archive"
+PURGES: Final = "mlxq:purges"
+PREFIX_CUTOFFS: Final = "mlxq:prefix-cutoffs"
 BATCH: Final = "mlxq:batch:"
 BATCHES: Final = "mlxq:batches:"
 UNFINISHED_BATCHES: Final = "mlxq:unfinished-batches"

@@ -111,7 +111,7 @@ _NOT_OF_WORKERS: Final = _OF_THE_API | {
     *(keys.BATCH, keys.BATCHES, keys.BATCH_COUNTS, keys.UNFINISHED_BATCHES),
     *(keys.RESPONSE, keys.RESPONSES, keys.UNANSWERED),
     *(keys.WEBHOOK, keys.WEBHOOK_SECRETS, keys.WEBHOOKS_DUE, keys.WEBHOOKS_DEAD),
-    *(keys.LEADER, keys.SAMPLES),
+    *(keys.LEADER, keys.SAMPLES, keys.ARCHIVE, keys.PURGES),
 }
 """Kinds of keys that workers do not use."""
 

@@ -30,6 +30,8 @@ UNFINISHED = (
     keys.OLD_QUEUE,
     keys.UNFINISHED_BATCHES,
     keys.UNANSWERED,
+    keys.UNARCHIVED,
+    keys.PURGES,
     keys.WEBHOOK_OUTBOX,
     keys.WEBHOOKS_DUE,
 )
@@ -84,11 +86,14 @@ PERMANENT = (
     keys.WEBHOOK_COUNTS,
     keys.WEBHOOKS_DEAD,
     keys.SAMPLES,
+    keys.ARCHIVE,
+    keys.ERASED,
+    keys.PREFIX_CUTOFFS,
     "_kombu.",
     "LIMITS",
 )
 """Keys of workers and models, of Celery and of the rate limiter."""
-_PERMANENT_BYTES = {"failed", "failed_limit"}
+_PERMANENT_BYTES = {"failed", "failed_limit", "archive"}
 
 
 def find_leaks(stack: ChaosStack, outcomes: Outcomes) -> list[str]:

@@ -12,8 +12,10 @@ import gevent
 import redis
 
 from shared.redis.client import connect, passes
+from web.background.archiver import Archiver
 from web.background.batch_runner import LOOK_S, BatchRunner
 from web.background.endpoints import make_endpoints
+from web.background.key_eraser import KeyEraser
 from web.background.leader import RENEW_S, Leadership
 from web.background.response_keeper import ResponseKeeper
 from web.batches.requests import LineRequests
@@ -61,6 +63,8 @@ class Background:
         working: list[gevent.Greenlet[..., None]] = [
             gevent.spawn(self._work, batches.round),
             gevent.spawn(self._work, self._response_keeper().round),
+            gevent.spawn(self._work, self._archiver().round),
+            gevent.spawn(self._work, KeyEraser(self._services).round),
             gevent.spawn(self._sender().work, self._stopping),
             gevent.spawn(self._sample),
         ]
@@ -99,6 +103,17 @@ class Background:
     def _response_keeper(self) -> ResponseKeeper:
         current = self._services
         return ResponseKeeper(current.settings, current.responses, current.response_store, current.jobs)
+
+    def _archiver(self) -> Archiver:
+        current = self._services
+        return Archiver(
+            current.settings,
+            current.archive,
+            current.archive_queue,
+            current.usage,
+            lambda: current.keys.entries().keys(),
+            self._leads,
+        )
 
     def _sample(self) -> None:
         """Take samples of the service's state. They continue those of the process that led before."""

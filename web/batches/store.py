@@ -221,6 +221,13 @@ class Batches:
         """Return the ids of all unfinished batches, oldest first."""
         return [*self._client.zrange(keys.UNFINISHED_BATCHES, 0, -1)]
 
+    def remove(self, batch_id: str, owner: str) -> None:
+        """Delete the record of a batch that has ended."""
+        with self._client.pipeline() as pipe:
+            pipe.unlink(keys.BATCH + batch_id)
+            pipe.zrem(keys.BATCHES + owner, batch_id)
+            pipe.execute()
+
     def cancel(self, batch_id: str, owner: str) -> Batch:
         """Begin to cancel a batch. The leader ends it.
 

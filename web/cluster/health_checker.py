@@ -16,6 +16,7 @@ from shared.redis.client import Redis, has_memory
 from shared.redis.durability import why_unproven
 from shared.redis.requirements import find_faults
 from shared.settings import Settings
+from web.cluster.archive_state import read_state
 from web.cluster.ping import WorkerPing
 from web.schemas.health import HealthStatus, HealthView, RedisView, WorkerMemory, WorkerView
 
@@ -74,6 +75,7 @@ class HealthChecker:
             *faults,
             *self._durability_reasons(),
             *self._memory_reasons(),
+            *self._archive_reasons(),
             *_worker_reasons(views, self._settings.lease_s, pinged=ping),
             *self._queue_reasons(workers, queues),
         ]
@@ -107,6 +109,12 @@ class HealthChecker:
 
     def _memory_reasons(self) -> list[str]:
         return [] if has_memory(self._probe) else ["Redis has no memory left, so no jobs are accepted."]
+
+    def _archive_reasons(self) -> list[str]:
+        if self._settings.archive_file is None:
+            return []
+        reason = read_state(self._probe).problem
+        return [reason] if reason else []
 
     def _durability_reasons(self) -> list[str]:
         if not self._settings.durable:

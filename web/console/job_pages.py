@@ -14,8 +14,9 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from shared.errors import Forbidden, Gone, MlxqError
 from shared.jobs.record import Job, Priority, Status
-from shared.jobs.search import JobPage
 from web.access.auth import caller, is_admin, visible_owner
+from web.archive.history import HistoryPage
+from web.archive.tables import ArchivedJob
 from web.console.layout import page, page_description, render, routes
 from web.console.waterfall import bars
 from web.routes.job_requests import request_view
@@ -38,11 +39,13 @@ def jobs_page() -> AnyResponse:
     chosen = {name: value.strip() for name, value in request.args.items() if value.strip()}
     if _JOB_ID.fullmatch(chosen.get("text", "")):
         return redirect(f"/console/jobs/{chosen['text']}")
-    error, found = "", JobPage([], None)
+    error, found = "", HistoryPage([], None)
     try:
         found = find_jobs(_query(chosen), _PAGE)
     except MlxqError as refused:
         error = refused.detail
+    if not found.complete:
+        error = "The archive cannot be read, so older jobs are missing."
     older = None if found.next is None else urlencode({**chosen, "before": repr(found.next)})
     return render(
         "jobs",
@@ -68,16 +71,18 @@ def jobs_page() -> AnyResponse:
 @page
 def job_page(job_id: str) -> AnyResponse:
     """Prompt, text, timings, attempts, events and raw JSON."""
-    job = services().jobs.get(job_id, visible_owner())
-    stored, why_not = _stored(job)
-    raw = json.dumps(json.loads(services().job_views.job_json(job)), indent=2, ensure_ascii=False)
+    job, archived = services().history.get(job_id, visible_owner())
+    stored, why_not = _stored(job, archived)
+    views = services().job_views
+    view = views.job_json(job) if archived is None else views.archived_json(job, archived.text)
+    raw = json.dumps(json.loads(view), indent=2, ensure_ascii=False)
     return render(
         "job",
         "jobs",
         job=job,
         owner=services().keys.entries().get(job.owner),
         position=services().jobs.position(job),
-        text=services().jobs.text(job),
+        text=services().jobs.text(job) if archived is None else archived.text,
         stored=stored,
         why_not=why_not,
         bars=bars(job),
@@ -101,9 +106,9 @@ def _query(chosen: dict[str, str]) -> MultiDict[str, str]:
     return query
 
 
-def _stored(job: Job) -> tuple[StoredRequestView | None, str]:
+def _stored(job: Job, archived: ArchivedJob | None) -> tuple[StoredRequestView | None, str]:
     """Return the request of a job, or why it cannot be shown."""
     try:
-        return request_view(job), ""
+        return request_view(job, archived), ""
     except (Gone, Forbidden) as reason:
         return None, reason.detail

@@ -86,6 +86,9 @@ JOB_FILTERS: Final = (
         "key", "query", "Id of an API key, or `all`. Keys other than the caller's need the scope `admin`", type="string"
     ),
 )
+PURGE: Final = _parameter(
+    "purge", "query", "Also erase everything that belongs to the key", type="boolean", default=False
+)
 STARTING_AFTER: Final = _parameter(
     "starting_after", "query", "Number of the last event received", type="integer", minimum=0, default=0
 )

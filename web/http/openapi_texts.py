@@ -86,6 +86,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "too_many_connections",
         "too_many_bytes",
         "disk_full",
+        "archive_unavailable",
         "redis_unsuitable",
         "restarting",
         "no_worker",

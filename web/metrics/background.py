@@ -1,4 +1,4 @@
-"""Metrics of batches and webhooks. They are read from Redis, so every API process reports the same."""
+"""Metrics of batches, webhooks and the archive. They are read from Redis, so every API process reports the same."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from shared.redis import keys
 from shared.redis.client import Redis
 from web.batches.store import BatchStatus
+from web.cluster.archive_state import read_state
 
 _UNFINISHED: Final = [status for status in BatchStatus if not status.terminal]
 _ENDED: Final = [status for status in BatchStatus if status.terminal]
@@ -21,7 +22,7 @@ _MAX_READ: Final = 1000
 
 
 def background_metrics(client: Redis) -> Iterator[Metric]:
-    """Yield the state of the background process, of batches and of deliveries.
+    """Yield the state of the background process, of batches, of deliveries and of the archive.
 
     Raises:
         redis.RedisError: Redis is unavailable.
@@ -30,6 +31,7 @@ def background_metrics(client: Redis) -> Iterator[Metric]:
     yield GaugeMetricFamily("mlxq_background_leader", "1 if a background process leads", value=leads)
     yield from _batches(client)
     yield from _webhooks(client)
+    yield from _archive(client)
 
 
 def _batches(client: Redis) -> Iterator[Metric]:
@@ -78,3 +80,14 @@ def _webhooks(client: Redis) -> Iterator[Metric]:
     yield GaugeMetricFamily("mlxq_webhook_lag_seconds", lag_help, value=max(0.0, lag))
     dropped = int(counts.get("dropped", 0))
     yield CounterMetricFamily("mlxq_webhook_events_dropped", "Events dropped from a full outbox", value=dropped)
+
+
+def _archive(client: Redis) -> Iterator[Metric]:
+    state = read_state(client)
+    up_help = "0 if the archive could not be read or written at the last attempt"
+    yield GaugeMetricFamily("mlxq_archive_up", up_help, value=float(not state.error))
+    yield GaugeMetricFamily("mlxq_archive_jobs_waiting", "Ended jobs that are not archived yet", value=state.waiting)
+    lag_help = "Seconds for which the first ended job has waited for the archive"
+    yield GaugeMetricFamily("mlxq_archive_lag_seconds", lag_help, value=state.oldest_s)
+    yield GaugeMetricFamily("mlxq_archive_bytes", "Size of the archive's content", value=state.bytes)
+    yield CounterMetricFamily("mlxq_archive_jobs_written", "Jobs written to the archive", value=state.written)

@@ -293,7 +293,7 @@ class Responses:
             Conflict: it has not ended.
         """
         try:
-            self._jobs.forget(job_id(response.id), response.owner)
+            self._jobs.forget(job_id(response.id), response.owner, erase=True)
         except NotFound:  # the job's retention is shorter
             pass
         except Conflict:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 from shared.jobs.log import JobLog
@@ -30,6 +31,7 @@ from web.schemas.requests import PriorityName
 
 MESSAGE: Final = "message"
 """The value of `parse` whose result does not depend on the text alone."""
+_NONE: Final[Mapping[str, str | None]] = MappingProxyType({})
 
 
 class JobViews:
@@ -44,15 +46,24 @@ class JobViews:
         """Return a job with its text so far, as the JSON of a `JobView`."""
         return self._job_json(job, self._jobs.places([job]).get(job.id))
 
+    def archived_json(self, job: Job, text: str | None) -> str:
+        """Return a job from the archive. Its log no longer exists, so there are no log-probabilities."""
+        return self._view(job, _output(job, text), None).model_dump_json()
+
     def accepted_json(self, accepted: Accepted) -> str:
         """Return a job that was just accepted. Its queue position is already known."""
         return self._job_json(accepted.job, accepted.place)
 
-    def list_items(self, jobs: Sequence[Job]) -> list[JobView]:
-        """Return jobs as a list shows them: only ended jobs have their text."""
+    def list_items(self, jobs: Sequence[Job], archived: Mapping[str, str | None] = _NONE) -> list[JobView]:
+        """Return jobs as a list shows them: only ended jobs have their text.
+
+        Args:
+            archived: texts of the jobs from the archive, by id.
+        """
         places = self._jobs.places(jobs)
-        ended = [job for job in jobs if job.status.terminal]
-        texts = dict(zip((job.id for job in ended), self._jobs.texts(ended), strict=True))
+        ended = [job for job in jobs if job.status.terminal and not job.archived]
+        texts: dict[str, str | None] = dict(zip((job.id for job in ended), self._jobs.texts(ended), strict=True))
+        texts |= archived
         return [
             self._view(job, _output(job, texts.get(job.id)), places.get(job.id), with_message=False) for job in jobs
         ]
@@ -102,6 +113,7 @@ class JobViews:
             error=JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None,
             metadata=job.metadata,
             children=list(job.children),
+            archived=job.archived,
             urls=urls(job.id),
             **self._parsed(job, output.text if output and job.status.terminal else None, with_message=with_message),
         )
@@ -122,7 +134,7 @@ class JobViews:
         return {field: [asdict(each) for each in found], "parse_error": error}
 
     def _message(self, job: Job) -> MessageView | None:
-        reader = read_message(job, self._log)
+        reader = None if job.archived else read_message(job, self._log)
         return None if reader is None else MessageView.model_validate(reader.to_dict())
 
 

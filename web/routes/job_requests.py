@@ -6,10 +6,13 @@ from dataclasses import asdict, replace
 
 from flask import Blueprint, Response
 
-from shared.errors import Conflict, Forbidden, NotFound
+from shared.errors import Conflict, Forbidden, Gone, NotFound
 from shared.image_files import media_type
 from shared.jobs.record import Job
+from shared.jobs.stored_requests import StoredRequest
 from web.access.auth import caller, visible_owner
+from web.archive.history import stored_request
+from web.archive.tables import ArchivedJob
 from web.http.openapi import describe
 from web.http.request_id import current_request_id
 from web.routes.submission import with_job_headers
@@ -25,9 +28,10 @@ def get_request(job_id: str) -> Response:
     """The prompt or the messages, and all parameters with their defaults.
 
     A request is stored until its job ends. Requests of failed jobs are kept; with `KEEP_REQUESTS=all` those of all
-    jobs, as far as `FAILED_REQUEST_BYTES` allows. `PROMPT_ACCESS` says who can read them.
+    jobs, as far as `FAILED_REQUEST_BYTES` allows. The archive keeps requests, without images, if `ARCHIVE_CONTENT` is
+    `all`. `PROMPT_ACCESS` says who can read them.
     """
-    view = request_view(services().jobs.get(job_id, visible_owner()))
+    view = request_view(*services().history.get(job_id, visible_owner()))
     return Response(view.model_dump_json(), content_type="application/json")
 
 
@@ -54,8 +58,8 @@ def retry_job(job_id: str) -> Response:
 
     It has the same priority, metadata, webhook and seed, and the default time limits. The earlier job stays as it is.
     """
-    job = services().jobs.get(job_id, visible_owner())
-    submission, new_id = services().stored_requests.repeat(job, current_request_id())
+    job, archived = services().history.get(job_id, visible_owner())
+    submission, new_id = services().stored_requests.repeat(job, current_request_id(), lambda: _stored(job, archived))
     limits = services().keys.limits_of(job.owner)
     if limits is None:
         raise Conflict("The API key that submitted the job is revoked.", code="key_revoked")
@@ -65,15 +69,18 @@ def retry_job(job_id: str) -> Response:
     return with_job_headers(response, accepted)
 
 
-def request_view(job: Job) -> StoredRequestView:
+def request_view(job: Job, archived: ArchivedJob | None) -> StoredRequestView:
     """Return the stored request of a job that the caller may see.
+
+    Args:
+        archived: what the archive has of the job, if it is not in Redis.
 
     Raises:
         Forbidden: the setting PROMPT_ACCESS does not allow it.
         Gone: it is not stored any more.
     """
     require_prompt_access(job)
-    stored = services().stored_requests.get(job)
+    stored = _stored(job, archived)
     options = asdict(stored.request)
     messages = options.pop("messages")
     return StoredRequestView(
@@ -94,3 +101,20 @@ def require_prompt_access(job: Job) -> None:
     access = services().settings.prompt_access
     if access == "none" or (access == "owner" and job.owner != caller().id):
         raise Forbidden("PROMPT_ACCESS does not allow this API key to read prompts of this job.")
+
+
+def _stored(job: Job, archived: ArchivedJob | None) -> StoredRequest:
+    """Return the stored request of a job: from Redis, or else from the archive.
+
+    Raises:
+        Gone: neither has it.
+    """
+    current = services()
+    if archived is None:
+        try:
+            return current.stored_requests.get(job)
+        except Gone:
+            archived = current.history.archived(job.id, job.owner)
+            if archived is None:
+                raise
+    return StoredRequest(stored_request(archived), None, 0)

@@ -13,16 +13,18 @@ import redis
 from flask import Blueprint, Response, request
 from werkzeug.datastructures import MultiDict
 
-from shared.errors import Invalid, RateLimited
+from shared.errors import Conflict, Gone, Invalid, NotFound, RateLimited
 from shared.jobs.record import Job, Priority, Status
 from shared.jobs.search import JobFilter, JobPage
 from shared.redis.client import passes
 from web.access.auth import caller, require_scope, visible_owner
+from web.archive.history import HistoryPage
 from web.http import openapi
 from web.http.disconnect import CONNECTION, watch_disconnect
 from web.http.openapi import describe
 from web.http.request import parse_integer, preferred_wait_s, read_body, wait_s
 from web.http.stream_formats import FORMATS, EventStream, Format, negotiate
+from web.responses.view import response_id
 from web.routes.submission import submit, with_job_headers
 from web.schemas.jobs import JobList, JobView
 from web.schemas.requests import JobRequest
@@ -78,10 +80,15 @@ def submit_job() -> Response:
 @routes.get("/<job_id>")
 @describe("Get a job", responses={200: JobView}, errors=(404, 422), parameters=(openapi.WAIT,))
 def get_job(job_id: str) -> Response:
-    """The job with its text so far. With `wait`, the response comes when the job has ended or the time is over."""
-    job = services().jobs.get(job_id, visible_owner())
-    ended = _wait_or_refuse(job, wait_s(services().settings.max_wait_s))
-    return _json(services().job_views.job_json(ended))
+    """The job with its text so far. With `wait`, the response comes when the job has ended or the time is over.
+
+    After `RETENTION_S`, jobs come from the archive.
+    """
+    max_wait_s = wait_s(services().settings.max_wait_s)
+    job, archived = services().history.get(job_id, visible_owner())
+    if archived is not None:
+        return _json(services().job_views.archived_json(job, archived.text))
+    return _json(services().job_views.job_json(_wait_or_refuse(job, max_wait_s)))
 
 
 @routes.get("")
@@ -94,13 +101,16 @@ def get_job(job_id: str) -> Response:
 def list_jobs() -> Response:
     """The jobs of the API key, newest first. To get the next page, pass `next` as `before`.
 
+    Jobs that have ended stay in the list after `RETENTION_S` as long as the archive has them.
+
     Filters are combined: a job must match all of them. With the scope `admin`, `key` selects the jobs of another API
     key, or of all keys.
     """
     limit = parse_integer("limit", request.args.get("limit", str(_DEFAULT_LIMIT)), 1, _MAX_LIMIT)
     page = find_jobs(request.args, limit)
     next_page = None if page.next is None else repr(page.next)
-    return _json(JobList(data=services().job_views.list_items(page.jobs), next=next_page).model_dump_json())
+    items = services().job_views.list_items(page.jobs, page.texts)
+    return _json(JobList(data=items, next=next_page, complete=page.complete).model_dump_json())
 
 
 @routes.post("/<job_id>/cancel")
@@ -111,15 +121,32 @@ def cancel_job(job_id: str) -> Response:
     With `wait`, the response comes when the job has ended or the time is over. Cancelling a job that has ended in
     another way is refused with 409.
     """
-    max_wait_s = wait_s(services().settings.max_wait_s)
-    return _job_response(_wait(services().jobs.stop(job_id, visible_owner()), max_wait_s))
+    max_wait_s, owner = wait_s(services().settings.max_wait_s), visible_owner()
+    try:
+        job = services().jobs.stop(job_id, owner)
+    except NotFound:
+        if archived := services().history.archived(job_id, owner):
+            raise Conflict(f"The job has already ended: {archived.job.status}.", code="job_ended") from None
+        raise
+    return _job_response(_wait(job, max_wait_s))
 
 
 @routes.delete("/<job_id>")
 @describe("Delete a job", responses={204: None}, errors=(404, 409))
 def delete_job(job_id: str) -> Response:
-    """Deletes a job that has ended, with its text and events. A job that has not ended must be cancelled first."""
-    services().jobs.forget(job_id, visible_owner())
+    """Deletes a job that has ended, with its text and events. A job that has not ended must be cancelled first.
+
+    The job, and a stored response that it generated, cannot be read any more when this returns. Within seconds, the
+    background process erases the job from the archive. Within minutes, workers erase the cached prefixes that no other
+    job of the API key has used since.
+    """
+    current = services()
+    job, archived = current.history.get(job_id, visible_owner())
+    if archived is None:
+        with suppress(NotFound):  # it has expired since
+            current.jobs.forget(job_id, job.owner, erase=True)
+    current.history.erase([job.id, *job.children], job.owner, job.finished_at)
+    current.responses.discard(response_id(job.id), job.owner)
     return Response(status=204)
 
 
@@ -156,9 +183,11 @@ def stream_job(job_id: str) -> Response:
 
 def _stream(job_id: str, form: Format, cursor: int) -> Response:
     jobs, views, owner = services().jobs, services().job_views, caller().id
-    job = jobs.get(job_id, visible_owner())
+    job, archived = services().history.get(job_id, visible_owner())
     if job.status.terminal and cursor >= job.last_event:
         return Response(status=204)
+    if archived is not None:
+        raise Gone("The events of the job are no longer stored. The job has its text.", code="log_expired")
     environ = request.environ
 
     def respond() -> Response:
@@ -188,9 +217,15 @@ def _cursor() -> int:
     return parse_integer(_LAST_EVENT_ID, last) if last else starting_after
 
 
-def find_jobs(query: MultiDict[str, str], limit: int) -> JobPage:
+def find_jobs(query: MultiDict[str, str], limit: int) -> HistoryPage:
     """Return the page of jobs that query parameters of the route select."""
     owners, wanted, before = _owners(query), _filter(query), _time(query, "before")
+    recent = _recent_jobs(owners, wanted, limit, before)
+    of_all = query.get("key") == ALL_KEYS
+    return services().history.extend(recent, None if of_all else owners, wanted, limit, before)
+
+
+def _recent_jobs(owners: list[str], wanted: JobFilter, limit: int, before: float | None) -> JobPage:
     if wanted == JobFilter() and len(owners) == 1:
         jobs = services().jobs.recent(owners[0], limit=limit, before=before)
         return JobPage(jobs, jobs[-1].created_at if len(jobs) == limit else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import cast
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 from pydantic import BaseModel
 
 from shared.errors import Conflict, Forbidden, Invalid, NotFound
@@ -13,6 +13,7 @@ from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Priority
 from web.access.api_keys import ApiKey
 from web.access.auth import caller, is_admin, require_scope
+from web.http import openapi
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.schemas.keys import KeyLimits, KeyList, KeyRequest, KeyView, NewKeyView, Scope
@@ -74,17 +75,30 @@ def set_limits(key_id: str) -> Response:
 
 
 @routes.delete("/<key_id>")
-@describe("Revoke an API key", responses={200: KeyView}, errors=(404,))
+@describe("Revoke an API key", responses={200: KeyView}, errors=(404, 422), parameters=(openapi.PURGE,))
 def revoke_key(key_id: str) -> Response:
     """Needs the scope `admin`. The key is refused from the next request on; its jobs still run.
+
+    With `purge=true`, also of a key that is revoked already, everything that belongs to the key is erased: its jobs,
+    which are cancelled, also those in the archive, its responses, files, batches and cached prefixes. The background
+    process and the workers do so from now on; workers that are not running do so when they start. The usage stays.
 
     A key cannot revoke itself.
     """
     require_scope("admin")
     if key_id == caller().id:
         raise Forbidden("An API key cannot revoke itself. Use another one, or scripts/keys.")
-    _require_known(key_id)
-    return _json(key_view(services().keys.revoke(key_id)))
+    purge = request.args.get("purge", "false")
+    if purge not in ("true", "false"):
+        raise Invalid("purge must be true or false.", field="purge")
+    entry = services().keys.entries().get(key_id)
+    if entry is None or (entry.revoked_at is not None and purge == "false"):
+        raise NotFound("There is no valid API key with this id.", code="key_not_found")
+    if entry.revoked_at is None:
+        entry = services().keys.revoke(key_id)
+    if purge == "true":
+        services().purges.request(key_id)
+    return _json(key_view(entry))
 
 
 def key_view(entry: ApiKey) -> KeyView:

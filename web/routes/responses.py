@@ -116,6 +116,7 @@ def delete_response(response_id: str) -> Response:
     """Deletes a response that has ended, and its job. It can no longer be continued, nor can those that continue it."""
     stored = services().responses.get(response_id, caller().id)
     services().responses.delete(stored)
+    services().history.erase([job_id(stored.id)], stored.owner)
     return _rendered(DeletedResponse(id=stored.id))
 
 

@@ -17,6 +17,7 @@ from shared.errors import Invalid, NotFound
 from shared.jobs.usage import DAYS_KEPT, Counters
 from web.access.api_keys import ApiKey
 from web.access.auth import caller, require_scope
+from web.archive.history import USAGE_DAYS
 from web.http import openapi
 from web.http.openapi import describe
 from web.schemas.requests import PriorityName
@@ -55,15 +56,17 @@ def get_usage() -> Response:
     """Ended jobs and their tokens by day (UTC), API key and model.
 
     With `format=csv` or `Accept: text/csv` the answer is CSV with the fields of `data` as columns. Days are kept for
-    400 days. Another key, or `all`, needs the scope `admin`.
+    400 days, and in the archive for as long as it exists. Another key, or `all`, needs the scope `admin`.
     """
     today = services().usage.today()
     end = _day("end", today)
     start = _day("start", end - timedelta(days=_DEFAULT_DAYS - 1))
     keys = _keys()
-    _check_range(start, end, _MAX_DAYS_OF_ALL if len(keys) > 1 else DAYS_KEPT)
+    history = services().history
+    max_days = USAGE_DAYS if history.has_archive else DAYS_KEPT
+    _check_range(start, end, _MAX_DAYS_OF_ALL if len(keys) > 1 else max_days)
     model, as_csv = request.args.get("model"), _wants_csv()
-    rows = services().usage.read([*keys], start, min(end, today))
+    rows = history.usage([*keys], start, min(end, today))
     entries = [UsageEntry.of_row(row, keys[row.key_id]) for row in rows if model in (None, row.model)]
     if as_csv:
         return Response(_csv(entries), content_type=f"{_CSV}; charset=utf-8")

@@ -264,7 +264,10 @@ class JobView(Parsed):
     last_event: int = Field(description="Number of the last event; it grows by about one per token while the job runs")
     queue_position: int | None = Field(description="1 is next; null if the job is not waiting")
     estimated_start_s: float | None = Field(description="Estimated seconds until the job starts; null if unknown")
-    output: Output | None = Field(description="The text generated so far; null in lists until the job has ended")
+    output: Output | None = Field(
+        description="The text generated so far; null in lists until the job has ended, and if the archive has the job "
+        "without it"
+    )
     usage: Usage
     sampling: SamplingView | None = Field(description=_SAMPLING_DESCRIPTION)
     timings: Timings
@@ -273,6 +276,9 @@ class JobView(Parsed):
     children: list[str] = Field(
         description="Ids of the jobs with the further choices of the same request, which are cancelled and deleted "
         "together with this job"
+    )
+    archived: bool = Field(
+        description="Whether the job comes from the archive. Its events and images are no longer stored"
     )
     urls: Urls
 
@@ -299,6 +305,9 @@ class JobList(ResponseModel):
     next: str | None = Field(
         description="Pass it as `before` to get the next page; null on the last page. With filters, a page "
         "can have fewer jobs than `limit`, or none, and still be followed by others"
+    )
+    complete: bool = Field(
+        True, description="False if the archive could not be read, so that jobs that are only there are missing"
     )
 
 

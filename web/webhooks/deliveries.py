@@ -197,6 +197,14 @@ class Deliveries:
             found += [each for each in self.read(page) if owner is None or _is_visible(each, owner)]
         return [each for each in found if each.status is status][:limit]
 
+    def forget_key(self, owner: str) -> None:
+        """Delete the deliveries that belong to an API key and wait or are dead."""
+        for index in (keys.WEBHOOKS_DUE, keys.WEBHOOKS_DEAD):
+            for delivery in self.read(self._client.zrange(index, 0, -1)):
+                if delivery.owner == owner:
+                    self._client.unlink(keys.WEBHOOK + delivery.id)
+                    self._client.zrem(index, delivery.id)
+
     def resend(self, delivery: Delivery) -> Delivery:
         """Send a dead delivery again, with all attempts and under the same id.
 

@@ -154,6 +154,10 @@ class Receivers:
         self._client.hset(keys.WEBHOOK_SECRETS, owner, json.dumps(secrets_to_json(rotated)))
         return rotated
 
+    def forget_key(self, owner: str) -> None:
+        """Delete the secrets of an API key."""
+        self._client.hdel(keys.WEBHOOK_SECRETS, owner)
+
     def secrets_for(self, endpoint_id: str, owner: str) -> list[Secret]:
         """Return the secrets for a delivery to an endpoint, or, without one, to the URL of an API key's job.
 

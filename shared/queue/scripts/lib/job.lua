@@ -116,7 +116,8 @@ end
 
 -- Fields of K.BYTES: what unfinished jobs occupy plus what they may grow by, in all ('total') and per owner ('owner:…');
 -- the growth alone ('growth'); kept requests of ended jobs ('failed'), their limit ('failed_limit'), and whether those of
--- all jobs are kept ('keep_all'), not only of failed ones.
+-- all jobs are kept ('keep_all'), not only of failed ones; requests kept for the archive ('unarchived'), and what the
+-- archive stores ('archive': 'all', 'output' or 'none'), if there is one.
 local function count_bytes(field, bytes)
   if redis.call('HINCRBY', K.BYTES, field, string.format('%.0f', bytes)) <= 0 then
     redis.call('HDEL', K.BYTES, field)
@@ -144,13 +145,15 @@ local function drop_failed_request(member)
 end
 
 -- Keeps the request of a failed job, with its images, so that it can be read and run again. Drops the oldest such requests
--- beyond the limit. Deletes the requests of jobs that ended otherwise, unless all are to be kept.
-local function settle_request(id, status, retention)
-  if status ~= 'failed' and redis.call('HEXISTS', K.BYTES, 'keep_all') == 0 then
-    redis.call('UNLINK', K.REQUEST .. id, K.IMAGES .. id)
-    return
-  end
+-- beyond the limit. Deletes the requests of jobs that ended otherwise, unless all are to be kept, or the archive needs
+-- this one. Returns the bytes of a request that is kept only for the archive, else 0.
+local function settle_request(id, status, retention, for_archive)
   local bytes = redis.call('HGET', K.JOB .. id, 'request_bytes') or '0'
+  if status ~= 'failed' and redis.call('HEXISTS', K.BYTES, 'keep_all') == 0 then
+    redis.call('UNLINK', K.IMAGES .. id)
+    redis.call(for_archive and 'PERSIST' or 'UNLINK', K.REQUEST .. id)
+    return for_archive and tonumber(bytes) or 0
+  end
   local limit = tonumber(redis.call('HGET', K.BYTES, 'failed_limit') or 2 ^ 26)
   redis.call('EXPIRE', K.REQUEST .. id, retention)
   redis.call('EXPIRE', K.IMAGES .. id, retention)
@@ -164,6 +167,43 @@ local function settle_request(id, status, retention)
     end
     drop_failed_request(oldest)
   end
+  return 0
+end
+
+-- The archive -----------------------------------------------------------------------------------------------------
+
+-- Ended jobs wait in K.UNARCHIVED until the background process has copied them to the archive. The list is bounded. Jobs
+-- that are dropped from it lose their request, but are archived later if their record still exists.
+local MAX_UNARCHIVED = 10000
+local MAX_UNARCHIVED_BYTES = 2 ^ 26
+local ARCHIVE_WAIT_S = 3600 -- shortest lifetime of a record that has not been archived
+
+-- Removes an entry from the list, with the request that was kept for it.
+local function drop_unarchived(member)
+  local id, bytes = member:match('^(.+) (%d+)$')
+  if redis.call('ZREM', K.UNARCHIVED, member) == 1 and bytes ~= '0' then
+    redis.call('UNLINK', K.REQUEST .. id)
+    count_bytes('unarchived', -tonumber(bytes))
+  end
+end
+
+-- Lists a job that has ended for the archive. Returns the seconds for which its record must live.
+local function await_archive(id, at, request_bytes, retention)
+  redis.call('ZADD', K.UNARCHIVED, stamp(at), id .. ' ' .. string.format('%.0f', request_bytes))
+  if request_bytes > 0 then
+    redis.call('EXPIRE', K.REQUEST .. id, math.max(retention, ARCHIVE_WAIT_S))
+    count_bytes('unarchived', request_bytes)
+  end
+  while redis.call('ZCARD', K.UNARCHIVED) > MAX_UNARCHIVED
+    or tonumber(redis.call('HGET', K.BYTES, 'unarchived') or '0') > MAX_UNARCHIVED_BYTES do
+    local oldest = redis.call('ZRANGE', K.UNARCHIVED, 0, 0)[1]
+    if not oldest then
+      redis.call('HDEL', K.BYTES, 'unarchived')
+      break
+    end
+    drop_unarchived(oldest)
+  end
+  return math.max(retention, ARCHIVE_WAIT_S)
 end
 
 -- Makes an owner's list of jobs live for at least this long: as long as the longest-lived job in it.
@@ -216,7 +256,11 @@ local function finish(id, status, fields, by_worker)
   leave_queue(id, model)
   redis.call('ZREM', K.TIMERS, id)
   release_bytes(id, owner)
-  settle_request(id, status, retention)
+  local archive = hook ~= '-' and redis.call('HGET', K.BYTES, 'archive') -- lines of batches are in the batch's files
+  local kept_bytes, lifetime = settle_request(id, status, retention, archive == 'all'), retention
+  if archive then
+    lifetime = await_archive(id, at, kept_bytes, tonumber(retention))
+  end
   if worker and worker ~= '' then
     if was == 'running' then
       end_attempt(id, worker, 'ended')
@@ -233,13 +277,13 @@ local function finish(id, status, fields, by_worker)
   if response then
     publish_response(id, status, fields.finish_reason, owner, hook)
   end
-  redis.call('EXPIRE', job, retention)
-  redis.call('EXPIRE', K.OUTPUT .. id, retention)
+  redis.call('EXPIRE', job, lifetime)
+  redis.call('EXPIRE', K.OUTPUT .. id, lifetime)
   redis.call('EXPIRE', K.LOG .. id, log_retention or retention)
   if redis.call('HEXISTS', K.BYTES, 'owner:' .. owner) == 1 then
-    keep_owner(owner, tonumber(retention))
+    keep_owner(owner, tonumber(lifetime))
   else -- the owner has no unfinished job, so no record outlives this one
-    redis.call('EXPIRE', K.OWNER .. owner, retention)
+    redis.call('EXPIRE', K.OWNER .. owner, lifetime)
   end
   if idem and idem ~= '' then
     redis.call('EXPIRE', K.IDEM .. owner .. ':' .. idem, retention)

@@ -1,0 +1,110 @@
+"""What Redis holds for the archive: ended jobs that wait for it, deleted jobs to erase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from shared.jobs.record import OLD_REQUEST
+from shared.redis import keys
+from shared.redis.client import Redis, script
+from web.archive.tables import ArchivedJob
+
+_NO_HOOK = "-"
+"""The webhook of jobs that are lines of batches, which are not archived."""
+
+
+class ArchiveQueue:
+    """The background process's access to Redis. Methods raise `redis.RedisError` if Redis is unreachable.
+
+    Args:
+        content: what the archive stores of a job: `all`, `output` or `none`.
+    """
+
+    def __init__(self, client: Redis, content: str) -> None:
+        self._client = client
+        self._content = content
+        self._archived = script(client, "archived")
+
+    def open(self) -> None:
+        """Let jobs that end from now on wait for the archive."""
+        self._client.hset(keys.BYTES, "archive", self._content)
+
+    def close(self) -> None:
+        """Let jobs no longer wait: there is no archive."""
+        self._client.hdel(keys.BYTES, "archive")
+        while waiting := self.waiting(1000):
+            self.settle(waiting)
+        self._client.delete(keys.ERASED, keys.ARCHIVE)
+
+    def waiting(self, limit: int) -> list[str]:
+        """Return entries of ended jobs that wait, those that ended first: each is the id, a space and a number."""
+        return [*self._client.zrange(keys.UNARCHIVED, 0, limit - 1)]
+
+    def read(self, job_ids: Sequence[str]) -> list[ArchivedJob]:
+        """Return those of the jobs that have ended, were not deleted, and belong in the archive."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hgetall(keys.JOB + job_id)
+                pipe.hget(keys.REQUEST + job_id, "request")
+                pipe.get(keys.OUTPUT + job_id)
+            replies = pipe.execute() if job_ids else []
+        jobs = zip(replies[::3], replies[1::3], replies[2::3], strict=True)
+        return [self._stored(*each) for each in jobs if _belongs(each[0])]
+
+    def settle(self, entries: Sequence[str]) -> None:
+        """Remove entries of jobs that have been archived."""
+        self._archived(args=[*entries])
+
+    def hidden(self, job_ids: Sequence[str]) -> set[str]:
+        """Return those of the jobs that were deleted a moment ago, or are yet to be erased."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hexists(keys.JOB + job_id, "deleted")
+                pipe.zscore(keys.ERASED, job_id)
+            flags = pipe.execute() if job_ids else []
+        each = zip(job_ids, flags[::2], flags[1::2], strict=True)
+        return {job_id for job_id, deleted, erased_at in each if deleted or erased_at is not None}
+
+    def deleted(self, limit: int) -> dict[str, float]:
+        """Return deleted jobs that must be erased from the archive, with the time of their deletion."""
+        return dict(self._client.zrange(keys.ERASED, 0, limit - 1, withscores=True))
+
+    def must_erase(self, job_ids: Sequence[str]) -> None:
+        """Let the background process erase jobs that are no longer in Redis."""
+        now = time.time()
+        self._client.zadd(keys.ERASED, dict.fromkeys(job_ids, now))
+
+    def erase_prefixes(self, owner: str, unused_since: float) -> None:
+        """Let workers erase the cached prefixes of an API key that were not used since a time."""
+        self._client.zadd(keys.PREFIX_CUTOFFS, {owner: unused_since}, gt=True)
+
+    def erased(self, job_ids: Sequence[str]) -> None:
+        """Forget deleted jobs that have been erased."""
+        if job_ids:
+            self._client.zrem(keys.ERASED, *job_ids)
+
+    def ids(self, owner: str, start: int, limit: int) -> list[str]:
+        """Return the ids of jobs of an API key in Redis, oldest first, without the first `start`."""
+        return [*self._client.zrange(keys.OWNER + owner, start, start + limit - 1)]
+
+    def report(self, *, error: str = "", written: int = 0, size: int | None = None) -> None:
+        """Record the state for the health check and for metrics."""
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hset(keys.ARCHIVE, "error", error)
+            pipe.hincrby(keys.ARCHIVE, "written", written)
+            if size is not None:
+                pipe.hset(keys.ARCHIVE, "bytes", size)
+            pipe.execute()
+
+    def _stored(self, record: dict[str, str], request: str | None, text: str | None) -> ArchivedJob:
+        return ArchivedJob.of(
+            record,
+            request if self._content == "all" else None,
+            None if self._content == "none" else text or "",
+        )
+
+
+def _belongs(record: dict[str, str]) -> bool:
+    ended = bool(record.get("finished_at")) and OLD_REQUEST not in record
+    return ended and "deleted" not in record and record.get("webhook") != _NO_HOOK
