@@ -17,7 +17,8 @@ CODE = (*PICKLES, ".py")
 VISION_FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     *("pixtral", "mistral3", "lfm2_vl", "internvl", "internvl_chat", "idefics3", "smolvlm", "llava", "kimi_vl"),
-    *("gemma3", "gemma4"),
+    *("gemma3", "gemma4", "granite4_vision"),
+    *("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
 )
 """Values of `model_type` in config.json whose images are supported. Other multimodal folders serve only text."""
 _SECTION_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -14,6 +14,7 @@ from mlx_vlm.utils import update_module_configs
 from tokenizers import Tokenizer
 
 from tests.architectures.vision_models_gemma import GEMMA
+from tests.architectures.vision_models_other import OTHER
 from tests.architectures.vision_models_plain import PLAIN
 from tests.architectures.vision_spec import CLIP, HALF, TEXT, Json, VisionModel
 from tests.support.architecture_configs import VOCABULARY
@@ -179,5 +180,6 @@ VISION_MODELS: Final[dict[str, VisionModel]] = {
     ),
     **PLAIN,
     **GEMMA,
+    **OTHER,
 }
 """By `model_type`, or a variant of one."""

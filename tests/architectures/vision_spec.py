@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
+
 Json: TypeAlias = dict[str, Any]
 
 TEXT: Final[Json] = {
@@ -39,6 +41,8 @@ class VisionModel:
         tokenizer: further values of tokenizer_config.json.
         min_side: minimum side length of images, in pixels; smaller ones are refused.
         without: weights that real folders do not have.
+        images: how many images of a prompt mlx-vlm reads at most, for comparisons.
+        batching: how its rows may share passes.
         loud: part of the names of weights that are enlarged, so that tokens depend on the images.
     """
 
@@ -50,3 +54,5 @@ class VisionModel:
     min_side: int = 1
     without: tuple[str, ...] = ()
     loud: str | None = None
+    images: int = 2
+    batching: BatchingSupport = UNRESTRICTED

@@ -13,6 +13,7 @@ from typing import Any, Final
 from worker.runner.vision import images
 from worker.runner.vision.gemma import Gemma4Language
 from worker.runner.vision.generic_encoder import GenericEncoder
+from worker.runner.vision.granite import GraniteEncoder, target_layers
 from worker.runner.vision.half import Encoder, Expand
 from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
 from worker.runner.vision.mrope import Axes, use_mrope
@@ -110,7 +111,9 @@ def _qwen(encoder: Callable[[Any, Any], Encoder], axes: Axes) -> VisionFamily:
     )
 
 
-def _generic(text: str | None = None, **fields: Any) -> VisionFamily:
+def _generic(
+    text: str | None = None, encoder_class: type[GenericEncoder] = GenericEncoder, **fields: Any
+) -> VisionFamily:
     """Return a family whose images are encoded by mlx-vlm's `get_input_embeddings`.
 
     Args:
@@ -120,7 +123,7 @@ def _generic(text: str | None = None, **fields: Any) -> VisionFamily:
 
     def encoder(parts: Parts, language: ImageLanguageModel) -> Encoder:
         placeholder = text or parts.tokenizer.convert_ids_to_tokens(parts.image_token)
-        return GenericEncoder(parts.model, parts.processor, language, placeholder)
+        return encoder_class(parts.model, parts.processor, language, placeholder)
 
     return VisionFamily(encoder, **fields)
 
@@ -136,6 +139,12 @@ def _gemma4_expand(parts: Parts) -> Expand:
         return expanded, replace(media, whole=_attends_within_images(parts))
 
     return expand
+
+
+def _granite_language(parts: Parts) -> ImageLanguageModel:
+    before = [layer - 1 for layer in target_layers(parts.model.config) if layer]
+    add_image_features([parts.text.layers[layer] for layer in before], parts.inputs)
+    return plain_language(parts)
 
 
 def _attends_within_images(parts: Parts) -> bool:
@@ -156,5 +165,10 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "kimi_vl": _generic(placeholder=("media_placeholder_token_id",)),
     # The processor writes line breaks around an image, which merge with those of the template.
     "gemma3": _generic(placeholder_text="<start_of_image>", template=("<start_of_image>", "\n\n<start_of_image>\n\n")),
+    **dict.fromkeys(
+        ("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
+        _generic(placeholder=("img_context_token_id",)),
+    ),
+    "granite4_vision": _generic(encoder_class=GraniteEncoder, language=_granite_language),
     "gemma4": _generic(language=_gemma4_language, expand=_gemma4_expand),
 }

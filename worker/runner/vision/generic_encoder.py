@@ -139,7 +139,11 @@ class GenericEncoder:
         inputs = {name: _as_array(value) for name, value in pixels.items()}
         ids = mx.array([layout.ids])
         values = next(inputs.pop(name) for name in _PIXELS if name in inputs)
-        embeds: mx.array = self.tower.get_input_embeddings(ids, values, mask=mx.ones_like(ids), **inputs).inputs_embeds
+        return self._packed(self.tower.get_input_embeddings(ids, values, mask=mx.ones_like(ids), **inputs))
+
+    def _packed(self, found: Any) -> mx.array:
+        """Return the features [layers, tokens, hidden size] in what `get_input_embeddings` returned."""
+        embeds: mx.array = found.inputs_embeds
         return embeds
 
     def _timed(self, width: int, height: int) -> float:
