@@ -19,6 +19,7 @@ VISION_FAMILIES = (
     *("pixtral", "mistral3", "lfm2_vl", "internvl", "internvl_chat", "idefics3", "smolvlm", "llava", "kimi_vl"),
     *("gemma3", "gemma4", "granite4_vision"),
     *("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
+    *("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
 )
 """Values of `model_type` in config.json whose images are supported. Other multimodal folders serve only text."""
 _SECTION_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -14,6 +14,7 @@ from mlx_vlm.utils import update_module_configs
 from tokenizers import Tokenizer
 
 from tests.architectures.vision_models_gemma import GEMMA
+from tests.architectures.vision_models_glm import GLM
 from tests.architectures.vision_models_other import OTHER
 from tests.architectures.vision_models_plain import PLAIN
 from tests.architectures.vision_spec import CLIP, HALF, TEXT, Json, VisionModel
@@ -180,6 +181,7 @@ VISION_MODELS: Final[dict[str, VisionModel]] = {
     ),
     **PLAIN,
     **GEMMA,
+    **GLM,
     **OTHER,
 }
 """By `model_type`, or a variant of one."""

@@ -29,6 +29,7 @@ _ARCHITECTURES: Final = {
     "dots_ocr": "qwen2",
     "glm4v_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
+    "glm_ocr_text": "glm4",
     "lfm2_vl": "lfm2",
     "llava_qwen2": "qwen2",
     "paddleocr_vl": "llama",
@@ -37,11 +38,14 @@ _ARCHITECTURES: Final = {
     "smolvlm": "llama",
 }
 """mlx-lm's architectures for language models whose own type it does not know."""
+_ROPE: Final = ("rope_theta", "partial_rotary_factor")
+"""Values that later versions of transformers state in `rope_parameters`."""
 _DIFFERENT: Final = frozenset(
     ("colidefics3", "deepseek_vl_v2", "deepseekocr", "deepseekocr_2", "paligemma", "plamo2vl", "unlimited_ocr")
 )
 """Types whose text mlx-lm would compute in another way: other rotary positions, or prompts that are read both ways."""
 _PREFIX: Final = re.compile(r"(?:model\.|thinker\.)*(?:language_model|text_model|language|llm)\.|thinker\.")
+_LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
 _ADAPTER: Final = "adapters.safetensors"
 _OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector")
 
@@ -115,7 +119,8 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     section = section.get("text_config") or section
     own = section.get("model_type", kind)
     defaults = _defaults(kind, config) if section is not config else {}
-    text = {**defaults, **section, "model_type": _ARCHITECTURES.get(own, own)}
+    nested = {name: value for name, value in (section.get("rope_parameters") or {}).items() if name in _ROPE}
+    text = {**defaults, **nested, **section, "model_type": _ARCHITECTURES.get(own, own)}
     if config.get("eos_token_id") is not None:  # load_config takes it from generation_config.json
         text["eos_token_id"] = config["eos_token_id"]
     if isinstance(quantization := config.get("quantization"), dict):
@@ -141,6 +146,8 @@ def _text_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     class TextHalf(architecture):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
             text = _text_weights(self, weights)
+            if config.get("num_nextn_predict_layers"):  # further layers predict the tokens after the next one
+                text = {name: weight for name, weight in text.items() if _layer(name) < config["num_hidden_layers"]}
             return super().sanitize(text) if hasattr(architecture, "sanitize") else text
 
     TextHalf.__module__ = architecture.__module__
@@ -169,6 +176,12 @@ def _text_name(path: str, top: str) -> str | None:
     if in_text.startswith((f"{top}.", "lm_head.")):
         return None if name == path and _OTHER_HALF.search(path) else in_text
     return f"{top}.{in_text}" if name != path else None
+
+
+def _layer(name: str) -> int:
+    """Return the number of the layer that a weight belongs to; -1 if it belongs to none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1
 
 
 def _without_prefix(path: str) -> str:

@@ -94,9 +94,10 @@ class VisionFamily:
 def _mrope_language(axes: Axes) -> Callable[[Parts], ImageLanguageModel]:
     def language(parts: Parts) -> ImageLanguageModel:
         text = parts.text_config
-        settings = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        settings = {**(text.get("rope_parameters") or {}), **(text.get("rope_scaling") or {})}
         use_mrope(parts.text, axes, settings["mrope_section"], parts.inputs)
-        deepstack = getattr(parts.model.vision_tower, "deepstack_visual_indexes", None) or ()
+        tower = getattr(parts.model, "vision_tower", None)
+        deepstack = getattr(tower, "deepstack_visual_indexes", None) or ()
         add_image_features(parts.text.layers[: len(deepstack)], parts.inputs)
         return plain_language(parts)
 
@@ -151,6 +152,7 @@ def _attends_within_images(parts: Parts) -> bool:
     return parts.text_config.get("use_bidirectional_attention") == "vision"
 
 
+_GLM: Final = _generic(expand=mrope_expand, language=_mrope_language(Axes.SECTIONS))
 _QWEN3: Final = _qwen(DeepstackEncoder, Axes.INTERLEAVED)
 
 FAMILIES: Final[Mapping[str, VisionFamily]] = {
@@ -160,6 +162,7 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": _QWEN3,
     "qwen3_5_moe": _QWEN3,
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"), _GLM),
     **dict.fromkeys(("pixtral", "mistral3", "lfm2_vl", "internvl", "idefics3", "smolvlm", "llava"), _generic()),
     "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>", template=("<image>", "<IMG_CONTEXT>")),
     "kimi_vl": _generic(placeholder=("media_placeholder_token_id",)),

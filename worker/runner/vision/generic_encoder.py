@@ -19,7 +19,7 @@ from PIL import Image
 
 from shared.models.image_geometry import ImageGeometry
 from worker.models.load import first_line
-from worker.runner.vision.images import PlacedImage, decode_image
+from worker.runner.vision.images import Grid, PlacedImage, decode_image
 from worker.runner.vision.language import ImageLanguageModel
 
 PATCH_VALUES: Final = 3 * 14 * 14
@@ -35,6 +35,7 @@ _MAX_PATCH_SIDE: Final = 32
 """Maximum side length of a patch in pixels. Larger arrays are whole images or tiles."""
 _UNUSED: Final = ("audio_tower", "embed_audio", "sound_encoder", "sound_projection")
 """Parts of models that are not for images."""
+_GRID: Final = "image_grid_thw"
 _PIXELS: Final = ("pixel_values", "images")
 """Names under which processors return the pixels."""
 
@@ -49,11 +50,13 @@ class TokenLayout:
     Attributes:
         ids: token ids: the model's image token, and tokens that separate rows or tiles.
         tiles: number of parts that the encoder sees separately.
+        grid: see `Layout.grid`.
     """
 
     ids: tuple[int, ...] = field(repr=False)
     patches: int
     tiles: int
+    grid: Grid | None = None
 
     @property
     def tokens(self) -> int:
@@ -175,7 +178,13 @@ class GenericEncoder:
         values = next(inputs[name] for name in _PIXELS if name in inputs)
         arrays = values if isinstance(values, list) else [values]
         patches = sum(int(array.size) for array in arrays) // PATCH_VALUES + 1
-        return TokenLayout(ids, patches, _tiles(arrays)), inputs
+        return TokenLayout(ids, patches, _tiles(arrays), self._grid(inputs)), inputs
+
+    def _grid(self, inputs: Inputs) -> Grid | None:
+        if _GRID not in inputs:
+            return None
+        ((_, rows, columns),) = np.array(inputs[_GRID]).tolist()
+        return Grid(rows, columns, self._processor.image_processor.merge_size)
 
     def _image_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Return the token ids of an image.
@@ -202,6 +211,10 @@ class TextEmbeddings:
     def __init__(self, embed: Callable[[mx.array], mx.array]) -> None:
         self.model = self
         self.embed_tokens = self.get_input_embeddings = embed
+
+    def get_rope_index(self, *_arguments: Any, **_more: Any) -> tuple[None, None]:
+        """Compute no positions: those of a single image say nothing about a prompt."""
+        return None, None
 
 
 def _on_host(value: Any) -> Any:

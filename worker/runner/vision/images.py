@@ -31,6 +31,7 @@ class Layout(Protocol):
     Attributes:
         tokens: number of tokens of the image in the language model.
         patches: size of the encoder's input, the unit of its cost.
+        grid: the grid of patches, if every token of the image belongs to one.
     """
 
     @property
@@ -38,6 +39,9 @@ class Layout(Protocol):
 
     @property
     def patches(self) -> int: ...  # noqa: D102
+
+    @property
+    def grid(self) -> Grid | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,11 @@ class Grid:
     def tokens(self) -> int:
         """Number of tokens, the input of the language model."""
         return self.patches // self.merge**2
+
+    @property
+    def grid(self) -> Grid:
+        """See `Layout.grid`."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +163,7 @@ def expand(tokens: Sequence[int], image_token: int, images: Sequence[PlacedImage
 
 
 def with_grid_positions(media: ImageMedia, tokens: int) -> ImageMedia:
-    """Return the media of a prompt with M-RoPE positions. The layouts of its images are grids.
+    """Return the media of a prompt with M-RoPE positions. The layouts of its images have grids.
 
     Args:
         tokens: number of tokens of the prompt.
@@ -162,8 +171,8 @@ def with_grid_positions(media: ImageMedia, tokens: int) -> ImageMedia:
     positions: list[Ints] = []
     next_position = end = 0
     for image in media.images:
-        grid = image.layout
-        assert isinstance(grid, Grid)  # noqa: S101 - the encoders of these families make no other layouts
+        grid = image.layout.grid
+        assert grid is not None  # noqa: S101 - the encoders of these families make no other layouts
         next_position = _append_text(positions, next_position, image.start - end)
         positions.append(next_position + _grid_positions(grid))
         next_position += max(grid.rows, grid.columns) // grid.merge
