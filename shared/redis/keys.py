@@ -74,6 +74,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `WEBHOOKS_DEAD` | zset | delivery that failed for good → time of its end | entries are pruned after 30 days |
 | `SESSION` + hash of its token | string | id of the API key that signed in to the console | 12 h |
 | `SAMPLES` | list | JSON of `web.cluster.samples.Sample`, oldest first: the last hour | forever, 120 entries |
+| `OLD_TOKENIZER` + digest | string | tokenizer of an earlier version, not gzipped | until no model card names it |
 | `OLD_QUEUE` + model | zset | queue of the first layout; old processes write it during an upgrade | until adopted |
 
 `PREFIXES` is a direct-mapped table of at most 65,536 fields per model: a hash replaces an earlier one with the same
@@ -178,6 +179,7 @@ WEBHOOKS_DEAD: Final = "mlxq:webhooks-dead"
 SESSION: Final = "mlxq:session:"
 SAMPLES: Final = "mlxq:samples"
 OLD_QUEUE: Final = "mlxq:queue:"
+OLD_TOKENIZER: Final = "mlxq:tokenizer:"
 
 LUA_TABLE: Final = (
     "local K = {"

