@@ -50,9 +50,11 @@ def drop_foreign_variables(environment: MutableMapping[str, str]) -> list[str]:
     return dropped
 
 
-_COMPOSE: Final = frozenset(
-    {"MODELS_DIR", "PYTHON_IMAGE", "REDIS_IMAGE", "REDIS_MAXMEMORY", "REDIS_PASSWORD", "REDIS_PORT"}
-)
+BASE_IMAGES: Final = frozenset({"PYTHON_IMAGE", "REDIS_IMAGE", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE"})
+COMPOSE_VARIABLES: Final = BASE_IMAGES | {
+    *("ACCELERATOR", "MODELS_DIR", "REDIS_PORT", "GRAFANA_PORT"),
+    *("REDIS_MAXMEMORY", "REDIS_MEMORY", "WEB_MEMORY", "WORKER_MEMORY"),
+}
 """Variables of compose.yaml, which reads the same `.env`."""
 _OPENTELEMETRY: Final = re.compile(r"OTEL_EXPORTER_(OTLP_(LOGS|METRICS|TRACES)|ZIPKIN)_\w+")
 """OpenTelemetry's own variables whose names are similar to those of settings."""
@@ -64,13 +66,15 @@ def unknown_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, st
     """Return the names in `.env` that nothing reads, each with the most similar setting, or an empty string."""
     known = {name.upper() for name in settings}
     unknown = [name.upper() for name in names if not name.upper().startswith("COMPOSE_")]
-    return {name: closest(name, known) for name in unknown if name not in known | _COMPOSE}
+    return {name: closest(name, known) for name in unknown if name not in known | COMPOSE_VARIABLES}
 
 
 def misspelled_names(names: Iterable[str], settings: Iterable[str]) -> dict[str, str]:
     """Return the names in the environment that are probably misspelled settings, each with that setting."""
     known = {name.upper() for name in settings}
-    others = [name for name in names if name not in known | _COMPOSE | _OURS and not _OPENTELEMETRY.fullmatch(name)]
+    others = [
+        name for name in names if name not in known | COMPOSE_VARIABLES | _OURS and not _OPENTELEMETRY.fullmatch(name)
+    ]
     return {name: setting for name in others if (setting := closest(name, known))}
 
 

@@ -1,13 +1,17 @@
 """Builds and runs the containers of compose.yaml and checks them: `scripts/test-compose`.
 
-The stack has its own project name, ports, secrets and volumes, so other containers are not affected. It is always taken
-down at the end. PYTHON_IMAGE and REDIS_IMAGE replace the base images.
+It begins as a fresh clone does, without secrets and without a model. An earlier version is started first, and upgraded
+in place while jobs wait and run. The stack has its own project name, ports and volumes, so other containers are not
+affected. It is always taken down at the end. PYTHON_IMAGE, REDIS_IMAGE, PROMETHEUS_IMAGE and GRAFANA_IMAGE replace the
+base images; with GRAFANA_IMAGE=none, Grafana is not started.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Final
@@ -24,14 +29,17 @@ from scripts.client.api import Client, ClientError, RemoteJob
 from shared.jobs.record import Status
 from shared.settings import ROOT
 from tests.compose.containers import Containers, EngineError, clean_environment
-from web.access.api_keys import new_key
 
-SERVICES: Final = ("redis", "mlx-server", "web", "background", "flower")
+ONE_SHOT: Final = ("init", "model", "observability-init")
+"""Services that do something and end."""
+WITHOUT_WORKER: Final = ("redis", "web", "background", "flower")
+SERVICES: Final = (*WITHOUT_WORKER, "mlx-server")
+OBSERVABILITY: Final = ("prometheus", "grafana")
 HEALTHY_WITHIN_S: Final = 300
 MANY_RESTARTS: Final = 5
 DONE_WITHIN_S: Final = 300
 DOWN_WITHIN_S: Final = 30
-MODEL: Final = ROOT / "models/SmolLM2-135M-Instruct"
+UPGRADED_JOBS: Final = 4
 REQUEST: Final = {
     "messages": [{"role": "user", "content": "Tell me a long story about a lighthouse."}],
     "max_tokens": 128,
@@ -44,28 +52,36 @@ class CheckFailed(Exception):
     """A check failed. The message says why."""
 
 
+@dataclass(slots=True)
 class Checks:
-    """The checks of a stack, step by step. Steps raise `CheckFailed`, `EngineError` or `ClientError`."""
+    """The checks of a stack, step by step. Steps raise `CheckFailed`, `EngineError` or `ClientError`.
 
-    def __init__(self, containers: Containers, variables: dict[str, str]) -> None:
-        self._containers = containers
-        self._variables = variables
-        self._url = f"http://127.0.0.1:{variables['PORT']}"
-        self._client = Client(self._url, variables["MLXQ_API_KEY"])
+    Attributes:
+        variables: the stack's `.env`.
+        earlier: a checkout of an earlier version, from which the stack is upgraded; None: it starts with this version.
+    """
+
+    containers: Containers
+    variables: dict[str, str]
+    earlier: Path | None = None
+    _client: Client = field(init=False)
 
     def run(self) -> None:
         """Run all steps in order."""
-        self._fetch_model()
-        with step("the images are built"):
-            self._containers.compose("build")
-        with step("the containers are created and started"):
-            self._containers.compose("up", "--detach")
-        for service in SERVICES:
-            with step(f"{service} is healthy"):
-                self._wait_healthy(service)
+        if self.earlier:
+            self._start("the earlier version", self.earlier)
+            jobs = [self._client.submit(REQUEST) for _ in range(UPGRADED_JOBS)]
+            self._wait_running(jobs[0])
+        self._start("the stack")
+        if self.earlier:
+            with step(f"{UPGRADED_JOBS} jobs of the earlier version complete with the same text"):
+                if len(texts := {self._finish(job).text for job in jobs}) != 1:
+                    raise CheckFailed(f"the texts differ: {texts}")
         for service in SERVICES:
             with step(f"{service} runs without root, on a read-only file system"):
                 self._check_confined(service)
+        with step("no image contains a secret"):
+            self._check_no_secret()
         with step("scripts/smoke passes"):
             self._smoke()
         with step("a job completes"):
@@ -73,47 +89,98 @@ class Checks:
         for service in ("mlx-server", "redis", "web"):
             with step(f"{service} is killed while a job runs, restarts, and the job completes"):
                 self._kill(service, text)
+        with step("a worker outside of the containers runs a job"):
+            self._native_worker(text)
+        self._observe()
 
-    def _fetch_model(self) -> None:
-        if not (MODEL / "config.json").exists():
-            with step("the default model is fetched"):
-                _run(str(ROOT / "scripts/fetch_model"))
+    def _start(self, what: str, root: Path = ROOT) -> None:
+        with step(f"{what}: the images are built"):
+            self.containers.compose("build", root=root)
+        with step(f"{what}: secrets are created, the model is fetched, and the containers are started"):
+            self.containers.compose("up", "--detach", root=root)
+        self._client = Client(self._url, self.containers.secret("MLXQ_API_KEY"))
+        for service in SERVICES:
+            with step(f"{what}: {service} is healthy"):
+                self._wait_healthy(service)
+
+    @property
+    def _url(self) -> str:
+        return f"http://127.0.0.1:{self.variables['PORT']}"
 
     def _wait_healthy(self, service: str, restarts: int = 0) -> None:
         def healthy() -> bool:
-            container = self._containers.inspect(service)
+            container = self.containers.inspect(service)
             if container["RestartCount"] > restarts + MANY_RESTARTS:
                 raise CheckFailed(f"{service} keeps exiting")
             health = container["State"]["Health"]["Status"]
             return bool(container["RestartCount"] >= restarts and health == "healthy")
 
         if not within(HEALTHY_WITHIN_S, healthy):
-            state = self._containers.inspect(service)["State"]
+            state = self.containers.inspect(service)["State"]
             checks = state["Health"]["Log"] or [{"Output": "nothing"}]
             raise CheckFailed(f"{service} is {state['Status']}; last health check: {checks[-1]['Output'].strip()}")
 
     def _check_confined(self, service: str) -> None:
-        if not self._containers.execute(service, '[ "$(id -u)" != 0 ] && ! touch /x'):
+        if not self.containers.execute(service, '[ "$(id -u)" != 0 ] && ! touch /x'):
             raise CheckFailed(f"{service} runs as root or can write to its image")
-        if service == "mlx-server" and not self._containers.execute(service, "ls models/* && ! touch models/x"):
+        if service == "mlx-server" and not self.containers.execute(service, "ls models/* && ! touch models/x"):
             raise CheckFailed("mlx-server cannot read its models, or can write to them")
 
+    def _check_no_secret(self) -> None:
+        secret = self.containers.secret("MLXQ_API_KEY")
+        for service in SERVICES:
+            container = self.containers.inspect(service)
+            if secret in str(container["Config"]) or secret in self.containers.history(container["Image"]):
+                raise CheckFailed(f"{service} shows the API key in its configuration or image")
+
     def _smoke(self) -> None:
-        flower_url = f"http://127.0.0.1:{self._variables['FLOWER_PORT']}"
-        _run(str(ROOT / "scripts/smoke"), "--url", self._url, "--flower-url", flower_url, variables=self._variables)
+        flower_url = f"http://127.0.0.1:{self.variables['FLOWER_PORT']}"
+        names = ("MLXQ_API_KEY", "FLOWER_PASSWORD")
+        variables = self.variables | {name: self.containers.secret(name) for name in names}
+        _run(str(ROOT / "scripts/smoke"), "--url", self._url, "--flower-url", flower_url, variables=variables)
+
+    def _native_worker(self, text: str) -> None:
+        """As on a Mac: the containers but the worker, and `scripts/worker` on this machine."""
+        _run(str(ROOT / "scripts/fetch_model"))
+        self.containers.compose("stop", "mlx-server")
+        job = self._client.submit(REQUEST)
+        with tempfile.TemporaryDirectory() as data:
+            variables = {"REDIS_URL": self.containers.secret("REDIS_URL"), "ENV_FILE": os.devnull, "DATA_DIR": data}
+            worker = subprocess.Popen([str(ROOT / "scripts/worker")], env=clean_environment() | variables)
+            try:
+                if self._finish(job).text != text:
+                    raise CheckFailed(f"{job.id} has a different text than in a container")
+            finally:
+                worker.terminate()
+                worker.wait()
+
+    def _observe(self) -> None:
+        services = OBSERVABILITY[:1] if os.environ.get("GRAFANA_IMAGE") == "none" else OBSERVABILITY
+        with step(f"{' and '.join(services)} start"):
+            self.containers.compose("up", "--detach", "--no-recreate", *services, profiles=("observability",))
+            for service in services:
+                self._wait_healthy(service)
+        with step("prometheus scrapes the API"):
+            query = "promtool query instant http://127.0.0.1:9090 'up{job=\"mlxq\"} == 1' | grep -q mlxq"
+            if not within(HEALTHY_WITHIN_S, lambda: self.containers.execute("prometheus", query)):
+                raise CheckFailed("prometheus has no metrics of the API")
 
     def _kill(self, service: str, text: str) -> None:
-        restarts = self._containers.inspect(service)["RestartCount"]
+        restarts = self.containers.inspect(service)["RestartCount"]
         job = self._client.submit(REQUEST)
-        if not within(DONE_WITHIN_S, lambda: len(self._client.job(job.id).text) > len(text) // 8):
-            raise CheckFailed(f"{job.id} does not start")
-        if self._client.job(job.id).status.terminal:
-            raise CheckFailed(f"{job.id} ended before the kill")
+        self._wait_running(job, len(text) // 8)
         # All processes but PID 1, from inside: after `docker kill`, the engine does not restart the container.
-        self._containers.execute(service, "kill -9 -1")
+        self.containers.execute(service, "kill -9 -1")
         self._wait_healthy(service, restarts + 1)
         if self._finish(job).text != text:
             raise CheckFailed(f"{job.id} has a different text than without the kill")
+
+    def _wait_running(self, job: RemoteJob, characters: int = 0) -> None:
+        """Wait until a job has more than a number of characters."""
+        if not within(DONE_WITHIN_S, lambda: len(self._client.job(job.id).text) > characters):
+            raise CheckFailed(f"{job.id} does not start")
+        if self._client.job(job.id).status.terminal:
+            raise CheckFailed(f"{job.id} has ended already")
 
     def _finish(self, job: RemoteJob) -> RemoteJob:
         """Wait until a job has succeeded, also while the API restarts."""
@@ -153,15 +220,28 @@ def within(seconds: float, probe: Callable[[], bool]) -> bool:
     return True
 
 
-def make_variables() -> dict[str, str]:
-    """Create the variables of the stack's `.env`."""
-    with socket.socket() as web, socket.socket() as flower, socket.socket() as redis:
-        sockets = {"PORT": web, "FLOWER_PORT": flower, "REDIS_PORT": redis}
-        for listener in sockets.values():
-            listener.bind(("127.0.0.1", 0))
-        ports = {name: str(listener.getsockname()[1]) for name, listener in sockets.items()}
-    passwords = {name: secrets.token_urlsafe() for name in ("FLOWER_PASSWORD", "REDIS_PASSWORD")}
-    return {**ports, **passwords, "MLXQ_API_KEY": new_key(), "FLOWER_USER": "admin", "RATE_LIMIT": "10000/minute"}
+def make_variables(models: Path) -> dict[str, str]:
+    """Create the variables of the stack's `.env`: ports, and a folder with a catalog but no model."""
+    shutil.copy(ROOT / "models/catalog.toml", models)
+    names = ("PORT", "FLOWER_PORT", "REDIS_PORT", "GRAFANA_PORT")
+    with ExitStack() as sockets:
+        listeners = {name: sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for name in names}
+        ports = {name: str(listener.getsockname()[1]) for name, listener in listeners.items()}
+    return {**ports, "MODELS_DIR": str(models), "FLOWER_USER": "admin", "RATE_LIMIT": "10000/minute"}
+
+
+@contextmanager
+def earlier_version(commit: str | None) -> Iterator[Path | None]:
+    """Check out a commit of this repository for the duration of the block."""
+    if commit is None:
+        yield None
+        return
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=PIPE, check=False)
+    if archive.returncode:
+        sys.exit(f"test-compose: git has no commit {commit}; set --upgrade-from")
+    with tempfile.TemporaryDirectory(prefix="mlxq-earlier-") as folder:
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder)
 
 
 def take_down(containers: Containers, keep_images: bool) -> None:
@@ -174,7 +254,9 @@ def take_down(containers: Containers, keep_images: bool) -> None:
         signal.signal(number, signal.SIG_IGN)
     with step("everything is removed, including volumes"):
         images = () if keep_images else ("--rmi", "local")
-        containers.compose("down", "--volumes", "--remove-orphans", "--timeout", str(DOWN_WITHIN_S), *images)
+        profiles = ("worker", "observability")
+        down = ("down", "--volumes", "--remove-orphans", "--timeout", str(DOWN_WITHIN_S))
+        containers.compose(*down, *images, profiles=profiles)
         for command in (("ps", "--all"), ("volume", "ls"), ("network", "ls")):
             if left := containers.remaining(*command):
                 raise CheckFailed(f"docker {' '.join(command)} still lists {', '.join(left)}")
@@ -184,16 +266,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the checks; return the exit status."""
     parser = argparse.ArgumentParser("scripts/test-compose", description=__doc__)
     parser.add_argument("--keep-images", action="store_true", help="keep the built images for the next run")
+    parser.add_argument(
+        "--upgrade-from", metavar="COMMIT", default="HEAD~1", help="earlier version; empty: none (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     project = f"mlxq-test-{secrets.token_hex(4)}"
-    variables = make_variables()
-    with tempfile.TemporaryDirectory(prefix=f"{project}-") as folder:  # mode 700
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{project}-") as folder,
+        earlier_version(options.upgrade_from or None) as earlier,
+    ):
+        models = Path(folder, "models")
+        models.mkdir()
+        Path(folder).chmod(0o755)  # the containers' user reads the models
+        variables = make_variables(models)
         env_file = Path(folder, "env")
         env_file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
         containers = Containers(project, env_file)
-        checks = Checks(containers, variables | {"ENV_FILE": str(env_file)})
+        checks = Checks(containers, variables | {"ENV_FILE": str(env_file)}, earlier)
         try:
             passed = _succeeds(lambda: _run_or_show_logs(checks, containers))
         finally:

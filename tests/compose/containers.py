@@ -7,18 +7,15 @@ import os
 import shlex
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import PIPE, STDOUT
-from typing import Any, Final
+from typing import Any
 
+from shared.environment import BASE_IMAGES, COMPOSE_VARIABLES
 from shared.settings import ROOT, Settings
 
 Json = dict[str, Any]
-
-COMPOSE_VARIABLES: Final = frozenset(
-    {"MODELS_DIR", "REDIS_PASSWORD", "REDIS_PORT", "REDIS_MAXMEMORY", "PYTHON_IMAGE", "REDIS_IMAGE"}
-)
-"""Variables of compose.yaml that are not settings."""
 
 
 class EngineError(Exception):
@@ -33,14 +30,19 @@ class Containers:
 
     def __init__(self, project: str, env_file: Path) -> None:
         self._project = project
-        command = shlex.split(os.environ.get("COMPOSE", "docker compose"))
-        where = ("-f", str(ROOT / "compose.yaml"), "--env-file", str(env_file), "-p", project)
-        self._compose = (*command, "--ansi", "never", *where)
+        self._env_file = env_file
         self._env = clean_environment()
 
-    def compose(self, *arguments: str) -> str:
-        """Run a Compose command; return its output."""
-        return _output(*self._compose, *arguments, env=self._env)
+    def compose(self, *arguments: str, root: Path = ROOT, profiles: Sequence[str] = ("worker",)) -> str:
+        """Run a Compose command with the compose.yaml of a checkout; return its output."""
+        command = shlex.split(os.environ.get("COMPOSE", "docker compose"))
+        where = ("-f", str(root / "compose.yaml"), "--env-file", str(self._env_file), "-p", self._project)
+        selected = [word for profile in profiles for word in ("--profile", profile)]
+        return _output(*command, "--ansi", "never", *where, *selected, *arguments, env=self._env)
+
+    def secret(self, name: str) -> str:
+        """Return a secret that the service `init` has created."""
+        return self.compose("run", "--rm", "--no-deps", "-T", "init", "show", name).split()[-1]
 
     def inspect(self, service: str) -> Json:
         """Return the engine's description of a service's only container."""
@@ -56,6 +58,10 @@ class Containers:
         command = ("docker", "exec", self.inspect(service)["Id"], "sh", "-c", script)
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
+    def history(self, image: str) -> str:
+        """Return the commands that built an image."""
+        return _output("docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
+
     def remaining(self, *command: str) -> list[str]:
         """Return the ids of this project's containers, volumes or networks: `ps --all`, `volume ls`, `network ls`."""
         project_label = f"label=com.docker.compose.project={self._project}"
@@ -65,7 +71,7 @@ class Containers:
 def clean_environment() -> dict[str, str]:
     """Return this process's environment without variables that would affect the stack, except for base images."""
     settings = {name.upper() for name in Settings.model_fields}
-    ours = settings | COMPOSE_VARIABLES - {"PYTHON_IMAGE", "REDIS_IMAGE"} | {"ENV_FILE"}
+    ours = settings | COMPOSE_VARIABLES - BASE_IMAGES | {"ENV_FILE"}
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("COMPOSE_")}
 
 

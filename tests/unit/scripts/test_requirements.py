@@ -9,7 +9,7 @@ import pytest
 
 from shared.settings import ROOT
 
-SETS = ("web", "worker", "stack", "dev", "clients", "pydantic-ai", "aider", "aiperf", "agents")
+SETS = ("web", "worker", "cuda13", "stack", "dev", "clients", "pydantic-ai", "aider", "aiperf", "agents")
 PIN = re.compile(
     r"^(?P<name>[a-z0-9][a-z0-9._-]*)(?:\[[^]]*])?==(?P<version>\S+)"
     r"(?P<rest>[^\n]*(?:\n    --hash\S+.*)*)",
@@ -53,3 +53,8 @@ def test_every_requirement_is_pinned(name: str) -> None:
     required = re.findall(r"^([a-z0-9][a-z0-9._-]*)", (folder() / f"{name}.in").read_text(), re.MULTILINE)
     pinned = {key.partition(";")[0].strip() for key in pins(name)}
     assert set(required) <= pinned
+
+
+def test_cuda_is_pinned_for_the_version_of_mlx() -> None:
+    version = pins("worker")["mlx"]
+    assert {name.partition(";")[0].strip(): each for name, each in pins("cuda13").items()}["mlx-cuda-13"] == version
