@@ -1,4 +1,4 @@
-"""The generation request of a job, validated."""
+"""The request of a job, validated: what to generate, embed or rank."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from shared.wire import known_fields, to_json
+
+GENERATE: Final = "generate"
+EMBED: Final = "embedding"
+RERANK: Final = "rerank"
+"""Kinds of jobs. The last two are also kinds of models (`ModelCard.kind`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,13 @@ class Request:
         thinking_budget: maximum reasoning tokens; None for no limit.
         constraint: a rule that the answer must satisfy.
         logit_bias: pairs of a token id and the value that is added to its logit.
+        kind: `GENERATE`, `EMBED` or `RERANK`. Jobs of the last two kinds have `inputs` and generate nothing.
+        inputs: what to embed, each a text or token ids; or the documents to rank.
+        query: what the documents are ranked for.
+        instruction: how to judge the documents, for rerankers whose prompt has a place for it; None for the default.
+        prompt_name: name of the model's prompt to put before each text; None for the model's default.
+        dimensions: length of the vectors; None for all dimensions.
+        truncate: whether inputs that are too long are cut.
     """
 
     model: str
@@ -85,6 +97,13 @@ class Request:
     thinking_budget: int | None = None
     constraint: Constraint | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    kind: str = GENERATE
+    inputs: tuple[str | tuple[int, ...], ...] = ()
+    query: str | None = None
+    instruction: str | None = None
+    prompt_name: str | None = None
+    dimensions: int | None = None
+    truncate: bool = False
 
     @property
     def image_parts(self) -> list[dict[str, Any]]:
@@ -106,6 +125,7 @@ class Request:
         for name in ("messages", "tools"):
             data[name] = None if data.get(name) is None else tuple(data[name])
         data["logit_bias"] = tuple((token, bias) for token, bias in data.get("logit_bias", ()))
+        data["inputs"] = tuple(each if isinstance(each, str) else tuple(each) for each in data.get("inputs", ()))
         if constraint := data.get("constraint"):
             data["constraint"] = Constraint(**known_fields(Constraint, constraint))
         return cls(**data)

@@ -6,11 +6,24 @@ from collections.abc import Iterator
 from typing import Final
 
 from shared.constraints.parts import is_strict, takes_text
-from shared.jobs.request import Request
+from shared.jobs.request import EMBED, GENERATE, RERANK, Request
 from shared.models.registry import ModelCard
 
 _ONLY_JSON: Final = frozenset({"mistral", "kimi_k2", "kimi_k3"})
 """Formats of tool calls in which arguments must be JSON."""
+
+
+_ROUTES: Final = {EMBED: "/v1/embeddings", RERANK: "/v1/rerank"}
+
+
+def wrong_kind(request: Request, model: str, kind: str) -> str | None:
+    """Return why a model of this kind cannot do what the request needs; None if it can."""
+    if request.kind == kind or (request.kind == GENERATE and kind not in _ROUTES):
+        return None
+    if kind in _ROUTES:
+        return f"{model} does not generate text: it is for {_ROUTES[kind]}. Use another model."
+    what = "compute embeddings" if request.kind == EMBED else "rank documents"
+    return f"{model} does not {what}: its kind is {kind!r}. GET /v1/models lists the models with their kinds."
 
 
 def missing_capability(request: Request, card: ModelCard) -> tuple[str, str] | None:

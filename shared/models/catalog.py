@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from shared.models.catalog_text import CatalogText
 from shared.models.facts import declared_context, modified_at, other_source, weights_bytes
-from shared.models.folder import ModelError, check_adapter, check_folder, has_vision, model_kind
+from shared.models.folder import INPUT_KINDS, ModelError, check_adapter, check_folder, has_vision, model_kind
 from shared.models.sampling_defaults import SamplingDefaults
 from shared.settings import ROOT, Settings
 
@@ -33,7 +33,7 @@ class _Entry(BaseModel):
     path: str | None = Field(None, min_length=1)
     hub: str | None = Field(None, pattern=HUB_ID)
     revision: str | None = Field(None, min_length=1)
-    kind: Literal["text", "vision"] | None = None
+    kind: Literal["text", "vision", "embedding", "rerank"] | None = None
     context: int | None = Field(None, ge=16)
     slots: int | None = Field(None, ge=1, le=1024)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -233,7 +233,8 @@ class _Reader:
         adapter = _resolve_path(entry.adapter) if entry.adapter else None
         draft = _resolve_path(entry.draft_model) if entry.draft_model else None
         exists = _is_model(path)
-        kind = model_kind(path) if exists and entry.kind != "text" else entry.kind or "text"
+        # What a folder's images are for is in its files; what a text model is for may not be.
+        kind = model_kind(path) if exists and entry.kind in (None, "vision") else entry.kind or "text"
         key, problem = self._check_folders(entry, path, kind, adapter) if exists else _missing(entry, path)
         if problem:
             self.fault(name, key, f"[models.{name}]{f' {key}' if exists else ''}: {problem}")
@@ -263,6 +264,8 @@ class _Reader:
         if entry.kind not in (None, kind):
             unsupported = f"the images of {path} are not supported; it serves only text"
             return "kind", unsupported if has_vision(path) else f"{path} holds a {kind} model"
+        if option := _unsupported_option(entry, kind):
+            return option
         if self._settings.modelless:
             return "", ""
         if entry.hub and (other := other_source(path, entry.hub, entry.revision)):
@@ -300,6 +303,14 @@ def _describe(name: str, error: ErrorDetails) -> str:
     if not error["loc"]:
         return "must be a table"
     return error["msg"]
+
+
+def _unsupported_option(entry: _Entry, kind: str) -> tuple[str, str] | None:
+    """Return an option that a model of this kind does not have, and a description; None if there is none."""
+    for key in ("adapter", "draft_model", "kv_bits"):
+        if kind in INPUT_KINDS and getattr(entry, key) is not None:
+            return key, f"a model of the kind {kind!r} has no such option"
+    return None
 
 
 def with_declared(model: CatalogModel) -> CatalogModel:

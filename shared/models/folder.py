@@ -30,6 +30,12 @@ _SECTION_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Families of which mlx-vlm supports some models: a section of config.json, and the supported types of it."""
 
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
+"""Values of `model_type` of encoders, which compute vectors or scores instead of text."""
+INPUT_KINDS = ("embedding", "rerank")
+"""Kinds of models whose jobs have inputs instead of a prompt."""
+_NAMED_KIND = re.compile(r"(?:^|[-_.])(?:(embedding|embed)|(reranker))(?:[-_.]|$)", re.IGNORECASE)
+
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _VISION_KEYS = ("vision_config", "thinker_config", "img_processor", "mm_vision_tower", "vit_config")
@@ -112,8 +118,20 @@ def check_adapter(folder: Path) -> None:
 
 
 def model_kind(folder: Path) -> str:
-    """Return `vision` if the folder holds an image encoder of a supported family, else `text`."""
-    return "vision" if _images_supported(_config(folder)) and has_vision(folder) else "text"
+    """Return the kind of a folder's model: `text`, `vision`, `embedding` or `rerank`.
+
+    A vision model has an image encoder of a supported family. A decoder is an embedding model if its files are those of
+    sentence-transformers, or if its name says so: converted models often lack these files, and no file of
+    Qwen3-Reranker says what it is.
+    """
+    config = _config(folder)
+    if config.get("model_type") in ENCODERS:
+        return "rerank" if "SequenceClassification" in str(config.get("architectures")) else "embedding"
+    if _images_supported(config) and has_vision(folder):
+        return "vision"
+    if named := _NAMED_KIND.search(folder.name):
+        return "embedding" if named[1] else "rerank"
+    return "embedding" if (folder / "modules.json").is_file() else "text"
 
 
 def _images_supported(config: Mapping[str, Any]) -> bool:

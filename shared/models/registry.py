@@ -69,7 +69,8 @@ class ModelCard:
     """What the API needs to know about a model without loading it.
 
     Attributes:
-        context: maximum tokens of prompt and answer together.
+        kind: `text`, `vision`, `embedding` or `rerank`.
+        context: maximum tokens of prompt and answer together; of an input, for embedding models and rerankers.
         chat_template: the Jinja template for messages; None if the model has none.
         tool_template: the template for messages with tools, if it is another one.
         bos_token, eos_token: special tokens for the template; None if the model has none.
@@ -86,6 +87,11 @@ class ModelCard:
             (`shared.tokenizing.generic_tools`). None if the model has no chat template.
         structured: whether answers can be constrained.
         text_only: whether the model's folder also has an image encoder, which is not used.
+        dimensions: length of the vectors of an embedding model; None for other kinds.
+        pair_template: how a reranker's inputs are written, a name in `shared.tokenizing.inputs`; None if its tokenizer
+            joins the two texts.
+        prompts: texts that an embedding model's files declare, by name, to be put before inputs.
+        default_prompt: name of the one for requests that name none.
     """
 
     id: str
@@ -105,6 +111,10 @@ class ModelCard:
     tool_template: str | None = None
     sampling: dict[str, float] | None = None
     coordinates: str = Coordinates.PIXELS.value
+    dimensions: int | None = None
+    pair_template: str | None = None
+    prompts: dict[str, str] | None = None
+    default_prompt: str | None = None
 
     @property
     def coordinate_kind(self) -> Coordinates:
@@ -142,7 +152,8 @@ class WorkerInfo:
         stats: counters and gauges for `/metrics` (tokens, steps, batch size, memory, …).
         about: constant facts for `/health` (device, BLAS, GFLOP/s, versions).
         protocol: which fields of requests the worker understands. 0: those of the versions without tools; also in infos
-            of these versions. 1: also tools, constraints, and options of reasoning and templates.
+            of these versions. 1: also tools, constraints, and options of reasoning and templates. 2: also the jobs of
+            embedding models and rerankers.
         histograms: latencies since the start of the worker.
     """
 

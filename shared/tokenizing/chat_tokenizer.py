@@ -131,6 +131,11 @@ class FileTokenizer:
             raise CannotTokenize(TokenizerFault.UNUSABLE, f"the tokenizer cannot be loaded: {error}") from error
 
     @property
+    def library(self) -> Tokenizer:
+        """The object of the tokenizer library."""
+        return self._tokenizer
+
+    @property
     def has_template(self) -> bool:
         """See `ChatTokenizer`."""
         return self._source.chat_template is not None

@@ -25,7 +25,11 @@ from typing import Any, Final, Self
 
 from shared.constraints.parts import parts, refusal
 from shared.errors import JobFailure, PromptRefused
+from shared.jobs.inputs import pack_inputs
 from shared.jobs.request import Request
+from shared.models.registry import ModelCard
+from shared.tokenizing.inputs import given_inputs, helper_fields
+from shared.tokenizing.inputs import refusal as refusal_of_input
 from shared.tokenizing.messages import (
     Tokenized,
     TokenizerFault,
@@ -117,12 +121,33 @@ class Tokenizing:
         limits = {"max_tokens": max_tokens, "vocabulary": vocabulary, "special_tokens": self._special_tokens}
         content = request_fields(request)
         fields = {"source": source.to_dict(), **limits, **content}
+        header, payload = self._call("tokenize", fields, _size(content))
+        _raise_error(header, context, reserved)
+        return Tokenized(tuple(array("I", payload)), int(header["shared"]))
+
+    def tokenize_inputs(self, source: TokenizerSource, request: Request, card: ModelCard) -> tuple[int, ...]:
+        """Tokenise the inputs of an embedding or rerank job; return them packed (`shared.jobs.inputs`).
+
+        Raises:
+            PromptRefused: an input is too long.
+            TokenizerError: the tokenizer or its helper failed.
+        """
+        if (given := given_inputs(request, card)) is not None:
+            return pack_inputs(given)
+        fields = helper_fields(request, card)
+        header, payload = self._call("inputs", {"source": source.to_dict(), **fields}, _size(fields["texts"]))
+        if "index" in header:
+            raise refusal_of_input(request, card, header["index"], header["tokens"])
+        _raise_error(header, card.context, 0)
+        return tuple(array("I", payload))
+
+    def _call(self, operation: str, fields: dict[str, Any], size: int) -> tuple[dict[str, Any], bytes]:
+        """Call the helper for texts of this many characters."""
         model = hash(str(fields["source"]))
-        size = _size(content)
         helpers = self._long if model in self._slow or size >= _LONG else self._short
         limit_s = self._timeout_s + size * _PER_CHARACTER_S
         try:
-            header, payload = helpers.call("tokenize", fields, limit_s)
+            return helpers.call(operation, fields, limit_s)
         except _TimedOut as error:
             self._slow.add(model)
             message = f"The model's chat template and tokenizer took more than {limit_s:.3g} s for this prompt."
@@ -130,8 +155,6 @@ class Tokenizing:
         except _Crashed as error:
             message = "The model's chat template or tokenizer crashed twice on this prompt."
             raise PromptRefused(JobFailure.TEMPLATE, message) from error
-        _raise_error(header, context, reserved)
-        return Tokenized(tuple(array("I", payload)), int(header["shared"]))
 
     def load(self, source: TokenizerSource) -> None:
         """Start the helper for short prompts and load a tokenizer, so that the first prompt does not wait for that.

@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import JobFailure
+from shared.jobs.inputs import pack_inputs
 from shared.tokenizing.chat_tokenizer import CannotTokenize, ChatTokenizer, FileTokenizer, TooLong, tokenize
-from shared.tokenizing.messages import TokenizerSource, receive, send
+from shared.tokenizing.input_tokenizer import TooLong as InputTooLong
+from shared.tokenizing.input_tokenizer import tokenize_inputs
+from shared.tokenizing.messages import TokenizerFault, TokenizerSource, receive, send
 
 MEMORY_BYTES: Final = 4 * 2**30
 """Memory limit of a helper. A prompt of 7 MB (2.4 million tokens) needs 1.2 GB."""
@@ -58,6 +61,16 @@ class Tokenizers:
         """The operation `tokenize`: replies with `shared` in the header and the token ids in the payload."""
         ids, shared = tokenize(self._tokenizer(request["source"]), request)
         return {"shared": shared}, array("I", ids).tobytes()
+
+    def inputs(self, request: Mapping[str, Any]) -> Reply:
+        """The operation `inputs`: replies with the inputs in the payload (`shared.jobs.inputs.pack_inputs`)."""
+        tokenizer = self._tokenizer(request["source"])
+        if not isinstance(tokenizer, FileTokenizer):
+            raise CannotTokenize(TokenizerFault.UNUSABLE, "inputs are tokenised only from a tokenizer.json")
+        try:
+            return {}, array("I", pack_inputs(tokenize_inputs(tokenizer, request))).tobytes()
+        except InputTooLong as error:
+            return {**_error(JobFailure.CONTEXT_LENGTH, "too long"), "index": error.index, "tokens": error.tokens}, b""
 
     def _tokenizer(self, fields: dict[str, Any]) -> ChatTokenizer:
         key = json.dumps(fields, sort_keys=True)
@@ -130,4 +143,4 @@ def _has_grown(tokenizers: Tokenizers) -> bool:
 
 if __name__ == "__main__":
     _tokenizers = Tokenizers()
-    serve({"load": _tokenizers.load, "tokenize": _tokenizers.tokenize}, _tokenizers)
+    serve({"load": _tokenizers.load, "tokenize": _tokenizers.tokenize, "inputs": _tokenizers.inputs}, _tokenizers)

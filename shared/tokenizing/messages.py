@@ -3,9 +3,10 @@
 A frame consists of two lengths, a header (a JSON object) and a payload. The client sends one request and reads one
 reply. When the helper ends, the client reads the end of the stream.
 
-Request header: `op` (`load`, `tokenize`; more in a worker's helper), `limit_s` (the helper's own time limit, in case
-its client has died) and the fields of the operation. Reply header: `error` and `message`, or the operation's result.
-The payload of a reply to `tokenize` holds the token ids as unsigned 32-bit integers in native byte order.
+Request header: `op` (`load`, `tokenize`, `inputs`; more in a worker's helper), `limit_s` (the helper's own time limit,
+in case its client has died) and the fields of the operation. Reply header: `error` and `message`, or the operation's
+result. The payload of a reply to `tokenize` or `inputs` holds the token ids as unsigned 32-bit integers in native byte
+order.
 """
 
 from __future__ import annotations

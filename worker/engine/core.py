@@ -17,7 +17,7 @@ from shared.queue.claims import WriteResult
 from worker.engine.inbox import Drain, Inbox, JobWriteResult, Message
 from worker.engine.loading import Loading
 from worker.engine.meters import ModelClock, Totals
-from worker.engine.output import OutputProcessor, row_failed
+from worker.engine.output import OutputProcessor, publish_results, row_failed
 from worker.engine.scheduler import Capacity, Schedule, Scheduler
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
 from worker.runner.base import ModelRunner, OutOfMemory, RunnerLoader, StepOutput
@@ -207,12 +207,13 @@ class EngineCore:
         rows = self._scheduler.running
         results = [row_failed(*each) for each in self._scheduler.update(output)]
         results += self._output_processor.process(rows, output.tokens)
+        results += publish_results(rows, output.results)
         self.totals.count(output, self._output_processor.tokens, rows)
         ended = [result.sequence for result in results if result.outcome and result.sequence.uid in rows]
         for sequence in ended:
             self._scheduler.finish(sequence)
         leaving = [sequence.uid for sequence in ended]
-        if output.tokens:
+        if output.tokens or output.results:
             leaving += self._scheduler.clear_suspect()
         if leaving:
             self._runner.remove(leaving)

@@ -6,10 +6,19 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from shared.errors import JobFailure
+from shared.jobs.inputs import result_line, result_lines
 from shared.jobs.log import Written
 from shared.jobs.record import Status
 from worker.engine.sequence import Sequence, SequenceOutput
-from worker.runner.base import ConstraintFailed, Detokenizer, InvalidLogits, OutOfMemory, TokenOutput
+from worker.runner.base import (
+    ConstraintFailed,
+    Detokenizer,
+    InputResult,
+    InvalidLogits,
+    OutOfMemory,
+    RowInputs,
+    TokenOutput,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +129,27 @@ class OutputProcessor:
             once, twice = (_detokenized(self._detokenizer(), [token] * times) for times in (1, 2))
             self._texts[token] = twice[len(once) :]
         return self._texts.get(token, "")
+
+
+def replay_results(sequence: Sequence, inputs: RowInputs, written: Written) -> SequenceOutput | None:
+    """Continue from the results that earlier attempts wrote. Returns the end of the sequence if none is missing."""
+    inputs.pending.difference_update(result_lines(written.text))
+    return None if inputs.pending else sequence.finish(Status.SUCCEEDED)
+
+
+def publish_results(rows: Mapping[int, Sequence], results: Iterable[InputResult]) -> list[SequenceOutput]:
+    """Publish the results of inputs. A sequence ends with the result of its last input."""
+    lines: dict[int, list[str]] = {}
+    for result in results:
+        lines.setdefault(result.uid, []).append(result_line(result.index, result.encoded))
+    published = []
+    for uid, texts in lines.items():
+        sequence = rows.get(uid)
+        if sequence is None or sequence.prompt.inputs is None or sequence.ending is not None:
+            continue
+        text, pending = "".join(texts), sequence.prompt.inputs.pending
+        published.append(SequenceOutput(sequence, text=text) if pending else sequence.finish(Status.SUCCEEDED, text))
+    return published
 
 
 def _detokenized(detokenizer: Detokenizer, tokens: Iterable[int]) -> str:

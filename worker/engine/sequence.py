@@ -171,6 +171,7 @@ class Sequence:
             shared=self.prompt.shared,
             media=self.prompt.media,
             constraint=self.prompt.constraint,
+            inputs=self.prompt.inputs,
         )
 
     def start(self) -> SequenceOutput:
@@ -226,7 +227,7 @@ class Sequence:
             status=status,
             finish_reason=reason,
             stop_string=self.stops.matched,
-            prompt_tokens=len(self.prompt.tokens),
+            prompt_tokens=self.prompt.length,
             completion_tokens=len(self.generated) + end_tokens,
             cached_tokens=min(self._cached_tokens or 0, len(self.prompt.tokens)),
             reasoning_tokens=self.message.reasoning_tokens if self.message else None,

@@ -19,7 +19,7 @@ from shared.redis.client import connect, passes
 from shared.settings import Settings
 from shared.tokenizing.files import TokenizerStore
 from shared.tokenizing.messages import TokenizerSource
-from worker.models.tokenizer_proof import ModelTokenizer, prove, remembered, unproved
+from worker.models.tokenizer_proof import ModelTokenizer, of_file, prove, remembered, unproved
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,14 @@ class TokenizerAnnouncer:
         if self._tokenizer is None:
             self._tokenizer = candidate
             threading.Thread(target=self._prove, args=[candidate], name="tokenizer-proof", daemon=True).start()
+
+    def begin_file(self, folder: Path) -> None:
+        """Use the folder's tokenizer.json, which needs no proof: this worker reads nothing else.
+
+        Raises:
+            OSError: the file cannot be copied.
+        """
+        self._tokenizer = of_file(folder, self._settings.tokenizers_dir)
 
     def upload(self) -> None:
         """Upload the tokenizer that the card names, because Redis does not have it."""

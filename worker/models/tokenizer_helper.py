@@ -294,4 +294,5 @@ def _tokenizer_utils() -> Any:
 
 if __name__ == "__main__":
     _tokenizers = Tokenizers(load_tokenizer)
-    serve({"load": _tokenizers.load, "tokenize": _tokenizers.tokenize, "prove": prove}, _tokenizers)
+    _operations = {"load": _tokenizers.load, "tokenize": _tokenizers.tokenize, "inputs": _tokenizers.inputs}
+    serve({**_operations, "prove": prove}, _tokenizers)

@@ -18,7 +18,7 @@ from shared.models.registry import ModelCard
 from shared.tokenizing import generic_tools
 from shared.tokenizing.client import TokenizerError, Tokenizing
 from shared.tokenizing.files import TokenizerFiles, write_private
-from shared.tokenizing.messages import TokenizerSource
+from shared.tokenizing.messages import TokenizerSource, digest
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,21 @@ def unproved(folder: Path, card: ModelCard, defaults: dict[str, Any] | None = No
         explain_tools=card.tool_format == generic_tools.FORMAT,
     )
     return ModelTokenizer(source)
+
+
+def of_file(folder: Path, files: Path) -> ModelTokenizer:
+    """Return the tokenizer of a model that reads its tokens as its tokenizer.json gives them, without a template.
+
+    Args:
+        files: the folder of `TokenizerFiles`.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    text = (folder / "tokenizer.json").read_text("utf-8")
+    name = digest(text)
+    path = TokenizerFiles(files).put(name, text)
+    return ModelTokenizer(TokenizerSource(str(folder.resolve())), TokenizerSource(str(path), name), {})
 
 
 def remembered(unproved: ModelTokenizer, files: Path) -> ModelTokenizer | None:

@@ -12,6 +12,7 @@ from typing import Final
 from redis import RedisError
 
 from shared.errors import JobFailure, PromptRefused
+from shared.jobs.log import Written
 from shared.jobs.record import Ending, Job, Status
 from shared.logging import log_context
 from shared.queue.claims import Append, ClaimedJob, Claims, Demand, NoLease, WriteResult
@@ -21,11 +22,12 @@ from shared.queue.wakeups import Notifier
 from shared.redis.client import passes
 from worker.engine.core import EngineCore
 from worker.engine.loading import Unloaded
-from worker.engine.output import OutputProcessor
+from worker.engine.output import OutputProcessor, replay_results
 from worker.engine.sequence import Outcome, Sequence, SequenceOutput
 from worker.engine.timings import Timings
 from worker.process.critical import CriticalThread, OnDeath, end_process
 from worker.queue.prepare import Preparer, TryLater
+from worker.runner.base import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +195,7 @@ class Claimer(CriticalThread):
         prepared = self._preparer.prepare(claimed, runner)
         sequence = Sequence(claimed, prepared.prompt, runner, self._settled)
         sequence.new_tokens = prepared.new_tokens
-        end = OutputProcessor(runner.eos).replay(sequence, prepared.written) if prepared.written else None
+        end = _replayed(sequence, prepared.written, runner) if prepared.written else None
         if end is None:
             self._core.submit(sequence)
         else:
@@ -253,6 +255,13 @@ class Claimer(CriticalThread):
         if self._held.get(claimed.job.id) is claimed:  # otherwise the job has been claimed again
             del self._held[claimed.job.id]
         self.wake()
+
+
+def _replayed(sequence: Sequence, written: Written, runner: ModelRunner) -> SequenceOutput | None:
+    """Continue a sequence from what earlier attempts wrote; return its end if nothing is missing."""
+    if sequence.prompt.inputs is not None:
+        return replay_results(sequence, sequence.prompt.inputs, written)
+    return OutputProcessor(runner.eos).replay(sequence, written)
 
 
 def _log_end(job: Job, ending: Ending) -> None:

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from redis import RedisError
 
 from shared.errors import Gone, JobFailure, PromptRefused
+from shared.jobs.inputs import Input, unpack_inputs
 from shared.jobs.log import JobLog, Written
-from shared.jobs.request import Request
-from shared.models.capabilities import missing_capability
+from shared.jobs.request import GENERATE, Request
+from shared.models.capabilities import missing_capability, wrong_kind
 from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
 from shared.redis.client import passes
 from shared.tokenizing.client import TokenizerBusy, TokenizerError, Tokenizing
+from shared.tokenizing.inputs import refusal
 from shared.tokenizing.messages import Tokenized, TokenizerSource
-from worker.runner.base import ModelRunner, Prompt
+from worker.runner.base import ModelRunner, Prompt, RowInputs
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,9 @@ class Preparer:
         """
         job = claimed.job
         try:
+            _check_kind(claimed.request, runner.card)
+            if claimed.request.kind != GENERATE:
+                return self._prepare_inputs(claimed, runner.card)
             _check_capabilities(claimed.request, runner.card)
             written = self._log.written(job.id, job.last_event) if job.attempt > 1 else None
             tokenized = self._tokenized(claimed, runner)
@@ -87,6 +92,22 @@ class Preparer:
             if not passes(error):
                 raise
             raise TryLater(str(error)) from error
+
+    def _prepare_inputs(self, claimed: ClaimedJob, card: ModelCard) -> Prepared:
+        """Prepare an embedding or rerank job."""
+        job = claimed.job
+        written = self._log.written(job.id, job.last_event) if job.attempt > 1 else None
+        packed = claimed.tokens or self._tokenize_inputs(claimed.request, card)
+        inputs = unpack_inputs(packed)
+        _check_inputs(inputs, claimed.request, card)
+        longest = max((each.tokens for each in inputs), key=len)
+        prompt = Prompt(longest, inputs=RowInputs(inputs, set(range(len(inputs)))))
+        return Prepared(prompt, written, packed if claimed.tokens is None else None)
+
+    def _tokenize_inputs(self, request: Request, card: ModelCard) -> tuple[int, ...]:
+        for source in self._sources():
+            return self._tokenizing.tokenize_inputs(source, request, card)
+        raise TokenizerBusy("the model's tokenizer is not available yet")
 
     def _tokenized(self, claimed: ClaimedJob, runner: ModelRunner) -> Tokenized:
         """Return the prompt's token ids: stored with the job, from the runner, or from a tokenizer helper."""
@@ -130,6 +151,20 @@ def _check_vocabulary(tokens: Sequence[int], card: ModelCard) -> None:
     if card.vocabulary is not None and max(tokens) >= card.vocabulary:
         message = f"The prompt contains the token id {max(tokens)}; the model's ids are 0 to {card.vocabulary - 1}."
         raise PromptRefused(JobFailure.TEMPLATE, message)
+
+
+def _check_kind(request: Request, card: ModelCard) -> None:
+    """Refuse a request for a model of another kind, which was accepted before the model's kind was known."""
+    if reason := wrong_kind(request, card.id, card.kind):
+        raise PromptRefused(JobFailure.TEMPLATE, reason, "model")
+
+
+def _check_inputs(inputs: Sequence[Input], request: Request, card: ModelCard) -> None:
+    """Refuse inputs that the model cannot read. The API could not check them before it knew the model."""
+    for index, each in enumerate(inputs):
+        if len(each.tokens) > card.context:
+            raise refusal(request, card, index, len(each.tokens))
+        _check_vocabulary(each.tokens, card)
 
 
 def _check_capabilities(request: Request, card: ModelCard) -> None:

@@ -6,6 +6,7 @@ import gc
 import sys
 from functools import partial
 
+from shared.jobs.request import EMBED, RERANK
 from shared.models.catalog import CatalogModel
 from shared.settings import Settings
 from worker.runner.base import RunnerLoader
@@ -25,6 +26,10 @@ def choose_loader(settings: Settings, model: CatalogModel) -> RunnerLoader:
         from worker.runner import scripted
 
         return partial(scripted.load, settings, model)
+    if model.kind in (EMBED, RERANK):
+        from worker.runner.embedding import load
+
+        return partial(load.load, settings, model)
     from worker.runner import loading
 
     return partial(loading.load, settings, model)

@@ -1,7 +1,8 @@
 """The interface between the engine and a model: the `ModelRunner` protocol and the messages of one step.
 
-The engine decides what a step does (`StepPlan`); the runner does it and reports the result (`StepOutput`). Two modules
-implement the protocol: `fake` (without MLX) and `model_runner` (with mlx-lm and mlx-vlm).
+The engine decides what a step does (`StepPlan`); the runner does it and reports the result (`StepOutput`). Three
+modules implement the protocol: `fake` (without MLX), `model_runner` (with mlx-lm and mlx-vlm), and `embedding.runner`,
+which computes vectors and scores.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from shared.jobs.inputs import Input
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard
 from worker.output.format import MessageFormat
@@ -61,6 +63,38 @@ class Media(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RowInputs:
+    """The inputs of an embedding or rerank job.
+
+    Attributes:
+        pending: indices of the inputs without a result. The runner removes those that it has computed.
+    """
+
+    inputs: tuple[Input, ...]
+    pending: set[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all inputs."""
+        return sum(len(each.tokens) for each in self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class InputResult:
+    """The result of an input: a vector or a score.
+
+    Attributes:
+        uid: the row.
+        index: the index of the input.
+        encoded: base64 of little-endian 32-bit floats.
+    """
+
+    uid: int
+    index: int
+    encoded: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A request's prompt.
 
@@ -70,12 +104,20 @@ class Prompt:
         shared: length of the prefix that requests of other owners may reuse: at most the system message.
         media: content of the image tokens; None if all tokens are text.
         constraint: what the answer must satisfy, compiled; None for a free answer. Only the runner knows its structure.
+        inputs: what to compute instead of an answer; `tokens` are then those of the longest input. None for a
+            generation job.
     """
 
     tokens: tuple[int, ...]
     shared: int = 0
     media: Media | None = None
     constraint: Any = None
+    inputs: RowInputs | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.tokens) if self.inputs is None else self.inputs.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +134,7 @@ class Row:
         owner: the owner of the prefixes that the row may reuse and add to, in addition to the shared prefixes; None:
             the row stores no prefix.
         shared: length of the prompt's prefix that other owners may reuse.
-        media, constraint: see `Prompt`.
+        media, constraint, inputs: see `Prompt`.
     """
 
     uid: int
@@ -104,6 +146,7 @@ class Row:
     shared: int = 0
     media: Media | None = None
     constraint: Any = None
+    inputs: RowInputs | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -190,6 +233,7 @@ class StepOutput:
         predicted_s: predicted seconds of this step's prefill and encoding; None if the step did something of unknown
             cost: allocated or copied a cache, or added rows to a batch.
         verified: whether draft tokens were verified.
+        results: results of inputs, of rows that generate nothing.
     """
 
     tokens: Sequence[TokenOutput] = ()
@@ -199,6 +243,7 @@ class StepOutput:
     prompt_tokens: int = 0
     predicted_s: float | None = 0.0
     verified: bool = False
+    results: Sequence[InputResult] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,10 +175,15 @@ def _runner(
     return runner
 
 
+def free_memory(settings: Settings) -> int:
+    """Return the bytes that are left of the limit for models and caches."""
+    limit = settings.memory_limit_bytes or device_limit(settings.workers)
+    return max(0, limit - mx.get_active_memory())
+
+
 def _memory(settings: Settings) -> Memory:
     """Return the memory for caches: the limit minus the memory that is allocated for this and other models."""
-    limit = settings.memory_limit_bytes or device_limit(settings.workers)
-    free = max(0, limit - mx.get_active_memory())
+    free = free_memory(settings)
     prefix_bytes = settings.prefix_cache_bytes
     return Memory(free, int(PREFIX_SHARE * free) if prefix_bytes == "auto" else prefix_bytes)
 

@@ -24,6 +24,7 @@ from redis import RedisError
 from shared.jobs.images import ImageStore
 from shared.jobs.log import JobLog
 from shared.models.catalog import CatalogModel
+from shared.models.folder import INPUT_KINDS
 from shared.models.registry import Registry, WorkerInfo
 from shared.queue.claims import Claims
 from shared.queue.job_spans import JobSpans
@@ -188,7 +189,9 @@ class ModelWorker:
         """Prove the tokenizer of the loaded model, and announce it."""
         self._load_s = time.monotonic() - self._opened_at
         runner = self.runner
-        if runner is not None and not self._process.settings.modelless:
+        if runner is not None and runner.card.kind in INPUT_KINDS:
+            self._tokenizer.begin_file(self.model.path)
+        elif runner is not None and not self._process.settings.modelless:
             defaults = tokenizer_defaults(self.model.path) if runner.card.kind == "text" else None
             self._tokenizer.begin(self.model.path, runner.card, defaults)
 
@@ -322,7 +325,7 @@ class ModelWorker:
             heartbeat_at=time.monotonic(),
             stats=stats | totals.gauges,
             about=dict(runner.about) if runner else {},
-            protocol=1,
+            protocol=2,
             histograms=(*totals.latencies.read(), self._publisher.latency),
         )
 

@@ -1,0 +1,1 @@
+"""Embedding models and rerankers: one forward pass over a batch of inputs, without a cache."""
