@@ -56,6 +56,7 @@ from worker.service.control import set_handlers
 from worker.service.downloads import Downloads
 from worker.service.model_worker import WorkerProcess
 from worker.service.pool import LAST_WRITES_S, ModelPool
+from worker.service.prefix_eraser import PrefixEraser
 from worker.service.switching import Switcher
 
 logger = logging.getLogger("worker.app")
@@ -101,6 +102,7 @@ class Service:
         updates = CatalogUpdates(settings, self._catalog, additions)
         self._switcher = Switcher(self._models, operations, self._announce, hurry, updates.refresh)
         self._downloads = Downloads(settings.models_dir, operations, additions, hurry)
+        self._prefix_eraser = PrefixEraser(client, settings.prefixes_dir, lambda: self._models.workers, self._die)
 
     def _shared_parts(self, notifier: Notifier) -> WorkerProcess:
         return WorkerProcess(
@@ -132,6 +134,7 @@ class Service:
             return self._cannot_start("redis_unsuitable", denied)
         self._engine.start()
         self._watchdog.start()
+        self._prefix_eraser.round()  # before any model reads the files
         not_loaded = self._load_models()
         if not self._models.workers:
             return self._cannot_start("model_not_loaded", "; ".join(not_loaded))
@@ -140,6 +143,7 @@ class Service:
         freeze_garbage_collector()
         self._error_file.unlink(missing_ok=True)
         self._maintenance.start()
+        self._prefix_eraser.start()
         self._events.start()
         self._switcher.start()
         self._downloads.start()
@@ -206,6 +210,7 @@ class Service:
         self._switcher.close()
         self._downloads.close()
         self._maintenance.stop()
+        self._prefix_eraser.stop()
         while not all(worker.wait_idle(1.0) for worker in self._models.workers):
             pass
         self._engine.close()

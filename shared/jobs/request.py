@@ -17,6 +17,9 @@ EMBED: Final = "embedding"
 RERANK: Final = "rerank"
 """Kinds of jobs. The last two are also kinds of models (`ModelCard.kind`)."""
 
+SHARED_PREFIXES: Final = "shared"
+"""Stands for an API key's id where cached prefixes are named that keys share (`share_system_prompt`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from shared.jobs.request import SHARED_PREFIXES
 from shared.redis import keys
 from shared.redis.client import Redis
 
@@ -18,11 +19,13 @@ class Purges:
     def request(self, key_id: str) -> None:
         """Let the background process erase all data of an API key, and the workers its cached prefixes.
 
-        The entry for the workers stays: one that is not running now erases the prefixes when it starts.
+        The entry for the workers stays: one that is not running now erases the prefixes when it starts. Prefixes that
+        keys share may come from this one, so those are erased that no key uses any more.
         """
+        now = time.time()
         with self._client.pipeline() as pipe:
-            pipe.zadd(keys.PURGES, {key_id: time.time()})
-            pipe.zadd(keys.PREFIX_CUTOFFS, {key_id: math.inf})
+            pipe.zadd(keys.PURGES, {key_id: now})
+            pipe.zadd(keys.PREFIX_CUTOFFS, {key_id: math.inf, SHARED_PREFIXES: now})
             pipe.execute()
 
     def pending(self) -> dict[str, float]:

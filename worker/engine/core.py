@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TypeAlias
 
 from shared.errors import JobFailure
 from shared.queue.claims import WriteResult
-from worker.engine.inbox import Drain, Inbox, JobWriteResult, Message
+from worker.engine.inbox import Drain, ErasePrefixes, Inbox, JobWriteResult, Message
 from worker.engine.loading import Loading
 from worker.engine.meters import ModelClock, Totals
 from worker.engine.output import OutputProcessor, publish_results, row_failed
@@ -30,8 +30,8 @@ Trace: TypeAlias = Callable[[list[str]], object]
 class EngineCore:
     """The engine of one model.
 
-    Any thread may call `submit`, `apply_write_result`, `drain`, `capacity` and `waiting`, and read the properties. All
-    other methods belong to the engine thread.
+    Any thread may call `submit`, `apply_write_result`, `erase_prefixes`, `drain`, `capacity` and `waiting`, and read
+    the properties. All other methods belong to the engine thread.
 
     Args:
         load: loads the runner, see `worker.engine.loading`.
@@ -118,6 +118,10 @@ class EngineCore:
         """Stop a job if Redis says so. Ignores jobs that are not here."""
         if write_result is not WriteResult.OK:
             self._inbox.put(JobWriteResult(job_id, attempt, write_result))
+
+    def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
+        """Drop the cached prefixes of owners that were not used after a time, by owner, before the next step."""
+        self._inbox.put(ErasePrefixes(cutoffs))
 
     def drain(self, seconds: float) -> None:
         """Accept no more rows; hand back waiting rows at once, and rows that still run after `seconds`."""
@@ -266,6 +270,8 @@ class EngineCore:
             case Drain(until):
                 self._drain_until = until
                 self._hand_back(self._scheduler.not_started)
+            case ErasePrefixes(cutoffs):
+                self._runner.erase_prefixes(cutoffs)
 
     def _stop_row(self, message: JobWriteResult) -> None:
         """Remove a row, whether it runs or waits; its slot is free at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -30,7 +30,14 @@ class Drain:
     until: float
 
 
-Message: TypeAlias = Sequence | JobWriteResult | Drain
+@dataclass(frozen=True, slots=True)
+class ErasePrefixes:
+    """Drop the cached prefixes of owners that were not used after a time, by owner."""
+
+    cutoffs: Mapping[str, float]
+
+
+Message: TypeAlias = Sequence | JobWriteResult | Drain | ErasePrefixes
 
 
 class Inbox:

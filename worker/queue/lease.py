@@ -20,7 +20,7 @@ from worker.process.critical import CriticalThread, OnDeath, end_process
 logger = logging.getLogger(__name__)
 
 
-class _PeriodicThread(CriticalThread):
+class PeriodicThread(CriticalThread):
     """Runs `do` periodically, also while Redis is unreachable."""
 
     def __init__(self, name: str, interval_s: float, on_death: OnDeath) -> None:
@@ -77,7 +77,7 @@ ApplyWriteResult = Callable[[str, int, WriteResult], object]
 """Called with job id, attempt and result: the engine stops the job if the result says so."""
 
 
-class LeaseRenewer(_PeriodicThread):
+class LeaseRenewer(PeriodicThread):
     """Renews the lease three times per lease period, and compares the jobs that Redis has for this worker with its own.
 
     Args:
@@ -143,7 +143,7 @@ class LeaseRenewer(_PeriodicThread):
             self._claims.release(lost)
 
 
-class HostAnnouncer(_PeriodicThread):
+class HostAnnouncer(PeriodicThread):
     """Announces this process, whether it has models or not."""
 
     def __init__(self, announce: Callable[[], object], lease_s: float, on_death: OnDeath = end_process) -> None:

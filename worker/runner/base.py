@@ -361,6 +361,10 @@ class ModelRunner(Protocol):
         """Limit the bytes of prefixes and encoded images together. The engine passes what its rows do not need."""
         ...
 
+    def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
+        """Drop the prefixes of owners that were not used after a time, by owner; see `PrefixCache.erase`."""
+        ...
+
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows. `prefillable` lists each row as soon as it can be prefilled."""
         ...

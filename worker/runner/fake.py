@@ -251,6 +251,9 @@ class FakeRunner:
     def set_prefix_limit(self, max_bytes: int) -> None:
         """Do nothing: this runner stores no prefixes."""
 
+    def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
+        """Do nothing, as `set_prefix_limit`."""
+
     def insert(self, rows: Sequence[Row]) -> None:
         """See `ModelRunner.insert`."""
         self._rows |= {row.uid: self.make_row(row) for row in rows}

@@ -187,6 +187,10 @@ class MLXRunner:
             max_bytes -= feature_bytes
         self._prefixes.set_limit(max_bytes)
 
+    def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
+        """See `ModelRunner.erase_prefixes`."""
+        self._prefixes.erase(cutoffs)
+
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows. A row that the model cannot process is reported as failed by the next step."""
         for row in rows:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -213,6 +213,10 @@ class ModelWorker:
     def wake(self) -> None:
         """Look for jobs now."""
         self._claimer.wake()
+
+    def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
+        """Drop the cached prefixes of API keys that were not used after a time, by key."""
+        self.core.erase_prefixes(cutoffs)
 
     def stop_claiming(self) -> None:
         """Claim no more jobs, because the process ends."""

@@ -1,7 +1,8 @@
 """The file format of stored prefixes: names, writing and reading of blocks. Does not use MLX.
 
 A block is the KV segment of `BLOCK` tokens. Its name is a hash of the owner and of all tokens up to its end. So every
-worker finds a block by its tokens, two workers write the same file for the same tokens, and a name reveals no prompt. A
+worker finds a block by its tokens, two workers write the same file for the same tokens, and a name reveals no prompt.
+The hash follows the owner's id, so that the files of an API key can be found and erased. A
 checkpoint of recurrent layers has a file of its own, named after the last block before it and the tokens since then. A
 file is a plain safetensors file with a checksum of its content in the metadata.
 
@@ -22,8 +23,12 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from shared.jobs.request import SHARED_PREFIXES
+
 BLOCK = 128
 """Tokens per block. Files have a few megabytes, and the incomplete rest of a prefix, which is not stored, is short."""
+
+_SEPARATOR = "_"
 
 _HEADER_BYTES = 8
 _MAX_HEADER_BYTES = 2**24
@@ -53,11 +58,13 @@ class BlockChain:
     Each node of the prefix tree stores one, so naming its blocks costs only hashing its own tokens.
 
     Attributes:
+        owner: id of the owner, or `SHARED_PREFIXES`.
         hashed: hash of the owner and of all complete blocks so far.
         start: number of tokens in these blocks.
         rest: the tokens after these blocks, fewer than a block.
     """
 
+    owner: str
     hashed: Any
     start: int = 0
     rest: tuple[int, ...] = ()
@@ -65,7 +72,7 @@ class BlockChain:
     @classmethod
     def of(cls, owner: str) -> Self:
         """Return the chain before the first token of an owner's sequence."""
-        return cls(hashlib.sha256(owner.encode() + b"\0"))
+        return cls(owner or SHARED_PREFIXES, hashlib.sha256(owner.encode() + b"\0"))
 
     @property
     def length(self) -> int:
@@ -75,7 +82,7 @@ class BlockChain:
     @property
     def name(self) -> str:
         """Name of the last complete block; names no block if there is none."""
-        return str(self.hashed.hexdigest())
+        return f"{self.owner}{_SEPARATOR}{self.hashed.hexdigest()}"
 
     @property
     def checkpoint_name(self) -> str:
@@ -88,7 +95,7 @@ class BlockChain:
         for index in range(0, len(unhashed) - BLOCK + 1, BLOCK):
             hashed = chain.hashed.copy()
             hashed.update(array("I", unhashed[index : index + BLOCK]))
-            chain = BlockChain(hashed, self.start + index + BLOCK)
+            chain = BlockChain(self.owner, hashed, self.start + index + BLOCK)
             yield chain
 
     def chain_of(self, tokens: Sequence[int]) -> Iterator[BlockChain]:
@@ -99,7 +106,13 @@ class BlockChain:
     def after(self, tokens: Sequence[int]) -> BlockChain:
         """Return the chain at the end of the following tokens."""
         *_, last = (self, *self.blocks(tokens))
-        return BlockChain(last.hashed, last.start, (*self.rest, *tokens)[last.start - self.start :])
+        return BlockChain(self.owner, last.hashed, last.start, (*self.rest, *tokens)[last.start - self.start :])
+
+
+def owner_of(name: str) -> str:
+    """Return the owner of a block or checkpoint, by its name; empty for a file of an earlier version."""
+    owner, separator, _ = name.partition(_SEPARATOR)
+    return owner if separator else ""
 
 
 def is_checkpoint(name: str) -> bool:

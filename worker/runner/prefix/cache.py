@@ -21,9 +21,11 @@ Copies are queued on the device and executed later. Only the engine thread may c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from shared.jobs.request import SHARED_PREFIXES
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import Checkpoint, Layout, Segment, joined
 from worker.runner.memory import is_out_of_memory
@@ -62,6 +64,7 @@ class PrefixCache:
         self._trees = PrefixTrees(chained=self._spill is not None)
         # Nodes that the next `set_limit` writes to disk. Writing them at once would delay the first token of a row.
         self._unsaved: dict[Node, None] = {}
+        self._barred: set[str] = set()  # owners whose API key was purged
         self._lookups = self._hits = self._reused_tokens = 0
 
     @property
@@ -208,6 +211,18 @@ class PrefixCache:
         self._trees.clear()
         self._unsaved.clear()
 
+    def erase(self, cutoffs: Mapping[str, float]) -> None:
+        """Drop the prefixes of owners that were not used after a time, by owner, in memory and on disk.
+
+        The time is in seconds since the epoch; infinity: from now on nothing of this owner is stored.
+        """
+        self._barred |= {owner for owner, cutoff in cutoffs.items() if cutoff == math.inf}
+        for owner, cutoff in cutoffs.items():
+            self._trees.erase(SHARED if owner == SHARED_PREFIXES else owner, cutoff)
+        self._unsaved = {node: None for node in self._unsaved if node.segment or node.checkpoint}
+        if self._spill is not None:
+            self._spill.erase(cutoffs)
+
     def stats(self) -> dict[str, float]:
         """Gauges and counters for `/metrics`."""
         return {
@@ -232,6 +247,8 @@ class PrefixCache:
             copy: returns the segment of all tokens but the first `n`, given `n`.
             checkpoint: returns the recurrent state after the last token; None: do not store it.
         """
+        if owner in self._barred:
+            return
         try:
             self._extend_tree(owner, tokens, copy, checkpoint)
         except Exception as error:

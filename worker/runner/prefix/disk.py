@@ -60,7 +60,7 @@ class Disk:
             begin -= len(above.tokens)
         if begin <= start:
             piece = Piece(node.chain.checkpoint_name, start, node.end, checkpoint)
-            self.spill.write([piece], begin, segments, evicted=evicted)
+            self.spill.write([piece], begin, segments, node.used_at, evicted=evicted)
 
     def _worth_writing(self, node: Node, checkpoint: Checkpoint) -> bool:
         """Return whether computing the state from the previous checkpoint takes longer than writing it.
@@ -98,7 +98,7 @@ class Disk:
             begin -= len(above.tokens)
         complete = [segment for segment in segments if segment is not None]
         if pieces and len(complete) == len(segments) and complete[0].columns:
-            self.spill.write(pieces, begin, complete, evicted=evicted)
+            self.spill.write(pieces, begin, complete, nodes[-1].used_at, evicted=evicted)
 
 
 def _block(chain: BlockChain) -> Piece:

@@ -14,8 +14,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,10 +80,19 @@ class PrefixFiles:
         with self._lock():
             self._trim(0)
 
-    def write(self, blocks: Sequence[tuple[str, Block]]) -> int:
+    def erase(self, cutoffs: Mapping[str, float]) -> None:
+        """Delete the blocks of owners, of all models, that were not used after a time, by owner."""
+        with self._lock():
+            erase(self._root, cutoffs)
+            self._trim(0)
+
+    def write(self, blocks: Sequence[tuple[str, Block]], used_at: float | None = None) -> int:
         """Write the blocks that are missing, in order, as many as fit.
 
         Earlier blocks of a prefix are marked as used later than the blocks after them, so they are deleted last.
+
+        Args:
+            used_at: when a row last used the blocks that are missing, in seconds since the epoch; None: now.
 
         Returns:
             The number of blocks written.
@@ -98,7 +107,8 @@ class PrefixFiles:
             for (name, block), size in zip(new, sizes, strict=False):
                 if self._fits(size):
                     self._add(name, block, size)
-            self.touch([name for name, _ in blocks])
+            written = {name for name, _ in new}
+            self.touch([name for name, _ in blocks if used_at is None or name in written], used_at)
         return len(self._sizes) - before
 
     def read(self, name: str) -> Block | None:
@@ -113,9 +123,9 @@ class PrefixFiles:
         self._sizes.pop(name, None)
         return None
 
-    def touch(self, names: Sequence[str]) -> None:
-        """Mark consecutive blocks as used now."""
-        now = time.time_ns()
+    def touch(self, names: Sequence[str], used_at: float | None = None) -> None:
+        """Mark consecutive blocks as used at a time, in seconds since the epoch; None: now."""
+        now = time.time_ns() if used_at is None else int(used_at * 1e9)
         for index, name in enumerate(names):
             try:
                 os.utime(self._path(name), ns=(now - index * 1000, now - index * 1000))
@@ -184,10 +194,21 @@ class PrefixFiles:
                     stat = path.stat()
                 except FileNotFoundError:  # another process found it broken and deleted it
                     continue
-                if path.suffix == SUFFIX:
+                if path.suffix == SUFFIX and not prefix_blocks.owner_of(path.stem):
+                    path.unlink(missing_ok=True)  # no process of this version finds a file of an earlier one
+                elif path.suffix == SUFFIX:
                     yield _Entry(stat.st_mtime_ns, stat.st_size, str(path))
                 elif path.suffix == _PARTIAL:
                     path.unlink(missing_ok=True)
+
+
+def erase(root: Path, cutoffs: Mapping[str, float]) -> None:
+    """Delete the blocks of owners in the folder of all models that were not used after a time, by owner."""
+    for path in root.glob(f"*/*{SUFFIX}"):
+        cutoff = cutoffs.get(prefix_blocks.owner_of(path.stem))
+        with suppress(FileNotFoundError):
+            if cutoff is not None and path.stat().st_mtime <= cutoff:
+                path.unlink()
 
 
 def fingerprint(folder: Path, layout: str, config: str = "config.json") -> str:

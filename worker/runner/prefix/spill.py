@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -88,6 +88,7 @@ class Spill:
     files: PrefixFiles
     max_pending_bytes: int
     _writes: list[_Write] = field(default_factory=list)
+    _erasures: list[Future[None]] = field(default_factory=list)
     _reading: dict[str, Future[Block | None]] = field(default_factory=dict)
     _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prefixes-read"))
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prefixes-write"))
@@ -111,13 +112,21 @@ class Spill:
         """Return whether a block is on disk or is being written."""
         return self.files.has(name) or any(name in write.names for write in self._writes)
 
-    def write(self, pieces: Sequence[Piece], begin: int, segments: Sequence[Segment], *, evicted: bool) -> None:
+    def erase(self, cutoffs: Mapping[str, float]) -> None:
+        """Delete the files of owners that were not used after a time, by owner, after the pending writes."""
+        self._erasures = [each for each in self._erasures if not each.done()]
+        self._erasures.append(self._writer.submit(self._guarded, lambda: self.files.erase(cutoffs)))
+
+    def write(
+        self, pieces: Sequence[Piece], begin: int, segments: Sequence[Segment], used_at: float, *, evicted: bool
+    ) -> None:
         """Start writing the files that are not on disk yet.
 
         Args:
             pieces: what to write, in order.
             begin: index of the first token of the first segment; no piece begins before it.
             segments: consecutive segments that cover all pieces.
+            used_at: when a row last used all of the pieces.
             evicted: the pieces are held in memory only for this write; skip it if it would exceed `max_pending_bytes`.
         """
         pending_bytes = self.pending_bytes
@@ -136,7 +145,7 @@ class Spill:
             return
         # The writing thread must not hold a checkpoint: the engine thread must drop the last reference.
         ranges = [(piece.name, piece.start - begin, piece.stop - begin) for piece in missing]
-        done = self._writer.submit(self._guarded, lambda: self._write_ranges(ranges, runs, states))
+        done = self._writer.submit(self._guarded, lambda: self._write_ranges(ranges, runs, states, used_at))
         self._writes.append(_Write(parts, frozenset(piece.name for piece in missing), done))
 
     def fetch(
@@ -183,8 +192,8 @@ class Spill:
         return found
 
     def close(self, seconds: float) -> None:
-        """Wait for pending writes, at most this long, and stop."""
-        wait([write.done for write in self._writes], seconds)
+        """Wait for pending writes and erasures, at most this long, and stop."""
+        wait([*(write.done for write in self._writes), *self._erasures], seconds)
         self._disabled = True
         for threads in (self._reader, self._writer):
             threads.shutdown(wait=False, cancel_futures=True)
@@ -216,14 +225,18 @@ class Spill:
         return block
 
     def _write_ranges(
-        self, ranges: Sequence[tuple[str, int, int]], runs: list[tuple[int, Block]], states: list[Block]
+        self,
+        ranges: Sequence[tuple[str, int, int]],
+        runs: list[tuple[int, Block]],
+        states: list[Block],
+        used_at: float,
     ) -> None:
         try:
             files = [
                 (name, [*_cut(runs, start, stop), *state])
                 for (name, start, stop), state in zip(ranges, states, strict=True)
             ]
-            self._blocks_written += self.files.write(files)
+            self._blocks_written += self.files.write(files, used_at)
         finally:
             # Before the write counts as done, because the engine thread must drop the last reference.
             files = []

@@ -6,6 +6,7 @@ checkpoint of the state after the last of them. All nodes up to one with a segme
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Node:
         segment: the KV segment of these tokens; None while it is not stored.
         checkpoint: the recurrent state after these tokens, if it is stored.
         chain: hash chain up to the end of these tokens, which names files on disk; None without a disk store.
+        used_at: when a row last used these tokens, in seconds since the epoch.
     """
 
     tokens: tuple[int, ...] = ()
@@ -32,6 +34,7 @@ class Node:
     checkpoint: Checkpoint | None = None
     children: dict[int, Node] = field(default_factory=dict)
     chain: BlockChain | None = None
+    used_at: float = 0.0
 
     def path(self) -> Iterator[Node]:
         """Iterate from this node up to the child of the root."""
@@ -107,9 +110,21 @@ class PrefixTrees:
 
     def touch(self, node: Node) -> None:
         """Mark the checkpoint of a node, its segment and those of its ancestors as used."""
+        now = time.time()
         for part in (node.checkpoint, *(each.segment for each in node.path())):
             if part is not None:
                 self._used.move_to_end(part)
+        for each in node.path():
+            each.used_at = now
+
+    def erase(self, owner: str, cutoff: float) -> None:
+        """Remove the parts of an owner that were not used after a time, in seconds since the epoch."""
+        for node in reversed([*_below(self._roots[owner])] if owner in self._roots else []):
+            if node.used_at <= cutoff:
+                for part in (node.checkpoint, node.segment):
+                    if part is not None:
+                        self._detach(node, part)
+                self.prune(node)
 
     def pop_oldest(self) -> tuple[Node, Segment | Checkpoint]:
         """Remove the least recently used part. Returns it and its node, which `prune` may remove."""
@@ -156,7 +171,8 @@ class PrefixTrees:
         if node.end == length:
             return node
         at = length - (node.end - len(node.tokens))
-        upper, parts = Node(node.tokens[:at]), [part for part in (node.checkpoint, node.segment) if part]
+        upper = Node(node.tokens[:at], used_at=node.used_at)
+        parts = [part for part in (node.checkpoint, node.segment) if part]
         for part in parts:
             self._detach(node, part)
         nodes[-2].adopt(upper)
@@ -170,6 +186,15 @@ class PrefixTrees:
             else:
                 self.attach(node, part)
         return upper
+
+
+def _below(root: Node) -> Iterator[Node]:
+    """Yield all nodes below a root, each before those below it."""
+    found = [*root.children.values()]
+    while found:
+        node = found.pop()
+        yield node
+        found += node.children.values()
 
 
 def _walk(root: Node, tokens: tuple[int, ...]) -> tuple[list[Node], int]:
