@@ -166,9 +166,7 @@ class Settings(Locations, SettingsChecks):
     )
     archive_retention_s: int = Field(90 * 24 * 3600, ge=60, description="How long ended jobs are kept in the archive")
     archive_max_bytes: int = Field(
-        20 * 2**30,
-        ge=2**20,
-        description="Maximum size of the archive. If it is larger, the jobs that ended first are deleted",
+        20 * 2**30, ge=2**20, description="Maximum size of the archive. The jobs that ended first are deleted"
     )
 
     # Responses
