@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from scripts.diagnosis.archive import check_archive
 from scripts.diagnosis.configuration import check_models, check_ports, read_settings, smallest_text_model
 from scripts.diagnosis.machine import check_disks, check_machine, check_packages
 from scripts.diagnosis.redis_server import check_redis
@@ -57,7 +58,12 @@ def _examine(*, generate: bool, timeout_s: float) -> list[Section]:
     ]
 
 
-_CHECKS: dict[str, Callable[[Settings], Section]] = {"Disk": check_disks, "Redis": check_redis, "Ports": check_ports}
+_CHECKS: dict[str, Callable[[Settings], Section]] = {
+    "Disk": check_disks,
+    "Redis": check_redis,
+    "Archive": check_archive,
+    "Ports": check_ports,
+}
 
 
 def _guarded(title: str, check: Callable[[Settings], Section], settings: Settings) -> Section:

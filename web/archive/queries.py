@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, Subquery, func, select
+from sqlalchemy import ColumnElement, Select, Subquery, func, null, select
 from sqlalchemy.engine import Connection
 
 from shared.jobs.record import Status
 from shared.jobs.search import JobFilter
 from web.archive.tables import ArchivedJob, job_contents, job_metadata, jobs
 
-WINDOW: Final = 5000
+WINDOW: Final = 2000
 """Maximum jobs that one page examines. A page in which fewer than `limit` match continues after them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Archived jobs, newest first.
+    """Archived jobs, newest first, without their requests.
 
     Attributes:
         next: continue with jobs created before this time; None if there are no others.
@@ -34,52 +34,60 @@ def page_of(
 ) -> Page:
     """Return up to `limit` jobs of these API keys (None: of all) that were created before a time, newest first.
 
-    One index finds candidates in the right order, and a bounded number of them is compared with the other conditions.
+    One index finds candidates in the right order. If it does not cover all conditions, a bounded number of them is
+    compared with the others.
     """
     if wanted.status in (Status.QUEUED, Status.RUNNING):
         return Page([], None)
-    candidates = _candidates(owners, wanted, before).subquery()
-    matching = (
-        select(jobs.c.created_at, job_contents)
-        .join(candidates, candidates.c.id == jobs.c.id)
-        .join(job_contents, job_contents.c.job_id == jobs.c.id)
-        .where(*_conditions(owners, wanted))
-        .order_by(jobs.c.created_at.desc())
-        .limit(limit)
-    )
-    rows = connection.execute(matching).all()
-    found = [ArchivedJob.from_row(row) for row in rows]
-    if len(rows) == limit:
-        return Page(found, rows[-1].created_at)
-    return Page(found, _end(connection, candidates))
+    candidates, covered = _candidates(owners, wanted, before)
+    if wanted == replace(covered, after=wanted.after):
+        rows = connection.execute(candidates.limit(limit)).all()
+        end = rows[-1].created_at if len(rows) == limit else None
+    else:
+        examined = candidates.limit(WINDOW).subquery()
+        matching = (
+            select(examined.c.id, examined.c.created_at)
+            .join(jobs, jobs.c.id == examined.c.id)
+            .where(*_conditions(wanted))
+            .order_by(examined.c.created_at.desc())
+            .limit(limit)
+        )
+        rows = connection.execute(matching).all()
+        end = rows[-1].created_at if len(rows) == limit else _end(connection, examined)
+    return Page(_contents(connection, [row.id for row in rows]), end)
 
 
-def _candidates(owners: Sequence[str] | None, wanted: JobFilter, before: float | None) -> Select[Any]:
-    """Select id and time of the newest jobs that an index finds: by metadata, by status or by model."""
+def _candidates(owners: Sequence[str] | None, wanted: JobFilter, before: float | None) -> tuple[Select[Any], JobFilter]:
+    """Select id and time of jobs that an index finds, newest first; also return the conditions that it covers."""
+    table, job_id, conditions, covered = jobs, jobs.c.id, list[ColumnElement[bool]](), JobFilter()
     if wanted.metadata:
         (name, value), *_ = wanted.metadata.items()
         table, job_id = job_metadata, job_metadata.c.job_id
-        conditions = [table.c.name == name, table.c.value == value]
-    else:
-        table, job_id, conditions = jobs, jobs.c.id, []
-        if wanted.status not in (None, Status.SUCCEEDED) or (wanted.status and wanted.model is None):
-            conditions.append(jobs.c.status == wanted.status)
-        elif wanted.model is not None:
-            conditions.append(jobs.c.model == wanted.model)
+        conditions, covered = [table.c.name == name, table.c.value == value], JobFilter(metadata={name: value})
+    elif wanted.status is not None and (wanted.status is not Status.SUCCEEDED or wanted.model is None):
+        conditions, covered = [jobs.c.status == wanted.status], JobFilter(status=wanted.status)
+    elif wanted.model is not None:
+        conditions, covered = [jobs.c.model == wanted.model], JobFilter(model=wanted.model)
     if owners is not None:
-        conditions.append(_one_of(table.c.owner, owners))
+        conditions.append(table.c.owner == owners[0] if len(owners) == 1 else table.c.owner.in_(owners))
     if before is not None:
         conditions.append(table.c.created_at < before)
     if wanted.after is not None:
         conditions.append(table.c.created_at >= wanted.after)
-    newest = select(job_id.label("id"), table.c.created_at).where(*conditions)
-    return newest.order_by(table.c.created_at.desc()).limit(WINDOW)
+    found = select(job_id.label("id"), table.c.created_at).where(*conditions)
+    return found.order_by(table.c.created_at.desc()), covered
 
 
-def _conditions(owners: Sequence[str] | None, wanted: JobFilter) -> list[ColumnElement[bool]]:
+def _contents(connection: Connection, job_ids: Sequence[str]) -> list[ArchivedJob]:
+    """Read jobs without their requests, in the given order."""
+    columns = (job_contents.c.job_id, job_contents.c.record, null().label("request"), job_contents.c.output)
+    rows = connection.execute(select(*columns).where(job_contents.c.job_id.in_(job_ids)))
+    found = {row.job_id: ArchivedJob.from_row(row) for row in rows}
+    return [found[job_id] for job_id in job_ids if job_id in found]
+
+
+def _conditions(wanted: JobFilter) -> list[ColumnElement[bool]]:
     conditions = []
-    if owners is not None:
-        conditions.append(_one_of(jobs.c.owner, owners))
     if wanted.status is not None:
         conditions.append(jobs.c.status == wanted.status)
     if wanted.model is not None:
@@ -92,11 +100,6 @@ def _conditions(owners: Sequence[str] | None, wanted: JobFilter) -> list[ColumnE
         )
         conditions.append(pair.exists())
     return conditions
-
-
-def _one_of(column: Any, owners: Sequence[str]) -> ColumnElement[bool]:
-    condition: ColumnElement[bool] = column == owners[0] if len(owners) == 1 else column.in_(owners)
-    return condition
 
 
 def _end(connection: Connection, candidates: Subquery) -> float | None:

@@ -132,3 +132,15 @@ def test_self_check_reports_a_model_that_cannot_be_loaded(tmp_path: Path) -> Non
 def test_self_check_has_a_time_limit() -> None:
     section = self_check.run_self_check(None, generate=True, timeout_s=0.01)
     assert "did not finish" in section.problems[0]
+
+
+def test_the_archive_is_examined(examined: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, before, _ = examined()
+    assert before["sections"]["Archive"]["state"] == "nothing was archived yet"
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/archive.sqlite3").write_bytes(b"no database")
+    status, broken, _ = examined()
+    assert status == 1 and "docs/archive.md" in problems(broken, "Archive")
+    monkeypatch.setenv("ARCHIVE_URL", "off")
+    _, off, _ = examined()
+    assert off["sections"]["Archive"] == {"state": "off (ARCHIVE_URL)"} and not problems(off, "Archive")

@@ -85,6 +85,7 @@ def test_the_console_shows_archived_jobs(site: Site) -> None:
     assert site.id in site.console("/console/jobs")[1]
     status, page = site.console(f"/console/jobs/{site.id}")
     assert status == 200 and "what was asked" in page and "the text" in page
+    assert ">archived<" in page and "Log replay" not in page
 
 
 def test_an_archived_job_has_no_events_and_cannot_be_cancelled(site: Site) -> None:
