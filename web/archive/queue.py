@@ -31,11 +31,11 @@ class ArchiveQueue:
         self._client.hset(keys.BYTES, "archive", self._content)
 
     def close(self) -> None:
-        """Let jobs no longer wait: there is no archive."""
+        """Let jobs no longer wait: there is no archive. Deleted jobs stay listed, in case it is switched on again."""
         self._client.hdel(keys.BYTES, "archive")
         while waiting := self.waiting(1000):
             self.settle(waiting)
-        self._client.delete(keys.ERASED, keys.ARCHIVE)
+        self._client.delete(keys.ARCHIVE)
 
     def waiting(self, limit: int) -> list[str]:
         """Return entries of ended jobs that wait, those that ended first: each is the id, a space and a number."""

@@ -21,7 +21,7 @@ PER_WRITE: Final = 100
 PER_ROUND: Final = 20
 """Maximum transactions per round."""
 ERASED_S: Final = 60.0
-"""How long a deleted job is erased in every round. A process that led before may write it once more until then."""
+"""After this time, a process that led before does not write any more."""
 FREE_BYTES: Final = 256 * 2**20
 """Disk space to leave free: the queue may be on the same disk, and needs it more."""
 CLEAN_S: Final = 60.0
@@ -29,6 +29,7 @@ RECONCILE_S: Final = 600.0
 """Interval of searches for ended jobs that are in no list, and of copies of the usage."""
 _RETRY_S: Final = 5.0
 _PER_CLEAN: Final = 1000
+_MAX_DELETED: Final = 10_000
 _PER_CHECK: Final = 500
 
 
@@ -62,6 +63,7 @@ class Archiver:
         self._leads = leads
         self._opened = False
         self._written = 0
+        self._erased: set[str] = set()  # deleted jobs that have been erased once
         self._error = ""
         self._retry_at = self._clean_at = self._reconcile_at = 0.0
 
@@ -111,14 +113,18 @@ class Archiver:
         return self._leads()
 
     def _erase_deleted(self, archive: Archive) -> None:
-        deleted = self._queue.deleted(_PER_CLEAN)
-        if deleted:
-            archive.erase([*deleted])
-            self._queue.erased([job_id for job_id, at in deleted.items() if at < time.time() - ERASED_S])
+        """Erase deleted jobs, and once more after `ERASED_S`: a process that led before may have written them since."""
+        deleted = self._queue.deleted(_MAX_DELETED)
+        final = [job_id for job_id, at in deleted.items() if at < time.time() - ERASED_S]
+        if due := [*(deleted.keys() - self._erased), *(job_id for job_id in final if job_id in self._erased)]:
+            archive.erase(due)
+            self._queue.erased(final)
+            self._erased = set(deleted) - set(final)
 
     def _look_after(self, archive: Archive) -> None:
         now = time.monotonic()
         if now >= self._clean_at:
+            self._queue.open()  # a failover of Redis may have lost it
             self._clean(archive)
             self._clean_at = now + CLEAN_S
         if now >= self._reconcile_at:

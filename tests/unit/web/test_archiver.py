@@ -27,6 +27,7 @@ from tests.support.queueing import end, lease, run, started, submission, submit
 from web.archive.database import Archive, ArchiveUnavailable
 from web.archive.history import History, stored_request
 from web.archive.queue import ArchiveQueue
+from web.archive.tables import ArchivedJob
 from web.background import archiver as module
 from web.background.archiver import Archiver
 from web.cluster.archive_state import read_state
@@ -196,9 +197,12 @@ def test_a_deleted_job_is_erased_and_not_written_again(setting: Setting) -> None
     archiver.round()
     assert [setting.archive.find(job.id) is not None for job in (kept, deleted, waiting)] == [True, False, False]
     assert setting.client.zcard(keys.ERASED) == 2, "for a process that led before and is about to write it"
+    stale = ArchivedJob({**archived(0, "a").record, "id": deleted.id})
+    setting.archive.write([stale])
     setting.client.zadd(keys.ERASED, {deleted.id: 1.0, waiting.id: 1.0})
     archiver.round()
     assert setting.client.zcard(keys.ERASED) == 0
+    assert setting.archive.find(deleted.id) is None
     assert setting.client.zscore(keys.PREFIX_CUTOFFS, "a") == waiting.finished_at
 
 
