@@ -22,34 +22,52 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TRACESTATE: Final = re.compile(r"[\x20-\x7e]{1,512}")
+"""Longer ones may be dropped, by W3C's specification."""
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _CLOSE_S: Final = 2.0
 """Longest wait for the last spans when a process ends."""
 
 
 class TraceParent(NamedTuple):
-    """The trace context of a span, as in the W3C header `traceparent`."""
+    """The trace context of a span, as in the W3C header `traceparent`.
+
+    Attributes:
+        state: the header `tracestate`, with which vendors add to a trace; empty if there is none.
+    """
 
     trace_id: int
     span_id: int
     flags: int = 1
+    state: str = ""
 
     @classmethod
-    def parse(cls, header: str) -> Self | None:
-        """Parse a header; None if it is not valid, because a client's mistake must not fail its request."""
+    def of(cls, span: Span) -> Self:
+        """Return the context of a span."""
+        context = span.get_span_context()
+        return cls(context.trace_id, context.span_id, context.trace_flags, context.trace_state.to_header())
+
+    @classmethod
+    def parse(cls, header: str, state: str = "") -> Self | None:
+        """Parse the headers; None if `traceparent` is not valid, because a client's mistake must not fail its request.
+
+        A `tracestate` that is not valid is dropped.
+        """
         match = _TRACEPARENT.fullmatch(header.strip())
         if match is None or header.startswith(("ff", "00-" + "0" * 32)) or not int(match[2], 16):
             return None
-        return cls(int(match[1], 16), int(match[2], 16), int(match[3], 16))
+        state = state if _TRACESTATE.fullmatch(state) else ""
+        return cls(int(match[1], 16), int(match[2], 16), int(match[3], 16), state)
 
     def __str__(self) -> str:
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.flags:02x}"
 
     def context(self) -> SpanContext:
         """Return it as OpenTelemetry's type."""
-        from opentelemetry.trace import SpanContext, TraceFlags
+        from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
-        return SpanContext(self.trace_id, self.span_id, is_remote=True, trace_flags=TraceFlags(self.flags))
+        state = TraceState.from_header([self.state])  # leaves out members that are not valid
+        return SpanContext(self.trace_id, self.span_id, True, TraceFlags(self.flags), state)
 
 
 def span_id(*parts: object) -> int:

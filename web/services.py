@@ -163,7 +163,7 @@ def build(settings: Settings, client: Redis | None = None, *, process: Process =
     webhook_urls = UrlPolicy(settings.webhook_networks)
     availability = ModelAvailability(registry, operations, jobs, catalog, on_demand=on_demand)
 
-    tracer = make_tracer(settings, "mlxq-web", socket.gethostname())
+    tracer = make_tracer(settings, f"mlxq-{process}", socket.gethostname())
     spans = JobSpans(tracer, "")
 
     def report_end(end: EndedJob) -> None:

@@ -136,7 +136,7 @@ class Job:
             with this job.
         reasoning_tokens: see `Ending`.
         sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
-        traceparent: W3C trace context of the job's HTTP request; empty if it is not traced.
+        traceparent, tracestate: W3C trace context of the job's HTTP request; empty if it is not traced.
         archived: whether the record comes from the archive.
     """
 
@@ -169,6 +169,7 @@ class Job:
     reasoning_tokens: int | None = None
     sampling: dict[str, Any] | None = None
     traceparent: str = ""
+    tracestate: str = ""
     archived: bool = False
 
     @classmethod
@@ -211,6 +212,7 @@ class Job:
             reasoning_tokens=count("reasoning_tokens"),
             sampling=json.loads(record["sampling"]) if record.get("sampling") else None,
             traceparent=record.get("traceparent", ""),
+            tracestate=record.get("tracestate", ""),
         )
 
 

@@ -67,6 +67,7 @@ class Submission:
     repeats_prompt: bool = False
     in_background: bool = False
     traceparent: str = ""
+    tracestate: str = ""
     min_retention_s: int = 0
 
 
@@ -106,8 +107,8 @@ def _token_bytes(request: Request) -> int:
 
 def _optional(submission: Submission) -> dict[str, str]:
     """Return the record fields that only some jobs have."""
-    request, given = submission.request, {"webhook": submission.webhook, "traceparent": submission.traceparent}
-    fields = {name: value for name, value in given.items() if value}
+    request = submission.request
+    fields = {name: value for name in ("webhook", "traceparent", "tracestate") if (value := getattr(submission, name))}
     if submission.in_background:
         fields["response"] = "1"
     if submission.repeats_prompt:

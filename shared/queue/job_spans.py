@@ -60,7 +60,7 @@ class JobSpans:
             ending: how the job ended; None if it was handed back.
         """
         job = claimed.job
-        parent = TraceParent.parse(job.traceparent)
+        parent = TraceParent.parse(job.traceparent, job.tracestate)
         if self._tracer is None or parent is None:
             return
         spans = _Spans(self._tracer, parent, job, _operation(claimed.request), stages.created - job.created_at)
@@ -73,13 +73,14 @@ class JobSpans:
             attempt = spans.attempt(job.attempt, stages.admitted, attributes)
             spans.stages(job.attempt, stages)
             if stages.first_token is not None:
+                attempt.set_attribute("gen_ai.response.time_to_first_chunk", stages.first_token - stages.created)
                 attempt.add_event("first token", timestamp=nanoseconds(stages.first_token))
             error = ending.error_code if ending else None
             _end(attempt, stages.ended, error, AttemptEnd.ENDED if ending else AttemptEnd.HANDED_BACK)
 
     def ended_without_worker(self, job: Job, end: EndedJob) -> None:
         """Send the spans of a job that ended while it was queued, or because its worker crashed."""
-        parent = TraceParent.parse(job.traceparent)
+        parent = TraceParent.parse(job.traceparent, job.tracestate)
         if self._tracer is None or parent is None or job.finished_at is None:
             return
         spans = _Spans(self._tracer, parent, job, "generate_content", 0.0)
@@ -156,6 +157,7 @@ class _Spans:
             "gen_ai.operation.name": self._operation,
             "gen_ai.provider.name": "mlxq",
             "gen_ai.request.model": self._job.model,
+            "gen_ai.response.model": self._job.model,
             "gen_ai.response.id": self._job.id,
             "mlxq.attempt": number,
             "mlxq.priority": self._job.priority.label,
@@ -185,6 +187,8 @@ def _request_attributes(request: Request) -> dict[str, Any]:
         "gen_ai.request.top_k": sampling.top_k,
         "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
         "gen_ai.request.presence_penalty": sampling.presence_penalty,
+        "gen_ai.request.seed": sampling.seed,
+        "gen_ai.output.type": "json" if request.constraint and request.constraint.kind == "json_schema" else "text",
     }
 
 
@@ -195,6 +199,7 @@ def _usage(ending: Ending | None) -> dict[str, Any]:
         "gen_ai.usage.input_tokens": ending.prompt_tokens,
         "gen_ai.usage.output_tokens": ending.completion_tokens,
         "gen_ai.usage.cache_read.input_tokens": ending.cached_tokens,
+        "gen_ai.usage.reasoning.output_tokens": ending.reasoning_tokens,
         "gen_ai.response.finish_reasons": [ending.finish_reason] if ending.finish_reason else None,
         "mlxq.job.status": ending.status.value,
     }

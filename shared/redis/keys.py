@@ -51,6 +51,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `ENDED` | hash | `model:status` → number of jobs | forever, 4 fields per model |
 | `ATTEMPTS` | hash | `model:outcome` → number of attempts that ended | forever, 3 fields per model |
 | `TOKENS` | hash | key id + `:input` or `:output` → tokens of ended jobs | forever, 2 fields per API key |
+| `SHOWN_KEYS` | zset | API key → when its tokens got a series of their own among the metrics | forever, about 50 |
 | `ENDS` | list | JSON of jobs that ended without their worker, for task events | until an API process reads it |
 | `LEADER` | string | token of the background process that leads | a few seconds |
 | `UNARCHIVED` | zset | `job bytes` of ended jobs that are not archived yet → time of their end | until archived |
@@ -98,7 +99,7 @@ Fields of `JOB` that mainly the scripts read:
 | `children` | ids of the jobs with the further choices of the same request |
 | `response` | set if a background response waits for the job, so that its end is an event for webhooks |
 | `webhook` | JSON of the URL and events of the job's webhooks; `-` if it has none at all |
-| `traceparent` | W3C trace context of the HTTP request, if it is traced |
+| `traceparent`, `tracestate` | W3C trace context of the HTTP request, if it is traced |
 | `deleted` | set when the API key deleted the job; the record, text and log then stay for 10 s |
 | `suspicion`, `patience`, `cohort`, `deaths` | see `shared/queue/scripts/lib/suspicion.lua` |
 
@@ -155,6 +156,7 @@ TOKENIZER: Final = "mlxq:tokenizer-gz:"
 ENDED: Final = "mlxq:ended"
 ATTEMPTS: Final = "mlxq:attempts"
 TOKENS: Final = "mlxq:tokens"
+SHOWN_KEYS: Final = "mlxq:tokens-shown"
 ENDS: Final = "mlxq:ends"
 LEADER: Final = "mlxq:leader"
 UNARCHIVED: Final = "mlxq:unarchived"

@@ -76,6 +76,7 @@ PERMANENT = (
     keys.ENDED,
     keys.ATTEMPTS,
     keys.TOKENS,
+    keys.SHOWN_KEYS,
     keys.SERVABLE,
     keys.LOAD_FAILURE,
     keys.LEADER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tests.plugins.stack import Stack, made_stack
 from tests.support.collector import Collector, ReceivedSpan
 from tests.support.waiting import eventually
 
+STATE = "vendor=opaque,other=1"
 SECRET = "zxqvsecretword"
 STAGES = ["POST /v1/jobs", "queue", "text_completion fake", "prefill", "decode"]
 
@@ -53,10 +55,11 @@ class Traced:
             "POST",
             "/v1/jobs",
             json={"prompt": prompt, "max_tokens": tokens},
-            headers={"traceparent": f"00-{self.trace_id}-{self.caller}-01"},
+            headers={"traceparent": f"00-{self.trace_id}-{self.caller}-01", "tracestate": STATE},
         )
         self.id = response.json()["id"]
         self.traceparent = response.headers["traceparent"]
+        assert response.headers["tracestate"] == STATE
         self.request_id = response.headers["X-Request-ID"]
 
     def spans(self, collector: Collector, names: list[str]) -> list[ReceivedSpan]:
@@ -86,6 +89,9 @@ def test_one_trace_goes_through_http_queue_and_engine(stack: Stack, collector: C
     assert queue.start <= queue.end == attempt.start == prefill.start <= prefill.end == decode.start <= decode.end
     assert http.attributes["http.route"] == "/v1/jobs" and http.attributes["http.response.status_code"] == 202
     assert http.attributes["mlxq.request_id"] == attempt.attributes["mlxq.request_id"] == job.request_id
+    assert {span.state for span in spans} == {STATE}
+    assert http.attributes["mlxq.queue_position"] == 1
+    assert 0 < attempt.attributes["gen_ai.response.time_to_first_chunk"] < 30
     assert http.attributes["mlxq.key_id"] == stack.key.split("_")[1]
     assert attempt.attributes["gen_ai.request.model"] == "fake" and attempt.attributes["gen_ai.response.id"] == job.id
     assert attempt.attributes["gen_ai.usage.output_tokens"] == 5 and attempt.attributes["gen_ai.usage.input_tokens"] > 5
@@ -105,6 +111,48 @@ def test_a_job_that_ends_in_the_queue_has_a_complete_trace(stack: Stack, collect
             client.cancel(each)
         eventually(lambda: all(client.job(each).status.terminal for each in blocked), "all are cancelled")
     assert queue.attributes["mlxq.job.status"] == "cancelled" and not queue.failed
+
+
+def test_each_line_of_a_batch_has_a_trace_that_is_linked_to_the_request_for_the_batch(
+    stack: Stack, collector: Collector, tmp_path: Path
+) -> None:
+    background = stack.start_background()
+    lines = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/completions", "body": {"model": "fake", "prompt": "hi"}}
+        for n in range(2)
+    ]
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with stack.client() as client, file.open("rb") as content:
+        uploaded = client.request(
+            "POST", "/v1/files", form={"purpose": "batch", "file": ("lines.jsonl", content.read())}
+        ).json()
+        response = client.request(
+            "POST",
+            "/v1/batches",
+            json={"input_file_id": uploaded["id"], "endpoint": "/v1/completions", "completion_window": "1h"},
+        )
+    creation = response.headers["traceparent"].split("-")[2]
+
+    def traces() -> list[list[ReceivedSpan]]:
+        starts = [span for span in collector.spans if creation in span.links]
+        return [collector.trace(span.trace_id) for span in starts]
+
+    names = sorted(["batch line /v1/completions", *STAGES[1:]])
+    eventually(
+        lambda: [sorted(span.name for span in each) for each in traces()] == [names] * 2, "both lines are traced"
+    )
+    stack.stop(background)
+    starts = [by_name(trace, "batch line /v1/completions") for trace in traces()]
+    assert {span.service for span in starts} == {"mlxq-background"}
+    assert sorted(span.attributes["mlxq.batch.line"] for span in starts) == [1, 2]
+    assert {span.attributes["mlxq.batch.id"] for span in starts} == {response.json()["id"]}
+    for trace, start in zip(traces(), starts, strict=True):
+        assert by_name(trace, "queue").parent == by_name(trace, "text_completion fake").parent == start.id
+        assert (
+            by_name(trace, "text_completion fake").attributes["gen_ai.response.id"]
+            == start.attributes["gen_ai.response.id"]
+        )
 
 
 def test_the_trace_of_a_recovered_job_has_both_attempts(stack: Stack, collector: Collector) -> None:

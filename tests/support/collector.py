@@ -27,6 +27,7 @@ class ReceivedSpan:
     links: tuple[str, ...]
     failed: bool
     events: tuple[str, ...]
+    state: str
 
 
 class Collector:
@@ -103,6 +104,7 @@ def _span(span: Span, service: str) -> ReceivedSpan:
         name=span.name,
         service=service,
         trace_id=span.trace_id.hex(),
+        state=span.trace_state,
         id=span.span_id.hex(),
         parent=span.parent_span_id.hex(),
         start=span.start_time_unix_nano / 1e9,

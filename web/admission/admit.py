@@ -56,7 +56,7 @@ class RequestContext:
         silent: whether the end of the job causes no webhook event.
         prepare: called with the first job's id right before the jobs are accepted.
         in_background: whether the job generates a background response, whose end causes a webhook event.
-        traceparent: W3C trace context of the HTTP request; empty if it is not traced.
+        traceparent, tracestate: W3C trace context of the HTTP request; empty if it is not traced.
         min_retention_s: minimum time for which the finished job is kept.
     """
 
@@ -72,6 +72,7 @@ class RequestContext:
     prepare: Callable[[str], object] = lambda _: None
     in_background: bool = False
     traceparent: str = ""
+    tracestate: str = ""
     min_retention_s: int = 0
 
 
@@ -233,6 +234,7 @@ class Admission:
             webhook=NO_WEBHOOKS if context.silent else _webhook(request),
             in_background=context.in_background,
             traceparent=context.traceparent,
+            tracestate=context.tracestate,
             min_retention_s=context.min_retention_s,
         )
 

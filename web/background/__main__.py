@@ -22,11 +22,14 @@ def main() -> None:
     configure("background", "INFO")  # reading the settings can log
     settings = load_or_exit()
     configure("background", settings.log_level)
-    background = Background(build(settings, process="background"))
+    services = build(settings, process="background")
+    background = Background(services)
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, background.stop)
     freeze_garbage_collector()
     background.run()
+    if services.tracer is not None:
+        services.tracer.close()
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ class Background:
             current.jobs,
             make_endpoints(current),
             current.keys.limits_of,
+            current.tracer,
         )
         return BatchRunner(
             current.settings,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import redis
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from shared.jobs.record import Job, Status
 from shared.jobs.store import Jobs
 from shared.redis.client import passes
 from shared.settings import Settings
+from shared.tracing import TraceParent, Tracer
 from web.admission.admit import Admission, RequestContext
 from web.admission.image_loader import ImageLoader
 from web.batches.lines import Line
@@ -29,6 +30,9 @@ from web.http.openai_errors import CODES, error_json, status_of
 from web.http.problems import invalid_fields
 from web.results.failures import job_failure
 from web.schemas.requests import JobRequest
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,7 @@ class LineRequests:
 
     Args:
         limits_of: returns the present limits of an API key; None if this host does not know the key.
+        tracer: None to send no traces.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class LineRequests:
         jobs: Jobs,
         endpoints: Endpoints,
         limits_of: Callable[[str], OwnerLimits | None] = lambda _: None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._settings = settings
         self._admission = admission
@@ -105,6 +111,7 @@ class LineRequests:
         self._jobs = jobs
         self._endpoints = endpoints
         self._limits_of = limits_of
+        self._tracer = tracer
 
     def submit(self, batch: Batch, line: Line) -> Running | Result:
         """Submit a line's job, or find the job that an earlier leader submitted; an error result if it is invalid.
@@ -177,6 +184,8 @@ class LineRequests:
         requests = [request.model_copy(update=limits) for request in translated.requests]
         loaded = [self._image_loader.load(request, caller=batch.owner) for request in requests]
         files = {digest: file for each in loaded for digest, file in each.files.items()}
+        span = self._start_span(batch, line)
+        trace = TraceParent.of(span) if span else None
         context = RequestContext(
             owner=batch.owner,
             request_id=batch.request_id,
@@ -185,10 +194,34 @@ class LineRequests:
             limits=self._limits_of(batch.owner) or OwnerLimits(max_queued=batch.max_queued),
             silent=True,
             min_retention_s=_MIN_RETENTION_S,
+            traceparent=str(trace) if trace else "",
         )
         admitted = [each.request for each in loaded]
-        job = self._admission.admit_all(admitted, context, files, choices=translated.choices).job
+        accepted = self._admission.admit_all(admitted, context, files, choices=translated.choices)
+        job = accepted.job
+        if span and accepted.new:  # a span that does not end is not sent, such as that of a line that must wait
+            span.set_attribute("gen_ai.response.id", job.id)
+            if accepted.place:
+                span.set_attribute("mlxq.queue_position", accepted.place.position)
+            span.end()
         return [job.id, *job.children]
+
+    def _start_span(self, batch: Batch, line: Line) -> Span | None:
+        """Start a trace for a line's job, linked to the request that created the batch. None without a collector."""
+        if self._tracer is None:
+            return None
+        from opentelemetry.trace import Link, SpanKind
+
+        creation = TraceParent.parse(batch.traceparent)
+        attributes = {
+            "mlxq.batch.id": batch.id,
+            "mlxq.batch.line": line.number,
+            "mlxq.request_id": batch.request_id,
+            "mlxq.key_id": batch.owner,
+        }
+        links = [Link(creation.context())] if creation else []
+        name = f"batch line {batch.endpoint}"
+        return self._tracer.start(name, None, kind=SpanKind.CONSUMER, attributes=attributes, links=links)
 
 
 def error_result(batch: Batch, line: Line, error: MlxqError) -> Result:

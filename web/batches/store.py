@@ -76,6 +76,7 @@ class Batch:
         output_id, error_id: ids of the result files, which exist once the batch has ended.
         end_as: the status in which finalizing ends.
         output_lifetime_s: requested lifetime of the result files; None for the default.
+        traceparent: W3C trace context of the request that created it; empty if it is not traced.
     """
 
     id: str
@@ -97,6 +98,7 @@ class Batch:
     error_id: str | None = None
     end_as: str = BatchStatus.COMPLETED
     output_lifetime_s: float | None = None
+    traceparent: str = ""
 
     @classmethod
     def from_record(cls, record: Mapping[str, str]) -> Self:
@@ -122,6 +124,7 @@ class Batch:
             error_id=record.get("error_id") or None,
             end_as=record.get("end_as") or BatchStatus.COMPLETED,
             output_lifetime_s=float(record["output_lifetime_s"]) if record.get("output_lifetime_s") else None,
+            traceparent=record.get("traceparent", ""),
         )
 
 
@@ -161,6 +164,7 @@ class Batches:
         max_queued: int | None = None,
         request_id: str = "",
         output_lifetime_s: float | None = None,
+        traceparent: str = "",
     ) -> Batch:
         """Create a batch. When this returns, it is durable.
 
@@ -182,6 +186,7 @@ class Batches:
             "max_queued": "" if max_queued is None else str(max_queued),
             "request_id": request_id,
             "output_lifetime_s": "" if output_lifetime_s is None else repr(output_lifetime_s),
+            "traceparent": traceparent,
         }
         request = {"id": batch_id, "owner": owner, "max_unfinished": MAX_UNFINISHED, "max_kept": MAX_KEPT}
         flat = [part for item in fields.items() for part in item]

@@ -10,7 +10,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from shared.load_settings import load_settings
 from shared.logging import configure
-from web.http.environ import JOB_ID, KEY_ID
+from web.http.environ import JOB_ID, KEY_ID, QUEUE_POSITION
 from web.http.request_id import ENVIRON_KEY
 
 log = logging.getLogger("web.access")
@@ -37,6 +37,7 @@ class JsonLogger(Logger):  # type: ignore[misc]
                 "request_id": environ.get(ENVIRON_KEY, ""),
                 "job_id": environ.get(JOB_ID, ""),
                 "key": environ.get(KEY_ID, ""),
+                "queue_position": environ.get(QUEUE_POSITION),
                 "status": status,
                 "duration_ms": round(request_time.total_seconds() * 1000, 1),
                 "bytes": resp.sent,

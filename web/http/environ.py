@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from http import HTTPMethod
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Final
@@ -17,6 +17,8 @@ Network = IPv4Network | IPv6Network
 KEY_ID: Final = "mlxq.key_id"
 JOB_ID: Final = "mlxq.job_id"
 """Entries for the access log and traces: the API key, and the job that a request creates or is about."""
+QUEUE_POSITION: Final = "mlxq.queue_position"
+"""Entry for the access log and traces: the place in the queue of the job that a request creates, from 1."""
 OTHER: Final = "OTHER"
 _KNOWN: Final = frozenset(HTTPMethod)
 
@@ -24,6 +26,16 @@ _KNOWN: Final = frozenset(HTTPMethod)
 def networks(text: str) -> tuple[Network, ...]:
     """Read addresses and networks such as `127.0.0.1, 10.0.0.0/8`."""
     return tuple(ip_network(each.strip()) for each in text.split(",") if each.strip())
+
+
+def until_closed(body: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the body of a response, and close it at its end or when the server closes this generator."""
+    try:
+        yield from body
+    finally:
+        close = getattr(body, "close", None)
+        if close is not None:
+            close()
 
 
 def note_caller(response: Response) -> Response:

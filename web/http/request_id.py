@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from flask import request
 
 from shared.logging import log_context
+from web.http.environ import until_closed
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -36,13 +37,7 @@ class RequestIdMiddleware:
             return start_response(status, [*headers, ("X-Request-ID", request_id)], exc_info)
 
         with log_context(request_id=request_id):
-            body = self._app(environ, start)
-            try:
-                yield from body
-            finally:
-                close = getattr(body, "close", None)
-                if close is not None:
-                    close()
+            yield from until_closed(self._app(environ, start))
 
 
 def current_request_id() -> str:

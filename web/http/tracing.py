@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from flask import Flask, Response, request
 
 from shared.tracing import TraceParent, Tracer
-from web.http.environ import JOB_ID, KEY_ID
+from web.http.environ import JOB_ID, KEY_ID, QUEUE_POSITION, until_closed
 from web.http.request_id import ENVIRON_KEY as REQUEST_ID
 
 if TYPE_CHECKING:
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 TRACEPARENT: Final = "mlxq.traceparent"
-"""Entry of the WSGI environment: the `traceparent` of the request's span, for the job that it creates."""
+TRACESTATE: Final = "mlxq.tracestate"
+"""Entries of the WSGI environment: the trace context of the request's span, for the job that it creates."""
 _ROUTE: Final = "mlxq.route"
+_ATTRIBUTES: Final = {
+    "mlxq.request_id": REQUEST_ID,
+    "mlxq.key_id": KEY_ID,
+    "gen_ai.response.id": JOB_ID,
+    "mlxq.queue_position": QUEUE_POSITION,
+}
+"""Attributes of a span, and the entries of the environment that have their values."""
 _UNTRACED: Final = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 """Paths that monitors poll."""
 
@@ -25,8 +33,8 @@ _UNTRACED: Final = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 class TraceMiddleware:
     """WSGI middleware that traces requests. The span of a stream ends with the stream.
 
-    The header `traceparent` of a request makes its span part of the client's trace; the response has the header of the
-    request's span.
+    The headers `traceparent` and `tracestate` of a request make its span part of the client's trace; the response has
+    those of the request's span.
     """
 
     def __init__(self, app: WSGIApplication, tracer: Tracer) -> None:
@@ -41,23 +49,18 @@ class TraceMiddleware:
 
     def _traced(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         span = self._start(environ)
-        context = span.get_span_context()
-        environ[TRACEPARENT] = str(TraceParent(context.trace_id, context.span_id, context.trace_flags))
+        context = TraceParent.of(span)
+        environ[TRACEPARENT], environ[TRACESTATE] = str(context), context.state
+        headers_of_span = [("traceparent", str(context)), *([("tracestate", context.state)] if context.state else ())]
         status = 500
 
         def start(line: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             nonlocal status
             status = int(line.split(maxsplit=1)[0])
-            return start_response(line, [*headers, ("traceparent", environ[TRACEPARENT])], exc_info)
+            return start_response(line, [*headers, *headers_of_span], exc_info)
 
         try:
-            body = self._app(environ, start)
-            try:
-                yield from body
-            finally:
-                close = getattr(body, "close", None)
-                if close is not None:
-                    close()
+            yield from until_closed(self._app(environ, start))
         finally:
             _end(span, environ, status)
 
@@ -71,7 +74,7 @@ class TraceMiddleware:
             "url.scheme": environ.get("wsgi.url_scheme"),
             "user_agent.original": environ.get("HTTP_USER_AGENT"),
         }
-        parent = TraceParent.parse(environ.get("HTTP_TRACEPARENT", ""))
+        parent = TraceParent.parse(environ.get("HTTP_TRACEPARENT", ""), environ.get("HTTP_TRACESTATE", ""))
         return self._tracer.start(method, parent, kind=SpanKind.SERVER, attributes=attributes)
 
 
@@ -81,7 +84,7 @@ def _end(span: Span, environ: WSGIEnvironment, status: int) -> None:
     if route := environ.get(_ROUTE):
         span.update_name(f"{environ['REQUEST_METHOD']} {route}")
         span.set_attribute("http.route", route)
-    for name, entry in (("mlxq.request_id", REQUEST_ID), ("mlxq.key_id", KEY_ID), ("gen_ai.response.id", JOB_ID)):
+    for name, entry in _ATTRIBUTES.items():
         if environ.get(entry):
             span.set_attribute(name, environ[entry])
     span.set_attribute("http.response.status_code", status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Final
 
@@ -22,6 +22,8 @@ from web.metrics.workers import worker_metrics
 
 KEYS_SHOWN: Final = 50
 """API keys that have series of their own. More would make the page large where keys are many."""
+OTHER_KEYS: Final = "other"
+"""Label of all other keys together."""
 
 
 class ClusterCollector(Collector):
@@ -71,45 +73,60 @@ class ClusterCollector(Collector):
 
     def _counts(self) -> Iterator[Metric]:
         ended = CounterMetricFamily("mlxq_jobs_ended", "Jobs that ended", labels=["model", "status"])
-        yield _counted(ended, self._registry.ended())
+        yield _counted(ended, self._registry.ended().items())
         attempts_help = "Attempts that ended; worker_lost: the worker died and the job was recovered or failed"
         attempts = CounterMetricFamily("mlxq_attempts_ended", attempts_help, labels=["model", "outcome"])
-        yield _counted(attempts, self._registry.attempts())
+        yield _counted(attempts, self._registry.attempts().items())
         routed_help = "Jobs claimed by the worker that holds their prefix, deferred to it, or then claimed by another"
         routed = CounterMetricFamily("mlxq_jobs_routed", routed_help, labels=["model", "outcome"])
-        yield _counted(routed, self._registry.routed())
+        yield _counted(routed, self._registry.routed().items())
         yield from self._tokens()
 
     def _tokens(self) -> Iterator[Metric]:
-        """Yield the tokens of ended jobs, in all and of the keys that have used most.
+        """Yield the tokens of ended jobs, in all and by API key.
 
-        There is no series for all other keys: it would fall whenever a key joins the first ones, which Prometheus takes
-        for a restart. The sum over all keys minus those shown is the same.
+        A key that has a series keeps it. If the keys with most tokens had series, the series of all others would fall
+        whenever a key joins the first ones, which Prometheus takes for a restart.
         """
         tokens = self._registry.tokens()
-        total = CounterMetricFamily("mlxq_tokens", "Tokens of jobs that ended", labels=["type"])
-        each = CounterMetricFamily(
-            "mlxq_key_tokens", f"Tokens of jobs that ended, of the {KEYS_SHOWN} keys with most", labels=["key", "type"]
-        )
-        used = Counter[str]()
+        label = "gen_ai_token_type"
+        total = CounterMetricFamily("mlxq_tokens", "Tokens of jobs that ended", labels=[label])
+        help_text = f"Tokens of jobs that ended, by API key; of all keys but {KEYS_SHOWN} together: {OTHER_KEYS}"
+        each = CounterMetricFamily("mlxq_key_tokens", help_text, labels=["key", label])
+        used, by_type, by_key = Counter[str](), Counter[str](input=0, output=0), Counter[tuple[str, str]]()
         for (key, _), count in tokens.items():
             used[key] += count
-        shown = {key for key, _ in used.most_common(KEYS_SHOWN)}
-        for kind in ("input", "output"):
-            total.add_metric([kind], sum(count for (_, of), count in tokens.items() if of == kind))
-        yield from (total, _counted(each, {labels: count for labels, count in tokens.items() if labels[0] in shown}))
+        shown = self._shown_keys([key for key, _ in used.most_common()])
+        for (key, kind), count in tokens.items():
+            by_type[kind] += count
+            by_key[key if key in shown else OTHER_KEYS, kind] += count
+        yield _counted(total, (((kind,), count) for kind, count in by_type.items()))
+        yield _counted(each, by_key.items())
+
+    def _shown_keys(self, used: Sequence[str]) -> set[str]:
+        """Return the keys that have series of their own: those that had them before, and others while there is room.
+
+        Args:
+            used: the keys that have used tokens, those with most first.
+        """
+        shown = self._client.zrange(keys.SHOWN_KEYS, 0, KEYS_SHOWN - 1)
+        new = [key for key in used if key not in shown][: KEYS_SHOWN - len(shown)]
+        if new:
+            self._client.zadd(keys.SHOWN_KEYS, dict.fromkeys(new, time.time()), nx=True)
+            shown = self._client.zrange(keys.SHOWN_KEYS, 0, KEYS_SHOWN - 1)
+        return set(shown)
 
     def _workers(self) -> Iterator[Metric]:
         workers = self._registry.workers()
         states = Counter((worker.model, worker.state) for worker in workers)
         family = GaugeMetricFamily("mlxq_workers", "Workers that are alive", labels=["model", "state"])
-        yield _counted(family, states)
+        yield _counted(family, states.items())
         yield from worker_metrics(workers)
 
 
 def _counted(
-    family: CounterMetricFamily | GaugeMetricFamily, counts: Mapping[tuple[str, str], int]
+    family: CounterMetricFamily | GaugeMetricFamily, counts: Iterable[tuple[Sequence[str], int]]
 ) -> CounterMetricFamily | GaugeMetricFamily:
-    for labels, count in counts.items():
+    for labels, count in counts:
         family.add_metric(labels, count)
     return family

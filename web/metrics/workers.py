@@ -19,6 +19,10 @@ from shared.models.registry import WorkerInfo
 PREFIX: Final = "mlxq_worker_"
 PROVIDER: Final = "mlxq"
 """Value of OpenTelemetry's attribute `gen_ai.provider.name`."""
+OPERATION: Final = "generate_content"
+"""Value of `gen_ai.operation.name`: a worker does not count conversations and text completions apart."""
+
+_SEMANTIC_LABELS: Final = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
 
 class WorkerMetric(NamedTuple):
@@ -209,13 +213,13 @@ def _histograms(workers: Iterable[WorkerInfo]) -> Iterable[Metric]:
 
 def _labels(metric: HistogramMetric) -> list[str]:
     is_semantic = metric.name.startswith("gen_ai_")
-    names = ["worker", "gen_ai_provider_name", "gen_ai_request_model"] if is_semantic else ["worker", "model"]
+    names = ["worker", *_SEMANTIC_LABELS] if is_semantic else ["worker", "model"]
     return [*names, "priority"] if metric.by_priority else names
 
 
 def _values(metric: HistogramMetric, worker: WorkerInfo, priority: str) -> list[str]:
     is_semantic = metric.name.startswith("gen_ai_")
-    values = [worker.node, PROVIDER, worker.model] if is_semantic else [worker.node, worker.model]
+    values = [worker.node, OPERATION, PROVIDER, worker.model] if is_semantic else [worker.node, worker.model]
     return [*values, priority] if metric.by_priority else values
 
 

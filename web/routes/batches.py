@@ -16,6 +16,7 @@ from web.http import openapi
 from web.http.openapi import describe
 from web.http.request import idempotency_key, parse_integer, read_body
 from web.http.request_id import current_request_id
+from web.http.tracing import TRACEPARENT
 from web.schemas.batches import (
     BatchErrors,
     BatchErrorView,
@@ -76,6 +77,7 @@ def create_batch() -> Response:
             metadata=body.metadata,
             max_queued=owner.limits.max_queued,
             request_id=current_request_id(),
+            traceparent=request.environ.get(TRACEPARENT, ""),
             output_lifetime_s=body.output_expires_after.seconds if body.output_expires_after else None,
         )
     except NotDurable:  # the batch may exist

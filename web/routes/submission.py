@@ -19,11 +19,11 @@ from web.access.auth import caller
 from web.admission.admit import RequestContext
 from web.admission.image_loader import LoadedRequest
 from web.http.body import release as release_body
-from web.http.environ import JOB_ID
+from web.http.environ import JOB_ID, QUEUE_POSITION
 from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
 from web.http.threadpool import run_in_threadpool
-from web.http.tracing import TRACEPARENT
+from web.http.tracing import TRACEPARENT, TRACESTATE
 from web.schemas.requests import JobRequest
 from web.services import services
 
@@ -138,6 +138,7 @@ def _context(
         prepare=prepare,
         in_background=in_background,
         traceparent=request.environ.get(TRACEPARENT, ""),
+        tracestate=request.environ.get(TRACESTATE, ""),
     )
 
 
@@ -151,6 +152,8 @@ def _admit(loaded: Sequence[LoadedRequest], context: RequestContext, choices: in
         raise
     release_body()
     request.environ[JOB_ID] = accepted.job.id
+    if accepted.place is not None:
+        request.environ[QUEUE_POSITION] = accepted.place.position
     rate_limits.report_tokens(accepted.tokens)
     if accepted.new:
         job = accepted.job

@@ -22,6 +22,22 @@ def test_a_header_of_a_newer_version_is_read() -> None:
     assert str(TraceParent.parse("01" + VALID[2:] + "-more")) == VALID
 
 
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [
+        ("vendor=a,other=b", "vendor=a,other=b"),
+        ("vendor=a,, ", "vendor=a"),
+        ("not valid", ""),
+        ("vendor=" + "x" * 510, ""),
+        ("vendor=a\nb", ""),
+    ],
+)
+def test_the_state_of_a_vendor_is_kept_if_it_is_valid(state: str, kept: str) -> None:
+    trace = TraceParent.parse(VALID, state)
+    assert trace is not None and str(trace) == VALID
+    assert trace.context().trace_state.to_header() == kept
+
+
 INVALID = (
     "",
     "x",

@@ -21,7 +21,7 @@ from shared.redis import keys
 from shared.redis.client import Redis
 from shared.settings import ROOT, Settings
 from web.app import create_app
-from web.metrics.cluster import KEYS_SHOWN, ClusterCollector
+from web.metrics.cluster import KEYS_SHOWN, OTHER_KEYS, ClusterCollector
 from web.metrics.workers import FORMER_NAMES, HISTOGRAMS, PREFIX, WORKER_METRICS
 from worker.engine.meters import BOUNDS
 
@@ -101,7 +101,13 @@ def test_a_histogram_travels_from_the_worker_to_the_page(client: Redis) -> None:
         histogram.observe(seconds)
     announce(client, replace(WORKER, histograms=(histogram,)))
     [family] = [each for each in ClusterCollector(client).collect() if each.name.startswith("gen_ai_")]
-    labels = {"worker": "w@h", "gen_ai_provider_name": "mlxq", "gen_ai_request_model": "a", "priority": "high"}
+    labels = {
+        "worker": "w@h",
+        "gen_ai_operation_name": "generate_content",
+        "gen_ai_provider_name": "mlxq",
+        "gen_ai_request_model": "a",
+        "priority": "high",
+    }
     buckets = {sample.labels["le"]: sample.value for sample in family.samples if sample.name.endswith("_bucket")}
     assert buckets == {"0.1": 1, "1.0": 3, "+Inf": 4}
     assert [s.value for s in family.samples if s.name.endswith("_sum") and s.labels == labels] == [pytest.approx(8.1)]
@@ -137,13 +143,17 @@ def test_depth_and_age_are_counted_by_class(client: Redis) -> None:
     assert 5 <= ages["a", "high"] < 50 and ages["a", "normal"] == 0 and 100 <= ages["a", "batch"] < 1000
 
 
-def test_only_the_keys_with_most_tokens_have_series(client: Redis) -> None:
+def test_a_key_keeps_its_series_and_all_others_share_one_that_never_falls(client: Redis) -> None:
     many = range(1, KEYS_SHOWN + 3)
     client.hset(keys.TOKENS, mapping={f"key{n}:output": n for n in many})
     found = families(client)
-    assert len(found["mlxq_key_tokens"]) == KEYS_SHOWN
-    assert ("key2", "output") not in found["mlxq_key_tokens"]
+    assert len(found["mlxq_key_tokens"]) == KEYS_SHOWN + 1
+    assert found["mlxq_key_tokens"][OTHER_KEYS, "output"] == 1 + 2, "the keys with fewest tokens"
     assert found["mlxq_tokens"] == {("input",): 0.0, ("output",): sum(many)}
+    client.hset(keys.TOKENS, "key1:output", 10_000)
+    assert families(client)["mlxq_key_tokens"] == {
+        **found["mlxq_key_tokens"], (OTHER_KEYS, "output"): 10_000 + 2,
+    }  # fmt: skip
 
 
 def test_both_formats_of_the_page_can_be_parsed(client: Redis) -> None:
