@@ -101,6 +101,9 @@ class EmbeddingRunner:
     def set_prefix_limit(self, max_bytes: int) -> None:
         """Do nothing: there are no prefixes."""
 
+    def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
+        """Do nothing, as `set_prefix_limit`."""
+
     def insert(self, rows: Sequence[Row]) -> None:
         """See `ModelRunner.insert`."""
         self._rows |= {row.uid: PendingRow.of(row) for row in rows}
