@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from shared.jobs.record import Job, Priority, Status
 from shared.redis import keys
-from shared.redis.client import Redis
+from shared.redis.client import Redis, script
 
 MAX_LOOKED_AT: Final = 2000
 """Maximum jobs that one page examines."""
@@ -24,7 +24,9 @@ MAX_CANDIDATES: Final = 20_000
 """Maximum unfinished or failed jobs that one search examines."""
 _CHUNK: Final = 250
 _LARGEST_BLOCK: Final = 512
-_FIELDS: Final = ("owner", "status", "model", "class", "created_at", "metadata", "deleted")
+_DELETED: Final = "deleted"
+_GONE: Final = ("", _DELETED)
+"""What `search.lua` returns for jobs that no longer exist, and for those that were deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,29 @@ class JobFilter:
         """Whether no record needs to be read to know that it matches."""
         return self == JobFilter(after=self.after)
 
-    def matches(self, record: Mapping[str, str]) -> bool:
-        """Whether the record of a job matches, apart from its time."""
-        if self.status is not None and record["status"] != self.status:
-            return False
-        if self.model is not None and record["model"] != self.model:
-            return False
-        if self.priority is not None and record["class"] != str(int(self.priority)):
-            return False
-        return not self.metadata or self.metadata.items() <= json.loads(record["metadata"]).items()
+    @property
+    def in_redis(self) -> tuple[str, str, str]:
+        """The conditions that `search.lua` checks: status, model and class."""
+        return self.status or "", self.model or "", "" if self.priority is None else str(int(self.priority))
+
+    def matches_metadata(self, text: str) -> bool:
+        """Whether the metadata of a job, as JSON, has the names and values."""
+        return not self.metadata or self.metadata.items() <= json.loads(text).items()
+
+
+class _Examined(NamedTuple):
+    """What a search knows of a job. Owner and metadata are empty if the job does not match."""
+
+    created_at: float
+    matches: bool
+    owner: str = ""
+    metadata: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse what `search.lua` returns for a job that exists."""
+        created_at, owner, metadata = f"{text[1:]}  ".split(" ", 2)
+        return cls(float(created_at), text.startswith("+"), owner, metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,7 @@ class JobSearch:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._examine = script(client, "search")
 
     def page(self, owners: Sequence[str], wanted: JobFilter, *, limit: int, before: float | None = None) -> JobPage:
         """Return up to `limit` jobs of these API keys that were created before a time."""
@@ -95,8 +112,8 @@ class JobSearch:
             # Without conditions every entry is a job, unless it was deleted or its time is over.
             size = limit - len(found) if wanted.matches_all else _CHUNK
             chunk = list(islice(entries, size))
-            for (before, _, job_id), record in zip(chunk, self._records(chunk), strict=True):
-                if record is not None and wanted.matches(record):
+            for (before, _, job_id), job in zip(chunk, self._examined_entries(chunk, wanted), strict=True):
+                if job is not None and job.matches and wanted.matches_metadata(job.metadata):
                     found.append((before, job_id))
                 if len(found) == limit:
                     return JobPage(self._jobs(found), before)
@@ -121,13 +138,15 @@ class JobSearch:
                 return
             newest, block = f"({entries[-1][1]!r}", min(2 * block, _LARGEST_BLOCK)
 
-    def _records(self, entries: Sequence[tuple[float, str, str]]) -> Iterator[dict[str, str] | None]:
-        """Yield the fields of the record of each entry; None for jobs that no longer exist, which leave the list."""
-        records = self._fields([job_id for _, _, job_id in entries])
-        for (_, owner, job_id), record in zip(entries, records, strict=True):
-            if not record:
+    def _examined_entries(
+        self, entries: Sequence[tuple[float, str, str]], wanted: JobFilter
+    ) -> Iterator[_Examined | None]:
+        """Examine the job of each entry; None for jobs that are gone. Those that no longer exist leave the list."""
+        texts = self._texts([job_id for _, _, job_id in entries], wanted)
+        for (_, owner, job_id), text in zip(entries, texts, strict=True):
+            if not text:
                 self._client.zrem(keys.OWNER + owner, job_id)
-            yield record if record and "deleted" not in record else None
+            yield None if text in _GONE else _Examined.parse(text)
 
     def _among(
         self, job_ids: list[str], owners: Sequence[str], wanted: JobFilter, limit: int, before: float | None
@@ -138,15 +157,16 @@ class JobSearch:
         looked_at = 0
         for start in range(0, len(newest_first), _CHUNK):
             chunk = newest_first[start : start + _CHUNK]
-            for job_id, record in zip(chunk, self._fields(chunk), strict=True):
-                created_at = float(record.get("created_at", 0.0))
-                if not record or "deleted" in record or (before is not None and created_at >= before):
+            for job_id, text in zip(chunk, self._texts(chunk, wanted), strict=True):
+                job = _Examined.parse(text) if text not in _GONE else None
+                if job is None or (before is not None and job.created_at >= before):
                     continue
                 looked_at += 1
-                if created_at >= (wanted.after or 0.0) and record["owner"] in known and wanted.matches(record):
-                    found.append((created_at, job_id))
+                is_new = job.created_at >= (wanted.after or 0.0)
+                if is_new and job.matches and job.owner in known and wanted.matches_metadata(job.metadata):
+                    found.append((job.created_at, job_id))
                 if len(found) == limit or looked_at == MAX_LOOKED_AT:
-                    return JobPage(self._jobs(found), created_at)
+                    return JobPage(self._jobs(found), job.created_at)
         return JobPage(self._jobs(found), None)
 
     def _unfinished(self) -> list[str]:
@@ -158,16 +178,9 @@ class JobSearch:
         newest = self._client.zrange(keys.FAILED, 0, MAX_CANDIDATES - 1, desc=True)
         return [entry.partition(" ")[0] for entry in newest]
 
-    def _fields(self, job_ids: Sequence[str]) -> list[dict[str, str]]:
-        """Return the fields that filters need, of each job; empty if it does not exist."""
-        with self._client.pipeline(transaction=False) as pipe:
-            for job_id in job_ids:
-                pipe.hmget(keys.JOB + job_id, _FIELDS)
-            replies = pipe.execute() if job_ids else []
-        return [
-            {name: value for name, value in zip(_FIELDS, values, strict=True) if value is not None}
-            for values in replies
-        ]
+    def _texts(self, job_ids: Sequence[str], wanted: JobFilter) -> list[str]:
+        """Return what `search.lua` does for each job."""
+        return self._examine(args=[*wanted.in_redis, *job_ids]) if job_ids else []
 
     def _jobs(self, found: Sequence[tuple[float, str]]) -> list[Job]:
         with self._client.pipeline(transaction=False) as pipe:

@@ -52,18 +52,21 @@ def _phases(job: Job, end_s: float) -> Iterator[tuple[str, str, float, float, st
     prefill_s = job.timings.get("prefill_s")
     if first_s is not None:
         first_s = max(first_s, started_s)  # the worker's clock measured it
-        begun_s = max(started_s, first_s - prefill_s) if prefill_s is not None else started_s
-        yield "Prefill", "prefill", begun_s, first_s, f"{job.prompt_tokens} prompt tokens" if job.prompt_tokens else ""
-        tokens = f"{job.completion_tokens} tokens" if job.completion_tokens else ""
-        yield "Decode", "decode", first_s, end_s, tokens
+        prefill_start_s = max(started_s, first_s - prefill_s) if prefill_s is not None else started_s
+        yield "Prefill", "prefill", prefill_start_s, first_s, _tokens(job.prompt_tokens, "prompt ")
+        yield "Decode", "decode", first_s, end_s, _tokens(job.completion_tokens)
+
+
+def _tokens(number: int | None, kind: str = "") -> str:
+    return f"{number} {kind}token{'' if number == 1 else 's'}" if number else ""
 
 
 def _attempts(job: Job, end_s: float) -> Iterator[tuple[str, str, float, float, str]]:
     for attempt in job.history:
-        begun_s = attempt.started_at - job.created_at
+        start_s = attempt.started_at - job.created_at
         ended_s = end_s if attempt.ended_at is None else attempt.ended_at - job.created_at
         how = "running" if attempt.how is None else attempt.how.value.replace("_", " ")
-        yield f"Attempt {attempt.number}", "attempt", begun_s, ended_s, how
+        yield f"Attempt {attempt.number}", "attempt", start_s, ended_s, how
 
 
 def _bar(whole_s: float, label: str, kind: str, start_s: float, end_s: float, note: str) -> Bar:
