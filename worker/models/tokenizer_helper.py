@@ -33,6 +33,7 @@ from shared.tokenizing.files import TokenizerFiles
 from shared.tokenizing.helper import Reply, Tokenizers, serve
 from shared.tokenizing.messages import TokenizerFault, TokenizerSource, digest
 from shared.tokenizing.special_tokens import SpecialTokens
+from worker.models.image_templates import for_images
 
 _TEXTS: Final = (
     "",
@@ -68,8 +69,9 @@ class FolderTokenizer:
     def __init__(self, source: TokenizerSource) -> None:
         folder = Path(source.path)
         self.wrapper: Any = _tokenizer_utils().load(folder, _options(folder), defaults=source.defaults)
-        if source.vision and (template := _vision_template(folder)) is not None:
-            self.wrapper.chat_template = template
+        template = _vision_template(folder) or self.wrapper.chat_template
+        if source.vision and isinstance(template, str):
+            self.wrapper.chat_template = for_images(folder, template)
         self._tokenizer = self.wrapper._tokenizer  # noqa: SLF001 - the wrapper does not forward calls
         self.explains_tools = source.explain_tools
         self._custom_template: bool = self.wrapper._chat_template is not None  # noqa: SLF001

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,13 @@ import mlx.core as mx
 from jinja2 import Environment
 from PIL import Image
 
+from shared.tokenizing.messages import TokenizerSource
+from tests.support.tokenizers import byte_tokenizer
+from worker.models.image_templates import rewritten
+from worker.models.tokenizer_helper import FolderTokenizer
 from worker.runner.column_cache import NO_SPAN, ColumnCache
 from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.images import PlacedImage
-from worker.runner.vision.load import rewritten
 
 _BEGIN, _BREAK, _SOFT, _END = 1, 2, 3, 4
 _TEXT = {_BEGIN: "<s>", _BREAK: "\n\n", _SOFT: "<soft>", _END: "<end>"}
@@ -117,6 +122,31 @@ def test_an_image_of_another_size_than_in_the_request_is_refused(encoder: Generi
 def test_a_template_is_rewritten_in_literals_and_outside(template: str) -> None:
     new = rewritten(template, "<image>", "\n\n<soi>\n\n")
     assert Environment(trim_blocks=True, autoescape=False).from_string(new).render() == "a\n\n<soi>\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("family", "image", "text"),
+    [
+        ("gemma3", "<start_of_image>", "user: \n\n<start_of_image>\n\nWhat?"),
+        ("internvl_chat", "<image>\n", "user: <IMG_CONTEXT>\nWhat?"),
+        ("llava", "<image>\n", "user: <image>\nWhat?"),
+    ],
+)
+def test_a_folder_is_tokenised_with_a_text_that_stands_for_an_image(
+    tmp_path: Path, family: str, image: str, text: str
+) -> None:
+    files = {
+        "config.json": json.dumps({"model_type": family}),
+        "tokenizer.json": byte_tokenizer(),
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
+        "chat_template.jinja": "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.text %}"
+        "{{ part.text }}{% else %}{{ '" + image.replace("\n", "\\n") + "' }}{% endif %}{% endfor %}{% endfor %}",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    tokenizer = FolderTokenizer.load(TokenizerSource(str(tmp_path), vision=True))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    assert tokenizer.wrapper.apply_chat_template(messages, tokenize=False) == text
 
 
 def test_tokens_of_a_span_attend_to_each_other() -> None:

@@ -78,7 +78,6 @@ class VisionFamily:
         encoder: makes the image encoder, with the language model for the embeddings of text.
         placeholder: names of fields of config.json with the token that stands for an image, or its text.
         placeholder_text: the text of that token if config.json does not have it.
-        template: text in the chat template, and what to replace it with before prompts are tokenised.
         expand: makes the function that replaces the placeholders in a prompt.
         language: makes the language model.
     """
@@ -86,7 +85,6 @@ class VisionFamily:
     encoder: Callable[[Parts, ImageLanguageModel], Encoder]
     placeholder: tuple[str, ...] = ("image_token_id", "image_token_index")
     placeholder_text: str | None = None
-    template: tuple[str, str] | None = None
     expand: Callable[[Parts], Expand] = plain_expand
     language: Callable[[Parts], ImageLanguageModel] = plain_language
 
@@ -164,10 +162,9 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "qwen3_5_moe": _QWEN3,
     **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"), _GLM),
     **dict.fromkeys(("pixtral", "mistral3", "lfm2_vl", "internvl", "idefics3", "smolvlm", "llava"), _generic()),
-    "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>", template=("<image>", "<IMG_CONTEXT>")),
+    "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>"),
     "kimi_vl": _generic(placeholder=("media_placeholder_token_id",)),
-    # The processor writes line breaks around an image, which merge with those of the template.
-    "gemma3": _generic(placeholder_text="<start_of_image>", template=("<start_of_image>", "\n\n<start_of_image>\n\n")),
+    "gemma3": _generic(placeholder_text="<start_of_image>"),
     **dict.fromkeys(
         ("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
         _generic(placeholder=("img_context_token_id",)),

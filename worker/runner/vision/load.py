@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import Environment
 from mlx_vlm import utils
 
 from shared.models.folder import VISION_FAMILIES, ModelError, check_adapter, check_folder
 from worker.models import text_half
+from worker.models.image_templates import for_images
 from worker.models.load import NO_CODE, LoadedModel, contained, loaded_as, tokenizer_config
 from worker.runner.vision.families import FAMILIES, Parts, VisionFamily
 from worker.runner.vision.half import VisionHalf
@@ -54,8 +53,8 @@ def load_vision_model(
 
 def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, adapter: Path | None, *, lazy: bool) -> Parts:
     text, tokenizer, text_config = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
-    if family.template is not None and isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = rewritten(tokenizer.chat_template, *family.template)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = for_images(folder, tokenizer.chat_template)
     model = utils.load_model(folder, lazy=True)
     _drop_weights(model.language_model)
     processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)
@@ -71,14 +70,6 @@ def _put_together(family: VisionFamily, parts: Parts) -> tuple[LoadedModel, Visi
     if encoder.geometry is not None:
         loaded = replace(loaded, card=replace(loaded.card, image=asdict(encoder.geometry)))
     return loaded, VisionHalf(parts.image_token, encoder, family.expand(parts))
-
-
-def rewritten(template: str, text: str, new: str) -> str:
-    """Replace a text in what a chat template writes, in the literals of its expressions and outside of them."""
-    literal = json.dumps(new)
-    replacements = {"data": f"{{{{ {literal} }}}}", "string": literal[1:-1]}
-    tokens = Environment(autoescape=True).lex(template)
-    return "".join(value.replace(text, replacements.get(kind, text)) for _, kind, value in tokens)
 
 
 def _drop_weights(language_model: Any) -> None:
