@@ -148,10 +148,30 @@ def _text_classes(config: dict[str, Any]) -> tuple[Any, Any]:
             text = _text_weights(self, weights)
             if config.get("num_nextn_predict_layers"):  # further layers predict the tokens after the next one
                 text = {name: weight for name, weight in text.items() if _layer(name) < config["num_hidden_layers"]}
-            return super().sanitize(text) if hasattr(architecture, "sanitize") else text
+            sanitized = super().sanitize(text) if hasattr(architecture, "sanitize") else text
+            return _split_scales(sanitized)
 
     TextHalf.__module__ = architecture.__module__
     return TextHalf, arguments
+
+
+def _split_scales(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Finish what mlx-lm's `granitemoehybrid` does to dense layers: it splits their weights, but not the scales.
+
+    Folders that mlx-vlm has quantised have them, and also an output layer that equals the embedding.
+    """
+    split: dict[str, Any] = {}
+    for path, array in weights.items():
+        layer, fused, kind = path.partition(".shared_mlp.")
+        if not fused or kind.endswith(".weight") or f"{layer}.mlp.gate_proj.weight" not in weights:
+            split[path] = array
+        elif kind.startswith("input_linear."):
+            name = kind.removeprefix("input_linear.")
+            split[f"{layer}.mlp.gate_proj.{name}"], split[f"{layer}.mlp.up_proj.{name}"] = mx.split(array, 2)
+        else:
+            split[f"{layer}.mlp.down_proj.{kind.removeprefix('output_linear.')}"] = array
+    redundant = ("lm_head.scales", "lm_head.biases") if "lm_head.weight" not in split else ()
+    return {path: array for path, array in split.items() if path not in redundant}
 
 
 def _text_weights(model: Any, weights: Mapping[str, Any]) -> dict[str, Any]:

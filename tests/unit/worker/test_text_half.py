@@ -22,6 +22,7 @@ from shared.settings import Settings
 from tests.support.architecture_configs import COMMON
 from tests.support.architectures import lively, make
 from tests.support.runner import alone, loaded, row
+from worker.models import text_half
 from worker.models.load import load_model
 
 IDS = [3, 7, 9, 200, 4, 31]
@@ -189,3 +190,18 @@ def test_a_text_only_model_is_served_and_says_so(tmp_path: Path, tiny_model_path
     runner = loaded(settings)
     assert runner.card.text_only
     assert len(alone(runner, row(1, IDS, 5))) == 5
+
+
+def test_scales_of_quantised_dense_layers_are_split_like_their_weights() -> None:
+    weights = {
+        "model.layers.0.mlp.gate_proj.weight": mx.zeros((2, 4)),
+        "model.layers.0.shared_mlp.input_linear.scales": mx.arange(4),
+        "model.layers.0.shared_mlp.output_linear.biases": mx.ones(2),
+        "lm_head.scales": mx.ones(2),
+    }
+    found = text_half._split_scales(weights)
+    assert set(found) == {
+        *("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.gate_proj.scales"),
+        *("model.layers.0.mlp.up_proj.scales", "model.layers.0.mlp.down_proj.biases"),
+    }
+    assert found["model.layers.0.mlp.up_proj.scales"].tolist() == [2, 3]
