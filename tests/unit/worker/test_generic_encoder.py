@@ -13,6 +13,7 @@ pytest.importorskip("mlx_vlm")
 
 import mlx.core as mx
 from jinja2 import Environment
+from mlx import nn
 from PIL import Image
 
 from shared.tokenizing.messages import TokenizerSource
@@ -63,17 +64,29 @@ class Language:
         return tokens[..., None].astype(mx.float32)
 
 
-class Model:
-    """Adds the number of pixels to the embeddings of soft tokens."""
+class Layer(nn.Module):  # type: ignore[misc,name-defined]
+    """Adds one, and returns a tuple like some layers."""
 
-    language_model: Any = None
-    audio_tower: Any = "audio"
+    def __call__(self, values: mx.array) -> tuple[mx.array, None]:
+        return values + 1, None
+
+
+class Model(nn.Module):  # type: ignore[misc,name-defined]
+    """Adds the number of pixels, and one per layer, to the embeddings of soft tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio_tower = nn.Linear(1, 1)  # type: ignore[attr-defined]
+        self.others = [Layer()]
+        self.layers = [Layer() for _ in range(12)]
 
     def get_input_embeddings(self, ids: mx.array, pixels: mx.array, mask: mx.array) -> Any:
         assert mask.shape == ids.shape
         embeds = self.language_model.model.embed_tokens(ids)
-        more = mx.where(ids == _SOFT, pixels.shape[2] * pixels.shape[3], 0)
-        return type("Features", (), {"inputs_embeds": embeds + more[..., None]})()
+        more = mx.array(pixels.shape[2] * pixels.shape[3])
+        for layer in self.layers:
+            more, _ = layer(more)
+        return type("Features", (), {"inputs_embeds": embeds + mx.where(ids == _SOFT, more, 0)[..., None]})()
 
 
 @pytest.fixture
@@ -97,9 +110,16 @@ def test_an_image_has_the_tokens_of_its_processor_without_the_text_around(
 
 def test_features_include_tokens_that_are_not_of_the_image(encoder: GenericEncoder) -> None:
     layout, inputs = encoder._processed(Image.new("RGB", (20, 10)))
-    (features,) = encoder.stages(inputs, layout)
-    assert features.tolist() == [[[_SOFT + 200], [_SOFT + 200], [_END]]]
+    *_, features = encoder.stages(inputs, layout)
+    assert features.tolist() == [[[_SOFT + 212], [_SOFT + 212], [_END]]]
     assert encoder.tower.audio_tower is None
+
+
+def test_each_layer_is_a_stage(encoder: GenericEncoder) -> None:
+    layout, inputs = encoder._processed(Image.new("RGB", (20, 10)))
+    *stages, _ = encoder.stages(inputs, layout)
+    assert encoder.blocks == 12
+    assert [stage.item() for stage in stages] == list(range(201, 212))
 
 
 @pytest.mark.parametrize(("size", "problem"), [((5, 5), "too small"), ((50, 2000), "cannot be read: too high")])

@@ -7,9 +7,11 @@ result has an embedding for each of these tokens, also for those that separate r
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from threading import Lock
 from typing import Any, Final
 
@@ -65,7 +67,10 @@ class TokenLayout:
 
 
 class GenericEncoder:
-    """See `worker.runner.vision.half.Encoder`. It encodes an image in one stage.
+    """See `worker.runner.vision.half.Encoder`.
+
+    The graph of an image is built at once. Its stages are the outputs of the model's longest stack of layers, which are
+    computed when they are evaluated, so decoding rows need not wait for the whole image.
 
     Args:
         model: mlx-vlm's model. Its language model is replaced with the embeddings of `language`.
@@ -74,7 +79,6 @@ class GenericEncoder:
         placeholder: the text that the processor replaces with the tokens of an image.
     """
 
-    blocks = 1
     geometry: ImageGeometry | None = None
 
     def __init__(self, model: Any, processor: Any, language: ImageLanguageModel, placeholder: str) -> None:
@@ -83,6 +87,11 @@ class GenericEncoder:
             if hasattr(model, name):
                 setattr(model, name, None)
         self.tower = model
+        layers = _longest_stack(model)
+        self.blocks = max(len(layers), 1)
+        self._outputs: list[mx.array] | None = None  # of layers, while a graph is built
+        for layer in layers:
+            _report_output(layer, self._keep_output)
         self._lock = Lock()  # tokenizers fail if threads use them at once
         self._processor = processor
         self._placeholder = placeholder
@@ -103,7 +112,10 @@ class GenericEncoder:
 
     def stages(self, pixels: Inputs, layout: Any) -> Iterator[mx.array]:
         """See `Encoder.stages`."""
-        yield self._features(pixels, layout)
+        outputs, features = self._graph(pixels, layout)
+        for _ in range(self.blocks - 1):
+            yield outputs.popleft() if outputs else features
+        yield features
 
     def encode(self, image: PlacedImage) -> mx.array:
         """See `Encoder.encode`."""
@@ -137,6 +149,20 @@ class GenericEncoder:
         # On a CPU, attention stores the whole score matrix twice. GPU kernels do not store it.
         scores = 2 * heads * -(-layout.patches // layout.tiles) if mx.default_device() == mx.cpu else 0
         return int(layout.patches * (6 * PATCH_VALUES + 4 * (hidden + intermediate) + scores) * 4)
+
+    def _keep_output(self, output: mx.array) -> None:
+        if self._outputs is not None:
+            self._outputs.append(output)
+
+    def _graph(self, pixels: Inputs, layout: TokenLayout) -> tuple[deque[mx.array], mx.array]:
+        """Build the graph of an image. Returns the outputs of the layers and the features, unevaluated."""
+        outputs: list[mx.array] = []
+        self._outputs = outputs
+        try:
+            features = self._features(pixels, layout)
+        finally:
+            self._outputs = None
+        return deque(outputs), features
 
     def _features(self, pixels: Inputs, layout: TokenLayout) -> mx.array:
         inputs = {name: _as_array(value) for name, value in pixels.items()}
@@ -190,12 +216,35 @@ class GenericEncoder:
         """Return the token ids of an image.
 
         The tokenizer adds tokens for the beginning of a text, and some processors add line breaks around an image. The
-        chat template has those (`VisionFamily.template`), where they may merge with others.
+        chat template has those (`worker.models.image_templates`), where they may merge with others.
         """
         tokenizer = self._processor.tokenizer
         around = frozenset(tokenizer("").input_ids)
         own = [i for i, token in enumerate(ids) if token not in around and tokenizer.decode([token]).strip()]
         return tuple(ids[own[0] : own[-1] + 1]) if own else ()
+
+
+def _longest_stack(model: Any) -> list[Any]:
+    """Return the layers of the longest list of modules of one type: the transformer of an image encoder."""
+    stacks: dict[tuple[str, type], list[tuple[int, Any]]] = {}
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if name.isdecimal():
+            stacks.setdefault((parent, type(module)), []).append((int(name), module))
+    longest = max(stacks.values(), key=len, default=[])
+    return [module for _, module in sorted(longest, key=itemgetter(0))]
+
+
+def _report_output(layer: Any, report: Callable[[mx.array], None]) -> None:
+    """Report each output of a layer. Its class is replaced by a subclass, so the names of its weights stay."""
+    plain = type(layer)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = plain.__call__(self, *args, **kwargs)
+        report(output[0] if isinstance(output, tuple | list) else output)
+        return output
+
+    layer.__class__ = type(plain.__qualname__, (plain,), {"__call__": call, "__module__": plain.__module__})
 
 
 class TextEmbeddings:
