@@ -66,7 +66,7 @@ def reload_users(url: str) -> None:
         try:
             client.execute_command("ACL", "LOAD")
         except (redis.ConnectionError, redis.TimeoutError) as error:  # also: it does not know the user yet
-            print(f"Redis reads its users when it starts ({type(error).__name__})")
+            print(f"Redis will read its users when it starts ({type(error).__name__})")
 
 
 def observability(folder: Path, keys: KeyStore) -> None:

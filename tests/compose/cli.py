@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -91,6 +92,8 @@ class Checks:
                 self._kill(service, text)
         with step("a worker outside of the containers runs a job"):
             self._native_worker(text)
+        with step("Redis has denied nothing"):
+            self._check_permissions()
         self._observe()
 
     def _start(self, what: str, root: Path = ROOT) -> None:
@@ -138,6 +141,11 @@ class Checks:
         names = ("MLXQ_API_KEY", "FLOWER_PASSWORD")
         variables = self.variables | {name: self.containers.secret(name) for name in names}
         _run(str(ROOT / "scripts/smoke"), "--url", self._url, "--flower-url", flower_url, variables=variables)
+
+    def _check_permissions(self) -> None:
+        log = self.containers.compose("logs", "--no-color")
+        if denied := [line for line in log.splitlines() if re.search("NOPERM|ACL failure|No permissions", line)]:
+            raise CheckFailed("\n".join(denied[:5]))
 
     def _native_worker(self, text: str) -> None:
         """As on a Mac: the containers but the worker, and `scripts/worker` on this machine."""
