@@ -16,6 +16,7 @@ import httpx2
 from shared.redis import keys
 from shared.redis.client import Redis
 from tests.plugins.web_stack import MODEL, WebStack, running_web
+from tests.support.waiting import eventually
 from web.access.sessions import COOKIE, Sessions
 
 RUNS: Final = 15
@@ -81,6 +82,8 @@ def timings(stack: WebStack, count: int) -> Iterator[tuple[str, list[float]]]:
     owners = [stack.keys.create(f"team {number}", {"infer", "admin"}).split("_")[1] for number in range(20)]
     client = stack.client()
     job = fill(client, owners, count)
+    # The jobs let Valkey rewrite its log. Meanwhile every write waits for the disk, also that of the rate limiter.
+    eventually(lambda: not client.info("persistence")["aof_rewrite_in_progress"], "the log is rewritten", 120)
     session = Sessions(client).begin(owners[0])
     headers = {"Accept": "text/html", "Cookie": f"{COOKIE}={session.token}"}
     with httpx2.Client(base_url=stack.url, headers=headers, timeout=60) as http:

@@ -118,7 +118,7 @@ def test_a_model_is_loaded_pinned_and_unloaded(open_page: OpenPage) -> None:
     expect(card.locator(".card-head .badge")).to_have_text("warm")
     card.get_by_role("button", name="Pin code-demo").click()
     expect(card.get_by_text("pinned")).to_be_visible()
-    expect(card.get_by_text("Unused for")).to_be_visible()
+    expect(card.get_by_text("unused for")).to_be_visible()
     card.get_by_role("button", name="Unpin code-demo").click()
     expect(card.get_by_text("pinned")).to_have_count(0)
     card.get_by_role("button", name="Unload code-demo").click()

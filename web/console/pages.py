@@ -14,14 +14,12 @@ from werkzeug.wrappers import Response as AnyResponse
 from shared.errors import MlxqError, NotFound
 from web.access.auth import caller, is_admin
 from web.batches.store import Batch
-from web.console import formats
 from web.console.layout import STATIC, page, page_description, render, routes, static_version
 from web.http import problems
 from web.routes.keys import key_view
 from web.routes.models import model_views
 from web.routes.overview import overview
 from web.schemas.batches import BatchEndpoint
-from web.schemas.models import ModelView
 from web.schemas.webhooks import WebhookEvent
 from web.services import services
 from web.webhooks.deliveries import DeliveryStatus
@@ -60,7 +58,6 @@ def models_page() -> AnyResponse:
         operations=current.model_manager.recent()[:10] if is_admin() else [],
         added={name: current.catalog_updates.known.aliases_of(name) for name in current.catalog.models},
         catalog_ids=frozenset(current.catalog.models),
-        unused=_unused,
         faults=current.catalog.faults if is_admin() else (),
     )
 
@@ -142,14 +139,6 @@ def key_names() -> Mapping[str, str]:
     if not is_admin():
         return {caller().id: caller().name}
     return {key_id: key.name for key_id, key in services().keys.entries().items()}
-
-
-def _unused(model: ModelView) -> str:
-    """Write how long no job has used a model."""
-    if not model.workers:
-        return formats.duration(None)
-    seconds = min(worker.unused_s for worker in model.workers)
-    return formats.duration(seconds) if seconds else "in use"
 
 
 def _batches() -> list[Batch]:
