@@ -69,7 +69,11 @@ class Settings(Locations, SettingsChecks):
     redis_key_file: Path | None = Field(
         None, description="Private key of REDIS_CERT_FILE. Empty: it is in the same file"
     )
-    broker_url: str = Field("", description="Celery broker, in the same forms as REDIS_URL. Empty: use REDIS_URL")
+    broker_url: str = Field(
+        "",
+        description="Celery broker, in the same forms as REDIS_URL, or RabbitMQ: `amqp://USER:PASSWORD@host:5672//`. "
+        "Empty: use REDIS_URL",
+    )
 
     # API
     host: str = Field("127.0.0.1", description="Address that the API listens on")
