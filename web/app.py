@@ -16,6 +16,7 @@ from web.http import body, cors, limit_headers, problems, tracing
 from web.http.environ import KnownMethods, ProxyMiddleware, networks, note_caller
 from web.http.request import refuse_unknown_parameters
 from web.http.request_id import RequestIdMiddleware
+from web.openai.inputs import routes as input_routes
 from web.openai.routes import routes as openai_routes
 from web.routes import (
     batches,
@@ -77,6 +78,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
         models.routes,
         downloads.routes,
         openai_routes,
+        input_routes,
         anthropic_routes,
         responses.routes,
         files.routes,

@@ -61,7 +61,7 @@ class RemoteFile:
 
     def partial(self, folder: Path) -> Path:
         """The partial file; its name contains the hash, so two versions of a file are never mixed."""
-        return folder / f".{self.name}.{(self.sha256 or self.git_id)[:16]}.part"
+        return folder / f".{self.name.replace('/', '.')}.{(self.sha256 or self.git_id)[:16]}.part"
 
 
 class _ReportingFile(io.BufferedWriter):
@@ -103,7 +103,9 @@ def download(url: str, headers: dict[str, str], file: RemoteFile, folder: Path, 
     if not file.matches(partial):
         partial.unlink()
         raise ModelError(f"{file.name} was received with another size or hash than the hub lists: deleted")
-    partial.replace(folder / file.name)
+    target = folder / file.name
+    target.parent.mkdir(exist_ok=True)
+    partial.replace(target)
 
 
 def _continue(url: str, headers: dict[str, str], partial: Path, tick: Callable[[], None]) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*")
+_NESTED = ("1_Pooling/config.json",)
+"""Files in subfolders: how an embedding model makes a vector of an input."""
 _WEIGHTS = ".safetensors"
 _UNREACHABLE = (httpx2.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
 
@@ -101,12 +103,12 @@ def _download(
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _is_wanted(name: str) -> bool:
     # Subfolders of repositories contain the same weights in other formats.
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in _WANTED)
+    return name in _NESTED or ("/" not in name and any(fnmatch(name, pattern) for pattern in _WANTED))
 
 
 def _refuse_pickles(repository: str, info: ModelInfo) -> None:
@@ -120,6 +122,7 @@ def _refuse_pickles(repository: str, info: ModelInfo) -> None:
 
 def _keep_only(folder: Path, names: set[str]) -> None:
     """Remove the files of another revision."""
+    names = {name.partition("/")[0] for name in names}
     for path in folder.iterdir():
         if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any, Final, Self
 
+from shared.jobs.request import GENERATE
 from shared.wire import enum_member, known_fields
 
 _ATTEMPT: Final = "attempt:"
@@ -138,6 +139,7 @@ class Job:
         sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
         traceparent, tracestate: W3C trace context of the job's HTTP request; empty if it is not traced.
         archived: whether the record comes from the archive.
+        kind: of the request; see `shared.jobs.request`.
     """
 
     id: str
@@ -171,6 +173,7 @@ class Job:
     traceparent: str = ""
     tracestate: str = ""
     archived: bool = False
+    kind: str = GENERATE
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -213,6 +216,7 @@ class Job:
             sampling=json.loads(record["sampling"]) if record.get("sampling") else None,
             traceparent=record.get("traceparent", ""),
             tracestate=record.get("tracestate", ""),
+            kind=record.get("kind", GENERATE),
         )
 
 

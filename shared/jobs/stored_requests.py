@@ -10,7 +10,7 @@ from shared.jobs.images import ImageStore
 from shared.jobs.record import Job
 from shared.jobs.request import Request, unpack_tokens
 from shared.jobs.store import new_job_id
-from shared.jobs.submission import Submission
+from shared.jobs.submission import Submission, inputs_bytes
 from shared.redis import keys
 from shared.redis.client import Redis
 
@@ -78,6 +78,7 @@ class StoredRequests:
             tokens=stored.tokens,
             shared=stored.shared,
             webhook=webhook or "",
+            result_bytes=inputs_bytes(stored.request, None),
         )
         return submission, job_id
 

@@ -6,9 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
+from shared.jobs.inputs import result_bytes
 from shared.jobs.limits import STANDARD, OwnerLimits
 from shared.jobs.record import Parsing, Priority
-from shared.jobs.request import Request, pack_tokens
+from shared.jobs.request import GENERATE, RERANK, Request, pack_tokens
 from shared.wire import to_json
 
 GROWTH_BYTES: Final = 128
@@ -19,6 +20,8 @@ DELTA_BYTES: Final = 64
 """Bytes that a token adds if it is written a second time, as a part of a message."""
 RECORD_BYTES: Final = 2048
 """Bytes that a job occupies in addition to request and answer."""
+USUAL_DIMENSIONS: Final = 4096
+"""Dimensions for which memory is reserved if those of the model are not known."""
 NO_WEBHOOKS: Final = "-"
 
 
@@ -44,6 +47,7 @@ class Submission:
         repeats_prompt: whether this is a further choice of the previous submission; its prompt then counts once.
         in_background: whether the job generates a background response, whose end causes a webhook event.
         min_retention_s: minimum time for which the finished job and its log are kept, if settings are shorter.
+        result_bytes: maximum size of the results of inputs as text; 0 for generation jobs.
     """
 
     request: Request
@@ -69,6 +73,17 @@ class Submission:
     traceparent: str = ""
     tracestate: str = ""
     min_retention_s: int = 0
+    result_bytes: int = 0
+
+
+def inputs_bytes(request: Request, dimensions: int | None) -> int:
+    """Return the maximum size of the results of a request's inputs as text; 0 for a generation job.
+
+    Args:
+        dimensions: of the model's vectors; None if unknown.
+    """
+    size = 1 if request.kind == RERANK else request.dimensions or dimensions or USUAL_DIMENSIONS
+    return result_bytes([size] * len(request.inputs))
 
 
 def job_arguments(submission: Submission) -> tuple[dict[str, int], str, str]:
@@ -79,7 +94,7 @@ def job_arguments(submission: Submission) -> tuple[dict[str, int], str, str]:
     numbers = {
         "images": submission.images,
         "request_bytes": len(text.encode()) + len(tokens) + submission.image_bytes,
-        "growth_bytes": RECORD_BYTES + _token_bytes(request) * (submission.reserved_tokens or request.max_tokens),
+        "growth_bytes": RECORD_BYTES + _answer_bytes(submission),
         "shared": submission.shared,
         "tokens": _expected_tokens(submission),
     }
@@ -94,15 +109,25 @@ def record_fields(submission: Submission, log_retention_s: int) -> dict[str, str
         "request_id": submission.request_id,
         "log_retention_s": str(max(log_retention_s, submission.min_retention_s)),
         "size": str(_expected_tokens(submission)),
-        "sampling": to_json({"max_tokens": request.max_tokens, **asdict(request.sampling)}),
+        **(_sampling(request) if request.kind == GENERATE else {"kind": request.kind}),
         **_optional(submission),
     }
+
+
+def _answer_bytes(submission: Submission) -> int:
+    """Return how many bytes the answer may add to Redis. Results are stored twice: as text, and in the log."""
+    request = submission.request
+    return _token_bytes(request) * (submission.reserved_tokens or request.max_tokens) + 2 * submission.result_bytes
 
 
 def _token_bytes(request: Request) -> int:
     """Return how many bytes a generated token may add to Redis."""
     logprob_bytes = 0 if request.logprobs is None else LOGPROB_BYTES * (1 + request.logprobs)
     return GROWTH_BYTES + logprob_bytes + (DELTA_BYTES if request.parse == "message" else 0)
+
+
+def _sampling(request: Request) -> dict[str, str]:
+    return {"sampling": to_json({"max_tokens": request.max_tokens, **asdict(request.sampling)})}
 
 
 def _optional(submission: Submission) -> dict[str, str]:
@@ -130,6 +155,6 @@ def _expected_tokens(submission: Submission) -> int:
     if submission.tokens is not None:
         prompt_tokens = len(submission.tokens)
     else:
-        text = request.prompt or "".join(str(message["content"]) for message in request.messages or ())
-        prompt_tokens = len(text) // 4
+        messages = (str(message["content"]) for message in request.messages or ())
+        prompt_tokens = (len(request.prompt or "") or sum(map(len, (*messages, *request.inputs)))) // 4
     return prompt_tokens + min(request.max_tokens, 256)

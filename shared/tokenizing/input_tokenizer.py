@@ -59,7 +59,8 @@ def _whole(library: Tokenizer, texts: Sequence[str | list[str]], max_tokens: int
     except Exception:
         if max_tokens is None:
             raise
-        return _whole(library, texts, None)  # the first text of a pair alone is too long: the caller reports that
+        library.no_truncation()  # the first text of a pair alone is too long: the caller reports that
+        encoded = library.encode_batch_fast(sequences)
     finally:
         library.no_truncation()
     # Type 1 marks the second text of a pair.

@@ -112,6 +112,7 @@ def _config(model_type: str, vocabulary: int, *, rerank: bool) -> dict[str, Any]
             own |= {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "classifier_pooling": "mean"}
             return {**common, **own, **labels, "architectures": [f"ModernBert{suffix}"]}
     own = {"num_key_value_heads": 2, "head_dim": HIDDEN // HEADS, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    common["max_position_embeddings"] = 512  # rotary: no weights depend on it
     return {**common, **own, "tie_word_embeddings": True, "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
 
 

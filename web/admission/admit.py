@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, get_args
+from typing import Final, TypeAlias, get_args
 
 import redis
 from redis.exceptions import OutOfMemoryError
@@ -29,14 +29,18 @@ from shared.settings import Settings
 from shared.tokenizing.messages import Tokenized
 from web.admission.capabilities import check_capabilities
 from web.admission.generation import GenerationRequests, given_tokens
+from web.admission.inputs import InputRequests, check_kind
 from web.admission.prefix_hashes import prefix_hashes
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.model_availability import model_not_found
 from web.cluster.snapshot import Cluster
+from web.schemas.inputs import InputsRequest
 from web.schemas.requests import JobRequest
 from web.schemas.webhooks import JobEvent
 
 log = logging.getLogger(__name__)
+
+AnyRequest: TypeAlias = JobRequest | InputsRequest
 
 MAX_SEED: Final = 2**63
 
@@ -105,6 +109,7 @@ class Admission:
         self._settings = settings
         self._catalog = catalog
         self._requests = GenerationRequests(settings, catalog, cluster)
+        self._input_requests = InputRequests(cluster, prompt_tokenizer)
         self._jobs = jobs
         self._images = images
         self._cluster = cluster
@@ -118,7 +123,7 @@ class Admission:
 
     def admit(
         self,
-        request: JobRequest,
+        request: AnyRequest,
         context: RequestContext,
         files: Mapping[str, bytes] | None = None,
         skipped_images: int = 0,
@@ -143,7 +148,7 @@ class Admission:
 
     def admit_all(
         self,
-        requests: Sequence[JobRequest],
+        requests: Sequence[AnyRequest],
         context: RequestContext,
         files: Mapping[str, bytes] | None = None,
         skipped_images: int = 0,
@@ -200,7 +205,7 @@ class Admission:
         for job_id in job_ids:
             self._images.drop(job_id)
 
-    def submission(self, request: JobRequest, context: RequestContext) -> Submission:
+    def submission(self, request: AnyRequest, context: RequestContext) -> Submission:
         """Return the job that a request describes, with all defaults filled in.
 
         Raises:
@@ -208,35 +213,57 @@ class Admission:
         """
         model, card = self._resolve(request.model)
         self._check_loaded(model, context)
+        if isinstance(request, InputsRequest):
+            inputs = self._input_requests.admit(request, model, self._kind(model, card), card)
+            submission = self._submission(request, inputs.request, context)
+            return replace(submission, tokens=inputs.tokens, result_bytes=inputs.result_bytes)
+        return self._generation(request, model, card, context)
+
+    def _generation(
+        self, request: JobRequest, model: str, card: ModelCard | None, context: RequestContext
+    ) -> Submission:
         generation = self._requests.build(request, model, card)
+        check_kind(generation, self._kind(model, card))
         self._check_images(generation, card)
         if request.webhook_url is not None:
             self._check_webhook_url(request.webhook_url, "webhook_url", context.owner)
         check_capabilities(generation, card, self._cluster.snapshot())
         self._prompt_tokenizer.check_constraints(generation)
         tokenized = given_tokens(request, card) or self._tokenized(request, generation, card)
-        return Submission(
-            request=generation,
-            owner=context.owner,
-            priority=_priority(request, context.max_priority),
-            limits=context.limits,
+        return replace(
+            self._submission(request, generation, context),
             reserved_tokens=self._requests.reserved_tokens(request, generation),
-            metadata=request.metadata,
-            request_id=context.request_id,
-            idempotency_key=context.idempotency_key,
-            fingerprint=context.fingerprint,
-            reader=context.reader,
-            start_within_s=_limited("start_within_s", request.start_within_s, self._settings.max_start_within_s),
-            deadline_s=_limited("deadline_s", request.deadline_s, self._settings.max_deadline_s),
             prefixes=self._prefixes(generation, request.prompt_tokens or (), context.owner),
             tokens=tokenized.tokens if tokenized else None,
             shared=tokenized.shared if tokenized else 0,
             webhook=NO_WEBHOOKS if context.silent else _webhook(request),
+        )
+
+    def _submission(self, body: AnyRequest, request: Request, context: RequestContext) -> Submission:
+        """Return what jobs of all kinds have in common."""
+        return Submission(
+            request=request,
+            owner=context.owner,
+            priority=_priority(body, context.max_priority),
+            limits=context.limits,
+            metadata=body.metadata,
+            request_id=context.request_id,
+            idempotency_key=context.idempotency_key,
+            fingerprint=context.fingerprint,
+            reader=context.reader,
+            start_within_s=_limited("start_within_s", body.start_within_s, self._settings.max_start_within_s),
+            deadline_s=_limited("deadline_s", body.deadline_s, self._settings.max_deadline_s),
+            webhook=NO_WEBHOOKS if context.silent else "",
             in_background=context.in_background,
             traceparent=context.traceparent,
             tracestate=context.tracestate,
             min_retention_s=context.min_retention_s,
         )
+
+    def _kind(self, model: str, card: ModelCard | None) -> str | None:
+        """Return a model's kind; None if it is not known."""
+        entry = self._catalog.models.get(model)
+        return card.kind if card else entry.declared_kind if entry else None
 
     def _tokenized(self, request: JobRequest, generation: Request, card: ModelCard | None) -> Tokenized | None:
         """Tokenise the prompt; None if a worker has to do it."""
@@ -294,8 +321,7 @@ class Admission:
     def _check_images(self, generation: Request, card: ModelCard | None) -> None:
         model = generation.model
         entry = self._catalog.models.get(model)
-        kind = card.kind if card else entry.declared_kind if entry else None
-        if kind == "text" and generation.image_parts:
+        if self._kind(model, card) == "text" and generation.image_parts:
             text_only = card.text_only if card else entry is not None and entry.text_only
             what = "is served without its image encoder" if text_only else "is a text model"
             detail = f"{model} {what} and does not accept images. Use a vision model."
@@ -319,7 +345,7 @@ def _choices(submission: Submission, count: int) -> list[Submission]:
     return [replace(submission, request=each, repeats_prompt=n > 0) for n, each in enumerate(requests)]
 
 
-def _priority(request: JobRequest, highest: Priority) -> Priority:
+def _priority(request: AnyRequest, highest: Priority) -> Priority:
     """Return the priority of a job. The default is lowered to what the API key may use; a higher one is refused."""
     priority = Priority[request.priority.upper()]
     if priority >= highest:

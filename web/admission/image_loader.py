@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from shared.errors import Invalid, MlxqError, TooLarge
 from shared.jobs.images import digest
@@ -22,13 +22,14 @@ from web.schemas.messages import Message, Part, StoredImage
 from web.schemas.requests import JobRequest
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _MAX_CONCURRENT_DECODES: Final = 2
 """Decoding takes up to 17 bytes per pixel (an animated WebP), however small the file is."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedRequest:
+class LoadedRequest(Generic[R]):
     """A request whose messages refer to images by digest.
 
     Attributes:
@@ -38,8 +39,8 @@ class LoadedRequest:
         skipped: number of images at URLs that were not read, because the request is repeated.
     """
 
-    request: JobRequest
-    fingerprint_source: JobRequest
+    request: R
+    fingerprint_source: R
     files: dict[str, bytes] = field(default_factory=dict)
     skipped: int = 0
 
@@ -74,7 +75,7 @@ class ImageLoader:
         *,
         caller: str = "",
         is_repeated: Callable[[], bool] = lambda: False,
-    ) -> LoadedRequest:
+    ) -> LoadedRequest[JobRequest]:
         """Load all images of a request, in the order in which the model gets them.
 
         Args:

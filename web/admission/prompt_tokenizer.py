@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Final
+from typing import Final, TypeVar
 
 from shared.errors import Invalid, PromptRefused, Unavailable
 from shared.jobs.request import Request
@@ -24,6 +24,8 @@ from shared.tokenizing.client import (
 )
 from shared.tokenizing.files import TokenizerFiles
 from shared.tokenizing.messages import Tokenized, TokenizerSource
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,13 @@ class PromptTokenizer:
         """
         return self._guarded(card, request, field, card.context)
 
+    def tokenize_inputs(self, card: ModelCard, request: Request, field: str) -> tuple[int, ...] | None:
+        """Return the token ids of a request's inputs, packed; None if the worker has to tokenise them.
+
+        Raises like `tokenize`.
+        """
+        return self._with_source(card, field, lambda source: self._tokenizing.tokenize_inputs(source, request, card))
+
     def load(self, cards: Iterable[ModelCard]) -> bool:
         """Load the tokenizers of models before their first prompts. Returns whether any of them was available.
 
@@ -85,10 +94,21 @@ class PromptTokenizer:
         return None if tokenized is None else len(tokenized.tokens) + _image_tokens(card, request, field)
 
     def _guarded(self, card: ModelCard, request: Request, field: str, context: int | None) -> Tokenized | None:
+        image_tokens = _image_tokens(card, request, field)
+
+        def tokenize(source: TokenizerSource) -> Tokenized:
+            return self._tokenizing.tokenize(
+                source, request, context=context, reserved=image_tokens, vocabulary=card.vocabulary
+            )
+
+        return self._with_source(card, field, tokenize)
+
+    def _with_source(self, card: ModelCard, field: str, work: Callable[[TokenizerSource], T]) -> T | None:
+        """Call `work` with the model's tokenizer; return None if it is not available."""
         if card.tokenizer is None or self._broken_until.get(card.tokenizer, 0.0) > time.monotonic():
             return None
         try:
-            return self._tokenize(card, card.tokenizer, request, field, context)
+            return self._with_file(card, card.tokenizer, work)
         except PromptRefused as refused:
             raise Invalid(str(refused), code=refused.code, field=refused.field or field) from refused
         except TokenizerBusy as busy:
@@ -113,19 +133,14 @@ class PromptTokenizer:
         except (TokenizerError, OSError) as error:
             log.warning("constraint_not_checked", extra={"reason": str(error)})
 
-    def _tokenize(
-        self, card: ModelCard, digest: str, request: Request, field: str, context: int | None
-    ) -> Tokenized | None:
-        image_tokens = _image_tokens(card, request, field)
+    def _with_file(self, card: ModelCard, digest: str, work: Callable[[TokenizerSource], T]) -> T | None:
+        """Call `work` with the tokenizer's file; fetch the file again if it is corrupt."""
         for _ in range(2):
             path = self._files.path(digest)
             if path is None:
                 return None
-            source = TokenizerSource.of_card(str(path), digest, asdict(card))
             try:
-                return self._tokenizing.tokenize(
-                    source, request, context=context, reserved=image_tokens, vocabulary=card.vocabulary
-                )
+                return work(TokenizerSource.of_card(str(path), digest, asdict(card)))
             except TokenizerCorrupt as corrupt:
                 log.warning("tokenizer_corrupt", extra={"model": card.id, "reason": str(corrupt)})
                 self._files.discard(digest)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from shared.jobs.record import OLD_REQUEST
+from shared.jobs.request import GENERATE
 from shared.redis import keys
 from shared.redis.client import Redis, script
 from web.archive.tables import ArchivedJob
@@ -47,10 +48,21 @@ class ArchiveQueue:
             for job_id in job_ids:
                 pipe.hgetall(keys.JOB + job_id)
                 pipe.hget(keys.REQUEST + job_id, "request")
-                pipe.get(keys.OUTPUT + job_id)
             replies = pipe.execute() if job_ids else []
-        jobs = zip(replies[::3], replies[1::3], replies[2::3], strict=True)
-        return [self._stored(*each) for each in jobs if _belongs(each[0])]
+        found = [each for each in zip(replies[::2], replies[1::2], strict=True) if _belongs(each[0])]
+        texts = self._texts([record for record, _ in found])
+        return [self._stored(record, request, texts.get(record["id"])) for record, request in found]
+
+    def _texts(self, records: Sequence[dict[str, str]]) -> dict[str, str | None]:
+        """Return the texts of jobs. The results of inputs are not archived: they are large, and no text."""
+        job_ids = [record["id"] for record in records if record.get("kind", GENERATE) == GENERATE]
+        if self._content == "none":
+            return {}
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.get(keys.OUTPUT + job_id)
+            texts = pipe.execute() if job_ids else []
+        return {job_id: text or "" for job_id, text in zip(job_ids, texts, strict=True)}
 
     def settle(self, entries: Sequence[str]) -> None:
         """Remove entries of jobs that have been archived."""
@@ -101,7 +113,7 @@ class ArchiveQueue:
         return ArchivedJob.of(
             record,
             request if self._content == "all" else None,
-            None if self._content == "none" else text or "",
+            text,
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 from shared.errors import Invalid
-from shared.jobs.record import Priority
+from shared.jobs.record import Job, Priority
 from web.batches.requests import Endpoints, Translated
 from web.openai.answers import ChatAnswer, CompletionAnswer
 from web.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
@@ -15,6 +17,8 @@ from web.responses.requests import ResponseRequest
 from web.responses.stored import StoredResponse
 from web.responses.translate import input_items, job_request
 from web.responses.translate import original_fields as original_response_fields
+from web.results.inputs import embedding_list, rerank_view
+from web.schemas.inputs import EmbeddingRequest, InputsRequest, RerankRequest
 from web.services import Services
 
 
@@ -24,6 +28,8 @@ def make_endpoints(current: Services) -> Endpoints:
         "/v1/chat/completions": partial(_chat, current),
         "/v1/completions": partial(_completion, current),
         "/v1/responses": partial(_response, current),
+        "/v1/embeddings": partial(_embeddings, current),
+        "/v1/rerank": partial(_rerank, current),
     }
 
 
@@ -71,6 +77,20 @@ def _response(current: Services, fields: dict[str, Any]) -> Translated:
         lambda jobs: current.responses.answer(response, jobs[0]).model_dump_json(),
         lambda: original_response_fields(translated.paths),
     )
+
+
+def _embeddings(current: Services, fields: dict[str, Any]) -> Translated:
+    body = EmbeddingRequest.model_validate(fields)
+    return _inputs(body, lambda jobs: embedding_list(body, jobs[0], current.jobs.text(jobs[0])))
+
+
+def _rerank(current: Services, fields: dict[str, Any]) -> Translated:
+    body = RerankRequest.model_validate(fields)
+    return _inputs(body, lambda jobs: rerank_view(body, jobs[0], current.jobs.text(jobs[0])))
+
+
+def _inputs(body: InputsRequest, render: Callable[[Sequence[Job]], str]) -> Translated:
+    return Translated([body], 1, body.inputs_field, render, nullcontext)
 
 
 def _check(body: GenerationRequest | ResponseRequest) -> None:

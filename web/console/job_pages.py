@@ -14,6 +14,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from shared.errors import Forbidden, Gone, MlxqError
 from shared.jobs.record import Job, Priority, Status
+from shared.jobs.request import GENERATE
 from web.access.auth import caller, is_admin, visible_owner
 from web.archive.history import HistoryPage
 from web.archive.tables import ArchivedJob
@@ -82,13 +83,20 @@ def job_page(job_id: str) -> AnyResponse:
         job=job,
         owner=services().keys.entries().get(job.owner),
         position=services().jobs.position(job),
-        text=services().jobs.text(job) if archived is None else archived.text,
+        text=_text(job, archived),
         stored=stored,
         why_not=why_not,
         bars=bars(job),
         raw=raw if len(raw) <= _MAX_RAW else f"{raw[:_MAX_RAW]}\n…",
         own=job.owner == caller().id,
     )
+
+
+def _text(job: Job, archived: ArchivedJob | None) -> str | None:
+    """Return a job's text; None if the archive has none. The results of inputs are numbers, which are not shown."""
+    if job.kind != GENERATE:
+        return ""
+    return services().jobs.text(job) if archived is None else archived.text
 
 
 def _query(chosen: dict[str, str]) -> MultiDict[str, str]:

@@ -154,6 +154,12 @@ EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
     "CountRequest": _MESSAGES_EXAMPLE,
     "ChatRequest": {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
     "CompletionRequest": {"prompt": "Once upon a time,", "max_tokens": 64},
+    "EmbeddingRequest": {"model": "Qwen3-Embedding-0.6B", "input": ["The first text.", "The second one."]},
+    "RerankRequest": {
+        "model": "Qwen3-Reranker-0.6B",
+        "query": "What is the capital of France?",
+        "documents": ["Paris is the capital of France.", "A spider has eight legs."],
+    },
     "ResponseRequest": {"input": "What is the capital of France?"},
     "TokensRequest": {"input": "What is the capital of France?"},
     "KeyRequest": {"name": "chat application", "scopes": ["infer"], "rate_limit": "600/minute"},

@@ -101,6 +101,7 @@ WORKER_METRICS: Final = {
     "speculation_accepted_tokens_total": WorkerMetric(
         "speculation_accepted_tokens_total", "Draft tokens that were accepted"
     ),
+    "inputs_total": WorkerMetric("inputs_total", "Inputs of embedding and rerank jobs that were computed"),
     "images_encoded_total": WorkerMetric("images_encoded_total", "Images processed by the vision encoder"),
     "image_cache_hits_total": WorkerMetric("image_cache_hits_total", "Images whose encoding was found in the cache"),
     "image_cache_bytes": WorkerMetric("image_cache_bytes", "Bytes of cached image encodings"),

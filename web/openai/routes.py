@@ -30,7 +30,7 @@ from web.streaming.merge import follow_all
 
 routes = Blueprint("openai", __name__)
 
-_ERRORS = (400, 404, 409, 410, 413, 415, 504)
+ERRORS = (400, 404, 409, 410, 413, 415, 504)
 
 
 @routes.post("/v1/chat/completions")
@@ -39,7 +39,7 @@ _ERRORS = (400, 404, 409, 410, 413, 415, 504)
     body=ChatRequest,
     responses={200: ChatCompletion},
     streams=("text/event-stream",),
-    errors=_ERRORS,
+    errors=ERRORS,
     parameters=(openapi.IDEMPOTENCY_KEY,),
 )
 def create_chat_completion() -> Response:
@@ -51,7 +51,7 @@ def create_chat_completion() -> Response:
     If the client disconnects, the jobs are cancelled. OpenAI's clients, which repeat a request by themselves, have 5
     seconds to do so: the repeated request continues the same jobs.
     """
-    return _counted(_chat_completion)
+    return counted(_chat_completion)
 
 
 @routes.post("/v1/completions")
@@ -60,12 +60,12 @@ def create_chat_completion() -> Response:
     body=CompletionRequest,
     responses={200: Completion},
     streams=("text/event-stream",),
-    errors=_ERRORS,
+    errors=ERRORS,
     parameters=(openapi.IDEMPOTENCY_KEY,),
 )
 def create_completion() -> Response:
     """Continues texts or token ids without the chat template. Otherwise as `/v1/chat/completions`."""
-    return _counted(_completion)
+    return counted(_completion)
 
 
 @routes.get("/v1/models")
@@ -114,7 +114,8 @@ def _created(name: str) -> int:
     return int(min((worker.started_at for worker in workers if worker.model == name), default=0))
 
 
-def _counted(make: Callable[[], Response]) -> Response:
+def counted(make: Callable[[], Response]) -> Response:
+    """Count a response as open for the caller until it is complete, see `web.access.open_responses`."""
     return services().open_responses.respond(caller().id, request.environ.get(CONNECTION), make)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 from shared.jobs.log import JobLog
 from shared.jobs.record import Attempt, Job, Status
+from shared.jobs.request import GENERATE
 from shared.jobs.store import Accepted, Jobs, Place
 from web.cluster.snapshot import Cluster
 from web.parsing.parse import field_of, parse
@@ -61,7 +62,8 @@ class JobViews:
             archived: texts of the jobs from the archive, by id.
         """
         places = self._jobs.places(jobs)
-        ended = [job for job in jobs if job.status.terminal and not job.archived]
+        # Results of inputs are large.
+        ended = [job for job in jobs if job.status.terminal and not job.archived and job.kind == GENERATE]
         texts: dict[str, str | None] = dict(zip((job.id for job in ended), self._jobs.texts(ended), strict=True))
         texts |= archived
         return [
@@ -97,6 +99,7 @@ class JobViews:
             status=job.status,
             key_id=job.owner,
             model=job.model,
+            kind=job.kind,
             attempt=job.attempt,
             history=[_attempt_view(attempt) for attempt in job.history],
             priority=cast("PriorityName", job.priority.label),

@@ -1,10 +1,10 @@
-"""Submit the jobs of the HTTP request that is being served. All routes that generate text start here."""
+"""Submit the jobs of the HTTP request that is being served. All routes that create jobs start here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import redis
 from flask import Response, request
@@ -24,6 +24,7 @@ from web.http.request import idempotency_key, uploads
 from web.http.request_id import current_request_id
 from web.http.threadpool import run_in_threadpool
 from web.http.tracing import TRACEPARENT, TRACESTATE
+from web.schemas.inputs import InputsRequest
 from web.schemas.requests import JobRequest
 from web.services import services
 
@@ -45,7 +46,7 @@ def submit(job_request: JobRequest) -> Accepted:
 
 
 def submit_choices(
-    job_requests: Sequence[JobRequest],
+    job_requests: Sequence[JobRequest] | Sequence[InputsRequest],
     choices: int,
     body: BaseModel,
     prepare: Callable[[str], object] = lambda _: None,
@@ -109,8 +110,10 @@ def _rejoined(body_fingerprint: str) -> Accepted | None:
     return Accepted(job, new=False, wake=False, place=None)
 
 
-def _load(job_request: JobRequest) -> LoadedRequest:
-    """Load the images of a request."""
+def _load(job_request: JobRequest | InputsRequest) -> LoadedRequest[Any]:
+    """Load the images of a request. Requests with inputs have none."""
+    if isinstance(job_request, InputsRequest):
+        return LoadedRequest(job_request, job_request)
     owner, key = caller().id, idempotency_key()
     return services().image_loader.load(
         job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.key_is_used(owner, key)
@@ -142,7 +145,11 @@ def _context(
     )
 
 
-def _admit(loaded: Sequence[LoadedRequest], context: RequestContext, choices: int = 1) -> Accepted:
+def _admit(
+    loaded: Sequence[LoadedRequest[Any]],
+    context: RequestContext,
+    choices: int = 1,
+) -> Accepted:
     files = {digest: file for each in loaded for digest, file in each.files.items()}
     skipped = sum(each.skipped for each in loaded)
     try:

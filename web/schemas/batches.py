@@ -9,7 +9,7 @@ from pydantic import Field
 from web.schemas.base import RequestModel, ResponseModel
 from web.schemas.requests import Metadata
 
-BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank"]
 
 
 class ExpiresAfter(RequestModel):

@@ -255,6 +255,7 @@ class JobView(Parsed):
     )
     key_id: str = Field(description="Id of the API key that submitted the job")
     model: str = Field(description="Id of the model, also if the request named an alias")
+    kind: str = Field(description="`generate`, `embedding` or `rerank`")
     attempt: int = Field(description="Number of the current or last attempt; 0 before the first")
     history: list[AttemptView] = Field(description="The attempts, oldest first; at most the last 20")
     priority: PriorityName
@@ -266,7 +267,8 @@ class JobView(Parsed):
     estimated_start_s: float | None = Field(description="Estimated seconds until the job starts; null if unknown")
     output: Output | None = Field(
         description="The text generated so far; null in lists until the job has ended, and if the archive has the job "
-        "without it"
+        "without it. Of embedding and rerank jobs: a line `INDEX:BASE64` for each input, with little-endian 32-bit "
+        "floats; null in lists and in the archive"
     )
     usage: Usage
     sampling: SamplingView | None = Field(description=_SAMPLING_DESCRIPTION)

@@ -44,11 +44,15 @@ class ModelView(ResponseModel):
     id: str
     object: Literal["model"] = "model"
     aliases: list[str] = Field(description="Other names that requests can use")
-    kind: str | None = Field(description="`text` or `vision`; null if unknown")
+    kind: str | None = Field(
+        description="`text`, `vision`, `embedding` (`/v1/embeddings`) or `rerank` (`/v1/rerank`); null if unknown"
+    )
     text_only: bool = Field(
         description="Whether the model's folder also has an image encoder, which is not used: images are refused"
     )
-    context: int | None = Field(description="Maximum tokens of prompt and output together; null if unknown")
+    context: int | None = Field(
+        description="Maximum tokens of prompt and output together, or of an input; null if unknown"
+    )
     default: bool = Field(description="Whether requests that name no model use this one")
     state: ModelState = Field(
         description="The best state among its workers: `warm` (ready for jobs), `loading` or `draining`. `cold`: no "

@@ -65,12 +65,15 @@ def test_a_model_is_downloaded_once_without_code_and_pickles(here: ModelHub, tmp
     (here.folder / "original").mkdir()
     for name in ("modeling.py", "pytorch_model.bin", "chat_template.jinja", "original/model.safetensors"):
         (here.folder / name).touch()
+    (here.folder / "1_Pooling").mkdir()
+    (here.folder / "1_Pooling/config.json").write_text("{}")
     models = tmp_path / "models"
 
     assert run(models, "--revision", "main") == 0
-    files = ["chat_template.jinja", "config.json", WEIGHTS, "tokenizer.json"]
+    files = ["1_Pooling/config.json", "chat_template.jinja", "config.json", WEIGHTS, "tokenizer.json"]
     assert sorted({sent.name for sent in here.sent} | {"chat_template.jinja"}) == files
-    assert sorted(path.name for path in (models / "model").iterdir()) == sorted([*files, "mlxq.json"])
+    kept = [path.relative_to(models / "model").as_posix() for path in (models / "model").rglob("*") if path.is_file()]
+    assert sorted(kept) == sorted([*files, "mlxq.json"])
     assert read_origin(models / "model") == Origin("org/model", COMMIT, requested="main")
     assert is_intact(models / "model")
     assert all((models / "model" / name).read_bytes() == (here.folder / name).read_bytes() for name in files)

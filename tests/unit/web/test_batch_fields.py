@@ -56,7 +56,7 @@ def test_the_fields_of_answers() -> None:
 def test_endpoints_are_supported_or_refused_by_name() -> None:
     known = set(get_args(get_type_hints(batch_create_params.BatchCreateParams)["endpoint"]))
     supported = set(get_args(BatchRequest.model_fields["endpoint"].annotation))
-    assert supported < known
+    assert supported - {"/v1/rerank"} < known  # OpenAI's API has no rankings
     assert known - supported >= REFUSED_ENDPOINTS
     for endpoint in known - supported:
         with pytest.raises(ValidationError) as refused:

@@ -21,6 +21,7 @@ from web.http.openai_errors import is_expected
 from web.openai.requests import ChatRequest, CompletionRequest
 from web.responses.requests import ResponseRequest, TokensRequest
 from web.schemas.batches import BatchRequest
+from web.schemas.inputs import EmbeddingRequest, RerankRequest
 from web.schemas.keys import KeyLimits, KeyRequest
 from web.schemas.models import AliasesRequest, DownloadRequest, LoadRequest, UnloadRequest
 from web.schemas.requests import InferenceRequest, JobRequest
@@ -30,7 +31,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     *(JobRequest, InferenceRequest, ChatRequest, CompletionRequest, MessagesRequest, CountRequest),
     *(BatchRequest, EndpointRequest, RotationRequest, LoadRequest, UnloadRequest, ResponseRequest, TokensRequest),
     *(DownloadRequest, AliasesRequest),
-    *(KeyRequest, KeyLimits),
+    *(KeyRequest, KeyLimits, EmbeddingRequest, RerankRequest),
 )
 
 

@@ -12,6 +12,7 @@ from shared.errors import Expiry, JobFailure
 from web.openai.requests import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
 from web.schemas.base import RequestModel
 from web.schemas.batches import BatchRequest, ExpiresAfter
+from web.schemas.inputs import EmbeddingRequest, InputsRequest, RerankRequest
 from web.schemas.jobs import JobError
 from web.schemas.keys import KeyLimits, KeyRequest
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
@@ -173,6 +174,9 @@ REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     ChatRequest: {"messages": [TURN]},
     CompletionRequest: {"prompt": "hi"},
     ChatMessage: TURN,
+    InputsRequest: {"model": "m"},
+    EmbeddingRequest: {"model": "m", "input": "hi"},
+    RerankRequest: {"model": "m", "query": "q", "documents": ["a"]},
     StreamOptions: {},
     BatchRequest: {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"},
     ExpiresAfter: {"anchor": "created_at", "seconds": 3600},

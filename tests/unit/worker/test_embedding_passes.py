@@ -1,0 +1,113 @@
+"""Which inputs share a pass, and what the runner of embedding models does with its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlx_lm")
+
+from shared.jobs.inputs import Input, numbers
+from shared.jobs.request import EMBED, Request, Sampling
+from shared.models.registry import ModelCard
+from tests.support.embedding_models import HIDDEN, make_embedding_model
+from worker.runner.base import PrefillWork, Row, RowInputs, StepOutput, StepPlan
+from worker.runner.embedding.load import load_embedding_model
+from worker.runner.embedding.passes import PendingRow, next_pass
+from worker.runner.embedding.runner import EmbeddingRunner
+
+REQUEST = Request("m", 0, Sampling(0.0), kind=EMBED)
+
+
+def row(uid: int, lengths: Sequence[int], pending: Iterable[int] | None = None) -> Row:
+    inputs = tuple(Input((1,) * length) for length in lengths)
+    work = RowInputs(inputs, set(range(len(inputs)) if pending is None else pending))
+    return Row(uid, REQUEST, (1,) * max(lengths), 0, 0, inputs=work)
+
+
+def passes(*rows: Row, max_tokens: int) -> list[list[tuple[int, int]]]:
+    """Return uid and length of the items of each pass until all inputs are taken."""
+    waiting = [PendingRow.of(each) for each in rows]
+    taken = []
+    while items := next_pass(waiting, max_tokens):
+        taken.append([(item.uid, len(item.input.tokens)) for item in items])
+    return taken
+
+
+def test_inputs_of_about_the_same_length_share_a_pass() -> None:
+    assert passes(row(1, [10, 100, 60, 12, 40]), max_tokens=400) == [[(1, 60), (1, 100)], [(1, 40)], [(1, 10), (1, 12)]]
+
+
+def test_padding_counts() -> None:
+    assert passes(row(1, [100, 60, 60]), max_tokens=250) == [[(1, 60), (1, 100)], [(1, 60)]]
+
+
+def test_a_longer_input_has_a_pass_of_its_own() -> None:
+    assert passes(row(1, [900, 500]), max_tokens=400) == [[(1, 900)], [(1, 500)]]
+
+
+def test_other_rows_fill_the_pass_of_the_first() -> None:
+    assert passes(row(1, [10]), row(2, [11, 9, 8, 300]), max_tokens=30) == [
+        [(1, 10), (2, 8), (2, 9)],
+        [(2, 300)],
+        [(2, 11)],
+    ]
+
+
+def test_inputs_with_results_are_not_computed_again() -> None:
+    assert passes(row(1, [5, 6, 7], pending=[1]), max_tokens=100) == [[(1, 6)]]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> EmbeddingRunner:
+    model = load_embedding_model(make_embedding_model(tmp_path / "m", "bert", pooling="mean_tokens"), EMBED)
+    runner = EmbeddingRunner(model, ModelCard("m", EMBED, 128, dimensions=HIDDEN), 2**30)
+    runner.chunk = 32
+    return runner
+
+
+def step(runner: EmbeddingRunner) -> StepOutput:
+    waiting = runner.prefillable()
+    return runner.execute(StepPlan(PrefillWork(tuple(waiting)) if waiting else None))
+
+
+def test_the_row_with_the_fewest_tokens_chooses_first(runner: EmbeddingRunner) -> None:
+    runner.insert([row(1, [16] * 20)])
+    step(runner)
+    runner.insert([row(2, [5])])
+    assert {result.uid for result in step(runner).results} == {2}, "it does not wait until the first row has ended"
+    assert len(step(runner).results) == 2
+
+
+def test_each_input_has_one_result(runner: EmbeddingRunner) -> None:
+    rows = [row(1, [16] * 5), row(2, [7, 20]), row(3, [40])]
+    runner.insert(rows)
+    outputs = []
+    while runner.prefillable():
+        outputs.append(step(runner))
+    results = sorted((result.uid, result.index) for output in outputs for result in output.results)
+    assert results == [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (3, 0)]
+    assert all(len(numbers(result.encoded)) == HIDDEN for output in outputs for result in output.results)
+    assert not any(each.inputs.pending for each in rows if each.inputs), "nothing is left for another attempt"
+    assert sorted(uid for output in outputs for uid in output.prefilled) == [1, 2, 3]
+
+
+def test_a_removed_row_has_no_further_results_and_continues_later(runner: EmbeddingRunner) -> None:
+    one, other = row(1, [16] * 6), row(2, [16] * 6)
+    runner.insert([one, other])
+    first = step(runner)
+    runner.remove([1])
+    later = [step(runner) for _ in range(4)]
+    assert {result.uid for output in later for result in output.results} == {2}
+    runner.insert([one])  # as after a preemption
+    rest = [result for _ in range(4) for result in step(runner).results]
+    done = sorted(result.index for result in (*first.results, *rest) if result.uid == 1)
+    assert done == [0, 1, 2, 3, 4, 5]
+
+
+def test_memory_is_that_of_the_longest_input(runner: EmbeddingRunner) -> None:
+    assert runner.batch_bytes([]) == 0
+    assert runner.batch_bytes([100]) == runner.batch_bytes([100, 20, 5]) == runner.row_bytes(100)
+    assert runner.batch_bytes([8]) > 3 * runner.row_bytes(8), "short inputs share a pass"

@@ -1,0 +1,104 @@
+"""Check requests for embeddings and rankings, and tokenise their inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from shared.errors import Invalid, Unavailable
+from shared.jobs.inputs import MAX_NUMBERS
+from shared.jobs.request import EMBED, Request
+from shared.jobs.submission import USUAL_DIMENSIONS, inputs_bytes
+from shared.models.capabilities import wrong_kind
+from shared.models.registry import ModelCard
+from web.admission.prompt_tokenizer import PromptTokenizer
+from web.cluster.snapshot import Cluster
+from web.schemas.inputs import InputsRequest
+
+_PROTOCOL: Final = 2
+"""Protocol of workers that know such jobs; see `WorkerInfo.protocol`."""
+_UPGRADE_S: Final = 30
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedInputs:
+    """A checked request.
+
+    Attributes:
+        tokens: token ids of the inputs, packed; None if the worker has to tokenise them.
+        result_bytes: maximum size of the results as text.
+    """
+
+    request: Request
+    tokens: tuple[int, ...] | None
+    result_bytes: int
+
+
+class InputRequests:
+    """Checks requests with inputs instead of a prompt."""
+
+    def __init__(self, cluster: Cluster, prompt_tokenizer: PromptTokenizer) -> None:
+        self._cluster = cluster
+        self._prompt_tokenizer = prompt_tokenizer
+
+    def admit(self, body: InputsRequest, model: str, kind: str | None, card: ModelCard | None) -> AdmittedInputs:
+        """Check a request for a model.
+
+        Args:
+            kind: the model's kind; None if it is not known.
+            card: None if no worker has announced the model yet. Then the worker checks the inputs.
+
+        Raises:
+            Invalid: the model cannot do this, or an input is too long.
+            Unavailable: a worker of an earlier version has the model.
+        """
+        request = body.to_request(model)
+        check_kind(request, kind)
+        self._check_workers(model)
+        if card is not None:
+            _check_options(request, card)
+        _check_size(body, request, card)
+        tokens = None if card is None else self._prompt_tokenizer.tokenize_inputs(card, request, body.inputs_field)
+        return AdmittedInputs(request, tokens, inputs_bytes(request, card.dimensions if card else None))
+
+    def _check_workers(self, model: str) -> None:
+        """Refuse a job that a worker of an earlier version could get, which would take it for a generation job."""
+        workers = self._cluster.snapshot().workers
+        if any(each.model == model and each.protocol < _PROTOCOL for each in workers):
+            detail = f"A worker that has {model} is of an earlier version. Try again when all workers are upgraded."
+            raise Unavailable(detail, field="model", retry_after=_UPGRADE_S)
+
+
+def check_kind(request: Request, kind: str | None) -> None:
+    """Refuse a request for a model of another kind.
+
+    Args:
+        kind: the model's kind; None if it is not known.
+
+    Raises:
+        Invalid: the model cannot do what the request needs.
+    """
+    if kind is not None and (reason := wrong_kind(request, request.model, kind)):
+        raise Invalid(reason, code="not_supported", field="model")
+
+
+def _check_size(body: InputsRequest, request: Request, card: ModelCard | None) -> None:
+    """Refuse a request whose vectors together are too large for an answer."""
+    count, size = len(request.inputs), request.dimensions or (card.dimensions if card else None) or USUAL_DIMENSIONS
+    if request.kind == EMBED and count * size > MAX_NUMBERS:
+        field = body.inputs_field
+        detail = f"{field}: {count} vectors of {size} numbers are more than the limit of {MAX_NUMBERS:,} numbers."
+        raise Invalid(f"{detail} Send fewer inputs in a request.", field=field)
+
+
+def _check_options(request: Request, card: ModelCard) -> None:
+    """Refuse options that the model does not have."""
+    if card.dimensions is not None and (request.dimensions or 0) > card.dimensions:
+        detail = f"dimensions can be at most {card.dimensions} for {card.id}."
+        raise Invalid(detail, field="dimensions")
+    if request.kind == EMBED and request.prompt_name is not None and request.prompt_name not in (card.prompts or {}):
+        known = ", ".join(sorted(card.prompts or {})) or "none"
+        raise Invalid(f"{card.id} has no prompt {request.prompt_name!r}; it has: {known}.", field="prompt_name")
+    if request.instruction is not None and card.pair_template is None:
+        detail = f"{card.id} reads no instruction: only the query and a document. Leave out instruction."
+        raise Invalid(detail, code="not_supported", field="instruction")
