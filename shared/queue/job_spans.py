@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shared.jobs.record import Attempt, AttemptEnd, EndedJob, Ending, Job, Status
-from shared.jobs.request import Request
+from shared.jobs.request import EMBED, GENERATE, Request
 from shared.queue.claims import ClaimedJob
 from shared.tracing import TraceParent, Tracer, nanoseconds, span_id
 
@@ -174,11 +174,15 @@ class _Spans:
 
 
 def _operation(request: Request) -> str:
+    if request.kind != GENERATE:
+        return "embeddings" if request.kind == EMBED else request.kind
     return "text_completion" if request.messages is None else "chat"
 
 
 def _request_attributes(request: Request) -> dict[str, Any]:
     """Return the parameters of the request, without its text."""
+    if request.kind != GENERATE:
+        return {} if request.dimensions is None else {"gen_ai.embeddings.dimension.count": request.dimensions}
     sampling = request.sampling
     return {
         "gen_ai.request.max_tokens": request.max_tokens,

@@ -12,6 +12,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as AnyResponse
 
 from shared.errors import MlxqError, NotFound
+from shared.models.folder import INPUT_KINDS
 from web.access.auth import caller, is_admin
 from web.batches.store import Batch
 from web.console.layout import STATIC, page, page_description, render, routes, static_version
@@ -41,7 +42,8 @@ def overview_page() -> AnyResponse:
 @page
 def playground_page() -> AnyResponse:
     """A conversation with a model."""
-    return render("playground", "playground", models=model_views(), default=services().catalog.default)
+    models = [view for view in model_views() if view.kind not in INPUT_KINDS]
+    return render("playground", "playground", models=models, default=services().catalog.default)
 
 
 @routes.get("/console/models")

@@ -64,11 +64,7 @@ class TokenizerAnnouncer:
             threading.Thread(target=self._prove, args=[candidate], name="tokenizer-proof", daemon=True).start()
 
     def begin_file(self, folder: Path) -> None:
-        """Use the folder's tokenizer.json, which needs no proof: this worker reads nothing else.
-
-        Raises:
-            OSError: the file cannot be copied.
-        """
+        """Use the folder's tokenizer.json, which needs no proof: this worker reads nothing else."""
         self._tokenizer = of_file(folder, self._settings.tokenizers_dir)
 
     def upload(self) -> None:

@@ -73,15 +73,18 @@ def of_file(folder: Path, files: Path) -> ModelTokenizer:
     """Return the tokenizer of a model that reads its tokens as its tokenizer.json gives them, without a template.
 
     Args:
-        files: the folder of `TokenizerFiles`.
-
-    Raises:
-        OSError: a file cannot be read or written.
+        files: the folder of `TokenizerFiles`. If the file cannot be stored there, only this worker tokenises.
     """
-    text = (folder / "tokenizer.json").read_text("utf-8")
-    name = digest(text)
-    path = TokenizerFiles(files).put(name, text)
-    return ModelTokenizer(TokenizerSource(str(folder.resolve())), TokenizerSource(str(path), name), {})
+    file = folder.resolve() / "tokenizer.json"
+    own = TokenizerSource(str(file))
+    try:
+        text = file.read_text("utf-8")
+        name = digest(text)
+        path = TokenizerFiles(files).put(name, text)
+    except OSError as error:
+        logger.warning("tokenizer_not_stored", extra={"model_path": str(folder), "reason": str(error)})
+        return ModelTokenizer(own)
+    return ModelTokenizer(own, TokenizerSource(str(path), name), {})
 
 
 def remembered(unproved: ModelTokenizer, files: Path) -> ModelTokenizer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from redis import RedisError
 
@@ -20,6 +21,8 @@ from shared.tokenizing.client import TokenizerBusy, TokenizerError, Tokenizing
 from shared.tokenizing.inputs import refusal
 from shared.tokenizing.messages import Tokenized, TokenizerSource
 from worker.runner.base import ModelRunner, Prompt, RowInputs
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +108,8 @@ class Preparer:
         return Prepared(prompt, written, packed if claimed.tokens is None else None)
 
     def _tokenize_inputs(self, request: Request, card: ModelCard) -> tuple[int, ...]:
-        for source in self._sources():
-            return self._tokenizing.tokenize_inputs(source, request, card)
-        raise TokenizerBusy("the model's tokenizer is not available yet")
+        """Tokenise inputs in a helper, with the first source that works."""
+        return self._from_sources(lambda source: self._tokenizing.tokenize_inputs(source, request, card))
 
     def _tokenized(self, claimed: ClaimedJob, runner: ModelRunner) -> Tokenized:
         """Return the prompt's token ids: stored with the job, from the runner, or from a tokenizer helper."""
@@ -118,10 +120,17 @@ class Preparer:
         return Tokenized(tuple(tokens)) if tokens is not None else self._tokenize(claimed.request, runner.card)
 
     def _tokenize(self, request: Request, card: ModelCard) -> Tokenized:
-        """Tokenise in a helper, with the first source that works."""
+        """Tokenise a prompt in a helper, with the first source that works."""
+
+        def tokenize(source: TokenizerSource) -> Tokenized:
+            return self._tokenizing.tokenize(source, request, context=card.context, vocabulary=card.vocabulary)
+
+        return self._from_sources(tokenize)
+
+    def _from_sources(self, work: Callable[[TokenizerSource], T]) -> T:
         for source in self._sources():
             try:
-                return self._tokenizing.tokenize(source, request, context=card.context, vocabulary=card.vocabulary)
+                return work(source)
             except TokenizerBusy:
                 raise
             except TokenizerError as error:

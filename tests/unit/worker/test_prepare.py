@@ -12,8 +12,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from shared.errors import PromptRefused
+from shared.jobs.inputs import Input, pack_inputs
 from shared.jobs.log import JobLog
-from shared.jobs.request import Constraint, Request
+from shared.jobs.request import EMBED, Constraint, Request, Sampling
 from shared.jobs.store import Jobs
 from shared.jobs.submission import Submission
 from shared.models.registry import ModelCard
@@ -176,3 +177,40 @@ def test_a_constraint_that_cannot_be_honoured_fails_its_job(harness: Harness) ->
     request = replace(plain("word"), constraint=Constraint("regex", "(?=a)b"))
     code, message = harness.failure(harness.claimed(request, tokens=(1,)))
     assert code == "constraint_error" and message.startswith("response_format.regex cannot be honoured")
+
+
+def embedder(context: int = 100) -> StubRunner:
+    return StubRunner(card=ModelCard("m", EMBED, context, vocabulary=50))
+
+
+def inputs(*texts: str) -> Request:
+    return Request("m", 0, Sampling(0.0), kind=EMBED, inputs=texts)
+
+
+def test_inputs_are_tokenised_if_the_api_could_not(harness: Harness) -> None:
+    prepared = harness.preparer.prepare(harness.claimed(inputs("word", "word word")), embedder())
+    work = prepared.prompt.inputs
+    assert work is not None
+    assert (len(work.inputs), work.pending) == (2, {0, 1})
+    assert prepared.prompt.tokens == work.inputs[1].tokens, "the longest input decides about memory"
+    assert prepared.prompt.length == sum(len(each.tokens) for each in work.inputs)
+    assert prepared.new_tokens == pack_inputs(work.inputs), "they are stored for later attempts"
+    again = harness.preparer.prepare(harness.claimed(inputs("a", "b"), tokens=prepared.new_tokens), embedder())
+    assert (again.prompt.inputs, again.new_tokens) == (work, None)
+
+
+def test_inputs_that_the_model_cannot_read_fail_their_job(harness: Harness) -> None:
+    code, message = harness.failure(harness.claimed(inputs("word", "word word word word")), embedder(context=3))
+    assert code == "context_length_exceeded" and message.startswith("input[1] has ")
+    stored = pack_inputs([Input((1, 60))])
+    code, message = harness.failure(harness.claimed(inputs("word"), tokens=stored), embedder())
+    assert code == "template_error" and "token id 60" in message
+
+
+def test_a_job_for_a_model_of_another_kind_fails(harness: Harness) -> None:
+    for claimed, runner in (
+        (harness.claimed(inputs("word")), StubRunner()),
+        (harness.claimed(plain("word")), embedder()),
+    ):
+        code, message = harness.failure(claimed, runner)
+        assert code == "template_error" and message.startswith("m does not ")
