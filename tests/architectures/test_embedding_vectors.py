@@ -129,6 +129,14 @@ def test_folders_that_need_more_are_refused(tmp_path: Path) -> None:
         load_embedding_model(classes, RERANK)
 
 
+def test_decoders_that_read_in_both_directions_are_refused(tmp_path: Path) -> None:
+    folder = make_embedding_model(tmp_path / "both", "qwen3", pooling="lasttoken")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": True}))
+    with pytest.raises(ModelError, match="both directions"):
+        load_embedding_model(folder, EMBED)
+
+
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with mlx-embeddings and the packages of this one."""

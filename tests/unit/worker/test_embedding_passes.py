@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("mlx_lm")
 
-from shared.jobs.inputs import Input, numbers
+import mlx.core as mx
+
+from shared.jobs.inputs import Input, numbers, result_lines
+from shared.jobs.record import Priority, Status
 from shared.jobs.request import EMBED, Request, Sampling
 from shared.models.registry import ModelCard
+from shared.queue.claims import WriteResult
+from tests.plugins.work import claimed
 from tests.support.embedding_models import HIDDEN, make_embedding_model
-from worker.runner.base import PrefillWork, Row, RowInputs, StepOutput, StepPlan
+from worker.engine.core import EngineCore
+from worker.engine.sequence import Sequence, SequenceOutput
+from worker.runner.base import InvalidLogits, PrefillWork, Prompt, Row, RowInputs, StepOutput, StepPlan
 from worker.runner.embedding.load import load_embedding_model
 from worker.runner.embedding.passes import PendingRow, next_pass
 from worker.runner.embedding.runner import EmbeddingRunner
@@ -21,7 +29,7 @@ from worker.runner.embedding.runner import EmbeddingRunner
 REQUEST = Request("m", 0, Sampling(0.0), kind=EMBED)
 
 
-def row(uid: int, lengths: Sequence[int], pending: Iterable[int] | None = None) -> Row:
+def row(uid: int, lengths: list[int], pending: Iterable[int] | None = None) -> Row:
     inputs = tuple(Input((1,) * length) for length in lengths)
     work = RowInputs(inputs, set(range(len(inputs)) if pending is None else pending))
     return Row(uid, REQUEST, (1,) * max(lengths), 0, 0, inputs=work)
@@ -111,3 +119,79 @@ def test_memory_is_that_of_the_longest_input(runner: EmbeddingRunner) -> None:
     assert runner.batch_bytes([]) == 0
     assert runner.batch_bytes([100]) == runner.batch_bytes([100, 20, 5]) == runner.row_bytes(100)
     assert runner.batch_bytes([8]) > 3 * runner.row_bytes(8), "short inputs share a pass"
+
+
+def test_passes_are_smaller_if_there_is_little_memory(runner: EmbeddingRunner) -> None:
+    model = runner._model
+    usual = EmbeddingRunner(model, runner.card, 2**34).chunk
+    assert EmbeddingRunner(model, runner.card, 4 * model.pass_bytes(1, usual)).chunk == usual // 2
+    assert EmbeddingRunner(model, runner.card, 1).chunk == 128
+
+
+def test_a_row_with_invalid_numbers_fails_alone(runner: EmbeddingRunner) -> None:
+    weight = runner._model.module.embeddings.word_embeddings.weight
+    weight[7] = mx.nan
+    inputs = (Input((1, 7, 2)), Input((1, 1, 2)))
+    bad = Row(2, REQUEST, (1, 7, 2), 0, 0, inputs=RowInputs(inputs, {0, 1}))
+    runner.insert([row(1, [3, 3]), bad])
+    output = step(runner)
+    assert sorted((result.uid, result.index) for result in output.results) == [(1, 0), (1, 1)]
+    assert [(uid, type(error)) for uid, error in output.failed] == [(2, InvalidLogits)]
+    assert not runner.prefillable(), "the failed row is gone"
+
+
+class Engine:
+    """An engine with the runner."""
+
+    def __init__(self, runner: EmbeddingRunner) -> None:
+        self.published: list[SequenceOutput] = []
+        self.runner = runner
+        self.core = EngineCore(lambda: runner, 4, self.published.extend)
+        self.core.load()
+
+    def submit(self, name: str, count: int, priority: Priority = Priority.NORMAL) -> Sequence:
+        inputs = tuple(Input((1,) * 16) for _ in range(count))
+        job = claimed(name, priority=priority)
+        job = replace(job, request=replace(REQUEST, inputs=("x",) * count))
+        prompt = Prompt(inputs[0].tokens, inputs=RowInputs(inputs, set(range(count))))
+        sequence = Sequence(job, prompt, self.runner)
+        self.core.submit(sequence)
+        return sequence
+
+    def results(self, sequence: Sequence) -> int:
+        return sum(len(result_lines(output.text)) for output in self.published if output.sequence is sequence)
+
+
+def test_jobs_end_with_their_last_result(runner: EmbeddingRunner) -> None:
+    engine = Engine(runner)
+    jobs = [engine.submit("a", 5), engine.submit("b", 2)]
+    while engine.core.busy or not engine.core.idle:
+        engine.core.step()
+    assert [engine.results(job) for job in jobs] == [5, 2]
+    endings = {output.sequence: output.ending for output in engine.published if output.ending}
+    for job, tokens in zip(jobs, (80, 32), strict=True):
+        ending = endings[job]
+        assert (ending.status, ending.prompt_tokens, ending.completion_tokens) == (Status.SUCCEEDED, tokens, 0)
+
+
+def test_a_cancelled_job_leaves_at_the_next_step(runner: EmbeddingRunner) -> None:
+    engine = Engine(runner)
+    job, other = engine.submit("a", 40), engine.submit("b", 6)
+    engine.core.step()
+    before = engine.results(job)
+    engine.core.apply_write_result(job.job.id, job.job.attempt, WriteResult.CANCELLED)
+    while engine.core.busy or not engine.core.idle:
+        engine.core.step()
+    assert engine.results(job) == before, "nothing more is computed"
+    assert job.ending is not None
+    assert (job.ending.status, engine.results(other)) == (Status.CANCELLED, 6)
+
+
+def test_jobs_of_a_batch_do_not_delay_others(runner: EmbeddingRunner) -> None:
+    engine = Engine(runner)
+    engine.submit("batch", 40, Priority.BATCH)
+    engine.core.step()
+    urgent = engine.submit("urgent", 6)
+    for _ in range(3):
+        engine.core.step()
+    assert (engine.results(urgent), urgent.ending is not None) == (6, True)

@@ -136,6 +136,8 @@ def _decoder(folder: Path, config: dict[str, Any], kind: str) -> EmbeddingModel:
     model, config = utils.load_model(folder, lazy=True, model_config=changes, get_model_classes=_classes)
     if not hasattr(model, "model"):
         raise ModelError(f"the architecture {config['model_type']!r} is not supported for embeddings")
+    if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
+        raise ModelError("its attention reads in both directions, which is supported only for encoders")
     choices = _choices(folder) if kind == RERANK else None
     encoder = CausalEncoder(model, context_of(config, None) or FALLBACK_CONTEXT, choices)
     pooling = None if kind == RERANK else Pooling.declared(folder, "last")

@@ -74,6 +74,8 @@ class Pooling:
 
     def vectors(self, states: mx.array, lengths: mx.array) -> mx.array:
         """Return a vector for each row, in float32 and not yet normalised."""
+        if self.mode in ("cls", "last"):
+            return pool(states, lengths, self.mode).astype(mx.float32)
         return pool(states.astype(mx.float32), lengths, self.mode)
 
 

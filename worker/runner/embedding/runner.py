@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -37,6 +37,10 @@ PASS_TOKENS_CPU, PASS_TOKENS_GPU = 512, 16_384
 """Tokens of a pass, padding included. A longer input has a pass of its own. More tokens make a pass longer, for which
 the inputs of other jobs wait, and on a CPU no token cheaper (docs/performance.md)."""
 
+
+_MIN_PASS_TOKENS: Final = 128
+_MEMORY_DIVISOR: Final = 8
+"""A pass takes at most an eighth of the memory that is free when the model is loaded: other models may need some."""
 
 Vectors: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -66,7 +70,7 @@ class EmbeddingRunner:
         self.message_format = PLAIN
         self.weights_bytes = _bytes(model.module)
         self.cache_bytes = max_bytes
-        self.chunk = PASS_TOKENS_CPU if mx.default_device() == mx.cpu else PASS_TOKENS_GPU
+        self.chunk = _pass_tokens(model, max_bytes)
         self.depth = 1
         self.cost = UNKNOWN_COST
         self.about: dict[str, object] = {"device": str(mx.default_device()), "mlx": version("mlx")}
@@ -190,6 +194,14 @@ class EmbeddingRunner:
 
     def close(self) -> None:
         """Do nothing: there is nothing to write."""
+
+
+def _pass_tokens(model: EmbeddingModel, max_bytes: int) -> int:
+    """Return the tokens of a pass: fewer than usual if a pass would take much of the memory."""
+    tokens = PASS_TOKENS_CPU if mx.default_device() == mx.cpu else PASS_TOKENS_GPU
+    while tokens > _MIN_PASS_TOKENS and _MEMORY_DIVISOR * model.pass_bytes(1, tokens) > max_bytes:
+        tokens //= 2
+    return tokens
 
 
 def _bytes(module: Any) -> int:
