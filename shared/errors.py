@@ -224,6 +224,8 @@ class JobFailure(StrEnum):
     """The job was to be resumed, but its log no longer holds everything that was generated."""
     IMAGE_LOST = "image_lost"
     """An image of the job is no longer stored."""
+    ADAPTER = "adapter_error"
+    """The job's adapter is unknown, or cannot be used with the model."""
     MODEL = "model_not_found"
     """No worker has the model and no catalog lists it any more."""
     LOAD = "load_failed"

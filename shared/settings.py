@@ -45,8 +45,7 @@ class Settings(Locations, SettingsChecks):
     )
     models_file: Path = Field(
         ROOT / "models/catalog.toml",
-        description="Catalog of the models that may be served. If the file does not exist, only the "
-        "model of MODEL_PATH is served",
+        description="Catalog of models that may be served. Without the file, only the model of MODEL_PATH is served",
     )
     redis_url: str = Field(
         "",
@@ -59,9 +58,7 @@ class Settings(Locations, SettingsChecks):
         "machine's memory, at least 256 MiB and at most 4 GiB",
     )
     redis_ca_file: Path | None = Field(
-        None,
-        description="Certificates of the CAs that may sign Redis's certificate, in PEM format, for TLS. Empty: the "
-        "system's",
+        None, description="PEM file with the CAs that may sign Redis's certificate, for TLS. Empty: the system's"
     )
     redis_cert_file: Path | None = Field(
         None, description="Certificate that clients present to Redis, in PEM format, for TLS. Empty: none"
@@ -225,8 +222,7 @@ class Settings(Locations, SettingsChecks):
     )
     durable: bool = Field(
         True,
-        description="Accept a job only if Redis confirms that it is on disk. `false`: accept it as soon "
-        "as Redis answers",
+        description="Accept a job only if Redis confirms that it is on disk. `false`: as soon as Redis answers",
     )
     max_queue: int = Field(
         10_000, ge=1, description="Maximum number of waiting jobs per model. Further jobs are rejected with 503"
@@ -268,8 +264,7 @@ class Settings(Locations, SettingsChecks):
     failed_request_bytes: int = Field(
         64 * 2**20,
         ge=0,
-        description="Maximum Redis memory for the requests of ended jobs, with their images. The oldest are deleted "
-        "first",
+        description="Maximum Redis memory for the requests of ended jobs, with images. The oldest are deleted first",
     )
     keep_requests: Literal["failed", "all"] = Field(
         "failed",
@@ -354,9 +349,13 @@ class Settings(Locations, SettingsChecks):
     )
     prefix_cache_bytes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="Maximum memory for a model's prefix cache. 0: off. `auto`: a quarter of the memory "
-        "available for caches",
+        description="Maximum memory for a model's prefix cache. 0: off. `auto`: a quarter of the memory for caches",
     )
+    adapter_bytes: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="Maximum memory for a model's adapters, at most half of that for caches. `auto`: an eighth of it",
+    )
+    adapter_max_rank: int = Field(64, ge=1, le=1024, description="Maximum rank of adapters that requests name")
     prefix_disk_bytes: int = Field(
         8 * 2**30,
         ge=0,
@@ -365,8 +364,7 @@ class Settings(Locations, SettingsChecks):
     lease_s: float = Field(
         2.0,
         ge=0.2,
-        description="Lifetime of a worker's lease. If the worker does not renew it in time, its jobs "
-        "return to the queue",
+        description="Lifetime of a worker's lease. If it is not renewed in time, the worker's jobs return to the queue",
     )
     watchdog_s: float = Field(
         60.0, gt=0, description="A worker process that makes no progress for this long terminates itself"
@@ -386,9 +384,7 @@ class Settings(Locations, SettingsChecks):
         SecretStr(""), description="Password for Flower. The first run of scripts/serve writes one"
     )
     log_level: str = Field(
-        "INFO",
-        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
-        description="Minimum log level: DEBUG, INFO, WARNING or ERROR",
+        "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum log level: DEBUG, INFO, WARNING or ERROR"
     )
     log_prompts: bool = Field(
         False, description="Log the prompt or the messages of each accepted job. Otherwise no log contains their text"

@@ -137,6 +137,7 @@ class Job:
             with this job.
         reasoning_tokens: see `Ending`.
         sampling: `max_tokens` and the fields of `Sampling`, with all defaults; None in records of earlier versions.
+        adapter: name of the adapter with which the model generates; empty for none.
         traceparent, tracestate: W3C trace context of the job's HTTP request; empty if it is not traced.
         archived: whether the record comes from the archive.
         kind: of the request; see `shared.jobs.request`.
@@ -174,6 +175,12 @@ class Job:
     tracestate: str = ""
     archived: bool = False
     kind: str = GENERATE
+    adapter: str = ""
+
+    @property
+    def model_name(self) -> str:
+        """The model as requests can name it, with its adapter."""
+        return f"{self.model}:{self.adapter}" if self.adapter else self.model
 
     @classmethod
     def from_record(cls, record: dict[str, str]) -> Self:
@@ -217,6 +224,7 @@ class Job:
             traceparent=record.get("traceparent", ""),
             tracestate=record.get("tracestate", ""),
             kind=record.get("kind", GENERATE),
+            adapter=record.get("adapter", ""),
         )
 
 

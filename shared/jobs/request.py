@@ -72,6 +72,7 @@ class Request:
         continue_final: whether the answer continues the last message, which is from the assistant.
         thinking_budget: maximum reasoning tokens; None for no limit.
         constraint: a rule that the answer must satisfy.
+        adapter: name of the LoRA adapter with which the model generates; None for none.
         logit_bias: pairs of a token id and the value that is added to its logit.
         kind: `GENERATE`, `EMBED` or `RERANK`. Jobs of the last two kinds have `inputs` and generate nothing.
         inputs: what to embed, each a text or token ids; or the documents to rank.
@@ -100,6 +101,7 @@ class Request:
     thinking_budget: int | None = None
     constraint: Constraint | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    adapter: str | None = None
     kind: str = GENERATE
     inputs: tuple[str | tuple[int, ...], ...] = ()
     query: str | None = None

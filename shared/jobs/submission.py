@@ -134,6 +134,8 @@ def _optional(submission: Submission) -> dict[str, str]:
     """Return the record fields that only some jobs have."""
     request = submission.request
     fields = {name: value for name in ("webhook", "traceparent", "tracestate") if (value := getattr(submission, name))}
+    if request.adapter is not None:
+        fields["adapter"] = request.adapter
     if submission.in_background:
         fields["response"] = "1"
     if submission.repeats_prompt:

@@ -61,8 +61,16 @@ def _needs_tool_format(request: Request) -> bool:
     return request.parse == "message" or _constrained_field(request) in ("tools", "tool_choice")
 
 
-def newer_fields(request: Request) -> Iterator[str]:
-    """Yield the fields of a request that workers of protocol 0 would ignore; see `WorkerInfo.protocol`."""
+def adapter_problem(model: str, adapter: str, reason: str) -> str:
+    """Return the message for an adapter that a model cannot use."""
+    return f"{adapter} cannot be used with {model}: {reason}."
+
+
+def newer_fields(request: Request) -> Iterator[tuple[str, int]]:
+    """Yield the fields of a request that older workers would ignore, with the protocol of those that do not.
+
+    See `WorkerInfo.protocol`.
+    """
     names = {
         "tools": request.tools,
         "response_format": request.constraint,
@@ -71,4 +79,6 @@ def newer_fields(request: Request) -> Iterator[str]:
         "chat_template_kwargs": request.template_variables,
         "continue_final_message": request.continue_final,
     }
-    return (name for name, value in names.items() if value)
+    yield from ((name, 1) for name, value in names.items() if value)
+    if request.adapter is not None:
+        yield "adapter", 3

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from shared.models.adapters import ADAPTER_NAME, adapter_folders
 from shared.models.catalog_text import CatalogText
 from shared.models.facts import declared_context, modified_at, other_source, weights_bytes
 from shared.models.folder import INPUT_KINDS, ModelError, check_adapter, check_folder, has_vision, model_kind
@@ -42,6 +43,8 @@ class _Entry(BaseModel):
     draft_model: str | None = Field(None, min_length=1)
     aliases: list[Annotated[str, Field(pattern=MODEL_NAME)]] = []
     adapter: str | None = Field(None, min_length=1)
+    adapters: dict[Annotated[str, Field(pattern=ADAPTER_NAME)], Annotated[str, Field(min_length=1)]] = {}
+    adapters_folder: str | None = Field(None, min_length=1)
     sampling: SamplingDefaults = SamplingDefaults()
     chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Any] = {}
     pin: bool = False
@@ -56,7 +59,8 @@ class CatalogModel:
         slots: maximum rows in a batch; None for the setting SLOTS.
         dtype, quantize_bits: conversion of the weights when they are loaded; None for no conversion.
         kv_bits: bits per number of cached keys and values; None: those of the model's type.
-        adapter: a folder with LoRA weights.
+        adapter: a folder with LoRA weights that are part of the model.
+        adapters: folders with LoRA weights that requests can name.
         draft: folder of a small model that drafts tokens for this one.
         chat_template_kwargs: variables of the chat template, unless a request sets them.
         pin: whether it is never unloaded to free memory for another model.
@@ -77,6 +81,7 @@ class CatalogModel:
     kv_bits: int | None = None
     aliases: tuple[str, ...] = ()
     adapter: Path | None = None
+    adapters: dict[str, Path] = field(default_factory=dict)
     draft: Path | None = None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +131,15 @@ class Catalog:
     def become(self, other: Catalog) -> None:
         """Take the content of another catalog. Iterations over the former models are not disturbed."""
         self.models, self.default, self.faults = other.models, other.default, other.faults
+
+    def resolve_adapter(self, name: str | None) -> tuple[CatalogModel | None, str | None]:
+        """Return the model and the adapter of a name of the form `model` or `model:adapter`."""
+        model = self.resolve(name)
+        if model is None and name and ":" in name:
+            base, _, adapter = name.rpartition(":")
+            model = self.resolve(base) if base else None
+            return model, adapter if model else None
+        return model, None
 
     def first(self, worker_models: str, index: int) -> tuple[list[CatalogModel], list[str]]:
         """Return the models that a worker loads at startup.
@@ -252,12 +266,23 @@ class _Reader:
             kv_bits=entry.kv_bits,
             aliases=tuple(entry.aliases),
             adapter=adapter,
+            adapters=self._adapters(name, entry),
             draft=draft,
             sampling=entry.sampling,
             chat_template_kwargs=entry.chat_template_kwargs,
             pin=entry.pin,
         )
         return with_declared(model)
+
+    def _adapters(self, name: str, entry: _Entry) -> dict[str, Path]:
+        """Return the adapters that requests can name. Without one that is missing, the others can still be used."""
+        adapters = {each: _resolve_path(folder) for each, folder in sorted(entry.adapters.items())}
+        if entry.adapters_folder:
+            adapters = adapter_folders(_resolve_path(entry.adapters_folder)) | adapters
+        for adapter, folder in adapters.items():
+            if not self._settings.modelless and not folder.is_dir():
+                self._invalid_value(name, ["adapters", adapter], f"{folder} is not a folder")
+        return adapters
 
     def _check_folders(self, entry: _Entry, path: Path, kind: str, adapter: Path | None) -> tuple[str, str]:
         """Return the key with a mistake and a description; both are empty if there is none."""
@@ -307,8 +332,8 @@ def _describe(name: str, error: ErrorDetails) -> str:
 
 def _unsupported_option(entry: _Entry, kind: str) -> tuple[str, str] | None:
     """Return an option that a model of this kind does not have, and a description; None if there is none."""
-    for key in ("adapter", "draft_model", "kv_bits"):
-        if kind in INPUT_KINDS and getattr(entry, key) is not None:
+    for key in ("adapter", "adapters", "adapters_folder", "draft_model", "kv_bits"):
+        if kind in INPUT_KINDS and getattr(entry, key) not in (None, {}):
             return key, f"a model of the kind {kind!r} has no such option"
     return None
 

@@ -87,7 +87,7 @@ def check_complete(folder: Path, kind: str | None = None) -> None:
         raise ModelError(f"{folder} is not a folder")
     check_config(folder)
     for shard in weight_files(folder):
-        _check_whole(folder / shard)
+        check_whole(folder / shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
     if (kind or model_kind(folder)) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
@@ -100,7 +100,7 @@ def check_config(folder: Path) -> None:
     Raises:
         ModelError: something is missing or not allowed.
     """
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ModelError(f"{folder / 'config.json'} has no model_type")
     if "model_file" in config:
@@ -113,8 +113,8 @@ def check_adapter(folder: Path) -> None:
     Raises:
         ModelError: something is missing or not allowed.
     """
-    _read_object(folder / "adapter_config.json")
-    _check_whole(folder / "adapters.safetensors")
+    read_object(folder / "adapter_config.json")
+    check_whole(folder / "adapters.safetensors")
 
 
 def model_kind(folder: Path) -> str:
@@ -162,7 +162,7 @@ def _declares_vision(folder: Path) -> bool:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return _read_object(folder / "config.json")
+        return read_object(folder / "config.json")
     except (OSError, ModelError):
         return {}
 
@@ -170,7 +170,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _tensor_names(folder: Path) -> set[str]:
     files = weight_files(folder)
     if _indexed(folder) == set(files):
-        return set(_read_object(folder / _INDEX)["weight_map"])
+        return set(read_object(folder / _INDEX)["weight_map"])
     return {name for file in files for name in safetensors_header(folder / file)}
 
 
@@ -206,7 +206,7 @@ def _indexed(folder: Path) -> set[str]:
     """
     if not (folder / _INDEX).is_file():
         return set()
-    weight_map = _read_object(folder / _INDEX).get("weight_map")
+    weight_map = read_object(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelError(f"{folder / _INDEX} has no weight_map")
     for name in weight_map.values():
@@ -224,7 +224,7 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and bool(name) and Path(name).name == name and "\\" not in name
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """Check a safetensors file's size against its header, which detects a truncated file without loading it."""
     header, size = safetensors_header(path), path.stat().st_size
     ranges = sorted(_byte_range(tensor, path) for name, tensor in header.items() if name != "__metadata__")
@@ -272,7 +272,12 @@ def _shown(value: object) -> str:
     return ascii(value).strip("'")[:80]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file with a JSON object.
+
+    Raises:
+        ModelError: it is missing, too large or not a JSON object.
+    """
     if not path.is_file():
         raise ModelError(f"{path.parent} has no {path.name}")
     if path.stat().st_size > MAX_JSON_BYTES:

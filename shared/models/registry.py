@@ -87,6 +87,8 @@ class ModelCard:
             (`shared.tokenizing.generic_tools`). None if the model has no chat template.
         structured: whether answers can be constrained.
         text_only: whether the model's folder also has an image encoder, which is not used.
+        adapters: the adapters that requests can name, each with why it cannot be used, or an empty text. None in cards
+            of earlier versions.
         dimensions: length of the vectors of an embedding model; None for other kinds.
         pair_template: how a reranker's inputs are written, a name in `shared.tokenizing.inputs`; None if its tokenizer
             joins the two texts.
@@ -111,6 +113,7 @@ class ModelCard:
     tool_template: str | None = None
     sampling: dict[str, float] | None = None
     coordinates: str = Coordinates.PIXELS.value
+    adapters: dict[str, str] | None = None
     dimensions: int | None = None
     pair_template: str | None = None
     prompts: dict[str, str] | None = None
@@ -153,7 +156,7 @@ class WorkerInfo:
         about: constant facts for `/health` (device, BLAS, GFLOP/s, versions).
         protocol: which fields of requests the worker understands. 0: those of the versions without tools; also in infos
             of these versions. 1: also tools, constraints, and options of reasoning and templates. 2: also the jobs of
-            embedding models and rerankers.
+            embedding models and rerankers. 3: also adapters.
         histograms: latencies since the start of the worker.
     """
 

@@ -21,7 +21,8 @@ from tests.bench.samples import quantile
 from tests.plugins.work import claimed, sequence_for
 from worker.engine.core import EngineCore
 from worker.engine.sequence import Sequence
-from worker.runner.base import PrefillCost, StepOutput, StepPlan
+from worker.runner.base import StepOutput, StepPlan
+from worker.runner.cost import PrefillCost
 from worker.runner.fake import FakeRunner
 
 CLIENTS: Final = 4

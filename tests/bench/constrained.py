@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from worker.engine.sequence import Sequence
 
 ROWS: Final = 32
-_TOKENS: Final = {SMOLLM2: 30}
+_STEPS: Final = {SMOLLM2: 30}
 """Steps per measurement, by model."""
-_DEFAULT_TOKENS: Final = 200
-_MAX_TOKENS: Final = 2000
+_DEFAULT_STEPS: Final = 200
+MAX_TOKENS: Final = 2000
 _WITHIN_S: Final = 3600.0
 _ITEM: Final = {
     "type": "object",
@@ -79,28 +80,44 @@ CASES: Final = (
 
 
 def constrained(tiny: Path, rounds: int) -> dict[str, Turns]:
-    """Model → case → turns: the tiny model, and the default model if it is in the same folder; each in a process."""
+    """Measure the cases with each model; see `in_each_model`."""
+    return in_each_model("constrained", tiny, rounds)
+
+
+def in_each_model(module: str, tiny: Path, rounds: int) -> dict[str, Turns]:
+    """Model → case → turns: the tiny model, and the default model if it is in the same folder; each in a process.
+
+    Args:
+        module: the module of the bench that measures a model.
+    """
     models = [model for model in (tiny.with_name(SMOLLM2), tiny) if model.exists()]
-    return {model.name: _measure(model, rounds) for model in models}
-
-
-def _measure(model: Path, rounds: int) -> Turns:
-    tokens = _TOKENS.get(model.name, _DEFAULT_TOKENS)
-    given = {"model": str(model), "rounds": rounds, "rows": ROWS, "tokens": tokens}
-    turns: Turns = run_module("constrained", given, _WITHIN_S)
-    return turns
+    found: dict[str, Turns] = {}
+    for model in models:
+        steps = _STEPS.get(model.name, _DEFAULT_STEPS)
+        given = {"model": str(model), "rounds": rounds, "rows": ROWS, "tokens": steps}
+        found[model.name] = run_module(module, given, _WITHIN_S)
+    return found
 
 
 def table(found: dict[str, Turns]) -> Table:
-    """Medians over turns. On a busy machine the ratio of CPU time per token is more reliable than that of speed."""
-    out = Table("model", "rows", title=f"{ROWS} rows, in process: tokens/s relative to free rows")
+    """The figures relative to free rows."""
+    return relative_table(found, FREE.name, f"{ROWS} rows, in process: tokens/s relative to free rows")
+
+
+def relative_table(found: dict[str, Turns], base: str, title: str) -> Table:
+    """Medians over turns. On a busy machine the ratio of CPU time per token is more reliable than that of speed.
+
+    Args:
+        base: the case to which the others are compared.
+    """
+    out = Table("model", "rows", title=title)
     for heading in ("tokens/s", "ratio", "lowest", "highest", "CPU ms per token", "CPU ratio"):
         out.add_column(heading, justify="right")
     for model, cases in found.items():
-        free = cases[FREE.name]
         for name, turns in cases.items():
-            ratios = [turn["tokens_per_s"] / base["tokens_per_s"] for turn, base in zip(turns, free, strict=True)]
-            cpu = [turn["cpu_ms"] / base["cpu_ms"] for turn, base in zip(turns, free, strict=True)]
+            pairs = list(zip(turns, cases[base], strict=True))
+            ratios = [turn["tokens_per_s"] / other["tokens_per_s"] for turn, other in pairs]
+            cpu = [turn["cpu_ms"] / other["cpu_ms"] for turn, other in pairs]
             out.add_row(
                 model,
                 name,
@@ -123,16 +140,17 @@ def compare(model: Path, rounds: int, rows: int, tokens: int) -> Turns:
     turns: Turns = {case.name: [] for case in CASES}
     for turn in range(rounds):
         for case in CASES if turn % 2 else reversed(CASES):
-            turns[case.name].append(_decode(engine, tokenizer, case, rows, tokens))
+            requests = [case.request(row, runner.card.id, MAX_TOKENS) for row in range(rows)]
+            turns[case.name].append(decode(engine, tokenizer, requests, tokens))
     return turns
 
 
-def _decode(engine: InProcess, tokenizer: Any, case: Case, rows: int, tokens: int) -> dict[str, float]:
-    """Tokens per second and CPU time per token while all rows decode."""
+def decode(engine: InProcess, tokenizer: Any, requests: Iterable[Request], tokens: int) -> dict[str, float]:
+    """Tokens per second and CPU time per token while a row for each request decodes."""
     batch: list[Sequence] = []
-    for row in range(rows):
+    for row, request in enumerate(requests):
         prompt = tokenizer.apply_chat_template(question(row), add_generation_prompt=True)
-        batch.append(engine.submit_request(prompt, case.request(row, engine.runner.card.id, _MAX_TOKENS)))
+        batch.append(engine.submit_request(prompt, request))
     while not all(row.generated for row in batch):
         engine.step()
     start, start_cpu, before = time.perf_counter(), time.process_time(), sum(len(row.generated) for row in batch)

@@ -185,10 +185,10 @@ def measure(model: Path, rounds: int) -> Figures:
     from worker.runner.decode import DecodeBatch
     from worker.runner.kv_cache import Footprint
     from worker.runner.length_buckets import LengthBuckets
-    from worker.runner.model_runner import padding_worth_a_pass
     from worker.runner.prefix.cache import PrefixCache
     from worker.runner.speculation.ngram import NgramProposer
     from worker.runner.speculation.verification import Speculation
+    from worker.runner.weights import padding_worth_a_pass
 
     loaded = load_model(model)
     footprint, padding = Footprint.of(loaded.model), padding_worth_a_pass(loaded)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from tests.bench import (
+    adapters,
     api_cost,
     bad_draft,
     comparison,
@@ -91,6 +92,7 @@ PARTS: Final[dict[str, Part]] = {
     "switching": Part(lambda options: switching.switching(options.model, options.rounds), switching.line, quick=True),
     "speculation": Part(lambda options: speculation.speculation(options.model, options.rounds), speculation.table),
     "bad-draft": Part(lambda options: bad_draft.bad_draft(options.model, options.rounds), bad_draft.table),
+    "adapters": Part(lambda options: adapters.adapters(options.model, options.rounds), adapters.table),
     "constrained": Part(lambda options: constrained.constrained(options.model, options.rounds), constrained.table),
     "long-contexts": Part(
         lambda options: long_contexts.long_contexts(options.model, options.rounds), long_contexts.table

@@ -16,7 +16,8 @@ from mlx_lm.generate import generate_step
 
 from tests.support.runner import row as row_of
 from worker.runner import forward
-from worker.runner.base import UNKNOWN_COST, PrefillWork
+from worker.runner.base import PrefillWork
+from worker.runner.cost import UNKNOWN_COST
 from worker.runner.decode import DecodeBatch
 from worker.runner.kv_cache import Footprint, KVCache
 from worker.runner.length_buckets import LengthBuckets

@@ -19,7 +19,8 @@ from worker.runner import forward
 from worker.runner.base import OutOfMemory, Row
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import Memory
-from worker.runner.model_runner import PADDING_DIVISOR, MLXRunner
+from worker.runner.model_runner import MLXRunner
+from worker.runner.weights import PADDING_DIVISOR
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 

@@ -30,9 +30,9 @@ from shared.tokenizing.messages import Tokenized
 from web.admission.capabilities import check_capabilities
 from web.admission.generation import GenerationRequests, given_tokens
 from web.admission.inputs import InputRequests, check_kind
-from web.admission.prefix_hashes import prefix_hashes
+from web.admission.model_choice import ModelChoice, choose_model
+from web.admission.prefix_hashes import adapter_hash, prefix_hashes
 from web.admission.prompt_tokenizer import PromptTokenizer
-from web.cluster.model_availability import model_not_found
 from web.cluster.snapshot import Cluster
 from web.schemas.inputs import InputsRequest
 from web.schemas.requests import JobRequest
@@ -211,18 +211,18 @@ class Admission:
         Raises:
             Invalid: the request cannot be run.
         """
-        model, card = self._resolve(request.model)
+        model, card, adapter = self._resolve(request)
         self._check_loaded(model, context)
         if isinstance(request, InputsRequest):
             inputs = self._input_requests.admit(request, model, self._kind(model, card), card)
             submission = self._submission(request, inputs.request, context)
             return replace(submission, tokens=inputs.tokens, result_bytes=inputs.result_bytes)
-        return self._generation(request, model, card, context)
+        return self._generation(request, model, card, context, adapter)
 
     def _generation(
-        self, request: JobRequest, model: str, card: ModelCard | None, context: RequestContext
+        self, request: JobRequest, model: str, card: ModelCard | None, context: RequestContext, adapter: str | None
     ) -> Submission:
-        generation = self._requests.build(request, model, card)
+        generation = self._requests.build(request, model, card, adapter)
         check_kind(generation, self._kind(model, card))
         self._check_images(generation, card)
         if request.webhook_url is not None:
@@ -270,11 +270,12 @@ class Admission:
         return None if card is None else self._prompt_tokenizer.tokenize(card, generation, request.prompt_field)
 
     def _prefixes(self, generation: Request, tokens: Sequence[int], owner: str) -> tuple[str, ...]:
-        return prefix_hashes(generation, owner, tokens) if self._settings.prefix_cache_bytes else ()
+        hashes = prefix_hashes(generation, owner, tokens) if self._settings.prefix_cache_bytes else ()
+        return (*hashes, *adapter_hash(generation))
 
     def sampling_defaults(self, name: str | None) -> SamplingDefaults:
         """Return the sampling defaults of a model, by its id or an alias."""
-        entry = self._catalog.resolve(name)
+        entry, _ = self._catalog.resolve_adapter(name)
         return self._requests.sampling_defaults(entry.id if entry else name or self._catalog.default)
 
     def count_tokens(self, request: JobRequest) -> int:
@@ -285,7 +286,7 @@ class Admission:
             NotFound: there is no such model.
             Unavailable: the API does not have the model's tokenizer.
         """
-        model, card = self._resolve(request.model)
+        model, card, _ = self._resolve(request)
         generation = self._requests.build(request, model, card)
         self._check_images(generation, card)
         count = None if card is None else self._prompt_tokenizer.count(card, generation, request.prompt_field)
@@ -294,14 +295,9 @@ class Admission:
             raise Unavailable(detail, field="model", retry_after=5)
         return count
 
-    def _resolve(self, name: str | None) -> tuple[str, ModelCard | None]:
-        """Return a model's id and its card; the card is None until a worker has first announced the model."""
-        entry = self._catalog.resolve(name)
-        model = entry.id if entry else name or self._catalog.default
-        card = self._cluster.snapshot().models.get(model)
-        if card is None and entry is None:
-            raise model_not_found(model)
-        return model, card
+    def _resolve(self, request: JobRequest | InputsRequest) -> ModelChoice:
+        adapter = request.adapter if isinstance(request, JobRequest) else None
+        return choose_model(self._catalog, self._cluster.snapshot(), request.model, adapter)
 
     def _check_loaded(self, model: str, context: RequestContext) -> None:
         """Refuse a new job for a model that no worker has and that will not be loaded on demand."""

@@ -12,6 +12,8 @@ from web.cluster.snapshot import ClusterSnapshot
 
 _UPGRADE_S: Final = 30
 """`retry_after` of requests that a worker of an earlier version would not understand, in seconds."""
+_NEWEST: Final = 2**31
+"""Replaces the protocol of the workers if there are none."""
 
 
 def check_capabilities(request: Request, card: ModelCard | None, cluster: ClusterSnapshot) -> None:
@@ -24,13 +26,14 @@ def check_capabilities(request: Request, card: ModelCard | None, cluster: Cluste
         Invalid: the model lacks a capability that a field needs.
         Unavailable: a worker of an earlier version has the model. It could get the job and would ignore a field.
     """
-    field = next(newer_fields(request), None)
-    if field is not None and any(not each.protocol for each in cluster.workers if each.model == request.model):
-        detail = (
-            f"{field} needs newer workers: one that has {request.model} is of an earlier version. Try again when all "
-            "workers are upgraded."
-        )
-        raise Unavailable(detail, field=field, retry_after=_UPGRADE_S)
+    oldest = min((each.protocol for each in cluster.workers if each.model == request.model), default=_NEWEST)
+    for field, protocol in newer_fields(request):
+        if oldest < protocol:
+            detail = (
+                f"{field} needs newer workers: one that has {request.model} is of an earlier version. Try again when "
+                "all workers are upgraded."
+            )
+            raise Unavailable(detail, field=field, retry_after=_UPGRADE_S)
     if card is not None and (missing := missing_capability(request, card)):
         field, reason = missing
         raise Invalid(f"{request.model} does not support {field}: {reason}.", code="not_supported", field=field)

@@ -31,12 +31,13 @@ class GenerationRequests:
         self._catalog = catalog
         self._cluster = cluster
 
-    def build(self, request: JobRequest, model: str, card: ModelCard | None) -> Request:
+    def build(self, request: JobRequest, model: str, card: ModelCard | None, adapter: str | None = None) -> Request:
         """Return the generation request of a job, with all defaults filled in.
 
         Args:
             model: id of the requested model.
             card: the model's card; None if no worker has announced the model yet.
+            adapter: the requested adapter of the model.
 
         Raises:
             Invalid: a value is not possible with this model.
@@ -62,6 +63,7 @@ class GenerationRequests:
             thinking_budget=request.thinking_budget,
             constraint=request.response_format.constraint() if request.response_format else None,
             logit_bias=_logit_bias(request, card),
+            adapter=adapter,
         )
 
     def _template_variables(self, request: JobRequest, model: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Prefix hashes of a request. A claim uses them to find the worker whose prefix cache has a prefix of the job.
 
-A hash covers the text of a prefix and the API key, so it does not reveal the text and differs between keys. The one
-exception is the hash of a shared system message: like its cached prefix, it is the same for all keys.
+A hash covers the text of a prefix, the adapter and the API key, so it does not reveal the text and differs between
+keys. The one exception is the hash of a shared system message: like its cached prefix, it is the same for all keys.
 """
 
 from __future__ import annotations
@@ -36,9 +36,21 @@ def prefix_hashes(request: Request, owner: str, tokens: Sequence[int] = ()) -> t
     if len(ends) <= 2:
         lengths.update(offset for offset in OFFSETS if offset < ends[-1])
     shared = {ends[0]} if request.share_system_prompt else set()
-    hashes = dict(_hashes(request.model, owner, text, lengths - shared))
-    hashes.update(_hashes(request.model, _ALL_KEYS, text, shared))
+    model = request.model if request.adapter is None else f"{request.model}:{request.adapter}"
+    hashes = dict(_hashes(model, owner, text, lengths - shared))
+    hashes.update(_hashes(model, _ALL_KEYS, text, shared))
     return tuple(hashes[length] for length in sorted(hashes, reverse=True))
+
+
+def adapter_hash(request: Request) -> tuple[str, ...]:
+    """Return a hash of the adapter, by which claims find a worker that has it in memory; nothing without an adapter.
+
+    It comes after the hashes of prefixes, because computing a prefix again takes longer than loading an adapter.
+    """
+    if request.adapter is None:
+        return ()
+    name = f"{request.model}:{request.adapter}".encode()
+    return (hashlib.blake2b(name, digest_size=8, person=b"mlxq.adapter").hexdigest(),)
 
 
 def _texts(request: Request) -> list[bytes]:

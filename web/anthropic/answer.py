@@ -102,7 +102,7 @@ def start_event(job: Job, prompt_tokens: int | None) -> Event:
         prompt_tokens: number of the prompt's tokens, if it is already known; the last event has the exact counts.
     """
     usage = MessageUsage(input_tokens=prompt_tokens or 0, output_tokens=0)
-    message = AnthropicMessage(id=message_id(job.id), model=job.model, content=[], usage=usage)
+    message = AnthropicMessage(id=message_id(job.id), model=job.model_name, content=[], usage=usage)
     return {"type": "message_start", "message": message.model_dump()}
 
 
@@ -139,7 +139,7 @@ def message_of(job: Job, content: list[dict[str, Any]], max_tokens: int, *, has_
     reason, sequence = stop_reason(job, max_tokens, has_calls=has_calls)
     return AnthropicMessage(
         id=message_id(job.id),
-        model=job.model,
+        model=job.model_name,
         content=content,
         stop_reason=reason,
         stop_sequence=sequence,

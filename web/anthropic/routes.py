@@ -79,8 +79,9 @@ def count_tokens() -> Response:
 
 def _card(name: str) -> ModelCard | None:
     """Return a model's card; None if no worker has announced the model."""
-    entry = services().catalog.resolve(name)
-    return services().cluster.snapshot().models.get(entry.id if entry else name)
+    entry, _ = services().catalog.resolve_adapter(name)
+    cards = services().cluster.snapshot().models
+    return cards.get(entry.id if entry else name) or cards.get(name.rpartition(":")[0])
 
 
 def _respond() -> Response:

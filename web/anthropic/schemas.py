@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from web.anthropic.blocks import MAX_BLOCKS, Block, Cacheable, CacheControl, TextBlock, by_type, text_or_blocks
 from web.schemas.base import RequestModel, ResponseModel
 from web.schemas.requests import MAX_MESSAGES, MAX_STOPS, StopString
+from web.schemas.template_options import AdapterName
 
 _ROLES: Final = {
     "user": {"text", "image", "document", "tool_result"},
@@ -173,6 +174,7 @@ class CountRequest(RequestModel):
     """A conversation whose tokens are counted."""
 
     model: str = Field(min_length=1, max_length=256, description="Id or alias of a model")
+    adapter: AdapterName = None
     messages: list[Message] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,

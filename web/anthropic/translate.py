@@ -69,7 +69,8 @@ def job_request(request: CountRequest, card: ModelCard | None) -> Translated:
         Invalid: the request cannot be run; the field is one of the Messages API.
     """
     conversation = Conversation(request)
-    fields: dict[str, Any] = {"model": request.model, "messages": conversation.messages, "parse": "message"}
+    fields: dict[str, Any] = {name: getattr(request, name) for name in ("model", "adapter")}
+    fields |= {"messages": conversation.messages, "parse": "message"}
     if conversation.continues:
         fields["continue_final_message"] = True
     fields |= _tool_fields(request) | _thinking_fields(request, card)

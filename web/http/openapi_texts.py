@@ -54,6 +54,8 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "unsupported_parameter",
         "no_images",
         "not_supported",
+        "adapter_not_found",
+        "adapter_error",
         "too_many_images",
         "image_format",
         "image_broken",

@@ -102,6 +102,13 @@ WORKER_METRICS: Final = {
         "speculation_accepted_tokens_total", "Draft tokens that were accepted"
     ),
     "inputs_total": WorkerMetric("inputs_total", "Inputs of embedding and rerank jobs that were computed"),
+    "adapter_slots": WorkerMetric("adapter_slots", "Adapters that fit into memory at the same time"),
+    "adapters_loaded": WorkerMetric("adapters_loaded", "Adapters in memory"),
+    "adapter_bytes": WorkerMetric("adapter_bytes", "Bytes that are reserved for adapters"),
+    "adapter_loads_total": WorkerMetric("adapter_loads_total", "Adapters loaded because a job named them"),
+    "adapter_evictions_total": WorkerMetric(
+        "adapter_evictions_total", "Adapters dropped from memory to make room for another"
+    ),
     "images_encoded_total": WorkerMetric("images_encoded_total", "Images processed by the vision encoder"),
     "image_cache_hits_total": WorkerMetric("image_cache_hits_total", "Images whose encoding was found in the cache"),
     "image_cache_bytes": WorkerMetric("image_cache_bytes", "Bytes of cached image encodings"),

@@ -67,7 +67,7 @@ class _Base:
         self._fields: dict[str, Any] = {
             "id": f"{self.prefix}-{job.id}",
             "created": int(job.created_at),
-            "model": job.model,
+            "model": job.model_name,
             "system_fingerprint": FINGERPRINT,
         }
         if "service_tier" in body.model_fields_set:

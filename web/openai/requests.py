@@ -20,7 +20,7 @@ from web.schemas.messages import Message
 from web.schemas.openai_fields import Advice, SampledRequest, Unsupported, refuse
 from web.schemas.requests import MAX_LOGPROBS, MAX_MESSAGES
 from web.schemas.response_format import ResponseFormat
-from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables
+from web.schemas.template_options import AdapterName, LogitBias, ReasoningEffort, TemplateVariables
 from web.schemas.tools import ToolChoice, Tools
 
 MAX_CHOICES: Final = 128
@@ -42,6 +42,7 @@ class GenerationRequest(SampledRequest):
     model: str | None = Field(
         None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
     )
+    adapter: AdapterName = None
     max_tokens: int | None = Field(
         None, ge=1, le=2**31 - 1, description="Maximum tokens to generate. Default: the rest of the model's context"
     )

@@ -71,8 +71,11 @@ def create_completion() -> Response:
 @routes.get("/v1/models")
 @describe("List models (OpenAI format)", responses={200: OpenAIModelList})
 def list_openai_models() -> Response:
-    """The models of `/inference/models` in the formats of OpenAI and of Anthropic, with all original fields."""
-    data = [_openai_model(view) for view in model_views()]
+    """The models of `/inference/models` in the formats of OpenAI and of Anthropic, with all original fields.
+
+    Each adapter is a further model, `model:adapter`.
+    """
+    data = [model for view in model_views() for model in _openai_models(view)]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     models = OpenAIModelList(data=data, first_id=first, last_id=last)
     return Response(models.model_dump_json(), content_type="application/json")
@@ -81,22 +84,32 @@ def list_openai_models() -> Response:
 @routes.get("/v1/models/<path:model_id>")
 @describe("Get a model (OpenAI format)", responses={200: OpenAIModel}, errors=(404,))
 def get_openai_model(model_id: str) -> Response:
-    """The model with this id or alias."""
-    entry = services().catalog.resolve(model_id)
-    name = entry.id if entry else model_id
-    view = next((view for view in model_views() if view.id == name), None)
-    if view is None:
+    """The model with this id or alias, or with one of its adapters (`model:adapter`)."""
+    entry, adapter = services().catalog.resolve_adapter(model_id)
+    name = f"{entry.id}:{adapter}" if entry and adapter else entry.id if entry else model_id
+    models = (model for view in model_views() for model in _openai_models(view))
+    model = next((each for each in models if each.id == name), None)
+    if model is None:
         raise NotFound(
             f"The model {model_id!r} does not exist. GET /v1/models lists the models.",
             code="model_not_found",
             field="model",
         )
-    return Response(_openai_model(view).model_dump_json(), content_type="application/json")
+    return Response(model.model_dump_json(), content_type="application/json")
 
 
-def _openai_model(view: ModelView) -> OpenAIModel:
+def _openai_models(view: ModelView) -> list[OpenAIModel]:
+    """Return a model, and the model with each adapter that it can use."""
+    usable = [each.name for each in view.adapters if each.problem is None]
+    with_adapter = {"aliases": [], "adapters": [], "default": False}
+    views = [view.model_copy(update={"id": f"{view.id}:{name}", **with_adapter}) for name in usable]
     created = _created(view.id)
+    return [_openai_model(view, created), *(_openai_model(each, created, view.id) for each in views)]
+
+
+def _openai_model(view: ModelView, created: int, parent: str | None = None) -> OpenAIModel:
     return OpenAIModel(
+        parent=parent,
         **view.model_dump(exclude={"object"}),
         created=created,
         created_at=f"{datetime.fromtimestamp(created, UTC):%Y-%m-%dT%H:%M:%SZ}",

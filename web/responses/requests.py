@@ -12,7 +12,7 @@ from web.schemas.base import RequestModel
 from web.schemas.openai_fields import Advice, SampledRequest, Unsupported
 from web.schemas.requests import MAX_LOGPROBS
 from web.schemas.response_format import Source
-from web.schemas.template_options import ReasoningEffort, TemplateVariables
+from web.schemas.template_options import AdapterName, ReasoningEffort, TemplateVariables
 from web.schemas.tools import MAX_TOOLS, ToolName
 
 Includable = Literal[
@@ -197,6 +197,7 @@ class PromptRequest(RequestModel):
     model: str | None = Field(
         None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
     )
+    adapter: AdapterName = None
     input: Input = Field("", description="A text, or a list of items")
     instructions: str | None = Field(None, description="The system message. Later responses do not inherit it")
     previous_response_id: str | None = Field(

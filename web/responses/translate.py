@@ -76,7 +76,8 @@ def job_request(
     conversation = Conversation(request.instructions, [*earlier, *new])
     tools = [(index, tool) for index, tool in enumerate(request.tools) if _is_allowed(tool, request)]
     paths = conversation.paths | _tool_paths(tools)
-    fields: dict[str, Any] = {"model": request.model, "messages": conversation.messages, "parse": "message"}
+    fields: dict[str, Any] = {name: getattr(request, name) for name in ("model", "adapter")}
+    fields |= {"messages": conversation.messages, "parse": "message"}
     fields |= _tool_fields(request, [tool for _, tool in tools]) | _text_fields(request)
     if request.reasoning.effort is not None:
         fields["reasoning_effort"] = request.reasoning.effort

@@ -195,7 +195,7 @@ def view(job: Job, echoed: Mapping[str, Any], status: ResponseStatus, output: Se
         status=status,
         error=_failure(job) if status == "failed" else None,
         incomplete_details=IncompleteDetails(reason="max_output_tokens") if status == "incomplete" else None,
-        model=job.model,
+        model=job.model_name,
         output=[*output],
         usage=_usage(job) if ended else None,
         temperature=sampling.get("temperature"),

@@ -76,6 +76,7 @@ class JobViews:
         view = InferenceView(
             id=job.id,
             model=job.model,
+            adapter=job.adapter or None,
             text=text,
             finish_reason=job.finish_reason,
             usage=_usage(job),
@@ -99,6 +100,7 @@ class JobViews:
             status=job.status,
             key_id=job.owner,
             model=job.model,
+            adapter=job.adapter or None,
             kind=job.kind,
             attempt=job.attempt,
             history=[_attempt_view(attempt) for attempt in job.history],

@@ -12,10 +12,12 @@ from shared.models.catalog import CatalogModel
 from shared.models.operations import Operation
 from shared.models.registry import WorkerInfo
 from web.access.auth import caller, require_scope
+from web.admission.model_choice import usable_adapters
 from web.cluster.snapshot import ClusterSnapshot
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.schemas.models import (
+    AdapterView,
     BatchingView,
     LoadRequest,
     ModelList,
@@ -113,8 +115,10 @@ def _model_view(
     unloaded: ModelState = "cold" if entry else "absent"
     states = {_state(worker) for worker in workers}
     kind = card.kind if card else entry.declared_kind if entry else None
+    adapters = usable_adapters(entry, card, loaded=bool(workers))
     return ModelView(
         id=name,
+        adapters=[AdapterView(name=each, problem=problem or None) for each, problem in sorted(adapters.items())],
         aliases=list(entry.aliases) if entry else [],
         kind=kind,
         text_only=card.text_only if card else entry is not None and entry.text_only,

@@ -170,9 +170,11 @@ def _admit(
 
 def _fingerprint(job_request: JobRequest) -> str:
     """Hash the route and the request's meaning, not its bytes: a retry may format the same JSON differently."""
-    model = services().catalog.resolve(job_request.model)
+    model, adapter = services().catalog.resolve_adapter(job_request.model)
     model_id = model.id if model else None
     defaults = services().admission.sampling_defaults(model_id or job_request.model)
+    if model_id and adapter:
+        model_id = f"{model_id}:{adapter}"
     model_defaults = defaults.model_dump(exclude_none=True)
     return _hash(lambda: job_request.canonical_json(model_id, model_defaults))
 

@@ -219,7 +219,7 @@ class JobError(ResponseModel):
         description="Stable code. Expired jobs: `start_timeout` (the job did not start in time), `deadline_exceeded` "
         "(it started and did not finish in time). Failed jobs: `worker_lost`, `context_length_exceeded`, "
         "`template_error`, `constraint_error`, `generation_error`, `out_of_memory`, `engine_error`, `log_lost`, "
-        "`image_lost`, `model_not_found`, `load_failed`"
+        "`image_lost`, `adapter_error`, `model_not_found`, `load_failed`"
     )
     message: str = Field(description="The reason, for people")
 
@@ -255,6 +255,7 @@ class JobView(Parsed):
     )
     key_id: str = Field(description="Id of the API key that submitted the job")
     model: str = Field(description="Id of the model, also if the request named an alias")
+    adapter: str | None = Field(None, description="Adapter with which the model generates; null for none")
     kind: str = Field(description="`generate`, `embedding` or `rerank`")
     attempt: int = Field(description="Number of the current or last attempt; 0 before the first")
     history: list[AttemptView] = Field(description="The attempts, oldest first; at most the last 20")
@@ -318,6 +319,7 @@ class InferenceView(Parsed):
 
     id: str = Field(description="Id of the job")
     model: str
+    adapter: str | None = Field(None, description="Adapter with which the model generated; null for none")
     text: str
     finish_reason: str | None = Field(description="`stop` or `length`")
     logprobs: list[TokenLogprob] | None = Field(None, description=_LOGPROBS_DESCRIPTION)

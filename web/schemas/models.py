@@ -38,12 +38,20 @@ class ModelWorkerView(ResponseModel):
     batching: BatchingView | None = Field(description="How rows share passes; null if not known yet")
 
 
+class AdapterView(ResponseModel):
+    """A LoRA adapter of a model."""
+
+    name: str = Field(description="Name for the field `adapter` of requests")
+    problem: str | None = Field(description="Why the model cannot use it; null if it can")
+
+
 class ModelView(ResponseModel):
     """A model that requests can name."""
 
     id: str
     object: Literal["model"] = "model"
     aliases: list[str] = Field(description="Other names that requests can use")
+    adapters: list[AdapterView] = Field(description="Adapters that requests can name")
     kind: str | None = Field(
         description="`text`, `vision`, `embedding` (`/v1/embeddings`) or `rerank` (`/v1/rerank`); null if unknown"
     )
@@ -83,6 +91,7 @@ class ModelList(ResponseModel):
 class OpenAIModel(ModelView):
     """A model in the formats of OpenAI and of Anthropic, with the fields of `ModelView` in addition."""
 
+    parent: str | None = Field(None, description="For a model with an adapter, `model:adapter`: id of the model")
     created: int = Field(
         description="When the model's files were written, in seconds since the epoch. If they are not on the API's "
         "host: when a worker loaded the model; 0 if none has it"

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from web.schemas.base import RequestModel
 from web.schemas.messages import Message, Part, check_results
 from web.schemas.response_format import ResponseFormat
-from web.schemas.template_options import LogitBias, ReasoningEffort, TemplateVariables, check_no_conflict
+from web.schemas.template_options import AdapterName, LogitBias, ReasoningEffort, TemplateVariables, check_no_conflict
 from web.schemas.tools import ToolChoice, Tools, check_choice
 from web.schemas.webhooks import JobEvent
 
@@ -71,8 +71,12 @@ class JobRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra={"oneOf": [_only(name) for name in _PROMPTS]})
 
     model: str | None = Field(
-        None, min_length=1, max_length=256, description="Id or alias of a model. Default: the service's default model"
+        None,
+        min_length=1,
+        max_length=256,
+        description="Id or alias of a model, optionally with `:adapter`. Default: the service's default model",
     )
+    adapter: AdapterName = None
     prompt: str | None = Field(
         None,
         min_length=1,

@@ -49,3 +49,14 @@ LogitBias = Annotated[
     ],
     Field(max_length=MAX_BIASES),
 ]
+
+
+AdapterName = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=128,
+        description="Name of a LoRA adapter of the model; `GET /inference/models` lists them. `model` may name it "
+        "instead, as `model:adapter`",
+    ),
+]

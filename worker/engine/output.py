@@ -9,8 +9,10 @@ from shared.errors import JobFailure
 from shared.jobs.inputs import result_line, result_lines
 from shared.jobs.log import Written
 from shared.jobs.record import Status
+from shared.models.capabilities import adapter_problem
 from worker.engine.sequence import Sequence, SequenceOutput
 from worker.runner.base import (
+    AdapterFailed,
     ConstraintFailed,
     Detokenizer,
     InputResult,
@@ -199,6 +201,9 @@ def row_failed(sequence: Sequence, error: Exception) -> SequenceOutput:
         return sequence.fail(JobFailure.MEMORY, "The worker has too little memory for this prompt and its answer.")
     if isinstance(error, InvalidLogits):
         return sequence.fail(JobFailure.ROW, "The model produced invalid numbers (NaN or infinity) for this job.")
+    if isinstance(error, AdapterFailed):
+        problem = adapter_problem(sequence.job.model, sequence.request.adapter or "", str(error))
+        return sequence.fail(JobFailure.ADAPTER, f"adapter: {problem}")
     if isinstance(error, ConstraintFailed):
         return sequence.fail(JobFailure.CONSTRAINT, f"The answer's constraint could not be followed: {error}")
     return sequence.fail(JobFailure.ROW, "Generating this job's text failed.")

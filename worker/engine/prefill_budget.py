@@ -18,7 +18,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-from worker.runner.base import UNKNOWN_COST, PrefillCost
+from worker.runner.cost import UNKNOWN_COST, PrefillCost
 
 LIMIT = 3.0
 """Limit on a step with prefill, as a multiple of a plain step, for 99 of 100 steps."""

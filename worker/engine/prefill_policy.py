@@ -17,7 +17,8 @@ from collections.abc import Collection, Mapping
 from itertools import accumulate, takewhile
 
 from worker.engine.prefill_budget import PrefillBudget
-from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
+from worker.runner.base import EncodeWork, PrefillWork, RemainingPrompt, StepPlan
+from worker.runner.cost import PrefillCost
 
 SHORT_CHUNKS, SHORT_S = 2, 0.01
 """A prompt is short if it costs at most this many chunks or seconds. Readers do not notice such a pause."""

@@ -1,7 +1,8 @@
 """Decides which rows are in the batch of one model and what the next step does. Knows neither Redis nor MLX.
 
 Rows are admitted in the order of their rank, resumed ones of a class first, while there are slots and memory. Later
-rows may overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. When memory
+rows may overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. The same is
+true of the slots in which adapters are loaded. When memory
 runs short, the row that was admitted last is preempted, rows of the class `batch` before others. It continues later,
 with its generated tokens as part of its prompt.
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from shared.jobs.record import Status
+from worker.engine.adapter_budget import AdapterBudget
 from worker.engine.memory_budget import GROWTH, Fit, MemoryBudget
 from worker.engine.prefill_budget import PrefillBudget
 from worker.engine.prefill_policy import PrefillPolicy
@@ -106,6 +108,7 @@ class Scheduler:
         self.prefill_budget = PrefillBudget(runner.chunk, runner.cost)
         self._policy = PrefillPolicy(runner.chunk, runner.depth, runner.cost, self.prefill_budget)
         self._slots = self._max_rows = slots
+        self._adapters = AdapterBudget(runner.adapter_slots, self.running)
         self._reserve = reserve
         self._clock = clock
         self._stepped_at = clock()
@@ -260,7 +263,9 @@ class Scheduler:
         """Return what could be admitted in addition to all running and waiting rows."""
         rows = [*self.running.values(), *self.waiting]
         free_bytes = self.memory.free_bytes(rows, self._encoding())
-        free_rows = max(0, self._max_rows - len(rows))
+        # Rows that only lack a slot for their adapter must not keep the worker from claiming others.
+        blocked = len(self._waiting) - len(self._adapters.having_slot(self._waiting))
+        free_rows = max(0, self._max_rows - len(rows) + min(blocked, self._max_rows // 2))
         return Capacity(free_rows, self.memory.tokens_in(free_bytes), self._reserved())
 
     def prefix_bytes(self) -> int:
@@ -299,8 +304,11 @@ class Scheduler:
         """Remove the newest rows of the class `batch` until those of other classes that wait can be admitted."""
         if self._scheduled_version == self.version or self._suspects or self._on_trial:
             return []
-        urgent = [each for each in self._waiting if not each.is_batch]
+        waiting = [each for each in self._waiting if not each.is_batch]
         preempted = []
+        while (row := self._adapters.newest_to_preempt(waiting)) is not None:
+            preempted.append(self._set_aside(row))
+        urgent = self._adapters.having_slot(waiting)
         while urgent and self._lack_room(urgent) and (newest := self._newest_of_batch_class()) is not None:
             preempted.append(self._set_aside(newest))
         self.yielded += len(preempted)
@@ -349,20 +357,25 @@ class Scheduler:
         return admitted, tuple(failed)
 
     def _next(self, trial: bool) -> tuple[Sequence, Fit] | None:
-        """Take the first row that need not wait for memory, unless memory is reserved for a row before it."""
+        """Take the first row that need not wait for memory or for a slot for its adapter.
+
+        Both may be reserved for a row before it. If that row waits for a slot, rows without an adapter may overtake it.
+        """
         source = self._suspects if trial else self._waiting
         encoding = self._encoding()
+        adapters, slot_reserved = self._adapters.in_use(), False
         for sequence in source:
             if not trial and sequence.is_batch and len(self.running) >= self._max_rows - self._reserved():
                 return None  # only rows of the class `batch` follow
+            lacks_slot = self._adapters.lacks_slot(sequence, adapters)
+            if lacks_slot or (slot_reserved and sequence.request.adapter is not None):
+                slot_reserved = slot_reserved or sequence.is_overdue(OVERTAKE_LIMIT_S)
+                continue
             fit = self.memory.fits(sequence, self.running.values(), encoding)
             if fit is not Fit.LATER:
                 source.remove(sequence)
                 return sequence, fit
-            now = time.monotonic()
-            if sequence.blocked_at is None:
-                sequence.blocked_at = now
-            if now - sequence.blocked_at >= OVERTAKE_LIMIT_S:
+            if sequence.is_overdue(OVERTAKE_LIMIT_S):
                 return None
         return None
 

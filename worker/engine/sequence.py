@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -89,7 +90,8 @@ class Sequence:
         first_texts: the same for the answer's first token and its alternatives: some tokenizers drop its space.
         first_output: the answer's first token, if this attempt generated it.
         started: whether the row was ever admitted to the batch.
-        blocked_at: monotonic moment at which memory for the waiting row was first missing; used by the scheduler only.
+        blocked_at: monotonic moment at which memory or a slot for the adapter of the waiting row was first missing;
+            used by the scheduler only.
         ending: how the job ends, once that is known.
         outcome: set when the sequence is settled.
     """
@@ -178,6 +180,13 @@ class Sequence:
         """Record the first admission to the batch."""
         self.started = True
         return SequenceOutput(self, started=True)
+
+    def is_overdue(self, limit_s: float) -> bool:
+        """Return whether other rows have overtaken this one for `limit_s`, counted from the first call."""
+        now = time.monotonic()
+        if self.blocked_at is None:
+            self.blocked_at = now
+        return now - self.blocked_at >= limit_s
 
     def prefilled(self, cached_tokens: int) -> None:
         """Record that the prompt is in the cache; `cached_tokens` of its tokens came from the prefix cache."""

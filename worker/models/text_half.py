@@ -124,7 +124,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("eos_token_id") is not None:  # load_config takes it from generation_config.json
         text["eos_token_id"] = config["eos_token_id"]
     if isinstance(quantization := config.get("quantization"), dict):
-        text["quantization"] = {_without_prefix(path): value for path, value in quantization.items()}
+        text["quantization"] = {without_prefix(path): value for path, value in quantization.items()}
     return text
 
 
@@ -191,7 +191,7 @@ def _text_name(path: str, top: str) -> str | None:
     Args:
         top: the first part of the names of the language model's weights.
     """
-    name = _without_prefix(path)
+    name = without_prefix(path)
     in_text = name.replace("model.lm_head.", "lm_head.")
     if in_text.startswith((f"{top}.", "lm_head.")):
         return None if name == path and _OTHER_HALF.search(path) else in_text
@@ -204,6 +204,7 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _without_prefix(path: str) -> str:
+def without_prefix(path: str) -> str:
+    """Return the name of a layer or weight without the part that only multimodal models have."""
     match = _PREFIX.match(path)
     return path[match.end() :] if match else path

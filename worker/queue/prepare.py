@@ -13,7 +13,7 @@ from shared.errors import Gone, JobFailure, PromptRefused
 from shared.jobs.inputs import Input, unpack_inputs
 from shared.jobs.log import JobLog, Written
 from shared.jobs.request import GENERATE, Request
-from shared.models.capabilities import missing_capability, wrong_kind
+from shared.models.capabilities import adapter_problem, missing_capability, wrong_kind
 from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
 from shared.redis.client import passes
@@ -178,6 +178,11 @@ def _check_inputs(inputs: Sequence[Input], request: Request, card: ModelCard) ->
 
 def _check_capabilities(request: Request, card: ModelCard) -> None:
     """Refuse a request that was accepted before it was known what the model can do."""
+    if (adapter := request.adapter) is not None:
+        reason = (card.adapters or {}).get(adapter, "the worker does not have it")
+        if reason:
+            message = f"adapter: {adapter_problem(card.id, adapter, reason)}"
+            raise PromptRefused(JobFailure.ADAPTER, message, field="adapter")
     if missing := missing_capability(request, card):
         field, reason = missing
         raise PromptRefused(JobFailure.TEMPLATE, f"{card.id} does not support {field}: {reason}.")

@@ -15,6 +15,7 @@ from shared.jobs.inputs import Input
 from shared.jobs.request import Request, Sampling
 from shared.models.registry import ModelCard
 from worker.output.format import MessageFormat
+from worker.runner.cost import PrefillCost
 
 IMAGE_TOKENS = 2**31
 """Token ids from this value on stand for image tokens. They fit into 32 bits and are larger than any vocabulary."""
@@ -30,6 +31,10 @@ class InvalidLogits(Exception):
 
 class ConstraintFailed(Exception):
     """A row's constraint cannot be followed any further."""
+
+
+class AdapterFailed(Exception):
+    """A row's adapter cannot be used. The text says why; API callers see it."""
 
 
 class Detokenizer(Protocol):
@@ -135,6 +140,7 @@ class Row:
             the row stores no prefix.
         shared: length of the prompt's prefix that other owners may reuse.
         media, constraint, inputs: see `Prompt`.
+        adapter_slot: where the row's adapter is in memory; 0: no adapter. `worker.runner.adapters` sets it.
     """
 
     uid: int
@@ -147,6 +153,7 @@ class Row:
     media: Media | None = None
     constraint: Any = None
     inputs: RowInputs | None = None
+    adapter_slot: int = 0
 
     @property
     def sampling(self) -> Sampling:
@@ -261,43 +268,6 @@ class RemainingPrompt:
     in_progress: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillCost:
-    """Seconds of a prefill pass on an otherwise idle device, measured during warm-up. Only ratios are reliable.
-
-    A pass reads the weights once, computes each token, and lets each token attend to all tokens before it. The
-    attention part grows with the position; on a CPU it dominates the cost of a long prompt.
-
-    Attributes:
-        fixed: seconds per pass.
-        token: seconds per token of the pass.
-        attention: seconds per pair of a token of the pass and a token in the cache.
-    """
-
-    fixed: float
-    token: float
-    attention: float
-
-    def seconds(self, tokens: int, position: int) -> float:
-        """Return the seconds of a pass over `tokens` tokens with `position` tokens in the cache."""
-        return self.fixed + tokens * self._each(position) if tokens else 0.0
-
-    def tokens(self, seconds: float, position: int) -> float:
-        """Return how many tokens a pass of this duration processes with `position` tokens in the cache."""
-        return (seconds - self.fixed) / self._each(position)
-
-    def efficient(self, position: int) -> float:
-        """Return the number of tokens below which two thirds of a pass are the fixed cost."""
-        return self.fixed / 2 / self._each(position)
-
-    def _each(self, position: int) -> float:
-        return self.token + position * self.attention
-
-
-UNKNOWN_COST = PrefillCost(0.0, 1.0, 0.0)
-"""Used when nothing was measured: all tokens cost the same."""
-
-
 class ModelRunner(Protocol):
     """A warm model and the caches of its rows.
 
@@ -312,6 +282,7 @@ class ModelRunner(Protocol):
         chunk: maximum tokens per chunk of a long prompt.
         depth: number of layers of a prefill pass.
         cost: cost of prefill, measured during warm-up.
+        adapter_slots: maximum number of different adapters in the batch.
     """
 
     card: ModelCard
@@ -323,6 +294,7 @@ class ModelRunner(Protocol):
     chunk: int
     depth: int
     cost: PrefillCost
+    adapter_slots: int
 
     def tokenize(self, request: Request) -> list[int] | None:
         """Return the request's token ids; None if a separate tokenizer process does this for the model."""
@@ -380,7 +352,8 @@ class ModelRunner(Protocol):
     def prefillable(self) -> Mapping[int, RemainingPrompt]:
         """Return the rows with a prefill that can continue now, in the order of insertion.
 
-        A row is left out while its prefix is being read from disk or its images are being encoded.
+        A row is left out while its adapter is being loaded, its prefix is being read from disk or its images are being
+        encoded.
         """
         ...
 

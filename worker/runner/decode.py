@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from shared.jobs.request import Sampling
 from worker.runner import forward
+from worker.runner.adapters.layers import applied
 from worker.runner.base import InvalidLogits, Row, TokenOutput
 from worker.runner.column_cache import SLACK, allocated_columns
 from worker.runner.decode_row import DecodeRow
@@ -253,7 +254,8 @@ class DecodeBatch:
         """Queue a forward pass of the input ids. Returns its logits, [batch, vocabulary]."""
         self._cache.grow_ahead()
         inputs = valid_ids(self._input_ids)
-        logits: mx.array = self._model(inputs[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
+        with applied(self._slots):
+            logits: mx.array = self._model(inputs[:, None], cache=self._cache.layers, **self._shifts)[:, -1]
         if self._constraints:
             mx.async_eval(logits)  # type: ignore[no-untyped-call]
         return logits
@@ -298,6 +300,7 @@ class DecodeBatch:
         self._batch_logprobs = BatchLogprobs(rows)
         self._constraints = BatchConstraints([row.guide if row else None for row in self._rows])
         self._shifts = forward.shifts(rows)
+        self._slots = forward.slots(rows)
 
     def _vacate_ended(self) -> None:
         self._vacate([index for index, row in enumerate(self._rows) if row and not row.remaining])

@@ -26,6 +26,7 @@ import codecs
 import math
 import os
 import re
+import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
@@ -39,7 +40,6 @@ from shared.models.folder import ModelError
 from shared.models.registry import ModelCard
 from worker.output.format import PLAIN
 from worker.runner.base import (
-    UNKNOWN_COST,
     Media,
     OutOfMemory,
     PrefillWork,
@@ -50,6 +50,7 @@ from worker.runner.base import (
     StepPlan,
     TokenOutput,
 )
+from worker.runner.cost import UNKNOWN_COST
 
 EOS = 256
 FIRST_WORD = 257
@@ -128,7 +129,7 @@ class FakeRow:
             row=row,
             position=row.generated,
             previous=row.prompt[-1],
-            digest=crc32(f"{row.sampling.seed}:{text}".encode()),
+            digest=crc32(f"{row.sampling.seed}:{row.request.adapter or ''}{text}".encode()),
             directives=_directives(text),
             remaining=len(row.prompt),
         )
@@ -190,6 +191,8 @@ class FakeRunner:
         context: maximum tokens of prompt and answer.
         memory: bytes for caches.
         chunk: maximum tokens per chunk of a long prompt.
+        adapters: names of adapters; each gives other words.
+        adapter_slots: see `ModelRunner`.
     """
 
     def __init__(
@@ -199,8 +202,11 @@ class FakeRunner:
         memory: int = 1_000_000_000,
         weights_bytes: int = 0,
         chunk: int = 1_000_000,
+        adapters: Iterable[str] = (),
+        adapter_slots: int = sys.maxsize,
     ) -> None:
-        self.card = ModelCard(id=model, kind="fake", context=context)
+        self.card = ModelCard(id=model, kind="fake", context=context, adapters=dict.fromkeys(adapters, ""))
+        self.adapter_slots = adapter_slots
         self.eos = frozenset({EOS})
         self.message_format = PLAIN
         self.about: dict[str, object] = {"device": "none"}
@@ -346,4 +352,4 @@ def load(model: CatalogModel) -> Generator[float, None, FakeRunner]:
         yield step / (steps + 1)
         if "load-fails" in directives and 2 * step >= steps:
             raise ModelError(f"{config} contains !load-fails")
-    return FakeRunner(model.id, weights_bytes=model.measure())
+    return FakeRunner(model.id, weights_bytes=model.measure(), adapters=model.adapters)

@@ -14,6 +14,8 @@ from shared.models.folder import ModelError
 from shared.settings import Settings
 from worker.models.load import LoadedModel, convert, first_line, load_model
 from worker.runner import kv_cache
+from worker.runner.adapters.opening import opening
+from worker.runner.adapters.slots import AdapterSlots
 from worker.runner.batching import verdict
 from worker.runner.batching.proof import CannotRun
 from worker.runner.batching.support import BatchingSupport
@@ -30,6 +32,11 @@ PENDING_WRITES_DIVISOR = 8
 
 PROOF_DIVISOR = 4
 """A proof may take 1/4 of the memory for caches, which is not needed before jobs run."""
+
+ADAPTERS_DIVISOR = 8
+"""By default, adapters may take 1/8 of the memory for caches."""
+MAX_ADAPTERS_DIVISOR = 2
+"""Adapters may take at most half of the memory for caches."""
 
 PIECE_BYTES = 64 * 2**20
 """Bytes of weights that are read between two decode steps of other models."""
@@ -64,7 +71,8 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
     if draft is not None:
         yield from read_weights(draft.model, model)
     batching = yield from _progress(_batching(settings, model, loaded), READ_SHARE, PROOF_SHARE)
-    runner = _runner(settings, model, loaded, vision, batching, draft)
+    adapters = yield from _progress(_adapters(settings, model, loaded, batching), PROOF_SHARE, PROOF_SHARE)
+    runner = _runner(settings, model, loaded, vision, batching, draft, adapters)
     yield from _progress(runner.warming(), PROOF_SHARE, 1)
     return runner
 
@@ -150,6 +158,21 @@ def _batching(settings: Settings, model: CatalogModel, loaded: LoadedModel) -> G
         raise ModelError(f"{model.path} cannot be served: {error}") from error
 
 
+def _adapters(
+    settings: Settings, model: CatalogModel, loaded: LoadedModel, batching: BatchingSupport
+) -> Generator[None, None, AdapterSlots | None]:
+    """Prepare the adapters that requests can name; None if the catalog entry has none."""
+    if not model.adapters:
+        return None
+    available = _memory(settings).max_bytes
+    requested = settings.adapter_bytes
+    max_bytes = available // ADAPTERS_DIVISOR if requested == "auto" else requested
+    max_bytes = min(max_bytes, available // MAX_ADAPTERS_DIVISOR)
+    vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
+    folders, max_rank = model.adapters, settings.adapter_max_rank
+    return (yield from opening(loaded.model, folders, max_rank, max_bytes, vocabulary, batching))
+
+
 def _runner(
     settings: Settings,
     model: CatalogModel,
@@ -157,6 +180,7 @@ def _runner(
     vision: VisionHalf | None,
     batching: BatchingSupport,
     draft: LoadedModel | None,
+    adapters: AdapterSlots | None,
 ) -> MLXRunner:
     memory = _memory(settings)
     mx.set_memory_limit(mx.get_active_memory() + memory.max_bytes)
@@ -169,6 +193,7 @@ def _runner(
         batching=batching,
         speculation_tokens=settings.speculation_tokens,
         draft=draft,
+        adapters=adapters,
     )
     if runner.row_bytes(1) > memory.max_bytes:
         raise ModelError(f"{model.path} leaves no memory for jobs; raise MEMORY_LIMIT_BYTES or choose a smaller model.")

@@ -1,8 +1,9 @@
 """The model runner on MLX: mlx-lm's language models, and vision models through a `VisionHalf`.
 
-A row passes through these stages: `insert` checks it, `PrefixFetch` reads its prefix from disk, `VisionStage` encodes
-its images, `Prefill` computes the cache of the rest of its prompt, and `LengthBuckets` decodes it together with other
-rows. Each step queues the planned work and one decode step on the device, then reads the tokens of the previous step.
+A row passes through these stages: `insert` checks it, `AdapterSlots` loads its adapter, `PrefixFetch` reads its prefix
+from disk, `VisionStage` encodes its images, `Prefill` computes the cache of the rest of its prompt, and `LengthBuckets`
+decodes it together with other rows. Each step queues the planned work and one decode step on the device, then reads the
+tokens of the previous step.
 """
 
 from __future__ import annotations
@@ -11,20 +12,17 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import astuple, replace
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm.utils import get_total_parameters
 
 from shared.errors import JobFailure, PromptRefused
 from shared.jobs.request import Request, Sampling
 from worker.models.load import LoadedModel
-from worker.runner import kv_cache, prefill_cost
+from worker.runner import kv_cache, prefill_cost, weights
+from worker.runner.adapters.slots import AdapterSlots
 from worker.runner.base import (
     IMAGE_TOKENS,
-    UNKNOWN_COST,
     Detokenizer,
     Media,
     PrefillWork,
@@ -35,6 +33,7 @@ from worker.runner.base import (
     StepPlan,
 )
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport, Together
+from worker.runner.cost import UNKNOWN_COST
 from worker.runner.decode import DecodeBatch
 from worker.runner.detokenizer import make_detokenizer
 from worker.runner.kv_cache import Footprint
@@ -61,10 +60,6 @@ CHUNK_CPU = 32
 half as long."""
 CHUNK_GPU = 512
 """Prompt tokens per chunk on a GPU, which needs several hundred tokens to be fully used."""
-PADDING_COST_CPU = 4
-"""On a CPU, attending to a byte of the cache takes 3 to 5 times as long as multiplying by a byte of the weights."""
-PADDING_DIVISOR = 32
-"""The padding of a length bucket may take at most 1/32 of the memory for caches, regardless of the model size."""
 
 FEATURES_DIVISOR = 16
 """Encoded images may take 1/16 of the memory that rows do not need."""
@@ -91,6 +86,7 @@ class MLXRunner:
         speculation_tokens: maximum draft tokens per row and step; 0: no speculation.
         processors: logits processors in addition to the penalties and the logit bias.
         draft: a small model with the same tokenizer that drafts tokens for this one.
+        adapters: the adapters that rows can use; None: there are none.
     """
 
     def __init__(
@@ -105,6 +101,7 @@ class MLXRunner:
         speculation_tokens: int = 0,
         processors: Sequence[LogitsProcessor] = (),
         draft: LoadedModel | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.eos = loaded.eos
         self.message_format = loaded.message_format
@@ -112,15 +109,19 @@ class MLXRunner:
         self.depth = max(len(kv_cache.empty_row(loaded.model)) - 1, 1)  # the last layer's output is not needed
         self.cost = UNKNOWN_COST
         self.cache_bytes = memory.max_bytes
-        self.about = _about(loaded, vision) | {"batching": batching.to_dict()}
-        self.weights_bytes = _weights_bytes(loaded) + (_bytes_of(vision.encoder.tower) if vision else 0)
-        self.weights_bytes += _weights_bytes(draft) if draft else 0
+        self.about = weights.about(loaded, vision) | {"batching": batching.to_dict()}
+        self.weights_bytes = weights.weights_bytes(loaded) + (weights.bytes_of(vision.encoder.tower) if vision else 0)
+        self.weights_bytes += weights.weights_bytes(draft) if draft else 0
+        self._adapters = adapters or AdapterSlots.none()
+        self.adapter_slots = self._adapters.slots
+        self.weights_bytes += self._adapters.nbytes
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
         self._vocabulary = loaded.card.vocabulary or len(loaded.tokenizer)
         self._processors: tuple[LogitsProcessor, ...] = (Penalties(), LogitBias(), *processors)
         self._constraints = ConstraintCompiler(loaded.tokenizer, loaded.message_format, self._vocabulary, self.eos)
-        self.card = replace(loaded.card, structured=self._constraints.supported)
+        announced = self._adapters.announced
+        self.card = replace(loaded.card, structured=self._constraints.supported, adapters=announced)
         self._vision = VisionStage(vision, 0) if vision else None
         self._footprint = Footprint.of(self._model)
         self._batching = batching
@@ -132,7 +133,9 @@ class MLXRunner:
         self._draft = DraftModelProposer(draft.model, self._vocabulary) if draft and draft_tokens else None
         proposers = [NgramProposer(), *([self._draft] if self._draft else [])]
         self._speculation = Speculation(self._model, draft_tokens, proposers, max_rows)
-        self._batches = LengthBuckets(self._new_batch, self._footprint, _max_padding_bytes(loaded, memory), batching)
+        self._batches = LengthBuckets(
+            self._new_batch, self._footprint, weights.max_padding_bytes(loaded, memory), batching
+        )
         # A row is reported as prefilled together with its first token: until then its prompt is only queued.
         self._joined: dict[int, int] = {}
         self._rejected: dict[int, Exception] = {}
@@ -196,12 +199,13 @@ class MLXRunner:
         for row in rows:
             if problem := self._problem(row):
                 self._rejected[row.uid] = ValueError(problem)
-            elif not self._fetch.add(row):
-                self._encode_or_prefill(row)
+            elif (placed := self._adapters.enter(row)) is not None:
+                self._fetch_or_encode(placed)
 
     def remove(self, uids: Iterable[int]) -> None:
         """See `ModelRunner.remove`."""
         removed = frozenset(uids)
+        self._adapters.remove(removed)
         self._fetch.remove(removed)
         if self._vision is not None:
             self._vision.remove(removed)
@@ -213,6 +217,7 @@ class MLXRunner:
 
     def reset(self) -> None:
         """See `ModelRunner.reset`."""
+        self._adapters.clear()
         self._prefixes.clear()
         self._fetch.clear()
         if self._vision is not None:
@@ -224,6 +229,8 @@ class MLXRunner:
 
     def prefillable(self) -> Mapping[int, RemainingPrompt]:
         """See `ModelRunner.prefillable`."""
+        for row in self._adapters.ready():
+            self._fetch_or_encode(row)
         for row in self._fetch.ready():
             self._encode_or_prefill(row)
         for row in self._vision.ready() if self._vision else ():
@@ -239,6 +246,7 @@ class MLXRunner:
         if not (plan.prefill or plan.encode or len(self._batches)):
             self._wait()
         with memory_errors():
+            self._adapters.advance()
             encoded = self._vision.advance(plan.encode) if self._vision else Encoded()
             prefilled = self._prefill.advance(plan.prefill, decoding=len(self._batches) > 0)
             if prefilled.rows:
@@ -250,6 +258,7 @@ class MLXRunner:
             mx.clear_cache()
         joined = {row.uid: reused for row, reused in zip(prefilled.rows, prefilled.reused, strict=True)}
         reported, self._joined = (self._joined, joined) if plan.ahead else (self._joined | joined, {})
+        self._adapters.remove(prefilled.out_of_memory)
         return StepOutput(
             tokens=tokens,
             prefilled=reported,
@@ -261,7 +270,7 @@ class MLXRunner:
         )
 
     def stats(self) -> dict[str, float]:
-        """See `ModelRunner.stats`. Covers MLX memory, caches, length buckets, prefixes, speculation and images."""
+        """See `ModelRunner.stats`. Covers memory, caches, buckets, prefixes, speculation, adapters and images."""
         return {
             "memory_active_bytes": mx.get_active_memory(),
             "memory_spare_bytes": mx.get_cache_memory(),
@@ -270,11 +279,13 @@ class MLXRunner:
             "length_buckets": len(self._batches.lengths),
             **self._prefixes.stats(),
             **self._speculation.stats(),
+            **(self._adapters.stats() if self.adapter_slots else {}),
             **(self._vision.stats() if self._vision else {}),
         }
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
+        self._adapters.close()
         if self._vision is not None:
             self._vision.close()
         self._prefixes.close(CLOSE_S)
@@ -313,11 +324,16 @@ class MLXRunner:
 
     def _wait(self) -> None:
         """Wait up to `IDLE_WAIT_S` for the disk read or the image file that holds back the next row."""
-        futures: list[Future[Any] | None] = [self._fetch.next_read()]
+        futures: list[Future[Any] | None] = [self._fetch.next_read(), self._adapters.next_read()]
         if self._vision is not None:
             futures.append(self._vision.next_pixels())
         if pending := [future for future in futures if future is not None]:
             wait(pending, IDLE_WAIT_S, return_when="FIRST_COMPLETED")
+
+    def _fetch_or_encode(self, row: Row) -> None:
+        """Pass a row to its next stage after its adapter was loaded."""
+        if not self._fetch.add(row):
+            self._encode_or_prefill(row)
 
     def _encode_or_prefill(self, row: Row) -> None:
         """Pass a row to its next stage after its prefix was read from disk."""
@@ -334,7 +350,9 @@ class MLXRunner:
     def _take_failures(self, encoded: Encoded) -> list[tuple[int, Exception]]:
         rejected, self._rejected = self._rejected, {}
         not_encoded = [(row.uid, error) for row, error in encoded.failed]
-        return [*rejected.items(), *not_encoded, *self._batches.take_failures()]
+        failures = [*rejected.items(), *not_encoded, *self._batches.take_failures(), *self._adapters.take_failures()]
+        self._adapters.remove([uid for uid, _ in failures])
+        return failures
 
     def _new_prefill(self) -> Prefill:
         model, form = self._model, self.message_format
@@ -366,42 +384,3 @@ class MLXRunner:
 def default_chunk() -> int:
     """Return the default number of prompt tokens per chunk for the device."""
     return CHUNK_CPU if mx.default_device() == mx.cpu else CHUNK_GPU
-
-
-def padding_worth_a_pass(loaded: LoadedModel) -> int:
-    """Return the bytes of padding that take as long to attend to as one pass over all weights."""
-    cost = PADDING_COST_CPU if mx.default_device() == mx.cpu else 1
-    return _weights_bytes(loaded) // cost
-
-
-def _max_padding_bytes(loaded: LoadedModel, memory: Memory) -> int:
-    return min(padding_worth_a_pass(loaded), memory.max_bytes // PADDING_DIVISOR)
-
-
-def _arrays(module: Any) -> list[mx.array]:
-    return list(dict(tree_flatten(module.parameters())).values())
-
-
-def _bytes_of(module: Any) -> int:
-    return sum(array.nbytes for array in _arrays(module))
-
-
-def _weights_bytes(loaded: LoadedModel) -> int:
-    return _bytes_of(loaded.model)
-
-
-def _about(loaded: LoadedModel, vision: VisionHalf | None) -> dict[str, object]:
-    types = {str(array.dtype).removeprefix("mlx.core.") for array in _arrays(loaded.model)}
-    quantisation = loaded.config.get("quantization") or {}
-    about: dict[str, object] = {
-        "device": str(mx.default_device()),
-        "dtype": "/".join(sorted(types)),
-        "quantisation_bits": quantisation.get("bits"),
-        "parameters": get_total_parameters(loaded.model),  # type: ignore[no-untyped-call]
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-    }
-    if vision is not None:
-        parameters = sum(array.size for array in _arrays(vision.encoder.tower))
-        about |= {"mlx_vlm": version("mlx-vlm"), "encoder_parameters": parameters}
-    return about

@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from worker.output.format import PLAIN, MessageFormat
 from worker.runner import forward
-from worker.runner.base import PrefillCost, PrefillWork, RemainingPrompt, Row
+from worker.runner.base import PrefillWork, RemainingPrompt, Row
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
+from worker.runner.cost import PrefillCost
 from worker.runner.kv_cache import KVCache
 from worker.runner.memory import is_out_of_memory
 from worker.runner.prefix import checkpoints
@@ -231,7 +232,7 @@ class Prefill:
         """Process tokens `starts[i]` to `stops[i]` of each row, and store a checkpoint if its prompt continues."""
         input_ids = [row.prompt[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)]
         media = [forward.placed(row, start) for row, start in zip(rows, starts, strict=True)]
-        forward.fill(self._model, cache, input_ids, media)
+        forward.fill(self._model, cache, input_ids, media, slots=forward.slots(rows))
         for index, (row, stop) in enumerate(zip(rows, stops, strict=True)):
             if stop in self._waiting[row.uid].stops:
                 self._prefixes.store(row.owner, row.prompt[:stop], cache, index)
@@ -309,7 +310,8 @@ class Prefill:
         if stop is not None and row.media is not None:
             stop = row.media.pass_end(stop)
         input_ids = _prefill_ids(row)[start:stop]
-        forward.fill(self._model, partial.cache, [input_ids], [forward.placed(row, start)])
+        media, slots = [forward.placed(row, start)], forward.slots([row])
+        forward.fill(self._model, partial.cache, [input_ids], media, slots=slots)
         partial.chunk, partial.layers = len(input_ids), 0
 
     def _chunk_done(self, partial: _Partial, size: int, predicted_s: float) -> Prefilled:

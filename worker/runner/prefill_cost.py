@@ -1,4 +1,4 @@
-"""Measures the cost of prefill on this device with this model; see `worker.runner.base.PrefillCost`."""
+"""Measures the cost of prefill on this device with this model; see `worker.runner.cost.PrefillCost`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from worker.runner import forward
-from worker.runner.base import PrefillCost
+from worker.runner.cost import PrefillCost
 from worker.runner.kv_cache import KVCache
 
 CONTEXT_TOKENS = 1024

@@ -329,7 +329,7 @@ class ModelWorker:
             heartbeat_at=time.monotonic(),
             stats=stats | totals.gauges,
             about=dict(runner.about) if runner else {},
-            protocol=2,
+            protocol=3,
             histograms=(*totals.latencies.read(), self._publisher.latency),
         )
 

@@ -87,6 +87,26 @@ path = "HERE/seer"
     assert catalog.resolve("three") is None
 
 
+def test_adapters_are_named_one_by_one_or_by_their_folder(models: Path) -> None:
+    for name in ("mail", "sql"):
+        (models / "loras" / name).mkdir(parents=True)
+        (models / "loras" / name / "adapter_config.json").write_text("{}")
+    entry = '[models.one]\npath = "HERE/one"\n'
+    catalog = read(models, entry + 'adapters_folder = "HERE/loras"\nadapters = { sql = "HERE/two" }\n')
+    assert catalog.faults == ()
+    assert catalog.models["one"].adapters == {"mail": models / "loras/mail", "sql": models / "two"}
+    assert catalog.resolve_adapter("one:sql") == (catalog.models["one"], "sql")
+    assert catalog.resolve_adapter("one") == (catalog.models["one"], None)
+    assert catalog.resolve_adapter("two:sql") == catalog.resolve_adapter(":sql") == (None, None)
+
+
+def test_a_missing_adapter_is_reported_and_the_model_is_served(models: Path) -> None:
+    catalog = read(models, '[models.one]\npath = "HERE/one"\n[models.one.adapters]\nsql = "HERE/none"\n')
+    (fault,) = catalog.faults
+    assert fault.endswith(f"catalog.toml:4: [models.one] adapters.sql: {models}/none is not a folder")
+    assert list(catalog.models["one"].adapters) == ["sql"], "a worker reports it as unusable"
+
+
 def fetched(models: Path, source: str, requested: str) -> None:
     shutil.copytree(models / "one", models / "fetched")
     write_manifest(models / "fetched", Origin(source, "0123456789", requested))

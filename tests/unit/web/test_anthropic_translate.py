@@ -56,6 +56,7 @@ FUNCTION = {"type": "function", "function": {"name": "add", "description": "adds
         ({"thinking": {"type": "enabled", "budget_tokens": 32}}, ON | {"thinking_budget": 32}),
         ({"stop_sequences": ["a", "b"]}, OFF | {"stop": ["a", "b"]}),
         ({"temperature": 0.5, "top_p": 0.9, "top_k": 3}, OFF | {"temperature": 0.5, "top_p": 0.9, "top_k": 3}),
+        ({"adapter": "sql"}, OFF | {"adapter": "sql"}),
         ({"metadata": {"user_id": "u"}}, OFF | {"metadata": {"user_id": "u"}}),
         ({"output_config": {"effort": "max"}}, OFF | {"reasoning_effort": "max"}),
         ({"tools": [TOOL]}, OFF | {"tools": [FUNCTION]}),

@@ -74,6 +74,13 @@ def test_a_field_that_an_older_worker_of_the_model_would_ignore_is_refused_for_n
     assert refusal(request(**fields), OLD, WORKER, replace(WORKER, protocol=0, model="another")) is None
 
 
+def test_adapters_need_newer_workers_than_tools() -> None:
+    error = refusal(request(adapter="sql"), OLD, replace(WORKER, protocol=2), replace(WORKER, protocol=3))
+    assert isinstance(error, Unavailable) and error.field == "adapter"
+    assert refusal(request(adapter="sql"), OLD, replace(WORKER, protocol=3)) is None
+    assert refusal(request(logit_bias=((1, 2.0),)), OLD, WORKER) is None
+
+
 def test_older_workers_serve_requests_without_newer_fields() -> None:
     assert refusal(request(parse="message", logprobs=2), OLD, replace(WORKER, protocol=0)) is None
 

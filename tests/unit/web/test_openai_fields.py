@@ -45,7 +45,7 @@ REFUSED: dict[str, Any] = {
 SAME: dict[str, Any] = {
     "model": "m", "temperature": 0.5, "top_p": 0.5, "presence_penalty": 1.0, "frequency_penalty": -1.0,
     "logit_bias": {"5": -100.0}, "seed": 7, "max_tokens": 9, "metadata": {"a": "b"}, "top_k": 3, "min_p": 0.1,
-    "repetition_penalty": 1.5,
+    "repetition_penalty": 1.5, "adapter": "sql",
 }  # fmt: skip
 CHAT_SAME: dict[str, Any] = {
     "reasoning_effort": "low", "parallel_tool_calls": False, "enable_thinking": False, "thinking_budget": 5,

@@ -190,6 +190,7 @@ def test_unsupported_fields_are_refused_by_name(field: str) -> None:
         ({"stop": "a"}, "stop", ["a"]),
         ({"enable_thinking": False}, "enable_thinking", False),
         ({"thinking_budget": 5}, "thinking_budget", 5),
+        ({"adapter": "sql"}, "adapter", "sql"),
         ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", {"x": 1}),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls", False),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "required"),

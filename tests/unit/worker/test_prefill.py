@@ -13,7 +13,8 @@ from mlx_lm.models import gemma3_text, llama
 from shared.jobs.request import Request, Sampling
 from tests.support.small_models import small_model
 from worker.runner import forward, prefill_cost
-from worker.runner.base import UNKNOWN_COST, PrefillCost, PrefillWork, RemainingPrompt, Row
+from worker.runner.base import PrefillWork, RemainingPrompt, Row
+from worker.runner.cost import UNKNOWN_COST, PrefillCost
 from worker.runner.kv_cache import Columns, KVCache
 from worker.runner.prefill import MAX_REFRESHED, STORED_TOKENS, Prefill, Prefilled
 from worker.runner.prefix.cache import PrefixCache
@@ -279,7 +280,7 @@ def test_a_failed_allocation_drops_the_current_rows_and_all_prefixes(
     for uid in (1, 2, 3):
         prefill.add(row(uid, 3 * CHUNK))
 
-    def full(*_: object) -> None:
+    def full(*_: object, **_options: object) -> None:
         raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
 
     with monkeypatch.context() as patch:
@@ -288,7 +289,7 @@ def test_a_failed_allocation_drops_the_current_rows_and_all_prefixes(
     assert done.out_of_memory == work.uids
     assert prefixes.nbytes == prefill.nbytes == 0
     assert list(prefill.remaining()) == [uid for uid in (1, 2, 3) if uid not in work.uids]
-    monkeypatch.setattr(forward, "fill", lambda *_: 1 / 0)
+    monkeypatch.setattr(forward, "fill", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prefill.advance(PrefillWork((3,)), decoding=False)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from worker.engine.prefill_budget import AIM, LIMIT, MAX_AIM, MIN_AIM, PAUSE, PAUSE_AFTER, PrefillBudget
-from worker.runner.base import PrefillCost
+from worker.runner.cost import PrefillCost
 
 MAX_CHUNK = 32
 PLAIN_S = 0.075

@@ -16,7 +16,8 @@ from worker.engine.prefill_policy import (
     SHORT_IMAGE_S,
     PrefillPolicy,
 )
-from worker.runner.base import EncodeWork, PrefillCost, PrefillWork, RemainingPrompt, StepPlan
+from worker.runner.base import EncodeWork, PrefillWork, RemainingPrompt, StepPlan
+from worker.runner.cost import PrefillCost
 
 CHUNK, DEPTH = 16, 8
 TOKENS = PrefillCost(1e-9, 1.0, 0.0)

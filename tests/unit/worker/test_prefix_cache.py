@@ -18,7 +18,7 @@ from worker.runner import forward, kv_cache
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import Layout
 from worker.runner.prefix.blocks import BLOCK, BlockChain
-from worker.runner.prefix.cache import MIN_TOKENS, PrefixCache
+from worker.runner.prefix.cache import MIN_TOKENS, PrefixCache, owner_with_adapter
 from worker.runner.prefix.files import SUFFIX, PrefixFiles
 from worker.runner.prefix.spill import Spill
 
@@ -328,6 +328,17 @@ def test_a_shared_prefix_is_usable_by_all_owners(model: Any) -> None:
     cache.share("me", tokens[:30])
     cache.share("me", [*tokens[:40], 1])  # not cached for this owner
     assert cache.nbytes == TOKEN_BYTES * (50 + 30 + 50)
+    check_invariants(cache)
+
+
+def test_prefixes_are_kept_apart_by_adapter_also_shared_ones(model: Any) -> None:
+    cache, tokens = PrefixCache(model, PLENTY), counting(1, 50)
+    mine, yours = (owner_with_adapter(owner, "sql") for owner in ("me", "you"))
+    store(cache, model, tokens, mine)
+    cache.share(mine, tokens[:30])
+    assert [cache.length(owner, tokens) for owner in (mine, yours)] == [50, 30]
+    others = ("me", "you", owner_with_adapter("me", "mail"), owner_with_adapter("you", "mail"))
+    assert [cache.length(owner, tokens) for owner in others] == [0, 0, 0, 0]
     check_invariants(cache)
 
 

@@ -20,6 +20,7 @@ from tests.support.prefix_caches import CacheFactory, counting, fetch_all, store
 from tests.support.small_models import small_model
 from tests.support.waiting import eventually
 from worker.runner.prefix.blocks import BLOCK, BlockChain, owner_of
+from worker.runner.prefix.cache import owner_with_adapter
 from worker.runner.prefix.files import SUFFIX
 from worker.service import prefix_eraser
 from worker.service.prefix_eraser import UNUSED_S, PrefixEraser
@@ -61,6 +62,23 @@ def test_a_purged_owner_has_nothing_left_and_stores_nothing(caches: CacheFactory
     cache.close(10)
     assert owners_on_disk(caches.folder) == {"you"}
     assert fetch_all(caches(), TOKENS, "me") == 0
+
+
+def test_prefixes_of_adapters_are_erased_with_those_of_their_api_key(caches: CacheFactory, model: Any) -> None:
+    cache, owners = caches(), [owner_with_adapter(key, "sql") for key in ("me", "you")]
+    for owner in owners:
+        store(cache, model, TOKENS, owner)
+    cache.share(owners[0], TOKENS)
+    cache.close(10)
+    assert owners_on_disk(caches.folder) == {"me", "you", SHARED_PREFIXES}, "files are found by the key"
+    cache = caches()
+    for owner in owners:
+        store(cache, model, TOKENS, owner)
+    cache.erase({"me": math.inf, SHARED_PREFIXES: time.time()})
+    store(cache, model, TOKENS, owners[0])
+    assert [cache.length(owner, TOKENS) for owner in owners] == [0, len(TOKENS)]
+    cache.close(10)
+    assert owners_on_disk(caches.folder) == {"you"}
 
 
 def test_only_prefixes_that_were_not_used_since_are_erased(

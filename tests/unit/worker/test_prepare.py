@@ -96,6 +96,15 @@ def test_stored_tokens_that_the_model_does_not_have_are_refused(harness: Harness
     assert code == "template_error" and "token id 8; the model's ids are 0 to 7" in message
 
 
+def test_an_adapter_that_the_worker_cannot_use_is_refused_by_name(harness: Harness) -> None:
+    runner = StubRunner(own=[9], card=ModelCard("m", "text", 100, adapters={"good": "", "odd": "its rank is 99"}))
+    prepared = harness.preparer.prepare(harness.claimed(replace(plain("word"), adapter="good")), runner)
+    assert prepared.prompt == Prompt((9,))
+    for name, reason in (("odd", "its rank is 99"), ("none", "the worker does not have it")):
+        code, message = harness.failure(harness.claimed(replace(plain("word"), adapter=name)), runner)
+        assert (code, message) == ("adapter_error", f"adapter: {name} cannot be used with m: {reason}.")
+
+
 def test_a_runner_may_tokenise(harness: Harness) -> None:
     assert harness.preparer.prepare(harness.claimed(plain("word")), StubRunner(own=[9])).prompt == Prompt((9,))
     assert harness.tokenizing._short._helper is None

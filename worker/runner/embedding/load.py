@@ -187,6 +187,7 @@ def _card(entry: CatalogModel, model: EmbeddingModel) -> ModelCard:
         pair_template=QWEN3_RERANKER if entry.kind == RERANK and decoder else None,
         prompts=dict(pooling.prompts or {}) if pooling else None,
         default_prompt=pooling.default_prompt if pooling else None,
+        adapters={},
     )
 
 

@@ -19,7 +19,6 @@ from shared.jobs.request import Request
 from shared.models.registry import ModelCard
 from worker.output.format import PLAIN
 from worker.runner.base import (
-    UNKNOWN_COST,
     InputResult,
     InvalidLogits,
     Media,
@@ -29,6 +28,7 @@ from worker.runner.base import (
     StepOutput,
     StepPlan,
 )
+from worker.runner.cost import UNKNOWN_COST
 from worker.runner.embedding.model import EmbeddingModel
 from worker.runner.embedding.passes import Item, PendingRow, next_pass
 from worker.runner.memory import memory_errors
@@ -72,6 +72,7 @@ class EmbeddingRunner:
         self.cache_bytes = max_bytes
         self.chunk = _pass_tokens(model, max_bytes)
         self.depth = 1
+        self.adapter_slots = 0
         self.cost = UNKNOWN_COST
         self.about: dict[str, object] = {"device": str(mx.default_device()), "mlx": version("mlx")}
         self._model = model

@@ -29,6 +29,8 @@ BLOCK = 128
 """Tokens per block. Files have a few megabytes, and the incomplete rest of a prefix, which is not stored, is short."""
 
 _SEPARATOR = "_"
+ADAPTER = "+"
+"""Separates the id of an API key from the adapter in the name of an owner. No id contains it."""
 
 _HEADER_BYTES = 8
 _MAX_HEADER_BYTES = 2**24
@@ -58,7 +60,7 @@ class BlockChain:
     Each node of the prefix tree stores one, so naming its blocks costs only hashing its own tokens.
 
     Attributes:
-        owner: id of the owner, or `SHARED_PREFIXES`.
+        owner: see `key_of`.
         hashed: hash of the owner and of all complete blocks so far.
         start: number of tokens in these blocks.
         rest: the tokens after these blocks, fewer than a block.
@@ -72,7 +74,7 @@ class BlockChain:
     @classmethod
     def of(cls, owner: str) -> Self:
         """Return the chain before the first token of an owner's sequence."""
-        return cls(owner or SHARED_PREFIXES, hashlib.sha256(owner.encode() + b"\0"))
+        return cls(key_of(owner), hashlib.sha256(owner.encode() + b"\0"))
 
     @property
     def length(self) -> int:
@@ -107,6 +109,11 @@ class BlockChain:
         """Return the chain at the end of the following tokens."""
         *_, last = (self, *self.blocks(tokens))
         return BlockChain(self.owner, last.hashed, last.start, (*self.rest, *tokens)[last.start - self.start :])
+
+
+def key_of(owner: str) -> str:
+    """Return the id of an owner's API key, without the adapter; `SHARED_PREFIXES` for prefixes of all keys."""
+    return owner.partition(ADAPTER)[0] or SHARED_PREFIXES
 
 
 def owner_of(name: str) -> str:

@@ -25,10 +25,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from shared.jobs.request import SHARED_PREFIXES
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import Checkpoint, Layout, Segment, joined
 from worker.runner.memory import is_out_of_memory
+from worker.runner.prefix.blocks import ADAPTER
 from worker.runner.prefix.disk import Disk
 from worker.runner.prefix.spill import Fetch, Spill
 from worker.runner.prefix.tree import Node, PrefixTrees
@@ -88,7 +88,7 @@ class PrefixCache:
 
     def matched(self, owner: str | None, tokens: Sequence[int]) -> int:
         """Return how many of these tokens are stored, even if no checkpoint allows a row to take all of them."""
-        return 0 if owner is None else max(self._trees.walk(tree, tokens)[1] for tree in (owner, SHARED))
+        return 0 if owner is None else max(self._trees.walk(tree, tokens)[1] for tree in (owner, _shared(owner)))
 
     def load(self, owner: str | None, tokens: Sequence[int]) -> tuple[int, KVCache]:
         """Return the longest cached prefix of these tokens: its length, and a cache for one row that holds it."""
@@ -148,12 +148,15 @@ class PrefixCache:
 
     def share(self, owner: str | None, tokens: Sequence[int]) -> None:
         """Copy an owner's prefix to the shared tree, if a row could take all of these tokens from the cache."""
-        length, nodes = self._find_in(owner, tokens) if owner is not None else (0, [])
-        if not length or length < len(tokens) or self._find_in(SHARED, tokens)[0] == length:
+        if owner is None:
+            return
+        length, nodes = self._find_in(owner, tokens)
+        shared = _shared(owner)
+        if not length or length < len(tokens) or self._find_in(shared, tokens)[0] == length:
             return
         segments, checkpoint = _segments(nodes), nodes[-1].checkpoint
         self._insert(
-            SHARED,
+            shared,
             tuple(tokens),
             lambda known: joined(segments, length).after(known),
             (lambda: Checkpoint(checkpoint.states)) if checkpoint and self.recurrent else None,
@@ -165,7 +168,7 @@ class PrefixCache:
         if owner is None or self._spill is None or layout is None:
             return None
         in_memory = self.length(owner, tokens)
-        for tree in (owner, SHARED):
+        for tree in (owner, _shared(owner)):
             known = self._trees.walk(tree, tokens)[1]
             if fetch := self._spill.fetch(tree, tuple(tokens), known, in_memory, self._limit, layout):
                 return fetch
@@ -218,7 +221,7 @@ class PrefixCache:
         """
         self._barred |= {owner for owner, cutoff in cutoffs.items() if cutoff == math.inf}
         for owner, cutoff in cutoffs.items():
-            self._trees.erase(SHARED if owner == SHARED_PREFIXES else owner, cutoff)
+            self._trees.erase(owner, cutoff)
         self._unsaved = {node: None for node in self._unsaved if node.segment or node.checkpoint}
         if self._spill is not None:
             self._spill.erase(cutoffs)
@@ -247,7 +250,7 @@ class PrefixCache:
             copy: returns the segment of all tokens but the first `n`, given `n`.
             checkpoint: returns the recurrent state after the last token; None: do not store it.
         """
-        if owner in self._barred:
+        if owner.partition(ADAPTER)[0] in self._barred:
             return
         try:
             self._extend_tree(owner, tokens, copy, checkpoint)
@@ -309,7 +312,8 @@ class PrefixCache:
         """Return the length of the longest prefix that an owner may use, and the nodes on its path."""
         if owner is None:
             return 0, []
-        return max(self._find_in(owner, tokens), self._find_in(SHARED, tokens), key=lambda match: match[0])
+        trees = (owner, _shared(owner))
+        return max((self._find_in(tree, tokens) for tree in trees), key=lambda match: match[0])
 
     def _find_in(self, owner: str, tokens: Sequence[int]) -> tuple[int, list[Node]]:
         """Do the same as `_find`, in the tree of one owner only."""
@@ -333,6 +337,17 @@ class PrefixCache:
                 if layout.usable(segments, node.end) == node.end:
                     return node.end, nodes[:count]
         return 0, []
+
+
+def owner_with_adapter(owner: str, adapter: str) -> str:
+    """Return the owner of the prefixes of rows with an adapter, which rows with another adapter must not reuse."""
+    return f"{owner}{ADAPTER}{adapter}"
+
+
+def _shared(owner: str) -> str:
+    """Return the owner of the shared tree for rows of an owner: there is one for each adapter."""
+    _, separator, adapter = owner.partition(ADAPTER)
+    return f"{SHARED}{separator}{adapter}"
 
 
 def _segments(nodes: Sequence[Node]) -> list[Segment]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from worker.runner.kv_segments import Checkpoint, Segment
-from worker.runner.prefix.blocks import BlockChain
+from worker.runner.prefix.blocks import BlockChain, key_of
 
 
 @dataclass(slots=True, eq=False)
@@ -118,8 +118,13 @@ class PrefixTrees:
             each.used_at = now
 
     def erase(self, owner: str, cutoff: float) -> None:
-        """Remove the parts of an owner that were not used after a time, in seconds since the epoch."""
-        for node in reversed([*_below(self._roots[owner])] if owner in self._roots else []):
+        """Remove the parts of an API key that were not used after a time, in seconds since the epoch.
+
+        Args:
+            owner: see `worker.runner.prefix.blocks.key_of`.
+        """
+        roots = [root for name, root in self._roots.items() if key_of(name) == owner]
+        for node in reversed([node for root in roots for node in _below(root)]):
             if node.used_at <= cutoff:
                 for part in (node.checkpoint, node.segment):
                     if part is not None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from worker.runner import forward, kv_cache
+from worker.runner.adapters.layers import applied
 from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import KVCache, States
 from worker.runner.prefix.tree import common_length
@@ -108,7 +109,9 @@ class Speculation:
             [row.next_input or 0, *draft, *[0] * (length - len(draft))] for row, draft in zip(rows, drafts, strict=True)
         ]
         states = cache.states_now()
-        logits = self._model(mx.array(inputs), cache=cache.layers, **forward.shifts([row.row for row in rows]))
+        inner = [row.row for row in rows]
+        with applied(forward.slots(inner)):
+            logits = self._model(mx.array(inputs), cache=cache.layers, **forward.shifts(inner))
         chosen = self._choose(logits, rows)
         results = [tokens[: common_length(draft, tokens) + 1] for draft, tokens in zip(drafts, chosen, strict=True)]
         for row, tokens in zip(rows, results, strict=True):
@@ -147,7 +150,8 @@ class Speculation:
             return
         cache.trim([length + 1] * len(rows))
         cache.restore_states(states)
-        forward.fill(self._model, cache, accepted, shifts=forward.shifts([row.row for row in rows]))
+        inner = [row.row for row in rows]
+        forward.fill(self._model, cache, accepted, shifts=forward.shifts(inner), slots=forward.slots(inner))
 
     def drop(self, uids: Collection[int]) -> None:
         """Drop the proposers' state of rows."""

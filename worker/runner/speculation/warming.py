@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from shared.jobs.request import Request, Sampling
 from worker.runner import forward
-from worker.runner.base import PrefillCost, Row
+from worker.runner.base import Row
+from worker.runner.cost import PrefillCost
 from worker.runner.decode import DecodeBatch
 from worker.runner.decode_row import DecodeRow
 from worker.runner.kv_cache import KVCache
