@@ -93,12 +93,16 @@ def quantised(name: str, quantisation: Quantisation) -> tuple[Any, dict[str, Any
 
 
 def adapted(name: str, folder: Path) -> Any:
+    """Write a folder of LoRA weights, and return an architecture's model with them. Raises like `adapt`."""
+    return adapt(make(name), folder)
+
+
+def adapt(model: Any, folder: Path) -> Any:
     """Write a folder of LoRA weights, and return the model with them.
 
     Raises:
         Unsupported: mlx-lm has no adapters for it.
     """
-    model = make(name)
     settings = {
         "fine_tune_type": "lora",
         "num_layers": 2,

@@ -8,8 +8,13 @@ import pytest
 
 pytest.importorskip("mlx_vlm")
 
+import mlx.core as mx
+
+from tests.architectures.folders import adapt
 from tests.architectures.vision_checks import CHECKS, Subject
-from tests.architectures.vision_models import VISION_MODELS
+from tests.architectures.vision_models import VISION_MODELS, build
+from worker.models.load import load_model
+from worker.runner.vision.load import load_vision_model
 
 # Processors of models that also hear make filters for sound, which are not used here.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
@@ -31,6 +36,14 @@ def _subject(name: str, subjects: dict[str, Subject], folder: Path) -> Subject:
 @pytest.mark.parametrize("name", FAST)
 def test_vision_family_batched(name: str, subjects: dict[str, Subject], tmp_path: Path) -> None:
     CHECKS["batched"](_subject(name, subjects, tmp_path))
+
+
+def test_an_adapter_applies_to_the_language_model_of_a_vision_model(tmp_path: Path) -> None:
+    folder, ids = build("qwen3_5", tmp_path / "model"), mx.array([[5, 6, 7, 30, 40]])
+    expected = adapt(load_model(folder).model, tmp_path / "adapter")(ids)
+    plain, tuned = (load_vision_model(folder, adapter=each)[0].model for each in (None, tmp_path / "adapter"))
+    assert mx.allclose(tuned(ids, tuned.make_cache()), expected, atol=1e-4)
+    assert not mx.allclose(plain(ids, plain.make_cache()), expected, atol=1e-2)
 
 
 @pytest.mark.long
