@@ -207,7 +207,9 @@ def test_prompts_with_unusable_images_are_refused_with_a_reason(runner: MLXRunne
     assert "image placeholder" in str(refusal(ask("<|image_pad|>")))
     assert "shape" in str(refusal(ask("?", image | {"width": 3000, "height": 2})))
     runner.card = replace(runner.card, context=1000)
-    assert refusal(ask("?", *[image] * 20)).code == JobFailure.CONTEXT_LENGTH
+    too_many = refusal(ask("?", *[image] * 20))
+    assert too_many.code == JobFailure.CONTEXT_LENGTH
+    assert "1540 of them are of 20 images" in str(too_many)
 
 
 def test_the_memory_for_encoding_is_that_of_the_largest_image(runner: MLXRunner, files: ImageFiles) -> None:

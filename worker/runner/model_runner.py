@@ -161,6 +161,9 @@ class MLXRunner:
                 f"The prompt has {len(expanded)} tokens, which leaves no room for an answer in the model's context of "
                 f"{self.card.context} tokens."
             )
+            if parts := len(request.image_parts):
+                of_images = sum(token >= IMAGE_TOKENS for token in expanded)
+                detail += f" {of_images} of them are of {parts} image{'s' * (parts > 1)}: send fewer or smaller ones."
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, detail)
         if problem := self._unknown_token(expanded, images=media is not None):
             raise PromptRefused(JobFailure.TEMPLATE, problem)
