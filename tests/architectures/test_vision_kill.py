@@ -9,6 +9,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,13 @@ from shared.jobs.log import EventKind
 from shared.jobs.record import Status
 from tests.architectures.vision_models import VISION_MODELS, build
 from tests.plugins.stack import Stack, made_stack
+from tests.support.architecture_configs import VOCABULARY
 from tests.support.image_files import data_url, picture
 
 pytestmark = pytest.mark.long
+
+END = VOCABULARY + 1
+"""The token that ends an answer."""
 
 
 @pytest.fixture(params=VISION_MODELS)
@@ -35,7 +40,13 @@ def test_a_stream_of_any_vision_family_continues_after_its_worker_was_killed(sta
     worker = stack.start_worker()
     images = [{"type": "image_url", "image_url": {"url": data_url(picture(200, 150, seed=n))}} for n in range(2)]
     content = [*images, {"type": "text", "text": "Tell me everything."}]
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 200, "temperature": 0.9, "seed": 5}
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 400,
+        "temperature": 0.9,
+        "seed": 5,
+    }
+    body["logit_bias"] = {str(END): -100}  # random models end an answer at any time
     with stack.client() as client:
         expected = client.job(client.submit(body, wait_s=60).id, wait_s=60)
         job = client.submit(body)
