@@ -49,7 +49,8 @@ MAX_JSON_BYTES = 200 * 2**20
 _MAX_SHARDS = 10_000
 _MAX_HEADER_BYTES = 100 * 10**6
 """The limit of the safetensors library."""
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files with the settings of an image processor. A vision model has one of them, or both."""
 
 
 class ModelError(Exception):
@@ -90,8 +91,8 @@ def check_complete(folder: Path, kind: str | None = None) -> None:
         check_whole(folder / shard)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
-    if (kind or model_kind(folder)) == "vision" and not any((folder / name).is_file() for name in _PROCESSORS):
-        raise ModelError(f"{folder} holds a vision model but lacks {_PROCESSORS[0]}")
+    if (kind or model_kind(folder)) == "vision" and not any((folder / name).is_file() for name in PROCESSORS):
+        raise ModelError(f"{folder} holds a vision model but lacks {PROCESSORS[0]}")
 
 
 def check_config(folder: Path) -> None:

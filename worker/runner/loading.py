@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -10,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from shared.models.catalog import CatalogModel
-from shared.models.folder import ModelError
+from shared.models.folder import PROCESSORS, ModelError
 from shared.settings import Settings
 from worker.models.load import LoadedModel, convert, first_line, load_model
 from worker.runner import kv_cache
@@ -44,6 +47,9 @@ READ_SHARE, PROOF_SHARE = 0.9, 0.95
 """Progress after reading the weights, and after the proof of the batching; the rest is for the warm-up."""
 _DECAY = 0.95
 """Each step of the proof or the warm-up leaves this fraction of its remaining progress."""
+
+_PROCESSING = ("mlx-vlm", "transformers", "pillow")
+"""Libraries that read and resize images."""
 
 T = TypeVar("T")
 
@@ -220,8 +226,18 @@ def _spill(settings: Settings, module: Any, model: CatalogModel, memory: Memory)
     layout = f"{mx.default_device()} {type(module).__module__} {model.dtype} {model.quantize_bits} {model.kv_bits}"
     if model.adapter is not None:  # several catalog models may share a folder
         layout += fingerprint(model.adapter, "", "adapter_config.json")
+    if model.kind == "vision":
+        layout += _processing(model.path)
     name = fingerprint(model.path, layout)
     files = PrefixFiles(settings.prefixes_dir, name, settings.prefix_disk_bytes, settings.retention_s)
     spill = Spill(files, memory.prefix_bytes // PENDING_WRITES_DIVISOR)
     spill.open()
     return spill
+
+
+def _processing(folder: Path) -> str:
+    """Return a hash of what the features of an image depend on, besides the weights and config.json."""
+    running = hashlib.sha256(" ".join(map(version, _PROCESSING)).encode())
+    for path in filter(Path.is_file, (folder / name for name in PROCESSORS)):
+        running.update(path.read_bytes())
+    return running.hexdigest()

@@ -21,6 +21,7 @@ from tests.support.tokenizers import byte_tokenizer
 from worker.models.image_templates import rewritten
 from worker.models.tokenizer_helper import FolderTokenizer
 from worker.runner.column_cache import NO_SPAN, ColumnCache
+from worker.runner.loading import _processing
 from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.images import PlacedImage
 
@@ -167,6 +168,14 @@ def test_a_folder_is_tokenised_with_a_text_that_stands_for_an_image(
     tokenizer = FolderTokenizer.load(TokenizerSource(str(tmp_path), vision=True))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     assert tokenizer.wrapper.apply_chat_template(messages, tokenize=False) == text
+
+
+def test_prefixes_on_disk_depend_on_the_settings_of_the_processor(tmp_path: Path) -> None:
+    before = _processing(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 1}')
+    first = _processing(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 2}')
+    assert len({before, first, _processing(tmp_path)}) == 3
 
 
 def test_tokens_of_a_span_attend_to_each_other() -> None:
