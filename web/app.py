@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 
 from shared.load_settings import load_settings
 from shared.redis.client import Redis
@@ -34,7 +34,7 @@ from web.routes import (
     usage,
     webhooks,
 )
-from web.services import EXTENSION, build
+from web.services import EXTENSION, Services, build
 
 _SECURITY_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     rate_limits.register(app, settings, limit_headers.add_headers)
     app.before_request(auth.require_key)
     app.before_request(refuse_unknown_parameters)
-    app.before_request(services.catalog_updates.refresh_if_due)
+    app.before_request(lambda: _refresh_catalog(services))
     body.register(app, settings.body_memory_bytes)
     problems.register(app)
     app.after_request(_add_security_headers)
@@ -93,6 +93,12 @@ def create_app(settings: Settings | None = None, client: Redis | None = None) ->
     ):
         app.register_blueprint(routes)
     return app
+
+
+def _refresh_catalog(services: Services) -> None:
+    """Learn of added models, except for health checks: these must not wait for Redis."""
+    if request.blueprint != health.routes.name:
+        services.catalog_updates.refresh_if_due()
 
 
 def _add_security_headers(response: Response) -> Response:

@@ -216,8 +216,10 @@ def _reports(process: subprocess.Popen[str]) -> Iterator[tuple[int, int]]:
 
 
 def _wait(process: subprocess.Popen[str]) -> int:
+    """Wait for the end of a process, close its pipe, and return its exit status."""
     try:
-        return process.wait(_END_S)
+        process.wait(_END_S)
     except subprocess.TimeoutExpired:
         process.kill()
+    with process:  # closes the pipe
         return process.wait()
