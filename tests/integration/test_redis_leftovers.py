@@ -24,7 +24,7 @@ JOBS = 100
 FLOWER_PASSWORD = "hush"
 CONSTANT: Final = {
     keys.BYTES, keys.ENDED, keys.ATTEMPTS, keys.TOKENS, keys.MEMORY, keys.PASSED, keys.MODELS, keys.ROUTED,
-    keys.SPEED + "*", keys.SERVABLE, keys.USAGE + "*",
+    keys.SPEED + "*", keys.SERVABLE, keys.USAGE + "*", keys.PREFIX_CUTOFFS,
     # as long as workers live, and a few lease lifetimes longer
     keys.LEASES, keys.EXTENSIONS, keys.WORKER + "*", keys.WORKERS, keys.HOST + "*", keys.HOSTS,
     "LIMITS:*",

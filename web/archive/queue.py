@@ -83,9 +83,9 @@ class ArchiveQueue:
         return dict(self._client.zrange(keys.ERASED, 0, limit - 1, withscores=True))
 
     def must_erase(self, job_ids: Sequence[str]) -> None:
-        """Let the background process erase jobs that are no longer in Redis."""
-        now = time.time()
-        self._client.zadd(keys.ERASED, dict.fromkeys(job_ids, now))
+        """Let the background process erase jobs, unless no process has ever opened the archive."""
+        if self._client.hexists(keys.BYTES, "archive"):
+            self._client.zadd(keys.ERASED, dict.fromkeys(job_ids, time.time()))
 
     def erase_prefixes(self, owner: str, unused_since: float) -> None:
         """Let workers erase the cached prefixes of an API key that were not used since a time."""

@@ -37,6 +37,7 @@ class Site:
         self.archive: Archive = self.services.archive
         self.job = archived(1, self.owner, request=REQUEST, metadata='{"team": "x"}')
         self.archive.write([self.job])
+        self.services.archive_queue.open()
         self.id = self.job.record["id"]
         self.path = f"/v1/jobs/{self.id}"
 
