@@ -9,15 +9,21 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from shared.jobs.record import Status
+from shared.errors import NotFound
+from shared.jobs.record import Ending, Status
 from shared.jobs.request import Request, Sampling
+from shared.redis import keys
+from shared.redis.client import Redis
 from shared.settings import Settings
 from tests.support.archive import archived
 from tests.support.fake_redis import FakeRedis
+from tests.support.queueing import lease, reserved, row, submit
 from web.access.api_keys import KeyStore
 from web.access.sessions import COOKIE
 from web.app import create_app
 from web.archive.database import Archive
+from web.background import key_eraser
+from web.background.key_eraser import KeyEraser
 from web.services import Services
 
 REQUEST = Request("m", 5, Sampling(0.0), prompt="what was asked").to_json()
@@ -26,7 +32,8 @@ REQUEST = Request("m", 5, Sampling(0.0), prompt="what was asked").to_json()
 class Site:
     """An API with an archived job, which Redis no longer has."""
 
-    def __init__(self, app: Flask) -> None:
+    def __init__(self, app: Flask, redis: Redis) -> None:
+        self.redis = redis
         self.services: Services = app.extensions["mlxq"]
         store = KeyStore(self.services.settings.keys_file)
         self.client = self._client(app, store.create("owner", ["infer"]))
@@ -58,7 +65,8 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     settings = Settings(data_dir=tmp_path, model_path=Path("pretend"), durable=False)
-    site = Site(create_app(settings, FakeRedis()))
+    redis = FakeRedis()
+    site = Site(create_app(settings, redis), redis)
     yield site
     site.archive.close()
 
@@ -138,3 +146,33 @@ def test_a_key_is_revoked_and_purged(site: Site, *, revoked_before: bool) -> Non
     assert site.admin.delete(f"{path}?purge=true").status_code == 200
     assert list(purges.pending()) == [site.owner]
     assert site.client.get("/v1/jobs").status_code == 401
+
+
+def test_everything_of_a_purged_key_is_erased(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running job is cancelled first, and what is written meanwhile is erased in a later round."""
+    monkeypatch.setattr(key_eraser, "_PAUSE_S", 0.0)
+    current, client = site.services, site.redis
+    worker = lease(client, "w")
+    kept = submit(current.jobs, "another")
+    running, queued = submit(current.jobs, site.owner), submit(current.jobs, site.owner)
+    claimed = next(each for each in reserved(worker, 3) if each.job.id == running.id)
+    worker.append([row(claimed, start=True)])
+    for root in (current.settings.files_path, current.settings.responses_path):
+        (root / site.owner).mkdir(parents=True)
+    current.purges.request(site.owner)
+    eraser = KeyEraser(current)
+    eraser.round()
+    assert client.hget(keys.JOB + running.id, "stop_as") == "cancelled"
+    assert site.archive.find(site.id) is None
+    assert not (current.settings.files_path / site.owner).exists()
+    worker.append([row(claimed, ending=Ending(Status.CANCELLED))])
+    eraser.round()
+    eraser.round()
+    for job in (running, queued):
+        with pytest.raises(NotFound):
+            current.jobs.get(job.id, None)
+    assert current.jobs.get(kept.id, "another").status is Status.QUEUED
+    assert list(current.purges.pending()) == [site.owner], "requests that were under way may still submit jobs"
+    monkeypatch.setattr(key_eraser, "SETTLED_S", -1.0)
+    eraser.round()
+    assert current.purges.pending() == {}
