@@ -122,10 +122,13 @@ class Cluster:
 def _start_s(speed: Speed, place: Place, priority: Priority, slots: int, free: float) -> float | None:
     """Estimate the seconds until a job starts if its model has too few free slots; None if nothing was measured.
 
-    The job starts when its class reaches its turn. The measured rate of the class accounts for jobs of other keys and
-    classes that come later but start earlier, but it is wrong after many jobs have started in empty slots. So the
-    result is a weighted mean of the measurement, weighted by its number of starts, and of the prediction from mean
-    running time and slots, weighted by the number of slots.
+    The job starts when its class reaches its turn, and not before the jobs of its class that are in front of it. Turns
+    decide for a key with many jobs: the measured rate accounts for jobs of other keys and classes that come later but
+    start earlier. The number of jobs decides for a key whose jobs are always next: several keys can have the same turn.
+
+    The measured rates are wrong after many jobs have started in empty slots. So the result is a weighted mean of the
+    measurement, weighted by its number of starts, and of the prediction from mean running time and slots, weighted by
+    the number of slots.
     """
     if speed.mean_s is None:
         return None
@@ -133,7 +136,8 @@ def _start_s(speed: Speed, place: Place, priority: Priority, slots: int, free: f
     starts = speed.starts.get(priority, Starts())
     if not starts.turns:
         return round(predicted_s, 3)
-    measured_s = place.turns * starts.seconds / starts.turns
+    in_front = max(place.turns / starts.turns, (place.position - place.higher) / starts.number)
+    measured_s = in_front * starts.seconds
     return round((starts.number * measured_s + slots * predicted_s) / (starts.number + slots), 3)
 
 

@@ -42,6 +42,18 @@ def test_estimated_starts_are_right_within_a_factor_of_two(
 
 
 @LONG
+def test_estimated_starts_of_a_key_with_less_than_its_share_are_right_on_average(
+    valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs wait for one or two others, whose ends are random. So single estimates cannot be right."""
+    jobs = Simulation(valkey_client, monkeypatch, slots=SLOTS).run([Source("a", 8), Source("b", 2)], 60)
+    own = [each for each in jobs if each.source.owner == "b" and each.predicted_s and each.waited_s > 0.1]
+    assert len(own) > 50
+    predicted_s, waited_s = (sum(getattr(each, name) or 0.0 for each in own) for name in ("predicted_s", "waited_s"))
+    assert 0.8 < predicted_s / waited_s < 1.25
+
+
+@LONG
 def test_reserved_rows_shorten_the_wait_of_interactive_jobs(
     valkey_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from shared.jobs.log import JobLog
-from shared.jobs.record import Ending, Job, Status
+from shared.jobs.record import Ending, Job, Priority, Status
 from shared.jobs.request import Request, Sampling
 from shared.jobs.store import Jobs, Place
 from shared.jobs.submission import Submission
-from shared.models.registry import Registry, Speed, WorkerInfo
+from shared.models.registry import Registry, Speed, Starts, WorkerInfo
 from shared.queue.claims import Append, Claims, Demand, WriteResult
 from shared.redis import keys
 from shared.redis.client import Redis
@@ -52,6 +52,21 @@ def test_the_estimated_start_is_the_time_until_enough_slots_come_free(
     cluster_snapshot: ClusterSnapshot, position: int, start_s: float | None
 ) -> None:
     assert cluster_snapshot.estimated_start_s(MODEL, Place(position)) == start_s
+
+
+@pytest.mark.parametrize(
+    ("place", "start_s"),
+    [
+        (Place(position=10, turns=20.0), 100.0),
+        (Place(position=3, turns=1.0), 7.5),
+        (Place(position=3, higher=2, turns=1.0), 5.0),
+    ],
+)
+def test_the_estimated_start_is_after_the_turn_and_after_the_jobs_in_front(place: Place, start_s: float) -> None:
+    """A job starts every 2.5 s, and a turn takes 5 s."""
+    starts: dict[int, Starts] = {Priority.NORMAL: Starts(number=1000, turns=500, seconds=2500)}
+    measured = ClusterSnapshot({}, (WORKER,), {MODEL: Speed(10.0, starts)}, taken_at=0.0)
+    assert measured.estimated_start_s(MODEL, place) == pytest.approx(start_s, rel=0.01)
 
 
 @pytest.fixture
