@@ -78,6 +78,11 @@ class CatalogAdditions:
         """Add a model, or replace the one with its id."""
         self._client.hset(keys.ADDED_MODELS, model.id, json.dumps(asdict(model)))
 
+    def remove(self, model: str) -> None:
+        """Remove a model and its aliases."""
+        self.set_aliases(model, ())
+        self._client.hdel(keys.ADDED_MODELS, model)
+
     def set_aliases(self, model: str, aliases: Iterable[str]) -> None:
         """Replace the added aliases of a model."""
         old = self.read().aliases_of(model)

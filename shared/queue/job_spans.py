@@ -174,8 +174,9 @@ class _Spans:
 
 
 def _operation(request: Request) -> str:
+    """Return the operation by OpenTelemetry's names, which have none for reranking."""
     if request.kind != GENERATE:
-        return "embeddings" if request.kind == EMBED else request.kind
+        return {EMBED: "embeddings"}.get(request.kind, request.kind)
     return "text_completion" if request.messages is None else "chat"
 
 

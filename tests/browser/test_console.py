@@ -158,7 +158,10 @@ def test_a_model_is_downloaded_with_progress_after_a_cancelled_attempt(hub: Mode
             expect(row).to_contain_text("cancelled")
             hub.stalls.clear()
     expect(row).to_contain_text("succeeded")
-    expect(page.locator("article", has=page.get_by_role("heading", name="tiny"))).to_be_visible()
+    card = page.locator("article", has=page.get_by_role("heading", name="tiny"))
+    card.get_by_role("button", name="Remove tiny").click()
+    page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+    expect(card).to_have_count(0)
 
 
 def test_a_batch_is_created_and_its_results_downloaded(tmp_path: Path, open_page: OpenPage) -> None:

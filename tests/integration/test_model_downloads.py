@@ -86,6 +86,12 @@ def test_a_download_can_be_cancelled_continued_and_the_model_be_served(
     assert [each["state"] for each in listed] == ["succeeded", "cancelled", "cancelled"]
     assert operator.http.post(f"/v1/models/downloads/{listed[0]['id']}/cancel").json()["state"] == "succeeded"
     assert (stack.home / "model/mlxq.json").is_file()
+    loaded = operator.http.delete("/v1/models/model")
+    assert (loaded.status_code, loaded.json()["error"]["code"]) == (409, "model_loaded")
+    assert operator.ask("unload", "model")["state"] == "succeeded"
+    assert operator.http.delete("/v1/models/model").json() == {"id": "model", "object": "model", "deleted": True}
+    assert "model" not in operator.models()
+    assert operator.http.delete("/v1/models/one").status_code == 404, "it is in the file"
     with_model = operator.http.post("/v1/models/downloads", json={"hub": "other/one"})
     assert (with_model.status_code, with_model.json()["field"]) == (409, "name")
 
@@ -125,6 +131,7 @@ def test_downloads_and_aliases_need_the_scope_admin_and_valid_fields(stack: Stac
         ("POST", "/v1/models/downloads", {"hub": "org/model"}),
         ("POST", "/v1/models/downloads/op_1/cancel", {}),
         ("PUT", "/v1/models/one/aliases", {"aliases": []}),
+        ("DELETE", "/v1/models/one", {}),
     ]
     key = operator.http.post("/v1/keys", json={"name": "user", "scopes": ["infer"]}).json()["key"]
     for method, path, body in requests:

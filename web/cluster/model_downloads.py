@@ -101,6 +101,23 @@ class ModelDownloads:
         self._updates.refresh()
         return self._catalog.models.get(name, model)
 
+    def remove(self, model: str) -> None:
+        """Remove a downloaded model from the catalog. Its files stay.
+
+        Raises:
+            NotFound: no such model was downloaded.
+            Conflict: a worker has the model.
+        """
+        self._updates.refresh()
+        if model not in self._updates.known.models:
+            detail = f"{model!r} is not a model that was downloaded. Others are removed from the catalog's file."
+            raise NotFound(detail, code="model_not_found", field="model")
+        if loaded := self._manager.workers_with(model):
+            detail = f"{', '.join(loaded)} has the model. Unload it first."
+            raise Conflict(detail, code="model_loaded", field="model")
+        self._additions.remove(model)
+        self._updates.refresh()
+
     def _check_name(self, model: str, hub: str) -> None:
         """Refuse the name of another model."""
         owner, added = self._catalog.resolve(model), self._updates.known.models.get(model)

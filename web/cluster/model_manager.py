@@ -132,6 +132,10 @@ class ModelManager:
         if last is not None and last.state is OperationState.FAILED:
             raise _not_loaded(f"Loading the model failed: {last.error_message}")
 
+    def workers_with(self, model: str) -> list[str]:
+        """Return the names of the workers that have a model."""
+        return [host.node for host in self._registry.hosts() if model in host.models]
+
     def hosts(self, worker: str | None) -> list[HostInfo]:
         """Return all workers, or only the named one.
 

@@ -59,6 +59,7 @@ def models_page() -> AnyResponse:
         hosts=current.registry.hosts(),
         operations=current.model_manager.recent()[:10] if is_admin() else [],
         added={name: current.catalog_updates.known.aliases_of(name) for name in current.catalog.models},
+        downloaded=current.catalog_updates.known.models,
         catalog_ids=frozenset(current.catalog.models),
         faults=current.catalog.faults if is_admin() else (),
     )

@@ -42,6 +42,7 @@ ERROR_CODES: Final[Mapping[int, tuple[str, ...]]] = {
         "too_many_endpoints",
         "name_taken",
         "alias_taken",
+        "model_loaded",
     ),
     410: ("log_expired", "log_trimmed", "request_gone", "gone"),
     413: ("body_too_large", "image_too_large", "files_quota_exceeded"),

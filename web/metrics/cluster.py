@@ -121,7 +121,7 @@ class ClusterCollector(Collector):
         states = Counter((worker.model, worker.state) for worker in workers)
         family = GaugeMetricFamily("mlxq_workers", "Workers that are alive", labels=["model", "state"])
         yield _counted(family, states.items())
-        yield from worker_metrics(workers)
+        yield from worker_metrics(workers, {card.id: card.kind for card in self._registry.models().values()})
 
 
 def _counted(

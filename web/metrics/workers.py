@@ -6,7 +6,7 @@ the name of the process, which restarts do not change. Counters start at 0 after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -14,13 +14,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 from shared.histogram import Histogram
+from shared.jobs.request import EMBED, RERANK
 from shared.models.registry import WorkerInfo
 
 PREFIX: Final = "mlxq_worker_"
 PROVIDER: Final = "mlxq"
 """Value of OpenTelemetry's attribute `gen_ai.provider.name`."""
-OPERATION: Final = "generate_content"
-"""Value of `gen_ai.operation.name`: a worker does not count conversations and text completions apart."""
+_OPERATIONS: Final = {EMBED: "embeddings", RERANK: "rerank"}
+_GENERATE: Final = "generate_content"
+"""Values of `gen_ai.operation.name` by kind of model. Workers do not count conversations and text completions apart."""
 
 _SEMANTIC_LABELS: Final = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
@@ -168,14 +170,18 @@ HISTOGRAMS: Final = {
 """The metrics of `WorkerInfo.histograms`. docs/metrics.md has the same texts."""
 
 
-def worker_metrics(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:
-    """Yield what workers report."""
+def worker_metrics(workers: Iterable[WorkerInfo], kinds: Mapping[str, str]) -> Iterator[Metric]:
+    """Yield what workers report.
+
+    Args:
+        kinds: the kind of each model.
+    """
     # The card of a dead process can still exist when its successor announces itself: the newest one counts.
     newest = {(each.node, each.model): each for each in sorted(workers, key=lambda each: each.heartbeat_at)}
     live = [worker for _, worker in sorted(newest.items())]
     yield from _numbers(live)
     yield from _former_names(live)
-    yield from _histograms(live)
+    yield from _histograms(live, kinds)
 
 
 def _numbers(workers: Iterable[WorkerInfo]) -> Iterable[Metric]:
@@ -205,7 +211,7 @@ def _former_names(workers: Iterable[WorkerInfo]) -> Iterator[Metric]:
             yield family
 
 
-def _histograms(workers: Iterable[WorkerInfo]) -> Iterable[Metric]:
+def _histograms(workers: Iterable[WorkerInfo], kinds: Mapping[str, str]) -> Iterable[Metric]:
     families: dict[str, HistogramMetricFamily] = {}
     for worker in workers:
         for histogram in worker.histograms:
@@ -215,7 +221,9 @@ def _histograms(workers: Iterable[WorkerInfo]) -> Iterable[Metric]:
             family = families.setdefault(
                 metric.name, HistogramMetricFamily(metric.name, metric.help, labels=_labels(metric))
             )
-            family.add_metric(_values(metric, worker, histogram.priority), _buckets(histogram), histogram.sum)
+            operation = _OPERATIONS.get(kinds.get(worker.model, ""), _GENERATE)
+            values = _values(metric, worker, operation, histogram.priority)
+            family.add_metric(values, _buckets(histogram), histogram.sum)
     return families.values()
 
 
@@ -225,9 +233,9 @@ def _labels(metric: HistogramMetric) -> list[str]:
     return [*names, "priority"] if metric.by_priority else names
 
 
-def _values(metric: HistogramMetric, worker: WorkerInfo, priority: str) -> list[str]:
+def _values(metric: HistogramMetric, worker: WorkerInfo, operation: str, priority: str) -> list[str]:
     is_semantic = metric.name.startswith("gen_ai_")
-    values = [worker.node, OPERATION, PROVIDER, worker.model] if is_semantic else [worker.node, worker.model]
+    values = [worker.node, operation, PROVIDER, worker.model] if is_semantic else [worker.node, worker.model]
     return [*values, priority] if metric.by_priority else values
 
 

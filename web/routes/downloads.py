@@ -8,7 +8,7 @@ from web.access.auth import require_scope
 from web.http.openapi import describe
 from web.http.request import read_body
 from web.routes.models import accepted, model_views, operation_view
-from web.schemas.models import AliasesRequest, DownloadRequest, ModelView, OperationList, OperationView
+from web.schemas.models import AliasesRequest, DownloadRequest, ModelDeleted, ModelView, OperationList, OperationView
 from web.services import services
 
 routes = Blueprint("downloads", __name__, url_prefix="/v1/models")
@@ -43,6 +43,18 @@ def cancel_download(operation_id: str) -> Response:
     """Needs the scope `admin`. Does nothing if the download has ended. What was received is kept for the next one."""
     require_scope("admin")
     return accepted(services().model_downloads.cancel(operation_id))
+
+
+@routes.delete("/<model_id>")
+@describe("Remove a downloaded model", responses={200: ModelDeleted}, errors=(404, 409))
+def remove_model(model_id: str) -> Response:
+    """Needs the scope `admin`. Removes a model that was downloaded, with its aliases, from the catalog.
+
+    No worker may have it. Its files stay on the disk of the worker's host, so a further download finds them.
+    """
+    require_scope("admin")
+    services().model_downloads.remove(model_id)
+    return Response(ModelDeleted(id=model_id).model_dump_json(), content_type="application/json")
 
 
 @routes.put("/<model_id>/aliases")

@@ -167,6 +167,14 @@ class AliasesRequest(RequestModel):
     )
 
 
+class ModelDeleted(ResponseModel):
+    """A model that was removed from the catalog, in OpenAI's form."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class OperationError(ResponseModel):
     """Why an operation failed."""
 

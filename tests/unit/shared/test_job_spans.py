@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from shared.jobs.record import Attempt, AttemptEnd, EndedJob, Ending, Job, Status
-from shared.jobs.request import Request, Sampling
+from shared.jobs.request import EMBED, Request, Sampling
 from shared.queue.claims import ClaimedJob
 from shared.queue.job_spans import JobSpans, Stages
 from shared.tracing import Tracer, span_id
@@ -72,6 +73,28 @@ def test_only_attempts_right_before_this_one_are_sent_again(sent: Sent) -> None:
     assert last.links == tuple(f"{span_id('job_1', n, 'attempt'):016x}" for n in (1, 2, 3, 4))
     assert {span.parent for span in found[:6]} == {CALLER} and {span.parent for span in found[6:]} == {last.id}
     assert last.attributes["mlxq.worker"] == "w@here" and found[1].attributes["mlxq.worker"] == "w3@x"
+
+
+@pytest.mark.parametrize(
+    ("request_", "operation"),
+    [
+        (REQUEST, "chat"),
+        (replace(REQUEST, messages=None, prompt="hi"), "text_completion"),
+        (replace(REQUEST, messages=None, kind=EMBED, inputs=("hi",), dimensions=64), "embeddings"),
+    ],
+)
+def test_operations_and_attributes_have_the_names_of_opentelemetry(
+    sent: Sent, request_: Request, operation: str
+) -> None:
+    ending = Ending(Status.SUCCEEDED, "stop", prompt_tokens=3, completion_tokens=2, reasoning_tokens=1)
+    job = replace(claimed(JOB), request=request_)
+    sent.spans.attempt_ended(job, Stages(100.0, 104.0, 101.0, 102.0, 103.0), ending)
+    [attempt] = [span for span in sent.received() if span.name == f"{operation} m"]
+    assert attempt.attributes["gen_ai.operation.name"] == operation
+    assert operation in {each.value for each in gen_ai_attributes.GenAiOperationNameValues}
+    known = {value for value in vars(gen_ai_attributes).values() if isinstance(value, str)}
+    assert {name for name in attempt.attributes if name.startswith("gen_ai.")} <= known
+    assert attempt.attributes["gen_ai.response.time_to_first_chunk"] == 3.0
 
 
 def test_an_attempt_that_is_handed_back_is_no_error(sent: Sent) -> None:

@@ -111,6 +111,9 @@ def test_a_histogram_travels_from_the_worker_to_the_page(client: Redis) -> None:
     buckets = {sample.labels["le"]: sample.value for sample in family.samples if sample.name.endswith("_bucket")}
     assert buckets == {"0.1": 1, "1.0": 3, "+Inf": 4}
     assert [s.value for s in family.samples if s.name.endswith("_sum") and s.labels == labels] == [pytest.approx(8.1)]
+    Registry(client).announce_model(ModelCard("a", "embedding", 64))
+    [family] = [each for each in ClusterCollector(client).collect() if each.name.startswith("gen_ai_")]
+    assert {sample.labels["gen_ai_operation_name"] for sample in family.samples} == {"embeddings"}
 
 
 def test_a_histogram_that_this_version_cannot_read_hides_nothing(client: Redis) -> None:
