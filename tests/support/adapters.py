@@ -43,13 +43,14 @@ def write_for(
     model: Any, folder: Path, *, seed: int = 0, rank: int = 4, layers: int = 2, keys: Iterable[str] | None = None
 ) -> None:
     """Do the same for a loaded model, which gets the adapter's layers and weights."""
-    parameters = {"rank": rank, "scale": 10.0, "dropout": 0.0}
+    parameters: dict[str, Any] = {"rank": rank, "scale": 10.0, "dropout": 0.0}
     if keys is not None:
-        parameters["keys"] = list(keys)  # type: ignore[assignment]
-    linear_to_lora_layers(model, layers, dict(parameters))  # type: ignore[call-overload]
+        parameters["keys"] = list(keys)
+    linear_to_lora_layers(model, layers, dict(parameters))
     random = mx.random.key(seed)
     weights = {}
-    for name, array in tree_flatten(model.parameters()):
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, array in arrays.items():
         if name.endswith(("lora_a", "lora_b")):
             random, key = mx.random.split(random)
             weights[name] = 0.1 * mx.random.normal(array.shape, key=key)
