@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.models.folder import ModelError, safetensors_header, weight_files
+from shared.models.image_geometry import Coordinates
 
 MANIFEST: Final = "mlxq.json"
 """File that records what scripts/fetch_model fetched; `scripts.model_files.manifest` writes it."""
@@ -75,6 +76,11 @@ def modified_at(folder: Path) -> float | None:
         return (folder / "config.json").stat().st_mtime
     except OSError:
         return None
+
+
+def declared_coordinates(folder: Path) -> Coordinates:
+    """Return what the coordinates in a model's answers refer to, by the type in its config.json."""
+    return Coordinates.of(_read(folder / "config.json").get("model_type"))
 
 
 def declared_sampling(folder: Path) -> dict[str, float]:

@@ -19,7 +19,7 @@ _Fields: TypeAlias = Mapping[str, str]
 
 _AT_POINT: Final[tuple[_Fields, _Fields]] = ({}, {"coordinate": "start"})
 """An action at a point or, without one, at the pointer."""
-_FUNCTIONS: Final[Mapping[str, Mapping[ActionName, tuple[_Fields, _Fields]]]] = {
+FUNCTIONS: Final[Mapping[str, Mapping[ActionName, tuple[_Fields, _Fields]]]] = {
     "computer_use": {
         ActionName.KEY: ({"keys": "key"}, {}),
         ActionName.TYPE: ({"text": "text"}, {}),
@@ -71,7 +71,7 @@ def _calls(text: str) -> Iterator[FunctionCall]:
 
 
 def _action(call: FunctionCall, scale: Scale) -> Action:
-    function = _FUNCTIONS.get(call.name)
+    function = FUNCTIONS.get(call.name)
     if function is None:
         raise ParseError(f"Unknown function {shortened(call.name)}; known are computer_use and mobile_use.")
     written = call.arguments.get("action")

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from shared.models.facts import GROUP, context_of, separate_template
+from shared.models.facts import GROUP, context_of, declared_coordinates, separate_template
 from shared.models.folder import ModelError, check_adapter, check_folder, has_vision
-from shared.models.image_geometry import Coordinates
 from shared.models.registry import ModelCard
 from shared.models.sampling_defaults import SamplingDefaults
 from worker.output.format import PLAIN, MessageFormat, message_format
@@ -132,7 +131,7 @@ def loaded_as(kind: str, folder: Path, model: Any, tokenizer: Any, config: dict[
         vocabulary=_embedding_rows(model) or _declared_vocabulary(config) or len(tokenizer),
         reasoning=form.marks_reasoning,
         tool_format=form.tool.card_name if form.tool else None,
-        coordinates=Coordinates.of(config.get("model_type")).value,
+        coordinates=declared_coordinates(folder).value,
     )
     return LoadedModel(model, tokenizer, config, card, frozenset(tokenizer.eos_token_ids), form)
 

@@ -1,10 +1,14 @@
-"""Resized image dimensions equal those of mlx-vlm."""
+"""Resized image dimensions equal those of mlx-vlm, and what coordinates in answers refer to."""
+
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.models.image_geometry import ImageGeometry
+from shared.models.facts import declared_coordinates
+from shared.models.image_geometry import Coordinates, ImageGeometry
 
 processing = pytest.importorskip("mlx_vlm.models.qwen3_vl.processing_qwen3_vl")
 
@@ -69,3 +73,24 @@ def test_typical_sizes(size: tuple[int, int], resized: tuple[int, int]) -> None:
 def test_invalid_size_is_an_error(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="pixels"):
         ImageGeometry(28, 3136, 12_845_056).resized(*size)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "coordinates"),
+    [
+        ("qwen2_vl", Coordinates.THOUSANDTHS),  # also UI-TARS 1.0
+        ("qwen2_5_vl", Coordinates.PIXELS),  # also UI-TARS 1.5
+        ("qwen3_vl", Coordinates.THOUSANDTHS),
+        ("qwen3_vl_moe", Coordinates.THOUSANDTHS),
+        ("qwen3_5", Coordinates.THOUSANDTHS),
+        ("qwen3_5_moe", Coordinates.THOUSANDTHS),
+        ("gemma3", Coordinates.PIXELS),
+        (None, Coordinates.PIXELS),
+    ],
+)
+def test_coordinates_depend_on_the_type_of_the_whole_model(
+    tmp_path: Path, model_type: str | None, coordinates: Coordinates
+) -> None:
+    config = {"model_type": model_type, "text_config": {"model_type": "qwen3_vl_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert declared_coordinates(tmp_path) is coordinates

@@ -12,7 +12,7 @@ import pytest
 from shared.jobs.record import Parsing
 from shared.models.registry import ModelCard
 from web.parsing.actions import Action, ActionName
-from web.parsing.computer_use import _FUNCTIONS
+from web.parsing.computer_use import FUNCTIONS
 from web.parsing.coordinates import Box, Point
 from web.parsing.grounding import Region
 from web.parsing.parse import parse
@@ -99,10 +99,10 @@ def test_every_action_of_computer_use_and_mobile_use(
 
 
 def test_every_known_action_has_a_test_and_documentation() -> None:
-    assert set(_FUNCTIONS["computer_use"]) == {arguments["action"] for arguments, _ in COMPUTER}
-    assert set(_FUNCTIONS["mobile_use"]) == {arguments["action"] for arguments, _ in MOBILE}
+    assert set(FUNCTIONS["computer_use"]) == {arguments["action"] for arguments, _ in COMPUTER}
+    assert set(FUNCTIONS["mobile_use"]) == {arguments["action"] for arguments, _ in MOBILE}
     text = Path("docs/images.md").read_text()
-    for function, known in _FUNCTIONS.items():
+    for function, known in FUNCTIONS.items():
         *_, row = re.findall(rf"^\| `{function}` \|(.*)\|$", text, re.MULTILINE)
         assert set(re.findall("`([a-z_]+)`", row)) == set(known), function
 
