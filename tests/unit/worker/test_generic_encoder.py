@@ -22,8 +22,10 @@ from worker.models.image_templates import rewritten
 from worker.models.tokenizer_helper import FolderTokenizer
 from worker.runner.column_cache import NO_SPAN, ColumnCache
 from worker.runner.loading import _processing
+from worker.runner.vision.families import FAMILIES
 from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.images import PlacedImage
+from worker.runner.vision.load import _placeholder
 
 _BEGIN, _BREAK, _SOFT, _END = 1, 2, 3, 4
 _TEXT = {_BEGIN: "<s>", _BREAK: "\n\n", _SOFT: "<soft>", _END: "<end>"}
@@ -176,6 +178,19 @@ def test_prefixes_on_disk_depend_on_the_settings_of_the_processor(tmp_path: Path
     first = _processing(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 2}')
     assert len({before, first, _processing(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("config", [{}, {"image_token_id": None}, {"image_token_id": "<none>"}])
+def test_a_model_without_an_image_token_is_refused(config: dict[str, object]) -> None:
+    class Vocabulary:
+        def convert_tokens_to_ids(self, token: str) -> int | None:
+            return {"<image>": 7}.get(token)
+
+    family = FAMILIES["llava"]
+    assert _placeholder(family, {"image_token_index": 3}, Vocabulary()) == 3
+    assert _placeholder(family, {"image_token_index": "<image>"}, Vocabulary()) == 7
+    with pytest.raises(ValueError, match="image token"):
+        _placeholder(family, config, Vocabulary())
 
 
 def test_tokens_of_a_span_attend_to_each_other() -> None:

@@ -45,14 +45,16 @@ def load_vision_model(
                 f"{folder}: images are not supported for model_type {config.get('model_type')!r}, only for "
                 f"{', '.join(VISION_FAMILIES)}."
             )
-        loaded, vision = _put_together(family, _parts(folder, config, family, adapter, lazy=lazy))
+        text = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
+    with contained(f'The image encoder in {folder} cannot be loaded; kind = "text" in the catalog serves only text'):
+        loaded, vision = _put_together(family, _parts(folder, config, family, text))
         if not lazy:
             mx.eval(loaded.model.parameters(), vision.encoder.tower.parameters())
         return loaded, vision
 
 
-def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, adapter: Path | None, *, lazy: bool) -> Parts:
-    text, tokenizer, text_config = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
+def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, text_parts: text_half.Loaded) -> Parts:
+    text, tokenizer, text_config = text_parts
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = for_images(folder, tokenizer.chat_template)
     model = utils.load_model(folder, lazy=True)
@@ -81,5 +83,9 @@ def _drop_weights(language_model: Any) -> None:
 
 def _placeholder(family: VisionFamily, config: Mapping[str, Any], tokenizer: Any) -> int:
     """Return the token that stands for an image in a prompt."""
-    value = family.placeholder_text or next(config[name] for name in family.placeholder if config.get(name) is not None)
-    return int(tokenizer.convert_tokens_to_ids(value) if isinstance(value, str) else value)
+    named = (config[name] for name in family.placeholder if config.get(name) is not None)
+    value = family.placeholder_text or next(named, None)
+    token = tokenizer.convert_tokens_to_ids(value) if isinstance(value, str) else value
+    if token is None:
+        raise ValueError(f"the tokenizer has no image token {value!r}, or config.json names none")
+    return int(token)
