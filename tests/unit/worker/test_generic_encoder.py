@@ -125,6 +125,12 @@ def test_each_layer_is_a_stage(encoder: GenericEncoder) -> None:
     assert [stage.item() for stage in stages] == list(range(201, 212))
 
 
+def test_an_image_that_the_model_cannot_encode_is_reported_before_its_first_stage(encoder: GenericEncoder) -> None:
+    layout, inputs = encoder._processed(Image.new("RGB", (20, 10)))
+    with pytest.raises(ValueError, match=r"cannot encode this image: .*more"):
+        encoder.stages({**inputs, "more": 1}, layout)
+
+
 @pytest.mark.parametrize(("size", "problem"), [((5, 5), "too small"), ((50, 2000), "cannot be read: too high")])
 def test_a_size_that_a_processor_does_not_support_is_refused(
     encoder: GenericEncoder, size: tuple[int, int], problem: str

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from operator import itemgetter
 from threading import Lock
 from typing import Any, Final
@@ -113,9 +114,8 @@ class GenericEncoder:
     def stages(self, pixels: Inputs, layout: Any) -> Iterator[mx.array]:
         """See `Encoder.stages`."""
         outputs, features = self._graph(pixels, layout)
-        for _ in range(self.blocks - 1):
-            yield outputs.popleft() if outputs else features
-        yield features
+        stages = (outputs.popleft() if outputs else features for _ in range(self.blocks - 1))
+        return chain(stages, [features])
 
     def encode(self, image: PlacedImage) -> mx.array:
         """See `Encoder.encode`."""
@@ -160,6 +160,8 @@ class GenericEncoder:
         self._outputs = outputs
         try:
             features = self._features(pixels, layout)
+        except (IndexError, KeyError, TypeError) as error:  # not for the device's errors, which are of other types
+            raise ValueError(f"mlx-vlm cannot encode this image: {first_line(error)}") from error
         finally:
             self._outputs = None
         return deque(outputs), features

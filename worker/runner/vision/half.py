@@ -56,6 +56,9 @@ class Encoder(Protocol):
         Yields:
             The hidden state after each block; after the last block, the features [layers, tokens, hidden size]: the
             embeddings, then what is added to the output of the language model's first layers, if anything.
+
+        Raises:
+            ValueError: the image cannot be encoded.
         """
         ...
 

@@ -194,27 +194,32 @@ class VisionStage:
 
     def _advance_task(self, task: _Task, max_blocks: int) -> float:
         """Queue up to `max_blocks` more blocks of an image. Returns their predicted seconds."""
-        blocks = min(max_blocks, self._encoder.blocks - task.done)
-        try:
-            hidden = self._queue_blocks(task, blocks)
-        except Exception as error:  # decoders and encoders raise any exception, and only these rows fail
+        if task.stages is None and (error := self._start(task)) is not None:
             logger.warning("image_not_read", exc_info=error)
             self._fail(task, error)
             return 0.0
+        assert task.stages is not None  # noqa: S101 - it was started
+        blocks = min(max_blocks, self._encoder.blocks - task.done)
+        *_, hidden = islice(task.stages, blocks)
         task.done += blocks
+        self._queued.append(hidden)
+        mx.async_eval(hidden)  # type: ignore[no-untyped-call]
         if task.done == self._encoder.blocks:
             self._finish(task, hidden)
         return self._encoder.seconds(task.image.layout) * blocks / self._encoder.blocks
 
-    def _queue_blocks(self, task: _Task, blocks: int) -> mx.array:
-        """Queue blocks on the device. Returns the hidden state after them."""
-        if task.stages is None:
-            assert task.pixels is not None  # noqa: S101 - `_next` checks it
-            task.stages = self._encoder.stages(task.pixels.result(), task.image.layout)
-        *_, hidden = islice(task.stages, blocks)
-        self._queued.append(hidden)
-        mx.async_eval(hidden)  # type: ignore[no-untyped-call]
-        return hidden
+    def _start(self, task: _Task) -> Exception | None:
+        """Begin to encode an image. Returns the error if it cannot be read, which fails only its rows."""
+        assert task.pixels is not None  # noqa: S101 - `_next` checks it
+        try:
+            pixels = task.pixels.result()
+        except Exception as error:  # noqa: BLE001 - decoders raise any exception
+            return error
+        try:
+            task.stages = self._encoder.stages(pixels, task.image.layout)
+        except ValueError as error:
+            return error
+        return None
 
     def _finish(self, task: _Task, features: mx.array) -> None:
         self._encoded += 1
