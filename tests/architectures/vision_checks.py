@@ -262,7 +262,7 @@ def check_quantised(subject: Subject) -> None:
             rows = [found.row(runner, uid, each) for uid, each in enumerate(requests)]
             said, _ = answers(runner, rows)
         for uid, each in enumerate(requests):
-            found.compare(each, said[uid], 10 * TOLERANCE)
+            found.compare(each, said[uid], found.spec.quantised_tolerance)
 
 
 CHECKS: Final[Mapping[str, Callable[[Subject], None]]] = {

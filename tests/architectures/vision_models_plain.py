@@ -272,7 +272,7 @@ _KIMI: Final = _model(
     _text(
         model_type="deepseek_v3", moe_intermediate_size=32, n_shared_experts=1, n_routed_experts=4,
         num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0, kv_lora_rank=32, q_lora_rank=None,
-        qk_rope_head_dim=8, v_head_dim=16, qk_nope_head_dim=16, first_k_dense_replace=1, topk_method="noaux_tc",
+        qk_rope_head_dim=8, v_head_dim=32, qk_nope_head_dim=32, first_k_dense_replace=1, topk_method="noaux_tc",
         scoring_func="sigmoid", norm_topk_prob=True, moe_layer_freq=1, num_key_value_heads=4,
     ),
     {
@@ -298,6 +298,7 @@ _KIMI: Final = _model(
         }
     },
     min_side=28,
+    quantised_tolerance=0.5,  # mlx-lm quantises the projections of latent keys and values once more
 )  # fmt: skip
 
 PLAIN: Final[Mapping[str, VisionModel]] = {

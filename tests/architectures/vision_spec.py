@@ -42,6 +42,7 @@ class VisionModel:
         min_side: minimum side length of images, in pixels; smaller ones are refused.
         without: weights that real folders do not have.
         images: how many images of a prompt mlx-vlm reads at most, for comparisons.
+        quantised_tolerance: differences of log-probabilities between quantised models of mlx-lm and mlx-vlm.
         batching: how its rows may share passes.
         loud: part of the names of weights that are enlarged, so that tokens depend on the images.
     """
@@ -55,4 +56,5 @@ class VisionModel:
     without: tuple[str, ...] = ()
     loud: str | None = None
     images: int = 2
+    quantised_tolerance: float = 0.01
     batching: BatchingSupport = UNRESTRICTED
