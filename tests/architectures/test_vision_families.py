@@ -16,8 +16,11 @@ from tests.architectures.vision_models import VISION_MODELS, build
 from worker.models.load import load_model
 from worker.runner.vision.load import load_vision_model
 
-# Processors of models that also hear make filters for sound, which are not used here.
-pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
+pytestmark = [
+    # Processors of models that also hear make filters for sound, which are not used here.
+    pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values"),
+    pytest.mark.filterwarnings("ignore:Image.Image.getdata is deprecated:DeprecationWarning"),  # mlx-vlm uses it
+]
 
 FAST = ("qwen3_5", "qwen3_vl", "mistral3", "gemma4")
 
