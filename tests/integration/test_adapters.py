@@ -183,14 +183,23 @@ def test_a_row_continues_after_its_tokens_on_another_worker(runner: MLXRunner) -
     assert_same(outputs(runner, [rest])[2], (whole[0][5:], whole[1][5:]))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("qwen2_moe", None), ("qwen2_moe", 4)])
-def test_quantised_layers_and_experts(name: str, bits: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"bits": 4}),
+        ("llama", {"bits": 4, "tie_word_embeddings": True}),
+        ("qwen2_moe", {}),
+        ("qwen2_moe", {"bits": 4}),
+    ],
+)
+def test_quantised_layers_experts_and_output_embeddings(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Prompts of 40 tokens are long enough for mlx-lm to sort them by expert."""
     ids = [[(7 * k + 3 * n + 1) % 256 for k in range(40)] for n in range(3)]
-    adapted = [make(name, bits=bits) for _ in range(2)]
+    adapted = [make(name, **options) for _ in range(2)]
     for n, model in enumerate(adapted):
-        write_for(model, tmp_path / f"a{n}", seed=n, rank=2 + 3 * n)
-    base = make(name, bits=bits)
+        keys = EMBEDDINGS if "tie_word_embeddings" in options else None
+        write_for(model, tmp_path / f"a{n}", seed=n, rank=2 + 3 * n, keys=keys)
+    base, plain = make(name, **options), make(name, **options)
     found = finished(opening(base, {f"a{n}": tmp_path / f"a{n}" for n in range(2)}, 64, 2**28, 256))
     assert found.announced == {"a0": "", "a1": ""}
     placed = load_all(found, ("a0", "a1"))
@@ -198,12 +207,11 @@ def test_quantised_layers_and_experts(name: str, bits: int | None, tmp_path: Pat
     for width in (40, 1):
         rows = [each[:width] for each in ids]
         logits = forward.fill(base, KVCache.empty(base, 3), rows, slots=forward.slot_array(order))
-        plain = make(name, bits=bits)
         expected = [model(mx.array([row])) for model, row in zip((adapted[1], plain, adapted[0]), rows, strict=True)]
         assert logits is not None
         for row in range(3):
             assert mx.allclose(logits[row], expected[row][0], rtol=1e-3, atol=1e-3 * mx.std(expected[row]).item())
-    assert not mx.allclose(expected[0], expected[1], atol=0.1)
+    assert not mx.allclose(plain(mx.array([ids[0]])), adapted[1](mx.array([ids[0]])), atol=0.1)
 
 
 def slot_bytes(runner: MLXRunner) -> int:
