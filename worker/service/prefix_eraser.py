@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 INTERVAL_S: Final = 5.0
 UNUSED_S: Final = 600.0
 """A prefix of a key that has deleted jobs is erased only after it was not used for this long."""
+SLACK_S: Final = 60.0
+"""How far the clocks of Redis and of this machine may differ: all prefixes of a deleted job are still found."""
 REPEAT_S: Final = 60.0
 """Interval at which prefixes of keys with deleted jobs are erased until nothing can be left."""
 
@@ -70,7 +72,7 @@ class PrefixEraser(PeriodicThread):
         if time.monotonic() >= self._repeat_at:
             self._repeat_at = time.monotonic() + REPEAT_S
             unused_since = time.time() - UNUSED_S
-            now = {owner: min(cutoff, unused_since) for owner, cutoff in wanted.items() if cutoff != math.inf}
+            now = {owner: min(cutoff + SLACK_S, unused_since) for owner, cutoff in wanted.items() if cutoff != math.inf}
             new |= {owner: cutoff for owner, cutoff in now.items() if cutoff > self._done.get(owner, -1.0)}
         self._tell(cutoffs, new)
         if new:

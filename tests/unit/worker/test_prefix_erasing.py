@@ -23,7 +23,7 @@ from worker.runner.prefix.blocks import BLOCK, BlockChain, owner_of
 from worker.runner.prefix.cache import owner_with_adapter
 from worker.runner.prefix.files import SUFFIX
 from worker.service import prefix_eraser
-from worker.service.prefix_eraser import UNUSED_S, PrefixEraser
+from worker.service.prefix_eraser import SLACK_S, UNUSED_S, PrefixEraser
 
 TOKENS = counting(1, 2 * BLOCK)
 
@@ -168,7 +168,7 @@ def test_prefixes_of_deleted_jobs_are_erased_once_they_are_unused(setting: Setti
     setting.write("b", ended_at - 1)
     setting.eraser.do()
     assert owners_on_disk(setting.folder) == {"a", "b"}, "another job may still use it"
-    setting.now += UNUSED_S
+    setting.now += UNUSED_S + SLACK_S
     setting.eraser.do()
     assert owners_on_disk(setting.folder) == {"b"}
     told = len(setting.workers[0].told)
