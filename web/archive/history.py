@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from shared.jobs.usage import DAYS_KEPT, UsageRow, UsageStore
 from web.archive.database import Archive, ArchiveUnavailable
 from web.archive.queue import ArchiveQueue
 from web.archive.tables import ArchivedJob
-
-log = logging.getLogger(__name__)
 
 USAGE_DAYS = 3660
 """Maximum days for which usage can be read at once from the archive: ten years."""
