@@ -40,7 +40,8 @@ HEALTHY_WITHIN_S: Final = 300
 MANY_RESTARTS: Final = 5
 DONE_WITHIN_S: Final = 300
 DOWN_WITHIN_S: Final = 30
-UPGRADED_JOBS: Final = 4
+UPGRADED_JOBS: Final = 12
+UPGRADED_TOKENS: Final = 256
 REQUEST: Final = {
     "messages": [{"role": "user", "content": "Tell me a long story about a lighthouse."}],
     "max_tokens": 128,
@@ -70,11 +71,12 @@ class Checks:
     def run(self) -> None:
         """Run all steps in order."""
         if self.earlier:
+            self._build("the earlier version", self.earlier)
             self._start("the earlier version", self.earlier)
-            jobs = [self._client.submit(REQUEST) for _ in range(UPGRADED_JOBS)]
-            self._wait_running(jobs[0])
+        self._build("the stack")
+        jobs = self._submit_jobs_to_upgrade() if self.earlier else []
         self._start("the stack")
-        if self.earlier:
+        if jobs:
             with step(f"{UPGRADED_JOBS} jobs of the earlier version complete with the same text"):
                 if len(texts := {self._finish(job).text for job in jobs}) != 1:
                     raise CheckFailed(f"the texts differ: {texts}")
@@ -96,9 +98,17 @@ class Checks:
             self._check_permissions()
         self._observe()
 
-    def _start(self, what: str, root: Path = ROOT) -> None:
+    def _build(self, what: str, root: Path = ROOT) -> None:
         with step(f"{what}: the images are built"):
             self.containers.compose("build", root=root)
+
+    def _submit_jobs_to_upgrade(self) -> list[RemoteJob]:
+        """Submit jobs and return as soon as one of them runs."""
+        jobs = [self._client.submit({**REQUEST, "max_tokens": UPGRADED_TOKENS}) for _ in range(UPGRADED_JOBS)]
+        self._wait_running(jobs[0])
+        return jobs
+
+    def _start(self, what: str, root: Path = ROOT) -> None:
         with step(f"{what}: secrets are created, the model is fetched, and the containers are started"):
             self.containers.compose("up", "--detach", root=root)
         self._client = Client(self._url, self.containers.secret("MLXQ_API_KEY"))
