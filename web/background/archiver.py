@@ -74,10 +74,11 @@ class Archiver:
         if self._archive is None or time.monotonic() < self._retry_at:
             return
         try:
-            self._check_space(self._archive)
-            self._write_waiting(self._archive)
             self._erase_deleted(self._archive)
-            self._look_after(self._archive)
+            self._clean_if_due(self._archive)
+            self._check_space(self._archive)  # only now: what is deleted makes room
+            self._write_waiting(self._archive)
+            self._reconcile_if_due(self._archive)
         except ArchiveUnavailable as error:
             self._retry_at = time.monotonic() + _RETRY_S
             self._report(error.detail)
@@ -121,16 +122,17 @@ class Archiver:
             self._queue.erased(final)
             self._erased = set(deleted) - set(final)
 
-    def _look_after(self, archive: Archive) -> None:
-        now = time.monotonic()
-        if now >= self._clean_at:
+    def _clean_if_due(self, archive: Archive) -> None:
+        if time.monotonic() >= self._clean_at:
             self._queue.open()  # a failover of Redis may have lost it
             self._clean(archive)
-            self._clean_at = now + CLEAN_S
-        if now >= self._reconcile_at:
+            self._clean_at = time.monotonic() + CLEAN_S
+
+    def _reconcile_if_due(self, archive: Archive) -> None:
+        if time.monotonic() >= self._reconcile_at:
             self._reconcile(archive)
             self._copy_usage(archive)
-            self._reconcile_at = now + RECONCILE_S
+            self._reconcile_at = time.monotonic() + RECONCILE_S
 
     def _clean(self, archive: Archive) -> None:
         """Delete jobs that are older than the retention, and the oldest beyond the size limit."""

@@ -278,6 +278,12 @@ def test_a_full_disk_is_noticed_before_it_is_full(setting: Setting, monkeypatch:
     setting.archiver().round()
     assert "MiB left" in read_state(setting.client).problem
     assert not setting.archive.file.exists()
+    old, deleted = archived(1), archived(2, created_at=2e9)
+    setting.archive.write([old, deleted])
+    setting.queue.must_erase([deleted.record["id"]])
+    setting.archiver().round()
+    ids = [old.record["id"], deleted.record["id"]]
+    assert setting.archive.missing(ids) == ids, "erasing and deleting go on"
 
 
 def test_a_job_that_waits_for_long_is_reported(setting: Setting) -> None:
