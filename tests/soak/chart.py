@@ -21,6 +21,8 @@ _PANELS: Final = (
 )
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _LINES: Final = ("-", "--", ":")
+_MAX_POINTS: Final = 60
+"""Points of a line; of more, every n-th is drawn."""
 _WIDTH_IN, _HEIGHT_IN, _LEGEND_IN = 10.0, 2.4, 1.2
 
 
@@ -64,13 +66,15 @@ def _draw_processes(samples: Samples, name: str, label: str, axes: Axes) -> None
 
 
 def _points(taken: Sequence[ProcessSample], name: str) -> tuple[list[float], list[float]]:
-    return [each.at_s / 60 for each in taken], [float(getattr(each, name)) for each in taken]
+    drawn = taken[:: -(-len(taken) // _MAX_POINTS)]
+    return [each.at_s / 60 for each in drawn], [float(getattr(each, name)) for each in drawn]
 
 
 def _draw_redis(samples: Samples, axes: Axes) -> None:
-    minutes = [each.at_s / 60 for each in samples.redis]
-    axes.plot(minutes, [each.used_mb for each in samples.redis], color=_COLOURS[0], linewidth=1, label="all")
-    without = [each.used_mb - each.kept_mb for each in samples.redis]
+    drawn = samples.redis[:: -(-len(samples.redis) // _MAX_POINTS)]
+    minutes = [each.at_s / 60 for each in drawn]
+    axes.plot(minutes, [each.used_mb for each in drawn], color=_COLOURS[0], linewidth=1, label="all")
+    without = [each.used_mb - each.kept_mb for each in drawn]
     axes.plot(minutes, without, color=_COLOURS[1], linewidth=1, label="without webhook deliveries and batches")
     axes.set_ylabel("memory of Redis, MB")
     axes.set_xlabel("minutes")
