@@ -81,12 +81,21 @@ def step(runner: EmbeddingRunner) -> StepOutput:
     return runner.execute(StepPlan(PrefillWork(tuple(waiting)) if waiting else None))
 
 
-def test_the_row_with_the_fewest_tokens_chooses_first(runner: EmbeddingRunner) -> None:
+def test_rows_take_turns(runner: EmbeddingRunner) -> None:
     runner.insert([row(1, [16] * 20)])
-    step(runner)
-    runner.insert([row(2, [5])])
-    assert {result.uid for result in step(runner).results} == {2}, "it does not wait until the first row has ended"
-    assert len(step(runner).results) == 2
+    for _ in range(3):
+        step(runner)
+    runner.insert([row(2, [5, 5])])
+    assert [{result.uid for result in step(runner).results} for _ in range(3)] == [{1}, {2}, {1}]
+
+
+def test_new_rows_do_not_keep_an_older_one_waiting(runner: EmbeddingRunner) -> None:
+    runner.insert([row(1, [16] * 8)])
+    for number in range(12):
+        if len(runner.prefillable()) < 3:
+            runner.insert([row(10 + number, [30])])
+        runner.remove(step(runner).prefilled)
+    assert 1 not in runner.prefillable(), "every third pass was for the older row"
 
 
 def test_each_input_has_one_result(runner: EmbeddingRunner) -> None:

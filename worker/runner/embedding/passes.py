@@ -1,7 +1,7 @@
 """Chooses which inputs of which rows share the next pass. Knows no MLX.
 
-Inputs of about the same length share a pass, so little of it is padding. The row that had the fewest tokens so far
-chooses first: a row with one input does not wait until a row with a thousand inputs has ended.
+Inputs of about the same length share a pass, so little of it is padding. Rows take turns in choosing the length, so a
+row with one input does not wait until a row with a thousand inputs has ended.
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ class PendingRow:
 
     Attributes:
         pending: indices of the inputs that are not in a pass yet, shortest first.
-        served: tokens computed so far.
     """
 
     row: Row
     inputs: RowInputs
     pending: list[int]
-    served: int = 0
 
     @classmethod
     def of(cls, row: Row) -> PendingRow:
@@ -67,7 +65,6 @@ class PendingRow:
         begin = max(bisect_left(lengths, min_length, hi=end), end - count)
         taken = [Item(self.row.uid, index, self.inputs.inputs[index]) for index in self.pending[begin:end]]
         del self.pending[begin:end]
-        self.served += sum(lengths[begin:end])
         return taken
 
 

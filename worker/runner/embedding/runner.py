@@ -7,6 +7,7 @@ at once, so a later attempt computes only the remaining inputs.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Final, TypeAlias
@@ -36,8 +37,6 @@ from worker.runner.memory import memory_errors
 PASS_TOKENS_CPU, PASS_TOKENS_GPU = 512, 16_384
 """Tokens of a pass, padding included. A longer input has a pass of its own. More tokens make a pass longer, for which
 the inputs of other jobs wait, and on a CPU no token cheaper (docs/performance.md)."""
-
-
 _MIN_PASS_TOKENS: Final = 128
 _MEMORY_DIVISOR: Final = 8
 """A pass takes at most an eighth of the memory that is free when the model is loaded: other models may need some."""
@@ -76,7 +75,7 @@ class EmbeddingRunner:
         self.cost = UNKNOWN_COST
         self.about: dict[str, object] = {"device": str(mx.default_device()), "mlx": version("mlx")}
         self._model = model
-        self._rows: dict[int, PendingRow] = {}
+        self._rows: dict[int, PendingRow] = {}  # in the order of their turns
         self._done = 0
 
     def tokenize(self, _request: Request) -> None:
@@ -95,9 +94,10 @@ class EmbeddingRunner:
         return self._model.pass_bytes(1, length)
 
     def batch_bytes(self, lengths: Sequence[int]) -> int:
-        """Return the bytes of the largest pass, whose longest input is that of some row."""
+        """Return the bytes of the largest pass over rows whose longest inputs have these lengths."""
         longest = max(lengths, default=0)
-        return max(self._model.pass_bytes(max(1, self.chunk // longest), longest), 0) if longest else 0
+        # Rounded up, because shorter inputs may fill a pass better.
+        return self._model.pass_bytes(math.ceil(self.chunk / longest), longest) if longest else 0
 
     def encode_bytes(self, _media: Media | None) -> int:
         """Return 0: there are no images."""
@@ -123,9 +123,9 @@ class EmbeddingRunner:
         self._rows.clear()
 
     def prefillable(self) -> dict[int, RemainingPrompt]:
-        """Return what the rows may take of the next pass. The row with the fewest tokens so far is the first."""
-        waiting = sorted(self._rows.values(), key=lambda row: row.served)
-        return {row.row.uid: RemainingPrompt(min(row.remaining, self.chunk), 0) for row in waiting if row.pending}
+        """Return what the rows may take of the next pass, those first whose turn it is."""
+        waiting = (row for row in self._rows.values() if row.pending)
+        return {row.row.uid: RemainingPrompt(min(row.remaining, self.chunk), 0) for row in waiting}
 
     def next_image_s(self) -> None:
         """Return None: there are no images."""
@@ -138,6 +138,8 @@ class EmbeddingRunner:
         items = next_pass([*chosen, *others], self.chunk)
         if not items:
             return StepOutput()
+        chooser = items[0].uid
+        self._rows[chooser] = self._rows.pop(chooser)  # it chooses again after all others
         with memory_errors():
             computed = self._compute(items)
         return self._output(items, computed)
