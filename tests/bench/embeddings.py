@@ -117,7 +117,7 @@ def _request(client: Client, texts: Sequence[str], size: int) -> float:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=192)
+    parser.add_argument("--inputs", type=int, default=64)
     parser.add_argument("--served", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape", choices=[*_SHAPES], action="append", help="default: all")
