@@ -48,10 +48,12 @@ def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatc
     """Make the prefill of `MARK` run out of memory until this patch is undone."""
     fill = forward.fill
 
-    def failing(model: object, cache: KVCache, tokens: Sequence[Sequence[int]], *more: object) -> None:
+    def failing(
+        model: object, cache: KVCache, tokens: Sequence[Sequence[int]], *more: object, **options: object
+    ) -> None:
         if any(MARK in row for row in tokens):
             raise RuntimeError("[malloc] Unable to allocate 4294967296 bytes.")
-        fill(model, cache, tokens, *more)  # type: ignore[arg-type]
+        fill(model, cache, tokens, *more, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(forward, "fill", failing)
@@ -93,7 +95,7 @@ def test_rows_that_run_out_of_memory_in_the_prefill_are_dropped_and_others_conti
 
 
 def test_other_errors_are_not_reported_as_out_of_memory(runner: MLXRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "fill", lambda *_: 1 / 0)
+    monkeypatch.setattr(forward, "fill", lambda *_, **__: 1 / 0)
     runner.insert([numbered(1, 5)])
     with pytest.raises(ZeroDivisionError):
         step(runner)

@@ -21,7 +21,7 @@ from tests.support.waiting import eventually
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebStack]:
     """An API whose catalog has a text model, one with an image encoder that is not supported, and an invalid one."""
     models = tmp_path_factory.mktemp("models")
-    configs = {"one": {"model_type": "llama"}, "two": {"model_type": "idefics3", "vision_config": {"depth": 2}}}
+    configs = {"one": {"model_type": "llama"}, "two": {"model_type": "paligemma", "vision_config": {"depth": 2}}}
     for name, config in configs.items():
         folder = make_folder(models / name, "vision_tower.weight" if "vision_config" in config else "weight")
         (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
