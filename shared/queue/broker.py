@@ -65,7 +65,23 @@ def _redis_options(url: RedisUrl, timeout_s: float) -> dict[str, Any]:
     return options
 
 
-class RedisChannel(kombu_redis.Channel):
+class _ClosingChannel(kombu_redis.Channel):
+    """kombu's channel, which also closes its connections if Redis is away.
+
+    kombu first finishes reading and deletes the channel's queues. If that fails, it leaves the connections open.
+    """
+
+    def close(self) -> None:
+        """Close the channel."""
+        try:
+            super().close()
+        except self.connection_errors:  # type: ignore[attr-defined]  # the stubs lack it
+            self._in_poll = False
+            self._fanout_queues.clear()  # type: ignore[attr-defined]  # when the process connects again, it declares the same queues
+            super().close()
+
+
+class RedisChannel(_ClosingChannel):
     """kombu's channel, with credentials that no statistics show."""
 
     credentials: Credentials | None = None
@@ -76,7 +92,7 @@ class RedisChannel(kombu_redis.Channel):
         return _with_credentials(super()._connparams(asynchronous), self.credentials)  # type: ignore[misc]
 
 
-class SentinelChannel(kombu_redis.SentinelChannel):
+class SentinelChannel(_ClosingChannel, kombu_redis.SentinelChannel):
     """kombu's channel, with `Sentinels`: redis-py's class asks an unreachable sentinel eleven times."""
 
     credentials: Credentials | None = None
