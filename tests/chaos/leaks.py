@@ -28,6 +28,7 @@ UNFINISHED = (
     keys.ENDS,
     keys.DEMAND,
     keys.OLD_QUEUE,
+    keys.OLD_TOKENIZER,
     keys.UNFINISHED_BATCHES,
     keys.UNANSWERED,
     keys.UNARCHIVED,
@@ -35,7 +36,7 @@ UNFINISHED = (
     keys.WEBHOOK_OUTBOX,
     keys.WEBHOOKS_DUE,
 )
-"""Keys of unfinished jobs: none may be left."""
+"""Keys of unfinished jobs and of earlier versions: none may be left."""
 ENDED_JOBS = (
     keys.JOB,
     keys.REQUEST,
