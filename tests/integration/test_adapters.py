@@ -36,7 +36,7 @@ from worker.models import text_half
 from worker.runner import forward, release
 from worker.runner.adapters import slots
 from worker.runner.adapters.opening import opening
-from worker.runner.base import AdapterFailed, Row
+from worker.runner.base import AdapterFailed, OutOfMemory, Row
 from worker.runner.kv_cache import KVCache
 from worker.runner.model_runner import MLXRunner
 from worker.runner.speculation.pass_cost import UNKNOWN
@@ -278,6 +278,24 @@ def test_other_rows_decode_while_an_adapter_is_loaded(
         decoded += len(step(fresh).tokens)
     assert decoded >= len(fresh._adapters._tables), "a step for each table at least"
     fresh.remove([1, 2])
+
+
+def test_an_adapter_that_was_loaded_only_in_part_is_loaded_again(
+    base: Path, folders: dict[str, Path], runner: MLXRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = row_with("a5", 1, prompt(6, 15), TOKENS)
+    expected = outputs(runner, [row])[1]
+    fresh = runner_with(base, folders, adapter_bytes=2**28)
+
+    def no_memory(*_arguments: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 4096 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr([*fresh._adapters._tables.values()][-1], "write", no_memory)
+        with pytest.raises(OutOfMemory):
+            run(fresh, [row])
+    fresh.reset()
+    assert_same(outputs(fresh, [row])[1], expected)
 
 
 def test_rows_reuse_only_prefixes_of_their_own_adapter(base: Path, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ class AdapterSlots:
         try:
             self._load_piece(loading)
         except Exception as error:
+            self._loading = None  # the slot counts as empty, so the next load begins with the first piece
             if is_out_of_memory(error):
                 raise
             logger.error("adapter_not_loaded", extra={"adapter": loading.name, "reason": str(error)})
@@ -248,7 +249,6 @@ class AdapterSlots:
 
     def _fail(self, name: str, error: Exception) -> None:
         """Fail the rows that wait for an adapter."""
-        self._loading = None
         reason = str(error) if isinstance(error, ModelError) else "its weights cannot be read"
         failed = [row.uid for row in self._waiting.values() if row.request.adapter == name]
         for uid in failed:
