@@ -26,6 +26,18 @@ def wrong_kind(request: Request, model: str, kind: str) -> str | None:
     return f"{model} does not {what}: its kind is {kind!r}. GET /v1/models lists the models with their kinds."
 
 
+def unusable_option(request: Request, card: ModelCard) -> tuple[str, str] | None:
+    """Return a field of an embedding or rerank request that the model cannot honour, and why; None if there is none."""
+    if card.dimensions is not None and (request.dimensions or 0) > card.dimensions:
+        return "dimensions", f"dimensions can be at most {card.dimensions} for {card.id}."
+    if request.kind == EMBED and request.prompt_name is not None and request.prompt_name not in (card.prompts or {}):
+        known = ", ".join(sorted(card.prompts or {})) or "none"
+        return "prompt_name", f"{card.id} has no prompt {request.prompt_name!r}; it has: {known}."
+    if request.instruction is not None and card.pair_template is None:
+        return "instruction", f"{card.id} reads no instruction: only the query and a document. Leave out instruction."
+    return None
+
+
 def missing_capability(request: Request, card: ModelCard) -> tuple[str, str] | None:
     """Return a field of the request that the model cannot honour, and the reason; None if there is none.
 

@@ -13,7 +13,7 @@ from shared.errors import Gone, JobFailure, PromptRefused
 from shared.jobs.inputs import Input, unpack_inputs
 from shared.jobs.log import JobLog, Written
 from shared.jobs.request import GENERATE, Request
-from shared.models.capabilities import adapter_problem, missing_capability, wrong_kind
+from shared.models.capabilities import adapter_problem, missing_capability, unusable_option, wrong_kind
 from shared.models.registry import ModelCard
 from shared.queue.claims import ClaimedJob
 from shared.redis.client import passes
@@ -169,7 +169,10 @@ def _check_kind(request: Request, card: ModelCard) -> None:
 
 
 def _check_inputs(inputs: Sequence[Input], request: Request, card: ModelCard) -> None:
-    """Refuse inputs that the model cannot read. The API could not check them before it knew the model."""
+    """Refuse what the model cannot read or do. The API could not check it before it knew the model."""
+    if unusable := unusable_option(request, card):
+        field, reason = unusable
+        raise PromptRefused(JobFailure.TEMPLATE, reason, field)
     for index, each in enumerate(inputs):
         if len(each.tokens) > card.context:
             raise refusal(request, card, index, len(each.tokens))

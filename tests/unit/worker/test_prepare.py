@@ -223,3 +223,15 @@ def test_a_job_for_a_model_of_another_kind_fails(harness: Harness) -> None:
     ):
         code, message = harness.failure(claimed, runner)
         assert code == "template_error" and message.startswith("m does not ")
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [({"dimensions": 9}, "dimensions can be at most 8"), ({"prompt_name": "query"}, "m has no prompt 'query'")],
+)
+def test_options_of_inputs_that_the_model_lacks_are_refused(
+    harness: Harness, option: dict[str, Any], reason: str
+) -> None:
+    runner = StubRunner(card=ModelCard("m", EMBED, 100, dimensions=8))
+    code, message = harness.failure(harness.claimed(replace(inputs("word"), **option)), runner)
+    assert code == "template_error" and reason in message
