@@ -9,7 +9,7 @@ from shared.errors import Invalid, Unavailable
 from shared.jobs.inputs import MAX_NUMBERS
 from shared.jobs.request import EMBED, Request
 from shared.jobs.submission import USUAL_DIMENSIONS, inputs_bytes
-from shared.models.capabilities import wrong_kind
+from shared.models.capabilities import unusable_option, wrong_kind
 from shared.models.registry import ModelCard
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.snapshot import Cluster
@@ -18,6 +18,8 @@ from web.schemas.inputs import InputsRequest
 _PROTOCOL: Final = 2
 """Protocol of workers that know such jobs; see `WorkerInfo.protocol`."""
 _UPGRADE_S: Final = 30
+_MAX_REPEATED: Final = 16 * 2**20
+"""Maximum characters of query and instruction in all pairs with a document: each pair has a copy of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class InputRequests:
         self._check_workers(model)
         if card is not None:
             _check_options(request, card)
+        _check_pairs(request)
         _check_size(body, request, card)
         tokens = None if card is None else self._prompt_tokenizer.tokenize_inputs(card, request, body.inputs_field)
         return AdmittedInputs(request, tokens, inputs_bytes(request, card.dimensions if card else None))
@@ -82,6 +85,17 @@ def check_kind(request: Request, kind: str | None) -> None:
         raise Invalid(reason, code="not_supported", field="model")
 
 
+def _check_pairs(request: Request) -> None:
+    """Refuse a request whose pairs would take far more memory than its body."""
+    repeated = len(request.query or "") + len(request.instruction or "")
+    if repeated * len(request.inputs) > _MAX_REPEATED:
+        detail = (
+            f"query: query and instruction are read with each of {len(request.inputs)} documents, which are more than "
+            f"{_MAX_REPEATED:,} characters. Shorten them or send fewer documents."
+        )
+        raise Invalid(detail, field="query")
+
+
 def _check_size(body: InputsRequest, request: Request, card: ModelCard | None) -> None:
     """Refuse a request whose vectors together are too large for an answer."""
     count, size = len(request.inputs), request.dimensions or (card.dimensions if card else None) or USUAL_DIMENSIONS
@@ -93,12 +107,6 @@ def _check_size(body: InputsRequest, request: Request, card: ModelCard | None) -
 
 def _check_options(request: Request, card: ModelCard) -> None:
     """Refuse options that the model does not have."""
-    if card.dimensions is not None and (request.dimensions or 0) > card.dimensions:
-        detail = f"dimensions can be at most {card.dimensions} for {card.id}."
-        raise Invalid(detail, field="dimensions")
-    if request.kind == EMBED and request.prompt_name is not None and request.prompt_name not in (card.prompts or {}):
-        known = ", ".join(sorted(card.prompts or {})) or "none"
-        raise Invalid(f"{card.id} has no prompt {request.prompt_name!r}; it has: {known}.", field="prompt_name")
-    if request.instruction is not None and card.pair_template is None:
-        detail = f"{card.id} reads no instruction: only the query and a document. Leave out instruction."
-        raise Invalid(detail, code="not_supported", field="instruction")
+    if unusable := unusable_option(request, card):
+        field, reason = unusable
+        raise Invalid(reason, code="not_supported" if field == "instruction" else "invalid_request", field=field)
