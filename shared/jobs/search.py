@@ -26,7 +26,7 @@ _CHUNK: Final = 250
 _LARGEST_BLOCK: Final = 512
 _DELETED: Final = "deleted"
 _GONE: Final = ("", _DELETED)
-"""What `search.lua` returns for jobs that no longer exist, and for those that were deleted."""
+"""Replies of `search.lua` about jobs that no longer exist, and about deleted ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class JobFilter:
 
 
 class _Examined(NamedTuple):
-    """What a search knows of a job. Owner and metadata are empty if the job does not match."""
+    """The reply of `search.lua` about a job that exists. Owner and metadata are empty if it does not match."""
 
     created_at: float
     matches: bool
@@ -69,7 +69,7 @@ class _Examined(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse what `search.lua` returns for a job that exists."""
+        """Parse a reply."""
         created_at, owner, metadata = f"{text[1:]}  ".split(" ", 2)
         return cls(float(created_at), text.startswith("+"), owner, metadata)
 
@@ -112,7 +112,7 @@ class JobSearch:
             # Without conditions every entry is a job, unless it was deleted or its time is over.
             size = limit - len(found) if wanted.matches_all else _CHUNK
             chunk = list(islice(entries, size))
-            for (before, _, job_id), job in zip(chunk, self._examined_entries(chunk, wanted), strict=True):
+            for (before, _, job_id), job in zip(chunk, self._examined(chunk, wanted), strict=True):
                 if job is not None and job.matches and wanted.matches_metadata(job.metadata):
                     found.append((before, job_id))
                 if len(found) == limit:
@@ -138,11 +138,9 @@ class JobSearch:
                 return
             newest, block = f"({entries[-1][1]!r}", min(2 * block, _LARGEST_BLOCK)
 
-    def _examined_entries(
-        self, entries: Sequence[tuple[float, str, str]], wanted: JobFilter
-    ) -> Iterator[_Examined | None]:
+    def _examined(self, entries: Sequence[tuple[float, str, str]], wanted: JobFilter) -> Iterator[_Examined | None]:
         """Examine the job of each entry; None for jobs that are gone. Those that no longer exist leave the list."""
-        texts = self._texts([job_id for _, _, job_id in entries], wanted)
+        texts = self._replies([job_id for _, _, job_id in entries], wanted)
         for (_, owner, job_id), text in zip(entries, texts, strict=True):
             if not text:
                 self._client.zrem(keys.OWNER + owner, job_id)
@@ -157,7 +155,7 @@ class JobSearch:
         looked_at = 0
         for start in range(0, len(newest_first), _CHUNK):
             chunk = newest_first[start : start + _CHUNK]
-            for job_id, text in zip(chunk, self._texts(chunk, wanted), strict=True):
+            for job_id, text in zip(chunk, self._replies(chunk, wanted), strict=True):
                 job = _Examined.parse(text) if text not in _GONE else None
                 if job is None or (before is not None and job.created_at >= before):
                     continue
@@ -178,8 +176,8 @@ class JobSearch:
         newest = self._client.zrange(keys.FAILED, 0, MAX_CANDIDATES - 1, desc=True)
         return [entry.partition(" ")[0] for entry in newest]
 
-    def _texts(self, job_ids: Sequence[str], wanted: JobFilter) -> list[str]:
-        """Return what `search.lua` does for each job."""
+    def _replies(self, job_ids: Sequence[str], wanted: JobFilter) -> list[str]:
+        """Return the reply of `search.lua` about each job."""
         return self._examine(args=[*wanted.in_redis, *job_ids]) if job_ids else []
 
     def _jobs(self, found: Sequence[tuple[float, str]]) -> list[Job]:

@@ -50,7 +50,7 @@ class AdapterLayer:
     scale: float
 
     @property
-    def experts(self) -> bool:
+    def per_expert(self) -> bool:
         """Whether the layer has a pair of matrices for each expert."""
         return len(self.a_shape) == 3
 
@@ -105,7 +105,8 @@ def read_adapter(folder: Path, max_rank: int) -> Adapter:
 def _read(folder: Path, max_rank: int) -> Adapter:
     settings = read_object(folder / SETTINGS_FILE)
     is_peft = "peft_type" in settings
-    _check_peft(settings) if is_peft else _check_mlx(settings)
+    check = _check_peft if is_peft else _check_mlx
+    check(settings)
     weights = folder / (_PEFT_FILE if is_peft else _MLX_FILE)
     check_whole(weights)
     header = safetensors_header(weights)

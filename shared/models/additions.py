@@ -131,7 +131,8 @@ class CatalogUpdates:
         self._read_at = time.monotonic()
         additions = self._additions.read()
         if additions != self._known:
-            self._catalog.become(with_additions(load_catalog(self._settings), additions, self._settings.models_dir))
+            catalog = load_catalog(self._settings)
+            self._catalog.replace_with(with_additions(catalog, additions, self._settings.models_dir))
             self._known = additions
 
 

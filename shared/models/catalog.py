@@ -128,8 +128,8 @@ class Catalog:
             return self.models[name]
         return next((model for model in self.models.values() if name in model.aliases), None)
 
-    def become(self, other: Catalog) -> None:
-        """Take the content of another catalog. Iterations over the former models are not disturbed."""
+    def replace_with(self, other: Catalog) -> None:
+        """Take over the content of another catalog. Running iterations over `models` continue with the former ones."""
         self.models, self.default, self.faults = other.models, other.default, other.faults
 
     def resolve_adapter(self, name: str | None) -> tuple[CatalogModel | None, str | None]:
@@ -247,7 +247,7 @@ class _Reader:
         adapter = _resolve_path(entry.adapter) if entry.adapter else None
         draft = _resolve_path(entry.draft_model) if entry.draft_model else None
         exists = _is_model(path)
-        # What a folder's images are for is in its files; what a text model is for may not be.
+        # Files show whether images are supported, but not always what a decoder is for: the entry decides that.
         kind = model_kind(path) if exists and entry.kind in (None, "vision") else entry.kind or "text"
         key, problem = self._check_folders(entry, path, kind, adapter) if exists else _missing(entry, path)
         if problem:

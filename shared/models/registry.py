@@ -93,7 +93,7 @@ class ModelCard:
         pair_template: how a reranker's inputs are written, a name in `shared.tokenizing.inputs`; None if its tokenizer
             joins the two texts.
         prompts: texts that an embedding model's files declare, by name, to be put before inputs.
-        default_prompt: name of the one for requests that name none.
+        default_prompt: name of the prompt for requests that name none.
     """
 
     id: str

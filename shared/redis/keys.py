@@ -56,7 +56,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `LEADER` | string | token of the background process that leads | a few seconds |
 | `UNARCHIVED` | zset | `job bytes` of ended jobs that are not archived yet → time of their end | until archived |
 | `ERASED` | zset | deleted job → time; its row in the archive must be erased | a minute after it was erased |
-| `ARCHIVE` | hash | state of the archive (`web.archive.state`) | forever |
+| `ARCHIVE` | hash | `web.cluster.archive_state.ArchiveState` | forever |
 | `PURGES` | zset | key id → time at which erasing everything of a revoked key was requested | until done |
 | `PREFIX_CUTOFFS` | zset | key id → time; workers erase the key's prefixes not used since; `inf`: all | forever |
 | `BATCH` + batch | hash | a batch (`web.batches.store`); its lines are on disk | file retention after its end |

@@ -19,8 +19,8 @@ class Purges:
     def request(self, key_id: str) -> None:
         """Let the background process erase all data of an API key, and the workers its cached prefixes.
 
-        The entry for the workers stays: one that is not running now erases the prefixes when it starts. Prefixes that
-        keys share may come from this one, so those are erased that no key uses any more.
+        The entry for the workers stays, so that a worker that is not running now erases the prefixes when it starts.
+        Shared prefixes may come from this key, so workers also erase those that no key has used since.
         """
         now = time.time()
         with self._client.pipeline() as pipe:

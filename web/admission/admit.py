@@ -295,7 +295,7 @@ class Admission:
             raise Unavailable(detail, field="model", retry_after=5)
         return count
 
-    def _resolve(self, request: JobRequest | InputsRequest) -> ModelChoice:
+    def _resolve(self, request: AnyRequest) -> ModelChoice:
         adapter = request.adapter if isinstance(request, JobRequest) else None
         return choose_model(self._catalog, self._cluster.snapshot(), request.model, adapter)
 

@@ -1,4 +1,4 @@
-"""What Redis holds for the archive: ended jobs that wait for it, deleted jobs to erase."""
+"""What Redis holds for the archive: ended jobs that are not archived yet, and deleted jobs to erase from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ArchiveQueue:
         return [self._stored(record, request, texts.get(record["id"])) for record, request in found]
 
     def _texts(self, records: Sequence[dict[str, str]]) -> dict[str, str | None]:
-        """Return the texts of jobs. The results of inputs are not archived: they are large, and no text."""
+        """Return the texts of jobs. The results of inputs are large and are not archived."""
         job_ids = [record["id"] for record in records if record.get("kind", GENERATE) == GENERATE]
         if self._content == "none":
             return {}
@@ -110,11 +110,7 @@ class ArchiveQueue:
             pipe.execute()
 
     def _stored(self, record: dict[str, str], request: str | None, text: str | None) -> ArchivedJob:
-        return ArchivedJob.of(
-            record,
-            request if self._content == "all" else None,
-            text,
-        )
+        return ArchivedJob.of(record, request if self._content == "all" else None, text)
 
 
 def _belongs(record: dict[str, str]) -> bool:

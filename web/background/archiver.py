@@ -36,9 +36,9 @@ _PER_CHECK: Final = 500
 class Archiver:
     """The only writer of the archive.
 
-    A job is removed from the list of those that wait only after its row is on disk, and writing it again changes
-    nothing. So nothing is lost or doubled when this process dies at any point. Jobs that are in no list, because a
-    worker of an earlier version ended them or the list was full, are found in the lists of API keys.
+    A job leaves the list of waiting jobs only after its row is on disk, and writing it again changes nothing. So no job
+    is lost or stored twice, whenever this process dies. Jobs that are not in the list, because a worker of an earlier
+    version ended them or the list was full, are found in the lists of API keys.
 
     Args:
         archive: None if there is no archive.

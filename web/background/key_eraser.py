@@ -16,7 +16,7 @@ from web.services import Services
 log = logging.getLogger(__name__)
 
 SETTLED_S: Final = 120.0
-"""How long the data of a key is looked for again: requests that were under way may still submit jobs."""
+"""How long the erasure is repeated: requests that were under way may still submit jobs."""
 _PAUSE_S: Final = 5.0
 _CHUNK: Final = 500
 _ALL: Final = 1_000_000
@@ -76,10 +76,11 @@ class KeyEraser:
     def _erase_jobs(self, key_id: str) -> bool:
         """Delete jobs that have ended, and cancel the others; return whether none is left."""
         job_ids = self._services.archive_queue.ids(key_id, 0, _ALL)
-        return sum(self._is_active(job_id, key_id) for job_id in job_ids) == 0
+        active = [job_id for job_id in job_ids if not self._erase_job(job_id, key_id)]
+        return not active
 
-    def _is_active(self, job_id: str, key_id: str) -> bool:
-        """Delete a job, or cancel it if it has not ended; return whether it had not."""
+    def _erase_job(self, job_id: str, key_id: str) -> bool:
+        """Delete a job that has ended, or cancel it; return whether it had ended."""
         jobs = self._services.jobs
         try:
             with suppress(NotFound):  # a child is deleted with its parent
@@ -87,8 +88,8 @@ class KeyEraser:
         except Conflict:
             with suppress(Conflict, NotFound):
                 jobs.stop(job_id, key_id)
-            return True
-        return False
+            return False
+        return True
 
     def _erase_responses(self, key_id: str) -> None:
         responses, store = self._services.responses, self._services.response_store

@@ -22,8 +22,7 @@ PROVIDER: Final = "mlxq"
 """Value of OpenTelemetry's attribute `gen_ai.provider.name`."""
 _OPERATIONS: Final = {EMBED: "embeddings", RERANK: "rerank"}
 _GENERATE: Final = "generate_content"
-"""Values of `gen_ai.operation.name` by kind of model. Workers do not count conversations and text completions apart."""
-
+"""Values of `gen_ai.operation.name` by kind of model. Workers do not tell conversations from text completions."""
 _SEMANTIC_LABELS: Final = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 
 

@@ -12,16 +12,8 @@ from web.openai.requests import ChatRequest, CompletionRequest, GenerationReques
 from web.schemas.requests import JobRequest
 
 _SAME: Final = (
-    *(
-        "model",
-        "adapter",
-        "messages",
-        "max_tokens",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-    ),
+    *("model", "adapter", "messages", "max_tokens"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
     *("response_format", "tools", "tool_choice"),
     *("parallel_tool_calls", "reasoning_effort", "enable_thinking", "thinking_budget", "chat_template_kwargs"),
     "continue_final_message",

@@ -21,7 +21,6 @@ _BOX_KEYS: Final = ("bbox_2d", "bbox")
 _REASONING_END: Final = "</think>"
 _START: Final = re.compile(r'\[\s*+(?=\{\s*+"|\])|(?=\{\s*+")')
 _NEXT: Final = re.compile(r"[\s,]*+(?=\{)")
-
 _LIST_END: Final = re.compile(r"[\s,]*+\]")
 
 
@@ -48,7 +47,7 @@ def parse(text: str, scale: Scale) -> list[Region]:
     Raises:
         ParseError: the text has no JSON with regions, or one of them is malformed.
     """
-    answer = text[text.rfind(_REASONING_END) + 1 :]
+    answer = text.rpartition(_REASONING_END)[2]
     start = _START.search(answer)
     if start is None:
         raise ParseError(f"The text has no JSON with {', '.join((*_BOX_KEYS, *_POINT_KEYS))}.")

@@ -1,4 +1,4 @@
-"""Models, and the requests that load, unload, download and rename them."""
+"""Models, and the requests that load, unload and download them and set their aliases."""
 
 from __future__ import annotations
 

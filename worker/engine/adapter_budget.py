@@ -28,8 +28,8 @@ class AdapterBudget:
         adapter = sequence.request.adapter
         return adapter is not None and adapter not in in_use and len(in_use) >= self._slots
 
-    def having_slot(self, waiting: Iterable[Sequence]) -> list[Sequence]:
-        """Return the waiting rows that lack no slot."""
+    def with_slot(self, waiting: Iterable[Sequence]) -> list[Sequence]:
+        """Return the waiting rows that need no slot, or for which there is one."""
         in_use = self.in_use()
         return [each for each in waiting if not self.lacks_slot(each, in_use)]
 

@@ -1,10 +1,9 @@
 """Decides which rows are in the batch of one model and what the next step does. Knows neither Redis nor MLX.
 
 Rows are admitted in the order of their rank, resumed ones of a class first, while there are slots and memory. Later
-rows may overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. The same is
-true of the slots in which adapters are loaded. When memory
-runs short, the row that was admitted last is preempted, rows of the class `batch` before others. It continues later,
-with its generated tokens as part of its prompt.
+rows may overtake a row that does not fit for `OVERTAKE_LIMIT_S`; after that, memory is reserved for it. The same holds
+for the slots of adapters. When memory runs short, the row that was admitted last is preempted, rows of the class
+`batch` before others. It continues later, with its generated tokens as part of its prompt.
 
 Rows of the class `batch` do not delay others. They are admitted and prefilled last, leave some rows free, and are
 preempted when a row of another class lacks a slot or memory.
@@ -41,9 +40,9 @@ OVERTAKE_LIMIT_S: Final = 5.0
 MAX_SINGLE_FAILURES: Final = 3
 """Rows in succession that raise alone before the engine counts as broken."""
 LONG_STEP_S: Final = 0.05
-"""While rows of the class `batch` decode, the engine waits for a step of this length before it plans the next one. So a
-row of another class that arrives meanwhile is in the next step, not in the one after it. The device waits for the host
-for one or two milliseconds, which would be a larger part of a shorter step."""
+"""While rows of the class `batch` decode in steps of at least this length, the engine waits for a step before it plans
+the next one. So a row of another class that arrives meanwhile is in the next step, not in the one after it. The device
+waits one or two milliseconds for the host, which would be a larger part of a shorter step."""
 _CHECK_TOKENS: Final = GROWTH // 8
 """Tokens per row between two checks of the memory."""
 
@@ -194,12 +193,12 @@ class Scheduler:
         urgent = {uid: left for uid, left in remaining.items() if not self.running[uid].is_batch}
         rows = urgent or remaining
         plan = self._policy.plan(rows, image_s, decoding=decoding, exclusive=self._exclusive, batch=not urgent)
-        return replace(plan, ahead=not self._gives_way())
+        return replace(plan, ahead=self._runs_ahead())
 
-    def _gives_way(self) -> bool:
-        """Whether the engine does not run ahead of the device: with many rows of a batch, a step is long."""
-        is_long = self.prefill_budget.plain_s >= LONG_STEP_S
-        return is_long and any(each.is_batch for each in self.running.values())
+    def _runs_ahead(self) -> bool:
+        """Return whether the next step is queued before the tokens of this one are read; see `LONG_STEP_S`."""
+        is_short = self.prefill_budget.plain_s < LONG_STEP_S
+        return is_short or not any(each.is_batch for each in self.running.values())
 
     def update(self, output: StepOutput) -> list[RowError]:
         """Apply the output of a step; return the rows that failed in it."""
@@ -264,7 +263,7 @@ class Scheduler:
         rows = [*self.running.values(), *self.waiting]
         free_bytes = self.memory.free_bytes(rows, self._encoding())
         # Rows that only lack a slot for their adapter must not keep the worker from claiming others.
-        blocked = len(self._waiting) - len(self._adapters.having_slot(self._waiting))
+        blocked = len(self._waiting) - len(self._adapters.with_slot(self._waiting))
         free_rows = max(0, self._max_rows - len(rows) + min(blocked, self._max_rows // 2))
         return Capacity(free_rows, self.memory.tokens_in(free_bytes), self._reserved())
 
@@ -308,7 +307,7 @@ class Scheduler:
         preempted = []
         while (row := self._adapters.newest_to_preempt(waiting)) is not None:
             preempted.append(self._set_aside(row))
-        urgent = self._adapters.having_slot(waiting)
+        urgent = self._adapters.with_slot(waiting)
         while urgent and self._lack_room(urgent) and (newest := self._newest_of_batch_class()) is not None:
             preempted.append(self._set_aside(newest))
         self.yielded += len(preempted)

@@ -112,7 +112,7 @@ class MLXRunner:
         self.about = weights.about(loaded, vision) | {"batching": batching.to_dict()}
         self.weights_bytes = weights.weights_bytes(loaded) + (weights.bytes_of(vision.encoder.tower) if vision else 0)
         self.weights_bytes += weights.weights_bytes(draft) if draft else 0
-        self._adapters = adapters or AdapterSlots.none()
+        self._adapters = adapters or AdapterSlots.empty()
         self.adapter_slots = self._adapters.slots
         self.weights_bytes += self._adapters.nbytes
         self._model = loaded.model

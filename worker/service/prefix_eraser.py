@@ -1,8 +1,8 @@
 """Erases the cached prefixes of API keys that were purged or have deleted jobs, in memory and on disk.
 
-A prefix belongs to an API key, not to a job, because jobs share it. So when a job is deleted, the prefixes of its key
-are erased that were not used since the job ended, and not for a while, so that those in use stay. Redis has the time
-per key; infinity means that the key was purged. A process that was not running applies all of them when it starts.
+A prefix belongs to an API key, not to a job, because jobs share it. So when a job is deleted, those prefixes of its key
+that no job has used since are erased once they have been unused for `UNUSED_S`; those in use stay. Redis has a cutoff
+time per key; infinity means that the key was purged. A process that was not running applies all cutoffs when it starts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PrefixOwner(Protocol):
 
 
 class PrefixEraser(PeriodicThread):
-    """Looks in Redis for new times.
+    """Looks in Redis for new cutoffs.
 
     Args:
         folder: of all prefix files.
@@ -60,31 +60,31 @@ class PrefixEraser(PeriodicThread):
         self._client = client
         self._folder = folder
         self._workers = workers
-        self._done: dict[str, float] = {}  # per owner the time up to which its prefixes have been erased
-        self._told: set[str] = set()
+        self._done: dict[str, float] = {}  # by owner, the cutoff up to which its files have been erased
+        self._notified: set[str] = set()  # ids of the workers that know the purged keys
         self._repeat_at = 0.0
 
     def do(self) -> None:
         """Erase what must be erased by now."""
         wanted: dict[str, float] = dict(self._client.zrange(keys.PREFIX_CUTOFFS, 0, -1, withscores=True))
-        cutoffs = {owner: cutoff for owner, cutoff in wanted.items() if cutoff == math.inf}
-        new = {owner: cutoff for owner, cutoff in cutoffs.items() if self._done.get(owner) != cutoff}
+        purged = {owner: cutoff for owner, cutoff in wanted.items() if cutoff == math.inf}
+        new = {owner: cutoff for owner, cutoff in purged.items() if self._done.get(owner) != cutoff}
         if time.monotonic() >= self._repeat_at:
             self._repeat_at = time.monotonic() + REPEAT_S
             unused_since = time.time() - UNUSED_S
-            now = {owner: min(cutoff + SLACK_S, unused_since) for owner, cutoff in wanted.items() if cutoff != math.inf}
-            new |= {owner: cutoff for owner, cutoff in now.items() if cutoff > self._done.get(owner, -1.0)}
-        self._tell(cutoffs, new)
+            due = {owner: min(cutoff + SLACK_S, unused_since) for owner, cutoff in wanted.items() if cutoff != math.inf}
+            new |= {owner: cutoff for owner, cutoff in due.items() if cutoff > self._done.get(owner, -1.0)}
+        self._notify(purged, new)
         if new:
             self._erase_files(new)
 
-    def _tell(self, barred: Mapping[str, float], new: Mapping[str, float]) -> None:
-        """Pass new times to all model workers, and to those that were loaded since all that do not pass."""
+    def _notify(self, purged: Mapping[str, float], new: Mapping[str, float]) -> None:
+        """Pass new cutoffs to all model workers, and all purged keys to those that were loaded since the last round."""
         for worker in self._workers():
-            cutoffs = new if worker.id in self._told else {**barred, **new}
+            cutoffs = new if worker.id in self._notified else {**purged, **new}
             if cutoffs:
                 worker.erase_prefixes(cutoffs)
-            self._told.add(worker.id)
+            self._notified.add(worker.id)
 
     def _erase_files(self, cutoffs: Mapping[str, float]) -> None:
         try:

@@ -47,7 +47,7 @@ def test_both_formats_describe_the_same_layer(tmp_path: Path) -> None:
     assert own.layers == (AdapterLayer(LAYER, A, B, (64, 8), (8, 32), 20.0),)
     assert peft.layers == (AdapterLayer(LAYER, *PEFT, (64, 8), (8, 32), 2.0),)
     assert (own.transposed, peft.transposed) == (False, True)
-    assert (own.rank, own.layers[0].experts) == (8, False)
+    assert (own.rank, own.layers[0].per_expert) == (8, False)
 
 
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path: P
 
 def test_layers_with_experts_have_a_pair_of_matrices_for_each(tmp_path: Path) -> None:
     adapter = read_adapter(write(tmp_path / "a", SETTINGS, {A: (4, 8, 64), B: (4, 32, 8)}), 8)
-    assert (adapter.rank, adapter.layers[0].experts) == (8, True)
+    assert (adapter.rank, adapter.layers[0].per_expert) == (8, True)
 
 
 @pytest.mark.parametrize(

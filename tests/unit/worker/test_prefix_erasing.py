@@ -124,14 +124,14 @@ def test_files_of_earlier_versions_are_deleted(caches: CacheFactory) -> None:
 
 
 class Worker:
-    """Collects what a model worker is told."""
+    """Collects the cutoffs that a model worker gets."""
 
     def __init__(self, name: str) -> None:
         self.id = name
-        self.told: list[Mapping[str, float]] = []
+        self.cutoffs: list[Mapping[str, float]] = []
 
     def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
-        self.told.append(cutoffs)
+        self.cutoffs.append(cutoffs)
 
 
 class Setting:
@@ -171,14 +171,14 @@ def test_prefixes_of_deleted_jobs_are_erased_once_they_are_unused(setting: Setti
     setting.now += UNUSED_S + SLACK_S
     setting.eraser.do()
     assert owners_on_disk(setting.folder) == {"b"}
-    told = len(setting.workers[0].told)
+    before = len(setting.workers[0].cutoffs)
     setting.now += UNUSED_S
     setting.eraser.do()
-    assert len(setting.workers[0].told) == told, "nothing can be left"
+    assert len(setting.workers[0].cutoffs) == before, "nothing can be left"
     setting.client.zadd(keys.PREFIX_CUTOFFS, {"a": setting.now})
     setting.now += 1
     setting.eraser.do()
-    assert len(setting.workers[0].told) == told + 1
+    assert len(setting.workers[0].cutoffs) == before + 1
 
 
 def test_prefixes_of_purged_keys_are_erased_at_once_and_barred_in_new_models(setting: Setting) -> None:
@@ -189,7 +189,7 @@ def test_prefixes_of_purged_keys_are_erased_at_once_and_barred_in_new_models(set
     setting.workers.append(Worker("w2"))
     setting.eraser.do()
     setting.eraser.do()
-    assert [worker.told for worker in setting.workers] == [[{"a": math.inf}]] * 2
+    assert [worker.cutoffs for worker in setting.workers] == [[{"a": math.inf}]] * 2
 
 
 def test_a_process_that_was_not_running_erases_when_it_starts(setting: Setting) -> None:

@@ -112,7 +112,7 @@ def _base(module: Any) -> Any:
 
 
 def _shape(layer: AdapterLayer) -> TableShape:
-    if layer.experts:
+    if layer.per_expert:
         experts, rank, inputs = layer.a_shape
         return TableShape(inputs, layer.b_shape[1], rank, experts)
     return TableShape(layer.a_shape[0], layer.b_shape[1], layer.rank)

@@ -1,7 +1,7 @@
 """The adapters in memory, and the rows that use them or wait for them.
 
-An adapter is loaded when a row needs it, a few layers per step, so that other rows decode meanwhile. It takes the place
-of the least recently used adapter that no row uses. The scheduler admits no more different adapters than there are
+An adapter is loaded when a row needs it, a few layers per step, so that other rows decode meanwhile. It replaces the
+least recently used adapter that no row uses. The scheduler admits no more different adapters than there are
 slots, so each row gets one.
 """
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES: Final = 8 * 2**20
 """Bytes of tables that are written in one step."""
 _READ_BYTES: Final = 2**20
+_END: Final = object()
 
 
 @dataclass(slots=True)
@@ -81,8 +82,8 @@ class AdapterSlots:
         self._loads = self._evictions = 0
 
     @classmethod
-    def none(cls) -> Self:
-        """Return the slots of a model without adapters."""
+    def empty(cls) -> Self:
+        """Return the slots of a model without adapters: none."""
         return cls(ModelLayers({}, {}), {}, {}, {}, 0, 0)
 
     @property
@@ -198,7 +199,7 @@ class AdapterSlots:
         if loading.pieces is None:
             loading.read.result()
             loading.pieces = self._pieces(self._checked(loading.name), loading.slot)
-        if next(loading.pieces, self) is self:
+        if next(loading.pieces, _END) is _END:
             self._loaded[loading.name] = loading.slot
             self._loading = None
             self._loads += 1
@@ -241,7 +242,7 @@ class AdapterSlots:
             a, b = weights[layer.a], weights[layer.b]
             if fitted.adapter.transposed:
                 a, b = a.T, b.T
-            if layer.experts:
+            if layer.per_expert:
                 a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)
             else:
                 a, b = a[None], b[None]

@@ -14,7 +14,6 @@ from typing import Any, Final, TypeAlias
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from shared.jobs.request import Request
 from shared.models.registry import ModelCard
@@ -33,6 +32,7 @@ from worker.runner.cost import UNKNOWN_COST
 from worker.runner.embedding.model import EmbeddingModel
 from worker.runner.embedding.passes import Item, PendingRow, next_pass
 from worker.runner.memory import memory_errors
+from worker.runner.weights import bytes_of
 
 PASS_TOKENS_CPU, PASS_TOKENS_GPU = 512, 16_384
 """Tokens of a pass, padding included. A longer input has a pass of its own. More tokens make a pass longer, for which
@@ -67,7 +67,7 @@ class EmbeddingRunner:
         self.card = card
         self.eos: frozenset[int] = frozenset()
         self.message_format = PLAIN
-        self.weights_bytes = _bytes(model.module)
+        self.weights_bytes = bytes_of(model.module)
         self.cache_bytes = max_bytes
         self.chunk = _pass_tokens(model, max_bytes)
         self.depth = 1
@@ -205,8 +205,3 @@ def _pass_tokens(model: EmbeddingModel, max_bytes: int) -> int:
     while tokens > _MIN_PASS_TOKENS and _MEMORY_DIVISOR * model.pass_bytes(1, tokens) > max_bytes:
         tokens //= 2
     return tokens
-
-
-def _bytes(module: Any) -> int:
-    arrays: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    return sum(array.nbytes for array in arrays.values())

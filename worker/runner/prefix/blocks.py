@@ -2,9 +2,10 @@
 
 A block is the KV segment of `BLOCK` tokens. Its name is a hash of the owner and of all tokens up to its end. So every
 worker finds a block by its tokens, two workers write the same file for the same tokens, and a name reveals no prompt.
-The hash follows the owner's id, so that the files of an API key can be found and erased. A
-checkpoint of recurrent layers has a file of its own, named after the last block before it and the tokens since then. A
-file is a plain safetensors file with a checksum of its content in the metadata.
+The name begins with the owner's id, so that the files of an API key can be found and erased.
+
+A checkpoint of recurrent layers has a file of its own, named after the last block before it and the tokens since then.
+A file is a plain safetensors file with a checksum of its content in the metadata.
 
 The `safetensors` package (0.8.0) is not used. Its readers hold the interpreter lock while they copy from disk, so the
 engine thread would wait for the disk (64 MB from the page cache: 50 to 130 ms, with `numpy.fromfile` 1 to 11 ms), and

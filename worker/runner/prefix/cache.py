@@ -28,7 +28,7 @@ from typing import Any
 from worker.runner.kv_cache import KVCache
 from worker.runner.kv_segments import Checkpoint, Layout, Segment, joined
 from worker.runner.memory import is_out_of_memory
-from worker.runner.prefix.blocks import ADAPTER
+from worker.runner.prefix.blocks import ADAPTER, key_of
 from worker.runner.prefix.disk import Disk
 from worker.runner.prefix.spill import Fetch, Spill
 from worker.runner.prefix.tree import Node, PrefixTrees
@@ -64,7 +64,7 @@ class PrefixCache:
         self._trees = PrefixTrees(chained=self._spill is not None)
         # Nodes that the next `set_limit` writes to disk. Writing them at once would delay the first token of a row.
         self._unsaved: dict[Node, None] = {}
-        self._barred: set[str] = set()  # owners whose API key was purged
+        self._purged: set[str] = set()  # API keys for which nothing is stored any more
         self._lookups = self._hits = self._reused_tokens = 0
 
     @property
@@ -219,7 +219,7 @@ class PrefixCache:
 
         The time is in seconds since the epoch; infinity: from now on nothing of this owner is stored.
         """
-        self._barred |= {owner for owner, cutoff in cutoffs.items() if cutoff == math.inf}
+        self._purged |= {owner for owner, cutoff in cutoffs.items() if cutoff == math.inf}
         for owner, cutoff in cutoffs.items():
             self._trees.erase(owner, cutoff)
         self._unsaved = {node: None for node in self._unsaved if node.segment or node.checkpoint}
@@ -250,7 +250,7 @@ class PrefixCache:
             copy: returns the segment of all tokens but the first `n`, given `n`.
             checkpoint: returns the recurrent state after the last token; None: do not store it.
         """
-        if owner.partition(ADAPTER)[0] in self._barred:
+        if key_of(owner) in self._purged:
             return
         try:
             self._extend_tree(owner, tokens, copy, checkpoint)
