@@ -43,14 +43,7 @@ def opening(
         After each short step.
     """
     layers = ModelLayers.of(model)
-    fitted: dict[str, Fitted] = {}
-    problems: dict[str, str] = {}
-    for name, folder in folders.items():
-        try:
-            fitted[name] = layers.fit(name, folder, max_rank)
-        except ModelError as error:
-            problems[name] = str(error)
-        yield
+    fitted, problems = yield from _fitting(layers, folders, max_rank)
     dtype = _dtype(fitted)
     _drop_too_large(layers, fitted, problems, dtype, max_bytes)
     shapes = table_shapes(layers, fitted.values())
@@ -66,6 +59,21 @@ def opening(
     for name, problem in problems.items():
         logger.warning("adapter_unusable", extra={"adapter": name, "reason": problem})
     return AdapterSlots(layers, tables, fitted, problems, slots, max_rank)
+
+
+def _fitting(
+    layers: ModelLayers, folders: Mapping[str, Path], max_rank: int
+) -> Generator[None, None, tuple[dict[str, Fitted], dict[str, str]]]:
+    """Return the adapters that fit the model, and the problems of the others, by name."""
+    fitted: dict[str, Fitted] = {}
+    problems: dict[str, str] = {}
+    for name, folder in folders.items():
+        try:
+            fitted[name] = layers.fit(name, folder, max_rank)
+        except ModelError as error:
+            problems[name] = str(error)
+        yield
+    return fitted, problems
 
 
 def _dtype(fitted: Mapping[str, Fitted]) -> mx.Dtype:

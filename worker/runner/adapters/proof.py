@@ -45,11 +45,7 @@ def proving(
         for slot in {*used} - {0}:
             _fill(tables, slot, source)
             yield
-        singly = []
-        for row, slot in zip(ids, used, strict=True):
-            singly.append(_logits(model, [row], [slot]))
-            mx.eval(singly[-1])
-            yield
+        expected = yield from _one_by_one(model, ids, used)
         if alone:
             return ""
         together = _logits(model, ids, used)
@@ -57,8 +53,22 @@ def proving(
         if is_out_of_memory(error):
             raise
         return f"the model does not run with adapters ({first_line(error)})"
-    expected = mx.concatenate(singly)
-    difference = mx.abs(together - expected).mean(axis=-1).max() / (mx.std(expected) + 1e-9)
+    return _difference(together, expected)
+
+
+def _one_by_one(model: Any, ids: Sequence[Sequence[int]], slots: Sequence[int]) -> Generator[None, None, mx.array]:
+    """Return the logits of rows that each have a pass of their own."""
+    logits = []
+    for row, slot in zip(ids, slots, strict=True):
+        logits.append(_logits(model, [row], [slot]))
+        mx.eval(logits[-1])
+        yield
+    return mx.concatenate(logits)
+
+
+def _difference(logits: mx.array, expected: mx.array) -> str:
+    """Describe by how much logits deviate; empty if they count as equal."""
+    difference = mx.abs(logits - expected).mean(axis=-1).max() / (mx.std(expected) + 1e-9)
     deviation = cast("float", difference.item())
     if deviation <= (TOLERANCE if expected.dtype == mx.float32 else TOLERANCE_SHORT):
         return ""

@@ -23,7 +23,7 @@ from PIL import Image
 from shared.models.image_geometry import ImageGeometry
 from worker.models.load import first_line
 from worker.runner.vision.images import Grid, PlacedImage, decode_image
-from worker.runner.vision.language import ImageLanguageModel
+from worker.runner.vision.language import ImageLanguageModel, change_output
 
 PATCH_VALUES: Final = 3 * 14 * 14
 """Values of a pixel array that count as one patch. Every model has patches of about this size."""
@@ -92,12 +92,12 @@ class GenericEncoder:
         self.blocks = max(len(layers), 1)
         self._outputs: list[mx.array] | None = None  # of layers, while a graph is built
         for layer in layers:
-            _report_output(layer, self._keep_output)
+            change_output(layer, self._keep_output)
         self._lock = Lock()  # tokenizers fail if threads use them at once
         self._processor = processor
         self._placeholder = placeholder
         self._cost = (0.0, 1.0)  # seconds per image and per patch
-        self._more_bytes = 0  # peak bytes of an image beyond what its patches need, such as for interpolated positions
+        self._extra_bytes = 0  # peak bytes of an image beyond what its patches need, such as for interpolated positions
         self._layout = lru_cache(_LAYOUTS)(self._compute_layout)
 
     def layout(self, width: int, height: int) -> TokenLayout:
@@ -142,7 +142,7 @@ class GenericEncoder:
 
     def bytes(self, layout: Any) -> int:
         """See `Encoder.bytes`."""
-        return self._more_bytes + self._patch_bytes(layout)
+        return self._extra_bytes + self._patch_bytes(layout)
 
     def _patch_bytes(self, layout: Any) -> int:
         hidden, intermediate, heads = _sizes(self.tower.config.vision_config)
@@ -150,9 +150,11 @@ class GenericEncoder:
         scores = 2 * heads * -(-layout.patches // layout.tiles) if mx.default_device() == mx.cpu else 0
         return int(layout.patches * (6 * PATCH_VALUES + 4 * (hidden + intermediate) + scores) * 4)
 
-    def _keep_output(self, output: mx.array) -> None:
+    def _keep_output(self, output: Any) -> Any:
+        """Keep the output of a layer while a graph is built; return it unchanged."""
         if self._outputs is not None:
-            self._outputs.append(output)
+            self._outputs.append(output[0] if isinstance(output, tuple | list) else output)
+        return output
 
     def _graph(self, pixels: Inputs, layout: TokenLayout) -> tuple[deque[mx.array], mx.array]:
         """Build the graph of an image. Returns the outputs of the layers and the features, unevaluated."""
@@ -184,7 +186,7 @@ class GenericEncoder:
         start = time.perf_counter()
         mx.eval([*self.stages(inputs, layout)])
         seconds = time.perf_counter() - start
-        self._more_bytes = max(self._more_bytes, mx.get_peak_memory() - before - self._patch_bytes(layout))
+        self._extra_bytes = max(self._extra_bytes, mx.get_peak_memory() - before - self._patch_bytes(layout))
         return seconds
 
     def _compute_layout(self, width: int, height: int) -> TokenLayout:
@@ -235,18 +237,6 @@ def _longest_stack(model: Any) -> list[Any]:
             stacks.setdefault((parent, type(module)), []).append((int(name), module))
     longest = max(stacks.values(), key=len, default=[])
     return [module for _, module in sorted(longest, key=itemgetter(0))]
-
-
-def _report_output(layer: Any, report: Callable[[mx.array], None]) -> None:
-    """Report each output of a layer. Its class is replaced by a subclass, so the names of its weights stay."""
-    plain = type(layer)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = plain.__call__(self, *args, **kwargs)
-        report(output[0] if isinstance(output, tuple | list) else output)
-        return output
-
-    layer.__class__ = type(plain.__qualname__, (plain,), {"__call__": call, "__module__": plain.__module__})
 
 
 class TextEmbeddings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, cast
 
 import mlx.core as mx
@@ -186,15 +187,15 @@ class _Embedding:
             yield arguments
             return
         module = self.module
-        self._parent[self._name] = _Given(module, arguments[_INPUT_EMBEDDINGS])
+        self._parent[self._name] = _GivenEmbeddings(module, arguments[_INPUT_EMBEDDINGS])
         try:
             yield {name: value for name, value in arguments.items() if name != _INPUT_EMBEDDINGS}
         finally:
             self._parent[self._name] = module
 
 
-class _Given:
-    """Takes the place of an embedding, and returns what it was given. Output layers may share the weights."""
+class _GivenEmbeddings:
+    """Takes the place of an embedding, and returns given embeddings. Output layers may share its weights."""
 
     def __init__(self, module: Any, embeddings: mx.array) -> None:
         self._embeddings = embeddings
@@ -205,15 +206,23 @@ class _Given:
 
 
 def add_image_features(layers: Sequence[Any], inputs: PassInputs) -> None:
-    """Let layers add what an image has for them to their outputs (DeepStack).
-
-    A layer's class is replaced by a subclass, so the names of its weights stay as they are.
-    """
+    """Let layers add what an image has for them to their outputs (DeepStack)."""
     for number, layer in enumerate(layers):
-        plain = type(layer)
+        change_output(layer, partial(_plus_features, inputs, number))
 
-        def call(self: Any, *args: Any, _plain: Any = plain, _number: int = number, **kwargs: Any) -> Any:
-            output = _plain.__call__(self, *args, **kwargs)
-            return output + inputs.added[_number] if inputs.added else output
 
-        layer.__class__ = type(plain.__qualname__, (plain,), {"__call__": call, "__module__": plain.__module__})
+def _plus_features(inputs: PassInputs, number: int, output: Any) -> Any:
+    return output + inputs.added[number] if inputs.added else output
+
+
+def change_output(layer: Any, change: Callable[[Any], Any]) -> None:
+    """Replace each output of a layer with `change(output)`.
+
+    The layer's class is replaced by a subclass, so the names of its weights stay as they are.
+    """
+    plain = type(layer)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return change(plain.__call__(self, *args, **kwargs))
+
+    layer.__class__ = type(plain.__qualname__, (plain,), {"__call__": call, "__module__": plain.__module__})

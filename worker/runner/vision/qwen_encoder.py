@@ -204,21 +204,25 @@ class DeepstackEncoder(QwenEncoder):
     def _embedded(self, pixels: Floats, grid: Grid) -> mx.array:
         indices, weights = self._cached_positions(grid)
         corners = self.tower.pos_embed(indices)
-        embedded: mx.array = super()._embedded(pixels, grid) + (corners * weights.astype(corners.dtype)[..., None]).sum(
-            0
-        )
+        positions = (corners * weights.astype(corners.dtype)[..., None]).sum(axis=0)
+        embedded: mx.array = super()._embedded(pixels, grid) + positions
         return embedded
 
     def _positions(self, grid: Grid) -> tuple[mx.array, mx.array]:
         """Return the four learned positions around each patch and their weights, each [4, patches]."""
         side = self.tower.num_grid_per_side
         rows, columns = _places(grid)
-        down, below = _between(rows, grid.rows, side)
-        right, beyond = _between(columns, grid.columns, side)
-        next_down, next_right = np.minimum(down + 1, side - 1), np.minimum(right + 1, side - 1)
-        indices = [down * side + right, down * side + next_right, next_down * side + right]
-        weights = [(1 - below) * (1 - beyond), (1 - below) * beyond, below * (1 - beyond), below * beyond]
-        return mx.array(np.stack([*indices, next_down * side + next_right])), mx.array(np.stack(weights))
+        top, vertical = _between(rows, grid.rows, side)
+        left, horizontal = _between(columns, grid.columns, side)
+        bottom, right = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)
+        corners = [
+            (top, left, (1 - vertical) * (1 - horizontal)),
+            (top, right, (1 - vertical) * horizontal),
+            (bottom, left, vertical * (1 - horizontal)),
+            (bottom, right, vertical * horizontal),
+        ]
+        indices = np.stack([row * side + column for row, column, _ in corners])
+        return mx.array(indices), mx.array(np.stack([weight for _, _, weight in corners]))
 
 
 def _places(grid: Grid) -> tuple[Any, Any]:
