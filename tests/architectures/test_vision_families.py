@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,19 +28,14 @@ FAST = ("qwen3_5", "qwen3_vl", "mistral3", "gemma4")
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
-    return {}
-
-
-def _subject(name: str, subjects: dict[str, Subject], folder: Path) -> Subject:
-    if name not in subjects:
-        subjects[name] = Subject(name, folder)
-    return subjects[name]
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    """Return the model of a family; it is built once."""
+    return cache(lambda name: Subject(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_vision_family_batched(name: str, subjects: dict[str, Subject], tmp_path: Path) -> None:
-    CHECKS["batched"](_subject(name, subjects, tmp_path))
+def test_vision_family_batched(name: str, subject_of: Callable[[str], Subject]) -> None:
+    CHECKS["batched"](subject_of(name))
 
 
 def test_an_adapter_applies_to_the_language_model_of_a_vision_model(tmp_path: Path) -> None:
@@ -52,5 +49,5 @@ def test_an_adapter_applies_to_the_language_model_of_a_vision_model(tmp_path: Pa
 @pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", VISION_MODELS)
-def test_any_vision_family(name: str, check: str, subjects: dict[str, Subject], tmp_path: Path) -> None:
-    CHECKS[check](_subject(name, subjects, tmp_path))
+def test_any_vision_family(name: str, check: str, subject_of: Callable[[str], Subject]) -> None:
+    CHECKS[check](subject_of(name))

@@ -97,11 +97,13 @@ class Subject:
         """Compare an answer with mlx-vlm's, up to a choice between tokens that are equally probable."""
         if len(request.image_parts) > 1 and self.spec.images == 1:
             return
-        for (token, logprobs), said, ours in zip(self._expected(request), answer.tokens, answer.logprobs, strict=True):
+        for (token, logprobs), chosen, ours in zip(
+            self._expected(request), answer.tokens, answer.logprobs, strict=True
+        ):
             for each, logprob in ours.items():
                 assert logprobs[each].item() == pytest.approx(logprob, abs=tolerance)
-            assert (logprobs[token] <= logprobs[said] + tolerance).item()
-            if said != token:
+            assert (logprobs[token] <= logprobs[chosen] + tolerance).item()
+            if chosen != token:
                 break
 
     def _expected(self, request: Request) -> Iterator[tuple[int, mx.array]]:
@@ -260,9 +262,9 @@ def check_quantised(subject: Subject) -> None:
         requests = [asking([found.image(300, 200, 1), "What?"]), asking("Only words.")]
         with found.runner() as runner:
             rows = [found.row(runner, uid, each) for uid, each in enumerate(requests)]
-            said, _ = answers(runner, rows)
+            answered, _ = answers(runner, rows)
         for uid, each in enumerate(requests):
-            found.compare(each, said[uid], found.spec.quantised_tolerance)
+            found.compare(each, answered[uid], found.spec.quantised_tolerance)
 
 
 CHECKS: Final[Mapping[str, Callable[[Subject], None]]] = {

@@ -22,7 +22,7 @@ from tests.support.architecture_configs import VOCABULARY
 from tests.support.tokenizers import byte_tokenizer
 
 _TOKENS: Final = ("<|im_start|>", "<|im_end|>", "<pad>")
-_LOUDNESS: Final = 16.0
+_AMPLIFICATION: Final = 16.0
 _TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -52,7 +52,7 @@ def build(name: str, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "chat_template.jinja").write_text(_TEMPLATE.replace("IMAGE", spec.image))
     weights = {
-        path: array * _LOUDNESS if spec.loud is not None and spec.loud in path else array
+        path: array * _AMPLIFICATION if spec.amplified is not None and spec.amplified in path else array
         for path, array in tree_flatten(_model(config).parameters())
         if path not in spec.without
     }
@@ -68,12 +68,12 @@ def _model(config: Json) -> Any:
     settings = update_module_configs(settings, library, values, ["text", "vision", "perceiver", "projector", "audio"])
     mx.random.seed(1)
     model = library.Model(settings)
-    model.update(tree_map_with_path(_lively, model.parameters()))
+    model.update(tree_map_with_path(_with_variance, model.parameters()))
     return model
 
 
-def _lively(path: str, array: mx.array) -> mx.array:
-    """Return weights with which tokens depend on the images: small ones would hide mistakes."""
+def _with_variance(path: str, array: mx.array) -> mx.array:
+    """Return larger weights, with which tokens depend on the images: those of a new model would hide mistakes."""
     if not mx.issubdtype(array.dtype, mx.floating):
         return array
     if array.ndim == 2 and "language" in path:

@@ -152,7 +152,7 @@ def _gemma4(**text: Any) -> VisionModel:
 
     tokens = (*_GEMMA4_TOKENS.values(), "<|video|>")
     special = {"extra_special_tokens": _GEMMA4_TOKENS}
-    return VisionModel(config, "<|image|>", tokens, _GEMMA4_FILES, special, loud="embed_vision")
+    return VisionModel(config, "<|image|>", tokens, _GEMMA4_FILES, special, amplified="embed_vision")
 
 
 GEMMA: Final[Mapping[str, VisionModel]] = {

@@ -157,7 +157,7 @@ _GRANITE: Final = VisionModel(
     },
     without=("language_model.lm_head.weight",),
     images=1,
-    loud="out_linear",
+    amplified="out_linear",
 )
 
 OTHER: Final[Mapping[str, Any]] = {"nemotron_h_nano_omni": _NEMOTRON, "granite4_vision": _GRANITE}

@@ -152,7 +152,7 @@ _LFM2: Final = _model(
         },
         "processor_config": {"processor_class": "Lfm2VlProcessor", "use_image_special_tokens": True},
     },
-    loud="multi_modal_projector.linear_2",
+    amplified="multi_modal_projector.linear_2",
 )  # fmt: skip
 
 _INTERNVL_CHAT: Final = _model(

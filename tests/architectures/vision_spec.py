@@ -44,7 +44,7 @@ class VisionModel:
         images: how many images of a prompt mlx-vlm reads at most, for comparisons.
         quantised_tolerance: differences of log-probabilities between quantised models of mlx-lm and mlx-vlm.
         batching: how its rows may share passes.
-        loud: part of the names of weights that are enlarged, so that tokens depend on the images.
+        amplified: part of the names of weights that are multiplied, so that tokens depend on the images.
     """
 
     config: Callable[[Mapping[str, int], int], Json]
@@ -54,7 +54,7 @@ class VisionModel:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     min_side: int = 1
     without: tuple[str, ...] = ()
-    loud: str | None = None
+    amplified: str | None = None
     images: int = 2
     quantised_tolerance: float = 0.01
     batching: BatchingSupport = UNRESTRICTED

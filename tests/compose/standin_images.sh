@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds one image that replaces the public Python, Redis and Prometheus images, on a Debian machine that can reach Debian's packages
-# and the package index, but no image registry. Needs root, docker and debootstrap; takes a minute. Debian's Redis is too
-# old for the list of users, so the server is the Valkey of a package that scripts/serve uses too.
+# Builds one image that replaces the public Python, Redis and Prometheus images, on a Debian machine that can reach
+# Debian's packages and the Python package index, but no image registry. Needs root, docker and debootstrap; takes a
+# minute. Debian's Redis is too old for deploy/redis/users.acl, so the server is the Valkey that scripts/serve installs.
 # usage: eval "$(tests/compose/standin_images.sh)" && scripts/test-compose
 #   CA_BUNDLE  file with CA certificates for downloads inside the image (default: Debian's)
 #   PIP_CONF   pip configuration file for the image

@@ -1,7 +1,9 @@
-"""Adapters of every architecture: rows with different adapters get what mlx-lm gives each alone."""
+"""Adapters of every architecture, and of a vision model: rows with different adapters get what each gets alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ pytest.importorskip("mlx_lm")
 
 import mlx.core as mx
 
-from tests.support.adapters import finished, load_all, write_for
+from shared.models.catalog import CatalogModel
+from tests.support import vision_runner
+from tests.support.adapters import finished, load_all, loading, write_for
 from tests.support.architecture_configs import VOCABULARY
 from tests.support.architectures import make, measured, names
+from worker.models import text_half
 from worker.runner import forward
 from worker.runner.adapters.opening import opening
 from worker.runner.batching.support import Together
@@ -55,3 +60,30 @@ def test_rows_with_different_adapters_share_passes(name: str, tmp_path: Path) ->
         for index, row in enumerate(rows):
             deviation = mx.abs(logits[index] - expected[row]).mean() / mx.std(expected[row])
             assert deviation.item() < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("own_data_dir")
+def test_rows_with_images_have_adapters_of_the_language_model(tiny_vision_path: Path, tmp_path: Path) -> None:
+    text, *_ = text_half.load(tiny_vision_path, {}, adapter=None, lazy=False)
+    write_for(text, tmp_path / "a", seed=1)
+    files = vision_runner.ImageFiles()
+    image = files.part(112, 84, seed=3)
+
+    def answers(model: CatalogModel, names: Sequence[str | None]) -> list[list[int]]:
+        """The tokens of a row with an image and of one without, for each adapter."""
+        runner = finished(loading(model))
+        rows = []
+        for name in names:
+            for images in ([image], []):
+                request = replace(vision_runner.ask("What is this?", *images), max_tokens=8, adapter=name)
+                prompt_tokens = vision_runner.prompt_of(runner, request, files)
+                rows.append(vision_runner.row(prompt_tokens, request, len(rows) + 1))
+        tokens, _ = vision_runner.run(runner, rows)
+        return [tokens[row.uid] for row in rows]
+
+    plain = CatalogModel("v", tiny_vision_path, "vision")
+    together = answers(replace(plain, adapters={"a": tmp_path / "a"}), (None, "a"))
+    expected = answers(plain, (None,)) + answers(replace(plain, adapter=tmp_path / "a"), (None,))
+    assert together == expected
+    assert together[:2] != together[2:]

@@ -19,7 +19,6 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from shared.models.catalog import CatalogModel
-from tests.support import vision_runner
 from tests.support.adapters import (
     finished,
     load_all,
@@ -32,7 +31,6 @@ from tests.support.adapters import (
 )
 from tests.support.architectures import make
 from tests.support.runner import run, step
-from worker.models import text_half
 from worker.runner import forward, release
 from worker.runner.adapters import slots
 from worker.runner.adapters.opening import opening
@@ -84,6 +82,13 @@ def adapted(base: Path, adapter: Path | None) -> Any:
     if adapter is not None:
         load_adapters(model, str(adapter))
         model.eval()
+    return model
+
+
+def fused(model: Any) -> Any:
+    """Merge the adapter of a model into its weights; return the model."""
+    layers = [(path, each.fuse()) for path, each in model.named_modules() if hasattr(each, "fuse")]
+    model.update_modules(tree_unflatten(layers))
     return model
 
 
@@ -146,9 +151,7 @@ def test_rows_with_eight_adapters_get_what_each_gets_alone_and_from_mlx_lm(
 
 
 def test_a_fused_model_answers_the_same(base: Path, folders: dict[str, Path], runner: MLXRunner) -> None:
-    model = adapted(base, folders["a3"])
-    fused = [(path, each.fuse()) for path, each in model.named_modules() if hasattr(each, "fuse")]
-    model.update_modules(tree_unflatten(fused))
+    model = fused(adapted(base, folders["a3"]))
     row = row_with("a3", 1, prompt(3, 30), TOKENS)
     assert_model_gives(model, row, outputs(runner, [row])[1])
 
@@ -387,38 +390,10 @@ def test_files_that_changed_since_the_model_was_loaded_are_checked_again(
 def test_an_adapter_of_the_request_is_added_to_that_of_the_catalog_entry(base: Path, folders: dict[str, Path]) -> None:
     runner = finished(loading(CatalogModel("m", base, "text", adapter=folders["a1"], adapters={"a2": folders["a2"]})))
     assert runner.card.adapters == {"a2": ""}
-    model = adapted(base, folders["a1"])
-    fused = [(path, each.fuse()) for path, each in model.named_modules() if hasattr(each, "fuse")]
-    model.update_modules(tree_unflatten(fused))
+    model = fused(adapted(base, folders["a1"]))
     rows = [row_with(name, n, prompt(3, 30), TOKENS) for n, name in enumerate((None, "a2"), 1)]
     found = outputs(runner, rows)
     assert_model_gives(model, rows[0], found[1])
     load_adapters(model, str(folders["a2"]))
     model.eval()
     assert_model_gives(model, rows[1], found[2])
-
-
-@pytest.mark.long
-def test_rows_with_images_have_adapters_of_the_language_model(tiny_vision_path: Path, tmp_path: Path) -> None:
-    text, *_ = text_half.load(tiny_vision_path, {}, adapter=None, lazy=False)
-    write_for(text, tmp_path / "a", seed=1)
-    files = vision_runner.ImageFiles()
-    image = files.part(112, 84, seed=3)
-
-    def answers(model: CatalogModel, names: Sequence[str | None]) -> list[list[int]]:
-        """The tokens of a row with an image and of one without, for each adapter."""
-        runner = finished(loading(model))
-        rows = []
-        for name in names:
-            for images in ([image], []):
-                request = replace(vision_runner.ask("What is this?", *images), max_tokens=8, adapter=name)
-                prompt_tokens = vision_runner.prompt_of(runner, request, files)
-                rows.append(vision_runner.row(prompt_tokens, request, len(rows) + 1))
-        tokens, _ = vision_runner.run(runner, rows)
-        return [tokens[row.uid] for row in rows]
-
-    plain = CatalogModel("v", tiny_vision_path, "vision")
-    together = answers(replace(plain, adapters={"a": tmp_path / "a"}), (None, "a"))
-    expected = answers(plain, (None,)) + answers(replace(plain, adapter=tmp_path / "a"), (None,))
-    assert together == expected
-    assert together[:2] != together[2:]

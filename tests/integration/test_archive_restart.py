@@ -16,7 +16,7 @@ JOBS = 300
 
 
 @pytest.mark.long
-def test_no_job_is_lost_or_doubled_when_leaders_are_killed(fake_stack: Stack) -> None:
+def test_no_job_is_lost_or_archived_twice_when_leaders_are_killed(fake_stack: Stack) -> None:
     stack = fake_stack
     stack.start_worker()
     with stack.client() as client, ThreadPoolExecutor(16) as pool:

@@ -38,7 +38,7 @@ def prometheus(folder: Path, stack: Stack) -> Iterator[httpx2.Client]:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"] = [{"targets": [stack.url.removeprefix("http://")]}]
-    config["scrape_configs"][0]["authorization"]["credentials_file"] = "mlxq.key"  # beside the file
+    config["scrape_configs"][0]["authorization"]["credentials_file"] = "mlxq.key"  # in the folder of prometheus.yml
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (folder / "mlxq.key").write_text(stack.key)
     shutil.copy(FOLDER / "alerts.yml", folder)

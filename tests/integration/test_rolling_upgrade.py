@@ -180,7 +180,7 @@ def machine(home: Path, number: int, redis_url: str) -> Machine:
 
 
 class Streams:
-    """Clients that each submit a job, read its stream to its end, and check it, until they are told to stop.
+    """Clients that each submit a job, read its stream to its end, and check it, until they are stopped.
 
     Attributes:
         ended: number of jobs that ended with the right text.

@@ -113,7 +113,7 @@ def test_a_job_that_ends_in_the_queue_has_a_complete_trace(stack: Stack, collect
     assert queue.attributes["mlxq.job.status"] == "cancelled" and not queue.failed
 
 
-def test_each_line_of_a_batch_has_a_trace_that_is_linked_to_the_request_for_the_batch(
+def test_each_line_of_a_batch_has_a_trace_that_is_linked_to_the_request_that_created_it(
     stack: Stack, collector: Collector, tmp_path: Path
 ) -> None:
     background = stack.start_background()

@@ -181,7 +181,7 @@ def test_prefixes_of_deleted_jobs_are_erased_once_they_are_unused(setting: Setti
     assert len(setting.workers[0].cutoffs) == before + 1
 
 
-def test_prefixes_of_purged_keys_are_erased_at_once_and_barred_in_new_models(setting: Setting) -> None:
+def test_prefixes_of_purged_keys_are_erased_at_once_and_not_stored_by_new_models(setting: Setting) -> None:
     setting.client.zadd(keys.PREFIX_CUTOFFS, {"a": math.inf})
     setting.write("a", setting.now + 5)
     setting.eraser.do()
