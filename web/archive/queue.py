@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
-from shared.jobs.record import OLD_REQUEST
+from shared.jobs.record import OLD_REQUEST, Job
 from shared.jobs.request import GENERATE
 from shared.redis import keys
 from shared.redis.client import Redis, script
 from web.archive.tables import ArchivedJob
+
+log = logging.getLogger(__name__)
 
 _NO_HOOK = "-"
 """The webhook of jobs that are lines of batches, which are not archived."""
@@ -47,11 +50,18 @@ class ArchiveQueue:
         with self._client.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
                 pipe.hgetall(keys.JOB + job_id)
+            records = [record for record in pipe.execute() if _belongs(record)] if job_ids else []
+        requests, texts = self._requests(records), self._texts(records)
+        return [ArchivedJob.of(record, requests.get(record["id"]), texts.get(record["id"])) for record in records]
+
+    def _requests(self, records: Sequence[dict[str, str]]) -> dict[str, str | None]:
+        """Return the requests of jobs, without those that Redis no longer has."""
+        job_ids = [record["id"] for record in records if self._content == "all"]
+        with self._client.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
                 pipe.hget(keys.REQUEST + job_id, "request")
-            replies = pipe.execute() if job_ids else []
-        found = [each for each in zip(replies[::2], replies[1::2], strict=True) if _belongs(each[0])]
-        texts = self._texts([record for record, _ in found])
-        return [self._stored(record, request, texts.get(record["id"])) for record, request in found]
+            requests = pipe.execute() if job_ids else []
+        return dict(zip(job_ids, requests, strict=True))
 
     def _texts(self, records: Sequence[dict[str, str]]) -> dict[str, str | None]:
         """Return the texts of jobs. The results of inputs are large and are not archived."""
@@ -109,10 +119,17 @@ class ArchiveQueue:
                 pipe.hset(keys.ARCHIVE, "bytes", size)
             pipe.execute()
 
-    def _stored(self, record: dict[str, str], request: str | None, text: str | None) -> ArchivedJob:
-        return ArchivedJob.of(record, request if self._content == "all" else None, text)
-
 
 def _belongs(record: dict[str, str]) -> bool:
     ended = bool(record.get("finished_at")) and OLD_REQUEST not in record
-    return ended and "deleted" not in record and record.get("webhook") != _NO_HOOK
+    return ended and "deleted" not in record and record.get("webhook") != _NO_HOOK and _is_valid(record)
+
+
+def _is_valid(record: dict[str, str]) -> bool:
+    """Whether a record can be read. A damaged one must not keep other jobs from the archive."""
+    try:
+        Job.from_record(record)
+    except (LookupError, TypeError, ValueError) as error:
+        log.error("job_not_archived", extra={"job_id": record.get("id"), "reason": repr(error)})
+        return False
+    return True

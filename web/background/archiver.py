@@ -148,7 +148,7 @@ class Archiver:
         """Archive ended jobs that are in Redis, but neither in the archive nor in the list of those that wait."""
         for owner in [*self._key_ids()]:
             start = 0
-            while job_ids := self._queue.ids(owner, start, _PER_CHECK):
+            while self._leads() and (job_ids := self._queue.ids(owner, start, _PER_CHECK)):
                 start += len(job_ids)
                 missing = archive.missing(job_ids)
                 while missing:

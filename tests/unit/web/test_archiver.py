@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from redis.client import Pipeline
 
 from shared.errors import Gone, NotFound
 from shared.jobs.images import ImageStore
@@ -284,6 +285,38 @@ def test_a_full_disk_is_noticed_before_it_is_full(setting: Setting, monkeypatch:
     setting.archiver().round()
     ids = [old.record["id"], deleted.record["id"]]
     assert setting.archive.missing(ids) == ids, "erasing and deleting go on"
+
+
+def test_a_full_disk_keeps_no_deleted_and_no_old_job(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting.archiver().round()
+    deleted, old = setting.ended(), archived(1)
+    setting.archiver().round()
+    setting.archive.write([old])
+    setting.jobs.forget(deleted.id, "a", erase=True)
+    monkeypatch.setattr(module, "FREE_BYTES", 2**62)
+    setting.archiver().round()
+    assert setting.archive.missing([deleted.id, old.record["id"]]) == [deleted.id, old.record["id"]]
+    assert "MiB left" in read_state(setting.client).problem
+
+
+def test_requests_of_jobs_that_are_not_archived_are_not_read(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can be large, and there can be many: lines of batches and jobs that wait."""
+    ended, unfinished = setting.ended(), submit(setting.jobs)
+    read, hget = list[str](), Pipeline.hget
+    monkeypatch.setattr(Pipeline, "hget", lambda pipe, key, name: read.append(key) or hget(pipe, key, name))
+    assert [each.record["id"] for each in setting.queue.read([ended.id, unfinished.id])] == [ended.id]
+    assert read == [keys.REQUEST + ended.id]
+    assert ArchiveQueue(setting.client, "output").read([ended.id])[0].text == ""
+    assert len(read) == 1, "the archive stores no requests"
+
+
+def test_a_record_that_cannot_be_read_does_not_keep_others_from_the_archive(setting: Setting) -> None:
+    setting.archiver().round()
+    damaged, sound = setting.ended(), setting.ended()
+    setting.client.hset(keys.JOB + damaged.id, "class", "none")
+    setting.archiver().round()
+    assert setting.archive.missing([damaged.id, sound.id]) == [damaged.id]
+    assert not setting.client.zcard(keys.UNARCHIVED)
 
 
 def test_a_job_that_waits_for_long_is_reported(setting: Setting) -> None:
