@@ -58,7 +58,9 @@ def test_rows_with_different_adapters_share_passes(name: str, tmp_path: Path) ->
         logits = forward.fill(base, cache, [IDS[row] for row in rows], slots=of_rows)
         assert logits is not None
         for index, row in enumerate(rows):
-            deviation = mx.abs(logits[index] - expected[row]).mean() / mx.std(expected[row])
+            finite = mx.isfinite(expected[row])  # phi3small never chooses certain tokens
+            found, right = (mx.where(finite, each, 0) for each in (logits[index], expected[row]))
+            deviation = mx.abs(found - right).mean() / mx.std(right)
             assert deviation.item() < 1e-3
 
 
