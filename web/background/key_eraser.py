@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -26,10 +27,14 @@ class KeyEraser:
     """Carries out the requests of `web.access.purges`. It can be interrupted at any point: the next round repeats it.
 
     The usage of the key is kept: it consists of numbers only.
+
+    Args:
+        leads: returns whether this process still leads. If not, a round ends early.
     """
 
-    def __init__(self, current: Services) -> None:
+    def __init__(self, current: Services, leads: Callable[[], bool] = lambda: True) -> None:
         self._services = current
+        self._leads = leads
         self._next_at = 0.0
         self._purges = current.purges
 
@@ -44,7 +49,7 @@ class KeyEraser:
             except (ArchiveUnavailable, OSError) as error:
                 log.warning("purge_incomplete", extra={"key_id": key_id, "reason": str(error)})
                 continue
-            if is_empty and time.time() - requested_at > SETTLED_S:
+            if is_empty and self._leads() and time.time() - requested_at > SETTLED_S:
                 self._purges.done(key_id)
                 log.info("purge_done", extra={"key_id": key_id})
 
@@ -64,6 +69,8 @@ class KeyEraser:
         batches, root = self._services.batches, self._services.settings.files_path / "batches"
         is_empty = True
         for batch in batches.read(batches.ids(key_id)):
+            if not self._leads():
+                return False
             if batch.status.terminal:
                 BatchFolder(root, batch.id).remove()
                 batches.remove(batch.id, key_id)
@@ -75,9 +82,12 @@ class KeyEraser:
 
     def _erase_jobs(self, key_id: str) -> bool:
         """Delete jobs that have ended, and cancel the others; return whether none is left."""
-        job_ids = self._services.archive_queue.ids(key_id, 0, _ALL)
-        active = [job_id for job_id in job_ids if not self._erase_job(job_id, key_id)]
-        return not active
+        is_empty = True
+        for job_id in self._services.archive_queue.ids(key_id, 0, _ALL):
+            if not self._leads():
+                return False
+            is_empty &= self._erase_job(job_id, key_id)
+        return is_empty
 
     def _erase_job(self, job_id: str, key_id: str) -> bool:
         """Delete a job that has ended, or cancel it; return whether it had ended."""
@@ -109,5 +119,5 @@ class KeyEraser:
 
     def _erase_archive(self, key_id: str) -> None:
         archive = self._services.archive
-        while archive is not None and archive.erase_some(_CHUNK, owner=key_id):
+        while archive is not None and self._leads() and archive.erase_some(_CHUNK, owner=key_id):
             pass

@@ -64,7 +64,7 @@ class Background:
             gevent.spawn(self._work, batches.round),
             gevent.spawn(self._work, self._response_keeper().round),
             gevent.spawn(self._work, self._archiver().round),
-            gevent.spawn(self._work, KeyEraser(self._services).round),
+            gevent.spawn(self._work, KeyEraser(self._services, self._leads).round),
             gevent.spawn(self._sender().work, self._stopping),
             gevent.spawn(self._sample),
         ]
