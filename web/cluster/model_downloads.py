@@ -5,11 +5,12 @@ A worker downloads, because it has the folder of the models. It reports progress
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from shared.errors import Conflict, NotFound
+from shared.errors import Conflict, Invalid, NotFound
 from shared.models.additions import CatalogAdditions, CatalogUpdates
-from shared.models.catalog import Catalog, CatalogModel
+from shared.models.catalog import MODEL_NAME, Catalog, CatalogModel
 from shared.models.operations import Operation, Operations
 from shared.queue.wakeups import CANCEL_DOWNLOAD, DOWNLOAD
 from web.cluster.model_availability import model_not_found
@@ -44,7 +45,7 @@ class ModelDownloads:
 
         Raises:
             Conflict: another model has this name, or is being downloaded under it.
-            Invalid: there is no such worker.
+            Invalid: there is no such worker, or no model can have this name.
             Unavailable: there is no worker at all, or the broker is unavailable.
         """
         model = name or hub.rpartition("/")[2]
@@ -119,7 +120,10 @@ class ModelDownloads:
         self._updates.refresh()
 
     def _check_name(self, model: str, hub: str) -> None:
-        """Refuse the name of another model."""
+        """Refuse a name that a folder and Redis keys must not have, and that of another model."""
+        if re.fullmatch(MODEL_NAME, model) is None:
+            detail = f"{hub} has a name that no model can have. Set another name: letters, digits and . _ -"
+            raise Invalid(detail, field="name")
         owner, added = self._catalog.resolve(model), self._updates.known.models.get(model)
         if owner is None or (added is not None and added.hub == hub):
             return

@@ -174,7 +174,7 @@ class Downloads(threading.Thread):
             self._current = command.operation
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "scripts.model_files.fetch", "--progress=json", *revision),
+                    *(sys.executable, "-P", "-m", "scripts.model_files.fetch", "--hub", "--progress=json", *revision),
                     *(f"--name={command.model}", f"--models-dir={self._models_dir}", "--", command.hub),
                 ],
                 cwd=ROOT,

@@ -147,6 +147,14 @@ def test_a_reset_connection_is_opened_again(here: ModelHub, tmp_path: Path) -> N
     assert is_intact(tmp_path / "models/model")
 
 
+def test_a_local_folder_does_not_hide_a_hub_id(here: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "models") == 1, "the folder holds no model"
+    assert run(tmp_path / "models", "--hub") == 0
+    assert is_intact(tmp_path / "models/model")
+
+
 def test_the_next_process_continues_after_a_kill(source: ModelHub, tmp_path: Path) -> None:
     size, half = (source.folder / WEIGHTS).stat().st_size, 3 * 2**20
     source.stalls[WEIGHTS] = half

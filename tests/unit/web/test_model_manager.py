@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
+from shared.errors import Invalid
+from shared.models.additions import CatalogAdditions, CatalogUpdates
 from shared.models.catalog import Catalog, CatalogModel
 from shared.models.operations import Operations
 from shared.models.registry import HostInfo, Registry
 from shared.queue.wakeups import LOAD
 from shared.redis import keys
 from shared.redis.client import Redis
+from shared.settings import Settings
+from web.cluster.model_downloads import ModelDownloads
 from web.cluster.model_manager import ModelManager
 
 
@@ -47,3 +51,16 @@ def test_a_model_is_loaded_once_if_jobs_wait_for_it_and_no_worker_has_it(
     for _ in range(3):
         model_manager.load_for_waiting_jobs()
     assert celery.commands == ([(LOAD, "one")] if waiting and on_demand and not loaded else [])
+
+
+@pytest.mark.parametrize("hub", ["org/..", "org/.", "org/.git", "org/-x", f"org/{'x' * 129}"])
+def test_a_download_never_leaves_the_folder_of_models(client: Redis, settings: Settings, hub: str) -> None:
+    catalog, additions = Catalog({}, "one"), CatalogAdditions(client)
+    updates = CatalogUpdates(settings, catalog, additions)
+    operations, registry, celery = Operations(client), Registry(client), FakeCelery()
+    registry.announce_host(HostInfo("here", "machine", 1, 0.0, 0.0, (), 100, 0), 60)
+    manager = ModelManager(celery, operations, registry, catalog, on_demand=False)  # type: ignore[arg-type]
+    downloads = ModelDownloads(operations, additions, catalog, updates, manager)
+    with pytest.raises(Invalid, match="Set another name") as caught:
+        downloads.start(hub, None, None, None)
+    assert caught.value.field == "name" and not celery.commands

@@ -94,7 +94,7 @@ def test_a_downloaded_model_is_added_to_the_catalog(
     assert CatalogAdditions(client).read().models == {"model": AddedModel("model", "org/model", "v1")}
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert arguments[-2:] == ["--", "org/model"], "a name that begins with - is no option"
-    assert {"--revision=v1", "--name=model", f"--models-dir={tmp_path / 'models'}"} <= set(arguments)
+    assert {"--hub", "--revision=v1", "--name=model", f"--models-dir={tmp_path / 'models'}"} <= set(arguments)
     eventually(lambda: downloads.operations == (), "the operation is no longer listed")
 
 
