@@ -31,6 +31,18 @@ class Coordinates(StrEnum):
         return cls.THOUSANDTHS if model_type in _IN_THOUSANDTHS else cls.PIXELS
 
 
+def check_aspect_ratio(width: int, height: int) -> None:
+    """Refuse an image that no model can use. Resizing its shorter side to a model's size could take any memory.
+
+    Raises:
+        ValueError: the image has no pixels, or its aspect ratio is too high.
+    """
+    if min(width, height) < 1 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"one side of an image of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times the other"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
     """A model's rules for the size of images.
@@ -51,10 +63,7 @@ class ImageGeometry:
         Raises:
             ValueError: the image has no pixels, or its aspect ratio is too high.
         """
-        if min(width, height) < 1 or max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-            raise ValueError(
-                f"one side of an image of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times the other"
-            )
+        check_aspect_ratio(width, height)
         pixels = self._nearest(width) * self._nearest(height)
         if pixels > self.max_pixels:
             shrink = math.sqrt(width * height / self.max_pixels)

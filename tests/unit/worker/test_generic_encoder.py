@@ -139,6 +139,15 @@ def test_a_size_that_a_processor_does_not_support_is_refused(
         encoder.layout(*size)
 
 
+def test_a_strip_of_pixels_is_refused_before_a_processor_enlarges_it(
+    encoder: GenericEncoder, processor: Processor
+) -> None:
+    with pytest.raises(ValueError, match="over 200 times the other"):
+        encoder.layout(2010, 10)
+    assert processor.sizes == []
+    assert encoder.layout(2000, 10).tokens == 201
+
+
 def test_an_image_of_another_size_than_in_the_request_is_refused(encoder: GenericEncoder, tmp_path: Any) -> None:
     Image.new("RGB", (40, 10)).save(tmp_path / "image.png")
     data = (tmp_path / "image.png").read_bytes()

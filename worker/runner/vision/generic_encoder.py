@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from shared.models.image_geometry import ImageGeometry
+from shared.models.image_geometry import ImageGeometry, check_aspect_ratio
 from worker.models.load import first_line
 from worker.runner.vision.images import Grid, PlacedImage, decode_image
 from worker.runner.vision.language import ImageLanguageModel, change_output
@@ -190,6 +190,7 @@ class GenericEncoder:
         return seconds
 
     def _compute_layout(self, width: int, height: int) -> TokenLayout:
+        check_aspect_ratio(width, height)
         try:
             layout, _ = self._processed(Image.new("RGB", (width, height)))
         except Exception as error:  # processors raise any exception for sizes that they do not expect
