@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Final
 
 from shared.jobs.record import Parsing
@@ -32,11 +33,23 @@ def parse(text: str, parsing: Parsing, card: ModelCard | None) -> tuple[list[Any
     """
     _, parser = _PARSERS[parsing.format]
     try:
-        return parser(text, _scale(parsing, card)), None
+        found = parser(text, _scale(parsing, card))
+        _check_unicode(found)
+        return found, None
     except ParseError as error:
         return [], str(error)
     except RecursionError:
         return [], "The JSON is nested too deeply."
+
+
+def _check_unicode(found: list[Any]) -> None:
+    """Refuse half of a surrogate pair, which an escape in JSON can be. No answer can contain it."""
+    try:
+        for each in found:
+            for field in fields(each):
+                str(getattr(each, field.name)).encode()
+    except UnicodeEncodeError as error:
+        raise ParseError("The JSON has half of a surrogate pair, which is no character.") from error
 
 
 def _scale(parsing: Parsing, card: ModelCard | None) -> Scale:

@@ -47,6 +47,22 @@ def test_any_text_gives_either_results_or_a_reason_of_one_line(
     assert all(each.raw in text for each in parsed)
 
 
+TAGGED = '<function=computer_use><parameter=action>key</parameter><parameter=keys>["{}"]</parameter></function>'
+
+
+@pytest.mark.parametrize(
+    ("format_", "text"),
+    [
+        ("grounding", r'[{"bbox_2d": [1, 2, 3, 4], "label": "\ud800"}]'),
+        ("computer_use", r'{"name": "computer_use", "arguments": {"action": "type", "text": "a\udfff"}}'),
+        ("computer_use", TAGGED.format(r"\ud83d")),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_result(format_: str, text: str) -> None:
+    parsed, reason = parse(text, Parsing(format_, SIZE), None)
+    assert (parsed, reason) == ([], "The JSON has half of a surrogate pair, which is no character.")
+
+
 REPEATED = [
     "'", "' ", "')", "')x", "', )x", "\\", "\\'", "', a=", ",", "a=b,", "a='', ", " ", "\n", "\n ", ";", "(",
     "a", "a(", "1", "1 ", "<point>", "<|box_start|>", "Action:", "Action: ", "Action:\n", "\nAction:",
