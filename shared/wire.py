@@ -14,6 +14,11 @@ to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).enc
 """Encode a value as one line of JSON without spaces. `json.dumps` would create an encoder for each call."""
 
 
+def valid_unicode(text: str) -> str:
+    """Replace halves of surrogate pairs, which UTF-8 cannot have, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def pairs_to_dict(flat: Sequence[str]) -> dict[str, str]:
     """Convert a script's reply of alternating names and values to a dictionary."""
     return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from shared.jobs.record import Job
+from shared.wire import valid_unicode
 from web.anthropic.schemas import AnthropicMessage, MessageUsage, OutputDetails, StopReason
 from web.anthropic.translate import ThinkingShown
 
@@ -161,5 +162,6 @@ def blocks_of(events: Iterable[Event]) -> list[dict[str, Any]]:
     for block, fields in zip(blocks, parts, strict=True):
         block |= {name: "".join(texts) for name, texts in fields.items()}
         if block["type"] == "tool_use":
-            block["input"] = json.loads(block["input"])
+            arguments = json.loads(block["input"])
+            block["input"] = json.loads(valid_unicode(json.dumps(arguments, ensure_ascii=False)))
     return blocks

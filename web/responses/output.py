@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shared.jobs.record import Job
+from shared.wire import valid_unicode
 from web.responses.conversation import INPUT, encrypted
 from web.results.logprobs import openai_logprobs
 from web.results.messages import MessageReader, delta_of
@@ -176,4 +177,4 @@ class Output:
 def _custom_input(arguments: str) -> str:
     """Return the input of a custom tool from the arguments of the function that stands for it."""
     value = json.loads(arguments).get(INPUT)
-    return value if isinstance(value, str) else arguments
+    return valid_unicode(value) if isinstance(value, str) else arguments

@@ -178,7 +178,8 @@ class ToolCalls:
             raise ValueError(name)
         if self.form.name == "glm47" and name not in self._names and "<arg_key>" not in section:
             raise ValueError(name)  # this parser takes the first word of any text for a function
-        return name, _arguments_json(arguments or {}), str(call.get("id") or "")
+        model_id = str(call.get("id") or "")
+        return name, _arguments_json(arguments or {}), model_id if _NAME.fullmatch(model_id) else ""
 
     def _call(self, name: str, arguments: str, model_id: str) -> dict[str, Any]:
         index, self._count = self._count, self._count + 1

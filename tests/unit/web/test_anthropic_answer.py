@@ -56,6 +56,7 @@ def tool_block(name: str, value: Any, index: int = 0) -> dict[str, Any]:
         ([said("\n"), call("f", "{}")], [tool_block("f", {})]),
         ([said("a"), call("f", '{"x": [1]}'), call("g", "{}", 1)],
          [text_block("a"), tool_block("f", {"x": [1]}), tool_block("g", {}, 1)]),
+        ([call("f", '{"x": "\\ud800\\ud83d\\ude00"}')], [tool_block("f", {"x": "\ufffd\U0001f600"})]),
         ([said("a"), call("f", "{}"), said("b")], [text_block("a"), tool_block("f", {}), text_block("b")]),
     ],
 )  # fmt: skip

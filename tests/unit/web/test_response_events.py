@@ -109,7 +109,8 @@ def test_an_empty_answer_is_an_empty_message() -> None:
 
 
 def test_a_custom_call_without_a_text_keeps_its_arguments() -> None:
-    for arguments, given in (('{"input": "é"}', "é"), ('{"a": 1}', '{"a": 1}'), ('{"input": 5}', '{"input": 5}')):
+    texts = {'{"input": "é"}': "é", r'{"input": "\ud800"}': "\ufffd"}
+    for arguments, given in (*texts.items(), ('{"a": 1}', '{"a": 1}'), ('{"input": 5}', '{"input": 5}')):
         call = {**CALL, "function": {"name": "patch", "arguments": arguments}}
         made = events(log({"tool_calls": [call]}), shown=Shown(custom_tools=frozenset({"patch"})))
         assert made[-1]["response"]["output"][0]["input"] == given

@@ -209,6 +209,9 @@ def test_ids_have_the_form_that_the_models_template_requires() -> None:
     samples = {sample.name: sample.calls for sample in SAMPLES}
     assert ids(samples["kimi_k2"], "kimi_k2") == ["functions.get_weather:0", "functions.list_files:1"]
     assert all(len(each) == 9 and each.isalnum() for each in ids(samples["mistral"], "mistral"))
+    declared = tool_format_named("kimi_k2")
+    (made,) = ids(f'{declared.start}{{"name": "f", "arguments": {{}}, "id": "\\ud800"}}{declared.end}', "kimi_k2")
+    assert made.startswith("call_"), "an id that cannot be sent is not used"
     others = ids(samples["json_tools"], "json_tools")
     assert all(each.startswith("call_") for each in others)
     assert ids(samples["json_tools"], "json_tools") == others
