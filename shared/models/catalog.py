@@ -247,8 +247,7 @@ class _Reader:
         adapter = _resolve_path(entry.adapter) if entry.adapter else None
         draft = _resolve_path(entry.draft_model) if entry.draft_model else None
         exists = _is_model(path)
-        # Files show whether images are supported, but not always what a decoder is for: the entry decides that.
-        kind = model_kind(path) if exists and entry.kind in (None, "vision") else entry.kind or "text"
+        kind = _kind(entry, path) if exists else entry.kind or "text"
         key, problem = self._check_folders(entry, path, kind, adapter) if exists else _missing(entry, path)
         if problem:
             self.fault(name, key, f"[models.{name}]{f' {key}' if exists else ''}: {problem}")
@@ -328,6 +327,11 @@ def _describe(name: str, error: ErrorDetails) -> str:
     if not error["loc"]:
         return "must be a table"
     return error["msg"]
+
+
+def _kind(entry: _Entry, path: Path) -> str:
+    """Return the kind of a folder's model. Its files decide about images, the entry decides what a decoder is for."""
+    return model_kind(path) if entry.kind is None or entry.kind == "vision" else entry.kind
 
 
 def _unsupported_option(entry: _Entry, kind: str) -> tuple[str, str] | None:

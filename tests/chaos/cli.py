@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.logging import RichHandler
-
 from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
-from tests.chaos import workspaces
 from tests.chaos.checks import Outcomes
 from tests.chaos.clients import Clients
+from tests.chaos.command import run_in_workspace
 from tests.chaos.faults import FaultInjector, FaultKind, schedule
 from tests.chaos.leaks import find_leaks
 from tests.chaos.recovery import Recovery
@@ -32,7 +26,6 @@ from tests.chaos.report import Report
 from tests.chaos.stack import ChaosStack, build
 from tests.chaos.workload import prepare_requests
 
-INTERRUPTED = 130
 _SLOTS = 32
 _DIRECTIVES = "!every=0.01 "
 """Makes the fake model as slow as a small model."""
@@ -137,33 +130,15 @@ def _kind(name: str) -> FaultKind:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and print the report; return the exit status."""
     options = arguments(sys.argv[1:] if argv is None else argv)
-    errors = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
-    )
-    for name in ("httpx2", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    workspaces.clean_up()
-    home = workspaces.create(os.getpid())
-    passed = False
-    stack: ChaosStack | None = None
-    try:
-        stack = build(home, options.model.resolve(), _SLOTS, options.network, options.backend)
-        report = run(stack, options)
-        report.show(Console(width=None if sys.stdout.isatty() else 140))
+
+    def build_stack(home: Path) -> ChaosStack:
+        return build(home, options.model.resolve(), _SLOTS, options.network, options.backend)
+
+    def save(report: Report) -> None:
         if options.json:
             options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-        passed = report.passed
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        if stack is not None:
-            stack.close()
-        if passed and not options.keep:
-            shutil.rmtree(home)
-        else:
-            errors.print(f"logs: {home}")
-    return 0 if passed else 1
+
+    return run_in_workspace(build_stack, lambda stack: run(stack, options), save, keep=options.keep)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import pytest
 from scripts.stack import processes
 from shared.settings import ROOT
 from tests.chaos import workspaces
-from tests.chaos.cli import INTERRUPTED, main
+from tests.chaos.cli import main
+from tests.chaos.command import INTERRUPTED
 from tests.chaos.faults import FaultKind
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -19,15 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.logging import RichHandler
-
 from shared.models.folder import ModelError, check_folder
 from shared.settings import ROOT
 from tests.bench import machine
-from tests.chaos import workspaces
 from tests.chaos.checks import Outcomes
 from tests.chaos.clients import JobClient
+from tests.chaos.command import run_in_workspace
 from tests.chaos.faults import FaultInjector
 from tests.chaos.leaks import settled, unfinished_work
 from tests.chaos.recovery import Recovery
@@ -43,7 +38,6 @@ from tests.support.receivers import Receiver
 
 log = logging.getLogger(__name__)
 
-INTERRUPTED = 130
 _SLOTS = 16
 _REQUESTS = 40
 _SHARE = 0.8
@@ -164,7 +158,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _write(report: Report, options: argparse.Namespace, about: dict[str, Any]) -> None:
+def _save(report: Report, options: argparse.Namespace) -> None:
+    about: dict[str, Any] = machine.about()
     if options.json:
         options.json.write_text(json.dumps({**about, **report.as_json()}, indent=1) + "\n", "utf-8")
     if options.svg:
@@ -174,31 +169,12 @@ def _write(report: Report, options: argparse.Namespace, about: dict[str, Any]) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and print the report; return the exit status."""
     options = arguments(sys.argv[1:] if argv is None else argv)
-    errors = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
+    return run_in_workspace(
+        lambda home: build_stack(home, options),
+        lambda stack: run(stack, options),
+        lambda report: _save(report, options),
+        keep=options.keep,
     )
-    for name in ("httpx2", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    workspaces.clean_up()
-    home = workspaces.create(os.getpid())
-    passed, stack = False, None
-    try:
-        stack = build_stack(home, options)
-        report = run(stack, options)
-        report.show(Console(width=None if sys.stdout.isatty() else 140))
-        _write(report, options, machine.about())
-        passed = report.passed
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        if stack is not None:
-            stack.close()
-        if passed and not options.keep:
-            shutil.rmtree(home)
-        else:
-            errors.print(f"logs: {home}")
-    return 0 if passed else 1
 
 
 if __name__ == "__main__":

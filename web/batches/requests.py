@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from shared.errors import Internal, MlxqError, NotFound, RateLimited, Unavailable
 from shared.jobs.limits import OwnerLimits
 from shared.jobs.record import Job, Status
-from shared.jobs.store import Jobs
+from shared.jobs.store import Accepted, Jobs
 from shared.redis.client import passes
 from shared.settings import Settings
 from shared.tracing import TraceParent, Tracer
@@ -199,13 +199,9 @@ class LineRequests:
         )
         admitted = [each.request for each in loaded]
         accepted = self._admission.admit_all(admitted, context, files, choices=translated.choices)
-        job = accepted.job
         if span and accepted.new:  # a span that does not end is not sent, such as that of a line that must wait
-            span.set_attribute("gen_ai.response.id", job.id)
-            if accepted.place:
-                span.set_attribute("mlxq.queue_position", accepted.place.position)
-            span.end()
-        return [job.id, *job.children]
+            _end_span(span, accepted)
+        return [accepted.job.id, *accepted.job.children]
 
     def _start_span(self, batch: Batch, line: Line) -> Span | None:
         """Start a trace for a line's job, linked to the request that created the batch. None without a collector."""
@@ -229,6 +225,13 @@ class LineRequests:
         if isinstance(request, InputsRequest):
             return LoadedRequest(request, request)
         return self._image_loader.load(request, caller=owner)
+
+
+def _end_span(span: Span, accepted: Accepted) -> None:
+    span.set_attribute("gen_ai.response.id", accepted.job.id)
+    if accepted.place:
+        span.set_attribute("mlxq.queue_position", accepted.place.position)
+    span.end()
 
 
 def error_result(batch: Batch, line: Line, error: MlxqError) -> Result:

@@ -5,15 +5,16 @@ The names are also in `shared.models.folder.VISION_FAMILIES`, which processes wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import mlx.core as mx
+
 from worker.runner.vision import images
 from worker.runner.vision.gemma import Gemma4Language
 from worker.runner.vision.generic_encoder import GenericEncoder
-from worker.runner.vision.granite import GraniteEncoder, target_layers
 from worker.runner.vision.half import Encoder, Expand
 from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
 from worker.runner.vision.mrope import Axes, use_mrope
@@ -140,8 +141,37 @@ def _gemma4_expand(parts: Parts) -> Expand:
     return expand
 
 
+def _target_layers(config: Any) -> list[int]:
+    """Return the layers before which image features are added, in the order of the features.
+
+    Args:
+        config: mlx-vlm's configuration of the model.
+    """
+    layers = [layer for _, layer in config.deepstack_layer_map or ()]
+    return layers + (list(config.spatial_target_layers or ()) if config.use_spatial_sampling else [])
+
+
+class _GraniteEncoder(GenericEncoder):
+    """The encoder of Granite 4 Vision, whose image features enter the language model before several of its layers.
+
+    The features of the first layer are added to the embeddings.
+    """
+
+    def __init__(self, model: Any, processor: Any, language: ImageLanguageModel, placeholder: str) -> None:
+        self._targets: Sequence[int] = _target_layers(model.config)
+        self._multiplier = float(language.args.embedding_multiplier)
+        super().__init__(model, processor, language, placeholder)
+
+    def _packed(self, found: Any) -> mx.array:
+        by_layer = dict(zip(self._targets, found.deepstack_visual_embeds, strict=True))
+        embeds = found.inputs_embeds[0]
+        if (first := by_layer.pop(0, None)) is not None:
+            embeds = embeds + first / self._multiplier  # the language model multiplies its input
+        return mx.stack([embeds, *by_layer.values()])
+
+
 def _granite_language(parts: Parts) -> ImageLanguageModel:
-    before = [layer - 1 for layer in target_layers(parts.model.config) if layer]
+    before = [layer - 1 for layer in _target_layers(parts.model.config) if layer]
     add_image_features([parts.text.layers[layer] for layer in before], parts.inputs)
     return plain_language(parts)
 
@@ -169,6 +199,6 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
         ("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
         _generic(placeholder=("img_context_token_id",)),
     ),
-    "granite4_vision": _generic(encoder_class=GraniteEncoder, language=_granite_language),
+    "granite4_vision": _generic(encoder_class=_GraniteEncoder, language=_granite_language),
     "gemma4": _generic(language=_gemma4_language, expand=_gemma4_expand),
 }
