@@ -190,7 +190,7 @@ def test_a_file_with_too_many_lines_fails(web: WebStack, sdk: openai.OpenAI) -> 
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/images/generations"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": "99d"}, "completion_window"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
