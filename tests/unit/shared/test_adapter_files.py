@@ -68,6 +68,7 @@ def test_layers_with_experts_have_a_pair_of_matrices_for_each(tmp_path: Path) ->
         ({**SETTINGS, "fine_tune_type": 3}, MATRICES, "it is of type 3"),
         ({"fine_tune_type": "lora"}, MATRICES, "adapter_config.json has no lora_parameters with a scale"),
         ({"lora_parameters": {"scale": "2"}}, MATRICES, "no lora_parameters with a scale"),
+        ({"lora_parameters": {"scale": 10**400}}, MATRICES, "no lora_parameters with a scale"),
         ("[]", MATRICES, "adapter_config.json is not a JSON object"),
         (SETTINGS, {}, "adapters.safetensors has no LoRA weights"),
         (SETTINGS, {**MATRICES, f"{LAYER}.m": (8,)}, f"it has the weight '{LAYER}.m', which is not LoRA's"),
