@@ -173,6 +173,8 @@ class Archive:
                 .order_by(usage.c.day.desc(), usage.c.key_id, usage.c.model)
             )
             known = set(key_ids)
+            if len(known) <= _PER_STATEMENT:
+                wanted = wanted.where(usage.c.key_id.in_(known))
             return [
                 UsageRow(row.day, row.key_id, row.model, Counters.from_text(row.counters))
                 for row in connection.execute(wanted)
