@@ -334,7 +334,7 @@ class ModelRunner(Protocol):
         ...
 
     def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
-        """Drop the prefixes of owners that were not used after a time, by owner; see `PrefixCache.erase`."""
+        """Drop the prefixes and image features of owners that were not used after a time; see `PrefixCache.erase`."""
         ...
 
     def insert(self, rows: Sequence[Row]) -> None:

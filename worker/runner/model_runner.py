@@ -196,6 +196,8 @@ class MLXRunner:
     def erase_prefixes(self, cutoffs: Mapping[str, float]) -> None:
         """See `ModelRunner.erase_prefixes`."""
         self._prefixes.erase(cutoffs)
+        if self._vision is not None:
+            self._vision.erase_features(cutoffs)
 
     def insert(self, rows: Sequence[Row]) -> None:
         """Add rows. A row that the model cannot process is reported as failed by the next step."""

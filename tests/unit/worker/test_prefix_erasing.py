@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
@@ -22,6 +23,7 @@ from tests.support.waiting import eventually
 from worker.runner.prefix.blocks import BLOCK, BlockChain, owner_of
 from worker.runner.prefix.cache import owner_with_adapter
 from worker.runner.prefix.files import SUFFIX
+from worker.runner.vision.features import FeatureCache
 from worker.service import prefix_eraser
 from worker.service.prefix_eraser import SLACK_S, UNUSED_S, PrefixEraser
 
@@ -212,3 +214,17 @@ def test_a_disk_that_fails_is_tried_again(setting: Setting, monkeypatch: pytest.
         setting.eraser.do()
     setting.eraser.do()
     assert owners_on_disk(setting.folder) == set()
+
+
+def test_features_of_the_images_of_a_purged_owner_are_erased() -> None:
+    features, adapted = FeatureCache(2**20), owner_with_adapter("me", "adapter")
+    for owner in ("me", adapted, "you"):
+        features.put((owner, "image"), mx.zeros(8))
+    features.erase({"you": time.time() - 60.0})
+    features.erase({"me": math.inf})
+    features.put(("me", "image"), mx.zeros(8))
+    found = {owner: features.get((owner, "image")) is not None for owner in ("me", adapted, "you")}
+    assert found == {"me": False, adapted: False, "you": True}
+    assert features.nbytes == mx.zeros(8).nbytes
+    features.erase({"you": time.time()})
+    assert features.nbytes == 0

@@ -255,6 +255,10 @@ class VisionStage:
         self._failed = []
         self._cache.clear()
 
+    def erase_features(self, cutoffs: Mapping[str, float]) -> None:
+        """Drop cached features of owners; see `FeatureCache.erase`."""
+        self._cache.erase(cutoffs)
+
     def set_cache_limit(self, max_bytes: int) -> None:
         """Limit the bytes of cached features."""
         self._cache.set_limit(max_bytes)
