@@ -142,6 +142,21 @@ def test_published_events_equal_those_in_the_log(client: Redis, jobs: Jobs, work
     assert messages == [f"3 chunk {chunk.data}", f"4 done {done.data}", "succeeded"]
 
 
+def test_large_events_are_only_in_the_log(client: Redis, jobs: Jobs, worker: Claims) -> None:
+    job = submit(jobs)
+    claimed = taken(worker)
+    listener = client.pubsub(ignore_subscribe_messages=True)
+    listener.subscribe(keys.LIVE + job.id)
+    listener.get_message(timeout=1)
+    worker.append([row(claimed, start=True)])
+    worker.append([row(claimed, 3, "x" * 2**18, 1)])
+    worker.append([row(claimed, 4, "y", 1, ending=SUCCESS)])
+    published = [listener.get_message(timeout=1)["data"] for _ in range(3)]
+    listener.close()
+    assert [each.partition(" ")[0] for each in published] == ["2", "4", "5"], "the gap makes readers read the log"
+    assert [event.n for event in JobLog(client).read(job.id)] == [1, 2, 3, 4, 5]
+
+
 # Handing back
 
 

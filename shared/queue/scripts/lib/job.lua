@@ -15,7 +15,11 @@
 
 local MAX_ATTEMPTS_KEPT = 20 -- newest attempts in a record; only a job that is handed back very often has more
 
--- Appends event n to a job's log and publishes a copy. `data` is JSON, `tokens` is 'a,b,c' or ''.
+-- Redis disconnects subscribers that have not read 32 MB (client-output-buffer-limit), and the results of an embedding job
+-- can have that size. Readers find an event that was not published in the log: the next one leaves a gap.
+local MAX_PUBLISHED_BYTES = 2 ^ 18
+
+-- Appends event n to a job's log and publishes a copy, unless it is large. `data` is JSON, `tokens` is 'a,b,c' or ''.
 local function write_event(id, n, event, data, tokens)
   local entry = {'e', event, 'd', data}
   if tokens ~= '' then
@@ -23,7 +27,9 @@ local function write_event(id, n, event, data, tokens)
   end
   redis.call('XADD', K.LOG .. id, n .. '-0', unpack(entry))
   redis.call('HSET', K.JOB .. id, 'seq', n)
-  redis.call('PUBLISH', K.LIVE .. id, n .. ' ' .. event .. ' ' .. data)
+  if #data <= MAX_PUBLISHED_BYTES then
+    redis.call('PUBLISH', K.LIVE .. id, n .. ' ' .. event .. ' ' .. data)
+  end
 end
 
 -- Appends the next event to a job's log.
