@@ -7,11 +7,13 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from shared.errors import Conflict, NotFound
 from web.archive.database import ArchiveUnavailable
 from web.batches.results import BatchFolder
+from web.http.threadpool import LARGE, run_in_threadpool
 from web.services import Services
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,8 @@ class KeyEraser:
         settings = self._services.settings
         for root in (settings.files_path, settings.responses_path):
             with suppress(FileNotFoundError):
-                shutil.rmtree(root / key_id)
+                # In a thread: thousands of files take longer than this process may leave its leadership unrenewed.
+                run_in_threadpool(LARGE, partial(shutil.rmtree, root / key_id))
 
     def _erase_archive(self, key_id: str) -> None:
         archive = self._services.archive
