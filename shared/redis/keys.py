@@ -9,7 +9,7 @@ Most keys consist of a prefix and an id. The scripts in `shared/queue/scripts` r
 | `REQUEST` + job | hash | `request` (JSON), `tokens` (packed), `shared` | job end; if it is kept, see `FAILED` |
 | `OUTPUT` + job | string | the generated text so far | as the record |
 | `LOG` + job | stream | the job's log (`shared.jobs.log`); entry `n-0` is event n | log retention after job end |
-| `LIVE` + job | channel | a copy of each log entry when it is written | – |
+| `LIVE` + job | channel | a copy of each log entry when it is written, unless it is large | – |
 | `DONE` + job | channel | the final status, once, when the job ends | – |
 | `QUEUE` + model | zset | queued jobs, reserved ones included; score = class, then turn | until empty |
 | `TURNS` + model | hash | fair queueing: turns of classes and of owners in them; `passed:` + class | as `QUEUE` |
