@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final, TypeVar
@@ -27,7 +27,7 @@ from web.http.stream_formats import FORMATS, EventStream, Format, negotiate
 from web.responses.view import response_id
 from web.routes.submission import submit, with_job_headers
 from web.schemas.jobs import JobList, JobView
-from web.schemas.requests import JobRequest
+from web.schemas.requests import MAX_METADATA, JobRequest
 from web.services import services
 from web.streaming.response import reconnect_response, stream_response
 
@@ -248,7 +248,7 @@ def _filter(query: MultiDict[str, str]) -> JobFilter:
         model=query.get("model"),
         priority=None if priority is None else _member("priority", priority, {each.label: each for each in Priority}),
         after=_time(query, "after"),
-        metadata=dict(map(_pair, query.getlist("metadata"))),
+        metadata=_metadata(query.getlist("metadata")),
     )
 
 
@@ -256,6 +256,13 @@ def _member(name: str, text: str, members: Mapping[str, T]) -> T:
     if text not in members:
         raise Invalid(f"{name} must be one of {', '.join(members)}.", field=name)
     return members[text]
+
+
+def _metadata(texts: Sequence[str]) -> dict[str, str]:
+    """Return the names and values to search for. Each is a condition of its own, so their number is limited."""
+    if len(texts) > MAX_METADATA:
+        raise Invalid(f"metadata can be given at most {MAX_METADATA} times: no job has more.", field="metadata")
+    return dict(map(_pair, texts))
 
 
 def _pair(text: str) -> tuple[str, str]:

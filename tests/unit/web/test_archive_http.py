@@ -90,6 +90,14 @@ def test_lists_and_searches_continue_in_the_archive(site: Site) -> None:
     assert everything and [job["id"] for job in everything["data"]] == [site.id]
 
 
+def test_conditions_of_a_search_are_limited(site: Site) -> None:
+    conditions = [f"metadata=name{number}=value" for number in range(17)]
+    refused = site.client.get(f"/v1/jobs?{'&'.join(conditions)}")
+    assert (refused.status_code, refused.json and refused.json["field"]) == (422, "metadata")
+    page = site.client.get(f"/v1/jobs?{'&'.join(conditions[1:])}").json
+    assert page and (page["data"], page["complete"]) == ([], True)
+
+
 def test_the_console_shows_archived_jobs(site: Site) -> None:
     assert site.id in site.console("/console/jobs")[1]
     status, page = site.console(f"/console/jobs/{site.id}")
