@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Final
 
 from shared.errors import Conflict, Invalid, NotFound
 from shared.models.additions import CatalogAdditions, CatalogUpdates
@@ -17,6 +18,8 @@ from web.cluster.model_availability import model_not_found
 from web.cluster.model_manager import ModelManager
 
 KIND = "download"
+_EXAMINED: Final = 1000
+"""Operations among which downloads are found: models may be loaded and unloaded often while one lasts for hours."""
 
 
 class ModelDownloads:
@@ -80,7 +83,7 @@ class ModelDownloads:
 
     def recent(self) -> list[Operation]:
         """Return the downloads of the last 24 hours, newest first."""
-        return [operation for operation in self._manager.recent() if operation.kind == KIND]
+        return [operation for operation in self._manager.recent(_EXAMINED) if operation.kind == KIND]
 
     def set_aliases(self, name: str, aliases: Sequence[str]) -> CatalogModel:
         """Replace the aliases of a model, except those of the catalog's file. Return the model.

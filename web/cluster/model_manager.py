@@ -94,9 +94,9 @@ class ModelManager:
             raise NotFound(detail, code="operation_not_found")
         return operation
 
-    def recent(self) -> list[Operation]:
-        """Return the operations of the last 24 hours, newest first."""
-        return self._operations.recent(self._registry.hosts())
+    def recent(self, limit: int = 50) -> list[Operation]:
+        """Return up to `limit` operations of the last 24 hours, newest first."""
+        return self._operations.recent(self._registry.hosts(), limit)
 
     def load_on_demand(self, model: str) -> None:
         """Load a model for a waiting job, unless a worker has it. On failure, maintenance tries again later."""

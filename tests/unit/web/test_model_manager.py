@@ -53,14 +53,31 @@ def test_a_model_is_loaded_once_if_jobs_wait_for_it_and_no_worker_has_it(
     assert celery.commands == ([(LOAD, "one")] if waiting and on_demand and not loaded else [])
 
 
-@pytest.mark.parametrize("hub", ["org/..", "org/.", "org/.git", "org/-x", f"org/{'x' * 129}"])
-def test_a_download_never_leaves_the_folder_of_models(client: Redis, settings: Settings, hub: str) -> None:
-    catalog, additions = Catalog({}, "one"), CatalogAdditions(client)
-    updates = CatalogUpdates(settings, catalog, additions)
-    operations, registry, celery = Operations(client), Registry(client), FakeCelery()
+@pytest.fixture
+def celery() -> FakeCelery:
+    return FakeCelery()
+
+
+@pytest.fixture
+def downloads(client: Redis, settings: Settings, celery: FakeCelery) -> ModelDownloads:
+    """Downloads to the worker `here`."""
+    catalog, additions, operations = Catalog({}, "one"), CatalogAdditions(client), Operations(client)
+    registry = Registry(client)
     registry.announce_host(HostInfo("here", "machine", 1, 0.0, 0.0, (), 100, 0), 60)
     manager = ModelManager(celery, operations, registry, catalog, on_demand=False)  # type: ignore[arg-type]
-    downloads = ModelDownloads(operations, additions, catalog, updates, manager)
+    return ModelDownloads(operations, additions, catalog, CatalogUpdates(settings, catalog, additions), manager)
+
+
+@pytest.mark.parametrize("hub", ["org/..", "org/.", "org/.git", "org/-x", f"org/{'x' * 129}"])
+def test_a_download_never_leaves_the_folder_of_models(downloads: ModelDownloads, celery: FakeCelery, hub: str) -> None:
     with pytest.raises(Invalid, match="Set another name") as caught:
         downloads.start(hub, None, None, None)
     assert caught.value.field == "name" and not celery.commands
+
+
+def test_a_download_is_found_after_many_other_operations(client: Redis, downloads: ModelDownloads) -> None:
+    first = downloads.start("org/model", None, None, None)
+    for _ in range(60):
+        Operations(client).begin("load", "one", "here")
+    assert downloads.start("org/model", None, None, None).id == first.id
+    assert [each.id for each in downloads.recent()] == [first.id]
