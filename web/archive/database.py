@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from gevent.threadpool import ThreadPool
 from sqlalchemy import ColumnElement, Engine, Table, create_engine, delete, event, insert, select, text
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from shared.errors import Unavailable
@@ -47,6 +47,8 @@ BUSY_S: Final = 2.0
 _PER_STATEMENT: Final = 500
 """Ids per statement: SQLite limits the number of parameters."""
 _RETRY_S: Final = 10
+_NO_TABLE: Final = "no such table"
+"""How SQLite's error begins if a table does not exist."""
 _PRAGMAS: Final = ("synchronous = FULL", "secure_delete = ON", f"busy_timeout = {BUSY_S * 1000:.0f}")
 """Commits are on disk before Redis forgets the jobs, and deleted content is overwritten in the file."""
 
@@ -209,8 +211,13 @@ class Archive:
         def in_thread() -> T:
             if not self.file.exists():
                 return empty
-            with self._engine.connect() as connection:
-                return work(connection)
+            try:
+                with self._engine.connect() as connection:
+                    return work(connection)
+            except OperationalError as error:
+                if str(error.orig).startswith(_NO_TABLE):  # another process is creating it
+                    return empty
+                raise
 
         return self._run(READ_TIMEOUT_S, in_thread)
 

@@ -46,6 +46,16 @@ def test_an_archive_without_a_file_is_empty(archive: Archive) -> None:
     assert not archive.file.exists(), "reading creates no file"
 
 
+def test_an_archive_that_is_being_created_is_empty(archive: Archive) -> None:
+    archive.file.parent.mkdir(parents=True)
+    archive.file.touch()
+    assert numbers(archive) == []
+    assert archive.find("job_1") is None and archive.missing(["job_1"]) == ["job_1"]
+    assert archive.last_usage_day() is None
+    archive.write([archived(1)])
+    assert numbers(archive) == [1]
+
+
 def test_a_job_is_stored_without_what_only_the_queue_needs(archive: Archive) -> None:
     job = archived(1, request='{"prompt": "\ud800"}', text="Größe 🙂")
     assert archive.write([job])
