@@ -7,7 +7,7 @@ from typing import Final
 
 from shared.constraints.parts import is_strict, takes_text
 from shared.jobs.request import EMBED, GENERATE, RERANK, Request
-from shared.models.registry import ModelCard
+from shared.models.registry import ModelCard, WorkerProtocol
 
 _ONLY_JSON: Final = frozenset({"mistral", "kimi_k2", "kimi_k3"})
 """Formats of tool calls in which arguments must be JSON."""
@@ -78,11 +78,13 @@ def adapter_problem(model: str, adapter: str, reason: str) -> str:
     return f"{adapter} cannot be used with {model}: {reason}."
 
 
-def newer_fields(request: Request) -> Iterator[tuple[str, int]]:
+def newer_fields(request: Request) -> Iterator[tuple[str, WorkerProtocol]]:
     """Yield the fields of a request that older workers would ignore, with the protocol of those that do not.
 
-    See `WorkerInfo.protocol`.
+    An older worker would take a request with inputs for one to generate: then the field is the model.
     """
+    if request.kind != GENERATE:
+        yield "model", WorkerProtocol.INPUTS
     names = {
         "tools": request.tools,
         "response_format": request.constraint,
@@ -91,6 +93,6 @@ def newer_fields(request: Request) -> Iterator[tuple[str, int]]:
         "chat_template_kwargs": request.template_variables,
         "continue_final_message": request.continue_final,
     }
-    yield from ((name, 1) for name, value in names.items() if value)
+    yield from ((name, WorkerProtocol.OPTIONS) for name, value in names.items() if value)
     if request.adapter is not None:
-        yield "adapter", 3
+        yield "adapter", WorkerProtocol.ADAPTERS

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from typing import Any, Final, Self, TypeVar
 
 from shared.histogram import Histogram
@@ -139,6 +140,22 @@ class ModelCard:
         return cls(**known_fields(cls, json.loads(text)))
 
 
+class WorkerProtocol(IntEnum):
+    """Which requests a worker understands: each value includes all lower ones.
+
+    Attributes:
+        GENERATION: requests of the versions without tools, whose workers announce no protocol.
+        OPTIONS: tools, constraints, and options of reasoning and templates.
+        INPUTS: jobs of embedding models and rerankers.
+        ADAPTERS: adapters.
+    """
+
+    GENERATION = 0
+    OPTIONS = 1
+    INPUTS = 2
+    ADAPTERS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """The state of a worker, announced with each renewal of its lease.
@@ -154,9 +171,7 @@ class WorkerInfo:
         heartbeat_at: time of the announcement.
         stats: counters and gauges for `/metrics` (tokens, steps, batch size, memory, …).
         about: constant facts for `/health` (device, BLAS, GFLOP/s, versions).
-        protocol: which fields of requests the worker understands. 0: those of the versions without tools; also in infos
-            of these versions. 1: also tools, constraints, and options of reasoning and templates. 2: also the jobs of
-            embedding models and rerankers. 3: also adapters.
+        protocol: which requests the worker understands; a `WorkerProtocol` or, in a newer version, a higher number.
         histograms: latencies since the start of the worker.
     """
 
@@ -172,7 +187,7 @@ class WorkerInfo:
     heartbeat_at: float
     stats: dict[str, float]
     about: dict[str, Any]
-    protocol: int = 0
+    protocol: int = WorkerProtocol.GENERATION
     histograms: tuple[Histogram, ...] = ()
 
     def to_json(self) -> str:

@@ -7,13 +7,11 @@ from typing import Final
 from shared.errors import Invalid, Unavailable
 from shared.jobs.request import Request
 from shared.models.capabilities import missing_capability, newer_fields
-from shared.models.registry import ModelCard
+from shared.models.registry import ModelCard, WorkerProtocol
 from web.cluster.snapshot import ClusterSnapshot
 
 _UPGRADE_S: Final = 30
 """`retry_after` of requests that a worker of an earlier version would not understand, in seconds."""
-_NEWEST: Final = 2**31
-"""Replaces the protocol of the workers if there are none."""
 
 
 def check_capabilities(request: Request, card: ModelCard | None, cluster: ClusterSnapshot) -> None:
@@ -24,16 +22,23 @@ def check_capabilities(request: Request, card: ModelCard | None, cluster: Cluste
 
     Raises:
         Invalid: the model lacks a capability that a field needs.
-        Unavailable: a worker of an earlier version has the model. It could get the job and would ignore a field.
+        Unavailable: a worker of an earlier version has the model.
     """
-    oldest = min((each.protocol for each in cluster.workers if each.model == request.model), default=_NEWEST)
-    for field, protocol in newer_fields(request):
-        if oldest < protocol:
-            detail = (
-                f"{field} needs newer workers: one that has {request.model} is of an earlier version. Try again when "
-                "all workers are upgraded."
-            )
-            raise Unavailable(detail, field=field, retry_after=_UPGRADE_S)
+    check_workers(request, cluster)
     if card is not None and (missing := missing_capability(request, card)):
         field, reason = missing
         raise Invalid(f"{request.model} does not support {field}: {reason}.", code="not_supported", field=field)
+
+
+def check_workers(request: Request, cluster: ClusterSnapshot) -> None:
+    """Refuse a request that a worker of an earlier version could get and would misunderstand.
+
+    Raises:
+        Unavailable: such a worker has the model.
+    """
+    protocols = [each.protocol for each in cluster.workers if each.model == request.model]
+    oldest = min(protocols, default=max(WorkerProtocol))
+    for field, protocol in newer_fields(request):
+        if oldest < protocol:
+            detail = f"{field}: a worker that has {request.model} is of an earlier version."
+            raise Unavailable(f"{detail} Try again when all workers are upgraded.", field=field, retry_after=_UPGRADE_S)

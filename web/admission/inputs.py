@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from shared.errors import Invalid, Unavailable
+from shared.errors import Invalid
 from shared.jobs.inputs import MAX_NUMBERS
 from shared.jobs.request import EMBED, Request
 from shared.jobs.submission import USUAL_DIMENSIONS, inputs_bytes
 from shared.models.capabilities import unusable_option, wrong_kind
 from shared.models.registry import ModelCard
+from web.admission.capabilities import check_workers
 from web.admission.prompt_tokenizer import PromptTokenizer
 from web.cluster.snapshot import Cluster
 from web.schemas.inputs import InputsRequest
 
-_PROTOCOL: Final = 2
-"""Protocol of workers that know such jobs; see `WorkerInfo.protocol`."""
-_UPGRADE_S: Final = 30
 _MAX_REPEATED: Final = 16 * 2**20
 """Maximum characters of query and instruction in all pairs with a document: each pair has a copy of them."""
 
@@ -56,20 +54,13 @@ class InputRequests:
         """
         request = body.to_request(model)
         check_kind(request, kind)
-        self._check_workers(model)
+        check_workers(request, self._cluster.snapshot())
         if card is not None:
             _check_options(request, card)
         _check_pairs(request)
         _check_size(body, request, card)
         tokens = None if card is None else self._prompt_tokenizer.tokenize_inputs(card, request, body.inputs_field)
         return AdmittedInputs(request, tokens, inputs_bytes(request, card.dimensions if card else None))
-
-    def _check_workers(self, model: str) -> None:
-        """Refuse a job that a worker of an earlier version could get, which would take it for a generation job."""
-        workers = self._cluster.snapshot().workers
-        if any(each.model == model and each.protocol < _PROTOCOL for each in workers):
-            detail = f"A worker that has {model} is of an earlier version. Try again when all workers are upgraded."
-            raise Unavailable(detail, field="model", retry_after=_UPGRADE_S)
 
 
 def check_kind(request: Request, kind: str | None) -> None:
@@ -90,8 +81,8 @@ def _check_pairs(request: Request) -> None:
     repeated = len(request.query or "") + len(request.instruction or "")
     if repeated * len(request.inputs) > _MAX_REPEATED:
         detail = (
-            f"query: query and instruction are read with each of {len(request.inputs)} documents, which are more than "
-            f"{_MAX_REPEATED:,} characters. Shorten them or send fewer documents."
+            f"query: query and instruction, repeated for each of {len(request.inputs)} documents, have more than "
+            f"{_MAX_REPEATED:,} characters in all. Shorten them or send fewer documents."
         )
         raise Invalid(detail, field="query")
 

@@ -25,7 +25,7 @@ from shared.jobs.images import ImageStore
 from shared.jobs.log import JobLog
 from shared.models.catalog import CatalogModel
 from shared.models.folder import INPUT_KINDS
-from shared.models.registry import Registry, WorkerInfo
+from shared.models.registry import Registry, WorkerInfo, WorkerProtocol
 from shared.queue.claims import Claims
 from shared.queue.job_spans import JobSpans
 from shared.queue.task_events import TaskEvents
@@ -329,7 +329,7 @@ class ModelWorker:
             heartbeat_at=time.monotonic(),
             stats=stats | totals.gauges,
             about=dict(runner.about) if runner else {},
-            protocol=3,
+            protocol=max(WorkerProtocol),
             histograms=(*totals.latencies.read(), self._publisher.latency),
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shared.errors import Invalid, MlxqError, Unavailable
-from shared.jobs.request import Constraint, Request, Sampling
+from shared.jobs.request import EMBED, RERANK, Constraint, Request, Sampling
 from shared.models.registry import ModelCard, WorkerInfo
 from web.admission.capabilities import check_capabilities
 from web.cluster.snapshot import ClusterSnapshot
@@ -79,6 +79,14 @@ def test_adapters_need_newer_workers_than_tools() -> None:
     assert isinstance(error, Unavailable) and error.field == "adapter"
     assert refusal(request(adapter="sql"), OLD, replace(WORKER, protocol=3)) is None
     assert refusal(request(logit_bias=((1, 2.0),)), OLD, WORKER) is None
+
+
+@pytest.mark.parametrize("kind", [EMBED, RERANK])
+def test_inputs_need_newer_workers_than_tools(kind: str) -> None:
+    asked = Request("m", 0, Sampling(0.0), kind=kind, inputs=("hi",))
+    error = refusal(asked, OLD, WORKER, replace(WORKER, protocol=2))
+    assert isinstance(error, Unavailable) and error.field == "model"
+    assert refusal(asked, OLD, replace(WORKER, protocol=2)) is None
 
 
 def test_older_workers_serve_requests_without_newer_fields() -> None:
