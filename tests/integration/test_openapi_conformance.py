@@ -33,7 +33,7 @@ expected-statuses = ["2xx", "3xx", "4xx", 503, 504, 529]
 
 # The statuses of OpenAI and Anthropic are 400 instead of 422; Anthropic's is 529 instead of 503.
 [[operations]]
-include-path-regex = "^/v1/(messages|chat/completions|completions|responses)"
+include-path-regex = "^/v1/(messages|chat/completions|completions|responses|embeddings|rerank)"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 409, 429, 503, 504, 529]
 
 # Which URLs and which periods are refused is beyond JSON Schema.
