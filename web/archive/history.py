@@ -111,9 +111,7 @@ class History:
         Args:
             ended_at: when the last of them ended; None if that is unknown.
         """
-        if self._archive is not None:
-            self._queue.must_erase(job_ids)
-        self._queue.erase_prefixes(owner, time.time() if ended_at is None else ended_at)
+        self._queue.erase(job_ids, owner, time.time() if ended_at is None else ended_at)
 
     def usage(self, key_ids: Collection[str], first: date, last: date) -> list[UsageRow]:
         """Return the usage of API keys on the days from `first` to `last`, the newest day first.

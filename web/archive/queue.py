@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 
 from shared.jobs.record import OLD_REQUEST, Job
@@ -29,6 +28,7 @@ class ArchiveQueue:
         self._client = client
         self._content = content
         self._archived = script(client, "archived")
+        self._erase = script(client, "erase")
 
     def open(self) -> None:
         """Let jobs that end from now on wait for the archive."""
@@ -92,14 +92,12 @@ class ArchiveQueue:
         """Return deleted jobs that must be erased from the archive, with the time of their deletion."""
         return dict(self._client.zrange(keys.ERASED, 0, limit - 1, withscores=True))
 
-    def must_erase(self, job_ids: Sequence[str]) -> None:
-        """Let the background process erase jobs, unless no process has ever opened the archive."""
-        if self._client.hexists(keys.BYTES, "archive"):
-            self._client.zadd(keys.ERASED, dict.fromkeys(job_ids, time.time()))
+    def erase(self, job_ids: Sequence[str], owner: str, unused_since: float) -> None:
+        """Let the background process erase deleted jobs, and workers the API key's prefixes not used since a time.
 
-    def erase_prefixes(self, owner: str, unused_since: float) -> None:
-        """Let workers erase the cached prefixes of an API key that were not used since a time."""
-        self._client.zadd(keys.PREFIX_CUTOFFS, {owner: unused_since}, gt=True)
+        Works also while the memory of Redis is full.
+        """
+        self._erase(args=[owner, unused_since, *job_ids])
 
     def erased(self, job_ids: Sequence[str]) -> None:
         """Forget deleted jobs that have been erased."""

@@ -1,10 +1,10 @@
--- uses: family
+-- uses: family erase
 -- Deletes a job that has ended and its children, with all their keys. Records, texts and logs stay for a few seconds, marked
 -- as deleted, so that requests which have read the jobs before receive their ends.
 -- ARGV: job id, seconds until the remaining keys are gone, 'erase' to erase the jobs from the archive and from the prefix
 --   caches of workers, too
 -- Returns 'done', 'active' if one of them has not ended, or 'missing'.
-local id, rest_s, erase = ARGV[1], ARGV[2], ARGV[3] == 'erase'
+local id, rest_s, erased = ARGV[1], ARGV[2], ARGV[3] == 'erase'
 
 local function forget(job)
   local owner, idempotency_key, bytes, deleted, finished = unpack(redis.call('HMGET', K.JOB .. job,
@@ -15,11 +15,8 @@ local function forget(job)
   drop_failed_request(job .. ' ' .. (bytes or '0'))
   drop_unarchived(job .. ' 0')
   drop_unarchived(job .. ' ' .. (bytes or '0'))
-  if erase then
-    if redis.call('HEXISTS', K.BYTES, 'archive') == 1 then
-      redis.call('ZADD', K.ERASED, stamp(now()), job)
-    end
-    redis.call('ZADD', K.PREFIX_CUTOFFS, 'GT', finished or stamp(now()), owner)
+  if erased then
+    erase({job}, owner, finished or stamp(now()))
   end
   redis.call('HSET', K.JOB .. job, 'deleted', 1)
   for _, key in ipairs({K.JOB, K.LOG, K.OUTPUT}) do

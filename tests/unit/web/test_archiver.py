@@ -281,7 +281,7 @@ def test_a_full_disk_is_noticed_before_it_is_full(setting: Setting, monkeypatch:
     assert not setting.archive.file.exists()
     old, deleted = archived(1), archived(2, created_at=2e9)
     setting.archive.write([old, deleted])
-    setting.queue.must_erase([deleted.record["id"]])
+    setting.queue.erase([deleted.record["id"]], "a", 0.0)
     setting.archiver().round()
     ids = [old.record["id"], deleted.record["id"]]
     assert setting.archive.missing(ids) == ids, "erasing and deleting go on"
