@@ -20,6 +20,10 @@ _PARSERS: Final[Mapping[str, tuple[str, Callable[[str, Scale], list[Any]]]]] = {
 """For each format, the field of an answer that has the result, and the parser."""
 
 
+MAX_RESULTS: Final = 1000
+"""Maximum actions or regions in a text."""
+
+
 def field_of(format_: str) -> str | None:
     """Return the field of an answer that has the result; None for a format that only newer versions know."""
     return _PARSERS[format_][0] if format_ in _PARSERS else None
@@ -34,12 +38,19 @@ def parse(text: str, parsing: Parsing, card: ModelCard | None) -> tuple[list[Any
     _, parser = _PARSERS[parsing.format]
     try:
         found = parser(text, _scale(parsing, card))
+        _check_number(found, field_of(parsing.format))
         _check_unicode(found)
         return found, None
     except ParseError as error:
         return [], str(error)
     except RecursionError:
         return [], "The JSON is nested too deeply."
+
+
+def _check_number(found: list[Any], field: str | None) -> None:
+    """Refuse more results than any model means: a list of jobs that have them would take gigabytes."""
+    if len(found) > MAX_RESULTS:
+        raise ParseError(f"The text has {len(found)} {field}, more than the limit of {MAX_RESULTS}.")
 
 
 def _check_unicode(found: list[Any]) -> None:

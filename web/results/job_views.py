@@ -13,6 +13,7 @@ from shared.jobs.record import Attempt, Job, Status
 from shared.jobs.request import GENERATE
 from shared.jobs.store import Accepted, Jobs, Place
 from web.cluster.snapshot import Cluster
+from web.http.threadpool import run_in_threadpool
 from web.parsing.parse import field_of, parse
 from web.results import logprobs
 from web.results.messages import read_message
@@ -135,7 +136,8 @@ class JobViews:
         field = field_of(job.parsing.format)
         if text is None or field is None:
             return {field or "actions": None, "parse_error": None}
-        found, error = parse(text, job.parsing, self._cluster.snapshot().models.get(job.model))
+        card, parsing = self._cluster.snapshot().models.get(job.model), job.parsing
+        found, error = run_in_threadpool(len(text), lambda: parse(text, parsing, card))
         return {field: [asdict(each) for each in found], "parse_error": error}
 
     def _message(self, job: Job) -> MessageView | None:

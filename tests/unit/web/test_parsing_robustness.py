@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shared.jobs.record import Parsing
 from shared.models.registry import ModelCard
-from web.parsing.parse import parse
+from web.parsing.parse import MAX_RESULTS, parse
 from web.parsing.ui_tars_calls import UI_TARS
 
 CARDS = [
@@ -100,10 +100,18 @@ def test_long_output_is_parsed_completely() -> None:
     parsing = Parsing("ui_tars", SIZE)
     (action,), reason = parse(f"Action: type(content='{'it is ' * LONG}')", parsing, None)
     assert (action.text, reason) == ("it is " * LONG, None)
-    actions, reason = parse("Action: " + "wait()\n\n" * (LONG // 10), parsing, None)
-    assert (len(actions), reason) == (LONG // 10, None)
-    regions, reason = parse("[" + '{"point": [1, 2]},' * (LONG // 50) + "]", Parsing("grounding", SIZE), None)
-    assert (len(regions), reason) == (LONG // 50, None)
+    gap = "\n" * (LONG // MAX_RESULTS)
+    actions, reason = parse("Action: " + f"wait(){gap}" * MAX_RESULTS, parsing, None)
+    assert (len(actions), reason) == (MAX_RESULTS, None)
+    regions, reason = parse("[" + f'{{"point": [1, 2]}},{gap}' * MAX_RESULTS + "]", Parsing("grounding", SIZE), None)
+    assert (len(regions), reason) == (MAX_RESULTS, None)
+
+
+def test_more_results_than_any_model_means_are_refused() -> None:
+    """A list of a hundred jobs with all actions that their texts can hold would take gigabytes."""
+    number = LONG // 10
+    parsed, reason = parse("Action: " + "wait()\n\n" * number, Parsing("ui_tars", SIZE), None)
+    assert (parsed, reason) == ([], f"The text has {number} actions, more than the limit of {MAX_RESULTS}.")
 
 
 @pytest.mark.parametrize("depth", [100, 900, 950, 990, 100_000])
