@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gevent.threadpool import ThreadPool
-from sqlalchemy import ColumnElement, Engine, Table, create_engine, delete, event, insert, select, text
+from sqlalchemy import URL, ColumnElement, Engine, Table, create_engine, delete, event, insert, select, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -201,7 +201,7 @@ class Archive:
 
     @cached_property
     def _engine(self) -> Engine:
-        engine = create_engine(f"sqlite:///{self.file}", poolclass=NullPool)
+        engine = create_engine(URL.create("sqlite", database=str(self.file)), poolclass=NullPool)
         event.listen(engine, "connect", _configure)
         return engine
 

@@ -46,6 +46,16 @@ def test_an_archive_without_a_file_is_empty(archive: Archive) -> None:
     assert not archive.file.exists(), "reading creates no file"
 
 
+def test_any_path_names_the_file(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "what?mode=memory#%41" / "archive.sqlite3")
+    archive.write([archived(1)])
+    assert archive.file.stat().st_size
+    archive.close()
+    again = Archive(archive.file)
+    assert numbers(again) == [1]
+    again.close()
+
+
 def test_an_archive_that_is_being_created_is_empty(archive: Archive) -> None:
     archive.file.parent.mkdir(parents=True)
     archive.file.touch()
