@@ -25,7 +25,8 @@ from shared.settings import ROOT
 _MODELS = ROOT / "models"
 _SOURCE = "random weights"
 _TOKENIZER = "tokenizer.json"
-_COPIED = ("tokenizer_config.json", "generation_config.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_COPIED = (_TOKENIZER_CONFIG, "generation_config.json")
 
 
 def make_tiny_model(target: Path, tokenizer_from: Path, shape: Shape = TINY, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -59,6 +60,9 @@ def _write_tokenizer(folder: Path, tokenizer_from: Path, config: dict[str, Any],
     filled = pad_vocabulary(add_special_tokens(json.loads(text), shape.special), config["vocab_size"])
     # Keep the original file if nothing was added, rather than reformat its JSON.
     (folder / _TOKENIZER).write_text(text if filled == json.loads(text) else json.dumps(filled), "utf-8")
+    if shape.tokenizer:
+        settings = json.loads((folder / _TOKENIZER_CONFIG).read_text("utf-8")) | dict(shape.tokenizer)
+        (folder / _TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2), "utf-8")
     for name, content in shape.files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2), "utf-8")
 

@@ -18,6 +18,7 @@ class Shape:
         config: values in config.json.
         inherits: fields taken from the config.json of the tokenizer's model; None: all that `config` lacks.
         special: special tokens to append to the tokenizer.
+        tokenizer: fields to add to tokenizer_config.json.
         files: further files by name; objects are written as JSON.
     """
 
@@ -26,6 +27,7 @@ class Shape:
     config: Mapping[str, Any]
     inherits: tuple[str, ...] | None = None
     special: tuple[str, ...] = ()
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str | Json] = field(default_factory=dict)
 
     def config_with(self, base: Json) -> Json:
@@ -249,6 +251,13 @@ TINY_GEMMA3: Final = Shape(
     },
     inherits=_TOKENS,
     special=("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused>"),
+    tokenizer={
+        "extra_special_tokens": {
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        }
+    },
     files={
         "chat_template.jinja": _QWEN_VL_TEMPLATE.replace(
             "<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>"

@@ -1,6 +1,6 @@
-"""A job with images continues after its worker was killed, for every family of vision models.
+"""A job with images continues after its worker is killed. Tests all families of vision models.
 
-`tests/integration/test_vision_stack.py` does the same by default with one family.
+`tests/integration/test_vision_stack.py` tests one family and runs by default.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def settled(leaks: Callable[[], list[str]], within_s: float = _SETTLE_S) -> list
 
 
 def unfinished_work(stack: ChaosStack) -> Iterator[str]:
-    """Generate a line for everything that belongs to unfinished jobs, or lacks a time to live."""
+    """Report, one line each, keys and slots of unfinished jobs, and keys that should expire but do not."""
     store, workers = stack.redis, stack.ready_workers()
     yield from _check_keys(stack)
     leases = set(store.zrange(keys.LEASES, 0, -1))

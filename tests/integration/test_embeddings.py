@@ -111,7 +111,7 @@ def test_the_official_client_gets_the_vectors_of_each_text_alone(
     client: openai.OpenAI, folders: dict[str, Path]
 ) -> None:
     reference = expected(folders["bert"], TEXTS)
-    answer = client.embeddings.create(model="vectors", input=list(TEXTS), user="somebody")  # asks for base64
+    answer = client.embeddings.create(model="vectors", input=list(TEXTS), user="alice")  # the client asks for base64
     assert np.abs(vectors(answer) - reference).max() < TOLERANCE
     assert answer.model == "bert"
     tokenizer = Tokenizer.from_file(str(folders["bert"] / "tokenizer.json"))

@@ -156,9 +156,12 @@ end
 local function settle_request(id, status, retention, for_archive)
   local bytes = redis.call('HGET', K.JOB .. id, 'request_bytes') or '0'
   if status ~= 'failed' and redis.call('HEXISTS', K.BYTES, 'keep_all') == 0 then
+    local kept_bytes = for_archive and tonumber(bytes) or 0
     redis.call('UNLINK', K.IMAGES .. id)
-    redis.call(for_archive and 'PERSIST' or 'UNLINK', K.REQUEST .. id)
-    return for_archive and tonumber(bytes) or 0
+    if kept_bytes == 0 then
+      redis.call('UNLINK', K.REQUEST .. id)
+    end
+    return kept_bytes
   end
   local limit = tonumber(redis.call('HGET', K.BYTES, 'failed_limit') or 2 ^ 26)
   redis.call('EXPIRE', K.REQUEST .. id, retention)
