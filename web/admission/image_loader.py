@@ -18,6 +18,7 @@ from shared.settings import Settings
 from web.admission.data_urls import decode_data_url, is_data_url
 from web.admission.image_decoder import decoded_size
 from web.http.threadpool import LARGE, run_in_threadpool
+from web.schemas.inputs import InputsRequest
 from web.schemas.messages import Message, Part, StoredImage
 from web.schemas.requests import JobRequest
 
@@ -70,13 +71,13 @@ class ImageLoader:
 
     def load(
         self,
-        request: JobRequest,
+        request: JobRequest | InputsRequest,
         uploads: Sequence[bytes] = (),
         *,
         caller: str = "",
         is_repeated: Callable[[], bool] = lambda: False,
-    ) -> LoadedRequest[JobRequest]:
-        """Load all images of a request, in the order in which the model gets them.
+    ) -> LoadedRequest[Any]:
+        """Load all images of a request, in the order in which the model gets them. Requests with inputs have none.
 
         Args:
             uploads: image files of the form; they come after `request.images`.
@@ -88,6 +89,8 @@ class ImageLoader:
             Invalid: an image is broken, too large, of another format or unreachable; the field names it.
             TooLarge: an image, or all together, have too many bytes.
         """
+        if isinstance(request, InputsRequest):
+            return LoadedRequest(request, request)
         parts = request.image_parts
         if not (parts or request.images or uploads):
             return LoadedRequest(request, request)

@@ -22,7 +22,7 @@ from shared.redis.client import passes
 from shared.settings import Settings
 from shared.tracing import TraceParent, Tracer
 from web.admission.admit import Admission, RequestContext
-from web.admission.image_loader import ImageLoader, LoadedRequest
+from web.admission.image_loader import ImageLoader
 from web.batches.lines import Line
 from web.batches.results import ERROR, OUTPUT, Result
 from web.batches.store import Batch, BatchStatus
@@ -185,7 +185,7 @@ class LineRequests:
             "deadline_s": min(left_s, self._settings.max_deadline_s),
         }
         requests = [request.model_copy(update=limits) for request in translated.requests]
-        loaded = [self._load(request, batch.owner) for request in requests]
+        loaded = [self._image_loader.load(request, caller=batch.owner) for request in requests]
         files = {digest: file for each in loaded for digest, file in each.files.items()}
         span = self._start_span(batch, line)
         trace = TraceParent.of(span) if span else None
@@ -221,12 +221,6 @@ class LineRequests:
         links = [Link(creation.context())] if creation else []
         name = f"batch line {batch.endpoint}"
         return self._tracer.start(name, None, kind=SpanKind.CONSUMER, attributes=attributes, links=links)
-
-    def _load(self, request: JobRequest | InputsRequest, owner: str) -> LoadedRequest[Any]:
-        """Load the images of a request. Requests with inputs have none."""
-        if isinstance(request, InputsRequest):
-            return LoadedRequest(request, request)
-        return self._image_loader.load(request, caller=owner)
 
 
 def _end_span(span: Span, accepted: Accepted) -> None:

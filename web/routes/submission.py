@@ -111,9 +111,6 @@ def _rejoined(body_fingerprint: str) -> Accepted | None:
 
 
 def _load(job_request: JobRequest | InputsRequest) -> LoadedRequest[Any]:
-    """Load the images of a request. Requests with inputs have none."""
-    if isinstance(job_request, InputsRequest):
-        return LoadedRequest(job_request, job_request)
     owner, key = caller().id, idempotency_key()
     return services().image_loader.load(
         job_request, uploads(), caller=owner, is_repeated=lambda: services().jobs.key_is_used(owner, key)
