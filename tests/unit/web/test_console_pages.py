@@ -216,9 +216,11 @@ def test_forms_offer_what_the_api_accepts(admin: FlaskClient) -> None:
 def test_the_playground_offers_the_adapters_of_a_model(tmp_path: Path, redis: Redis) -> None:
     for folder in ("chat", "sql"):
         (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text('{"model_type": "llama"}')
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(f'[models.chat]\npath = "{tmp_path}/chat"\nadapters = {{ sql = "{tmp_path}/sql" }}\n')
     app = create_app(Settings(data_dir=tmp_path, models_file=catalog, durable=False), redis)
     client = app.test_client()
     sign_in(client, app.extensions["mlxq"].keys.create("root", {"infer", "admin"}))
-    assert '<option value="chat:sql">chat:sql (cold)</option>' in client.get("/console/playground", headers=HTML).text
+    page = client.get("/console/playground", headers=HTML).text
+    assert '<option value="chat:sql">chat:sql (cold)</option>' in page
