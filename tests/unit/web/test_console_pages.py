@@ -219,7 +219,7 @@ def test_the_playground_offers_the_adapters_of_a_model(tmp_path: Path, redis: Re
         (tmp_path / folder / "config.json").write_text('{"model_type": "llama"}')
     catalog = tmp_path / "catalog.toml"
     catalog.write_text(f'[models.chat]\npath = "{tmp_path}/chat"\nadapters = {{ sql = "{tmp_path}/sql" }}\n')
-    app = create_app(Settings(data_dir=tmp_path, models_file=catalog, durable=False), redis)
+    app = create_app(Settings(data_dir=tmp_path, models_file=catalog, backend="scripted", durable=False), redis)
     client = app.test_client()
     sign_in(client, app.extensions["mlxq"].keys.create("root", {"infer", "admin"}))
     page = client.get("/console/playground", headers=HTML).text
