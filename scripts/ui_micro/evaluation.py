@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from scripts.ui_micro.answers import AnswerFormat
 from scripts.ui_micro.drawing import draw
-from scripts.ui_micro.instructions import Instruction, clicked, instructions
+from scripts.ui_micro.instructions import Instruction, instructions
 from scripts.ui_micro.scenes import Scene, make_scene
 
 FIRST_HELD_OUT = 10**9
@@ -36,9 +37,9 @@ class Trial:
         draw(self.scene).save(file, "PNG")
         return file.getvalue()
 
-    def hit(self, answer: str) -> bool:
-        """Return whether the answer is a click inside the target element."""
-        place = clicked(answer)
+    def hit(self, answer: str, answers: AnswerFormat) -> bool:
+        """Return whether the answer, in this format, is a click inside the target element."""
+        place = answers.clicked(answer, self.scene)
         return place is not None and self.instruction.target.contains(*place)
 
 
@@ -65,11 +66,11 @@ class Score:
         return f"{self.share:6.1%} ({self.hits} of {self.trials})"
 
 
-def evaluate(predict: Callable[[bytes, str], str], trials: Iterator[Trial]) -> dict[str, Score]:
+def evaluate(predict: Callable[[bytes, str], str], answers: AnswerFormat, trials: Iterator[Trial]) -> dict[str, Score]:
     """Return scores of all trials, and by kind of target and form of the instruction."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for trial in trials:
-        hit = trial.hit(predict(trial.png, trial.instruction.text))
+        hit = trial.hit(predict(trial.png, trial.instruction.text), answers)
         needs_colour = ["needs colour"] if trial.instruction.by_colour else []
         for group in ("all", trial.instruction.target.kind, trial.instruction.form, *needs_colour):
             hits[group].append(hit)
@@ -82,7 +83,8 @@ def load_predictor(folder: Path) -> Callable[[bytes, str], str]:
     model, processor = library.load(str(folder))
 
     def predict(png: bytes, text: str) -> str:
-        prompt = library.apply_chat_template(processor, model.config, text, num_images=1)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        prompt = processor.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         image: Any = [Image.open(BytesIO(png))]
         answer: str = library.generate(
             model, processor, prompt, image=image, temperature=0.0, max_tokens=MAX_TOKENS

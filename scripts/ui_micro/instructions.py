@@ -1,19 +1,14 @@
-"""Instructions to click an element of a scene, and the correct answers."""
+"""Instructions to click an element of a scene."""
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from scripts.ui_micro.scenes import Element, Scene
 
 VERBS = ("click", "press", "tap", "select")
-GRID = 4
-"""Coordinates in answers are multiples of this number of pixels, so each is one of a few tokens."""
-
-_ANSWER = re.compile(r"click\(start_box='\((\d+),(\d+)\)'\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +43,6 @@ def instructions(scene: Scene, rng: random.Random, count: int, *, by_colour: flo
         by_colour_alone = needs_colour(attributes, target, scene.elements)
         drawn.append(Instruction(f"{rng.choice(VERBS)} {phrase}", form, target, by_colour_alone))
     return drawn
-
-
-def answer(element: Element) -> str:
-    """Return the answer that clicks the centre of an element."""
-    x, y = (round(part / GRID) * GRID for part in element.centre)
-    return f"click(start_box='({x},{y})')"
-
-
-def clicked(text: str) -> tuple[int, int] | None:
-    """Parse an answer; return its coordinates, or None if it is not a click."""
-    if match := _ANSWER.fullmatch(text.strip()):
-        return int(match[1]), int(match[2])
-    return None
 
 
 Attributes = Sequence[tuple[str, object]]

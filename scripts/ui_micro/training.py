@@ -13,22 +13,18 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx import nn as _nn
-from mlx_vlm.models.rope_utils import rotate_half
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from scripts.ui_micro.architectures.architecture import MERGE, Architecture, Grid, Layout
 from scripts.ui_micro.batches import (
     ANSWER_TOKENS,
     COLOUR_COUNT,
     NAMES,
     QUESTION_TOKENS,
     Batches,
-    Floats,
-    Grid,
-    positions,
-    prefix,
+    patch_centres,
 )
-from scripts.ui_micro.shape import MERGE, PATCH
 
 nn: Any = _nn
 """Untyped: MLX's annotations of this module are incomplete."""
@@ -48,8 +44,6 @@ BY_COLOUR: Final = 0.25
 _HEADS: Final = (1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 2.0)
 """Weights of the auxiliary losses, relative to the answers. The pointer (last) teaches where to look."""
 _POINTER: Final = 64
-BEFORE: Final = 4
-"""Number of tokens before those of the image."""
 _REPORT_STEPS: Final = 100
 _COORDINATES: Final = (1, 3)
 """Indices of an answer's tokens for x and y."""
@@ -58,7 +52,7 @@ _COORDINATES: Final = (1, 3)
 class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
     """The model with the auxiliary heads."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, architecture: Architecture, model: Any, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.model = model
         vision_width, text_width = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
@@ -71,26 +65,29 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         self.read_name = nn.Linear(text_width, NAMES * MERGE**2)
         self.query = nn.Linear(text_width, _POINTER)
         self.key = nn.Linear(text_width, _POINTER)
-        self._tokenizer = tokenizer
+        self._architecture = architecture
+        self._before, self._after = (
+            list(tokenizer.encode(text).ids) for text in (architecture.tokens.before, architecture.tokens.after)
+        )
 
     def losses(
         self, patches: mx.array, ids: mx.array, answers: mx.array, targets: mx.array, labels: mx.array, grid: Grid
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Return the loss of each answer token, the share of exact answers, and the losses of the heads."""
         n, count, _ = ids.shape
-        states, merged = _encode_images(self.model.vision_tower, patches, grid)
-        halfway, hidden = self._read(merged, ids, grid)
-        images = merged.shape[1]
-        final, half = (
-            each[:, BEFORE + images + 1 :].reshape(n, count, QUESTION_TOKENS, -1) for each in (hidden, halfway)
-        )
+        states, merged = self._architecture.encode_images(self.model, patches, grid)
+        layout = self._layout(grid, count)
+        halfway, hidden = self._read(merged, ids, layout)
+        final, half = (each[:, layout.shared :].reshape(n, count, QUESTION_TOKENS, -1) for each in (hidden, halfway))
         answer_positions = answers[..., None] + mx.arange(ANSWER_TOKENS)
         states_before = mx.take_along_axis(final, (answer_positions - 1)[..., None], 2)
         expected = mx.take_along_axis(ids, answer_positions, 2)
         logits = self.model.language_model.model.embed_tokens.as_linear(states_before)
         loss = nn.losses.cross_entropy(logits, expected).mean((0, 1))
         exact = (logits.argmax(-1) == expected).all(-1).mean()
-        image_states, half_image_states = (each[:, BEFORE : BEFORE + images] for each in (hidden, halfway))
+        image_states, half_image_states = (
+            each[:, layout.before : layout.before + merged.shape[1]] for each in (hidden, halfway)
+        )
         query_states = mx.take_along_axis(half, (answers - 1)[..., None, None], 2)[:, :, 0]
         heads = [
             *self._encoder_losses(states, image_states, labels, grid),
@@ -98,6 +95,10 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
             self._pointer_loss(query_states, half_image_states, targets, labels),
         ]
         return loss, exact, mx.stack(heads)
+
+    def _layout(self, grid: Grid, count: int) -> Layout:
+        rows, columns = grid[0] // MERGE, grid[1] // MERGE
+        return Layout(len(self._before), rows, columns, len(self._after), count, QUESTION_TOKENS)
 
     def _encoder_losses(
         self, states: mx.array, image_states: mx.array, labels: mx.array, grid: Grid
@@ -108,7 +109,7 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         total = present.sum() + 1
         predicted = self.centre(image_states).reshape(len(states), -1, 2)
         filled = nn.losses.binary_cross_entropy(self.filled(states)[..., 0], labels[..., 2], reduction="none")
-        centres = mx.array(_patch_centres(grid))
+        centres = mx.array(patch_centres(grid))
         return (
             nn.losses.cross_entropy(self.name(states), name).mean(),
             nn.losses.cross_entropy(self.colour(states), colour).mean(),
@@ -139,35 +140,28 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         loss: mx.array = -mx.where(visible, mx.log(probability + 1e-6), 0).sum() / mx.maximum(visible.sum(), 1)
         return loss
 
-    def _read(self, merged: mx.array, ids: mx.array, grid: Grid) -> tuple[mx.array, mx.array]:
+    def _read(self, merged: mx.array, ids: mx.array, layout: Layout) -> tuple[mx.array, mx.array]:
         """Run the language model on an image and its instructions; return the states halfway and at the end."""
         text = self.model.language_model.model
-        n, count, _ = ids.shape
-        start = prefix(self._tokenizer, 0)
-        before = len(start) - 1
-        opening = mx.broadcast_to(text.embed_tokens(mx.array(start))[None], (n, before + 1, merged.shape[-1]))
+        n, before = len(merged), layout.before
+        start = mx.array(self._before + self._after)
+        opening = mx.broadcast_to(text.embed_tokens(start)[None], (n, before + layout.after, merged.shape[-1]))
         parts = [opening[:, :before], merged, opening[:, before:], text.embed_tokens(ids.reshape(n, -1))]
-        place, mask = _layout(before, grid[0] // MERGE, grid[1] // MERGE, count)
-        where = mx.broadcast_to(mx.array(place)[:, None], (3, n, place.shape[1]))
-        states, halfway = mx.concatenate(parts, 1), mx.array(0)
-        angles = text.layers[0].self_attn.rotary_emb(states, where)
-        for number, layer in enumerate(text.layers, 1):
-            states = layer(states, mx.array(mask)[None, None], None, where, angles)
-            if number == len(text.layers) // 2:
-                halfway = states
-        return halfway, text.norm(states)
+        return self._architecture.read(text, mx.concatenate(parts, 1), layout)
 
 
-def train(model: Any, tokenizer: Tokenizer, steps: int, show: Callable[[int, str], None]) -> None:
+def train(
+    architecture: Architecture, model: Any, tokenizer: Tokenizer, steps: int, show: Callable[[int, str], None]
+) -> None:
     """Train for `steps` steps; `show` receives the number of steps and the last mean losses."""
-    learner = Learner(model, tokenizer)
+    learner = Learner(architecture, model, tokenizer)
     warmup = min(200, steps // 5)
     schedule = optim.join_schedules(
         [optim.linear_schedule(RATE / 100, RATE, warmup), optim.cosine_decay(RATE, steps - warmup, RATE / 50)],
         [warmup],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
-    batches = Batches(tokenizer, SCENES, PER_SCENE)
+    batches = Batches(architecture, tokenizer, SCENES, PER_SCENE)
     weights = mx.array(_HEADS)
 
     def compute(
@@ -198,53 +192,3 @@ def _losses(means: NDArray[np.float64]) -> str:
         f"loss {loss:.3f}, x {x:.3f}, y {y:.3f}, {exact:.1%} exact, name {name:.3f}, "
         f"colour {colour:.3f}, pointer {pointer:.3f}"
     )
-
-
-def _encode_images(tower: Any, patches: mx.array, grid: Grid) -> tuple[mx.array, mx.array]:
-    """Run the vision tower on images of one size as one batch; return states per patch and per image token.
-
-    The library's own function takes a single list of patches and loops over the images.
-    """
-    n, count, _ = patches.shape
-    kernel = tower.patch_embed.proj.weight.sum(1).reshape(-1, PATCH * PATCH * 3)
-    x = patches @ kernel.T
-    angles = tower.rot_pos_emb(mx.array([[1, *grid]]))
-    angles = mx.stop_gradient(mx.concatenate([angles, angles], -1))[:, None]
-    cos, sin = mx.cos(angles), mx.sin(angles)
-    for block in tower.blocks:
-        attn = block.attn
-        q, k, v = mx.split(attn.qkv(block.norm1(x)).reshape(n, count, 3 * attn.num_heads, -1), 3, 2)
-        q, k = (
-            part * cos + rotate_half(part) * sin  # type: ignore[no-untyped-call]
-            for part in (q, k)
-        )
-        q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
-        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=attn.scale)
-        x = x + attn.proj(mixed.transpose(0, 2, 1, 3).reshape(n, count, -1))
-        x = x + block.mlp(block.norm2(x))
-    return x, tower.merger(x.reshape(n * count, -1)).reshape(n, count // MERGE**2, -1)
-
-
-def _patch_centres(grid: Grid) -> Floats:
-    """Return the centres of the patches in pixels, with axes patch, (x, y), in the processor's order."""
-    rows, columns = grid[0] // MERGE, grid[1] // MERGE
-    return np.array(
-        [
-            ((c * MERGE + j + 0.5) * PATCH, (r * MERGE + i + 0.5) * PATCH)
-            for r in range(rows)
-            for c in range(columns)
-            for i in range(MERGE)
-            for j in range(MERGE)
-        ],
-        np.float32,
-    )
-
-
-def _layout(before: int, rows: int, columns: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return positions and mask for an image followed by several instructions that do not see each other."""
-    one = positions(before, rows, columns, 1 + QUESTION_TOKENS)
-    shared = before + rows * columns + 1
-    place = np.concatenate([one[:, :shared], *[one[:, shared:]] * count], 1)
-    block = np.concatenate([np.zeros(shared), np.arange(count).repeat(QUESTION_TOKENS) + 1])
-    mask = np.tril(np.ones((len(block), len(block)), bool)) & ((block[None] == 0) | (block[None] == block[:, None]))
-    return place, mask

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from scripts.stack.model import VISION
+from scripts.ui_micro.answers import PIXELS
 from scripts.ui_micro.evaluation import Trial, held_out, load_predictor
 from tests.plugins.stack import Stack, made_stack
 from tests.support.image_files import data_url
@@ -52,7 +53,7 @@ def test_nine_of_ten_clicks_hit_the_target_on_unseen_screenshots(http: httpx2.Cl
     assert sum(trial.instruction.by_colour for trial in trials) >= (0.25 + by_colour / 3) * TRIALS
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
-    assert sum(trial.hit(answer) for trial, answer in zip(trials, answers, strict=True)) >= 0.9 * TRIALS
+    assert sum(trial.hit(answer, PIXELS) for trial, answer in zip(trials, answers, strict=True)) >= 0.9 * TRIALS
 
 
 def test_the_stack_gives_the_answers_of_mlx_vlm(http: httpx2.Client) -> None:

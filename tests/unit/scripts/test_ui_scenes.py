@@ -6,11 +6,15 @@ import random
 
 import pytest
 
+from scripts.ui_micro.answers import PIXELS, THOUSANDTHS, AnswerFormat
+from scripts.ui_micro.architectures.architecture import Architecture
+from scripts.ui_micro.architectures.gemma import GEMMA
+from scripts.ui_micro.architectures.qwen import QWEN
 from scripts.ui_micro.drawing import draw
 from scripts.ui_micro.evaluation import FIRST_HELD_OUT, Trial, held_out
-from scripts.ui_micro.instructions import Attributes, Instruction, answer, clicked, instructions, is_unique, phrases
+from scripts.ui_micro.instructions import Attributes, Instruction, instructions, is_unique, phrases
 from scripts.ui_micro.scenes import SIZES, make_scene
-from scripts.ui_micro.tokenizer import END, SPECIAL, make_tokenizer
+from scripts.ui_micro.tokenizer import make_tokenizer
 
 SCENES = [make_scene(seed) for seed in range(200)]
 
@@ -33,14 +37,15 @@ def test_elements_are_inside_the_page_and_do_not_overlap() -> None:
         assert all(sum(e.contains(*centre) for e in scene.elements) == 1 for scene, centre in centres)
 
 
-def test_an_instruction_fits_one_element_and_its_answer_clicks_it() -> None:
+@pytest.mark.parametrize("answers", [PIXELS, THOUSANDTHS])
+def test_an_instruction_fits_one_element_and_its_answer_clicks_it(answers: AnswerFormat) -> None:
     for scene in SCENES:
         for instruction in instructions(scene, random.Random(1), 6):
             named = [
                 attributes for _, phrase, attributes in phrases(instruction.target) if instruction.text.endswith(phrase)
             ]
             assert any(is_unique(attributes, instruction.target, scene.elements) for attributes in named), instruction
-            place = clicked(answer(instruction.target))
+            place = answers.clicked(answers.answer(instruction.target, scene), scene)
             assert place is not None
             assert instruction.target.contains(*place)
 
@@ -67,9 +72,9 @@ def attributes_of(instruction: Instruction) -> Attributes:
     "text", ["", "click", "click(start_box='(1,2')", "type(content='x')", "click(start_box='(a,b)')"]
 )
 def test_an_answer_that_is_not_a_click_hits_nothing(text: str) -> None:
-    assert clicked(text) is None
     scene = SCENES[0]
-    assert not Trial(scene, instructions(scene, random.Random(1), 1)[0]).hit(text)
+    assert PIXELS.clicked(text, scene) is None
+    assert not Trial(scene, instructions(scene, random.Random(1), 1)[0]).hit(text, PIXELS)
 
 
 def test_evaluation_screenshots_are_not_in_the_training_data() -> None:
@@ -78,11 +83,12 @@ def test_evaluation_screenshots_are_not_in_the_training_data() -> None:
     assert not {trial.png for trial in trials} & {Trial(scene, trials[0].instruction).png for scene in SCENES}
 
 
-def test_the_tokenizer_has_tokens_for_its_words_and_bytes_for_others() -> None:
-    tokenizer = make_tokenizer()
+@pytest.mark.parametrize("architecture", [QWEN, GEMMA], ids=lambda each: each.name)
+def test_the_tokenizer_has_tokens_for_its_words_and_bytes_for_others(architecture: Architecture) -> None:
+    tokenizer, special = make_tokenizer(architecture), architecture.tokens.special
     assert tokenizer.get_vocab_size() < 1000
-    encoded = tokenizer.encode(f"click(start_box='(84,60)'){END}")
+    encoded = tokenizer.encode(f"click(start_box='(100,200)'){architecture.tokens.end}")
     assert len(encoded.ids) == 6
     for text in ("click the red Save button", "drück den Knopf 🙂", "日本語", "  \n\t "):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert [tokenizer.id_to_token(number) for number in range(len(SPECIAL))] == list(SPECIAL)
+    assert [tokenizer.id_to_token(number) for number in range(len(special))] == list(special)
