@@ -13,8 +13,10 @@ from typing import Final
 MAX_ASPECT_RATIO: Final = 200
 """Maximum ratio of an image's longer side to its shorter side."""
 
-_IN_THOUSANDTHS: Final = frozenset({"qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
-"""Model types, by config.json, that write coordinates in thousandths. UI-TARS 1.0 is a qwen2_vl, 1.5 a qwen2_5_vl."""
+_IN_THOUSANDTHS: Final = frozenset({"qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "gemma3"})
+"""Model types, by config.json, that write coordinates in thousandths. UI-TARS 1.0 is a qwen2_vl, 1.5 a qwen2_5_vl.
+
+Gemma 3 sees every image resized to the same square, so it does not know its size in pixels."""
 
 
 class Coordinates(StrEnum):

@@ -84,7 +84,8 @@ def test_invalid_size_is_an_error(size: tuple[int, int]) -> None:
         ("qwen3_vl_moe", Coordinates.THOUSANDTHS),
         ("qwen3_5", Coordinates.THOUSANDTHS),
         ("qwen3_5_moe", Coordinates.THOUSANDTHS),
-        ("gemma3", Coordinates.PIXELS),
+        ("gemma3", Coordinates.THOUSANDTHS),
+        ("gemma4", Coordinates.PIXELS),
         (None, Coordinates.PIXELS),
     ],
 )
