@@ -35,6 +35,7 @@ class Submission:
             Idempotency-Key, and finds the job of a request whose connection was lost.
         images: number of images stored under the job's id (`shared.jobs.images`).
         image_bytes: their total size.
+        image_tokens: their tokens in addition to one placeholder each; 0 if not known.
         prefixes: hashes of the prompt's prefixes, longest first, by which claims find a worker with a cached prefix.
         tokens: token ids of the prompt; None if the API does not have the model's tokenizer.
         shared: number of leading tokens whose cache other API keys may reuse.
@@ -61,6 +62,7 @@ class Submission:
     fingerprint: str = ""
     images: int = 0
     image_bytes: int = 0
+    image_tokens: int = 0
     prefixes: tuple[str, ...] = ()
     tokens: tuple[int, ...] | None = None
     shared: int = 0
@@ -159,4 +161,4 @@ def _expected_tokens(submission: Submission) -> int:
     else:
         messages = (str(message["content"]) for message in request.messages or ())
         prompt_tokens = (len(request.prompt or "") or sum(map(len, (*messages, *request.inputs)))) // 4
-    return prompt_tokens + min(request.max_tokens, 256)
+    return prompt_tokens + submission.image_tokens + min(request.max_tokens, 256)

@@ -75,6 +75,11 @@ class ImageGeometry:
             return self._grown(width, growth), self._grown(height, growth)
         return self._nearest(width), self._nearest(height)
 
+    def tokens(self, width: int, height: int) -> int:
+        """See `shared.models.image_tokens.ImageTokens`."""
+        width, height = self.resized(width, height)
+        return width * height // self.factor**2
+
     def _nearest(self, side: int) -> int:
         return round(side / self.factor) * self.factor
 

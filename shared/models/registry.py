@@ -12,6 +12,7 @@ from typing import Any, Final, Self, TypeVar
 
 from shared.histogram import Histogram
 from shared.models.image_geometry import Coordinates, ImageGeometry
+from shared.models.image_tokens import ImageTokens, from_record
 from shared.redis import keys
 from shared.redis.client import Redis, script
 from shared.wire import enum_member, known_fields
@@ -78,7 +79,8 @@ class ModelCard:
         tokenizer: digest of the model's `tokenizer.json` (`shared.tokenizing.files`). None if a worker must tokenise,
             because it could not verify that the API would produce the same tokens.
         template_variables: variables of the template in addition to the messages.
-        image: fields of `ImageGeometry`; None if the model accepts no images.
+        image: fields of `ImageGeometry`; None if the model accepts no images, or resizes them by another rule.
+        image_tokens: that rule, as in `shared.models.image_tokens`; None in cards of earlier versions.
         coordinates: what the coordinates in its answers refer to; see `Coordinates`.
         vocabulary: number of tokens that the embedding has; None in cards of earlier versions.
         sampling: sampling parameters declared by the model's files; None in cards of earlier versions.
@@ -106,6 +108,7 @@ class ModelCard:
     tokenizer: str | None = None
     template_variables: dict[str, Any] | None = None
     image: dict[str, int] | None = None
+    image_tokens: dict[str, Any] | None = None
     vocabulary: int | None = None
     reasoning: bool | None = None
     tool_format: str | None = None
@@ -127,8 +130,13 @@ class ModelCard:
 
     @property
     def geometry(self) -> ImageGeometry | None:
-        """How the model resizes images; None if it accepts no images."""
+        """How the model resizes images; None if it accepts none, or resizes them by another rule."""
         return ImageGeometry(**known_fields(ImageGeometry, self.image)) if self.image else None
+
+    @property
+    def token_rule(self) -> ImageTokens | None:
+        """How many tokens an image takes; None if only the worker knows."""
+        return self.geometry or (from_record(self.image_tokens) if self.image_tokens else None)
 
     def to_json(self) -> str:
         """Encode as one line of JSON."""

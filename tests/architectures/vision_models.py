@@ -35,6 +35,19 @@ _TEMPLATE: Final = (
 def build(name: str, folder: Path) -> Path:
     """Write a model into a new folder."""
     spec = VISION_MODELS[name]
+    config = write_settings(name, folder)
+    weights = {
+        path: array * _AMPLIFICATION if spec.amplified is not None and spec.amplified in path else array
+        for path, array in tree_flatten(_model(config).parameters())
+        if path not in spec.without
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
+def write_settings(name: str, folder: Path) -> Json:
+    """Write all files of a model but its weights into a new folder. Returns the content of config.json."""
+    spec = VISION_MODELS[name]
     folder.mkdir(parents=True)
     tokenizer = Tokenizer.from_str(byte_tokenizer())
     tokenizer.add_special_tokens([*_TOKENS, *spec.tokens])
@@ -51,13 +64,7 @@ def build(name: str, folder: Path) -> Path:
         (folder / file).write_text(json.dumps(content))
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     (folder / "chat_template.jinja").write_text(_TEMPLATE.replace("IMAGE", spec.image))
-    weights = {
-        path: array * _AMPLIFICATION if spec.amplified is not None and spec.amplified in path else array
-        for path, array in tree_flatten(_model(config).parameters())
-        if path not in spec.without
-    }
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return folder
+    return config
 
 
 def _model(config: Json) -> Any:

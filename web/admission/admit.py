@@ -32,7 +32,7 @@ from web.admission.generation import GenerationRequests, given_tokens
 from web.admission.inputs import InputRequests, check_kind
 from web.admission.model_choice import ModelChoice, choose_model
 from web.admission.prefix_hashes import adapter_hash, prefix_hashes
-from web.admission.prompt_tokenizer import PromptTokenizer
+from web.admission.prompt_tokenizer import PromptTokenizer, image_token_count
 from web.cluster.snapshot import Cluster
 from web.schemas.inputs import InputsRequest
 from web.schemas.requests import JobRequest
@@ -236,6 +236,7 @@ class Admission:
             prefixes=self._prefixes(generation, request.prompt_tokens or (), context.owner),
             tokens=tokenized.tokens if tokenized else None,
             shared=tokenized.shared if tokenized else 0,
+            image_tokens=image_token_count(card, generation, request.prompt_field) if card else 0,
             webhook=NO_WEBHOOKS if context.silent else _webhook(request),
         )
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Final, TypeVar
 
-from shared.errors import Invalid, PromptRefused, Unavailable
+from shared.errors import Invalid, JobFailure, PromptRefused, Unavailable
 from shared.jobs.request import Request
+from shared.models.image_tokens import image_tokens
 from shared.models.registry import ModelCard
 from shared.tokenizing.client import (
     TokenizerBroken,
@@ -57,6 +58,8 @@ class PromptTokenizer:
             Unavailable: too many prompts are waiting to be tokenised.
             redis.RedisError: Redis is unavailable.
         """
+        if request.image_parts:
+            _check_images_fit(card, request, field)
         return self._guarded(card, request, field, card.context)
 
     def tokenize_inputs(self, card: ModelCard, request: Request, field: str) -> tuple[int, ...] | None:
@@ -91,14 +94,14 @@ class PromptTokenizer:
         The count may exceed the model's context.
         """
         tokenized = self._guarded(card, request, field, context=None)
-        return None if tokenized is None else len(tokenized.tokens) + _image_tokens(card, request, field)
+        return None if tokenized is None else len(tokenized.tokens) + image_token_count(card, request, field)
 
     def _guarded(self, card: ModelCard, request: Request, field: str, context: int | None) -> Tokenized | None:
-        image_tokens = _image_tokens(card, request, field)
+        reserved = image_token_count(card, request, field)
 
         def tokenize(source: TokenizerSource) -> Tokenized:
             return self._tokenizing.tokenize(
-                source, request, context=context, reserved=image_tokens, vocabulary=card.vocabulary
+                source, request, context=context, reserved=reserved, vocabulary=card.vocabulary
             )
 
         return self._with_source(card, field, tokenize)
@@ -147,17 +150,34 @@ class PromptTokenizer:
         raise TokenizerBroken("the tokenizer file was corrupt again after it was fetched again")
 
 
-def _image_tokens(card: ModelCard, request: Request, field: str) -> int:
-    """Return how many tokens a request's images occupy in addition to one placeholder each.
+def image_token_count(card: ModelCard, request: Request, field: str) -> int:
+    """Return how many tokens a request's images occupy in addition to one placeholder each; 0 if only the worker knows.
+
+    Args:
+        field: name of the request field with the prompt, for error messages.
 
     Raises:
         Invalid: the model does not support the shape of an image.
     """
-    geometry = card.geometry
-    if geometry is None:
+    if (rule := card.token_rule) is None:
         return 0
     try:
-        sizes = [geometry.resized(part["width"], part["height"]) for part in request.image_parts]
+        return sum(image_tokens(rule, part["width"], part["height"]) - 1 for part in request.image_parts)
     except ValueError as error:
-        raise Invalid(f"The model does not support the shape of an image: {error}", field=field) from error
-    return sum(width * height // geometry.factor**2 - 1 for width, height in sizes)
+        raise Invalid(f"The model does not support the shape of an image: {error}.", field=field) from error
+
+
+def _check_images_fit(card: ModelCard, request: Request, field: str) -> None:
+    """Refuse images that alone exceed the context, also if the API does not have the tokenizer.
+
+    Raises:
+        Invalid: they do, or the model does not support the shape of one.
+    """
+    images = request.image_parts
+    tokens = image_token_count(card, request, field) + len(images)
+    if tokens >= card.context:
+        detail = (
+            f"The {len(images)} images of the prompt have {tokens} tokens, and the model's context is {card.context} "
+            "tokens: send fewer or smaller images."
+        )
+        raise Invalid(detail, code=JobFailure.CONTEXT_LENGTH, field=field)

@@ -12,13 +12,14 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from worker.runner.vision import images
+from worker.runner.vision import images, token_rules
 from worker.runner.vision.gemma import Gemma4Language
 from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.half import Encoder, Expand
 from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
 from worker.runner.vision.mrope import Axes, use_mrope
 from worker.runner.vision.qwen_encoder import DeepstackEncoder, QwenEncoder, WindowEncoder
+from worker.runner.vision.token_rules import TokenRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class VisionFamily:
         placeholder_text: the text of that token if config.json does not have it.
         expand: makes the function that replaces the placeholders in a prompt.
         language: makes the language model.
+        tokens: returns the rule by which the API counts the tokens of images; not for encoders with a `geometry`.
     """
 
     encoder: Callable[[Parts, ImageLanguageModel], Encoder]
@@ -88,6 +90,7 @@ class VisionFamily:
     placeholder_text: str | None = None
     expand: Callable[[Parts], Expand] = plain_expand
     language: Callable[[Parts], ImageLanguageModel] = plain_language
+    tokens: TokenRule = token_rules.unknown
 
 
 def _mrope_language(axes: Axes) -> Callable[[Parts], ImageLanguageModel]:
@@ -180,7 +183,7 @@ def _attends_within_images(parts: Parts) -> bool:
     return parts.text_config.get("use_bidirectional_attention") == "vision"
 
 
-_GLM: Final = _generic(expand=mrope_expand, language=_mrope_language(Axes.SECTIONS))
+_MROPE: Final[Mapping[str, Any]] = {"expand": mrope_expand, "language": _mrope_language(Axes.SECTIONS)}
 _QWEN3: Final = _qwen(DeepstackEncoder, Axes.INTERLEAVED)
 
 FAMILIES: Final[Mapping[str, VisionFamily]] = {
@@ -190,15 +193,20 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": _QWEN3,
     "qwen3_5_moe": _QWEN3,
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"), _GLM),
-    **dict.fromkeys(("pixtral", "mistral3", "lfm2_vl", "internvl", "idefics3", "smolvlm", "llava"), _generic()),
-    "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>"),
-    "kimi_vl": _generic(placeholder=("media_placeholder_token_id",)),
-    "gemma3": _generic(placeholder_text="<start_of_image>"),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), _generic(tokens=token_rules.glm, **_MROPE)),
+    "paddleocr_vl": _generic(tokens=token_rules.paddleocr, **_MROPE),
+    **dict.fromkeys(("pixtral", "mistral3"), _generic(tokens=token_rules.pixtral)),
+    **dict.fromkeys(("idefics3", "smolvlm"), _generic(tokens=token_rules.idefics)),
+    "lfm2_vl": _generic(tokens=token_rules.lfm2),
+    "llava": _generic(tokens=token_rules.llava),
+    "internvl": _generic(tokens=token_rules.internvl),
+    "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>", tokens=token_rules.internvl),
+    "kimi_vl": _generic(placeholder=("media_placeholder_token_id",), tokens=token_rules.kimi),
+    "gemma3": _generic(placeholder_text="<start_of_image>", tokens=token_rules.gemma3),
     **dict.fromkeys(
         ("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
-        _generic(placeholder=("img_context_token_id",)),
+        _generic(placeholder=("img_context_token_id",), tokens=token_rules.nemotron),
     ),
-    "granite4_vision": _generic(encoder_class=_GraniteEncoder, language=_granite_language),
-    "gemma4": _generic(language=_gemma4_language, expand=_gemma4_expand),
+    "granite4_vision": _generic(encoder_class=_GraniteEncoder, language=_granite_language, tokens=token_rules.granite),
+    "gemma4": _generic(language=_gemma4_language, expand=_gemma4_expand, tokens=token_rules.gemma4),
 }

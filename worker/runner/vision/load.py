@@ -11,11 +11,13 @@ import mlx.core as mx
 from mlx_vlm import utils
 
 from shared.models.folder import VISION_FAMILIES, ModelError, check_adapter, check_folder
+from shared.models.image_tokens import to_record
 from worker.models import text_half
 from worker.models.image_templates import for_images
 from worker.models.load import NO_CODE, LoadedModel, contained, loaded_as, tokenizer_config
 from worker.runner.vision.families import FAMILIES, Parts, VisionFamily
 from worker.runner.vision.half import VisionHalf
+from worker.runner.vision.token_rules import proven_rule
 
 
 def load_vision_model(
@@ -71,6 +73,8 @@ def _put_together(family: VisionFamily, parts: Parts) -> tuple[LoadedModel, Visi
     loaded = loaded_as("vision", parts.folder, language, parts.tokenizer, dict(parts.config))
     if encoder.geometry is not None:
         loaded = replace(loaded, card=replace(loaded.card, image=asdict(encoder.geometry)))
+    elif rule := proven_rule(family.tokens, parts.processor, encoder.layout):
+        loaded = replace(loaded, card=replace(loaded.card, image_tokens=to_record(rule)))
     return loaded, VisionHalf(parts.image_token, encoder, family.expand(parts))
 
 
