@@ -363,7 +363,8 @@ def _raise_error(header: Mapping[str, Any], context: int | None, reserved: int) 
         case JobFailure.CONTEXT_LENGTH:
             tokens = header.get("tokens")
             length = f": it has {tokens + reserved}, and the answer needs at least 1" if isinstance(tokens, int) else ""
-            message = f"The prompt is longer than the model's context of {context} tokens{length}."
+            images = f" Its images take more than {reserved} of them." if reserved else ""
+            message = f"The prompt is longer than the model's context of {context} tokens{length}.{images}"
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, message)
         case TokenizerFault.CORRUPT:
             raise TokenizerCorrupt(str(header.get("message")))

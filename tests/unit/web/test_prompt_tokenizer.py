@@ -12,6 +12,7 @@ import pytest
 
 from shared.errors import Invalid, Unavailable
 from shared.jobs.request import Constraint, Request
+from shared.models.image_tokens import FixedTokens
 from shared.models.registry import ModelCard
 from shared.tokenizing.client import TokenizerBusy, Tokenizing
 from shared.tokenizing.files import TokenizerFiles, TokenizerStore
@@ -79,6 +80,11 @@ def test_images_count_as_many_tokens_as_their_model_uses(api: Api) -> None:
     image = {"type": "image", "image": "a" * 64, "width": side, "height": side}
     assert api.tokenize(card, chat({"role": "user", "content": [image, image]})) == Tokenized((6, 6))
     assert api.refusal(card, chat({"role": "user", "content": [image] * 3}))[0] == "context_length_exceeded"
+    other = api.announce(chat_template=template, image_tokens={"rule": "fixed", "number": 49, "of_later_versions": 1})
+    assert other.token_rule == FixedTokens(49)
+    assert api.refusal(other, chat({"role": "user", "content": [image] * 3}))[0] == "context_length_exceeded"
+    for unknown in ({"rule": "of_later_versions"}, {"rule": "fixed", "other": 1}, {}):
+        assert api.tokenize(replace(other, image_tokens=unknown), chat({"role": "user", "content": [image] * 3}))
     odd = {**image, "height": 1}
     assert api.refusal(card, chat({"role": "user", "content": [{**odd, "width": 1000}]}))[1] == "messages"
 
