@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias
@@ -22,6 +22,8 @@ from shared.models.folder import ModelError
 
 Loaded: TypeAlias = tuple[Any, Any, dict[str, Any]]
 """The model, its tokenizer, and the configuration."""
+Classes: TypeAlias = Callable[[dict[str, Any]], tuple[Any, Any]]
+"""Returns the classes of a model and of its arguments, given the configuration."""
 
 _SECTIONS: Final = ("text_config", "llm_config", "language_config", "thinker_config")
 """Sections of config.json that describe the language model. The last one has a `text_config` of its own."""
@@ -46,26 +48,46 @@ _DIFFERENT: Final = frozenset(
 """Types whose text mlx-lm would compute in another way: other rotary positions, or prompts that are read both ways."""
 _PREFIX: Final = re.compile(r"(?:model\.|thinker\.)*(?:language_model|text_model|language|llm)\.|thinker\.")
 _LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
+_ANY_QUANTISATION: Final = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+"""Lets mlx-lm find how each weight is quantised if config.json does not state it, as in FP8 checkpoints.
+
+mlx-vlm converts those to these values.
+"""
 _ADAPTER: Final = "adapters.safetensors"
-_OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector")
+_OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector|connector")
 
 
-def load(folder: Path, tokenizer_config: dict[str, Any], *, adapter: Path | None, lazy: bool) -> Loaded:
+def load(
+    folder: Path,
+    tokenizer_config: dict[str, Any],
+    *,
+    adapter: Path | None,
+    lazy: bool,
+    weights: dict[str, Any] | None = None,
+) -> Loaded:
     """Load a text model, or the language model of a multimodal folder.
 
     Args:
         adapter: a folder of LoRA weights to apply.
         lazy: read the weights only when they are evaluated.
+        weights: the weights of the language model, with the names of mlx-vlm's models; the dictionary is emptied. None:
+            read them from the folder.
 
     Raises:
         Exception: of any type, if the folder is broken or its architecture is not supported.
     """
     config = utils.load_config(folder)
-    if is_known(config) or not _is_multimodal(config):
+    known = is_known(config) or not _is_multimodal(config)
+    if known and weights is None:
         return utils.load(  # type: ignore[return-value]
             str(folder), tokenizer_config, adapter_path=str(adapter) if adapter else None, lazy=lazy, return_config=True
         )
-    model, config = _load_half(folder, config, lazy=lazy)
+    settings, classes = (config, utils._get_classes) if known else _half_of(folder, config)  # noqa: SLF001
+    if weights is not None:
+        classes = _taking(weights, classes)
+        if any(path.endswith(".scales") for path in weights) and "quantization" not in settings:
+            settings = {**settings, "quantization": _ANY_QUANTISATION}
+    model, config = utils.load_model(folder, lazy=lazy, model_config=settings, get_model_classes=classes)
     if adapter is not None:
         _load_adapter(model, adapter)
     eos = config.get("eos_token_id")
@@ -101,15 +123,33 @@ def _is_multimodal(config: Mapping[str, Any]) -> bool:
     return config["model_type"] in _ARCHITECTURES or any(isinstance(config.get(name), dict) for name in _SECTIONS)
 
 
-def _load_half(folder: Path, config: Mapping[str, Any], *, lazy: bool) -> tuple[Any, dict[str, Any]]:
+def _half_of(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Classes]:
+    """Return the configuration and the classes of the language model of a folder that mlx-lm does not know."""
     text, kind = _text_config(config), config["model_type"]
     if kind in _DIFFERENT or not is_known(text):
         raise ModelError(
             f"{folder}: neither the images nor the text of model_type {kind!r} are supported"
             + (f": mlx-lm has no architecture {text['model_type']!r}." if kind not in _DIFFERENT else ".")
         )
-    model, loaded = utils.load_model(folder, lazy=lazy, model_config=text, get_model_classes=_text_classes)
-    return model, loaded
+    return text, _text_classes
+
+
+def _taking(weights: dict[str, Any], classes: Classes) -> Classes:
+    """Return a function like `classes`, whose models take these weights instead of those in the folder's files."""
+
+    def with_weights(config: dict[str, Any]) -> tuple[Any, Any]:
+        architecture, arguments = classes(config)
+
+        class Given(architecture):  # type: ignore[misc, valid-type]
+            def sanitize(self, _files: dict[str, Any]) -> dict[str, Any]:
+                given = dict(weights)
+                weights.clear()  # this class lives as long as the model, which may replace its weights
+                return super().sanitize(given) if hasattr(architecture, "sanitize") else given
+
+        Given.__module__ = architecture.__module__
+        return Given, arguments
+
+    return with_weights
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +232,7 @@ def _text_name(path: str, top: str) -> str | None:
         top: the first part of the names of the language model's weights.
     """
     name = without_prefix(path)
-    in_text = name.replace("model.lm_head.", "lm_head.")
+    in_text = name.replace("model.lm_head.", "lm_head.").replace("model.model.", "model.")
     if in_text.startswith((f"{top}.", "lm_head.")):
         return None if name == path and _OTHER_HALF.search(path) else in_text
     return f"{top}.{in_text}" if name != path else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_vlm import utils
 
 from shared.models.folder import VISION_FAMILIES, ModelError, check_adapter, check_folder
@@ -18,6 +19,8 @@ from worker.models.load import NO_CODE, LoadedModel, contained, loaded_as, token
 from worker.runner.vision.families import FAMILIES, Parts, VisionFamily
 from worker.runner.vision.half import VisionHalf
 from worker.runner.vision.token_rules import proven_rule
+
+_ENCODER_FAILS: Final = 'The image encoder in {} cannot be loaded; kind = "text" in the catalog serves only text'
 
 
 def load_vision_model(
@@ -47,20 +50,24 @@ def load_vision_model(
                 f"{folder}: images are not supported for model_type {config.get('model_type')!r}, only for "
                 f"{', '.join(VISION_FAMILIES)}."
             )
-        text = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy)
-    with contained(f'The image encoder in {folder} cannot be loaded; kind = "text" in the catalog serves only text'):
-        loaded, vision = _put_together(family, _parts(folder, config, family, text))
+    with contained(_ENCODER_FAILS.format(folder)):
+        model = utils.load_model(folder, lazy=True)
+        weights = _take_weights(model.language_model)
+    with contained(f"The model in {folder} cannot be loaded"):
+        text = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy, weights=weights)
+    with contained(_ENCODER_FAILS.format(folder)):
+        loaded, vision = _put_together(family, _parts(folder, config, family, model, text))
         if not lazy:
             mx.eval(loaded.model.parameters(), vision.encoder.tower.parameters())
         return loaded, vision
 
 
-def _parts(folder: Path, config: Mapping[str, Any], family: VisionFamily, text_parts: text_half.Loaded) -> Parts:
+def _parts(
+    folder: Path, config: Mapping[str, Any], family: VisionFamily, model: Any, text_parts: text_half.Loaded
+) -> Parts:
     text, tokenizer, text_config = text_parts
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = for_images(folder, tokenizer.chat_template)
-    model = utils.load_model(folder, lazy=True)
-    _drop_weights(model.language_model)
     processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)
     token = _placeholder(family, {**vars(model.config), **config}, tokenizer)
     return Parts(folder, {**config, **text_config}, text, model, processor, tokenizer, token)
@@ -78,11 +85,21 @@ def _put_together(family: VisionFamily, parts: Parts) -> tuple[LoadedModel, Visi
     return loaded, VisionHalf(parts.image_token, encoder, family.expand(parts))
 
 
-def _drop_weights(language_model: Any) -> None:
-    """Drop the weights of mlx-vlm's language model, which have not been read."""
+def _take_weights(language_model: Any) -> dict[str, mx.array]:
+    """Remove and return the weights of mlx-vlm's language model, which have not been read.
+
+    mlx-vlm knows how checkpoints of its families name, shape and quantise weights. Its names are those of a folder that
+    it has converted.
+    """
+    found: dict[str, mx.array] = dict(tree_flatten(language_model.parameters()))
+    output = found.get("lm_head.weight")
+    if any(array is output for path, array in found.items() if path != "lm_head.weight"):
+        # mlx-vlm reads a tied embedding twice, for example in Gemma 3. mlx-lm ties it.
+        found = {path: array for path, array in found.items() if not path.startswith("lm_head.")}
     for _, module in language_model.named_modules():
         for name in [name for name, value in module.items() if isinstance(value, mx.array)]:
             del module[name]
+    return {f"language_model.{path}": array for path, array in found.items()}
 
 
 def _placeholder(family: VisionFamily, config: Mapping[str, Any], tokenizer: Any) -> int:
