@@ -68,10 +68,13 @@ class Parsing:
     Attributes:
         format: the requested format, such as `ui_tars`.
         image_size: width and height of the request's last image in pixels; None without images.
+        coordinates: what the coordinates refer to: `thousandths` of the image, pixels of the image as `resized` by the
+            model, or `pixels` of the image as it was sent. None or another value: as the model's type usually means.
     """
 
     format: str
     image_size: tuple[int, int] | None = None
+    coordinates: str | None = None
 
     def to_json(self) -> str:
         """Encode as one line of JSON."""

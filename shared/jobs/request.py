@@ -62,6 +62,7 @@ class Request:
             prompt is tokenised, this is decided: only there it is certain whether the model has a template. True in
             records of earlier versions, which decided when they stored the job.
         parse: format in which the answer is parsed; see `web.results.job_views`.
+        coordinates: what the coordinates in the answer refer to; see `shared.jobs.record.Parsing`.
         share_system_prompt: whether jobs of other API keys may reuse the cache of the leading system message.
         logprobs: number of alternatives (0 to 20) reported with each token's log-probability; None for no
             log-probabilities.
@@ -90,6 +91,7 @@ class Request:
     messages: tuple[dict[str, Any], ...] | None = None
     stop: tuple[str, ...] = ()
     parse: str | None = None
+    coordinates: str | None = None
     share_system_prompt: bool = False
     logprobs: int | None = None
     raw: bool = True

@@ -139,7 +139,7 @@ class Jobs:
             new=job.id == job_ids[0],
             wake=bool(wake),
             place=Place.from_reply(place) if place else None,
-            prompt_tokens=None if submissions[0].tokens is None else len(submissions[0].tokens),
+            prompt_tokens=submissions[0].prompt_tokens,
             tokens=TokensLeft.from_reply(tokens) if tokens else None,
         )
 

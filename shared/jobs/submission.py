@@ -77,6 +77,11 @@ class Submission:
     min_retention_s: int = 0
     result_bytes: int = 0
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Number of tokens of the prompt, with its images as far as they are known; None if it is not tokenised yet."""
+        return None if self.tokens is None else len(self.tokens) + self.image_tokens
+
 
 def inputs_bytes(request: Request, dimensions: int | None) -> int:
     """Return the maximum size of the results of a request's inputs as text; 0 for a generation job.
@@ -149,16 +154,15 @@ def _optional(submission: Submission) -> dict[str, str]:
     if request.parse is not None:
         images = request.image_parts
         size = (images[-1]["width"], images[-1]["height"]) if images else None
-        fields["parsing"] = Parsing(request.parse, size).to_json()
+        fields["parsing"] = Parsing(request.parse, size, request.coordinates).to_json()
     return fields
 
 
 def _expected_tokens(submission: Submission) -> int:
     """Estimate how many tokens of worker memory the job needs at first: the prompt and the start of the answer."""
-    request = submission.request
-    if submission.tokens is not None:
-        prompt_tokens = len(submission.tokens)
-    else:
+    request, prompt_tokens = submission.request, submission.prompt_tokens
+    if prompt_tokens is None:
         messages = (str(message["content"]) for message in request.messages or ())
-        prompt_tokens = (len(request.prompt or "") or sum(map(len, (*messages, *request.inputs)))) // 4
-    return prompt_tokens + submission.image_tokens + min(request.max_tokens, 256)
+        characters = len(request.prompt or "") + sum(map(len, (*messages, *request.inputs)))
+        prompt_tokens = characters // 4 + submission.image_tokens
+    return prompt_tokens + min(request.max_tokens, 256)

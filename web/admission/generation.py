@@ -13,7 +13,7 @@ from shared.models.sampling_defaults import SamplingDefaults
 from shared.settings import Settings
 from shared.tokenizing.messages import Tokenized
 from web.cluster.snapshot import Cluster
-from web.schemas.requests import JobRequest
+from web.schemas.requests import JobRequest, ParseOptions
 from web.schemas.tools import choice_record
 
 MAX_CONTEXT: Final = 2**31 - 1
@@ -43,7 +43,7 @@ class GenerationRequests:
             Invalid: a value is not possible with this model.
         """
         _check_template_options(request)
-        messages = request.chat_messages()
+        messages, parse = request.chat_messages(), request.parse
         return Request(
             model=model,
             max_tokens=self._max_tokens(request, model, card),
@@ -51,7 +51,8 @@ class GenerationRequests:
             prompt=None if messages else request.prompt,
             messages=messages,
             stop=tuple(request.stop),
-            parse=request.parse,
+            parse=parse.format if isinstance(parse, ParseOptions) else parse,
+            coordinates=_coordinates(parse, card),
             share_system_prompt=request.share_system_prompt,
             logprobs=request.logprobs,
             raw=request.raw,
@@ -127,6 +128,15 @@ class GenerationRequests:
         else:
             declared = entry.declared_sampling if entry else SamplingDefaults()
         return entry.sampling.over(declared) if entry else declared
+
+
+def _coordinates(parse: str | ParseOptions | None, card: ModelCard | None) -> str | None:
+    """Return what the coordinates in the answer refer to, if the request says it."""
+    coordinates = parse.coordinates if isinstance(parse, ParseOptions) else None
+    if coordinates == "resized" and card is not None and card.geometry is None:
+        detail = f"parse.coordinates cannot be 'resized': to which size {card.id} resizes images is not known."
+        raise Invalid(detail, field="parse.coordinates")
+    return coordinates
 
 
 def _check_template_options(request: JobRequest) -> None:

@@ -55,10 +55,12 @@ class Scale:
     Attributes:
         sent: width and height of the image that was sent; None without an image.
         seen: width and height of the image to which the model's coordinates refer.
+        requested: whether the request says what they refer to, in whatever form the answer is.
     """
 
     sent: tuple[int, int] | None
     seen: tuple[int, int] | None
+    requested: bool = False
 
     @classmethod
     def of(cls, size: tuple[int, int] | None, geometry: ImageGeometry | None, coordinates: Coordinates) -> Scale:
@@ -76,8 +78,8 @@ class Scale:
         return cls(size, geometry.resized(*size) if size and geometry else size)
 
     def in_thousandths(self) -> Scale:
-        """Return the scale for an answer in a form whose coordinates are always thousandths."""
-        return Scale(self.sent, THOUSANDTHS)
+        """Return the scale for an answer in a form whose coordinates are thousandths, unless the request differs."""
+        return self if self.requested else Scale(self.sent, THOUSANDTHS)
 
     def point(self, x: float, y: float) -> Point:
         """Convert a point."""

@@ -7,10 +7,11 @@ from dataclasses import fields
 from typing import Any, Final
 
 from shared.jobs.record import Parsing
+from shared.models.image_geometry import ImageGeometry
 from shared.models.registry import ModelCard
 from web.parsing import computer_use, grounding, ui_tars
 from web.parsing.actions import ParseError
-from web.parsing.coordinates import Scale
+from web.parsing.coordinates import THOUSANDTHS, Scale
 
 _PARSERS: Final[Mapping[str, tuple[str, Callable[[str, Scale], list[Any]]]]] = {
     "ui_tars": ("actions", ui_tars.parse),
@@ -64,8 +65,21 @@ def _check_unicode(found: list[Any]) -> None:
 
 
 def _scale(parsing: Parsing, card: ModelCard | None) -> Scale:
-    size = parsing.image_size
+    size, geometry = parsing.image_size, card.geometry if card else None
     try:
-        return Scale.of(size, card.geometry, card.coordinate_kind) if card else Scale(size, size)
+        match parsing.coordinates:
+            case "thousandths":
+                return Scale(size, THOUSANDTHS, requested=True)
+            case "pixels":
+                return Scale(size, size, requested=True)
+            case "resized":
+                return _resized(size, geometry)
+        return Scale.of(size, geometry, card.coordinate_kind) if card else Scale(size, size)
     except ValueError as error:
         raise ParseError(f"The image has no valid coordinates: {error}.") from error
+
+
+def _resized(size: tuple[int, int] | None, geometry: ImageGeometry | None) -> Scale:
+    if geometry is None:
+        raise ParseError("The coordinates cannot be converted: to which size the model resizes images is not known.")
+    return Scale(size, geometry.resized(*size) if size else None, requested=True)

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import (
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -56,6 +58,27 @@ Metadata = Annotated[
 PriorityName = Literal["high", "normal", "batch"]
 
 
+class ParseOptions(RequestModel):
+    """How the answer is parsed, if the model's coordinates do not refer to what its type usually means."""
+
+    format: Literal["ui_tars", "computer_use", "grounding"] = Field(description="See `parse`")
+    coordinates: Literal["thousandths", "resized", "pixels"] | None = Field(
+        None,
+        description="What the coordinates in the answer refer to: thousandths of the image's width and height, pixels "
+        "of the image after the model's own resizing (only Qwen's vision models), or pixels of the image as it was "
+        "sent. Default: by the model's type",
+    )
+
+
+def _parse_tag(parse: object) -> str:
+    return "(name)" if isinstance(parse, str) else "(options)"
+
+
+Parse = Annotated[
+    Annotated[Literal["ui_tars", "computer_use", "grounding", "message"], Tag("(name)")]
+    | Annotated[ParseOptions, Tag("(options)")],
+    Discriminator(_parse_tag),
+]
 _PROMPTS: Final = ("prompt", "messages", "prompt_tokens")
 
 
@@ -202,12 +225,12 @@ class JobRequest(RequestModel):
     logit_bias: LogitBias = Field(
         {}, description="Values from -100 to 100 that are added to the logits of tokens, by token id"
     )
-    parse: Literal["ui_tars", "computer_use", "grounding", "message"] | None = Field(
+    parse: Parse | None = Field(
         None,
         description="`message`: also return the answer as a message, with reasoning and tool calls separated from the "
         "text. The other values also return structured data from the text, with coordinates in pixels of the last "
         "image: `ui_tars` the actions of UI-TARS, `computer_use` the calls of `computer_use` and `mobile_use` (Qwen), "
-        "`grounding` points and boxes in JSON",
+        "`grounding` points and boxes in JSON. An object instead of the name says what the coordinates refer to",
     )
     share_system_prompt: bool = Field(
         False,

@@ -11,7 +11,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
 from shared.errors import KeyReused, Unavailable
-from shared.jobs.record import Priority
+from shared.jobs.record import Parsing, Priority
 from shared.jobs.request import Constraint, Request
 from shared.jobs.store import Jobs
 from shared.models.catalog import Catalog, CatalogModel
@@ -283,6 +283,14 @@ def test_a_request_with_skipped_images_creates_no_job(admission: Admission, clie
     with pytest.raises(Unavailable):
         admission.admit(job_request(), origin, files, skipped_images=1)
     assert not client.keys(f"{keys.JOB}*")
+
+
+def test_the_job_keeps_what_coordinates_refer_to_if_the_request_says_it(admission: Admission) -> None:
+    def parse(coordinates: str) -> JobRequest:
+        return job_request(parse={"format": "grounding", "coordinates": coordinates})
+
+    assert admission.admit(parse("pixels"), RequestContext("me")).job.parsing == Parsing("grounding", None, "pixels")
+    assert refusal(admission, parse("resized")).field == "parse.coordinates"
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 20])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,37 @@ def test_invalid_calls_give_a_reason(text: str, reason: str) -> None:
 def tags(function: str, **parameters: str) -> str:
     values = "".join(f"<parameter={name}>{value}</parameter>" for name, value in parameters.items())
     return f"<function={function}>{values}</function>"
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "point"),
+    [
+        (None, at(1000, 250)),
+        ("of_later_versions", at(1000, 250)),
+        ("thousandths", at(1000, 250)),
+        ("pixels", at(500, 250)),
+        ("resized", at(500.0 * 2000 / 1988, 250.0 * 500 / 504)),
+    ],
+)
+def test_the_request_can_say_what_coordinates_refer_to(coordinates: str | None, point: Point) -> None:
+    value = 250 if coordinates in ("pixels", "resized") else 500
+    card = replace(QWEN_2_5, coordinates="thousandths")
+    texts = {
+        "grounding": json.dumps({"point_2d": [500, value]}),
+        "computer_use": tool_call("computer_use", action="left_click", coordinate=[500, value]),
+        "ui_tars": f"<seed:tool_call>{tags('click', point=f'<point>500 {value}</point>')}</seed:tool_call>",
+    }
+    rounded = Point(round(point.x, 1), round(point.y, 1), inside=True)
+    for format_, text in texts.items():
+        (found,), reason = parse(text, Parsing(format_, SIZE, coordinates), card)
+        assert reason is None
+        assert (found.point if format_ == "grounding" else found.start) == rounded
+
+
+def test_pixels_of_the_resized_image_need_a_model_whose_resizing_is_known() -> None:
+    for card in (QWEN_3, None):
+        found, reason = parse('{"point": [1, 2]}', Parsing("grounding", SIZE, "resized"), card)
+        assert not found and reason is not None and "is not known" in reason
 
 
 @pytest.mark.parametrize("marker", ["seed:tool_call", "tool_call"])

@@ -18,7 +18,7 @@ from web.schemas.keys import KeyLimits, KeyRequest
 from web.schemas.messages import ImageUrl, Message, Part, StoredImage
 from web.schemas.models import AliasesRequest, DownloadRequest, LoadRequest, UnloadRequest
 from web.schemas.openai_fields import SampledRequest
-from web.schemas.requests import InferenceRequest, JobRequest
+from web.schemas.requests import InferenceRequest, JobRequest, ParseOptions
 from web.schemas.response_format import (
     ChoiceFormat,
     GrammarFormat,
@@ -50,6 +50,14 @@ def test_fields_with_a_default_of_the_service_are_none() -> None:
 @pytest.mark.parametrize(("stop", "stops"), [("a", ["a"]), (["a", "b"], ["a", "b"]), ([], [])])
 def test_a_single_stop_string_is_a_list_of_one(stop: object, stops: list[str]) -> None:
     assert JobRequest.model_validate({"prompt": "hi", "stop": stop}).stop == stops
+
+
+def test_parse_is_a_name_or_an_object() -> None:
+    assert JobRequest.model_validate({"prompt": "hi", "parse": "ui_tars"}).parse == "ui_tars"
+    options = {"format": "ui_tars", "coordinates": "pixels"}
+    assert JobRequest.model_validate({"prompt": "hi", "parse": options}).parse == ParseOptions(**options)
+    assert error_locations(prompt="hi", parse="html") == [("parse", "(name)")]
+    assert error_locations(prompt="hi", parse={"format": "message"}) == [("parse", "(options)", "format")]
 
 
 def test_many_invalid_messages_give_one_error() -> None:
@@ -167,6 +175,7 @@ def test_all_error_codes_of_jobs_are_documented() -> None:
 REQUESTS: dict[type[RequestModel], dict[str, Any]] = {
     JobRequest: {"prompt": "hi"},
     InferenceRequest: {"prompt": "hi"},
+    ParseOptions: {"format": "grounding"},
     SampledRequest: {},
     KeyLimits: {},
     KeyRequest: {"name": "alice"},
