@@ -40,7 +40,7 @@ def check(stack: Stack, **prompt: Any) -> int:
             begin = next(iter(stream))
     assert count == usage.input_tokens + (usage.cache_read_input_tokens or 0)
     assert begin.type == "message_start"
-    assert 0 < begin.message.usage.input_tokens <= count, "images are counted at the end"
+    assert begin.message.usage.input_tokens == count
     return count
 
 
