@@ -251,6 +251,8 @@ class AdapterSlots:
     def _fail(self, name: str, error: Exception) -> None:
         """Fail the rows that wait for an adapter."""
         reason = str(error) if isinstance(error, ModelError) else "its weights cannot be read"
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"its files cannot be read: {error.strerror}"
         failed = [row.uid for row in self._waiting.values() if row.request.adapter == name]
         for uid in failed:
             del self._waiting[uid]
