@@ -59,6 +59,14 @@ def total_memory(root: Path = ROOT, own: Path = OWN) -> int:
     return min(limits)
 
 
+def pause_garbage_collector() -> None:
+    """Collect no garbage until `freeze_garbage_collector`; call it before imports.
+
+    Imports create few objects that do not stay, and the search for them took a sixth of the time.
+    """
+    gc.disable()
+
+
 def freeze_garbage_collector() -> None:
     """Exclude all present objects from future garbage collections; call it after imports and loading.
 
@@ -67,3 +75,4 @@ def freeze_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
+    gc.enable()

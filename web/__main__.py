@@ -1,4 +1,4 @@
-"""The API server: `python -m web` replaces itself with gunicorn and the configuration in `gunicorn.conf.py`.
+"""The API server: `python -m web` runs gunicorn with the configuration in `gunicorn.conf.py`.
 
 `load_or_exit` removes GUNICORN_CMD_ARGS from the environment, which would override the configuration file.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
+
+from gunicorn.app.wsgiapp import run  # type: ignore[import-untyped]
 
 from shared.load_settings import load_or_exit
 from shared.logging import configure
@@ -14,14 +17,15 @@ from shared.settings import ROOT
 
 
 def main() -> None:
-    """Check the settings, then replace this process with gunicorn."""
+    """Check the settings, then run gunicorn in this process."""
     configure("web", "INFO")  # reading the settings can log
     load_or_exit()
     os.chdir(ROOT)
-    os.execv(
-        sys.executable,
-        [sys.executable, "-P", "-m", "gunicorn", "-c", str(ROOT / "web/gunicorn.conf.py"), "web.app:create_app()"],
-    )
+    # gunicorn reads its arguments here, and starts itself again with them when it gets SIGUSR2.
+    spec = find_spec("gunicorn.__main__")
+    program = spec.origin if spec and spec.origin else "gunicorn"
+    sys.argv = [program, "-c", str(ROOT / "web/gunicorn.conf.py"), "web.app:create_app()"]
+    run()
 
 
 if __name__ == "__main__":

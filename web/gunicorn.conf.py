@@ -13,7 +13,7 @@ from typing import Any
 import gevent
 
 from shared.load_settings import load_or_exit
-from shared.runtime import freeze_garbage_collector
+from shared.runtime import freeze_garbage_collector, pause_garbage_collector
 from web.access.api_keys import LOCAL_SCOPES, KeyFileDamaged, KeyStore
 from web.http.connection import KEEPALIVE_S
 from web.http.server import SPARE_CONNECTIONS
@@ -77,6 +77,10 @@ def on_starting(server: Any) -> None:
             raise SystemExit(str(error)) from error
         except (OSError, ValueError) as error:
             raise SystemExit(f"MLXQ_API_KEY cannot be used: {error}") from error
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    pause_garbage_collector()  # while the application is imported
 
 
 def post_worker_init(worker: Any) -> None:

@@ -6,13 +6,16 @@ from gevent import monkey
 
 monkey.patch_all()
 
+from shared.runtime import freeze_garbage_collector, pause_garbage_collector  # noqa: E402
+
+pause_garbage_collector()
+
 import signal  # noqa: E402
 
 import gevent  # noqa: E402
 
 from shared.load_settings import load_or_exit  # noqa: E402
 from shared.logging import configure  # noqa: E402
-from shared.runtime import freeze_garbage_collector  # noqa: E402
 from web.background.process import Background  # noqa: E402
 from web.services import build  # noqa: E402
 

@@ -1,58 +1,36 @@
-"""The OpenAPI document of the API, generated from the descriptions that the routes carry (`describe`)."""
+"""Descriptions of routes, from which `web.http.openapi_document` makes the OpenAPI document."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
-from http import HTTPStatus
 from typing import Any, Final, ParamSpec, TypeVar
 
-from flask import Flask
-from openapi_pydantic import (
-    Components,
-    Encoding,
-    Header,
-    Info,
-    MediaType,
-    OpenAPI,
-    Operation,
-    Parameter,
-    PathItem,
-    RequestBody,
-    Response,
-    Schema,
-    SecurityScheme,
-    Tag,
-)
-from openapi_pydantic.util import PydanticSchema, construct_open_api_with_schema_class
 from pydantic import BaseModel
-from werkzeug.routing import Rule
-
-from shared import VERSION
-from web.access.auth import PUBLIC_BLUEPRINTS
-from web.http import anthropic_errors, openai_errors
-from web.http.openapi_texts import DESCRIPTION, ERROR_CODES, EXAMPLES, TAGS
-from web.schemas.problems import MEDIA_TYPE, AnthropicError, OpenAIError, ProblemDetails
-from web.schemas.requests import JobRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _ATTRIBUTE: Final = "openapi"
-_COMMON_ERRORS: Final = (400, 408, 429, 431, 500, 503)
-"""Error statuses that every route may return."""
-_ERRORS_WITH_KEY: Final = (401, 403, 422)
-"""Error statuses that every route with authentication may return in addition."""
-_RETRY_AFTER: Final = {
-    "Retry-After": Header(description="Seconds to wait before trying again", param_schema=Schema(type="integer"))
-}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A query parameter or a header.
+
+    Attributes:
+        location: `query` or `header`.
+        schema: its JSON Schema.
+    """
+
+    name: str
+    location: str
+    description: str
+    schema: Mapping[str, Any]
 
 
 def _parameter(name: str, location: str, description: str, **schema: Any) -> Parameter:
-    return Parameter(name=name, **{"in": location}, description=description, param_schema=Schema(**schema))
+    return Parameter(name, location, description, schema)
 
 
 WAIT: Final = _parameter(
@@ -103,9 +81,9 @@ DELIVERY_STATUS: Final = _parameter(
     "status", "query", "Only deliveries with this status", type="string", enum=["dead", "pending"], default="dead"
 )
 START: Final = _parameter(
-    "start", "query", "First day (UTC); default: 30 days up to `end`", type="string", schema_format="date"
+    "start", "query", "First day (UTC); default: 30 days up to `end`", type="string", format="date"
 )
-END: Final = _parameter("end", "query", "Last day (UTC); default: today", type="string", schema_format="date")
+END: Final = _parameter("end", "query", "Last day (UTC); default: today", type="string", format="date")
 KEY: Final = _parameter("key", "query", "Id of an API key; default: the caller's. For usage also `all`", type="string")
 MODEL: Final = _parameter("model", "query", "Only this model", type="string")
 USAGE_FORMAT: Final = _parameter(
@@ -134,7 +112,7 @@ AFTER_EVENT: Final = _parameter(
     "starting_after", "query", "`sequence_number` of the last event received", type="integer", minimum=0
 )
 INCLUDE: Final = tuple(
-    _parameter(name, "query", "Accepted for compatibility; has no effect", type="array", items=Schema(type="string"))
+    _parameter(name, "query", "Accepted for compatibility; has no effect", type="array", items={"type": "string"})
     for name in ("include", "include[]")
 )
 OBFUSCATION: Final = _parameter(
@@ -144,16 +122,6 @@ BETA: Final = _parameter("beta", "query", "Accepted for compatibility; has no ef
 PREFER: Final = _parameter(
     "Prefer", "header", "`wait=N`: wait up to N seconds for the job to end before responding", type="string"
 )
-
-_EVENT_SCHEMAS: Final[Mapping[str, Schema]] = {
-    "text/event-stream": Schema(
-        type="object",
-        properties={name: Schema(type="string") for name in ("id", "event", "data", "retry")},
-        description="One event; `data` is JSON",
-    ),
-    "application/x-ndjson": Schema(type="string", description="One event per line, as JSON"),
-}
-"""One entry for each of `FORMATS`."""
 
 Content = type[BaseModel] | str | tuple[type[BaseModel] | str, ...] | None
 """The body of a response: JSON of a model, text of a media type, one of several, or none."""
@@ -167,7 +135,7 @@ class describe:  # noqa: N801 - used as a decorator
         summary: one line, in the imperative.
         responses: contents of the responses, by status.
         body: model of the request body.
-        form: fields of the multipart form, if the body is one.
+        form: JSON Schemas of the fields of the multipart form, if the body is one.
         required: the fields that the form must have.
         streams: media types of the streams of events with which the route can respond.
         errors: further error statuses, in addition to those that all routes have.
@@ -179,7 +147,7 @@ class describe:  # noqa: N801 - used as a decorator
     _: KW_ONLY
     responses: Mapping[int, Content]
     body: type[BaseModel] | None = None
-    form: Mapping[str, Schema] | None = None
+    form: Mapping[str, Mapping[str, Any]] | None = None
     required: tuple[str, ...] = ()
     streams: Collection[str] = ()
     errors: tuple[int, ...] = ()
@@ -192,154 +160,12 @@ class describe:  # noqa: N801 - used as a decorator
         return view
 
 
-def _description(view: Callable[..., object]) -> describe:
+def description_of(view: Callable[..., object]) -> describe:
+    """Return what `describe` has attached to a view function."""
     description: describe = getattr(view, _ATTRIBUTE)
     return description
 
 
 def query_names(view: Callable[..., object]) -> frozenset[str]:
     """Return the names of a view's query parameters."""
-    return frozenset(parameter.name for parameter in _description(view).parameters if parameter.param_in == "query")
-
-
-@lru_cache(maxsize=1)
-def document(app: Flask) -> str:
-    """Return the OpenAPI document of all routes of an application, as JSON."""
-    openapi = OpenAPI(
-        openapi="3.1.0",
-        info=Info(title="mlxq", version=VERSION, description=DESCRIPTION),
-        paths=_paths(app),
-        tags=[Tag(name=name, description=TAGS[name]) for name in app.blueprints if name in TAGS],
-        components=Components(
-            securitySchemes={
-                "ApiKey": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
-                "Bearer": SecurityScheme(type="http", scheme="bearer"),
-            }
-        ),
-    )
-    return construct_open_api_with_schema_class(openapi).model_dump_json(by_alias=True, exclude_none=True)
-
-
-def _paths(app: Flask) -> dict[str, PathItem]:
-    paths: dict[str, PathItem] = {}
-    for rule in app.url_map.iter_rules():
-        if not _description(app.view_functions[rule.endpoint]).listed:
-            continue
-        item = paths.setdefault(re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), PathItem())
-        for method in _methods(rule):
-            setattr(item, method.lower(), _operation(app, rule, method))
-    return paths
-
-
-def _methods(rule: Rule) -> list[str]:
-    return sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
-
-
-def _operation(app: Flask, rule: Rule, method: str) -> Operation:
-    view = app.view_functions[rule.endpoint]
-    description = _description(view)
-    tag = rule.endpoint.split(".")[0]
-    public = tag in PUBLIC_BLUEPRINTS
-    return Operation(
-        operationId=view.__name__ if len(_methods(rule)) == 1 else f"{view.__name__}_{method.lower()}",
-        tags=[tag],
-        summary=description.summary,
-        description=inspect.getdoc(view),
-        parameters=[*_path_parameters(rule), *description.parameters] or None,
-        requestBody=_form_body(description) if description.form else _request_body(description.body),
-        responses=dict(_responses(description, rule.rule, public=public)),
-        security=None if public else [{"ApiKey": []}, {"Bearer": []}],
-    )
-
-
-def _path_parameters(rule: Rule) -> list[Parameter]:
-    return [
-        Parameter(name=name, **{"in": "path"}, required=True, param_schema=Schema(type="string"))
-        for name in sorted(rule.arguments)
-    ]
-
-
-def _request_body(model: type[BaseModel] | None) -> RequestBody | None:
-    if model is None:
-        return None
-    # Swagger UI would otherwise make an example with all fields, some of which exclude each other.
-    example = EXAMPLES["JobRequest" if issubclass(model, JobRequest) else model.__name__]
-    content = {"application/json": _media_type(model).model_copy(update={"example": example})}
-    if issubclass(model, JobRequest):
-        content["multipart/form-data"] = MediaType(
-            media_type_schema=_form_schema(model),
-            encoding={"request": Encoding(contentType="application/json")},
-            example={"request": example},
-        )
-    return RequestBody(required=True, content=content)
-
-
-def _form_body(description: describe) -> RequestBody:
-    fields = dict(description.form or {})
-    schema = Schema(type="object", required=[*description.required], properties=fields, additionalProperties=False)
-    return RequestBody(required=True, content={"multipart/form-data": MediaType(media_type_schema=schema)})
-
-
-def _form_schema(model: type[BaseModel]) -> Schema:
-    return Schema(
-        type="object",
-        required=["request"],
-        properties={
-            "request": PydanticSchema(schema_class=model),
-            "images": Schema(
-                type="array",
-                items=Schema(type="string", schema_format="binary"),
-                description="Image files; they come after the images in the request's field `images`",
-            ),
-        },
-    )
-
-
-def _responses(description: describe, path: str, *, public: bool) -> Iterator[tuple[str, Response]]:
-    errors = {*description.errors, *_COMMON_ERRORS, *(() if public else _ERRORS_WITH_KEY)} - set(description.responses)
-    if anthropic_errors.is_expected(path):
-        yield from _anthropic_errors(errors)
-    else:
-        openai = openai_errors.is_expected(path)
-        statuses = {*map(openai_errors.status_of, errors)} if openai else errors
-        yield from ((str(status), _error_response(status, openai=openai)) for status in sorted(statuses))
-    for status, content in description.responses.items():
-        yield str(status), Response(description=HTTPStatus(status).phrase, content=_content(content))
-    if description.streams:
-        events = {name: MediaType(media_type_schema=_EVENT_SCHEMAS[name]) for name in description.streams}
-        whole = _content(description.responses.get(200)) or {}
-        meaning = "The result, or a stream of events" if whole else "A stream of events"
-        yield "200", Response(description=meaning, content={**whole, **events})
-
-
-def _error_response(status: int, *, openai: bool) -> Response:
-    natives = [native for native in ERROR_CODES if status == (openai_errors.status_of(native) if openai else native)]
-    codes = ", ".join(f"`{code}`" for native in natives for code in ERROR_CODES[native])
-    return Response(
-        description=f"{HTTPStatus(status).phrase}: {codes}",
-        headers=dict(_RETRY_AFTER) if status in (429, 503) else None,
-        content=_content(OpenAIError) if openai else {MEDIA_TYPE: _media_type(ProblemDetails)},
-    )
-
-
-def _anthropic_errors(statuses: Iterable[int]) -> Iterator[tuple[str, Response]]:
-    """Yield the errors of a route of the Messages API, whose format has no codes."""
-    for status in sorted({*map(anthropic_errors.status_of, statuses)}):
-        overloaded = status == anthropic_errors.OVERLOADED
-        description = "Overloaded" if overloaded else HTTPStatus(status).phrase
-        headers = dict(_RETRY_AFTER) if overloaded or status == HTTPStatus.TOO_MANY_REQUESTS else None
-        yield str(status), Response(description=description, headers=headers, content=_content(AnthropicError))
-
-
-def _content(content: Content) -> dict[str, MediaType] | None:
-    if content is None:
-        return None
-    if isinstance(content, tuple):
-        return {name: media for each in content for name, media in (_content(each) or {}).items()}
-    if isinstance(content, str):
-        return {content: _media_type(None)}
-    return {"application/json": _media_type(content)}
-
-
-def _media_type(model: type[BaseModel] | None) -> MediaType:
-    return MediaType(media_type_schema=PydanticSchema(schema_class=model) if model else Schema(type="string"))
+    return frozenset(parameter.name for parameter in description_of(view).parameters if parameter.location == "query")

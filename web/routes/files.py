@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Final, cast
+from collections.abc import Mapping
+from typing import Any, Final, cast
 
 from flask import Blueprint, Response, request, send_file
-from openapi_pydantic import Schema
 
 from shared.errors import Invalid
 from web.access.auth import caller
@@ -31,16 +31,16 @@ _MAX_LIFETIME_S: Final = 30 * 24 * 3600
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS: Final = frozenset({"purpose", _ANCHOR, _SECONDS})
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f/\\]")
-_FORM: Final = {
-    "file": Schema(type="string", schema_format="binary", description="The file; at most MAX_FILE_BYTES"),
-    "purpose": Schema(type="string", enum=[PURPOSE]),
-    _ANCHOR: Schema(type="string", enum=["created_at"]),
-    _SECONDS: Schema(
-        type="integer",
-        minimum=_MIN_LIFETIME_S,
-        maximum=_MAX_LIFETIME_S,
-        description="Seconds until the file is deleted. At most FILES_RETENTION_S, which is the default",
-    ),
+_FORM: Final[Mapping[str, Mapping[str, Any]]] = {
+    "file": {"type": "string", "format": "binary", "description": "The file; at most MAX_FILE_BYTES"},
+    "purpose": {"type": "string", "enum": [PURPOSE]},
+    _ANCHOR: {"type": "string", "enum": ["created_at"]},
+    _SECONDS: {
+        "type": "integer",
+        "minimum": _MIN_LIFETIME_S,
+        "maximum": _MAX_LIFETIME_S,
+        "description": "Seconds until the file is deleted. At most FILES_RETENTION_S, which is the default",
+    },
 }
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from flask import Blueprint, Response, current_app, send_from_directory
 
-from web.http.openapi import describe, document
+from web.http.openapi import describe
 
 routes = Blueprint("openapi", __name__)
 
@@ -41,6 +41,8 @@ _CONTENT_SECURITY_POLICY: Final = (
 @describe("Get the OpenAPI document", responses={200: "application/json"})
 def openapi() -> Response:
     """OpenAPI 3.1, generated from the models that validate requests."""
+    from web.http.openapi_document import document
+
     return Response(document(current_app), content_type="application/json")
 
 
