@@ -124,7 +124,9 @@ def kimi(processor: Any) -> ImageTokens | None:
 
 
 def gemma3(processor: Any) -> ImageTokens | None:
-    """Gemma 3 without pan and scan, which no published folder has."""
+    """Gemma 3 without pan and scan, which adds crops of wide images and text about them."""
+    if processor.image_processor.do_pan_and_scan:
+        return None
     return FixedTokens(processor.image_seq_length + 2)
 
 
