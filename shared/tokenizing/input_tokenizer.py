@@ -9,13 +9,14 @@ from tokenizers import Tokenizer
 
 from shared.jobs.inputs import Input
 from shared.tokenizing.chat_tokenizer import FileTokenizer
+from shared.tokenizing.messages import QUERY
 
 
 class TooLong(Exception):
     """An input has too many tokens, or none.
 
     Attributes:
-        index: of the input.
+        index: of the input; `QUERY`: the query leaves no token for a document.
     """
 
     def __init__(self, index: int, tokens: int) -> None:
@@ -34,6 +35,8 @@ def tokenize_inputs(tokenizer: FileTokenizer, request: Mapping[str, Any]) -> Seq
         TooLong: an input has too many tokens, or none.
     """
     texts, limit, truncate = request["texts"], request["max_tokens"], request["truncate"]
+    if request["query"] is not None:
+        _check_query(tokenizer, request["query"], request["around"], limit)
     if request["around"] is None:
         inputs = _whole(tokenizer.library, texts, limit if truncate else None)
     else:
@@ -42,6 +45,21 @@ def tokenize_inputs(tokenizer: FileTokenizer, request: Mapping[str, Any]) -> Seq
         if not 0 < len(each.tokens) <= limit:
             raise TooLong(index, len(each.tokens))
     return inputs
+
+
+def _check_query(tokenizer: FileTokenizer, query: str, around: Sequence[str] | None, limit: int) -> None:
+    """Refuse a query with which the model would read nothing of a document.
+
+    Args:
+        query: all text before the document.
+    """
+    if around is None:
+        tokens = len(tokenizer.library.encode(query, add_special_tokens=False).ids)
+        tokens += tokenizer.library.num_special_tokens_to_add(is_pair=True)
+    else:
+        tokens = len(tokenizer.encode_as_text(query)) + sum(len(tokenizer.encode(text)) for text in around)
+    if tokens >= limit:
+        raise TooLong(QUERY, tokens)
 
 
 def _whole(library: Tokenizer, texts: Sequence[str | list[str]], max_tokens: int | None) -> list[Input]:
@@ -55,11 +73,6 @@ def _whole(library: Tokenizer, texts: Sequence[str | list[str]], max_tokens: int
         strategy = "longest_first" if isinstance(texts[0], str) else "only_second"
         library.enable_truncation(max_tokens, strategy=strategy)
     try:
-        encoded = library.encode_batch_fast(sequences)
-    except Exception:
-        if max_tokens is None:
-            raise
-        library.no_truncation()  # the first text of a pair alone is too long: the caller reports that
         encoded = library.encode_batch_fast(sequences)
     finally:
         library.no_truncation()

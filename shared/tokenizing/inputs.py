@@ -11,6 +11,7 @@ from shared.errors import JobFailure, PromptRefused
 from shared.jobs.inputs import Input
 from shared.jobs.request import RERANK, Request
 from shared.models.registry import ModelCard
+from shared.tokenizing.messages import QUERY
 
 QWEN3_RERANKER: Final = "qwen3_reranker"
 """The template of Qwen3-Reranker, which answers "yes" or "no"."""
@@ -67,7 +68,14 @@ def given_inputs(request: Request, card: ModelCard) -> tuple[Input, ...] | None:
 
 
 def refusal(request: Request, card: ModelCard, index: int, tokens: int) -> PromptRefused:
-    """Return the error for an input that has too many tokens, or none."""
+    """Return the error for an input that has too many tokens, or none.
+
+    Args:
+        index: of the input; `QUERY`: the query leaves no token for a document.
+    """
+    if index == QUERY:
+        message = f"query takes {tokens} tokens and leaves none for a document; the model reads at most {card.context}."
+        return PromptRefused(JobFailure.CONTEXT_LENGTH, f"{message} Shorten it.", "query")
     field = input_field(request, index)
     if not tokens:
         return PromptRefused(JobFailure.TEMPLATE, f"{field} has no tokens: the model would read nothing.", field)
@@ -85,7 +93,13 @@ def helper_fields(request: Request, card: ModelCard) -> dict[str, Any]:
         "around": None if template is None else [template.head, template.tail],
         "max_tokens": card.context,
         "truncate": request.truncate,
+        "query": _before_document(request, template) if request.kind == RERANK else None,
     }
+
+
+def _before_document(request: Request, template: _Template | None) -> str:
+    """Return the text that comes before each document."""
+    return (request.query or "") if template is None else _body(request, template, "")
 
 
 def _texts(request: Request, card: ModelCard, template: _Template | None) -> list[Text]:
@@ -93,8 +107,11 @@ def _texts(request: Request, card: ModelCard, template: _Template | None) -> lis
     if request.kind != RERANK:
         prompt = (card.prompts or {}).get(request.prompt_name or card.default_prompt or "", "")
         return [prompt + text for text in texts]
-    query = request.query or ""
     if template is None:
-        return [[query, text] for text in texts]
+        return [[request.query or "", text] for text in texts]
+    return [_body(request, template, text) for text in texts]
+
+
+def _body(request: Request, template: _Template, document: str) -> str:
     instruction = request.instruction or template.instruction
-    return [template.body.format(instruction=instruction, query=query, document=text) for text in texts]
+    return template.body.format(instruction=instruction, query=request.query or "", document=document)

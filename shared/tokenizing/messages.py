@@ -28,6 +28,8 @@ _LENGTHS: Final = struct.Struct(">II")
 _MAX_HEADER_BYTES: Final = 256 * 2**20
 _MAX_PAYLOAD_BYTES: Final = 2**30
 
+QUERY: Final = -1
+"""Stands for the query of a rerank request in place of the index of an input."""
 
 RESERVED_VARIABLES: Final = frozenset(
     {

@@ -183,6 +183,7 @@ def test_refused_requests_name_the_field(http: Client) -> None:
     assert refusal(http, ranking, model="cross", **pair, instruction="i") == (400, "instruction", "not_supported")
     too_long = {"query": "q", "documents": ["a", "stone " * 200]}
     assert refusal(http, ranking, model="cross", **too_long) == (400, "documents[1]", "context_length_exceeded")
+    assert refusal(http, ranking, model="judge", query=long * 10, documents=["a"], truncate=True)[:2] == (400, "query")
     assert refusal(http, "/v1/chat/completions", model="bert", **turn) == (400, "model", "not_supported")
     with pytest.raises(Refused) as caught:
         http.submit({"model": "bert", "prompt": "hi"})

@@ -321,7 +321,7 @@ class Admission:
         if self._kind(model, card) == "text" and generation.image_parts:
             text_only = card.text_only if card else entry is not None and entry.text_only
             what = "is served without its image encoder" if text_only else "is a text model"
-            detail = f"{model} {what} and does not accept images. Use a vision model."
+            detail = f"model: {model} {what} and does not accept images. Use a vision model."
             raise Invalid(detail, code="no_images", field="model")
 
     def _request_model(self, job: Job) -> None:

@@ -77,9 +77,39 @@ def test_inputs_that_are_too_long(tokenizing: Tokenizing, sources: dict[str, Tok
     assert len(whole.tokens) == 3, "the next request is not cut"
     (pair,) = unpack_inputs(tokenizing.tokenize_inputs(sources["bert"], rerank("hello", long, truncate=True), card))
     assert (len(pair.tokens), pair.second) == (8, 3), "only the document is cut"
-    with pytest.raises(PromptRefused, match="together with the query") as caught:
-        tokenizing.tokenize_inputs(sources["bert"], rerank(long, "hello", truncate=True), card)
-    assert caught.value.field == "documents[0]"
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize(("kind", "limit", "template"), [("bert", 8, None), ("qwen3", 300, QWEN3_RERANKER)])
+def test_a_query_that_leaves_no_room_for_a_document(
+    tokenizing: Tokenizing,
+    sources: dict[str, TokenizerSource],
+    kind: str,
+    limit: int,
+    template: str | None,
+    truncate: bool,
+) -> None:
+    def refused(query: str, document: str) -> str:
+        with pytest.raises(PromptRefused) as caught:
+            tokenizing.tokenize_inputs(sources[kind], rerank(query, document, truncate=truncate), card)
+        assert caught.value.field is not None
+        return caught.value.field
+
+    card = ModelCard("m", RERANK, limit, pair_template=template)
+    assert refused("hello " * 200, "hello") == "query"
+    if not truncate:
+        assert refused("hello", "hello " * 200) == "documents[0]"
+
+
+def test_a_query_may_take_all_tokens_but_one(tokenizing: Tokenizing, sources: dict[str, TokenizerSource]) -> None:
+    card = ModelCard("m", RERANK, 8)
+    fits, too_long = ("hello " * words for words in (4, 5))  # and three special tokens
+    (pair,) = unpack_inputs(
+        tokenizing.tokenize_inputs(sources["bert"], rerank(fits, "hello " * 9, truncate=True), card)
+    )
+    assert (len(pair.tokens), pair.second) == (8, 6)
+    with pytest.raises(PromptRefused, match=r"^query takes 8 tokens and leaves none for a document"):
+        tokenizing.tokenize_inputs(sources["bert"], rerank(too_long, "hello", truncate=True), card)
 
 
 def test_given_token_ids_are_checked(tokenizing: Tokenizing, sources: dict[str, TokenizerSource]) -> None:

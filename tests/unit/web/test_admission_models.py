@@ -87,7 +87,7 @@ def test_the_refusal_of_images_says_whether_the_folder_has_an_encoder(
     content = [StoredImage(image="a" * 64, width=64, height=48), Part(type="text", text="What?")]
     message = Message.model_construct(role="user", content=content)
     request = job_request(model="other").model_copy(update={"prompt": None, "messages": [message]})
-    assert str(refusal(catalog_admission, request)).startswith(f"other {what} and does not accept images")
+    assert str(refusal(catalog_admission, request)).startswith(f"model: other {what} and does not accept images")
 
 
 def test_a_model_that_was_just_loaded_is_accepted(
