@@ -158,7 +158,7 @@ def joined(events: list[Any]) -> list[tuple[str, object]]:
     return [(kind, json.loads(text) if kind == "tool_use" else text) for kind, text in zip(kinds, texts, strict=True)]
 
 
-@pytest.mark.parametrize("thinking", [THINK, {"type": "disabled"}])
+@pytest.mark.parametrize("thinking", [THINK, pytest.param({"type": "disabled"}, marks=pytest.mark.long)])
 def test_a_stream_continues_after_its_worker_was_killed(script: Path, thinking: Any) -> None:
     variables = {"BACKEND": "scripted", "SCRIPT_FILE": str(script), "LEASE_S": "1"}
     for stack in made_stack(Path("fake"), variables):

@@ -104,6 +104,7 @@ def test_an_interrupted_run_reports_its_figures(tiny_model_path: Path, tmp_path:
     assert json.loads(report.read_text())["records"][0]["scenario"] == "closed"
 
 
+@pytest.mark.long
 def test_every_kind_of_request_is_answered_by_this_stack(tiny_model_path: Path) -> None:
     long = text_of(500, 1, tiny_model_path)
     with own_stack(tiny_model_path, 8) as stack:
@@ -170,7 +171,7 @@ def test_speculation_is_measured_on_answers_that_repeat_their_prompts_and_on_oth
 
 def test_the_token_path_and_submissions_are_measured_without_a_model() -> None:
     with modelless(SLOTS="64") as stack:
-        streamed = Case(streams=40, tokens=200, every_s=0.02).run(stack)
+        streamed = Case(streams=10, tokens=50, every_s=0.02).run(stack)
         submitted = submit(stack, clients=3, jobs=20)
 
     assert streamed["tokens"] > 0

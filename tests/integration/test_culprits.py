@@ -99,7 +99,7 @@ def test_two_killed_workers_pause_none_of_48_streams_for_long(fleet: Fleet) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("die_at", [1, 40])
+@pytest.mark.parametrize("die_at", [pytest.param(1, marks=pytest.mark.long), 40])
 def test_a_job_that_kills_workers_fails_and_24_others_do_not(fleet: Fleet, die_at: int) -> None:
     supervisor = Supervisor(fleet, 1, SLOTS="32", LEASE_S="2")
     good = [fleet.submit(f"{SLOW} number {i}", 400) for i in range(24)]

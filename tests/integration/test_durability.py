@@ -46,7 +46,10 @@ def jobs_of(redis: Redis) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redis", [DURABLE, EVERYSEC], ids=["always", "everysec"])
+@pytest.mark.parametrize(
+    "redis",
+    [pytest.param(DURABLE, id="always", marks=pytest.mark.long), pytest.param(EVERYSEC, id="everysec")],
+)
 def test_accepted_jobs_survive_a_killed_redis(redis: dict[str, str]) -> None:
     with running_web(redis) as web:
         load = Load(web.url, web.key, lambda key: {"prompt": key, "max_tokens": 1})

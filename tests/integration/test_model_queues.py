@@ -126,8 +126,8 @@ def test_operations_of_a_killed_worker_fail(make: Callable[..., Admin]) -> None:
 
 
 def failing(operator: Admin, way: str) -> tuple[str, str]:
-    """Ask for text of the model `broken` in one way; return the error's code and message."""
-    body = {"model": "broken", "prompt": "hello"}
+    """Ask in one way for text of the model that is broken for it; return the error's code and message."""
+    body = {"model": f"broken-{way}", "prompt": "hello"}
     if way == "inference":
         problem = operator.http.post("/inference", json=body)
         assert problem.status_code == 422 and "Retry-After" not in problem.headers
@@ -135,7 +135,7 @@ def failing(operator: Admin, way: str) -> tuple[str, str]:
     if way == "batch":
         folder = operator.stack.home
         (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
-        arguments = [str(folder / "prompts.jsonl"), "-o", str(folder / "out.jsonl"), "--model", "broken"]
+        arguments = [str(folder / "prompts.jsonl"), "-o", str(folder / "out.jsonl"), "--model", body["model"]]
         command = [sys.executable, "-m", "scripts.client.batch", *arguments, "--url", operator.stack.url]
         subprocess.run(command, env={**operator.stack.env, "MLXQ_API_KEY": operator.stack.key}, timeout=60, check=False)
         (result,) = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
@@ -155,17 +155,19 @@ def failing(operator: Admin, way: str) -> tuple[str, str]:
 STREAM = {"stream": {"stream": True}}
 
 
-@pytest.mark.parametrize("way", ["job", "inference", "stream", "batch"])
-def test_requests_for_a_model_that_does_not_load_end_with_the_reason(make: Callable[..., Admin], way: str) -> None:
+def test_requests_for_a_model_that_does_not_load_end_with_the_reason(make: Callable[..., Admin]) -> None:
     """The first one waits while the model is tried, the second one is refused at once."""
-    operator = make({"one": "", "broken": "!load=0.1 !load-fails=1"})
+    ways = ("job", "inference", "stream", "batch")
+    operator = make({"one": "", **{f"broken-{way}": "!load=0.1 !load-fails=1" for way in ways}})
     operator.http.headers["Accept"] = "application/x-ndjson, application/json"
     operator.stack.start_worker()
     eventually(operator.stack.registry.hosts, "the worker accepts commands")
-    for _ in range(2):
-        code, message = failing(operator, way)
-        assert code == "load_failed" and message.startswith("broken does not load: ")
-    assert len(operator.http.get("/inference/operations").json()["data"]) == 1, "it is not tried for each request"
+    for way in ways:
+        for _ in range(2):
+            code, message = failing(operator, way)
+            assert code == "load_failed" and message.startswith(f"broken-{way} does not load: ")
+    operations = operator.http.get("/inference/operations").json()["data"]
+    assert len(operations) == len(ways), "a model is not tried for each request"
     assert operator.say("one").status_code == 200
 
 

@@ -92,14 +92,14 @@ def reference(smollm2_path: Path) -> Callable[[str, int], str]:
 def test_eight_simultaneous_greedy_jobs_give_the_texts_of_mlx_lm(
     smollm2_stack: Stack, reference: Callable[[str, int], str]
 ) -> None:
-    jobs = at_once(lambda q=q: run(smollm2_stack, chat(q, max_tokens=24)) for q in QUESTIONS)  # type: ignore[misc]
-    assert [job.text for job in jobs] == [reference(q, 24) for q in QUESTIONS]
+    jobs = at_once(lambda q=q: run(smollm2_stack, chat(q, max_tokens=12)) for q in QUESTIONS)  # type: ignore[misc]
+    assert [job.text for job in jobs] == [reference(q, 12) for q in QUESTIONS]
 
 
 def test_a_seed_gives_the_same_text_with_and_without_other_jobs(smollm2_stack: Stack) -> None:
-    seeded = chat("Tell me a story.", max_tokens=30, temperature=1.0, top_p=0.9, seed=7)
+    seeded = chat("Tell me a story.", max_tokens=16, temperature=1.0, top_p=0.9, seed=7)
     single = run(smollm2_stack, seeded)
-    others = [chat(q, max_tokens=20 + i, temperature=0.7, seed=i) for i, q in enumerate(QUESTIONS)]
+    others = [chat(q, max_tokens=10 + i, temperature=0.7, seed=i) for i, q in enumerate(QUESTIONS)]
     together = at_once(lambda b=b: run(smollm2_stack, b) for b in [seeded, *others])  # type: ignore[misc]
     assert together[0].text == single.text
     assert run(smollm2_stack, {**seeded, "seed": 8}).text != single.text
@@ -122,18 +122,17 @@ def test_streams_opened_at_random_moments_get_the_whole_text(smollm2_stack: Stac
     draw = random.Random(5)
     with smollm2_stack.client() as client:
         jobs = [
-            client.submit(chat(draw.choice(QUESTIONS), max_tokens=draw.randint(5, 40), temperature=0.8, seed=n)).id
-            for n in range(24)
+            client.submit(chat(draw.choice(QUESTIONS), max_tokens=draw.randint(5, 24), temperature=0.8, seed=n)).id
+            for n in range(12)
         ]
-        readers = [job for job in jobs for _ in range(draw.choice((2, 3, 4)))][:64]
-        assert len(readers) == 64
+        readers = [job for job in jobs for _ in range(3)]
 
         def read(job_id: str, delay: float) -> tuple[str, list[int], str]:
             threading.Event().wait(delay)
             events = list(client.events(job_id))
             return job_id, [event.n for event in events], "".join(event.text for event in events)
 
-        streams = at_once(lambda j=j: read(j, draw.uniform(0, 8)) for j in readers)  # type: ignore[misc]
+        streams = at_once(lambda j=j: read(j, draw.uniform(0, 3)) for j in readers)  # type: ignore[misc]
         texts = {job_id: client.job(job_id).text for job_id in jobs}
     assert all(text == texts[job_id] for job_id, _, text in streams)
     assert all(numbers == list(range(1, len(numbers) + 1)) for _, numbers, _ in streams)

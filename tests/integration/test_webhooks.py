@@ -268,7 +268,7 @@ def test_no_event_is_lost_when_the_background_process_is_killed(
     start_worker()
     with Receiver(lambda number, _: 200 if number > 1 else 503) as receiver:
         jobs = set()
-        for _ in range(3):
+        for _ in range(2):
             jobs |= {web.submit(max_tokens=1, webhook_url=receiver.url)["id"] for _ in range(20)}
             eventually(lambda: receiver.received, "sending has begun")
             leader = web.background[-1]

@@ -83,9 +83,11 @@ class Fleet:
     def card(self, process: subprocess.Popen[bytes]) -> WorkerInfo | None:
         """Return the card of a worker, once it is ready."""
         assert process.poll() is None, self.output(process)
+        ready = [card for card in self.registry.workers() if card.state == "ready"]
+        if not ready:  # finding the children reads the whole process table
+            return None
         pids = {process.pid, *(child.pid for child in children(process))}
-        cards = (card for card in self.registry.workers() if card.pid in pids and card.state == "ready")
-        return next(cards, None)
+        return next((card for card in ready if card.pid in pids), None)
 
     def output(self, process: subprocess.Popen[bytes]) -> str:
         """Return the whole output of a worker."""

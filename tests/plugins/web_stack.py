@@ -32,6 +32,9 @@ MODEL = "stub"
 CONTEXT = 4096
 MAX_WORDS = 512
 _LEASE_S = 30.0
+_ANNOUNCE_S = 0.2
+_IDLE_S = 0.01
+"""Pause between two looks for jobs while there is nothing to write."""
 
 
 def words_for(claimed: ClaimedJob) -> list[str]:
@@ -87,18 +90,26 @@ class StubWorker(threading.Thread):
         self._pause_s = pause_s
         self._started_at = time.time()
         self._rows: dict[str, _Row] = {}
+        self._announced = (0.0, 0)
         self._stopped = threading.Event()
         self.hold = threading.Event()
         self.prompts: list[str] = []
 
     def run(self) -> None:
-        while not self._stopped.wait(self._pause_s):
-            self._claims.renew(_LEASE_S)
-            self.announce()
+        while not self._stopped.wait(self._pause_s if self._rows and not self.hold.is_set() else _IDLE_S):
+            self._renew()
             self._claim()
             self._step()
         self._claims.retire()
         self._client.close()
+
+    def _renew(self) -> None:
+        """Renew the lease and the cards when they are old, or another number of slots is used."""
+        announced_at, slots_used = self._announced
+        if time.monotonic() > announced_at + _ANNOUNCE_S or slots_used != len(self._rows):
+            self._announced = (time.monotonic(), len(self._rows))
+            self._claims.renew(_LEASE_S)
+            self.announce()
 
     def announce(self) -> None:
         self._registry.announce_model(ModelCard(MODEL, "text", CONTEXT))
@@ -123,6 +134,7 @@ class StubWorker(threading.Thread):
         try:
             claim = self._claims.claim(MODEL, Demand(rows=rows, tokens=1_000_000_000))
         except NoLease:
+            self._announced = (0.0, 0)
             return
         for claimed in claim.jobs:
             request = claimed.request
