@@ -46,7 +46,8 @@ def test_jobs_of_a_killed_worker_are_resumed_with_the_same_text(tiny_stack: Stac
     tokens = 600
     first = tiny_stack.start_worker()
     with tiny_stack.client() as client:
-        uninterrupted = [finish(client, client.submit(body(n, tokens)).id) for n in range(4)]
+        reference = [client.submit(body(n, tokens)).id for n in range(4)]
+        uninterrupted = [finish(client, job) for job in reference]
         jobs = [client.submit(body(n, tokens)).id for n in range(4)]
         streams = [client.events(job) for job in jobs]
         received = [[next(stream) for _ in range(10)] for stream in streams]
@@ -63,10 +64,10 @@ def test_jobs_of_a_killed_worker_are_resumed_with_the_same_text(tiny_stack: Stac
 
 
 def test_stopped_worker_hands_back_its_jobs_and_deregisters(tiny_stack: Stack) -> None:
-    worker = tiny_stack.start_worker(DRAIN_S="0.2")
+    worker = tiny_stack.start_worker(DRAIN_S="0.05")
     with tiny_stack.client() as client:
-        uninterrupted = finish(client, client.submit(body(1, 1000)).id)
-        job = client.submit(body(1, 1000)).id
+        uninterrupted = finish(client, client.submit(body(1, 600)).id)
+        job = client.submit(body(1, 600)).id
         events = client.events(job)
         next(event for event in events if event.kind is EventKind.CHUNK)
         assert tiny_stack.stop(worker) == 0, tiny_stack.log("worker-0")
@@ -87,8 +88,8 @@ def test_job_waits_for_a_worker(tiny_stack: Stack) -> None:
 def test_job_runs_on_when_the_api_crashes(tiny_stack: Stack) -> None:
     tiny_stack.start_worker()
     with tiny_stack.client() as client:
-        uninterrupted = finish(client, client.submit(body(2, 600)).id)
-        job = client.submit(body(2, 600)).id
+        uninterrupted = finish(client, client.submit(body(2, 300)).id)
+        job = client.submit(body(2, 300)).id
         tiny_stack.stop(tiny_stack.processes[0], signal.SIGKILL)
         eventually(lambda: tiny_stack.redis.hget(keys.JOB + job, "status") == "succeeded", "the job ends")
         assert tiny_stack.redis.get(keys.OUTPUT + job) == uninterrupted

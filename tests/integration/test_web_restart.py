@@ -94,7 +94,7 @@ class EventSource:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_event_source_continues_at_the_next_process_without_a_gap(web: WebStack, number: signal.Signals) -> None:
     with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool:
-        job = web.submit(max_tokens=250)
+        job = web.submit(max_tokens=150)
         source = EventSource(web, job["urls"]["stream"])
         reading = pool.submit(source.read)
         eventually(lambda: len(source.events) > 10)
@@ -142,7 +142,7 @@ def test_only_a_reconnecting_event_source_gets_an_empty_stream_without_redis(web
 
 def test_the_python_client_continues_a_stream(web: WebStack) -> None:
     with worker(web, pause_s=0.02), ThreadPoolExecutor(1) as pool, Client(web.url, web.key) as client:
-        job = web.submit(max_tokens=250)
+        job = web.submit(max_tokens=150)
         reading = pool.submit(lambda: [event.n for event in client.events(job["id"])])
         eventually(lambda: "w20" in web.job(job["id"])["output"]["text"])
         web.restart()
