@@ -5,6 +5,7 @@ mlx-vlm shows that a layout is right: it must read the same weights from both fo
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from worker.runner.vision.load import load_vision_model
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 
 FAST = ("idefics3", "gemma3")
+NOT_TEXT = {("pixtral", 1), ("mistral3", 2), ("ministral3", 2), ("glm_ocr", 0)}
+"""Layouts that are not read as text: mlx-lm does not know their names, or config.json does not state a draft layer."""
+STATE_TYING = ("glm_ocr", "internvl", "qwen2_5_vl")
+"""For these, mlx-vlm needs `tie_word_embeddings`, or assumes true."""
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -43,7 +48,19 @@ def check_layouts(name: str, tmp_path: Path) -> None:
         found, found_half = load_vision_model(folder)
         assert_same(found.model.parameters(), language.model.parameters())
         assert_same(found_half.encoder.tower.parameters(), half.encoder.tower.parameters())
-        assert_same(load_model(folder).model.parameters(), text)
+        if (name, number) not in NOT_TEXT:
+            assert_same(load_model(folder).model.parameters(), text)
+    if name not in STATE_TYING:
+        leave_out(converted, "tie_word_embeddings")
+        assert_same(load_vision_model(converted)[0].model.parameters(), language.model.parameters())
+
+
+def leave_out(folder: Path, field: str) -> None:
+    """Remove a field from all sections of config.json, as folders do that state only what differs from a default."""
+    config = json.loads((folder / "config.json").read_text())
+    for section in (config, *(each for each in config.values() if isinstance(each, dict))):
+        section.pop(field, None)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -32,6 +32,7 @@ _ARCHITECTURES: Final = {
     "glm4v_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
     "glm_ocr_text": "glm4",
+    "granite4_vision_text": "granitemoehybrid",
     "lfm2_vl": "lfm2",
     "llava_qwen2": "qwen2",
     "paddleocr_vl": "llama",
@@ -85,6 +86,7 @@ def load(
     settings, classes = (config, utils._get_classes) if known else _half_of(folder, config)  # noqa: SLF001
     if weights is not None:
         classes = _taking(weights, classes)
+        settings = _declared_by(weights, settings)
         if any(path.endswith(".scales") for path in weights) and "quantization" not in settings:
             settings = {**settings, "quantization": _ANY_QUANTISATION}
     model, config = utils.load_model(folder, lazy=lazy, model_config=settings, get_model_classes=classes)
@@ -134,6 +136,16 @@ def _half_of(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], C
     return text, _text_classes
 
 
+def _declared_by(weights: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with what the weights show: whether the output layer equals the embedding.
+
+    config.json often leaves this out, and the default of mlx-lm's `llama` differs from that of transformers.
+    """
+    tied = {"tie_word_embeddings": "language_model.lm_head.weight" not in weights}
+    sections = {name: {**settings[name], **tied} for name in _SECTIONS if isinstance(settings.get(name), dict)}
+    return {**settings, **sections, **tied}
+
+
 def _taking(weights: dict[str, Any], classes: Classes) -> Classes:
     """Return a function like `classes`, whose models take these weights instead of those in the folder's files."""
 
@@ -158,9 +170,11 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     section = next((config[name] for name in _SECTIONS if isinstance(config.get(name), dict)), config)
     section = section.get("text_config") or section
     own = section.get("model_type", kind)
-    defaults = _defaults(kind, config) if section is not config else {}
+    defaults = _defaults(kind, config)
     nested = {name: value for name, value in (section.get("rope_parameters") or {}).items() if name in _ROPE}
     text = {**defaults, **nested, **section, "model_type": _ARCHITECTURES.get(own, own)}
+    if own == "granite4_vision_text":  # all of its layers have attention, under another name
+        text["layer_types"] = ["attention"] * text["num_hidden_layers"]
     if config.get("eos_token_id") is not None:  # load_config takes it from generation_config.json
         text["eos_token_id"] = config["eos_token_id"]
     if isinstance(quantization := config.get("quantization"), dict):
@@ -173,10 +187,11 @@ def _defaults(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         module = importlib.import_module(f"mlx_vlm.models.{kind}")
         text = module.ModelConfig.from_dict(dict(config)).text_config
+        if isinstance(text, dict):
+            text = module.TextConfig.from_dict(text)
     except (ImportError, AttributeError, KeyError, TypeError, ValueError):
         return {}
-    fields = text if isinstance(text, dict) else vars(text)
-    return {name: value for name, value in fields.items() if isinstance(value, bool | int | float | str)}
+    return {name: value for name, value in vars(text).items() if isinstance(value, bool | int | float | str)}
 
 
 def _text_classes(config: dict[str, Any]) -> tuple[Any, Any]:
