@@ -3,7 +3,7 @@
 Short prompts are prefilled whole, several at a time. A long prompt is prefilled alone, chunk by chunk. If prompts of
 both kinds wait, they take turns, so neither kind waits for more than one chunk of the other. A short prompt never
 shares a cache with a long one, because it would be padded to the same length. A prompt is short or long by the part
-that is not in the prefix cache.
+that is not in the prefix cache. Images take turns with long prompts; short prompts are prefilled in the same step.
 
 While other rows decode, a long prompt gets the time that `PrefillBudget` allows; a chunk may go through a few layers at
 a time. Short prompts are not limited. Prefilled one by one under the same budget, 32 simultaneous prompts gave 40%
@@ -20,21 +20,22 @@ from worker.engine.prefill_budget import PrefillBudget
 from worker.runner.base import EncodeWork, PrefillWork, RemainingPrompt, StepPlan
 from worker.runner.cost import PrefillCost
 
-SHORT_CHUNKS, SHORT_S = 2, 0.01
-"""A prompt is short if it costs at most this many chunks or seconds. Readers do not notice such a pause."""
+SHORT_CHUNKS, SHORT_S = 2, 0.05
+"""A prompt is short if it costs at most this many chunks or seconds, and a small image costs at most as many seconds.
+Both are processed whole, even if rows decode: readers do not notice such a pause."""
 ALONE_CHUNKS, ALONE_TOKENS = 4, 512
 """While no row decodes, a chunk of a long prompt is this many times as long, but at most this many tokens. On a CPU,
 512 tokens in chunks of 128 take 0.65 to 0.8 of the time that they take in chunks of 32 (0.96 with recurrent layers)."""
 MAX_SHORT_CHUNKS = 16
 """A prompt of more chunks is never short."""
-SHORT_IMAGE_S = 0.02
-"""An image that costs at most this is encoded whole, even if rows decode."""
 BATCH_PASSES = 4
 """A pass over short prompts of the class `batch` has at most this part of a chunk. With a whole chunk, the p99 of the
 time to the first token beside a batch is 1.50 instead of 1.20 times the p99 without a batch, and the batch is no faster
 (`tests.bench.batch_engine`, a CPU)."""
 MAX_SHORT_PROMPTS = 8
 """Maximum short prompts in one pass. More would not make a token cheaper, and would delay the first answers."""
+TOGETHER_S = 0.08
+"""Maximum seconds of several short prompts in one pass; or as many chunks as `MAX_SHORT_PROMPTS` prompts may cost."""
 
 
 class PrefillPolicy:
@@ -53,10 +54,12 @@ class PrefillPolicy:
         self._depth = depth
         self._cost = cost
         self._budget = budget
-        self._short_s = max(cost.seconds(SHORT_CHUNKS * chunk, 0), SHORT_S)
+        short_s = cost.seconds(SHORT_CHUNKS * chunk, 0)
+        self._short_s = max(short_s, SHORT_S)
+        self._together_s = max(MAX_SHORT_PROMPTS * short_s, TOGETHER_S)
         self._long_uid: int | None = None
         self._long_next = False
-        self._images_next = False
+        self._images_next = True
         self._pausing: bool | None = None
 
     def plan(
@@ -80,25 +83,28 @@ class PrefillPolicy:
         if not remaining and image_s is None:
             return StepPlan(speculate=True)
         self._pausing = None if decoding else False
-        self._images_next = not self._images_next
-        if image_s is not None and (self._images_next or not remaining):
-            work = self._encode(image_s, decoding)
-            if work is not None:
-                return StepPlan(encode=work)
-        return StepPlan(prefill=self._prefill(remaining, decoding, exclusive, batch))
+        short, long = self._split(remaining, exclusive)
+        if image_s is not None and (self._images_next or not long):
+            self._images_next = False
+            if (work := self._encode(image_s, decoding)) is not None:
+                return StepPlan(encode=work, prefill=self._short_work(remaining, short, batch))
+        self._images_next = True
+        return StepPlan(prefill=self._prefill(remaining, short, long, decoding, batch))
 
     def _encode(self, image_s: float, decoding: bool) -> EncodeWork | None:
-        if not decoding or image_s <= SHORT_IMAGE_S:
+        if not decoding or image_s <= SHORT_S:
             return EncodeWork()
         return None if self._pauses() else EncodeWork(self._budget.spare_s())
 
     def _prefill(
-        self, remaining: Mapping[int, RemainingPrompt], decoding: bool, exclusive: Collection[int], batch: bool
+        self,
+        remaining: Mapping[int, RemainingPrompt],
+        short: list[int],
+        long: list[int],
+        decoding: bool,
+        batch: bool,
     ) -> PrefillWork | None:
         """Let short and long prompts take turns; if there are none of the one kind, continue with the other."""
-        if self._long_uid not in remaining:
-            self._long_uid = None
-        short, long = self._split(remaining, exclusive)
         long_first, self._long_next = self._long_next, not self._long_next
         if long_first:
             return self._long_work(remaining, long, decoding) or self._short_work(remaining, short, batch)
@@ -108,6 +114,8 @@ class PrefillPolicy:
         self, remaining: Mapping[int, RemainingPrompt], exclusive: Collection[int]
     ) -> tuple[list[int], list[int]]:
         """Return the short prompts and the long ones. A prompt that began as a long one stays one."""
+        if self._long_uid not in remaining:
+            self._long_uid = None
         short: list[int] = []
         long: list[int] = []
         for uid, left in remaining.items():
@@ -121,15 +129,17 @@ class PrefillPolicy:
         """Prefill the first short prompt and the following ones of about the same length, cached prefixes included."""
         if not short:
             return None
-        candidates = short[: self._batch_prompts(remaining, short) if batch else MAX_SHORT_PROMPTS]
+        candidates = short[: self._together(remaining, short, batch)]
         lengths = [remaining[uid].position + remaining[uid].tokens for uid in candidates]
         alike = takewhile(lambda length: abs(length - lengths[0]) <= SHORT_CHUNKS * self._chunk, lengths)
         return PrefillWork(tuple(short[: len(list(alike))]))
 
-    def _batch_prompts(self, remaining: Mapping[int, RemainingPrompt], short: list[int]) -> int:
-        """Return how many of the first prompts, which have the class `batch`, are prefilled together; at least one."""
-        tokens = accumulate(remaining[uid].tokens for uid in short[:MAX_SHORT_PROMPTS])
-        return max(1, len(list(takewhile(lambda total: total <= self._chunk // BATCH_PASSES, tokens))))
+    def _together(self, remaining: Mapping[int, RemainingPrompt], short: list[int], batch: bool) -> int:
+        """Return how many of the first short prompts are prefilled together; at least one."""
+        first = [remaining[uid] for uid in short[:MAX_SHORT_PROMPTS]]
+        costs = [left.tokens if batch else self._cost.seconds(left.tokens, left.position) for left in first]
+        most = self._chunk // BATCH_PASSES if batch else self._together_s
+        return max(1, sum(total <= most for total in accumulate(costs)))
 
     def _long_work(
         self, remaining: Mapping[int, RemainingPrompt], long: list[int], decoding: bool

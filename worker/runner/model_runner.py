@@ -270,7 +270,7 @@ class MLXRunner:
             failed=self._take_failures(encoded),
             out_of_memory=prefilled.out_of_memory,
             prompt_tokens=prefilled.tokens,
-            predicted_s=None if prefilled.predicted_s is None else prefilled.predicted_s + encoded.predicted_s,
+            predicted_s=_sum(prefilled.predicted_s, encoded.predicted_s),
             verified=self._speculation.drafted > drafted,
         )
 
@@ -384,6 +384,11 @@ class MLXRunner:
             token = next(token for token in text if not 0 <= token < self._vocabulary)
             return f"The prompt contains the token id {token}, but the model has {self._vocabulary} tokens."
         return None
+
+
+def _sum(first_s: float | None, second_s: float | None) -> float | None:
+    """Return the sum of two durations; None if one is unknown."""
+    return None if first_s is None or second_s is None else first_s + second_s
 
 
 def default_chunk() -> int:

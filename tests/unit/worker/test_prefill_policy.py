@@ -13,7 +13,8 @@ from worker.engine.prefill_policy import (
     BATCH_PASSES,
     MAX_SHORT_PROMPTS,
     SHORT_CHUNKS,
-    SHORT_IMAGE_S,
+    SHORT_S,
+    TOGETHER_S,
     PrefillPolicy,
 )
 from worker.runner.base import EncodeWork, PrefillWork, RemainingPrompt, StepPlan
@@ -192,13 +193,25 @@ def test_images_and_prompts_take_turns(prompts: Prompts) -> None:
 
 def test_a_large_image_gets_the_budget_and_a_small_one_is_encoded_whole(prompts: Prompts) -> None:
     assert prompts.plan(image_s=100.0).encode == EncodeWork(pytest.approx(20.0))
-    assert prompts.plan(image_s=SHORT_IMAGE_S).encode == EncodeWork()
+    assert prompts.plan(image_s=SHORT_S).encode == EncodeWork()
     assert prompts.plan(image_s=100.0, decoding=False).encode == EncodeWork()
 
 
 def test_no_large_image_is_encoded_in_a_pause(prompts: Prompts) -> None:
     plans = [prompts.plan(image_s=100.0) for _ in range(54)]
     assert plans.count(StepPlan()) == 6
+
+
+def test_short_prompts_are_prefilled_in_the_step_that_encodes_an_image(prompts: Prompts) -> None:
+    prompts.add(1, CHUNK)
+    assert prompts.plan(image_s=100.0) == StepPlan(PrefillWork((1,)), EncodeWork(pytest.approx(20.0)))
+
+
+def test_prompts_of_one_pass_are_short_together() -> None:
+    prompts = Prompts(cost=PrefillCost(0.0, TOGETHER_S / CHUNK / 20, 0.0))
+    for uid in range(6):
+        prompts.add(uid, 10 * CHUNK)
+    assert prompts.order() == [(0, 1), (2, 3), (4, 5)]
 
 
 def test_draft_tokens_are_verified_only_if_there_is_no_other_work(prompts: Prompts) -> None:

@@ -57,11 +57,11 @@ class Encoded:
     """The encoding work that a step has done.
 
     Attributes:
-        predicted_s: predicted seconds of the work; 0 if there was none.
+        predicted_s: predicted seconds of the work; 0 if there was none. None: whole images, which have no time limit.
         failed: (row, error) of rows that were dropped because an image could not be decoded.
     """
 
-    predicted_s: float = 0.0
+    predicted_s: float | None = 0.0
     failed: tuple[tuple[Row, Exception], ...] = ()
 
 
@@ -169,23 +169,22 @@ class VisionStage:
             return Encoded(failed=self._take_failed())
         mx.eval(self._queued)  # stay at most one step ahead of the device
         self._queued = []
-        if work.seconds is not None:
-            predicted_s = self._advance_task(task, self._blocks_in(work.seconds, task))
-        else:
-            predicted_s = self._encode_whole(task)
+        if work.seconds is None:
+            self._encode_whole(task)
+            return Encoded(None, self._take_failed())
+        predicted_s = self._advance_task(task, self._blocks_in(work.seconds, task))
         return Encoded(predicted_s, self._take_failed())
 
     def _blocks_in(self, seconds: float, task: _Task) -> int:
         blocks, cost = self._encoder.blocks, self._encoder.seconds(task.image.layout)
         return max(int(blocks * min(seconds / max(cost, 1e-9), 1.0) + _ROUNDING), 1)
 
-    def _encode_whole(self, task: _Task | None) -> float:
-        """Queue the rest of an image and further small images. Returns the predicted seconds."""
+    def _encode_whole(self, task: _Task | None) -> None:
+        """Queue the rest of an image and further small images."""
         predicted_s = 0.0  # stays 0 after images that could not be decoded
         while task and (predicted_s == 0.0 or predicted_s + self._encoder.seconds(task.image.layout) <= SHORT_S):
             predicted_s += self._advance_task(task, self._encoder.blocks)
             task = self._next()
-        return predicted_s
 
     def _next(self) -> _Task | None:
         """Return the first image in the queue if it has been decoded."""
