@@ -26,9 +26,11 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 def load_runner(folder: Path, speculation_tokens: int = 0, memory_bytes: int = 4 * 2**30) -> MLXRunner:
     """The runner of a text model, warmed up; a quarter of the memory is for prefixes."""
     from worker.models.load import load_model
+    from worker.runner import cpu_attention
     from worker.runner.memory import Memory
     from worker.runner.model_runner import MLXRunner, default_chunk
 
+    cpu_attention.install()
     memory = Memory(memory_bytes, memory_bytes // 4)
     runner = MLXRunner(load_model(folder), default_chunk(), memory, speculation_tokens=speculation_tokens)
     for _ in runner.warming():

@@ -16,7 +16,7 @@ from shared.models.catalog import CatalogModel
 from shared.models.folder import PROCESSORS, ModelError
 from shared.settings import Settings
 from worker.models.load import LoadedModel, convert, first_line, load_model
-from worker.runner import kv_cache
+from worker.runner import cpu_attention, kv_cache
 from worker.runner.adapters.opening import opening
 from worker.runner.adapters.slots import AdapterSlots
 from worker.runner.batching import verdict
@@ -63,6 +63,7 @@ def load(settings: Settings, model: CatalogModel) -> Generator[float, None, MLXR
     Raises:
         ModelError: the model cannot be served.
     """
+    cpu_attention.install()
     if settings.wired_limit:
         maybe_set_recommended_wired_limit()
     loaded, vision = _loaded(model)

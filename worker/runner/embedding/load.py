@@ -23,6 +23,7 @@ from shared.models.registry import ModelCard
 from shared.settings import Settings
 from shared.tokenizing.inputs import QWEN3_RERANKER
 from worker.models.load import FALLBACK_CONTEXT, LoadedModel, contained, convert
+from worker.runner import cpu_attention
 from worker.runner.embedding.attention import nn
 from worker.runner.embedding.bert import BertEncoder
 from worker.runner.embedding.model import CausalEncoder, EmbeddingModel
@@ -57,6 +58,7 @@ def load(settings: Settings, entry: CatalogModel) -> Generator[float, None, Embe
     for attribute, option in _UNSUPPORTED.items():
         if getattr(entry, attribute) is not None:
             raise ModelError(f"{entry.path}: a model of the kind {entry.kind!r} has no `{option}`; remove it.")
+    cpu_attention.install()
     check_folder(entry.path, entry.kind)
     with contained(f"The model in {entry.path} cannot be loaded"):
         model = load_embedding_model(entry.path, entry.kind)
