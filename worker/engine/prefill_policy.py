@@ -20,9 +20,10 @@ from worker.engine.prefill_budget import PrefillBudget
 from worker.runner.base import EncodeWork, PrefillWork, RemainingPrompt, StepPlan
 from worker.runner.cost import PrefillCost
 
-SHORT_CHUNKS, SHORT_S = 2, 0.05
-"""A prompt is short if it costs at most this many chunks or seconds, and a small image costs at most as many seconds.
-Both are processed whole, even if rows decode: readers do not notice such a pause."""
+SHORT_CHUNKS, SHORT_PASSES, SHORT_S = 2, 4, 0.05
+"""A prompt is short if it costs at most as much as this many chunks, as the fixed cost of this many passes, or this
+many seconds. If it were split, each chunk would have that fixed cost, and readers do not notice such a pause. An image
+that costs at most `SHORT_S` is encoded whole as well, even if rows decode."""
 ALONE_CHUNKS, ALONE_TOKENS = 4, 512
 """While no row decodes, a chunk of a long prompt is this many times as long, but at most this many tokens. On a CPU,
 512 tokens in chunks of 128 take 0.65 to 0.8 of the time that they take in chunks of 32 (0.96 with recurrent layers)."""
@@ -55,7 +56,7 @@ class PrefillPolicy:
         self._cost = cost
         self._budget = budget
         short_s = cost.seconds(SHORT_CHUNKS * chunk, 0)
-        self._short_s = max(short_s, SHORT_S)
+        self._short_s = max(short_s, SHORT_PASSES * cost.fixed, SHORT_S)
         self._together_s = max(MAX_SHORT_PROMPTS * short_s, TOGETHER_S)
         self._long_uid: int | None = None
         self._long_next = False

@@ -66,7 +66,8 @@ class _Image:
         """The image first and then the question, as agents send screenshots: requests share a prefix."""
         content = [
             {"type": "image_url", "image_url": {"url": self.url}},
-            {"type": "text", "text": f"Picture {self.number}: {question}"},
+            # The number has a fixed width: mlx_vlm.server fails if Gemma 3's prompts differ in length.
+            {"type": "text", "text": f"Picture {self.number:06}: {question}"},
         ]
         return ChatRequest([{"role": "user", "content": content}], ANSWER_TOKENS)
 

@@ -13,6 +13,7 @@ from worker.engine.prefill_policy import (
     BATCH_PASSES,
     MAX_SHORT_PROMPTS,
     SHORT_CHUNKS,
+    SHORT_PASSES,
     SHORT_S,
     TOGETHER_S,
     PrefillPolicy,
@@ -150,19 +151,19 @@ def test_a_long_prompt_is_prefilled_in_longer_chunks_while_nothing_decodes(promp
 
 def test_while_rows_decode_a_chunk_runs_as_many_layers_as_fit_into_the_budget() -> None:
     prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
-    prompts.add(1, 10 * CHUNK)
+    prompts.add(1, 40 * CHUNK)
     works = [prompts.plan().prefill for _ in range(9)]
     assert {(work.tokens, work.layers) for work in works if work} == {(CHUNK, 3)}
 
 
 def test_the_rest_of_a_chunk_takes_one_step_once_nothing_decodes() -> None:
     prompts = Prompts(seconds=3.1 / 8, cost=PrefillCost(1.0, 1e-9, 0.0))
-    prompts.add(1, 10 * CHUNK)
+    prompts.add(1, 40 * CHUNK)
     prompts.plan()
     assert prompts.remaining[1].in_progress == CHUNK
     work = prompts.plan(decoding=False).prefill
     assert work is not None and work.layers is None
-    assert prompts.remaining[1] == RemainingPrompt(9 * CHUNK, CHUNK)
+    assert prompts.remaining[1] == RemainingPrompt(39 * CHUNK, CHUNK)
 
 
 def test_long_prompts_pause_regularly_and_short_ones_do_not(prompts: Prompts) -> None:
@@ -212,6 +213,14 @@ def test_prompts_of_one_pass_are_short_together() -> None:
     for uid in range(6):
         prompts.add(uid, 10 * CHUNK)
     assert prompts.order() == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_a_prompt_is_short_if_splitting_it_would_cost_more_than_it_saves() -> None:
+    prompts = Prompts(cost=PrefillCost(fixed=10.0, token=0.5, attention=0.0))
+    for uid, tokens in enumerate((2 * SHORT_PASSES * 5, 2 * SHORT_PASSES * 10)):
+        prompts.add(uid, tokens)
+    assert prompts.plan().prefill == PrefillWork((0,))
+    assert prompts.plan().prefill != PrefillWork((1,))
 
 
 def test_draft_tokens_are_verified_only_if_there_is_no_other_work(prompts: Prompts) -> None:
