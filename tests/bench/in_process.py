@@ -5,8 +5,9 @@ MLX must not be imported before OpenBLAS is loaded, so imports that need it are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shared.jobs.request import Request, Sampling
@@ -62,15 +63,21 @@ class InProcess:
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, owner: str = "bench"
     ) -> RunningSequence:
         """Add a row with this prompt."""
-        return self.submit_request(prompt, Request(self.runner.card.id, max_tokens, sampling, prompt=""), owner)
+        return self.submit_request(prompt, Request(self.runner.card.id, max_tokens, sampling, prompt=""), owner=owner)
 
-    def submit_request(self, prompt: Sequence[int], request: Request, owner: str = "bench") -> RunningSequence:
-        """Add a row with this prompt and the options of a request."""
+    def submit_request(
+        self,
+        prompt: Sequence[int],
+        request: Request,
+        images: Mapping[str, bytes] = MappingProxyType({}),
+        owner: str = "bench",
+    ) -> RunningSequence:
+        """Add a row with this prompt and the options of a request; `images` are files by digest."""
         from worker.engine.sequence import Sequence as RunningSequence
 
         self._jobs += 1
         claimed = _claimed(self._jobs, request, owner)
-        sequence = RunningSequence(claimed, self.runner.prompt(prompt, 0, request, {}), self.runner)
+        sequence = RunningSequence(claimed, self.runner.prompt(prompt, 0, request, images), self.runner)
         self.core.submit(sequence)
         return sequence
 
