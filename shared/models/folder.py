@@ -16,7 +16,8 @@ CODE = (*PICKLES, ".py")
 
 VISION_FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-    *("pixtral", "mistral3", "lfm2_vl", "internvl", "internvl_chat", "idefics3", "smolvlm", "llava", "kimi_vl"),
+    *("pixtral", "mistral3", "lfm2_vl", "internvl", "internvl_chat", "idefics3", "smolvlm", "kimi_vl"),
+    *("llava", "llava_next"),
     *("gemma3", "gemma4", "granite4_vision"),
     *("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
     *("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
@@ -26,6 +27,7 @@ _SECTION_TYPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "internvl": ("text_config", ("qwen3",)),
     "internvl_chat": ("llm_config", ("qwen2",)),
     "llava": ("vision_config", ("clip_vision_model", "siglip_vision_model")),
+    "llava_next": ("vision_config", ("clip_vision_model",)),
     "mistral3": ("text_config", ("mistral", "ministral3")),
 }
 """Families of which mlx-vlm supports some models: a section of config.json, and the supported types of it."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +20,7 @@ from shared.jobs.request import EMBED, RERANK
 from shared.models.folder import ModelError
 from shared.settings import ROOT
 from tests.support.embedding_models import TEXTS, make_embedding_model
+from tests.support.oracles import environment_with
 from worker.runner.embedding.load import load_embedding_model
 from worker.runner.embedding.model import EmbeddingModel
 
@@ -140,16 +139,7 @@ def test_decoders_that_read_in_both_directions_are_refused(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with mlx-embeddings and the packages of this one."""
-    folder = tmp_path_factory.mktemp("oracle") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = folder / "bin/python"
-    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", query], check=True, capture_output=True, text=True).stdout.strip()
-    (Path(own) / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", ORACLE]
-    if subprocess.run(install, check=False, capture_output=True).returncode:
-        pytest.skip(f"{ORACLE} cannot be installed")
-    return python
+    return environment_with(tmp_path_factory.mktemp("oracle") / "venv", ORACLE)
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from mlx.nn import Linear  # type: ignore[attr-defined]
 from mlx_vlm import load as load_with_mlx_vlm
 from mlx_vlm.convert import convert
 from mlx_vlm.generate import generate_step
+from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.utils import prepare_inputs
 from PIL import Image
 
@@ -66,14 +67,19 @@ class Subject:
         Args:
             predicate: how to quantise a layer; None: mlx-vlm's choice, which leaves out most image encoders.
         """
-        subject = type(self).__new__(type(self))
         with redirect_stdout(io.StringIO()):
             convert(
                 str(self.folder), str(folder), quantize=True, q_group_size=_GROUP, q_bits=4, trust_remote_code=False,
                 quant_predicate=predicate,  # type: ignore[arg-type] # also takes functions
             )  # fmt: skip
         shutil.copy(self.folder / "chat_template.jinja", folder)  # some processors do not save it
-        subject._open(self.spec, folder)
+        return self.of(self.spec, folder)
+
+    @classmethod
+    def of(cls, spec: VisionModel, folder: Path) -> Self:
+        """Return the model of an existing folder."""
+        subject = cls.__new__(cls)
+        subject._open(spec, folder)
         return subject
 
     def _open(self, spec: VisionModel, folder: Path) -> None:
@@ -119,10 +125,11 @@ class Subject:
         if self._reference is None:
             self._reference = load_with_mlx_vlm(str(self.folder))
         model, processor = self._reference
-        assert request.messages is not None
-        messages = [{**each, "content": template_parts(each["content"])} for each in request.messages]
-        text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = text_of(processor.tokenizer, request)
         images = [Image.open(io.BytesIO(self.files[part["image"]])).convert("RGB") for part in request.image_parts]
+        if self.spec.features is not None:
+            yield from self._expected_of_features(model, processor, text, images, request.max_tokens)
+            return
         try:
             inputs = prepare_inputs(processor, images=images or None, prompts=[text])
         except ValueError:  # some processors do not take its further arguments
@@ -131,6 +138,36 @@ class Subject:
         steps = generate_step(ids, model, pixels, mask, max_tokens=request.max_tokens, temperature=0.0, **inputs)
         for _, (token, logprobs) in zip(range(request.max_tokens), steps, strict=False):
             yield int(token), logprobs
+
+    def _expected_of_features(
+        self, model: Any, processor: Any, text: str, images: Sequence[Image.Image], max_tokens: int
+    ) -> Iterator[tuple[int, mx.array]]:
+        """Yield what mlx-vlm's language model answers to a prompt with these features of images."""
+        assert self.spec.features is not None
+        token, language = processor.image_token_id, model.language_model
+        waiting = iter(images)
+        ids: list[int] = []
+        embeds: list[mx.array] = []
+        for each in processor.tokenizer(text, add_special_tokens=False).input_ids:
+            features = language.model.embed_tokens(mx.array([each]))
+            if each == token:
+                features = mx.array(self.spec.features(model, processor, next(waiting)))
+            embeds.append(features)
+            ids += [each] * len(features)
+        cache = make_prompt_cache(language)
+        logits = language(mx.array([ids]), inputs_embeds=mx.concatenate(embeds)[None], cache=cache).logits
+        for _ in range(max_tokens):
+            logprobs = logits[0, -1] - mx.logsumexp(logits[0, -1])
+            chosen = mx.argmax(logprobs)
+            yield int(chosen), logprobs
+            logits = language(chosen.reshape(1, 1), cache=cache).logits
+
+
+def text_of(tokenizer: Any, request: Request) -> str:
+    """Return what the chat template writes for a request."""
+    assert request.messages is not None
+    messages = [{**each, "content": template_parts(each["content"])} for each in request.messages]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def asking(*messages: str | Sequence[Any]) -> Request:

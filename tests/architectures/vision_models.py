@@ -17,6 +17,7 @@ from tests.architectures.vision_models_gemma import GEMMA
 from tests.architectures.vision_models_glm import GLM
 from tests.architectures.vision_models_other import OTHER
 from tests.architectures.vision_models_plain import PLAIN
+from tests.architectures.vision_models_tiled import TILED
 from tests.architectures.vision_spec import CLIP, HALF, TEXT, Json, VisionModel
 from tests.support.architecture_configs import VOCABULARY
 from tests.support.tokenizers import byte_tokenizer
@@ -187,6 +188,7 @@ VISION_MODELS: Final[dict[str, VisionModel]] = {
         "qwen3_5_moe", _QWEN3_5 | _QWEN3_MOE | {"shared_expert_intermediate_size": 32, "intermediate_size": 64}, []
     ),
     **PLAIN,
+    **TILED,
     **GEMMA,
     **GLM,
     **OTHER,

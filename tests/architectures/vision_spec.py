@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+import numpy as np
+from PIL import Image
+
 from worker.runner.batching.support import UNRESTRICTED, BatchingSupport
 
 Json: TypeAlias = dict[str, Any]
+Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.floating[Any]]]"
 
 TEXT: Final[Json] = {
     "hidden_size": 64,
@@ -44,6 +48,8 @@ class VisionModel:
         images: how many images of a prompt mlx-vlm reads at most, for comparisons.
         quantised_tolerance: differences of log-probabilities between quantised models of mlx-lm and mlx-vlm.
         batching: how its rows may share passes.
+        features: returns the features [tokens, hidden size] of an image, given mlx-vlm's model and processor; None if
+            mlx-vlm itself computes what the model was trained for.
         amplified: part of the names of weights that are multiplied, so that tokens depend on the images.
     """
 
@@ -54,6 +60,7 @@ class VisionModel:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     min_side: int = 1
     without: tuple[str, ...] = ()
+    features: Callable[[Any, Any, Image.Image], Floats] | None = None
     amplified: str | None = None
     images: int = 2
     quantised_tolerance: float = 0.01

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import utils
+from transformers import AutoConfig
 
 from shared.models.folder import ModelError
 
@@ -41,6 +42,8 @@ _ARCHITECTURES: Final = {
     "smolvlm": "llama",
 }
 """mlx-lm's architectures for language models whose own type it does not know."""
+_TRANSFORMERS_DEFAULTS: Final = frozenset(("llava_next",))
+"""Types whose sections leave out the defaults of transformers, of which mlx-vlm knows none."""
 _ROPE: Final = ("rope_theta", "partial_rotary_factor")
 """Values that later versions of transformers state in `rope_parameters`."""
 _DIFFERENT: Final = frozenset(
@@ -170,6 +173,8 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     section = next((config[name] for name in _SECTIONS if isinstance(config.get(name), dict)), config)
     section = section.get("text_config") or section
     own = section.get("model_type", kind)
+    if kind in _TRANSFORMERS_DEFAULTS and section is not config:
+        section = AutoConfig.for_model(**section).to_dict() | section
     defaults = _defaults(kind, config)
     nested = {name: value for name, value in (section.get("rope_parameters") or {}).items() if name in _ROPE}
     text = {**defaults, **nested, **section, "model_type": _ARCHITECTURES.get(own, own)}

@@ -162,7 +162,7 @@ def test_a_model_with_unsupported_images_is_fetched_as_a_text_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_folder(tmp_path / "seer", "vision_tower.w")
-    (folder / "config.json").write_text('{"model_type": "llava_next", "vision_config": {"depth": 2}}')
+    (folder / "config.json").write_text('{"model_type": "idefics2", "vision_config": {"depth": 2}}')
     assert run("-o", tmp_path / "models", folder) == 0
     assert "is ready; its images are not supported, so it serves only text" in capsys.readouterr().out
 

@@ -96,7 +96,7 @@ def test_a_folder_with_an_image_encoder_needs_its_processor(folder: Path, tensor
 
 @pytest.mark.parametrize(("declares", "tensor"), [("vision_config", "visual.w"), ("img_processor", "vision_tower.w")])
 def test_a_folder_with_an_unsupported_image_encoder_is_text(folder: Path, declares: str, tensor: str) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "llava_next", declares: {"depth": 2}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "idefics2", declares: {"depth": 2}}))
     (folder / "model.safetensors").write_bytes(safetensors({tensor: {"data_offsets": [0, 0]}}))
     assert has_vision(folder)
     assert model_kind(folder) == "text"

@@ -177,7 +177,7 @@ def test_a_text_only_model_is_served_and_says_so(tmp_path: Path, tiny_model_path
     vocabulary = json.loads((tiny_model_path / "config.json").read_text())["vocab_size"]
     weights = {f"language_model.{path}": array for path, array in arrays(make("llama", vocab_size=vocabulary)).items()}
     text = COMMON | {"model_type": "llama", "vocab_size": vocabulary}
-    config = {"model_type": "llava_next", "vision_config": _VISION, "text_config": text}
+    config = {"model_type": "idefics2", "vision_config": _VISION, "text_config": text}
     folder = write(tmp_path / "smol", config, weights, tiny_model_path)
     assert has_vision(folder)
     assert model_kind(folder) == "text"

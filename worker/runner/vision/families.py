@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
+from mlx_vlm import utils
 
 from worker.runner.vision import images, token_rules
 from worker.runner.vision.gemma import Gemma4Language
 from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.half import Encoder, Expand
 from worker.runner.vision.language import ImageLanguageModel, PassInputs, add_image_features
+from worker.runner.vision.llava_next import LlavaNextEncoder, load_without_language
 from worker.runner.vision.mrope import Axes, use_mrope
 from worker.runner.vision.qwen_encoder import DeepstackEncoder, QwenEncoder, WindowEncoder
 from worker.runner.vision.token_rules import TokenRule
@@ -72,6 +74,10 @@ def plain_language(parts: Parts) -> ImageLanguageModel:
     return ImageLanguageModel(parts.text, parts.image_token, parts.inputs)
 
 
+def _whole_model(folder: Path) -> Any:
+    return utils.load_model(folder, lazy=True)
+
+
 @dataclass(frozen=True, slots=True)
 class VisionFamily:
     """How the models of a family work. Each field makes a part of a `VisionHalf` or its language model.
@@ -83,6 +89,7 @@ class VisionFamily:
         expand: makes the function that replaces the placeholders in a prompt.
         language: makes the language model.
         tokens: returns the rule by which the API counts the tokens of images; not for encoders with a `geometry`.
+        model: loads mlx-vlm's model of a folder without reading the weights.
     """
 
     encoder: Callable[[Parts, ImageLanguageModel], Encoder]
@@ -91,6 +98,7 @@ class VisionFamily:
     expand: Callable[[Parts], Expand] = plain_expand
     language: Callable[[Parts], ImageLanguageModel] = plain_language
     tokens: TokenRule = token_rules.unknown
+    model: Callable[[Path], Any] = _whole_model
 
 
 def _mrope_language(axes: Axes) -> Callable[[Parts], ImageLanguageModel]:
@@ -203,6 +211,7 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>", tokens=token_rules.internvl),
     "kimi_vl": _generic(placeholder=("media_placeholder_token_id",), tokens=token_rules.kimi),
     "gemma3": _generic(placeholder_text="<start_of_image>", tokens=token_rules.gemma3),
+    "llava_next": _generic(encoder_class=LlavaNextEncoder, model=load_without_language, tokens=token_rules.granite),
     **dict.fromkeys(
         ("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
         _generic(placeholder=("img_context_token_id",), tokens=token_rules.nemotron),

@@ -28,8 +28,6 @@ from worker.runner.vision.language import ImageLanguageModel, change_output
 PATCH_VALUES: Final = 3 * 14 * 14
 """Values of a pixel array that count as one patch. Every model has patches of about this size."""
 
-_WARM_SIDES: Final = (224, 448)
-"""Side lengths, in pixels, of the images that are encoded to measure the cost."""
 _LAYOUTS: Final = 256
 """Number of image sizes for which the tokens are kept."""
 _TEXT: Final = ("input_ids", "attention_mask", "labels", "num_image_tokens", "num_patches_list")
@@ -70,17 +68,21 @@ class TokenLayout:
 class GenericEncoder:
     """See `worker.runner.vision.half.Encoder`.
 
-    The graph of an image is built at once. Its stages are the outputs of the model's longest stack of layers, which are
-    computed when they are evaluated, so decoding rows need not wait for the whole image.
+    The graph of an image is built at once. Its stages are outputs of the model's layers, which are computed when they
+    are evaluated, so decoding rows need not wait for the whole image.
 
     Args:
         model: mlx-vlm's model. Its language model is replaced with the embeddings of `language`.
         processor: mlx-vlm's processor.
         language: the language model, for the embeddings of text.
         placeholder: the text that the processor replaces with the tokens of an image.
+
+    Attributes:
+        warm_sides: side lengths, in pixels, of the images that are encoded to measure the cost.
     """
 
     geometry: ImageGeometry | None = None
+    warm_sides: tuple[int, int] = (224, 448)
 
     def __init__(self, model: Any, processor: Any, language: ImageLanguageModel, placeholder: str) -> None:
         model.language_model = TextEmbeddings(language.embed)
@@ -88,7 +90,7 @@ class GenericEncoder:
             if hasattr(model, name):
                 setattr(model, name, None)
         self.tower = model
-        layers = _longest_stack(model)
+        layers = self._paced_layers()
         self.blocks = max(len(layers), 1)
         self._outputs: list[mx.array] | None = None  # of layers, while a graph is built
         for layer in layers:
@@ -114,8 +116,9 @@ class GenericEncoder:
     def stages(self, pixels: Inputs, layout: Any) -> Iterator[mx.array]:
         """See `Encoder.stages`."""
         outputs, features = self._graph(pixels, layout)
-        stages = (outputs.popleft() if outputs else features for _ in range(self.blocks - 1))
-        return chain(stages, [features])
+        ends = (number * len(outputs) // self.blocks for number in range(1, self.blocks))
+        waiting = deque(outputs[end - 1] if end else features for end in ends)  # dropped one after another
+        return chain((waiting.popleft() for _ in range(self.blocks - 1)), [features])
 
     def encode(self, image: PlacedImage) -> mx.array:
         """See `Encoder.encode`."""
@@ -124,7 +127,7 @@ class GenericEncoder:
 
     def warming(self) -> Iterator[None]:
         """See `Encoder.warming`."""
-        small, large = ((side, side) for side in _WARM_SIDES)
+        small, large = ((side, side) for side in self.warm_sides)
         seconds: dict[tuple[int, int], list[float]] = {small: [], large: []}
         for size in (small, large) * 2:
             seconds[size].append(self._timed(*size))
@@ -156,7 +159,11 @@ class GenericEncoder:
             self._outputs.append(output[0] if isinstance(output, tuple | list) else output)
         return output
 
-    def _graph(self, pixels: Inputs, layout: TokenLayout) -> tuple[deque[mx.array], mx.array]:
+    def _paced_layers(self) -> Sequence[Any]:
+        """Return the layers whose outputs are the stages."""
+        return _longest_stack(self.tower)
+
+    def _graph(self, pixels: Inputs, layout: TokenLayout) -> tuple[list[mx.array], mx.array]:
         """Build the graph of an image. Returns the outputs of the layers and the features, unevaluated."""
         outputs: list[mx.array] = []
         self._outputs = outputs
@@ -166,7 +173,7 @@ class GenericEncoder:
             raise ValueError(f"mlx-vlm cannot encode this image: {first_line(error)}") from error
         finally:
             self._outputs = None
-        return deque(outputs), features
+        return outputs, features
 
     def _features(self, pixels: Inputs, layout: TokenLayout) -> mx.array:
         inputs = {name: _as_array(value) for name, value in pixels.items()}
@@ -203,13 +210,17 @@ class GenericEncoder:
         """Run the processor on an image, and on its placeholder as the text."""
         # Some processors compute with MLX, and this may not be the thread that uses the device.
         with self._lock, mx.stream(mx.cpu):
-            found = dict(self._processor(images=[image], text=[self._placeholder]))
-            ids = self._image_ids(np.array(found["input_ids"])[0].tolist())
+            ids, found = self._read(image)
             inputs = {name: _on_host(value) for name, value in found.items() if name not in _TEXT}
         values = next(inputs[name] for name in _PIXELS if name in inputs)
         arrays = values if isinstance(values, list) else [values]
         patches = sum(int(array.size) for array in arrays) // PATCH_VALUES + 1
         return TokenLayout(ids, patches, _tiles(arrays), self._grid(inputs)), inputs
+
+    def _read(self, image: Image.Image) -> tuple[tuple[int, ...], Inputs]:
+        """Return the token ids of an image, and its pixels with what else the encoder needs."""
+        found = dict(self._processor(images=[image], text=[self._placeholder]))
+        return self._image_ids(np.array(found["input_ids"])[0].tolist()), found
 
     def _grid(self, inputs: Inputs) -> Grid | None:
         if _GRID not in inputs:

@@ -51,10 +51,10 @@ def load_vision_model(
                 f"{', '.join(VISION_FAMILIES)}."
             )
     with contained(_ENCODER_FAILS.format(folder)):
-        model = utils.load_model(folder, lazy=True)
+        model = family.model(folder)
         weights = _take_weights(model.language_model)
     with contained(f"The model in {folder} cannot be loaded"):
-        text = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy, weights=weights)
+        text = text_half.load(folder, tokenizer_config(folder), adapter=adapter, lazy=lazy, weights=weights or None)
     with contained(_ENCODER_FAILS.format(folder)):
         loaded, vision = _put_together(family, _parts(folder, config, family, model, text))
         if not lazy:
