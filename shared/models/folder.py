@@ -17,7 +17,7 @@ CODE = (*PICKLES, ".py")
 VISION_FAMILIES = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     *("pixtral", "mistral3", "lfm2_vl", "internvl", "internvl_chat", "idefics3", "smolvlm", "kimi_vl"),
-    *("llava", "llava_next"),
+    *("llava", "llava_next", "deepseekocr", "deepseekocr_2"),
     *("gemma3", "gemma4", "granite4_vision"),
     *("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
     *("glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),

@@ -84,13 +84,7 @@ class LfmTiles:
         return pixels > self.max_tokens * side**2 * self.tolerance
 
     def _tiles(self, width: int, height: int) -> int:
-        best, best_difference = 1, math.inf
-        for ratio, tiles in _grids(self.min_tiles, self.max_tiles):
-            difference = abs(width / height - ratio)
-            large = width * height > 0.5 * self.side**2 * tiles
-            if difference < best_difference or (difference == best_difference and large):
-                best, best_difference = tiles, difference
-        return best
+        return _nearest_grid(width, height, self.side, (self.min_tiles, self.max_tiles))[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +140,7 @@ class TileRows:
 
 @dataclass(frozen=True, slots=True)
 class PinpointTiles:
-    """The whole image, then a grid of tiles without the padding, a token after each row: Granite 4 Vision.
+    """The whole image, then a grid of tiles without the padding, a token after each row: Granite 4 Vision, LLaVA-NeXT.
 
     Attributes:
         resolutions: pairs of height and width to which images are resized.
@@ -179,6 +173,44 @@ class PinpointTiles:
             return kept, kept - resolution[0] * resolution[1]
 
         return max(self.resolutions, key=quality)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAndCrops:
+    """The whole image, and a large one also as a grid of crops before it: DeepSeek-OCR.
+
+    Attributes:
+        crop_side: side of a crop in pixels; smaller images are not cropped.
+        max_crops: limit of the number of crops.
+        crop, whole: tokens per side of a crop, and of the whole image.
+        row_end: tokens after a row.
+    """
+
+    crop_side: int
+    max_crops: int
+    crop: int
+    whole: int
+    row_end: int
+
+    def tokens(self, width: int, height: int) -> int:
+        """See `ImageTokens.tokens`."""
+        separator = 1
+        found = self.whole * (self.whole + self.row_end) + separator
+        if max(width, height) <= self.crop_side:
+            return found
+        ratio, crops = _nearest_grid(width, height, self.crop_side, (2, self.max_crops))
+        rows = round(math.sqrt(crops / ratio)) * self.crop
+        return found + rows * (crops * self.crop**2 // rows + self.row_end)
+
+
+def _nearest_grid(width: int, height: int, side: int, limits: tuple[int, int]) -> tuple[float, int]:
+    """Return the grid of tiles whose shape is nearest to an image's; of equal shapes the largest that it half fills."""
+    best, best_difference = (1.0, 1), math.inf
+    for ratio, tiles in _grids(*limits):
+        difference = abs(width / height - ratio)
+        if difference < best_difference or (difference == best_difference and width * height > 0.5 * side**2 * tiles):
+            best, best_difference = (ratio, tiles), difference
+    return best
 
 
 @lru_cache(64)

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from shared.models.image_geometry import check_aspect_ratio
 from shared.models.image_grids import CroppedGrid, PatchBudget, PatchRows, PooledGrid, ResizedGrid
-from shared.models.image_tiles import LfmTiles, PinpointTiles, SquareTiles, TileRows
+from shared.models.image_tiles import LfmTiles, PinpointTiles, SquareTiles, TileRows, WholeAndCrops
 from shared.wire import known_fields
 
 
@@ -81,6 +81,7 @@ _RULES: Final[Mapping[str, type[ImageTokens]]] = {
     "cropped_grid": CroppedGrid,
     "pooled_grid": PooledGrid,
     "pinpoint_tiles": PinpointTiles,
+    "whole_and_crops": WholeAndCrops,
     "resized_grid": ResizedGrid,
     "patch_budget": PatchBudget,
 }

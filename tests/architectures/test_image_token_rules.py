@@ -31,7 +31,7 @@ pytestmark = [
 
 VARIANTS = {"ministral3": "mistral3", "gemma4_e": "gemma4"}
 RULED = [name for name in VISION_MODELS if FAMILIES[VARIANTS.get(name, name)].tokens is not unknown]
-SAME = ("ministral3", "smolvlm", "gemma4_e", "glm4v_moe", "internvl_chat")
+SAME = ("ministral3", "smolvlm", "gemma4_e", "glm4v_moe", "internvl_chat", "deepseekocr")
 """Their processors compute sizes like those of other models in the list."""
 SIZES = ((3, 3), (28, 28), (60, 50), (224, 224), (1, 150), (180, 3), (640, 90), (77, 1000), (17, 2900), (2000, 11))
 LARGE = ((1280, 720), (999, 1333), (2000, 3000), (3000, 2000))

@@ -10,9 +10,11 @@ from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
+from mlx_vlm.models import deepseekocr, deepseekocr_2
 from PIL import Image
 
-from tests.architectures.vision_spec import CLIP, TEXT, Floats, Json, VisionModel
+from tests.architectures.vision_spec import CLIP, HALF, TEXT, Floats, Json, VisionModel
 
 _SIDE: Final = 112
 _PATCH: Final = 14
@@ -102,5 +104,115 @@ def _llava(text: Json) -> VisionModel:
     )
 
 
-TILED: Final[Mapping[str, VisionModel]] = {"llava_next": _llava({"model_type": "mistral"})}
+def _deepseek(name: str, side: int, max_crops: int, hidden: int) -> VisionModel:
+    """Return a DeepSeek-OCR.
+
+    Args:
+        side: side length of crops in pixels.
+        hidden: hidden size of what the first encoder returns.
+    """
+
+    def features(model: Any, processor: Any, image: Image.Image) -> Floats:
+        crops = {"min_patches": 2 if max(image.size) > side else 0, "max_patches": max_crops}
+        found = processor(images=[image], text="<image>", inference_mode=False, **crops)
+        names = ("images_spatial_crop", "images_seq_mask")
+        inputs = {name: found[name] for name in names}
+        embeds = model.get_input_embeddings(found["input_ids"], found["images"], **inputs).inputs_embeds
+        return np.array(embeds)[np.array(found["images_seq_mask"])]
+
+    def config(ids: Mapping[str, int], vocabulary: int) -> Json:
+        text = {
+            **TEXT,
+            "model_type": "deepseek_v2",
+            "vocab_size": vocabulary,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": None,
+            "q_lora_rank": None,
+            **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 0),
+            "topk_method": "greedy",
+            "use_mla": False,
+        }
+        vision = {
+            "model_type": "vision",
+            "layers": 1,
+            "hidden_size": hidden,
+            "intermediate_size": 64,
+            "num_attention_heads": 8,
+            "width": {},
+        }
+        return {
+            "language_config": text,
+            "vision_config": vision,
+            "projector_config": {
+                "model_type": "mlp_projector",
+                "projector_type": "linear",
+                "input_dim": 2 * hidden if name == "deepseekocr" else hidden,
+                "n_embed": TEXT["hidden_size"],
+            },
+            "vocab_size": vocabulary,
+            "image_token_index": ids["<image>"],
+            "tile_tag": "2D",
+        }
+
+    return VisionModel(
+        config,
+        "<image>\n",
+        ("<image>",),
+        {
+            "processor_config.json": {
+                "processor_class": "DeepseekVLV2Processor",
+                "candidate_resolutions": [[1024, 1024]],
+                "downsample_ratio": 4,
+                "image_token": "<image>",
+                "mask_prompt": False,
+                "normalize": True,
+                "pad_token": "<pad>",
+                "patch_size": 16,
+                **HALF,
+            }
+        },
+        features=features,
+    )
+
+
+class SmallEncoder(nn.Module):  # type: ignore[misc,name-defined]
+    """Stands in for the first encoder of DeepSeek-OCR, which mlx-vlm has only in full size: a token per 64 × 64 pixels."""
+
+    def __init__(self, final_out_chans: int = 1024, **_sizes: Any) -> None:
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, final_out_chans, 8, 8)
+        self.blocks: list[Any] = []
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        views, height, width, channels = pixels.shape
+        pixels = pixels.astype(self.patch_embed.proj.weight.dtype)
+        small = pixels.reshape(views, height // 8, 8, width // 8, 8, channels).mean(axis=(2, 4))
+        found: mx.array = self.patch_embed.proj(small)
+        return found
+
+
+def _make_encoders_small() -> None:
+    """Let mlx-vlm build small encoders: it takes their sizes from nowhere but its own defaults."""
+    deepseekocr.deepseekocr.SAMEncoder = deepseekocr_2.deepseekocr_2.SAMEncoder = SmallEncoder
+    decoder = deepseekocr_2.vision.Qwen2EncoderConfig
+
+    def small(**values: Any) -> Any:
+        return decoder(**values | {"layers": 1, "intermediate_size": 64})
+
+    deepseekocr_2.vision.Qwen2EncoderConfig = small
+
+
+_make_encoders_small()
+
+TILED: Final[Mapping[str, VisionModel]] = {
+    "llava_next": _llava({"model_type": "mistral"}),
+    "deepseekocr": _deepseek("deepseekocr", 640, 9, 1024),
+    "deepseekocr_2": _deepseek("deepseekocr_2", 768, 6, 896),
+}
 """By `model_type`, or a variant of one."""

@@ -28,7 +28,18 @@ Classes: TypeAlias = Callable[[dict[str, Any]], tuple[Any, Any]]
 
 _SECTIONS: Final = ("text_config", "llm_config", "language_config", "thinker_config")
 """Sections of config.json that describe the language model. The last one has a `text_config` of its own."""
+_DEEPSEEK_OCR: Final = frozenset(("deepseekocr", "deepseekocr_2"))
+"""Types whose section calls its architecture `deepseek_v2`, but that compute what mlx-lm's `deepseek` computes."""
+_DEEPSEEK: Final[Mapping[str, Any]] = {
+    "qk_nope_head_dim": 0,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+}
+"""The values with which they do."""
 _ARCHITECTURES: Final = {
+    **dict.fromkeys(_DEEPSEEK_OCR, "deepseek"),
     "dots_ocr": "qwen2",
     "glm4v_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
@@ -46,9 +57,7 @@ _TRANSFORMERS_DEFAULTS: Final = frozenset(("llava_next",))
 """Types whose sections leave out the defaults of transformers, of which mlx-vlm knows none."""
 _ROPE: Final = ("rope_theta", "partial_rotary_factor")
 """Values that later versions of transformers state in `rope_parameters`."""
-_DIFFERENT: Final = frozenset(
-    ("colidefics3", "deepseek_vl_v2", "deepseekocr", "deepseekocr_2", "paligemma", "plamo2vl", "unlimited_ocr")
-)
+_DIFFERENT: Final = frozenset(("colidefics3", "deepseek_vl_v2", "paligemma", "plamo2vl", "unlimited_ocr"))
 """Types whose text mlx-lm would compute in another way: other rotary positions, or prompts that are read both ways."""
 _PREFIX: Final = re.compile(r"(?:model\.|thinker\.)*(?:language_model|text_model|language|llm)\.|thinker\.")
 _LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
@@ -58,7 +67,7 @@ _ANY_QUANTISATION: Final = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
 mlx-vlm converts those to these values.
 """
 _ADAPTER: Final = "adapters.safetensors"
-_OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector|connector")
+_OTHER_HALF: Final = re.compile(r"vision|visual|image|audio|sam_model|vpm|projector|connector|view_sep|qwen2_model")
 
 
 def load(
@@ -136,6 +145,10 @@ def _half_of(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], C
             f"{folder}: neither the images nor the text of model_type {kind!r} are supported"
             + (f": mlx-lm has no architecture {text['model_type']!r}." if kind not in _DIFFERENT else ".")
         )
+    if kind in _DEEPSEEK_OCR and (
+        other := [name for name, value in _DEEPSEEK.items() if text.get(name, value) != value]
+    ):
+        raise ModelError(f"{folder}: model_type {kind!r} is not supported with this value of {other[0]}")
     return text, _text_classes
 
 
@@ -172,7 +185,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(config["model_type"])
     section = next((config[name] for name in _SECTIONS if isinstance(config.get(name), dict)), config)
     section = section.get("text_config") or section
-    own = section.get("model_type", kind)
+    own = kind if kind in _DEEPSEEK_OCR else section.get("model_type", kind)
     if kind in _TRANSFORMERS_DEFAULTS and section is not config:
         section = AutoConfig.for_model(**section).to_dict() | section
     defaults = _defaults(kind, config)

@@ -70,7 +70,7 @@ class FolderTokenizer:
         folder = Path(source.path)
         self.wrapper: Any = _tokenizer_utils().load(folder, _options(folder), defaults=source.defaults)
         template = _vision_template(folder) or self.wrapper.chat_template
-        if source.vision and isinstance(template, str):
+        if source.vision:
             self.wrapper.chat_template = for_images(folder, template)
         self._tokenizer = self.wrapper._tokenizer  # noqa: SLF001 - the wrapper does not forward calls
         self.explains_tools = source.explain_tools

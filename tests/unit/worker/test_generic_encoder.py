@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,24 @@ def test_a_folder_is_tokenised_with_a_text_that_stands_for_an_image(
     tokenizer = FolderTokenizer.load(TokenizerSource(str(tmp_path), vision=True))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     assert tokenizer.wrapper.apply_chat_template(messages, tokenize=False) == text
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }} {% endfor %}"])
+def test_a_folder_of_deepseek_ocr_needs_no_template_for_images(tmp_path: Path, template: str | None) -> None:
+    files = {
+        "config.json": '{"model_type": "deepseekocr"}',
+        "tokenizer.json": byte_tokenizer(),
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}',
+        **({"chat_template.jinja": template} if template else {}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    tokenizer = FolderTokenizer.load(TokenizerSource(str(tmp_path), vision=True))
+    assert tokenizer.has_template
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Free OCR."}]}]
+    render = partial(tokenizer.wrapper.apply_chat_template, messages, tokenize=False)
+    assert render() == "<s><image>\nFree OCR."
+    assert render(grounding=True) == "<s><image>\n<|grounding|>Free OCR."
 
 
 def test_prefixes_on_disk_depend_on_the_settings_of_the_processor(tmp_path: Path) -> None:

@@ -167,6 +167,13 @@ def test_a_folder_with_text_that_mlx_lm_would_compute_otherwise_is_refused(
         load_model(folder)
 
 
+@pytest.mark.parametrize(("name", "value"), [("qk_nope_head_dim", 128), ("scoring_func", "sigmoid")])
+def test_a_deepseek_ocr_with_other_attention_or_another_router_is_refused(name: str, value: object) -> None:
+    sections = {"language_config": {"hidden_size": 8, name: value}, "vision_config": _VISION, "projector_config": {}}
+    with pytest.raises(ModelError, match=name):
+        text_half._half_of(Path("model"), {"model_type": "deepseekocr", **sections})
+
+
 def test_a_folder_without_a_section_for_text_has_mlx_lms_error(tmp_path: Path, tiny_model_path: Path) -> None:
     folder = write(tmp_path / "model", {"model_type": "nothing"}, {}, tiny_model_path)
     with pytest.raises(ModelError, match="Model type nothing not supported"):

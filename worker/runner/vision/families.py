@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_vlm import utils
 
 from worker.runner.vision import images, token_rules
+from worker.runner.vision.deepseek_ocr import DeepseekOCR2Encoder, DeepseekOCREncoder
 from worker.runner.vision.gemma import Gemma4Language
 from worker.runner.vision.generic_encoder import GenericEncoder
 from worker.runner.vision.half import Encoder, Expand
@@ -211,7 +212,13 @@ FAMILIES: Final[Mapping[str, VisionFamily]] = {
     "internvl_chat": _generic("<image>", placeholder_text="<IMG_CONTEXT>", tokens=token_rules.internvl),
     "kimi_vl": _generic(placeholder=("media_placeholder_token_id",), tokens=token_rules.kimi),
     "gemma3": _generic(placeholder_text="<start_of_image>", tokens=token_rules.gemma3),
-    "llava_next": _generic(encoder_class=LlavaNextEncoder, model=load_without_language, tokens=token_rules.granite),
+    "llava_next": _generic(encoder_class=LlavaNextEncoder, model=load_without_language, tokens=token_rules.llava_next),
+    "deepseekocr": _generic(
+        encoder_class=DeepseekOCREncoder, placeholder_text="<image>", tokens=token_rules.deepseek_ocr
+    ),
+    "deepseekocr_2": _generic(
+        encoder_class=DeepseekOCR2Encoder, placeholder_text="<image>", tokens=token_rules.deepseek_ocr_2
+    ),
     **dict.fromkeys(
         ("nemotron_h_nano_omni", "NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"),
         _generic(placeholder=("img_context_token_id",), tokens=token_rules.nemotron),

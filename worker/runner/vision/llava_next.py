@@ -31,7 +31,7 @@ class LlavaNextEncoder(GenericEncoder):
     def _read(self, image: Image.Image) -> tuple[tuple[int, ...], Inputs]:
         found = self._processor.image_processor(images=[image])
         tiles, size = np.array(found["pixel_values"])[0], np.array(found["image_sizes"])[0]
-        side = tiles.shape[-1] // self.tower.config.vision_config.patch_size
+        side = tiles.shape[-1] // self._processor.patch_size
         rows, columns = (each * side for each in self._grid_of(tiles, size))
         top, left = padding(size, rows, columns)
         tokens = side**2 + (rows - 2 * top) * (columns - 2 * left + 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,9 +68,9 @@ def _parts(
     folder: Path, config: Mapping[str, Any], family: VisionFamily, model: Any, text_parts: text_half.Loaded
 ) -> Parts:
     text, tokenizer, text_config = text_parts
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = for_images(folder, tokenizer.chat_template)
-    processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)
+    tokenizer.chat_template = for_images(folder, tokenizer.chat_template)
+    with redirect_stdout(StringIO()):  # some processors print what they add to the tokenizer
+        processor = utils.load_processor(folder, add_detokenizer=False, **NO_CODE)
     token = _placeholder(family, {**vars(model.config), **config}, tokenizer)
     return Parts(folder, {**config, **text_config}, text, model, processor, tokenizer, token)
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
 from shared.models.image_grids import CroppedGrid, PatchBudget, PatchRows, PooledGrid, ResizedGrid
-from shared.models.image_tiles import LfmTiles, PinpointTiles, SquareTiles, TileRows
+from shared.models.image_tiles import LfmTiles, PinpointTiles, SquareTiles, TileRows, WholeAndCrops
 from shared.models.image_tokens import FixedTokens, ImageTokens, image_tokens
 from worker.models.load import first_line
 from worker.runner.vision.images import Layout
@@ -140,14 +140,23 @@ def gemma4(processor: Any) -> ImageTokens | None:
 
 def granite(processor: Any) -> ImageTokens | None:
     """Granite 4 Vision."""
-    images = processor.image_processor
-    if (size := _tile_size(images)) is None or size[0] != size[1]:
-        return None
-    side = size[0]
-    tile = int(side // processor.patch_size * Fraction(processor.downsample_rate or 1))
-    resolutions = tuple((int(height), int(width)) for height, width in images.image_grid_pinpoints)
-    additional = processor.num_additional_image_tokens - _omits_class(processor)
-    return PinpointTiles(resolutions, side, tile, additional)
+    kept = Fraction(processor.downsample_rate or 1)
+    return _pinpoint_tiles(processor, kept, processor.num_additional_image_tokens - _omits_class(processor))
+
+
+def llava_next(processor: Any) -> ImageTokens | None:
+    """LLaVA-NeXT."""
+    return _pinpoint_tiles(processor, Fraction(1), 0)
+
+
+def deepseek_ocr(_processor: Any) -> ImageTokens:
+    """DeepSeek-OCR, whose sizes are the same in all folders."""
+    return WholeAndCrops(crop_side=640, max_crops=9, crop=10, whole=16, row_end=1)
+
+
+def deepseek_ocr_2(_processor: Any) -> ImageTokens:
+    """DeepSeek-OCR 2, whose sizes are the same in all folders."""
+    return WholeAndCrops(crop_side=768, max_crops=6, crop=12, whole=16, row_end=0)
 
 
 def glm(processor: Any) -> ImageTokens | None:
@@ -173,6 +182,21 @@ def nemotron(processor: Any) -> ImageTokens | None:
     budget = max((images.max_model_len - 4) * merge**2, images.min_num_patches)
     most = min(budget, images.max_num_patches) if images.max_num_patches else budget
     return PatchBudget(images.patch_size, merge, images.min_num_patches, max(most, images.min_num_patches))
+
+
+def _pinpoint_tiles(processor: Any, kept: Fraction, additional: int) -> ImageTokens | None:
+    """Return the rule for a grid of tiles.
+
+    Args:
+        kept: share of the patches of a side that become tokens.
+        additional: tokens in addition, possibly negative.
+    """
+    images = processor.image_processor
+    if (size := _tile_size(images)) is None or size[0] != size[1]:
+        return None
+    tile = int(size[0] // processor.patch_size * kept)
+    resolutions = tuple((int(height), int(width)) for height, width in images.image_grid_pinpoints)
+    return PinpointTiles(resolutions, size[0], tile, additional)
 
 
 def _omits_class(processor: Any) -> bool:
