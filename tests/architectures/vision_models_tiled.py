@@ -181,7 +181,7 @@ def _deepseek(name: str, side: int, max_crops: int, hidden: int) -> VisionModel:
 
 
 class SmallEncoder(nn.Module):  # type: ignore[misc,name-defined]
-    """Stands in for the first encoder of DeepSeek-OCR, which mlx-vlm has only in full size: a token per 64 × 64 pixels."""
+    """Stands in for DeepSeek-OCR's first encoder, which mlx-vlm has only in full size. A token is 64 × 64 pixels."""
 
     def __init__(self, final_out_chans: int = 1024, **_sizes: Any) -> None:
         super().__init__()
