@@ -187,7 +187,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     section = section.get("text_config") or section
     own = kind if kind in _DEEPSEEK_OCR else section.get("model_type", kind)
     if kind in _TRANSFORMERS_DEFAULTS and section is not config:
-        section = AutoConfig.for_model(**section).to_dict() | section
+        section = {**AutoConfig.for_model(**section).to_dict(), **section}
     defaults = _defaults(kind, config)
     nested = {name: value for name, value in (section.get("rope_parameters") or {}).items() if name in _ROPE}
     text = {**defaults, **nested, **section, "model_type": _ARCHITECTURES.get(own, own)}

@@ -45,7 +45,9 @@ class DeepseekOCREncoder(GenericEncoder):
     def _read(self, image: Image.Image) -> tuple[tuple[int, ...], Inputs]:
         views, crops = [], (0, 0)
         if max(image.size) > self.crop_side:
-            views, crops = processing.dynamic_preprocess(image, _MIN_CROPS, self.max_crops, self.crop_side)
+            views, crops = processing.dynamic_preprocess(  # type: ignore[no-untyped-call]
+                image, _MIN_CROPS, self.max_crops, self.crop_side
+            )
         border = tuple(int(255 * mean) for mean in self._processor.image_transform.mean)
         whole = ImageOps.pad(image, (_SIDE, _SIDE), color=border)
         tokens = self._tokens(crops, self.crop_side // _TOKEN) + self._tokens((1, 1), _SIDE // _TOKEN) + 1
