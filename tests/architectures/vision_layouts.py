@@ -19,7 +19,8 @@ Change: TypeAlias = Callable[[Weights], Weights]
 
 _WEIGHTS: Final = "model.safetensors"
 _CONVOLUTION: Final = re.compile(
-    r"(patch_embed\.proj|patch_conv|patch_embeddings?(\.projection)?|downsample|conv1d|conv)\.weight$"
+    r"(patch_embed\.proj|patch_conv|patch_embeddings?(\.projection)?|downsample|conv1d|conv|neck(_hd)?\.\d|net_\d"
+    r"|downsamples\.\d)\.weight$"
 )
 _FP8: Final = re.compile(r"(?<!vision)_model\..*layers\.\d+\..*proj\.weight$")
 _EXPERTS: Final = ".switch_mlp."
@@ -142,6 +143,13 @@ _ENCODER_PIXTRAL: Final = _renamed(
 )
 _OTHER_PARTS: Final = r"^(vision_tower|embed_vision|multi_modal_projector|spatial_|layerwise_|image_newline)"
 _NESTED: Final = _renamed(*_TEXT, (_OTHER_PARTS, r"model.\1"))
+_DEEPSEEK: Final = _renamed(
+    (r"^language_model\.", ""),
+    (r"^vision_model\.qwen2_encoder\.(layers|norm)", r"model.qwen2_model.model.model.\1"),
+    (r"^vision_model\.qwen2_encoder\.(query_\d+)$", r"model.qwen2_model.\1.weight"),
+    (r"^view_separator", "model.view_seperator"),  # as published
+    (r"^(vision_model|sam_model|projector|image_newline)", r"model.\1"),
+)
 
 _LAYOUTS: Final[Mapping[str, Sequence[Sequence[Change]]]] = {
     **{name: [[_QWEN2]] for name in ("qwen2_vl", "qwen2_5_vl")},
@@ -158,7 +166,7 @@ _LAYOUTS: Final[Mapping[str, Sequence[Sequence[Change]]]] = {
     ],
     **{name: [[_IDEFICS]] for name in ("idefics3", "smolvlm")},
     "internvl": [[], [_renamed((r"^language_model\.", "language_model.model."))]],
-    **{name: [[]] for name in ("internvl_chat", "llava", "gemma3")},
+    **{name: [[]] for name in ("internvl_chat", "llava", "llava_next", "gemma3")},
     "kimi_vl": [
         [
             _renamed(
@@ -169,6 +177,8 @@ _LAYOUTS: Final[Mapping[str, Sequence[Sequence[Change]]]] = {
         ]
     ],
     **{name: [[_NESTED]] for name in ("gemma4", "gemma4_e")},
+    "deepseekocr": [[_DEEPSEEK, _single_experts]],
+    "deepseekocr_2": [[_DEEPSEEK, _single_experts]],
     "granite4_vision": [[_NESTED, _renamed((r"\.in_proj\.(weight|bias)$", r".in_proj_\1"))]],
     "nemotron_h_nano_omni": [[_renamed((r"^mlp1\.layers\.", "mlp1."))]],
     "paddleocr_vl": [
