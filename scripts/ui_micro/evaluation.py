@@ -77,14 +77,20 @@ def evaluate(predict: Callable[[bytes, str], str], answers: AnswerFormat, trials
     return {group: Score(sum(hits[group]), len(hits[group])) for group in sorted(hits)}
 
 
+def prompt_for(processor: Any, text: str) -> str:
+    """Return the prompt for one image and an instruction."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    prompt: str = processor.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    return prompt
+
+
 def load_predictor(folder: Path) -> Callable[[bytes, str], str]:
     """Load the model of a folder in mlx-vlm; return a function from PNG and instruction to answer."""
     library: Any = importlib.import_module("mlx_vlm")
     model, processor = library.load(str(folder))
 
     def predict(png: bytes, text: str) -> str:
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        prompt = processor.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        prompt = prompt_for(processor, text)
         image: Any = [Image.open(BytesIO(png))]
         answer: str = library.generate(
             model, processor, prompt, image=image, temperature=0.0, max_tokens=MAX_TOKENS

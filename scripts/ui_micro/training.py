@@ -76,8 +76,8 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         """Return the loss of each answer token, the share of exact answers, and the losses of the heads."""
         n, count, _ = ids.shape
         states, merged = self._architecture.encode_images(self.model, patches, grid)
-        layout = self._layout(grid, count)
-        halfway, hidden = self._read(merged, ids, layout)
+        layout = self.layout(grid, count)
+        halfway, hidden = self.read(merged, ids, layout)
         final, half = (each[:, layout.shared :].reshape(n, count, QUESTION_TOKENS, -1) for each in (hidden, halfway))
         answer_positions = answers[..., None] + mx.arange(ANSWER_TOKENS)
         states_before = mx.take_along_axis(final, (answer_positions - 1)[..., None], 2)
@@ -96,7 +96,8 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         ]
         return loss, exact, mx.stack(heads)
 
-    def _layout(self, grid: Grid, count: int) -> Layout:
+    def layout(self, grid: Grid, count: int) -> Layout:
+        """Return the layout of images with this grid of patches, each with `count` instructions."""
         rows, columns = grid[0] // MERGE, grid[1] // MERGE
         return Layout(len(self._before), rows, columns, len(self._after), count, QUESTION_TOKENS)
 
@@ -140,7 +141,7 @@ class Learner(nn.Module):  # type: ignore[misc]  # MLX has no types for it
         loss: mx.array = -mx.where(visible, mx.log(probability + 1e-6), 0).sum() / mx.maximum(visible.sum(), 1)
         return loss
 
-    def _read(self, merged: mx.array, ids: mx.array, layout: Layout) -> tuple[mx.array, mx.array]:
+    def read(self, merged: mx.array, ids: mx.array, layout: Layout) -> tuple[mx.array, mx.array]:
         """Run the language model on an image and its instructions; return the states halfway and at the end."""
         text = self.model.language_model.model
         n, before = len(merged), layout.before

@@ -1,4 +1,4 @@
-"""The bundled vision model: its accuracy, and its use in the whole stack."""
+"""The bundled vision models: their accuracy, and their use in the whole stack."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ from typing import Any
 import httpx2
 import pytest
 
-from scripts.stack.model import VISION
-from scripts.ui_micro.answers import PIXELS
+from scripts.ui_micro.architectures.architecture import Architecture
+from scripts.ui_micro.architectures.gemma import GEMMA
+from scripts.ui_micro.architectures.qwen import QWEN
 from scripts.ui_micro.evaluation import Trial, held_out, load_predictor
-from tests.plugins.stack import Stack, made_stack
+from shared.settings import ROOT
+from tests.plugins.stack import Stack, catalog_stack
 from tests.support.image_files import data_url
 
 pytest.importorskip("mlx_vlm")
 
 MAX_BYTES = 8_000_000
-TRIALS = 120
+TRIALS = 40
+ARCHITECTURES = (QWEN, GEMMA)
+CATALOG = f'default = "{QWEN.folder}"\n' + "".join(
+    f'[models.{each.folder}]\npath = "{ROOT}/models/{each.folder}"\n' for each in ARCHITECTURES
+)
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    for stack in made_stack(VISION, {"SLOTS": "16"}):
-        stack.start_web()
-        stack.start_worker()
+    """Yield a stack whose worker has both models."""
+    with catalog_stack(CATALOG, SLOTS="16") as stack:
+        stack.start_worker(WORKER_MODELS=",".join(each.folder for each in ARCHITECTURES))
         yield stack
 
 
@@ -36,39 +42,55 @@ def http(stack: Stack) -> Iterator[httpx2.Client]:
         yield client
 
 
-def body(trial: Trial, **more: Any) -> dict[str, Any]:
+@pytest.fixture(params=ARCHITECTURES, ids=lambda each: each.name)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    chosen: Architecture = request.param
+    return chosen
+
+
+def answers_to(http: httpx2.Client, architecture: Architecture, trials: list[Trial]) -> list[dict[str, Any]]:
+    """Return the answers, of which 16 at a time are generated together."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda trial: http.post("/inference", json=body(architecture, trial)).json(), trials))
+
+
+def body(architecture: Architecture, trial: Trial) -> dict[str, Any]:
     part = {"type": "image_url", "image_url": {"url": data_url(trial.png)}}
-    text = {"type": "text", "text": trial.instruction.text}
-    return {"messages": [{"role": "user", "content": [part, text]}], "max_tokens": 16, "temperature": 0, **more}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": trial.instruction.text}]}]
+    return {
+        "model": architecture.folder,
+        "messages": messages,
+        "max_tokens": 16,
+        "temperature": 0,
+        "parse": "ui_tars",
+    }
 
 
-def test_the_model_is_small_enough_to_be_bundled() -> None:
-    assert sum(file.stat().st_size for file in VISION.iterdir()) <= MAX_BYTES
-    assert json.loads((VISION / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+def test_the_model_is_small_enough_to_be_bundled(architecture: Architecture) -> None:
+    folder = ROOT / "models" / architecture.folder
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= MAX_BYTES
+    assert json.loads((folder / "config.json").read_text())["model_type"] == architecture.name
 
 
 @pytest.mark.parametrize("by_colour", [0.0, 1.0])
-def test_nine_of_ten_clicks_hit_the_target_on_unseen_screenshots(http: httpx2.Client, by_colour: float) -> None:
+def test_nine_of_ten_clicks_hit_the_target_on_unseen_screenshots(
+    http: httpx2.Client, architecture: Architecture, by_colour: float
+) -> None:
     trials = list(held_out(TRIALS, first=10_000, by_colour=by_colour))
     assert sum(trial.instruction.by_colour for trial in trials) >= (0.25 + by_colour / 3) * TRIALS
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
-    assert sum(trial.hit(answer, PIXELS) for trial, answer in zip(trials, answers, strict=True)) >= 0.9 * TRIALS
+    answers = answers_to(http, architecture, trials)
+    clicks = [answer["actions"][0]["start"] for answer in answers]
+    hits = [
+        trial.instruction.target.contains(click["x"], click["y"]) for trial, click in zip(trials, clicks, strict=True)
+    ]
+    assert sum(hits) >= 0.9 * TRIALS
+    assert hits == [
+        trial.hit(answer["text"], architecture.answers) for trial, answer in zip(trials, answers, strict=True)
+    ]
 
 
-def test_the_stack_gives_the_answers_of_mlx_vlm(http: httpx2.Client) -> None:
-    predict = load_predictor(VISION)
+def test_the_stack_gives_the_answers_of_mlx_vlm(http: httpx2.Client, architecture: Architecture) -> None:
+    predict = load_predictor(ROOT / "models" / architecture.folder)
     trials = list(held_out(16, first=20_000))
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda trial: http.post("/inference", json=body(trial)).json()["text"], trials))
-    assert answers == [predict(trial.png, trial.instruction.text) for trial in trials]
-
-
-def test_clicks_are_returned_as_actions_in_pixels_of_the_screenshot(http: httpx2.Client) -> None:
-    trials = [trial for trial in held_out(60, first=30_000) if trial.instruction.form in ("name", "name alone")][:12]
-    hits = 0
-    for trial in trials:
-        (action,) = http.post("/inference", json=body(trial, parse="ui_tars")).json()["actions"]
-        assert action["action"] == "click"
-        hits += trial.instruction.target.contains(action["start"]["x"], action["start"]["y"])
-    assert hits >= len(trials) * 3 // 4
+    expected = [predict(trial.png, trial.instruction.text) for trial in trials]
+    assert [answer["text"] for answer in answers_to(http, architecture, trials)] == expected

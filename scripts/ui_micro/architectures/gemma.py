@@ -184,10 +184,8 @@ class _Gemma:
         seen = layout.mask()
         near = seen & (places[:, None] - places[None] < text.window_size)
         masks = [mx.array(each)[None, None] for each in (seen, near)]
-        states, halfway = (
-            embeddings * mx.array(text.config.hidden_size**0.5, mx.bfloat16).astype(mx.float32),
-            mx.array(0),
-        )
+        scale = mx.array(text.config.hidden_size**0.5, mx.bfloat16)  # rounded as in the library
+        states, halfway = embeddings * scale.astype(mx.float32), mx.array(0)
         for number, layer in enumerate(text.layers, 1):
             local = layer.self_attn.is_sliding
             base = text.config.rope_local_base_freq if local else text.config.rope_global_base_freq

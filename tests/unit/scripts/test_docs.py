@@ -23,7 +23,7 @@ from web.schemas.requests import InferenceRequest
 MOST_README_LINES = 150
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "THIRD_PARTY_NOTICES.md")),
-    *(ROOT / name for name in ("models/README.md", "models/ui-micro/README.md")),
+    *(ROOT / name for name in ("models/README.md", "models/ui-micro/README.md", "models/ui-micro-gemma3/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 SOURCES = {
