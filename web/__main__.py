@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 
 from gunicorn.app.wsgiapp import run  # type: ignore[import-untyped]
 
@@ -21,10 +20,7 @@ def main() -> None:
     configure("web", "INFO")  # reading the settings can log
     load_or_exit()
     os.chdir(ROOT)
-    # gunicorn reads its arguments here, and starts itself again with them when it gets SIGUSR2.
-    spec = find_spec("gunicorn.__main__")
-    program = spec.origin if spec and spec.origin else "gunicorn"
-    sys.argv = [program, "-c", str(ROOT / "web/gunicorn.conf.py"), "web.app:create_app()"]
+    sys.argv = ["gunicorn", "-c", str(ROOT / "web/gunicorn.conf.py"), "web.app:create_app()"]
     run()
 
 

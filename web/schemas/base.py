@@ -17,7 +17,7 @@ class RequestModel(BaseModel):
     `null` for an optional field is the same as leaving the field out: many clients send all the fields that they know.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -54,6 +54,4 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
 class ResponseModel(BaseModel):
     """Every field is present in a response, so the schema marks fields with a default as required too."""
 
-    model_config = ConfigDict(  # type: ignore[typeddict-unknown-key]
-        json_schema_mode="serialization", json_schema_serialization_defaults_required=True, defer_build=True
-    )
+    model_config = ConfigDict(json_schema_mode="serialization", json_schema_serialization_defaults_required=True)  # type: ignore[typeddict-unknown-key]

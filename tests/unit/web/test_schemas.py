@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from shared.errors import Expiry, JobFailure
 from web.openai.requests import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
-from web.schemas.base import RequestModel
+from web.schemas.base import RequestModel, ResponseModel
 from web.schemas.batches import BatchRequest, ExpiresAfter
 from web.schemas.inputs import EmbeddingRequest, InputsRequest, RerankRequest
 from web.schemas.jobs import JobError
@@ -39,6 +40,17 @@ def error_locations(**body: object) -> list[tuple[int | str, ...]]:
     with pytest.raises(ValidationError) as caught:
         JobRequest.model_validate(body)
     return [error["loc"] for error in caught.value.errors()]
+
+
+def test_all_models_are_complete_after_the_import() -> None:
+    """gevent has patched the lock with which pydantic completes models: threads that wait for it never continue."""
+    assert all(model.__pydantic_complete__ for model in _descendants(RequestModel, ResponseModel))
+
+
+def _descendants(*models: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for model in models:
+        yield model
+        yield from _descendants(*model.__subclasses__())
 
 
 def test_fields_with_a_default_of_the_service_are_none() -> None:
