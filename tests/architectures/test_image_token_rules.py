@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,10 +97,13 @@ def test_the_api_counts_the_tokens_of_many_images_like_the_processor(name: str, 
         check(name, processor, encoder, [*SIZES, *LARGE, *zip(sides[::4], sides[1::4], strict=True)])
 
 
-def test_a_rule_that_the_processor_contradicts_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rule_that_fails_or_that_the_processor_contradicts_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     processor, encoder = encoder_of("gemma3", tmp_path / "gemma3")
+    assert proven_rule(itemgetter("size"), {}, encoder.layout) is None
     processor.image_seq_length += 1  # the processor has made its text already
     assert proven_rule(FAMILIES["gemma3"].tokens, processor, encoder.layout) is None
     del processor.image_seq_length
     assert proven_rule(FAMILIES["gemma3"].tokens, processor, encoder.layout) is None
-    assert caplog.messages == ["image_token_rule_not_used"] * 2
+    assert caplog.messages == ["image_token_rule_not_used"] * 3

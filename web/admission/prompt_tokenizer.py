@@ -153,6 +153,8 @@ class PromptTokenizer:
 def image_token_count(card: ModelCard, request: Request, field: str) -> int:
     """Return how many tokens a request's images occupy in addition to one placeholder each; 0 if only the worker knows.
 
+    Images without a size count as placeholders alone: a repeated request does not read its images again.
+
     Args:
         field: name of the request field with the prompt, for error messages.
 
@@ -162,7 +164,8 @@ def image_token_count(card: ModelCard, request: Request, field: str) -> int:
     if (rule := card.token_rule) is None:
         return 0
     try:
-        return sum(image_tokens(rule, part["width"], part["height"]) - 1 for part in request.image_parts)
+        sizes = [(part["width"], part["height"]) for part in request.image_parts if part["width"]]
+        return sum(image_tokens(rule, width, height) - 1 for width, height in sizes)
     except ValueError as error:
         raise Invalid(f"The model does not support the shape of an image: {error}.", field=field) from error
 

@@ -130,3 +130,12 @@ def test_images_are_counted_before_and_when_a_job_is_accepted(api: FlaskClient, 
     assert job.status_code == 202
     record = app.extensions["mlxq"].jobs._client.hgetall(keys.JOB + job.get_json()["id"])
     assert record["size"] == str(prompt_tokens + 5), "the limits of API keys count images"
+
+
+def test_a_repeated_request_does_not_need_the_size_of_images_at_urls(
+    api: FlaskClient, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.extensions["mlxq"].image_loader, "_fetch", lambda *_: picture(20, 20))
+    body = {"model": "known", "prompt": "word", "images": ["https://example.com/a.png"], "max_tokens": 5}
+    first, again = (api.post("/v1/jobs", json=body, headers={"Idempotency-Key": "a"}) for _ in range(2))
+    assert (again.status_code, again.get_json()["id"]) == (202, first.get_json()["id"])

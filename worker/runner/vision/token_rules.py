@@ -25,7 +25,7 @@ _PROOFS: Final = ((40, 30), (90, 1000), (1280, 720))
 
 
 def proven_rule(make: TokenRule, processor: Any, layout: Callable[[int, int], Layout]) -> ImageTokens | None:
-    """Return the rule of a processor if it agrees with it, else None: the API must not refuse what the model can read.
+    """Return the rule of a processor, or None if they disagree: the API must not refuse what the model can read.
 
     Args:
         layout: runs the processor; see `Encoder.layout`.
@@ -33,12 +33,12 @@ def proven_rule(make: TokenRule, processor: Any, layout: Callable[[int, int], La
     try:
         rule = make(processor)
         counts = {size: (layout(*size).tokens, image_tokens(rule, *size)) for size in _PROOFS} if rule else {}
-    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:  # settings that no one has seen yet
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:  # unexpected settings
         log.warning("image_token_rule_not_used", extra={"reason": first_line(error)})
         return None
     for size, (tokens, by_rule) in counts.items():
         if tokens != by_rule:
-            reason = f"{by_rule} instead of {tokens} tokens for {size[0]} x {size[1]} pixels by {rule}"
+            reason = f"{rule} counts {by_rule} instead of {tokens} tokens for {size[0]} x {size[1]} pixels"
             log.warning("image_token_rule_not_used", extra={"reason": reason})
             return None
     return rule
