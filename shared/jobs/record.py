@@ -69,7 +69,7 @@ class Parsing:
         format: the requested format, such as `ui_tars`.
         image_size: width and height of the request's last image in pixels; None without images.
         coordinates: what the coordinates refer to: `thousandths` of the image, pixels of the image as `resized` by the
-            model, or `pixels` of the image as it was sent. None or another value: as the model's type usually means.
+            model, or `pixels` of the image as it was sent. None or another value: what is usual for the model's type.
     """
 
     format: str

@@ -99,9 +99,9 @@ class ResizedGrid:
     Attributes:
         side: side of the square of a token in pixels.
         min_pixels, max_pixels: limits for all frames together.
-        frames: how often an image counts.
+        frames: number of frames that an image counts as.
         at_once: whether both sides grow by the larger factor, rounded down. Otherwise they grow one after the other,
-            and a side of a reduced image may vanish.
+            and a side of a reduced image may become 0.
     """
 
     side: int

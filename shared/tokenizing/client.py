@@ -363,7 +363,7 @@ def _raise_error(header: Mapping[str, Any], context: int | None, reserved: int) 
         case JobFailure.CONTEXT_LENGTH:
             tokens = header.get("tokens")
             length = f": it has {tokens + reserved}, and the answer needs at least 1" if isinstance(tokens, int) else ""
-            images = f" Its images take more than {reserved} of them." if reserved else ""
+            images = f" Its images take more than {reserved} tokens." if reserved else ""
             message = f"The prompt is longer than the model's context of {context} tokens{length}.{images}"
             raise PromptRefused(JobFailure.CONTEXT_LENGTH, message)
         case TokenizerFault.CORRUPT:

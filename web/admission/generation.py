@@ -134,7 +134,7 @@ def _coordinates(parse: str | ParseOptions | None, card: ModelCard | None) -> st
     """Return what the coordinates in the answer refer to, if the request says it."""
     coordinates = parse.coordinates if isinstance(parse, ParseOptions) else None
     if coordinates == "resized" and card is not None and card.geometry is None:
-        detail = f"parse.coordinates cannot be 'resized': to which size {card.id} resizes images is not known."
+        detail = f"parse.coordinates cannot be 'resized': the size to which {card.id} resizes images is unknown."
         raise Invalid(detail, field="parse.coordinates")
     return coordinates
 

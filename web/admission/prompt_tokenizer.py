@@ -171,16 +171,15 @@ def image_token_count(card: ModelCard, request: Request, field: str) -> int:
 
 
 def _check_images_fit(card: ModelCard, request: Request, field: str) -> None:
-    """Refuse images that alone exceed the context, also if the API does not have the tokenizer.
+    """Refuse images that exceed the context without any text, even if the API does not have the tokenizer.
 
     Raises:
-        Invalid: they do, or the model does not support the shape of one.
+        Invalid: the images exceed the context, or the model does not support the shape of one.
     """
-    images = request.image_parts
-    tokens = image_token_count(card, request, field) + len(images)
+    tokens = image_token_count(card, request, field) + len(request.image_parts)
     if tokens >= card.context:
         detail = (
-            f"The {len(images)} images of the prompt have {tokens} tokens, and the model's context is {card.context} "
-            "tokens: send fewer or smaller images."
+            f"The images of the prompt take {tokens} tokens, and the model's context is {card.context} tokens. "
+            "Send fewer or smaller images."
         )
         raise Invalid(detail, code=JobFailure.CONTEXT_LENGTH, field=field)

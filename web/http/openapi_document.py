@@ -1,6 +1,6 @@
 """The OpenAPI document of the API, generated from the descriptions that the routes carry (`web.http.openapi`).
 
-Imported only for the document: the import of openapi-pydantic takes a sixth of the start of a process.
+Imported only when the document is requested: importing openapi-pydantic takes a sixth of the start of a process.
 """
 
 from __future__ import annotations

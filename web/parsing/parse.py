@@ -81,5 +81,5 @@ def _scale(parsing: Parsing, card: ModelCard | None) -> Scale:
 
 def _resized(size: tuple[int, int] | None, geometry: ImageGeometry | None) -> Scale:
     if geometry is None:
-        raise ParseError("The coordinates cannot be converted: to which size the model resizes images is not known.")
+        raise ParseError("The coordinates cannot be converted: the size to which the model resizes images is unknown.")
     return Scale(size, geometry.resized(*size) if size else None, requested=True)

@@ -59,7 +59,7 @@ PriorityName = Literal["high", "normal", "batch"]
 
 
 class ParseOptions(RequestModel):
-    """How the answer is parsed, if the model's coordinates do not refer to what its type usually means."""
+    """How the answer is parsed, if its coordinates do not refer to what is usual for the model's type."""
 
     format: Literal["ui_tars", "computer_use", "grounding"] = Field(description="See `parse`")
     coordinates: Literal["thousandths", "resized", "pixels"] | None = Field(

@@ -21,9 +21,9 @@ from worker.runner.base import EncodeWork, PrefillWork, RemainingPrompt, StepPla
 from worker.runner.cost import PrefillCost
 
 SHORT_CHUNKS, SHORT_PASSES, SHORT_S = 2, 4, 0.05
-"""A prompt is short if it costs at most as much as this many chunks, as the fixed cost of this many passes, or this
-many seconds. If it were split, each chunk would have that fixed cost, and readers do not notice such a pause. An image
-that costs at most `SHORT_S` is encoded whole as well, even if rows decode."""
+"""A prompt is short if it costs at most as much as this many chunks, or the fixed cost of this many passes, or this
+many seconds. Splitting it would add the fixed cost of a pass for each chunk, and readers do not notice such a pause. An
+image that costs at most `SHORT_S` is also encoded whole, even if rows decode."""
 ALONE_CHUNKS, ALONE_TOKENS = 4, 512
 """While no row decodes, a chunk of a long prompt is this many times as long, but at most this many tokens. On a CPU,
 512 tokens in chunks of 128 take 0.65 to 0.8 of the time that they take in chunks of 32 (0.96 with recurrent layers)."""
@@ -36,7 +36,8 @@ time to the first token beside a batch is 1.50 instead of 1.20 times the p99 wit
 MAX_SHORT_PROMPTS = 8
 """Maximum short prompts in one pass. More would not make a token cheaper, and would delay the first answers."""
 TOGETHER_S = 0.08
-"""Maximum seconds of several short prompts in one pass; or as many chunks as `MAX_SHORT_PROMPTS` prompts may cost."""
+"""Maximum seconds of several short prompts in one pass, unless `MAX_SHORT_PROMPTS` prompts of `SHORT_CHUNKS` chunks
+cost more."""
 
 
 class PrefillPolicy:
@@ -55,9 +56,9 @@ class PrefillPolicy:
         self._depth = depth
         self._cost = cost
         self._budget = budget
-        short_s = cost.seconds(SHORT_CHUNKS * chunk, 0)
-        self._short_s = max(short_s, SHORT_PASSES * cost.fixed, SHORT_S)
-        self._together_s = max(MAX_SHORT_PROMPTS * short_s, TOGETHER_S)
+        chunks_s = cost.seconds(SHORT_CHUNKS * chunk, 0)
+        self._short_s = max(chunks_s, SHORT_PASSES * cost.fixed, SHORT_S)
+        self._together_s = max(MAX_SHORT_PROMPTS * chunks_s, TOGETHER_S)
         self._long_uid: int | None = None
         self._long_next = False
         self._images_next = True

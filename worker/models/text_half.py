@@ -37,7 +37,7 @@ _DEEPSEEK: Final[Mapping[str, Any]] = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
 }
-"""The values with which they do."""
+"""Values of the section for which this is true. Folders with other values are refused."""
 _ARCHITECTURES: Final = {
     **dict.fromkeys(_DEEPSEEK_OCR, "deepseek"),
     "dots_ocr": "qwen2",
@@ -54,9 +54,9 @@ _ARCHITECTURES: Final = {
 }
 """mlx-lm's architectures for language models whose own type it does not know."""
 _TRANSFORMERS_DEFAULTS: Final = frozenset(("llava_next",))
-"""Types whose sections leave out the defaults of transformers, of which mlx-vlm knows none."""
+"""Types whose sections leave out values that are the defaults of transformers, which mlx-vlm does not know."""
 _ROPE: Final = ("rope_theta", "partial_rotary_factor")
-"""Values that later versions of transformers state in `rope_parameters`."""
+"""Values that later versions of transformers write into `rope_parameters`."""
 _DIFFERENT: Final = frozenset(("colidefics3", "deepseek_vl_v2", "paligemma", "plamo2vl", "unlimited_ocr"))
 """Types whose text mlx-lm would compute in another way: other rotary positions, or prompts that are read both ways."""
 _PREFIX: Final = re.compile(r"(?:model\.|thinker\.)*(?:language_model|text_model|language|llm)\.|thinker\.")
@@ -97,8 +97,8 @@ def load(
         )
     settings, classes = (config, utils._get_classes) if known else _half_of(folder, config)  # noqa: SLF001
     if weights is not None:
-        classes = _taking(weights, classes)
-        settings = _declared_by(weights, settings)
+        classes = _with_weights(weights, classes)
+        settings = _with_tied_output(weights, settings)
         if any(path.endswith(".scales") for path in weights) and "quantization" not in settings:
             settings = {**settings, "quantization": _ANY_QUANTISATION}
     model, config = utils.load_model(folder, lazy=lazy, model_config=settings, get_model_classes=classes)
@@ -152,8 +152,8 @@ def _half_of(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], C
     return text, _text_classes
 
 
-def _declared_by(weights: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with what the weights show: whether the output layer equals the embedding.
+def _with_tied_output(weights: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with `tie_word_embeddings` as the weights show it: whether there is no output layer.
 
     config.json often leaves this out, and the default of mlx-lm's `llama` differs from that of transformers.
     """
@@ -162,22 +162,22 @@ def _declared_by(weights: Mapping[str, Any], settings: dict[str, Any]) -> dict[s
     return {**settings, **sections, **tied}
 
 
-def _taking(weights: dict[str, Any], classes: Classes) -> Classes:
+def _with_weights(weights: dict[str, Any], classes: Classes) -> Classes:
     """Return a function like `classes`, whose models take these weights instead of those in the folder's files."""
 
-    def with_weights(config: dict[str, Any]) -> tuple[Any, Any]:
+    def given_classes(config: dict[str, Any]) -> tuple[Any, Any]:
         architecture, arguments = classes(config)
 
-        class Given(architecture):  # type: ignore[misc, valid-type]
+        class GivenWeights(architecture):  # type: ignore[misc, valid-type]
             def sanitize(self, _files: dict[str, Any]) -> dict[str, Any]:
                 given = dict(weights)
                 weights.clear()  # this class lives as long as the model, which may replace its weights
                 return super().sanitize(given) if hasattr(architecture, "sanitize") else given
 
-        Given.__module__ = architecture.__module__
-        return Given, arguments
+        GivenWeights.__module__ = architecture.__module__
+        return GivenWeights, arguments
 
-    return with_weights
+    return given_classes
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:

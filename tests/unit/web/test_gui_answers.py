@@ -217,7 +217,7 @@ def test_the_request_can_say_what_coordinates_refer_to(coordinates: str | None, 
 def test_pixels_of_the_resized_image_need_a_model_whose_resizing_is_known() -> None:
     for card in (QWEN_3, None):
         found, reason = parse('{"point": [1, 2]}', Parsing("grounding", SIZE, "resized"), card)
-        assert not found and reason is not None and "is not known" in reason
+        assert not found and reason is not None and "is unknown" in reason
 
 
 @pytest.mark.parametrize("marker", ["seed:tool_call", "tool_call"])

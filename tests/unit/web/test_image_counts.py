@@ -87,7 +87,7 @@ FIELDS = {"/v1/jobs": "prompt", "/v1/responses": "input"}
 def test_more_images_than_the_context_holds_are_refused_with_the_name_of_the_field(
     api: FlaskClient, route: str
 ) -> None:
-    for model, images, message in (("known", 3, "take more than 60"), ("unknown", 4, "The 4 images")):
+    for model, images, message in (("known", 3, "take more than 60"), ("unknown", 4, "take 84 tokens")):
         response = api.post(route, json=bodies(images, model)[route])
         answer = response.get_json()
         error = answer.get("error", answer)
