@@ -89,6 +89,7 @@ class PrefillPolicy:
         if image_s is not None and (self._images_next or not long):
             self._images_next = False
             if (work := self._encode(image_s, decoding)) is not None:
+                self._long_next = True  # the short prompts have their turn now
                 return StepPlan(encode=work, prefill=self._short_work(remaining, short, batch))
         self._images_next = True
         return StepPlan(prefill=self._prefill(remaining, short, long, decoding, batch))

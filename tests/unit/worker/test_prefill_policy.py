@@ -208,6 +208,15 @@ def test_short_prompts_are_prefilled_in_the_step_that_encodes_an_image(prompts: 
     assert prompts.plan(image_s=100.0) == StepPlan(PrefillWork((1,)), EncodeWork(pytest.approx(20.0)))
 
 
+def test_a_long_prompt_waits_for_one_image_even_if_short_prompts_keep_coming(prompts: Prompts) -> None:
+    prompts.add(1, 400 * CHUNK)
+    works = []
+    for uid in range(2, 8):
+        prompts.add(uid, CHUNK)
+        works.append(prompts.plan(image_s=1.0, decoding=False).prefill)
+    assert [work.uids for work in works if work] == [(2,), (1,), (3, 4), (1,), (5, 6), (1,)]
+
+
 def test_prompts_of_one_pass_are_short_together() -> None:
     prompts = Prompts(cost=PrefillCost(0.0, TOGETHER_S / CHUNK / 20, 0.0))
     for uid in range(6):
