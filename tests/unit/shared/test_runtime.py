@@ -5,10 +5,12 @@ import sys
 
 SETTLED = """
 import gc
-from shared.runtime import freeze_garbage_collector
+from shared.runtime import freeze_garbage_collector, pause_garbage_collector
 
+pause_garbage_collector()
 kept = [[n] for n in range(50_000)]
 freeze_garbage_collector()
+assert gc.isenabled(), "the collector is still paused"
 assert not any(tracked is kept for tracked in gc.get_objects()), "kept objects are still tracked"
 passes = []
 gc.callbacks.append(lambda phase, _: passes.append(phase))
