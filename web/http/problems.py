@@ -45,7 +45,10 @@ _BY_STATUS: dict[int, type[MlxqError]] = {
         errors.Unavailable,
     )
 }
-_FIELD_DETAILS = {"extra_forbidden": "Unknown field. Remove it, or correct its name"}
+_FIELD_DETAILS = {
+    "extra_forbidden": "Unknown field. Remove it, or correct its name",
+    **dict.fromkeys(("dict_type", "model_type"), "Input should be a JSON object"),
+}
 """Messages in place of pydantic's, by its code."""
 _DETAILS = {
     404: "There is no route with this path.",

@@ -71,7 +71,7 @@ class ParseOptions(RequestModel):
 
 
 def _parse_tag(parse: object) -> str:
-    return "(name)" if isinstance(parse, str) else "(options)"
+    return "(options)" if isinstance(parse, dict | ParseOptions) else "(name)"
 
 
 Parse = Annotated[

@@ -18,6 +18,7 @@ from shared.settings import Settings
 from web.http import problems
 from web.http.request_id import RequestIdMiddleware
 from web.schemas.models import LoadRequest
+from web.schemas.requests import JobRequest
 
 
 def subclasses(parent: type[MlxqError] = MlxqError) -> list[type[MlxqError]]:
@@ -127,3 +128,11 @@ def test_an_unknown_field_is_called_unknown(app: Flask) -> None:
     assert response.json is not None
     assert response.json["detail"] == "modell: Unknown field. Remove it, or correct its name"
     assert response.json["errors"][0]["code"] == "extra_forbidden"
+
+
+@pytest.mark.parametrize("field", ["webhook_events", "response_format", "logit_bias", "metadata"])
+def test_details_of_invalid_fields_name_no_classes(field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobRequest.model_validate({"prompt": "hi", field: 5})
+    assert all(found.field == field for found in problems.errors_of(caught.value))
+    assert not any(word in found.detail for found in problems.errors_of(caught.value) for word in ("instance", "dict"))

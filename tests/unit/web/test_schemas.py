@@ -68,7 +68,8 @@ def test_parse_is_a_name_or_an_object() -> None:
     assert JobRequest.model_validate({"prompt": "hi", "parse": "ui_tars"}).parse == "ui_tars"
     options = {"format": "ui_tars", "coordinates": "pixels"}
     assert JobRequest.model_validate({"prompt": "hi", "parse": options}).parse == ParseOptions(**options)
-    assert error_locations(prompt="hi", parse="html") == [("parse", "(name)")]
+    for unknown in ("html", 5, ["ui_tars"]):
+        assert error_locations(prompt="hi", parse=unknown) == [("parse", "(name)")]
     assert error_locations(prompt="hi", parse={"format": "message"}) == [("parse", "(options)", "format")]
 
 
