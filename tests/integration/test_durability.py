@@ -91,7 +91,8 @@ def test_killed_redis_under_load_loses_no_job_and_runs_none_twice(
             kinds = [event.kind for event in events]
             assert (kinds.count(EventKind.STARTED), kinds.count(EventKind.DONE)) == (1, 1)
     assert jobs_of(fake_stack.redis) == set(load.accepted.values())
-    assert [worker.poll() for worker in workers] == [None, None]
+    logs = fake_stack.log("worker-0") + fake_stack.log("worker-1")
+    assert [worker.poll() for worker in workers] == [None, None], logs
 
 
 @pytest.mark.parametrize(
