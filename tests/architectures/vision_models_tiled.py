@@ -216,3 +216,6 @@ TILED: Final[Mapping[str, VisionModel]] = {
     "deepseekocr_2": _deepseek("deepseekocr_2", 768, 6, 896),
 }
 """By `model_type`, or a variant of one."""
+
+STAND_INS: Final = frozenset({"deepseekocr", "deepseekocr_2"})
+"""Models with a small encoder in place of their own, which only this process has: no worker can load their folders."""
