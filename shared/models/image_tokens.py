@@ -67,7 +67,7 @@ class FixedTokens:
 
     number: int
 
-    def tokens(self, width: int, height: int) -> int:  # noqa: ARG002
+    def tokens(self, width: int, height: int) -> int:  # noqa: ARG002 - the size makes no difference
         """See `ImageTokens.tokens`."""
         return self.number
 

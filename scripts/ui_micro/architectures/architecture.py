@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import mlx.core as mx
 import numpy as np
+from mlx_vlm.models.rope_utils import rotate_half
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -59,6 +61,18 @@ class ImageForm:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     size: tuple[int, int] | None = None
+
+    def settings(self) -> Json:
+        """Return the part of preprocessor_config.json that all architectures have."""
+        return {
+            "do_resize": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +149,18 @@ class Architecture(Protocol):
 
     def read(self, text: Any, embeddings: mx.array, layout: Layout) -> tuple[mx.array, mx.array]:
         """Run mlx-vlm's language model without its output layer; return the states halfway and at the end."""
+
+
+def new_model(model_type: str, config: Json) -> Any:
+    """Create mlx-vlm's model of a type with random weights."""
+    library: Any = importlib.import_module(f"mlx_vlm.models.{model_type}")
+    shape = library.ModelConfig.from_dict(dict(config))
+    shape.text_config = library.TextConfig.from_dict(shape.text_config)
+    shape.vision_config = library.VisionConfig.from_dict(shape.vision_config)
+    return library.Model(shape)
+
+
+def rotated(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Apply the rotary position embedding to queries or keys (last axis: head size)."""
+    half: mx.array = rotate_half(x)  # type: ignore[no-untyped-call]  # mlx-vlm has no annotations
+    return x * cos + half * sin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -10,7 +9,6 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map_with_path
-from mlx_vlm.models.rope_utils import rotate_half
 from tokenizers import Tokenizer
 
 from scripts.ui_micro.answers import THOUSANDTHS
@@ -23,6 +21,8 @@ from scripts.ui_micro.architectures.architecture import (
     Json,
     Layout,
     PromptTokens,
+    new_model,
+    rotated,
 )
 
 _PAD, _EOS, _BOS = "<pad>", "<eos>", "<bos>"
@@ -136,13 +136,7 @@ class _Gemma:
             },
             "preprocessor_config.json": {
                 "image_processor_type": "Gemma3ImageProcessor",
-                "do_resize": True,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "do_convert_rgb": True,
-                "image_mean": list(self.image.mean),
-                "image_std": list(self.image.std),
+                **self.image.settings(),
                 "size": {"height": _SIDE, "width": _SIDE},
                 "resample": 2,
                 **length,
@@ -152,11 +146,7 @@ class _Gemma:
 
     def make_model(self, config: Json) -> Any:
         """Create mlx-vlm's model with random weights, without the output layer, which repeats the embeddings."""
-        library: Any = importlib.import_module("mlx_vlm.models.gemma3")
-        shape = library.ModelConfig.from_dict(dict(config))
-        shape.text_config = library.TextConfig.from_dict(shape.text_config)
-        shape.vision_config = library.VisionConfig.from_dict(shape.vision_config)
-        model = library.Model(shape)
+        model = new_model(self.name, config)
         del model.language_model["lm_head"]
         model.update(tree_map_with_path(_initial, model.parameters()))
         return model
@@ -238,10 +228,7 @@ def _read_layer(layer: Any, x: mx.array, mask: mx.array, angles: tuple[mx.array,
         for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     cos, sin = angles
-    q, k = (
-        part * cos + rotate_half(part) * sin  # type: ignore[no-untyped-call]
-        for part in (attn.q_norm(q), attn.k_norm(k))
-    )
+    q, k = (rotated(part, cos, sin) for part in (attn.q_norm(q), attn.k_norm(k)))
     mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=attn.scale, mask=mask)
     x = x + layer.post_attention_layernorm(attn.o_proj(mixed.transpose(0, 2, 1, 3).reshape(n, length, -1)))
     mlp, normed = layer.mlp, layer.pre_feedforward_layernorm(x)

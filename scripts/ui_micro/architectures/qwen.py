@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
-from mlx_vlm.models.rope_utils import rotate_half
 from tokenizers import Tokenizer
 
 from scripts.ui_micro.answers import PIXELS
@@ -21,6 +19,8 @@ from scripts.ui_micro.architectures.architecture import (
     Json,
     Layout,
     PromptTokens,
+    new_model,
+    rotated,
 )
 
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -119,13 +119,7 @@ class _Qwen:
             "preprocessor_config.json": {
                 "image_processor_type": "Qwen2VLImageProcessor",
                 "processor_class": "Qwen2_5_VLProcessor",
-                "do_resize": True,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "do_convert_rgb": True,
-                "image_mean": list(self.image.mean),
-                "image_std": list(self.image.std),
+                **self.image.settings(),
                 "min_pixels": 4 * side * side,
                 "max_pixels": 64 * side * side,
                 "patch_size": PATCH,
@@ -136,11 +130,7 @@ class _Qwen:
 
     def make_model(self, config: Json) -> Any:
         """Create mlx-vlm's model with random weights."""
-        library: Any = importlib.import_module("mlx_vlm.models.qwen2_5_vl")
-        shape = library.ModelConfig.from_dict(dict(config))
-        shape.text_config = library.TextConfig.from_dict(shape.text_config)
-        shape.vision_config = library.VisionConfig.from_dict(shape.vision_config)
-        return library.Model(shape)
+        return new_model(self.name, config)
 
     def encode_images(self, model: Any, patches: mx.array, grid: Grid) -> tuple[mx.array, mx.array]:
         """Run the vision tower on images of one size as one batch; return states per patch and per image token.
@@ -158,10 +148,7 @@ class _Qwen:
         for block in tower.blocks:
             attn = block.attn
             q, k, v = mx.split(attn.qkv(block.norm1(x)).reshape(n, count, 3 * attn.num_heads, -1), 3, 2)
-            q, k = (
-                part * cos + rotate_half(part) * sin  # type: ignore[no-untyped-call]
-                for part in (q, k)
-            )
+            q, k = (rotated(part, cos, sin) for part in (q, k))
             q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
             mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=attn.scale)
             x = x + attn.proj(mixed.transpose(0, 2, 1, 3).reshape(n, count, -1))
